@@ -1,0 +1,1 @@
+"""Bytes on disk: names, headers, readers and writers. No modelling."""

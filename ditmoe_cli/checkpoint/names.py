@@ -1,0 +1,71 @@
+"""Upstream tensor names: taking them apart and putting them together.
+
+Names are those of feizc/DiT-MoE and stay as they are on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
+_EXPERT = re.compile(r"^moe\.experts\.(\d+)\.(.+)$")
+
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+SHARED = "moe.shared_experts"
+ROUTER = "moe.gate.weight"
+EXPERT_OF = "moe.gate.expert_of"
+
+
+@dataclass(frozen=True)
+class NameParts:
+    """A tensor name taken apart: block and expert are None where the name has none; `rest` is what remains.
+
+    ``blocks.3.moe.experts.10.up_proj.weight`` is block 3, expert 10, rest ``up_proj.weight``.
+    """
+
+    block: int | None
+    expert: int | None
+    rest: str
+
+
+def split_name(name: str) -> NameParts:
+    """Take a tensor name apart into block, expert and rest."""
+    block = _BLOCK.match(name)
+    if block is None:
+        return NameParts(None, None, name)
+    expert = _EXPERT.match(block[2])
+    if expert is None:
+        return NameParts(int(block[1]), None, block[2])
+    return NameParts(int(block[1]), int(expert[1]), expert[2])
+
+
+def in_block(block: int, rest: str) -> str:
+    """Name of the tensor `rest` of a block."""
+    return f"blocks.{block}.{rest}"
+
+
+def in_expert(block: int, expert: int, rest: str) -> str:
+    """Name of the tensor `rest` of a routed expert."""
+    return f"blocks.{block}.moe.experts.{expert}.{rest}"
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Map upstream names to the names as stored, with wrappers such as ``module.`` taken off.
+
+    A wrapper is taken off only where all names carry it, so a tensor of that name survives.
+    """
+    result = {name: name for name in names}
+    while result:
+        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in result)), None)
+        if wrapper is None:
+            break
+        result = {name.removeprefix(wrapper): stored for name, stored in result.items()}
+    return result
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts ``experts.2`` before ``experts.10``."""
+    return tuple((0, int(p)) if p.isdigit() else (1, p) for p in name.split("."))

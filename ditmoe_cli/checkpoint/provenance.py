@@ -1,0 +1,105 @@
+"""Where a checkpoint comes from: the ``ditmoe`` metadata of our files, digests and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ditmoe_cli.checkpoint.header import TensorInfo
+from ditmoe_cli.errors import BadInputError
+
+CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """Return the SHA-256 of a JSON value's canonical text."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
+    """Return `value` as a JSON object of schema `expected`, or raise `BadInputError` that names `where`."""
+    if not isinstance(value, dict):
+        raise BadInputError(f"{where}: expected a JSON object of schema {expected}")
+    if value.get("schema") != expected:
+        raise BadInputError(f"{where}: schema is {value.get('schema')!r}, expected {expected!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step in a checkpoint's history: the command and the digest of the plan that it applied."""
+
+    command: str
+    plan: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says about its own images.
+
+    `extractor` names the features to score it by; pixel values v in [-1, 1] mean grey level
+    (v + 1) / 2 * `grey_levels`.
+    """
+
+    extractor: str | None = None
+    grey_levels: int = 255
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The ``ditmoe`` metadata: configuration, source and plan digests, history, card, tensor hashes."""
+
+    config: Mapping[str, Any]
+    source: str | None = None
+    history: tuple[Step, ...] = ()
+    card: Card = field(default_factory=Card)
+
+    def to_metadata(self, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Return the safetensors metadata, without times or paths, so that equal work gives equal bytes."""
+        document = {
+            "schema": CHECKPOINT_SCHEMA,
+            "config": dict(self.config),
+            "source": self.source,
+            "history": [asdict(step) for step in self.history],
+            "card": asdict(self.card),
+            "tensors": dict(hashes),
+        }
+        return {"format": "pt", "ditmoe": canonical_json(document)}
+
+
+def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
+    """Read the ``ditmoe`` metadata of a file; None where it has none."""
+    if "ditmoe" not in metadata:
+        return None
+    try:
+        document = check_schema(json.loads(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
+        return Provenance(
+            config=dict(document["config"]),
+            source=document["source"],
+            history=tuple(Step(**step) for step in document["history"]),
+            card=Card(**document["card"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
+
+
+def fingerprint(
+    tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]
+) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors and the configuration.
+
+    It does not depend on container, sharding or tensor order. `raw(name)` returns a tensor's bytes.
+    """
+    entries = [
+        [info.name, info.dtype, list(info.shape), hashlib.sha256(raw(info.name)).hexdigest()]
+        for info in sorted(tensors, key=lambda info: info.name)
+    ]
+    return digest({"tensors": entries, "config": dict(config)})

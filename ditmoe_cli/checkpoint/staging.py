@@ -1,0 +1,98 @@
+"""Outputs that appear whole or not at all.
+
+An output is written beside its target under a hidden name, flushed to disk and renamed once. Whatever happens
+before the rename leaves the target as it was: absent, or the old one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ditmoe_cli.errors import BadInputError, OutputExistsError
+
+
+def check_target(target: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a target that exists (without `force`), is an input, or is no plain file or folder.
+
+    Raises `OutputExistsError`, and `BadInputError` where the folder to write into is missing.
+    """
+    if target.is_symlink():
+        raise OutputExistsError(f"{target}: is a symbolic link; name the file itself as output")
+    if not target.parent.is_dir():
+        raise BadInputError(f"{target.parent}: no such folder to write {target.name} into")
+    if any(_holds(target, source) for source in inputs):
+        raise OutputExistsError(f"{target}: is the input itself; name another output")
+    if not target.exists():
+        return
+    if not (target.is_file() or target.is_dir()):
+        raise OutputExistsError(f"{target}: is neither a file nor a folder; name another output")
+    if not force:
+        raise OutputExistsError(f"{target}: exists already; give --force to replace it, or -o for another name")
+
+
+def _holds(target: Path, source: Path) -> bool:
+    """Tell whether writing `target` would touch `source`: the same file, or a folder around it."""
+    target, source = target.resolve(), source.resolve()
+    same_file = target.exists() and source.exists() and target.samefile(source)
+    return same_file or target in source.parents or (source.is_dir() and source in target.parents)
+
+
+@contextmanager
+def staged(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield a path beside `target` to write a file or folder at; on success it becomes `target`.
+
+    Raises `OutputExistsError` before anything is written, and again should the target appear meanwhile.
+    """
+    inputs = tuple(inputs)
+    target = target.absolute()
+    check_target(target, force, inputs)
+    staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        yield staging
+        _flush(staging)
+        check_target(target, force, inputs)
+        _rename(staging, target)
+        _sync(target.parent)
+    finally:
+        _remove(staging)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            _flush(child)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(staging: Path, target: Path) -> None:
+    """Put `staging` in place. A folder in the way is moved aside first and removed after."""
+    if not target.exists() or (target.is_file() and staging.is_file()):
+        staging.replace(target)
+        return
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

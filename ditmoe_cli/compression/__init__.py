@@ -1,0 +1,1 @@
+"""Making checkpoints smaller: planners, plans, and the one function that applies them."""

@@ -1,0 +1,1 @@
+"""Expert pruning: which experts stay."""

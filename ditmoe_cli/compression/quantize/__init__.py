@@ -1,0 +1,1 @@
+"""Quantisation: how many bits each weight keeps."""

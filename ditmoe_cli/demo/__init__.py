@@ -1,0 +1,1 @@
+"""The embedded demo checkpoint, named ``demo:digits`` on the command line."""

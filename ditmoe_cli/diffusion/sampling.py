@@ -1,0 +1,108 @@
+"""Images from a checkpoint: what to sample, as data, and the loop that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.diffusion.solvers import Solver
+from ditmoe_cli.errors import BadInputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditmoe_cli.model.dit import DiTMoE
+    from ditmoe_cli.model.moe import Observer
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """Everything that decides which images come out, batch size and device left aside.
+
+    Image i has noise from (seed, i) and label ``classes[i mod len(classes)]``.
+    """
+
+    images: int
+    steps: int
+    cfg: float
+    seed: int
+    solver: Solver
+    classes: tuple[int, ...]
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """Return the labels of the images `indices`."""
+        return [self.classes[i % len(self.classes)] for i in indices]
+
+    def conditions(self) -> dict[str, Any]:
+        """Return the spec as JSON."""
+        document = asdict(self)
+        everything = tuple(range(len(self.classes)))
+        document["classes"] = "balanced" if self.classes == everything else list(self.classes)
+        return document
+
+    @property
+    def nfe(self) -> int:
+        """Model evaluations per image (both guidance branches counted)."""
+        return self.steps * (1 if self.cfg == 1.0 else 2)
+
+
+def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
+    """Return `spec`, or raise `UsageError` where a value is out of range."""
+    limit = 1000 if spec.solver in ("ddim", "ddpm") else 100_000
+    for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
+        if not low <= value <= high:
+            raise UsageError(f"--{name} {value}: must be between {low} and {high}")
+    if not 0.0 <= spec.cfg < float("inf"):
+        raise UsageError(f"--cfg {spec.cfg}: must be a finite guidance scale of at least 0")
+    bad = next((c for c in spec.classes if not 0 <= c < num_classes), None)
+    if bad is not None or not spec.classes:
+        raise UsageError(f"--classes {bad}: the checkpoint has classes 0 to {num_classes - 1}")
+    return spec
+
+
+def batches(images: int, batch: int) -> Iterator[range]:
+    """Yield the image indices of each batch."""
+    if batch < 1:
+        raise UsageError(f"--batch {batch}: must be at least 1")
+    for start in range(0, images, batch):
+        yield range(start, min(start + batch, images))
+
+
+def sample_batch(
+    model: DiTMoE, spec: SampleSpec, indices: Sequence[int], observer: Observer | None = None,
+    purpose: str = "image",
+) -> Tensor:
+    """Sample the images `indices`; return final latents (or pixel values in [-1, 1]) (N, C, S, S) in fp32.
+
+    Raises `BadInputError` where the model produces NaN or infinite values.
+    """
+    import torch
+
+    from ditmoe_cli.diffusion.ddpm import ancestral, ddim
+    from ditmoe_cli.diffusion.guidance import guided_predictor
+    from ditmoe_cli.diffusion.noise import image_noise
+    from ditmoe_cli.diffusion.rectified_flow import euler
+
+    config = model.config
+    shape = (config.in_channels, config.input_size, config.input_size)
+    stream = image_noise(spec.seed, indices, model.device, purpose)
+    labels = torch.tensor(spec.labels(indices), device=model.device)
+    family = "rf" if spec.solver == "euler" else "ddpm"
+    predict = guided_predictor(model, labels, spec.cfg, "rf" if family == "rf" else "ddpm", observer)
+    with torch.inference_mode():
+        z = stream.draw(shape)
+        if spec.solver == "euler":
+            z = euler(predict, z, spec.steps)
+        elif spec.solver == "ddim":
+            z = ddim(predict, z, spec.steps)
+        else:
+            z = ancestral(predict, z, spec.steps, lambda _: stream.draw(shape))
+    if not bool(z.isfinite().all()):
+        raise BadInputError(
+            f"sampling produced NaN or infinite values in images {indices[0]} to {indices[-1]}; is --sampler "
+            f"{family} right for these weights?"
+        )
+    return z

@@ -1,0 +1,51 @@
+"""Everything ditmoe raises on purpose, with the exit code each error ends in.
+
+::
+
+    DitmoeError            1  the system failed us (disk full, out of memory)
+    ├── UsageError         2  option values out of range, unknown names
+    ├── BadInputError      3  paths, files, envelopes or extras that are not what they should be
+    ├── InfeasibleError    4  a request that cannot be met (keep below top-k, budget too small)
+    ├── OutputExistsError  5  the output is there already, or writing to it would be unsafe
+    └── GateError          6  a threshold that the user set was not met
+
+Each message is one line: what is wrong, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class DitmoeError(Exception):
+    """Base of all deliberate errors; ends the command with exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(DitmoeError):
+    """An option's value is out of range or names something unknown."""
+
+    exit_code = 2
+
+
+class BadInputError(DitmoeError):
+    """An input is missing, damaged, or not what it should be."""
+
+    exit_code = 3
+
+
+class InfeasibleError(DitmoeError):
+    """What was asked for cannot be met by this checkpoint."""
+
+    exit_code = 4
+
+
+class OutputExistsError(DitmoeError):
+    """The output exists, or is no place to write to."""
+
+    exit_code = 5
+
+
+class GateError(DitmoeError):
+    """A gate such as ``fid --max`` was not passed."""
+
+    exit_code = 6

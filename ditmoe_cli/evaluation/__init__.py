@@ -1,0 +1,1 @@
+"""Samples turned into numbers: features, statistics, distances."""

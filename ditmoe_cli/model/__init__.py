@@ -1,0 +1,1 @@
+"""The DiT-MoE itself: configuration, network, loading."""

@@ -1,0 +1,41 @@
+"""Self-attention, one implementation for both upstream layouts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ditmoe_cli.model.config import DiTMoEConfig
+
+NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a packed (3, heads, head_dim) projection.
+
+    The timm layout names its layers ``qkv`` and ``proj``; the flash layout ``Wqkv`` and ``out_proj``, and
+    normalises queries and keys per head with LayerNorm. Both are the same matrices.
+    """
+
+    def __init__(self, config: DiTMoEConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.flash_layout = config.attention == "flash"
+        width = config.hidden_size
+        if self.flash_layout:
+            self.Wqkv, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS)
+        else:
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend; x and the result are (N, tokens, width)."""
+        n, tokens, width = x.shape
+        packed = (self.Wqkv if self.flash_layout else self.qkv)(x)
+        q, k, v = packed.reshape(n, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        if self.flash_layout:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        out: Tensor = (self.out_proj if self.flash_layout else self.proj)(mixed)
+        return out

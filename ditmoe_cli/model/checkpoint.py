@@ -1,0 +1,160 @@
+"""A checkpoint on disk: header, configuration, and its weights one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.checkpoint.formats import Weight, logical_weights
+from ditmoe_cli.checkpoint.header import FLOATING, TensorInfo
+from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, SHARED, in_block, split_name
+from ditmoe_cli.checkpoint.provenance import Card, Provenance, fingerprint
+from ditmoe_cli.checkpoint.reader import CheckpointHeader, TensorReader, open_reader
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.config import DiTMoEConfig, Given, Sampler, infer_config
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_PREFIX = "demo:"
+_DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Nothing but headers is in memory; tensors are read when asked for.
+
+    `weights` groups stored tensors into the weights that the model sees (quantised ones have several members).
+    """
+
+    header: CheckpointHeader
+    reader: TensorReader
+    weights: Mapping[str, Weight]
+    config: DiTMoEConfig
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that was opened."""
+        return self.header.path
+
+    @property
+    def card(self) -> Card:
+        """What the checkpoint says of its images."""
+        return self.header.provenance.card if self.header.provenance else Card()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all tensors and the configuration; reads every byte once, without torch for safetensors."""
+        return fingerprint(self.header.tensors.values(), self.reader.raw, self.config.to_json())
+
+    def provenance(self) -> Provenance:
+        """Return the metadata that a copy of this checkpoint would carry."""
+        config = self.config.to_json()
+        old = self.header.provenance
+        return Provenance(config, old.source, old.history, old.card) if old else Provenance(config)
+
+    def finite_tensor(self, name: str) -> torch.Tensor:
+        """Read a stored tensor, refusing NaN and infinity by the tensor's name (`BadInputError`)."""
+        tensor = self.reader.tensor(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
+        return tensor
+
+    def expert_map(self, block: int) -> tuple[int, ...]:
+        """Return what each router row of a block selects: an expert, or -1 for a row that is never selected."""
+        config = self.config.blocks[block]
+        if not config.mapped:
+            return tuple(range(config.router_rows))
+        data = self.reader.raw(in_block(block, EXPERT_OF))
+        rows = tuple(int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, data.nbytes, 4))
+        bad = next((row for row in rows if not -1 <= row < len(config.expert_widths)), None)
+        if bad is not None:
+            raise BadInputError(
+                f"{self.path}: tensor {in_block(block, EXPERT_OF)!r} holds {bad}, which names none of the "
+                f"{len(config.expert_widths)} experts of block {block}"
+            )
+        return rows
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return the file that a checkpoint argument names; ``demo:NAME`` names an embedded one."""
+    text = str(path)
+    if not text.startswith(DEMO_PREFIX):
+        return Path(path)
+    found = _DEMO_FOLDER / f"{text.removeprefix(DEMO_PREFIX)}.safetensors"
+    if found.parent != _DEMO_FOLDER or not found.is_file():
+        known = ", ".join(sorted(f"{DEMO_PREFIX}{file.stem}" for file in _DEMO_FOLDER.glob("*.safetensors")))
+        raise BadInputError(f"{text}: no such demo checkpoint; there is {known}")
+    return found
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    top_k: int | None = None,
+    sampler: Sampler | None = None,
+) -> Checkpoint:
+    """Open a checkpoint of any layout without reading its weights.
+
+    Args:
+        path: a file, a folder, or ``demo:digits``.
+        num_heads: attention heads, for timm layouts of unusual width.
+        top_k: experts per token; by default what the file says, else 2.
+        sampler: ``"rf"`` or ``"ddpm"``; by default what the file says or its final layer shows.
+
+    Raises:
+        BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.
+    """
+    header, reader = open_reader(resolve_path(path))
+    try:
+        weights = logical_weights(header.tensors, lambda name: bytes(reader.raw(name)))
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from None
+    infos = {name: weight.info for name, weight in weights.items()}
+    hints: Mapping[str, Any] = header.provenance.config if header.provenance else header.hints
+    inferred = infer_config(infos, reader.raw, hints, Given(num_heads, top_k, sampler), str(path))
+    checkpoint = Checkpoint(header, reader, weights, inferred.config, inferred.assumptions, inferred.warnings)
+    for block in range(inferred.config.depth):
+        checkpoint.expert_map(block)
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters in all, touched per token, and in routed experts."""
+
+    total: int
+    activated: int
+    routed: int
+
+
+def count_parameters(checkpoint: Checkpoint) -> ParameterCounts:
+    """Count parameters by the logical shapes of the weights.
+
+    Activated is everything but the routed experts, plus the top-k experts of each block (the widest, where
+    widths differ). The label table counts whole, as in the paper's table 1.
+    """
+    config = checkpoint.config
+    floating = [w.info for w in checkpoint.weights.values() if w.info.dtype in FLOATING]
+    total = sum(info.numel for info in floating)
+    routed = sum(info.numel for info in floating if split_name(info.name).expert is not None)
+    used = sum(
+        3 * config.hidden_size * width
+        for block in config.blocks
+        for width in sorted(block.expert_widths)[-config.top_k :]
+    )
+    return ParameterCounts(total, total - routed + used, routed)
+
+
+def is_compressible(info: TensorInfo) -> bool:
+    """Tell whether quantisation plans may touch a weight: expert, shared and attention matrices."""
+    parts = split_name(info.name)
+    if parts.block is None or len(info.shape) != 2 or parts.rest == ROUTER:
+        return False
+    return parts.expert is not None or parts.rest.startswith((f"{SHARED}.", "attn."))

@@ -1,0 +1,181 @@
+"""The diffusion transformer with mixtures of experts (Fei et al. 2024, https://arxiv.org/abs/2407.11633)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ditmoe_cli.model.attention import NORM_EPS, Attention
+from ditmoe_cli.model.config import FREQUENCIES, BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.moe import MoEEvent, Observer, SparseMoE
+
+_MAX_PERIOD = 10_000.0
+
+
+class PatchEmbed(nn.Module):
+    """Images (N, C, H, W) to tokens (N, patches, width), row by row."""
+
+    def __init__(self, config: DiTMoEConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed patches."""
+        out: Tensor = self.proj(x)
+        return out.flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (N,) to (N, width): cosines and sines of 128 frequencies, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed times; angles are computed in fp32 whatever the model's dtype."""
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) / half * steps)
+        out: Tensor = self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
+        return out
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (N,) to (N, width); the last row is the null class."""
+
+    def __init__(self, config: DiTMoEConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Embed labels."""
+        out: Tensor = self.embedding_table(y)
+        return out
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then x (1 + scale) + shift, one vector per image."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Modulation(nn.Sequential):
+    """adaLN: SiLU, then a linear layer to `parts` vectors per image."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Return `parts` tensors (N, width)."""
+        return super().forward(c).chunk(self.parts, dim=1)
+
+
+class Block(nn.Module):
+    """x + gate ⊙ attention, then x + γ ⊙ (routed + shared)."""
+
+    def __init__(self, config: DiTMoEConfig, block: BlockConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config)
+        self.moe = SparseMoE(config.hidden_size, block, config.top_k)
+        self.adaLN_modulation = Modulation(config.hidden_size, 6)
+
+    def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
+        """Map tokens x (N, tokens, width) under conditions c (N, width)."""
+        shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c)
+        x = x + gate.unsqueeze(1) * self.attn(modulated_norm(x, shift_a, scale_a))
+        mixed: Tensor = self.moe(modulated_norm(x, shift_m, scale_m), index, gamma, observer)
+        return x + gamma.unsqueeze(1) * mixed
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of the output."""
+
+    def __init__(self, config: DiTMoEConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = Modulation(config.hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map (N, tokens, width) to (N, tokens, patch² · out_channels)."""
+        shift, scale = self.adaLN_modulation(c)
+        out: Tensor = self.linear(modulated_norm(x, shift, scale))
+        return out
+
+
+class DiTMoE(nn.Module):
+    """ε, or velocity, of noisy images: ``model(x, t, y) -> output``.
+
+    Call with x (N, C, H, W), t (N,) and integer labels y (N,); the null class is ``config.num_classes``. The
+    output has ``config.out_channels`` channels. Time is what the sampler family uses: 0..999 for DDPM, (0, 1]
+    unscaled for rectified flow.
+    """
+
+    def __init__(self, config: DiTMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
+        self.final_layer = FinalLayer(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations are computed in."""
+        return self.pos_embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pos_embed.device
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None) -> Tensor:
+        """Predict; `observer` is shown every block's mixture."""
+        x = self.x_embedder(x.to(self.dtype)) + self.pos_embed
+        c = self.t_embedder(t, self.dtype) + self.y_embedder(y)
+        for index, block in enumerate(self.blocks):
+            x = block(x, c, index, observer)
+        return self._unpatchify(self.final_layer(x, c))
+
+    def forward_with_balance_loss(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict as in training, with the balance loss summed over blocks (to be scaled by alpha).
+
+        Per block: E Σ_e f_e P_e, f_e the share of slots that went to expert e, P_e its mean probability; 1 when
+        balanced. Gradient flows through P alone (GShard, https://arxiv.org/abs/2006.16668).
+        """
+        losses: list[Tensor] = []
+
+        def watch(event: MoEEvent) -> None:
+            probabilities = event.routing.probabilities
+            rows = probabilities.shape[1]
+            share = torch.bincount(event.routing.rows.reshape(-1), minlength=rows) / event.routing.rows.numel()
+            losses.append(rows * (share.to(probabilities.dtype) * probabilities.mean(dim=0)).sum())
+
+        out = self(x, t, y, watch)
+        return out, torch.stack(losses).sum()
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        patch, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        grid = tokens.reshape(-1, side, side, patch, patch, self.config.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", grid).reshape(
+            -1, self.config.out_channels, side * patch, side * patch
+        )
+
+
+def sincos_position_embedding(width: int, side: int) -> Tensor:
+    """Return the fixed 2-D embedding (1, side², width): half the channels for columns, half for rows.
+
+    Each half is sine then cosine of position / 10000^(i / (width/4)), as MAE and DiT build it.
+    """
+    omega = 1.0 / _MAX_PERIOD ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)
+    columns = line[None, :, :].expand(side, side, -1)
+    rows = line[:, None, :].expand(side, side, -1)
+    return torch.cat((columns, rows), dim=-1).reshape(1, side * side, width).float()

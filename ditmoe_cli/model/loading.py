@@ -1,0 +1,79 @@
+"""A checkpoint's weights, put into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe_cli.checkpoint.formats import Weight
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
+from ditmoe_cli.model.quantized import QuantizedLinear
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    num_heads: int | None = None,
+    top_k: int | None = None,
+    sampler: Sampler | None = None,
+) -> DiTMoE:
+    """Load any checkpoint that ditmoe reads or writes, quantised ones included, ready to predict.
+
+    Args:
+        path: a file, a folder, or ``demo:digits``.
+        device: where the weights go.
+        dtype: what activations, and weights that are not quantised, are computed in.
+        num_heads, top_k, sampler: as for `open_checkpoint`.
+
+    Raises:
+        BadInputError: the checkpoint is missing, damaged, not a DiT-MoE, or holds NaN or infinite weights.
+    """
+    checkpoint = open_checkpoint(path, num_heads=num_heads, top_k=top_k, sampler=sampler)
+    return build_model(checkpoint, torch.device(device), dtype)
+
+
+def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> DiTMoE:
+    """Put the weights of an opened checkpoint into a model, one tensor at a time."""
+    with torch.device("meta"):
+        model = DiTMoE(checkpoint.config)
+    for weight in checkpoint.weights.values():
+        _assign(model, checkpoint, weight, device, dtype)
+    if "pos_embed" not in checkpoint.weights:
+        side = checkpoint.config.input_size // checkpoint.config.patch_size
+        embedding = sincos_position_embedding(checkpoint.config.hidden_size, side)
+        _set(model, "pos_embed", embedding.to(device, dtype))
+    return model.eval().requires_grad_(False)
+
+
+def _assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
+    members = {name: checkpoint.finite_tensor(name).to(device) for name in weight.members}
+    name = weight.info.name
+    if weight.format is None:
+        value = members[name]
+        _set(model, name, value.to(dtype) if value.is_floating_point() else value)
+        return
+    module_name = name.removesuffix(".weight")
+    old = model.get_submodule(module_name)
+    layer = QuantizedLinear(weight, bias=getattr(old, "bias", None) is not None, dtype=dtype)
+    layer.load_members(members, weight)
+    parent = model.get_submodule(module_name.rpartition(".")[0])
+    setattr(parent, module_name.rpartition(".")[2], layer)
+    bias = f"{module_name}.bias"
+    if bias in checkpoint.weights:
+        _set(model, bias, checkpoint.finite_tensor(bias).to(device, dtype))
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer, whatever device or dtype stood there."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,128 @@
+"""NF4 and int8 weights in torch: packing as bitsandbytes stores them, and our own dequantiser.
+
+The dequantiser is ours because bitsandbytes' CPU kernels are wrong for some shapes and alter a module's
+state on its first forward; see docs/design.md.
+
+NF4 (QLoRA, https://arxiv.org/abs/2305.14314): weights w in flattened blocks of 64, absmax a = max|w|, code =
+argmin_q |w/a - c_q| over the 16 quantiles c of a normal distribution, two codes a byte.
+int8 (LLM.int8, https://arxiv.org/abs/2208.07339): row absmax s on fp16-cast weights, q = round(127 w / s).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ditmoe_cli.checkpoint.formats import NF4_BLOCK, Format, Weight, quant_state_json
+from ditmoe_cli.checkpoint.header import TensorInfo
+from ditmoe_cli.checkpoint.reader import torch_dtype
+
+NF4_CODES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def pack(weight: Tensor, info: TensorInfo, fmt: Format) -> dict[str, Tensor]:
+    """Quantise a weight; return its members by name, as `formats.quantized_members` lays them out."""
+    return _pack_nf4(weight, info) if fmt == "nf4" else _pack_int8(weight, info)
+
+
+def _pack_nf4(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
+    codes = torch.tensor(NF4_CODES, dtype=torch.float32)
+    flat = weight.detach().reshape(-1).float()
+    blocks = F.pad(flat, (0, -flat.numel() % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    midpoints = (codes[1:] + codes[:-1]) / 2
+    nibbles = torch.bucketize(scaled, midpoints).to(torch.uint8).reshape(-1)[: flat.numel()]
+    state = torch.frombuffer(bytearray(quant_state_json(info)), dtype=torch.uint8)
+    return {
+        info.name: ((nibbles[0::2] << 4) | nibbles[1::2]).unsqueeze(1),
+        f"{info.name}.absmax": absmax,
+        f"{info.name}.quant_map": codes,
+        f"{info.name}.quant_state.bitsandbytes__nf4": state,
+    }
+
+
+def _pack_int8(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
+    half = weight.detach().to(torch.float16).float()
+    scale = half.abs().amax(dim=1)
+    codes = (half * (127.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round()
+    stem = info.name.removesuffix(".weight")
+    return {
+        info.name: codes.to(torch.int8),
+        f"{stem}.SCB": scale,
+        f"{stem}.weight_format": torch.zeros((), dtype=torch.uint8),
+    }
+
+
+def unpack_nf4(packed: Tensor, absmax: Tensor, codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the fp32 weight of `shape`: code value times its block's absmax."""
+    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1).int()
+    values = F.pad(codes[nibbles], (0, -nibbles.numel() % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
+    return (values * absmax[:, None]).reshape(-1)[: nibbles.numel()].reshape(shape)
+
+
+def unpack_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the fp32 weight: code times row scale / 127."""
+    return codes.float() * (scale / 127.0)[:, None]
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that keeps its weight packed and unpacks it for each multiplication.
+
+    Members are buffers under short names; `load_members` fills them from a checkpoint.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    table: Tensor
+
+    def __init__(self, weight: Weight, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert weight.format is not None
+        self.format: Format = weight.format
+        self.shape = weight.info.shape
+        self.dtype = dtype
+        for name in ("codes", "scale", "table"):
+            self.register_buffer(name, torch.empty(0))
+        self.bias = nn.Parameter(torch.empty(self.shape[0], dtype=dtype), requires_grad=False) if bias else None
+
+    def load_members(self, members: dict[str, Tensor], weight: Weight) -> None:
+        """Take over the packed tensors of `weight`."""
+        self.codes, self.scale = members[weight.members[0]], members[weight.members[1]]
+        if self.format == "nf4":
+            self.table = members[weight.members[2]]
+
+    def weight(self) -> Tensor:
+        """Return the unpacked weight (out, in) in the compute dtype."""
+        if self.format == "nf4":
+            return unpack_nf4(self.codes, self.scale, self.table, self.shape).to(self.dtype)
+        return unpack_int8(self.codes, self.scale).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + b."""
+        return F.linear(x, self.weight(), self.bias)
+
+
+def unpack(weight: Weight, members: dict[str, Tensor]) -> Tensor:
+    """Return a quantised weight in its logical dtype."""
+    layer = QuantizedLinear(weight, bias=False, dtype=torch_dtype(weight.info.dtype))
+    layer.load_members(members, weight)
+    return layer.weight()

@@ -1,0 +1,52 @@
+"""Top-k routing as DiT-MoE does it: softmax over all rows, the k largest kept, not renormalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go.
+
+    Attributes:
+        experts: (T, k) physical expert of each slot, best first.
+        weights: (T, k) routing weights: probabilities over all rows, not renormalised.
+        rows: (T, k) router rows that were selected; the experts themselves where no map stands between.
+        probabilities: (T, R) softmax over all router rows.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    rows: Tensor
+    probabilities: Tensor
+
+
+class Router(nn.Module):
+    """p = softmax(W u) over R rows; top-k over the rows that select something.
+
+    ``expert_of`` (R,) says what a row selects: an expert, or -1 for a *ghost*, which counts in the softmax but
+    is never selected. Rows that share an expert each take a slot, so their weights add. Without a map row e
+    selects expert e.
+    """
+
+    expert_of: Tensor | None
+
+    def __init__(self, width: int, rows: int, top_k: int, mapped: bool) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.register_buffer("expert_of", torch.zeros(rows, dtype=torch.int32) if mapped else None)
+
+    def forward(self, u: Tensor) -> Routing:
+        """Route tokens u (T, width)."""
+        probabilities = (u @ self.weight.T).softmax(dim=-1)
+        if self.expert_of is None:
+            weights, rows = probabilities.topk(self.top_k, dim=-1)
+            return Routing(rows, weights, rows, probabilities)
+        selectable = probabilities.masked_fill(self.expert_of < 0, -1.0)
+        rows = selectable.topk(self.top_k, dim=-1).indices
+        return Routing(self.expert_of.long()[rows], probabilities.gather(-1, rows), rows, probabilities)
