@@ -92,15 +92,19 @@ def logical_weights(tensors: Mapping[str, TensorInfo], raw: Callable[[str], byte
     return result
 
 
-def _require_members(weight: Weight, tensors: Mapping[str, TensorInfo]) -> Weight:
-    assert weight.format is not None
-    for member in quantized_members(weight.info, weight.format):
-        if tensors.get(member.name) != member:
+def _require_members(info: TensorInfo, fmt: Format, tensors: Mapping[str, TensorInfo]) -> Weight:
+    if len(info.shape) != 2:
+        raise BadInputError(f"the {fmt} weight {info.name!r} has shape {list(info.shape)}, which is no matrix")
+    members = quantized_members(info, fmt)
+    for member in members:
+        found = tensors.get(member.name)
+        if found != member:
+            what = f"{found.dtype} {list(found.shape)}" if found else "missing"
             raise BadInputError(
-                f"tensor {member.name!r} of the {weight.format} weight {weight.info.name!r} is "
-                f"{tensors.get(member.name, 'missing')}, expected {member.dtype} {list(member.shape)}"
+                f"tensor {member.name!r} of the {fmt} weight {info.name!r} is {what}, "
+                f"expected {member.dtype} {list(member.shape)}"
             )
-    return weight
+    return Weight(info, fmt, tuple(member.name for member in members))
 
 
 def _nf4_weight(state_name: str, tensors: Mapping[str, TensorInfo], state: bytes) -> Weight:
@@ -116,16 +120,14 @@ def _nf4_weight(state_name: str, tensors: Mapping[str, TensorInfo], state: bytes
             f"tensor {name!r} is {kind} with blocks of {block}; ditmoe reads nf4 with blocks of {NF4_BLOCK} "
             "and no double quantisation"
         )
-    info = TensorInfo(name, dtype, shape)
-    return _require_members(Weight(info, "nf4", tuple(m.name for m in quantized_members(info, "nf4"))), tensors)
+    return _require_members(TensorInfo(name, dtype, shape), "nf4", tensors)
 
 
 def _int8_weight(scale_name: str, tensors: Mapping[str, TensorInfo]) -> Weight:
     name = scale_name.removesuffix("SCB") + "weight"
     if name not in tensors:
         raise BadInputError(f"tensor {scale_name!r} stands without its weight {name!r}")
-    info = TensorInfo(name, "F16", tensors[name].shape)
-    return _require_members(Weight(info, "int8", tuple(m.name for m in quantized_members(info, "int8"))), tensors)
+    return _require_members(TensorInfo(name, "F16", tensors[name].shape), "int8", tensors)
 
 
 def is_quantizable(info: TensorInfo) -> bool:

@@ -77,9 +77,9 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int, size: in
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise BadInputError(f"{path}: header entry of tensor {name!r} is malformed; the file is corrupt")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise BadInputError(f"{path}: tensor {name!r} has dtype {dtype!r}, which ditmoe does not read")
-    whole = [n for n in (shape if isinstance(shape, list) else [None]) if isinstance(n, int) and n >= 0]
+    whole = [n for n in (shape if isinstance(shape, list) else [None]) if type(n) is int and n >= 0]
     if not isinstance(shape, list) or len(whole) != len(shape):
         raise BadInputError(f"{path}: tensor {name!r} has shape {shape!r}; the file is corrupt")
     info = TensorInfo(name, dtype, tuple(whole))

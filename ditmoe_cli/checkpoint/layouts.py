@@ -55,7 +55,7 @@ def locate(path: Path) -> Located:
 def _locate_in_folder(folder: Path) -> Located:
     for root in (folder, folder / "transformer"):
         indices = sorted(root.glob(f"*{_INDEX_SUFFIX}"))
-        singles = sorted(root.glob("*.safetensors"))
+        singles = sorted(file for file in root.glob("*.safetensors") if file.is_file())
         if len(indices) == 1:
             return _sharded(indices[0])
         if not indices and len(singles) == 1:
@@ -67,7 +67,7 @@ def _locate_in_folder(folder: Path) -> Located:
 
 def _locate_deepspeed(folder: Path) -> Located:
     latest = folder / "latest"
-    step = folder / latest.read_text().strip() if latest.is_file() else folder
+    step = folder / latest.read_text(errors="replace").strip() if latest.is_file() else folder
     states = sorted(step.glob("mp_rank_*_model_states.pt"))
     if len(states) > 1:
         raise BadInputError(f"{step}: holds {len(states)} model-parallel parts; consolidate them first")
@@ -101,7 +101,11 @@ def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
     """
 
     def holds_tensors(value: object) -> bool:
-        return isinstance(value, Mapping) and bool(value) and all(is_tensor(v) for v in value.values())
+        return (
+            isinstance(value, Mapping)
+            and bool(value)
+            and all(isinstance(k, str) and is_tensor(v) for k, v in value.items())
+        )
 
     if holds_tensors(loaded):
         assert isinstance(loaded, Mapping)

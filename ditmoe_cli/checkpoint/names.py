@@ -68,4 +68,4 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts ``experts.2`` before ``experts.10``."""
-    return tuple((0, int(p)) if p.isdigit() else (1, p) for p in name.split("."))
+    return tuple((0, int(p)) if p.isdecimal() else (1, p) for p in name.split("."))

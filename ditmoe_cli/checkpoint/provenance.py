@@ -35,10 +35,11 @@ def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Step:
-    """One step in a checkpoint's history: the command and the digest of the plan that it applied."""
+    """One step in a checkpoint's history: the command, the fingerprint of what it was given, its plan's digest."""
 
     command: str
-    plan: str | None = None
+    source: str
+    plan: str
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,22 @@ class Card:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The ``ditmoe`` metadata: configuration, source and plan digests, history, card, tensor hashes."""
+    """The ``ditmoe`` metadata: configuration, history and card. Hashes of the tensors join them on disk."""
 
     config: Mapping[str, Any]
-    source: str | None = None
     history: tuple[Step, ...] = ()
     card: Card = field(default_factory=Card)
+
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoints that this one was made from, oldest first."""
+        return tuple(step.source for step in self.history)
 
     def to_metadata(self, hashes: Mapping[str, str]) -> dict[str, str]:
         """Return the safetensors metadata, without times or paths, so that equal work gives equal bytes."""
         document = {
             "schema": CHECKPOINT_SCHEMA,
             "config": dict(self.config),
-            "source": self.source,
             "history": [asdict(step) for step in self.history],
             "card": asdict(self.card),
             "tensors": dict(hashes),
@@ -83,7 +87,6 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
         document = check_schema(json.loads(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
         return Provenance(
             config=dict(document["config"]),
-            source=document["source"],
             history=tuple(Step(**step) for step in document["history"]),
             card=Card(**document["card"]),
         )

@@ -7,12 +7,15 @@ before the rename leaves the target as it was: absent, or the old one.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
+
+_CHECKPOINT_FILE = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 
 
 def check_target(target: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -32,6 +35,18 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         raise OutputExistsError(f"{target}: is neither a file nor a folder; name another output")
     if not force:
         raise OutputExistsError(f"{target}: exists already; give --force to replace it, or -o for another name")
+    if target.is_dir():
+        _refuse_foreign_folder(target)
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """A folder is replaced as a whole, so it must hold nothing but what we write into one."""
+    foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not _CHECKPOINT_FILE.fullmatch(c.name)), None)
+    if foreign is not None:
+        raise OutputExistsError(
+            f"{folder}: holds {foreign.name}, which is no part of a checkpoint folder, so it is not replaced; "
+            "name another output"
+        )
 
 
 def _holds(target: Path, source: Path) -> bool:
@@ -51,6 +66,7 @@ def staged(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -> It
     target = target.absolute()
     check_target(target, force, inputs)
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    _remove(staging)  # of a killed run with our process number, as in containers
     try:
         yield staging
         _flush(staging)
@@ -82,6 +98,7 @@ def _rename(staging: Path, target: Path) -> None:
         staging.replace(target)
         return
     aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    _remove(aside)
     target.rename(aside)
     try:
         staging.rename(target)

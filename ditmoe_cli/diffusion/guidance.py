@@ -7,6 +7,7 @@ guide the first three channels only, as upstream's ``forward_with_cfg`` does, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -34,20 +35,29 @@ def combine(cond: Tensor, uncond: Tensor, scale: float, sampler: Sampler) -> Ten
 
 
 def guided_predictor(
-    model: DiTMoE, labels: Tensor, scale: float, sampler: Sampler, observer: Observer | None = None
+    model: DiTMoE,
+    labels: Tensor,
+    scale: float,
+    sampler: Sampler,
+    observer: Observer | None = None,
+    on_step: Callable[[Tensor, float], None] | None = None,
 ) -> Predictor:
     """Return a predictor for images with `labels` (N,).
 
     At scale 1 only the conditional branch is computed; otherwise both run in one batch, conditional first.
+    `on_step(x, t)` is called before each prediction, `observer` by every block during it.
     """
     null = torch.full_like(labels, model.config.num_classes)
 
     def predict(x: Tensor, t: float) -> Tensor:
+        if on_step is not None:
+            on_step(x, t)
         times = torch.full((len(x),), t, device=x.device)
         if scale == 1.0:
-            return model(x, times, labels, observer).float()
-        out = model(torch.cat((x, x)), torch.cat((times, times)), torch.cat((labels, null)), observer).float()
-        cond, uncond = out.chunk(2)
+            plain: Tensor = model(x, times, labels, observer)
+            return plain.float()
+        both: Tensor = model(torch.cat((x, x)), torch.cat((times, times)), torch.cat((labels, null)), observer)
+        cond, uncond = both.float().chunk(2)
         return combine(cond, uncond, scale, sampler)
 
     return predict

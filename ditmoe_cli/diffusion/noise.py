@@ -32,9 +32,7 @@ class ImageNoise:
         return torch.stack(drawn).to(self.device)
 
 
-def image_noise(
-    seed: int, indices: Sequence[int], device: torch.device, purpose: str = "image"
-) -> ImageNoise:
+def image_noise(seed: int, indices: Sequence[int], device: torch.device, purpose: str = "image") -> ImageNoise:
     """Return fresh noise streams for the images `indices`."""
     generators = tuple(torch.Generator().manual_seed(image_seed(seed, i, purpose)) for i in indices)
     return ImageNoise(generators, device)

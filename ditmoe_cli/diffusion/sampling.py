@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.diffusion.solvers import Solver
+from ditmoe_cli.diffusion.solvers import SOLVERS, Solver
 from ditmoe_cli.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.moe import Observer
 
 Progress = Callable[[int], None]
+StepWatcher = Callable[["Tensor", float], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SampleSpec:
 
 def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where a value is out of range."""
-    limit = 1000 if spec.solver in ("ddim", "ddpm") else 100_000
+    limit = 1000 if SOLVERS[spec.solver].family == "ddpm" else 100_000
     for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
         if not low <= value <= high:
             raise UsageError(f"--{name} {value}: must be between {low} and {high}")
@@ -72,10 +73,17 @@ def batches(images: int, batch: int) -> Iterator[range]:
 
 
 def sample_batch(
-    model: DiTMoE, spec: SampleSpec, indices: Sequence[int], observer: Observer | None = None,
+    model: DiTMoE,
+    spec: SampleSpec,
+    indices: Sequence[int],
+    observer: Observer | None = None,
+    on_step: StepWatcher | None = None,
     purpose: str = "image",
 ) -> Tensor:
     """Sample the images `indices`; return final latents (or pixel values in [-1, 1]) (N, C, S, S) in fp32.
+
+    `observer` is shown every block's mixture, `on_step` what the model is about to be fed; `purpose` separates
+    noise of equal seeds.
 
     Raises `BadInputError` where the model produces NaN or infinite values.
     """
@@ -90,8 +98,8 @@ def sample_batch(
     shape = (config.in_channels, config.input_size, config.input_size)
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    family = "rf" if spec.solver == "euler" else "ddpm"
-    predict = guided_predictor(model, labels, spec.cfg, "rf" if family == "rf" else "ddpm", observer)
+    family = SOLVERS[spec.solver].family
+    predict = guided_predictor(model, labels, spec.cfg, family, observer, on_step)
     with torch.inference_mode():
         z = stream.draw(shape)
         if spec.solver == "euler":

@@ -14,11 +14,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean `mu` (D,) and covariance `sigma` (D, D, divisor n - 1) of the features of `n` images."""
+    """Mean `mu` (D,) and covariance `sigma` (D, D, divisor n - 1) of the features of `n` images.
+
+    `n` is None for statistics from elsewhere that do not tell it.
+    """
 
     mu: Array
     sigma: Array
-    n: int
+    n: int | None
 
     @property
     def dimension(self) -> int:

@@ -52,11 +52,16 @@ class Checkpoint:
         """SHA-256 of all tensors and the configuration; reads every byte once, without torch for safetensors."""
         return fingerprint(self.header.tensors.values(), self.reader.raw, self.config.to_json())
 
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoints that this one was made from, oldest first."""
+        return self.header.provenance.ancestors if self.header.provenance else ()
+
     def provenance(self) -> Provenance:
         """Return the metadata that a copy of this checkpoint would carry."""
         config = self.config.to_json()
         old = self.header.provenance
-        return Provenance(config, old.source, old.history, old.card) if old else Provenance(config)
+        return Provenance(config, old.history, old.card) if old else Provenance(config)
 
     def finite_tensor(self, name: str) -> torch.Tensor:
         """Read a stored tensor, refusing NaN and infinity by the tensor's name (`BadInputError`)."""

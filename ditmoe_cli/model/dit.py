@@ -63,16 +63,9 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class Modulation(nn.Sequential):
-    """adaLN: SiLU, then a linear layer to `parts` vectors per image."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
-
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Return `parts` tensors (N, width)."""
-        return super().forward(c).chunk(self.parts, dim=1)
+def modulation(width: int, parts: int) -> nn.Sequential:
+    """Return adaLN: SiLU, then a linear layer from conditions (N, width) to `parts` vectors per image."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
 class Block(nn.Module):
@@ -82,14 +75,15 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config)
         self.moe = SparseMoE(config.hidden_size, block, config.top_k)
-        self.adaLN_modulation = Modulation(config.hidden_size, 6)
+        self.adaLN_modulation = modulation(config.hidden_size, 6)
 
     def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
         """Map tokens x (N, tokens, width) under conditions c (N, width)."""
-        shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c)
+        shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate.unsqueeze(1) * self.attn(modulated_norm(x, shift_a, scale_a))
-        mixed: Tensor = self.moe(modulated_norm(x, shift_m, scale_m), index, gamma, observer)
-        return x + gamma.unsqueeze(1) * mixed
+        mixed = self.moe(modulated_norm(x, shift_m, scale_m), index, gamma, observer)
+        out: Tensor = x + gamma.unsqueeze(1) * mixed
+        return out
 
 
 class FinalLayer(nn.Module):
@@ -98,11 +92,11 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
-        self.adaLN_modulation = Modulation(config.hidden_size, 2)
+        self.adaLN_modulation = modulation(config.hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map (N, tokens, width) to (N, tokens, patch² · out_channels)."""
-        shift, scale = self.adaLN_modulation(c)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         out: Tensor = self.linear(modulated_norm(x, shift, scale))
         return out
 

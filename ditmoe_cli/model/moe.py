@@ -71,7 +71,7 @@ class SparseMoE(nn.Module):
         counts = torch.bincount(slots, minlength=len(self.experts)).tolist()
         parts = [
             expert(u[chunk])
-            for expert, chunk in zip(self.experts, tokens.split(counts), strict=True)
+            for expert, chunk in zip(self.experts, torch.split(tokens, counts), strict=True)
             if len(chunk)
         ]
         inverse = torch.empty_like(order)
@@ -86,4 +86,5 @@ class SparseMoE(nn.Module):
         if observer is not None:
             observer(MoEEvent(block, flat, routing, outputs, gamma))
         routed = (routing.weights.unsqueeze(-1) * outputs).sum(dim=1)
-        return routed.reshape(u.shape) + self.shared_experts(u)
+        shared: Tensor = self.shared_experts(u)
+        return routed.reshape(u.shape) + shared

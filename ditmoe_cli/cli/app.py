@@ -1,0 +1,124 @@
+"""The ``ditmoe`` program: its commands, and what becomes of everything that can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+# plain help and one-line usage errors: rich would wrap long paths, and costs start-up time
+os.environ.setdefault("TYPER_USE_RICH", "0")
+
+import typer
+
+from ditmoe_cli import __version__
+from ditmoe_cli.cli import apply, convert, fid, inspect, plan, profile_experts, prune, quantize, sample
+from ditmoe_cli.errors import DitmoeError
+
+app = typer.Typer(
+    name="ditmoe",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+# typer carries its own click; its public BadParameter leads to the base of everything click raises
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"ditmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Compress and analyse pretrained DiT-MoE checkpoints.
+
+    ditmoe profile-experts CKPT | ditmoe prune --keep 0.5 | ditmoe quantize --bits 4 | ditmoe fid
+    """
+
+
+app.command("inspect")(inspect.run)
+app.command("convert")(convert.run)
+app.command("profile-experts")(profile_experts.run)
+app.command("prune")(prune.run)
+app.command("quantize")(quantize.run)
+app.command("plan")(plan.run)
+app.command("apply")(apply.run)
+app.command("sample")(sample.run)
+app.command("fid")(fid.run)
+
+
+def main() -> NoReturn:
+    """Run the program and end the process with the exit code of its outcome."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the program on arguments and return its exit code; errors become one line on stderr."""
+    try:
+        outcome = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) else 0
+    except DitmoeError as error:
+        return _fail(str(error), error.exit_code)
+    except _ClickException as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # stdout is gone: point it elsewhere so that the interpreter's last flush stays silent
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MemoryError:
+        return _fail("out of memory; try a smaller --batch", 1)
+    except OSError as error:
+        return _fail(_os_error(error), 1)
+    except Exception as error:
+        if os.environ.get("DITMOE_TRACEBACK"):
+            raise
+        return _fail(_unexpected(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ditmoe: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _usage(error: BaseException) -> int:
+    """Print a usage error in one line; a bare ``ditmoe`` prints its help."""
+    message = getattr(error, "format_message", lambda: str(error))()
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        return 2
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    return _fail(message + hint, 2)
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}no space left on the device; the output was not written"
+    return f"{where}{error.strerror or error}"
+
+
+def _unexpected(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device is out of memory; try a smaller --batch"
+    return f"internal error: {type(error).__name__}: {error} (set DITMOE_TRACEBACK=1 for the traceback, and report it)"
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    """Leave through the finally clauses, so that no half-written output stays."""
+    raise SystemExit(128 + number)

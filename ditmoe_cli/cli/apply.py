@@ -1,0 +1,52 @@
+"""``ditmoe apply``: carry out a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditmoe_cli.cli.options import (
+    CheckpointArg,
+    DryRun,
+    Force,
+    Heads,
+    Json,
+    OutputOpt,
+    Quiet,
+    SamplerOpt,
+    ShardSize,
+    TopK,
+    given,
+)
+from ditmoe_cli.cli.output import Printing
+from ditmoe_cli.cli.stage import default_output, incoming, open_stage
+from ditmoe_cli.cli.writing import preview, write
+
+PlanOpt = Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan, or the output of a --dry-run.")]
+
+
+def run(
+    plan: PlanOpt,
+    checkpoint: CheckpointArg = None,
+    heads: Heads = None,
+    top_k: TopK = None,
+    sampler: SamplerOpt = None,
+    output: OutputOpt = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    max_shard_size: ShardSize = "10GB",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out a compression plan, edited or not, on the checkpoint that it was made for."""
+    from ditmoe_cli.compression.plan import read_plan
+
+    wanted = read_plan(plan)
+    stage = incoming(checkpoint, given(heads, top_k, sampler))
+    opened = open_stage(stage)
+    target = output or default_output(opened.path, wanted.command)
+    if dry_run:
+        return preview(stage, opened, wanted, target, max_shard_size, Printing(json, quiet))
+    return write(stage, "apply", opened, wanted, target, force, max_shard_size, Printing(json, quiet))

@@ -1,0 +1,254 @@
+"""``ditmoe fid``: how far images are from a reference, and what compression did to each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from ditmoe_cli.cli.options import (
+    Batch,
+    Cfg,
+    Classes,
+    Device,
+    Force,
+    Heads,
+    Json,
+    Quiet,
+    SamplerOpt,
+    Seed,
+    SolverOpt,
+    Steps,
+    TopK,
+    checked_device,
+    given,
+    require_safetensors,
+)
+from ditmoe_cli.cli.output import Printing, Row, emit, note, progress
+from ditmoe_cli.cli.spec import sample_spec
+from ditmoe_cli.cli.stage import Stage, incoming, open_stage
+from ditmoe_cli.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from ditmoe_cli.diffusion.sampling import SampleSpec
+    from ditmoe_cli.evaluation.samples import Runtime
+    from ditmoe_cli.evaluation.score import Score, Side
+    from ditmoe_cli.model.checkpoint import Checkpoint
+
+SubjectArg = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Argument(metavar="[A]", help="A checkpoint, samples, statistics or images; else the envelope on stdin."),
+]
+RefOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--ref", metavar="B", help="What to compare with: as A. [default: the original's samples of the same seeds]"
+    ),
+]
+OriginalOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--original",
+        metavar="CHECKPOINT",
+        help="Checkpoint for the paired error. [default: the pipeline's original, else --ref if it is a checkpoint]",
+    ),
+]
+ImagesOpt = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample of each checkpoint.")]
+ExtractorOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--extractor",
+        metavar="NAME",
+        help="inception, pixels or package.module:factory. [default: what A's metadata names, else inception]",
+    ),
+]
+WeightsOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--weights", metavar="FILE", help="Inception weights. [default: the cache, else fetched once]"),
+]
+MaxOpt = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--max", metavar="X", help="Exit with 6 if the distance is above X."),
+]
+ScoreOutput = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("-o", "--output", metavar="FILE", help="Write the score as safetensors too."),
+]
+
+
+def run(
+    subject: SubjectArg = None,
+    ref: RefOpt = None,
+    original: OriginalOpt = None,
+    images: ImagesOpt = 2048,
+    steps: Steps = 20,
+    cfg: Cfg = 1.0,
+    solver: SolverOpt = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    batch: Batch = 64,
+    device: Device = "cpu",
+    extractor: ExtractorOpt = None,
+    weights: WeightsOpt = None,
+    max_value: MaxOpt = None,
+    heads: Heads = None,
+    top_k: TopK = None,
+    sampler: SamplerOpt = None,
+    output: ScoreOutput = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sample A, and score it against B: Fréchet distance, and paired same-seed error against the original.
+
+    In a pipeline without --ref the original's own samples of the same seeds are the reference, so that an
+    unchanged model scores 0. The distance is called fid over Inception features and frechet over any other.
+    """
+    if max_value is not None and not max_value >= 0:
+        raise UsageError(f"--max {max_value}: give a distance of at least 0")
+    stage = incoming(subject, given(heads, top_k, sampler))
+    options = Sampling(images, steps, cfg, seed, solver, classes, batch, device)
+    result = measure(stage, _Asked(ref, original, extractor, weights), options, output, force)
+    path = str(output.absolute()) if output else stage.samples or stage.checkpoint
+    emit(Printing(json, quiet), stage.done("fid", {}).to_json(result.to_json()), rows(result), path)
+    if max_value is not None and result.value > max_value:
+        raise GateError(f"{result.metric} {result.value:.4g} is above --max {max_value:g}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling options."""
+
+    images: int
+    steps: int
+    cfg: float
+    seed: int
+    solver: str | None
+    classes: str | None
+    batch: int
+    device: str
+
+    def spec(self, checkpoint: Checkpoint) -> SampleSpec:
+        """Return the spec for a checkpoint."""
+        return sample_spec(checkpoint, self.images, self.steps, self.cfg, self.seed, self.solver, self.classes)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The comparing options."""
+
+    ref: str | None
+    original: str | None
+    extractor: str | None
+    weights: Path | None
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Something to compare, before it is sampled or read: its path, and the checkpoint if it is one."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+
+
+def measure(stage: Stage, asked: _Asked, options: Sampling, output: Path | None, force: bool) -> Score:
+    """Sample or read all sides and score them. Everything that can be refused is refused before sampling."""
+    from ditmoe_cli.checkpoint.staging import check_target
+    from ditmoe_cli.evaluation.features import check_extractor_name, make_extractor
+    from ditmoe_cli.evaluation.samples import Runtime
+    from ditmoe_cli.evaluation.score import card_of, score, write_score
+
+    if asked.extractor is not None:
+        check_extractor_name(asked.extractor)
+    if output is not None:
+        check_target(require_safetensors(output).absolute(), force)
+    subject = _item(stage, stage.samples or stage.checkpoint)
+    reference, original = _others(stage, subject, asked)
+    cards = [card for item in (subject, reference) if (card := card_of(item.path, item.checkpoint))]
+    name = asked.extractor or next((card.extractor for card in cards if card.extractor), "inception")
+    grey_levels = cards[0].grey_levels if cards else 255
+    device = str(checked_device(options.device))
+    extractor = make_extractor(name, grey_levels=grey_levels, weights=asked.weights, device=device)
+    sides = _sides([subject, reference, original], options, Runtime(device, options.batch))
+    result = score(sides[0], sides[1], sides[2], extractor, grey_levels, progress, note)
+    if output is not None:
+        write_score(output, result, force)
+    return result
+
+
+def _item(stage: Stage, path: str | None) -> _Item:
+    from ditmoe_cli.evaluation.images import kind_of
+    from ditmoe_cli.model.checkpoint import resolve_path
+
+    if path is None:
+        raise UsageError("the envelope names neither a checkpoint nor samples to score")
+    found = resolve_path(path)
+    return _Item(found, open_stage(stage, str(found)) if kind_of(found) == "checkpoint" else None)
+
+
+def _others(stage: Stage, subject: _Item, asked: _Asked) -> tuple[_Item, _Item | None]:
+    """Return the reference, and the original for the paired error if one is known.
+
+    The original is what --original names, else the pipeline's, else a reference that is a checkpoint.
+    """
+    piped = stage.original if stage.history else None
+    named = asked.original or piped
+    if asked.ref is None and named is None:
+        raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
+    original = _item(stage, _absolute(named)) if named else None
+    if original is not None and original.checkpoint is None:
+        raise UsageError(f"--original {named}: is not a checkpoint; give images as --ref")
+    reference = _item(stage, _absolute(asked.ref)) if asked.ref else original
+    assert reference is not None
+    return reference, original or (reference if reference.checkpoint and subject is not reference else None)
+
+
+def _absolute(path: str | None) -> str | None:
+    from ditmoe_cli.model.checkpoint import resolve_path
+
+    return str(resolve_path(path).absolute()) if path else None
+
+
+def _sides(items: list[_Item | None], options: Sampling, runtime: Runtime) -> list[Side]:
+    """Sample or read the sides, each thing once; the subject's own spec, where it has one, rules them all.
+
+    The original's side is None where the subject's seeds are not known, since nothing pairs then.
+    """
+    from ditmoe_cli.evaluation.score import sampled_side, stored_side
+
+    done: dict[Path, Side] = {}
+
+    def side(item: _Item | None, spec: SampleSpec | None) -> Side | None:
+        if item is None:
+            return None
+        if item.path not in done:
+            done[item.path] = (
+                sampled_side(item.checkpoint, spec or options.spec(item.checkpoint), runtime, progress)
+                if item.checkpoint
+                else stored_side(item.path)
+            )
+        return done[item.path]
+
+    subject = side(items[0], None)
+    assert subject is not None
+    reference = side(items[1], subject.spec)
+    original = side(items[2], subject.spec) if subject.spec else None
+    return [subject, reference, original]  # type: ignore[list-item]
+
+
+def rows(result: Score) -> list[Row]:
+    """Return the score as a table."""
+    paired = result.paired
+    extractor = result.conditions["extractor"]["name"]
+    error = f"mse {paired.mse:.4g} over {paired.n} pairs" if paired else "the original is not known (give --original)"
+    psnr = f", psnr {paired.psnr:.2f} dB" if paired and paired.psnr is not None else ""
+    return [
+        (result.metric, f"{result.value:.4f}"),
+        ("images", f"{result.images} against {result.reference_images}"),
+        ("paired error", error + psnr),
+        ("extractor", extractor),
+        ("subject", result.conditions["subject"]["path"]),
+        ("reference", result.conditions["reference"]["path"]),
+    ]

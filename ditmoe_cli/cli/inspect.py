@@ -1,0 +1,93 @@
+"""``ditmoe inspect``: what a checkpoint is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.cli.options import CheckpointArg, Heads, Json, SamplerOpt, TopK, given
+from ditmoe_cli.cli.output import Printing, Row, emit, human_bytes
+from ditmoe_cli.cli.stage import incoming, open_stage
+
+if TYPE_CHECKING:
+    from ditmoe_cli.model.checkpoint import Checkpoint
+
+
+def run(
+    checkpoint: CheckpointArg = None,
+    heads: Heads = None,
+    top_k: TopK = None,
+    sampler: SamplerOpt = None,
+    json: Json = False,
+) -> None:
+    """Print what a checkpoint is: architecture, parameters, bytes, layout, sampler family, assumptions.
+
+    Reads headers only: no torch for safetensors, whatever the size.
+    """
+    stage = incoming(checkpoint, given(heads, top_k, sampler))
+    opened = open_stage(stage)
+    result = describe(opened)
+    emit(Printing(json), stage.to_json(result), rows(result), str(opened.path))
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the description of a checkpoint as JSON."""
+    from ditmoe_cli.model.checkpoint import count_parameters
+
+    parameters = count_parameters(checkpoint)
+    provenance = checkpoint.header.provenance
+    return {
+        "config": checkpoint.config.to_json(),
+        "parameters": {
+            "total": parameters.total,
+            "activated": parameters.activated,
+            "routed": parameters.routed,
+        },
+        "layout": checkpoint.header.layout,
+        "file_bytes": checkpoint.header.file_bytes,
+        "tensor_bytes": sum(info.nbytes for info in checkpoint.header.tensors.values()),
+        "tensors": len(checkpoint.header.tensors),
+        "formats": dict(sorted(Counter(w.format or w.info.dtype for w in checkpoint.weights.values()).items())),
+        "router_rows": [block.router_rows for block in checkpoint.config.blocks],
+        "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
+        "extractor": checkpoint.card.extractor,
+        "history": [step.command for step in provenance.history] if provenance else [],
+        "assumptions": list(checkpoint.assumptions),
+        "warnings": list(checkpoint.warnings),
+    }
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Return the description as a table."""
+    config, parameters = result["config"], result["parameters"]
+    side = config["input_size"]
+    share = parameters["routed"] / parameters["total"]
+    return [
+        (
+            "architecture",
+            f"depth {config['depth']}, width {config['hidden_size']}, {config['num_heads']} heads, "
+            f"patch {config['patch_size']}, {config['attention']} attention",
+        ),
+        (
+            "experts",
+            f"{config['num_experts']} per block, top-{config['top_k']}, width {config['expert_width']}, "
+            f"shared {config['shared_width']}",
+        ),
+        (
+            "images",
+            f"{config['in_channels']} x {side} x {side} in, {config['out_channels']} channels out, "
+            f"{config['num_classes']} classes",
+        ),
+        (
+            "parameters",
+            f"{parameters['total']:,} total, {parameters['activated']:,} activated, "
+            f"{parameters['routed']:,} routed ({share:.1%})",
+        ),
+        ("bytes", f"{result['file_bytes']:,} ({human_bytes(result['file_bytes'])})"),
+        ("formats", ", ".join(f"{count} {name}" for name, count in result["formats"].items())),
+        ("layout", result["layout"]),
+        ("sampler", config["sampler"]),
+        ("history", " > ".join(result["history"]) or "none"),
+        *(("assumed", text) for text in result["assumptions"]),
+        *(("warning", text) for text in result["warnings"]),
+    ]

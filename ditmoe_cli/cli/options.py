@@ -1,0 +1,167 @@
+"""Options that commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from ditmoe_cli.checkpoint.writer import Output
+    from ditmoe_cli.model.config import Given
+
+_READING = "Reading the checkpoint"
+_SAMPLING = "Sampling"
+_WRITING = "Output"
+
+CheckpointArg = Annotated[
+    Optional[str],  # noqa: UP045 - typer shows it so
+    typer.Argument(metavar="[CHECKPOINT]", help="A file, a folder or demo:digits; else the envelope on stdin."),
+]
+Heads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--heads", metavar="N", help="Attention heads, where the file cannot tell.", rich_help_panel=_READING),
+]
+TopK = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--top-k",
+        metavar="K",
+        help="Experts per token. [default: what the file says, else 2]",
+        rich_help_panel=_READING,
+    ),
+]
+SamplerOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--sampler",
+        metavar="rf|ddpm",
+        help="Family of the weights. [default: what the file says or its final layer shows]",
+        rich_help_panel=_READING,
+    ),
+]
+OutputOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="FILE.safetensors, or a folder for diffusers' sharded layout. [default: named after the input]",
+        rich_help_panel=_WRITING,
+    ),
+]
+FileOutputOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="FILE.safetensors to write. [default: named after the input]",
+        rich_help_panel=_WRITING,
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.", rich_help_panel=_WRITING)]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Plan only: write nothing, predict the exact bytes.", rich_help_panel=_WRITING),
+]
+ShardSize = Annotated[
+    str,
+    typer.Option(
+        "--max-shard-size", metavar="SIZE", help="Largest file of a folder, as 5GB or 500MB.", rich_help_panel=_WRITING
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on a terminal too.", rich_help_panel=_WRITING)]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the output's path.", rich_help_panel=_WRITING)]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Sampling steps.", rich_help_panel=_SAMPLING)]
+Cfg = Annotated[
+    float,
+    typer.Option("--cfg", metavar="S", help="Guidance scale; 1 is no guidance.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.", rich_help_panel=_SAMPLING)]
+SolverOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--solver",
+        metavar="euler|ddim|ddpm",
+        help="Integrator. [default: euler for rf, ddim for ddpm]",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Classes = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--classes", metavar="LIST", help="Labels to cycle through, as 0,3,7. [default: all]", rich_help_panel=_SAMPLING
+    ),
+]
+Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", help="Images at a time; changes no image.", rich_help_panel=_SAMPLING)
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=_SAMPLING)
+]
+
+
+def given(heads: int | None, top_k: int | None, sampler: str | None) -> Given:
+    """Return what the user said of the checkpoint. Raises `UsageError` for values out of range."""
+    from ditmoe_cli.errors import UsageError
+    from ditmoe_cli.model.config import Given
+
+    if sampler not in (None, "rf", "ddpm"):
+        raise UsageError(f"--sampler {sampler}: choose rf or ddpm")
+    for name, value in (("--heads", heads), ("--top-k", top_k)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: must be at least 1")
+    return Given(heads, top_k, sampler)  # type: ignore[arg-type]
+
+
+def checked_device(name: str) -> Any:
+    """Return the torch device of a name. Raises `UsageError` where this machine has none such."""
+    import torch
+
+    from ditmoe_cli.errors import UsageError
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0][:100]})") from None
+    return device
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Return the bytes of a size such as ``5GB`` or ``2.5GiB``. Raises `UsageError`."""
+    from ditmoe_cli.errors import UsageError
+
+    cleaned = text.strip().upper()
+    unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if cleaned.endswith(u)), None)
+    try:
+        size = int(float(cleaned.removesuffix(unit or "").removesuffix("B")) * (_UNITS[unit] if unit else 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UsageError(f"{option} {text}: give a size such as 5GB, 500MB or 2.5GiB")
+    return size
+
+
+def checkpoint_output(path: Path, force: bool, shard_size: str) -> Output:
+    """Return where a checkpoint goes. Raises `UsageError` for an ending that we do not write."""
+    from ditmoe_cli.checkpoint.writer import Output
+    from ditmoe_cli.errors import UsageError
+
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".npz", ".json"):
+        raise UsageError(f"--output {path}: checkpoints are written as FILE.safetensors or into a folder")
+    return Output(path.absolute(), force, parse_size(shard_size, "--max-shard-size"))
+
+
+def require_safetensors(path: Path) -> Path:
+    """Return `path`, or raise `UsageError` where it does not end in .safetensors."""
+    from ditmoe_cli.errors import UsageError
+
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--output {path}: give a name that ends in .safetensors")
+    return path

@@ -1,0 +1,46 @@
+"""``ditmoe plan``: show, check and compare plans."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from ditmoe_cli.cli.options import Json
+from ditmoe_cli.cli.output import Printing, Row, emit
+
+if TYPE_CHECKING:
+    from ditmoe_cli.compression.plan import CompressionPlan
+
+PlanArg = Annotated[Path, typer.Argument(metavar="FILE", help="A plan, or the output of a planner's --dry-run.")]
+OtherArg = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Argument(metavar="[OTHER]", help="Another plan to compare with."),
+]
+
+
+def run(file: PlanArg, other: OtherArg = None, json: Json = False) -> None:
+    """Show and check a compression plan, or print in what two plans differ."""
+    from ditmoe_cli.compression.plan import plan_difference, read_plan
+
+    plan = read_plan(file)
+    if other is None:
+        return emit(Printing(json), plan.to_json(), rows(plan), str(file.absolute()))
+    lines = plan_difference(plan, read_plan(other))
+    document = {"schema": "ditmoe.plan-difference/1", "same": not lines, "differences": lines}
+    return emit(Printing(json), document, [("", line) for line in lines] or [("", "the plans are the same")], None)
+
+
+def rows(plan: CompressionPlan) -> list[Row]:
+    """Return a plan as a table."""
+    formats = Counter(plan.formats.values())
+    return [
+        ("command", plan.command),
+        ("for checkpoint", plan.source),
+        ("by profile", plan.profile or "none"),
+        ("options", ", ".join(f"{name} {value}" for name, value in plan.options.items()) or "none"),
+        *((f"block {i}", f"{b.router}, keeps {' '.join(map(str, b.keep))}") for i, b in enumerate(plan.blocks)),
+        *(("quantises", f"{count} weights to {fmt}") for fmt, count in sorted(formats.items())),
+    ]

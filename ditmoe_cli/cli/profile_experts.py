@@ -1,0 +1,97 @@
+"""``ditmoe profile-experts``: how a checkpoint routes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditmoe_cli.cli.options import (
+    Batch,
+    Cfg,
+    CheckpointArg,
+    Classes,
+    Device,
+    FileOutputOpt,
+    Force,
+    Heads,
+    Json,
+    Quiet,
+    SamplerOpt,
+    Seed,
+    SolverOpt,
+    Steps,
+    TopK,
+    checked_device,
+    given,
+    require_safetensors,
+)
+from ditmoe_cli.cli.output import Printing, Row, emit, progress
+from ditmoe_cli.cli.spec import sample_spec
+from ditmoe_cli.cli.stage import default_output, incoming, open_stage
+
+if TYPE_CHECKING:
+    from ditmoe_cli.routing.profile import RoutingProfile
+
+Images = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample for calibration.")]
+Bins = Annotated[int, typer.Option("--bins", metavar="N", help="Step bins, from noise to image.")]
+Reservoir = Annotated[int, typer.Option("--reservoir", metavar="N", help="MoE inputs kept per block, in tokens.")]
+
+
+def run(
+    checkpoint: CheckpointArg = None,
+    images: Images = 64,
+    bins: Bins = 10,
+    reservoir: Reservoir = 20_480,
+    steps: Steps = 20,
+    cfg: Cfg = 1.0,
+    solver: SolverOpt = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    batch: Batch = 32,
+    device: Device = "cpu",
+    heads: Heads = None,
+    top_k: TopK = None,
+    sampler: SamplerOpt = None,
+    output: FileOutputOpt = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sample the model and count its routing by block, branch, step, position and expert.
+
+    Also keeps gate mass, output norms after γ, and a reservoir of MoE inputs: all that planners need.
+    """
+    stage = incoming(checkpoint, given(heads, top_k, sampler))
+    opened = open_stage(stage)
+    from ditmoe_cli.routing.calibrate import Calibration, calibrate
+
+    settings = Calibration(sample_spec(opened, images, steps, cfg, seed, solver, classes), bins, reservoir, batch)
+    target = require_safetensors(output or default_output(opened.path, "profile"))
+    profile = calibrate(opened, settings, checked_device(device), target, force, progress)
+    result = summary(profile)
+    done = stage.done("profile-experts", settings.to_json(), profile=target)
+    emit(Printing(json, quiet), done.to_json(result), rows(profile, result), str(target.absolute()))
+
+
+def summary(profile: RoutingProfile) -> dict[str, Any]:
+    """Return what a program wants to know at once: tokens seen, and each block's load and saliency."""
+    from ditmoe_cli.compression.prune.methods import METHODS
+
+    return {
+        "calibration": dict(profile.calibration),
+        "fingerprint": profile.checkpoint,
+        "load": METHODS["frequency"].score(profile.tables, 0),
+        "reap": METHODS["reap"].score(profile.tables, 0),
+        "never_routed": [list(pair) for pair in profile.never_routed()],
+        "bytes": profile.path.stat().st_size,
+    }
+
+
+def rows(profile: RoutingProfile, result: dict[str, Any]) -> list[Row]:
+    """Return the load of each block as a table."""
+    run = profile.calibration
+    spec = f"{run['images']} images, {run['steps']} steps, cfg {run['cfg']}"
+    loads = [(f"block {i} load", " ".join(f"{share:.3f}" for share in load)) for i, load in enumerate(result["load"])]
+    dead = ", ".join(f"block {b} expert {e}" for b, e in result["never_routed"])
+    return [("profile", profile.path.absolute()), ("calibration", spec), *loads, ("never routed", dead or "none")]

@@ -1,0 +1,125 @@
+"""The envelope that one command hands to the next through a pipe.
+
+It holds absolute paths and results, never tensors. A command without a CHECKPOINT argument reads one from stdin, to
+its end, before torch is imported: all commands of a pipe start at once, and waiting ones should weigh nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.errors import BadInputError, UsageError
+
+if TYPE_CHECKING:
+    from ditmoe_cli.model.checkpoint import Checkpoint
+    from ditmoe_cli.model.config import Given
+
+SCHEMA = "ditmoe.stage/1"
+_PATHS = ("checkpoint", "original", "profile", "samples")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a pipeline stands: absolute paths, what was said of the original, and what was done.
+
+    `given` are the overrides (heads, top-k, sampler) that the original was opened with; files that we write carry
+    their whole configuration and need none.
+    """
+
+    checkpoint: str | None = None
+    original: str | None = None
+    profile: str | None = None
+    samples: str | None = None
+    given: Mapping[str, Any] | None = None
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the envelope with this command's own answer."""
+        document = {"schema": SCHEMA, **asdict(self), "result": dict(result)}
+        return {**document, "history": list(self.history)}
+
+    def done(self, command: str, options: Mapping[str, Any], **paths: Path | None) -> Stage:
+        """Return the stage after a command, with the paths that it made."""
+        made = {name: str(path.absolute()) if path else None for name, path in paths.items()}
+        entry = {"command": command, "options": dict(options), **{k: v for k, v in made.items() if v}}
+        return replace(self, history=(*self.history, entry), **made)  # type: ignore[arg-type]
+
+
+def under_torchrun() -> bool:
+    """Tell whether this process was started by torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def incoming(checkpoint: str | None, given: Given) -> Stage:
+    """Return the stage to work on: of an explicit checkpoint, else of the envelope on stdin.
+
+    With an explicit checkpoint stdin is never read.
+    """
+    from ditmoe_cli.model.checkpoint import resolve_path
+
+    if checkpoint is not None:
+        path = str(resolve_path(checkpoint).absolute())
+        return Stage(checkpoint=path, original=path, given=asdict(given))
+    if under_torchrun():
+        raise UsageError("under torchrun the checkpoint must be given as an argument, not through a pipe")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("give a CHECKPOINT (a file, a folder or demo:digits), or pipe in another ditmoe command")
+    stage = parse_stage(sys.stdin.read())
+    said = {name: value for name, value in asdict(given).items() if value is not None}
+    return replace(stage, given={**(stage.given or {}), **said})
+
+
+def parse_stage(text: str) -> Stage:
+    """Read an envelope. Raises `BadInputError` where it is empty, cut short or of another schema."""
+    if not text.strip():
+        raise BadInputError("stdin is empty: the command before this one in the pipe failed, see its message")
+    try:
+        document = json.loads(text)
+    except ValueError:
+        raise BadInputError("stdin is not JSON, or cut short: expected the output of another ditmoe command") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise BadInputError(f"stdin has schema {found!r}, expected {SCHEMA!r}: pipe in another ditmoe command")
+    paths = {name: document.get(name) for name in _PATHS}
+    wrong = next((name for name, value in paths.items() if not isinstance(value, str | None)), None)
+    given, history = document.get("given"), document.get("history", [])
+    if wrong or not isinstance(given, dict | None) or not isinstance(history, list):
+        raise BadInputError(f"stdin: field {wrong or 'given or history'!r} of the envelope is malformed")
+    return Stage(**paths, given=given, history=tuple(history))
+
+
+def open_stage(stage: Stage, path: str | None = None) -> Checkpoint:
+    """Open the stage's checkpoint (or `path`, such as its original) and say what is assumed of it."""
+    from ditmoe_cli.cli.output import note
+    from ditmoe_cli.model.checkpoint import open_checkpoint
+
+    chosen = path or stage.checkpoint
+    if chosen is None:
+        raise BadInputError("stdin: the envelope names no checkpoint")
+    given = dict(stage.given or {}) if chosen in (stage.original, stage.checkpoint) else {}
+    checkpoint = open_checkpoint(chosen, **given)
+    for warning in checkpoint.warnings:
+        note(f"warning: {warning}")
+    for assumption in checkpoint.assumptions:
+        note(f"assuming {assumption}")
+    return checkpoint
+
+
+def stem(path: Path) -> str:
+    """Return the name that outputs derive from: the file's or folder's, without the ending of its format."""
+    name = path.name
+    for ending in (".safetensors.index.json", ".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return name
+
+
+def default_output(checkpoint: Path, suffix: str) -> Path:
+    """Return the default output in the working directory: ``NAME.SUFFIX.safetensors``."""
+    return Path(f"{stem(checkpoint)}.{suffix}.safetensors")

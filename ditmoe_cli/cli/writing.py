@@ -1,0 +1,74 @@
+"""What the commands that write checkpoints share: carrying a plan out, or saying what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.cli.options import checkpoint_output
+from ditmoe_cli.cli.output import Printing, Row, emit, human_bytes, progress
+from ditmoe_cli.cli.stage import Stage
+
+if TYPE_CHECKING:
+    from ditmoe_cli.compression.plan import CompressionPlan
+    from ditmoe_cli.model.checkpoint import Checkpoint
+    from ditmoe_cli.routing.profile import RoutingProfile
+
+
+def preview(
+    stage: Stage,
+    checkpoint: Checkpoint,
+    plan: CompressionPlan | None,
+    target: Path,
+    shard_size: str,
+    printing: Printing,
+    decided: bool = True,
+) -> None:
+    """Print a plan and the exact bytes that carrying it out would write. Writes nothing.
+
+    A plan that is not `decided` has the right size only, and is not printed.
+    """
+    from ditmoe_cli.compression.apply import planned_output
+
+    output = checkpoint_output(target, False, shard_size)
+    result = _sizes(checkpoint, planned_output(checkpoint, plan).predicted_bytes(output))
+    result["dry_run"] = True
+    result["plan"] = plan.to_json() if plan is not None and decided else None
+    emit(printing, stage.to_json(result), [("would write", output.path), *_size_rows(result)], str(output.path))
+
+
+def write(
+    stage: Stage,
+    command: str,
+    checkpoint: Checkpoint,
+    plan: CompressionPlan | None,
+    target: Path,
+    force: bool,
+    shard_size: str,
+    printing: Printing,
+    details: Mapping[str, Any] | None = None,
+    profile: RoutingProfile | None = None,
+) -> None:
+    """Carry a plan out (None: a plain copy) and print the result."""
+    from ditmoe_cli.compression.apply import apply, planned_output
+
+    output = checkpoint_output(target, force, shard_size)
+    planned = planned_output(checkpoint, plan)
+    with progress(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos)) as bar:
+        size = apply(checkpoint, plan, output, bar)
+    result = {**_sizes(checkpoint, size), **(details or {}), "plan_digest": plan.digest if plan else None}
+    made = {"profile": profile.path} if profile else {}
+    options = plan.options if plan else {}
+    done = stage.done(command, options, checkpoint=output.path, samples=None, **made)
+    emit(printing, done.to_json(result), [("wrote", output.path), *_size_rows(result)], str(output.path))
+
+
+def _sizes(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
+    before = checkpoint.header.file_bytes
+    return {"bytes": size, "bytes_before": before, "ratio": size / before}
+
+
+def _size_rows(result: Mapping[str, Any]) -> list[Row]:
+    before, after = result["bytes_before"], result["bytes"]
+    return [("bytes", f"{before:,} -> {after:,} ({human_bytes(after)}, {result['ratio']:.3f} of the input)")]

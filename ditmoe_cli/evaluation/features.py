@@ -1,0 +1,240 @@
+"""Feature extractors: what a Fréchet distance is taken over.
+
+``pixels`` needs no weights, ``inception`` is FID's own network, and ``package.module:factory`` names any other:
+the factory is called without arguments and returns a callable from uint8 images (N, H, W, C) to an array (N, D).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.images import ImageSet, first_line
+from ditmoe_cli.evaluation.statistics import Array
+
+if TYPE_CHECKING:
+    from ditmoe_cli.evaluation.inception import Inception
+
+EXTRACTORS = ("pixels", "inception")
+GRID = 8
+BATCH = 64
+
+_CUSTOM = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+
+Images = NDArray[np.uint8]
+
+
+class Extractor(Protocol):
+    """Maps uint8 images (N, H, W, C) to float64 features (N, D); name, digest and preprocessing identify it."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+
+    @property
+    def digest(self) -> str:
+        """Text that differs where the features differ: a hash of weights, or the parameters."""
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to the images first, in words."""
+
+    def __call__(self, images: Images) -> Array:
+        """Return the features of `images`."""
+
+
+@dataclass(frozen=True)
+class PixelExtractor:
+    """Grey levels of the image, area-averaged to at most 8x8 a channel."""
+
+    grey_levels: int
+    name: str = field(default="pixels", init=False)
+
+    @property
+    def digest(self) -> str:
+        """The parameters."""
+        return f"pixels-{GRID}x{GRID}-levels{self.grey_levels}"
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to the images first, in words."""
+        return f"area average to at most {GRID}x{GRID}, grey levels 0..{self.grey_levels}"
+
+    def __call__(self, images: Images) -> Array:
+        """Return features (N, h·w·C), h and w being the sides of the image or 8, whichever is less."""
+        rows, columns = (area_weights(side, min(side, GRID)) for side in images.shape[1:3])
+        levels = images.astype(np.float64) * (self.grey_levels / 255)
+        averaged = np.einsum("ih,nhwc,jw->nijc", rows, levels, columns, optimize=True)
+        return np.ascontiguousarray(averaged).reshape(len(images), -1)
+
+
+def area_weights(length: int, cells: int) -> Array:
+    """Return (cells, length) weights that average `length` pixels over `cells` equal intervals; rows sum to one.
+
+    A pixel that straddles two cells counts in both, by the share that lies in each.
+    """
+    width = length / cells
+    edges = np.arange(cells + 1) * width
+    pixels = np.arange(length)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights: Array = overlap.clip(min=0.0) / width
+    return weights
+
+
+@dataclass(frozen=True)
+class InceptionExtractor:
+    """Pool features of FID's InceptionV3, `batch` images at a time."""
+
+    module: Inception
+    digest: str
+    device: str
+    batch: int = BATCH
+    name: str = field(default="inception", init=False)
+    preprocessing: str = field(default="TF1 bilinear to 299x299, (x - 128) / 128", init=False)
+
+    def __call__(self, images: Images) -> Array:
+        """Return features (N, 2048)."""
+        import torch
+
+        features = []
+        with torch.inference_mode():
+            for start in range(0, len(images), self.batch):
+                # A copy: torch may not wrap arrays that map a file read-only.
+                part = torch.from_numpy(images[start : start + self.batch].copy()).to(self.device)
+                features.append(self.module(part).double().cpu().numpy())
+        return np.concatenate(features)
+
+
+@dataclass(frozen=True)
+class CustomExtractor:
+    """A user's own callable, whose output is checked."""
+
+    name: str
+    digest: str
+    preprocessing: str
+    function: Callable[[Images], Any]
+
+    def __call__(self, images: Images) -> Array:
+        """Return its features (N, D). Raises `BadInputError` where it fails or returns anything else."""
+        try:
+            features = np.asarray(self.function(images), dtype=np.float64)
+        except Exception as error:
+            raise BadInputError(f"extractor {self.name} failed: {_described(error)}") from error
+        if features.ndim != 2 or len(features) != len(images) or not features.size:
+            expected = f"({len(images)}, D)"
+            raise BadInputError(f"extractor {self.name} returned shape {features.shape}, expected {expected}")
+        if not np.isfinite(features).all():
+            raise BadInputError(f"extractor {self.name} returned NaN or infinite features")
+        return features
+
+
+def check_extractor_name(spec: str) -> None:
+    """Refuse what is neither a known extractor nor ``package.module:factory``. Raises `UsageError`."""
+    if spec not in EXTRACTORS and not _CUSTOM.match(spec):
+        raise UsageError(f"unknown extractor {spec!r}; choose {', '.join(EXTRACTORS)} or package.module:factory")
+
+
+def make_extractor(spec: str, *, grey_levels: int = 255, weights: Path | None = None, device: str = "cpu") -> Extractor:
+    """Return the extractor that `spec` names.
+
+    `grey_levels` is for ``pixels``, `weights` and `device` are for ``inception``. Raises `UsageError` for names
+    that lead nowhere, `BadInputError` where weights are missing or a factory fails.
+    """
+    check_extractor_name(spec)
+    if spec == "pixels":
+        return PixelExtractor(grey_levels)
+    if spec == "inception":
+        from ditmoe_cli.evaluation.inception import load_inception
+
+        module, digest = load_inception(weights)
+        return InceptionExtractor(module.to(device), digest, device)
+    return _custom(spec)
+
+
+def _custom(spec: str) -> CustomExtractor:
+    module_name, _, attribute = spec.partition(":")
+    module = _import(spec, module_name)
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise UsageError(f"extractor {spec}: module {module_name} has no {attribute!r}")
+    if not callable(factory):
+        raise UsageError(f"extractor {spec}: {attribute!r} is a {type(factory).__name__}, not a factory to call")
+    try:
+        function = factory()
+    except Exception as error:
+        raise BadInputError(f"extractor {spec}: the factory failed: {_described(error)}") from error
+    if not callable(function):
+        kind = type(function).__name__
+        raise BadInputError(f"extractor {spec}: the factory returned a {kind}, not a function of images")
+    digest = getattr(function, "digest", None)
+    preprocessing = getattr(function, "preprocessing", None)
+    return CustomExtractor(
+        spec,
+        digest if isinstance(digest, str) else _source_digest(module, spec),
+        preprocessing if isinstance(preprocessing, str) else "its own",
+        function,
+    )
+
+
+def _import(spec: str, module_name: str) -> ModuleType:
+    """Import a module, from the working directory too, where a console script does not look by itself."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(f"extractor {spec}: cannot import {module_name}: {_described(error)}") from error
+
+
+def _source_digest(module: ModuleType, spec: str) -> str:
+    """SHA-256 of the module's source file; of the name itself where a module has no file."""
+    source = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(source).read_bytes() if source else spec.encode()).hexdigest()
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def describe_extractor(extractor: Extractor, grey_levels: int) -> dict[str, Any]:
+    """Return what statistics say about the features that they were taken from."""
+    return {
+        "name": extractor.name,
+        "digest": extractor.digest,
+        "preprocessing": extractor.preprocessing,
+        "grey_levels": grey_levels,
+    }
+
+
+def extract(
+    extractor: Extractor,
+    image_set: ImageSet,
+    batch: int = BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> Array:
+    """Return features (N, D) of all images, `batch` at a time; `progress` is told how many each step did.
+
+    Raises `BadInputError` where the width of the features changes between batches.
+    """
+    parts: list[Array] = []
+    for start in range(0, len(image_set), batch):
+        features = extractor(image_set.images[start : start + batch])
+        if parts and features.shape[1] != parts[0].shape[1]:
+            widths = f"{parts[0].shape[1]}, then {features.shape[1]}"
+            raise BadInputError(f"extractor {extractor.name} returned features of width {widths}")
+        parts.append(features)
+        if progress is not None:
+            progress(len(features))
+    return np.concatenate(parts)

@@ -1,0 +1,139 @@
+"""Statistics of features on disk: safetensors of ours, and the npz of pytorch-fid and ADM.
+
+A safetensors file holds `mu` (D,) and `sigma` (D, D) in float64, `n` where it is known, and says which extractor
+the features came from. An npz holds `mu` and `sigma`, as the others write and read it; ours add `n` and the JSON
+``ditmoe``, which the others pass over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.checkpoint.header import read_safetensors_header
+from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.images import map_tensor, read_document, read_npz, write_arrays, write_npz
+from ditmoe_cli.evaluation.statistics import FeatureStatistics
+
+STATISTICS_SCHEMA = "ditmoe.statistics/1"
+
+_ARRAYS = ("mu", "sigma", "n")
+_IDENTITY = ("name", "digest", "preprocessing")  # what makes features comparable
+_ASYMMETRY = 1e-6  # of the largest entry: what float32 storage may leave
+
+
+@dataclass(frozen=True)
+class StoredStatistics:
+    """Statistics, and the extractor's name, digest, preprocessing and grey levels where the file tells them."""
+
+    statistics: FeatureStatistics
+    extractor: dict[str, Any] | None = None
+
+
+def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, inputs: Iterable[Path] = ()) -> int:
+    """Write statistics as ``.safetensors`` or ``.npz``; equal content gives equal bytes. Returns the size.
+
+    Raises `UsageError` for any other suffix.
+    """
+    statistics = stored.statistics
+    arrays: dict[str, NDArray[Any]] = {
+        "mu": np.asarray(statistics.mu, dtype=np.float64),
+        "sigma": np.asarray(statistics.sigma, dtype=np.float64),
+    }
+    if statistics.n is not None:
+        arrays["n"] = np.asarray(statistics.n, dtype=np.int64)
+    document = {"schema": STATISTICS_SCHEMA, "extractor": stored.extractor}
+    if path.suffix == ".safetensors":
+        return write_arrays(path, arrays, document, force, inputs)
+    if path.suffix == ".npz":
+        return write_npz(path, {**arrays, "ditmoe": np.array(canonical_json(document))}, force, inputs)
+    raise UsageError(f"{path}: statistics are written as .safetensors or .npz; name the file so")
+
+
+def read_statistics(path: Path) -> StoredStatistics:
+    """Read the statistics at `path`. Raises `BadInputError` where they are not mean and covariance."""
+    if not path.is_file():
+        raise BadInputError(f"{path}: no such file")
+    arrays, document = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
+    missing = next((name for name in ("mu", "sigma") if name not in arrays), None)
+    if missing is not None:
+        raise BadInputError(f"{path}: has no array {missing!r}; statistics hold mu and sigma")
+    mu, sigma = (_floating(path, name, arrays[name]) for name in ("mu", "sigma"))
+    _check_moments(path, mu, sigma)
+    n = None if "n" not in arrays else _count(path, arrays["n"])
+    return StoredStatistics(FeatureStatistics(mu, sigma, n), _extractor(path, document))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
+    header = read_safetensors_header(path)
+    arrays = {name: map_tensor(header.tensors[name]) for name in _ARRAYS if name in header.tensors}
+    return arrays, read_document(header, STATISTICS_SCHEMA, path)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
+    arrays = read_npz(path, (*_ARRAYS, "ditmoe"))
+    text = arrays.pop("ditmoe", None)
+    if text is None:
+        return arrays, None
+    try:
+        document = json.loads(str(text))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: the ditmoe metadata is not JSON ({error})") from None
+    return arrays, check_schema(document, STATISTICS_SCHEMA, f"{path}: ditmoe metadata")
+
+
+def _floating(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float64]:
+    if array.dtype.kind != "f":
+        raise BadInputError(f"{path}: {name} has dtype {array.dtype}; it must be floating point")
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadInputError(f"{path}: {name} holds NaN or infinite values")
+    return values
+
+
+def _check_moments(path: Path, mu: NDArray[np.float64], sigma: NDArray[np.float64]) -> None:
+    if mu.ndim != 1 or not mu.size or sigma.shape != (mu.size, mu.size):
+        raise BadInputError(f"{path}: mu is {mu.shape} and sigma {sigma.shape}; they must be (D,) and (D, D)")
+    gap, scale = float(np.abs(sigma - sigma.T).max()), float(np.abs(sigma).max())
+    if gap > _ASYMMETRY * scale:
+        raise BadInputError(f"{path}: sigma differs from its transpose by {gap:.3g}; it is no covariance")
+    least = float(sigma.diagonal().min())
+    if least < -_ASYMMETRY * scale:
+        raise BadInputError(f"{path}: sigma holds the variance {least:.3g}; it is no covariance")
+
+
+def _count(path: Path, array: NDArray[Any]) -> int:
+    if array.size != 1 or array.dtype.kind not in "iu" or int(array.reshape(())) < 1:
+        raise BadInputError(f"{path}: n is {array.tolist()!r}; it must be the number of images")
+    return int(array.reshape(()))
+
+
+def _extractor(path: Path, document: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    extractor = None if document is None else document.get("extractor")
+    if extractor is None:
+        return None
+    if not isinstance(extractor, dict) or not all(isinstance(extractor.get(key), str) for key in _IDENTITY):
+        raise BadInputError(f"{path}: the extractor in its metadata lacks {', '.join(_IDENTITY)}")
+    return extractor
+
+
+def check_comparable(a: StoredStatistics, b: StoredStatistics, a_name: str, b_name: str) -> None:
+    """Raise `BadInputError` where the two were taken from features that differ in extractor or width.
+
+    Statistics that do not tell their extractor (npz of others) are checked for the width alone.
+    """
+    if a.extractor is not None and b.extractor is not None:
+        for key in _IDENTITY:
+            if a.extractor.get(key) != b.extractor.get(key):
+                found = f"{a_name} has {a.extractor.get(key)!r}, {b_name} has {b.extractor.get(key)!r}"
+                raise BadInputError(f"statistics of different extractors: {key} differs, {found}; make both with one")
+    if a.statistics.dimension != b.statistics.dimension:
+        widths = f"{a_name} has {a.statistics.dimension} features, {b_name} has {b.statistics.dimension}"
+        raise BadInputError(f"statistics of different widths: {widths}; make both with one extractor")

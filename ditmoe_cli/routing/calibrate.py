@@ -1,0 +1,129 @@
+"""Calibration runs: settings as data, running them, and finding a valid profile for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.solvers import choose_solver
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
+
+Progress = Callable[[int], None]
+ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
+
+DEFAULT_IMAGES = 64
+DEFAULT_STEPS = 20
+DEFAULT_BINS = 10
+DEFAULT_RESERVOIR = 20_480
+DEFAULT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Settings of a calibration run: what is sampled, in how many step bins, and the tokens kept per block.
+
+    `batch` belongs to them, since rounding may differ between batch sizes and tip a near-tie in top-k.
+    """
+
+    spec: SampleSpec
+    bins: int = DEFAULT_BINS
+    reservoir: int = DEFAULT_RESERVOIR
+    batch: int = DEFAULT_BATCH
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON, the sample spec's fields among them."""
+        own = {"bins": self.bins, "reservoir": self.reservoir, "batch": self.batch}
+        return {**self.spec.conditions(), **own, "source": "trajectories"}
+
+
+def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Calibration:
+    """Read settings from a profile's JSON, for use on `checkpoint`."""
+    try:
+        balanced = document["classes"] == "balanced"
+        spec = SampleSpec(
+            images=int(document["images"]),
+            steps=int(document["steps"]),
+            cfg=float(document["cfg"]),
+            seed=int(document["seed"]),
+            solver=choose_solver(document["solver"], checkpoint.config.sampler),
+            classes=tuple(range(checkpoint.config.num_classes)) if balanced else tuple(document["classes"]),
+        )
+        sizes = (int(document["bins"]), int(document["reservoir"]), int(document["batch"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInputError(f"the profile's calibration settings are malformed ({error})") from None
+    return Calibration(check_spec(spec, checkpoint.config.num_classes), *sizes)
+
+
+def default_calibration(checkpoint: Checkpoint) -> Calibration:
+    """Return the settings of a plain ``ditmoe profile-experts``."""
+    solver = choose_solver(None, checkpoint.config.sampler)
+    classes = tuple(range(checkpoint.config.num_classes))
+    return Calibration(SampleSpec(DEFAULT_IMAGES, DEFAULT_STEPS, 1.0, 0, solver, classes))
+
+
+def calibrate(
+    checkpoint: Checkpoint, settings: Calibration, device: str, path: Path, force: bool, bar: ProgressBar
+) -> RoutingProfile:
+    """Run a calibration and write its profile to `path`."""
+    import torch
+
+    from ditmoe_cli.checkpoint.staging import check_target
+    from ditmoe_cli.model.loading import build_model
+    from ditmoe_cli.routing.observe import check_settings, collect
+
+    check_target(path.absolute(), force, [checkpoint.path])
+    check_settings(settings.spec, settings.bins, settings.reservoir)
+    model = build_model(checkpoint, torch.device(device))
+    with bar(f"profiling {checkpoint.path.name}", settings.spec.images) as progress:
+        tensors = collect(model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress)
+    experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
+    write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs=(checkpoint.path,))
+    return read_profile(path)
+
+
+def usable_profile(checkpoint: Checkpoint, given: Path | None) -> RoutingProfile | None:
+    """Return the given profile if it is `checkpoint`'s own; None if there is none, or it is an ancestor's.
+
+    Raises `BadInputError` for a profile of an unrelated checkpoint.
+    """
+    profile = read_profile(given) if given is not None else None
+    if profile is None or profile.checkpoint in checkpoint.ancestors:
+        return None
+    return require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+
+
+def valid_profile(
+    checkpoint: Checkpoint,
+    given: Path | None,
+    beside: Path,
+    device: Callable[[], str],
+    bar: ProgressBar,
+    say: Callable[[str], None],
+) -> RoutingProfile:
+    """Return a profile that is valid for `checkpoint`, making one where there is none.
+
+    A profile of the checkpoint itself is used. With one of an ancestor, or with none, the checkpoint is profiled
+    with the ancestor's settings (or the default ones) and the profile is kept in the folder `beside`, under a
+    name that holds the fingerprint, where it is found again. `device()` names where to run, if it must. Raises
+    `BadInputError` for a profile of an unrelated checkpoint.
+    """
+    own = usable_profile(checkpoint, given)
+    if own is not None:
+        return own
+    ancestor = read_profile(given) if given is not None else None
+    settings = parse_calibration(ancestor.calibration, checkpoint) if ancestor else default_calibration(checkpoint)
+    cached = beside / f"{checkpoint.path.stem}.{checkpoint.fingerprint[:12]}.profile.safetensors"
+    if cached.is_file():
+        found = read_profile(cached)
+        if found.checkpoint == checkpoint.fingerprint and dict(found.calibration) == settings.to_json():
+            say(f"using the profile kept in {cached}")
+            return found
+    reason = "the profile is of an ancestor of it" if ancestor else "no profile was given"
+    say(f"profiling {checkpoint.path.name} into {cached}: {reason}")
+    return calibrate(checkpoint, settings, device(), cached, force=True, bar=bar)

@@ -1,0 +1,187 @@
+"""The routing profile: what is stored of a calibration run, and how it is read.
+
+One safetensors file. Sizes: L blocks, B step bins, P positions, E experts (the most of any block; missing ones
+stay 0), T reservoir tokens, S states, D width. Branch 0 is conditional, 1 unconditional.
+
+    counts               I64  (L, 2, B, P, E)  tokens routed to an expert
+    selected             I64  (L, 2, B, E)     the same over all positions
+    gate_mass            F64  (L, 2, B, E)     Σ g over those tokens, g the routing weight
+    gate_norm            F64  (L, 2, B, E)     Σ g ‖γ ⊙ f‖, f the expert's output, γ the block's residual gate
+    tokens               I64  (2, B)           tokens seen per block
+    states.z, .t, .label, .image, .bin         what the model was fed: F32 (S, C, H, W), F32 (S,), I64 (S,) ...
+    reservoir.inputs     BF16 (L, T, D)        tokens u that entered the mixture, the same tokens in every block
+    reservoir.state, .branch, .position        I32  (T,)  where each came from
+    reservoir.gamma      F32  (L, S, 2, D)     γ of each state and branch
+
+Reading the small tables needs neither torch nor numpy, so that planners can run without them.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.checkpoint.header import FileHeader, TensorInfo, read_safetensors_header
+from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema
+from ditmoe_cli.checkpoint.reader import SafetensorsReader, dtype_code, tensor_bytes
+from ditmoe_cli.checkpoint.staging import staged
+from ditmoe_cli.checkpoint.writer import write_safetensors
+from ditmoe_cli.errors import BadInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROFILE_SCHEMA = "ditmoe.profile/1"
+BRANCHES = 2
+_TYPECODES = {"I64": "q", "F64": "d"}
+_REQUIRED = ("counts", "selected", "gate_mass", "gate_norm", "tokens")
+
+Table = list[list[list[list[float]]]]
+
+
+@dataclass(frozen=True)
+class RoutingTables:
+    """The small tables as nested lists [block][branch][bin][expert], for torch-free planners.
+
+    `experts` is the number of experts of each block, `cfg` the guidance scale of the calibration run.
+    """
+
+    experts: tuple[int, ...]
+    bins: int
+    cfg: float
+    selected: Table
+    gate_mass: Table
+    gate_norm: Table
+
+
+@dataclass(frozen=True)
+class RoutingProfile:
+    """A profile file, opened: its metadata at once, its tensors when asked for.
+
+    `checkpoint` is the fingerprint of the checkpoint it is valid for; `calibration` the settings of the run.
+    """
+
+    path: Path
+    header: FileHeader
+    checkpoint: str
+    calibration: Mapping[str, Any]
+    experts: tuple[int, ...]
+
+    @property
+    def _reader(self) -> SafetensorsReader:
+        return SafetensorsReader(self.header.tensors)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a stored tensor."""
+        return self._reader.tensor(name)
+
+    @cached_property
+    def tables(self) -> RoutingTables:
+        """The small tables, read without torch or numpy."""
+        named = {name: self._table(name) for name in ("selected", "gate_mass", "gate_norm")}
+        bins = self.header.tensors["selected"].info.shape[2]
+        return RoutingTables(self.experts, bins, float(self.calibration["cfg"]), **named)
+
+    def _table(self, name: str) -> Table:
+        info = self.header.tensors[name].info
+        values = array.array(_TYPECODES[info.dtype], bytes(self._reader.raw(name)))
+        if sys.byteorder == "big":
+            values.byteswap()
+        nested: Any = list(values)
+        for size in reversed(info.shape[1:]):
+            nested = [nested[i : i + size] for i in range(0, len(nested), size)]
+        result: Table = nested
+        return result
+
+    def never_routed(self) -> list[tuple[int, int]]:
+        """Return the (block, expert) pairs that no calibration token chose."""
+        selected = self.tables.selected
+        return [
+            (block, expert)
+            for block, n in enumerate(self.experts)
+            for expert in range(n)
+            if not any(step[expert] for branch in selected[block] for step in branch)
+        ]
+
+
+def empty_tables(experts: tuple[int, ...]) -> RoutingTables:
+    """Return tables without any counts, for criteria that need no profile."""
+    return RoutingTables(experts, 0, 1.0, [], [], [])
+
+
+def read_profile(path: Path) -> RoutingProfile:
+    """Open a profile. Raises `BadInputError` where the file is missing, damaged or of another schema."""
+    if not path.is_file():
+        raise BadInputError(f"{path}: no such profile; make one with ditmoe profile-experts")
+    header = read_safetensors_header(path)
+    where = f"{path}: profile metadata"
+    try:
+        document = check_schema(json.loads(header.metadata.get("ditmoe", "null")), PROFILE_SCHEMA, where)
+        experts = tuple(int(n) for n in document["experts"])
+        profile = RoutingProfile(path, header, str(document["checkpoint"]), dict(document["calibration"]), experts)
+        float(profile.calibration["cfg"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{where} is malformed ({error})") from None
+    _check_tables(profile)
+    return profile
+
+
+def _check_tables(profile: RoutingProfile) -> None:
+    tensors = profile.header.tensors
+    missing = next((name for name in _REQUIRED if name not in tensors), None)
+    if missing is not None:
+        raise BadInputError(f"{profile.path}: the profile has no tensor {missing!r}")
+    shape = tensors["selected"].info.shape
+    blocks, most = len(profile.experts), max(profile.experts, default=0)
+    for name, dtype in (("selected", "I64"), ("gate_mass", "F64"), ("gate_norm", "F64")):
+        info = tensors[name].info
+        if len(shape) != 4 or shape != (blocks, BRANCHES, shape[2], most) or info != TensorInfo(name, dtype, shape):
+            raise BadInputError(
+                f"{profile.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, not a table "
+                f"of {blocks} blocks and {most} experts"
+            )
+
+
+def require_profile_of(profile: RoutingProfile, fingerprint: str, checkpoint: Path) -> RoutingProfile:
+    """Return `profile`, or raise `BadInputError` where it was made from another checkpoint."""
+    if profile.checkpoint != fingerprint:
+        raise BadInputError(
+            f"{profile.path}: is the profile of another checkpoint ({profile.checkpoint[:12]}), not of {checkpoint} "
+            f"({fingerprint[:12]}); profile that one"
+        )
+    return profile
+
+
+def write_profile(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    checkpoint: str,
+    calibration: Mapping[str, Any],
+    experts: tuple[int, ...],
+    force: bool,
+    inputs: tuple[Path, ...],
+) -> int:
+    """Write a profile, whole or not at all, and return its bytes."""
+    infos = [TensorInfo(name, dtype_code(t.dtype, name), tuple(t.shape)) for name, t in sorted(tensors.items())]
+    document = {
+        "schema": PROFILE_SCHEMA,
+        "checkpoint": checkpoint,
+        "calibration": dict(calibration),
+        "experts": list(experts),
+    }
+    metadata = {"format": "pt", "ditmoe": canonical_json(document)}
+    with staged(path, force, inputs) as staging:
+        return write_safetensors(staging, infos, lambda info: tensor_bytes(tensors[info.name]), lambda _: metadata)
