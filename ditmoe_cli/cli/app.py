@@ -41,9 +41,11 @@ def _version(show: bool) -> None:
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Compress and analyse pretrained DiT-MoE checkpoints.
+    r"""Compress and analyse pretrained DiT-MoE checkpoints.
 
-    ditmoe profile-experts CKPT | ditmoe prune --keep 0.5 | ditmoe quantize --bits 4 | ditmoe fid
+    \b
+    ditmoe profile-experts CKPT | ditmoe prune --keep 0.5 |
+        ditmoe quantize --bits 4 | ditmoe fid
     """
 
 
@@ -67,27 +69,48 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run the program on arguments and return its exit code; errors become one line on stderr."""
     try:
-        outcome = app(arguments, standalone_mode=False)
+        code = _invoke(arguments)
         sys.stdout.flush()
-        return outcome if isinstance(outcome, int) else 0
+        return code
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
+    except OSError as error:
+        _silence_stdout()
+        return _fail(_os_error(error), 1)
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Run the chosen command. Not through typer's own main, which would end a closed pipe in exit code 1."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("ditmoe", arguments) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as outcome:
+        return outcome.exit_code
     except DitmoeError as error:
         return _fail(str(error), error.exit_code)
     except _ClickException as error:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # stdout is gone: point it elsewhere so that the interpreter's last flush stays silent
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except MemoryError:
         return _fail("out of memory; try a smaller --batch", 1)
-    except OSError as error:
-        return _fail(_os_error(error), 1)
+    except OSError:
+        raise
     except Exception as error:
         if os.environ.get("DITMOE_TRACEBACK"):
             raise
         return _fail(_unexpected(error), 1)
+
+
+def _silence_stdout() -> None:
+    """Point stdout elsewhere where it cannot be written, so that the interpreter's last flush stays silent."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

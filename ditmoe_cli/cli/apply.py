@@ -40,7 +40,10 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Carry out a compression plan, edited or not, on the checkpoint that it was made for."""
+    """Carry out a compression plan.
+
+    The plan may have been edited; the checkpoint must be the one that it was made for.
+    """
     from ditmoe_cli.compression.plan import read_plan
 
     wanted = read_plan(plan)

@@ -32,9 +32,9 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint of any upstream layout as safetensors that carry their whole configuration.
+    """Write any layout as safetensors.
 
-    Tensors keep their upstream names and bytes; EMA weights are preferred.
+    The output carries its whole configuration. Tensors keep their upstream names and bytes; EMA weights are preferred.
     """
     printing = Printing(json, quiet)
     stage = incoming(checkpoint, given(heads, top_k, sampler))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SubjectArg = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Argument(metavar="[A]", help="A checkpoint, samples, statistics or images; else the envelope on stdin."),
+    typer.Argument(metavar="A", help="A checkpoint, samples, statistics or images; else the envelope on stdin."),
 ]
 RefOpt = Annotated[
     Optional[str],  # noqa: UP045
@@ -101,7 +101,9 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sample A, and score it against B: Fréchet distance, and paired same-seed error against the original.
+    """Score samples against a reference.
+
+    Samples A, and prints its Fréchet distance to B and its paired same-seed error against the original.
 
     In a pipeline without --ref the original's own samples of the same seeds are the reference, so that an
     unchanged model scores 0. The distance is called fid over Inception features and frechet over any other.

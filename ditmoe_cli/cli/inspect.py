@@ -20,9 +20,10 @@ def run(
     sampler: SamplerOpt = None,
     json: Json = False,
 ) -> None:
-    """Print what a checkpoint is: architecture, parameters, bytes, layout, sampler family, assumptions.
+    """Print what a checkpoint is.
 
-    Reads headers only: no torch for safetensors, whatever the size.
+    Architecture, parameters, bytes, layout, sampler family, and every assumption. Reads headers only: no torch
+    for safetensors, whatever the size.
     """
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)

@@ -11,26 +11,17 @@ if TYPE_CHECKING:
     from ditmoe_cli.checkpoint.writer import Output
     from ditmoe_cli.model.config import Given
 
-_READING = "Reading the checkpoint"
-_SAMPLING = "Sampling"
-_WRITING = "Output"
-
 CheckpointArg = Annotated[
     Optional[str],  # noqa: UP045 - typer shows it so
-    typer.Argument(metavar="[CHECKPOINT]", help="A file, a folder or demo:digits; else the envelope on stdin."),
+    typer.Argument(metavar="CHECKPOINT", help="A file, a folder or demo:digits; else the envelope on stdin."),
 ]
 Heads = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--heads", metavar="N", help="Attention heads, where the file cannot tell.", rich_help_panel=_READING),
+    typer.Option("--heads", metavar="N", help="Attention heads, where the file cannot tell."),
 ]
 TopK = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(
-        "--top-k",
-        metavar="K",
-        help="Experts per token. [default: what the file says, else 2]",
-        rich_help_panel=_READING,
-    ),
+    typer.Option("--top-k", metavar="K", help="Experts per token. [default: what the file says, else 2]"),
 ]
 SamplerOpt = Annotated[
     Optional[str],  # noqa: UP045
@@ -38,7 +29,6 @@ SamplerOpt = Annotated[
         "--sampler",
         metavar="rf|ddpm",
         help="Family of the weights. [default: what the file says or its final layer shows]",
-        rich_help_panel=_READING,
     ),
 ]
 OutputOpt = Annotated[
@@ -48,59 +38,39 @@ OutputOpt = Annotated[
         "--output",
         metavar="PATH",
         help="FILE.safetensors, or a folder for diffusers' sharded layout. [default: named after the input]",
-        rich_help_panel=_WRITING,
     ),
 ]
 FileOutputOpt = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="FILE.safetensors to write. [default: named after the input]",
-        rich_help_panel=_WRITING,
-    ),
+    typer.Option("-o", "--output", metavar="FILE", help="FILE.safetensors to write. [default: named after the input]"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.", rich_help_panel=_WRITING)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Plan only: write nothing, predict the exact bytes.", rich_help_panel=_WRITING),
+    typer.Option("--dry-run", help="Plan only: write nothing, predict the exact bytes."),
 ]
 ShardSize = Annotated[
     str,
-    typer.Option(
-        "--max-shard-size", metavar="SIZE", help="Largest file of a folder, as 5GB or 500MB.", rich_help_panel=_WRITING
-    ),
+    typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a folder, as 5GB or 500MB."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on a terminal too.", rich_help_panel=_WRITING)]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the output's path.", rich_help_panel=_WRITING)]
-Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Sampling steps.", rich_help_panel=_SAMPLING)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on a terminal too.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the output's path.")]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Sampling steps.")]
 Cfg = Annotated[
     float,
-    typer.Option("--cfg", metavar="S", help="Guidance scale; 1 is no guidance.", rich_help_panel=_SAMPLING),
+    typer.Option("--cfg", metavar="S", help="Guidance scale; 1 is no guidance."),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")]
 SolverOpt = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        "--solver",
-        metavar="euler|ddim|ddpm",
-        help="Integrator. [default: euler for rf, ddim for ddpm]",
-        rich_help_panel=_SAMPLING,
-    ),
+    typer.Option("--solver", metavar="euler|ddim|ddpm", help="Integrator. [default: euler for rf, ddim for ddpm]"),
 ]
 Classes = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        "--classes", metavar="LIST", help="Labels to cycle through, as 0,3,7. [default: all]", rich_help_panel=_SAMPLING
-    ),
+    typer.Option("--classes", metavar="LIST", help="Labels to cycle through, as 0,3,7. [default: all]"),
 ]
-Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", help="Images at a time; changes no image.", rich_help_panel=_SAMPLING)
-]
-Device = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=_SAMPLING)
-]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", help="Images at a time; changes no image.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N.")]
 
 
 def given(heads: int | None, top_k: int | None, sampler: str | None) -> Given:

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 PlanArg = Annotated[Path, typer.Argument(metavar="FILE", help="A plan, or the output of a planner's --dry-run.")]
 OtherArg = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Argument(metavar="[OTHER]", help="Another plan to compare with."),
+    typer.Argument(metavar="OTHER", help="Another plan to compare with."),
 ]
 
 
 def run(file: PlanArg, other: OtherArg = None, json: Json = False) -> None:
-    """Show and check a compression plan, or print in what two plans differ."""
+    """Show, check or compare compression plans.
+
+    With OTHER, prints in what the two differ.
+    """
     from ditmoe_cli.compression.plan import plan_difference, read_plan
 
     plan = read_plan(file)

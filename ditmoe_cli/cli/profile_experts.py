@@ -58,9 +58,10 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sample the model and count its routing by block, branch, step, position and expert.
+    """Sample the model and count its routing.
 
-    Also keeps gate mass, output norms after γ, and a reservoir of MoE inputs: all that planners need.
+    Counts by block, branch, step bin, position and expert; keeps gate mass, output norms after γ, and a reservoir
+    of MoE inputs: all that planners need.
     """
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)

@@ -74,7 +74,7 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Keep each block's most salient experts and drop the others.
+    """Keep each block's most salient experts.
 
     Needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
     """

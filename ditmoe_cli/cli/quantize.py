@@ -43,9 +43,10 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Store routed and shared experts and attention in 4 or 8 bits, as bitsandbytes serialises them.
+    """Store experts and attention in 4 or 8 bits.
 
-    Router, embedders, norms, modulation and biases stay as they are.
+    Routed and shared experts and attention are stored as bitsandbytes serialises them. Router, embedders, norms,
+    modulation and biases stay as they are.
     """
     from ditmoe_cli.compression.quantize.uniform import format_of_bits, plan_uniform
 

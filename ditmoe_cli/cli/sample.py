@@ -51,9 +51,10 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sample images and write them as safetensors: image i depends on (seed, i) and its label alone.
+    """Sample images into safetensors.
 
-    Pixel models give images uint8 (N, H, W, C); latent ones give latents fp32 (N, C, S, S).
+    Image i depends on (seed, i) and its label alone. Pixel models give images uint8 (N, H, W, C); latent ones
+    give latents fp32 (N, C, S, S).
     """
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)

@@ -35,6 +35,8 @@ _CODES: Mapping[str, str] = {dtype: code for code, dtype in _NUMPY_DTYPES.items(
 _OTHER_IMAGES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jxl"})
 _IMAGES = _OTHER_IMAGES | {".png"}
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "transformer/*.safetensors", "mp_rank_*")
+# zipfile's RuntimeErrors are for encrypted members and for compression that it does not know.
+_ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _GREY_MODES = ("1", "L")
 _DEEP_MODES = ("I", "F")  # I;16, I;16B and the like begin so too
 
@@ -95,7 +97,7 @@ def _npz_names(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except _ARCHIVE_ERRORS:
         return set()
     return {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
 
@@ -261,7 +263,7 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in names if name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except _ARCHIVE_ERRORS as error:
         raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
 
 
@@ -287,7 +289,7 @@ def write_arrays(
     """Write arrays as safetensors, whole or not at all, with `document` under ``ditmoe``; return the size."""
     import numpy as np
 
-    ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+    ordered = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
     infos = [TensorInfo(name, _CODES[array.dtype.str], array.shape) for name, array in ordered.items()]
     metadata = {"format": "pt", "ditmoe": canonical_json(document)}
     with staged(path, force, inputs) as staging:

@@ -14,7 +14,7 @@ from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, SHARED, in_block, spl
 from ditmoe_cli.checkpoint.provenance import Card, Provenance, fingerprint
 from ditmoe_cli.checkpoint.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.config import DiTMoEConfig, Given, Sampler, infer_config
+from ditmoe_cli.model.config import DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,7 @@ class Checkpoint:
         config = self.config.blocks[block]
         if not config.mapped:
             return tuple(range(config.router_rows))
-        data = self.reader.raw(in_block(block, EXPERT_OF))
-        rows = tuple(int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, data.nbytes, 4))
+        rows = parse_expert_map(self.reader.raw(in_block(block, EXPERT_OF)))
         bad = next((row for row in rows if not -1 <= row < len(config.expert_widths)), None)
         if bad is not None:
             raise BadInputError(

@@ -148,7 +148,7 @@ def infer_config(
         depth=len(blocks),
         num_heads=_num_heads(shapes, hidden, attention, hints, given, notes),
         num_classes=table_rows - 1,
-        top_k=_top_k(blocks, hints, given, notes, where),
+        top_k=_top_k(_selectable_rows(shapes, raw, blocks), hints, given, notes, where),
         attention=attention,
         sampler=_sampler(shapes, raw, channels, out_channels, hints, given, notes),
         blocks=blocks,
@@ -210,6 +210,8 @@ def _block(shapes: _Shapes, block: int) -> BlockConfig:
     widths = tuple(shapes.of(in_expert(block, e, "gate_proj.weight"), 2)[0] for e in range(len(found)))
     shared, _ = shapes.of(in_block(block, f"{SHARED}.gate_proj.weight"), 2)
     mapped = in_block(block, EXPERT_OF) in shapes.weights
+    if mapped and not found:
+        raise BadInputError(f"{shapes.where}: block {block} holds no routed experts")
     if not mapped and rows != len(found):
         raise BadInputError(
             f"{shapes.where}: tensor {in_block(block, ROUTER)!r} has {rows} rows, but the block holds "
@@ -236,15 +238,16 @@ def _input_size(shapes: _Shapes, patch: int, hints: Mapping[str, Any], notes: _N
         if side * side != tokens:
             raise BadInputError(f"{shapes.where}: tensor 'pos_embed' holds {tokens} positions, not a square")
         return side * patch
-    hinted = hints.get("input_size") or _whole(hints.get("image_size")) // 8
+    hinted = _whole(hints.get("input_size")) or _whole(hints.get("image_size")) // 8
     if hinted > 0 and hinted % patch == 0:
-        return int(hinted)
+        return hinted
     notes.assumptions.append("input size 32 (256 px): pos_embed is absent and is rebuilt")
     return 32
 
 
 def _whole(value: object) -> int:
-    return value if isinstance(value, int) else 0
+    """Return a hint that is a positive whole number, else 0: hints may be anything."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def _num_heads(
@@ -258,6 +261,11 @@ def _num_heads(
     measured = None
     if attention == "flash":
         (head_dim,) = shapes.of(in_block(0, "attn.q_norm.weight"), 1)
+        if hidden % head_dim:
+            raise BadInputError(
+                f"{shapes.where}: tensor {in_block(0, 'attn.q_norm.weight')!r} has length {head_dim}, which does not "
+                f"divide the width {hidden}"
+            )
         measured = hidden // head_dim
     if given.num_heads is not None:
         if given.num_heads < 1 or hidden % given.num_heads or measured not in (None, given.num_heads):
@@ -279,13 +287,36 @@ def _num_heads(
     )
 
 
-def _top_k(
-    blocks: tuple[BlockConfig, ...], hints: Mapping[str, Any], given: Given, notes: _Notes, where: str
+def _selectable_rows(
+    shapes: _Shapes, raw: Callable[[str], memoryview], blocks: tuple[BlockConfig, ...]
 ) -> int:
-    fewest = min(len(block.expert_widths) for block in blocks)
+    """Return how many router rows top-k can choose from, in the block that has the fewest.
+
+    Rows that share a merged expert each take a slot; ghost rows take none.
+    """
+    counts = []
+    for i, block in enumerate(blocks):
+        if block.mapped:
+            shapes.of(in_block(i, EXPERT_OF), 1)
+            counts.append(sum(row >= 0 for row in parse_expert_map(raw(in_block(i, EXPERT_OF)))))
+        else:
+            counts.append(block.router_rows)
+    return min(counts)
+
+
+def parse_expert_map(data: memoryview) -> tuple[int, ...]:
+    """Return the router map that an ``expert_of`` tensor's bytes hold (int32)."""
+    return tuple(int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, data.nbytes, 4))
+
+
+def _top_k(fewest: int, hints: Mapping[str, Any], given: Given, notes: _Notes, where: str) -> int:
+    if fewest < 1:
+        raise BadInputError(f"{where}: a block's router map {EXPERT_OF!r} selects no expert at all")
     if given.top_k is not None:
         if not 1 <= given.top_k <= fewest:
-            raise BadInputError(f"{where}: --top-k {given.top_k} is not between 1 and the {fewest} experts of a block")
+            raise BadInputError(
+                f"{where}: --top-k {given.top_k} is not between 1 and the {fewest} experts that a block can choose from"
+            )
         return given.top_k
     hinted = _whole(hints.get("top_k")) or _whole(hints.get("num_experts_per_tok"))
     if 1 <= hinted <= fewest:
@@ -319,20 +350,16 @@ def _sampler(
     if out_channels == channels:
         notes.assumptions.append("sampler rf: no sigma is learned and nothing tells (give --sampler)")
         return "rf"
-    used = _sigma_rows_used(shapes.weights, raw, channels)
+    used = _sigma_rows_used(shapes, raw, channels)
     reason = "are not all zero" if used else "are all zero"
     sampler = "ddpm" if used else "rf"
     notes.assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give --sampler)")
     return sampler
 
 
-def _sigma_rows_used(
-    weights: Mapping[str, TensorInfo], raw: Callable[[str], memoryview], channels: int
-) -> bool:
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name not in weights:
-            continue
-        rows, data = weights[name].shape[0], raw(name)
+def _sigma_rows_used(shapes: _Shapes, raw: Callable[[str], memoryview], channels: int) -> bool:
+    for name, rank in (("final_layer.linear.weight", 2), ("final_layer.linear.bias", 1)):
+        rows, data = shapes.of(name, rank)[0], raw(name)
         step = data.nbytes // rows
         if any(any(data[r * step : (r + 1) * step]) for r in range(rows) if r % (2 * channels) >= channels):
             return True

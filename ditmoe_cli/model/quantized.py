@@ -72,11 +72,20 @@ def _pack_int8(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
     }
 
 
-def unpack_nf4(packed: Tensor, absmax: Tensor, codes: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the fp32 weight of `shape`: code value times its block's absmax."""
-    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1).int()
-    values = F.pad(codes[nibbles], (0, -nibbles.numel() % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
-    return (values * absmax[:, None]).reshape(-1)[: nibbles.numel()].reshape(shape)
+def code_pairs(codes: Tensor) -> Tensor:
+    """Return the two fp32 weights that each byte stands for, high nibble first, as 256 eight-byte cells.
+
+    Looking bytes up in cells that hold both weights is about twice as fast as looking up each nibble.
+    """
+    return torch.cartesian_prod(codes, codes).view(torch.float64).reshape(-1)
+
+
+def unpack_nf4(packed: Tensor, absmax: Tensor, pairs: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the fp32 weight of `shape`: code values by the table `pairs`, times their block's absmax."""
+    values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
+    if values.numel() % NF4_BLOCK == 0:
+        return values.reshape(-1, NF4_BLOCK).mul_(absmax[:, None]).reshape(shape)
+    return values.mul_(absmax.repeat_interleave(NF4_BLOCK)[: values.numel()]).reshape(shape)
 
 
 def unpack_int8(codes: Tensor, scale: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ class QuantizedLinear(nn.Module):
         """Take over the packed tensors of `weight`."""
         self.codes, self.scale = members[weight.members[0]], members[weight.members[1]]
         if self.format == "nf4":
-            self.table = members[weight.members[2]]
+            self.table = code_pairs(members[weight.members[2]])
 
     def weight(self) -> Tensor:
         """Return the unpacked weight (out, in) in the compute dtype."""

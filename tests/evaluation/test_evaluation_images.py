@@ -166,6 +166,17 @@ def test_truncated_files_are_named(tmp_path, name, share):
     assert "\n" not in str(caught.value)
 
 
+def test_zip_features_that_python_lacks_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=noise_images())
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 6] = 99  # the version needed to extract, in the central directory
+    path.write_bytes(raw)
+    with pytest.raises(BadInputError, match=r"a\.npz: cannot be read as npz \(zip file version 9\.9"):
+        read_images(path)
+    assert kind_of(path) == "images"
+
+
 def test_arrays_that_are_no_images(tmp_path):
     good = noise_images()
     cases = [

@@ -130,6 +130,17 @@ def test_features_are_deterministic_and_finite_whatever_the_size_of_the_images(l
     assert (first[0] - first[1]).abs().max() > 1e-2 * first.abs().max()
 
 
+def test_features_are_those_that_torch_fidelity_gave(loaded):
+    """Numbers of torch-fidelity 0.4.0 with torch 2.13 for the same weights and images; checks without the peer."""
+    module, _ = loaded
+    with torch.inference_mode():
+        got = module(images())
+    expected = [[1.2036735, 0.6850073, 0.4956640, 0.0], [1.1982119, 0.6639970, 0.4932476, 0.0]]
+    assert torch.allclose(got[:, :4], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert got.double().mean().item() == pytest.approx(0.4693332, rel=1e-5)
+    assert got.double().std().item() == pytest.approx(0.6280519, rel=1e-5)
+
+
 def test_grey_images_have_the_features_of_their_colour_copies(loaded):
     module, _ = loaded
     grey = images(1, c=1)
