@@ -41,7 +41,7 @@ def _version(show: bool) -> None:
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    r"""Compress and analyse pretrained DiT-MoE checkpoints.
+    """Compress and analyse pretrained DiT-MoE checkpoints.
 
     \b
     ditmoe profile-experts CKPT | ditmoe prune --keep 0.5 |
@@ -63,6 +63,9 @@ app.command("fid")(fid.run)
 def main() -> NoReturn:
     """Run the program and end the process with the exit code of its outcome."""
     signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell (>&-): its number must not go to a file that we open
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.exit(run(sys.argv[1:]))
 
 

@@ -51,8 +51,8 @@ OriginalOpt = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--original",
-        metavar="CHECKPOINT",
-        help="Checkpoint for the paired error. [default: the pipeline's original, else --ref if it is a checkpoint]",
+        metavar="C",
+        help="What the paired error is against. [default: the pipeline's original, else --ref]",
     ),
 ]
 ImagesOpt = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample of each checkpoint.")]
@@ -167,14 +167,14 @@ def measure(stage: Stage, asked: _Asked, options: Sampling, output: Path | None,
     if output is not None:
         check_target(require_safetensors(output).absolute(), force)
     subject = _item(stage, stage.samples or stage.checkpoint)
-    reference, original = _others(stage, subject, asked)
+    reference, original = _others(stage, asked)
     cards = [card for item in (subject, reference) if (card := card_of(item.path, item.checkpoint))]
     name = asked.extractor or next((card.extractor for card in cards if card.extractor), "inception")
     grey_levels = cards[0].grey_levels if cards else 255
     device = str(checked_device(options.device))
     extractor = make_extractor(name, grey_levels=grey_levels, weights=asked.weights, device=device)
-    sides = _sides([subject, reference, original], options, Runtime(device, options.batch))
-    result = score(sides[0], sides[1], sides[2], extractor, grey_levels, progress, note)
+    sides = _sides((subject, reference, original), options, Runtime(device, options.batch))
+    result = score(*sides, extractor, grey_levels, progress, note)
     if output is not None:
         write_score(output, result, force)
     return result
@@ -190,21 +190,18 @@ def _item(stage: Stage, path: str | None) -> _Item:
     return _Item(found, open_stage(stage, str(found)) if kind_of(found) == "checkpoint" else None)
 
 
-def _others(stage: Stage, subject: _Item, asked: _Asked) -> tuple[_Item, _Item | None]:
-    """Return the reference, and the original for the paired error if one is known.
-
-    The original is what --original names, else the pipeline's, else a reference that is a checkpoint.
+def _others(stage: Stage, asked: _Asked) -> tuple[_Item, _Item]:
+    """Return the reference, and the original for the paired error: what --original names, else the pipeline's, else
+    the reference.
     """
     piped = stage.original if stage.history else None
     named = asked.original or piped
     if asked.ref is None and named is None:
         raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
     original = _item(stage, _absolute(named)) if named else None
-    if original is not None and original.checkpoint is None:
-        raise UsageError(f"--original {named}: is not a checkpoint; give images as --ref")
     reference = _item(stage, _absolute(asked.ref)) if asked.ref else original
     assert reference is not None
-    return reference, original or (reference if reference.checkpoint and subject is not reference else None)
+    return reference, original or reference
 
 
 def _absolute(path: str | None) -> str | None:
@@ -213,18 +210,16 @@ def _absolute(path: str | None) -> str | None:
     return str(resolve_path(path).absolute()) if path else None
 
 
-def _sides(items: list[_Item | None], options: Sampling, runtime: Runtime) -> list[Side]:
+def _sides(items: tuple[_Item, _Item, _Item], options: Sampling, runtime: Runtime) -> tuple[Side, Side, Side | None]:
     """Sample or read the sides, each thing once; the subject's own spec, where it has one, rules them all.
 
-    The original's side is None where the subject's seeds are not known, since nothing pairs then.
+    The original is None where it was not made with the subject's seeds, since nothing pairs then.
     """
     from ditmoe_cli.evaluation.score import sampled_side, stored_side
 
     done: dict[Path, Side] = {}
 
-    def side(item: _Item | None, spec: SampleSpec | None) -> Side | None:
-        if item is None:
-            return None
+    def side(item: _Item, spec: SampleSpec | None) -> Side:
         if item.path not in done:
             done[item.path] = (
                 sampled_side(item.checkpoint, spec or options.spec(item.checkpoint), runtime, progress)
@@ -234,17 +229,20 @@ def _sides(items: list[_Item | None], options: Sampling, runtime: Runtime) -> li
         return done[item.path]
 
     subject = side(items[0], None)
-    assert subject is not None
     reference = side(items[1], subject.spec)
-    original = side(items[2], subject.spec) if subject.spec else None
-    return [subject, reference, original]  # type: ignore[list-item]
+    if subject.spec is None:
+        return subject, reference, None
+    original = side(items[2], subject.spec)
+    return subject, reference, original if original.spec == subject.spec else None
 
 
 def rows(result: Score) -> list[Row]:
     """Return the score as a table."""
     paired = result.paired
     extractor = result.conditions["extractor"]["name"]
-    error = f"mse {paired.mse:.4g} over {paired.n} pairs" if paired else "the original is not known (give --original)"
+    error = (
+        f"mse {paired.mse:.4g} over {paired.n} pairs" if paired else "none: no images of the same seeds to pair with"
+    )
     psnr = f", psnr {paired.psnr:.2f} dB" if paired and paired.psnr is not None else ""
     return [
         (result.metric, f"{result.value:.4f}"),

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ditmoe_cli.checkpoint.formats import Format
-from ditmoe_cli.checkpoint.provenance import check_schema, digest
+from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema, digest
 from ditmoe_cli.errors import BadInputError
 
 PLAN_SCHEMA = "ditmoe.plan/1"
 STAGE_SCHEMA = "ditmoe.stage/1"
+_JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}
 RouterMode = Literal["slice", "ghost"]
 
 
@@ -78,32 +79,43 @@ class CompressionPlan:
 
 def parse_plan(document: object, where: str) -> CompressionPlan:
     """Read a plan from JSON. Raises `BadInputError` that names `where` and the field."""
-    plan = check_schema(document, PLAN_SCHEMA, where)
+    fields = check_schema(document, PLAN_SCHEMA, where)
+    blocks = _field(fields, "blocks", list, where)
+    formats = _field(fields, "formats", dict, where)
+    plan = CompressionPlan(
+        command=_field(fields, "command", str, where),
+        source=_field(fields, "source", str, where),
+        profile=None if fields.get("profile", "") is None else _field(fields, "profile", str, where),
+        options=_field(fields, "options", dict, where),
+        blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
+        formats={
+            name: _one_of(fmt, get_args(Format), f"{where}: format of {name}") for name, fmt in formats.items()
+        },
+    )
     try:
-        blocks = tuple(_parse_block(block, i, where) for i, block in enumerate(plan["blocks"]))
-        formats = {
-            str(name): _one_of(fmt, get_args(Format), f"{where}: format of {name}")
-            for name, fmt in dict(plan["formats"]).items()
-        }
-        return CompressionPlan(
-            command=str(plan["command"]),
-            source=str(plan["source"]),
-            profile=plan["profile"],
-            options=dict(plan["options"]),
-            blocks=blocks,
-            formats=formats,
-        )
-    except KeyError as error:
-        raise BadInputError(f"{where}: the plan has no field {error}") from None
-    except (TypeError, ValueError) as error:
-        raise BadInputError(f"{where}: the plan is malformed ({error})") from None
+        canonical_json(plan.to_json())
+    except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know
+        raise BadInputError(f"{where}: field 'options' is not JSON ({error})") from None
+    return plan
 
 
-def _parse_block(block: Mapping[str, Any], index: int, where: str) -> BlockPlan:
-    keep = tuple(block["keep"])
-    if not all(isinstance(e, int) and e >= 0 for e in keep) or list(keep) != sorted(set(keep)) or not keep:
-        raise BadInputError(f"{where}: block {index} keeps {list(keep)}; expected ascending expert numbers")
-    return BlockPlan(keep, _one_of(block["router"], get_args(RouterMode), f"{where}: router of block {index}"))
+def _field(fields: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """Return a field that must be there and be a `kind`."""
+    if name not in fields:
+        raise BadInputError(f"{where}: field {name!r} is missing")
+    if not isinstance(fields[name], kind):
+        raise BadInputError(f"{where}: field {name!r} is {fields[name]!r}; expected a {_JSON_WORDS[kind]}")
+    return fields[name]
+
+
+def _parse_block(block: object, where: str) -> BlockPlan:
+    if not isinstance(block, dict):
+        raise BadInputError(f"{where} is {block!r}; expected an object with keep and router")
+    keep = _field(block, "keep", list, where)
+    if not all(type(e) is int and e >= 0 for e in keep) or keep != sorted(set(keep)) or not keep:
+        raise BadInputError(f"{where}: field 'keep' is {keep}; expected ascending expert numbers")
+    router = _one_of(_field(block, "router", str, where), get_args(RouterMode), f"{where}: field 'router'")
+    return BlockPlan(tuple(keep), router)
 
 
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
@@ -118,10 +130,11 @@ def read_plan(path: Path) -> CompressionPlan:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{path}: not a plan ({error})") from None
     if isinstance(document, dict) and document.get("schema") == STAGE_SCHEMA:
-        document = (document.get("result") or {}).get("plan")
+        result = document.get("result")
+        document = result.get("plan") if isinstance(result, dict) else None
     return parse_plan(document, str(path))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.checkpoint.formats import Weight
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
@@ -60,6 +61,10 @@ def _assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch
         return
     module_name = name.removesuffix(".weight")
     old = model.get_submodule(module_name)
+    if not isinstance(old, nn.Linear):
+        raise BadInputError(
+            f"{checkpoint.path}: tensor {name!r} is stored as {weight.format}, but only linear layers may be"
+        )
     layer = QuantizedLinear(weight, bias=getattr(old, "bias", None) is not None, dtype=dtype)
     layer.load_members(members, weight)
     parent = model.get_submodule(module_name.rpartition(".")[0])

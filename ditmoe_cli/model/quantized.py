@@ -75,9 +75,10 @@ def _pack_int8(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
 def code_pairs(codes: Tensor) -> Tensor:
     """Return the two fp32 weights that each byte stands for, high nibble first, as 256 eight-byte cells.
 
-    Looking bytes up in cells that hold both weights is about twice as fast as looking up each nibble.
+    Looking bytes up in cells that hold both weights is about twice as fast as looking up each nibble. The cells
+    pose as integers, which ``module.to(dtype)`` leaves alone.
     """
-    return torch.cartesian_prod(codes, codes).view(torch.float64).reshape(-1)
+    return torch.cartesian_prod(codes, codes).view(torch.int64).reshape(-1)
 
 
 def unpack_nf4(packed: Tensor, absmax: Tensor, pairs: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,227 @@
+"""Plans as data: read back as written, refused with the field's name, compared line by line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditmoe_cli.compression.plan import (
+    STAGE_SCHEMA,
+    BlockPlan,
+    CompressionPlan,
+    parse_plan,
+    plan_difference,
+    read_plan,
+)
+from ditmoe_cli.errors import BadInputError
+
+names = st.text(min_size=1, max_size=12)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | names,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+blocks = st.builds(
+    BlockPlan,
+    keep=st.sets(st.integers(0, 63), min_size=1, max_size=8).map(lambda keep: tuple(sorted(keep))),
+    router=st.sampled_from(["slice", "ghost"]),
+)
+plans = st.builds(
+    CompressionPlan,
+    command=names,
+    source=names,
+    profile=st.none() | names,
+    options=st.dictionaries(names, json_values, max_size=4),
+    blocks=st.lists(blocks, max_size=4).map(tuple),
+    formats=st.dictionaries(names, st.sampled_from(["nf4", "int8"]), max_size=4),
+)
+
+EXAMPLE = CompressionPlan(
+    command="prune",
+    source="a" * 64,
+    profile="b" * 64,
+    options={"keep": "0.5"},
+    blocks=(BlockPlan((0, 2), "ghost"), BlockPlan((1, 3), "slice")),
+    formats={"blocks.0.attn.qkv.weight": "nf4"},
+)
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**EXAMPLE.to_json(), **fields}
+
+
+@given(plans)
+def test_a_plan_survives_json_and_an_editor(plan: CompressionPlan) -> None:
+    edited = json.loads(json.dumps(plan.to_json(), indent=4, sort_keys=True))
+    again = parse_plan(edited, "a plan")
+    assert again == plan
+    assert again.digest == plan.digest
+    assert plan_difference(plan, again) == []
+
+
+@given(plans)
+def test_the_digest_ignores_the_order_in_which_a_plan_was_put_together(plan: CompressionPlan) -> None:
+    shuffled = replace(
+        plan, options=dict(reversed(plan.options.items())), formats=dict(reversed(plan.formats.items()))
+    )
+    assert shuffled.digest == plan.digest
+
+
+@given(plans, plans)
+def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b: CompressionPlan) -> None:
+    assert bool(plan_difference(a, b)) == (a != b)
+    assert (a.digest == b.digest) == (json.dumps(a.to_json(), sort_keys=True) == json.dumps(b.to_json(), sort_keys=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"command": "merge"},
+        {"source": "c" * 64},
+        {"profile": None},
+        {"options": {}},
+        {"blocks": (BlockPlan((0, 2), "ghost"), BlockPlan((1, 2), "slice"))},
+        {"blocks": (BlockPlan((0, 2), "slice"), BlockPlan((1, 3), "slice"))},
+        {"formats": {"blocks.0.attn.qkv.weight": "int8"}},
+    ],
+)
+def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
+    other = replace(EXAMPLE, **change)
+    assert other.digest != EXAMPLE.digest
+    assert len(plan_difference(EXAMPLE, other)) == 1
+
+
+def test_the_difference_names_what_differs_on_both_sides() -> None:
+    other = replace(
+        EXAMPLE,
+        profile=None,
+        blocks=(BlockPlan((0, 2), "ghost"), BlockPlan((0, 1, 3), "ghost")),
+        formats={"blocks.1.attn.qkv.weight": "int8"},
+    )
+    assert plan_difference(EXAMPLE, other) == [
+        f"profile: {'b' * 64} | None",
+        "block 1: slice [1, 3] | ghost [0, 1, 3]",
+        "blocks.0.attn.qkv.weight: nf4 | unchanged",
+        "blocks.1.attn.qkv.weight: unchanged | int8",
+    ]
+    assert plan_difference(EXAMPLE, replace(EXAMPLE, blocks=EXAMPLE.blocks[:1])) == ["blocks: 2 | 1"]
+
+
+@pytest.mark.parametrize("field", ["command", "source", "profile", "options", "blocks", "formats"])
+def test_a_missing_field_is_named(field: str) -> None:
+    document = EXAMPLE.to_json()
+    del document[field]
+    with pytest.raises(BadInputError, match=rf"^my\.json: .*'{field}'"):
+        parse_plan(document, "my.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("command", None),
+        ("command", 5),
+        ("source", None),
+        ("source", ["a"]),
+        ("profile", 5),
+        ("profile", {}),
+        ("options", None),
+        ("options", []),
+        ("options", "keep"),
+        ("options", {"keep": float("nan")}),
+        ("blocks", None),
+        ("blocks", {}),
+        ("blocks", "01"),
+        ("blocks", 2),
+        ("formats", None),
+        ("formats", []),
+        ("formats", "nf4"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(field: str, value: object) -> None:
+    with pytest.raises(BadInputError, match=rf"^my\.json: .*{field}"):
+        parse_plan(changed(**{field: value}), "my.json")
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [None, 3, "01", [], [-1, 0], [2, 1], [1, 1], [0, "1"], [0, 1.0], [False, True], {"0": 1}],
+)
+def test_experts_that_are_no_ascending_numbers_are_refused_by_block(keep: object) -> None:
+    document = changed(blocks=[{"keep": [0, 1], "router": "ghost"}, {"keep": keep, "router": "ghost"}])
+    with pytest.raises(BadInputError, match=r"^my\.json: .*block 1"):
+        parse_plan(document, "my.json")
+
+
+@pytest.mark.parametrize("block", [None, 5, "keep", [], {}, {"keep": [0, 1]}, {"router": "ghost"}])
+def test_a_block_that_is_no_block_is_refused_by_number(block: object) -> None:
+    document = changed(blocks=[{"keep": [0, 1], "router": "ghost"}, block])
+    with pytest.raises(BadInputError, match=r"^my\.json: .*block 1"):
+        parse_plan(document, "my.json")
+
+
+@pytest.mark.parametrize("router", [None, "", "mass", "Ghost", 0, ["ghost"]])
+def test_an_unknown_router_mode_is_refused_by_block(router: object) -> None:
+    document = changed(blocks=[{"keep": [0, 1], "router": router}])
+    with pytest.raises(BadInputError, match=r"^my\.json: block 0: field 'router'"):
+        parse_plan(document, "my.json")
+
+
+@pytest.mark.parametrize("fmt", [None, "NF4", "fp4", 4, ["nf4"]])
+def test_an_unknown_format_is_refused_by_weight(fmt: object) -> None:
+    with pytest.raises(BadInputError, match=r"^my\.json: format of some\.weight .*nf4, int8"):
+        parse_plan(changed(formats={"some.weight": fmt}), "my.json")
+
+
+@pytest.mark.parametrize("document", [None, [], "plan", 5, {}, {"schema": "ditmoe.plan/2"}])
+def test_what_is_no_plan_of_this_version_is_refused(document: object) -> None:
+    with pytest.raises(BadInputError, match=r"^my\.json: .*ditmoe\.plan/1"):
+        parse_plan(document, "my.json")
+
+
+def test_a_plan_file_may_be_the_output_of_a_dry_run(tmp_path: Path) -> None:
+    bare, enveloped = tmp_path / "plan.json", tmp_path / "stage.json"
+    bare.write_text(json.dumps(EXAMPLE.to_json()))
+    enveloped.write_text(json.dumps({"schema": STAGE_SCHEMA, "result": {"plan": EXAMPLE.to_json(), "bytes": 5}}))
+    assert read_plan(bare) == read_plan(enveloped) == EXAMPLE
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b"null",
+        json.dumps({"schema": STAGE_SCHEMA}).encode(),
+        json.dumps({"schema": STAGE_SCHEMA, "result": None}).encode(),
+        json.dumps({"schema": STAGE_SCHEMA, "result": {"plan": None}}).encode(),
+        json.dumps({"schema": STAGE_SCHEMA, "result": [1]}).encode(),
+    ],
+)
+def test_a_file_without_a_plan_is_refused_by_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(BadInputError, match=r"plan\.json: "):
+        read_plan(path)
+
+
+def test_a_missing_plan_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"nowhere\.json: no such file"):
+        read_plan(tmp_path / "nowhere.json")
+    with pytest.raises(BadInputError):
+        read_plan(tmp_path)
+
+
+@given(plans, st.booleans())
+def test_only_a_plan_that_says_so_is_undecided(plan: CompressionPlan, undecided: bool) -> None:
+    options = {key: value for key, value in plan.options.items() if key != "undecided"}
+    if undecided:
+        options["undecided"] = True
+    assert replace(plan, options=options).decided is not undecided

@@ -1,0 +1,41 @@
+"""Every example runs, on less data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ditmoe_cli import load_model
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run_example(*command: str, cwd: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_trains_and_loads(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "train_demo.py")
+    out = run_example(sys.executable, script, "--steps", "3", "--output", "tiny.safetensors", cwd=tmp_path)
+    assert "Fréchet distance to the real digits" in out
+    model = load_model(tmp_path / "tiny.safetensors")
+    assert (model.config.depth, model.config.num_experts, model.config.sampler) == (4, 8, "rf")
+
+
+def test_the_pruning_benchmark_prints_a_row_per_variant(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmarks" / "expert_pruning.py")
+    options = ("demo:digits", "--images", "8", "--steps", "2", "--calibrations", "1")
+    lines = run_example(sys.executable, script, *options, cwd=tmp_path).splitlines()
+    assert len(lines) == 7
+    assert lines[2].startswith("| reap | ghost |")
+
+
+def test_the_pipeline_script_ends_in_equal_files(tmp_path: Path) -> None:
+    out = run_example("bash", str(EXAMPLES / "pipeline.sh"), "demo:digits", "16", cwd=tmp_path)
+    assert '"frechet"' in out
+    assert not list(tmp_path.iterdir())
