@@ -115,9 +115,7 @@ def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
     key = next((k for k in _STATE_KEYS if holds_tensors(loaded.get(k))), None)
     if key is None:
         found = ", ".join(sorted(map(str, loaded)))[:80]
-        raise BadInputError(
-            f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {found}"
-        )
+        raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {found}")
     others = sorted(str(k) for k in loaded if k in (*_STATE_KEYS, "opt", "args"))
     return StateDict(dict(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
 

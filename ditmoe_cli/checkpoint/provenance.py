@@ -94,9 +94,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
 
 
-def fingerprint(
-    tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]
-) -> str:
+def fingerprint(tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]) -> str:
     """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors and the configuration.
 
     It does not depend on container, sharding or tensor order. `raw(name)` returns a tensor's bytes.

@@ -29,7 +29,7 @@ from ditmoe_cli.cli.options import (
 from ditmoe_cli.cli.output import Printing, Row, emit, note, progress
 from ditmoe_cli.cli.spec import sample_spec
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.errors import GateError, UsageError
+from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
 if TYPE_CHECKING:
     from ditmoe_cli.diffusion.sampling import SampleSpec
@@ -185,7 +185,7 @@ def _item(stage: Stage, path: str | None) -> _Item:
     from ditmoe_cli.model.checkpoint import resolve_path
 
     if path is None:
-        raise UsageError("the envelope names neither a checkpoint nor samples to score")
+        raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
     found = resolve_path(path)
     return _Item(found, open_stage(stage, str(found)) if kind_of(found) == "checkpoint" else None)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -33,14 +35,24 @@ from ditmoe_cli.cli.stage import default_output, incoming, open_stage
 if TYPE_CHECKING:
     from ditmoe_cli.routing.profile import RoutingProfile
 
-Images = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample for calibration.")]
+Images = Annotated[int, typer.Option("--images", metavar="N", help="Images to calibrate on.")]
 Bins = Annotated[int, typer.Option("--bins", metavar="N", help="Step bins, from noise to image.")]
 Reservoir = Annotated[int, typer.Option("--reservoir", metavar="N", help="MoE inputs kept per block, in tokens.")]
+
+DataOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Noise these labelled images (npz, samples; latents for latent models) instead of sampling.",
+    ),
+]
 
 
 def run(
     checkpoint: CheckpointArg = None,
     images: Images = 64,
+    data: DataOpt = None,
     bins: Bins = 10,
     reservoir: Reservoir = 20_480,
     steps: Steps = 20,
@@ -66,10 +78,15 @@ def run(
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
     from ditmoe_cli.routing.calibrate import Calibration, calibrate
+    from ditmoe_cli.routing.data import read_data
 
-    settings = Calibration(sample_spec(opened, images, steps, cfg, seed, solver, classes), bins, reservoir, batch)
+    given_data = read_data(data, opened.config, images) if data else None
+    spec = sample_spec(opened, images, steps, cfg, seed, solver, classes)
+    spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
+    settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None)
     target = require_safetensors(output or default_output(opened.path, "profile"))
-    profile = calibrate(opened, settings, checked_device(device), target, force, progress)
+    clean = given_data.clean if given_data else None
+    profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean)
     result = summary(profile)
     done = stage.done("profile-experts", settings.to_json(), profile=target)
     emit(Printing(json, quiet), done.to_json(result), rows(profile, result), str(target.absolute()))

@@ -89,9 +89,24 @@ def parse_stage(text: str) -> Stage:
     paths = {name: document.get(name) for name in _PATHS}
     wrong = next((name for name, value in paths.items() if not isinstance(value, str | None)), None)
     given, history = document.get("given"), document.get("history", [])
-    if wrong or not isinstance(given, dict | None) or not isinstance(history, list):
-        raise BadInputError(f"stdin: field {wrong or 'given or history'!r} of the envelope is malformed")
+    if not _are_overrides(given):
+        wrong = wrong or "given"
+    if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
+        wrong = wrong or "history"
+    if wrong:
+        raise BadInputError(f"stdin: field {wrong!r} of the envelope is malformed")
     return Stage(**paths, given=given, history=tuple(history))
+
+
+def _are_overrides(given: object) -> bool:
+    """Tell whether an envelope's `given` holds what `Given` does, or nothing."""
+    if given is None:
+        return True
+    if not isinstance(given, dict) or not set(given) <= {"num_heads", "top_k", "sampler"}:
+        return False
+    counts = (given.get("num_heads"), given.get("top_k"))
+    whole = all(count is None or (type(count) is int and count > 0) for count in counts)
+    return whole and given.get("sampler") in (None, "rf", "ddpm")
 
 
 def open_stage(stage: Stage, path: str | None = None) -> Checkpoint:

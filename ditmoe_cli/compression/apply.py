@@ -16,11 +16,13 @@ from ditmoe_cli.checkpoint.provenance import Provenance, Step
 from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
 from ditmoe_cli.errors import BadInputError, InfeasibleError
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, is_compressible
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 
 Producer = Callable[[], memoryview]
 Progress = Callable[[int], None]
+
+_SMALL = 256  # bytes
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:
         raise BadInputError(
             f"{checkpoint.path}: {name!r} is {weight.format} already; quantise the checkpoint that it came from"
         )
+    if not is_compressible(weight.info):
+        raise BadInputError(
+            f"the plan stores {name!r} as {fmt}; only expert, shared and attention matrices are quantised"
+        )
     if not is_quantizable(weight.info):
         raise BadInputError(f"the plan stores {name!r} as {fmt}, but its shape or dtype does not allow it")
 
@@ -181,10 +187,20 @@ def _packed(checkpoint: Checkpoint, source: str, target: TensorInfo, fmt: Format
 
         if name not in waiting:
             packed = pack(checkpoint.finite_tensor(source), target, fmt)
-            waiting.update({member: tensor_bytes(tensor) for member, tensor in packed.items()})
+            waiting.update({member: _held(tensor_bytes(tensor)) for member, tensor in packed.items()})
         return waiting.pop(name)
 
     return [PlannedTensor(info, lambda name=info.name: produce(name)) for info in infos]  # type: ignore[misc]
+
+
+def _held(data: memoryview) -> memoryview:
+    """Return bytes that may wait for long: small ones as a copy in Python's own memory.
+
+    The last bytes of each weight are written at the end of the file. Left where torch allocated them, between
+    large blocks since freed, they would keep the allocator from using those again, and memory would grow with
+    the checkpoint.
+    """
+    return memoryview(bytes(data)) if data.nbytes <= _SMALL else data
 
 
 KeptRows = tuple[tuple[int, ...], tuple[int, ...], bool]

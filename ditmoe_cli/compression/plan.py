@@ -88,9 +88,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         profile=None if fields.get("profile", "") is None else _field(fields, "profile", str, where),
         options=_field(fields, "options", dict, where),
         blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
-        formats={
-            name: _one_of(fmt, get_args(Format), f"{where}: format of {name}") for name, fmt in formats.items()
-        },
+        formats={name: _one_of(fmt, get_args(Format), f"{where}: format of {name}") for name, fmt in formats.items()},
     )
     try:
         canonical_json(plan.to_json())

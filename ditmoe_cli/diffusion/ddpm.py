@@ -57,13 +57,23 @@ def respaced_schedule(timesteps: list[int]) -> Schedule:
     return Schedule(tuple(timesteps), 1.0 - alphas_bar / previous, alphas_bar)
 
 
+def sampling_schedule(solver: str, steps: int) -> Schedule:
+    """Return the schedule that the solver ``ddim`` or ``ddpm`` steps along."""
+    return respaced_schedule(ddim_timesteps(steps) if solver == "ddim" else ancestral_timesteps(steps))
+
+
+def noised(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return z_t = √ᾱ x + √(1 - ᾱ) ε."""
+    return float(alpha_bar.sqrt()) * x + float((1 - alpha_bar).sqrt()) * noise
+
+
 def _predicted_x0(z: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return z / float(alpha_bar.sqrt()) - eps * float((1 / alpha_bar - 1).sqrt())
 
 
 def ddim(predict: Predictor, z: Tensor, steps: int) -> Tensor:
     """Run DDIM with eta 0: z ← √ᾱ' x₀ + √(1 - ᾱ') ε from noise z (N, C, H, W)."""
-    schedule, channels = respaced_schedule(ddim_timesteps(steps)), z.shape[1]
+    schedule, channels = sampling_schedule("ddim", steps), z.shape[1]
     for i in reversed(range(steps)):
         eps = predict(z, schedule.timesteps[i])[:, :channels]
         x0 = _predicted_x0(z, eps, schedule.alphas_bar[i])
@@ -78,7 +88,7 @@ def ancestral(predict: Predictor, z: Tensor, steps: int, noise: StepNoise) -> Te
     The mean is the posterior's at the predicted x₀. Where the output carries a second half v, the variance is
     exp(w ln β + (1 - w) ln β̃), w = (v + 1) / 2; otherwise it is the posterior's β̃.
     """
-    schedule, channels = respaced_schedule(ancestral_timesteps(steps)), z.shape[1]
+    schedule, channels = sampling_schedule("ddpm", steps), z.shape[1]
     posterior = schedule.betas * (1 - schedule.alphas_bar_prev) / (1 - schedule.alphas_bar)
     # the first posterior variance is 0: upstream clips its logarithm to the second's
     log_posterior = torch.cat((posterior[1:2] if steps > 1 else schedule.betas[:1], posterior[1:])).log()

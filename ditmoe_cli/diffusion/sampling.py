@@ -38,11 +38,9 @@ class SampleSpec:
         return [self.classes[i % len(self.classes)] for i in indices]
 
     def conditions(self) -> dict[str, Any]:
-        """Return the spec as JSON."""
-        document = asdict(self)
-        everything = tuple(range(len(self.classes)))
-        document["classes"] = "balanced" if self.classes == everything else list(self.classes)
-        return document
+        """Return the spec as JSON; classes 0 to n are written as ``"0-n"``."""
+        everything = self.classes == tuple(range(len(self.classes)))
+        return {**asdict(self), "classes": f"0-{len(self.classes) - 1}" if everything else list(self.classes)}
 
     @property
     def nfe(self) -> int:
@@ -114,3 +112,40 @@ def sample_batch(
             f"{family} right for these weights?"
         )
     return z
+
+
+def visit_noised(
+    model: DiTMoE,
+    spec: SampleSpec,
+    indices: Sequence[int],
+    clean: Tensor,
+    observer: Observer | None = None,
+    on_step: StepWatcher | None = None,
+    purpose: str = "image",
+) -> None:
+    """Show the model the images `clean` (N, C, S, S) in [-1, 1], noised to each of the times that `spec` samples at.
+
+    The other way to meet a model's inputs: along the forward process from data instead of along its own trajectories.
+    Noise belongs to the image and stays the same at all times.
+    """
+    import torch
+
+    from ditmoe_cli.diffusion.ddpm import noised, sampling_schedule
+    from ditmoe_cli.diffusion.guidance import guided_predictor
+    from ditmoe_cli.diffusion.noise import image_noise
+    from ditmoe_cli.diffusion.rectified_flow import interpolate
+
+    family = SOLVERS[spec.solver].family
+    clean = clean.to(model.device)
+    noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
+    labels = torch.tensor(spec.labels(indices), device=model.device)
+    predict = guided_predictor(model, labels, spec.cfg, family, observer, on_step)
+    with torch.inference_mode():
+        if family == "rf":
+            for i in range(spec.steps, 0, -1):
+                t = i / spec.steps
+                predict(interpolate(clean, noise, torch.full((len(clean),), t, device=model.device)), t)
+            return
+        schedule = sampling_schedule(spec.solver, spec.steps)
+        for i in reversed(range(spec.steps)):
+            predict(noised(clean, noise, schedule.alphas_bar[i]), schedule.timesteps[i])

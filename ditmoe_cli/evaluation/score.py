@@ -7,7 +7,6 @@ against the original's images of the same seeds stands beside it wherever the or
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features import Extractor, describe_extractor, extract
 from ditmoe_cli.evaluation.frechet import frechet_distance
-from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, write_arrays
+from ditmoe_cli.evaluation.images import ImageSet, file_digest, kind_of, read_images, write_arrays
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
 from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, read_origin, sample_images
 from ditmoe_cli.evaluation.statistics import feature_statistics
@@ -92,20 +91,9 @@ def stored_side(path: Path) -> Side:
     """Read images or statistics. Raises `BadInputError`."""
     kind = kind_of(path)
     if kind == "statistics":
-        return Side(str(path), kind, _digest(path), statistics=read_statistics(path))
+        return Side(str(path), kind, file_digest(path), statistics=read_statistics(path))
     origin = read_origin(path)
-    return Side(str(path), kind, _digest(path), read_images(path), spec=origin.spec if origin else None)
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents."""
-    total = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-            total.update(f"{file.name if path.is_dir() else ''}:{content};".encode())
-    return total.hexdigest()
+    return Side(str(path), kind, file_digest(path), read_images(path), spec=origin.spec if origin else None)
 
 
 def score(

@@ -287,9 +287,7 @@ def _num_heads(
     )
 
 
-def _selectable_rows(
-    shapes: _Shapes, raw: Callable[[str], memoryview], blocks: tuple[BlockConfig, ...]
-) -> int:
+def _selectable_rows(shapes: _Shapes, raw: Callable[[str], memoryview], blocks: tuple[BlockConfig, ...]) -> int:
     """Return how many router rows top-k can choose from, in the block that has the fewest.
 
     Rows that share a merged expert each take a slot; ghost rows take none.

@@ -157,9 +157,7 @@ class DiTMoE(nn.Module):
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         patch, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         grid = tokens.reshape(-1, side, side, patch, patch, self.config.out_channels)
-        return torch.einsum("nhwpqc->nchpwq", grid).reshape(
-            -1, self.config.out_channels, side * patch, side * patch
-        )
+        return torch.einsum("nhwpqc->nchpwq", grid).reshape(-1, self.config.out_channels, side * patch, side * patch)
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[[int], None]
 ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
@@ -28,31 +31,41 @@ DEFAULT_BATCH = 32
 class Calibration:
     """Settings of a calibration run: what is sampled, in how many step bins, and the tokens kept per block.
 
-    `batch` belongs to them, since rounding may differ between batch sizes and tip a near-tie in top-k.
+    `batch` belongs to them, since rounding may differ between batch sizes and tip a near-tie in top-k. `data` is
+    the digest of the images that were noised, None where the model's own trajectories were followed.
     """
 
     spec: SampleSpec
     bins: int = DEFAULT_BINS
     reservoir: int = DEFAULT_RESERVOIR
     batch: int = DEFAULT_BATCH
+    data: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON, the sample spec's fields among them."""
         own = {"bins": self.bins, "reservoir": self.reservoir, "batch": self.batch}
-        return {**self.spec.conditions(), **own, "source": "trajectories"}
+        return {**self.spec.conditions(), **own, "source": "data" if self.data else "trajectories", "data": self.data}
 
 
 def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Calibration:
-    """Read settings from a profile's JSON, for use on `checkpoint`."""
+    """Read settings from a profile's JSON, for use on `checkpoint`.
+
+    Raises `BadInputError` where they are malformed, or ask for data that is not at hand.
+    """
+    if document.get("data") is not None:
+        raise BadInputError(
+            f"the profile of an ancestor of {checkpoint.path} was made from --data; profile {checkpoint.path} with the "
+            "same data and give that as --profile"
+        )
     try:
-        balanced = document["classes"] == "balanced"
+        classes = document["classes"]
         spec = SampleSpec(
             images=int(document["images"]),
             steps=int(document["steps"]),
             cfg=float(document["cfg"]),
             seed=int(document["seed"]),
             solver=choose_solver(document["solver"], checkpoint.config.sampler),
-            classes=tuple(range(checkpoint.config.num_classes)) if balanced else tuple(document["classes"]),
+            classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(classes),
         )
         sizes = (int(document["bins"]), int(document["reservoir"]), int(document["batch"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -68,9 +81,15 @@ def default_calibration(checkpoint: Checkpoint) -> Calibration:
 
 
 def calibrate(
-    checkpoint: Checkpoint, settings: Calibration, device: str, path: Path, force: bool, bar: ProgressBar
+    checkpoint: Checkpoint,
+    settings: Calibration,
+    device: str,
+    path: Path,
+    force: bool,
+    bar: ProgressBar,
+    clean: Tensor | None = None,
 ) -> RoutingProfile:
-    """Run a calibration and write its profile to `path`."""
+    """Run a calibration, on its own trajectories or on `clean` images, and write its profile to `path`."""
     import torch
 
     from ditmoe_cli.checkpoint.staging import check_target
@@ -81,7 +100,7 @@ def calibrate(
     check_settings(settings.spec, settings.bins, settings.reservoir)
     model = build_model(checkpoint, torch.device(device))
     with bar(f"profiling {checkpoint.path.name}", settings.spec.images) as progress:
-        tensors = collect(model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress)
+        tensors = collect(model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress, clean)
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
     write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs=(checkpoint.path,))
     return read_profile(path)

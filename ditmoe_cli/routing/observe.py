@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.noise import image_seed
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, visit_noised
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
@@ -200,13 +200,26 @@ def check_settings(spec: SampleSpec, bins: int, reservoir: int) -> None:
 
 
 def collect(
-    model: DiTMoE, spec: SampleSpec, bins: int, reservoir: int, batch: int, progress: Callable[[int], None]
+    model: DiTMoE,
+    spec: SampleSpec,
+    bins: int,
+    reservoir: int,
+    batch: int,
+    progress: Callable[[int], None],
+    clean: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sample `spec`'s images and return the profile's tensors. `progress` is told the images of each batch."""
+    """Sample `spec`'s images, or noise the given `clean` ones (N, C, S, S), and return the profile's tensors.
+
+    `progress` is told the images of each batch.
+    """
     selection = select_states(spec, bins, model.config.num_patches, reservoir)
     collector = RoutingCollector(model.config, spec, bins, selection)
     for indices in batches(spec.images, batch):
         collector.begin_batch(list(indices))
-        sample_batch(model, spec, indices, collector, collector.begin_step, PURPOSE)
+        if clean is None:
+            sample_batch(model, spec, indices, collector, collector.begin_step, PURPOSE)
+        else:
+            chunk = clean[indices.start : indices.stop]
+            visit_noised(model, spec, indices, chunk, collector, collector.begin_step, PURPOSE)
         progress(len(indices))
     return collector.tensors()

@@ -99,7 +99,12 @@ class NaiveMixture(nn.Module):
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], block: int, top_k: int, logits_over: Sequence[int], selectable: Sequence[int]
+        self,
+        tensors: Mapping[str, Tensor],
+        block: int,
+        top_k: int,
+        logits_over: Sequence[int],
+        selectable: Sequence[int],
     ) -> None:
         super().__init__()
         prefix = f"blocks.{block}.moe."
@@ -125,9 +130,7 @@ class NaiveMixture(nn.Module):
         return mixed.reshape(u.shape).to(u.dtype)
 
 
-def naive_outputs(
-    pico: Pico, softmax_over: Sequence[Sequence[int]], select_from: Sequence[Sequence[int]]
-) -> Tensor:
+def naive_outputs(pico: Pico, softmax_over: Sequence[Sequence[int]], select_from: Sequence[Sequence[int]]) -> Tensor:
     """Outputs of a pico model whose mixtures are naive ones, restricted to rows of its routers."""
     model = pico.model()
     for i, block in enumerate(model.blocks):

@@ -67,16 +67,16 @@ def test_a_plan_survives_json_and_an_editor(plan: CompressionPlan) -> None:
 
 @given(plans)
 def test_the_digest_ignores_the_order_in_which_a_plan_was_put_together(plan: CompressionPlan) -> None:
-    shuffled = replace(
-        plan, options=dict(reversed(plan.options.items())), formats=dict(reversed(plan.formats.items()))
-    )
+    shuffled = replace(plan, options=dict(reversed(plan.options.items())), formats=dict(reversed(plan.formats.items())))
     assert shuffled.digest == plan.digest
 
 
 @given(plans, plans)
 def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b: CompressionPlan) -> None:
     assert bool(plan_difference(a, b)) == (a != b)
-    assert (a.digest == b.digest) == (json.dumps(a.to_json(), sort_keys=True) == json.dumps(b.to_json(), sort_keys=True))
+    assert (a.digest == b.digest) == (
+        json.dumps(a.to_json(), sort_keys=True) == json.dumps(b.to_json(), sort_keys=True)
+    )
 
 
 @pytest.mark.parametrize(

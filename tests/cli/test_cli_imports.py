@@ -1,0 +1,123 @@
+"""What needs headers only stays light: no torch, no numpy, and help at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_helpers import command, environment, here, series
+from conftest import make_pico
+
+COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, its profile and plans for it."""
+    folder = tmp_path_factory.mktemp("imports")
+    make_pico(sampler="rf", in_channels=1).save(folder / "a.safetensors")
+    make_pico(sampler="rf", in_channels=1).save(folder / "shards", shard_bytes=50_000)
+    settings = ("--images", 4, "--steps", 2, "--bins", 2)
+    here("profile-experts", "a.safetensors", *settings, "-o", "p.safetensors", cwd=folder)
+    pruned = here("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run", cwd=folder)
+    (folder / "prune.json").write_text(pruned.out)
+    (folder / "quantize.json").write_text(here("quantize", "a.safetensors", "--bits", 8, "--dry-run", cwd=folder).out)
+    return folder
+
+
+LIGHT = (
+    ("--help",),
+    ("--version",),
+    *((name, "--help") for name in COMMANDS),
+    ("prune", "--list-methods"),
+    ("inspect", "a.safetensors"),
+    ("inspect", "shards"),
+    ("inspect", "demo:digits"),
+    ("convert", "a.safetensors", "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--router", "slice", "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 2, "--method", "frequency", "--profile", "p.safetensors", "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 0.5, "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--dry-run"),
+    ("quantize", "a.safetensors", "--bits", 4, "--dry-run"),
+    ("quantize", "shards", "--bits", 8, "--dry-run"),
+    ("apply", "a.safetensors", "--plan", "prune.json", "--dry-run"),
+    ("apply", "a.safetensors", "--plan", "quantize.json", "--dry-run"),
+    ("plan", "prune.json"),
+    ("plan", "prune.json", "quantize.json"),
+)
+
+
+def test_nothing_heavy_is_imported(folder: Path) -> None:
+    before = sorted(file.name for file in folder.iterdir())
+    for words, (outcome, heavy) in zip(LIGHT, series(LIGHT, folder), strict=True):
+        line = " ".join(map(str, words))
+        assert outcome.code == 0, f"{line}: {outcome.err}"
+        assert outcome.out, line
+        assert not heavy, f"{line} imports {heavy}"
+    assert sorted(file.name for file in folder.iterdir()) == before, "a dry run writes nothing"
+
+
+def test_the_check_can_tell(folder: Path) -> None:
+    """What does write imports torch, and is seen to."""
+    ((outcome, heavy),) = series([("convert", "a.safetensors", "-o", "b.safetensors")], folder)
+    assert outcome.code == 0
+    assert "torch" in heavy
+
+
+_WAITING = """
+import sys
+from ditmoe_cli.cli.app import run
+
+class Stdin:
+    def isatty(self):
+        return False
+    def read(self):
+        print("torch" in sys.modules, "numpy" in sys.modules, file=sys.stderr, flush=True)
+        return ""
+
+for words in COMMANDS:
+    sys.stdin = Stdin()
+    run(words)
+"""
+
+
+def test_the_envelope_is_read_before_torch_is_imported(folder: Path) -> None:
+    """All commands of a pipe start at once; those that wait must weigh nothing."""
+    commands = [
+        ["inspect"],
+        ["convert"],
+        ["profile-experts"],
+        ["prune", "--keep", "2"],
+        ["quantize", "--bits", "4"],
+        ["apply", "--plan", "prune.json"],
+        ["sample"],
+        ["fid"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _WAITING.replace("COMMANDS", json.dumps(commands))],
+        cwd=folder,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    said = [line for line in done.stderr.splitlines() if not line.startswith("ditmoe: error: stdin is empty")]
+    assert said == ["False False"] * len(commands), done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("prune", "--help"), ("inspect", "demo:digits")])
+def test_light_commands_are_quick(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Loosely: a machine under load is given three tries."""
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run(command(*words), cwd=tmp_path, env=environment(), check=True, capture_output=True)
+        times.append(time.monotonic() - start)
+        if times[-1] < 1:
+            return
+    pytest.fail(f"{' '.join(words)} takes {min(times):.2f} s")

@@ -1,0 +1,98 @@
+"""Guidance: the algebra of both families, and what the network is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Pico
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ditmoe_cli.diffusion.guidance import combine, guided_predictor
+from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.moe import MoEEvent
+
+SCALES = st.floats(0, 20)
+FAMILIES = st.sampled_from(["rf", "ddpm"])
+
+
+def branches(channels: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, channels, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+
+
+@given(scale=SCALES, family=FAMILIES, channels=st.sampled_from([3, 4, 6, 8]))
+def test_guidance_is_affine_in_the_scale(scale: float, family: Sampler, channels: int) -> None:
+    cond, uncond = branches(channels)
+    found = combine(cond, uncond, scale, family)
+    guided = channels if family == "rf" else 3
+    torch.testing.assert_close(found[:, :guided], (uncond + scale * (cond - uncond))[:, :guided])
+    assert torch.equal(found[:, guided:], cond[:, guided:])
+    torch.testing.assert_close(combine(cond, uncond, 1.0, family), cond)
+    torch.testing.assert_close(combine(cond, uncond, 0.0, family)[:, :guided], uncond[:, :guided])
+    torch.testing.assert_close(combine(cond, cond, scale, family), cond)
+
+
+@pytest.mark.parametrize("family", ["rf", "ddpm"])
+@pytest.mark.parametrize("scale", [0.0, 1.5, 4.0])
+def test_the_predictor_combines_both_branches(pico: Callable[..., Pico], family: Sampler, scale: float) -> None:
+    model = pico(sampler=family).model()
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([0, 2, 1])
+    times, null = torch.full((3,), 0.4), torch.full((3,), 3)
+    found = guided_predictor(model, labels, scale, family)(x, 0.4)
+    expected = combine(model(x, times, labels), model(x, times, null), scale, family)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Recorder:
+    """Stands in for a network and notes what it is asked."""
+
+    def __init__(self, config: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.calls, self.dtype = config, [], dtype
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, observer: object = None) -> Tensor:
+        self.calls.append((x, t, y, observer))
+        return torch.cat((x, x), dim=1).to(self.dtype)
+
+
+def test_scale_one_costs_one_evaluation_and_others_one_doubled(pico: Callable[..., Pico]) -> None:
+    config, x, labels = pico().config, torch.randn(2, 4, 8, 8), torch.tensor([2, 0])
+    plain, doubled = Recorder(config), Recorder(config)
+    guided_predictor(plain, labels, 1.0, "rf")(x, 0.25)  # type: ignore[arg-type]
+    guided_predictor(doubled, labels, 2.0, "rf")(x, 0.25)  # type: ignore[arg-type]
+    ((x1, t1, y1, _),), ((x2, t2, y2, _),) = plain.calls, doubled.calls
+    assert torch.equal(x1, x)
+    assert t1.tolist() == [0.25] * 2
+    assert y1.tolist() == [2, 0]
+    assert torch.equal(x2, torch.cat((x, x)))
+    assert t2.tolist() == [0.25] * 4
+    assert y2.tolist() == [2, 0, 3, 3], "conditional first, then the null class"
+
+
+def test_predictions_are_fp32_whatever_the_model_computes_in(pico: Callable[..., Pico]) -> None:
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+    for scale in (1.0, 3.0):
+        half = Recorder(pico().config, torch.bfloat16)
+        assert guided_predictor(half, labels, scale, "ddpm")(x, 5).dtype == torch.float32  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_watchers_see_every_block_and_step(pico: Callable[..., Pico], scale: float) -> None:
+    model, seen, steps = pico().model(), [], []
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+
+    def observer(event: MoEEvent) -> None:
+        seen.append((len(steps), event.block, len(event.gamma)))
+
+    predict = guided_predictor(model, labels, scale, "ddpm", observer, lambda x, t: steps.append((x, t)))
+    predict(x, 7)
+    predict(x + 1, 3)
+    images = 2 if scale == 1.0 else 4
+    assert seen == [(1, 0, images), (1, 1, images), (2, 0, images), (2, 1, images)]
+    assert [t for _, t in steps] == [7, 3]
+    assert torch.equal(steps[1][0], x + 1)

@@ -1,0 +1,160 @@
+"""The sampling loop: reproducible per image, labels balanced, nonsense refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Pico
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_spec, sample_batch
+from ditmoe_cli.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, choose_solver
+from ditmoe_cli.errors import BadInputError, UsageError
+
+SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))
+NAN, INF = float("nan"), float("inf")
+
+
+def sample_all(model: object, spec: SampleSpec, batch: int) -> Tensor:
+    return torch.cat([sample_batch(model, spec, part) for part in batches(spec.images, batch)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("cfg", [1.0, 1.5])
+def test_batch_size_does_not_change_an_image(pico: Callable[..., Pico], solver: str, cfg: float) -> None:
+    model = pico(sampler="rf" if solver == "euler" else "ddpm").model()
+    spec = replace(SPEC, solver=solver, cfg=cfg)
+    whole = sample_all(model, spec, 7)
+    assert whole.shape == (7, 4, 8, 8)
+    assert whole.dtype == torch.float32
+    for batch in (1, 3):
+        difference = (sample_all(model, spec, batch) - whole).abs().max()
+        assert difference <= 1e-5 * max(1.0, float(whole.abs().max()))
+
+
+def test_any_images_in_any_order(pico: Callable[..., Pico]) -> None:
+    model = pico(sampler="rf").model()
+    whole = sample_all(model, SPEC, 7)
+    some = sample_batch(model, SPEC, [6, 0, 3])
+    torch.testing.assert_close(some, whole[[6, 0, 3]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_same_spec_gives_the_same_bytes(pico: Callable[..., Pico], solver: str) -> None:
+    model, spec = pico().model(), replace(SPEC, solver=solver)
+    first = sample_all(model, spec, 3)
+    torch.manual_seed(99)  # the global generator has no say
+    assert torch.equal(sample_all(model, spec, 3), first)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"steps": 5}, {"cfg": 2.0}, {"classes": (1, 2, 0)}, {"classes": (0,)}, {"solver": "ddim"}]
+)
+def test_all_that_a_spec_says_matters_and_is_in_its_conditions(
+    pico: Callable[..., Pico], change: dict[str, object]
+) -> None:
+    model, other = pico().model(), replace(SPEC, **change)  # type: ignore[arg-type]
+    assert not torch.allclose(sample_all(model, SPEC, 7), sample_all(model, other, 7), atol=1e-3)
+    assert other.conditions() != SPEC.conditions()
+    json.dumps(other.conditions())
+
+
+def test_purposes_have_their_own_noise(pico: Callable[..., Pico]) -> None:
+    model = pico(sampler="rf").model()
+    assert not torch.allclose(
+        sample_batch(model, SPEC, [0]), sample_batch(model, SPEC, [0], purpose="calibration"), atol=1e-2
+    )
+
+
+@given(images=st.integers(1, 200), classes=st.integers(1, 30))
+def test_labels_are_balanced(images: int, classes: int) -> None:
+    spec = replace(SPEC, classes=tuple(range(classes)))
+    counts = Counter(spec.labels(range(images)))
+    assert max(counts.values()) - min([*counts.values()] + [0] * (images < classes)) <= 1
+    assert len(counts) == min(images, classes)
+
+
+@given(images=st.integers(1, 200), batch=st.integers(1, 60))
+def test_batches_cover_each_image_once(images: int, batch: int) -> None:
+    parts = list(batches(images, batch))
+    assert [i for part in parts for i in part] == list(range(images))
+    assert all(1 <= len(part) <= batch for part in parts)
+    spec = replace(SPEC, classes=(4, 2, 9))
+    assert [label for part in parts for label in spec.labels(part)] == spec.labels(range(images))
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_batches_of_nothing_are_refused(batch: int) -> None:
+    with pytest.raises(UsageError, match=f"--batch {batch}"):
+        list(batches(3, batch))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"images": 0}, "--images 0"),
+        ({"images": -3}, "--images -3"),
+        ({"steps": 0}, "--steps 0"),
+        ({"steps": 1001, "solver": "ddim"}, "--steps 1001"),
+        ({"steps": 1001, "solver": "ddpm"}, "--steps 1001"),
+        ({"cfg": -0.1}, "--cfg"),
+        ({"cfg": NAN}, "--cfg"),
+        ({"cfg": INF}, "--cfg"),
+        ({"classes": (0, 3)}, "--classes 3"),
+        ({"classes": (-1,)}, "--classes -1"),
+        ({"classes": ()}, "--classes"),
+    ],
+)
+def test_specs_out_of_range_are_refused_by_option(change: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        check_spec(replace(SPEC, **change), num_classes=3)  # type: ignore[arg-type]
+
+
+def test_specs_in_range_pass() -> None:
+    for change in ({}, {"steps": 1}, {"cfg": 0.0}, {"steps": 1000, "solver": "ddpm"}, {"classes": (2, 2)}):
+        spec = replace(SPEC, **change)  # type: ignore[arg-type]
+        assert check_spec(spec, 3) is spec
+
+
+@pytest.mark.parametrize(("cfg", "nfe"), [(1.0, 4), (1.5, 8), (0.0, 8)])
+def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], cfg: float, nfe: int) -> None:
+    model, rows = pico(depth=1, widths=((8, 8),), sampler="rf").model(), []
+    spec = replace(SPEC, cfg=cfg)
+    sample_batch(model, spec, [0], lambda event: rows.append(len(event.gamma)))
+    assert sum(rows) == spec.nfe == nfe
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_model_that_makes_nan_is_refused(pico: Callable[..., Pico], solver: str, value: float) -> None:
+    model = pico().model()
+    model.final_layer.linear.bias[0] = value
+    with pytest.raises(BadInputError, match=r"images 2 to 4.*--sampler (rf|ddpm)"):
+        sample_batch(model, replace(SPEC, solver=solver), [2, 3, 4])
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pixel_models_and_latent_models(pico: Callable[..., Pico], channels: int) -> None:
+    for learn_sigma in (True, False):
+        model = pico(sampler="rf", in_channels=channels, learn_sigma=learn_sigma).model()
+        assert sample_batch(model, SPEC, [0, 1]).shape == (2, channels, 8, 8)
+
+
+def test_solvers_fit_their_family() -> None:
+    for family, name in DEFAULT_SOLVER.items():
+        assert SOLVERS[name].family == family
+        assert choose_solver(None, family) == name
+    for name, info in SOLVERS.items():
+        assert choose_solver(name, info.family) == name
+        other = "rf" if info.family == "ddpm" else "ddpm"
+        with pytest.raises(UsageError, match=f"--solver {name}: is not for {other} weights"):
+            choose_solver(name, other)
+    with pytest.raises(UsageError, match="unknown; choose euler"):
+        choose_solver("heun9", "rf")

@@ -1,0 +1,118 @@
+"""Imports point one way: cli, then the domain, then checkpoint, then errors."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "ditmoe_cli"
+NAME = "ditmoe_cli"
+
+# what each part may import from, besides itself; a new part has to be entered here
+ALLOWED = {
+    "errors": set(),
+    "demo": set(),
+    "checkpoint": {"errors"},
+    "model": {"checkpoint", "errors"},
+    "diffusion": {"model", "checkpoint", "errors"},
+    "routing": {"diffusion", "model", "checkpoint", "errors"},
+    "compression": {"routing", "diffusion", "model", "checkpoint", "errors"},
+    "evaluation": {"diffusion", "model", "checkpoint", "errors"},
+    "cli": {"compression", "evaluation", "routing", "diffusion", "model", "checkpoint", "errors", ""},
+    "__main__": {"cli"},
+    "": {"model"},  # the package itself: its lazy public interface
+}
+TERMINAL = {"typer", "rich", "click"}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def part(module: str) -> str:
+    """The part of the package that a module of it belongs to."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def is_for_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def statements(body: list[ast.stmt], everywhere: bool) -> Iterator[ast.stmt]:
+    """Statements in `body`, nested ones too; without `everywhere` only those that run on import."""
+    for node in body:
+        yield node
+        if not everywhere and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_typing(node)):
+            continue
+        for field in ("body", "orelse", "finalbody"):
+            yield from statements(getattr(node, field, []), everywhere)
+        for handler in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
+            yield from statements(handler.body, everywhere)
+
+
+def imports(module: str, everywhere: bool = True) -> set[str]:
+    """The full names of the modules that `module` imports."""
+    found: set[str] = set()
+    for node in statements(ast.parse(MODULES[module].read_text()).body, everywhere):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import; write it out"
+            assert node.module is not None
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def test_the_parser_sees_imports() -> None:
+    """Of every kind that the package uses, so that the tests below have teeth."""
+    assert "torch" in imports(f"{NAME}.checkpoint.reader"), "inside functions"
+    assert "torch" not in imports(f"{NAME}.checkpoint.reader", everywhere=False)
+    assert f"{NAME}.model.config" in imports(f"{NAME}.model.dit")
+    assert f"{NAME}.compression.prune.reap" in imports(f"{NAME}.compression.prune.methods"), "from package import module"
+    assert "typer" in imports(f"{NAME}.cli.app")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    mine = part(module)
+    assert mine in ALLOWED, f"enter {mine!r} into the table above"
+    theirs = {part(name) for name in imports(module) if name.split(".")[0] == NAME}
+    assert theirs - {mine} <= ALLOWED[mine]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) not in ("cli", "__main__")])
+def test_only_the_command_line_talks_to_a_terminal(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(module)} & TERMINAL
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    edges = {
+        module: {name for name in imports(module, everywhere=False) if name in MODULES and name != module}
+        for module in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for name in sorted(edges[module]):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+    assert done == set(MODULES)
+
+
+def test_the_table_has_no_way_back() -> None:
+    for lower, upper in ((a, b) for a, others in ALLOWED.items() for b in others if b):
+        assert lower not in ALLOWED[upper], f"{lower} and {upper} may import each other"
