@@ -157,9 +157,7 @@ def make_pico(
         top_k=top_k,
         attention="flash" if attention == "flash" else "timm",
         sampler="rf" if sampler == "rf" else "ddpm",
-        blocks=tuple(
-            BlockConfig(r, w, shared, expert_of is not None) for r, w in zip(rows, per_block, strict=True)
-        ),
+        blocks=tuple(BlockConfig(r, w, shared, expert_of is not None) for r, w in zip(rows, per_block, strict=True)),
     )
     generator = torch.Generator().manual_seed(seed)
     state = {name: _random(name, shape, generator) for name, shape in expected_weights(config).items()}
@@ -193,12 +191,8 @@ class Oracle:
 
 def oracle_folders() -> dict[str, Path]:
     """Return the oracles at hand: those in ``tests/data`` and, beside the repository, the shared ones."""
-    found = {
-        f"data-{about.parent.name}": about.parent for about in sorted((TESTS / "data").glob("*/about.json"))
-    }
-    found.update(
-        {f"shared-{about.parent.name}": about.parent for about in sorted(SHARED.glob("oracle/*/about.json"))}
-    )
+    found = {f"data-{about.parent.name}": about.parent for about in sorted((TESTS / "data").glob("*/about.json"))}
+    found.update({f"shared-{about.parent.name}": about.parent for about in sorted(SHARED.glob("oracle/*/about.json"))})
     return found
 
 

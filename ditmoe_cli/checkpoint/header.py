@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,15 @@ def read_safetensors_header(path: Path) -> FileHeader:
 
     Raises `BadInputError` where the file is truncated or its header does not describe its bytes.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise BadInputError(f"{path}: not a safetensors file, or cut short inside its header ({size} bytes)")
-        text = file.read(length)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise BadInputError(f"{path}: not a safetensors file, or cut short inside its header ({size} bytes)")
+            text = file.read(length)
+    except PermissionError:
+        raise BadInputError(f"{path}: permission denied") from None
     try:
         header: Any = json.loads(text)
     except (ValueError, RecursionError) as error:

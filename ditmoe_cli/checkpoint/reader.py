@@ -138,7 +138,7 @@ def _unpickle(path: Path) -> StateDict:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
         raise BadInputError(f"{path}: {what}; ditmoe opens pickles of plain tensors only") from None
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
     except Exception as error:  # bytes that are no pickle break torch's unpickler in many ways
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__

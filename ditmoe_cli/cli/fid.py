@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.samples import Runtime
     from ditmoe_cli.evaluation.score import Score, Side
     from ditmoe_cli.model.checkpoint import Checkpoint
+    from ditmoe_cli.model.config import Given
 
 SubjectArg = Annotated[
     Optional[str],  # noqa: UP045
@@ -110,9 +112,12 @@ def run(
     """
     if max_value is not None and not max_value >= 0:
         raise UsageError(f"--max {max_value}: give a distance of at least 0")
-    stage = incoming(subject, given(heads, top_k, sampler))
+    if images < 2:
+        raise UsageError(f"--images {images}: a distance needs at least 2 images")
+    said = given(heads, top_k, sampler)
+    stage = incoming(subject, said)
     options = Sampling(images, steps, cfg, seed, solver, classes, batch, device)
-    result = measure(stage, _Asked(ref, original, extractor, weights), options, output, force)
+    result = measure(stage, _Asked(ref, original, extractor, weights, said), options, output, force)
     path = str(output.absolute()) if output else stage.samples or stage.checkpoint
     emit(Printing(json, quiet), stage.done("fid", {}).to_json(result.to_json()), rows(result), path)
     if max_value is not None and result.value > max_value:
@@ -145,6 +150,7 @@ class _Asked:
     original: str | None
     extractor: str | None
     weights: Path | None
+    given: Given
 
 
 @dataclass(frozen=True)
@@ -160,34 +166,41 @@ def measure(stage: Stage, asked: _Asked, options: Sampling, output: Path | None,
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.evaluation.features import check_extractor_name, make_extractor
     from ditmoe_cli.evaluation.samples import Runtime
-    from ditmoe_cli.evaluation.score import card_of, score, write_score
+    from ditmoe_cli.evaluation.score import card_of, check_statistics, score, write_score
 
     if asked.extractor is not None:
         check_extractor_name(asked.extractor)
     if output is not None:
-        check_target(require_safetensors(output).absolute(), force)
+        require_safetensors(output)
     subject = _item(stage, stage.samples or stage.checkpoint)
     reference, original = _others(stage, asked)
+    inputs = [item.path for item in (subject, reference, original)]
+    if output is not None:
+        check_target(output.absolute(), force, inputs)
     cards = [card for item in (subject, reference) if (card := card_of(item.path, item.checkpoint))]
     name = asked.extractor or next((card.extractor for card in cards if card.extractor), "inception")
     grey_levels = cards[0].grey_levels if cards else 255
     device = str(checked_device(options.device))
     extractor = make_extractor(name, grey_levels=grey_levels, weights=asked.weights, device=device)
-    sides = _sides((subject, reference, original), options, Runtime(device, options.batch))
+
+    def check(side: Side, other: Checkpoint) -> None:
+        check_statistics(side, other, extractor, grey_levels)
+
+    sides = _sides((subject, reference, original), options, Runtime(device, options.batch), check)
     result = score(*sides, extractor, grey_levels, progress, note)
     if output is not None:
-        write_score(output, result, force)
+        write_score(output, result, force, inputs)
     return result
 
 
-def _item(stage: Stage, path: str | None) -> _Item:
+def _item(stage: Stage, path: str | None, said: Given | None = None) -> _Item:
     from ditmoe_cli.evaluation.images import kind_of
     from ditmoe_cli.model.checkpoint import resolve_path
 
     if path is None:
         raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
     found = resolve_path(path)
-    return _Item(found, open_stage(stage, str(found)) if kind_of(found) == "checkpoint" else None)
+    return _Item(found, open_stage(stage, str(found), said) if kind_of(found) == "checkpoint" else None)
 
 
 def _others(stage: Stage, asked: _Asked) -> tuple[_Item, _Item]:
@@ -198,8 +211,8 @@ def _others(stage: Stage, asked: _Asked) -> tuple[_Item, _Item]:
     named = asked.original or piped
     if asked.ref is None and named is None:
         raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
-    original = _item(stage, _absolute(named)) if named else None
-    reference = _item(stage, _absolute(asked.ref)) if asked.ref else original
+    original = _item(stage, _absolute(named), asked.given) if named else None
+    reference = _item(stage, _absolute(asked.ref), asked.given) if asked.ref else original
     assert reference is not None
     return reference, original or reference
 
@@ -210,22 +223,26 @@ def _absolute(path: str | None) -> str | None:
     return str(resolve_path(path).absolute()) if path else None
 
 
-def _sides(items: tuple[_Item, _Item, _Item], options: Sampling, runtime: Runtime) -> tuple[Side, Side, Side | None]:
+def _sides(
+    items: tuple[_Item, _Item, _Item], options: Sampling, runtime: Runtime, check: Callable[[Side, Checkpoint], None]
+) -> tuple[Side, Side, Side | None]:
     """Sample or read the sides, each thing once; the subject's own spec, where it has one, rules them all.
 
-    The original is None where it was not made with the subject's seeds, since nothing pairs then.
+    What is stored is read first, and `check` may refuse it for the checkpoint on the other side, before anything is
+    sampled. The original is None where it was not made with the subject's seeds, since nothing pairs then.
     """
     from ditmoe_cli.evaluation.score import sampled_side, stored_side
 
-    done: dict[Path, Side] = {}
+    done = {item.path: stored_side(item.path) for item in items if item.checkpoint is None}
+    for item, other in (items[:2], items[1::-1]):
+        if item.path in done and other.checkpoint is not None:
+            check(done[item.path], other.checkpoint)
 
     def side(item: _Item, spec: SampleSpec | None) -> Side:
         if item.path not in done:
-            done[item.path] = (
-                sampled_side(item.checkpoint, spec or options.spec(item.checkpoint), runtime, progress)
-                if item.checkpoint
-                else stored_side(item.path)
-            )
+            assert item.checkpoint is not None
+            chosen = _followed(spec, item.checkpoint) if spec else options.spec(item.checkpoint)
+            done[item.path] = sampled_side(item.checkpoint, chosen, runtime, progress)
         return done[item.path]
 
     subject = side(items[0], None)
@@ -234,6 +251,18 @@ def _sides(items: tuple[_Item, _Item, _Item], options: Sampling, runtime: Runtim
         return subject, reference, None
     original = side(items[2], subject.spec)
     return subject, reference, original if original.spec == subject.spec else None
+
+
+def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
+    """Return the subject's spec, or raise `BadInputError` where another checkpoint cannot be sampled by it."""
+    from ditmoe_cli.diffusion.sampling import check_spec
+    from ditmoe_cli.diffusion.solvers import choose_solver
+
+    try:
+        choose_solver(spec.solver, checkpoint.config.sampler)
+        return check_spec(spec, checkpoint.config.num_classes)
+    except UsageError as error:
+        raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error}") from None
 
 
 def rows(result: Score) -> list[Row]:

@@ -140,7 +140,8 @@ def choose(
     if dry_run:
         found = usable_profile(checkpoint, given_profile)
         return (plan_prune(checkpoint, found, pruning) if found else undecided_plan(checkpoint, pruning)), found
-    check_target(target.absolute(), force, [checkpoint.path])
+    read = [given_profile] if given_profile and given_profile.is_file() else []
+    check_target(target.absolute(), force, [checkpoint.path, *read])
     beside = target.absolute().parent
     found = valid_profile(checkpoint, given_profile, beside, lambda: checked_device(device), progress, note)
     for block, expert in found.never_routed():

@@ -109,16 +109,20 @@ def _are_overrides(given: object) -> bool:
     return whole and given.get("sampler") in (None, "rf", "ddpm")
 
 
-def open_stage(stage: Stage, path: str | None = None) -> Checkpoint:
-    """Open the stage's checkpoint (or `path`, such as its original) and say what is assumed of it."""
+def open_stage(stage: Stage, path: str | None = None, said: Given | None = None) -> Checkpoint:
+    """Open the stage's checkpoint (or `path`, such as its original) and say what is assumed of it.
+
+    The stage's overrides are for its own checkpoints; `said` are those for any other.
+    """
     from ditmoe_cli.cli.output import note
     from ditmoe_cli.model.checkpoint import open_checkpoint
 
     chosen = path or stage.checkpoint
     if chosen is None:
         raise BadInputError("stdin: the envelope names no checkpoint")
-    given = dict(stage.given or {}) if chosen in (stage.original, stage.checkpoint) else {}
-    checkpoint = open_checkpoint(chosen, **given)
+    own = chosen in (stage.original, stage.checkpoint)
+    overrides = dict(stage.given or {}) if own else asdict(said) if said else {}
+    checkpoint = open_checkpoint(chosen, **overrides)
     for warning in checkpoint.warnings:
         note(f"warning: {warning}")
     for assumption in checkpoint.assumptions:

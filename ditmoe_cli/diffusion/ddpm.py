@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ StepNoise = Callable[[Tensor], Tensor]
 
 
 def ancestral_timesteps(steps: int) -> list[int]:
-    """Return `steps` timesteps from 0 to 999, evenly spaced and rounded (upstream's spacing ``"N"``)."""
+    """Return `steps` timesteps from 0 to 999, evenly spaced and rounded (upstream's spacing ``"N"``).
+
+    Positions are summed up as upstream sums them: near a half, i * stride would round otherwise.
+    """
     stride = (TRAINING_STEPS - 1) / max(steps - 1, 1)
-    return [round(i * stride) for i in range(steps)]
+    return [round(position) for position in accumulate(repeat(stride, steps - 1), initial=0.0)]
 
 
 def ddim_timesteps(steps: int) -> list[int]:

@@ -7,7 +7,7 @@ against the original's images of the same seeds stands beside it wherever the or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from ditmoe_cli.evaluation.features import Extractor, describe_extractor, extrac
 from ditmoe_cli.evaluation.frechet import frechet_distance
 from ditmoe_cli.evaluation.images import ImageSet, file_digest, kind_of, read_images, write_arrays
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
-from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, read_origin, sample_images
-from ditmoe_cli.evaluation.statistics import feature_statistics
+from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, is_pixel_space, read_origin, sample_images
+from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable, read_statistics
 from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -96,6 +96,21 @@ def stored_side(path: Path) -> Side:
     return Side(str(path), kind, file_digest(path), read_images(path), spec=origin.spec if origin else None)
 
 
+def check_statistics(side: Side, other: Checkpoint, extractor: Extractor, grey_levels: int) -> None:
+    """Refuse statistics whose extractor or width is not what `extractor` makes of the images of `other`.
+
+    Found out on two black images, so that nothing is sampled in vain. Raises `BadInputError`.
+    """
+    config = other.config
+    if side.statistics is None or not is_pixel_space(config):
+        return  # latents are refused when they are to be sampled
+    black = np.zeros((2, config.input_size, config.input_size, config.in_channels), dtype=np.uint8)
+    width = extractor(black).shape[1]
+    expected = FeatureStatistics(np.zeros(width), np.zeros((width, width)), None)
+    described = describe_extractor(extractor, grey_levels)
+    check_comparable(StoredStatistics(expected, described), side.statistics, str(other.path), side.path)
+
+
 def score(
     subject: Side,
     reference: Side,
@@ -118,7 +133,10 @@ def score(
         say(f"warning: only {few} images; distances are biased upwards, and comparable at equal counts alone")
     paired = None
     if original is not None and subject.images is not None and original.images is not None:
-        paired = paired_error(subject.images.images, original.images.images, grey_levels)
+        try:
+            paired = paired_error(subject.images.images, original.images.images, grey_levels)
+        except BadInputError as error:
+            raise BadInputError(f"{subject.path} against {original.path}: {error}") from None
     conditions = {
         "extractor": described,
         "subject": subject.conditions(),
@@ -142,10 +160,10 @@ def _statistics(side: Side, extractor: Extractor, described: dict[str, Any], bar
     return StoredStatistics(feature_statistics(features), described)
 
 
-def write_score(path: Path, result: Score, force: bool) -> int:
+def write_score(path: Path, result: Score, force: bool, inputs: Iterable[Path] = ()) -> int:
     """Write a score as safetensors: numbers as tensors, everything else as metadata; return the bytes."""
     numbers = {result.metric: result.value}
     if result.paired is not None:
         numbers["paired_mse"] = result.paired.mse
     arrays = {name: np.asarray(value, dtype=np.float64) for name, value in numbers.items()}
-    return write_arrays(path, arrays, {**result.to_json(), "schema": SCORE_SCHEMA}, force)
+    return write_arrays(path, arrays, {**result.to_json(), "schema": SCORE_SCHEMA}, force, inputs)

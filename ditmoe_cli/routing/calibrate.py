@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
 
@@ -67,10 +67,13 @@ def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Ca
             solver=choose_solver(document["solver"], checkpoint.config.sampler),
             classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(classes),
         )
-        sizes = (int(document["bins"]), int(document["reservoir"]), int(document["batch"]))
-    except (KeyError, TypeError, ValueError) as error:
+        bins, reservoir, batch = (int(document[name]) for name in ("bins", "reservoir", "batch"))
+        check_spec(spec, checkpoint.config.num_classes)
+        if not 1 <= bins <= spec.steps or reservoir < 0 or batch < 1:
+            raise ValueError(f"bins {bins}, reservoir {reservoir}, batch {batch}")
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise BadInputError(f"the profile's calibration settings are malformed ({error})") from None
-    return Calibration(check_spec(spec, checkpoint.config.num_classes), *sizes)
+    return Calibration(spec, bins, reservoir, batch)
 
 
 def default_calibration(checkpoint: Checkpoint) -> Calibration:

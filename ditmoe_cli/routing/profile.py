@@ -21,6 +21,7 @@ from __future__ import annotations
 import array
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 PROFILE_SCHEMA = "ditmoe.profile/1"
 BRANCHES = 2
 _TYPECODES = {"I64": "q", "F64": "d"}
-_REQUIRED = ("counts", "selected", "gate_mass", "gate_norm", "tokens")
+_TABLES: Mapping[str, str] = {"selected": "I64", "gate_mass": "F64", "gate_norm": "F64"}
+_REQUIRED = ("counts", *_TABLES, "tokens")
 
 Table = list[list[list[list[float]]]]
 
@@ -91,7 +93,7 @@ class RoutingProfile:
     @cached_property
     def tables(self) -> RoutingTables:
         """The small tables, read without torch or numpy."""
-        named = {name: self._table(name) for name in ("selected", "gate_mass", "gate_norm")}
+        named = {name: self._table(name) for name in _TABLES}
         bins = self.header.tensors["selected"].info.shape[2]
         return RoutingTables(self.experts, bins, float(self.calibration["cfg"]), **named)
 
@@ -132,26 +134,32 @@ def read_profile(path: Path) -> RoutingProfile:
         document = check_schema(json.loads(header.metadata.get("ditmoe", "null")), PROFILE_SCHEMA, where)
         experts = tuple(int(n) for n in document["experts"])
         profile = RoutingProfile(path, header, str(document["checkpoint"]), dict(document["calibration"]), experts)
-        float(profile.calibration["cfg"])
+        bins, cfg = int(profile.calibration["bins"]), float(profile.calibration["cfg"])
+        if not math.isfinite(cfg):
+            raise ValueError(f"cfg is {cfg}")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{where} is malformed ({error})") from None
-    _check_tables(profile)
+    _check_tables(profile, bins)
     return profile
 
 
-def _check_tables(profile: RoutingProfile) -> None:
+def _check_tables(profile: RoutingProfile, bins: int) -> None:
+    """Hold the counters against the numbers of blocks, bins and experts that the metadata tell."""
     tensors = profile.header.tensors
     missing = next((name for name in _REQUIRED if name not in tensors), None)
     if missing is not None:
         raise BadInputError(f"{profile.path}: the profile has no tensor {missing!r}")
-    shape = tensors["selected"].info.shape
-    blocks, most = len(profile.experts), max(profile.experts, default=0)
-    for name, dtype in (("selected", "I64"), ("gate_mass", "F64"), ("gate_norm", "F64")):
+    table = (len(profile.experts), BRANCHES, bins, max(profile.experts, default=0))
+    positions = tensors["counts"].info.shape[3:4]
+    expected = {name: TensorInfo(name, dtype, table) for name, dtype in _TABLES.items()}
+    expected["counts"] = TensorInfo("counts", "I64", (*table[:3], *positions, table[3]))
+    expected["tokens"] = TensorInfo("tokens", "I64", (BRANCHES, bins))
+    for name, wanted in expected.items():
         info = tensors[name].info
-        if len(shape) != 4 or shape != (blocks, BRANCHES, shape[2], most) or info != TensorInfo(name, dtype, shape):
+        if info != wanted:
             raise BadInputError(
-                f"{profile.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, not a table "
-                f"of {blocks} blocks and {most} experts"
+                f"{profile.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, not {wanted.dtype} "
+                f"{list(wanted.shape)} as {table[0]} blocks, {bins} bins and {table[3]} experts need"
             )
 
 

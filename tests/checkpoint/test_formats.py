@@ -129,9 +129,7 @@ def test_double_quantisation_and_fp4_are_refused_by_name() -> None:
     nested = json.dumps({**GOOD, "nested_blocksize": 256}).encode()
     with pytest.raises(BadInputError, match="no double quantisation"):
         logical_weights(stored(*quantized_members(INFO, "nf4")), lambda _: nested)
-    members = [
-        TensorInfo(m.name.replace("__nf4", "__fp4"), m.dtype, m.shape) for m in quantized_members(INFO, "nf4")
-    ]
+    members = [TensorInfo(m.name.replace("__nf4", "__fp4"), m.dtype, m.shape) for m in quantized_members(INFO, "nf4")]
     with pytest.raises(BadInputError, match="is fp4"):
         logical_weights(stored(*members), lambda _: quant_state_json(INFO))
 

@@ -48,9 +48,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(infos=INFOS, metadata=st.dictionaries(st.text(max_size=6), st.text(max_size=6), max_size=3))
-def test_what_is_encoded_is_read_back(
-    scratch: Path, infos: list[TensorInfo], metadata: dict[str, str]
-) -> None:
+def test_what_is_encoded_is_read_back(scratch: Path, infos: list[TensorInfo], metadata: dict[str, str]) -> None:
     header = encode_header(infos, metadata)
     assert len(header) % 8 == 0
     scratch.write_bytes(header + bytes(sum(info.nbytes for info in infos)))
@@ -89,6 +87,13 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(BadInputError):
             read_safetensors_header(path)
+
+
+def test_a_truncated_download_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(framed({"a": entry()}, bytes(5)))
+    with pytest.raises(BadInputError, match="truncated, fetch it again"):
+        read_safetensors_header(path)
 
 
 DAMAGED = {

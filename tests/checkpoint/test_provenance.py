@@ -89,9 +89,7 @@ def test_canonical_json_refuses_what_json_has_no_word_for() -> None:
 
 
 @pytest.mark.parametrize("attention", ["timm", "flash"])
-def test_fingerprint_does_not_depend_on_the_container(
-    pico: Callable[..., Any], tmp_path: Path, attention: str
-) -> None:
+def test_fingerprint_does_not_depend_on_the_container(pico: Callable[..., Any], tmp_path: Path, attention: str) -> None:
     model = pico(attention=attention, heads=4)
     paths = [
         model.save(tmp_path / "one.safetensors"),
@@ -108,9 +106,7 @@ def test_fingerprint_does_not_depend_on_the_container(
     assert len(set(found.values())) == 1, found
 
 
-def test_fingerprint_sees_a_byte_a_name_a_shape_and_the_configuration(
-    pico: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_fingerprint_sees_a_byte_a_name_a_shape_and_the_configuration(pico: Callable[..., Any], tmp_path: Path) -> None:
     model = pico()
     seen = {open_checkpoint(model.save(tmp_path / "a.safetensors"), num_heads=2).fingerprint}
     name = "blocks.1.moe.experts.3.down_proj.weight"

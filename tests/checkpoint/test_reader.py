@@ -99,9 +99,7 @@ def test_a_tensor_is_a_copy_that_outlives_its_reader(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_safetensors_are_opened_and_fingerprinted_without_torch(
-    tmp_path: Path, pico: Callable[..., Pico]
-) -> None:
+def test_safetensors_are_opened_and_fingerprinted_without_torch(tmp_path: Path, pico: Callable[..., Pico]) -> None:
     path = pico().save(tmp_path / "x.safetensors")
     program = (
         "import sys; from ditmoe_cli import open_checkpoint; c = open_checkpoint(sys.argv[1]); c.fingerprint; "

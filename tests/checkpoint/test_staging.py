@@ -45,6 +45,27 @@ def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_all_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    target, synced = tmp_path / "x", []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, target.exists()))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with staged(target) as staging:
+        if kind == "file":
+            staging.write_text("new")
+        else:
+            (staging / "deep").mkdir(parents=True)
+            (staging / "deep" / "file").write_text("new")
+    written = {path.stat().st_ino for path in [target, *target.rglob("*")]}
+    assert written <= {inode for inode, renamed in synced if not renamed}
+    assert (tmp_path.stat().st_ino, True) in synced, "the rename itself"
+
+
 def test_a_relative_target_stays_where_it_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
@@ -267,9 +288,7 @@ Output(Path(sys.argv[1]), force=True, shard_bytes=8).write(infos, content, Prove
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("name", ["x.safetensors", "x"])
 @pytest.mark.parametrize("old", [True, False])
-def test_a_killed_writer_leaves_the_old_or_nothing(
-    tmp_path: Path, how: signal.Signals, name: str, old: bool
-) -> None:
+def test_a_killed_writer_leaves_the_old_or_nothing(tmp_path: Path, how: signal.Signals, name: str, old: bool) -> None:
     target = tmp_path / name
     if old:
         target.write_text("old")

@@ -150,7 +150,7 @@ def shell(script: str, cwd: Path, timeout: float = 240, **env: str) -> Outcome:
     """Run a bash script with pipefail, in which `ditmoe` is the command."""
     words = shlex.join(command())
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail\nditmoe() {{ {words} \"$@\"; }}\n{script}"],
+        ["bash", "-c", f'set -o pipefail\nditmoe() {{ {words} "$@"; }}\n{script}'],
         cwd=cwd,
         env=environment(**env),
         stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from ditmoe_cli.compression.quantize.uniform import plan_uniform
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
+from ditmoe_cli.model.moe import Observer
 
 EXPERT_OF = "blocks.{}.moe.gate.expert_of"
 
@@ -60,16 +61,14 @@ def quantised(checkpoint: Checkpoint, bits: int, path: Path) -> Checkpoint:
 
 def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of a checkpoint as its dtype, shape and bytes, read without the code under test."""
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     files = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.glob("*.safetensors"))
     found = {}
     for file in files:
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():
-                tensor = handle.get_tensor(name)
-                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                found[name] = (str(tensor.dtype), tuple(tensor.shape), data)
+        for name, tensor in load_file(file).items():
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = (str(tensor.dtype), tuple(tensor.shape), data)
     return found
 
 
@@ -77,18 +76,28 @@ def state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: checkpoint.reader.tensor(name) for name in checkpoint.header.tensors}
 
 
+def renumbered(name: str, keeps: Sequence[Sequence[int]]) -> str | None:
+    """The name that a tensor has after pruning, None where its expert is dropped."""
+    parts = name.split(".")
+    if ".moe.experts." not in name:
+        return name
+    keep = list(keeps[int(parts[1])])
+    expert = int(parts[4])
+    return ".".join([*parts[:4], str(keep.index(expert)), *parts[5:]]) if expert in keep else None
+
+
 def network(checkpoint: Checkpoint) -> DiTMoE:
     return build_model(checkpoint, torch.device("cpu"))
 
 
-def outputs(model: DiTMoE, images: int = 3) -> Tensor:
+def outputs(model: DiTMoE, observer: Observer | None = None, images: int = 3) -> Tensor:
     """What a model says of the same few noisy images, labels and times."""
     config = model.config
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(images, config.in_channels, config.input_size, config.input_size, generator=generator)
     y = torch.arange(images) % (config.num_classes + 1)
     with torch.no_grad():
-        result: Tensor = model(x, torch.linspace(0, 900, images), y)
+        result: Tensor = model(x, torch.linspace(0, 900, images), y, observer)
     return result
 
 

@@ -36,13 +36,14 @@ def test_seeds_fit_torch_and_do_not_collide_across_seed_and_index(seed: int, ind
     assert 0 <= value < 2**63
     assert value != image_seed(seed, index + 1)
     assert value != image_seed(seed + 1, index)
-    assert value != image_seed(int(f"{seed}{index}"), index)
+    assert value != image_seed(int(f"1{seed}"), index)
+    assert image_seed(1, 23) != image_seed(12, 3)
 
 
 def test_seeds_are_these_for_ever() -> None:
     """Numbers in files refer to them: they may not change between versions or machines."""
-    assert image_seed(0, 0) == 7021347494276128951
-    assert image_seed(5, 123, "profile") == 3396082497104690361
+    assert image_seed(0, 0) == 5581580776828162119
+    assert image_seed(5, 123, "profile") == 8165941769154076221
 
 
 def test_the_global_generator_is_left_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def test_euler_is_exact_on_straight_paths(steps: int) -> None:
 def test_euler_has_order_one_on_a_gaussian() -> None:
     exact = MEAN + SPREAD * noise()  # the flow is affine and keeps quantiles
     errors = [float((euler(gaussian_velocity, noise(), n) - exact).norm()) for n in (40, 80, 160, 320)]
-    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert all(0.9 < order < 1.1 for order in orders), orders
     assert errors[-1] < 0.02 * float(exact.norm())
 

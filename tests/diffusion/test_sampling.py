@@ -140,6 +140,16 @@ def test_a_model_that_makes_nan_is_refused(pico: Callable[..., Pico], solver: st
         sample_batch(model, replace(SPEC, solver=solver), [2, 3, 4])
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_broken_image_in_a_batch_is_enough(pico: Callable[..., Pico], solver: str) -> None:
+    model = pico().model()
+    model.y_embedder.embedding_table.weight[1] = NAN
+    spec = replace(SPEC, solver=solver, cfg=1.0)
+    sample_batch(model, spec, [0, 2, 3])
+    with pytest.raises(BadInputError, match="NaN"):
+        sample_batch(model, spec, [0, 1, 2])
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_pixel_models_and_latent_models(pico: Callable[..., Pico], channels: int) -> None:
     for learn_sigma in (True, False):

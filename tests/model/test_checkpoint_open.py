@@ -101,9 +101,7 @@ def test_a_map_of_too_few_selectable_rows_is_refused(tmp_path: Path, pico: Calla
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_broken_values_are_refused_by_name_when_read(
-    tmp_path: Path, pico: Callable[..., Pico], value: float
-) -> None:
+def test_broken_values_are_refused_by_name_when_read(tmp_path: Path, pico: Callable[..., Pico], value: float) -> None:
     model, name = pico(dtype=torch.bfloat16), "blocks.1.moe.experts.2.down_proj.weight"
     model.state[name][3, 5] = value
     checkpoint = open_checkpoint(model.save(tmp_path / "x.safetensors"))

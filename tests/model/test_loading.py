@@ -121,9 +121,7 @@ def test_an_oracle_without_its_position_embedding(tmp_path: Path, oracle: Callab
 @pytest.mark.parametrize(
     "name", ["pos_embed", "blocks.1.moe.gate.weight", "blocks.0.moe.experts.3.up_proj.weight", "x_embedder.proj.bias"]
 )
-def test_broken_weights_are_refused_by_name(
-    tmp_path: Path, pico: Callable[..., Pico], name: str, value: float
-) -> None:
+def test_broken_weights_are_refused_by_name(tmp_path: Path, pico: Callable[..., Pico], name: str, value: float) -> None:
     model = pico()
     model.state[name].view(-1)[-1] = value
     for path in (model.save(tmp_path / "x.safetensors"), model.save_pt(tmp_path / "x.pt")):
@@ -164,9 +162,7 @@ def test_broken_scales_are_refused_by_name(tmp_path: Path, pico: Callable[..., P
         load_model(packed.save(tmp_path / "x.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "name", ["blocks.0.moe.gate.weight", "y_embedder.embedding_table.weight"]
-)
+@pytest.mark.parametrize("name", ["blocks.0.moe.gate.weight", "y_embedder.embedding_table.weight"])
 def test_what_is_no_linear_layer_cannot_be_quantised(tmp_path: Path, pico: Callable[..., Pico], name: str) -> None:
     path = quantized(pico(), {name: "nf4"}).save(tmp_path / "x.safetensors")
     with pytest.raises(BadInputError, match=rf"'{name}'"):

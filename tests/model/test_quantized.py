@@ -61,9 +61,7 @@ def test_members_are_as_the_layout_says(shape: tuple[int, int], fmt: Format, dty
 
 
 @given(shape=ALIGNED, seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
-def test_nf4_bytes_are_those_of_bitsandbytes(
-    bnb: Any, shape: tuple[int, int], seed: int, dtype: torch.dtype
-) -> None:
+def test_nf4_bytes_are_those_of_bitsandbytes(bnb: Any, shape: tuple[int, int], seed: int, dtype: torch.dtype) -> None:
     weight = random(shape, seed, dtype)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     theirs = {NAME: packed, **{f"{NAME}.{key}": value for key, value in state.as_dict(packed=True).items()}}

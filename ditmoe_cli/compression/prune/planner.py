@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.names import split_name
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, RouterMode
 from ditmoe_cli.compression.prune.methods import DEFAULT_METHOD, METHODS, Scores
@@ -101,25 +102,32 @@ def best(scores: Scores, counts: list[int]) -> list[tuple[int, ...]]:
 def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
     """Return a plan of the right size whose experts are not chosen yet, to predict bytes without a profile.
 
-    Raises `InfeasibleError` as planning would, and `BadInputError` where a block's experts differ in size, so
-    that the bytes depend on the choice.
+    Raises `InfeasibleError` as planning would, and `BadInputError` where the bytes depend on the choice.
     """
-    for i in range(checkpoint.config.depth):
-        if len(_expert_sizes(checkpoint, i)) > 1:
-            raise BadInputError(
-                f"{checkpoint.path}: the experts of block {i} differ in size, so the bytes depend on which are kept; "
-                "give a --profile"
-            )
     counts = kept_counts(checkpoint, pruning.keep)
+    for i in range(checkpoint.config.depth):
+        if len(_expert_layouts(checkpoint, i)) > 1:
+            what = f"the experts of block {i} differ in size"
+        elif pruning.router == "slice" and _merged_or_moved(checkpoint, i):
+            what = f"the router rows of block {i} do not name its experts one by one"
+        else:
+            continue
+        raise BadInputError(f"{checkpoint.path}: {what}, so the bytes depend on which are kept; give a --profile")
     blocks = tuple(BlockPlan(tuple(range(count)), pruning.router) for count in counts)
     return CompressionPlan("prune", checkpoint.fingerprint, options={"undecided": True}, blocks=blocks)
 
 
-def _expert_sizes(checkpoint: Checkpoint, block: int) -> set[int]:
-    """Return the different byte sizes of a block's experts."""
-    sizes: dict[int, int] = {}
+def _expert_layouts(checkpoint: Checkpoint, block: int) -> set[frozenset[TensorInfo]]:
+    """Return the different ways in which a block's experts are stored, tensors named as within the expert."""
+    layouts: dict[int, set[TensorInfo]] = {}
     for name, info in checkpoint.header.tensors.items():
         parts = split_name(name)
         if parts.block == block and parts.expert is not None:
-            sizes[parts.expert] = sizes.get(parts.expert, 0) + info.nbytes
-    return set(sizes.values())
+            layouts.setdefault(parts.expert, set()).add(replace(info, name=parts.rest))
+    return {frozenset(layout) for layout in layouts.values()}
+
+
+def _merged_or_moved(checkpoint: Checkpoint, block: int) -> bool:
+    """Tell whether a block's router rows, ghosts left aside, are other than its experts one by one."""
+    selected = [expert for expert in checkpoint.expert_map(block) if expert >= 0]
+    return selected != list(range(len(checkpoint.config.blocks[block].expert_widths)))

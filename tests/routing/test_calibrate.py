@@ -1,0 +1,285 @@
+"""Calibration settings, and the search for a profile that is valid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_pico
+from hypothesis import given
+from hypothesis import strategies as st
+from profiling import count_by_hand, no_bar, opened, reap_by_hand, trajectory
+
+from ditmoe_cli.checkpoint.writer import Output
+from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.prune.methods import METHODS
+from ditmoe_cli.compression.prune.planner import Keep, Pruning, plan_prune
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.routing.calibrate import (
+    Calibration,
+    calibrate,
+    default_calibration,
+    parse_calibration,
+    usable_profile,
+    valid_profile,
+)
+from ditmoe_cli.routing.profile import RoutingProfile
+
+PICO = make_pico(hidden=16, input_size=4, seed=3)
+SPEC = SampleSpec(images=3, steps=4, cfg=1.5, seed=11, solver="ddim", classes=(0, 2))
+SETTINGS = Calibration(SPEC, bins=2, reservoir=24, batch=2)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint, two generations made from it, and the profile of the first."""
+
+    original: Checkpoint
+    child: Checkpoint
+    grandchild: Checkpoint
+    profile: RoutingProfile
+
+
+def ghosted(checkpoint: Checkpoint, keep: tuple[int, ...], path: Path) -> Checkpoint:
+    blocks = (BlockPlan(keep, "ghost"),) * checkpoint.config.depth
+    apply(checkpoint, CompressionPlan("prune", checkpoint.fingerprint, blocks=blocks), Output(path))
+    return open_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = tmp_path_factory.mktemp("family")
+    original = opened(PICO, folder)
+    child = ghosted(original, (0, 1, 3), folder / "child.safetensors")
+    grandchild = ghosted(child, (0, 2), folder / "grandchild.safetensors")
+    return Family(
+        original, child, grandchild, calibrate(original, SETTINGS, "cpu", folder / "p.safetensors", False, no_bar)
+    )
+
+
+@dataclass
+class Finder:
+    """Looks for a valid profile, and keeps what was said and whether a device was asked for."""
+
+    beside: Path
+    said: list[str] = field(default_factory=list)
+    runs: int = 0
+
+    def device(self) -> str:
+        self.runs += 1
+        return "cpu"
+
+    def find(self, checkpoint: Checkpoint, given_profile: Path | None) -> RoutingProfile:
+        return valid_profile(checkpoint, given_profile, self.beside, self.device, no_bar, self.said.append)
+
+
+@pytest.fixture
+def finder(tmp_path: Path) -> Finder:
+    return Finder(tmp_path)
+
+
+def test_reap_from_a_profile_is_reap_by_hand(family: Family) -> None:
+    expected = reap_by_hand(count_by_hand(PICO, SPEC, SETTINGS.bins, trajectory(PICO, SPEC)), SPEC.cfg)
+    scores = METHODS["reap"].score(family.profile.tables, 0)
+    for found, wanted in zip(scores, expected.tolist(), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    plan = plan_prune(family.original, family.profile, Pruning(Keep(count=2)))
+    best = [tuple(sorted(block.topk(2).indices.tolist())) for block in expected]
+    assert [block.keep for block in plan.blocks] == best
+    assert plan.profile == family.profile.digest
+
+
+def test_a_profile_says_how_it_was_made(family: Family) -> None:
+    assert parse_calibration(family.profile.calibration, family.original) == SETTINGS
+    assert family.profile.calibration["source"] == "trajectories"
+    assert family.profile.calibration["classes"] == [0, 2]
+
+
+def test_equal_runs_write_equal_files(family: Family, tmp_path: Path) -> None:
+    again = calibrate(family.original, SETTINGS, "cpu", tmp_path / "again.safetensors", False, no_bar)
+    assert again.path.read_bytes() == family.profile.path.read_bytes()
+
+
+def test_an_output_that_is_in_the_way_is_refused_before_any_work(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "there.safetensors").write_bytes(b"old")
+    for path, force in ((tmp_path / "there.safetensors", False), (family.original.path, True)):
+        with pytest.raises(OutputExistsError):
+            calibrate(family.original, SETTINGS, "nonsense", path, force, no_bar)
+    with pytest.raises(UsageError, match="--bins 5"):
+        calibrate(family.original, replace(SETTINGS, bins=5), "nonsense", tmp_path / "p.safetensors", False, no_bar)
+
+
+specs = st.builds(
+    SampleSpec,
+    images=st.integers(1, 10**6),
+    steps=st.integers(1, 1000),
+    cfg=st.floats(0.0, 100.0),
+    seed=st.integers(-(2**63), 2**63),
+    solver=st.sampled_from(["ddim", "ddpm"]),
+    classes=st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple),
+)
+
+
+@given(specs.flatmap(lambda spec: st.tuples(st.just(spec), st.integers(1, spec.steps))), st.integers(0, 10**6))
+def test_settings_survive_json(family: Family, case: tuple[SampleSpec, int], reservoir: int) -> None:
+    settings = Calibration(case[0], bins=case[1], reservoir=reservoir, batch=reservoir % 7 + 1)
+    document = json.loads(json.dumps(settings.to_json()))
+    again = parse_calibration(document, family.original)
+    assert again == settings
+    assert again.to_json() == document
+
+
+@given(specs, specs)
+def test_different_settings_are_written_differently(a: SampleSpec, b: SampleSpec) -> None:
+    assert (Calibration(a).to_json() == Calibration(b).to_json()) == (a == b)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("images", "steps", "batch", "bins") for value in (0, -1, None, "many", [])),
+        ("reservoir", -1),
+        ("reservoir", None),
+        ("bins", 5),
+        ("steps", 1001),
+        ("cfg", -1.0),
+        ("cfg", float("nan")),
+        ("cfg", "high"),
+        ("seed", None),
+        ("solver", "euler"),
+        ("solver", "heun"),
+        ("solver", 5),
+        ("classes", None),
+        ("classes", 5),
+        ("classes", []),
+        ("classes", ["a"]),
+        ("classes", [[0]]),
+        ("classes", "all"),
+        ("classes", "0-7"),
+        ("classes", [3]),
+    ],
+)
+def test_malformed_settings_of_a_file_are_bad_input(name: str, value: object, family: Family) -> None:
+    with pytest.raises(BadInputError, match="calibration settings"):
+        parse_calibration({**SETTINGS.to_json(), name: value}, family.original)
+
+
+@pytest.mark.parametrize("name", ["images", "steps", "cfg", "seed", "solver", "classes", "bins", "reservoir", "batch"])
+def test_missing_settings_are_bad_input(name: str, family: Family) -> None:
+    document = {key: value for key, value in SETTINGS.to_json().items() if key != name}
+    with pytest.raises(BadInputError, match=f"'{name}'"):
+        parse_calibration(document, family.original)
+
+
+def test_a_calibration_on_given_images_cannot_be_repeated_without_them(family: Family) -> None:
+    document = replace(SETTINGS, data="a" * 64).to_json()
+    assert document["source"] == "data"
+    with pytest.raises(BadInputError, match="--data"):
+        parse_calibration(document, family.original)
+
+
+@pytest.mark.parametrize(("sampler", "solver"), [("rf", "euler"), ("ddpm", "ddim")])
+def test_default_settings_fit_the_weights(sampler: str, solver: str, tmp_path: Path) -> None:
+    checkpoint = opened(make_pico(hidden=16, input_size=4, sampler=sampler, num_classes=5), tmp_path)
+    settings = default_calibration(checkpoint)
+    assert (settings.spec.solver, settings.spec.classes) == (solver, (0, 1, 2, 3, 4))
+    assert settings.data is None
+    assert parse_calibration(settings.to_json(), checkpoint) == settings
+
+
+def test_its_own_profile_is_used_as_it_is(family: Family, finder: Finder) -> None:
+    found = finder.find(family.original, family.profile.path)
+    assert found.path == family.profile.path
+    assert (finder.said, finder.runs, list(finder.beside.iterdir())) == ([], 0, [])
+    used = usable_profile(family.original, family.profile.path)
+    assert used is not None
+    assert used.path == family.profile.path
+
+
+@pytest.mark.parametrize("generation", ["child", "grandchild"])
+def test_with_an_ancestors_profile_the_checkpoint_is_profiled_alike(
+    generation: str, family: Family, finder: Finder
+) -> None:
+    checkpoint = getattr(family, generation)
+    assert usable_profile(checkpoint, family.profile.path) is None
+    found = finder.find(checkpoint, family.profile.path)
+    assert found.checkpoint == checkpoint.fingerprint
+    assert dict(found.calibration) == dict(family.profile.calibration)
+    assert found.experts == tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
+    assert finder.runs == 1
+    assert len(finder.said) == 1
+    assert "ancestor" in finder.said[0]
+    assert str(found.path) in finder.said[0]
+    assert found.path.parent == finder.beside
+    assert checkpoint.fingerprint[:12] in found.path.name
+    directly = calibrate(checkpoint, SETTINGS, "cpu", finder.beside / "direct.safetensors", False, no_bar)
+    assert directly.path.read_bytes() == found.path.read_bytes()
+
+
+def test_the_second_search_finds_what_the_first_made(family: Family, finder: Finder) -> None:
+    first = finder.find(family.child, family.profile.path)
+    made = first.path.stat()
+    second = finder.find(family.child, family.profile.path)
+    assert second.path == first.path
+    assert second.path.stat().st_mtime_ns == made.st_mtime_ns
+    assert finder.runs == 1
+    assert len(finder.said) == 2
+    assert "using" in finder.said[1]
+
+
+def test_other_settings_are_profiled_anew(family: Family, finder: Finder) -> None:
+    first = finder.find(family.child, family.profile.path)
+    others = replace(SETTINGS, spec=replace(SPEC, seed=12))
+    elsewhere = calibrate(family.original, others, "cpu", finder.beside / "others.safetensors", False, no_bar)
+    second = finder.find(family.child, elsewhere.path)
+    assert finder.runs == 2
+    assert second.calibration["seed"] == 12
+    assert second.path == first.path  # one place for each checkpoint: the later settings win
+
+
+def test_a_kept_profile_of_other_weights_is_not_trusted(family: Family, finder: Finder) -> None:
+    kept = finder.find(family.child, family.profile.path).path
+    kept.write_bytes(family.profile.path.read_bytes())
+    again = finder.find(family.child, family.profile.path)
+    assert again.checkpoint == family.child.fingerprint
+    assert finder.runs == 2
+
+
+def test_without_any_profile_the_default_settings_are_used(
+    family: Family, finder: Finder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ditmoe_cli.routing.calibrate as module
+
+    monkeypatch.setattr(module, "DEFAULT_IMAGES", 3)
+    monkeypatch.setattr(module, "DEFAULT_STEPS", 10)
+    assert usable_profile(family.child, None) is None
+    found = finder.find(family.child, None)
+    assert dict(found.calibration) == default_calibration(family.child).to_json()
+    assert "no profile" in finder.said[0]
+    assert found.checkpoint == family.child.fingerprint
+    assert finder.find(family.child, None).path == found.path
+    assert finder.runs == 1
+
+
+@pytest.mark.parametrize("call", ["usable", "valid"])
+def test_the_profile_of_an_unrelated_checkpoint_is_refused(
+    call: str, family: Family, finder: Finder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "strangers"
+    folder.mkdir()
+    stranger = opened(make_pico(hidden=16, input_size=4, seed=4), folder)
+    child_profile = calibrate(family.child, SETTINGS, "cpu", folder / "child.safetensors", False, no_bar)
+    calls: dict[str, Callable[[Checkpoint, Path], Any]] = {"usable": usable_profile, "valid": finder.find}
+    # neither an unrelated checkpoint's, nor a descendant's
+    for checkpoint, path in ((stranger, family.profile.path), (family.original, child_profile.path)):
+        with pytest.raises(BadInputError, match="profile of another checkpoint"):
+            calls[call](checkpoint, path)
+    assert (finder.said, finder.runs) == ([], 0)
+    assert [path.name for path in finder.beside.iterdir()] == ["strangers"]
