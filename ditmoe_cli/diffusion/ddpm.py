@@ -31,12 +31,11 @@ def ancestral_timesteps(steps: int) -> list[int]:
 def ddim_timesteps(steps: int) -> list[int]:
     """Return `steps` timesteps at the smallest integer stride that yields exactly that many (``"ddimN"``).
 
-    Where none does, timesteps are 0, ⌊1000/steps⌋, ...: upstream refuses such counts.
+    Where none does, which upstream refuses, they are ⌊1000 i / steps⌋, so that the last is near pure noise too.
     """
-    stride = next(
-        (s for s in range(1, TRAINING_STEPS) if len(range(0, TRAINING_STEPS, s)) == steps), TRAINING_STEPS // steps
-    )
-    return list(range(0, TRAINING_STEPS, stride))[:steps]
+    strides = (s for s in range(1, TRAINING_STEPS + 1) if len(range(0, TRAINING_STEPS, s)) == steps)
+    stride = next(strides, None)
+    return list(range(0, TRAINING_STEPS, stride)) if stride else [i * TRAINING_STEPS // steps for i in range(steps)]
 
 
 @dataclass(frozen=True)

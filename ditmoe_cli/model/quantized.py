@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ditmoe_cli.checkpoint.formats import NF4_BLOCK, Format, Weight, quant_state_json
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.reader import torch_dtype
+from ditmoe_cli.errors import BadInputError
 
 NF4_CODES = (
     -1.0,
@@ -63,6 +64,8 @@ def _pack_nf4(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
 def _pack_int8(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
     half = weight.detach().to(torch.float16).float()
     scale = half.abs().amax(dim=1)
+    if not bool(scale.isfinite().all()):
+        raise BadInputError(f"tensor {info.name!r} holds values above fp16's range, which int8 scales are taken in")
     codes = (half * (127.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round()
     stem = info.name.removesuffix(".weight")
     return {

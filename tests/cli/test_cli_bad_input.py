@@ -72,7 +72,7 @@ def refused(name: str, bad: object, folder: Path, *options: object) -> str:
     before = contents(folder)
     words = [bad if word == "{}" else word for word in COMMANDS[name]]
     message = here(*words, *options, cwd=folder).error(3)
-    assert contents(folder) == before, "something was written"
+    assert contents(folder) == before, f"{name} wrote something"
     return message
 
 
@@ -217,16 +217,16 @@ BAD: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name in COMMANDS for kind in BAD if not (name.startswith("fid") and kind == "samples")],
-)
-def test_no_checkpoint(name: str, kind: str, folder: Path) -> None:
+@pytest.mark.parametrize("kind", BAD)
+def test_no_checkpoint(kind: str, folder: Path) -> None:
     bad, make, said = BAD[kind]
     if make is not None:
         make(folder / bad)
-    message = refused(name, bad, folder, "--heads", 2)
-    assert bad in message and said in message
+    for name in COMMANDS:
+        if kind == "samples" and name.startswith("fid"):
+            continue  # which reads them
+        message = refused(name, bad, folder, "--heads", 2)
+        assert bad in message and said in message, name
 
 
 def test_a_forbidden_pickle_does_nothing(folder: Path) -> None:
@@ -282,8 +282,10 @@ def _poisoned(name: str, value: float) -> Pico:
     return pico.with_state(**{name.replace(".", "__"): tensor})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("tensor", [EXPERT, "blocks.1.moe.gate.weight", "final_layer.linear.bias"])
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [(EXPERT, float("nan")), ("blocks.1.moe.gate.weight", float("inf")), ("final_layer.linear.bias", -float("inf"))],
+)
 @pytest.mark.parametrize(
     "words",
     [

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,9 @@ MADE = {
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> dict[str, Outcome]:
     """Every command, run once as a program with pipes for streams and garbage on stdin."""
-    return {name: outside(*words, cwd=folder, stdin=GARBAGE) for name, words in COMMANDS.items()}
+    with ThreadPoolExecutor(2) as pool:
+        waiting = {name: pool.submit(outside, *words, cwd=folder, stdin=GARBAGE) for name, words in COMMANDS.items()}
+        return {name: outcome.result() for name, outcome in waiting.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -64,7 +64,8 @@ def test_documented_step_lists() -> None:
     assert ddim_timesteps(250) == list(range(0, 1000, 4))
     assert ddim_timesteps(3) == [0, 334, 668], "a stride of 333 would give four"
     assert ddim_timesteps(1000) == list(range(1000))
-    assert ddim_timesteps(300) == list(range(0, 900, 3)), "no stride gives 300 steps"
+    assert ddim_timesteps(300)[:4] == [0, 3, 6, 10], "no stride gives 300 steps"
+    assert ddim_timesteps(300)[-1] == 996
 
 
 @given(steps=st.integers(1, 1000))
@@ -74,10 +75,12 @@ def test_ddim_steps_take_the_smallest_stride_that_fits(steps: int) -> None:
     assert found[0] == 0
     assert found[-1] <= 999
     gaps = {b - a for a, b in itertools.pairwise(found)}
-    assert len(gaps) <= 1
+    assert not gaps or max(gaps) - min(gaps) <= 1
     fitting = [s for s in range(1, 1000) if len(range(0, 1000, s)) == steps]
     if fitting and steps > 1:
         assert gaps == {fitting[0]}
+    elif steps > 1:
+        assert 1000 - found[-1] <= 1000 // steps + 1, "the last step is as near to noise as the others are apart"
 
 
 def test_betas_are_linear_over_a_thousand_steps() -> None:
