@@ -48,6 +48,13 @@ def test_a_ratio_is_rounded_up_exactly(millionths: int, experts: int) -> None:
     assert parse_keep(text).count is None
 
 
+def test_no_ratio_of_two_digits_suffers_from_binary_fractions() -> None:
+    # 0.28 * 25 is 7.000000000000001 in floating point
+    for hundredths, experts in itertools.product(range(1, 101), range(1, 65)):
+        text = f"{hundredths / 100:.2f}"
+        assert parse_keep(text).of(experts) == math.ceil(Fraction(text) * experts), (text, experts)
+
+
 @given(st.integers(1, 64).flatmap(lambda experts: st.tuples(st.just(experts), st.integers(1, experts))))
 def test_a_ratio_that_means_a_whole_number_gives_it(case: tuple[int, int]) -> None:
     experts, kept = case
