@@ -56,6 +56,11 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
 
 
+def test_no_page_holds_a_gap_to_be_filled() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    assert not [page.name for page in pages if re.search("@@|TODO|FIXME", page.read_text())]
+
+
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     assert blocks[1] in (ROOT / ".ci" / "run").read_text()

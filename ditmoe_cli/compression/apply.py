@@ -80,6 +80,8 @@ def apply(
     One weight is in memory at a time. `progress` is told the bytes written with each tensor. Raises what
     `planned_output` raises, `BadInputError` for NaN or infinite weights, and `OutputExistsError`.
     """
+    if plan is not None and not plan.decided:
+        raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
     planned = planned_output(checkpoint, plan)
     producers = {tensor.info.name: tensor.produce for tensor in planned.tensors}
 

@@ -54,5 +54,7 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     chosen = tuple(int(label) for label in labels[:images])
     bad = next((label for label in chosen if not 0 <= label <= config.num_classes), None)
     if bad is not None:
-        raise BadInputError(f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}")
+        raise BadInputError(
+            f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}, and the null class after"
+        )
     return CalibrationData(clean, chosen, file_digest(path))

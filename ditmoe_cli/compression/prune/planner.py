@@ -11,7 +11,7 @@ from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, RouterMode
 from ditmoe_cli.compression.prune.methods import DEFAULT_METHOD, METHODS, Scores
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.routing.profile import RoutingProfile, empty_tables
+from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_profile_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: 
     """Plan to keep, in every block, the experts of highest score.
 
     Ties fall to the lower number. `profile` may be None for methods that need none. Raises `InfeasibleError`
-    where fewer than top-k would stay.
+    where fewer than top-k would stay, and `BadInputError` for a profile of another checkpoint.
     """
+    if profile is not None:
+        require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     counts = kept_counts(checkpoint, pruning.keep)
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
     scores = METHODS[pruning.method].score(profile.tables if profile else empty_tables(experts), pruning.seed)

@@ -34,4 +34,6 @@ def plan_uniform(checkpoint: Checkpoint, bits: int) -> CompressionPlan:
             "came from"
         )
     formats = {weight.info.name: fmt for weight in planned if is_quantizable(weight.info)}
+    if not formats:
+        raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be stored as {fmt}")
     return CompressionPlan("quantize", checkpoint.fingerprint, options={"bits": bits}, formats=formats)
