@@ -8,6 +8,7 @@ the ``transformer`` folder of a diffusers pipeline. EMA weights are preferred.
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,11 @@ class StateDict:
 
 def locate(path: Path) -> Located:
     """Find the files of the checkpoint at `path`. Raises `BadInputError` where there are none."""
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:  # a name that no file can have
+        raise BadInputError(f"{path}: {error.strerror}") from None
+    if not found:
         raise BadInputError(f"{path}: no such file or folder")
     if path.is_dir():
         return _locate_in_folder(path)
@@ -100,28 +105,30 @@ def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
     `is_tensor(value)` tells tensors apart, so that this module needs no torch.
     """
 
-    def holds_tensors(value: object) -> bool:
-        return (
-            isinstance(value, Mapping)
-            and bool(value)
-            and all(isinstance(k, str) and is_tensor(v) for k, v in value.items())
-        )
+    def tensors_of(value: object) -> dict[str, Any]:
+        """Return the tensors of what may be a state dict, plain numbers beside them (an EMA's decay) left out."""
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            return {}
+        tensors = {key: entry for key, entry in value.items() if is_tensor(entry)}
+        rest = [entry for key, entry in value.items() if key not in tensors]
+        return tensors if all(isinstance(entry, int | float) for entry in rest) else {}
 
-    if holds_tensors(loaded):
-        assert isinstance(loaded, Mapping)
-        return StateDict(dict(loaded), "bare state dict")
+    if tensors_of(loaded):
+        return StateDict(tensors_of(loaded), "bare state dict")
     if not isinstance(loaded, Mapping):
         raise BadInputError(f"{where}: holds a {type(loaded).__name__}, not a state dict")
-    key = next((k for k in _STATE_KEYS if holds_tensors(loaded.get(k))), None)
+    if loaded.get("ema") and not tensors_of(loaded["ema"]):
+        raise BadInputError(f"{where}: 'ema' holds more than tensors and numbers; save its state dict alone")
+    key = next((k for k in _STATE_KEYS if tensors_of(loaded.get(k))), None)
     if key is None:
         found = ", ".join(sorted(map(str, loaded)))[:80]
         raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {found}")
     others = sorted(str(k) for k in loaded if k in (*_STATE_KEYS, "opt", "args"))
-    return StateDict(dict(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
+    return StateDict(tensors_of(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
 
 
 def _hints(args: object) -> dict[str, Any]:
-    """Return train.py's arguments (an argparse.Namespace or a dictionary) as a dictionary."""
-    if args is None:
-        return {}
-    return dict(args) if isinstance(args, Mapping) else dict(vars(args))
+    """Return train.py's arguments (an argparse.Namespace or a dictionary) as a dictionary; nothing of anything else."""
+    if isinstance(args, Namespace):
+        return dict(vars(args))
+    return dict(args) if isinstance(args, Mapping) else {}

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.errors import BadInputError
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
+STAGE_SCHEMA = "ditmoe.stage/1"
 
 
 def canonical_json(value: object) -> str:
@@ -22,6 +24,14 @@ def canonical_json(value: object) -> str:
 def digest(value: object) -> str:
     """Return the SHA-256 of a JSON value's canonical text."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; of a folder, of the names and digests of the files in it."""
+    if path.is_dir():
+        return digest([[file.name, file_digest(file)] for file in sorted(path.iterdir()) if file.is_file()])
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
@@ -79,6 +89,14 @@ class Provenance:
         return {"format": "pt", "ditmoe": canonical_json(document)}
 
 
+def parse_card(document: Mapping[str, Any]) -> Card:
+    """Read a card from JSON. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
+    card = Card(**document)
+    if not isinstance(card.extractor, str | None) or type(card.grey_levels) is not int or card.grey_levels < 1:
+        raise ValueError(f"card {dict(document)}")
+    return card
+
+
 def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
     """Read the ``ditmoe`` metadata of a file; None where it has none."""
     if "ditmoe" not in metadata:
@@ -88,7 +106,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
         return Provenance(
             config=dict(document["config"]),
             history=tuple(Step(**step) for step in document["history"]),
-            card=Card(**document["card"]),
+            card=parse_card(document["card"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditmoe_cli.checkpoint.header import DTYPE_BYTES, TensorInfo, encode_header
-from ditmoe_cli.checkpoint.provenance import Provenance, canonical_json
+from ditmoe_cli.checkpoint.provenance import Provenance
 from ditmoe_cli.checkpoint.staging import staged
 from ditmoe_cli.errors import DitmoeError
 
@@ -139,9 +139,3 @@ def write_safetensors(path: Path, tensors: Sequence[TensorInfo], content: Conten
         file.seek(0)
         file.write(encode_header(ordered, metadata(hashes)))
     return size
-
-
-def write_document(path: Path, document: object, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Write a JSON document, whole or not at all."""
-    with staged(path, force, inputs) as staging:
-        staging.write_text(canonical_json(document) + "\n")

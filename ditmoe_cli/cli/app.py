@@ -135,7 +135,7 @@ def _usage(error: BaseException) -> int:
 def _os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{where}no space left on the device; the output was not written"
+        return f"{where}no space left on the device"
     return f"{where}{error.strerror or error}"
 
 

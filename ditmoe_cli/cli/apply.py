@@ -51,5 +51,5 @@ def run(
     opened = open_stage(stage)
     target = output or default_output(opened.path, wanted.command)
     if dry_run:
-        return preview(stage, opened, wanted, target, max_shard_size, Printing(json, quiet))
+        return preview(stage, opened, wanted, target, force, max_shard_size, Printing(json, quiet))
     return write(stage, "apply", opened, wanted, target, force, max_shard_size, Printing(json, quiet))

@@ -41,5 +41,5 @@ def run(
     opened = open_stage(stage)
     target = output or default_output(opened.path, "converted")
     if dry_run:
-        return preview(stage, opened, None, target, max_shard_size, printing)
+        return preview(stage, opened, None, target, force, max_shard_size, printing)
     return write(stage, "convert", opened, None, target, force, max_shard_size, printing)

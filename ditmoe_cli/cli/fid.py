@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -34,8 +33,9 @@ from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
 if TYPE_CHECKING:
     from ditmoe_cli.diffusion.sampling import SampleSpec
+    from ditmoe_cli.evaluation.compare import Comparison, Measure
     from ditmoe_cli.evaluation.samples import Runtime
-    from ditmoe_cli.evaluation.score import Score, Side
+    from ditmoe_cli.evaluation.score import Score
     from ditmoe_cli.model.checkpoint import Checkpoint
     from ditmoe_cli.model.config import Given
 
@@ -74,6 +74,7 @@ MaxOpt = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option("--max", metavar="X", help="Exit with 6 if the distance is above X."),
 ]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Compare samples that were made under other settings.")]
 ScoreOutput = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("-o", "--output", metavar="FILE", help="Write the score as safetensors too."),
@@ -95,6 +96,7 @@ def run(
     extractor: ExtractorOpt = None,
     weights: WeightsOpt = None,
     max_value: MaxOpt = None,
+    anyway: Anyway = False,
     heads: Heads = None,
     top_k: TopK = None,
     sampler: SamplerOpt = None,
@@ -110,159 +112,90 @@ def run(
     In a pipeline without --ref the original's own samples of the same seeds are the reference, so that an
     unchanged model scores 0. The distance is called fid over Inception features and frechet over any other.
     """
-    if max_value is not None and not max_value >= 0:
-        raise UsageError(f"--max {max_value}: give a distance of at least 0")
-    if images < 2:
-        raise UsageError(f"--images {images}: a distance needs at least 2 images")
     said = given(heads, top_k, sampler)
     stage = incoming(subject, said)
-    options = Sampling(images, steps, cfg, seed, solver, classes, batch, device)
-    result = measure(stage, _Asked(ref, original, extractor, weights, said), options, output, force)
-    path = str(output.absolute()) if output else stage.samples or stage.checkpoint
-    emit(Printing(json, quiet), stage.done("fid", {}).to_json(result.to_json()), rows(result), path)
+    check_values(images, max_value, extractor, output)
+    from ditmoe_cli.evaluation.compare import Measure
+    from ditmoe_cli.evaluation.samples import Runtime
+
+    compared = comparison(stage, ref, original, said)
+    result = measured(
+        compared,
+        lambda checkpoint: sample_spec(checkpoint, images, steps, cfg, seed, solver, classes),
+        Measure(extractor, weights, anyway),
+        Runtime(checked_device(device), batch),
+        output,
+        force,
+    )
+    done, path = stage.done("fid", {}), str(output.absolute()) if output else ""
+    emit(Printing(json, quiet), done.to_json(result.to_json()), rows(result), path)
     if max_value is not None and result.value > max_value:
         raise GateError(f"{result.metric} {result.value:.4g} is above --max {max_value:g}")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The sampling options."""
+def check_values(images: int, max_value: float | None, extractor: str | None, output: Path | None) -> None:
+    """Raise `UsageError` for option values that are wrong whatever is scored."""
+    from ditmoe_cli.evaluation.features import check_extractor_name
 
-    images: int
-    steps: int
-    cfg: float
-    seed: int
-    solver: str | None
-    classes: str | None
-    batch: int
-    device: str
-
-    def spec(self, checkpoint: Checkpoint) -> SampleSpec:
-        """Return the spec for a checkpoint."""
-        return sample_spec(checkpoint, self.images, self.steps, self.cfg, self.seed, self.solver, self.classes)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The comparing options."""
-
-    ref: str | None
-    original: str | None
-    extractor: str | None
-    weights: Path | None
-    given: Given
-
-
-@dataclass(frozen=True)
-class _Item:
-    """Something to compare, before it is sampled or read: its path, and the checkpoint if it is one."""
-
-    path: Path
-    checkpoint: Checkpoint | None
-
-
-def measure(stage: Stage, asked: _Asked, options: Sampling, output: Path | None, force: bool) -> Score:
-    """Sample or read all sides and score them. Everything that can be refused is refused before sampling."""
-    from ditmoe_cli.checkpoint.staging import check_target
-    from ditmoe_cli.evaluation.features import check_extractor_name, make_extractor
-    from ditmoe_cli.evaluation.samples import Runtime
-    from ditmoe_cli.evaluation.score import card_of, check_statistics, score, write_score
-
-    if asked.extractor is not None:
-        check_extractor_name(asked.extractor)
+    if max_value is not None and not max_value >= 0:
+        raise UsageError(f"--max {max_value}: give a distance of at least 0")
+    if images < 2:
+        raise UsageError(f"--images {images}: a distance needs at least 2 images")
+    if extractor is not None:
+        check_extractor_name(extractor)
     if output is not None:
         require_safetensors(output)
-    subject = _item(stage, stage.samples or stage.checkpoint)
-    reference, original = _others(stage, asked)
-    inputs = [item.path for item in (subject, reference, original)]
+
+
+def measured(
+    compared: Comparison,
+    spec_of: Callable[[Checkpoint], SampleSpec],
+    measure: Measure,
+    runtime: Runtime,
+    output: Path | None,
+    force: bool,
+) -> Score:
+    """Compare, and write the score where that was asked for; the output is refused before anything is sampled."""
+    from ditmoe_cli.checkpoint.staging import check_target
+    from ditmoe_cli.evaluation.compare import compare
+    from ditmoe_cli.evaluation.score import write_score
+
+    inputs = [item.path for item in compared.items] + ([measure.weights] if measure.weights else [])
     if output is not None:
         check_target(output.absolute(), force, inputs)
-    cards = [card for item in (subject, reference) if (card := card_of(item.path, item.checkpoint))]
-    name = asked.extractor or next((card.extractor for card in cards if card.extractor), "inception")
-    grey_levels = cards[0].grey_levels if cards else 255
-    device = str(checked_device(options.device))
-    extractor = make_extractor(name, grey_levels=grey_levels, weights=asked.weights, device=device)
-
-    def check(side: Side, other: Checkpoint) -> None:
-        check_statistics(side, other, extractor, grey_levels)
-
-    sides = _sides((subject, reference, original), options, Runtime(device, options.batch), check)
-    result = score(*sides, extractor, grey_levels, progress, note)
+    result = compare(compared, spec_of, measure, runtime, progress, note)
     if output is not None:
         write_score(output, result, force, inputs)
     return result
 
 
-def _item(stage: Stage, path: str | None, said: Given | None = None) -> _Item:
+def comparison(stage: Stage, ref: str | None, original: str | None, said: Given) -> Comparison:
+    """Return what is compared with what.
+
+    The subject is the stage's samples or checkpoint. The original is what --original names, else a pipeline's; without
+    either it is the reference. Without --ref the reference is the original.
+    """
+    from ditmoe_cli.evaluation.compare import Comparison, Item
     from ditmoe_cli.evaluation.images import kind_of
     from ditmoe_cli.model.checkpoint import resolve_path
 
-    if path is None:
+    def item(path: str, own: Given | None) -> Item:
+        found = resolve_path(path).absolute()
+        return Item(found, open_stage(stage, str(found), own) if kind_of(found) == "checkpoint" else None)
+
+    named = original or (stage.original if stage.piped else None)
+    chosen = stage.samples or stage.checkpoint
+    if chosen is None:
         raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
-    found = resolve_path(path)
-    return _Item(found, open_stage(stage, str(found), said) if kind_of(found) == "checkpoint" else None)
-
-
-def _others(stage: Stage, asked: _Asked) -> tuple[_Item, _Item]:
-    """Return the reference, and the original for the paired error: what --original names, else the pipeline's, else
-    the reference.
-    """
-    piped = stage.original if stage.history else None
-    named = asked.original or piped
-    if asked.ref is None and named is None:
+    if ref is None and named is None:
         raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
-    original = _item(stage, _absolute(named), asked.given) if named else None
-    reference = _item(stage, _absolute(asked.ref), asked.given) if asked.ref else original
+    if stage.samples:
+        note(f"scoring the images in {stage.samples}: sampling options are theirs")
+    subject = item(chosen, None)
+    first = item(named, said) if named else None
+    reference = item(ref, said) if ref else first
     assert reference is not None
-    return reference, original or reference
-
-
-def _absolute(path: str | None) -> str | None:
-    from ditmoe_cli.model.checkpoint import resolve_path
-
-    return str(resolve_path(path).absolute()) if path else None
-
-
-def _sides(
-    items: tuple[_Item, _Item, _Item], options: Sampling, runtime: Runtime, check: Callable[[Side, Checkpoint], None]
-) -> tuple[Side, Side, Side | None]:
-    """Sample or read the sides, each thing once; the subject's own spec, where it has one, rules them all.
-
-    What is stored is read first, and `check` may refuse it for the checkpoint on the other side, before anything is
-    sampled. The original is None where it was not made with the subject's seeds, since nothing pairs then.
-    """
-    from ditmoe_cli.evaluation.score import sampled_side, stored_side
-
-    done = {item.path: stored_side(item.path) for item in items if item.checkpoint is None}
-    for item, other in (items[:2], items[1::-1]):
-        if item.path in done and other.checkpoint is not None:
-            check(done[item.path], other.checkpoint)
-
-    def side(item: _Item, spec: SampleSpec | None) -> Side:
-        if item.path not in done:
-            assert item.checkpoint is not None
-            chosen = _followed(spec, item.checkpoint) if spec else options.spec(item.checkpoint)
-            done[item.path] = sampled_side(item.checkpoint, chosen, runtime, progress)
-        return done[item.path]
-
-    subject = side(items[0], None)
-    reference = side(items[1], subject.spec)
-    if subject.spec is None:
-        return subject, reference, None
-    original = side(items[2], subject.spec)
-    return subject, reference, original if original.spec == subject.spec else None
-
-
-def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
-    """Return the subject's spec, or raise `BadInputError` where another checkpoint cannot be sampled by it."""
-    from ditmoe_cli.diffusion.sampling import check_spec
-    from ditmoe_cli.diffusion.solvers import choose_solver
-
-    try:
-        choose_solver(spec.solver, checkpoint.config.sampler)
-        return check_spec(spec, checkpoint.config.num_classes)
-    except UsageError as error:
-        raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error}") from None
+    return Comparison(subject, reference, first or reference)
 
 
 def rows(result: Score) -> list[Row]:

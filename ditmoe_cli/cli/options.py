@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -86,18 +86,20 @@ def given(heads: int | None, top_k: int | None, sampler: str | None) -> Given:
     return Given(heads, top_k, sampler)  # type: ignore[arg-type]
 
 
-def checked_device(name: str) -> Any:
-    """Return the torch device of a name. Raises `UsageError` where this machine has none such."""
+def checked_device(name: str) -> str:
+    """Return a device's name. Raises `UsageError` where it is neither cpu nor a GPU that this machine has."""
     import torch
 
     from ditmoe_cli.errors import UsageError
 
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError("choose cpu, cuda or cuda:N")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0][:100]})") from None
-    return device
+    return str(device)
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -123,7 +125,8 @@ def checkpoint_output(path: Path, force: bool, shard_size: str) -> Output:
     from ditmoe_cli.checkpoint.writer import Output
     from ditmoe_cli.errors import UsageError
 
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".npz", ".json"):
+    is_slip = path.suffix.startswith(".safe") and path.suffix != ".safetensors"
+    if is_slip or path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".npz", ".json"):
         raise UsageError(f"--output {path}: checkpoints are written as FILE.safetensors or into a folder")
     return Output(path.absolute(), force, parse_size(shard_size, "--max-shard-size"))
 

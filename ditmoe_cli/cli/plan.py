@@ -10,6 +10,7 @@ import typer
 
 from ditmoe_cli.cli.options import Json
 from ditmoe_cli.cli.output import Printing, Row, emit
+from ditmoe_cli.cli.stage import Stage
 
 if TYPE_CHECKING:
     from ditmoe_cli.compression.plan import CompressionPlan
@@ -28,12 +29,12 @@ def run(file: PlanArg, other: OtherArg = None, json: Json = False) -> None:
     """
     from ditmoe_cli.compression.plan import plan_difference, read_plan
 
-    plan = read_plan(file)
+    plan, stage = read_plan(file), Stage()
     if other is None:
-        return emit(Printing(json), plan.to_json(), rows(plan), str(file.absolute()))
+        return emit(Printing(json), stage.to_json({"plan": plan.to_json(), "digest": plan.digest}), rows(plan), None)
     lines = plan_difference(plan, read_plan(other))
-    document = {"schema": "ditmoe.plan-difference/1", "same": not lines, "differences": lines}
-    return emit(Printing(json), document, [("", line) for line in lines] or [("", "the plans are the same")], None)
+    result = {"same": not lines, "differences": lines}
+    return emit(Printing(json), stage.to_json(result), [("differs", line) for line in lines] or [("same", "yes")], None)
 
 
 def rows(plan: CompressionPlan) -> list[Row]:

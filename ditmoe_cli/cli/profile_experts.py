@@ -31,6 +31,8 @@ from ditmoe_cli.cli.options import (
 from ditmoe_cli.cli.output import Printing, Row, emit, progress
 from ditmoe_cli.cli.spec import sample_spec
 from ditmoe_cli.cli.stage import default_output, incoming, open_stage
+from ditmoe_cli.errors import UsageError
+from ditmoe_cli.routing import defaults
 
 if TYPE_CHECKING:
     from ditmoe_cli.routing.profile import RoutingProfile
@@ -44,23 +46,23 @@ DataOpt = Annotated[
     typer.Option(
         "--data",
         metavar="PATH",
-        help="Noise these labelled images (npz, samples; latents for latent models) instead of sampling.",
+        help="Noise the first --images of these labelled images (npz, samples; latents) instead of sampling.",
     ),
 ]
 
 
 def run(
     checkpoint: CheckpointArg = None,
-    images: Images = 64,
+    images: Images = defaults.IMAGES,
     data: DataOpt = None,
-    bins: Bins = 10,
-    reservoir: Reservoir = 20_480,
-    steps: Steps = 20,
+    bins: Bins = defaults.BINS,
+    reservoir: Reservoir = defaults.RESERVOIR,
+    steps: Steps = defaults.STEPS,
     cfg: Cfg = 1.0,
     solver: SolverOpt = None,
     classes: Classes = None,
     seed: Seed = 0,
-    batch: Batch = 32,
+    batch: Batch = defaults.BATCH,
     device: Device = "cpu",
     heads: Heads = None,
     top_k: TopK = None,
@@ -80,13 +82,15 @@ def run(
     from ditmoe_cli.routing.calibrate import Calibration, calibrate
     from ditmoe_cli.routing.data import read_data
 
+    if data and classes:
+        raise UsageError("--classes has no effect on --data, whose images have labels of their own")
     given_data = read_data(data, opened.config, images) if data else None
     spec = sample_spec(opened, images, steps, cfg, seed, solver, classes)
     spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
     settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None)
     target = require_safetensors(output or default_output(opened.path, "profile"))
-    clean = given_data.clean if given_data else None
-    profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean)
+    clean, inputs = (given_data.clean, (data,)) if given_data and data else (None, ())
+    profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean, inputs)
     result = summary(profile)
     done = stage.done("profile-experts", settings.to_json(), profile=target)
     emit(Printing(json, quiet), done.to_json(result), rows(profile, result), str(target.absolute()))

@@ -22,7 +22,7 @@ from ditmoe_cli.cli.options import (
     checked_device,
     given,
 )
-from ditmoe_cli.cli.output import Printing, note, progress
+from ditmoe_cli.cli.output import Printing, emit, note, progress
 from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
 from ditmoe_cli.cli.writing import preview, write
 from ditmoe_cli.errors import UsageError
@@ -79,24 +79,25 @@ def run(
     Needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
     """
     if list_methods:
-        return print_methods()
+        return print_methods(Printing(json))
     pruning = parse_pruning(keep, method, router, seed)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
     target = output or default_output(opened.path, f"prune-keep{keep}")
     plan, used = choose(stage, opened, pruning, profile, dry_run, target, device, force)
     if dry_run:
-        return preview(stage, opened, plan, target, max_shard_size, Printing(json, quiet), decided=plan.decided)
+        return preview(stage, opened, plan, target, force, max_shard_size, Printing(json, quiet), decided=plan.decided)
     details = pruned_details(opened, plan)
     return write(stage, "prune", opened, plan, target, force, max_shard_size, Printing(json, quiet), details, used)
 
 
-def print_methods() -> None:
+def print_methods(printing: Printing) -> None:
     """Print each method with what it measures and where it comes from."""
     from ditmoe_cli.compression.prune.methods import METHODS
 
-    for name, method in METHODS.items():
-        print(f"{name:<10} {method.summary} ({method.source})")
+    result = {name: {"summary": method.summary, "source": method.source} for name, method in METHODS.items()}
+    rows = [(name, f"{method.summary} ({method.source})") for name, method in METHODS.items()]
+    emit(printing, Stage().to_json({"methods": result}), rows, None)
 
 
 def parse_pruning(keep: str | None, method: str, router: str, seed: int) -> Pruning:

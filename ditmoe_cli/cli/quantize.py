@@ -58,6 +58,6 @@ def run(
     plan = plan_uniform(opened, bits)
     target = output or default_output(opened.path, f"quantize-bits{bits}")
     if dry_run:
-        return preview(stage, opened, plan, target, max_shard_size, Printing(json, quiet))
+        return preview(stage, opened, plan, target, force, max_shard_size, Printing(json, quiet))
     details = {"format": fmt, "weights": len(plan.formats)}
     return write(stage, "quantize", opened, plan, target, force, max_shard_size, Printing(json, quiet), details)

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA
 from ditmoe_cli.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
     from ditmoe_cli.model.checkpoint import Checkpoint
     from ditmoe_cli.model.config import Given
 
-SCHEMA = "ditmoe.stage/1"
 _PATHS = ("checkpoint", "original", "profile", "samples")
 
 
@@ -29,7 +29,7 @@ class Stage:
     """Where a pipeline stands: absolute paths, what was said of the original, and what was done.
 
     `given` are the overrides (heads, top-k, sampler) that the original was opened with; files that we write carry
-    their whole configuration and need none.
+    their whole configuration and need none. `piped` tells that the stage came through a pipe; it is not passed on.
     """
 
     checkpoint: str | None = None
@@ -38,11 +38,13 @@ class Stage:
     samples: str | None = None
     given: Mapping[str, Any] | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    piped: bool = False
 
     def to_json(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Return the envelope with this command's own answer."""
-        document = {"schema": SCHEMA, **asdict(self), "result": dict(result)}
-        return {**document, "history": list(self.history)}
+        document = {"schema": STAGE_SCHEMA, **asdict(self), "history": list(self.history), "result": dict(result)}
+        del document["piped"]
+        return document
 
     def done(self, command: str, options: Mapping[str, Any], **paths: Path | None) -> Stage:
         """Return the stage after a command, with the paths that it made."""
@@ -70,9 +72,9 @@ def incoming(checkpoint: str | None, given: Given) -> Stage:
         raise UsageError("under torchrun the checkpoint must be given as an argument, not through a pipe")
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("give a CHECKPOINT (a file, a folder or demo:digits), or pipe in another ditmoe command")
-    stage = parse_stage(sys.stdin.read())
+    stage = parse_stage(sys.stdin.buffer.read().decode(errors="replace"))
     said = {name: value for name, value in asdict(given).items() if value is not None}
-    return replace(stage, given={**(stage.given or {}), **said})
+    return replace(stage, given={**(stage.given or {}), **said}, piped=True)
 
 
 def parse_stage(text: str) -> Stage:
@@ -81,11 +83,11 @@ def parse_stage(text: str) -> Stage:
         raise BadInputError("stdin is empty: the command before this one in the pipe failed, see its message")
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadInputError("stdin is not JSON, or cut short: expected the output of another ditmoe command") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    if not isinstance(document, dict) or document.get("schema") != STAGE_SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise BadInputError(f"stdin has schema {found!r}, expected {SCHEMA!r}: pipe in another ditmoe command")
+        raise BadInputError(f"stdin has schema {found!r}, expected {STAGE_SCHEMA!r}: pipe in another ditmoe command")
     paths = {name: document.get(name) for name in _PATHS}
     wrong = next((name for name, value in paths.items() if not isinstance(value, str | None)), None)
     given, history = document.get("given"), document.get("history", [])
@@ -95,7 +97,14 @@ def parse_stage(text: str) -> Stage:
         wrong = wrong or "history"
     if wrong:
         raise BadInputError(f"stdin: field {wrong!r} of the envelope is malformed")
-    return Stage(**paths, given=given, history=tuple(history))
+    return Stage(
+        checkpoint=paths["checkpoint"],
+        original=paths["original"],
+        profile=paths["profile"],
+        samples=paths["samples"],
+        given=given,
+        history=tuple(history),
+    )
 
 
 def _are_overrides(given: object) -> bool:
@@ -125,7 +134,7 @@ def open_stage(stage: Stage, path: str | None = None, said: Given | None = None)
     checkpoint = open_checkpoint(chosen, **overrides)
     for warning in checkpoint.warnings:
         note(f"warning: {warning}")
-    for assumption in checkpoint.assumptions:
+    for assumption in checkpoint.assumptions if not stage.piped else ():  # said by the pipe's first command
         note(f"assuming {assumption}")
     return checkpoint
 

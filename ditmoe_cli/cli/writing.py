@@ -21,17 +21,20 @@ def preview(
     checkpoint: Checkpoint,
     plan: CompressionPlan | None,
     target: Path,
+    force: bool,
     shard_size: str,
     printing: Printing,
     decided: bool = True,
 ) -> None:
-    """Print a plan and the exact bytes that carrying it out would write. Writes nothing.
+    """Print a plan and the exact bytes that carrying it out would write. Writes nothing, refuses what writing would.
 
     A plan that is not `decided` has the right size only, and is not printed.
     """
+    from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.compression.apply import planned_output
 
-    output = checkpoint_output(target, False, shard_size)
+    output = checkpoint_output(target, force, shard_size)
+    check_target(output.path, force, [checkpoint.path])
     result = _sizes(checkpoint, planned_output(checkpoint, plan).predicted_bytes(output))
     result["dry_run"] = True
     result["plan"] = plan.to_json() if plan is not None and decided else None

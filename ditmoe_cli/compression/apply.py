@@ -20,6 +20,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, is_compressible
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 
 Producer = Callable[[], memoryview]
+KeptRows = tuple[tuple[int, ...], tuple[int, ...], bool]
 Progress = Callable[[int], None]
 
 _SMALL = 256  # bytes
@@ -61,12 +62,13 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     if plan is None:
         return PlannedOutput(tuple(_copies(checkpoint)), checkpoint.config, base)
     _check_plan(checkpoint, plan)
+    rows = _kept_rows(checkpoint, plan)
     tensors: list[PlannedTensor] = []
     for weight in checkpoint.weights.values():
-        tensors += _transformed(checkpoint, plan, weight)
-    tensors += [_expert_map(i, *kept) for i, kept in enumerate(_kept_rows(checkpoint, plan)) if kept[2]]
+        tensors += _transformed(checkpoint, plan, rows, weight)
+    tensors += [_expert_map(i, *kept) for i, kept in enumerate(rows) if kept[2]]
     tensors.sort(key=lambda tensor: natural_key(tensor.info.name))
-    config = _planned_config(checkpoint, plan)
+    config = _planned_config(checkpoint, plan, rows)
     history = (*base.history, Step(plan.command, plan.source, plan.digest))
     provenance = Provenance(config.to_json(), history, base.card)
     return PlannedOutput(tuple(tensors), config, provenance)
@@ -148,14 +150,16 @@ def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:
         raise BadInputError(f"the plan stores {name!r} as {fmt}, but its shape or dtype does not allow it")
 
 
-def _transformed(checkpoint: Checkpoint, plan: CompressionPlan, weight: Weight) -> list[PlannedTensor]:
+def _transformed(
+    checkpoint: Checkpoint, plan: CompressionPlan, rows: Sequence[KeptRows], weight: Weight
+) -> list[PlannedTensor]:
     """Return the output tensors that come of one weight; none where its expert is dropped."""
     name = weight.info.name
     parts = split_name(name)
     block = plan.blocks[parts.block] if plan.blocks and parts.block is not None else None
     if block is not None and parts.block is not None:
         if parts.rest == ROUTER:
-            return [_router_rows(checkpoint, weight, _kept_rows(checkpoint, plan)[parts.block][0])]
+            return [_router_rows(checkpoint, weight, rows[parts.block][0])]
         if parts.rest == EXPERT_OF:
             return []  # written anew by _expert_map
         if parts.expert is not None:
@@ -205,9 +209,6 @@ def _held(data: memoryview) -> memoryview:
     return memoryview(bytes(data)) if data.nbytes <= _SMALL else data
 
 
-KeptRows = tuple[tuple[int, ...], tuple[int, ...], bool]
-
-
 def _kept_rows(checkpoint: Checkpoint, plan: CompressionPlan) -> list[KeptRows]:
     """Return for each block the router rows that stay, what each selects, and whether that must be written."""
     return [_block_rows(checkpoint.expert_map(i), block) for i, block in enumerate(plan.blocks)]
@@ -235,12 +236,12 @@ def _expert_map(block: int, rows: Sequence[int], selects: Sequence[int], _: bool
     return PlannedTensor(TensorInfo(in_block(block, EXPERT_OF), "I32", (len(rows),)), lambda: memoryview(data))
 
 
-def _planned_config(checkpoint: Checkpoint, plan: CompressionPlan) -> DiTMoEConfig:
+def _planned_config(checkpoint: Checkpoint, plan: CompressionPlan, kept: Sequence[KeptRows]) -> DiTMoEConfig:
     config = checkpoint.config
     if not plan.blocks:
         return config
     blocks = [
         BlockConfig(len(rows), tuple(old.expert_widths[e] for e in block.keep), old.shared_width, mapped)
-        for old, block, (rows, _, mapped) in zip(config.blocks, plan.blocks, _kept_rows(checkpoint, plan), strict=True)
+        for old, block, (rows, _, mapped) in zip(config.blocks, plan.blocks, kept, strict=True)
     ]
     return replace(config, blocks=tuple(blocks))

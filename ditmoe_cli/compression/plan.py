@@ -7,17 +7,17 @@ choice rests on one, its profile by digest. Making, reading and checking plans n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ditmoe_cli.checkpoint.formats import Format
-from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema, digest
+from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
 from ditmoe_cli.errors import BadInputError
 
 PLAN_SCHEMA = "ditmoe.plan/1"
-STAGE_SCHEMA = "ditmoe.stage/1"
 _JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}
 RouterMode = Literal["slice", "ghost"]
 
@@ -82,8 +82,11 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     fields = check_schema(document, PLAN_SCHEMA, where)
     blocks = _field(fields, "blocks", list, where)
     formats = _field(fields, "formats", dict, where)
+    command = _field(fields, "command", str, where)
+    if not re.fullmatch(r"[a-z-]+", command):  # it becomes part of the output's default name
+        raise BadInputError(f"{where}: field 'command' is {command!r}; expected the name of a command")
     plan = CompressionPlan(
-        command=_field(fields, "command", str, where),
+        command=command,
         source=_field(fields, "source", str, where),
         profile=None if fields.get("profile", "") is None else _field(fields, "profile", str, where),
         options=_field(fields, "options", dict, where),
@@ -133,6 +136,8 @@ def read_plan(path: Path) -> CompressionPlan:
     if isinstance(document, dict) and document.get("schema") == STAGE_SCHEMA:
         result = document.get("result")
         document = result.get("plan") if isinstance(result, dict) else None
+        if isinstance(result, dict) and result.get("dry_run") and document is None:
+            raise BadInputError(f"{path}: the dry run left the plan open; plan again with a --profile")
     return parse_plan(document, str(path))
 
 

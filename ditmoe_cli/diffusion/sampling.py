@@ -50,7 +50,7 @@ class SampleSpec:
 
 def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where a value is out of range."""
-    limit = 1000 if SOLVERS[spec.solver].family == "ddpm" else 100_000
+    limit = 1000 if SOLVERS[spec.solver] == "ddpm" else 100_000
     for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
         if not low <= value <= high:
             raise UsageError(f"--{name} {value}: must be between {low} and {high}")
@@ -96,7 +96,7 @@ def sample_batch(
     shape = (config.in_channels, config.input_size, config.input_size)
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    family = SOLVERS[spec.solver].family
+    family = SOLVERS[spec.solver]
     predict = guided_predictor(model, labels, spec.cfg, family, observer, on_step)
     with torch.inference_mode():
         z = stream.draw(shape)
@@ -135,7 +135,7 @@ def visit_noised(
     from ditmoe_cli.diffusion.noise import image_noise
     from ditmoe_cli.diffusion.rectified_flow import interpolate
 
-    family = SOLVERS[spec.solver].family
+    family = SOLVERS[spec.solver]
     clean = clean.to(model.device)
     noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
     labels = torch.tensor(spec.labels(indices), device=model.device)

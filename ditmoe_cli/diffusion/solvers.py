@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from ditmoe_cli.errors import UsageError
@@ -12,18 +11,10 @@ from ditmoe_cli.model.config import Sampler
 Solver = Literal["euler", "ddim", "ddpm"]
 
 
-@dataclass(frozen=True)
-class SolverInfo:
-    """The family a solver is for, and what it is."""
-
-    family: Sampler
-    summary: str
-
-
-SOLVERS: Mapping[Solver, SolverInfo] = {
-    "euler": SolverInfo("rf", "Euler steps of the rectified flow, upstream's"),
-    "ddim": SolverInfo("ddpm", "DDIM, eta 0"),
-    "ddpm": SolverInfo("ddpm", "DDPM ancestral sampling"),
+SOLVERS: Mapping[Solver, Sampler] = {
+    "euler": "rf",  # equal Euler steps, upstream's
+    "ddim": "ddpm",  # DDIM, eta 0
+    "ddpm": "ddpm",  # ancestral sampling
 }
 DEFAULT_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
 
@@ -35,7 +26,7 @@ def choose_solver(solver: str | None, family: Sampler) -> Solver:
     known = next((name for name in SOLVERS if name == solver), None)
     if known is None:
         raise UsageError(f"--solver {solver}: unknown; choose {', '.join(SOLVERS)}")
-    if SOLVERS[known].family != family:
-        fitting = ", ".join(name for name, info in SOLVERS.items() if info.family == family)
+    if SOLVERS[known] != family:
+        fitting = ", ".join(name for name, fitted in SOLVERS.items() if fitted == family)
         raise UsageError(f"--solver {solver}: is not for {family} weights; choose {fitting}")
     return known

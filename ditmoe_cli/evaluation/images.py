@@ -6,7 +6,6 @@ as JPEG changes FID (https://arxiv.org/abs/2104.11222).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zipfile
@@ -266,17 +265,6 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
             return {name: archive[name] for name in names if name in archive.files}
     except _ARCHIVE_ERRORS as error:
         raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents."""
-    total = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-            total.update(f"{file.name if path.is_dir() else ''}:{content};".encode())
-    return total.hexdigest()
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:

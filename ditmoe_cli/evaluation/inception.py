@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_cli.checkpoint.provenance import file_digest
 from ditmoe_cli.checkpoint.reader import open_reader
 from ditmoe_cli.checkpoint.staging import staged
 from ditmoe_cli.errors import BadInputError
@@ -300,7 +301,7 @@ def load_inception(weights: Path | None = None) -> tuple[Inception, str]:
     downloaded once. Raises `BadInputError` where there is none, or where it holds something else.
     """
     path = find_weights(weights)
-    digest = _file_digest(path)
+    digest = file_digest(path)
     if path == cached_weights() and not digest.startswith(WEIGHTS_DIGEST):
         raise BadInputError(f"{path}: SHA-256 is {digest[:8]}…, not {WEIGHTS_DIGEST}…; delete the file and run again")
     return _load(path), digest
@@ -377,8 +378,3 @@ def _download(target: Path) -> None:
             f"{WEIGHTS_NAME}: not at {target}, and fetching {WEIGHTS_URL} failed ({reason}); "
             f"fetch it elsewhere and give --weights PATH, or set {WEIGHTS_VARIABLE}"
         ) from None
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from ditmoe_cli.checkpoint.header import read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import Card
+from ditmoe_cli.checkpoint.provenance import Card, parse_card
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.solvers import SOLVERS
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import DiTMoEConfig
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -43,11 +42,6 @@ class SampledBy:
         return {"checkpoint": self.checkpoint, "spec": asdict(self.spec), "card": asdict(self.card)}
 
 
-def is_pixel_space(config: DiTMoEConfig) -> bool:
-    """Tell whether a model makes pixels (grey or RGB), not latents."""
-    return config.in_channels in (1, 3)
-
-
 def sample_latents(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, bar: ProgressBar) -> Any:
     """Sample all images of `spec`; return final latents, or pixel values, as an fp32 tensor (N, C, S, S)."""
     import torch
@@ -64,13 +58,18 @@ def sample_latents(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, b
     return torch.cat(parts)
 
 
-def sample_images(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, bar: ProgressBar) -> ImageSet:
-    """Sample all images of `spec`. Raises `BadInputError` for checkpoints whose samples are latents."""
-    if not is_pixel_space(checkpoint.config):
+def require_pixels(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` for a checkpoint whose samples are latents."""
+    if not checkpoint.config.pixel_space:
         raise BadInputError(
             f"{checkpoint.path}: makes latents of {checkpoint.config.in_channels} channels, which need a VAE to become "
             "images; write them with ditmoe sample, decode them, and give fid the images as npz or PNG"
         )
+
+
+def sample_images(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, bar: ProgressBar) -> ImageSet:
+    """Sample all images of `spec`. Raises `BadInputError` for checkpoints whose samples are latents."""
+    require_pixels(checkpoint)
     pixels = sample_latents(checkpoint, spec, runtime, bar)
     labels = np.asarray(spec.labels(range(spec.images)), dtype=np.int64)
     return ImageSet(to_uint8(pixels), labels)
@@ -81,11 +80,12 @@ def write_samples(
 ) -> int:
     """Sample and write: `images` uint8 for pixel models, `latents` fp32 (N, C, S, S) for others; return the bytes."""
     from ditmoe_cli.checkpoint.staging import check_target
+    from ditmoe_cli.diffusion.noise import image_seed
 
     check_target(path.absolute(), force, [checkpoint.path])
     origin = SampledBy(checkpoint.fingerprint, spec, checkpoint.card).to_json()
-    seeds = np.full(spec.images, spec.seed, dtype=np.int64)
-    if is_pixel_space(checkpoint.config):
+    seeds = np.asarray([image_seed(spec.seed, i) for i in range(spec.images)], dtype=np.int64)
+    if checkpoint.config.pixel_space:
         found = sample_images(checkpoint, spec, runtime, bar)
         return write_images(path, found.images, found.labels, seeds, origin, force, [checkpoint.path])
     latents = sample_latents(checkpoint, spec, runtime, bar).numpy()
@@ -108,6 +108,6 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SampledBy:
         spec["classes"] = tuple(spec["classes"])
         if spec["solver"] not in SOLVERS:
             raise ValueError(f"solver {spec['solver']}")
-        return SampledBy(str(document["checkpoint"]), SampleSpec(**spec), Card(**document["card"]))
+        return SampledBy(str(document["checkpoint"]), SampleSpec(**spec), parse_card(document["card"]))
     except (KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: the samples' metadata is malformed ({error})") from None

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ditmoe_cli.checkpoint.provenance import Card
+from ditmoe_cli.checkpoint.provenance import Card, file_digest
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features import Extractor, describe_extractor, extract
 from ditmoe_cli.evaluation.frechet import frechet_distance
-from ditmoe_cli.evaluation.images import ImageSet, file_digest, kind_of, read_images, write_arrays
+from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, write_arrays
+from ditmoe_cli.evaluation.inception import WEIGHTS_DIGEST
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
-from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, is_pixel_space, read_origin, sample_images
+from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, read_origin, sample_images
 from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable, read_statistics
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -102,8 +103,8 @@ def check_statistics(side: Side, other: Checkpoint, extractor: Extractor, grey_l
     Found out on two black images, so that nothing is sampled in vain. Raises `BadInputError`.
     """
     config = other.config
-    if side.statistics is None or not is_pixel_space(config):
-        return  # latents are refused when they are to be sampled
+    if side.statistics is None:
+        return
     black = np.zeros((2, config.input_size, config.input_size, config.in_channels), dtype=np.uint8)
     width = extractor(black).shape[1]
     expected = FeatureStatistics(np.zeros(width), np.zeros((width, width)), None)
@@ -131,6 +132,8 @@ def score(
     few = min((n for n in counts if n is not None), default=FEW_IMAGES)
     if few < FEW_IMAGES:
         say(f"warning: only {few} images; distances are biased upwards, and comparable at equal counts alone")
+    if extractor.name == "inception" and not extractor.digest.startswith(WEIGHTS_DIGEST):
+        say("warning: these are not the weights that FID is defined by; compare the value with its like only")
     paired = None
     if original is not None and subject.images is not None and original.images is not None:
         try:

@@ -70,6 +70,11 @@ class DiTMoEConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def pixel_space(self) -> bool:
+        """Whether the model makes pixels (grey or RGB), not latents."""
+        return self.in_channels in (1, 3)
+
+    @property
     def learn_sigma(self) -> bool:
         """Whether the output carries a second half beside the prediction."""
         return self.out_channels == 2 * self.in_channels
@@ -78,11 +83,6 @@ class DiTMoEConfig:
     def num_experts(self) -> int:
         """Routed experts of a block; the most of any block where they differ."""
         return max(len(block.expert_widths) for block in self.blocks)
-
-    @property
-    def max_router_rows(self) -> int:
-        """Router rows of a block; the most of any block where they differ."""
-        return max(block.router_rows for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as JSON, values that all blocks share written once."""

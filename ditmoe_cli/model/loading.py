@@ -65,7 +65,7 @@ def _assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch
         raise BadInputError(
             f"{checkpoint.path}: tensor {name!r} is stored as {weight.format}, but only linear layers may be"
         )
-    layer = QuantizedLinear(weight, bias=getattr(old, "bias", None) is not None, dtype=dtype)
+    layer = QuantizedLinear(weight, bias=getattr(old, "bias", None) is not None)
     layer.load_members(members, weight)
     parent = model.get_submodule(module_name.rpartition(".")[0])
     setattr(parent, module_name.rpartition(".")[2], layer)

@@ -100,42 +100,44 @@ def unpack_int8(codes: Tensor, scale: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its weight packed and unpacks it for each multiplication.
 
-    Members are buffers under short names; `load_members` fills them from a checkpoint.
+    Members are buffers under short names; `load_members` fills them from a checkpoint. Scales are kept as the bits of
+    their fp32 values, so that ``module.to(dtype)`` does not round them.
     """
 
     codes: Tensor
     scale: Tensor
     table: Tensor
 
-    def __init__(self, weight: Weight, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Weight, bias: bool) -> None:
         super().__init__()
         assert weight.format is not None
         self.format: Format = weight.format
         self.shape = weight.info.shape
-        self.dtype = dtype
         for name in ("codes", "scale", "table"):
             self.register_buffer(name, torch.empty(0))
-        self.bias = nn.Parameter(torch.empty(self.shape[0], dtype=dtype), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.shape[0]), requires_grad=False) if bias else None
 
     def load_members(self, members: dict[str, Tensor], weight: Weight) -> None:
         """Take over the packed tensors of `weight`."""
-        self.codes, self.scale = members[weight.members[0]], members[weight.members[1]]
+        self.codes = members[weight.members[0]]
+        self.scale = members[weight.members[1]].view(torch.int32)
         if self.format == "nf4":
             self.table = code_pairs(members[weight.members[2]])
 
     def weight(self) -> Tensor:
-        """Return the unpacked weight (out, in) in the compute dtype."""
+        """Return the unpacked weight (out, in) in fp32."""
+        scale = self.scale.view(torch.float32)
         if self.format == "nf4":
-            return unpack_nf4(self.codes, self.scale, self.table, self.shape).to(self.dtype)
-        return unpack_int8(self.codes, self.scale).to(self.dtype)
+            return unpack_nf4(self.codes, scale, self.table, self.shape)
+        return unpack_int8(self.codes, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b."""
-        return F.linear(x, self.weight(), self.bias)
+        return F.linear(x, self.weight().to(x.dtype), self.bias)
 
 
 def unpack(weight: Weight, members: dict[str, Tensor]) -> Tensor:
     """Return a quantised weight in its logical dtype."""
-    layer = QuantizedLinear(weight, bias=False, dtype=torch_dtype(weight.info.dtype))
+    layer = QuantizedLinear(weight, bias=False)
     layer.load_members(members, weight)
-    return layer.weight()
+    return layer.weight().to(torch_dtype(weight.info.dtype))

@@ -43,7 +43,8 @@ class Router(nn.Module):
 
     def forward(self, u: Tensor) -> Routing:
         """Route tokens u (T, width)."""
-        probabilities = (u @ self.weight.T).softmax(dim=-1)
+        # in fp32 whatever the model's dtype: half precision would tip near-ties of the top-k
+        probabilities = (u.float() @ self.weight.float().T).softmax(dim=-1).to(u.dtype)
         if self.expert_of is None:
             weights, rows = probabilities.topk(self.top_k, dim=-1)
             return Routing(rows, weights, rows, probabilities)

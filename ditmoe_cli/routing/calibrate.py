@@ -12,6 +12,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.routing import defaults
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
-
-DEFAULT_IMAGES = 64
-DEFAULT_STEPS = 20
-DEFAULT_BINS = 10
-DEFAULT_RESERVOIR = 20_480
-DEFAULT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,9 @@ class Calibration:
     """
 
     spec: SampleSpec
-    bins: int = DEFAULT_BINS
-    reservoir: int = DEFAULT_RESERVOIR
-    batch: int = DEFAULT_BATCH
+    bins: int = defaults.BINS
+    reservoir: int = defaults.RESERVOIR
+    batch: int = defaults.BATCH
     data: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +75,7 @@ def default_calibration(checkpoint: Checkpoint) -> Calibration:
     """Return the settings of a plain ``ditmoe profile-experts``."""
     solver = choose_solver(None, checkpoint.config.sampler)
     classes = tuple(range(checkpoint.config.num_classes))
-    return Calibration(SampleSpec(DEFAULT_IMAGES, DEFAULT_STEPS, 1.0, 0, solver, classes))
+    return Calibration(SampleSpec(defaults.IMAGES, defaults.STEPS, 1.0, 0, solver, classes))
 
 
 def calibrate(
@@ -91,21 +86,26 @@ def calibrate(
     force: bool,
     bar: ProgressBar,
     clean: Tensor | None = None,
+    inputs: tuple[Path, ...] = (),
 ) -> RoutingProfile:
-    """Run a calibration, on its own trajectories or on `clean` images, and write its profile to `path`."""
+    """Run a calibration, on its own trajectories or on `clean` images, and write its profile to `path`.
+
+    `inputs` are files that must not be written over, beside the checkpoint itself.
+    """
     import torch
 
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.routing.observe import check_settings, collect
 
-    check_target(path.absolute(), force, [checkpoint.path])
+    inputs = (checkpoint.path, *inputs)
+    check_target(path.absolute(), force, inputs)
     check_settings(settings.spec, settings.bins, settings.reservoir)
     model = build_model(checkpoint, torch.device(device))
     with bar(f"profiling {checkpoint.path.name}", settings.spec.images) as progress:
         tensors = collect(model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress, clean)
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
-    write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs=(checkpoint.path,))
+    write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
     return read_profile(path)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditmoe_cli.checkpoint.provenance import file_digest
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.config import DiTMoEConfig
 
@@ -31,11 +32,11 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     """
     import torch
 
-    from ditmoe_cli.evaluation.images import file_digest, read_arrays, read_images
+    from ditmoe_cli.evaluation.images import read_arrays, read_images
 
-    if not path.exists():
-        raise BadInputError(f"{path}: no such file or folder")
-    if config.in_channels in (1, 3):
+    if not path.exists() or (path.is_dir() and not config.pixel_space):
+        raise BadInputError(f"{path}: no such file")
+    if config.pixel_space:
         found = read_images(path)
         pixels, labels = found.images[:images], found.labels
         clean = torch.from_numpy(pixels.copy()).float().permute(0, 3, 1, 2) / 127.5 - 1
@@ -49,6 +50,10 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     expected = (config.in_channels, config.input_size, config.input_size)
     if tuple(clean.shape[1:]) != expected:
         raise BadInputError(f"{path}: images are {tuple(clean.shape[1:])}, the model takes {expected}")
+    if labels is not None and (labels.dtype.kind not in "iu" or len(labels) < len(clean)):
+        raise BadInputError(f"{path}: labels are {labels.dtype} of {labels.shape}; expected one integer for each image")
+    if not len(clean):
+        raise BadInputError(f"{path}: holds no image")
     if labels is None:
         raise BadInputError(f"{path}: has no labels; give an npz with arr_0 and labels, or samples of ditmoe")
     chosen = tuple(int(label) for label in labels[:images])

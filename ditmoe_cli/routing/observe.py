@@ -143,11 +143,12 @@ class RoutingCollector:
             chosen = experts[branch].reshape(-1)
             cells = (positions[0] * size + experts[branch]).reshape(-1)
             self.counts[block, branch, b] += torch.bincount(cells, minlength=patches * size).reshape(-1, size).cpu()
+            # a matrix product, since weighted bincounts add in no fixed order on a GPU
             mass = weights[branch].double()
-            self.gate_mass[block, branch, b] += torch.bincount(chosen, mass, minlength=size).cpu()
-            self.gate_norm[block, branch, b] += torch.bincount(
-                chosen, mass * norms[branch].double(), minlength=size
-            ).cpu()
+            one_hot = torch.nn.functional.one_hot(chosen, size).double()
+            sums = torch.stack((mass, mass * norms[branch].double())) @ one_hot
+            self.gate_mass[block, branch, b] += sums[0].cpu()
+            self.gate_norm[block, branch, b] += sums[1].cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""

@@ -19,7 +19,6 @@ Reading the small tables needs neither torch nor numpy, so that planners can run
 from __future__ import annotations
 
 import array
-import hashlib
 import json
 import math
 import sys
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.checkpoint.header import FileHeader, TensorInfo, read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema
+from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema, file_digest
 from ditmoe_cli.checkpoint.reader import SafetensorsReader, dtype_code, tensor_bytes
 from ditmoe_cli.checkpoint.staging import staged
 from ditmoe_cli.checkpoint.writer import write_safetensors
@@ -83,8 +82,7 @@ class RoutingProfile:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
     def tensor(self, name: str) -> Tensor:
         """Return a stored tensor."""

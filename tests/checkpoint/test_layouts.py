@@ -82,7 +82,8 @@ def test_an_empty_ema_is_passed_over(tmp_path: Path, model: Pico) -> None:
         "weights",
         {},
         {"model": {}},
-        {"model": {"a": torch.zeros(2), "step": 3}},
+        {"model": {"a": torch.zeros(2), "opt": [3]}},
+        {"ema": {"a": torch.zeros(2), "shadow": {}}, "model": {"a": torch.zeros(2)}},
         {"weights": {"a": torch.zeros(2)}},
         {0: torch.zeros(2)},
         {"model": {("a", 1): torch.zeros(2)}},
@@ -94,6 +95,15 @@ def test_pickles_without_a_state_dict_are_refused(tmp_path: Path, document: obje
     torch.save(document, tmp_path / "x.pt")
     with pytest.raises(BadInputError, match=r"x\.pt"):
         open_reader(tmp_path / "x.pt")
+
+
+def test_numbers_beside_the_averaged_weights_do_not_hide_them(tmp_path: Path) -> None:
+    averaged = {"a": torch.ones(2), "decay": 0.9999, "updates": 7}
+    torch.save({"ema": averaged, "model": {"a": torch.zeros(2)}, "args": "--depth 2"}, tmp_path / "x.pt")
+    header, reader = open_reader(tmp_path / "x.pt")
+    assert list(header.tensors) == ["a"]
+    assert reader.tensor("a").tolist() == [1.0, 1.0]
+    assert header.hints == {}
 
 
 def test_the_keys_that_were_found_are_named(tmp_path: Path) -> None:

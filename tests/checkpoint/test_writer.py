@@ -18,8 +18,8 @@ from ditmoe_cli.checkpoint.header import DTYPE_BYTES, TensorInfo, read_safetenso
 from ditmoe_cli.checkpoint.names import unwrapped
 from ditmoe_cli.checkpoint.provenance import Card, Provenance, Step
 from ditmoe_cli.checkpoint.reader import dtype_code, open_reader, tensor_bytes
-from ditmoe_cli.checkpoint.writer import Output, aligned_order, plan_shards, write_document, write_safetensors
-from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
+from ditmoe_cli.checkpoint.writer import Output, aligned_order, plan_shards, write_safetensors
+from ditmoe_cli.errors import DitmoeError, OutputExistsError
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -199,18 +199,3 @@ def test_fewer_shards_replace_more(tmp_path: Path, pico: Callable[..., Pico]) ->
     model.save(path, shard_bytes=20_000)
     model.save(path, force=True)
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
-
-
-def test_documents(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    write_document(path, {"b": [1, 2.5], "a": None}, force=False)
-    assert path.read_text() == '{"a":null,"b":[1,2.5]}\n'
-    with pytest.raises(OutputExistsError):
-        write_document(path, {}, force=False)
-    with pytest.raises(ValueError, match="JSON"):
-        write_document(path, {"a": float("nan")}, force=True)
-    assert json.loads(path.read_text()) == {"a": None, "b": [1, 2.5]}
-    with pytest.raises(OutputExistsError, match="input itself"):
-        write_document(path, {}, force=True, inputs=[path])
-    with pytest.raises(BadInputError, match="no such folder"):
-        write_document(tmp_path / "absent" / "x.json", {}, force=False)

@@ -89,12 +89,16 @@ class _Untouchable(io.StringIO):
     def read(self, size: int | None = -1, /) -> str:
         raise AssertionError(f"stdin was read ({size})")
 
+    @property
+    def buffer(self) -> io.BytesIO:
+        raise AssertionError("stdin was read")
+
 
 def here(*args: object, cwd: Path, stdin: str | None = None) -> Outcome:
     """Run a command inside this process, off a terminal; without `stdin` it must not read any."""
     out, err = io.StringIO(), io.StringIO()
     before = sys.stdin
-    sys.stdin = _Untouchable() if stdin is None else io.StringIO(stdin)
+    sys.stdin = _Untouchable() if stdin is None else io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
     try:
         with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run_program([str(arg) for arg in args])

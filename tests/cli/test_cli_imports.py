@@ -74,11 +74,13 @@ import sys
 from ditmoe_cli.cli.app import run
 
 class Stdin:
+    def __init__(self):
+        self.buffer = self
     def isatty(self):
         return False
     def read(self):
         print("torch" in sys.modules, "numpy" in sys.modules, file=sys.stderr, flush=True)
-        return ""
+        return b""
 
 for words in COMMANDS:
     sys.stdin = Stdin()

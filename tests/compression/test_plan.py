@@ -34,7 +34,7 @@ blocks = st.builds(
 )
 plans = st.builds(
     CompressionPlan,
-    command=names,
+    command=st.from_regex(r"[a-z-]+", fullmatch=True),
     source=names,
     profile=st.none() | names,
     options=st.dictionaries(names, json_values, max_size=4),

@@ -181,23 +181,26 @@ def test_errors_are_those_of_a_gaussian() -> None:
 def test_the_layer_multiplies_by_the_unpacked_weight(fmt: Format, bias: bool, dtype: torch.dtype) -> None:
     weight, x = random((6, 96)), torch.randn(4, 96).to(dtype)
     described, members = weight_of(weight, fmt), pack(weight, info_of(weight), fmt)
-    layer = QuantizedLinear(described, bias, dtype)
+    layer = QuantizedLinear(described, bias)
     layer.load_members(members, described)
     if bias:
         layer.bias = torch.nn.Parameter(torch.randn(6).to(dtype), requires_grad=False)
-    assert (layer.weight().dtype, layer.weight().shape) == (dtype, (6, 96))
-    expected = x @ layer.weight().T + (layer.bias if bias else 0)
+    assert (layer.weight().dtype, layer.weight().shape) == (torch.float32, (6, 96))
+    expected = x @ layer.weight().to(dtype).T + (layer.bias if bias else 0)
     torch.testing.assert_close(layer(x), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     layer(x)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    unrounded = layer.weight()
+    assert torch.equal(layer.to(torch.bfloat16).weight(), unrounded), "casting the module rounds no scale"
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_moving_the_layer_does_not_disturb_its_codes(fmt: Format) -> None:
     weight, x = random((6, 96)), torch.randn(4, 96)
     described = weight_of(weight, fmt)
-    layer = QuantizedLinear(described, False, torch.float32)
+    layer = QuantizedLinear(described, False)
     layer.load_members(pack(weight, info_of(weight), fmt), described)
     before = layer(x)
     assert torch.equal(layer.float().to("cpu")(x), before)

@@ -257,8 +257,8 @@ def test_without_any_profile_the_default_settings_are_used(
 ) -> None:
     import ditmoe_cli.routing.calibrate as module
 
-    monkeypatch.setattr(module, "DEFAULT_IMAGES", 3)
-    monkeypatch.setattr(module, "DEFAULT_STEPS", 10)
+    monkeypatch.setattr(module.defaults, "IMAGES", 3)
+    monkeypatch.setattr(module.defaults, "STEPS", 10)
     assert usable_profile(family.child, None) is None
     found = finder.find(family.child, None)
     assert dict(found.calibration) == default_calibration(family.child).to_json()
