@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -35,6 +36,11 @@ settings.register_profile(
     "ditmoe", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.load_profile("ditmoe")
+
+
+def heed_interrupts() -> None:
+    """Make a child heed SIGINT (as preexec_fn), which a test run started in the background ignores and passes on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

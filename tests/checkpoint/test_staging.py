@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, heed_interrupts
 
 from ditmoe_cli.checkpoint.staging import check_target, staged
 from ditmoe_cli.errors import BadInputError, OutputExistsError
@@ -294,7 +294,12 @@ def test_a_killed_writer_leaves_the_old_or_nothing(tmp_path: Path, how: signal.S
         target.write_text("old")
     command = [sys.executable, "-c", WRITER, str(target)]
     with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "half\n"
