@@ -49,6 +49,7 @@ DataOpt = Annotated[
         help="Noise the first --images of these labelled images (npz, samples; latents) instead of sampling.",
     ),
 ]
+FastOpt = Annotated[bool, typer.Option("--fast", help="Counters only: no moments, no reservoir.")]
 
 
 def run(
@@ -57,6 +58,7 @@ def run(
     data: DataOpt = None,
     bins: Bins = defaults.BINS,
     reservoir: Reservoir = defaults.RESERVOIR,
+    fast: FastOpt = False,
     steps: Steps = defaults.STEPS,
     cfg: Cfg = 1.0,
     solver: SolverOpt = None,
@@ -87,7 +89,7 @@ def run(
     given_data = read_data(data, opened.config, images) if data else None
     spec = sample_spec(opened, images, steps, cfg, seed, solver, classes)
     spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
-    settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None)
+    settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None, fast)
     target = require_safetensors(output or default_output(opened.path, "profile"))
     clean, inputs = (given_data.clean, (data,)) if given_data and data else (None, ())
     profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean, inputs)

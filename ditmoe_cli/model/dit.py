@@ -84,7 +84,7 @@ class Block(nn.Module):
         """Map tokens x (N, tokens, width) under conditions c (N, width)."""
         shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate.unsqueeze(1) * self.attn(modulated_norm(x, shift_a, scale_a))
-        mixed = self.moe(modulated_norm(x, shift_m, scale_m), index, gamma, observer)
+        mixed = self.moe(modulated_norm(x, shift_m, scale_m), index, gamma, observer, x)
         out: Tensor = x + gamma.unsqueeze(1) * mixed
         return out
 
@@ -134,11 +134,19 @@ class DiTMoE(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None) -> Tensor:
         """Predict; `observer` is shown every block's mixture."""
-        x = self.x_embedder(x.to(self.dtype)) + self.pos_embed
-        c = self.t_embedder(t, self.dtype) + self.y_embedder(y)
+        tokens, c = self.embed(x, t, y)
         for index, block in enumerate(self.blocks):
-            x = block(x, c, index, observer)
-        return self._unpatchify(self.final_layer(x, c))
+            tokens = block(tokens, c, index, observer)
+        return self.unembed(tokens, c)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first block is given: tokens (N, patches, width) of images x, and conditions c (N, width)."""
+        tokens = self.x_embedder(x.to(self.dtype)) + self.pos_embed
+        return tokens, self.t_embedder(t, self.dtype) + self.y_embedder(y)
+
+    def unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Return the output (N, out_channels, H, W) for the tokens that the last block returned."""
+        return self._unpatchify(self.final_layer(tokens, c))
 
     def forward_with_balance_loss(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Predict as in training, with the balance loss summed over blocks (to be scaled by alpha).

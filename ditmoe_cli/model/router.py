@@ -16,13 +16,15 @@ class Routing:
         experts: (T, k) physical expert of each slot, best first.
         weights: (T, k) routing weights: probabilities over all rows, not renormalised.
         rows: (T, k) router rows that were selected; the experts themselves where no map stands between.
-        probabilities: (T, R) softmax over all router rows.
+        probabilities: (T, R) softmax over all router rows, fp32.
+        logits: (T, R) what the softmax is of, fp32.
     """
 
     experts: Tensor
     weights: Tensor
     rows: Tensor
     probabilities: Tensor
+    logits: Tensor
 
 
 class Router(nn.Module):
@@ -44,10 +46,12 @@ class Router(nn.Module):
     def forward(self, u: Tensor) -> Routing:
         """Route tokens u (T, width)."""
         # in fp32 whatever the model's dtype: half precision would tip near-ties of the top-k
-        probabilities = (u.float() @ self.weight.float().T).softmax(dim=-1).to(u.dtype)
+        logits = u.float() @ self.weight.float().T
+        probabilities = logits.softmax(dim=-1)
         if self.expert_of is None:
             weights, rows = probabilities.topk(self.top_k, dim=-1)
-            return Routing(rows, weights, rows, probabilities)
+            return Routing(rows, weights.to(u.dtype), rows, probabilities, logits)
         selectable = probabilities.masked_fill(self.expert_of < 0, -1.0)
         rows = selectable.topk(self.top_k, dim=-1).indices
-        return Routing(self.expert_of.long()[rows], probabilities.gather(-1, rows), rows, probabilities)
+        weights = probabilities.gather(-1, rows).to(u.dtype)
+        return Routing(self.expert_of.long()[rows], weights, rows, probabilities, logits)

@@ -27,7 +27,8 @@ class Calibration:
     """Settings of a calibration run: what is sampled, in how many step bins, and the tokens kept per block.
 
     `batch` belongs to them, since rounding may differ between batch sizes and tip a near-tie in top-k. `data` is
-    the digest of the images that were noised, None where the model's own trajectories were followed.
+    the digest of the images that were noised, None where the model's own trajectories were followed. `fast` leaves out
+    the moments and the reservoir.
     """
 
     spec: SampleSpec
@@ -35,10 +36,11 @@ class Calibration:
     reservoir: int = defaults.RESERVOIR
     batch: int = defaults.BATCH
     data: str | None = None
+    fast: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON, the sample spec's fields among them."""
-        own = {"bins": self.bins, "reservoir": self.reservoir, "batch": self.batch}
+        own = {"bins": self.bins, "reservoir": self.reservoir, "batch": self.batch, "fast": self.fast}
         return {**self.spec.conditions(), **own, "source": "data" if self.data else "trajectories", "data": self.data}
 
 
@@ -68,7 +70,7 @@ def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Ca
             raise ValueError(f"bins {bins}, reservoir {reservoir}, batch {batch}")
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise BadInputError(f"the profile's calibration settings are malformed ({error})") from None
-    return Calibration(spec, bins, reservoir, batch)
+    return Calibration(spec, bins, reservoir, batch, fast=document.get("fast") is True)
 
 
 def default_calibration(checkpoint: Checkpoint) -> Calibration:
@@ -103,7 +105,9 @@ def calibrate(
     check_settings(settings.spec, settings.bins, settings.reservoir)
     model = build_model(checkpoint, torch.device(device))
     with bar(f"profiling {checkpoint.path.name}", settings.spec.images) as progress:
-        tensors = collect(model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress, clean)
+        tensors = collect(
+            model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress, clean, settings.fast
+        )
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
     write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
     return read_profile(path)

@@ -1,13 +1,37 @@
 """The routing profile: what is stored of a calibration run, and how it is read.
 
 One safetensors file. Sizes: L blocks, B step bins, P positions, E experts (the most of any block; missing ones
-stay 0), T reservoir tokens, S states, D width. Branch 0 is conditional, 1 unconditional.
+stay 0), R router rows, I images, T reservoir tokens, S states, D width, H neurons. Branch 0 is conditional, 1
+unconditional. g is a routing weight, f an expert's output, γ the block's residual gate, φ an expert's neurons.
 
-    counts               I64  (L, 2, B, P, E)  tokens routed to an expert
-    selected             I64  (L, 2, B, E)     the same over all positions
-    gate_mass            F64  (L, 2, B, E)     Σ g over those tokens, g the routing weight
-    gate_norm            F64  (L, 2, B, E)     Σ g ‖γ ⊙ f‖, f the expert's output, γ the block's residual gate
-    tokens               I64  (2, B)           tokens seen per block
+Counters, over all tokens (all that ``--fast`` keeps):
+
+    counts                  I64  (L, 2, B, P, E)  tokens routed to an expert
+    selected                I64  (L, 2, B, E)     the same over all positions
+    tokens                  I64  (2, B)           tokens seen per block
+    image.steps             I32  (I, L, 2, B, E)  per image: what resampling over images needs
+    image.positions         I16  (I, L, 2, P, E)
+    coactivation            I64  (L, 2, B, E, E)  tokens that chose both; the diagonal is `selected`
+    transitions.block       I64  (L-1, 2, B, E, E)  expert in a block, expert in the next
+    transitions.step        I64  (L, 2, B, E, E)  expert a step before, expert now, at the same position
+    gate_mass, gate_square  F64  (L, 2, B, E)     Σ g, Σ g²
+    norm, norm_square, gate_norm, gate_square_norm_square, norm_max      Σ and max of ‖γ ⊙ f‖, with g as named
+    raw_norm, raw_norm_square, raw_gate_norm      the same before γ
+    router.entropy, .margin, .topk_mass, .logsumexp_square   F64  (L, 2, B)  sums over tokens
+    router.logit_sum, .logit_gram                 F64  (L, 2, B, R), (L, 2, B, R, R)
+
+Moments, over all tokens:
+
+    easy_ep                 F64  (L, 2, B, E)     Σ g ‖γ ⊙ f‖ max(1 - cos(x, x + γ r), 0)
+    output.gram             F64  (L, 2, B, E, E)  Σ ⟨γ g_i f_i, γ g_j f_j⟩ over tokens that chose both
+    output.sum, .gate_square_sum                  F32  (L, 2, B, E, D)  Σ f, Σ g² f over routed tokens
+    output.all_token_mean   F32  (L, 2, B, E, D)  mean f over all reservoir tokens, routed or not
+    input.max, .square      F32  (L, E, D)        max |u|, Σ u² over routed tokens
+    gamma.sum, .square      F32  (L, 2, B, D);  gamma.images  I64  (2, B)
+    neuron.energy, .max     F32  (L, E, H)        Σ, max of (g φ)²
+
+States and reservoir:
+
     states.z, .t, .label, .image, .bin         what the model was fed: F32 (S, C, H, W), F32 (S,), I64 (S,) ...
     reservoir.inputs     BF16 (L, T, D)        tokens u that entered the mixture, the same tokens in every block
     reservoir.state, .branch, .position        I32  (T,)  where each came from

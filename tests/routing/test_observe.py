@@ -18,10 +18,12 @@ from torch.testing import assert_close
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.routing.observe import PURPOSE, check_settings, collect, select_states, step_bin
+from ditmoe_cli.routing.observe import PURPOSE, check_settings, collect
+from ditmoe_cli.routing.reservoir import select_states, step_bin
 
 BF16 = {"rtol": 2**-7, "atol": 1e-4}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+MEANS_OF_BF16 = {"rtol": 1e-2, "atol": 1e-3}
 TRAVELLED = {"rtol": 1e-3, "atol": 1e-3}  # the first DDPM step divides by sqrt(alpha_bar), which is below 1 / 150
 
 
@@ -164,8 +166,8 @@ def test_batches_change_rounding_at_most(batch: int, case: Case) -> None:
         if not tensor.is_floating_point():
             assert torch.equal(other[name], tensor), name
         else:
-            tolerance = {"states.z": TRAVELLED, "reservoir.inputs": BF16}.get(name, CLOSE)
-            assert_close(other[name], tensor, **tolerance)
+            looser = {"states.z": TRAVELLED, "reservoir.inputs": BF16, "output.all_token_mean": MEANS_OF_BF16}
+            assert_close(other[name], tensor, **looser.get(name, CLOSE))
 
 
 def test_another_seed_is_another_run() -> None:
@@ -200,7 +202,7 @@ def test_without_room_for_one_token_a_bin_nothing_is_kept() -> None:
     case = CASES["guided"]
     for reservoir in (0, 5):
         found = replace(case, reservoir=reservoir).run()
-        assert set(found) == {"counts", "selected", "gate_mass", "gate_norm", "tokens"}
+        assert not [name for name in found if name.startswith(("states.", "reservoir.", "output.all_token"))]
         assert torch.equal(found["counts"], case.found["counts"])
 
 

@@ -1,0 +1,173 @@
+"""Streaming counters over every token: how often, how strongly and with whom experts are used.
+
+Shapes: L blocks, 2 branches, B step bins, P positions, E experts, R router rows, D width, I images, T tokens of one
+event. Sums are float64, counts integers. Sums over tokens are matrix products with one-hot choices: their order is
+fixed, so equal runs give equal bytes on a GPU too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.routing.profile import BRANCHES
+
+# per selected (token, expert): g routing weight, f output after gamma; "raw" is before gamma
+SLOT_SUMS = (
+    "gate_mass",
+    "gate_square",
+    "norm",
+    "norm_square",
+    "gate_norm",
+    "gate_square_norm_square",
+    "raw_norm",
+    "raw_norm_square",
+    "raw_gate_norm",
+)
+
+
+class Counters:
+    """Counts and small sums: what ``--fast`` collects.
+
+    One instance serves a whole run; `add` takes one block's event at one step, `tensors` returns everything.
+    """
+
+    def __init__(self, config: DiTMoEConfig, images: int, bins: int, device: torch.device) -> None:
+        self.config, self.bins = config, bins
+        blocks, experts, rows = config.depth, config.num_experts, max(b.router_rows for b in config.blocks)
+        patches = config.num_patches
+
+        def sums(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        def counts(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        table = (blocks, BRANCHES, bins)
+        self.tokens = counts(BRANCHES, bins)
+        self.counts = counts(*table, patches, experts)
+        self.image_steps = counts(images, blocks, BRANCHES, bins, experts, dtype=torch.int32)
+        self.image_positions = counts(images, blocks, BRANCHES, patches, experts, dtype=torch.int16)
+        self.coactivation = counts(*table, experts, experts)
+        self.block_transitions = counts(max(blocks - 1, 0), BRANCHES, bins, experts, experts)
+        self.step_transitions = counts(*table, experts, experts)
+        self.slot_sums = {name: sums(*table, experts) for name in SLOT_SUMS}
+        self.norm_max = sums(*table, experts)
+        self.router = {name: sums(*table) for name in ("entropy", "margin", "topk_mass", "logsumexp_square")}
+        self.logit_sum = sums(*table, rows)
+        self.logit_gram = sums(*table, rows, rows)
+        self._previous_step: dict[int, Tensor] = {}
+        self._previous_block: Tensor | None = None
+
+    def begin_batch(self) -> None:
+        """Forget the trajectories of the batch before."""
+        self._previous_step.clear()
+
+    def add(self, event: MoEEvent, images: Tensor, branches: int, b: int, norms: Tensor, raw_norms: Tensor) -> None:
+        """Add one block's event in step bin `b`.
+
+        `images` (N,) are image indices; `norms` and `raw_norms` (T, k) are output norms after and before γ.
+        """
+        block, experts = event.block, event.routing.experts
+        chosen = one_hot_choices(experts, self.config.num_experts)  # (T, k, E)
+        selected = chosen.sum(dim=1).reshape(branches, len(images), self.config.num_patches, -1)
+        self._add_counts(block, b, images, selected)
+        self._add_transitions(block, b, selected)
+        if block == 0:
+            self.tokens[:branches, b] += selected.shape[1] * selected.shape[2]
+        weights = event.routing.weights.double()
+        norms, raw_norms = norms.double(), raw_norms.double()
+        features = torch.stack(
+            (
+                weights,
+                weights**2,
+                norms,
+                norms**2,
+                weights * norms,
+                (weights * norms) ** 2,
+                raw_norms,
+                raw_norms**2,
+                weights * raw_norms,
+            )
+        )
+        sums = torch.einsum("sbte,nbts->nbe", *_by_slot(chosen, features, branches))
+        for name, value in zip(SLOT_SUMS, sums, strict=True):
+            self.slot_sums[name][block, :branches, b] += value
+        largest = self.norm_max[block, :branches, b]
+        spread = (chosen.double() * norms.unsqueeze(-1)).reshape(branches, -1, chosen.shape[-1]).amax(dim=1)
+        self.norm_max[block, :branches, b] = torch.maximum(largest, spread)
+        self._add_router(event, branches, b)
+
+    def _add_counts(self, block: int, b: int, images: Tensor, selected: Tensor) -> None:
+        """Add choices (branches, N, P, E)."""
+        branches = len(selected)
+        self.counts[block, :branches, b] += selected.sum(dim=1).long()
+        per_image = selected.transpose(0, 1)
+        self.image_steps[images, block, :branches, b] += per_image.sum(dim=2).int()
+        self.image_positions[images, block, :branches] += per_image.short()
+        flat = selected.reshape(branches, -1, selected.shape[-1])
+        self.coactivation[block, :branches, b] += (flat.transpose(1, 2) @ flat).long()
+
+    def _add_transitions(self, block: int, b: int, selected: Tensor) -> None:
+        """Add the pairs (expert before, expert now) of each token: a block up, and a step back."""
+        branches, flat = len(selected), selected.reshape(len(selected), -1, selected.shape[-1])
+        if block > 0 and self._previous_block is not None:
+            moved = (self._previous_block.transpose(1, 2) @ flat).long()
+            self.block_transitions[block - 1, :branches, b] += moved
+        if block in self._previous_step:
+            self.step_transitions[block, :branches, b] += (self._previous_step[block].transpose(1, 2) @ flat).long()
+        self._previous_block = self._previous_step[block] = flat
+
+    def _add_router(self, event: MoEEvent, branches: int, b: int) -> None:
+        block, routing = event.block, event.routing
+        logits = routing.logits.double().reshape(branches, -1, routing.logits.shape[-1])
+        probabilities = logits.softmax(dim=-1)
+        k = routing.experts.shape[1]
+        best = probabilities.topk(min(k + 1, probabilities.shape[-1]), dim=-1).values
+        margin = best[..., k - 1] - best[..., k] if best.shape[-1] > k else best[..., k - 1]
+        weights = routing.weights.double().reshape(branches, -1, k)
+        of_tokens = {
+            "entropy": -(probabilities * probabilities.clamp_min(1e-300).log()).sum(dim=-1),
+            "margin": margin,
+            "topk_mass": weights.sum(dim=-1),
+            "logsumexp_square": logits.logsumexp(dim=-1) ** 2,
+        }
+        for name, value in of_tokens.items():
+            self.router[name][block, :branches, b] += value.sum(dim=1)
+        rows = logits.shape[-1]
+        self.logit_sum[block, :branches, b, :rows] += logits.sum(dim=1)
+        self.logit_gram[block, :branches, b, :rows, :rows] += logits.transpose(1, 2) @ logits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the counters under the names that profiles store them by, on the CPU."""
+        stored = {
+            "counts": self.counts,
+            "selected": self.counts.sum(dim=3),
+            "tokens": self.tokens,
+            "image.steps": self.image_steps,
+            "image.positions": self.image_positions,
+            "coactivation": self.coactivation,
+            "transitions.block": self.block_transitions,
+            "transitions.step": self.step_transitions,
+            **self.slot_sums,
+            "norm_max": self.norm_max,
+            **{f"router.{name}": value for name, value in self.router.items()},
+            "router.logit_sum": self.logit_sum,
+            "router.logit_gram": self.logit_gram,
+        }
+        return {name: value.cpu().contiguous() for name, value in stored.items()}
+
+
+def one_hot_choices(experts: Tensor, size: int) -> Tensor:
+    """Return choices (T, k) as (T, k, size) of zeros and ones, in fp32 so that products of them are matrix products."""
+    return F.one_hot(experts, size).float()
+
+
+def _by_slot(chosen: Tensor, features: Tensor, branches: int) -> tuple[Tensor, Tensor]:
+    """Return choices (k, branches, tokens, E) and features (n, branches, tokens, k) in float64, ready to contract."""
+    tokens, k, experts = chosen.shape
+    by_branch = chosen.double().reshape(branches, tokens // branches, k, experts).permute(2, 0, 1, 3)
+    return by_branch, features.reshape(len(features), branches, tokens // branches, k)

@@ -1,0 +1,136 @@
+"""Streaming moments of inputs, outputs and neurons: what a full profile adds to the counters.
+
+Shapes as in `counters`; H is the widest expert. Sums over tokens are accumulated in float64 where they are small and in
+float32 where they are wide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.moe import MoEEvent, SparseMoE
+from ditmoe_cli.routing.counters import one_hot_choices
+from ditmoe_cli.routing.profile import BRANCHES
+
+
+class Moments:
+    """Grams, means, energies and extremes.
+
+    `add` takes one block's event at one step, `neurons` one expert's activations, `tensors` returns everything.
+    """
+
+    def __init__(self, config: DiTMoEConfig, bins: int, device: torch.device) -> None:
+        self.config = config
+        blocks, experts, width = config.depth, config.num_experts, config.hidden_size
+        inner = max(max(block.expert_widths) for block in config.blocks)
+
+        def wide(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        table = (blocks, BRANCHES, bins)
+        self.easy_ep = torch.zeros(*table, experts, dtype=torch.float64, device=device)
+        self.output_gram = torch.zeros(*table, experts, experts, dtype=torch.float64, device=device)
+        self.output_sum = wide(*table, experts, width)
+        self.output_gate_square_sum = wide(*table, experts, width)
+        self.input_max = wide(blocks, experts, width)
+        self.input_square = wide(blocks, experts, width)
+        self.gamma_sum = wide(*table, width)
+        self.gamma_square = wide(*table, width)
+        self.images = torch.zeros(BRANCHES, bins, dtype=torch.int64, device=device)
+        self.neuron_energy = wide(blocks, experts, inner)
+        self.neuron_max = wide(blocks, experts, inner)
+
+    def neurons(self, block: int, expert: int, weights: Tensor, activations: Tensor) -> None:
+        """Add a = g φ of one expert's tokens: weights g (n,), activations φ (n, inner)."""
+        squares = (activations.float() * weights.float().unsqueeze(-1)).square_()
+        inner = squares.shape[1]
+        self.neuron_energy[block, expert, :inner] += squares.sum(dim=0)
+        largest = self.neuron_max[block, expert, :inner]
+        self.neuron_max[block, expert, :inner] = torch.maximum(largest, squares.amax(dim=0))
+
+    def add(self, event: MoEEvent, branches: int, b: int) -> None:
+        """Add one block's event in step bin `b`."""
+        block = event.block
+        tokens, _, width = event.outputs.shape
+        chosen = one_hot_choices(event.routing.experts, self.config.num_experts)
+        slots = chosen.reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)  # (branches, E, tokens k)
+        weights = event.routing.weights.float().unsqueeze(-1)
+        outputs = event.outputs.float()
+        self.output_sum[block, :branches, b] += slots @ outputs.reshape(branches, -1, width)
+        squared = (weights**2 * outputs).reshape(branches, -1, width)
+        self.output_gate_square_sum[block, :branches, b] += slots @ squared
+        patches = tokens // len(event.gamma)
+        gamma = event.gamma.float().repeat_interleave(patches, dim=0).unsqueeze(1)
+        reaching = gamma * weights * outputs  # (T, k, D): what reaches the residual stream
+        self._add_gram(block, branches, b, chosen, reaching)
+        self._add_inputs(event, chosen)
+        per_branch = event.gamma.float().reshape(branches, -1, width)
+        self.gamma_sum[block, :branches, b] += per_branch.sum(dim=1)
+        self.gamma_square[block, :branches, b] += per_branch.square().sum(dim=1)
+        if block == 0:
+            self.images[:branches, b] += per_branch.shape[1]
+        if event.residual is not None:
+            self._add_easy_ep(event, branches, b, slots, reaching)
+
+    def _add_gram(self, block: int, branches: int, b: int, chosen: Tensor, reaching: Tensor) -> None:
+        """Add A_ij = Σ_t ⟨γ g_i f_i, γ g_j f_j⟩ over the experts i, j of each token: what removing both costs."""
+        inner = (reaching @ reaching.transpose(1, 2)).double()  # (T, k, k)
+        spread = torch.einsum("tab,tbf->taf", inner, chosen.double())
+        left = chosen.double().reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)
+        self.output_gram[block, :branches, b] += left @ spread.reshape(branches, -1, chosen.shape[-1])
+
+    def _add_inputs(self, event: MoEEvent, chosen: Tensor) -> None:
+        inputs = event.inputs.float()
+        used = chosen.amax(dim=1)  # (T, E)
+        self.input_square[event.block] += used.T @ inputs.square()
+        magnitudes = inputs.abs()
+        for expert in range(used.shape[1]):
+            mine = magnitudes[used[:, expert] > 0]
+            if len(mine):
+                largest = self.input_max[event.block, expert]
+                self.input_max[event.block, expert] = torch.maximum(largest, mine.amax(dim=0))
+
+    def _add_easy_ep(self, event: MoEEvent, branches: int, b: int, slots: Tensor, reaching: Tensor) -> None:
+        """Add Σ_t g ‖γ f‖ s_t with s_t = max(1 - cos(x, x + γ r), 0), x the residual and r the routed output."""
+        assert event.residual is not None
+        residual = event.residual.float().reshape(-1, event.residual.shape[-1])
+        similarity = F.cosine_similarity(residual, residual + reaching.sum(dim=1), dim=-1)
+        weighted = reaching.norm(dim=-1) * (1 - similarity).clamp_min(0).unsqueeze(-1)
+        sums = slots.double() @ weighted.double().reshape(branches, -1, 1)
+        self.easy_ep[event.block, :branches, b] += sums.squeeze(-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the moments under the names that profiles store them by, on the CPU."""
+        stored = {
+            "easy_ep": self.easy_ep,
+            "output.gram": self.output_gram,
+            "output.sum": self.output_sum,
+            "output.gate_square_sum": self.output_gate_square_sum,
+            "input.max": self.input_max,
+            "input.square": self.input_square,
+            "gamma.sum": self.gamma_sum,
+            "gamma.square": self.gamma_square,
+            "gamma.images": self.images,
+            "neuron.energy": self.neuron_energy,
+            "neuron.max": self.neuron_max,
+        }
+        return {name: value.cpu().contiguous() for name, value in stored.items()}
+
+
+def all_token_means(moe: SparseMoE, inputs: Tensor, cells: Tensor, count: int, experts: int) -> Tensor:
+    """Return each expert's mean output over *all* tokens of each cell, (cells, experts, D), in fp32.
+
+    `inputs` (T, D) are reservoir tokens of one block, `cells` (T,) the cell (branch and bin) of each; experts see
+    tokens that were never routed to them, which makes their means comparable. Cells without tokens stay 0.
+    """
+    membership = F.one_hot(cells.long(), count).float().T  # (cells, T)
+    share = membership / membership.sum(dim=1, keepdim=True).clamp_min(1)
+    means = torch.zeros(count, experts, inputs.shape[1])
+    parameter = moe.gate.weight
+    moved = inputs.to(parameter.device, parameter.dtype)
+    for e, expert in enumerate(moe.experts):
+        means[:, e] = share @ expert(moved).float().cpu()
+    return means

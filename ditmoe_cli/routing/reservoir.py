@@ -1,0 +1,128 @@
+"""The reservoir of a profile: states that the model was shown, and the tokens that entered its mixtures there.
+
+What is chosen depends on (seed, image, bin) alone, so neither batch size nor the number of processes changes it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.diffusion.noise import image_seed
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.routing.profile import BRANCHES
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which (image, step) states are kept, and which positions of each enter the reservoir.
+
+    `step_of[(image, bin)]` is the step within the bin, `positions[(image, bin)]` the tokens, ascending.
+    """
+
+    step_of: dict[tuple[int, int], int]
+    positions: dict[tuple[int, int], list[int]]
+
+
+def step_bin(step: int, steps: int, bins: int) -> int:
+    """Return the bin of a step; step 0 starts from pure noise."""
+    return step * bins // steps
+
+
+def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> Selection:
+    """Choose states and tokens for about `reservoir` tokens per block, over both branches.
+
+    Every (image, bin) gives one state as long as there is at least one token for it; images are left out from
+    the end otherwise. Labels cycle over images, so classes are covered evenly too. Positions are drawn without
+    replacement.
+    """
+    branches = 1 if spec.cfg == 1.0 else BRANCHES
+    images = min(spec.images, reservoir // (bins * branches))
+    per_state = min(patches, reservoir // max(images * bins * branches, 1))
+    step_of, positions = {}, {}
+    for image in range(images):
+        for b in range(bins):
+            generator = random.Random(image_seed(spec.seed, image * bins + b, "reservoir"))
+            steps = [s for s in range(spec.steps) if step_bin(s, spec.steps, bins) == b]
+            step_of[image, b] = generator.choice(steps)
+            positions[image, b] = sorted(generator.sample(range(patches), per_state))
+    return Selection(step_of, positions)
+
+
+@dataclass
+class Reservoir:
+    """States and tokens kept so far, in the order of sampling."""
+
+    selection: Selection
+    blocks: int
+    z: list[Tensor] = field(default_factory=list)
+    t: list[float] = field(default_factory=list)
+    image: list[int] = field(default_factory=list)
+    bin: list[int] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+    inputs: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, tokens, D) each
+    gamma: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, D) each
+    chosen: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.inputs = [[] for _ in range(self.blocks)]
+        self.gamma = [[] for _ in range(self.blocks)]
+
+    def begin_step(self, images: list[int], step: int, b: int, z: Tensor, t: float) -> None:
+        """Note which of the images at hand are kept at this step, and their states."""
+        self.chosen = []
+        for row, image in enumerate(images):
+            if self.selection.step_of.get((image, b)) != step:
+                continue
+            positions = self.selection.positions[image, b]
+            self.chosen.append((row, positions))
+            self.z.append(z[row].cpu().clone())
+            self.t.append(t)
+            self.image.append(image)
+            self.bin.append(b)
+            self.positions.append(positions)
+
+    def keep(self, event: MoEEvent, branches: int) -> None:
+        """Keep the chosen tokens of one block's event."""
+        if not self.chosen:
+            return
+        gamma = event.gamma.reshape(branches, -1, event.gamma.shape[-1])
+        inputs = event.inputs.reshape(*gamma.shape[:2], -1, event.inputs.shape[-1])
+        for row, positions in self.chosen:
+            self.inputs[event.block].append(inputs[:, row, positions].bfloat16().cpu())
+            self.gamma[event.block].append(gamma[:, row].float().cpu())
+
+    def tensors(self, spec: SampleSpec) -> dict[str, Tensor]:
+        """Return states and tokens in the order of (image, bin), whatever the batches were; nothing if none."""
+        if not self.z:
+            return {}
+        order = sorted(range(len(self.z)), key=lambda s: (self.image[s], self.bin[s]))
+        branches, width = self.gamma[0][0].shape
+        tokens = [
+            (new, branch, position)
+            for new, old in enumerate(order)
+            for branch in range(branches)
+            for position in self.positions[old]
+        ]
+        where = torch.tensor(tokens, dtype=torch.int32).reshape(-1, 3)
+        gamma = torch.zeros(self.blocks, len(order), BRANCHES, width)
+        for block, stored in enumerate(self.gamma):
+            gamma[block, :, :branches] = torch.stack([stored[old] for old in order])
+        return {
+            "states.z": torch.stack([self.z[old] for old in order]),
+            "states.t": torch.tensor([self.t[old] for old in order], dtype=torch.float32),
+            "states.label": torch.tensor(spec.labels([self.image[old] for old in order])),
+            "states.image": torch.tensor([self.image[old] for old in order], dtype=torch.int32),
+            "states.bin": torch.tensor([self.bin[old] for old in order], dtype=torch.int32),
+            "reservoir.inputs": torch.stack(
+                [torch.cat([stored[old].flatten(0, 1) for old in order]) for stored in self.inputs]
+            ),
+            "reservoir.state": where[:, 0].contiguous(),
+            "reservoir.branch": where[:, 1].contiguous(),
+            "reservoir.position": where[:, 2].contiguous(),
+            "reservoir.gamma": gamma,
+        }
