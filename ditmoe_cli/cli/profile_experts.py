@@ -49,6 +49,9 @@ DataOpt = Annotated[
         help="Noise the first --images of these labelled images (npz, samples; latents) instead of sampling.",
     ),
 ]
+OffloadOpt = Annotated[
+    bool, typer.Option("--offload", help="Keep one block's weights in memory at a time; reads the file every step.")
+]
 FastOpt = Annotated[bool, typer.Option("--fast", help="Counters only: no moments, no reservoir.")]
 
 
@@ -59,6 +62,7 @@ def run(
     bins: Bins = defaults.BINS,
     reservoir: Reservoir = defaults.RESERVOIR,
     fast: FastOpt = False,
+    offload: OffloadOpt = False,
     steps: Steps = defaults.STEPS,
     cfg: Cfg = 1.0,
     solver: SolverOpt = None,
@@ -92,7 +96,7 @@ def run(
     settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None, fast)
     target = require_safetensors(output or default_output(opened.path, "profile"))
     clean, inputs = (given_data.clean, (data,)) if given_data and data else (None, ())
-    profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean, inputs)
+    profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean, inputs, offload)
     result = summary(profile)
     done = stage.done("profile-experts", settings.to_json(), profile=target)
     emit(Printing(json, quiet), done.to_json(result), rows(profile, result), str(target.absolute()))

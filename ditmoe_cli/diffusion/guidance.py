@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.model.config import Sampler
-from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.dit import Denoiser
 from ditmoe_cli.model.moe import Observer
 
 DDPM_GUIDED_CHANNELS = 3
@@ -35,7 +35,7 @@ def combine(cond: Tensor, uncond: Tensor, scale: float, sampler: Sampler) -> Ten
 
 
 def guided_predictor(
-    model: DiTMoE,
+    model: Denoiser,
     labels: Tensor,
     scale: float,
     sampler: Sampler,

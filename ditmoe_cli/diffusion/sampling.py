@@ -12,7 +12,7 @@ from ditmoe_cli.errors import BadInputError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.model.dit import DiTMoE
+    from ditmoe_cli.model.dit import Denoiser
     from ditmoe_cli.model.moe import Observer
 
 Progress = Callable[[int], None]
@@ -71,7 +71,7 @@ def batches(images: int, batch: int) -> Iterator[range]:
 
 
 def sample_batch(
-    model: DiTMoE,
+    model: Denoiser,
     spec: SampleSpec,
     indices: Sequence[int],
     observer: Observer | None = None,
@@ -115,7 +115,7 @@ def sample_batch(
 
 
 def visit_noised(
-    model: DiTMoE,
+    model: Denoiser,
     spec: SampleSpec,
     indices: Sequence[int],
     clean: Tensor,

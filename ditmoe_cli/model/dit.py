@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,21 @@ class DiTMoE(nn.Module):
         patch, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         grid = tokens.reshape(-1, side, side, patch, patch, self.config.out_channels)
         return torch.einsum("nhwpqc->nchpwq", grid).reshape(-1, self.config.out_channels, side * patch, side * patch)
+
+
+class Denoiser(Protocol):
+    """What samplers need of a model: `DiTMoE`, or one that keeps its weights elsewhere."""
+
+    @property
+    def config(self) -> DiTMoEConfig:
+        """The model's configuration."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None, /) -> Tensor:
+        """Predict for x (N, C, H, W), t (N,), y (N,)."""
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:

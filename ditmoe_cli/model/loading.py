@@ -41,18 +41,30 @@ def load_model(
 
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> DiTMoE:
     """Put the weights of an opened checkpoint into a model, one tensor at a time."""
-    with torch.device("meta"):
-        model = DiTMoE(checkpoint.config)
+    model = empty_model(checkpoint)
     for weight in checkpoint.weights.values():
-        _assign(model, checkpoint, weight, device, dtype)
+        assign(model, checkpoint, weight, device, dtype)
+    finish(model, checkpoint, device, dtype)
+    return model
+
+
+def empty_model(checkpoint: Checkpoint) -> DiTMoE:
+    """Return a model of the checkpoint's configuration whose weights take no memory and hold nothing."""
+    with torch.device("meta"):
+        return DiTMoE(checkpoint.config)
+
+
+def finish(model: DiTMoE, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Rebuild the position embedding where the file has none, and set the model to inference."""
     if "pos_embed" not in checkpoint.weights:
         side = checkpoint.config.input_size // checkpoint.config.patch_size
         embedding = sincos_position_embedding(checkpoint.config.hidden_size, side)
         _set(model, "pos_embed", embedding.to(device, dtype))
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
 
 
-def _assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
+def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
+    """Read one weight and put it in its place, replacing a linear layer where it is quantised."""
     members = {name: checkpoint.finite_tensor(name).to(device) for name in weight.members}
     name = weight.info.name
     if weight.format is None:

@@ -89,22 +89,26 @@ def calibrate(
     bar: ProgressBar,
     clean: Tensor | None = None,
     inputs: tuple[Path, ...] = (),
+    offload: bool = False,
 ) -> RoutingProfile:
     """Run a calibration, on its own trajectories or on `clean` images, and write its profile to `path`.
 
-    `inputs` are files that must not be written over, beside the checkpoint itself.
+    `inputs` are files that must not be written over, beside the checkpoint itself. `offload` keeps one block's weights
+    in memory at a time.
     """
     import torch
 
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.model.loading import build_model
+    from ditmoe_cli.model.offload import OffloadedDiTMoE
     from ditmoe_cli.routing.observe import check_settings, collect
 
     inputs = (checkpoint.path, *inputs)
     check_target(path.absolute(), force, inputs)
     check_settings(settings.spec, settings.bins, settings.reservoir)
-    model = build_model(checkpoint, torch.device(device))
-    with bar(f"profiling {checkpoint.path.name}", settings.spec.images) as progress:
+    place, images = torch.device(device), settings.spec.images
+    model = OffloadedDiTMoE(checkpoint, place, images, settings.batch) if offload else build_model(checkpoint, place)
+    with bar(f"profiling {checkpoint.path.name}", images * settings.spec.steps) as progress:
         tensors = collect(
             model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress, clean, settings.fast
         )

@@ -59,12 +59,11 @@ class Counters:
         self.router = {name: sums(*table) for name in ("entropy", "margin", "topk_mass", "logsumexp_square")}
         self.logit_sum = sums(*table, rows)
         self.logit_gram = sums(*table, rows, rows)
-        self._previous_step: dict[int, Tensor] = {}
-        self._previous_block: Tensor | None = None
+        self._previous: dict[tuple[int, int], Tensor] = {}  # choices by (first image, block), a step before or now
 
     def begin_batch(self) -> None:
         """Forget the trajectories of the batch before."""
-        self._previous_step.clear()
+        self._previous.clear()
 
     def add(self, event: MoEEvent, images: Tensor, branches: int, b: int, norms: Tensor, raw_norms: Tensor) -> None:
         """Add one block's event in step bin `b`.
@@ -75,7 +74,7 @@ class Counters:
         chosen = one_hot_choices(experts, self.config.num_experts)  # (T, k, E)
         selected = chosen.sum(dim=1).reshape(branches, len(images), self.config.num_patches, -1)
         self._add_counts(block, b, images, selected)
-        self._add_transitions(block, b, selected)
+        self._add_transitions(block, b, selected, int(images[0]))
         if block == 0:
             self.tokens[:branches, b] += selected.shape[1] * selected.shape[2]
         weights = event.routing.weights.double()
@@ -111,15 +110,18 @@ class Counters:
         flat = selected.reshape(branches, -1, selected.shape[-1])
         self.coactivation[block, :branches, b] += (flat.transpose(1, 2) @ flat).long()
 
-    def _add_transitions(self, block: int, b: int, selected: Tensor) -> None:
-        """Add the pairs (expert before, expert now) of each token: a block up, and a step back."""
+    def _add_transitions(self, block: int, b: int, selected: Tensor, first: int) -> None:
+        """Add the pairs (expert before, expert now) of each token: a block up, and a step back.
+
+        `first` is the first image of the event, which tells batches apart whose steps interleave.
+        """
         branches, flat = len(selected), selected.reshape(len(selected), -1, selected.shape[-1])
-        if block > 0 and self._previous_block is not None:
-            moved = (self._previous_block.transpose(1, 2) @ flat).long()
-            self.block_transitions[block - 1, :branches, b] += moved
-        if block in self._previous_step:
-            self.step_transitions[block, :branches, b] += (self._previous_step[block].transpose(1, 2) @ flat).long()
-        self._previous_block = self._previous_step[block] = flat
+        below, before = self._previous.get((first, block - 1)), self._previous.get((first, block))
+        if below is not None:  # of this step: lower blocks have been seen already
+            self.block_transitions[block - 1, :branches, b] += (below.transpose(1, 2) @ flat).long()
+        if before is not None:
+            self.step_transitions[block, :branches, b] += (before.transpose(1, 2) @ flat).long()
+        self._previous[first, block] = flat
 
     def _add_router(self, event: MoEEvent, branches: int, b: int) -> None:
         block, routing = event.block, event.routing

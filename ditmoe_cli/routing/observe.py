@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, visit_noised
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
 from ditmoe_cli.routing.counters import Counters
 from ditmoe_cli.routing.moments import Moments, all_token_means
 from ditmoe_cli.routing.profile import BRANCHES
@@ -31,10 +32,11 @@ class RoutingCollector:
     Hand `begin_batch` the images, pass the collector as observer and its `begin_step` as step watcher.
     """
 
-    def __init__(self, model: DiTMoE, spec: SampleSpec, bins: int, selection: Selection) -> None:
+    def __init__(self, model: Denoiser, spec: SampleSpec, bins: int, selection: Selection) -> None:
         self.config, self.spec, self.bins = model.config, spec, bins
         self.counters = Counters(model.config, spec.images, bins, model.device)
         self.reservoir = Reservoir(selection, model.config.depth)
+        self._batch: list[int] = []
         self._images: list[int] = []
         self._step = -1
 
@@ -45,13 +47,17 @@ class RoutingCollector:
 
     def begin_batch(self, images: list[int]) -> None:
         """Start a batch of images by their indices."""
-        self._images, self._step = images, -1
+        self._batch, self._images, self._step = images, images, -1
         self.counters.begin_batch()
 
     def begin_step(self, z: Tensor, t: float) -> None:
         """Take note that the model is about to be shown z (N, C, H, W) at time t."""
         self._step += 1
-        self.reservoir.begin_step(self._images, self._step, self.bin, z, t)
+        self.reservoir.begin_step(self._batch, self._step, self.bin, z, t)
+
+    def select(self, start: int, stop: int) -> None:
+        """The events that follow are of these images of the batch."""
+        self._images = self._batch[start:stop]
 
     def __call__(self, event: MoEEvent) -> None:
         """Count one block's routing and keep its share of the reservoir."""
@@ -66,7 +72,7 @@ class RoutingCollector:
         images = torch.tensor(self._images, device=outputs.device)
         norms = reaching.norm(dim=-1).reshape(outputs.shape[:2])
         self.counters.add(event, images, branches, self.bin, norms, outputs.norm(dim=-1))
-        self.reservoir.keep(event, branches)
+        self.reservoir.keep(event, self._images)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
@@ -76,7 +82,7 @@ class RoutingCollector:
 class FullCollector(RoutingCollector):
     """Watches neurons, inputs and outputs too."""
 
-    def __init__(self, model: DiTMoE, spec: SampleSpec, bins: int, selection: Selection) -> None:
+    def __init__(self, model: Denoiser, spec: SampleSpec, bins: int, selection: Selection) -> None:
         super().__init__(model, spec, bins, selection)
         self.moments = Moments(model.config, bins, model.device)
 
@@ -103,7 +109,7 @@ def check_settings(spec: SampleSpec, bins: int, reservoir: int) -> None:
 
 
 def collect(
-    model: DiTMoE,
+    model: DiTMoE | OffloadedDiTMoE,
     spec: SampleSpec,
     bins: int,
     reservoir: int,
@@ -114,32 +120,36 @@ def collect(
 ) -> dict[str, Tensor]:
     """Sample `spec`'s images, or noise the given `clean` ones (N, C, S, S), and return the profile's tensors.
 
-    `fast` leaves out the moments and the reservoir. `progress` is told the images of each batch.
+    `fast` leaves out the moments and the reservoir. `progress` is told the images of each step. An offloaded model is
+    given all images at once, and divides them into micro-batches of its own.
     """
     selection = select_states(spec, bins, model.config.num_patches, 0 if fast else reservoir)
     collector = (RoutingCollector if fast else FullCollector)(model, spec, bins, selection)
-    for indices in batches(spec.images, batch):
+    for indices in batches(spec.images, spec.images if isinstance(model, OffloadedDiTMoE) else batch):
         collector.begin_batch(list(indices))
+
+        def on_step(z: Tensor, t: float) -> None:
+            collector.begin_step(z, t)
+            progress(len(z))
+
         if clean is None:
-            sample_batch(model, spec, indices, collector, collector.begin_step, PURPOSE)
+            sample_batch(model, spec, indices, collector, on_step, PURPOSE)
         else:
             chunk = clean[indices.start : indices.stop]
-            visit_noised(model, spec, indices, chunk, collector, collector.begin_step, PURPOSE)
-        progress(len(indices))
+            visit_noised(model, spec, indices, chunk, collector, on_step, PURPOSE)
     return with_all_token_means(model, collector.tensors(), bins)
 
 
-def with_all_token_means(model: DiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
+def with_all_token_means(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
     """Add ``output.all_token_mean`` (L, 2, B, E, D), experts' means over all reservoir tokens, where there are any."""
     if "reservoir.inputs" not in tensors:
         return tensors
     bin_of = tensors["states.bin"].long()[tensors["reservoir.state"].long()]
     cells = tensors["reservoir.branch"].long() * bins + bin_of
     experts = model.config.num_experts
-    with torch.inference_mode():
-        means = [
-            all_token_means(block.moe, inputs, cells, BRANCHES * bins, experts)  # type: ignore[arg-type]
-            for block, inputs in zip(model.blocks, tensors["reservoir.inputs"], strict=True)
-        ]
+    means = []
+    for index, inputs in enumerate(tensors["reservoir.inputs"]):
+        with torch.inference_mode(), resident_block(model, index) as block:
+            means.append(all_token_means(block.moe, inputs, cells, BRANCHES * bins, experts))
     shape = (len(means), BRANCHES, bins, experts, model.config.hidden_size)
     return {**tensors, "output.all_token_mean": torch.stack(means).reshape(shape)}

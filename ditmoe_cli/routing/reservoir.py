@@ -66,7 +66,7 @@ class Reservoir:
     positions: list[list[int]] = field(default_factory=list)
     inputs: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, tokens, D) each
     gamma: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, D) each
-    chosen: list[tuple[int, list[int]]] = field(default_factory=list)
+    chosen: dict[int, list[int]] = field(default_factory=dict)  # positions of each image that is kept at this step
 
     def __post_init__(self) -> None:
         self.inputs = [[] for _ in range(self.blocks)]
@@ -74,25 +74,27 @@ class Reservoir:
 
     def begin_step(self, images: list[int], step: int, b: int, z: Tensor, t: float) -> None:
         """Note which of the images at hand are kept at this step, and their states."""
-        self.chosen = []
+        self.chosen = {}
         for row, image in enumerate(images):
             if self.selection.step_of.get((image, b)) != step:
                 continue
             positions = self.selection.positions[image, b]
-            self.chosen.append((row, positions))
+            self.chosen[image] = positions
             self.z.append(z[row].cpu().clone())
             self.t.append(t)
             self.image.append(image)
             self.bin.append(b)
             self.positions.append(positions)
 
-    def keep(self, event: MoEEvent, branches: int) -> None:
-        """Keep the chosen tokens of one block's event."""
-        if not self.chosen:
+    def keep(self, event: MoEEvent, images: list[int]) -> None:
+        """Keep the chosen tokens of one block's event, which is of `images`."""
+        kept = [(row, self.chosen[image]) for row, image in enumerate(images) if image in self.chosen]
+        if not kept:
             return
+        branches = len(event.gamma) // len(images)
         gamma = event.gamma.reshape(branches, -1, event.gamma.shape[-1])
         inputs = event.inputs.reshape(*gamma.shape[:2], -1, event.inputs.shape[-1])
-        for row, positions in self.chosen:
+        for row, positions in kept:
             self.inputs[event.block].append(inputs[:, row, positions].bfloat16().cpu())
             self.gamma[event.block].append(gamma[:, row].float().cpu())
 

@@ -42,7 +42,7 @@ class Case:
         collected = collect(
             self.pico.model(), self.spec, self.bins, self.reservoir, batch, told.append, clean=self.clean
         )
-        assert sum(told) == self.spec.images
+        assert sum(told) == self.spec.images * self.spec.steps
         return collected
 
     @cached_property

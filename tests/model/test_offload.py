@@ -1,0 +1,66 @@
+"""A model that holds one block at a time predicts and profiles as the resident one does, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pico
+
+from ditmoe_cli.checkpoint.writer import Output
+from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.quantize.uniform import plan_uniform
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.model.loading import build_model
+from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.routing.observe import collect
+
+CPU = torch.device("cpu")
+CASES = {
+    "one branch": ({"sampler": "rf", "in_channels": 1}, 1.0, "euler"),
+    "guided": ({"sampler": "ddpm", "in_channels": 4, "attention": "flash"}, 2.0, "ddpm"),
+    "uneven": ({"sampler": "rf", "in_channels": 1, "widths": ((8, 24, 16), (8,) * 5)}, 2.0, "euler"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_profiles_are_equal_to_the_last_bit(
+    tmp_path: Path, pico: Callable[..., Pico], name: str, bits: int | None, batch: int
+) -> None:
+    options, cfg, solver = CASES[name]
+    path = pico(**options).save(tmp_path / "a.safetensors")
+    if bits is not None:
+        source = open_checkpoint(path)
+        path = tmp_path / "b.safetensors"
+        apply(source, plan_uniform(source, bits), Output(path))
+    checkpoint = open_checkpoint(path)
+    spec = SampleSpec(5, 3, cfg, 1, solver, (0, 1, 2))  # type: ignore[arg-type]
+    resident = collect(build_model(checkpoint, CPU), spec, 3, 64, batch, lambda _: None)
+    offloaded = collect(OffloadedDiTMoE(checkpoint, CPU, 5, batch), spec, 3, 64, batch, lambda _: None)
+    assert offloaded.keys() == resident.keys()
+    for key, tensor in resident.items():
+        if key.endswith(("_transitions", "norm_max")) or not tensor.is_floating_point() or key == "states.z":
+            assert torch.equal(offloaded[key], tensor), key
+        else:  # the same terms, added in another order where batches take turns
+            torch.testing.assert_close(offloaded[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_one_block_is_resident_at_a_time(tmp_path: Path, pico: Callable[..., Pico]) -> None:
+    checkpoint = open_checkpoint(pico(depth=4, sampler="rf", in_channels=1).save(tmp_path / "a.safetensors"))
+    model = OffloadedDiTMoE(checkpoint, CPU, 2, 1)
+    seen: list[list[bool]] = []
+
+    def watch(_: MoEEvent) -> None:
+        seen.append([not next(block.parameters()).is_meta for block in model._model.blocks])
+
+    with torch.inference_mode():
+        model(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.long), watch)
+    assert [blocks.index(True) for blocks in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(sum(blocks) == 1 for blocks in seen)
+    assert all(next(block.parameters()).is_meta for block in model._model.blocks)
