@@ -97,6 +97,8 @@ def run(
     target = require_safetensors(output or default_output(opened.path, "profile"))
     clean, inputs = (given_data.clean, (data,)) if given_data and data else (None, ())
     profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean, inputs, offload)
+    if profile is None:
+        return  # another rank writes and prints
     result = summary(profile)
     done = stage.done("profile-experts", settings.to_json(), profile=target)
     emit(Printing(json, quiet), done.to_json(result), rows(profile, result), str(target.absolute()))

@@ -90,8 +90,10 @@ def calibrate(
     clean: Tensor | None = None,
     inputs: tuple[Path, ...] = (),
     offload: bool = False,
-) -> RoutingProfile:
+) -> RoutingProfile | None:
     """Run a calibration, on its own trajectories or on `clean` images, and write its profile to `path`.
+
+    Under torchrun the work is shared; rank 0 writes, and the other ranks return None.
 
     `inputs` are files that must not be written over, beside the checkpoint itself. `offload` keeps one block's weights
     in memory at a time.
@@ -101,17 +103,28 @@ def calibrate(
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.model.offload import OffloadedDiTMoE
+    from ditmoe_cli.routing.distributed import own_device, process_group
     from ditmoe_cli.routing.observe import check_settings, collect
 
     inputs = (checkpoint.path, *inputs)
     check_target(path.absolute(), force, inputs)
     check_settings(settings.spec, settings.bins, settings.reservoir)
-    place, images = torch.device(device), settings.spec.images
-    model = OffloadedDiTMoE(checkpoint, place, images, settings.batch) if offload else build_model(checkpoint, place)
-    with bar(f"profiling {checkpoint.path.name}", images * settings.spec.steps) as progress:
-        tensors = collect(
-            model, settings.spec, settings.bins, settings.reservoir, settings.batch, progress, clean, settings.fast
+    spec = settings.spec
+    with process_group() as share:
+        if offload and share.world > 1:
+            raise UsageError("--offload reads the whole file at every step in one process; run it without torchrun")
+        place = torch.device(own_device(device, share))
+        model = (
+            OffloadedDiTMoE(checkpoint, place, spec.images, settings.batch)
+            if offload
+            else build_model(checkpoint, place)
         )
+        with bar(f"profiling {checkpoint.path.name}", spec.images * spec.steps // share.world) as progress:
+            tensors = collect(
+                *(model, spec, settings.bins, settings.reservoir, settings.batch, progress, clean, settings.fast, share)
+            )
+    if tensors is None:
+        return None
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
     write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
     return read_profile(path)
@@ -156,4 +169,6 @@ def valid_profile(
             return found
     reason = "the profile is of an ancestor of it" if ancestor else "no profile was given"
     say(f"profiling {checkpoint.path.name} into {cached}: {reason}")
-    return calibrate(checkpoint, settings, device(), cached, force=True, bar=bar)
+    made = calibrate(checkpoint, settings, device(), cached, force=True, bar=bar)
+    assert made is not None  # planners run in one process
+    return made

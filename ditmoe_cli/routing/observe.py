@@ -18,6 +18,7 @@ from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
 from ditmoe_cli.routing.counters import Counters
+from ditmoe_cli.routing.distributed import WHOLE, Share, merged
 from ditmoe_cli.routing.moments import Moments, all_token_means
 from ditmoe_cli.routing.profile import BRANCHES
 from ditmoe_cli.routing.reservoir import Reservoir, Selection, select_states, step_bin
@@ -117,15 +118,18 @@ def collect(
     progress: Callable[[int], None],
     clean: Tensor | None = None,
     fast: bool = False,
-) -> dict[str, Tensor]:
+    share: Share = WHOLE,
+) -> dict[str, Tensor] | None:
     """Sample `spec`'s images, or noise the given `clean` ones (N, C, S, S), and return the profile's tensors.
 
     `fast` leaves out the moments and the reservoir. `progress` is told the images of each step. An offloaded model is
-    given all images at once, and divides them into micro-batches of its own.
+    given all images at once, and divides them into micro-batches of its own. Where several processes share the work,
+    rank 0 returns everybody's tensors and the others None.
     """
     selection = select_states(spec, bins, model.config.num_patches, 0 if fast else reservoir)
     collector = (RoutingCollector if fast else FullCollector)(model, spec, bins, selection)
-    for indices in batches(spec.images, spec.images if isinstance(model, OffloadedDiTMoE) else batch):
+    size = spec.images if isinstance(model, OffloadedDiTMoE) else batch
+    for indices in share.of(list(batches(spec.images, size))):
         collector.begin_batch(list(indices))
 
         def on_step(z: Tensor, t: float) -> None:
@@ -137,7 +141,8 @@ def collect(
         else:
             chunk = clean[indices.start : indices.stop]
             visit_noised(model, spec, indices, chunk, collector, on_step, PURPOSE)
-    return with_all_token_means(model, collector.tensors(), bins)
+    tensors = merged(share, collector.tensors())
+    return with_all_token_means(model, tensors, bins) if tensors is not None else None
 
 
 def with_all_token_means(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
