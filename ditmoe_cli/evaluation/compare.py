@@ -10,6 +10,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features import EXTRACTORS, Extractor, make_extractor
+from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
 from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, require_pixels
 from ditmoe_cli.evaluation.score import Score, Side, card_of, check_statistics, sampled_side, score, stored_side
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -64,7 +65,7 @@ def compare(
     for item in comparison.items:
         if item.checkpoint is not None:
             require_pixels(item.checkpoint)
-    extractor, grey_levels = _extractor(comparison, measure, runtime.device)
+    extractor, grey_levels = _extractor(comparison, measure, runtime.device, say)
     done = {item.path: stored_side(item.path) for item in comparison.items if item.checkpoint is None}
     _check_stored(comparison, done, extractor, grey_levels)
     subject_spec = _spec_of_subject(comparison.subject, done, spec_of)
@@ -84,7 +85,9 @@ def compare(
     return score(subject, reference, paired, extractor, grey_levels, bar, say)
 
 
-def _extractor(comparison: Comparison, measure: Measure, device: str) -> tuple[Extractor, int]:
+def _extractor(
+    comparison: Comparison, measure: Measure, device: str, say: Callable[[str], None]
+) -> tuple[Extractor, int]:
     """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.
 
     A file's metadata may name our own extractors only: naming others would let a file run code.
@@ -98,6 +101,8 @@ def _extractor(comparison: Comparison, measure: Measure, device: str) -> tuple[E
             f"--extractor {named} to run it, or --extractor pixels"
         )
     name = measure.extractor or named
+    if name == "inception" and will_fetch(measure.weights):
+        say(f"fetching the Inception weights (96 MB) into {cached_weights()}")
     return make_extractor(name, grey_levels=grey_levels, weights=measure.weights, device=device), grey_levels
 
 

@@ -338,6 +338,11 @@ def cached_weights() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "ditmoe" / WEIGHTS_NAME
 
 
+def will_fetch(weights: Path | None = None) -> bool:
+    """Tell whether `find_weights` would have to download."""
+    return weights is None and not os.environ.get(WEIGHTS_VARIABLE) and not cached_weights().is_file()
+
+
 def find_weights(weights: Path | None = None) -> Path:
     """Return the file of weights, downloading it if need be. Raises `BadInputError` where there is none."""
     if weights is not None:
