@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid")
+COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid", "compare")
 _BLOCK = re.compile(r"## Options\n\n(?:@@HELP@@|```text\n.*?\n```)\n", re.S)
 
 

@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "apply": ("apply", "a.safetensors", "--plan", "plan.json"),
     "sample": ("sample", "a.safetensors", *SAMPLING),
     "fid": ("fid", "a.safetensors", "--ref", "s.safetensors", *SAMPLING),
+    "compare": ("compare", "a.safetensors", "a.safetensors", *SAMPLING, "--bins", 2),
 }
 # what each command names in its envelope
 MADE = {
@@ -66,6 +67,7 @@ MADE = {
     "apply": ("checkpoint", "a.prune.safetensors"),
     "sample": ("samples", "a.samples.safetensors"),
     "fid": ("checkpoint", "a.safetensors"),
+    "compare": ("checkpoint", "a.safetensors"),
 }
 
 
@@ -101,7 +103,7 @@ def test_stderr_holds_notes_only(name: str, ran: dict[str, Outcome]) -> None:
     assert all(note.removeprefix("ditmoe: ").startswith(allowed) for note in ran[name].notes)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("inspect", "fid")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("inspect", "fid", "compare")])
 def test_quiet_prints_the_path_alone(name: str, folder: Path) -> None:
     outcome = here(*COMMANDS[name], "--force", "-q", cwd=folder)
     assert outcome.code == 0
@@ -129,8 +131,7 @@ def test_a_terminal_that_waits_is_no_reason_to_wait(folder: Path) -> None:
 
 
 def words_without_checkpoint(name: str) -> list[object]:
-    first, _, *rest = COMMANDS[name]
-    return [first, *rest]
+    return [word for word in COMMANDS[name] if word != "a.safetensors"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -220,6 +221,13 @@ def test_an_empty_pipe_names_the_command_before(folder: Path) -> None:
         (("fid", "a.safetensors", "--ref", "s.safetensors", "--max", -1), "--max"),
         (("fid", "a.safetensors", "--ref", "s.safetensors", "--extractor", "vgg"), "vgg"),
         (("fid", "a.safetensors", "--ref", "s.safetensors", "--extractor", "no_module:make"), "no_module"),
+        (("compare", "a.safetensors"), "a.safetensors alone"),
+        (("compare", "a.safetensors", "a.safetensors", "--max-error", -1), "--max-error"),
+        (("compare", "a.safetensors", "a.safetensors", "--max-error", "nan"), "--max-error"),
+        (("compare", "a.safetensors", "a.safetensors", "--bins", 21), "--bins 21"),
+        (("compare", "a.safetensors", "a.safetensors", "--grid", "g.jpg"), "g.jpg"),
+        (("compare", "a.safetensors", "a.safetensors", "-o", "c.json"), "c.json"),
+        (("compare", "a.safetensors", "a.safetensors", "--batch", 0), "--batch 0"),
         (("apply", "a.safetensors"), "--plan"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",

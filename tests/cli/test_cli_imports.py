@@ -12,7 +12,7 @@ import pytest
 from cli_helpers import command, environment, here, series
 from conftest import make_pico
 
-COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid")
+COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,7 @@ def test_the_envelope_is_read_before_torch_is_imported(folder: Path) -> None:
         ["apply", "--plan", "prune.json"],
         ["sample"],
         ["fid"],
+        ["compare"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", _WAITING.replace("COMMANDS", json.dumps(commands))],

@@ -1,0 +1,420 @@
+"""How far checkpoint B strays from checkpoint A: same seeds, same labels, step by step and block by block.
+
+Both models are shown the states z of A's own sampling trajectories, so that what they predict differs by B's weights
+alone. Where each model follows its own trajectory, errors pile up: that is what the final images tell. Under guidance
+predictions are the guided ones; blocks and routing are seen on both branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.checkpoint.staging import check_target
+from ditmoe_cli.diffusion.sampling import Progress, SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.solvers import SOLVERS
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.grid import pair_grid, write_png
+from ditmoe_cli.evaluation.images import to_uint8, write_arrays
+from ditmoe_cli.evaluation.metrics import PairedError, paired_error
+from ditmoe_cli.evaluation.samples import ProgressBar, Runtime
+from ditmoe_cli.evaluation.ssim import ssim
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ditmoe_cli.model.dit import DiTMoE
+    from ditmoe_cli.model.moe import MoEEvent
+
+COMPARISON_SCHEMA = "ditmoe.comparison/1"
+_SAME_ARCHITECTURE = ("sampler", "depth", "hidden_size", "patch_size", "input_size", "in_channels", "num_classes")
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over images and values, for every step: all that the numbers are made of.
+
+    Attributes:
+        times: (steps,) time that the models were given.
+        prediction: (steps, 3) ‖v_B - v_A‖², ‖v_A‖², and how many values.
+        blocks: (steps, depth, 6) for each block f on A's stream x and B's own stream x':
+            ‖f_B(x) - f_A(x)‖², ‖f_A(x) - x‖², ‖f_B(x') - f_A(x)‖², ‖f_A(x)‖², router rows that both selected, slots.
+    """
+
+    times: Array
+    prediction: Array
+    blocks: Array
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums over the images of both."""
+        return Sums(self.times, self.prediction + other.prediction, self.blocks + other.blocks)
+
+    def binned(self, bins: int) -> Sums:
+        """Return sums over consecutive steps: step s of S falls into bin ⌊s · bins / S⌋; times are the first steps'."""
+        steps = len(self.times)
+        first = [-(-b * steps // bins) for b in range(bins)]
+        prediction, blocks = (np.add.reduceat(part, first, axis=0) for part in (self.prediction, self.blocks))
+        return Sums(self.times[first], prediction, blocks)
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """Errors over all pixels of paired images, and their mean structural similarity."""
+
+    paired: PairedError
+    ssim: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the errors as JSON."""
+        return {**asdict(self.paired), "ssim": self.ssim}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What a comparison found.
+
+    Attributes:
+        sums: along A's trajectories.
+        bins: step bins that results are reported in.
+        kind: what the models predict, ``"velocity"`` or ``"noise"``.
+        latents: (3,) ‖z_B - z_A‖², ‖z_A‖² and how many values, of each model's own final latents.
+        images: errors between final images; None where they are latents.
+        note: why routing overlap is unknown in some blocks; None where it is known in all.
+        conditions: both sides and how they were sampled.
+    """
+
+    sums: Sums
+    bins: int
+    kind: str
+    latents: Array
+    images: ImageErrors | None
+    note: str | None
+    conditions: dict[str, Any]
+
+    @property
+    def relative_error(self) -> float:
+        """Σ‖v_B - v_A‖² / Σ‖v_A‖² over all steps and images."""
+        return float(relative(self.sums.prediction.sum(axis=0)))
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the numbers by name; NaN stands for what is unknown, infinity for errors relative to nothing."""
+        binned = self.sums.binned(self.bins)
+        everything = self.sums.blocks.sum(axis=0)
+        found = {
+            "prediction.relative_error": np.asarray(self.relative_error),
+            "prediction.mse": np.asarray(mean_square(self.sums.prediction.sum(axis=0))),
+            "prediction.steps.t": self.sums.times,
+            "prediction.steps.relative_error": relative(self.sums.prediction),
+            "prediction.steps.mse": mean_square(self.sums.prediction),
+            "prediction.bins.relative_error": relative(binned.prediction),
+            "prediction.bins.mse": mean_square(binned.prediction),
+            "latents.relative_error": relative(self.latents),
+            "latents.mse": mean_square(self.latents),
+            "depth.added": added(everything),
+            "depth.cumulative": cumulative(everything),
+            "depth.bins.added": added(binned.blocks),
+            "depth.bins.cumulative": cumulative(binned.blocks),
+            "routing.overlap": np.asarray(overlap(everything.sum(axis=0))),
+            "routing.blocks.overlap": overlap(everything),
+            "routing.bins.overlap": overlap(binned.blocks),
+        }
+        if self.images is not None:
+            values = {name: np.nan if value is None else value for name, value in self.images.to_json().items()}
+            found |= {f"images.{name}": np.asarray(value) for name, value in values.items()}
+        return {name: np.asarray(value, dtype=np.float64) for name, value in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers nested by their names, null for what is unknown or infinite, with note and conditions."""
+        document: dict[str, Any] = {"conditions": self.conditions, "images": None}
+        for name, values in self.arrays().items():
+            if name.startswith("images."):
+                continue
+            *groups, leaf = name.split(".")
+            place = document
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[leaf] = finite_json(values.tolist())
+        document["prediction"]["kind"] = self.kind
+        document["routing"]["note"] = self.note
+        return {**document, "images": self.images.to_json() if self.images else None}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What to write: the numbers, and a picture of image pairs."""
+
+    numbers: Path | None = None
+    grid: Path | None = None
+    force: bool = False
+
+
+def relative(sums: Array) -> Array:
+    """Return error / reference of sums (..., error, reference, …): 0 where there is no error, infinite over nothing."""
+    error, reference = sums[..., 0], sums[..., 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / reference)
+
+
+def mean_square(sums: Array) -> Array:
+    """Return the mean squared error of sums (..., error, reference, count)."""
+    found: Array = sums[..., 0] / sums[..., 2]
+    return found
+
+
+def added(blocks: Array) -> Array:
+    """Return what each block alone adds, ‖f_B(x) - f_A(x)‖ / ‖f_A(x) - x‖, of block sums (..., 6)."""
+    return np.sqrt(relative(blocks[..., 0:2]))
+
+
+def cumulative(blocks: Array) -> Array:
+    """Return the error of B's residual stream after each block, ‖x'_B - x_A‖ / ‖x_A‖, of block sums (..., 6)."""
+    return np.sqrt(relative(blocks[..., 2:4]))
+
+
+def overlap(blocks: Array) -> Array:
+    """Return the mean of |A_k ∩ B_k| / k of block sums (..., 6); NaN where rows could not be compared."""
+    with np.errstate(invalid="ignore"):
+        return blocks[..., 4] / blocks[..., 5]
+
+
+def finite_json(values: Any) -> Any:
+    """Return nested lists of numbers with None for NaN and infinity, which JSON has no word for."""
+    if isinstance(values, list):
+        return [finite_json(value) for value in values]
+    return values if np.isfinite(values) else None
+
+
+def require_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise `BadInputError` where B's blocks cannot be run on A's states; experts may differ in any way."""
+    pairs = [(name, getattr(a.config, name), getattr(b.config, name)) for name in _SAME_ARCHITECTURE]
+    differing = ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)
+    if differing:
+        raise BadInputError(
+            f"{b.path}: has {differing} of {a.path}; compare checkpoints that differ in their experts or formats only"
+        )
+
+
+def rows_note(a: Checkpoint, b: Checkpoint) -> str | None:
+    """Return why experts of A and B cannot be matched in some blocks; None where they can be in all.
+
+    Router rows keep their numbers in ghosted and quantised files; where rows were deleted, they do not.
+    """
+    counts = [(one.router_rows, other.router_rows) for one, other in zip(a.config.blocks, b.config.blocks, strict=True)]
+    differing = [index for index, (ours, theirs) in enumerate(counts) if ours != theirs]
+    if not differing:
+        return None
+    blocks = ", ".join(f"{index} ({counts[index][0]} against {counts[index][1]})" for index in differing)
+    return f"unknown where router rows were deleted, since experts were renumbered: blocks {blocks}"
+
+
+def diverge(
+    a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, runtime: Runtime, outputs: Outputs, bar: ProgressBar
+) -> Divergence:
+    """Compare B with A and write what was asked for; what can be refused is refused before anything is sampled.
+
+    Raises `BadInputError` where the checkpoints differ in architecture, a model makes NaN, or a grid of latents is
+    asked for, and `UsageError` for more bins than steps.
+    """
+    from ditmoe_cli.model.loading import build_model
+
+    _check(a, b, spec, bins, outputs)
+    chunks = list(batches(spec.images, runtime.batch))
+    models = build_model(a, _device(runtime)), build_model(b, _device(runtime))
+    parts = []
+    with bar(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps) as progress:
+        for indices in chunks:
+            parts.append(follow(*models, spec, indices, (a.path, b.path), progress))
+    sums = parts[0][0]
+    for part in parts[1:]:
+        sums += part[0]
+    finals = [np.concatenate([part[1][side] for part in parts]) for side in (0, 1)]
+    pairs = _images(finals) if a.config.pixel_space else None
+    found = Divergence(
+        sums=sums,
+        bins=bins,
+        kind="velocity" if a.config.sampler == "rf" else "noise",
+        latents=_difference(finals[0], finals[1]),
+        images=image_errors(*pairs, a.card.grey_levels) if pairs else None,
+        note=rows_note(a, b),
+        conditions=_conditions(a, b, spec, bins),
+    )
+    _write(found, pairs, outputs, (a.path, b.path))
+    return found
+
+
+def _check(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, outputs: Outputs) -> None:
+    require_same_architecture(a, b)
+    if not 1 <= bins <= spec.steps:
+        raise UsageError(f"--bins {bins}: must be between 1 and the {spec.steps} steps")
+    if outputs.grid is not None and not a.config.pixel_space:
+        raise BadInputError(
+            f"{a.path}: makes latents of {a.config.in_channels} channels, which need a VAE to become images; "
+            "leave out --grid"
+        )
+    for target in (outputs.numbers, outputs.grid):
+        if target is not None:
+            check_target(target.absolute(), outputs.force, (a.path, b.path))
+
+
+def _device(runtime: Runtime) -> torch.device:
+    import torch
+
+    return torch.device(runtime.device)
+
+
+def _conditions(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int) -> dict[str, Any]:
+    sides = {name: {"path": str(c.path), "identity": c.fingerprint} for name, c in (("a", a), ("b", b))}
+    return {
+        **sides,
+        "sampling": {**spec.conditions(), "nfe": spec.nfe},
+        "bins": bins,
+        "grey_levels": a.card.grey_levels,
+    }
+
+
+def _write(
+    found: Divergence,
+    pairs: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None,
+    outputs: Outputs,
+    inputs: Sequence[Path],
+) -> None:
+    if outputs.grid is not None and pairs is not None:
+        write_png(outputs.grid, pair_grid(*pairs), outputs.force, inputs)
+    if outputs.numbers is not None:
+        document = {"schema": COMPARISON_SCHEMA, "kind": found.kind, "note": found.note, "conditions": found.conditions}
+        write_arrays(outputs.numbers, found.arrays(), document, outputs.force, inputs)
+
+
+def _images(finals: Sequence[Array]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    import torch
+
+    a, b = (to_uint8(torch.from_numpy(final)) for final in finals)
+    return a, b
+
+
+def image_errors(a: NDArray[np.uint8], b: NDArray[np.uint8], grey_levels: int) -> ImageErrors:
+    """Return the errors of images b against a, uint8 (N, H, W, C); MSE on the scale 0..grey_levels.
+
+    SSIM's constants scale with the range of the data, so that grey levels and bytes give the same.
+    """
+    return ImageErrors(paired_error(b, a, grey_levels), float(ssim(a, b, 255.0).mean()))
+
+
+def _difference(a: NDArray[Any], b: NDArray[Any]) -> Array:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.asarray([((b - a) ** 2).sum(), (a**2).sum(), a.size], dtype=np.float64)
+
+
+def follow(
+    a: DiTMoE, b: DiTMoE, spec: SampleSpec, indices: Sequence[int], names: tuple[Path, Path], progress: Progress
+) -> tuple[Sums, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Sample the images `indices` with A, showing both models each state; then sample them with B.
+
+    Returns the sums along A's trajectories and both models' final latents (N, C, S, S); `progress` is told of each
+    image's steps along them. Raises `BadInputError` where a model makes NaN or infinite values, naming its file, the
+    block and the step.
+    """
+    import torch
+
+    labels = torch.tensor(spec.labels(indices), device=a.device)
+    times, predictions, blocks = [], [], []
+
+    def watch(z: Tensor, t: float) -> None:
+        v_a, v_b, by_block = walk(a, b, *_branches(z, t, labels, a.config.num_classes, spec.cfg))
+        v_a, v_b = (_guided(v, spec)[:, : z.shape[1]].double() for v in (v_a, v_b))
+        predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
+        times.append(float(t))
+        blocks.append(by_block.cpu().numpy())
+        _require_finite(blocks[-1], predicted, names, f"step {len(times)} of {spec.steps}")
+        predictions.append([*predicted, v_a.numel()])
+        progress(len(indices))
+
+    final_a = sample_batch(a, spec, indices, on_step=watch)
+    try:
+        final_b = sample_batch(b, spec, indices)
+    except BadInputError as error:
+        raise BadInputError(f"{names[1]}: {error}") from None
+    sums = Sums(np.asarray(times), np.asarray(predictions, dtype=np.float64), np.stack(blocks))
+    return sums, (final_a.cpu().numpy(), final_b.cpu().numpy())
+
+
+def _branches(z: Tensor, t: float, labels: Tensor, null: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, t and y of what guidance evaluates: at scale 1 the conditional branch, else it, then the other."""
+    import torch
+
+    times = torch.full((len(z),), t, device=z.device)
+    if scale == 1.0:
+        return z, times, labels
+    return torch.cat((z, z)), torch.cat((times, times)), torch.cat((labels, torch.full_like(labels, null)))
+
+
+def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
+    from ditmoe_cli.diffusion.guidance import combine
+
+    if spec.cfg == 1.0:
+        return output.float()
+    cond, uncond = output.float().chunk(2)
+    return combine(cond, uncond, spec.cfg, SOLVERS[spec.solver])
+
+
+def walk(a: DiTMoE, b: DiTMoE, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run both models on the same input, and each of B's blocks on A's stream under A's conditions too.
+
+    Returns both outputs (N, out_channels, H, W), and the sums of each block as `Sums` has them, (depth, 6) in fp64.
+    """
+    import torch
+
+    stream_a, c_a = a.embed(x, t, y)
+    stream_b, c_b = b.embed(x, t, y)
+    sums = []
+    for index in range(a.config.depth):
+        after, rows_a = _run_block(a, index, stream_a, c_a)
+        alone, _ = _run_block(b, index, stream_a, c_a)
+        stream_b, rows_b = _run_block(b, index, stream_b, c_b)
+        errors = (alone - after, after - stream_a, stream_b - after, after)
+        squares = torch.stack([error.double().square().sum() for error in errors])
+        known = a.config.blocks[index].router_rows == b.config.blocks[index].router_rows
+        shared = shared_rows(rows_a, rows_b) if known else torch.zeros_like(squares[:2])
+        sums.append(torch.cat((squares, shared)))
+        stream_a = after
+    return a.unembed(stream_a, c_a), b.unembed(stream_b, c_b), torch.stack(sums)
+
+
+def shared_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ|A_k ∩ B_k| and Σk of selected rows (T, k), as (2,) in fp64; k is the larger where they differ."""
+    import torch
+
+    shared = (a.unsqueeze(2) == b.unsqueeze(1)).any(dim=-1).sum()
+    slots = torch.full_like(shared, len(a) * max(a.shape[1], b.shape[1]))
+    return torch.stack((shared, slots)).double()
+
+
+def _run_block(model: DiTMoE, index: int, stream: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a block's output and the router rows (T, k) that it selected."""
+    seen: list[Tensor] = []
+
+    def watch(event: MoEEvent) -> None:
+        seen.append(event.routing.rows)
+
+    return model.blocks[index](stream, c, index, watch), seen[0]
+
+
+def _require_finite(blocks: Array, predicted: Array, names: tuple[Path, Path], step: str) -> None:
+    """Raise `BadInputError` for the first block, else the final layer, whose sums are not finite."""
+    broken = np.flatnonzero(~np.isfinite(blocks).all(axis=1))
+    if broken.size:
+        block = int(broken[0])
+        name = names[0] if not np.isfinite(blocks[block, [1, 3]]).all() else names[1]
+        raise BadInputError(f"{name}: block {block} makes NaN or infinite values at {step}; are its weights whole?")
+    if not np.isfinite(predicted).all():
+        name = names[1] if np.isfinite(predicted[1]) else names[0]
+        raise BadInputError(f"{name}: the final layer makes NaN or infinite values at {step}; are its weights whole?")

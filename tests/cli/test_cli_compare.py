@@ -1,0 +1,167 @@
+"""``ditmoe compare`` as a command: arguments and pipes, the gate, what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_helpers import contents, here, shell, tensor_shapes, terminal
+from conftest import make_pico
+from PIL import Image
+
+from ditmoe_cli.evaluation.images import read_arrays
+
+SETTINGS = ("--images", 3, "--steps", 2, "--bins", 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints to compare: pixels, the same pruned both ways and quantised, and latents."""
+    folder = tmp_path_factory.mktemp("compare")
+    make_pico(sampler="rf", in_channels=1, seed=3).save(folder / "a.safetensors")
+    make_pico(sampler="ddpm", seed=3).save(folder / "latent.safetensors")
+    prune = ("prune", "a.safetensors", "--keep", 2, "--method", "random")
+    for router in ("ghost", "slice"):
+        assert here(*prune, "--router", router, "-o", f"{router}.safetensors", cwd=folder).code == 0
+    assert here("quantize", "a.safetensors", "--bits", 8, "-o", "int8.safetensors", cwd=folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+def test_two_arguments(folder: Path) -> None:
+    before = contents(folder)
+    outcome = here("compare", "a.safetensors", "ghost.safetensors", *SETTINGS, cwd=folder)
+    envelope, result = outcome.envelope, outcome.result
+    assert envelope["original"] == str(folder / "a.safetensors")
+    assert envelope["checkpoint"] == str(folder / "ghost.safetensors")
+    assert [step["command"] for step in envelope["history"]] == ["compare"]
+    assert result["prediction"]["kind"] == "velocity"
+    assert 0 < result["prediction"]["relative_error"] < 1
+    assert len(result["prediction"]["steps"]["t"]) == len(result["prediction"]["bins"]["mse"]) == 2
+    assert 0 < result["routing"]["overlap"] < 1
+    assert result["images"]["n"] == 3 and 0 < result["images"]["ssim"] < 1
+    assert result["conditions"]["a"]["path"] == envelope["original"]
+    assert result["conditions"]["sampling"]["images"] == 3
+    assert contents(folder) == before, "nothing is written unasked"
+
+
+def test_a_pipe_compares_its_original_with_its_checkpoint(folder: Path) -> None:
+    words = " ".join(map(str, SETTINGS))
+    script = f"ditmoe quantize a.safetensors --bits 8 -o q.safetensors | ditmoe compare {words}"
+    piped = shell(script, folder)
+    given = here("compare", "a.safetensors", "q.safetensors", *SETTINGS, cwd=folder)
+    assert piped.result == given.result
+    assert piped.envelope["original"] == str(folder / "a.safetensors")
+    assert [step["command"] for step in piped.envelope["history"]] == ["quantize", "compare"]
+    assert 0 < piped.result["prediction"]["relative_error"] < 0.01
+
+
+def test_a_checkpoint_and_itself(folder: Path) -> None:
+    inspected = here("inspect", "a.safetensors", cwd=folder)
+    for outcome in (
+        here("compare", "a.safetensors", "a.safetensors", *SETTINGS, "--max-error", 0, cwd=folder),
+        here("compare", *SETTINGS, "--max-error", 0, "--cfg", 2, cwd=folder, stdin=inspected.out),
+    ):
+        assert outcome.code == 0
+        assert outcome.result["prediction"]["relative_error"] == outcome.result["latents"]["mse"] == 0
+        assert outcome.result["routing"]["overlap"] == outcome.result["images"]["ssim"] == 1
+
+
+def test_sliced_experts_have_no_names(folder: Path) -> None:
+    result = here("compare", "a.safetensors", "slice.safetensors", *SETTINGS, cwd=folder).result
+    assert result["routing"]["overlap"] is None
+    assert result["routing"]["blocks"]["overlap"] == [None, None]
+    assert "router rows were deleted" in result["routing"]["note"]
+
+
+def test_the_gate_prints_first(folder: Path) -> None:
+    words = ("compare", "a.safetensors", "ghost.safetensors", *SETTINGS)
+    error = here(*words, cwd=folder).result["prediction"]["relative_error"]
+    assert here(*words, "--max-error", error, cwd=folder).code == 0
+    outcome = here(*words, "--max-error", error * 0.99, "-o", "c.safetensors", cwd=folder)
+    assert outcome.code == 6
+    assert outcome.result["prediction"]["relative_error"] == error
+    assert re.search(r"ditmoe: error: velocity relative error .* is above --max-error", outcome.err)
+    assert (folder / "c.safetensors").exists()
+
+
+def test_files_and_quiet(folder: Path) -> None:
+    words = ("compare", "a.safetensors", "slice.safetensors", *SETTINGS)
+    outcome = here(*words, "-o", "c.safetensors", "--grid", "g.png", "-q", cwd=folder)
+    assert outcome.out == f"{folder / 'c.safetensors'}\n"
+    assert tensor_shapes(folder / "c.safetensors")["depth.bins.added"] == (2, 2)
+    stored = read_arrays(folder / "c.safetensors", ["prediction.relative_error", "routing.overlap"])
+    result = here(*words, cwd=folder).result
+    assert stored["prediction.relative_error"] == result["prediction"]["relative_error"]
+    assert np.isnan(stored["routing.overlap"])
+    with Image.open(folder / "g.png") as image:
+        assert image.format == "PNG" and image.mode == "L"
+    assert here(*words, "--grid", "h.png", "-q", cwd=folder).out == f"{folder / 'h.png'}\n"
+    assert here(*words, "-q", cwd=folder).out == ""
+
+
+@pytest.mark.parametrize("option", [("-o", "c.safetensors"), ("--grid", "c.png")])
+def test_outputs_that_exist_stay(option: tuple[str, str], folder: Path) -> None:
+    (folder / option[1]).write_bytes(b"mine")
+    before = contents(folder)
+    words = ("compare", "a.safetensors", "a.safetensors", *SETTINGS, *option)
+    assert option[1] in here(*words, cwd=folder).error(5)
+    assert contents(folder) == before
+    assert here(*words, "--force", cwd=folder).code == 0
+    assert (folder / option[1]).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "ghost.safetensors"])
+def test_no_input_is_written_over(name: str, folder: Path) -> None:
+    before = contents(folder)
+    words = ("compare", "a.safetensors", "ghost.safetensors", *SETTINGS, "-o", name, "--force")
+    assert "is the input itself" in here(*words, cwd=folder).error(5)
+    assert contents(folder) == before
+
+
+def test_latents_have_no_images(folder: Path) -> None:
+    words = ("compare", "latent.safetensors", "latent.safetensors", *SETTINGS)
+    result = here(*words, "--cfg", 1.5, cwd=folder).result
+    assert result["images"] is None
+    assert result["prediction"]["kind"] == "noise"
+    assert "need a VAE" in here(*words, "--grid", "g.png", cwd=folder).error(3)
+    assert not (folder / "g.png").exists()
+
+
+def test_other_architectures_name_both_values(folder: Path) -> None:
+    message = here("compare", "a.safetensors", "latent.safetensors", *SETTINGS, cwd=folder).error(3)
+    assert "sampler ddpm instead of rf" in message and "in_channels 4 instead of 1" in message
+    assert "a.safetensors" in message and "latent.safetensors" in message
+
+
+def test_a_pipe_without_an_original(folder: Path) -> None:
+    envelope = json.dumps({"schema": "ditmoe.stage/1", "checkpoint": str(folder / "a.safetensors")})
+    assert "names no original" in here("compare", *SETTINGS, cwd=folder, stdin=envelope).error(3)
+
+
+def test_one_argument_is_not_taken_for_half_of_a_pipe(folder: Path) -> None:
+    """`here` without stdin fails a command that reads it."""
+    assert "give A and B" in here("compare", "a.safetensors", *SETTINGS, cwd=folder).error(2)
+
+
+def test_a_terminal_gets_a_table(folder: Path) -> None:
+    words = ("compare", "a.safetensors", "slice.safetensors", *SETTINGS)
+    code, text = terminal(*words, cwd=folder, NO_COLOR="1", columns=40)
+    assert code == 0
+    for line in (
+        r"velocity error +relative 0\.\d+, mse ",
+        r"by step bin +\S+ \S+$",
+        r"final images +mse .*psnr .* dB, ssim 0\.\d+ over 3 pairs",
+        r"routing overlap +n/a \(unknown where router rows were deleted",
+        r"block 1 +adds 0\.\d+, cumulative 0\.\d+, overlap n/a",
+    ):
+        assert re.search(line, text, re.MULTILINE), (line, text)
+    assert str(folder / "slice.safetensors") in text
