@@ -114,6 +114,7 @@ def summary(profile: RoutingProfile) -> dict[str, Any]:
         "load": METHODS["frequency"].score(profile.tables, 0),
         "reap": METHODS["reap"].score(profile.tables, 0),
         "never_routed": [list(pair) for pair in profile.never_routed()],
+        "flip_rate": float(profile.tensor("flip_rate")) if "flip_rate" in profile.header.tensors else None,
         "bytes": profile.path.stat().st_size,
     }
 

@@ -53,6 +53,15 @@ def own_device(device: str, share: Share) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and share.world > 1 else device
 
 
+def rank_of_other_threads(share: Share) -> int | None:
+    """Return a process that runs with another number of threads than rank 0, whose rounding may differ; else None."""
+    if share.world == 1:
+        return None
+    threads: list[int] = [0] * share.world
+    dist.all_gather_object(threads, torch.get_num_threads())
+    return next((rank for rank, count in enumerate(threads) if count != threads[0]), None)
+
+
 def merged(share: Share, mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Gather every process's tensors on rank 0 and return them merged; None on the others."""
     if share.world == 1:

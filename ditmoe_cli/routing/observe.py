@@ -18,7 +18,7 @@ from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
 from ditmoe_cli.routing.counters import Counters
-from ditmoe_cli.routing.distributed import WHOLE, Share, merged
+from ditmoe_cli.routing.distributed import WHOLE, Share, merged, rank_of_other_threads
 from ditmoe_cli.routing.moments import Moments, all_token_means
 from ditmoe_cli.routing.profile import BRANCHES
 from ditmoe_cli.routing.reservoir import Reservoir, Selection, select_states, step_bin
@@ -129,20 +129,49 @@ def collect(
     selection = select_states(spec, bins, model.config.num_patches, 0 if fast else reservoir)
     collector = (RoutingCollector if fast else FullCollector)(model, spec, bins, selection)
     size = spec.images if isinstance(model, OffloadedDiTMoE) else batch
-    for indices in share.of(list(batches(spec.images, size))):
-        collector.begin_batch(list(indices))
-
-        def on_step(z: Tensor, t: float) -> None:
-            collector.begin_step(z, t)
-            progress(len(z))
-
-        if clean is None:
-            sample_batch(model, spec, indices, collector, on_step, PURPOSE)
-        else:
-            chunk = clean[indices.start : indices.stop]
-            visit_noised(model, spec, indices, chunk, collector, on_step, PURPOSE)
+    dealt = list(batches(spec.images, size))
+    for indices in share.of(dealt):
+        watch_batch(model, spec, indices, collector, progress, clean)
+    odd_rank = rank_of_other_threads(share)
     tensors = merged(share, collector.tensors())
-    return with_all_token_means(model, tensors, bins) if tensors is not None else None
+    if tensors is None:
+        return None
+    if odd_rank is not None and odd_rank < len(dealt):
+        again = RoutingCollector(model, spec, bins, Selection({}, {}))
+        watch_batch(model, spec, dealt[odd_rank], again, lambda _: None, clean)
+        tensors["flip_rate"] = flip_rate(tensors, again.tensors(), dealt[odd_rank])
+    return with_all_token_means(model, tensors, bins)
+
+
+def watch_batch(
+    model: Denoiser,
+    spec: SampleSpec,
+    indices: range,
+    collector: RoutingCollector,
+    progress: Callable[[int], None],
+    clean: Tensor | None,
+) -> None:
+    """Let a collector watch the images `indices` being sampled, or their clean versions noised."""
+    collector.begin_batch(list(indices))
+
+    def on_step(z: Tensor, t: float) -> None:
+        collector.begin_step(z, t)
+        progress(len(z))
+
+    if clean is None:
+        sample_batch(model, spec, indices, collector, on_step, PURPOSE)
+    else:
+        visit_noised(model, spec, indices, clean[indices.start : indices.stop], collector, on_step, PURPOSE)
+
+
+def flip_rate(merged_tensors: dict[str, Tensor], again: dict[str, Tensor], indices: range) -> Tensor:
+    """Return the share of choices, at the images `indices`, that came out differently on this process: at least that
+    many near-ties of the top-k were tipped by rounding.
+
+    Counted as half the L1 distance of the tables by image and position over their sum.
+    """
+    mine, theirs = (tensors["image.positions"][list(indices)].double() for tensors in (again, merged_tensors))
+    return (mine - theirs).abs().sum() / 2 / theirs.sum()
 
 
 def with_all_token_means(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ def test_merged_parts_are_the_whole(
     assert whole is not None
     parts: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr("ditmoe_cli.routing.observe.merged", lambda _, mine: parts.append(mine))
+    monkeypatch.setattr("ditmoe_cli.routing.observe.rank_of_other_threads", lambda _: None)
     for rank in range(world):
         assert collect(model, spec, 2, 96, 2, lambda _: None, share=Share(rank, world)) is None
     found = merge(parts)
@@ -56,6 +57,36 @@ def test_a_process_without_any_batch_adds_nothing(pico: Callable[..., Pico]) -> 
 
     idle = RoutingCollector(model, spec, 1, Selection({}, {})).tensors()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in merge([idle, whole]).items())
+
+
+def test_unequal_threads_have_their_flips_counted(pico: Callable[..., Pico], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico(sampler="rf", in_channels=1).model()
+    spec = SampleSpec(4, 2, 1.0, 3, "euler", (0, 1))
+
+    def run(tamper: bool) -> float:
+        def merged(_: Share, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            whole = dict(collect(model, spec, 2, 0, 2, lambda _: None, fast=True) or {})
+            if tamper:  # one choice of image 2, at position 0 of block 0, went to another expert
+                table = whole["image.positions"][2, 0, 0, 0]
+                table[table.argmax()] -= 1
+                table[table.argmin()] += 1
+            return whole if mine is not None else mine
+
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "ditmoe_cli.routing.observe.rank_of_other_threads", lambda share: 1 if share.world > 1 else None
+            )
+            patched.setattr(
+                "ditmoe_cli.routing.observe.merged",
+                lambda share, mine: mine if share.world == 1 else merged(share, mine),
+            )
+            found = collect(model, spec, 2, 0, 2, lambda _: None, fast=True, share=Share(0, 2))
+        assert found is not None
+        return float(found["flip_rate"])
+
+    choices = 2 * 2 * model.config.num_patches * model.config.depth * model.config.top_k  # images, steps
+    assert run(tamper=False) == 0.0
+    assert run(tamper=True) == pytest.approx(1 / choices)
 
 
 def test_torchrun_counts_as_one_process_does(pico: Callable[..., Pico], tmp_path: Path) -> None:
