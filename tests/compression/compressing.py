@@ -133,7 +133,7 @@ class NaiveMixture(nn.Module):
         routed = sum(weight[row] / total * self.swiglu(f"experts.{row}", u) for row in chosen)
         return routed + self.swiglu("shared_experts", u)
 
-    def forward(self, u: Tensor, block: int, gamma: Tensor, observer: object) -> Tensor:
+    def forward(self, u: Tensor, block: int, gamma: Tensor, observer: object, residual: object = None) -> Tensor:
         del block, gamma, observer
         mixed = torch.stack([self.one(token) for token in u.reshape(-1, u.shape[-1]).double()])
         return mixed.reshape(u.shape).to(u.dtype)
