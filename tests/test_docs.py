@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid", "compare")
+COMMANDS = (
+    "inspect",
+    "convert",
+    "profile-experts",
+    "prune",
+    "quantize",
+    "plan",
+    "apply",
+    "sample",
+    "fid",
+    "report",
+    "compare",
+)
 _BLOCK = re.compile(r"## Options\n\n(?:@@HELP@@|```text\n.*?\n```)\n", re.S)
 
 

@@ -15,7 +15,19 @@ os.environ.setdefault("TYPER_USE_RICH", "0")
 import typer
 
 from ditmoe_cli import __version__
-from ditmoe_cli.cli import apply, compare, convert, fid, inspect, plan, profile_experts, prune, quantize, sample
+from ditmoe_cli.cli import (
+    apply,
+    compare,
+    convert,
+    fid,
+    inspect,
+    plan,
+    profile_experts,
+    prune,
+    quantize,
+    report,
+    sample,
+)
 from ditmoe_cli.errors import DitmoeError
 
 app = typer.Typer(
@@ -58,6 +70,7 @@ app.command("plan")(plan.run)
 app.command("apply")(apply.run)
 app.command("sample")(sample.run)
 app.command("fid")(fid.run)
+app.command("report")(report.run)
 app.command("compare")(compare.run)
 
 

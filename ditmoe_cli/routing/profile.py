@@ -6,8 +6,8 @@ unconditional. g is a routing weight, f an expert's output, γ the block's resid
 
 Counters, over all tokens (all that ``--fast`` keeps):
 
-    flip_rate               F64  ()               only where processes with unequal threads shared the work: the share of
-                                                  choices that came out differently when rank 0 ran another's batch
+    flip_rate               F64  ()               where processes with unequal threads shared the work: the share of
+                                                  choices that differed when rank 0 ran another's batch
     counts                  I64  (L, 2, B, P, E)  tokens routed to an expert
     selected                I64  (L, 2, B, E)     the same over all positions
     tokens                  I64  (2, B)           tokens seen per block

@@ -134,7 +134,7 @@ class NaiveMixture(nn.Module):
         return routed + self.swiglu("shared_experts", u)
 
     def forward(self, u: Tensor, block: int, gamma: Tensor, observer: object, residual: object = None) -> Tensor:
-        del block, gamma, observer
+        del block, gamma, observer, residual
         mixed = torch.stack([self.one(token) for token in u.reshape(-1, u.shape[-1]).double()])
         return mixed.reshape(u.shape).to(u.dtype)
 
