@@ -28,7 +28,7 @@ from ditmoe_cli.cli.options import (
     given,
     require_safetensors,
 )
-from ditmoe_cli.cli.output import Printing, Row, emit, progress
+from ditmoe_cli.cli.output import Printing, Row, emit, note, progress
 from ditmoe_cli.cli.spec import sample_spec
 from ditmoe_cli.cli.stage import default_output, incoming, open_stage
 from ditmoe_cli.errors import UsageError
@@ -46,7 +46,8 @@ DataOpt = Annotated[
     typer.Option(
         "--data",
         metavar="PATH",
-        help="Noise the first --images of these labelled images (npz, samples; latents) instead of sampling.",
+        help="Noise the first --images of these images (folder, npz, samples; latents) instead of sampling; "
+        "those without labels get the null class.",
     ),
 ]
 OffloadOpt = Annotated[
@@ -91,6 +92,8 @@ def run(
     if data and classes:
         raise UsageError("--classes has no effect on --data, whose images have labels of their own")
     given_data = read_data(data, opened.config, images) if data else None
+    if given_data and all(label == opened.config.num_classes for label in given_data.labels):
+        note(f"{data} has no labels: all images are profiled under the null class")
     spec = sample_spec(opened, images, steps, cfg, seed, solver, classes)
     spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
     settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None, fast)

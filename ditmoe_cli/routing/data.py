@@ -24,11 +24,11 @@ class CalibrationData:
 
 
 def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
-    """Read the first `images` labelled images for a pixel model, or latents for another.
+    """Read the first `images` images for a pixel model, or latents for another; unlabelled ones get the null class.
 
-    Images are uint8 (npz with `arr_0` and `labels`, or samples of ours) and become v / 127.5 - 1; latents are
-    `latents` and `labels` of a safetensors file, as ``ditmoe sample`` writes them. Raises `BadInputError` where they
-    are missing, unlabelled, or of another size than the model's.
+    Images are uint8 (a folder of PNG, npz with `arr_0`, samples of ours) and become v / 127.5 - 1; latents are
+    `latents` of a safetensors file, as ``ditmoe sample`` writes them; `labels` stand beside them. Raises
+    `BadInputError` where they are missing or of another size than the model's.
     """
     import torch
 
@@ -54,9 +54,8 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
         raise BadInputError(f"{path}: labels are {labels.dtype} of {labels.shape}; expected one integer for each image")
     if not len(clean):
         raise BadInputError(f"{path}: holds no image")
-    if labels is None:
-        raise BadInputError(f"{path}: has no labels; give an npz with arr_0 and labels, or samples of ditmoe")
-    chosen = tuple(int(label) for label in labels[:images])
+    given = labels if labels is not None else [config.num_classes] * len(clean)
+    chosen = tuple(int(label) for label in given[:images])
     bad = next((label for label in chosen if not 0 <= label <= config.num_classes), None)
     if bad is not None:
         raise BadInputError(

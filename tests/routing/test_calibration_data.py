@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Pico
+from PIL import Image
 from safetensors.numpy import save_file
 
 from ditmoe_cli.errors import BadInputError
@@ -59,7 +60,6 @@ def test_latents_are_taken_as_they_are(tmp_path: Path, pico: PicoFactory) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"labels": None}, "no labels"),
         ({"labels": np.array([0, 1, 2, 9, 0, 1])}, "holds label 9"),
         ({"arr_0": np.zeros((6, 16, 16, 1), np.uint8)}, r"the model takes \(1, 8, 8\)"),
         ({"arr_0": np.zeros((6, 8, 8, 3), np.uint8)}, r"images are \(3, 8, 8\)"),
@@ -71,6 +71,18 @@ def test_data_that_does_not_fit_is_refused(
     path = images_npz(tmp_path / "a.npz", **changes)
     with pytest.raises(BadInputError, match=said):
         read_data(path, pico(in_channels=1, input_size=8, num_classes=3).config, 6)
+
+
+def test_unlabelled_images_get_the_null_class(tmp_path: Path, pico: PicoFactory) -> None:
+    config = pico(in_channels=1, input_size=8, num_classes=3).config
+    assert read_data(images_npz(tmp_path / "a.npz", labels=None), config, 4).labels == (3, 3, 3, 3)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 100 * i, np.uint8)).save(folder / f"{i}.png")
+    data = read_data(folder, config, 2)
+    assert data.labels == (3, 3)
+    assert data.clean.shape == (2, 1, 8, 8)
 
 
 def test_missing_data_and_pixels_for_a_latent_model_are_refused(tmp_path: Path, pico: PicoFactory) -> None:
