@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -113,7 +114,7 @@ def run(
     unchanged model scores 0. The distance is called fid over Inception features and frechet over any other.
     """
     said = given(heads, top_k, sampler)
-    stage = incoming(subject, said)
+    stage = named_for_what_it_is(incoming(subject, said))
     check_values(images, max_value, extractor, output)
     from ditmoe_cli.evaluation.compare import Measure
     from ditmoe_cli.evaluation.samples import Runtime
@@ -131,6 +132,15 @@ def run(
     emit(Printing(json, quiet), done.to_json(result.to_json()), rows(result), path)
     if max_value is not None and result.value > max_value:
         raise GateError(f"{result.metric} {result.value:.4g} is above --max {max_value:g}")
+
+
+def named_for_what_it_is(stage: Stage) -> Stage:
+    """Return the stage with its path under `samples` where an argument named images instead of a checkpoint."""
+    from ditmoe_cli.evaluation.images import kind_of
+
+    if stage.piped or stage.checkpoint is None or kind_of(Path(stage.checkpoint)) != "images":
+        return stage
+    return replace(stage, samples=stage.checkpoint, checkpoint=None, original=None)
 
 
 def check_values(images: int, max_value: float | None, extractor: str | None, output: Path | None) -> None:

@@ -381,5 +381,5 @@ def _download(target: Path) -> None:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise BadInputError(
             f"{WEIGHTS_NAME}: not at {target}, and fetching {WEIGHTS_URL} failed ({reason}); "
-            f"fetch it elsewhere and give --weights PATH, or set {WEIGHTS_VARIABLE}"
+            f"fetch it elsewhere and give --weights PATH, or set {WEIGHTS_VARIABLE}; --extractor pixels needs none"
         ) from None

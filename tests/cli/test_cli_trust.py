@@ -46,6 +46,11 @@ def test_metadata_cannot_name_code_to_run(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
+def test_samples_are_named_as_samples(folder: Path) -> None:
+    envelope = here("fid", "s.safetensors", "--ref", "a.safetensors", cwd=folder).envelope
+    assert (envelope["checkpoint"], envelope["samples"]) == (None, str(folder / "s.safetensors"))
+
+
 def test_samples_of_other_settings_are_compared_only_when_asked(folder: Path) -> None:
     words = ("fid", "a.safetensors", "--ref", "s.safetensors", "--images", 4)
     refused(here(*words, "--steps", 3, "--cfg", 2, cwd=folder), 3, "s.safetensors", "steps 2 there, 3 here", "cfg")
