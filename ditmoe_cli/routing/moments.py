@@ -15,6 +15,9 @@ from ditmoe_cli.model.moe import MoEEvent, SparseMoE
 from ditmoe_cli.routing.counters import one_hot_choices
 from ditmoe_cli.routing.profile import BRANCHES
 
+# sums over the pairs of experts that a token chose, beside the gated Gram
+PAIR_SUMS = ("output.raw_gram", "output.cosine", "gate_ratio", "gate_ratio_square")
+
 
 class Moments:
     """Grams, means, energies and extremes.
@@ -33,6 +36,7 @@ class Moments:
         table = (blocks, BRANCHES, bins)
         self.easy_ep = torch.zeros(*table, experts, dtype=torch.float64, device=device)
         self.output_gram = torch.zeros(*table, experts, experts, dtype=torch.float64, device=device)
+        self.pairs = {name: torch.zeros_like(self.output_gram) for name in PAIR_SUMS}
         self.output_sum = wide(*table, experts, width)
         self.output_gate_square_sum = wide(*table, experts, width)
         self.input_max = wide(blocks, experts, width)
@@ -65,7 +69,7 @@ class Moments:
         patches = tokens // len(event.gamma)
         gamma = event.gamma.float().repeat_interleave(patches, dim=0).unsqueeze(1)
         reaching = gamma * weights * outputs  # (T, k, D): what reaches the residual stream
-        self._add_gram(block, branches, b, chosen, reaching)
+        self._add_pairs(block, branches, b, chosen, reaching, outputs, weights)
         self._add_inputs(event, chosen)
         per_branch = event.gamma.float().reshape(branches, -1, width)
         self.gamma_sum[block, :branches, b] += per_branch.sum(dim=1)
@@ -75,12 +79,25 @@ class Moments:
         if event.residual is not None:
             self._add_easy_ep(event, branches, b, slots, reaching)
 
-    def _add_gram(self, block: int, branches: int, b: int, chosen: Tensor, reaching: Tensor) -> None:
-        """Add A_ij = Σ_t ⟨γ g_i f_i, γ g_j f_j⟩ over the experts i, j of each token: what removing both costs."""
-        inner = (reaching @ reaching.transpose(1, 2)).double()  # (T, k, k)
-        spread = torch.einsum("tab,tbf->taf", inner, chosen.double())
+    def _add_pairs(
+        self, block: int, branches: int, b: int, chosen: Tensor, reaching: Tensor, outputs: Tensor, weights: Tensor
+    ) -> None:
+        """Add sums over the pairs i, j of experts of each token.
+
+        The gated Gram is A_ij = Σ_t ⟨γ g_i f_i, γ g_j f_j⟩, what removing both costs; r = g_i / (g_i + g_j).
+        """
+        raw = outputs @ outputs.transpose(1, 2)  # (T, k, k)
+        norms = outputs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        ratio = weights / (weights + weights.transpose(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+        cosine = raw / (norms.unsqueeze(1) * norms.unsqueeze(2))
+        gated = reaching @ reaching.transpose(1, 2)
+        values = torch.stack((gated, raw, cosine, ratio, ratio**2)).double()
+        spread = torch.einsum("ntab,tbf->ntaf", values, chosen.double())
         left = chosen.double().reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)
-        self.output_gram[block, :branches, b] += left @ spread.reshape(branches, -1, chosen.shape[-1])
+        sums = left @ spread.reshape(len(values), branches, -1, chosen.shape[-1])
+        self.output_gram[block, :branches, b] += sums[0]
+        for name, value in zip(PAIR_SUMS, sums[1:], strict=True):
+            self.pairs[name][block, :branches, b] += value
 
     def _add_inputs(self, event: MoEEvent, chosen: Tensor) -> None:
         inputs = event.inputs.float()
@@ -107,6 +124,7 @@ class Moments:
         stored = {
             "easy_ep": self.easy_ep,
             "output.gram": self.output_gram,
+            **self.pairs,
             "output.sum": self.output_sum,
             "output.gate_square_sum": self.output_gate_square_sum,
             "input.max": self.input_max,

@@ -26,6 +26,8 @@ Moments, over all tokens:
 
     easy_ep                 F64  (L, 2, B, E)     Σ g ‖γ ⊙ f‖ max(1 - cos(x, x + γ r), 0)
     output.gram             F64  (L, 2, B, E, E)  Σ ⟨γ g_i f_i, γ g_j f_j⟩ over tokens that chose both
+    output.raw_gram, .cosine                      F64  (L, 2, B, E, E)  Σ ⟨f_i, f_j⟩ and its cosine, over the same
+    gate_ratio, gate_ratio_square                 F64  (L, 2, B, E, E)  Σ r, Σ r² with r = g_i / (g_i + g_j)
     output.sum, .gate_square_sum                  F32  (L, 2, B, E, D)  Σ f, Σ g² f over routed tokens
     output.all_token_mean   F32  (L, 2, B, E, D)  mean f over all reservoir tokens, routed or not
     input.max, .square      F32  (L, E, D)        max |u|, Σ u² over routed tokens

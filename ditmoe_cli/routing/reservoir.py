@@ -5,6 +5,7 @@ What is chosen depends on (seed, image, bin) alone, so neither batch size nor th
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -37,8 +38,8 @@ def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> 
     """Choose states and tokens for about `reservoir` tokens per block, over both branches.
 
     Every (image, bin) gives one state as long as there is at least one token for it; images are left out from
-    the end otherwise. Labels cycle over images, so classes are covered evenly too. Positions are drawn without
-    replacement.
+    the end otherwise. Labels cycle over images, so classes are covered evenly too. Positions are
+    stratified: one is drawn from each of as many equal runs of positions.
     """
     branches = 1 if spec.cfg == 1.0 else BRANCHES
     images = min(spec.images, reservoir // (bins * branches))
@@ -49,7 +50,8 @@ def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> 
             generator = random.Random(image_seed(spec.seed, image * bins + b, "reservoir"))
             steps = [s for s in range(spec.steps) if step_bin(s, spec.steps, bins) == b]
             step_of[image, b] = generator.choice(steps)
-            positions[image, b] = sorted(generator.sample(range(patches), per_state))
+            bounds = [i * patches // per_state for i in range(per_state + 1)]
+            positions[image, b] = [generator.randrange(*ends) for ends in itertools.pairwise(bounds)]
     return Selection(step_of, positions)
 
 

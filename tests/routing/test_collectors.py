@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.routing.moments import PAIR_SUMS
 from ditmoe_cli.routing.observe import PURPOSE, collect
 from ditmoe_cli.routing.reservoir import step_bin
 
@@ -145,6 +146,7 @@ def test_moments_of_outputs_inputs_and_gamma(run: Run) -> None:
     experts, width = config.num_experts, config.hidden_size
     easy, gram = zeros(run, experts), zeros(run, experts, experts)
     sums, weighted = zeros(run, experts, width), zeros(run, experts, width)
+    pairs = {name: zeros(run, experts, experts) for name in PAIR_SUMS}
     largest = torch.zeros(config.depth, experts, width, dtype=torch.float64)
     squares = torch.zeros_like(largest)
     for step, block, branch, b, _, _, row in run.tokens():
@@ -164,9 +166,16 @@ def test_moments_of_outputs_inputs_and_gamma(run: Run) -> None:
             squares[block, e] += u**2
             for j, other in enumerate(chosen):
                 gram[block, branch, b, e, other] += reaching[i] @ reaching[j]
+                f, h = event.outputs[row, i].double(), event.outputs[row, j].double()
+                ratio = weights[i] / (weights[i] + weights[j])
+                values = (f @ h, f @ h / (f.norm() * h.norm()), ratio, ratio**2)
+                for name, value in zip(PAIR_SUMS, values, strict=True):
+                    pairs[name][block, branch, b, e, other] += value
     close = {"rtol": 1e-4, "atol": 1e-4}
     assert_close(run.tensors["easy_ep"], easy, **close)
     assert_close(run.tensors["output.gram"], gram, **close)
+    for name, expected in pairs.items():
+        assert_close(run.tensors[name], expected, **close)
     assert_close(run.tensors["output.sum"].double(), sums, **close)
     assert_close(run.tensors["output.gate_square_sum"].double(), weighted, **close)
     assert_close(run.tensors["input.max"].double(), largest, **close)
@@ -212,6 +221,7 @@ def test_means_over_all_reservoir_tokens(run: Run) -> None:
 def test_fast_keeps_the_same_counters_and_nothing_else(run: Run) -> None:
     fast = collect(run.model, run.spec, BINS, 48, 3, lambda _: None, fast=True)
     assert {name for name in run.tensors if name not in fast} == {
+        *PAIR_SUMS,
         *("easy_ep", "output.gram", "output.sum", "output.gate_square_sum", "output.all_token_mean"),
         *("input.max", "input.square", "gamma.sum", "gamma.square", "gamma.images", "neuron.energy", "neuron.max"),
         *(name for name in run.tensors if name.startswith(("states.", "reservoir."))),
