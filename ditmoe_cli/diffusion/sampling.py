@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.moe import Observer
 
 Progress = Callable[[int], None]
+ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
 StepWatcher = Callable[["Tensor", float], None]
 
 

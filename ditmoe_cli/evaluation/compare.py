@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features import EXTRACTORS, Extractor, make_extractor
 from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
-from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, require_pixels
+from ditmoe_cli.evaluation.samples import Runtime, require_pixels
 from ditmoe_cli.evaluation.score import Score, Side, card_of, check_statistics, sampled_side, score, stored_side
 from ditmoe_cli.model.checkpoint import Checkpoint
 

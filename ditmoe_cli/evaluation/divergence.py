@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.checkpoint.staging import check_target
-from ditmoe_cli.diffusion.sampling import Progress, SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.sampling import Progress, ProgressBar, SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.solvers import SOLVERS
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.grid import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8, write_arrays
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
-from ditmoe_cli.evaluation.samples import ProgressBar, Runtime
+from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.evaluation.ssim import ssim
 from ditmoe_cli.model.checkpoint import Checkpoint
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ import numpy as np
 
 from ditmoe_cli.checkpoint.header import read_safetensors_header
 from ditmoe_cli.checkpoint.provenance import Card, parse_card
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.solvers import SOLVERS
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
 from ditmoe_cli.model.checkpoint import Checkpoint
-
-ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from ditmoe_cli.checkpoint.provenance import Card, file_digest
-from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features import Extractor, describe_extractor, extract
 from ditmoe_cli.evaluation.frechet import frechet_distance
 from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, write_arrays
 from ditmoe_cli.evaluation.inception import WEIGHTS_DIGEST
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
-from ditmoe_cli.evaluation.samples import ProgressBar, Runtime, read_origin, sample_images
+from ditmoe_cli.evaluation.samples import Runtime, read_origin, sample_images
 from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable, read_statistics
 from ditmoe_cli.model.checkpoint import Checkpoint

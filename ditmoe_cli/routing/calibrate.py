@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -17,9 +16,6 @@ from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_pro
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Progress = Callable[[int], None]
-ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
