@@ -84,7 +84,7 @@ def run(
     Counts by block, branch, step bin, position and expert; keeps gate mass, output norms after γ, and a reservoir
     of MoE inputs: all that planners need.
     """
-    stage = incoming(checkpoint, given(heads, top_k, sampler))
+    stage = incoming(checkpoint, given(heads, top_k, sampler), shared=True)
     opened = open_stage(stage)
     from ditmoe_cli.routing.calibrate import Calibration, calibrate
     from ditmoe_cli.routing.data import read_data

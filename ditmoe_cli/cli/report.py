@@ -16,6 +16,7 @@ from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 
 if TYPE_CHECKING:
+    from ditmoe_cli.routing.profile import RoutingProfile
     from ditmoe_cli.routing.report import ProfileReport
 
 KINDS = ("profile",)
@@ -31,6 +32,14 @@ PageOutput = Annotated[
 PngOpt = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--png", metavar="FOLDER", help="Write the figures as PNG files into a new folder."),
+]
+WeightsOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--weights",
+        metavar="CHECKPOINT",
+        help="The profiled checkpoint, to compare experts by their weights too; slow for wide experts.",
+    ),
 ]
 Replicates = Annotated[int, typer.Option("--replicates", metavar="N", help="Bootstrap replicates of each interval.")]
 SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the bootstrap.")]
@@ -65,6 +74,7 @@ def run(
     seed: SeedOpt = 0,
     output: PageOutput = None,
     png: PngOpt = None,
+    weights: WeightsOpt = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -81,10 +91,23 @@ def run(
     from ditmoe_cli.routing.report import build_report
 
     check_outputs(outputs, Path(str(stage.profile)))
-    found = build_report(read_profile(Path(str(stage.profile))), replicates, seed, progress)
+    profile = read_profile(Path(str(stage.profile)))
+    similarities = weight_cosines(profile, weights) if weights else None
+    found = build_report(profile, replicates, seed, progress, similarities)
     write(found, outputs, Path(str(stage.profile)))
     done = stage.done("report", {"what": what, "replicates": replicates, "seed": seed})
     show(Printing(json, quiet), done.to_json({**found.to_json(), **outputs.to_json()}), found, outputs)
+
+
+def weight_cosines(profile: RoutingProfile, weights: str) -> list[Any]:
+    """Return the similarity of the experts' weights; raises `BadInputError` where `weights` was not profiled."""
+    from ditmoe_cli.model.checkpoint import open_checkpoint
+    from ditmoe_cli.routing.profile import require_profile_of
+    from ditmoe_cli.routing.weights import weight_similarities
+
+    checkpoint = open_checkpoint(weights)
+    require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    return weight_similarities(checkpoint, progress)
 
 
 def check_values(what: str, outputs: Outputs) -> None:

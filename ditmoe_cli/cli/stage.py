@@ -58,13 +58,16 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def incoming(checkpoint: str | None, given: Given) -> Stage:
+def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stage:
     """Return the stage to work on: of an explicit checkpoint, else of the envelope on stdin.
 
-    With an explicit checkpoint stdin is never read.
+    With an explicit checkpoint stdin is never read. Raises `UsageError` under torchrun for commands whose work cannot
+    be `shared` between processes, which would write the same file each.
     """
     from ditmoe_cli.model.checkpoint import resolve_path
 
+    if under_torchrun() and not shared:
+        raise UsageError("this command works in one process; start it without torchrun (profile-experts can share)")
     if checkpoint is not None:
         path = str(resolve_path(checkpoint).absolute())
         return Stage(checkpoint=path, original=path, given=asdict(given))

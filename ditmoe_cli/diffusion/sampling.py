@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -62,6 +63,17 @@ def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
     if bad is not None or not spec.classes:
         raise UsageError(f"--classes {bad}: the checkpoint has classes 0 to {num_classes - 1}")
     return spec
+
+
+def step_bin(step: int, steps: int, bins: int) -> int:
+    """Return the bin ⌊step · bins / steps⌋ of a step; step 0 starts from pure noise."""
+    return step * bins // steps
+
+
+def steps_of_bins(steps: int, bins: int) -> list[range]:
+    """Return the steps of each bin: the inverse of `step_bin`."""
+    first = [-(-b * steps // bins) for b in range(bins + 1)]
+    return [range(*ends) for ends in itertools.pairwise(first)]
 
 
 def batches(images: int, batch: int) -> Iterator[range]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe_cli.checkpoint.names import ROUTER, in_block
 from ditmoe_cli.checkpoint.staging import check_target
-from ditmoe_cli.diffusion.sampling import Progress, ProgressBar, SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.sampling import Progress, ProgressBar, SampleSpec, batches, sample_batch, steps_of_bins
 from ditmoe_cli.diffusion.solvers import SOLVERS
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.grid import pair_grid, write_png
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from ditmoe_cli.model.dit import DiTMoE
     from ditmoe_cli.model.moe import MoEEvent
+
+    RowMap = Tensor | None
 
 COMPARISON_SCHEMA = "ditmoe.comparison/1"
 _SAME_ARCHITECTURE = ("sampler", "depth", "hidden_size", "patch_size", "input_size", "in_channels", "num_classes")
@@ -59,9 +62,8 @@ class Sums:
         return Sums(self.times, self.prediction + other.prediction, self.blocks + other.blocks)
 
     def binned(self, bins: int) -> Sums:
-        """Return sums over consecutive steps: step s of S falls into bin ⌊s · bins / S⌋; times are the first steps'."""
-        steps = len(self.times)
-        first = [-(-b * steps // bins) for b in range(bins)]
+        """Return sums over the steps of each bin; times are the first steps'."""
+        first = [steps[0] for steps in steps_of_bins(len(self.times), bins)]
         prediction, blocks = (np.add.reduceat(part, first, axis=0) for part in (self.prediction, self.blocks))
         return Sums(self.times[first], prediction, blocks)
 
@@ -203,17 +205,31 @@ def require_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
         )
 
 
-def rows_note(a: Checkpoint, b: Checkpoint) -> str | None:
-    """Return why experts of A and B cannot be matched in some blocks; None where they can be in all.
+def matching_rows(a: Checkpoint, b: Checkpoint) -> tuple[RowMap, ...]:
+    """Return for each block which of A's router rows each of B's is, (R_B,); None where that cannot be told.
 
-    Router rows keep their numbers in ghosted and quantised files; where rows were deleted, they do not.
+    Ghosted and quantised files keep all rows, and with them their numbers. Where rows were deleted, those that remain
+    are found by their weights.
     """
-    counts = [(one.router_rows, other.router_rows) for one, other in zip(a.config.blocks, b.config.blocks, strict=True)]
-    differing = [index for index, (ours, theirs) in enumerate(counts) if ours != theirs]
-    if not differing:
-        return None
-    blocks = ", ".join(f"{index} ({counts[index][0]} against {counts[index][1]})" for index in differing)
-    return f"unknown where router rows were deleted, since experts were renumbered: blocks {blocks}"
+    return tuple(_matching_rows(a, b, block) for block in range(a.config.depth))
+
+
+def _matching_rows(a: Checkpoint, b: Checkpoint, block: int) -> RowMap:
+    import torch
+
+    counts = [checkpoint.config.blocks[block].router_rows for checkpoint in (a, b)]
+    if counts[0] == counts[1]:
+        return torch.arange(counts[0])
+    ours, theirs = (checkpoint.finite_tensor(in_block(block, ROUTER)).float() for checkpoint in (a, b))
+    equal = (theirs.unsqueeze(1) == ours.unsqueeze(0)).all(dim=-1)
+    once = bool((equal.sum(dim=1) == 1).all()) and bool((equal.sum(dim=0) <= 1).all())
+    return equal.int().argmax(dim=1) if once else None
+
+
+def rows_note(rows: Sequence[RowMap]) -> str | None:
+    """Return why experts of A and B cannot be matched in some blocks; None where they can be in all."""
+    unknown = ", ".join(str(block) for block, known in enumerate(rows) if known is None)
+    return f"unknown where router rows were deleted and the others changed: blocks {unknown}" if unknown else None
 
 
 def diverge(
@@ -228,11 +244,12 @@ def diverge(
 
     _check(a, b, spec, bins, outputs)
     chunks = list(batches(spec.images, runtime.batch))
+    rows = matching_rows(a, b)
     models = build_model(a, _device(runtime)), build_model(b, _device(runtime))
     parts = []
     with bar(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps) as progress:
         for indices in chunks:
-            parts.append(follow(*models, spec, indices, (a.path, b.path), progress))
+            parts.append(follow(*models, rows, spec, indices, (a.path, b.path), progress))
     sums = parts[0][0]
     for part in parts[1:]:
         sums += part[0]
@@ -244,7 +261,7 @@ def diverge(
         kind="velocity" if a.config.sampler == "rf" else "noise",
         latents=_difference(finals[0], finals[1]),
         images=image_errors(*pairs, a.card.grey_levels) if pairs else None,
-        note=rows_note(a, b),
+        note=rows_note(rows),
         conditions=_conditions(a, b, spec, bins),
     )
     _write(found, pairs, outputs, (a.path, b.path))
@@ -315,7 +332,13 @@ def _difference(a: NDArray[Any], b: NDArray[Any]) -> Array:
 
 
 def follow(
-    a: DiTMoE, b: DiTMoE, spec: SampleSpec, indices: Sequence[int], names: tuple[Path, Path], progress: Progress
+    a: DiTMoE,
+    b: DiTMoE,
+    rows: Sequence[RowMap],
+    spec: SampleSpec,
+    indices: Sequence[int],
+    names: tuple[Path, Path],
+    progress: Progress,
 ) -> tuple[Sums, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Sample the images `indices` with A, showing both models each state; then sample them with B.
 
@@ -329,7 +352,7 @@ def follow(
     times, predictions, blocks = [], [], []
 
     def watch(z: Tensor, t: float) -> None:
-        v_a, v_b, by_block = walk(a, b, *_branches(z, t, labels, a.config.num_classes, spec.cfg))
+        v_a, v_b, by_block = walk(a, b, rows, *_branches(z, t, labels, a.config.num_classes, spec.cfg))
         v_a, v_b = (_guided(v, spec)[:, : z.shape[1]].double() for v in (v_a, v_b))
         predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
         times.append(float(t))
@@ -366,7 +389,9 @@ def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
     return combine(cond, uncond, spec.cfg, SOLVERS[spec.solver])
 
 
-def walk(a: DiTMoE, b: DiTMoE, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def walk(
+    a: DiTMoE, b: DiTMoE, rows: Sequence[RowMap], x: Tensor, t: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run both models on the same input, and each of B's blocks on A's stream under A's conditions too.
 
     Returns both outputs (N, out_channels, H, W), and the sums of each block as `Sums` has them, (depth, 6) in fp64.
@@ -376,14 +401,14 @@ def walk(a: DiTMoE, b: DiTMoE, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor,
     stream_a, c_a = a.embed(x, t, y)
     stream_b, c_b = b.embed(x, t, y)
     sums = []
-    for index in range(a.config.depth):
+    for index, row_of in enumerate(rows):
         after, rows_a = _run_block(a, index, stream_a, c_a)
         alone, _ = _run_block(b, index, stream_a, c_a)
         stream_b, rows_b = _run_block(b, index, stream_b, c_b)
         errors = (alone - after, after - stream_a, stream_b - after, after)
         squares = torch.stack([error.double().square().sum() for error in errors])
-        known = a.config.blocks[index].router_rows == b.config.blocks[index].router_rows
-        shared = shared_rows(rows_a, rows_b) if known else torch.zeros_like(squares[:2])
+        none = torch.zeros_like(squares[:2])
+        shared = none if row_of is None else shared_rows(rows_a, row_of.to(rows_b.device)[rows_b])
         sums.append(torch.cat((squares, shared)))
         stream_a = after
     return a.unembed(stream_a, c_a), b.unembed(stream_b, c_b), torch.stack(sums)

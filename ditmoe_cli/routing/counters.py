@@ -7,13 +7,14 @@ fixed, so equal runs give equal bytes on a GPU too.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ditmoe_cli.model.config import DiTMoEConfig
-from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.routing.profile import BRANCHES
+from ditmoe_cli.routing.seen import Seen
 
 # per selected (token, expert): g routing weight, f output after gamma; "raw" is before gamma
 SLOT_SUMS = (
@@ -54,6 +55,8 @@ class Counters:
         self.coactivation = counts(*table, experts, experts)
         self.block_transitions = counts(max(blocks - 1, 0), BRANCHES, bins, experts, experts)
         self.step_transitions = counts(*table, experts, experts)
+        self.branch_pairs = counts(blocks, bins, experts, experts)
+        self.neighbours = counts(*table, experts, experts)
         self.slot_sums = {name: sums(*table, experts) for name in SLOT_SUMS}
         self.norm_max = sums(*table, experts)
         self.router = {name: sums(*table) for name in ("entropy", "margin", "topk_mass", "logsumexp_square")}
@@ -65,20 +68,17 @@ class Counters:
         """Forget the trajectories of the batch before."""
         self._previous.clear()
 
-    def add(self, event: MoEEvent, images: Tensor, branches: int, b: int, norms: Tensor, raw_norms: Tensor) -> None:
-        """Add one block's event in step bin `b`.
-
-        `images` (N,) are image indices; `norms` and `raw_norms` (T, k) are output norms after and before γ.
-        """
-        block, experts = event.block, event.routing.experts
-        chosen = one_hot_choices(experts, self.config.num_experts)  # (T, k, E)
-        selected = chosen.sum(dim=1).reshape(branches, len(images), self.config.num_patches, -1)
-        self._add_counts(block, b, images, selected)
-        self._add_transitions(block, b, selected, int(images[0]))
+    def add(self, seen: Seen) -> None:
+        """Add one block's event."""
+        block, b, branches, chosen = seen.event.block, seen.bin, seen.branches, seen.chosen
+        selected = seen.selected
+        self._add_counts(block, b, torch.tensor(seen.images, device=chosen.device), selected)
+        self._add_transitions(block, b, selected, seen.images[0])
+        self._add_neighbours(block, b, selected)
         if block == 0:
             self.tokens[:branches, b] += selected.shape[1] * selected.shape[2]
-        weights = event.routing.weights.double()
-        norms, raw_norms = norms.double(), raw_norms.double()
+        weights = seen.event.routing.weights.double()
+        norms, raw_norms = seen.reaching.norm(dim=-1).double(), seen.outputs.norm(dim=-1).double()
         features = torch.stack(
             (
                 weights,
@@ -98,7 +98,7 @@ class Counters:
         largest = self.norm_max[block, :branches, b]
         spread = (chosen.double() * norms.unsqueeze(-1)).reshape(branches, -1, chosen.shape[-1]).amax(dim=1)
         self.norm_max[block, :branches, b] = torch.maximum(largest, spread)
-        self._add_router(event, branches, b)
+        self._add_router(seen)
 
     def _add_counts(self, block: int, b: int, images: Tensor, selected: Tensor) -> None:
         """Add choices (branches, N, P, E)."""
@@ -107,15 +107,26 @@ class Counters:
         per_image = selected.transpose(0, 1)
         self.image_steps[images, block, :branches, b] += per_image.sum(dim=2).int()
         self.image_positions[images, block, :branches] += per_image.short()
-        flat = selected.reshape(branches, -1, selected.shape[-1])
+        flat = _flat(selected)
         self.coactivation[block, :branches, b] += (flat.transpose(1, 2) @ flat).long()
+        if branches == BRANCHES:
+            self.branch_pairs[block, b] += (flat[0].T @ flat[1]).long()
+
+    def _add_neighbours(self, block: int, b: int, selected: Tensor) -> None:
+        """Add the pairs (expert here, expert of the patch to the right or below) of choices (branches, N, P, E)."""
+        branches, images, patches, experts = selected.shape
+        side = math.isqrt(patches)
+        grid = selected.reshape(branches, images, side, side, experts)
+        for here, there in ((grid[:, :, :, :-1], grid[:, :, :, 1:]), (grid[:, :, :-1], grid[:, :, 1:])):
+            pairs = _flat(here).transpose(1, 2) @ _flat(there)
+            self.neighbours[block, :branches, b] += pairs.long()
 
     def _add_transitions(self, block: int, b: int, selected: Tensor, first: int) -> None:
         """Add the pairs (expert before, expert now) of each token: a block up, and a step back.
 
         `first` is the first image of the event, which tells batches apart whose steps interleave.
         """
-        branches, flat = len(selected), selected.reshape(len(selected), -1, selected.shape[-1])
+        branches, flat = len(selected), _flat(selected)
         below, before = self._previous.get((first, block - 1)), self._previous.get((first, block))
         if below is not None:  # of this step: lower blocks have been seen already
             self.block_transitions[block - 1, :branches, b] += (below.transpose(1, 2) @ flat).long()
@@ -123,8 +134,8 @@ class Counters:
             self.step_transitions[block, :branches, b] += (before.transpose(1, 2) @ flat).long()
         self._previous[first, block] = flat
 
-    def _add_router(self, event: MoEEvent, branches: int, b: int) -> None:
-        block, routing = event.block, event.routing
+    def _add_router(self, seen: Seen) -> None:
+        block, routing, branches, b = seen.event.block, seen.event.routing, seen.branches, seen.bin
         logits = routing.logits.double().reshape(branches, -1, routing.logits.shape[-1])
         probabilities = logits.softmax(dim=-1)
         k = routing.experts.shape[1]
@@ -154,6 +165,8 @@ class Counters:
             "coactivation": self.coactivation,
             "transitions.block": self.block_transitions,
             "transitions.step": self.step_transitions,
+            "transitions.branch": self.branch_pairs,
+            "transitions.neighbour": self.neighbours,
             **self.slot_sums,
             "norm_max": self.norm_max,
             **{f"router.{name}": value for name, value in self.router.items()},
@@ -163,9 +176,9 @@ class Counters:
         return {name: value.cpu().contiguous() for name, value in stored.items()}
 
 
-def one_hot_choices(experts: Tensor, size: int) -> Tensor:
-    """Return choices (T, k) as (T, k, size) of zeros and ones, in fp32 so that products of them are matrix products."""
-    return F.one_hot(experts, size).float()
+def _flat(selected: Tensor) -> Tensor:
+    """Return choices (branches, ..., E) as (branches, tokens, E)."""
+    return selected.reshape(len(selected), -1, selected.shape[-1])
 
 
 def _by_slot(chosen: Tensor, features: Tensor, branches: int) -> tuple[Tensor, Tensor]:

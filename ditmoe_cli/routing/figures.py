@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.checkpoint.staging import staged
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.routing.report import VARIABLES, ProfileReport
+from ditmoe_cli.routing.report import VARIABLES, BlockReport, ProfileReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +29,7 @@ Array = NDArray[np.float64]
 INK = "#7f7f7e"
 COLOURS = ("#2a7fd4", "#e0792b", "#2ba36b", "#b05fc4")
 BRANCH_NAMES = ("conditional", "unconditional")
+AGREEMENTS = {"step": "with the step before", "branch": "with the other branch", "neighbour": "with the next patch"}
 PIXELS_PER_INCH = 150
 LARGEST_DEVIATION = 1.0
 SMALLEST_DEVIATION = 0.1
@@ -134,13 +135,24 @@ _MAP = (
     "cut. Grey: experts never chosen."
 )
 _LIFT = (
-    "How much more often two experts are chosen for the same token than by chance; 0 is independence. "
-    "Grey: an expert with itself."
+    "How much more often two experts are chosen for the same token than if top-k drew different experts at random; 0 "
+    "is chance. Grey: an expert with itself."
 )
 _MEANS = "Cosine of the experts' mean outputs on the same tokens, routed to them or not."
 _GRAM = "Cosine of what two experts add to the residual stream, summed over tokens that chose both."
+_CKA = (
+    "Centred kernel alignment of the experts' outputs on the same tokens: 1 for outputs equal but for a rotation, a "
+    "scale and a constant."
+)
+_WEIGHTS = (
+    "Cosine of the experts' weights after their neurons were matched. Unrelated experts reach more than 0, as the best "
+    "matching is taken."
+)
 _NEXT = "How much more often an expert of one block is followed by an expert of the next than by chance."
-_KEPT = "Share of a token's experts that are chosen again at the next step; dashed: if choices were independent."
+_KEPT = (
+    "Share of a token's experts that are chosen again: at the next step, by the same token of the other branch, by the "
+    "patch to its right or below; dashed: if choices were independent."
+)
 _SALIENCY = "Each criterion over its mean in the block, less 1: what is orange would be kept first."
 _ROUTER = (
     "Entropy of the router's probabilities, margin between the last chosen and the first left out, and top-k mass."
@@ -148,13 +160,17 @@ _ROUTER = (
 
 
 def _similarities(report: ProfileReport) -> Iterator[tuple[str, str, str, list[Array]]]:
-    """Yield what a profile made with --fast does not have."""
-    means = [_off_diagonal(b.mean_similarity) for b in report.blocks if b.mean_similarity is not None]
-    if means:
-        yield ("similarity", "Similarity of mean outputs", _MEANS, means)
-    grams = [_off_diagonal(b.gram_similarity) for b in report.blocks if b.gram_similarity is not None]
-    if grams:
-        yield ("similarity-residual", "Similarity in the residual stream", _GRAM, grams)
+    """Yield the similarities that are known; a profile made with --fast has none."""
+    kinds: dict[str, tuple[str, str, Callable[[BlockReport], Array | None]]] = {
+        "similarity": ("Similarity of mean outputs", _MEANS, lambda b: b.mean_similarity),
+        "similarity-cka": ("Similarity of outputs", _CKA, lambda b: b.output_cka),
+        "similarity-residual": ("Similarity in the residual stream", _GRAM, lambda b: b.gram_similarity),
+        "similarity-weights": ("Similarity of weights", _WEIGHTS, lambda b: b.weight_similarity),
+    }
+    for name, (title, caption, of) in kinds.items():
+        found = [_off_diagonal(matrix) for matrix in map(of, report.blocks) if matrix is not None]
+        if found:
+            yield (name, title, caption, found)
 
 
 def _off_diagonal(matrix: Array) -> Array:
@@ -190,8 +206,14 @@ def _transitions(report: ProfileReport) -> Iterator[Planned]:
             _NEXT,
             lambda f: _matrices(f, moves, ("expert above", "expert"), "lift − 1", titles=titles),
         )
-    if any(block.step_overlap.any() for block in report.blocks):
-        yield ("steps", "Transitions between steps", _KEPT, lambda f: _kept(f, report))
+    names = agreements(report)
+    if names:
+        yield ("agreement", "Choices kept", _KEPT, lambda f: _kept(f, report, names))
+
+
+def agreements(report: ProfileReport) -> list[str]:
+    """Return what choices of the same experts were counted between."""
+    return [name for name in AGREEMENTS if all(name in block.agreement for block in report.blocks)]
 
 
 # painters
@@ -350,13 +372,16 @@ def _whole(size: int) -> Any:
     return MaxNLocator(nbins=min(size, 6), integer=True, min_n_ticks=1)
 
 
-def _kept(figure: Figure, report: ProfileReport) -> None:
-    figure.set_size_inches(9.6, 2.8)
-    panel = figure.subplots()
-    _by_depth(figure, panel, [np.where(b.step_overlap > 0, b.step_overlap, np.nan) for b in report.blocks])
-    _by_depth(figure, panel, [b.chance_overlap for b in report.blocks], legend=False, style="--")
-    panel.set_ylim(0, 1.02)
-    _lines(panel, "step bin (0: noise)", "share of experts kept", len(report.blocks[0].step_overlap))
+def _kept(figure: Figure, report: ProfileReport, names: Sequence[str]) -> None:
+    figure.set_size_inches(9.6, 2.6)
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for panel, name in zip(panels, names, strict=True):
+        found = [block.agreement[name] for block in report.blocks]
+        _by_depth(figure, panel, [np.where(a.kept > 0, a.kept, np.nan) for a in found], legend=name == names[-1])
+        _by_depth(figure, panel, [a.chance for a in found], legend=False, style="--")
+        panel.set_ylim(0, 1.02)
+        panel.set_title(AGREEMENTS[name])
+        _lines(panel, "step bin (0: noise)", "share of experts" if name == names[0] else "", len(found[0].kept))
 
 
 def _saliency(figure: Figure, report: ProfileReport) -> None:

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from ditmoe_cli.routing.claims import Claim
-from ditmoe_cli.routing.figures import INK, Drawing
+from ditmoe_cli.routing.figures import AGREEMENTS, INK, Drawing, agreements
 from ditmoe_cli.routing.report import VARIABLES, BlockReport, ProfileReport
 
 _STYLE = """
@@ -33,10 +33,12 @@ details { margin: .8rem 0 } summary { cursor: pointer }
 """
 
 _VERDICTS = {"holds": "holds", "partly": "partly", "does not hold": "not", "cannot be told": "unknown"}
+_RELATIONS = ("coactivation", "transitions", "agreement")
 _OPTIONS = {
     "easy_ep": "EASY-EP saliency",
     "output.gram": "similarity in the residual stream",
     "output.all_token_mean": "similarity of mean outputs",
+    "output.cka": "similarity of outputs",
 }
 
 
@@ -58,7 +60,8 @@ def page(report: ProfileReport, drawings: Iterable[Drawing]) -> str:
         *_shown(figures, tuple(name for name in figures if name.startswith("map-"))),
         "<h2>Experts among each other</h2>",
         *_missing(report),
-        *_shown(figures, ("coactivation", "similarity", "similarity-residual", "transitions", "steps")),
+        *_shown(figures, tuple(name for name in figures if name in _RELATIONS or name.startswith("similarity"))),
+        _details("Choices kept by block, means over steps", _agreement_of_choices(report)),
         "<h2>Saliency</h2>",
         *_shown(figures, ("saliency",)),
         '<p class="soft">Rank agreement of the criteria (Spearman), averaged over blocks:</p>',
@@ -196,11 +199,26 @@ def _saliency_table(block: BlockReport) -> str:
     return _table(["expert", *map(escape, block.saliency), "load ratio"], rows)
 
 
+def _agreement_of_choices(report: ProfileReport) -> str:
+    """Return what share of its experts a token keeps, and chance; and how far apart the branches' loads are."""
+    names = agreements(report)
+    distance = ["Jensen-Shannon distance of the branches"] if report.branches > 1 else []
+    rows = []
+    for i, block in enumerate(report.blocks):
+        cells = [str(i)]
+        for found in (block.agreement[name] for name in names):
+            known = found.kept > 0
+            kept, chance = (float(v[known].mean()) if known.any() else 0.0 for v in (found.kept, found.chance))
+            cells += [f"{kept:.3f}", f'<span class="soft">{chance:.3f}</span>']
+        rows.append([*cells, *([f"{block.branch_distance:.3f}"] if distance else [])])
+    return _table(["block", *(cell for name in names for cell in (AGREEMENTS[name], "chance")), *distance], rows)
+
+
 def _router_table(blocks: Sequence[BlockReport]) -> str:
-    head = ["block", "entropy (nats)", "margin", "top-k mass", "kept between steps", "information with the next block"]
+    head = ["block", "entropy (nats)", "margin", "top-k mass", "information with the next block"]
     rows = []
     for i, b in enumerate(blocks):
         means = [f"{values.mean():.3f}" for values in b.router.values()]
         told = "–" if b.next_information is None else f"{100 * b.next_information:.1f} %"
-        rows.append([str(i), *means, f"{b.step_overlap.mean():.3f}", told])
+        rows.append([str(i), *means, told])
     return _table(head, rows)

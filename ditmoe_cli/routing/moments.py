@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditmoe_cli.model.config import DiTMoEConfig
-from ditmoe_cli.model.moe import MoEEvent, SparseMoE
-from ditmoe_cli.routing.counters import one_hot_choices
+from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.routing.profile import BRANCHES
+from ditmoe_cli.routing.seen import Seen
 
 # sums over the pairs of experts that a token chose, beside the gated Gram
 PAIR_SUMS = ("output.raw_gram", "output.cosine", "gate_ratio", "gate_ratio_square")
@@ -55,20 +55,16 @@ class Moments:
         largest = self.neuron_max[block, expert, :inner]
         self.neuron_max[block, expert, :inner] = torch.maximum(largest, squares.amax(dim=0))
 
-    def add(self, event: MoEEvent, branches: int, b: int) -> None:
-        """Add one block's event in step bin `b`."""
-        block = event.block
-        tokens, _, width = event.outputs.shape
-        chosen = one_hot_choices(event.routing.experts, self.config.num_experts)
+    def add(self, seen: Seen) -> None:
+        """Add one block's event."""
+        event, branches, b, chosen, outputs = seen.event, seen.branches, seen.bin, seen.chosen, seen.outputs
+        block, width = event.block, outputs.shape[-1]
         slots = chosen.reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)  # (branches, E, tokens k)
         weights = event.routing.weights.float().unsqueeze(-1)
-        outputs = event.outputs.float()
         self.output_sum[block, :branches, b] += slots @ outputs.reshape(branches, -1, width)
         squared = (weights**2 * outputs).reshape(branches, -1, width)
         self.output_gate_square_sum[block, :branches, b] += slots @ squared
-        patches = tokens // len(event.gamma)
-        gamma = event.gamma.float().repeat_interleave(patches, dim=0).unsqueeze(1)
-        reaching = gamma * weights * outputs  # (T, k, D): what reaches the residual stream
+        reaching = weights * seen.reaching  # (T, k, D): what is added to the residual stream
         self._add_pairs(block, branches, b, chosen, reaching, outputs, weights)
         self._add_inputs(event, chosen)
         per_branch = event.gamma.float().reshape(branches, -1, width)
@@ -136,19 +132,3 @@ class Moments:
             "neuron.max": self.neuron_max,
         }
         return {name: value.cpu().contiguous() for name, value in stored.items()}
-
-
-def all_token_means(moe: SparseMoE, inputs: Tensor, cells: Tensor, count: int, experts: int) -> Tensor:
-    """Return each expert's mean output over *all* tokens of each cell, (cells, experts, D), in fp32.
-
-    `inputs` (T, D) are reservoir tokens of one block, `cells` (T,) the cell (branch and bin) of each; experts see
-    tokens that were never routed to them, which makes their means comparable. Cells without tokens stay 0.
-    """
-    membership = F.one_hot(cells.long(), count).float().T  # (cells, T)
-    share = membership / membership.sum(dim=1, keepdim=True).clamp_min(1)
-    means = torch.zeros(count, experts, inputs.shape[1])
-    parameter = moe.gate.weight
-    moved = inputs.to(parameter.device, parameter.dtype)
-    for e, expert in enumerate(moe.experts):
-        means[:, e] = share @ expert(moved).float().cpu()
-    return means

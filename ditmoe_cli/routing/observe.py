@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, visit_noised
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
+from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.routing.counters import Counters
 from ditmoe_cli.routing.distributed import WHOLE, Share, merged, rank_of_other_threads
-from ditmoe_cli.routing.moments import Moments, all_token_means
-from ditmoe_cli.routing.profile import BRANCHES
-from ditmoe_cli.routing.reservoir import Reservoir, Selection, select_states, step_bin
+from ditmoe_cli.routing.moments import Moments
+from ditmoe_cli.routing.reservoir import Reservoir, Selection, select_states
+from ditmoe_cli.routing.seen import Seen, see
+from ditmoe_cli.routing.similarity import with_similarities
 
 # calibration noise is never the noise that images are evaluated on, whatever the seeds
 PURPOSE = "calibration"
@@ -64,16 +64,12 @@ class RoutingCollector:
         """Count one block's routing and keep its share of the reservoir."""
         if not bool(event.outputs.isfinite().all()):
             raise BadInputError(f"block {event.block} produced NaN or infinite values at step {self._step}")
-        branches = len(event.gamma) // len(self._images)
-        outputs = event.outputs.float()
-        patches = self.config.num_patches
-        reaching = (
-            outputs.reshape(len(event.gamma), patches, -1, outputs.shape[-1]) * event.gamma[:, None, None].float()
-        )
-        images = torch.tensor(self._images, device=outputs.device)
-        norms = reaching.norm(dim=-1).reshape(outputs.shape[:2])
-        self.counters.add(event, images, branches, self.bin, norms, outputs.norm(dim=-1))
-        self.reservoir.keep(event, self._images)
+        self.take(see(event, self._images, self.bin, self.config.num_experts))
+
+    def take(self, seen: Seen) -> None:
+        """Hand an event on to what collects it."""
+        self.counters.add(seen)
+        self.reservoir.keep(seen.event, self._images)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
@@ -91,10 +87,10 @@ class FullCollector(RoutingCollector):
         """Add one expert's neurons."""
         self.moments.neurons(block, expert, weights, activations)
 
-    def __call__(self, event: MoEEvent) -> None:
+    def take(self, seen: Seen) -> None:
         """Count, keep, and add to the moments."""
-        super().__call__(event)
-        self.moments.add(event, len(event.gamma) // len(self._images), self.bin)
+        super().take(seen)
+        self.moments.add(seen)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
@@ -140,7 +136,7 @@ def collect(
         again = RoutingCollector(model, spec, bins, Selection({}, {}))
         watch_batch(model, spec, dealt[odd_rank], again, lambda _: None, clean)
         tensors["flip_rate"] = flip_rate(tensors, again.tensors(), dealt[odd_rank])
-    return with_all_token_means(model, tensors, bins)
+    return with_similarities(model, tensors, bins)
 
 
 def watch_batch(
@@ -172,18 +168,3 @@ def flip_rate(merged_tensors: dict[str, Tensor], again: dict[str, Tensor], indic
     """
     mine, theirs = (tensors["image.positions"][list(indices)].double() for tensors in (again, merged_tensors))
     return (mine - theirs).abs().sum() / 2 / theirs.sum()
-
-
-def with_all_token_means(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
-    """Add ``output.all_token_mean`` (L, 2, B, E, D), experts' means over all reservoir tokens, where there are any."""
-    if "reservoir.inputs" not in tensors:
-        return tensors
-    bin_of = tensors["states.bin"].long()[tensors["reservoir.state"].long()]
-    cells = tensors["reservoir.branch"].long() * bins + bin_of
-    experts = model.config.num_experts
-    means = []
-    for index, inputs in enumerate(tensors["reservoir.inputs"]):
-        with torch.inference_mode(), resident_block(model, index) as block:
-            means.append(all_token_means(block.moe, inputs, cells, BRANCHES * bins, experts))
-    shape = (len(means), BRANCHES, bins, experts, model.config.hidden_size)
-    return {**tensors, "output.all_token_mean": torch.stack(means).reshape(shape)}

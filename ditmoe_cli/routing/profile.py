@@ -16,6 +16,8 @@ Counters, over all tokens (all that ``--fast`` keeps):
     coactivation            I64  (L, 2, B, E, E)  tokens that chose both; the diagonal is `selected`
     transitions.block       I64  (L-1, 2, B, E, E)  expert in a block, expert in the next
     transitions.step        I64  (L, 2, B, E, E)  expert a step before, expert now, at the same position
+    transitions.branch      I64  (L, B, E, E)     expert in the conditional branch, expert in the other, of a token
+    transitions.neighbour   I64  (L, 2, B, E, E)  expert of a patch, expert of the one to its right or below it
     gate_mass, gate_square  F64  (L, 2, B, E)     Σ g, Σ g²
     norm, norm_square, gate_norm, gate_square_norm_square, norm_max      Σ and max of ‖γ ⊙ f‖, with g as named
     raw_norm, raw_norm_square, raw_gate_norm      the same before γ
@@ -30,6 +32,7 @@ Moments, over all tokens:
     gate_ratio, gate_ratio_square                 F64  (L, 2, B, E, E)  Σ r, Σ r² with r = g_i / (g_i + g_j)
     output.sum, .gate_square_sum                  F32  (L, 2, B, E, D)  Σ f, Σ g² f over routed tokens
     output.all_token_mean   F32  (L, 2, B, E, D)  mean f over all reservoir tokens, routed or not
+    output.cka              F32  (L, E, E)        centred kernel alignment of outputs on the same reservoir tokens
     input.max, .square      F32  (L, E, D)        max |u|, Σ u² over routed tokens
     gamma.sum, .square      F32  (L, 2, B, D);  gamma.images  I64  (2, B)
     neuron.energy, .max     F32  (L, E, H)        Σ, max of (g φ)²

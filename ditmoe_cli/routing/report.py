@@ -6,7 +6,7 @@ co-activation and transitions add both branches up. Information and trends are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +32,7 @@ VARIABLES = ("position", "step", "class", "branch")
 CRITERIA = ("frequency", "gate mass", "REAP", "MAN", "MSAN", "EASY-EP")
 SUMS = ("selected", "gate_mass", "gate_norm", "norm", "norm_square")
 ROUTER = ("entropy", "margin", "topk_mass")
+FULL_ONLY = ("easy_ep", "output.gram", "output.all_token_mean", "output.cka")
 CONFIDENCE = 0.95
 _ENDS = ("corrected", "low", "high")
 
@@ -42,7 +43,10 @@ class BlockReport:
 
     `maps` are p(e | x) / p(e), (branches, X, E) for position, step and class, NaN where p(e) = 0. `next_block` is the
     lift of transitions to the block above, (E, E'). `mean_similarity` is the cosine of mean outputs on all tokens,
-    `gram_similarity` that of what was added to the residual stream; both are None in a profile made with --fast.
+    `gram_similarity` that of what was added to the residual stream, `output_cka` the alignment of outputs on all
+    reservoir tokens; they are None in a profile made with --fast. `weight_similarity` is the cosine of weights after
+    neurons were matched, None where the checkpoint was not given. `agreement` tells by step bin what share of a
+    token's experts is chosen again: at the next step, in the other branch, by the neighbouring patch.
     """
 
     load: Array
@@ -61,8 +65,10 @@ class BlockReport:
     gram_similarity: Array | None
     next_block: Array | None
     next_information: float | None
-    step_overlap: Array
-    chance_overlap: Array
+    agreement: Mapping[str, statistics.Agreement]
+    branch_distance: float | None
+    output_cka: Array | None
+    weight_similarity: Array | None
     saliency: Mapping[str, Array]
     rank_agreement: Array
     router: Mapping[str, Array]
@@ -82,8 +88,11 @@ class BlockReport:
             "information": {name: asdict(estimate) for name, estimate in self.information.items()},
             "concentration": self.concentration.tolist(),
             "next_information": self.next_information,
-            "step_overlap": self.step_overlap.tolist(),
-            "step_overlap_by_chance": self.chance_overlap.tolist(),
+            "agreement": {
+                name: {"kept": found.kept.tolist(), "by_chance": found.chance.tolist()}
+                for name, found in self.agreement.items()
+            },
+            "branch_distance": self.branch_distance,
             "saliency": {name: values.tolist() for name, values in self.saliency.items()},
             "rank_agreement": {"criteria": list(self.saliency), "spearman": self.rank_agreement.tolist()},
             "router": {name: values.tolist() for name, values in self.router.items()},
@@ -170,8 +179,12 @@ class _Source:
         return array
 
 
-def build_report(profile: RoutingProfile, replicates: int, seed: int, bar: Bar) -> ProfileReport:
-    """Derive a report. Raises `UsageError` for useless settings, `BadInputError` for a damaged profile."""
+def build_report(
+    profile: RoutingProfile, replicates: int, seed: int, bar: Bar, weights: Sequence[Array] | None = None
+) -> ProfileReport:
+    """Derive a report; `weights` are cosines of the experts' weights (E, E) of each block, where they are known.
+
+    Raises `UsageError` for useless settings, `BadInputError` for a damaged profile."""
     if replicates < 20 or seed < 0:
         raise UsageError("an interval needs --replicates of at least 20, and a --seed of at least 0")
     source = _open(profile, replicates, seed)
@@ -180,7 +193,7 @@ def build_report(profile: RoutingProfile, replicates: int, seed: int, bar: Bar) 
         blocks = []
         position = []
         for block in range(len(profile.experts)):
-            blocks.append(_block(source, tensors, block))
+            blocks.append(_block(source, tensors, block, weights))
             position.append(_position_curve(source, tensors, block))
             advance(1)
     curves = _concentration_curves(source, tensors)
@@ -191,7 +204,7 @@ def build_report(profile: RoutingProfile, replicates: int, seed: int, bar: Bar) 
         tuple(_interval(curves[:, b]) for b in range(curves.shape[1])),
     )
     classes = tuple(sorted(set(source.labels)))
-    missing = tuple(name for name in ("easy_ep", "output.gram", "output.all_token_mean") if not source.has(name))
+    missing = tuple(name for name in FULL_ONLY if not source.has(name))
     return ProfileReport(
         profile.checkpoint,
         profile.calibration,
@@ -241,10 +254,13 @@ class _Tensors:
     coactivation: NDArray[Any]
     next_block: NDArray[Any]
     next_step: NDArray[Any]
+    branch: NDArray[Any]
+    neighbour: NDArray[Any]
     router: Mapping[str, NDArray[Any]]
     tokens: NDArray[Any]
     gram: NDArray[Any] | None
     means: NDArray[Any] | None
+    cka: NDArray[Any] | None
 
     @classmethod
     def of(cls, source: _Source) -> _Tensors:
@@ -259,14 +275,17 @@ class _Tensors:
             source.read("coactivation", "L2BEE"),
             source.read("transitions.block", "T2BEE"),
             source.read("transitions.step", "L2BEE"),
+            source.read("transitions.branch", "LBEE"),
+            source.read("transitions.neighbour", "L2BEE"),
             {name: source.read(f"router.{name}", "L2B") for name in ROUTER},
             source.read("tokens", "2B"),
             source.read("output.gram", "L2BEE") if source.has("output.gram") else None,
             source.read("output.all_token_mean", "L2BED") if source.has("output.all_token_mean") else None,
+            source.read("output.cka", "LEE") if source.has("output.cka") else None,
         )
 
 
-def _block(source: _Source, tensors: _Tensors, block: int) -> BlockReport:
+def _block(source: _Source, tensors: _Tensors, block: int, weights: Sequence[Array] | None) -> BlockReport:
     """Derive one block's part."""
     e = source.profile.experts[block]
     counts = tensors.counts[block, :, :, :, :e]
@@ -274,7 +293,6 @@ def _block(source: _Source, tensors: _Tensors, block: int) -> BlockReport:
     together = tensors.coactivation[block, :, :, :e, :e].sum(axis=(0, 1))
     above = _next_block(source, tensors, block)
     saliency = _saliency(source, tensors, block)
-    overlap, chance = _step_overlap(source, tensors, block)
     return BlockReport(
         load=statistics.load_ratio(load),
         entropy=float(statistics.normalised_entropy(load)),
@@ -287,13 +305,15 @@ def _block(source: _Source, tensors: _Tensors, block: int) -> BlockReport:
         information=_information(source, tensors, block),
         concentration=1.0 - statistics.normalised_entropy(counts[0].sum(axis=1)),
         maps=_maps(source, tensors, block),
-        lift=statistics.coactivation_lift(together, tensors.tokens.sum()),
+        lift=_pair_lift(together, float(tensors.tokens.sum())),
         mean_similarity=_mean_similarity(tensors, block, e),
         gram_similarity=_gram_similarity(tensors, block, e),
         next_block=None if above is None else _lift(above),
         next_information=None if above is None else float(normalised_mutual_information(above)),
-        step_overlap=overlap,
-        chance_overlap=chance,
+        agreement=_agreement(source, tensors, block),
+        branch_distance=_branch_distance(source, counts.sum(axis=(1, 2))),
+        output_cka=None if tensors.cka is None else tensors.cka[block, :e, :e].astype(np.float64),
+        weight_similarity=None if weights is None else weights[block],
         saliency=saliency,
         rank_agreement=_rank_agreement(saliency),
         router={
@@ -353,15 +373,29 @@ def _next_block(source: _Source, tensors: _Tensors, block: int) -> Array | None:
     return pairs
 
 
-def _step_overlap(source: _Source, tensors: _Tensors, block: int) -> tuple[Array, Array]:
-    """Return the share of experts kept from a step to the next, by bin, and that of independent choices."""
+def _pair_lift(together: NDArray[Any], tokens: float) -> Array:
+    """Return how often two experts are chosen together, over how often k drawn at random without repeats would be."""
+    k = float(statistics.mean_of(np.trace(together), tokens))
+    by_chance = statistics.random_pair_lift(len(together), k)
+    return statistics.mean_of(statistics.coactivation_lift(together, tokens), by_chance)
+
+
+def _agreement(source: _Source, tensors: _Tensors, block: int) -> dict[str, statistics.Agreement]:
+    """Return by step bin what share of its experts a token keeps, where there is anything to agree with."""
     e = source.profile.experts[block]
-    moved = tensors.next_step[block, :, :, :e, :e].sum(axis=0).astype(np.float64)
-    selected = tensors.sums["selected"][block, :, :, :e].sum(axis=0)
-    k = statistics.mean_of(selected.sum(axis=-1), tensors.tokens.sum(axis=0))
-    # a token's k choices make k² pairs, of which as many lie on the diagonal as experts are kept
-    kept = statistics.mean_of(k * np.trace(moved, axis1=-2, axis2=-1), moved.sum(axis=(-2, -1)))
-    return kept, np.minimum(k * statistics.chance_agreement(selected), 1.0)
+    selected = tensors.sums["selected"][block, :, :, :e].sum(axis=(0, 2))
+    k = statistics.mean_of(selected, tensors.tokens.sum(axis=0))
+    pairs = {
+        "step": tensors.next_step[block].sum(axis=0),
+        "branch": tensors.branch[block],
+        "neighbour": tensors.neighbour[block].sum(axis=0),
+    }
+    return {name: statistics.agreement(table[:, :e, :e], k) for name, table in pairs.items() if table.any()}
+
+
+def _branch_distance(source: _Source, by_branch: NDArray[Any]) -> float | None:
+    """Return the Jensen-Shannon distance between the branches' loads (2, E)."""
+    return float(statistics.jensen_shannon_distance(*by_branch)) if source.branches > 1 else None
 
 
 def _mean_similarity(tensors: _Tensors, block: int, e: int) -> Array | None:

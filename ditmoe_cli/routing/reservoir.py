@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.noise import image_seed
-from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.sampling import SampleSpec, steps_of_bins
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.routing.profile import BRANCHES
 
@@ -29,11 +29,6 @@ class Selection:
     positions: dict[tuple[int, int], list[int]]
 
 
-def step_bin(step: int, steps: int, bins: int) -> int:
-    """Return the bin of a step; step 0 starts from pure noise."""
-    return step * bins // steps
-
-
 def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> Selection:
     """Choose states and tokens for about `reservoir` tokens per block, over both branches.
 
@@ -46,9 +41,8 @@ def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> 
     per_state = min(patches, reservoir // max(images * bins * branches, 1))
     step_of, positions = {}, {}
     for image in range(images):
-        for b in range(bins):
+        for b, steps in enumerate(steps_of_bins(spec.steps, bins)):
             generator = random.Random(image_seed(spec.seed, image * bins + b, "reservoir"))
-            steps = [s for s in range(spec.steps) if step_bin(s, spec.steps, bins) == b]
             step_of[image, b] = generator.choice(steps)
             bounds = [i * patches // per_state for i in range(per_state + 1)]
             positions[image, b] = [generator.randrange(*ends) for ends in itertools.pairwise(bounds)]

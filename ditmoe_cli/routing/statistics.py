@@ -7,6 +7,8 @@ nothing to tell, and every statistic is 0. Statistics over the last axes return 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -146,55 +148,26 @@ def jensen_shannon_distance(p: ArrayLike, q: ArrayLike) -> Array:
     return np.where(known, np.sqrt(np.clip(divergence, 0.0, 1.0)), 0.0)
 
 
-def neighbour_agreement(choices: ArrayLike) -> float:
-    """Return the share of neighbouring pairs of positions whose first expert is the same.
+@dataclass(frozen=True)
+class Agreement:
+    """How often two choices of top-k experts agree, (...), and how often they would on their own."""
 
-    `choices` (..., rows, columns) are expert ids; the pairs are those side by side and one above the other, of all
-    maps together. 0 where there is no pair. Hold it against `chance_agreement`.
+    kept: Array
+    chance: Array
+
+
+def agreement(pairs: ArrayLike, k: ArrayLike) -> Agreement:
+    """Return mean |A ∩ B| / k of choices A and B, at the next step, of the other branch or of the next patch.
+
+    `pairs` (..., E, E) count (a, b) for a in A and b in B: a choice's k² pairs, of which as many lie on the diagonal
+    as experts are shared; `k` (...) is the number of experts chosen. By chance, with marginals p and q of the
+    pairs, it is k Σ_e p_e q_e. 0 without pairs.
     """
-    maps = np.asarray(choices)
-    if maps.ndim < 2:
-        raise BadInputError(f"choices must be maps (..., rows, columns), got {maps.shape}")
-    beside = maps[..., :, 1:] == maps[..., :, :-1]
-    below = maps[..., 1:, :] == maps[..., :-1, :]
-    return float(mean_of(beside.sum() + below.sum(), beside.size + below.size))
-
-
-def chance_agreement(counts: ArrayLike) -> Array:
-    """Return Σ p_e², (...): how often two tokens agree that choose on their own, with the loads of counts (..., E)."""
-    result: Array = (shares(counts) ** 2).sum(axis=-1)
-    return result
-
-
-def routing_overlap(a: ArrayLike, b: ArrayLike) -> float:
-    """Return mean |A ∩ B| / k over tokens: the share of experts that two runs choose alike.
-
-    a and b (T, k) are the expert ids of the same tokens at two steps, in two branches or checkpoints. They count as
-    sets: the order of slots is of no matter, and neither are experts chosen twice (as where a merged expert stands
-    in for two); k is the size of the larger set, so that equal choices always give 1. 0 without tokens. Raises
-    `BadInputError` where the tokens differ in number.
-    """
-    first, second = np.asarray(a), np.asarray(b)
-    if first.ndim != 2 or second.ndim != 2 or len(first) != len(second) or 0 in (first.shape[1], second.shape[1]):
-        raise BadInputError(f"choices of shape {first.shape} and {second.shape} are not (T, k) of the same tokens")
-    distinct = _first_of_its_kind(first)
-    size = np.maximum(distinct.sum(axis=1), _first_of_its_kind(second).sum(axis=1))
-    found = (first[:, :, None] == second[:, None, :]).any(axis=2) & distinct
-    return float(mean_of((found.sum(axis=1) / size).sum(), len(first)))
-
-
-def _first_of_its_kind(choices: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """Return (T, k), False for slots that repeat an earlier slot of the same token."""
-    ordered = np.tril(np.ones((choices.shape[1],) * 2, dtype=bool), -1)
-    repeated: NDArray[np.bool_] = ((choices[:, :, None] == choices[:, None, :]) & ordered).any(axis=2)
-    return ~repeated
-
-
-def chance_overlap(experts: int, top_k: int) -> float:
-    """Return k / E, the overlap of two choices of k out of E experts at random."""
-    if not 0 < top_k <= experts:
-        raise BadInputError(f"cannot choose {top_k} of {experts} experts")
-    return top_k / experts
+    counts, per_token = _square(pairs, "pairs of experts"), np.asarray(k, dtype=np.float64)
+    total = counts.sum(axis=(-2, -1))
+    kept = mean_of(per_token * np.trace(counts, axis1=-2, axis2=-1), total)
+    products = (counts.sum(axis=-1) * counts.sum(axis=-2)).sum(axis=-1)
+    return Agreement(kept, np.minimum(mean_of(per_token * products, total**2), 1.0))
 
 
 # relations: experts chosen together, one after the other, and experts alike
@@ -214,15 +187,9 @@ def coactivation_lift(coactivation: ArrayLike, tokens: ArrayLike) -> Array:
     return mean_of(together * total, each[..., :, None] * each[..., None, :])
 
 
-def transition_probabilities(counts: ArrayLike) -> Array:
-    """Return p(j | i) = n_ij / Σ_j n_ij of counts (..., E, E'), from expert i to j; rows without counts stay 0.
-
-    From one block to the next or one step to the next; the blocks may differ in their number of experts.
-    """
-    known = _counts(counts)
-    if known.ndim < 2:
-        raise BadInputError(f"transition counts must be (..., E, E'), got {known.shape}")
-    return shares(known)
+def random_pair_lift(experts: int, k: float) -> float:
+    """Return E (k - 1) / (k (E - 1)), the lift of two of k distinct experts drawn at random; 0 without pairs."""
+    return experts * max(k - 1, 0.0) / (k * (experts - 1)) if experts > 1 and k > 0 else 0.0
 
 
 def output_cosine(gram: ArrayLike) -> Array:
@@ -234,55 +201,32 @@ def output_cosine(gram: ArrayLike) -> Array:
     return np.clip(cosine, -1.0, 1.0)
 
 
-def _centred_gram(gram: Array) -> Array:
-    """Return HKH, H = I - 11ᵀ/T."""
-    result: Array = gram - gram.mean(axis=0) - gram.mean(axis=1, keepdims=True) + gram.mean()
-    return result
+def unbiased_hsic(grams: ArrayLike) -> Array:
+    """Return HSIC_1 of all pairs of Gram matrices K (E, n, n) over the same n tokens, (E, E).
 
-
-def cka_from_grams(a: ArrayLike, b: ArrayLike) -> float:
-    """Return ⟨HKH, HLH⟩ / (‖HKH‖ ‖HLH‖) of Gram matrices K, L (T, T) over the same tokens, in [0, 1].
-
-    0 where outputs do not vary over the tokens. Source: Kornblith et al. 2019 (https://arxiv.org/abs/1905.00414).
+    HSIC_1(K, L) = (tr K̃L̃ + 1ᵀK̃1 1ᵀL̃1 / ((n - 1)(n - 2)) - 2 1ᵀK̃L̃1 / (n - 2)) / (n (n - 3)), K̃ being K with
+    a diagonal of zeros. Unbiased, so that the mean over batches of tokens tends to the value of all of them, and
+    outputs of many dimensions do not look alike. 0 for n < 4. Source: Song et al. 2012 (JMLR 13).
     """
-    first, second = _square(a, "Gram matrices"), _square(b, "Gram matrices")
-    if first.shape != second.shape or first.ndim != 2:
-        raise BadInputError(f"Gram matrices {first.shape} and {second.shape} are not (T, T) of the same tokens")
-    k, other = _centred_gram(first), _centred_gram(second)
-    if _vanished(k, first) or _vanished(other, second):
-        return 0.0
-    return _cut_ratio(float((k * other).sum()), float(np.linalg.norm(k)), float(np.linalg.norm(other)))
+    k = _square(grams, "Gram matrices").copy()
+    if k.ndim != 3:
+        raise BadInputError(f"Gram matrices {k.shape} are not (E, n, n)")
+    n = k.shape[-1]
+    if n < 4:
+        return np.zeros((len(k), len(k)))
+    k[:, np.arange(n), np.arange(n)] = 0.0
+    flat, rows, totals = k.reshape(len(k), -1), k.sum(axis=-1), k.sum(axis=(-2, -1))
+    found = flat @ flat.T + np.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * rows @ rows.T / (n - 2)
+    return np.asarray(found / (n * (n - 3)))
 
 
-def _vanished(centred: Array, raw: Array) -> bool:
-    """Return whether nothing but rounding is left after centring."""
-    return float(np.linalg.norm(centred)) <= 1e-12 * float(np.linalg.norm(raw))
+def alignment(hsic: ArrayLike) -> Array:
+    """Return H_ij / √(H_ii H_jj) of HSIC (E, E): linear CKA, 1 for outputs equal but for rotation and scale.
 
-
-def linear_cka(a: ArrayLike, b: ArrayLike) -> float:
-    """Return ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), Frobenius norms, of outputs X (T, D) and Y (T, D') with their means taken off.
-
-    In [0, 1], unchanged by rotation and scaling of either; 0 where one does not vary. With fewer tokens than
-    dimensions it is close to 1 whatever the experts do, so give it many. Source: as `cka_from_grams`.
+    0 for experts whose outputs do not vary. Source: Kornblith et al. 2019 (https://arxiv.org/abs/1905.00414), over
+    batches as Nguyen et al. 2021 (https://arxiv.org/abs/2010.15327).
     """
-    x, y = (np.asarray(outputs, dtype=np.float64) for outputs in (a, b))
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
-        raise BadInputError(f"outputs of shape {x.shape} and {y.shape} are not (T, D) of the same tokens")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise BadInputError("outputs must be finite")
-    raw_x, raw_y = x, y
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    if _vanished(x, raw_x) or _vanished(y, raw_y):
-        return 0.0
-    if len(x) < min(x.shape[1], y.shape[1]):
-        return cka_from_grams(x @ x.T, y @ y.T)
-    cross = float(np.linalg.norm(y.T @ x))
-    return _cut_ratio(cross * cross, float(np.linalg.norm(x.T @ x)), float(np.linalg.norm(y.T @ y)))
-
-
-def _cut_ratio(product: float, a: float, b: float) -> float:
-    """Return product / (a b), rounding beyond [0, 1] cut off."""
-    return min(max(product / a / b, 0.0), 1.0)
+    return output_cosine(hsic)
 
 
 def matched_weight_cosine(a: ExpertWeights, b: ExpertWeights) -> float:

@@ -74,9 +74,19 @@ def test_page_and_figures_are_written(folder: Path, tmp_path: Path) -> None:
     assert "mine.txt" in here(*figures, cwd=tmp_path).error(5)
 
 
+def test_weights_of_the_profiled_checkpoint_are_compared(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("report", "profile", folder / "p.safetensors", *QUICK, "-o", tmp_path / "r.html", "--weights")
+    assert here(*words, "a.safetensors", cwd=folder).code == 0
+    assert 'id="similarity-weights"' in (tmp_path / "r.html").read_text()
+    (tmp_path / "r.html").unlink()
+    assert "profile of another checkpoint" in here(*words, "demo:digits", cwd=folder).error(3)
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_a_fast_profile_is_reported_on(folder: Path) -> None:
     outcome = here("report", "profile", "fast.safetensors", *QUICK, cwd=folder)
-    assert outcome.result["missing"] == ["easy_ep", "output.gram", "output.all_token_mean"]
+    assert outcome.result["missing"] == ["easy_ep", "output.gram", "output.all_token_mean", "output.cka"]
 
 
 def test_without_matplotlib_numbers_are_printed_and_figures_refused(

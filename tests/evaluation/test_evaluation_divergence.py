@@ -257,6 +257,12 @@ def test_batches_and_bins_sum_to_the_same(tmp_path: Path) -> None:
 # routing
 
 
+def retrained_router(pico: Pico) -> Pico:
+    """Return a model whose first router has no row of anyone else's."""
+    name = "blocks.0.moe.gate.weight"
+    return Pico(pico.config, {**pico.state, name: pico.state[name] * 1.5})
+
+
 @pytest.mark.parametrize("sampler", ["rf", "ddpm"])
 def test_ghosts_keep_their_rows_and_deleted_rows_are_unknown(sampler: str, tmp_path: Path) -> None:
     a = pixels(sampler=sampler, depth=2)
@@ -264,9 +270,9 @@ def test_ghosts_keep_their_rows_and_deleted_rows_are_unknown(sampler: str, tmp_p
     found = compared(a, ghost, tmp_path).to_json()["routing"]
     assert found["note"] is None
     assert 0 < found["blocks"]["overlap"][0] < 1
-    sliced = pixels(sampler=sampler, depth=2, widths=((64,) * 2, (64,) * 4))
+    sliced = retrained_router(pixels(sampler=sampler, depth=2, widths=((64,) * 2, (64,) * 4)))
     found = compared(a, sliced, tmp_path).to_json()["routing"]
-    assert found["note"].endswith("blocks 0 (4 against 2)")
+    assert found["note"].endswith("the others changed: blocks 0")
     assert found["blocks"]["overlap"][0] is None
     assert found["overlap"] == found["blocks"]["overlap"][1], "over the blocks that are known"
     assert [row[0] for row in found["bins"]["overlap"]] == [None, None]
@@ -287,6 +293,29 @@ def test_the_overlap_of_ghosted_experts_in_the_first_block(tmp_path: Path) -> No
         lambda event: counts.append((event.routing.rows != 3).sum(1).double().mean().item() / 2),
     )
     found = compared(a, Pico(config, state), tmp_path, spec).to_json()["routing"]
+    assert found["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
+
+
+def test_deleted_rows_are_found_by_the_weights_of_those_that_remain(tmp_path: Path) -> None:
+    """Rows 3 and 1 of 4 are left, in that order: block 0 selects both for every token."""
+    a = pixels(depth=1)
+    kept = [3, 1]
+    state = {name: value for name, value in a.state.items() if ".experts." not in name or ".shared_experts." in name}
+    state["blocks.0.moe.gate.weight"] = a.state["blocks.0.moe.gate.weight"][kept]
+    for name, value in a.state.items():
+        for new, old in enumerate(kept):
+            if f".experts.{old}." in name:
+                state[name.replace(f".experts.{old}.", f".experts.{new}.")] = value
+    counts: list[float] = []
+
+    def count(event: MoEEvent) -> None:
+        counts.append((event.routing.rows % 2 == 1).sum(1).double().mean().item() / 2)
+
+    spec = spec_for(a)
+    sample_batch(a.model(), spec, range(5), count)
+    b = Pico(pixels(depth=1, widths=((64,) * 2,)).config, state)
+    found = compared(a, b, tmp_path, spec).to_json()["routing"]
+    assert found["note"] is None
     assert found["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
 
 
@@ -332,7 +361,7 @@ def test_image_errors_are_on_the_scale_of_grey_levels() -> None:
 
 def test_numbers_and_grid_are_written(tmp_path: Path) -> None:
     a = pixels(depth=2)
-    b = pixels(depth=2, widths=((64,) * 3, (64,) * 4))
+    b = retrained_router(pixels(depth=2, widths=((64,) * 3, (64,) * 4)))
     outputs = {"numbers": tmp_path / "c.safetensors", "grid": tmp_path / "g.png"}
     found = compared(a, b, tmp_path, **outputs)
     first = {name: path.read_bytes() for name, path in outputs.items()}
@@ -342,7 +371,7 @@ def test_numbers_and_grid_are_written(tmp_path: Path) -> None:
     assert document["schema"] == "ditmoe.comparison/1"
     assert document["conditions"] == found.conditions
     assert document["conditions"]["sampling"]["seed"] == 7
-    assert "4 against 3" in document["note"]
+    assert document["note"].endswith("blocks 0")
     assert stored.keys() == found.arrays().keys()
     for name, values in found.arrays().items():
         np.testing.assert_array_equal(stored[name], values, err_msg=name)

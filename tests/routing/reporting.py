@@ -48,6 +48,8 @@ class Planted:
             "coactivation": diagonal,
             "transitions.block": np.ones((max(blocks - 1, 0), 2, bins, experts, experts), np.int64),
             "transitions.step": diagonal,
+            "transitions.branch": diagonal[:, 0] if branches > 1 else 0 * diagonal[:, 0],
+            "transitions.neighbour": 0 * diagonal + tokens[..., None, None],
             "gate_mass": gates,
             "gate_norm": gates * 2,
             "norm": selected * 3.0,
@@ -57,6 +59,7 @@ class Planted:
         if not self.fast:
             made["easy_ep"] = gates * 5
             made["output.gram"] = np.broadcast_to(np.eye(experts), (*shape, experts)).copy()
+            made["output.cka"] = np.broadcast_to(np.eye(experts, dtype=np.float32), (blocks, experts, experts)).copy()
             made["output.all_token_mean"] = generator.normal(size=(*shape, 6)).astype(np.float32)
         return made
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pico
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.routing.moments import PAIR_SUMS
 from ditmoe_cli.routing.observe import PURPOSE, collect
-from ditmoe_cli.routing.reservoir import step_bin
+from ditmoe_cli.routing.statistics import alignment, unbiased_hsic
 
 BINS = 2
 CASES = {
@@ -95,6 +97,8 @@ def test_counts_pairs_and_transitions(run: Run) -> None:
     config = run.model.config
     experts = config.num_experts
     pairs, steps_back = zeros(run, experts, experts), zeros(run, experts, experts)
+    across, beside = zeros(run, experts, experts)[:, 0], zeros(run, experts, experts)
+    side, uncond = math.isqrt(config.num_patches), run.spec.images * config.num_patches
     up = torch.zeros(config.depth - 1, 2, BINS, experts, experts, dtype=torch.float64)
     per_step = torch.zeros(run.spec.images, config.depth, 2, BINS, experts)
     per_position = torch.zeros(run.spec.images, config.depth, 2, config.num_patches, experts)
@@ -105,6 +109,13 @@ def test_counts_pairs_and_transitions(run: Run) -> None:
             per_position[image, block, branch, position, e] += 1
             for other in chosen:
                 pairs[block, branch, b, e, other] += 1
+            if run.branches == 2 and branch == 0:
+                for other in run.steps[step][block].routing.experts[row + uncond].tolist():
+                    across[block, b, e, other] += 1
+            neighbours = [row + 1] * (position % side + 1 < side) + [row + side] * (position + side < side**2)
+            for neighbour in neighbours:
+                for other in run.steps[step][block].routing.experts[neighbour].tolist():
+                    beside[block, branch, b, e, other] += 1
             for below in run.steps[step][block - 1].routing.experts[row].tolist() if block else ():
                 up[block - 1, branch, b, below, e] += 1
             for before in run.steps[step - 1][block].routing.experts[row].tolist() if step else ():
@@ -113,6 +124,8 @@ def test_counts_pairs_and_transitions(run: Run) -> None:
     assert torch.equal(tensors["coactivation"].double(), pairs)
     assert torch.equal(tensors["transitions.block"].double(), up)
     assert torch.equal(tensors["transitions.step"].double(), steps_back)
+    assert torch.equal(tensors["transitions.branch"].double(), across)
+    assert torch.equal(tensors["transitions.neighbour"].double(), beside)
     assert torch.equal(tensors["image.steps"].float(), per_step)
     assert torch.equal(tensors["image.positions"].float(), per_position)
     assert torch.equal(tensors["selected"], tensors["coactivation"].diagonal(dim1=-2, dim2=-1))
@@ -218,11 +231,23 @@ def test_means_over_all_reservoir_tokens(run: Run) -> None:
                     assert_close(found, mine.mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_alignment_of_outputs_on_the_same_tokens(run: Run) -> None:
+    for block in range(run.model.config.depth):
+        experts = run.model.blocks[block].moe.experts
+        inputs = run.tensors["reservoir.inputs"][block].float()
+        with torch.inference_mode():
+            outputs = [expert(inputs).double().numpy() for expert in experts]
+        expected = alignment(unbiased_hsic(np.stack([x @ x.T for x in outputs])))
+        found = run.tensors["output.cka"][block]
+        assert_close(found[: len(experts), : len(experts)].double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-3)
+        assert not found[len(experts) :].any()
+
+
 def test_fast_keeps_the_same_counters_and_nothing_else(run: Run) -> None:
     fast = collect(run.model, run.spec, BINS, 48, 3, lambda _: None, fast=True)
     assert {name for name in run.tensors if name not in fast} == {
         *PAIR_SUMS,
-        *("easy_ep", "output.gram", "output.sum", "output.gate_square_sum", "output.all_token_mean"),
+        *("easy_ep", "output.gram", "output.sum", "output.gate_square_sum", "output.all_token_mean", "output.cka"),
         *("input.max", "input.square", "gamma.sum", "gamma.square", "gamma.images", "neuron.energy", "neuron.max"),
         *(name for name in run.tensors if name.startswith(("states.", "reservoir."))),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def test_merged_parts_are_the_whole(
     for rank in range(world):
         assert collect(model, spec, 2, 96, 2, lambda _: None, share=Share(rank, world)) is None
     found = merge(parts)
-    assert set(whole) - set(found) == {"output.all_token_mean"}
+    assert set(whole) - set(found) == {"output.all_token_mean", "output.cka"}
     for name, tensor in found.items():
         if tensor.is_floating_point() and not name.startswith(("states.", "reservoir.", "norm_max")):
             torch.testing.assert_close(tensor, whole[name], rtol=1e-5, atol=1e-5)
@@ -118,3 +119,41 @@ def test_torchrun_counts_as_one_process_does(pico: Callable[..., Pico], tmp_path
             assert torch.equal(first.tensor(name), second.tensor(name)), name
         else:
             torch.testing.assert_close(first.tensor(name), second.tensor(name), rtol=1e-5, atol=1e-5)
+
+
+def test_processes_of_unequal_threads_report_a_flip_rate(pico: Callable[..., Pico], tmp_path: Path) -> None:
+    """Two real processes, one of them with two threads, as torchrun would start them."""
+    pico(sampler="rf", in_channels=1).save(tmp_path / "a.safetensors")
+    words = [
+        "profile-experts",
+        "a.safetensors",
+        "--images",
+        "4",
+        "--steps",
+        "2",
+        "--bins",
+        "2",
+        "--batch",
+        "2",
+        "--fast",
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ditmoe_cli", *words],
+            cwd=tmp_path,
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(rank + 1)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outcomes = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outcomes
+    result = json.loads(outcomes[0][0])["result"]
+    assert result["flip_rate"] is not None and 0 <= result["flip_rate"] < 0.05
+    assert outcomes[1][0] == "", "one process prints"

@@ -84,7 +84,7 @@ def test_the_page_needs_nothing_else(text: str) -> None:
     assert "prefers-color-scheme: dark" in text
     ids = re.findall(r' id="([^"]+)"', text.replace("\n", " "))
     figures = re.findall(r'<figure id="([^"]+)"', text)
-    assert len(figures) == len(set(figures)) == 16
+    assert len(figures) == len(set(figures)) == 17
     assert set(figures) <= set(ids)
 
 

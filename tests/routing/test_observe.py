@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.sampling import SampleSpec, step_bin
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.routing.observe import PURPOSE, check_settings, collect
-from ditmoe_cli.routing.reservoir import select_states, step_bin
+from ditmoe_cli.routing.reservoir import select_states
 
 BF16 = {"rtol": 2**-7, "atol": 1e-4}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -167,6 +167,7 @@ def test_batches_change_rounding_at_most(batch: int, case: Case) -> None:
             assert torch.equal(other[name], tensor), name
         else:
             looser = {"states.z": TRAVELLED, "reservoir.inputs": BF16, "output.all_token_mean": MEANS_OF_BF16}
+            looser["output.cka"] = MEANS_OF_BF16
             assert_close(other[name], tensor, **looser.get(name, CLOSE))
 
 
@@ -202,7 +203,9 @@ def test_without_room_for_one_token_a_bin_nothing_is_kept() -> None:
     case = CASES["guided"]
     for reservoir in (0, 5):
         found = replace(case, reservoir=reservoir).run()
-        assert not [name for name in found if name.startswith(("states.", "reservoir.", "output.all_token"))]
+        assert not [
+            name for name in found if name.startswith(("states.", "reservoir.", "output.all_token", "output.cka"))
+        ]
         assert torch.equal(found["counts"], case.found["counts"])
 
 

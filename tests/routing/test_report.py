@@ -61,7 +61,15 @@ def test_load_and_saliency_match_direct_computation(tmp_path: Path) -> None:
         assert np.allclose(block.saliency["REAP"], np.where(alive, 2 * (1 + np.arange(4)), 0))
         assert np.allclose(block.saliency["MSAN"], np.where(alive, 9, 0))
         assert set(block.saliency) == {"frequency", "gate mass", "REAP", "MAN", "MSAN", "EASY-EP"}
-        assert np.allclose(block.step_overlap, 1), "each expert was followed by itself"
+        assert np.allclose(block.agreement["step"].kept, 1), "each expert was followed by itself"
+        by_bin = tables["selected"][i].sum(axis=0) / tables["selected"][i].sum(axis=(0, 2))[:, None]
+        assert np.allclose(block.agreement["step"].chance, (by_bin**2).sum(axis=1))
+        assert np.allclose(block.agreement["neighbour"].kept, 0.25), "any expert beside any other"
+        p, q = (tables["selected"][i].sum(axis=1) + 0.0) / tables["selected"][i].sum(axis=(1, 2))[:, None]
+        m = (p + q) / 2
+        divergence = sum((x[x > 0] * np.log2(x[x > 0] / m[x > 0])).sum() / 2 for x in (p, q))
+        assert block.branch_distance == pytest.approx(np.sqrt(divergence), abs=1e-9)
+        assert block.output_cka is not None and np.array_equal(block.output_cka, np.eye(4))
         assert block.gram_similarity is not None
         assert np.allclose(block.gram_similarity, np.eye(4))
     assert report.missing == ()
@@ -88,7 +96,7 @@ def test_maps_of_dead_experts_are_unknown(tmp_path: Path) -> None:
 
 def test_a_fast_profile_lacks_moments_only(tmp_path: Path) -> None:
     report = report_of(Planted(even()), tmp_path)
-    assert report.missing == ("easy_ep", "output.gram", "output.all_token_mean")
+    assert report.missing == ("easy_ep", "output.gram", "output.all_token_mean", "output.cka")
     assert "EASY-EP" not in report.blocks[0].saliency
     assert report.blocks[0].mean_similarity is None
 
