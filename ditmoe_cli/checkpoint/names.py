@@ -17,6 +17,11 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")
 SHARED = "moe.shared_experts"
 ROUTER = "moe.gate.weight"
 EXPERT_OF = "moe.gate.expert_of"
+CONSTANTS = "moe.constants"
+CONSTANTS_UP = "moe.constants_up"
+CONSTANTS_DOWN = "moe.constants_down"
+RESIDUAL_CONSTANT = "moe.residual_constant"
+RESIDUAL_LINEAR = "moe.residual_linear"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ditmoe_cli.cli import (
     convert,
     fid,
     inspect,
+    merge,
     plan,
     profile_experts,
     prune,
@@ -65,6 +66,7 @@ app.command("inspect")(inspect.run)
 app.command("convert")(convert.run)
 app.command("profile-experts")(profile_experts.run)
 app.command("prune")(prune.run)
+app.command("merge")(merge.run)
 app.command("quantize")(quantize.run)
 app.command("plan")(plan.run)
 app.command("apply")(apply.run)

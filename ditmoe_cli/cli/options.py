@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ditmoe_cli.checkpoint.writer import Output
+    from ditmoe_cli.compression.plan import Repair
     from ditmoe_cli.model.config import Given
 
 CheckpointArg = Annotated[
@@ -43,6 +44,17 @@ OutputOpt = Annotated[
 FileOutputOpt = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("-o", "--output", metavar="FILE", help="FILE.safetensors to write. [default: named after the input]"),
+]
+ProfileOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--profile", metavar="FILE", help="Profile to choose by. [default: the envelope's, else a new one]"),
+]
+RefitOpt = Annotated[
+    bool,
+    typer.Option("--refit/--no-refit", help="Solve the down projections anew, so that they stand in for what went."),
+]
+RefitTokensOpt = Annotated[
+    int, typer.Option("--refit-tokens", metavar="N", help="Tokens to refit on. [default: 32 an unknown, at most 65536]")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 DryRun = Annotated[
@@ -138,3 +150,14 @@ def require_safetensors(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: give a name that ends in .safetensors")
     return path
+
+
+def parse_repair(refit: bool, tokens: int, router: str) -> Repair | None:
+    """Return how to refit. What upstream has no word for is left out of sliced checkpoints, which are to load there."""
+    from ditmoe_cli.compression.plan import Repair
+    from ditmoe_cli.errors import UsageError
+
+    if tokens < 0:
+        raise UsageError(f"--refit-tokens {tokens}: must be at least 0")
+    beyond = router != "slice"
+    return Repair(constant=beyond, linear=beyond, tokens=tokens) if refit else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
 import typer
 
@@ -15,12 +16,16 @@ from ditmoe_cli.cli.options import (
     Heads,
     Json,
     OutputOpt,
+    ProfileOpt,
     Quiet,
+    RefitOpt,
+    RefitTokensOpt,
     SamplerOpt,
     ShardSize,
     TopK,
     checked_device,
     given,
+    parse_repair,
 )
 from ditmoe_cli.cli.output import Printing, emit, note, progress
 from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
@@ -42,14 +47,24 @@ RouterOpt = Annotated[
     str,
     typer.Option(
         "--router",
-        metavar="slice|ghost",
+        metavar="MODE",
         help="slice: delete router rows (loads upstream); ghost: keep them in the softmax, so that the routing "
-        "weights of the kept experts stay exact.",
+        "weights of the kept experts stay exact; mass: ghost, rescaled to the mass of the full top-k; auto: each "
+        "block's of least replayed error.",
     ),
 ]
-ProfileOpt = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--profile", metavar="FILE", help="Profile to choose by. [default: the envelope's, else a new one]"),
+AllocateOpt = Annotated[
+    str,
+    typer.Option("--allocate", metavar="uniform|global", help="global: blocks share the budget by replayed error."),
+]
+NeuronsOpt = Annotated[
+    float, typer.Option("--neurons", metavar="R", help="Share of each kept expert's neurons to keep (CAMERA).")
+]
+MultipleOpt = Annotated[int, typer.Option("--multiple", metavar="N", help="What narrowed widths are multiples of.")]
+NarrowSharedOpt = Annotated[bool, typer.Option("--narrow-shared", help="Narrow the shared expert too.")]
+ConstantsOpt = Annotated[bool, typer.Option("--constants", help="Put a constant in each dropped expert's place.")]
+RankOpt = Annotated[
+    int, typer.Option("--residual-rank", metavar="R", help="Put a linear map of rank R in each dropped expert's place.")
 ]
 SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --method random.")]
 ListOpt = Annotated[bool, typer.Option("--list-methods", help="Print the methods with their sources, and stop.")]
@@ -61,6 +76,14 @@ def run(
     method: MethodOpt = "reap",
     router: RouterOpt = "ghost",
     profile: ProfileOpt = None,
+    refit: RefitOpt = True,
+    refit_tokens: RefitTokensOpt = 0,
+    allocate: AllocateOpt = "uniform",
+    neurons: NeuronsOpt = 1.0,
+    multiple: MultipleOpt = 64,
+    narrow_shared: NarrowSharedOpt = False,
+    constants: ConstantsOpt = False,
+    residual_rank: RankOpt = 0,
     seed: SeedOpt = 0,
     list_methods: ListOpt = False,
     device: Device = "cpu",
@@ -80,38 +103,70 @@ def run(
     """
     if list_methods:
         return print_methods(Printing(json))
-    pruning = parse_pruning(keep, method, router, seed)
+    pruning = replace(
+        parse_pruning(keep, method, router, seed),
+        repair=parse_repair(refit, refit_tokens, router),
+        shared_budget=parse_allocation(allocate),
+        **parse_replacement(neurons, multiple, narrow_shared, constants, residual_rank),
+    )
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
-    target = output or default_output(opened.path, f"prune-keep{keep}")
+    target = output or default_output(opened.path, default_name(keep, neurons))
     plan, used = choose(stage, opened, pruning, profile, dry_run, target, device, force)
+    printing = Printing(json, quiet)
     if dry_run:
-        return preview(stage, opened, plan, target, force, max_shard_size, Printing(json, quiet), decided=plan.decided)
+        return preview(stage, opened, plan, target, force, max_shard_size, printing, decided=plan.decided)
     details = pruned_details(opened, plan)
-    return write(stage, "prune", opened, plan, target, force, max_shard_size, Printing(json, quiet), details, used)
+    return write(stage, "prune", opened, plan, target, force, max_shard_size, printing, details, used, device)
 
 
 def print_methods(printing: Printing) -> None:
     """Print each method with what it measures and where it comes from."""
-    from ditmoe_cli.compression.prune.methods import METHODS
+    from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED, Method, Replayed
 
-    result = {name: {"summary": method.summary, "source": method.source} for name, method in METHODS.items()}
-    rows = [(name, f"{method.summary} ({method.source})") for name, method in METHODS.items()]
+    methods: dict[str, Method | Replayed] = {**METHODS, **REPLAYED}
+    result = {name: {"summary": method.summary, "source": method.source} for name, method in methods.items()}
+    rows = [(name, f"{method.summary} ({method.source})") for name, method in methods.items()]
     emit(printing, Stage().to_json({"methods": result}), rows, None)
+
+
+def parse_allocation(text: str) -> bool:
+    """Return whether blocks share a budget."""
+    if text not in ("uniform", "global"):
+        raise UsageError(f"--allocate {text}: choose uniform or global")
+    return text == "global"
+
+
+def parse_replacement(neurons: float, multiple: int, shared: bool, constants: bool, rank: int) -> dict[str, Any]:
+    """Return how experts that stay are narrowed, and what stands in for those that go."""
+    from ditmoe_cli.compression.prune.widths import widths_of_ratio
+
+    widths_of_ratio(multiple, neurons, multiple)  # refuses what is out of range
+    if rank < 0:
+        raise UsageError(f"--residual-rank {rank}: must be at least 0")
+    named = {"neurons": neurons, "multiple": multiple, "narrow_shared": shared}
+    return {**named, "constants": constants or rank > 0, "rank": rank}
+
+
+def default_name(keep: str | None, neurons: float) -> str:
+    """Return what the output is called after the input."""
+    kept = f"prune-keep{keep}" if keep is not None else "prune"
+    return kept if neurons == 1.0 else f"{kept}-neurons{neurons}"
 
 
 def parse_pruning(keep: str | None, method: str, router: str, seed: int) -> Pruning:
     """Return what to prune. Raises `UsageError` for unknown names and values out of range."""
-    from ditmoe_cli.compression.prune.methods import METHODS
+    from ditmoe_cli.compression.plan import RouterMode
+    from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED
     from ditmoe_cli.compression.prune.planner import Pruning, parse_keep
 
     if keep is None:
         raise UsageError("--keep is missing: give a ratio such as 0.5 or a count such as 4")
-    if method not in METHODS:
-        raise UsageError(f"--method {method}: unknown; choose {', '.join(METHODS)}")
-    if router not in ("slice", "ghost"):
-        raise UsageError(f"--router {router}: choose slice or ghost")
-    return Pruning(parse_keep(keep), method, "slice" if router == "slice" else "ghost", seed)
+    if method not in (*METHODS, *REPLAYED):
+        raise UsageError(f"--method {method}: unknown; choose {', '.join((*METHODS, *REPLAYED))}")
+    if router not in ("auto", *get_args(RouterMode)):
+        raise UsageError(f"--router {router}: choose auto, {', '.join(get_args(RouterMode))}")
+    return Pruning(parse_keep(keep), method, None if router == "auto" else cast(RouterMode, router), seed)
 
 
 def choose(
@@ -130,24 +185,28 @@ def choose(
     plan is undecided.
     """
     from ditmoe_cli.checkpoint.staging import check_target
-    from ditmoe_cli.compression.prune.methods import METHODS
-    from ditmoe_cli.compression.prune.planner import kept_counts, plan_prune, undecided_plan
+    from ditmoe_cli.compression.prune.planner import kept_counts, plan_prune, plan_replayed, undecided_plan
     from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
+
+    def planned(found: RoutingProfile | None) -> CompressionPlan:
+        if pruning.replays and found is not None:
+            return plan_replayed(checkpoint, found, pruning, checked_device(device), progress)
+        return plan_prune(checkpoint, found, pruning)
 
     kept_counts(checkpoint, pruning.keep)
     given_profile = profile or (Path(stage.profile) if stage.profile else None)
-    if not METHODS[pruning.method].needs_profile:
-        return plan_prune(checkpoint, None, pruning), None
+    if not pruning.needs_profile:
+        return planned(None), None
     if dry_run:
         found = usable_profile(checkpoint, given_profile)
-        return (plan_prune(checkpoint, found, pruning) if found else undecided_plan(checkpoint, pruning)), found
+        return (planned(found) if found else undecided_plan(checkpoint, pruning)), found
     read = [given_profile] if given_profile and given_profile.is_file() else []
     check_target(target.absolute(), force, [checkpoint.path, *read])
     beside = target.absolute().parent
     found = valid_profile(checkpoint, given_profile, beside, lambda: checked_device(device), progress, note)
     for block, expert in found.never_routed():
         note(f"warning: no calibration token chose expert {expert} of block {block}; its saliency counts as 0")
-    return plan_prune(checkpoint, found, pruning), found
+    return planned(found), found
 
 
 def pruned_details(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:

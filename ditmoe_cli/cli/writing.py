@@ -52,15 +52,16 @@ def write(
     printing: Printing,
     details: Mapping[str, Any] | None = None,
     profile: RoutingProfile | None = None,
+    device: str = "cpu",
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result."""
-    from ditmoe_cli.compression.apply import apply, planned_output
+    from ditmoe_cli.compression.apply import apply
 
     output = checkpoint_output(target, force, shard_size)
-    planned = planned_output(checkpoint, plan)
-    with progress(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos)) as bar:
-        size = apply(checkpoint, plan, output, bar)
-    result = {**_sizes(checkpoint, size), **(details or {}), "plan_digest": plan.digest if plan else None}
+    done_by = apply(checkpoint, plan, output, progress, profile, device)
+    result = {**_sizes(checkpoint, done_by.bytes), **(details or {}), "plan_digest": plan.digest if plan else None}
+    if done_by.repaired:
+        result["refit_error"] = list(done_by.repaired)
     made = {"profile": profile.path} if profile else {}
     options = plan.options if plan else {}
     done = stage.done(command, options, checkpoint=output.path, samples=None, **made)

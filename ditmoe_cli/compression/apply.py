@@ -7,31 +7,37 @@ tensor at a time while it is written (`apply`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ditmoe_cli.checkpoint.formats import Format, Weight, is_quantizable, quantized_members
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
 from ditmoe_cli.checkpoint.provenance import Provenance, Step
+from ditmoe_cli.checkpoint.staging import check_target
 from ditmoe_cli.checkpoint.writer import Output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
-from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.compression.layout import BlockLayout, block_layouts
+from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.spool import Spool, expert_map_bytes, source_dtype
+from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint, is_compressible
-from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.config import DiTMoEConfig, mixture_shapes
+from ditmoe_cli.routing.profile import RoutingProfile
 
 Producer = Callable[[], memoryview]
-KeptRows = tuple[tuple[int, ...], tuple[int, ...], bool]
-Progress = Callable[[int], None]
 
 _SMALL = 256  # bytes
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the output, and how to get its bytes."""
+    """A tensor of the output, and how to get its bytes; None where they are computed before writing."""
 
     info: TensorInfo
-    produce: Producer
+    produce: Producer | None
 
 
 @dataclass(frozen=True)
@@ -62,38 +68,93 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     if plan is None:
         return PlannedOutput(tuple(_copies(checkpoint)), checkpoint.config, base)
     _check_plan(checkpoint, plan)
-    rows = _kept_rows(checkpoint, plan)
+    layouts = block_layouts(checkpoint, plan)
     tensors: list[PlannedTensor] = []
     for weight in checkpoint.weights.values():
-        tensors += _transformed(checkpoint, plan, rows, weight)
-    tensors += [_expert_map(i, *kept) for i, kept in enumerate(rows) if kept[2]]
+        tensors += _transformed(checkpoint, plan, layouts, weight)
+    for i, layout in enumerate(layouts):
+        tensors += _rebuilt(checkpoint, i, layout) if layout.rebuilt else _expert_map(i, layout)
     tensors.sort(key=lambda tensor: natural_key(tensor.info.name))
-    config = _planned_config(checkpoint, plan, rows)
+    config = replace(checkpoint.config, blocks=tuple(layout.config for layout in layouts) or checkpoint.config.blocks)
     history = (*base.history, Step(plan.command, plan.source, plan.digest))
     provenance = Provenance(config.to_json(), history, base.card)
     return PlannedOutput(tuple(tensors), config, provenance)
 
 
 def apply(
-    checkpoint: Checkpoint, plan: CompressionPlan | None, output: Output, progress: Progress | None = None
-) -> int:
-    """Write what `plan` makes of `checkpoint` (None: a copy in safetensors); return its bytes on disk.
+    checkpoint: Checkpoint,
+    plan: CompressionPlan | None,
+    output: Output,
+    bar: ProgressBar | None = None,
+    profile: RoutingProfile | None = None,
+    device: str = "cpu",
+) -> Applied:
+    """Write what `plan` makes of `checkpoint` (None: a copy in safetensors).
 
-    One weight is in memory at a time. `progress` is told the bytes written with each tensor. Raises what
-    `planned_output` raises, `BadInputError` for NaN or infinite weights, and `OutputExistsError`.
+    One weight is in memory at a time; where weights are computed, one block's and the calibration tokens, on
+    `device`. `profile` is what such a plan was made with. Raises what `planned_output` raises, `BadInputError` for NaN
+    or infinite weights and for a profile that is missing or another one, and `OutputExistsError`.
     """
     if plan is not None and not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
     planned = planned_output(checkpoint, plan)
+    if plan is None or not plan.rebuilds:
+        return Applied(_write(checkpoint, planned, output, bar, None))
+    check_target(output.path, output.force, [checkpoint.path])
+    with TemporaryDirectory(prefix="ditmoe-") as folder:
+        from ditmoe_cli.compression.rebuild import rebuild
+
+        spool = Spool(Path(folder))
+        layouts = block_layouts(checkpoint, plan)
+        repaired = rebuild(checkpoint, plan, layouts, _profile_of(plan, profile), spool, device, bar or silent_bar)
+        return Applied(_write(checkpoint, planned, output, bar, spool), repaired)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was written: bytes on disk, and each block's held-out error after refitting over that before."""
+
+    bytes: int
+    repaired: tuple[float, ...] = ()
+
+
+def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> RoutingProfile:
+    if profile is None:
+        raise BadInputError(
+            "the plan computes weights from a routing profile; give the one that it was made with (--profile)"
+        )
+    if plan.profile is not None and profile.digest != plan.profile:
+        raise BadInputError(
+            f"{profile.path}: is not the profile that the plan was made with ({profile.digest[:12]}, not "
+            f"{plan.profile[:12]})"
+        )
+    return profile
+
+
+def _write(
+    checkpoint: Checkpoint, planned: PlannedOutput, output: Output, bar: ProgressBar | None, spool: Spool | None
+) -> int:
     producers = {tensor.info.name: tensor.produce for tensor in planned.tensors}
+    with (bar or silent_bar)(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos)) as progress:
 
-    def content(info: TensorInfo) -> memoryview:
-        data = producers[info.name]()
-        if progress is not None:
+        def content(info: TensorInfo) -> memoryview:
+            produce = producers[info.name]
+            if produce is None:
+                assert spool is not None
+                data = spool.read(info.name)
+            else:
+                data = produce()
             progress(info.nbytes)
-        return data
+            return data
 
-    return output.write(planned.infos, content, planned.provenance, [checkpoint.path])
+        return output.write(planned.infos, content, planned.provenance, [checkpoint.path])
+
+
+@contextmanager
+def silent_bar(title: str, total: int) -> Iterator[Progress]:
+    """Show nothing."""
+    del title, total
+    yield lambda _: None
 
 
 def _copies(checkpoint: Checkpoint) -> Iterator[PlannedTensor]:
@@ -119,17 +180,6 @@ def _check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
         )
     if plan.blocks and len(plan.blocks) != config.depth:
         raise BadInputError(f"the plan has {len(plan.blocks)} blocks, {checkpoint.path} has {config.depth}")
-    for i, (block, shapes) in enumerate(zip(plan.blocks, config.blocks, strict=False)):
-        if max(block.keep) >= len(shapes.expert_widths):
-            raise BadInputError(
-                f"the plan keeps expert {max(block.keep)} of block {i}, which has {len(shapes.expert_widths)} experts"
-            )
-        selectable = sum(expert in block.keep for expert in checkpoint.expert_map(i))
-        if min(selectable, len(block.keep)) < config.top_k:
-            raise InfeasibleError(
-                f"block {i} would keep {len(block.keep)} of {len(shapes.expert_widths)} experts, fewer than its "
-                f"top-{config.top_k} routing needs; keep at least {config.top_k}"
-            )
     for name, fmt in plan.formats.items():
         _check_format(checkpoint, name, fmt)
 
@@ -151,21 +201,22 @@ def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:
 
 
 def _transformed(
-    checkpoint: Checkpoint, plan: CompressionPlan, rows: Sequence[KeptRows], weight: Weight
+    checkpoint: Checkpoint, plan: CompressionPlan, layouts: Sequence[BlockLayout], weight: Weight
 ) -> list[PlannedTensor]:
     """Return the output tensors that come of one weight; none where its expert is dropped."""
     name = weight.info.name
     parts = split_name(name)
-    block = plan.blocks[parts.block] if plan.blocks and parts.block is not None else None
-    if block is not None and parts.block is not None:
+    if layouts and parts.block is not None and parts.rest.startswith("moe.") | (parts.expert is not None):
+        layout = layouts[parts.block]
+        if layout.rebuilt or parts.rest == EXPERT_OF:
+            return []  # written anew
         if parts.rest == ROUTER:
-            return [_router_rows(checkpoint, weight, rows[parts.block][0])]
-        if parts.rest == EXPERT_OF:
-            return []  # written anew by _expert_map
+            return [_router_rows(checkpoint, weight, layout.rows)]
         if parts.expert is not None:
-            if parts.expert not in block.keep:
+            kept = [members[0] for members in layout.members]
+            if parts.expert not in kept:
                 return []
-            stem = in_expert(parts.block, block.keep.index(parts.expert), "")
+            stem = in_expert(parts.block, kept.index(parts.expert), "")
             return _moved(checkpoint, weight, in_expert(parts.block, parts.expert, ""), stem, plan.formats.get(name))
     return _moved(checkpoint, weight, "", "", plan.formats.get(name))
 
@@ -209,19 +260,6 @@ def _held(data: memoryview) -> memoryview:
     return memoryview(bytes(data)) if data.nbytes <= _SMALL else data
 
 
-def _kept_rows(checkpoint: Checkpoint, plan: CompressionPlan) -> list[KeptRows]:
-    """Return for each block the router rows that stay, what each selects, and whether that must be written."""
-    return [_block_rows(checkpoint.expert_map(i), block) for i, block in enumerate(plan.blocks)]
-
-
-def _block_rows(expert_of: Sequence[int], block: BlockPlan) -> KeptRows:
-    renumbered = {expert: new for new, expert in enumerate(block.keep)}
-    selects = [renumbered.get(expert, -1) for expert in expert_of]
-    rows = [row for row, new in enumerate(selects) if block.router == "ghost" or new >= 0]
-    kept = tuple(selects[row] for row in rows)
-    return tuple(rows), kept, kept != tuple(range(len(block.keep)))
-
-
 def _router_rows(checkpoint: Checkpoint, weight: Weight, rows: Sequence[int]) -> PlannedTensor:
     def produce() -> memoryview:
         from ditmoe_cli.checkpoint.reader import tensor_bytes
@@ -231,17 +269,17 @@ def _router_rows(checkpoint: Checkpoint, weight: Weight, rows: Sequence[int]) ->
     return PlannedTensor(replace(weight.info, shape=(len(rows), weight.info.shape[1])), produce)
 
 
-def _expert_map(block: int, rows: Sequence[int], selects: Sequence[int], _: bool) -> PlannedTensor:
-    data = b"".join(expert.to_bytes(4, "little", signed=True) for expert in selects)
-    return PlannedTensor(TensorInfo(in_block(block, EXPERT_OF), "I32", (len(rows),)), lambda: memoryview(data))
+def _expert_map(block: int, layout: BlockLayout) -> list[PlannedTensor]:
+    if not layout.config.mapped:
+        return []
+    data = expert_map_bytes(layout.selects)
+    return [PlannedTensor(TensorInfo(in_block(block, EXPERT_OF), "I32", (len(layout.rows),)), lambda: memoryview(data))]
 
 
-def _planned_config(checkpoint: Checkpoint, plan: CompressionPlan, kept: Sequence[KeptRows]) -> DiTMoEConfig:
-    config = checkpoint.config
-    if not plan.blocks:
-        return config
-    blocks = [
-        BlockConfig(len(rows), tuple(old.expert_widths[e] for e in block.keep), old.shared_width, mapped)
-        for old, block, (rows, _, mapped) in zip(config.blocks, plan.blocks, kept, strict=True)
-    ]
-    return replace(config, blocks=tuple(blocks))
+def _rebuilt(checkpoint: Checkpoint, block: int, layout: BlockLayout) -> list[PlannedTensor]:
+    """Return the tensors of a mixture whose weights are computed, in the dtypes of what they come from."""
+    tensors = []
+    for name, shape in mixture_shapes(checkpoint.config.hidden_size, layout.config).items():
+        dtype = "I32" if name == EXPERT_OF else source_dtype(checkpoint, block, layout, name)
+        tensors.append(PlannedTensor(TensorInfo(in_block(block, name), dtype, shape), None))
+    return tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from ditmoe_cli.errors import BadInputError
 
 PLAN_SCHEMA = "ditmoe.plan/1"
 _JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}
-RouterMode = Literal["slice", "ghost"]
+RouterMode = Literal["slice", "ghost", "mass"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,54 @@ class BlockPlan:
     """What happens to one block's experts.
 
     `keep` lists the physical experts that stay, ascending; they are renumbered from 0. `router` says what becomes
-    of the rows of the others: ``slice`` deletes them, ``ghost`` keeps them in the softmax but never selects them.
+    of the rows of the others: ``slice`` deletes them; ``ghost`` keeps them in the softmax but never selects them;
+    ``mass`` does so, and rescales what is selected to the sum that the top-k of all rows would have. `merged` are
+    pairs (expert, kept expert that it is merged into); rows of merged experts select what they went into, unless they
+    are sliced. `widths` are the neurons that each kept expert keeps, none given: all; `shared_width` likewise.
+    `constants` tells that a dropped expert's row selects a constant in its place, with a linear map of `rank` if above
+    0.
     """
 
     keep: tuple[int, ...]
     router: RouterMode
+    merged: tuple[tuple[int, int], ...] = ()
+    widths: tuple[int, ...] = ()
+    shared_width: int | None = None
+    constants: bool = False
+    rank: int = 0
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether weights are computed, not only copied."""
+        return bool(self.merged or self.widths or self.shared_width or self.constants)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON, without what is left at its default."""
+        document: dict[str, Any] = {"keep": list(self.keep), "router": self.router}
+        if self.merged:
+            document["merged"] = [list(pair) for pair in self.merged]
+        if self.widths:
+            document["widths"] = list(self.widths)
+        document |= {name: getattr(self, name) for name in _BLOCK_DEFAULTS if getattr(self, name)}
+        return document
+
+
+_BLOCK_DEFAULTS = ("shared_width", "constants", "rank")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How what stays is fitted to what went, block after block.
+
+    Down projections of the routed experts are solved anew; with `shared` the shared expert's too; with `constant` and
+    `linear` the routing mass that selected rows do not carry is given a constant and a linear map. `tokens` to fit on,
+    0 for a number that suits the size of the system.
+    """
+
+    shared: bool = True
+    constant: bool = True
+    linear: bool = True
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +88,8 @@ class CompressionPlan:
         options: the options that led here, for the reader.
         blocks: one entry per block, or none where experts stay as they are.
         formats: quantised format of each weight that gets one.
+        merging: the method by which experts are merged, where some are.
+        repair: how weights are refitted after; None where they are not.
     """
 
     command: str
@@ -53,6 +98,13 @@ class CompressionPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     blocks: tuple[BlockPlan, ...] = ()
     formats: Mapping[str, Format] = field(default_factory=dict)
+    merging: str | None = None
+    repair: Repair | None = None
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether weights are computed from calibration data, which takes the profile."""
+        return bool(self.blocks) and (self.repair is not None or any(block.rebuilds for block in self.blocks))
 
     @property
     def decided(self) -> bool:
@@ -72,8 +124,10 @@ class CompressionPlan:
             "source": self.source,
             "profile": self.profile,
             "options": dict(self.options),
-            "blocks": [{"keep": list(block.keep), "router": block.router} for block in self.blocks],
+            "blocks": [block.to_json() for block in self.blocks],
             "formats": dict(sorted(self.formats.items())),
+            "merging": self.merging,
+            "repair": asdict(self.repair) if self.repair else None,
         }
 
 
@@ -92,6 +146,8 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         options=_field(fields, "options", dict, where),
         blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
         formats={name: _one_of(fmt, get_args(Format), f"{where}: format of {name}") for name, fmt in formats.items()},
+        merging=_field(fields, "merging", str, where) if fields.get("merging") is not None else None,
+        repair=_parse_repair(fields["repair"], where) if fields.get("repair") is not None else None,
     )
     try:
         canonical_json(plan.to_json())
@@ -116,7 +172,70 @@ def _parse_block(block: object, where: str) -> BlockPlan:
     if not all(type(e) is int and e >= 0 for e in keep) or keep != sorted(set(keep)) or not keep:
         raise BadInputError(f"{where}: field 'keep' is {keep}; expected ascending expert numbers")
     router = _one_of(_field(block, "router", str, where), get_args(RouterMode), f"{where}: field 'router'")
-    return BlockPlan(tuple(keep), router)
+    unknown = sorted(set(block) - {"keep", "router", "merged", "widths", *_BLOCK_DEFAULTS})
+    if unknown:
+        raise BadInputError(f"{where}: unknown field {unknown[0]!r}")
+    merged = _whole_numbers(block.get("merged", []), 2, f"{where}: field 'merged'")
+    leads = {lead for _, lead in merged}
+    if not leads <= set(keep) or len({e for e, _ in merged} | set(keep)) != len(merged) + len(keep):
+        raise BadInputError(
+            f"{where}: field 'merged' is {block['merged']}; expected pairs (dropped expert, kept expert)"
+        )
+    widths = tuple(width for (width,) in _whole_numbers([[w] for w in _listed(block, "widths", where)], 1, where))
+    if widths and (len(widths) != len(keep) or min(widths) < 1):
+        raise BadInputError(
+            f"{where}: field 'widths' is {list(widths)}; expected one of at least 1 for each kept expert"
+        )
+    return BlockPlan(
+        keep=tuple(keep),
+        router=router,
+        merged=merged,
+        widths=widths,
+        shared_width=_optional(block, "shared_width", None, int, where),
+        constants=_optional(block, "constants", False, bool, where),
+        rank=_optional(block, "rank", 0, int, where),
+    )
+
+
+def _optional(block: Mapping[str, Any], name: str, default: Any, kind: type, where: str) -> Any:
+    """Return a field that may be absent: a number of at least 0, or a truth value."""
+    if name not in block:
+        return default
+    value = block[name]
+    fits = type(value) is kind
+    if not fits or value < 0:
+        wanted = "true or false" if kind is bool else "a whole number"
+        raise BadInputError(f"{where}: field {name!r} is {value!r}; expected {wanted}")
+    return value
+
+
+def _listed(block: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    values = block.get(name, [])
+    if not isinstance(values, list):
+        raise BadInputError(f"{where}: field {name!r} is {values!r}; expected a list")
+    return values
+
+
+def _whole_numbers(values: object, length: int, what: str) -> tuple[Any, ...]:
+    """Return lists of `length` whole numbers of at least 0 as tuples."""
+    good = isinstance(values, list) and all(
+        isinstance(entry, list) and len(entry) == length and all(type(n) is int and n >= 0 for n in entry)
+        for entry in values
+    )
+    if not good:
+        raise BadInputError(f"{what} is {values!r}; expected lists of {length} whole numbers")
+    assert isinstance(values, list)
+    return tuple(tuple(entry) for entry in values)
+
+
+def _parse_repair(value: object, where: str) -> Repair:
+    expected: dict[str, Any] = asdict(Repair())
+    if not isinstance(value, dict) or value.keys() != expected.keys():
+        raise BadInputError(f"{where}: field 'repair' is {value!r}; expected null or {', '.join(expected)}")
+    for name, default in expected.items():
+        if type(value[name]) is not type(default) or value[name] < 0:
+            raise BadInputError(f"{where}: field 'repair' has {name} {value[name]!r}; expected as {default!r}")
+    return Repair(**value)
 
 
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
@@ -145,13 +264,13 @@ def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
     """Return the lines in which two plans differ; none where they would do the same."""
     lines = [
         f"{name}: {getattr(a, name)} | {getattr(b, name)}"
-        for name in ("command", "source", "profile", "options")
+        for name in ("command", "source", "profile", "options", "merging", "repair")
         if getattr(a, name) != getattr(b, name)
     ]
     if len(a.blocks) != len(b.blocks):
         lines.append(f"blocks: {len(a.blocks)} | {len(b.blocks)}")
     lines += [
-        f"block {i}: {x.router} {list(x.keep)} | {y.router} {list(y.keep)}"
+        f"block {i}: {x.to_json()} | {y.to_json()}"
         for i, (x, y) in enumerate(zip(a.blocks, b.blocks, strict=False))
         if x != y
     ]

@@ -144,22 +144,41 @@ def visit_noised(
     """
     import torch
 
-    from ditmoe_cli.diffusion.ddpm import noised, sampling_schedule
     from ditmoe_cli.diffusion.guidance import guided_predictor
     from ditmoe_cli.diffusion.noise import image_noise
-    from ditmoe_cli.diffusion.rectified_flow import interpolate
 
-    family = SOLVERS[spec.solver]
     clean = clean.to(model.device)
     noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = guided_predictor(model, labels, spec.cfg, family, observer, on_step)
+    predict = guided_predictor(model, labels, spec.cfg, SOLVERS[spec.solver], observer, on_step)
     with torch.inference_mode():
-        if family == "rf":
-            for i in range(spec.steps, 0, -1):
-                t = i / spec.steps
-                predict(interpolate(clean, noise, torch.full((len(clean),), t, device=model.device)), t)
-            return
-        schedule = sampling_schedule(spec.solver, spec.steps)
-        for i in reversed(range(spec.steps)):
-            predict(noised(clean, noise, schedule.alphas_bar[i]), schedule.timesteps[i])
+        for time in sampling_times(spec):
+            predict(time.noised(clean, noise), time.t)
+
+
+@dataclass(frozen=True)
+class NoisedTo:
+    """A time that a sampler stops at: `t` as the model is given it, and images noised to there."""
+
+    t: float
+    noised: Callable[[Tensor, Tensor], Tensor]
+
+
+def sampling_times(spec: SampleSpec) -> list[NoisedTo]:
+    """Return the times of all steps, from noise on; ``noised(clean, noise)`` is the forward process to each."""
+    from ditmoe_cli.diffusion.ddpm import noised, sampling_schedule
+
+    if SOLVERS[spec.solver] == "rf":
+        return [_rectified(i / spec.steps) for i in range(spec.steps, 0, -1)]
+    schedule = sampling_schedule(spec.solver, spec.steps)
+
+    def at(step: int) -> NoisedTo:
+        return NoisedTo(schedule.timesteps[step], lambda clean, noise: noised(clean, noise, schedule.alphas_bar[step]))
+
+    return [at(step) for step in reversed(range(spec.steps))]
+
+
+def _rectified(t: float) -> NoisedTo:
+    from ditmoe_cli.diffusion.rectified_flow import interpolate
+
+    return NoisedTo(t, lambda clean, noise: interpolate(clean, noise, clean.new_full((len(clean),), t)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, SHARED, in_block, spl
 from ditmoe_cli.checkpoint.provenance import Card, Provenance, fingerprint
 from ditmoe_cli.checkpoint.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.config import DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
+from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class Checkpoint:
     config: DiTMoEConfig
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
+    _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # tensors that were checked already
 
     @property
     def path(self) -> Path:
@@ -66,21 +67,24 @@ class Checkpoint:
     def finite_tensor(self, name: str) -> torch.Tensor:
         """Read a stored tensor, refusing NaN and infinity by the tensor's name (`BadInputError`)."""
         tensor = self.reader.tensor(name)
+        if name in self._finite:
+            return tensor
+        self._finite.add(name)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
         return tensor
 
     def expert_map(self, block: int) -> tuple[int, ...]:
-        """Return what each router row of a block selects: an expert, or -1 for a row that is never selected."""
+        """Return what each router row of a block selects: an expert, -1 for nothing, -2 - k for constant k."""
         config = self.config.blocks[block]
         if not config.mapped:
             return tuple(range(config.router_rows))
         rows = parse_expert_map(self.reader.raw(in_block(block, EXPERT_OF)))
-        bad = next((row for row in rows if not -1 <= row < len(config.expert_widths)), None)
+        bad = next((row for row in rows if not GHOST - config.constants <= row < len(config.expert_widths)), None)
         if bad is not None:
             raise BadInputError(
                 f"{self.path}: tensor {in_block(block, EXPERT_OF)!r} holds {bad}, which names none of the "
-                f"{len(config.expert_widths)} experts of block {block}"
+                f"{len(config.expert_widths)} experts and {config.constants} constants of block {block}"
             )
         return rows
 

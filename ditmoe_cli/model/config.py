@@ -13,13 +13,27 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ditmoe_cli.checkpoint.header import FLOATING, TensorInfo
-from ditmoe_cli.checkpoint.names import EXPERT_OF, MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
+from ditmoe_cli.checkpoint.names import (
+    CONSTANTS,
+    CONSTANTS_DOWN,
+    CONSTANTS_UP,
+    EXPERT_OF,
+    MATRICES,
+    RESIDUAL_CONSTANT,
+    RESIDUAL_LINEAR,
+    ROUTER,
+    SHARED,
+    in_block,
+    in_expert,
+    split_name,
+)
 from ditmoe_cli.errors import BadInputError
 
 Sampler = Literal["rf", "ddpm"]
 Attention = Literal["timm", "flash"]
 
 FREQUENCIES = 256
+GHOST = -1  # in a router map: the row counts in the softmax and is never selected; below it stand constants
 DEFAULT_TOP_K = 2
 _HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
 _ATTENTION_NAMES: Mapping[Attention, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
@@ -29,13 +43,27 @@ _ATTENTION_NAMES: Mapping[Attention, tuple[str, str]] = {"timm": ("qkv", "proj")
 class BlockConfig:
     """The shapes of one block's mixture: router rows, width of each routed expert, width of the shared one.
 
-    `mapped` tells that ``expert_of`` stands beside the router; without it row e selects expert e.
+    `mapped` tells that ``expert_of`` stands beside the router; without it row e selects expert e. `mass` tells that
+    selected routing weights are rescaled to the sum that the top-k of all rows would have. `constants` is the number
+    of constants that rows select instead of experts, `rank` that of the linear maps beside them; `residual_constant`
+    and `residual_linear` tell whether the routing mass that selected rows do not carry is given a constant and a
+    linear map.
     """
 
     router_rows: int
     expert_widths: tuple[int, ...]
     shared_width: int
     mapped: bool = False
+    mass: bool = False
+    constants: int = 0
+    rank: int = 0
+    residual_constant: bool = False
+    residual_linear: bool = False
+
+    @property
+    def upstream(self) -> bool:
+        """Whether upstream's code has a word for everything that the block holds."""
+        return not (self.mapped or self.mass or self.constants or self.residual_constant or self.residual_linear)
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,8 @@ class DiTMoEConfig:
         document["num_experts"] = _shared_value([len(b.expert_widths) for b in self.blocks])
         document["expert_width"] = _shared_value([_shared_value(list(b.expert_widths)) for b in self.blocks])
         document["shared_width"] = _shared_value([b.shared_width for b in self.blocks])
+        if any(b.mass for b in self.blocks):
+            document["router_mode"] = _shared_value(["mass" if b.mass else "plain" for b in self.blocks])
         return document
 
 
@@ -138,14 +168,16 @@ def infer_config(
     out_channels = _out_channels(shapes, channels, patch)
     attention: Attention = "flash" if in_block(0, "attn.Wqkv.weight") in weights else "timm"
     table_rows, _ = shapes.of("y_embedder.embedding_table.weight", 2)
-    blocks = tuple(_block(shapes, i) for i in range(_depth(shapes)))
+    depth = _depth(shapes)
+    modes = _router_modes(hints, depth, where)
+    blocks = tuple(_block(shapes, i, modes[i]) for i in range(depth))
     config = DiTMoEConfig(
         input_size=_input_size(shapes, patch, hints, notes),
         patch_size=patch,
         in_channels=channels,
         out_channels=out_channels,
         hidden_size=hidden,
-        depth=len(blocks),
+        depth=depth,
         num_heads=_num_heads(shapes, hidden, attention, hints, given, notes),
         num_classes=table_rows - 1,
         top_k=_top_k(_selectable_rows(shapes, raw, blocks), hints, given, notes, where),
@@ -198,7 +230,16 @@ def _depth(shapes: _Shapes) -> int:
     return 1 + max(parts.block for parts in map(split_name, shapes.weights) if parts.block is not None)
 
 
-def _block(shapes: _Shapes, block: int) -> BlockConfig:
+def _router_modes(hints: Mapping[str, Any], depth: int, where: str) -> list[str]:
+    """Return each block's router mode, which the metadata of files that we write tell."""
+    hint = hints.get("router_mode", "plain")
+    modes = [hint] * depth if isinstance(hint, str) else hint
+    if not isinstance(modes, list) or len(modes) != depth or not all(mode in ("plain", "mass") for mode in modes):
+        raise BadInputError(f"{where}: the router mode in the metadata is {hint!r}; expected plain or mass a block")
+    return modes
+
+
+def _block(shapes: _Shapes, block: int, mode: str) -> BlockConfig:
     prefix = in_block(block, "moe.experts.")
     # a stray name such as experts.x. would not parse as an expert and is found by _check_shapes
     found = {
@@ -217,7 +258,17 @@ def _block(shapes: _Shapes, block: int) -> BlockConfig:
             f"{shapes.where}: tensor {in_block(block, ROUTER)!r} has {rows} rows, but the block holds "
             f"{len(found)} experts"
         )
-    return BlockConfig(rows, widths, shared, mapped)
+    return BlockConfig(
+        router_rows=rows,
+        expert_widths=widths,
+        shared_width=shared,
+        mapped=mapped,
+        mass=mode == "mass",
+        constants=shapes.of(in_block(block, CONSTANTS), 2)[0] if in_block(block, CONSTANTS) in shapes.weights else 0,
+        rank=shapes.of(in_block(block, CONSTANTS_UP), 3)[2] if in_block(block, CONSTANTS_UP) in shapes.weights else 0,
+        residual_constant=in_block(block, RESIDUAL_CONSTANT) in shapes.weights,
+        residual_linear=in_block(block, RESIDUAL_LINEAR) in shapes.weights,
+    )
 
 
 def _out_channels(shapes: _Shapes, channels: int, patch: int) -> int:
@@ -296,7 +347,7 @@ def _selectable_rows(shapes: _Shapes, raw: Callable[[str], memoryview], blocks: 
     for i, block in enumerate(blocks):
         if block.mapped:
             shapes.of(in_block(i, EXPERT_OF), 1)
-            counts.append(sum(row >= 0 for row in parse_expert_map(raw(in_block(i, EXPERT_OF)))))
+            counts.append(sum(row != GHOST for row in parse_expert_map(raw(in_block(i, EXPERT_OF)))))
         else:
             counts.append(block.router_rows)
     return min(counts)
@@ -398,15 +449,36 @@ def _block_shapes(config: DiTMoEConfig, block: BlockConfig) -> dict[str, tuple[i
     if config.attention == "flash":
         for norm in ("q_norm", "k_norm"):
             shapes[f"attn.{norm}.weight"] = shapes[f"attn.{norm}.bias"] = (config.head_dim,)
-    shapes[ROUTER] = (block.router_rows, width)
-    if block.mapped:
-        shapes[EXPERT_OF] = (block.router_rows,)
+    shapes |= mixture_shapes(width, block)
+    shapes["adaLN_modulation.1.weight"] = (6 * width, width)
+    shapes["adaLN_modulation.1.bias"] = (6 * width,)
+    return shapes
+
+
+def mixture_shapes(width: int, block: BlockConfig) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a block's mixture, by their names within the block."""
+    shapes = {ROUTER: (block.router_rows, width), **extension_shapes(width, block)}
     stems = [(f"moe.experts.{e}", inner) for e, inner in enumerate(block.expert_widths)]
     for stem, inner in [*stems, (SHARED, block.shared_width)]:
         for matrix in MATRICES:
             shapes[f"{stem}.{matrix}.weight"] = (width, inner) if matrix == "down_proj" else (inner, width)
-    shapes["adaLN_modulation.1.weight"] = (6 * width, width)
-    shapes["adaLN_modulation.1.bias"] = (6 * width,)
+    return shapes
+
+
+def extension_shapes(width: int, block: BlockConfig) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a block that upstream has no word for."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if block.mapped:
+        shapes[EXPERT_OF] = (block.router_rows,)
+    if block.constants:
+        shapes[CONSTANTS] = (block.constants, width)
+    if block.rank:
+        shapes[CONSTANTS_UP] = (block.constants, width, block.rank)
+        shapes[CONSTANTS_DOWN] = (block.constants, block.rank, width)
+    if block.residual_constant:
+        shapes[RESIDUAL_CONSTANT] = (width,)
+    if block.residual_linear:
+        shapes[RESIDUAL_LINEAR] = (width, width)
     return shapes
 
 

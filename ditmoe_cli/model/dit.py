@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -72,6 +73,21 @@ def modulation(width: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
+@dataclass(frozen=True)
+class Attended:
+    """A block between attention and mixture, for N images.
+
+    Attributes:
+        residual: (N, tokens, width) stream that the mixture adds to.
+        inputs: (N, tokens, width) what the mixture is given.
+        gamma: (N, width) residual gate of the mixture.
+    """
+
+    residual: Tensor
+    inputs: Tensor
+    gamma: Tensor
+
+
 class Block(nn.Module):
     """x + gate ⊙ attention, then x + γ ⊙ (routed + shared)."""
 
@@ -81,12 +97,17 @@ class Block(nn.Module):
         self.moe = SparseMoE(config.hidden_size, block, config.top_k)
         self.adaLN_modulation = modulation(config.hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
-        """Map tokens x (N, tokens, width) under conditions c (N, width)."""
+    def attend(self, x: Tensor, c: Tensor) -> Attended:
+        """Run attention on x (N, tokens, width) under conditions c (N, width), up to what the mixture is given."""
         shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate.unsqueeze(1) * self.attn(modulated_norm(x, shift_a, scale_a))
-        mixed = self.moe(modulated_norm(x, shift_m, scale_m), index, gamma, observer, x)
-        out: Tensor = x + gamma.unsqueeze(1) * mixed
+        return Attended(x, modulated_norm(x, shift_m, scale_m), gamma)
+
+    def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
+        """Map tokens x (N, tokens, width) under conditions c (N, width)."""
+        seen = self.attend(x, c)
+        mixed = self.moe(seen.inputs, index, seen.gamma, observer, seen.residual)
+        out: Tensor = seen.residual + seen.gamma.unsqueeze(1) * mixed
         return out
 
 

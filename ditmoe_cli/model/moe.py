@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditmoe_cli.model.config import BlockConfig
+from ditmoe_cli.checkpoint.names import (
+    CONSTANTS,
+    CONSTANTS_DOWN,
+    CONSTANTS_UP,
+    RESIDUAL_CONSTANT,
+    RESIDUAL_LINEAR,
+)
+from ditmoe_cli.model.config import BlockConfig, extension_shapes
 from ditmoe_cli.model.router import Router, Routing
 
 
@@ -82,13 +89,28 @@ def _watcher(observer: Observer | None, block: int, routing: Routing) -> NeuronW
 
 
 class SparseMoE(nn.Module):
-    """Routed experts, of any widths and formats, plus the always-on shared expert."""
+    """Routed experts, of any widths and formats, plus the always-on shared expert.
+
+    What compression adds, where the block has it: ``constants`` (n, D) that rows select instead of experts, with linear
+    maps ``constants_up`` (n, D, r) ``constants_down`` (n, r, D) of u beside them; and for the routing mass
+    1 - Σ g that the selected rows do not carry ``residual_constant`` c (D,) and ``residual_linear`` L (D, D):
+    (1 - Σ g) (c + L u) is added.
+    """
+
+    constants: Tensor | None
+    constants_up: Tensor | None
+    constants_down: Tensor | None
+    residual_constant: Tensor | None
+    residual_linear: Tensor | None
 
     def __init__(self, width: int, block: BlockConfig, top_k: int) -> None:
         super().__init__()
-        self.gate = Router(width, block.router_rows, top_k, block.mapped)
+        self.gate = Router(width, block, top_k)
         self.experts = nn.ModuleList(SwiGLU(width, inner) for inner in block.expert_widths)
         self.shared_experts = SwiGLU(width, block.shared_width)
+        shapes = extension_shapes(width, block)
+        for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN, RESIDUAL_CONSTANT, RESIDUAL_LINEAR):
+            self.register_buffer(name.removeprefix("moe."), torch.empty(shapes[name]) if name in shapes else None)
 
     def expert_outputs(self, u: Tensor, experts: Tensor, watch: NeuronWatcher | None = None) -> Tensor:
         """Return f_e(u) for each token and slot, (T, k, width): tokens sorted by expert, each expert run once.
@@ -97,9 +119,10 @@ class SparseMoE(nn.Module):
         """
         slots = experts.reshape(-1)
         order = slots.argsort(stable=True)
-        counts = torch.bincount(slots, minlength=len(self.experts)).tolist()
-        parts = []
-        for e, chunk in enumerate(torch.split(order, counts)):
+        constants = int((slots < 0).sum()) if self.constants is not None else 0
+        counts = torch.bincount(slots.clamp_min(0), minlength=len(self.experts)).tolist()
+        parts = [self._constant_outputs(u[order[:constants] // experts.shape[1]], -2 - slots[order[:constants]])]
+        for e, chunk in enumerate(torch.split(order[constants:], [counts[0] - constants, *counts[1:]])):
             if not len(chunk):
                 continue
             expert = self.experts[e]
@@ -112,6 +135,26 @@ class SparseMoE(nn.Module):
         inverse[order] = torch.arange(len(order), device=order.device)
         return torch.cat(parts)[inverse].reshape(*experts.shape, u.shape[-1])
 
+    def _constant_outputs(self, u: Tensor, chosen: Tensor) -> Tensor:
+        """Return v_j + A_j B_j u for tokens (n, width) and the constants j (n,) that they chose."""
+        if self.constants is None:
+            return u[:0]
+        outputs = self.constants[chosen]
+        if self.constants_up is not None and self.constants_down is not None:
+            for j in sorted(set(chosen.tolist())):
+                mine = chosen == j
+                outputs[mine] += u[mine] @ self.constants_down[j].T @ self.constants_up[j].T
+        return outputs
+
+    def left_over(self, u: Tensor, weights: Tensor) -> Tensor | None:
+        """Return (1 - Σ g) (c + L u) for tokens (T, width) and selected weights (T, k); None where nothing is added."""
+        if self.residual_constant is None and self.residual_linear is None:
+            return None
+        added = u @ self.residual_linear.T if self.residual_linear is not None else torch.zeros_like(u)
+        if self.residual_constant is not None:
+            added = added + self.residual_constant
+        return (1 - weights.sum(dim=1, keepdim=True)) * added
+
     def forward(
         self, u: Tensor, block: int, gamma: Tensor, observer: Observer | None, residual: Tensor | None = None
     ) -> Tensor:
@@ -122,5 +165,8 @@ class SparseMoE(nn.Module):
         if observer is not None:
             observer(MoEEvent(block, flat, routing, outputs, gamma, residual))
         routed = (routing.weights.unsqueeze(-1) * outputs).sum(dim=1)
+        rest = self.left_over(flat, routing.weights)
+        if rest is not None:
+            routed = routed + rest
         shared: Tensor = self.shared_experts(u)
         return routed.reshape(u.shape) + shared

@@ -64,6 +64,10 @@ class OffloadedDiTMoE:
             with torch.device("meta"):
                 self._model.blocks[index] = Block(self.config, self.config.blocks[index])
 
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first block is given, as `DiTMoE.embed` does."""
+        return self._model.embed(x, t, y)
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None) -> Tensor:
         """Predict for x (N, C, H, W) or, with both branches, (2 N, C, H, W)."""
         parts = [self._rows(len(x), start) for start in range(0, self._images, self._micro_batch)]
@@ -75,6 +79,7 @@ class OffloadedDiTMoE:
                     if isinstance(observer, MicroBatchObserver):
                         observer.select(start, min(start + self._micro_batch, self._images))
                     states[i] = (block(tokens, c, index, observer), c)
+            del block  # or it would stay in memory beside the next one
         outputs = [self._model.unembed(tokens, c) for tokens, c in states]
         out = torch.empty((len(x), *outputs[0].shape[1:]), dtype=outputs[0].dtype, device=self.device)
         for rows, output in zip(parts, outputs, strict=True):

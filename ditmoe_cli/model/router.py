@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.model.config import GHOST, BlockConfig
+
 
 @dataclass(frozen=True)
 class Routing:
     """Where tokens go.
 
     Attributes:
-        experts: (T, k) physical expert of each slot, best first.
+        experts: (T, k) physical expert of each slot, best first; -2 - j where the slot went to constant j.
         weights: (T, k) routing weights: probabilities over all rows, not renormalised.
         rows: (T, k) router rows that were selected; the experts themselves where no map stands between.
         probabilities: (T, R) softmax over all router rows, fp32.
@@ -30,18 +32,19 @@ class Routing:
 class Router(nn.Module):
     """p = softmax(W u) over R rows; top-k over the rows that select something.
 
-    ``expert_of`` (R,) says what a row selects: an expert, or -1 for a *ghost*, which counts in the softmax but
-    is never selected. Rows that share an expert each take a slot, so their weights add. Without a map row e
-    selects expert e.
+    ``expert_of`` (R,) says what a row selects: an expert p >= 0, a constant -2 - j, or -1 for a *ghost*, which counts
+    in the softmax but is never selected. Rows that share an expert each take a slot, so their weights add. Without
+    a map row e selects expert e. With `mass` the selected weights are rescaled to the sum of the k largest
+    probabilities of all rows.
     """
 
     expert_of: Tensor | None
 
-    def __init__(self, width: int, rows: int, top_k: int, mapped: bool) -> None:
+    def __init__(self, width: int, block: BlockConfig, top_k: int) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(rows, width))
-        self.register_buffer("expert_of", torch.zeros(rows, dtype=torch.int32) if mapped else None)
+        self.top_k, self.mass = top_k, block.mass
+        self.weight = nn.Parameter(torch.empty(block.router_rows, width))
+        self.register_buffer("expert_of", torch.zeros(block.router_rows, dtype=torch.int32) if block.mapped else None)
 
     def forward(self, u: Tensor) -> Routing:
         """Route tokens u (T, width)."""
@@ -51,7 +54,10 @@ class Router(nn.Module):
         if self.expert_of is None:
             weights, rows = probabilities.topk(self.top_k, dim=-1)
             return Routing(rows, weights.to(u.dtype), rows, probabilities, logits)
-        selectable = probabilities.masked_fill(self.expert_of < 0, -1.0)
+        selectable = probabilities.masked_fill(self.expert_of == GHOST, -1.0)
         rows = selectable.topk(self.top_k, dim=-1).indices
-        weights = probabilities.gather(-1, rows).to(u.dtype)
-        return Routing(self.expert_of.long()[rows], weights, rows, probabilities, logits)
+        weights = probabilities.gather(-1, rows)
+        if self.mass:
+            whole = probabilities.topk(self.top_k, dim=-1).values.sum(dim=-1, keepdim=True)
+            weights = weights * (whole / weights.sum(dim=-1, keepdim=True))
+        return Routing(self.expert_of.long()[rows], weights.to(u.dtype), rows, probabilities, logits)

@@ -50,6 +50,22 @@ def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Ca
             f"the profile of an ancestor of {checkpoint.path} was made from --data; profile {checkpoint.path} with the "
             "same data and give that as --profile"
         )
+    spec = profiled_spec(document, checkpoint)
+    try:
+        bins, reservoir, batch = (int(document[name]) for name in ("bins", "reservoir", "batch"))
+        if not 1 <= bins <= spec.steps or reservoir < 0 or batch < 1:
+            raise ValueError(f"bins {bins}, reservoir {reservoir}, batch {batch}")
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise BadInputError(f"the profile's calibration settings are malformed ({error})") from None
+    return Calibration(spec, bins, reservoir, batch, fast=document.get("fast") is True)
+
+
+def profiled_spec(document: Mapping[str, Any], checkpoint: Checkpoint) -> SampleSpec:
+    """Return what was sampled, or noised, for a profile of `checkpoint` with these settings.
+
+    Raises `BadInputError` where they are malformed. Classes of --data are the label of the null class where there were
+    none.
+    """
     try:
         classes = document["classes"]
         spec = SampleSpec(
@@ -58,15 +74,11 @@ def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Ca
             cfg=float(document["cfg"]),
             seed=int(document["seed"]),
             solver=choose_solver(document["solver"], checkpoint.config.sampler),
-            classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(classes),
+            classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(map(int, classes)),
         )
-        bins, reservoir, batch = (int(document[name]) for name in ("bins", "reservoir", "batch"))
-        check_spec(spec, checkpoint.config.num_classes)
-        if not 1 <= bins <= spec.steps or reservoir < 0 or batch < 1:
-            raise ValueError(f"bins {bins}, reservoir {reservoir}, batch {batch}")
+        return check_spec(spec, checkpoint.config.num_classes + (document.get("data") is not None))
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise BadInputError(f"the profile's calibration settings are malformed ({error})") from None
-    return Calibration(spec, bins, reservoir, batch, fast=document.get("fast") is True)
 
 
 def default_calibration(checkpoint: Checkpoint) -> Calibration:

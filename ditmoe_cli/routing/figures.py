@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 
 INK = "#7f7f7e"
 COLOURS = ("#2a7fd4", "#e0792b", "#2ba36b", "#b05fc4")
+DEPTH = ("#1d9da8", "#6a73de", "#cf3fc4")  # from the first block to the last, readable on white and on black
 BRANCH_NAMES = ("conditional", "unconditional")
 AGREEMENTS = {"step": "with the step before", "branch": "with the other branch", "neighbour": "with the next patch"}
 PIXELS_PER_INCH = 150
@@ -116,7 +117,7 @@ def _figures(report: ProfileReport) -> Iterator[Planned]:
     lifts = [np.where(np.eye(len(b.lift), dtype=bool), np.nan, b.lift - 1.0) for b in report.blocks]
     yield ("coactivation", "Co-activation", _LIFT, lambda f: _matrices(f, lifts, ("expert", "expert"), "lift − 1"))
     for name, title, caption, matrices in _similarities(report):
-        yield (name, title, caption, _matrix_painter(matrices))
+        yield (name, title, caption, _matrix_painter(matrices, "alignment" if name == "similarity-cka" else "cosine"))
     yield from _transitions(report)
     yield ("saliency", "Saliency", _SALIENCY, lambda f: _saliency(f, report))
     if len(report.evidence.concentration) > 1:
@@ -177,8 +178,8 @@ def _off_diagonal(matrix: Array) -> Array:
     return np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
 
 
-def _matrix_painter(matrices: list[Array]) -> Painter:
-    return lambda figure: _matrices(figure, matrices, ("expert", "expert"), "cosine", limit=1.0)
+def _matrix_painter(matrices: list[Array], label: str) -> Painter:
+    return lambda figure: _matrices(figure, matrices, ("expert", "expert"), label, limit=1.0)
 
 
 def _map_painter(report: ProfileReport, variable: str, branch: int) -> Painter:
@@ -352,14 +353,14 @@ def _concentration(figure: Figure, report: ProfileReport) -> None:
 
 def _by_depth(figure: Figure, panel: Any, curves: Sequence[Array], legend: bool = True, style: str = "-") -> None:
     """Plot a line per block, coloured by depth."""
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     scale = Normalize(0, max(len(curves) - 1, 1))
-    colours = colormaps["cool"]
+    colours = LinearSegmentedColormap.from_list("depth", DEPTH)
     for i, curve in enumerate(curves):
-        panel.plot(curve, color=colours(scale(i)), linewidth=0.9, alpha=0.8, linestyle=style)
+        alone = "." if np.isfinite(curve).sum() == 1 else ""
+        panel.plot(curve, color=colours(scale(i)), linewidth=0.9, alpha=0.8, linestyle=style, marker=alone)
     if legend and len(curves) > 1:
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=panel, pad=0.01, label="block")
         bar.locator = _whole(len(curves))
@@ -377,8 +378,8 @@ def _kept(figure: Figure, report: ProfileReport, names: Sequence[str]) -> None:
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for panel, name in zip(panels, names, strict=True):
         found = [block.agreement[name] for block in report.blocks]
-        _by_depth(figure, panel, [np.where(a.kept > 0, a.kept, np.nan) for a in found], legend=name == names[-1])
-        _by_depth(figure, panel, [a.chance for a in found], legend=False, style="--")
+        _by_depth(figure, panel, [np.where(a.chance > 0, a.kept, np.nan) for a in found], legend=name == names[-1])
+        _by_depth(figure, panel, [np.where(a.chance > 0, a.chance, np.nan) for a in found], legend=False, style="--")
         panel.set_ylim(0, 1.02)
         panel.set_title(AGREEMENTS[name])
         _lines(panel, "step bin (0: noise)", "share of experts" if name == names[0] else "", len(found[0].kept))

@@ -207,11 +207,12 @@ def _agreement_of_choices(report: ProfileReport) -> str:
     for i, block in enumerate(report.blocks):
         cells = [str(i)]
         for found in (block.agreement[name] for name in names):
-            known = found.kept > 0
+            known = found.chance > 0
             kept, chance = (float(v[known].mean()) if known.any() else 0.0 for v in (found.kept, found.chance))
             cells += [f"{kept:.3f}", f'<span class="soft">{chance:.3f}</span>']
         rows.append([*cells, *([f"{block.branch_distance:.3f}"] if distance else [])])
-    return _table(["block", *(cell for name in names for cell in (AGREEMENTS[name], "chance")), *distance], rows)
+    titles = [AGREEMENTS[name].removeprefix("with the ") for name in names]
+    return _table(["block", *(cell for title in titles for cell in (title, "chance")), *distance], rows)
 
 
 def _router_table(blocks: Sequence[BlockReport]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
@@ -30,13 +31,16 @@ PURPOSE = "calibration"
 class RoutingCollector:
     """Watches a model sample one batch after the other, and keeps counters and a reservoir.
 
-    Hand `begin_batch` the images, pass the collector as observer and its `begin_step` as step watcher.
+    Hand `begin_batch` the images, pass the collector as observer and its `begin_step` as step watcher, and put into
+    `final` (images, C, S, S) what came out.
     """
 
     def __init__(self, model: Denoiser, spec: SampleSpec, bins: int, selection: Selection) -> None:
         self.config, self.spec, self.bins = model.config, spec, bins
         self.counters = Counters(model.config, spec.images, bins, model.device)
         self.reservoir = Reservoir(selection, model.config.depth)
+        side = model.config.input_size
+        self.final = torch.zeros(spec.images, model.config.in_channels, side, side)
         self._batch: list[int] = []
         self._images: list[int] = []
         self._step = -1
@@ -73,7 +77,7 @@ class RoutingCollector:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
-        return {**self.counters.tensors(), **self.reservoir.tensors(self.spec)}
+        return {**self.counters.tensors(), **self.reservoir.tensors(self.spec), "image.final": self.final}
 
 
 class FullCollector(RoutingCollector):
@@ -155,9 +159,11 @@ def watch_batch(
         progress(len(z))
 
     if clean is None:
-        sample_batch(model, spec, indices, collector, on_step, PURPOSE)
+        collector.final[indices] = sample_batch(model, spec, indices, collector, on_step, PURPOSE).cpu()
     else:
-        visit_noised(model, spec, indices, clean[indices.start : indices.stop], collector, on_step, PURPOSE)
+        final = clean[indices.start : indices.stop]
+        visit_noised(model, spec, indices, final, collector, on_step, PURPOSE)
+        collector.final[indices] = final
 
 
 def flip_rate(merged_tensors: dict[str, Tensor], again: dict[str, Tensor], indices: range) -> Tensor:

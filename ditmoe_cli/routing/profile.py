@@ -13,6 +13,7 @@ Counters, over all tokens (all that ``--fast`` keeps):
     tokens                  I64  (2, B)           tokens seen per block
     image.steps             I32  (I, L, 2, B, E)  per image: what resampling over images needs
     image.positions         I16  (I, L, 2, P, E)
+    image.final             F32  (I, C, S, S)     where each trajectory ended, or the image of --data
     coactivation            I64  (L, 2, B, E, E)  tokens that chose both; the diagonal is `selected`
     transitions.block       I64  (L-1, 2, B, E, E)  expert in a block, expert in the next
     transitions.step        I64  (L, 2, B, E, E)  expert a step before, expert now, at the same position
@@ -54,14 +55,14 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.checkpoint.header import FileHeader, TensorInfo, read_safetensors_header
 from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema, file_digest
-from ditmoe_cli.checkpoint.reader import SafetensorsReader, dtype_code, tensor_bytes
+from ditmoe_cli.checkpoint.reader import SafetensorsReader, dtype_code, tensor_bytes, torch_dtype
 from ditmoe_cli.checkpoint.staging import staged
 from ditmoe_cli.checkpoint.writer import write_safetensors
 from ditmoe_cli.errors import BadInputError
@@ -73,6 +74,7 @@ PROFILE_SCHEMA = "ditmoe.profile/1"
 BRANCHES = 2
 _TYPECODES = {"I64": "q", "F64": "d"}
 _TABLES: Mapping[str, str] = {"selected": "I64", "gate_mass": "F64", "gate_norm": "F64"}
+_OPTIONAL_TABLES: Mapping[str, str] = {"norm": "F64", "norm_square": "F64", "easy_ep": "F64"}
 _REQUIRED = ("counts", *_TABLES, "tokens")
 
 Table = list[list[list[list[float]]]]
@@ -82,7 +84,8 @@ Table = list[list[list[list[float]]]]
 class RoutingTables:
     """The small tables as nested lists [block][branch][bin][expert], for torch-free planners.
 
-    `experts` is the number of experts of each block, `cfg` the guidance scale of the calibration run.
+    `experts` is the number of experts of each block, `cfg` the guidance scale of the calibration run. `optional` holds
+    the tables that a profile may lack, as those made with ``--fast`` lack some.
     """
 
     experts: tuple[int, ...]
@@ -91,6 +94,13 @@ class RoutingTables:
     selected: Table
     gate_mass: Table
     gate_norm: Table
+    optional: Mapping[str, Table] = field(default_factory=dict)
+
+    def table(self, name: str) -> Table:
+        """Return an optional table. Raises `BadInputError` where the profile has none."""
+        if name not in self.optional:
+            raise BadInputError(f"the profile has no table {name!r}; profile without --fast")
+        return self.optional[name]
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,22 @@ class RoutingProfile:
         """Return a stored tensor."""
         return self._reader.tensor(name)
 
+    def block_tensor(self, name: str, block: int) -> Tensor:
+        """Return one block's part of a stored tensor whose first axis counts blocks, reading no other's."""
+        import torch
+
+        info = self.header.tensors[name].info
+        size = info.nbytes // info.shape[0]
+        data = bytearray(self._reader.raw(name)[block * size : (block + 1) * size])
+        return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).reshape(info.shape[1:])
+
     @cached_property
     def tables(self) -> RoutingTables:
         """The small tables, read without torch or numpy."""
         named = {name: self._table(name) for name in _TABLES}
         bins = self.header.tensors["selected"].info.shape[2]
-        return RoutingTables(self.experts, bins, float(self.calibration["cfg"]), **named)
+        optional = {name: self._table(name) for name in _OPTIONAL_TABLES if name in self.header.tensors}
+        return RoutingTables(self.experts, bins, float(self.calibration["cfg"]), **named, optional=optional)
 
     def _table(self, name: str) -> Table:
         info = self.header.tensors[name].info
@@ -180,7 +200,8 @@ def _check_tables(profile: RoutingProfile, bins: int) -> None:
         raise BadInputError(f"{profile.path}: the profile has no tensor {missing!r}")
     table = (len(profile.experts), BRANCHES, bins, max(profile.experts, default=0))
     positions = tensors["counts"].info.shape[3:4]
-    expected = {name: TensorInfo(name, dtype, table) for name, dtype in _TABLES.items()}
+    optional = {name: dtype for name, dtype in _OPTIONAL_TABLES.items() if name in tensors}
+    expected = {name: TensorInfo(name, dtype, table) for name, dtype in {**_TABLES, **optional}.items()}
     expected["counts"] = TensorInfo("counts", "I64", (*table[:3], *positions, table[3]))
     expected["tokens"] = TensorInfo("tokens", "I64", (BRANCHES, bins))
     for name, wanted in expected.items():

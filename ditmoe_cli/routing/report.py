@@ -93,10 +93,22 @@ class BlockReport:
                 for name, found in self.agreement.items()
             },
             "branch_distance": self.branch_distance,
+            "similarity": {
+                "mean_outputs": _mean_off_diagonal(self.mean_similarity),
+                "output_cka": _mean_off_diagonal(self.output_cka),
+                "weights": _mean_off_diagonal(self.weight_similarity),
+            },
             "saliency": {name: values.tolist() for name, values in self.saliency.items()},
             "rank_agreement": {"criteria": list(self.saliency), "spearman": self.rank_agreement.tolist()},
             "router": {name: values.tolist() for name, values in self.router.items()},
         }
+
+
+def _mean_off_diagonal(matrix: Array | None) -> float | None:
+    """Return the mean over pairs of different experts; None where there is none."""
+    if matrix is None or len(matrix) < 2:
+        return None
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Seen:
         images: their indices, the same in each branch.
         branches: 1, or 2 where guidance runs: conditional tokens first.
         bin: step bin.
-        chosen: (T, k, E) choices as zeros and ones in fp32, so that sums over tokens are matrix products.
+        chosen: (T, k, E) choices as zeros and ones in fp32, so that sums over tokens are matrix products; zero where
+            a slot went to a constant.
         outputs: (T, k, D) f in fp32.
         reaching: (T, k, D) γ ⊙ f, the output as the residual stream meets it, before the routing weight.
     """
@@ -55,7 +56,7 @@ def see(event: MoEEvent, images: Sequence[int], b: int, experts: int) -> Seen:
         images=images,
         branches=len(event.gamma) // len(images),
         bin=b,
-        chosen=F.one_hot(event.routing.experts, experts).float(),
+        chosen=F.one_hot(event.routing.experts.clamp_min(-1) + 1, experts + 1)[..., 1:].float(),
         outputs=outputs,
         reaching=reaching.reshape(tokens, k, width),
     )

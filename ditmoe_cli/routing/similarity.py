@@ -46,6 +46,7 @@ def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor
     for index, inputs in enumerate(tensors["reservoir.inputs"]):
         with torch.inference_mode(), resident_block(model, index) as block:
             found.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
+        del block  # or an offloaded model would hold two at a time
     shape = (len(found), BRANCHES, bins, experts, model.config.hidden_size)
     means = torch.stack([each.means for each in found]).reshape(shape)
     return {**tensors, "output.all_token_mean": means, "output.cka": torch.stack([each.cka for each in found])}

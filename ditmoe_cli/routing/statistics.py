@@ -160,12 +160,12 @@ def agreement(pairs: ArrayLike, k: ArrayLike) -> Agreement:
     """Return mean |A ∩ B| / k of choices A and B, at the next step, of the other branch or of the next patch.
 
     `pairs` (..., E, E) count (a, b) for a in A and b in B: a choice's k² pairs, of which as many lie on the diagonal
-    as experts are shared; `k` (...) is the number of experts chosen. By chance, with marginals p and q of the
-    pairs, it is k Σ_e p_e q_e. 0 without pairs.
+    as experts are shared, or more where slots share a merged expert; `k` (...) is the number of experts chosen. By
+    chance, with marginals p and q of the pairs, it is k Σ_e p_e q_e. 0 without pairs.
     """
     counts, per_token = _square(pairs, "pairs of experts"), np.asarray(k, dtype=np.float64)
     total = counts.sum(axis=(-2, -1))
-    kept = mean_of(per_token * np.trace(counts, axis1=-2, axis2=-1), total)
+    kept = np.minimum(mean_of(per_token * np.trace(counts, axis1=-2, axis2=-1), total), 1.0)
     products = (counts.sum(axis=-1) * counts.sum(axis=-2)).sum(axis=-1)
     return Agreement(kept, np.minimum(mean_of(per_token * products, total**2), 1.0))
 

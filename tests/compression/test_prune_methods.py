@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.compression.prune.methods import DEFAULT_METHOD, METHODS
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.routing.profile import RoutingTables, empty_tables
 
 EXPERTS, BINS = 4, 3
+# methods made of sums over step bins and branches: the table that is summed, and whether selections divide it
+SUMMED = {
+    "reap": ("gate_norm", True),
+    "man": ("norm", True),
+    "msan": ("norm_square", True),
+    "easy-ep": ("easy_ep", False),
+    "gate-mass": ("gate_mass", False),
+}
 
 
 @st.composite
@@ -26,31 +36,64 @@ def tables(draw: st.DrawFn) -> RoutingTables:
     for block, n in enumerate(experts):
         selected[block, ..., n:] = 0
     mass = selected * generator.uniform(0.1, 0.9, shape)
-    norm = mass * generator.uniform(0.5, 20.0, shape)
+    norms = [(mass * generator.uniform(0.5, 20.0, shape)).tolist() for _ in range(4)]
     cfg = draw(st.sampled_from([0.0, 0.5, 1.0, 1.5, 4.0]))
-    return RoutingTables(experts, BINS, cfg, selected.tolist(), mass.tolist(), norm.tolist())
+    optional = dict(zip(("norm", "norm_square", "easy_ep"), norms[1:], strict=True))
+    return RoutingTables(experts, BINS, cfg, selected.tolist(), mass.tolist(), norms[0], optional)
+
+
+def table_of(tables: RoutingTables, name: str) -> np.ndarray:
+    return np.array(tables.optional[name] if name in tables.optional else getattr(tables, name))
+
+
+def mapped(tables: RoutingTables, change: Callable[[np.ndarray], np.ndarray]) -> RoutingTables:
+    """Tables with a change made to every one of them."""
+    required = {name: change(table_of(tables, name)).tolist() for name in ("selected", "gate_mass", "gate_norm")}
+    optional = {name: change(np.array(table)).tolist() for name, table in tables.optional.items()}
+    return replace(tables, **required, optional=optional)
 
 
 def one_block(selected: list[list[list[float]]], norm: list[list[list[float]]], cfg: float = 1.0) -> RoutingTables:
     """Tables of one block, [branch][bin][expert] each."""
-    return RoutingTables((len(selected[0][0]),), len(selected[0]), cfg, [selected], [norm], [norm])
+    optional = {name: [norm] for name in ("norm", "norm_square", "easy_ep")}
+    return RoutingTables((len(selected[0][0]),), len(selected[0]), cfg, [selected], [norm], [norm], optional)
 
 
+@pytest.mark.parametrize("method", SUMMED)
 @given(tables())
-def test_reap_is_the_mean_gated_norm_over_routed_tokens(given_tables: RoutingTables) -> None:
+def test_scores_are_sums_weighed_by_branch(method: str, given_tables: RoutingTables) -> None:
+    name, divided = SUMMED[method]
     weight = np.array([given_tables.cfg, abs(given_tables.cfg - 1)])
-    norm = np.einsum("w,lwbe->le", weight, np.array(given_tables.gate_norm))
+    total = np.einsum("w,lwbe->le", weight, table_of(given_tables, name))
     count = np.einsum("w,lwbe->le", weight, np.array(given_tables.selected))
-    scores = METHODS["reap"].score(given_tables, 0)
+    expected = np.where(count > 0, total / np.where(count > 0, count, 1), 0.0) if divided else total
+    scores = METHODS[method].score(given_tables, 0)
     for block, n in enumerate(given_tables.experts):
-        expected = [norm[block, e] / count[block, e] if count[block, e] else 0.0 for e in range(n)]
-        assert scores[block] == pytest.approx(expected, rel=1e-12)
+        assert scores[block] == pytest.approx(expected[block, :n].tolist(), rel=1e-12)
 
 
-def test_reap_of_two_tokens_by_hand() -> None:
-    # expert 0: gates .5 and .25 on norms 2 and 4; expert 1: gate .1 on norm 30; expert 2: nothing
-    scores = METHODS["reap"].score(one_block([[[2, 1, 0]], [[0, 0, 0]]], [[[2.0, 3.0, 0.0]], [[0.0] * 3]]), 0)
-    assert scores == [[1.0, 3.0, 0.0]]
+# three tokens: expert 0 has gates .5 and .25 on norms 2 and 4, expert 1 gate .1 on norm 30; nothing chose expert 2
+BY_HAND = {
+    "reap": ([2.0, 3.0, 0.0], [1.0, 3.0, 0.0]),
+    "man": ([6.0, 30.0, 0.0], [3.0, 30.0, 0.0]),
+    "msan": ([20.0, 900.0, 0.0], [10.0, 900.0, 0.0]),
+    "gate-mass": ([0.75, 0.1, 0.0], [0.75, 0.1, 0.0]),
+    "easy-ep": ([0.5, 0.25, 0.0], [0.5, 0.25, 0.0]),
+}
+
+
+@pytest.mark.parametrize("method", BY_HAND)
+def test_scores_of_three_tokens_by_hand(method: str) -> None:
+    sums, expected = BY_HAND[method]
+    assert METHODS[method].score(one_block([[[2, 1, 0]], [[0, 0, 0]]], [[sums], [[0.0] * 3]]), 0) == [expected]
+
+
+@pytest.mark.parametrize(("method", "name"), [("man", "norm"), ("msan", "norm_square"), ("easy-ep", "easy_ep")])
+def test_a_table_that_the_profile_lacks_is_named(method: str, name: str) -> None:
+    known = one_block([[[2, 1]], [[0, 0]]], [[[1.0, 1.0]], [[0.0, 0.0]]])
+    without = replace(known, optional={n: table for n, table in known.optional.items() if n != name})
+    with pytest.raises(BadInputError, match=rf"no table '{name}'; profile without --fast"):
+        METHODS[method].score(without, 0)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +140,7 @@ def test_frequency_is_the_share_of_all_selections(counted: RoutingTables) -> Non
 
 @given(tables(), st.permutations(range(BINS)))
 def test_the_order_of_steps_does_not_matter(seen: RoutingTables, order: list[int]) -> None:
-    shuffled = replace(
-        seen,
-        selected=np.array(seen.selected)[:, :, order].tolist(),
-        gate_norm=np.array(seen.gate_norm)[:, :, order].tolist(),
-        gate_mass=np.array(seen.gate_mass)[:, :, order].tolist(),
-    )
+    shuffled = mapped(seen, lambda table: table[:, :, order])
     for method in METHODS.values():
         for a, b in zip(method.score(seen, 3), method.score(shuffled, 3), strict=True):
             assert a == pytest.approx(b)
@@ -117,12 +155,7 @@ def test_every_method_scores_every_expert_and_renamed_experts_alike(seen: Routin
         if name == "random":
             continue
         swapped_order = [*order, *range(2, max(seen.experts))]
-        swapped = replace(
-            seen,
-            selected=np.array(seen.selected)[..., swapped_order].tolist(),
-            gate_norm=np.array(seen.gate_norm)[..., swapped_order].tolist(),
-            gate_mass=np.array(seen.gate_mass)[..., swapped_order].tolist(),
-        )
+        swapped = mapped(seen, lambda table: table[..., swapped_order])  # noqa: B023
         for plain, renamed in zip(scores, method.score(swapped, 0), strict=True):
             assert renamed == pytest.approx([plain[swapped_order[e]] for e in range(len(plain))])
 
@@ -130,7 +163,7 @@ def test_every_method_scores_every_expert_and_renamed_experts_alike(seen: Routin
 def test_an_expert_that_no_token_chose_scores_zero() -> None:
     seen = one_block([[[3, 0]], [[1, 0]]], [[[2.0, 0.0]], [[1.0, 0.0]]], cfg=1.5)
     silent = one_block([[[0, 0]], [[0, 0]]], [[[0.0, 0.0]], [[0.0, 0.0]]])
-    for name in ("reap", "frequency"):
+    for name in METHODS.keys() - {"random"}:
         assert METHODS[name].score(seen, 0)[0][1] == 0.0 < METHODS[name].score(seen, 0)[0][0]
         assert METHODS[name].score(silent, 0) == [[0.0, 0.0]]
 

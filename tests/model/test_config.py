@@ -423,7 +423,7 @@ def test_each_odd_dtype_is_named(name: str, dtype: str) -> None:
         "blocks.0.moe.experts.x.up_proj.weight",
         "blocks.0.moe.experts.1.up_proj.bias",
         "blocks.0.attn.q_norm.weight",
-        "blocks.0.moe.constants",
+        "blocks.0.moe.konstants",
     ],
 )
 def test_tensors_without_a_place_are_named(name: str) -> None:

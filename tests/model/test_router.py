@@ -6,13 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.router import Router, Routing
 
 WIDTH = 6
 
 
 def router(rows: int, top_k: int, expert_of: list[int] | None = None, seed: int = 0) -> Router:
-    made = Router(WIDTH, rows, top_k, expert_of is not None).requires_grad_(False)
+    made = Router(WIDTH, BlockConfig(rows, (), 0, expert_of is not None), top_k).requires_grad_(False)
     made.weight.copy_(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed)))
     if expert_of is not None:
         made.expert_of = torch.tensor(expert_of, dtype=torch.int32)

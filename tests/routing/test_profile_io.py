@@ -36,6 +36,7 @@ from ditmoe_cli.routing.profile import (
 SPEC = SampleSpec(images=2, steps=3, cfg=1.5, seed=1, solver="ddim", classes=(0, 1, 2))
 SETTINGS = Calibration(SPEC, bins=3, reservoir=50, batch=2)
 TABLES = ("selected", "gate_mass", "gate_norm")
+OPTIONAL = ("norm", "norm_square", "easy_ep")
 Tensors = dict[str, Tensor]
 
 
@@ -82,6 +83,23 @@ def test_tables_without_torch_are_the_tensors(made: Made) -> None:
     assert (tables.experts, tables.bins, tables.cfg) == ((3, 5), 3, 1.5)
     for name in TABLES:
         assert getattr(tables, name) == made.tensors[name].tolist()
+    for name in OPTIONAL:
+        assert tables.table(name) == made.tensors[name].tolist()
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_profile_may_lack_an_optional_table(name: str, made: Made, tmp_path: Path) -> None:
+    tensors = {key: tensor for key, tensor in made.tensors.items() if key != name}
+    tables = read_profile(made.save(tmp_path / "p.safetensors", tensors)).tables
+    assert tables.optional.keys() == set(OPTIONAL) - {name}
+    with pytest.raises(BadInputError, match=rf"no table '{name}'; profile without --fast"):
+        tables.table(name)
+
+
+@pytest.mark.parametrize("name", ["reservoir.inputs", "reservoir.gamma", "counts", "output.cka"])
+def test_a_block_is_read_alone(name: str, made: Made) -> None:
+    for block, part in enumerate(made.tensors[name]):
+        assert torch.equal(made.profile.block_tensor(name, block), part)
 
 
 def test_reading_tables_needs_neither_torch_nor_numpy(made: Made) -> None:
@@ -221,7 +239,7 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", REQUIRED + OPTIONAL)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_table_of_another_shape_or_dtype_is_named(name: str, damage: str, made: Made, tmp_path: Path) -> None:
     tensors = {**made.tensors, name: DAMAGE[damage](made.tensors[name]).contiguous()}

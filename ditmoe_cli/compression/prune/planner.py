@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.names import split_name
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, RouterMode
-from ditmoe_cli.compression.prune.methods import DEFAULT_METHOD, METHODS, Scores
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
+from ditmoe_cli.compression.prune.methods import DEFAULT_METHOD, METHODS, REPLAYED, Scores
+from ditmoe_cli.compression.prune.widths import widths_of_ratio
+from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_profile_of
@@ -32,18 +36,18 @@ class Keep:
         return str(self.count if self.count is not None else self.ratio)
 
 
-def parse_keep(text: str) -> Keep:
-    """Read ``--keep``: with a decimal point a ratio in (0, 1], without one a count of at least 1."""
+def parse_keep(text: str, option: str = "--keep") -> Keep:
+    """Read ``--keep`` or its like: with a decimal point a ratio in (0, 1], without one a count of at least 1."""
     try:
         if text.lstrip("+-").isdigit():
             if int(text) < 1:
-                raise UsageError(f"--keep {text}: keep at least one expert")
+                raise UsageError(f"{option} {text}: keep at least one expert")
             return Keep(count=int(text))
         ratio = float(text)
     except ValueError:
-        raise UsageError(f"--keep {text}: give a ratio such as 0.5 or a count such as 4") from None
+        raise UsageError(f"{option} {text}: give a ratio such as 0.5 or a count such as 4") from None
     if not 0.0 < ratio <= 1.0:
-        raise UsageError(f"--keep {text}: a ratio must be above 0 and at most 1.0; a count has no decimal point")
+        raise UsageError(f"{option} {text}: a ratio must be above 0 and at most 1.0; a count has no decimal point")
     return Keep(ratio=ratio)
 
 
@@ -65,31 +69,112 @@ def kept_counts(checkpoint: Checkpoint, keep: Keep) -> list[int]:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What to prune: how many experts stay, by which method, in which router mode; `seed` is for random ones."""
+    """What to prune.
+
+    Attributes:
+        keep: experts that stay in each block; with `shared_budget` on average.
+        method: by which the experts are chosen.
+        router: what becomes of the other rows; None for each block's mode of least replayed error.
+        seed: of random choices.
+        shared_budget: spread the experts over the blocks by their replayed errors.
+        neurons: share of each expert's neurons that stays.
+        multiple: what narrowed widths are multiples of.
+        narrow_shared: narrow the shared expert too.
+        constants: let rows of dropped experts select constants in their place.
+        rank: of the linear maps beside these constants.
+        repair: how what stays is refitted, None for not at all.
+    """
 
     keep: Keep
     method: str = DEFAULT_METHOD
-    router: RouterMode = "ghost"
+    router: RouterMode | None = "ghost"
     seed: int = 0
+    shared_budget: bool = False
+    neurons: float = 1.0
+    multiple: int = 64
+    narrow_shared: bool = False
+    constants: bool = False
+    rank: int = 0
+    repair: Repair | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether choosing experts takes their weights and the profile's reservoir, not its small tables only."""
+        return self.method in REPLAYED or self.router is None or self.shared_budget
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether planning, or carrying the plan out, takes a profile."""
+        scored = self.method in REPLAYED or METHODS[self.method].needs_profile
+        return scored or self.replays or self.repair is not None or self.constants or self.neurons < 1.0
+
+    def options(self) -> dict[str, Any]:
+        """Return what stands in the plan for its reader: what was asked for, defaults left out."""
+        names = ("method", "router", "seed", "shared_budget", "neurons", "narrow_shared", "constants", "rank")
+        plain = Pruning(self.keep)
+        always = {"keep": str(self.keep), "method": self.method, "router": self.router or "auto", "seed": self.seed}
+        return always | {n: getattr(self, n) for n in names[3:] if getattr(self, n) != getattr(plain, n)}
 
 
 def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: Pruning) -> CompressionPlan:
     """Plan to keep, in every block, the experts of highest score.
 
     Ties fall to the lower number. `profile` may be None for methods that need none. Raises `InfeasibleError`
-    where fewer than top-k would stay, and `BadInputError` for a profile of another checkpoint.
+    where fewer than top-k would stay, and `BadInputError` for a profile of another checkpoint. Not for plans that
+    replay: `plan_replayed`.
     """
+    assert not pruning.replays
     if profile is not None:
         require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     counts = kept_counts(checkpoint, pruning.keep)
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
     scores = METHODS[pruning.method].score(profile.tables if profile else empty_tables(experts), pruning.seed)
+    keeps = best(scores, counts)
+    blocks = [_block_plan(checkpoint, pruning, i, keep, pruning.router or "ghost") for i, keep in enumerate(keeps)]
+    return _plan(checkpoint, profile, pruning, blocks)
+
+
+def plan_replayed(
+    checkpoint: Checkpoint, profile: RoutingProfile, pruning: Pruning, device: str, bar: ProgressBar
+) -> CompressionPlan:
+    """Plan by replayed errors, on `device`. Raises what `plan_prune` does, and `BadInputError` without a reservoir."""
+    from ditmoe_cli.compression.prune.replayed import choose_replayed
+
+    require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    counts = kept_counts(checkpoint, pruning.keep)
+    named = (checkpoint, profile, pruning.method, counts, pruning.router, pruning.shared_budget, pruning.seed)
+    choices = choose_replayed(*named, device, bar)
+    blocks = [_block_plan(checkpoint, pruning, i, choice.keep, choice.router) for i, choice in enumerate(choices)]
+    return _plan(checkpoint, profile, pruning, blocks)
+
+
+def _plan(
+    checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: Pruning, blocks: Sequence[BlockPlan]
+) -> CompressionPlan:
     return CompressionPlan(
         command="prune",
         source=checkpoint.fingerprint,
         profile=profile.digest if profile else None,
-        options={**asdict(pruning), "keep": str(pruning.keep)},
-        blocks=tuple(BlockPlan(keep, pruning.router) for keep in best(scores, counts)),
+        options=pruning.options(),
+        blocks=tuple(blocks),
+        repair=pruning.repair,
+    )
+
+
+def _block_plan(
+    checkpoint: Checkpoint, pruning: Pruning, index: int, keep: tuple[int, ...], router: RouterMode
+) -> BlockPlan:
+    """Return a block's plan: which experts stay, of which widths, and what stands in for the others."""
+    old = checkpoint.config.blocks[index]
+    ratio, multiple = pruning.neurons, pruning.multiple
+    narrows = ratio < 1.0
+    return BlockPlan(
+        keep=keep,
+        router=router,
+        widths=tuple(widths_of_ratio(old.expert_widths[e], ratio, multiple) for e in keep) if narrows else (),
+        shared_width=widths_of_ratio(old.shared_width, ratio, multiple) if narrows and pruning.narrow_shared else None,
+        constants=pruning.constants and len(keep) < len(old.expert_widths),
+        rank=pruning.rank if pruning.constants and len(keep) < len(old.expert_widths) else 0,
     )
 
 
@@ -115,8 +200,15 @@ def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
         else:
             continue
         raise BadInputError(f"{checkpoint.path}: {what}, so the bytes depend on which are kept; give a --profile")
-    blocks = tuple(BlockPlan(tuple(range(count)), pruning.router) for count in counts)
-    return CompressionPlan("prune", checkpoint.fingerprint, options={"undecided": True}, blocks=blocks)
+    if pruning.shared_budget or pruning.router is None:
+        raise BadInputError(
+            f"{checkpoint.path}: what each block keeps, and the bytes too, rests on replayed errors; give a --profile"
+        )
+    keeps = [tuple(range(count)) for count in counts]
+    blocks = tuple(_block_plan(checkpoint, pruning, i, keep, pruning.router) for i, keep in enumerate(keeps))
+    return CompressionPlan(
+        "prune", checkpoint.fingerprint, options={"undecided": True}, blocks=blocks, repair=pruning.repair
+    )
 
 
 def _expert_layouts(checkpoint: Checkpoint, block: int) -> set[frozenset[TensorInfo]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ditmoe_cli.compression.saliency import routed_mean
 from ditmoe_cli.routing.profile import RoutingTables
 
 
@@ -14,13 +15,4 @@ def scores(tables: RoutingTables, seed: int) -> list[list[float]]:
     scores 0. `seed` is unused.
     """
     del seed
-    weights = (tables.cfg, abs(tables.cfg - 1.0))
-
-    def one(block: int, expert: int) -> float:
-        mass = count = 0.0
-        for branch, weight in enumerate(weights):
-            mass += weight * sum(tables.gate_norm[block][branch][b][expert] for b in range(tables.bins))
-            count += weight * sum(tables.selected[block][branch][b][expert] for b in range(tables.bins))
-        return mass / count if count else 0.0
-
-    return [[one(block, expert) for expert in range(n)] for block, n in enumerate(tables.experts)]
+    return routed_mean(tables, tables.gate_norm)

@@ -1,0 +1,1 @@
+"""Experts as their mean plus compressed differences."""

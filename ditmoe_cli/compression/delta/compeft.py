@@ -1,0 +1,75 @@
+"""ComPEFT: differences as sparse ternary codes and one scale (Yadav et al. 2023, https://arxiv.org/abs/2311.13171).
+
+The paper keeps the largest of |Δ|, replaces them by ±α std(Δ) and searches a grid of k and α for the best accuracy.
+Here α is what minimises the Frobenius error on the kept entries, which needs no grid: α = mean |Δ| over them / std(Δ),
+so that the scale α std(Δ) is that mean itself. Codes are packed in base 3 instead of entropy-coded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.compression.delta.sizes import TERNARY_PER_BYTE, ternary_bytes
+from ditmoe_cli.errors import BadInputError, UsageError
+
+_CELLS = 3**TERNARY_PER_BYTE
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """Δ ≈ scale · codes: codes in {-1, 0, 1}, int8 of Δ's shape."""
+
+    codes: Tensor
+    scale: float
+
+    def values(self) -> Tensor:
+        """Return scale · codes in fp32."""
+        return self.codes.float() * self.scale
+
+
+def ternary(delta: Tensor, density: float) -> Ternary:
+    """Return sign(Δ) on the ⌈density · size⌉ entries of largest |Δ|, 0 elsewhere, and the best scale for them.
+
+    argmin_c ‖Δ - c · codes‖_F = Σ |Δ| / #codes over the kept entries. Ties fall to the entry that comes first; zeros
+    are never kept. Raises `UsageError` for a density outside (0, 1].
+    """
+    if not 0.0 < density <= 1.0:
+        raise UsageError(f"density of ternary codes {density}: give one above 0 and at most 1.0")
+    flat = delta.reshape(-1).double()
+    kept = flat.abs().argsort(descending=True, stable=True)[: math.ceil(density * flat.numel() - 1e-9)]
+    codes = torch.zeros_like(flat, dtype=torch.int8)
+    codes[kept] = flat[kept].sign().to(torch.int8)
+    scale = float(flat[kept].abs().sum()) / max(int(codes.count_nonzero()), 1)
+    return Ternary(codes.reshape(delta.shape), scale)
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """Return ⌈n / 5⌉ bytes that hold n codes of any shape: Σ_i (c_i + 1) 3^i over five at a time, padded with 0."""
+    flat = codes.reshape(-1)
+    digits = F.pad(flat, (0, -flat.numel() % TERNARY_PER_BYTE)).reshape(-1, TERNARY_PER_BYTE).int() + 1
+    return (digits * _powers(codes.device)).sum(dim=1).to(torch.uint8)
+
+
+def unpack_ternary(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the int8 codes of `shape` that bytes hold.
+
+    Raises `BadInputError` where their number does not fit the shape, or one stands for no codes.
+    """
+    size = math.prod(shape)
+    if packed.shape != (ternary_bytes(size),):
+        raise BadInputError(
+            f"ternary codes: {packed.numel()} bytes for shape {list(shape)}, which takes {ternary_bytes(size)}"
+        )
+    if size and int(packed.max()) >= _CELLS:
+        raise BadInputError(f"ternary codes: byte {int(packed.max())} stands for no five codes (at most {_CELLS - 1})")
+    cells = torch.arange(_CELLS, device=packed.device).unsqueeze(1) // _powers(packed.device) % 3 - 1
+    return cells.to(torch.int8)[packed.int()].reshape(-1)[:size].reshape(shape)
+
+
+def _powers(device: torch.device) -> Tensor:
+    return 3 ** torch.arange(TERNARY_PER_BYTE, device=device)

@@ -1,0 +1,1 @@
+"""Expert merging: which experts become one, and what that one is."""

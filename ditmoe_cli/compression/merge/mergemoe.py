@@ -1,0 +1,81 @@
+"""MergeMoE: merge experts' outputs, the down projection by least squares (https://arxiv.org/abs/2510.14436)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest, partition
+from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
+from ditmoe_cli.compression.merge.mean import normalised, require_equal_widths, weighted_mean
+from ditmoe_cli.compression.repair.ridge import Normal
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.experts import ExpertWeights
+
+RIDGE = 0.01
+_TOKENS = 4096  # at a time
+
+
+def group(inputs: GroupingInputs, count: int) -> Groups:
+    """Return `count` groups: the experts selected most are centres, the others join the nearest of these.
+
+    Distance is ‖[W_up, W_gate]_j - [W_up, W_gate]_c‖_F, neurons in the order they have. Raises `InfeasibleError` for
+    a count outside 1..E, and `BadInputError` where the experts differ in width.
+    """
+
+    def labels() -> list[int]:
+        centres = most_selected(inputs.selected, count)
+        return nearest(centres, -_distances(inputs.experts(), centres))
+
+    return partition(len(inputs.selected), count, labels)
+
+
+def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: MergeTokens | None) -> ExpertWeights:
+    """Return gate and up as Σ_j B_j W_j, B = α / Σ α, and the down projection that best gives Y = Σ_j B_j f_j.
+
+    With P (H, T) the merged neurons φ(u) = SiLU(W_gate u) ⊙ W_up u, S the diagonal of tokens' weights (Σ_j g_j)² w
+    and W̄ = Σ_j B_j W_down,j::
+
+        W_down = W̄ + (Y - W̄ P) S Pᵀ (P S Pᵀ + λ I)⁻¹,    λ = RIDGE · mean diagonal of P S Pᵀ
+
+    which but for the ridge is the paper's Y S Pᵀ (P S Pᵀ)⁻¹. The ridge draws towards W̄ rather than 0: few tokens, or
+    none that select a member, cannot make the error on them exceed that of the mean. Raises `BadInputError` without
+    tokens, and where the experts differ in width.
+    """
+    if tokens is None:
+        raise BadInputError("mergemoe fits to tokens, which the profile does not keep; profile without --fast")
+    mean, importance = weighted_mean(experts, shares), tokens.importance
+    width, hidden = mean.gate.shape
+    sums = Normal.empty(width, hidden, mean.gate.device)
+    for rows in torch.split((importance > 0).nonzero().flatten(), _TOKENS):
+        u = tokens.inputs[rows]
+        phi = _neurons(mean, u)
+        missing = _mean_output(experts, normalised(shares), u) - phi @ mean.down.T
+        sums.add([phi], missing, importance[rows])
+    return replace(mean, down=mean.down + sums.solve(RIDGE).T.float())
+
+
+def _mean_output(experts: Sequence[ExpertWeights], weights: Sequence[float], u: Tensor) -> Tensor:
+    """Return Σ_j B_j f_j(u), (T, D)."""
+    parts = (b * (_neurons(expert, u) @ expert.down.T) for b, expert in zip(weights, experts, strict=True))
+    return sum(parts, start=torch.zeros_like(u))
+
+
+def _distances(experts: Sequence[ExpertWeights], centres: Sequence[int]) -> Array:
+    """Return (E, N) Frobenius distances of gate and up together, from each expert to each centre."""
+    require_equal_widths(experts)
+
+    def distance(a: ExpertWeights, b: ExpertWeights) -> float:
+        return float(torch.hypot((a.gate - b.gate).norm(), (a.up - b.up).norm()))
+
+    return np.array([[distance(expert, experts[centre]) for centre in centres] for expert in experts])
+
+
+def _neurons(expert: ExpertWeights, u: Tensor) -> Tensor:
+    """Return φ(u) = SiLU(W_gate u) ⊙ W_up u, (T, H)."""
+    return F.silu(u @ expert.gate.T) * (u @ expert.up.T)

@@ -1,0 +1,23 @@
+"""NAEE: the subset of experts that reconstructs the block's output best (Lu et al. 2024, https://arxiv.org/abs/2402.14800).
+
+Tokens are routed anew among the experts that stay. The paper compares outputs of the layer; here it is what reaches the
+guided output, after γ.
+"""
+
+from __future__ import annotations
+
+from ditmoe_cli.compression.plan import RouterMode
+from ditmoe_cli.compression.prune.search import Subset, best_subset
+from ditmoe_cli.compression.replay import BlockTokens, SubsetReplay
+from ditmoe_cli.model.moe import SparseMoE
+
+
+def choose(tokens: BlockTokens, moe: SparseMoE, count: int, mode: RouterMode) -> Subset:
+    """Return the `count` experts of least replayed error Σ ‖Δ‖², ascending.
+
+    Δ is the change of the guided output of a pair of tokens, gates as `mode` says. All subsets are tried where they are
+    few, else experts are dropped greedily and then swapped. Raises `InfeasibleError` where `count` does not leave
+    enough experts for top-k.
+    """
+    replay = SubsetReplay(tokens, moe)
+    return best_subset(len(moe.experts), count, lambda subsets: replay.errors(subsets, mode).tolist())

@@ -1,0 +1,133 @@
+"""Weights computed block by block: merging, narrowing, constants, refitting.
+
+Calibration states run through the blocks as they are compressed, so that each is fitted on what the compressed ones
+below feed it. What it is fitted to is the original mixture's output on those same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe_cli.checkpoint.names import (
+    EXPERT_OF,
+    in_block,
+)
+from ditmoe_cli.checkpoint.reader import torch_dtype
+from ditmoe_cli.compression.layout import BlockLayout
+from ditmoe_cli.compression.merge.methods import METHODS as MERGES
+from ditmoe_cli.compression.plan import CompressionPlan, Repair
+from ditmoe_cli.compression.repair.refit import refit
+from ditmoe_cli.compression.spool import Spool, source_dtype
+from ditmoe_cli.compression.states import calibration_states
+from ditmoe_cli.compression.stream import Stream
+from ditmoe_cli.compression.transform import Source, expert_map, new_weights, weights_of
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.moe import SparseMoE
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.routing.calibrate import profiled_spec
+from ditmoe_cli.routing.profile import RoutingProfile
+
+TOKENS_PER_UNKNOWN = 32
+FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536
+
+
+def rebuild(
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    layouts: Sequence[BlockLayout],
+    profile: RoutingProfile,
+    spool: Spool,
+    device: str,
+    bar: ProgressBar,
+) -> tuple[float, ...]:
+    """Compute every block's new weights into `spool`; return its held-out error over that before refitting, a block.
+
+    Raises `BadInputError` for a profile that lacks what is needed, and where weights overflow their dtype.
+    """
+    config = checkpoint.config
+    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    errors = []
+    title = f"refitting {checkpoint.path.name}" if plan.repair else f"computing the weights of {checkpoint.path.name}"
+    with torch.inference_mode(), bar(title, len(layouts)) as progress:
+        stream = _stream(checkpoint, plan, layouts, profile, model) if needs_tokens(plan) else None
+        for index, layout in enumerate(layouts):
+            with model.resident(index) as block:
+                seen = stream.attend(block) if stream else None
+                tokens = stream.tokens(seen) if stream and seen else None
+                source = Source(block.moe, index, layout, plan, tokens, profile)
+                changed = mixture_of(new_weights(source), config, layout.config)
+                if plan.repair is not None:
+                    errors.append(refit(block.moe, changed, source.known_tokens, plan.repair.shared).error)
+                del block, source  # or they would stay in memory beside the next block
+            stored = _stored(checkpoint, index, layout, weights_of(changed))
+            spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
+            if stream and seen:
+                stream.advance(seen, _as_stored(stored, config, layout, device))
+            progress(1)
+    return tuple(errors)
+
+
+def needs_tokens(plan: CompressionPlan) -> bool:
+    """Tell whether weights are computed from tokens, not from the old weights and the profile's sums alone."""
+    fitted = plan.merging is not None and MERGES[plan.merging].needs_tokens
+    return plan.repair is not None or fitted or any(b.constants or b.shared_width for b in plan.blocks)
+
+
+def _stream(
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    layouts: Sequence[BlockLayout],
+    profile: RoutingProfile,
+    model: OffloadedDiTMoE,
+) -> Stream:
+    spec = profiled_spec(profile.calibration, checkpoint)
+    return Stream(model, calibration_states(profile, spec, _wanted(checkpoint.config, layouts, plan.repair)))
+
+
+def _as_stored(stored: Mapping[str, Tensor], config: DiTMoEConfig, layout: BlockLayout, device: str) -> SparseMoE:
+    """Return a mixture with its weights rounded as they are written."""
+    rounded = {name: tensor.to(device, torch.float32) for name, tensor in stored.items() if name != EXPERT_OF}
+    return mixture_of({**rounded, **expert_map(layout, device)}, config, layout.config)
+
+
+def _wanted(config: DiTMoEConfig, layouts: Sequence[BlockLayout], repair: Repair | None) -> int:
+    """Return how many states to fit on: enough tokens for the number of unknowns of an output."""
+    unknowns = max(sum(b.config.expert_widths) + b.config.shared_width + config.hidden_size for b in layouts)
+    tokens = (repair.tokens if repair else 0) or min(max(TOKENS_PER_UNKNOWN * unknowns, FEWEST_TOKENS), MOST_TOKENS)
+    return max(tokens // config.num_patches, 16)
+
+
+def mixture_of(weights: Mapping[str, Tensor], config: DiTMoEConfig, block: BlockConfig) -> SparseMoE:
+    """Return a mixture with these weights, by names within the block."""
+    with torch.device("meta"):
+        moe = SparseMoE(config.hidden_size, block, config.top_k)
+    for name, tensor in weights.items():
+        owner_name, _, leaf = name.removeprefix("moe.").rpartition(".")
+        owner = moe.get_submodule(owner_name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    return moe.eval()
+
+
+def _stored(
+    checkpoint: Checkpoint, index: int, layout: BlockLayout, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return weights in the dtypes that they are written in, on the CPU."""
+    stored = {}
+    for name, tensor in weights.items():
+        dtype = torch.int32 if name == EXPERT_OF else torch_dtype(source_dtype(checkpoint, index, layout, name))
+        stored[name] = tensor.to("cpu", dtype)
+        if tensor.is_floating_point() and not bool(stored[name].isfinite().all()):
+            raise BadInputError(
+                f"{checkpoint.path}: the computed {in_block(index, name)!r} does not fit into {dtype}; convert the "
+                "checkpoint to fp32 or bf16 first, or give --no-refit"
+            )
+    return stored

@@ -1,0 +1,1 @@
+"""Repairs without training: what makes up for experts that were dropped or changed."""

@@ -1,0 +1,181 @@
+"""Refit: the down projections of what stays are solved anew, so that they stand in for what went.
+
+Everything that a mixture computes before its down projections is kept: which experts a token goes to, with which
+routing weights g', and the neurons φ. The output is linear in the down projections, so the best ones follow from a
+regression of the original mixture's output y on the features
+
+    p = [g'_e φ_e(u)]_e  ⊕  φ_shared(u)  ⊕  m u  ⊕  m,      m = 1 - Σ_e g'_e,
+
+with g'_e = 0 where e was not selected: the kept experts, the shared expert, and for the routing mass m that no
+selected row carries a linear map L and a constant c. With W the weights as they stand, Γ the tokens' weights and y'
+the mixture's output as it stands,
+
+    W* = W + (PᵀΓP + λI)⁻¹ PᵀΓ (Y - Y'),
+
+λ being chosen on tokens of held-out images. Where the system is too large to be solved at once, its terms are
+solved one after the other, each for what the others leave, twice over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe_cli.compression.repair.ridge import Fit, Normal, fit
+from ditmoe_cli.compression.stream import Tokens
+from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.router import Routing
+
+LARGEST_SYSTEM = 6144
+SWEEPS = 2
+_TOKENS = 4096  # at a time
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a mixture's output that is linear in a weight: features (n, F) of tokens, times weight (F, D)."""
+
+    size: int
+    features: Callable[[Tensor, Routing], Tensor]
+    add: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """How a fit went.
+
+    Attributes:
+        error: error on held-out tokens of a fit to the others, over that of no fit; 1 where nothing was better. Of
+            terms solved one after the other, the product.
+        strengths: ridge strength of each system that was solved.
+    """
+
+    error: float
+    strengths: tuple[float, ...]
+
+
+def refit(original: SparseMoE, changed: SparseMoE, tokens: Tokens, shared: bool) -> Refitted:
+    """Fit `changed` to the output of `original` on `tokens`, in place; `shared`: the shared expert's too.
+
+    A residual constant and linear map are fitted where `changed` has them. Never worse than before on the held-out
+    tokens.
+    """
+    rest = _residuals(original, changed, tokens)
+    groups = _groups(_terms(changed, shared))
+    fits = [_solve(changed, terms, tokens, rest) for _ in range(SWEEPS if len(groups) > 1 else 1) for terms in groups]
+    made = [found for found in fits if found is not None]
+    return Refitted(math.prod(found.error for found in made), tuple(found.strength for found in made))
+
+
+def _solve(moe: SparseMoE, terms: Sequence[Term], tokens: Tokens, rest: Tensor) -> Fit | None:
+    """Fit some terms to what is left (T, D), take their change off it, and return the fit; None for no change."""
+    size = sum(term.size for term in terms)
+    train, held = (Normal.empty(size, rest.shape[1], rest.device) for _ in range(2))
+    for rows in _chunks(len(rest)):
+        parts, out = _features(moe, terms, tokens.inputs[rows]), tokens.held[rows]
+        for sums, mine in ((train, ~out), (held, out)):
+            sums.add([part[mine] for part in parts], rest[rows][mine], tokens.weights[rows][mine])
+    found = fit(train, held)
+    if found is None:
+        return None
+    solution = found.solution.float()
+    for rows in _chunks(len(rest)):
+        rest[rows] -= torch.cat(_features(moe, terms, tokens.inputs[rows]), dim=1) @ solution
+    for term, part in zip(terms, torch.split(solution, [term.size for term in terms]), strict=True):
+        term.add(part)
+    return found
+
+
+def _features(moe: SparseMoE, terms: Sequence[Term], inputs: Tensor) -> list[Tensor]:
+    routing = moe.gate(inputs)
+    return [term.features(inputs, routing) for term in terms]
+
+
+def _residuals(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> Tensor:
+    """Return Y - Y' (T, D)."""
+    parts = [
+        _output(original, tokens.inputs[rows]) - _output(changed, tokens.inputs[rows])
+        for rows in _chunks(len(tokens.inputs))
+    ]
+    return torch.cat(parts)
+
+
+def _output(moe: SparseMoE, inputs: Tensor) -> Tensor:
+    """Return routed plus shared output (T, D)."""
+    out: Tensor = moe(inputs.unsqueeze(0), 0, inputs[:1], None)
+    return out.squeeze(0)
+
+
+def _terms(moe: SparseMoE, shared: bool) -> list[Term]:
+    """Return the terms of a mixture that can be fitted."""
+    terms = [_expert_term(expert, index) for index, expert in enumerate(_swiglus(moe.experts))]
+    if shared:
+        terms.append(_shared_term(moe))
+    if moe.residual_linear is not None:
+        terms.append(
+            Term(moe.residual_linear.shape[1], lambda u, routing: _missing(routing) * u, _adder(moe, "residual_linear"))
+        )
+    if moe.residual_constant is not None:
+        terms.append(Term(1, lambda _, routing: _missing(routing), _adder(moe, "residual_constant")))
+    return terms
+
+
+def _swiglus(experts: nn.ModuleList) -> Iterator[SwiGLU]:
+    for expert in experts:
+        assert isinstance(expert, SwiGLU)
+        yield expert
+
+
+def _expert_term(expert: SwiGLU, index: int) -> Term:
+    def features(u: Tensor, routing: Routing) -> Tensor:
+        gates = (routing.weights * (routing.experts == index)).sum(dim=1)
+        mine = gates > 0
+        found = u.new_zeros(len(u), expert.down_proj.in_features)
+        found[mine] = expert.neurons(u[mine]) * gates[mine].unsqueeze(1)
+        return found
+
+    return Term(expert.down_proj.in_features, features, _down_adder(expert))
+
+
+def _shared_term(moe: SparseMoE) -> Term:
+    shared = moe.shared_experts
+    return Term(shared.down_proj.in_features, lambda u, _: shared.neurons(u), _down_adder(shared))
+
+
+def _down_adder(expert: SwiGLU) -> Callable[[Tensor], None]:
+    def add(change: Tensor) -> None:
+        expert.down_proj.weight = nn.Parameter(expert.down_proj.weight + change.T, requires_grad=False)
+
+    return add
+
+
+def _adder(moe: SparseMoE, name: str) -> Callable[[Tensor], None]:
+    def add(change: Tensor) -> None:
+        old = moe._buffers[name]
+        assert old is not None
+        moe._buffers[name] = old + change.T.reshape(old.shape)
+
+    return add
+
+
+def _missing(routing: Routing) -> Tensor:
+    """Return 1 - Σ g of the selected rows, (T, 1)."""
+    return 1 - routing.weights.sum(dim=1, keepdim=True)
+
+
+def _groups(terms: Sequence[Term]) -> list[list[Term]]:
+    """Return all terms in one group where the system is small enough, else in as few as possible, in order."""
+    groups: list[list[Term]] = [[]]
+    for term in terms:
+        if groups[-1] and sum(t.size for t in groups[-1]) + term.size > LARGEST_SYSTEM:
+            groups.append([])
+        groups[-1].append(term)
+    return groups
+
+
+def _chunks(total: int) -> Iterator[slice]:
+    return (slice(start, min(start + _TOKENS, total)) for start in range(0, total, _TOKENS))

@@ -1,0 +1,287 @@
+"""The exact error of a change to one block's mixture, replayed on the tokens that a profile keeps.
+
+A block adds γ ⊙ y to the residual stream, y its routed plus shared output. Under guidance s an error e of y reaches the
+guided output as s γ_c ⊙ e_c - (s - 1) γ_u ⊙ e_u, of the conditional and the unconditional token of one image, step and
+position. An error is the squared norm of that, summed over all such pairs, relative to the same of the original
+routed output.
+
+Symbols: T tokens in n pairs of B = 2 branches (without guidance n = T and B = 1), D width, E experts, R router rows
+that select something, k = top-k, C candidates: sets of physical experts that stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.plan import RouterMode
+from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.model.config import GHOST
+from ditmoe_cli.model.moe import SparseMoE
+from ditmoe_cli.routing.profile import RoutingProfile
+
+_OUTPUTS = 2**23  # elements of the outputs that are held at once
+_GATES = 2**20  # elements of the gates that are compared at once: few enough for a processor's cache
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """Tokens of one block's reservoir: the conditional ones first, then their unconditional partners in the same order.
+
+    Attributes:
+        inputs: (T, D) mixture inputs u, fp32.
+        gamma: (T, D) residual gate γ.
+        coefficients: (T,) s of conditional tokens and -(s - 1) of unconditional ones; 1 without guidance.
+        bins: (T,) step bin.
+        branches: 2 where guidance ran, else 1.
+    """
+
+    inputs: Tensor
+    gamma: Tensor
+    coefficients: Tensor
+    bins: Tensor
+    branches: int
+
+    @property
+    def pairs(self) -> int:
+        """The number n of guided tokens: pairs, or single tokens without guidance."""
+        return len(self.inputs) // self.branches
+
+    def paired(self, values: Tensor) -> Tensor:
+        """Return values of tokens (T, ...) as (n, B, ...)."""
+        return values.reshape(self.branches, self.pairs, *values.shape[1:]).transpose(0, 1)
+
+    def weighed(self, values: Tensor) -> Tensor:
+        """Return what outputs (T, ..., D) add to the guided output: times γ and their branch's coefficient."""
+        scale = self.coefficients.unsqueeze(1) * self.gamma
+        return values * scale.reshape(len(scale), *(1,) * (values.ndim - 2), -1)
+
+    def energy(self, values: Tensor) -> float:
+        """Return Σ ‖s γ_c ⊙ v_c - (s - 1) γ_u ⊙ v_u‖² over the pairs of outputs v (T, D)."""
+        return float(self.paired(self.weighed(values)).sum(dim=1).double().square().sum())
+
+    def chunks(self, pairs: int, device: torch.device) -> Iterator[BlockTokens]:
+        """Yield at most `pairs` pairs at a time, on `device`."""
+        for start in range(0, self.pairs, pairs):
+            columns = (self.inputs, self.gamma, self.coefficients, self.bins)
+            parts = [self.paired(column)[start : start + pairs].transpose(0, 1) for column in columns]
+            inputs, gamma, coefficients, bins = (part.flatten(0, 1).to(device) for part in parts)
+            yield BlockTokens(inputs, gamma, coefficients, bins, self.branches)
+
+
+def block_tokens(profile: RoutingProfile, block: int) -> BlockTokens:
+    """Read one block's tokens. Raises `BadInputError` where the profile keeps none."""
+    if "reservoir.inputs" not in profile.header.tensors:
+        option = "without --fast" if profile.calibration.get("fast") else "with a larger --reservoir"
+        raise BadInputError(f"{profile.path}: keeps no tokens to replay; profile {option}")
+    branch, state = (profile.tensor(f"reservoir.{name}").long() for name in ("branch", "state"))
+    order = branch.argsort(stable=True)
+    branch, state = branch[order], state[order]
+    cfg = float(profile.calibration["cfg"])
+    return BlockTokens(
+        inputs=profile.block_tensor("reservoir.inputs", block).float()[order],
+        gamma=profile.block_tensor("reservoir.gamma", block)[state, branch],
+        coefficients=torch.tensor([cfg, 1.0 - cfg])[branch],
+        bins=profile.tensor("states.bin").long()[state],
+        branches=int(branch.max()) + 1,
+    )
+
+
+def relative_error(tokens: BlockTokens, difference: Tensor, routed: Tensor) -> float:
+    """Return the guided error of a difference of outputs (T, D), relative to the original routed output (T, D)."""
+    return _ratio(tokens.energy(difference), tokens.energy(routed))
+
+
+def _ratio(error: float, reference: float) -> float:
+    """Return error / reference; of a block that adds nothing, 0 where it still does."""
+    if reference:
+        return error / reference
+    return math.inf if error else 0.0
+
+
+@torch.no_grad()
+def replay_error(tokens: BlockTokens, original: SparseMoE, changed: SparseMoE) -> float:
+    """Return the error of `changed` in the place of `original`, whatever the change: in experts, routing or format.
+
+    Routed plus shared outputs are compared, relative to the original routed output.
+    """
+    error = reference = 0.0
+    for part in _chunks(tokens, original):
+        before, after = _output(original, part), _output(changed, part)
+        error += part.energy(after - before)
+        reference += part.energy(before - _shared(original, part))
+    return _ratio(error, reference)
+
+
+def _inputs(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
+    return tokens.inputs.to(moe.gate.weight.dtype)
+
+
+def _output(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
+    """Return routed plus shared output (T, D) in fp32."""
+    out: Tensor = moe(_inputs(moe, tokens).unsqueeze(0), 0, tokens.gamma, None)
+    return out.squeeze(0).float()
+
+
+def _shared(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
+    """Return the shared expert's output (T, D) in fp32."""
+    out: Tensor = moe.shared_experts(_inputs(moe, tokens))
+    return out.float()
+
+
+def _chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[BlockTokens]:
+    """Yield so many tokens at a time that the outputs of all router rows fit into `_OUTPUTS`."""
+    weight = moe.gate.weight  # (R, D)
+    return tokens.chunks(max(_OUTPUTS // (tokens.branches * weight.numel()), 1), weight.device)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The selectable router rows of each token, best first.
+
+    Attributes:
+        order: (n, B, R) row at each rank.
+        probabilities: (n, B, R) probability at each rank, of a softmax over all rows.
+        gates: (n, B, k) routing weights of the k best as the block has them.
+        whole: (n, B) sum of the k largest probabilities of all rows, selectable or not.
+        targets: (R,) what each row selects: an expert e >= 0, or a constant below.
+        mass: whether the block's gates are scaled to `whole` already, as they then stay.
+    """
+
+    order: Tensor
+    probabilities: Tensor
+    gates: Tensor
+    whole: Tensor
+    targets: Tensor
+    mass: bool
+
+    def experts(self, ranks: int) -> Tensor:
+        """Return what the rows of the best ranks select, (T, ranks)."""
+        return self.targets[self.order[..., :ranks]].transpose(0, 1).flatten(0, 1)
+
+    def changes(self, keep: Tensor, mode: RouterMode) -> Tensor:
+        """Return by how much gates change at each rank if only the experts `keep` (C, E) stay, (n, B, ranks, C).
+
+        The k best of the rows that stay are selected: with the gates p they have (``ghost``), with p over the sum of p
+        of the rows that stay (``slice``), or with p scaled per token so that their sum is that of the k largest p of
+        all rows (``mass``). Ranks that no candidate can select are left out. Raises `InfeasibleError` where fewer than
+        k rows stay.
+        """
+        stays = keep[:, self.targets.clamp_min(0)] | (self.targets < 0)  # constants always stay
+        k = self.gates.shape[-1]
+        fewest = int(stays.sum(dim=1).min())
+        if fewest < k:
+            raise InfeasibleError(f"{fewest} router rows would stay, fewer than top-{k} routing needs")
+        ranks = k + len(self.targets) - fewest
+        order, probabilities = self.order[..., :ranks], self.probabilities[..., :ranks].unsqueeze(-1)
+        left = stays.T.to(torch.uint8)[order]
+        gates = (left * (left.cumsum(dim=2, dtype=torch.int16) <= k)) * probabilities
+        if mode == "slice":
+            remaining = torch.zeros_like(self.probabilities).scatter_(-1, self.order, self.probabilities)
+            gates /= (remaining @ stays.T.float()).clamp_min(_TINY).unsqueeze(2)
+        elif mode == "mass" or self.mass:
+            gates *= (self.whole.unsqueeze(-1) / gates.sum(dim=2).clamp_min(_TINY)).unsqueeze(2)
+        gates[:, :, :k] -= self.gates.unsqueeze(-1)
+        return gates
+
+
+def rank(tokens: BlockTokens, moe: SparseMoE) -> Ranking:
+    """Route tokens, and rank the rows that each may select."""
+    routing = moe.gate(_inputs(moe, tokens))
+    everything = torch.arange(routing.probabilities.shape[-1], device=routing.probabilities.device)
+    expert_of = everything if moe.gate.expert_of is None else moe.gate.expert_of.long()
+    selectable = expert_of != GHOST
+    probabilities, order = routing.probabilities[:, selectable].sort(dim=-1, descending=True, stable=True)
+    return Ranking(
+        order=tokens.paired(order),
+        probabilities=tokens.paired(probabilities),
+        gates=tokens.paired(routing.weights.float()),
+        whole=tokens.paired(routing.probabilities.topk(moe.gate.top_k, dim=-1).values.sum(dim=-1)),
+        targets=expert_of[selectable],
+        mass=moe.gate.mass,
+    )
+
+
+def contributions(tokens: BlockTokens, moe: SparseMoE, ranking: Ranking, ranks: int) -> Tensor:
+    """Return what each rank adds to the guided output per unit of its gate, (n, B ranks, D).
+
+    That is c γ ⊙ (f - r): c the branch's coefficient, f the output of what the row selects, and r what a refitted block
+    adds per unit of routing mass that is left over, otherwise 0.
+    """
+    u = _inputs(moe, tokens)
+    outputs = moe.expert_outputs(u, ranking.experts(ranks))
+    left_over = moe.left_over(u, u.new_zeros(len(u), 1))
+    if left_over is not None:
+        outputs = outputs - left_over.unsqueeze(1)
+    return tokens.paired(tokens.weighed(outputs.float())).flatten(1, 2)
+
+
+def ranked_chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[tuple[BlockTokens, Ranking]]:
+    """Yield some tokens at a time, and their ranking."""
+    return ((part, rank(part, moe)) for part in _chunks(tokens, moe))
+
+
+def kept_experts(subsets: Sequence[Sequence[int]], experts: int, device: torch.device) -> Tensor:
+    """Return which experts each subset keeps, (C, E)."""
+    keep = torch.zeros(len(subsets), experts, dtype=torch.bool)
+    for row, subset in zip(keep, subsets, strict=True):
+        row[list(subset)] = True
+    return keep.to(device)
+
+
+class SubsetReplay:
+    """The exact error of keeping any subset of a block's experts, tokens routed anew: Δgᵀ K Δg over all pairs.
+
+    K (B R, B R) is the Gram of what each row can add to a pair's guided output, in the order of the pair's ranks; it is
+    computed once. Δg is the change of the gates. Memory is n (B R)² numbers. `reference` is the energy of the original
+    routed output, which errors are relative to.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tokens: BlockTokens, moe: SparseMoE) -> None:
+        self._experts, self._device = len(moe.experts), moe.gate.weight.device
+        self._parts: list[tuple[Ranking, Tensor]] = []
+        self.reference = 0.0
+        for part, ranking in ranked_chunks(tokens, moe):
+            rows = contributions(part, moe, ranking, len(ranking.targets))
+            gram = (rows @ rows.mT).reshape(part.pairs, *(part.branches, len(ranking.targets)) * 2)
+            self._parts.append((ranking, gram))
+            self.reference += part.energy(_output(moe, part) - _shared(moe, part))
+
+    def errors(self, subsets: Sequence[Sequence[int]], mode: RouterMode) -> Tensor:
+        """Return each subset's error relative to the original routed output, (C,) in float64.
+
+        `subsets` list the physical experts that stay. Raises `InfeasibleError` where fewer than top-k rows would.
+        """
+        keep = kept_experts(subsets, self._experts, self._device)
+        total = sum((_part_errors(*part, keep, mode) for part in self._parts), torch.zeros(len(keep)).double())
+        return torch.tensor([_ratio(error, self.reference) for error in total.tolist()], dtype=torch.float64)
+
+
+def _part_errors(ranking: Ranking, gram: Tensor, keep: Tensor, mode: RouterMode) -> Tensor:
+    """Return Σ Δgᵀ K Δg of each candidate (C, E) over some pairs, (C,), some candidates at a time."""
+    size = max(_GATES // ranking.order.numel(), 1)
+    return torch.cat([_energies(gram, ranking.changes(some, mode)) for some in torch.split(keep, size)]).cpu()
+
+
+def _energies(gram: Tensor, gates: Tensor) -> Tensor:
+    """Return Σ gᵀ K g over pairs, (C,), of gates (n, B, ranks, C) at the best ranks of K (n, B, R, B, R)."""
+    ranks = gates.shape[2]
+    matrix = gram[:, :, :ranks, :, :ranks].flatten(3, 4).flatten(1, 2)
+    columns = gates.flatten(1, 2)
+    return ((matrix @ columns) * columns).sum(dim=(0, 1), dtype=torch.float64).clamp_min(0)
+
+
+def fixed_gate_errors(gram: Tensor, subsets: Sequence[Sequence[int]]) -> Tensor:
+    """Return Σ_{i,j dropped} A_ij of a gated Gram A (E, E), (C,) in float64: a cheap first look at subsets to keep.
+
+    With A_ij = Σ ⟨g_i f_i, g_j f_j⟩ over outputs as they reach the guided output, that is the error of subsets, times
+    the energy of the routed output, if no token were routed anew.
+    """
+    dropped = (~kept_experts(subsets, len(gram), gram.device)).double()
+    return ((dropped @ gram.double()) * dropped).sum(dim=1)

@@ -1,0 +1,62 @@
+"""Computed weights on their way to the writer, which asks for tensors in an order of its own: a file for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditmoe_cli.checkpoint.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
+from ditmoe_cli.compression.layout import BlockLayout
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spool:
+    """A folder of safetensors files, one for each block."""
+
+    folder: Path
+
+    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a block's tensors under their full names."""
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
+
+    def read(self, name: str) -> memoryview:
+        """Return a tensor's bytes."""
+        from safetensors import safe_open
+
+        from ditmoe_cli.checkpoint.reader import tensor_bytes
+
+        block = split_name(name).block
+        assert block is not None
+        with safe_open(self._file(block), "pt") as file:
+            return tensor_bytes(file.get_tensor(name))
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+
+def expert_map_bytes(selects: Sequence[int]) -> bytes:
+    """Return an ``expert_of`` map as it is stored."""
+    return b"".join(expert.to_bytes(4, "little", signed=True) for expert in selects)
+
+
+def source_dtype(checkpoint: Checkpoint, block: int, layout: BlockLayout, name: str) -> str:
+    """Return the dtype of a computed tensor (named within its block): that of the weight that it comes from.
+
+    What the checkpoint has no word for gets the dtype of the router.
+    """
+    expert = split_name(in_block(block, name)).expert
+    if expert is not None:
+        source = in_expert(block, layout.members[expert][0], split_name(in_block(block, name)).rest)
+    elif name in {f"{SHARED}.{matrix}.weight" for matrix in MATRICES}:
+        source = in_block(block, name)
+    else:
+        source = in_block(block, ROUTER)
+    return checkpoint.weights[source].info.dtype
