@@ -144,10 +144,14 @@ def make_pico(
     widths: tuple[tuple[int, ...], ...] | None = None,
     shared_width: int | None = None,
     expert_of: tuple[tuple[int, ...], ...] | None = None,
+    extras: Mapping[str, Any] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Pico:
-    """Build a pico DiT-MoE; `widths` and `expert_of` give each block's expert widths and router map."""
+    """Build a pico DiT-MoE; `widths` and `expert_of` give each block's expert widths and router map.
+
+    `extras` are further fields of all blocks' `BlockConfig`, as constants and residual maps.
+    """
     shared = 2 * hidden if shared_width is None else shared_width
     per_block = widths or ((hidden * 2,) * experts,) * depth
     rows = [len(m) for m in expert_of] if expert_of else [len(w) for w in per_block]
@@ -163,7 +167,10 @@ def make_pico(
         top_k=top_k,
         attention="flash" if attention == "flash" else "timm",
         sampler="rf" if sampler == "rf" else "ddpm",
-        blocks=tuple(BlockConfig(r, w, shared, expert_of is not None) for r, w in zip(rows, per_block, strict=True)),
+        blocks=tuple(
+            BlockConfig(r, w, shared, expert_of is not None, **(extras or {}))
+            for r, w in zip(rows, per_block, strict=True)
+        ),
     )
     generator = torch.Generator().manual_seed(seed)
     state = {name: _random(name, shape, generator) for name, shape in expected_weights(config).items()}

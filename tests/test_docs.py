@@ -16,6 +16,7 @@ COMMANDS = (
     "convert",
     "profile-experts",
     "prune",
+    "merge",
     "quantize",
     "plan",
     "apply",

@@ -27,12 +27,12 @@ def test_the_demo_trains_and_loads(tmp_path: Path) -> None:
     assert (model.config.depth, model.config.num_experts, model.config.sampler) == (4, 8, "rf")
 
 
-def test_the_pruning_benchmark_prints_a_row_per_variant(tmp_path: Path) -> None:
-    script = str(EXAMPLES / "benchmarks" / "expert_pruning.py")
-    options = ("demo:digits", "--images", "8", "--steps", "2", "--calibrations", "1")
+def test_the_reduction_benchmark_prints_a_row_per_variant(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmarks" / "expert_reduction.py")
+    options = ("demo:digits", "--images", "8", "--steps", "2", "--calibrations", "1", "--only", "reap --no-refit")
     lines = run_example(sys.executable, script, *options, cwd=tmp_path).splitlines()
-    assert len(lines) == 7
-    assert lines[2].startswith("| reap | ghost |")
+    assert len(lines) == 3
+    assert lines[2].startswith("| prune reap --no-refit |")
 
 
 def test_the_pipeline_script_ends_in_equal_files(tmp_path: Path) -> None:

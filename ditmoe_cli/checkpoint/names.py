@@ -15,6 +15,7 @@ _EXPERT = re.compile(r"^moe\.experts\.(\d+)\.(.+)$")
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 SHARED = "moe.shared_experts"
+BASE = "moe.base"
 ROUTER = "moe.gate.weight"
 EXPERT_OF = "moe.gate.expert_of"
 CONSTANTS = "moe.constants"

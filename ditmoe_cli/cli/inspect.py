@@ -51,11 +51,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "formats": dict(sorted(Counter(w.format or w.info.dtype for w in checkpoint.weights.values()).items())),
         "router_rows": [block.router_rows for block in checkpoint.config.blocks],
         "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
+        "loads_upstream": loads_upstream(checkpoint),
         "extractor": checkpoint.card.extractor,
         "history": [step.command for step in provenance.history] if provenance else [],
         "assumptions": list(checkpoint.assumptions),
         "warnings": list(checkpoint.warnings),
     }
+
+
+def loads_upstream(checkpoint: Checkpoint) -> bool:
+    """Tell whether upstream's code can hold these tensors: plain weights, and blocks alike in experts and widths."""
+    blocks = checkpoint.config.blocks
+    alike = len({(block.expert_widths, block.shared_width) for block in blocks}) == 1
+    widths = len(set(blocks[0].expert_widths)) == 1
+    return (
+        alike and widths and all(b.upstream for b in blocks) and not any(w.format for w in checkpoint.weights.values())
+    )
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
@@ -88,6 +99,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
         ("formats", ", ".join(f"{count} {name}" for name, count in result["formats"].items())),
         ("layout", result["layout"]),
         ("sampler", config["sampler"]),
+        ("loads upstream", "yes" if result["loads_upstream"] else "no"),
         ("history", " > ".join(result["history"]) or "none"),
         *(("assumed", text) for text in result["assumptions"]),
         *(("warning", text) for text in result["warnings"]),

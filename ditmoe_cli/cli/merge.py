@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -33,7 +34,7 @@ from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from ditmoe_cli.compression.merge.planner import Merging
-    from ditmoe_cli.compression.plan import CompressionPlan
+    from ditmoe_cli.compression.plan import CompressionPlan, Delta
     from ditmoe_cli.model.checkpoint import Checkpoint
     from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -50,6 +51,23 @@ RouterOpt = Annotated[
         help="map: all rows stay, and routing weights of merged experts add; slice: one row a group (loads upstream).",
     ),
 ]
+DeltaOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--delta",
+        metavar="svd|ternary",
+        help="In place of --groups: all experts stay, stored as their mean and compressed differences from it.",
+    ),
+]
+DeltaRatioOpt = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--delta-ratio",
+        metavar="R",
+        help="svd: weights of a difference's factors over those of its matrix; ternary: share of entries other than "
+        "0. [default: 0.25 and 0.5]",
+    ),
+]
 ListOpt = Annotated[bool, typer.Option("--list-methods", help="Print the methods with their sources, and stop.")]
 
 
@@ -58,6 +76,8 @@ def run(
     groups: GroupsOpt = None,
     method: MethodOpt = "m-smoe",
     router: RouterOpt = "map",
+    delta: DeltaOpt = None,
+    delta_ratio: DeltaRatioOpt = None,
     profile: ProfileOpt = None,
     refit: RefitOpt = True,
     refit_tokens: RefitTokensOpt = 0,
@@ -73,17 +93,17 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge each block's experts into fewer.
+    """Merge each block's experts into fewer, or store them as differences.
 
     Needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
     """
     if list_methods:
         return print_methods(Printing(json))
-    merging = parse_merging(groups, method, router, refit, refit_tokens)
+    wanted = parse_delta(delta, delta_ratio, groups) or parse_merging(groups, method, router, refit, refit_tokens)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
-    target = output or default_output(opened.path, f"merge-groups{groups}")
-    plan, used = choose(stage, opened, merging, profile, dry_run, target, device, force)
+    target = output or default_output(opened.path, suffix(wanted))
+    plan, used = choose(stage, opened, wanted, profile, dry_run, target, device, force)
     printing = Printing(json, quiet)
     if dry_run:
         return preview(stage, opened, plan, target, force, max_shard_size, printing, decided=plan.decided)
@@ -107,7 +127,7 @@ def parse_merging(groups: str | None, method: str, router: str, refit: bool, tok
     from ditmoe_cli.compression.prune.planner import parse_keep
 
     if groups is None:
-        raise UsageError("--groups is missing: give a ratio such as 0.5 or a count such as 4")
+        raise UsageError("--groups is missing: give a ratio such as 0.5 or a count such as 4, or --delta in its place")
     if method not in METHODS:
         raise UsageError(f"--method {method}: unknown; choose {', '.join(METHODS)}")
     if router not in ("map", "slice"):
@@ -116,10 +136,60 @@ def parse_merging(groups: str | None, method: str, router: str, refit: bool, tok
     return Merging(parse_keep(groups, "--groups"), method, "slice" if router == "slice" else "ghost", repair)
 
 
+def parse_delta(kind: str | None, ratio: float | None, groups: str | None) -> Delta | None:
+    """Return how to store differences, None where that is not asked for. Raises `UsageError`."""
+    from ditmoe_cli.compression.delta.planner import DEFAULT_RATIOS
+    from ditmoe_cli.compression.plan import Delta
+
+    if kind is None:
+        if ratio is not None:
+            raise UsageError("--delta-ratio needs --delta svd or --delta ternary")
+        return None
+    if groups is not None:
+        raise UsageError("--groups and --delta exclude each other: differences leave every expert in its place")
+    known = next((name for name in DEFAULT_RATIOS if name == kind), None)
+    if known is None:
+        raise UsageError(f"--delta {kind}: choose {' or '.join(DEFAULT_RATIOS)}")
+    chosen = DEFAULT_RATIOS[known] if ratio is None else ratio
+    if not 0.0 < chosen <= 1.0:
+        raise UsageError(f"--delta-ratio {chosen}: give a number above 0 and at most 1.0")
+    return Delta(known, chosen)
+
+
+def suffix(wanted: Merging | Delta) -> str:
+    """Return what the default output's name ends in."""
+    from ditmoe_cli.compression.plan import Delta
+
+    return f"merge-{wanted.kind}{wanted.ratio:g}" if isinstance(wanted, Delta) else f"merge-groups{wanted.groups}"
+
+
+def check(checkpoint: Checkpoint, wanted: Merging | Delta) -> None:
+    """Refuse what cannot be done to the checkpoint, before it is profiled."""
+    from ditmoe_cli.compression.delta.sizes import delta_tensors
+    from ditmoe_cli.compression.merge.planner import group_counts
+    from ditmoe_cli.compression.plan import Delta
+
+    if isinstance(wanted, Delta):
+        delta_tensors(checkpoint, wanted)
+    else:
+        group_counts(checkpoint, wanted)
+
+
+def planned(checkpoint: Checkpoint, wanted: Merging | Delta, profile: RoutingProfile | None) -> CompressionPlan:
+    """Return the plan; without a profile an undecided one."""
+    from ditmoe_cli.compression.delta.planner import plan_delta
+    from ditmoe_cli.compression.merge.planner import plan_merge, undecided_merge
+    from ditmoe_cli.compression.plan import Delta
+
+    if isinstance(wanted, Delta):
+        return plan_delta(checkpoint, wanted, profile)
+    return plan_merge(checkpoint, profile, wanted, progress) if profile else undecided_merge(checkpoint, wanted)
+
+
 def choose(
     stage: Stage,
     checkpoint: Checkpoint,
-    merging: Merging,
+    wanted: Merging | Delta,
     profile: Path | None,
     dry_run: bool,
     target: Path,
@@ -131,25 +201,24 @@ def choose(
     A dry run never profiles: without a profile its plan is undecided.
     """
     from ditmoe_cli.checkpoint.staging import check_target
-    from ditmoe_cli.compression.merge.planner import group_counts, plan_merge, undecided_merge
     from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
 
-    group_counts(checkpoint, merging)
+    check(checkpoint, wanted)
     given_profile = profile or (Path(stage.profile) if stage.profile else None)
     if dry_run:
         found = usable_profile(checkpoint, given_profile)
-        return (
-            plan_merge(checkpoint, found, merging, progress) if found else undecided_merge(checkpoint, merging)
-        ), found
+        return planned(checkpoint, wanted, found), found
     read = [given_profile] if given_profile and given_profile.is_file() else []
     check_target(target.absolute(), force, [checkpoint.path, *read])
     beside = target.absolute().parent
     found = valid_profile(checkpoint, given_profile, beside, lambda: checked_device(device), progress, note)
-    return plan_merge(checkpoint, found, merging, progress), found
+    return planned(checkpoint, wanted, found), found
 
 
 def merged_details(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
     """Return what a merge did, for the result."""
+    if plan.delta is not None:
+        return {"delta": asdict(plan.delta)}
     groups = [
         [[lead, *(e for e, into in block.merged if into == lead)] for lead in block.keep] for block in plan.blocks
     ]

@@ -152,12 +152,17 @@ def require_safetensors(path: Path) -> Path:
     return path
 
 
-def parse_repair(refit: bool, tokens: int, router: str) -> Repair | None:
-    """Return how to refit. What upstream has no word for is left out of sliced checkpoints, which are to load there."""
+def parse_repair(refit: bool, tokens: int, router: str, scale: bool = False) -> Repair | None:
+    """Return how to refit, or scale instead.
+
+    What upstream has no word for is left out of sliced checkpoints, which are to load there.
+    """
     from ditmoe_cli.compression.plan import Repair
     from ditmoe_cli.errors import UsageError
 
     if tokens < 0:
         raise UsageError(f"--refit-tokens {tokens}: must be at least 0")
-    beyond = router != "slice"
-    return Repair(constant=beyond, linear=beyond, tokens=tokens) if refit else None
+    if not refit and scale:
+        raise UsageError("--scale is a repair; leave out --no-refit")
+    beyond = router != "slice" and not scale
+    return Repair(scale, not scale, beyond, beyond, tokens) if refit else None

@@ -46,5 +46,6 @@ def rows(plan: CompressionPlan) -> list[Row]:
         ("by profile", plan.profile or "none"),
         ("options", ", ".join(f"{name} {value}" for name, value in plan.options.items()) or "none"),
         *((f"block {i}", f"{b.router}, keeps {' '.join(map(str, b.keep))}") for i, b in enumerate(plan.blocks)),
+        *([("differences", f"{plan.delta.kind} {plan.delta.ratio:g}")] if plan.delta else []),
         *(("quantises", f"{count} weights to {fmt}") for fmt, count in sorted(formats.items())),
     ]

@@ -53,6 +53,9 @@ RouterOpt = Annotated[
         "block's of least replayed error.",
     ),
 ]
+ScaleOpt = Annotated[
+    bool, typer.Option("--scale", help="Instead of refitting, fit a factor for each kept expert's output.")
+]
 AllocateOpt = Annotated[
     str,
     typer.Option("--allocate", metavar="uniform|global", help="global: blocks share the budget by replayed error."),
@@ -78,6 +81,7 @@ def run(
     profile: ProfileOpt = None,
     refit: RefitOpt = True,
     refit_tokens: RefitTokensOpt = 0,
+    scale: ScaleOpt = False,
     allocate: AllocateOpt = "uniform",
     neurons: NeuronsOpt = 1.0,
     multiple: MultipleOpt = 64,
@@ -104,8 +108,8 @@ def run(
     if list_methods:
         return print_methods(Printing(json))
     pruning = replace(
-        parse_pruning(keep, method, router, seed),
-        repair=parse_repair(refit, refit_tokens, router),
+        parse_pruning("1.0" if keep is None and neurons != 1.0 else keep, method, router, seed),
+        repair=parse_repair(refit, refit_tokens, router, scale),
         shared_budget=parse_allocation(allocate),
         **parse_replacement(neurons, multiple, narrow_shared, constants, residual_rank),
     )
@@ -150,8 +154,8 @@ def parse_replacement(neurons: float, multiple: int, shared: bool, constants: bo
 
 def default_name(keep: str | None, neurons: float) -> str:
     """Return what the output is called after the input."""
-    kept = f"prune-keep{keep}" if keep is not None else "prune"
-    return kept if neurons == 1.0 else f"{kept}-neurons{neurons}"
+    parts = ("prune", f"keep{keep}" if keep is not None else "", f"neurons{neurons}" if neurons != 1.0 else "")
+    return "-".join(filter(None, parts))
 
 
 def parse_pruning(keep: str | None, method: str, router: str, seed: int) -> Pruning:
@@ -161,7 +165,9 @@ def parse_pruning(keep: str | None, method: str, router: str, seed: int) -> Prun
     from ditmoe_cli.compression.prune.planner import Pruning, parse_keep
 
     if keep is None:
-        raise UsageError("--keep is missing: give a ratio such as 0.5 or a count such as 4")
+        raise UsageError(
+            "--keep is missing: give a ratio such as 0.5 or a count such as 4, or --neurons to narrow only"
+        )
     if method not in (*METHODS, *REPLAYED):
         raise UsageError(f"--method {method}: unknown; choose {', '.join((*METHODS, *REPLAYED))}")
     if router not in ("auto", *get_args(RouterMode)):

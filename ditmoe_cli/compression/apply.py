@@ -18,6 +18,7 @@ from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, in_block, in_expert, 
 from ditmoe_cli.checkpoint.provenance import Provenance, Step
 from ditmoe_cli.checkpoint.staging import check_target
 from ditmoe_cli.checkpoint.writer import Output
+from ditmoe_cli.compression.delta.sizes import delta_tensors
 from ditmoe_cli.compression.layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.spool import Spool, expert_map_bytes, source_dtype
@@ -74,7 +75,10 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
         tensors += _transformed(checkpoint, plan, layouts, weight)
     for i, layout in enumerate(layouts):
         tensors += _rebuilt(checkpoint, i, layout) if layout.rebuilt else _expert_map(i, layout)
-    tensors.sort(key=lambda tensor: natural_key(tensor.info.name))
+    if plan.delta is not None:
+        tensors += [PlannedTensor(info, None) for info in delta_tensors(checkpoint, plan.delta)]
+    once = {tensor.info.name: tensor for tensor in tensors}  # bases are members of several weights
+    tensors = sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))
     config = replace(checkpoint.config, blocks=tuple(layout.config for layout in layouts) or checkpoint.config.blocks)
     history = (*base.history, Step(plan.command, plan.source, plan.digest))
     provenance = Provenance(config.to_json(), history, base.card)
@@ -102,11 +106,8 @@ def apply(
         return Applied(_write(checkpoint, planned, output, bar, None))
     check_target(output.path, output.force, [checkpoint.path])
     with TemporaryDirectory(prefix="ditmoe-") as folder:
-        from ditmoe_cli.compression.rebuild import rebuild
-
         spool = Spool(Path(folder))
-        layouts = block_layouts(checkpoint, plan)
-        repaired = rebuild(checkpoint, plan, layouts, _profile_of(plan, profile), spool, device, bar or silent_bar)
+        repaired = _compute(checkpoint, plan, _profile_of(plan, profile), spool, device, bar or silent_bar)
         return Applied(_write(checkpoint, planned, output, bar, spool), repaired)
 
 
@@ -116,6 +117,20 @@ class Applied:
 
     bytes: int
     repaired: tuple[float, ...] = ()
+
+
+def _compute(
+    checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, spool: Spool, device: str, bar: ProgressBar
+) -> tuple[float, ...]:
+    """Compute into `spool` what is not copied; return each block's error as `Applied` has it."""
+    if plan.delta is not None:
+        from ditmoe_cli.compression.delta.encode import encode
+
+        encode(checkpoint, plan.delta, profile, spool, device, bar)
+        return ()
+    from ditmoe_cli.compression.rebuild import rebuild
+
+    return rebuild(checkpoint, plan, block_layouts(checkpoint, plan), profile, spool, device, bar)
 
 
 def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> RoutingProfile:
@@ -180,8 +195,15 @@ def _check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
         )
     if plan.blocks and len(plan.blocks) != config.depth:
         raise BadInputError(f"the plan has {len(plan.blocks)} blocks, {checkpoint.path} has {config.depth}")
+    if plan.delta is not None and (plan.blocks or plan.merging or plan.repair):
+        raise BadInputError(
+            "the plan stores experts as differences and changes which experts there are; make that two plans, the "
+            "differences last"
+        )
     for name, fmt in plan.formats.items():
         _check_format(checkpoint, name, fmt)
+        if plan.delta is not None and split_name(name).expert is not None:
+            raise BadInputError(f"the plan stores {name!r} as {fmt} and as a difference; choose one")
 
 
 def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:
@@ -206,6 +228,8 @@ def _transformed(
     """Return the output tensors that come of one weight; none where its expert is dropped."""
     name = weight.info.name
     parts = split_name(name)
+    if plan.delta is not None and parts.expert is not None:
+        return []  # written as a difference
     if layouts and parts.block is not None and parts.rest.startswith("moe.") | (parts.expert is not None):
         layout = layouts[parts.block]
         if layout.rebuilt or parts.rest == EXPERT_OF:
@@ -222,13 +246,17 @@ def _transformed(
 
 
 def _moved(checkpoint: Checkpoint, weight: Weight, old: str, new: str, fmt: Format | None) -> list[PlannedTensor]:
-    """Return a weight's members with the prefix `old` of their names replaced by `new`, packed if `fmt` is given."""
+    """Return a weight's members with the prefix `old` of their names replaced by `new`, packed if `fmt` is given.
+
+    The base of an expert's matrix is none of the expert's own, and keeps its name.
+    """
     if fmt is not None:
         target = replace(weight.info, name=new + weight.info.name.removeprefix(old))
         return _packed(checkpoint, weight.info.name, target, fmt)
     moved = []
     for member in weight.members:
-        info = replace(checkpoint.header.tensors[member], name=new + member.removeprefix(old))
+        name = new + member.removeprefix(old) if member.startswith(old) else member
+        info = replace(checkpoint.header.tensors[member], name=name)
         moved.append(PlannedTensor(info, _reading(checkpoint, member)))
     return moved
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ditmoe_cli.checkpoint.formats import Format
+from ditmoe_cli.checkpoint.formats import DeltaFormat, Format
 from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
 from ditmoe_cli.errors import BadInputError
 
@@ -67,14 +67,27 @@ class Repair:
     """How what stays is fitted to what went, block after block.
 
     Down projections of the routed experts are solved anew; with `shared` the shared expert's too; with `constant` and
-    `linear` the routing mass that selected rows do not carry is given a constant and a linear map. `tokens` to fit on,
-    0 for a number that suits the size of the system.
+    `linear` the routing mass that selected rows do not carry is given a constant and a linear map. With `scale` nothing
+    but a factor for each kept expert is fitted. `tokens` to fit on, 0 for a number that suits the size of the system.
     """
 
+    scale: bool = False
     shared: bool = True
     constant: bool = True
     linear: bool = True
     tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """How every block's experts are stored as one base and what each differs from it by.
+
+    `ratio` is, of ``svd``, the weights of the two factors over those of a matrix; of ``ternary`` the share of entries
+    that are not 0.
+    """
+
+    kind: DeltaFormat
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class CompressionPlan:
         formats: quantised format of each weight that gets one.
         merging: the method by which experts are merged, where some are.
         repair: how weights are refitted after; None where they are not.
+        delta: how experts are stored as differences, all of which then stay; None where they are stored whole.
     """
 
     command: str
@@ -100,11 +114,13 @@ class CompressionPlan:
     formats: Mapping[str, Format] = field(default_factory=dict)
     merging: str | None = None
     repair: Repair | None = None
+    delta: Delta | None = None
 
     @property
     def rebuilds(self) -> bool:
         """Whether weights are computed from calibration data, which takes the profile."""
-        return bool(self.blocks) and (self.repair is not None or any(block.rebuilds for block in self.blocks))
+        rebuilt = self.repair is not None or any(block.rebuilds for block in self.blocks)
+        return self.delta is not None or (bool(self.blocks) and rebuilt)
 
     @property
     def decided(self) -> bool:
@@ -128,6 +144,7 @@ class CompressionPlan:
             "formats": dict(sorted(self.formats.items())),
             "merging": self.merging,
             "repair": asdict(self.repair) if self.repair else None,
+            "delta": asdict(self.delta) if self.delta else None,
         }
 
 
@@ -148,6 +165,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         formats={name: _one_of(fmt, get_args(Format), f"{where}: format of {name}") for name, fmt in formats.items()},
         merging=_field(fields, "merging", str, where) if fields.get("merging") is not None else None,
         repair=_parse_repair(fields["repair"], where) if fields.get("repair") is not None else None,
+        delta=_parse_delta(fields["delta"], where) if fields.get("delta") is not None else None,
     )
     try:
         canonical_json(plan.to_json())
@@ -181,7 +199,8 @@ def _parse_block(block: object, where: str) -> BlockPlan:
         raise BadInputError(
             f"{where}: field 'merged' is {block['merged']}; expected pairs (dropped expert, kept expert)"
         )
-    widths = tuple(width for (width,) in _whole_numbers([[w] for w in _listed(block, "widths", where)], 1, where))
+    listed = [[width] for width in _listed(block, "widths", where)]
+    widths = tuple(width for (width,) in _whole_numbers(listed, 1, f"{where}: field 'widths'"))
     if widths and (len(widths) != len(keep) or min(widths) < 1):
         raise BadInputError(
             f"{where}: field 'widths' is {list(widths)}; expected one of at least 1 for each kept expert"
@@ -238,6 +257,16 @@ def _parse_repair(value: object, where: str) -> Repair:
     return Repair(**value)
 
 
+def _parse_delta(value: object, where: str) -> Delta:
+    if not isinstance(value, dict) or value.keys() != {"kind", "ratio"}:
+        raise BadInputError(f"{where}: field 'delta' is {value!r}; expected null or kind and ratio")
+    kind = _one_of(value["kind"], get_args(DeltaFormat), f"{where}: kind of field 'delta'")
+    ratio = value["ratio"]
+    if type(ratio) not in (int, float) or not 0 < ratio <= 1:
+        raise BadInputError(f"{where}: ratio of field 'delta' is {ratio!r}; expected a number above 0 and at most 1")
+    return Delta(kind, float(ratio))
+
+
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
     if value not in choices:
         raise BadInputError(f"{what} is {value!r}; expected one of {', '.join(choices)}")
@@ -264,7 +293,7 @@ def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
     """Return the lines in which two plans differ; none where they would do the same."""
     lines = [
         f"{name}: {getattr(a, name)} | {getattr(b, name)}"
-        for name in ("command", "source", "profile", "options", "merging", "repair")
+        for name in ("command", "source", "profile", "options", "merging", "repair", "delta")
         if getattr(a, name) != getattr(b, name)
     ]
     if len(a.blocks) != len(b.blocks):

@@ -20,12 +20,12 @@ from ditmoe_cli.compression.layout import BlockLayout
 from ditmoe_cli.compression.merge.methods import METHODS as MERGES
 from ditmoe_cli.compression.plan import CompressionPlan, Repair
 from ditmoe_cli.compression.repair.refit import refit
-from ditmoe_cli.compression.spool import Spool, source_dtype
+from ditmoe_cli.compression.repair.rescale import rescale
+from ditmoe_cli.compression.spool import Spool, as_stored, source_dtype
 from ditmoe_cli.compression.states import calibration_states
-from ditmoe_cli.compression.stream import Stream
+from ditmoe_cli.compression.stream import Stream, Tokens
 from ditmoe_cli.compression.transform import Source, expert_map, new_weights, weights_of
 from ditmoe_cli.diffusion.sampling import ProgressBar
-from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.moe import SparseMoE
@@ -63,7 +63,7 @@ def rebuild(
                 source = Source(block.moe, index, layout, plan, tokens, profile)
                 changed = mixture_of(new_weights(source), config, layout.config)
                 if plan.repair is not None:
-                    errors.append(refit(block.moe, changed, source.known_tokens, plan.repair.shared).error)
+                    errors.append(repaired(block.moe, changed, source.known_tokens, plan.repair))
                 del block, source  # or they would stay in memory beside the next block
             stored = _stored(checkpoint, index, layout, weights_of(changed))
             spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
@@ -71,6 +71,13 @@ def rebuild(
                 stream.advance(seen, _as_stored(stored, config, layout, device))
             progress(1)
     return tuple(errors)
+
+
+def repaired(original: SparseMoE, changed: SparseMoE, tokens: Tokens, repair: Repair) -> float:
+    """Fit `changed` to `original` in place; return its held-out error over that before."""
+    if repair.scale:
+        return rescale(original, changed, tokens)
+    return refit(original, changed, tokens, repair.shared).error
 
 
 def needs_tokens(plan: CompressionPlan) -> bool:
@@ -124,10 +131,5 @@ def _stored(
     stored = {}
     for name, tensor in weights.items():
         dtype = torch.int32 if name == EXPERT_OF else torch_dtype(source_dtype(checkpoint, index, layout, name))
-        stored[name] = tensor.to("cpu", dtype)
-        if tensor.is_floating_point() and not bool(stored[name].isfinite().all()):
-            raise BadInputError(
-                f"{checkpoint.path}: the computed {in_block(index, name)!r} does not fit into {dtype}; convert the "
-                "checkpoint to fp32 or bf16 first, or give --no-refit"
-            )
+        stored[name] = as_stored(checkpoint, in_block(index, name), tensor, dtype)
     return stored

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.checkpoint.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.compression.layout import BlockLayout
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -22,10 +24,14 @@ class Spool:
     folder: Path
 
     def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a block's tensors under their full names."""
+        """Keep a block's tensors under their full names. Raises `OSError` where there is no room."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
+        except SafetensorError as error:
+            raise OSError(f"{self._file(block)}: {error}; let TMPDIR name a folder with more room") from None
 
     def read(self, name: str) -> memoryview:
         """Return a tensor's bytes."""
@@ -40,6 +46,17 @@ class Spool:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{block}.safetensors"
+
+
+def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a computed tensor in the dtype that it is written in, on the CPU. Raises `BadInputError` on overflow."""
+    stored = tensor.to("cpu", dtype)
+    if tensor.is_floating_point() and not bool(stored.isfinite().all()):
+        raise BadInputError(
+            f"{checkpoint.path}: the computed {name!r} does not fit into {dtype}; convert the checkpoint to fp32 or "
+            "bf16 first, or give --no-refit"
+        )
+    return stored
 
 
 def expert_map_bytes(selects: Sequence[int]) -> bytes:

@@ -69,9 +69,9 @@ class Checkpoint:
         tensor = self.reader.tensor(name)
         if name in self._finite:
             return tensor
-        self._finite.add(name)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
+        self._finite.add(name)
         return tensor
 
     def expert_map(self, block: int) -> tuple[int, ...]:

@@ -21,13 +21,8 @@ class ExpertWeights:
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return a weight as the model sees it, unpacked where it is quantised.
-
-    Raises `BadInputError` for NaN and infinity.
-    """
+    """Return a weight as the model sees it, whatever it is stored as. Raises `BadInputError` for NaN and infinity."""
     weight = checkpoint.weights[name]
-    if weight.format is None:
-        return checkpoint.finite_tensor(name)
     return unpack(weight, {member: checkpoint.finite_tensor(member) for member in weight.members})
 
 

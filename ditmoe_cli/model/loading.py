@@ -12,7 +12,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
-from ditmoe_cli.model.quantized import QuantizedLinear
+from ditmoe_cli.model.quantized import QuantizedLinear, unpack
 
 
 def load_model(
@@ -24,7 +24,10 @@ def load_model(
     top_k: int | None = None,
     sampler: Sampler | None = None,
 ) -> DiTMoE:
-    """Load any checkpoint that ditmoe reads or writes, quantised ones included, ready to predict.
+    """Load any checkpoint that ditmoe reads or writes, ready to predict.
+
+    Quantised weights stay packed in memory; experts that are stored as differences are put together and take the memory
+    of whole ones.
 
     Args:
         path: a file, a folder, or ``demo:digits``.
@@ -67,8 +70,8 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
     """Read one weight and put it in its place, replacing a linear layer where it is quantised."""
     members = {name: checkpoint.finite_tensor(name).to(device) for name in weight.members}
     name = weight.info.name
-    if weight.format is None:
-        value = members[name]
+    if not weight.quantized:
+        value = unpack(weight, members)
         _set(model, name, value.to(dtype) if value.is_floating_point() else value)
         return
     module_name = name.removesuffix(".weight")

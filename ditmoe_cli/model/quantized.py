@@ -18,6 +18,7 @@ from ditmoe_cli.checkpoint.formats import NF4_BLOCK, Format, Weight, quant_state
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.differences import restored
 
 NF4_CODES = (
     -1.0,
@@ -110,8 +111,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight: Weight, bias: bool) -> None:
         super().__init__()
-        assert weight.format is not None
-        self.format: Format = weight.format
+        self.format = weight.format
         self.shape = weight.info.shape
         for name in ("codes", "scale", "table"):
             self.register_buffer(name, torch.empty(0))
@@ -137,7 +137,11 @@ class QuantizedLinear(nn.Module):
 
 
 def unpack(weight: Weight, members: dict[str, Tensor]) -> Tensor:
-    """Return a quantised weight in its logical dtype."""
+    """Return a weight in its logical dtype, whatever it is stored as; `members` are its tensors by name."""
+    if weight.format is None:
+        return members[weight.info.name]
+    if weight.format in ("svd", "ternary"):
+        return restored(weight, members)
     layer = QuantizedLinear(weight, bias=False)
     layer.load_members(members, weight)
     return layer.weight().to(torch_dtype(weight.info.dtype))

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.checkpoint.formats import (
+    DeltaFormat,
     Format,
     Weight,
+    base_name,
+    difference_members,
     is_quantizable,
     logical_weights,
     quant_state_json,
@@ -139,6 +142,80 @@ def test_scales_beside_what_is_no_matrix_are_refused(shape: tuple[int, ...]) -> 
     members = [TensorInfo("x.weight", "I8", shape), TensorInfo("x.SCB", "F32", shape[:1])]
     with pytest.raises(BadInputError, match=r"x\."):
         logical_weights(stored(*members, TensorInfo("x.weight_format", "U8", ())), no_bytes)
+
+
+MATRIX = TensorInfo("blocks.1.moe.experts.10.up_proj.weight", "BF16", (6, 4))
+BASE = TensorInfo("blocks.1.moe.base.up_proj.weight", "BF16", (6, 4))
+deltas = st.sampled_from(["svd", "ternary"])
+
+
+def test_differences_by_hand() -> None:
+    assert base_name(MATRIX.name) == BASE.name
+    left, right = difference_members(MATRIX, "svd", 3)
+    assert left == TensorInfo(f"{MATRIX.name}.delta_left", "BF16", (6, 3))
+    assert right == TensorInfo(f"{MATRIX.name}.delta_right", "BF16", (3, 4))
+    codes, scale = difference_members(MATRIX, "ternary", 0)
+    assert codes == TensorInfo(f"{MATRIX.name}.delta_ternary", "U8", (5,))
+    assert scale == TensorInfo(f"{MATRIX.name}.delta_scale", "F32", ())
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 20), deltas, st.sampled_from(["F32", "F16", "BF16"]))
+def test_base_and_differences_are_grouped_into_each_experts_weight(
+    rows: int, columns: int, rank: int, fmt: DeltaFormat, dtype: str
+) -> None:
+    base = TensorInfo(BASE.name, dtype, (rows, columns))
+    weights = [TensorInfo(f"blocks.1.moe.experts.{e}.up_proj.weight", dtype, (rows, columns)) for e in range(3)]
+    members = {info.name: difference_members(info, fmt, rank + e) for e, info in enumerate(weights)}
+    infos = stored(*(member for each in members.values() for member in each), base)
+    assert logical_weights(infos, no_bytes) == {
+        info.name: Weight(info, fmt, (base.name, *(member.name for member in members[info.name]))) for info in weights
+    }
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("fmt", ["svd", "ternary"])
+@pytest.mark.parametrize("change", ["missing", "dtype", "shape", "rank"])
+def test_a_damaged_difference_is_named(position: int, fmt: DeltaFormat, change: str) -> None:
+    members = [*difference_members(MATRIX, fmt, 3), BASE]
+    old = members[position]
+    if change == "missing":
+        del members[position]
+    else:
+        shapes = {"dtype": old.shape, "shape": (7, 7), "rank": (7, 7, 7)}
+        members[position] = TensorInfo(old.name, "I16" if change == "dtype" else old.dtype, shapes[change])
+    with pytest.raises(BadInputError, match=rf"'{MATRIX.name}") as error:
+        logical_weights(stored(*members), no_bytes)
+    named = {BASE.name, *(member.name for member in difference_members(MATRIX, fmt, 3))}
+    assert any(repr(name) in str(error.value) for name in named)
+
+
+def test_a_weight_that_is_stored_twice_is_refused() -> None:
+    svd, ternary = difference_members(MATRIX, "svd", 2), difference_members(MATRIX, "ternary", 0)
+    with pytest.raises(BadInputError, match=rf"'{MATRIX.name}' is stored twice"):
+        logical_weights(stored(BASE, *svd, *ternary), no_bytes)
+    with pytest.raises(BadInputError, match=rf"'{MATRIX.name}' stands beside its difference"):
+        logical_weights(stored(BASE, MATRIX, *svd), no_bytes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.moe.shared_experts.up_proj.weight",
+        "blocks.0.moe.gate.weight",
+        "blocks.0.moe.experts.0.up_proj.bias",
+        "blocks.0.moe.experts.0.other.weight",
+    ],
+)
+@pytest.mark.parametrize("part", ["delta_left", "delta_right", "delta_ternary", "delta_scale"])
+def test_differences_of_other_than_experts_are_refused(name: str, part: str) -> None:
+    with pytest.raises(BadInputError, match=rf"'{name}' is stored as a difference, but only"):
+        logical_weights(stored(TensorInfo(f"{name}.{part}", "F32", (4, 4))), no_bytes)
+
+
+def test_a_base_of_no_difference_is_a_tensor_of_its_own() -> None:
+    assert logical_weights(stored(BASE), no_bytes) == {BASE.name: Weight(BASE, None, (BASE.name,))}
 
 
 @pytest.mark.parametrize(

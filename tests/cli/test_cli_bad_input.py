@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "samples": ("sample", "good.safetensors", *SETTINGS),
     }.items():
         assert here(*words, "-o", f"{name}.safetensors", cwd=folder).code == 0
-    words = ("prune", "good.safetensors", "--keep", 2, "--method", "random", "--dry-run")
+    words = ("prune", "good.safetensors", "--keep", 2, "--method", "random", "--no-refit", "--dry-run")
     (folder / "plan.json").write_text(here(*words, cwd=folder).out)
     return folder
 
@@ -55,8 +55,9 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "inspect": ("inspect", "{}"),
     "convert": ("convert", "{}"),
     "profile-experts": ("profile-experts", "{}", *SETTINGS, "--bins", 1),
-    "prune": ("prune", "{}", "--keep", 2, "--method", "random"),
+    "prune": ("prune", "{}", "--keep", 2, "--method", "random", "--no-refit"),
     "prune by profile": ("prune", "{}", "--keep", 2, "--profile", "profile.safetensors"),
+    "merge": ("merge", "{}", "--groups", 2, "--profile", "profile.safetensors"),
     "quantize": ("quantize", "{}", "--bits", 4),
     "dry run": ("quantize", "{}", "--bits", 8, "--dry-run"),
     "apply": ("apply", "{}", "--plan", "plan.json"),
@@ -293,7 +294,7 @@ def _poisoned(name: str, value: float) -> Pico:
     [
         ("convert", "x.safetensors"),
         ("convert", "x.safetensors", "-o", "folder", "--max-shard-size", "50KB"),
-        ("prune", "x.safetensors", "--keep", "1.0", "--method", "random"),
+        ("prune", "x.safetensors", "--keep", "1.0", "--method", "random", "--no-refit"),
         ("prune", "x.safetensors", "--keep", 2),
         ("quantize", "x.safetensors", "--bits", 4),
         ("quantize", "x.safetensors", "--bits", 8),
@@ -516,7 +517,8 @@ def file_limit(size: int) -> Iterator[None]:
     [
         ("convert", "good.safetensors"),
         ("convert", "good.safetensors", "-o", "out", "--max-shard-size", "50KB"),
-        ("prune", "good.safetensors", "--keep", 3, "--method", "random"),
+        ("prune", "good.safetensors", "--keep", 3, "--method", "random", "--no-refit"),
+        ("merge", "good.safetensors", "--groups", 2, "--profile", "profile.safetensors", "--refit-tokens", 64),
         ("quantize", "good.safetensors", "--bits", 8),
         ("profile-experts", "good.safetensors", *SETTINGS, "--bins", 1),
         ("sample", "good.safetensors", *SETTINGS),

@@ -20,11 +20,12 @@ SETTINGS = ("--images", 3, "--steps", 2, "--bins", 2)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints to compare: pixels, the same pruned both ways and quantised, and latents."""
+    """Checkpoints to compare: pixels, the same pruned both ways and quantised, fewer other experts, and latents."""
     folder = tmp_path_factory.mktemp("compare")
     make_pico(sampler="rf", in_channels=1, seed=3).save(folder / "a.safetensors")
+    make_pico(sampler="rf", in_channels=1, experts=2, seed=4).save(folder / "fewer.safetensors")
     make_pico(sampler="ddpm", seed=3).save(folder / "latent.safetensors")
-    prune = ("prune", "a.safetensors", "--keep", 2, "--method", "random")
+    prune = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit")
     for router in ("ghost", "slice"):
         assert here(*prune, "--router", router, "-o", f"{router}.safetensors", cwd=folder).code == 0
     assert here("quantize", "a.safetensors", "--bits", 8, "-o", "int8.safetensors", cwd=folder).code == 0
@@ -75,8 +76,19 @@ def test_a_checkpoint_and_itself(folder: Path) -> None:
         assert outcome.result["routing"]["overlap"] == outcome.result["images"]["ssim"] == 1
 
 
-def test_sliced_experts_have_no_names(folder: Path) -> None:
-    result = here("compare", "a.safetensors", "slice.safetensors", *SETTINGS, cwd=folder).result
+def test_sliced_experts_are_told_by_their_router_rows(folder: Path) -> None:
+    sliced, ghosted = (
+        here("compare", "a.safetensors", f"{name}.safetensors", *SETTINGS, cwd=folder).result["routing"]
+        for name in ("slice", "ghost")
+    )
+    assert sliced["note"] is None
+    assert all(0 < share < 1 for share in sliced["blocks"]["overlap"])
+    # what the first block is given does not depend on what becomes of its rows
+    assert sliced["blocks"]["overlap"][0] == ghosted["blocks"]["overlap"][0]
+
+
+def test_fewer_rows_that_are_others_have_no_names(folder: Path) -> None:
+    result = here("compare", "a.safetensors", "fewer.safetensors", *SETTINGS, cwd=folder).result
     assert result["routing"]["overlap"] is None
     assert result["routing"]["blocks"]["overlap"] == [None, None]
     assert "router rows were deleted" in result["routing"]["note"]
@@ -94,7 +106,7 @@ def test_the_gate_prints_first(folder: Path) -> None:
 
 
 def test_files_and_quiet(folder: Path) -> None:
-    words = ("compare", "a.safetensors", "slice.safetensors", *SETTINGS)
+    words = ("compare", "a.safetensors", "fewer.safetensors", *SETTINGS)
     outcome = here(*words, "-o", "c.safetensors", "--grid", "g.png", "-q", cwd=folder)
     assert outcome.out == f"{folder / 'c.safetensors'}\n"
     assert tensor_shapes(folder / "c.safetensors")["depth.bins.added"] == (2, 2)
@@ -153,15 +165,15 @@ def test_one_argument_is_not_taken_for_half_of_a_pipe(folder: Path) -> None:
 
 
 def test_a_terminal_gets_a_table(folder: Path) -> None:
-    words = ("compare", "a.safetensors", "slice.safetensors", *SETTINGS)
+    words = ("compare", "a.safetensors", "fewer.safetensors", *SETTINGS)
     code, text = terminal(*words, cwd=folder, NO_COLOR="1", columns=40)
     assert code == 0
     for line in (
-        r"velocity error +relative 0\.\d+, mse ",
+        r"velocity error +relative \d\.\d+, mse ",
         r"by step bin +\S+ \S+$",
         r"final images +mse .*psnr .* dB, ssim 0\.\d+ over 3 pairs",
         r"routing overlap +n/a \(unknown where router rows were deleted",
-        r"block 1 +adds 0\.\d+, cumulative 0\.\d+, overlap n/a",
+        r"block 1 +adds \d\.\d+, cumulative \d\.\d+, overlap n/a",
     ):
         assert re.search(line, text, re.MULTILINE), (line, text)
-    assert str(folder / "slice.safetensors") in text
+    assert str(folder / "fewer.safetensors") in text

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("contract")
     make_pico(sampler="rf", in_channels=1, seed=3).save(folder / "a.safetensors")
     here("profile-experts", "a.safetensors", *SAMPLING, "--bins", 2, "-o", "p.safetensors", cwd=folder)
-    planned = here("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run", cwd=folder)
+    planned = here(*COMMANDS["prune"], "--dry-run", cwd=folder)
     (folder / "plan.json").write_text(planned.out)
     assert here("sample", "a.safetensors", *SAMPLING, "-o", "s.safetensors", cwd=folder).code == 0
     return folder
@@ -50,9 +50,10 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "inspect": ("inspect", "a.safetensors"),
     "convert": ("convert", "a.safetensors"),
     "profile-experts": ("profile-experts", "a.safetensors", *SAMPLING, "--bins", 2),
-    "prune": ("prune", "a.safetensors", "--keep", 0.5, "--profile", "p.safetensors"),
+    "prune": ("prune", "a.safetensors", "--keep", 0.5, "--profile", "p.safetensors", "--refit-tokens", 64),
+    "merge": ("merge", "a.safetensors", "--groups", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
     "quantize": ("quantize", "a.safetensors", "--bits", 4),
-    "apply": ("apply", "a.safetensors", "--plan", "plan.json"),
+    "apply": ("apply", "a.safetensors", "--plan", "plan.json", "--profile", "p.safetensors"),
     "sample": ("sample", "a.safetensors", *SAMPLING),
     "fid": ("fid", "a.safetensors", "--ref", "s.safetensors", *SAMPLING),
     "compare": ("compare", "a.safetensors", "a.safetensors", *SAMPLING, "--bins", 2),
@@ -63,6 +64,7 @@ MADE = {
     "convert": ("checkpoint", "a.converted.safetensors"),
     "profile-experts": ("profile", "a.profile.safetensors"),
     "prune": ("checkpoint", "a.prune-keep0.5.safetensors"),
+    "merge": ("checkpoint", "a.merge-groups2.safetensors"),
     "quantize": ("checkpoint", "a.quantize-bits4.safetensors"),
     "apply": ("checkpoint", "a.prune.safetensors"),
     "sample": ("samples", "a.samples.safetensors"),
@@ -99,7 +101,7 @@ def test_stdout_is_one_envelope(name: str, ran: dict[str, Outcome], folder: Path
 @pytest.mark.parametrize("name", COMMANDS)
 def test_stderr_holds_notes_only(name: str, ran: dict[str, Outcome]) -> None:
     assert "Traceback" not in ran[name].err
-    allowed = ("warning: ", "assuming ", "profiling ", "writing ", "sampling ", "using ")
+    allowed = ("warning: ", "assuming ", "profiling ", "grouping ", "refitting ", "writing ", "sampling ", "using ")
     assert all(note.removeprefix("ditmoe: ").startswith(allowed) for note in ran[name].notes)
 
 
@@ -194,6 +196,20 @@ def test_an_empty_pipe_names_the_command_before(folder: Path) -> None:
         (("prune", "a.safetensors", "--keep", 2, "--method", "nonsense"), "nonsense"),
         (("prune", "a.safetensors", "--keep", 2, "--router", "mask"), "mask"),
         (("prune", "a.safetensors", "--keep", 2, "--device", "abacus", "--top-k", 1), "abacus"),
+        (("prune", "a.safetensors", "--keep", 2, "--allocate", "fairly"), "--allocate fairly"),
+        (("prune", "a.safetensors", "--keep", 2, "--refit-tokens", -1), "--refit-tokens -1"),
+        (("prune", "a.safetensors", "--keep", 2, "--residual-rank", -1), "--residual-rank -1"),
+        (("prune", "a.safetensors", "--keep", 2, "--neurons", 0), "neurons 0"),
+        (("prune", "a.safetensors", "--keep", 2, "--neurons", 1.5), "neurons 1.5"),
+        (("prune", "a.safetensors", "--keep", 2, "--neurons", "nan"), "neurons nan"),
+        (("prune", "a.safetensors", "--keep", 2, "--neurons", 0.5, "--multiple", 0), "neurons 0"),
+        (("merge", "a.safetensors"), "--groups"),
+        (("merge", "a.safetensors", "--groups", 0), "--groups 0"),
+        (("merge", "a.safetensors", "--groups", 1.5), "--groups 1.5"),
+        (("merge", "a.safetensors", "--groups", "few"), "--groups few"),
+        (("merge", "a.safetensors", "--groups", 2, "--method", "reap"), "--method reap"),
+        (("merge", "a.safetensors", "--groups", 2, "--router", "ghost"), "--router ghost"),
+        (("merge", "a.safetensors", "--groups", 2, "--refit-tokens", -1), "--refit-tokens -1"),
         (("quantize", "a.safetensors"), "--bits"),
         (("quantize", "a.safetensors", "--bits", 5), "--bits 5"),
         (("quantize", "a.safetensors", "--bits", "four"), "--bits"),
@@ -278,6 +294,7 @@ def test_an_envelope_goes_through_a_pipe(folder: Path) -> None:
         ("inspect", "a.safetensors"),
         ("convert", "a.safetensors", "--dry-run", "--force"),
         ("prune", "--list-methods"),
+        ("merge", "--list-methods"),
         ("prune", "--help"),
         ("--version",),
         (),

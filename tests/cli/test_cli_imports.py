@@ -12,7 +12,10 @@ import pytest
 from cli_helpers import command, environment, here, series
 from conftest import make_pico
 
-COMMANDS = ("inspect", "convert", "profile-experts", "prune", "quantize", "plan", "apply", "sample", "fid", "compare")
+COMMANDS = (
+    *("inspect", "convert", "profile-experts", "prune", "merge", "quantize", "plan", "apply", "sample", "fid"),
+    "compare",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ LIGHT = (
     ("--version",),
     *((name, "--help") for name in COMMANDS),
     ("prune", "--list-methods"),
+    ("merge", "--list-methods"),
     ("inspect", "a.safetensors"),
     ("inspect", "shards"),
     ("inspect", "demo:digits"),
@@ -43,6 +47,9 @@ LIGHT = (
     ("prune", "a.safetensors", "--keep", 2, "--method", "frequency", "--profile", "p.safetensors", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 0.5, "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "--dry-run"),
+    ("prune", "a.safetensors", "--keep", 2, "--neurons", 0.5, "--multiple", 8, "--constants", "--dry-run"),
+    ("merge", "a.safetensors", "--groups", 2, "--dry-run"),
     ("quantize", "a.safetensors", "--bits", 4, "--dry-run"),
     ("quantize", "shards", "--bits", 8, "--dry-run"),
     ("apply", "a.safetensors", "--plan", "prune.json", "--dry-run"),
@@ -95,6 +102,7 @@ def test_the_envelope_is_read_before_torch_is_imported(folder: Path) -> None:
         ["convert"],
         ["profile-experts"],
         ["prune", "--keep", "2"],
+        ["merge", "--groups", "2"],
         ["quantize", "--bits", "4"],
         ["apply", "--plan", "prune.json"],
         ["sample"],

@@ -49,11 +49,13 @@ def folder(made: Path, tmp_path: Path) -> Path:
 WRITERS: dict[str, tuple[object, ...]] = {
     "convert": ("convert", "a.safetensors"),
     "profile-experts": PROFILING,
-    "prune": ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors"),
+    "prune": ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
+    "merge": ("merge", "a.safetensors", "--groups", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
     "quantize": ("quantize", "a.safetensors", "--bits", 8),
     "sample": ("sample", "a.safetensors", *SETTINGS),
     "fid": ("fid", "a.safetensors", "--ref", "a.safetensors", *SETTINGS),
 }
+PLAINLY = ("--method", "random", "--no-refit")
 writers = pytest.mark.parametrize("words", WRITERS.values(), ids=list(WRITERS))
 
 
@@ -64,8 +66,8 @@ writers = pytest.mark.parametrize("words", WRITERS.values(), ids=list(WRITERS))
     ("words", "name"),
     [
         (("convert",), "a.converted.safetensors"),
-        (("prune", "--keep", "0.5", "--method", "random"), "a.prune-keep0.5.safetensors"),
-        (("prune", "--keep", "2", "--method", "random"), "a.prune-keep2.safetensors"),
+        (("prune", "--keep", "0.5", *PLAINLY), "a.prune-keep0.5.safetensors"),
+        (("prune", "--keep", "2", *PLAINLY), "a.prune-keep2.safetensors"),
         (("quantize", "--bits", "4"), "a.quantize-bits4.safetensors"),
         (("quantize", "--bits", "8"), "a.quantize-bits8.safetensors"),
     ],
@@ -198,8 +200,11 @@ def test_two_runs_give_equal_bytes(folder: Path) -> None:
     """In different processes with different hash seeds, from different folders."""
     commands = {
         **WRITERS,
-        "prune-random": ("prune", "a.safetensors", "--keep", 3, "--method", "random", "--seed", 5),
+        "prune-random": ("prune", "a.safetensors", "--keep", 3, *PLAINLY, "--seed", 5),
         "prune-slice": (*WRITERS["prune"], "--router", "slice"),
+        "prune-best": (*WRITERS["prune"], "--method", "naee", "--router", "auto", "--allocate", "global"),
+        "prune-linear": (*WRITERS["prune"], "--residual-rank", 2, "--neurons", 0.5, "--multiple", 8),
+        "merge-clusters": (*WRITERS["merge"], "--method", "sub-moe", "--router", "slice"),
         "quantize-4": ("quantize", "a.safetensors", "--bits", 4),
         "guided": ("sample", "a.safetensors", *SETTINGS, "--cfg", 2, "--seed", 7),
         "profile-guided": (*PROFILING, "--cfg", 1.5),
@@ -262,6 +267,7 @@ def test_predicted_bytes_are_written(
     before = contents(made)
     name, *options = plan
     profile = ("--profile", made / f"{model}.profile.safetensors") if name == "prune" else ()
+    profile += ("--refit-tokens", 64) if name == "prune" else ()
     words = (name, made / f"{model}.safetensors", *options, *profile, *place)
     predicted = here(*words, "--dry-run", cwd=tmp_path)
     assert predicted.result["dry_run"] is True
@@ -278,7 +284,7 @@ def test_predicted_bytes_are_written(
 
 
 def test_without_a_profile_the_prediction_holds_too(folder: Path) -> None:
-    words = ("prune", "a.safetensors", "--keep", "0.5")
+    words = ("prune", "a.safetensors", "--keep", "0.5", "--refit-tokens", 64)
     predicted = here(*words, "--dry-run", cwd=folder)
     assert predicted.result["plan"] is None, "nothing is chosen without a profile"
     words = (*words, "--profile", "p.safetensors")
@@ -296,15 +302,19 @@ def test_experts_of_different_sizes_need_a_profile_to_predict(made: Path, tmp_pa
 
 def test_a_plan_is_carried_out_as_printed(folder: Path) -> None:
     """What prune writes at once and what apply makes of its dry run are the same bytes."""
-    words = ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors")
-    (folder / "plan.json").write_text(here(*words, "--dry-run", cwd=folder).out)
-    here(*words, "-o", "direct.safetensors", cwd=folder)
-    here("apply", "a.safetensors", "--plan", "plan.json", "-o", "applied.safetensors", cwd=folder)
-    assert (folder / "direct.safetensors").read_bytes() == (folder / "applied.safetensors").read_bytes()
+    profile = ("--profile", "p.safetensors")
+    for name, options in {"prune": (), "merge": (), "prune copying": ("--no-refit",)}.items():
+        words = (*WRITERS[name.split()[0]], *options)
+        (folder / "plan.json").write_text(here(*words, "--dry-run", cwd=folder).out)
+        here(*words, "-o", "direct.safetensors", "--force", cwd=folder)
+        given = () if options else profile
+        apply = ("apply", "a.safetensors", "--plan", "plan.json", *given, "-o", "applied.safetensors", "--force")
+        assert here(*apply, cwd=folder).code == 0
+        assert (folder / "direct.safetensors").read_bytes() == (folder / "applied.safetensors").read_bytes()
 
 
 def test_an_edited_plan_is_followed(folder: Path) -> None:
-    words = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--router", "slice", "--dry-run")
+    words = ("prune", "a.safetensors", "--keep", 2, *PLAINLY, "--router", "slice", "--dry-run")
     plan = here(*words, cwd=folder).result["plan"]
     plan["blocks"][0] = {"keep": [0, 1, 3], "router": "slice"}
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -316,7 +326,7 @@ def test_an_edited_plan_is_followed(folder: Path) -> None:
 
 def test_a_sliced_model_has_upstream_names_only(made: Path, tmp_path: Path) -> None:
     words = ("prune", made / "flash.safetensors", "--keep", 5, "--profile", made / "flash.profile.safetensors")
-    sliced = here(*words, "--router", "slice", "-o", "s.safetensors", cwd=tmp_path)
+    sliced = here(*words, "--router", "slice", "--refit-tokens", 64, "-o", "s.safetensors", cwd=tmp_path)
     upstream = make_pico(attention="flash", sampler="rf", in_channels=3, experts=5, top_k=3, depth=1)
     assert tensor_shapes(sliced.path) == dict(expected_weights(upstream.config))
     assert here("inspect", sliced.path, cwd=tmp_path).result["config"]["num_experts"] == 5

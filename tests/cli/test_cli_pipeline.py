@@ -48,7 +48,7 @@ def commands_of(outcome: Outcome) -> list[str]:
 
 def test_the_pipeline_on_the_demo(tmp_path: Path) -> None:
     outcome = shell(
-        "ditmoe profile-experts demo:digits --images 8 --steps 4 --bins 4 | ditmoe prune --keep 0.5 "
+        "ditmoe profile-experts demo:digits --images 8 --steps 4 --bins 4 | ditmoe prune --keep 0.5 --refit-tokens 256 "
         "| ditmoe quantize --bits 4 | ditmoe fid --images 16 --steps 4",
         tmp_path,
     )
@@ -93,7 +93,7 @@ def test_a_reference_can_be_given_what_it_does_not_tell(tmp_path: Path) -> None:
 def test_the_pipeline_on_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
     source = shared / "cifar10" / "checkpoint.pt"
     outcome = shell(
-        f"ditmoe profile-experts {source} --images 4 --steps 2 --bins 2 | ditmoe prune --keep 0.5 "
+        f"ditmoe profile-experts {source} --images 4 --steps 2 --bins 2 | ditmoe prune --keep 0.5 --no-refit "
         "| ditmoe quantize --bits 4 | ditmoe fid --images 4 --steps 2 --extractor pixels",
         tmp_path,
     )
@@ -164,7 +164,7 @@ def test_prune_after_quantize_profiles_what_it_prunes(folder: Path) -> None:
         "profile": str(folder / "a.profile.safetensors"),
     }
     quantized = here("quantize", "--bits", 8, cwd=folder, stdin=json.dumps(envelope))
-    pruned = here("prune", "--keep", 2, cwd=folder, stdin=quantized.out)
+    pruned = here("prune", "--keep", 2, "--no-refit", cwd=folder, stdin=quantized.out)
     assert any("ancestor" in note for note in pruned.notes)
     described = here("inspect", pruned.path, cwd=folder).result
     assert described["history"] == ["quantize", "prune"]
@@ -173,7 +173,7 @@ def test_prune_after_quantize_profiles_what_it_prunes(folder: Path) -> None:
 
 
 def test_without_any_profile_one_is_made_and_kept(folder: Path) -> None:
-    pruned = here("prune", "a.safetensors", "--keep", 2, cwd=folder)
+    pruned = here("prune", "a.safetensors", "--keep", 2, "--refit-tokens", 64, cwd=folder)
     assert any("no profile was given" in note for note in pruned.notes)
     made = Path(pruned.envelope["profile"])
     assert made.is_file() and made.name.startswith("a.")
@@ -196,7 +196,7 @@ def test_the_profile_of_an_unrelated_checkpoint_is_refused(options: tuple[str, .
 
 
 def test_a_plan_for_another_checkpoint_is_refused(folder: Path) -> None:
-    words = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--dry-run")
+    words = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "--dry-run")
     (folder / "plan.json").write_text(here(*words, cwd=folder).out)
     for options in ((), ("--dry-run",)):
         message = here("apply", "other.safetensors", "--plan", "plan.json", *options, cwd=folder).error(3)
@@ -217,7 +217,7 @@ def test_the_container_does_not_matter_to_a_profile(folder: Path) -> None:
 @pytest.mark.parametrize("router", ["slice", "ghost"])
 def test_keep_is_a_ratio_or_a_count(keep: str, experts: int, router: str, folder: Path) -> None:
     words = ("prune", "a.safetensors", "--keep", keep, "--router", router, "--profile", "a.profile.safetensors")
-    pruned = here(*words, cwd=folder)
+    pruned = here(*words, "--refit-tokens", 64, cwd=folder)
     assert [len(block) for block in pruned.result["kept"]] == [experts, experts]
     assert here("inspect", pruned.path, cwd=folder).result["config"]["num_experts"] == experts
     rows = tensor_shapes(pruned.path)["blocks.0.moe.gate.weight"][0]
@@ -243,7 +243,7 @@ def test_other_keeps_are_refused(keep: str, code: int, options: tuple[str, ...],
 
 
 def test_keep_follows_an_explicit_top_k(folder: Path) -> None:
-    words = ("prune", "a.safetensors", "--keep", 2, "--method", "random")
+    words = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit")
     assert "top-3" in here(*words, "--top-k", 3, cwd=folder).error(4)
     assert here(*words, "--top-k", 2, cwd=folder).code == 0
 

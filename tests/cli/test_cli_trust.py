@@ -12,6 +12,8 @@ from cli_helpers import Outcome, here
 from conftest import make_pico
 
 from ditmoe_cli.checkpoint.provenance import Card, Provenance
+from ditmoe_cli.compression.merge.methods import METHODS as MERGES
+from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED
 from ditmoe_cli.diffusion.noise import image_seed
 
 SETTINGS = ("--images", 4, "--steps", 2)
@@ -142,7 +144,10 @@ def test_a_malformed_card_is_refused(folder: Path, card: dict[str, object]) -> N
 
 
 def test_methods_and_plans_are_envelopes(folder: Path) -> None:
-    assert set(here("prune", "--list-methods", cwd=folder).result["methods"]) == {"reap", "frequency", "random"}
+    methods = {"prune": {**METHODS, **REPLAYED}, "merge": MERGES}
+    for command, known in methods.items():
+        listed = here(command, "--list-methods", cwd=folder).result["methods"]
+        assert listed == {name: {"summary": known[name].summary, "source": known[name].source} for name in known}
     planned = here("quantize", "a.safetensors", "--bits", 8, "--dry-run", cwd=folder)
     (folder / "plan.json").write_text(planned.out)
     shown = here("plan", "plan.json", cwd=folder)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from swiglu import seeded
 from torch import Tensor
 
-from ditmoe_cli.compression.delta.compeft import pack_ternary, ternary, unpack_ternary
-from ditmoe_cli.compression.delta.sizes import ternary_bytes
+from ditmoe_cli.checkpoint.formats import ternary_bytes
+from ditmoe_cli.compression.delta.compeft import ternary
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.model.differences import pack_ternary, unpack_ternary
 
 shapes = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
 densities = st.floats(0.01, 1.0)

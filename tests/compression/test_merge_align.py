@@ -41,7 +41,7 @@ def test_alignment_leaves_functions_and_the_dominant_expert_alone() -> None:
     experts = [random_expert(4, 6, seed) for seed in range(3)]
     inputs = torch.randn(9, 4, generator=seeded(0))
     found = aligned(experts, [0.2, 0.5, 0.3])
-    assert found[1] is experts[1]
+    assert all(torch.equal(getattr(found[1], name), getattr(experts[1], name)) for name in ("gate", "up", "down"))
     for before, after in zip(experts, found, strict=True):
         torch.testing.assert_close(outputs_of(after, inputs), outputs_of(before, inputs))
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging import groups_of, planted
+from merging import HIDDEN, WIDTH, groups_of, planted
+from swiglu import random_expert
 
 from ditmoe_cli.compression.merge import grouping
 from ditmoe_cli.compression.merge.inputs import Groups
@@ -111,11 +113,32 @@ def test_cells_count_by_size_for_hc_smoe_and_alike_for_sub_moe() -> None:
     assert METHODS["sub-moe"].group(block, 2) == ((0, 1), (2, 3))
 
 
-def test_average_linkage_of_hc_smoe() -> None:
-    """On a line at 0, 2, 5, 9: (0 2) merge first, then 5 joins at mean distance 4, a tie that 9 must not win."""
-    means = np.array([[[0.0], [2.0], [5.0], [9.5]]])
-    block = replace(planted([0, 1, 2, 3]), means=means)
-    assert METHODS["hc-smoe"].group(block, 2) == ((0, 1, 2), (3,))
+def test_hc_smoe_links_by_the_average() -> None:
+    """Single linkage would chain all but the last, complete linkage part the second from the third."""
+    means = np.array([[[0.0], [2.0], [5.0], [9.2], [13.5]]])
+    block = replace(planted(range(5)), means=means)
+    assert METHODS["hc-smoe"].group(block, 2) == ((0, 1, 2), (3, 4))
+
+
+@pytest.mark.parametrize("matrix", ["gate", "up"])
+def test_mergemoe_measures_both_gate_and_up(matrix: str) -> None:
+    """Experts 0 and 1 are centres; 2 and 3 differ from them in one matrix alone."""
+    experts = [random_expert(HIDDEN, WIDTH, 0)] * 4
+    for e, value in enumerate((0.0, 4.0, 3.0, 1.0)):
+        experts[e] = replace(experts[e], **{matrix: torch.full((WIDTH, HIDDEN), value)})
+    block = replace(planted(range(4)), experts=lambda: experts)
+    assert METHODS["mergemoe"].group(block, 2) == ((0, 3), (1, 2))
+
+
+def test_opposite_logits_are_not_alike_to_uncurl() -> None:
+    cosines = np.array([[1.0, -1.0, 0.1], [-1.0, 1.0, -0.1], [0.1, -0.1, 1.0]])
+    block = replace(planted(range(3)), logit_grams=cosines[None])
+    assert METHODS["uncurl"].group(block, 2) == ((0, 2), (1,))
+
+
+def test_average_spreads_experts_that_are_never_selected() -> None:
+    groups = METHODS["average"].group(planted([0] * 7, selected=[0.0] * 7), 3)
+    assert sorted(map(len, groups)) == [2, 2, 3]
 
 
 @given(selected=st.lists(st.integers(0, 1000), min_size=2, max_size=12), count=st.integers(1, 12))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ditmoe_cli.compression.plan import (
     STAGE_SCHEMA,
     BlockPlan,
     CompressionPlan,
+    Delta,
+    Repair,
     parse_plan,
     plan_difference,
     read_plan,
@@ -27,19 +29,45 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     max_leaves=6,
 )
-blocks = st.builds(
-    BlockPlan,
-    keep=st.sets(st.integers(0, 63), min_size=1, max_size=8).map(lambda keep: tuple(sorted(keep))),
-    router=st.sampled_from(["slice", "ghost"]),
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> BlockPlan:
+    experts = draw(st.lists(st.integers(0, 63), min_size=1, max_size=8, unique=True))
+    keep = sorted(experts[: draw(st.integers(1, len(experts)))])
+    merged = draw(st.sets(st.sampled_from(others))) if (others := experts[len(keep) :]) else ()
+    widths = st.lists(st.integers(1, 4096), min_size=len(keep), max_size=len(keep))
+    return BlockPlan(
+        keep=tuple(keep),
+        router=draw(st.sampled_from(["slice", "ghost", "mass"])),
+        merged=tuple((expert, draw(st.sampled_from(keep))) for expert in sorted(merged)),
+        widths=tuple(draw(st.just([]) | widths)),
+        shared_width=draw(st.none() | st.integers(1, 4096)),
+        constants=draw(st.booleans()),
+        rank=draw(st.integers(0, 64)),
+    )
+
+
+repairs = st.builds(
+    Repair,
+    scale=st.booleans(),
+    shared=st.booleans(),
+    constant=st.booleans(),
+    linear=st.booleans(),
+    tokens=st.integers(0, 10**6),
 )
+deltas = st.builds(Delta, st.sampled_from(["svd", "ternary"]), st.floats(0, 1, exclude_min=True))
 plans = st.builds(
     CompressionPlan,
     command=st.from_regex(r"[a-z-]+", fullmatch=True),
     source=names,
     profile=st.none() | names,
     options=st.dictionaries(names, json_values, max_size=4),
-    blocks=st.lists(blocks, max_size=4).map(tuple),
+    blocks=st.lists(blocks(), max_size=4).map(tuple),
     formats=st.dictionaries(names, st.sampled_from(["nf4", "int8"]), max_size=4),
+    merging=st.none() | names,
+    repair=st.none() | repairs,
+    delta=st.none() | deltas,
 )
 
 EXAMPLE = CompressionPlan(
@@ -88,7 +116,20 @@ def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b:
         {"options": {}},
         {"blocks": (BlockPlan((0, 2), "ghost"), BlockPlan((1, 2), "slice"))},
         {"blocks": (BlockPlan((0, 2), "slice"), BlockPlan((1, 3), "slice"))},
+        *(
+            {"blocks": (EXAMPLE.blocks[0], replace(EXAMPLE.blocks[1], **change))}
+            for change in (
+                {"merged": ((0, 1),)},
+                {"widths": (8, 16)},
+                {"shared_width": 8},
+                {"constants": True},
+                {"rank": 2},
+            )
+        ),
         {"formats": {"blocks.0.attn.qkv.weight": "int8"}},
+        {"merging": "m-smoe"},
+        {"repair": Repair()},
+        {"delta": Delta("svd", 0.5)},
     ],
 )
 def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
@@ -106,7 +147,7 @@ def test_the_difference_names_what_differs_on_both_sides() -> None:
     )
     assert plan_difference(EXAMPLE, other) == [
         f"profile: {'b' * 64} | None",
-        "block 1: slice [1, 3] | ghost [0, 1, 3]",
+        "block 1: {'keep': [1, 3], 'router': 'slice'} | {'keep': [0, 1, 3], 'router': 'ghost'}",
         "blocks.0.attn.qkv.weight: nf4 | unchanged",
         "blocks.1.attn.qkv.weight: unchanged | int8",
     ]
@@ -165,11 +206,78 @@ def test_a_block_that_is_no_block_is_refused_by_number(block: object) -> None:
         parse_plan(document, "my.json")
 
 
-@pytest.mark.parametrize("router", [None, "", "mass", "Ghost", 0, ["ghost"]])
+@pytest.mark.parametrize("router", [None, "", "auto", "Mass", "Ghost", 0, ["ghost"]])
 def test_an_unknown_router_mode_is_refused_by_block(router: object) -> None:
     document = changed(blocks=[{"keep": [0, 1], "router": router}])
     with pytest.raises(BadInputError, match=r"^my\.json: block 0: field 'router'"):
         parse_plan(document, "my.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"merged": 1},
+        {"merged": [1, 0]},
+        {"merged": [[1]]},
+        {"merged": [[1, 3]]},
+        {"merged": [[2, 0]]},
+        {"merged": [[1, 0], [1, 2]]},
+        {"merged": [[-1, 0]]},
+        {"merged": [["1", 0]]},
+        {"widths": 8},
+        {"widths": [8]},
+        {"widths": [8, 0]},
+        {"widths": [8, 8.0]},
+        {"shared_width": -1},
+        {"shared_width": True},
+        {"constants": 1},
+        {"constants": None},
+        {"rank": -1},
+        {"rank": "2"},
+        {"ranks": 2},
+    ],
+    ids=str,
+)
+def test_what_a_block_cannot_become_is_refused_by_block_and_field(fields: dict[str, object]) -> None:
+    document = changed(blocks=[{"keep": [0, 2], "router": "ghost", **fields}])
+    (field,) = fields
+    with pytest.raises(BadInputError, match=rf"^my\.json: block 0: .*'{field}'"):
+        parse_plan(document, "my.json")
+
+
+@pytest.mark.parametrize(
+    "repair",
+    [
+        5,
+        "refit",
+        [],
+        {},
+        {"shared": True},
+        {**asdict(Repair()), "more": 1},
+        {**asdict(Repair()), "shared": 1},
+        {**asdict(Repair()), "linear": None},
+        {**asdict(Repair()), "tokens": -1},
+        {**asdict(Repair()), "tokens": True},
+        {**asdict(Repair()), "tokens": 1.5},
+    ],
+    ids=str,
+)
+def test_a_repair_that_is_none_is_refused(repair: object) -> None:
+    with pytest.raises(BadInputError, match=r"^my\.json: field 'repair'"):
+        parse_plan(changed(repair=repair), "my.json")
+
+
+@pytest.mark.parametrize("merging", [5, ["m-smoe"], {}])
+def test_a_merging_that_is_no_name_is_refused(merging: object) -> None:
+    with pytest.raises(BadInputError, match=r"^my\.json: field 'merging'"):
+        parse_plan(changed(merging=merging), "my.json")
+
+
+def test_plans_of_an_older_version_compute_nothing() -> None:
+    document = EXAMPLE.to_json()
+    del document["merging"], document["repair"], document["delta"]
+    assert parse_plan(document, "old.json") == EXAMPLE
+    assert not EXAMPLE.rebuilds
 
 
 @pytest.mark.parametrize("fmt", [None, "NF4", "fp4", 4, ["nf4"]])

@@ -12,12 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ditmoe_cli.compression.delta.sizes import TERNARY_PER_BYTE, ternary_bytes
-from ditmoe_cli.errors import BadInputError, UsageError
-
-_CELLS = 3**TERNARY_PER_BYTE
+from ditmoe_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -46,30 +42,3 @@ def ternary(delta: Tensor, density: float) -> Ternary:
     codes[kept] = flat[kept].sign().to(torch.int8)
     scale = float(flat[kept].abs().sum()) / max(int(codes.count_nonzero()), 1)
     return Ternary(codes.reshape(delta.shape), scale)
-
-
-def pack_ternary(codes: Tensor) -> Tensor:
-    """Return ⌈n / 5⌉ bytes that hold n codes of any shape: Σ_i (c_i + 1) 3^i over five at a time, padded with 0."""
-    flat = codes.reshape(-1)
-    digits = F.pad(flat, (0, -flat.numel() % TERNARY_PER_BYTE)).reshape(-1, TERNARY_PER_BYTE).int() + 1
-    return (digits * _powers(codes.device)).sum(dim=1).to(torch.uint8)
-
-
-def unpack_ternary(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the int8 codes of `shape` that bytes hold.
-
-    Raises `BadInputError` where their number does not fit the shape, or one stands for no codes.
-    """
-    size = math.prod(shape)
-    if packed.shape != (ternary_bytes(size),):
-        raise BadInputError(
-            f"ternary codes: {packed.numel()} bytes for shape {list(shape)}, which takes {ternary_bytes(size)}"
-        )
-    if size and int(packed.max()) >= _CELLS:
-        raise BadInputError(f"ternary codes: byte {int(packed.max())} stands for no five codes (at most {_CELLS - 1})")
-    cells = torch.arange(_CELLS, device=packed.device).unsqueeze(1) // _powers(packed.device) % 3 - 1
-    return cells.to(torch.int8)[packed.int()].reshape(-1)[:size].reshape(shape)
-
-
-def _powers(device: torch.device) -> Tensor:
-    return 3 ** torch.arange(TERNARY_PER_BYTE, device=device)

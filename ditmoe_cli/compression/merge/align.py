@@ -29,13 +29,19 @@ def matching(reference: ExpertWeights, expert: ExpertWeights) -> list[int]:
     return order
 
 
-def aligned(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list[ExpertWeights]:
-    """Return the experts with their neurons matched to those of the dominant one, which has the largest share.
+def matchings(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list[list[int]]:
+    """Return for each expert its neurons in the order of the dominant one's, which has the largest share.
 
     Of equal shares the first one's dominates. Raises `BadInputError` where the experts differ in width.
     """
     dominant = max(range(len(experts)), key=lambda j: shares[j])
     reference = experts[dominant]
     return [
-        expert if j == dominant else narrowed(expert, matching(reference, expert)) for j, expert in enumerate(experts)
+        list(range(len(expert.gate))) if j == dominant else matching(reference, expert)
+        for j, expert in enumerate(experts)
     ]
+
+
+def aligned(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list[ExpertWeights]:
+    """Return the experts with their neurons in the order of the dominant one's, as `matchings` finds it."""
+    return [narrowed(expert, order) for expert, order in zip(experts, matchings(experts, shares), strict=True)]

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.compression.repair.outputs import chunks, output_of
 from ditmoe_cli.compression.repair.ridge import Fit, Normal, fit
 from ditmoe_cli.compression.stream import Tokens
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
@@ -32,7 +33,6 @@ from ditmoe_cli.model.router import Routing
 
 LARGEST_SYSTEM = 6144
 SWEEPS = 2
-_TOKENS = 4096  # at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _solve(moe: SparseMoE, terms: Sequence[Term], tokens: Tokens, rest: Tensor) 
     """Fit some terms to what is left (T, D), take their change off it, and return the fit; None for no change."""
     size = sum(term.size for term in terms)
     train, held = (Normal.empty(size, rest.shape[1], rest.device) for _ in range(2))
-    for rows in _chunks(len(rest)):
+    for rows in chunks(len(rest)):
         parts, out = _features(moe, terms, tokens.inputs[rows]), tokens.held[rows]
         for sums, mine in ((train, ~out), (held, out)):
             sums.add([part[mine] for part in parts], rest[rows][mine], tokens.weights[rows][mine])
@@ -83,7 +83,7 @@ def _solve(moe: SparseMoE, terms: Sequence[Term], tokens: Tokens, rest: Tensor) 
     if found is None:
         return None
     solution = found.solution.float()
-    for rows in _chunks(len(rest)):
+    for rows in chunks(len(rest)):
         rest[rows] -= torch.cat(_features(moe, terms, tokens.inputs[rows]), dim=1) @ solution
     for term, part in zip(terms, torch.split(solution, [term.size for term in terms]), strict=True):
         term.add(part)
@@ -98,16 +98,10 @@ def _features(moe: SparseMoE, terms: Sequence[Term], inputs: Tensor) -> list[Ten
 def _residuals(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> Tensor:
     """Return Y - Y' (T, D)."""
     parts = [
-        _output(original, tokens.inputs[rows]) - _output(changed, tokens.inputs[rows])
-        for rows in _chunks(len(tokens.inputs))
+        output_of(original, tokens.inputs[rows]) - output_of(changed, tokens.inputs[rows])
+        for rows in chunks(len(tokens.inputs))
     ]
     return torch.cat(parts)
-
-
-def _output(moe: SparseMoE, inputs: Tensor) -> Tensor:
-    """Return routed plus shared output (T, D)."""
-    out: Tensor = moe(inputs.unsqueeze(0), 0, inputs[:1], None)
-    return out.squeeze(0)
 
 
 def _terms(moe: SparseMoE, shared: bool) -> list[Term]:
@@ -175,7 +169,3 @@ def _groups(terms: Sequence[Term]) -> list[list[Term]]:
             groups.append([])
         groups[-1].append(term)
     return groups
-
-
-def _chunks(total: int) -> Iterator[slice]:
-    return (slice(start, min(start + _TOKENS, total)) for start in range(0, total, _TOKENS))

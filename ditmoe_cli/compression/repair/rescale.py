@@ -1,0 +1,59 @@
+"""Scales in place of a refit: a factor for each expert's output, folded into its down projection.
+
+The cheapest repair that there is (LS-scale): as many unknowns as experts, so a few hundred tokens are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ditmoe_cli.compression.repair.outputs import chunks, held_error, output_of
+from ditmoe_cli.compression.repair.scale import NormalEquations, normal_equations, survivor_scales
+from ditmoe_cli.compression.stream import Tokens
+from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+
+
+def rescale(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> float:
+    """Scale each expert of `changed` so that its output is nearest to that of `original`, in place.
+
+    Scales are found on tokens that are not held out. Returns the error on those that are, over that before; where it
+    would grow nothing is changed, and 1 is returned.
+    """
+    first, *others = _equations(original, changed, tokens)
+    for more in others:
+        first += more
+    scales = survivor_scales(first).float().tolist()
+    before = held_error(original, changed, tokens)
+    _multiply(changed, scales)
+    after = held_error(original, changed, tokens)
+    if after < before:
+        return after / before
+    _multiply(changed, [1 / scale if scale else 1.0 for scale in scales])
+    return 1.0
+
+
+def _multiply(moe: SparseMoE, scales: list[float]) -> None:
+    for expert, scale in zip(moe.experts, scales, strict=True):
+        assert isinstance(expert, SwiGLU)
+        expert.down_proj.weight = nn.Parameter(expert.down_proj.weight * scale, requires_grad=False)
+
+
+def _equations(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> Iterator[NormalEquations]:
+    """Yield the normal equations of some tokens at a time that are not held out."""
+    inputs, weights = tokens.inputs[~tokens.held], tokens.weights[~tokens.held]
+    for rows in chunks(len(inputs)):
+        parts = _parts(changed, inputs[rows])
+        wanted = output_of(original, inputs[rows]) - output_of(changed, inputs[rows]) + parts.sum(dim=0)
+        yield normal_equations(wanted, parts, weights[rows])
+
+
+def _parts(moe: SparseMoE, inputs: Tensor) -> Tensor:
+    """Return what each expert adds to tokens (T, D), g f or 0, (E, T, D)."""
+    routing = moe.gate(inputs)
+    outputs = moe.expert_outputs(inputs, routing.experts) * routing.weights.unsqueeze(-1)
+    chosen = F.one_hot(routing.experts.clamp_min(-1) + 1, len(moe.experts) + 1)[..., 1:].to(outputs)
+    return torch.einsum("tke,tkd->etd", chosen, outputs)

@@ -1,0 +1,62 @@
+"""What refitting one block costs at the shapes of a large model: seconds and peak memory on random weights.
+
+python examples/benchmarks/refit_cost.py --width 1152 --experts 8 --keep 4 --tokens 20480
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+
+import torch
+
+from ditmoe_cli.compression.rebuild import mixture_of
+from ditmoe_cli.compression.repair.refit import refit
+from ditmoe_cli.compression.stream import Tokens
+from ditmoe_cli.model.config import BlockConfig, mixture_shapes
+
+
+def random_weights(width: int, block: BlockConfig) -> dict[str, torch.Tensor]:
+    """Return a mixture's weights on the scale of trained ones, and a router map that ghosts what is not kept."""
+    shapes = mixture_shapes(width, block)
+    return {
+        name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items() if not name.endswith("expert_of")
+    }
+
+
+def main() -> None:
+    """Refit one block and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--keep", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=20480)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    width, inner = options.width, 4 * options.width
+    whole = BlockConfig(options.experts, (inner,) * options.experts, 2 * width)
+    kept = BlockConfig(
+        options.experts, (inner,) * options.keep, 2 * width, mapped=True, residual_constant=True, residual_linear=True
+    )
+    config = argparse.Namespace(hidden_size=width, top_k=2)
+    weights = random_weights(width, whole)
+    selects = torch.tensor([e if e < options.keep else -1 for e in range(options.experts)], dtype=torch.int32)
+    shapes = mixture_shapes(width, kept)
+    blank = {f"moe.residual_{name}": torch.zeros(shapes[f"moe.residual_{name}"]) for name in ("constant", "linear")}
+    pruned = {name: tensor for name, tensor in weights.items() if name in shapes}
+    tokens = Tokens(
+        torch.randn(options.tokens, width), torch.ones(options.tokens), torch.arange(options.tokens) % 8 == 7
+    )
+    with torch.inference_mode():
+        original = mixture_of(weights, config, whole)  # type: ignore[arg-type]
+        changed = mixture_of({**pruned, **blank, "moe.gate.expert_of": selects}, config, kept)  # type: ignore[arg-type]
+        start = time.perf_counter()
+        found = refit(original, changed, tokens, shared=True)
+    seconds, systems = time.perf_counter() - start, len(found.strengths)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{seconds:.0f} s, peak {peak:.1f} GiB, {systems} systems, error {found.error:.3f}")
+
+
+if __name__ == "__main__":
+    main()

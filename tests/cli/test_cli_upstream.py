@@ -1,0 +1,49 @@
+"""What ``inspect`` says of loading in upstream's code, and that it is so: names and shapes are upstream's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_helpers import here
+from conftest import make_pico
+
+from ditmoe_cli.checkpoint.header import read_safetensors_header
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("upstream")
+    make_pico(sampler="rf", in_channels=1).save(folder / "a.safetensors")
+    profiling = ("profile-experts", "a.safetensors", "--images", 8, "--steps", 2, "--bins", 2, "-o", "p.safetensors")
+    assert here(*profiling, cwd=folder).code == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "loads"),
+    [
+        (("prune", "--keep", 2, "--router", "slice"), True),
+        (("prune", "--keep", 2, "--router", "slice", "--scale"), True),
+        (("merge", "--groups", 2, "--router", "slice"), True),
+        (("prune", "--keep", 2), False),
+        (("prune", "--keep", 2, "--no-refit"), False),
+        (("merge", "--groups", 2), False),
+    ],
+)
+def test_sliced_files_hold_what_upstream_has_words_for(words: tuple[object, ...], loads: bool, folder: Path) -> None:
+    command, *options = words
+    made = here(
+        command, "a.safetensors", *options, "--profile", "p.safetensors", "-o", "m.safetensors", "--force", cwd=folder
+    )
+    assert made.code == 0, made.err
+    assert here("inspect", "m.safetensors", cwd=folder).result["loads_upstream"] is loads
+    original, found = (read_safetensors_header(folder / name).tensors for name in ("a.safetensors", "m.safetensors"))
+    renumbered = {name for name in found if name not in original}
+    assert (not renumbered) is loads
+
+
+def test_quantised_files_do_not_load_there(folder: Path) -> None:
+    here("quantize", "a.safetensors", "--bits", 4, "-o", "q.safetensors", cwd=folder)
+    assert here("inspect", "a.safetensors", cwd=folder).result["loads_upstream"] is True
+    assert here("inspect", "q.safetensors", cwd=folder).result["loads_upstream"] is False
