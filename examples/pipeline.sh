@@ -18,7 +18,7 @@ ditmoe inspect "$checkpoint"
 ditmoe profile-experts "$checkpoint" -o own.profile.safetensors -q
 ditmoe prune "$checkpoint" --profile own.profile.safetensors --keep 0.5 --dry-run > plan.json
 ditmoe plan plan.json
-ditmoe apply "$checkpoint" --plan plan.json -o own.pruned.safetensors -q
+ditmoe apply "$checkpoint" --plan plan.json --profile own.profile.safetensors -o own.pruned.safetensors -q
 ditmoe quantize own.pruned.safetensors --bits 4 -o own.small.safetensors -q
 ditmoe fid own.small.safetensors --ref "$checkpoint" --images "$images" --extractor pixels -o own.score.safetensors
 cmp piped.pruned.safetensors own.pruned.safetensors # the same plan gives the same bytes
