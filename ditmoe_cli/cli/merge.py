@@ -166,6 +166,7 @@ def suffix(wanted: Merging | Delta) -> str:
 def check(checkpoint: Checkpoint, wanted: Merging | Delta) -> None:
     """Refuse what cannot be done to the checkpoint, before it is profiled."""
     from ditmoe_cli.compression.delta.sizes import delta_tensors
+    from ditmoe_cli.compression.layout import require_plain
     from ditmoe_cli.compression.merge.planner import group_counts
     from ditmoe_cli.compression.plan import Delta
 
@@ -173,6 +174,7 @@ def check(checkpoint: Checkpoint, wanted: Merging | Delta) -> None:
         delta_tensors(checkpoint, wanted)
     else:
         group_counts(checkpoint, wanted)
+        require_plain(checkpoint)
 
 
 def planned(checkpoint: Checkpoint, wanted: Merging | Delta, profile: RoutingProfile | None) -> CompressionPlan:

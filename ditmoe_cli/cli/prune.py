@@ -191,7 +191,7 @@ def choose(
     plan is undecided.
     """
     from ditmoe_cli.checkpoint.staging import check_target
-    from ditmoe_cli.compression.prune.planner import kept_counts, plan_prune, plan_replayed, undecided_plan
+    from ditmoe_cli.compression.prune.planner import check_pruning, plan_prune, plan_replayed, undecided_plan
     from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
 
     def planned(found: RoutingProfile | None) -> CompressionPlan:
@@ -199,7 +199,7 @@ def choose(
             return plan_replayed(checkpoint, found, pruning, checked_device(device), progress)
         return plan_prune(checkpoint, found, pruning)
 
-    kept_counts(checkpoint, pruning.keep)
+    check_pruning(checkpoint, pruning)
     given_profile = profile or (Path(stage.profile) if stage.profile else None)
     if not pruning.needs_profile:
         return planned(None), None

@@ -70,6 +70,7 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
         return PlannedOutput(tuple(_copies(checkpoint)), checkpoint.config, base)
     _check_plan(checkpoint, plan)
     layouts = block_layouts(checkpoint, plan)
+    _check_copied(plan, layouts)
     tensors: list[PlannedTensor] = []
     for weight in checkpoint.weights.values():
         tensors += _transformed(checkpoint, plan, layouts, weight)
@@ -204,6 +205,15 @@ def _check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
         _check_format(checkpoint, name, fmt)
         if plan.delta is not None and split_name(name).expert is not None:
             raise BadInputError(f"the plan stores {name!r} as {fmt} and as a difference; choose one")
+
+
+def _check_copied(plan: CompressionPlan, layouts: Sequence[BlockLayout]) -> None:
+    """Refuse formats of weights that are computed, which are written as they are."""
+    for name, fmt in plan.formats.items():
+        parts = split_name(name)
+        in_mixture = parts.expert is not None or parts.rest.startswith("moe.")
+        if layouts and parts.block is not None and in_mixture and layouts[parts.block].rebuilt:
+            raise BadInputError(f"the plan computes {name!r} and stores it as {fmt}; make that two plans")
 
 
 def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:

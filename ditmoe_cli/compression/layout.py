@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ditmoe_cli.compression.merge.methods import METHODS as MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -38,7 +39,22 @@ def block_layouts(checkpoint: Checkpoint, plan: CompressionPlan) -> list[BlockLa
     Raises `BadInputError` where it names experts or neurons that are not there, or asks for computed weights of a
     quantised checkpoint, and `InfeasibleError` where fewer experts than top-k would stay.
     """
+    for i, block in enumerate(plan.blocks):
+        _check_together(checkpoint, plan, i, block)
     return [_block_layout(checkpoint, plan.repair, i, block) for i, block in enumerate(plan.blocks)]
+
+
+def _check_together(checkpoint: Checkpoint, plan: CompressionPlan, index: int, block: BlockPlan) -> None:
+    """Refuse what a plan may say, field by field, but not together."""
+    width = checkpoint.config.hidden_size
+    if block.merged and plan.merging not in MERGES:
+        raise BadInputError(f"the plan merges experts, and its merging is {plan.merging!r}; choose {', '.join(MERGES)}")
+    if block.merged and block.widths:
+        raise BadInputError(f"the plan merges experts of block {index} and gives them widths; narrow in a second plan")
+    if block.rank and not block.constants:
+        raise BadInputError(f"the plan gives block {index} maps of rank {block.rank} without constants")
+    if block.rank > width:
+        raise BadInputError(f"block {index} cannot have maps of rank {block.rank}: its width is {width}")
 
 
 def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, block: BlockPlan) -> BlockLayout:
@@ -54,6 +70,7 @@ def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, blo
     ]
     kept = tuple(selects[row] for row in rows)
     _check_selectable(checkpoint, index, block, kept)
+    replaces = block.constants and bool(dropped)
     touched = repair is not None and len(block.keep) < len(old.expert_widths)
     config = BlockConfig(
         router_rows=len(rows),
@@ -61,8 +78,8 @@ def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, blo
         shared_width=block.shared_width or old.shared_width,
         mapped=kept != tuple(range(len(block.keep))),
         mass=old.mass or (block.router == "mass" and bool(dropped)),
-        constants=len(dropped) if block.constants else old.constants,
-        rank=block.rank if block.constants else old.rank,
+        constants=len(dropped) if replaces else old.constants,
+        rank=block.rank if replaces else old.rank,
         residual_constant=old.residual_constant or bool(touched and repair and repair.constant),
         residual_linear=old.residual_linear or bool(touched and repair and repair.linear),
     )
@@ -114,6 +131,12 @@ def _check_selectable(checkpoint: Checkpoint, index: int, block: BlockPlan, sele
             f"block {index} would keep {len(block.keep)} of {experts} experts, fewer than its top-{top_k} routing "
             f"needs; keep at least {top_k}"
         )
+
+
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` where mixtures are packed, whose weights cannot be computed."""
+    for index in range(checkpoint.config.depth):
+        _require_plain(checkpoint, index)
 
 
 def _require_plain(checkpoint: Checkpoint, index: int) -> None:

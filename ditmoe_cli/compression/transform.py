@@ -82,7 +82,8 @@ def new_weights(source: Source) -> dict[str, Tensor]:
     for index in range(len(source.layout.members)):
         found |= named(f"moe.experts.{index}", _expert(source, index))
     found |= named(SHARED, _shared(source))
-    return found | (_constants(source) if source.block_plan.constants else {})
+    replaces = source.block_plan.constants and source.layout.dropped
+    return found | (_constants(source) if replaces else {})
 
 
 def expert_map(layout: BlockLayout, device: torch.device | str) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""What the tests of compression share: applying plans to pico models, and a mixture written out naively."""
+"""What the tests of compression share: applying plans to pico models, profiles, and a mixture written naively."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,13 @@ from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
 from ditmoe_cli.compression.quantize.uniform import plan_uniform
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import Observer
+from ditmoe_cli.routing.calibrate import Calibration, calibrate
+from ditmoe_cli.routing.profile import RoutingProfile
 
 EXPERT_OF = "blocks.{}.moe.gate.expert_of"
 
@@ -43,10 +46,39 @@ def pruning(
     return CompressionPlan("prune", checkpoint.fingerprint, options={"method": "by hand"}, blocks=blocks)
 
 
-def applied(checkpoint: Checkpoint, plan: CompressionPlan | None, path: Path) -> Checkpoint:
+def applied(
+    checkpoint: Checkpoint, plan: CompressionPlan | None, path: Path, profile: RoutingProfile | None = None
+) -> Checkpoint:
     """Carry out a plan and open what it wrote."""
-    apply(checkpoint, plan, Output(path))
+    apply(checkpoint, plan, Output(path), profile=profile)
     return open_checkpoint(path)
+
+
+@contextmanager
+def no_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Stand in for a progress bar."""
+    del title, total
+    yield lambda _: None
+
+
+def profile_of(
+    checkpoint: Checkpoint,
+    name: str = "profile",
+    *,
+    images: int = 4,
+    steps: int = 4,
+    cfg: float = 1.5,
+    bins: int = 2,
+    reservoir: int = 64,
+    fast: bool = False,
+) -> RoutingProfile:
+    """A small profile, kept beside the checkpoint."""
+    solver = "euler" if checkpoint.config.sampler == "rf" else "ddim"
+    spec = SampleSpec(images, steps, cfg, 1, solver, tuple(range(checkpoint.config.num_classes)))
+    path = checkpoint.path.parent / f"{checkpoint.path.stem}.{name}.safetensors"
+    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), "cpu", path, False, no_bar)
+    assert found is not None
+    return found
 
 
 def pruned(

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from compressing import folder, opened, pruned, quantised
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.apply import planned_output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair
 from ditmoe_cli.compression.prune.methods import METHODS
 from ditmoe_cli.compression.prune.planner import (
     Keep,
     Pruning,
     best,
+    check_pruning,
     kept_counts,
     parse_keep,
     plan_prune,
@@ -142,14 +144,24 @@ def size(checkpoint: Checkpoint, plan: CompressionPlan, shard_bytes: int | None)
 
 @settings(max_examples=12)
 @given(
-    count=st.integers(2, EXPERTS),
-    router=st.sampled_from(["slice", "ghost"]),
+    count=st.integers(2, EXPERTS) | st.just(11),
+    router=st.sampled_from(["slice", "ghost", "mass"]),
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "neurons": st.sampled_from([0.1, 0.5]),
+            "narrow_shared": st.booleans(),
+            "constants": st.booleans(),
+            "rank": st.integers(0, 3),
+            "repair": st.sampled_from([Repair(), Repair(constant=False, linear=False)]),
+        },
+    ),
     before=st.sampled_from(["plain", "nf4", "int8", "ghosted"]),
     shard_bytes=st.none() | st.integers(1_000, 40_000),
     data=st.data(),
 )
 def test_an_undecided_plan_has_the_bytes_of_every_decided_one(
-    count: int, router: str, before: str, shard_bytes: int | None, data: st.DataObject
+    count: int, router: str, more: dict[str, Any], before: str, shard_bytes: int | None, data: st.DataObject
 ) -> None:
     with folder() as where:
         source = opened(make_pico(hidden=16, input_size=4, widths=((24,) * 12,) * 2), where)
@@ -157,7 +169,10 @@ def test_an_undecided_plan_has_the_bytes_of_every_decided_one(
             source = quantised(source, 4 if before == "nf4" else 8, where / "packed.safetensors")
         if before == "ghosted":
             source = pruned(source, [range(1, 12), range(0, 12, 2)], "ghost", where / "ghosted.safetensors")
-        pruning = Pruning(Keep(count=count), "random", router)  # type: ignore[arg-type]
+        more = {} if before in ("nf4", "int8") else more  # what is packed is not computed
+        more = more if more.get("constants") else {name: value for name, value in more.items() if name != "rank"}
+        count = min(count, min(len(block.expert_widths) for block in source.config.blocks))
+        pruning = Pruning(Keep(count=count), "random", router, multiple=8, **more)  # type: ignore[arg-type]
         undecided = undecided_plan(source, pruning)
         assert not undecided.decided
         expected = size(source, undecided, shard_bytes)
@@ -184,3 +199,70 @@ def test_an_expert_stored_in_another_dtype_needs_a_decision(tmp_path: Path) -> N
     mixed = pico.with_state(**{name: pico.state[name].bfloat16() for name in names})
     with pytest.raises(BadInputError, match="block 0 differ in size"):
         undecided_plan(opened(mixed, tmp_path), Pruning(Keep(count=2)))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"shared_budget": True}, "replayed errors"), ({"router": None}, "replayed errors")],
+    ids=str,
+)
+def test_what_is_replayed_needs_a_decision(more: dict[str, Any], said: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(BadInputError, match=rf"{said}.*--profile"):
+        undecided_plan(checkpoint, replace(Pruning(Keep(count=2)), **more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"repair": Repair()}, {"constants": True}, {"neurons": 0.5}],
+    ids=str,
+)
+def test_what_is_packed_is_refused_before_a_profile_is_made(
+    more: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    packed = quantised(checkpoint, 8, tmp_path / "packed.safetensors")
+    check_pruning(packed, Pruning(Keep(count=2)))
+    with pytest.raises(BadInputError, match=r"int8 already.*--no-refit"):
+        check_pruning(packed, Pruning(Keep(count=2), **more))
+
+
+def test_a_rank_above_the_width_is_refused(checkpoint: Checkpoint) -> None:
+    width = checkpoint.config.hidden_size
+    check_pruning(checkpoint, Pruning(Keep(count=2), constants=True, rank=width))
+    with pytest.raises(UsageError, match=rf"--residual-rank {width + 1}.*{width}"):
+        check_pruning(checkpoint, Pruning(Keep(count=2), constants=True, rank=width + 1))
+
+
+def test_only_the_most_plain_pruning_needs_no_profile() -> None:
+    plain = Pruning(Keep(count=2), "random")
+    assert not plain.needs_profile
+    for more in (
+        {"method": "reap"},
+        {"method": "naee"},
+        {"router": None},
+        {"shared_budget": True},
+        {"repair": Repair()},
+        {"constants": True},
+        {"neurons": 0.9},
+    ):
+        assert replace(plain, **more).needs_profile, more  # type: ignore[arg-type]
+
+
+def test_what_a_block_becomes_is_in_its_plan(checkpoint: Checkpoint) -> None:
+    pruning = Pruning(Keep(count=3), "random", "mass", neurons=0.5, multiple=5, narrow_shared=True, rank=2)
+    plan = plan_prune(checkpoint, None, replace(pruning, constants=True, repair=Repair(tokens=7)))
+    keeps = plan_prune(checkpoint, None, Pruning(Keep(count=3), "random")).blocks
+    # half of 24 is 12, which rounds up to 15; half of the shared expert's 32 is 16, and that to 20
+    assert plan.blocks == tuple(BlockPlan(b.keep, "mass", (), (15,) * 3, 20, True, 2) for b in keeps)
+    assert plan.repair == Repair(tokens=7)
+    assert plan.options == {
+        "keep": "3",
+        "method": "random",
+        "router": "mass",
+        "seed": 0,
+        "neurons": 0.5,
+        "narrow_shared": True,
+        "constants": True,
+        "rank": 2,
+    }
+    everything = plan_prune(checkpoint, None, replace(pruning, keep=Keep(ratio=1.0), constants=True))
+    assert not everything.blocks[0].constants and everything.blocks[0].rank == 0, "there is nothing to replace"

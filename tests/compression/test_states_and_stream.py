@@ -94,6 +94,48 @@ def test_a_profile_without_states_says_what_to_do(tmp_path: Path) -> None:
         calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
 
 
+def test_a_profile_without_a_reservoir_says_so_too(tmp_path: Path) -> None:
+    checkpoint, profile = profiled(make_pico(sampler="rf", in_channels=1), "euler", 1.0, tmp_path, reservoir=0)
+    with pytest.raises(BadInputError, match="with a --reservoir"):
+        calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
+
+
+def test_noise_of_states_is_their_own(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    """Neither that of calibration nor that of evaluated images, and no state has that of another."""
+    profile = case[1]
+    stored, count = len(profile.tensor("states.z")), IMAGES * STEPS
+    states = states_of(case, stored + count)
+    fresh = states.z[stored:][states.t[stored:] == states.t[stored:].max()].flatten(1)
+    assert len(fresh) == IMAGES
+    shape = profile.tensor("image.final").shape[1:]
+    others = [
+        image_noise(3, range(count), torch.device("cpu"), purpose).draw(shape).flatten(1)
+        for purpose in ("image", "calibration")
+    ]
+    known = torch.cat([fresh, *others])
+    alike = torch.corrcoef(known)[: len(fresh)].fill_diagonal_(0)
+    assert float(alike.abs().max()) < 0.9
+
+
+def test_all_that_follows_from_the_profile_is_the_same_again(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    torch.manual_seed(1)
+    first = states_of(case, 90)
+    torch.manual_seed(2)
+    second = states_of(case, 90)
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("z", "t", "labels", "held"))
+
+
+@pytest.mark.parametrize(("images", "held"), [(1, {0}), (3, {2}), (7, {6}), (8, {7}), (16, {7, 15})])
+def test_an_eighth_of_the_images_or_the_last_is_held_out(images: int, held: set[int], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_pico(sampler="rf", in_channels=1, depth=1).save(tmp_path / "a.safetensors"))
+    spec = SampleSpec(images, 2, 1.0, 3, "euler", (0, 1))
+    profile = calibrate(checkpoint, Calibration(spec, 1, 10**4), "cpu", tmp_path / "p.safetensors", True, silent_bar)
+    assert profile is not None
+    states = calibration_states(profile, spec, 3 * images)
+    assert set(states.images[states.held].tolist()) == held
+    assert set(states.images[~states.held].tolist()) == set(range(images)) - held
+
+
 def test_with_unchanged_mixtures_the_stream_is_the_model(case: tuple[Checkpoint, RoutingProfile]) -> None:
     checkpoint, _ = case
     states = states_of(case, 70)  # more than go through a block at once

@@ -14,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_spec, sample_batch
+from ditmoe_cli.diffusion.ddpm import sampling_schedule
+from ditmoe_cli.diffusion.sampling import (
+    SampleSpec,
+    batches,
+    check_spec,
+    sample_batch,
+    sampling_times,
+    step_bin,
+    steps_of_bins,
+    visit_noised,
+)
 from ditmoe_cli.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 
@@ -168,3 +178,42 @@ def test_solvers_fit_their_family() -> None:
             choose_solver(name, other)
     with pytest.raises(UsageError, match="unknown; choose euler"):
         choose_solver("heun9", "rf")
+
+
+@given(st.integers(1, 300).flatmap(lambda steps: st.tuples(st.just(steps), st.integers(1, steps))))
+def test_steps_of_bins_are_the_steps_that_fall_into_them(case: tuple[int, int]) -> None:
+    steps, bins = case
+    found = steps_of_bins(steps, bins)
+    assert [step for part in found for step in part] == list(range(steps))
+    assert [[step_bin(step, steps, bins) for step in part] for part in found] == [
+        [b] * len(part) for b, part in enumerate(found)
+    ]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_sampling_times_are_those_that_a_sampler_asks_at(
+    pico: Callable[..., Pico], solver: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pico(sampler="rf" if solver == "euler" else "ddpm").model()
+    monkeypatch.setattr(model, "forward", lambda x, *_: x.repeat(1, 2, 1, 1) * 0.1)
+    spec = replace(SPEC, solver=solver, steps=steps, cfg=1.0)
+    asked: list[float] = []
+    sample_batch(model, spec, [0], None, lambda _, t: asked.append(t))
+    assert [time.t for time in sampling_times(spec)] == asked
+    shown: list[float] = []
+    visit_noised(model, spec, [0], torch.ones(1, 4, 8, 8), None, lambda _, t: shown.append(t))
+    assert shown == asked
+
+
+def test_images_are_noised_as_in_training() -> None:
+    clean, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for time in sampling_times(replace(SPEC, steps=10)):
+        torch.testing.assert_close(time.noised(clean, noise), (1 - time.t) * clean + time.t * noise)
+    for solver in ("ddim", "ddpm"):
+        training = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)
+        times = sampling_times(replace(SPEC, solver=solver, steps=10))
+        assert [time.t for time in times] == sorted(sampling_schedule(solver, 10).timesteps, reverse=True)
+        for time in times:
+            kept = float(training[int(time.t)])
+            torch.testing.assert_close(time.noised(clean, noise), kept**0.5 * clean + (1 - kept) ** 0.5 * noise)

@@ -1,4 +1,4 @@
-"""What compression adds to a mixture: constants, linear maps, the mass left over, and the mass mode; written naively."""
+"""What compression adds to a mixture, against it written naively: constants, linear maps, residuals, the mass mode."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import MoEEvent, SparseMoE
-from ditmoe_cli.model.router import Router
-from ditmoe_cli.routing.observe import collect
+from ditmoe_cli.model.router import Router, Routing
+from ditmoe_cli.routing.observe import PURPOSE, collect
 
 HIDDEN = 16
 MAP = ((0, -2, 1, -3, -1), (-3, 1, -1, 0, -2))  # two experts, two constants and a ghost
@@ -152,11 +152,12 @@ def test_mass_is_that_of_the_full_top_k(rows: int, seed: int, data: st.DataObjec
     generator = torch.Generator().manual_seed(seed)
     weight, u = torch.randn(rows, 6, generator=generator), torch.randn(30, 6, generator=generator)
 
-    def routed(mass: bool, expert_of: Tensor | None):  # noqa: ANN202
+    def routed(mass: bool, expert_of: Tensor | None) -> Routing:
         router = Router(6, BlockConfig(rows, (), 0, expert_of is not None, mass=mass), top_k).requires_grad_(False)
         router.weight.copy_(weight)
         router.expert_of = expert_of
-        return router(u)
+        routing: Routing = router(u)
+        return routing
 
     full, ghosted, massive = routed(False, None), routed(False, selects), routed(True, selects)
     assert torch.equal(massive.rows, ghosted.rows)
@@ -205,9 +206,7 @@ def test_profiling_counts_no_expert_where_a_slot_went_to_a_constant(fast: bool) 
         constants[event.block] += (event.routing.experts < 0).sum()
 
     found = collect(pico.model(), SPEC, 3, 100, 2, lambda _: None, fast=fast)
-    from ditmoe_cli.diffusion.sampling import sample_batch
-
-    sample_batch(pico.model(), SPEC, range(3), count, None, "calibration")
+    sample_batch(pico.model(), SPEC, range(3), count, None, PURPOSE)
     assert (constants > 0).all() and (constants < slots).all()
     assert found["selected"].shape[-1] == 2
     assert torch.equal(found["selected"].sum(dim=(1, 2, 3)).float(), slots - constants)
@@ -218,8 +217,7 @@ def test_profiling_counts_no_expert_where_a_slot_went_to_a_constant(fast: bool) 
     assert all(bool(tensor.isfinite().all()) for tensor in found.values())
 
 
-def test_without_constants_in_reach_their_presence_changes_no_profile() -> None:
-    """Rows of constants that are never among the top-k: everything but the router's own sums is as with ghosts."""
+def test_constants_that_no_row_selects_change_no_profile() -> None:
     selects = ((0, -1, 1), (1, 0, -1))
     ghosts = make_pico(hidden=HIDDEN, input_size=4, widths=WIDTHS, expert_of=selects)
     maps = {f"blocks.{b}.moe.gate.expert_of": torch.tensor(rows, dtype=torch.int32) for b, rows in enumerate(selects)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.sampling import SampleSpec, step_bin
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.routing.observe import PURPOSE, check_settings, collect
 from ditmoe_cli.routing.reservoir import select_states
@@ -197,6 +197,17 @@ def test_given_images_are_noised_by_their_own_noise_at_every_time() -> None:
     t, image = found["states.t"].reshape(-1, 1, 1, 1), found["states.image"].long()
     assert sorted(set(found["states.t"].tolist())) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert_close(found["states.z"], (1 - t) * clean[image] + t * noise[image], **CLOSE)
+
+
+def test_where_each_image_ended_is_kept(case: Case) -> None:
+    """With --fast too, and when no state is; of given images it is the image."""
+    spec = case.spec
+    final = case.clean
+    if final is None:
+        final = sample_batch(case.pico.model(), spec, range(spec.images), purpose=PURPOSE)
+    assert_close(case.found["image.final"], final, **TRAVELLED)
+    fast = collect(case.pico.model(), spec, case.bins, 0, 2, lambda _: None, clean=case.clean, fast=True)
+    assert torch.equal(fast["image.final"], case.found["image.final"])
 
 
 def test_without_room_for_one_token_a_bin_nothing_is_kept() -> None:

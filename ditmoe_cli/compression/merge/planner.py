@@ -32,7 +32,10 @@ class Merging:
 
 
 def group_counts(checkpoint: Checkpoint, merging: Merging) -> list[int]:
-    """Return how many experts each block is left with. Raises `InfeasibleError` where it cannot be.
+    """Return how many experts each block is left with.
+
+    Raises `InfeasibleError` where it cannot be, and `BadInputError` where experts are merged already or differ in
+    width.
 
     A block may have fewer than top-k: a token's slots then share an expert, and its routing weights add, unless rows
     are sliced.
@@ -45,8 +48,16 @@ def group_counts(checkpoint: Checkpoint, merging: Merging) -> list[int]:
             raise InfeasibleError(
                 f"--groups {merging.groups}: block {i} has {experts} experts and can be left with {least} to {experts}"
             )
+        if groups < experts:
+            _require_alike(checkpoint, i)
         counts.append(groups)
     return counts
+
+
+def _require_alike(checkpoint: Checkpoint, index: int) -> None:
+    _rows(checkpoint, index)
+    if len(set(checkpoint.config.blocks[index].expert_widths)) > 1:
+        raise BadInputError(f"{checkpoint.path}: the experts of block {index} differ in width and cannot be merged")
 
 
 def plan_merge(checkpoint: Checkpoint, profile: RoutingProfile, merging: Merging, bar: ProgressBar) -> CompressionPlan:
@@ -70,12 +81,9 @@ def undecided_merge(checkpoint: Checkpoint, merging: Merging) -> CompressionPlan
     """Return a plan of the right size whose groups are not chosen yet, to predict bytes without a profile."""
     blocks = []
     for index, count in enumerate(group_counts(checkpoint, merging)):
-        widths = checkpoint.config.blocks[index].expert_widths
-        if len(set(widths)) > 1:
-            raise BadInputError(f"{checkpoint.path}: the experts of block {index} differ in width and cannot be merged")
-        blocks.append(
-            _block_plan((*((e,) for e in range(count - 1)), tuple(range(count - 1, len(widths)))), (), merging.router)
-        )
+        experts = len(checkpoint.config.blocks[index].expert_widths)
+        groups = (*((e,) for e in range(count - 1)), tuple(range(count - 1, experts)))
+        blocks.append(_block_plan(groups, (), merging.router))
     return _plan(checkpoint, merging, blocks, None, {"undecided": True})
 
 

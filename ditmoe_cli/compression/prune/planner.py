@@ -9,6 +9,7 @@ from typing import Any
 
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.names import split_name
+from ditmoe_cli.compression.layout import require_plain
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
 from ditmoe_cli.compression.prune.methods import DEFAULT_METHOD, METHODS, REPLAYED, Scores
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
@@ -103,10 +104,15 @@ class Pruning:
         return self.method in REPLAYED or self.router is None or self.shared_budget
 
     @property
+    def computes(self) -> bool:
+        """Whether weights are computed, not only copied."""
+        return self.repair is not None or self.constants or self.neurons < 1.0
+
+    @property
     def needs_profile(self) -> bool:
         """Whether planning, or carrying the plan out, takes a profile."""
         scored = self.method in REPLAYED or METHODS[self.method].needs_profile
-        return scored or self.replays or self.repair is not None or self.constants or self.neurons < 1.0
+        return scored or self.replays or self.computes
 
     def options(self) -> dict[str, Any]:
         """Return what stands in the plan for its reader: what was asked for, defaults left out."""
@@ -114,6 +120,19 @@ class Pruning:
         plain = Pruning(self.keep)
         always = {"keep": str(self.keep), "method": self.method, "router": self.router or "auto", "seed": self.seed}
         return always | {n: getattr(self, n) for n in names[3:] if getattr(self, n) != getattr(plain, n)}
+
+
+def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:
+    """Refuse what cannot be done to the checkpoint, before it is profiled.
+
+    Raises `InfeasibleError` where a block cannot keep so many, `UsageError` for a rank above its width, and
+    `BadInputError` where weights would be computed of packed ones.
+    """
+    kept_counts(checkpoint, pruning.keep)
+    if pruning.rank > checkpoint.config.hidden_size:
+        raise UsageError(f"--residual-rank {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
+    if pruning.computes:
+        require_plain(checkpoint)
 
 
 def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: Pruning) -> CompressionPlan:
