@@ -23,13 +23,12 @@ from ditmoe_cli.cli.options import (
     SamplerOpt,
     ShardSize,
     TopK,
-    checked_device,
     given,
     parse_repair,
 )
-from ditmoe_cli.cli.output import Printing, emit, note, progress
+from ditmoe_cli.cli.output import Printing, progress
 from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
-from ditmoe_cli.cli.writing import preview, write
+from ditmoe_cli.cli.writing import preview, print_methods, valid_profile_for, write
 from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -98,7 +97,9 @@ def run(
     Needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
     """
     if list_methods:
-        return print_methods(Printing(json))
+        from ditmoe_cli.compression.merge.methods import METHODS
+
+        return print_methods(METHODS, Printing(json))
     wanted = parse_delta(delta, delta_ratio, groups) or parse_merging(groups, method, router, refit, refit_tokens)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
@@ -109,15 +110,6 @@ def run(
         return preview(stage, opened, plan, target, force, max_shard_size, printing, decided=plan.decided)
     details = merged_details(opened, plan)
     return write(stage, "merge", opened, plan, target, force, max_shard_size, printing, details, used, device)
-
-
-def print_methods(printing: Printing) -> None:
-    """Print each method with what it does and where it comes from."""
-    from ditmoe_cli.compression.merge.methods import METHODS
-
-    result = {name: {"summary": method.summary, "source": method.source} for name, method in METHODS.items()}
-    rows = [(name, f"{method.summary} ({method.source})") for name, method in METHODS.items()]
-    emit(printing, Stage().to_json({"methods": result}), rows, None)
 
 
 def parse_merging(groups: str | None, method: str, router: str, refit: bool, tokens: int) -> Merging:
@@ -202,18 +194,14 @@ def choose(
 
     A dry run never profiles: without a profile its plan is undecided.
     """
-    from ditmoe_cli.checkpoint.staging import check_target
-    from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
+    from ditmoe_cli.routing.calibrate import usable_profile
 
     check(checkpoint, wanted)
     given_profile = profile or (Path(stage.profile) if stage.profile else None)
     if dry_run:
         found = usable_profile(checkpoint, given_profile)
         return planned(checkpoint, wanted, found), found
-    read = [given_profile] if given_profile and given_profile.is_file() else []
-    check_target(target.absolute(), force, [checkpoint.path, *read])
-    beside = target.absolute().parent
-    found = valid_profile(checkpoint, given_profile, beside, lambda: checked_device(device), progress, note)
+    found = valid_profile_for(checkpoint, given_profile, target, device, force)
     return planned(checkpoint, wanted, found), found
 
 

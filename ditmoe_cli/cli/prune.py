@@ -27,9 +27,9 @@ from ditmoe_cli.cli.options import (
     given,
     parse_repair,
 )
-from ditmoe_cli.cli.output import Printing, emit, note, progress
+from ditmoe_cli.cli.output import Printing, note, progress
 from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
-from ditmoe_cli.cli.writing import preview, write
+from ditmoe_cli.cli.writing import preview, print_methods, valid_profile_for, write
 from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ def run(
     Needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
     """
     if list_methods:
-        return print_methods(Printing(json))
+        from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED
+
+        return print_methods({**METHODS, **REPLAYED}, Printing(json))
     pruning = replace(
         parse_pruning("1.0" if keep is None and neurons != 1.0 else keep, method, router, seed),
         repair=parse_repair(refit, refit_tokens, router, scale),
@@ -122,16 +124,6 @@ def run(
         return preview(stage, opened, plan, target, force, max_shard_size, printing, decided=plan.decided)
     details = pruned_details(opened, plan)
     return write(stage, "prune", opened, plan, target, force, max_shard_size, printing, details, used, device)
-
-
-def print_methods(printing: Printing) -> None:
-    """Print each method with what it measures and where it comes from."""
-    from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED, Method, Replayed
-
-    methods: dict[str, Method | Replayed] = {**METHODS, **REPLAYED}
-    result = {name: {"summary": method.summary, "source": method.source} for name, method in methods.items()}
-    rows = [(name, f"{method.summary} ({method.source})") for name, method in methods.items()]
-    emit(printing, Stage().to_json({"methods": result}), rows, None)
 
 
 def parse_allocation(text: str) -> bool:
@@ -190,9 +182,8 @@ def choose(
     What cannot work is refused before the first expensive step. A dry run never profiles: without a profile its
     plan is undecided.
     """
-    from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.compression.prune.planner import check_pruning, plan_prune, plan_replayed, undecided_plan
-    from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
+    from ditmoe_cli.routing.calibrate import usable_profile
 
     def planned(found: RoutingProfile | None) -> CompressionPlan:
         if pruning.replays and found is not None:
@@ -206,10 +197,7 @@ def choose(
     if dry_run:
         found = usable_profile(checkpoint, given_profile)
         return (planned(found) if found else undecided_plan(checkpoint, pruning)), found
-    read = [given_profile] if given_profile and given_profile.is_file() else []
-    check_target(target.absolute(), force, [checkpoint.path, *read])
-    beside = target.absolute().parent
-    found = valid_profile(checkpoint, given_profile, beside, lambda: checked_device(device), progress, note)
+    found = valid_profile_for(checkpoint, given_profile, target, device, force)
     for block, expert in found.never_routed():
         note(f"warning: no calibration token chose expert {expert} of block {block}; its saliency counts as 0")
     return planned(found), found

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ditmoe_cli.cli.options import checkpoint_output
-from ditmoe_cli.cli.output import Printing, Row, emit, human_bytes, progress
+from ditmoe_cli.cli.options import checked_device, checkpoint_output
+from ditmoe_cli.cli.output import Printing, Row, emit, human_bytes, note, progress
 from ditmoe_cli.cli.stage import Stage
 
 if TYPE_CHECKING:
     from ditmoe_cli.compression.plan import CompressionPlan
     from ditmoe_cli.model.checkpoint import Checkpoint
     from ditmoe_cli.routing.profile import RoutingProfile
+
+
+class Described(Protocol):
+    """A method that says what it does and where it comes from."""
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a few words."""
+
+    @property
+    def source(self) -> str:
+        """Its paper."""
+
+
+def print_methods(methods: Mapping[str, Described], printing: Printing) -> None:
+    """Print each method with what it does and where it comes from."""
+    result = {name: {"summary": method.summary, "source": method.source} for name, method in methods.items()}
+    rows = [(name, f"{method.summary} ({method.source})") for name, method in methods.items()]
+    emit(printing, Stage().to_json({"methods": result}), rows, None)
+
+
+def valid_profile_for(
+    checkpoint: Checkpoint, named: Path | None, target: Path, device: str, force: bool
+) -> RoutingProfile:
+    """Return a valid profile, making one beside `target` where `named` is none; refuses a bad target before that."""
+    from ditmoe_cli.checkpoint.staging import check_target
+    from ditmoe_cli.routing.calibrate import valid_profile
+
+    read = [named] if named and named.is_file() else []
+    check_target(target.absolute(), force, [checkpoint.path, *read])
+    beside = target.absolute().parent
+    return valid_profile(checkpoint, named, beside, lambda: checked_device(device), progress, note)
 
 
 def preview(

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ditmoe_cli.checkpoint.names import (
-    EXPERT_OF,
-    in_block,
-)
+from ditmoe_cli.checkpoint.names import EXPERT_OF, in_block
 from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.compression.layout import BlockLayout
 from ditmoe_cli.compression.merge.methods import METHODS as MERGES
@@ -28,6 +25,7 @@ from ditmoe_cli.compression.transform import Source, expert_map, new_weights, we
 from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.routing.calibrate import profiled_spec
@@ -115,12 +113,7 @@ def mixture_of(weights: Mapping[str, Tensor], config: DiTMoEConfig, block: Block
     with torch.device("meta"):
         moe = SparseMoE(config.hidden_size, block, config.top_k)
     for name, tensor in weights.items():
-        owner_name, _, leaf = name.removeprefix("moe.").rpartition(".")
-        owner = moe.get_submodule(owner_name)
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        else:
-            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        put(moe, name.removeprefix("moe."), tensor)
     return moe.eval()
 
 

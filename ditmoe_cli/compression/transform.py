@@ -29,6 +29,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.config import mixture_shapes
 from ditmoe_cli.model.experts import ExpertWeights
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.router import Routing
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -56,15 +57,14 @@ class Source:
 
     def gates(self, expert: int) -> Tensor:
         """Return the routing weight of an expert where a token selected it, else 0, (T,)."""
-        routing = self.original.gate(self.known_tokens.inputs)
-        gates: Tensor = (routing.weights * (routing.experts == expert)).sum(dim=1)
-        return gates
+        routing: Routing = self.original.gate(self.known_tokens.inputs)
+        return routing.gate_of(expert)
 
     def stored(self, name: str) -> Tensor:
-        """Return a table of the profile. Raises `BadInputError` where a --fast profile lacks it."""
+        """Return this block's part of a profile's table. Raises `BadInputError` where a --fast profile lacks it."""
         if name not in self.profile.header.tensors:
             raise BadInputError(f"{self.profile.path}: the profile has no {name!r}; profile again without --fast")
-        return self.profile.tensor(name)
+        return self.profile.block_tensor(name, self.block)
 
 
 def new_weights(source: Source) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def _expert(source: Source, new: int) -> ExpertWeights:
 
 def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
     method = MERGES[source.plan.merging or ""]
-    selected = source.stored("selected")[source.block].sum(dim=(0, 1)).double()[list(members)]
+    selected = source.stored("selected").sum(dim=(0, 1)).double()[list(members)]
     shares = (selected / selected.sum()).tolist() if float(selected.sum()) else [1 / len(members)] * len(members)
     experts = [expert_weights(source.original.experts[e]) for e in members]
     tokens = None
@@ -136,7 +136,7 @@ def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
 def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> ExpertWeights:
     """Return the neurons of highest CAMERA energy of a routed expert."""
     inner = expert.down.shape[1]
-    energy, largest = (source.stored(f"neuron.{name}")[source.block, old, :inner] for name in ("energy", "max"))
+    energy, largest = (source.stored(f"neuron.{name}")[old, :inner] for name in ("energy", "max"))
     return _best(expert, energies(expert.down.cpu(), energy, largest, _gamma_square(source), DEFAULT_ALPHA), width)
 
 
@@ -164,7 +164,7 @@ def _best(expert: ExpertWeights, energy: Tensor, width: int) -> ExpertWeights:
 
 def _gamma_square(source: Source) -> Tensor:
     """Return E[γ²] (D,) over steps and branches."""
-    return source.stored("gamma.square")[source.block].sum(dim=(0, 1)) / source.stored("gamma.images").sum()
+    return source.stored("gamma.square").sum(dim=(0, 1)) / source.profile.tensor("gamma.images").sum()
 
 
 def _constants(source: Source) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def finish(model: DiTMoE, checkpoint: Checkpoint, device: torch.device, dtype: t
     if "pos_embed" not in checkpoint.weights:
         side = checkpoint.config.input_size // checkpoint.config.patch_size
         embedding = sincos_position_embedding(checkpoint.config.hidden_size, side)
-        _set(model, "pos_embed", embedding.to(device, dtype))
+        put(model, "pos_embed", embedding.to(device, dtype))
     model.eval().requires_grad_(False)
 
 
@@ -72,7 +72,7 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
     name = weight.info.name
     if not weight.quantized:
         value = unpack(weight, members)
-        _set(model, name, value.to(dtype) if value.is_floating_point() else value)
+        put(model, name, value.to(dtype) if value.is_floating_point() else value)
         return
     module_name = name.removesuffix(".weight")
     old = model.get_submodule(module_name)
@@ -86,10 +86,10 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
     setattr(parent, module_name.rpartition(".")[2], layer)
     bias = f"{module_name}.bias"
     if bias in checkpoint.weights:
-        _set(model, bias, checkpoint.finite_tensor(bias).to(device, dtype))
+        put(model, bias, checkpoint.finite_tensor(bias).to(device, dtype))
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
+def put(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or buffer, whatever device or dtype stood there."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)

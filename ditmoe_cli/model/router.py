@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ditmoe_cli.model.config import GHOST, BlockConfig
 
@@ -27,6 +28,14 @@ class Routing:
     rows: Tensor
     probabilities: Tensor
     logits: Tensor
+
+    def gate_of(self, expert: int) -> Tensor:
+        """Return an expert's routing weight where a token selected it, else 0, (T,); of rows that share it, the sum."""
+        return (self.weights * (self.experts == expert)).sum(dim=1)
+
+    def chosen(self, experts: int) -> Tensor:
+        """Return choices of the first `experts` as zeros and ones, (T, k, experts); a constant's slot is all 0."""
+        return F.one_hot(self.experts.clamp_min(-1) + 1, experts + 1)[..., 1:]
 
 
 class Router(nn.Module):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ditmoe_cli.model.moe import MoEEvent
 
@@ -56,7 +55,7 @@ def see(event: MoEEvent, images: Sequence[int], b: int, experts: int) -> Seen:
         images=images,
         branches=len(event.gamma) // len(images),
         bin=b,
-        chosen=F.one_hot(event.routing.experts.clamp_min(-1) + 1, experts + 1)[..., 1:].float(),
+        chosen=event.routing.chosen(experts).float(),
         outputs=outputs,
         reaching=reaching.reshape(tokens, k, width),
     )

@@ -34,14 +34,6 @@ class Choice:
     router: RouterMode
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One block's best subset of each size from top-k on, and its replayed error in the guided output."""
-
-    subsets: tuple[Subset, ...]
-    errors: tuple[float, ...]
-
-
 def choose_replayed(
     checkpoint: Checkpoint,
     profile: RoutingProfile,
@@ -62,20 +54,21 @@ def choose_replayed(
     model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
     top_k, choices = checkpoint.config.top_k, []
     with torch.inference_mode(), bar(f"replaying {checkpoint.path.name}", len(counts)) as progress:
-        measured = []
+        errors = []
         for index in range(len(counts)):
             with model.resident(index) as block:
                 replay = SubsetReplay(block_tokens(profile, index), block.moe)
                 subset_of = _chooser(profile, method, seed, index, block.moe, replay, router or "ghost")
                 sizes = range(top_k, len(block.moe.experts) + 1) if shared_budget else (counts[index],)
                 subsets = tuple(subset_of(size) for size in sizes)
-                measured.append(_Measured(subsets, _errors(replay, subsets, router or "ghost")))
+                if shared_budget:
+                    errors.append(_errors(replay, subsets, router or "ghost"))
                 choices.append([Choice(subset, router or _best_mode(replay, subset)) for subset in subsets])
                 del block
             progress(1)
     if not shared_budget:
         return [options[0] for options in choices]
-    padded = [(math.inf,) * (top_k - 1) + each.errors for each in measured]
+    padded = [(math.inf,) * (top_k - 1) + each for each in errors]
     kept = allocate(padded, sum(counts), top_k)
     return [options[n - top_k] for options, n in zip(choices, kept, strict=True)]
 

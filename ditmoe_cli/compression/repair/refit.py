@@ -126,7 +126,7 @@ def _swiglus(experts: nn.ModuleList) -> Iterator[SwiGLU]:
 
 def _expert_term(expert: SwiGLU, index: int) -> Term:
     def features(u: Tensor, routing: Routing) -> Tensor:
-        gates = (routing.weights * (routing.experts == index)).sum(dim=1)
+        gates = routing.gate_of(index)
         mine = gates > 0
         found = u.new_zeros(len(u), expert.down_proj.in_features)
         found[mine] = expert.neurons(u[mine]) * gates[mine].unsqueeze(1)

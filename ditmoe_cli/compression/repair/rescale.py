@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ditmoe_cli.compression.repair.outputs import chunks, held_error, output_of
 from ditmoe_cli.compression.repair.scale import NormalEquations, normal_equations, survivor_scales
@@ -55,5 +54,5 @@ def _parts(moe: SparseMoE, inputs: Tensor) -> Tensor:
     """Return what each expert adds to tokens (T, D), g f or 0, (E, T, D)."""
     routing = moe.gate(inputs)
     outputs = moe.expert_outputs(inputs, routing.experts) * routing.weights.unsqueeze(-1)
-    chosen = F.one_hot(routing.experts.clamp_min(-1) + 1, len(moe.experts) + 1)[..., 1:].to(outputs)
+    chosen = routing.chosen(len(moe.experts)).to(outputs)
     return torch.einsum("tke,tkd->etd", chosen, outputs)
