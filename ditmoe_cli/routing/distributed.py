@@ -44,6 +44,7 @@ def process_group() -> Iterator[Share]:
     dist.init_process_group("gloo")  # what is merged lies on the CPU, whatever the device
     try:
         yield Share(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # nobody leaves while another's last message is under way
     finally:
         dist.destroy_process_group()
 

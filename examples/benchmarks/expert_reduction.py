@@ -46,8 +46,14 @@ def merge(groups: str, method: str, *more: str) -> Variant:
     return Variant(" ".join(("merge", method, *more)), ("merge", "--groups", groups, "--method", method, *more))
 
 
+def narrow(share: str, *more: str) -> Variant:
+    """Return a row of all experts, narrowed to a share of their neurons."""
+    return Variant(" ".join(("prune --neurons", share, *more)), ("prune", "--neurons", share, *more))
+
+
 def variants(keep: str, short: bool) -> list[Variant]:
-    """Return the rows for blocks of `keep` experts; at most eight of them if `short`."""
+    """Return the rows for blocks of `keep` experts of 8, or as many bytes; at most eight of them if `short`."""
+    share = str(int(keep) / 8)
     chosen = [
         prune(keep, "reap", "--router", "slice", "--no-refit"),
         prune(keep, "reap", "--router", "slice"),
@@ -55,7 +61,7 @@ def variants(keep: str, short: bool) -> list[Variant]:
         prune(keep, "reap"),
         prune(keep, "random"),
         prune(keep, "reap", "--allocate", "global"),
-        merge(keep, "m-smoe", "--no-refit"),
+        narrow(share),
         merge(keep, "m-smoe"),
     ]
     if short:
@@ -63,6 +69,7 @@ def variants(keep: str, short: bool) -> list[Variant]:
     plain = [prune(keep, method, "--no-refit") for method in PRUNERS if method != "reap"]
     fitted = [prune(keep, method) for method in PRUNERS if method not in ("reap", "random")]
     repairs = [
+        merge(keep, "m-smoe", "--no-refit"),
         prune(keep, "reap", "--router", "mass", "--no-refit"),
         prune(keep, "reap", "--router", "auto", "--no-refit"),
         prune(keep, "reap", "--router", "mass"),
@@ -70,8 +77,7 @@ def variants(keep: str, short: bool) -> list[Variant]:
         prune(keep, "reap", "--constants"),
         prune(keep, "reap", "--residual-rank", "8", "--no-refit"),
         prune(keep, "reap", "--residual-rank", "8"),
-        prune("8", "reap", "--neurons", "0.5", "--no-refit"),
-        prune("8", "reap", "--neurons", "0.5"),
+        narrow(share, "--no-refit"),
     ]
     merged = [merge(keep, method, *more) for method in MERGERS if method != "m-smoe" for more in (("--no-refit",), ())]
     return [*chosen, *plain, *fitted, *repairs, *merged]

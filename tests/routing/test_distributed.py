@@ -145,7 +145,8 @@ def test_processes_of_unequal_threads_report_a_flip_rate(pico: Callable[..., Pic
         subprocess.Popen(
             [sys.executable, "-m", "ditmoe_cli", *words],
             cwd=tmp_path,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(rank + 1)},
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(rank + 1)}
+            | {"PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
