@@ -40,7 +40,11 @@ if TYPE_CHECKING:
 
 KeepOpt = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--keep", metavar="R|N", help="Experts kept per block: a ratio as 0.5 or 1.0, or a count as 4."),
+    typer.Option(
+        "--keep",
+        metavar="R|N|auto",
+        help="Experts kept per block: a ratio as 0.5 or 1.0, a count as 4, or auto: those that --neurons leaves any.",
+    ),
 ]
 MethodOpt = Annotated[str, typer.Option("--method", metavar="NAME", help="Saliency; see --list-methods.")]
 RouterOpt = Annotated[
@@ -58,10 +62,14 @@ ScaleOpt = Annotated[
 ]
 AllocateOpt = Annotated[
     str,
-    typer.Option("--allocate", metavar="uniform|global", help="global: blocks share the budget by replayed error."),
+    typer.Option(
+        "--allocate",
+        metavar="uniform|global",
+        help="global: blocks share the experts by replayed error, and the experts of all blocks the neurons by energy.",
+    ),
 ]
 NeuronsOpt = Annotated[
-    float, typer.Option("--neurons", metavar="R", help="Share of each kept expert's neurons to keep (CAMERA).")
+    float, typer.Option("--neurons", metavar="R", help="Share of the kept experts' neurons to keep (CAMERA).")
 ]
 MultipleOpt = Annotated[int, typer.Option("--multiple", metavar="N", help="What narrowed widths are multiples of.")]
 NarrowSharedOpt = Annotated[bool, typer.Option("--narrow-shared", help="Narrow the shared expert too.")]
@@ -205,8 +213,10 @@ def choose(
 
 def pruned_details(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
     """Return what a prune did, for the result."""
+    widths = {"widths": [list(block.widths) for block in plan.blocks]} if any(b.widths for b in plan.blocks) else {}
     return {
         "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
         "kept": [list(block.keep) for block in plan.blocks],
+        **widths,
         **{name: plan.options[name] for name in ("method", "router")},
     }

@@ -22,7 +22,8 @@ from ditmoe_cli.compression.layout import BlockLayout
 from ditmoe_cli.compression.merge.inputs import MergeTokens
 from ditmoe_cli.compression.merge.methods import METHODS as MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
-from ditmoe_cli.compression.prune.camera import DEFAULT_ALPHA, energies, narrowed
+from ditmoe_cli.compression.prune.camera import DEFAULT_ALPHA, best_neurons, energies, narrowed
+from ditmoe_cli.compression.prune.pooled import mean_gamma_square, neuron_energies
 from ditmoe_cli.compression.repair.low_rank import LinearMap, low_rank_map
 from ditmoe_cli.compression.stream import Tokens
 from ditmoe_cli.errors import BadInputError
@@ -135,9 +136,8 @@ def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
 
 def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> ExpertWeights:
     """Return the neurons of highest CAMERA energy of a routed expert."""
-    inner = expert.down.shape[1]
-    energy, largest = (source.stored(f"neuron.{name}")[old, :inner] for name in ("energy", "max"))
-    return _best(expert, energies(expert.down.cpu(), energy, largest, _gamma_square(source), DEFAULT_ALPHA), width)
+    (energy,) = neuron_energies(source.profile, source.block, [(old, expert.down)])
+    return narrowed(expert, best_neurons(energy, width))
 
 
 def _shared(source: Source) -> ExpertWeights:
@@ -153,18 +153,8 @@ def _shared(source: Source) -> ExpertWeights:
         phi = shared.neurons(inputs).square()
         squares += phi.sum(dim=0)
         largest = torch.maximum(largest, phi.amax(dim=0))
-    gamma = _gamma_square(source).to(squares.device)
-    return _best(expert, energies(expert.down, squares, largest, gamma, DEFAULT_ALPHA), width)
-
-
-def _best(expert: ExpertWeights, energy: Tensor, width: int) -> ExpertWeights:
-    kept = energy.argsort(descending=True, stable=True)[:width].sort().values
-    return narrowed(expert, kept)
-
-
-def _gamma_square(source: Source) -> Tensor:
-    """Return E[γ²] (D,) over steps and branches."""
-    return source.stored("gamma.square").sum(dim=(0, 1)) / source.profile.tensor("gamma.images").sum()
+    gamma = mean_gamma_square(source.profile, source.block).to(squares.device)
+    return narrowed(expert, best_neurons(energies(expert.down, squares, largest, gamma, DEFAULT_ALPHA), width))
 
 
 def _constants(source: Source) -> dict[str, Tensor]:

@@ -59,15 +59,15 @@ def variants(keep: str, short: bool) -> list[Variant]:
         prune(keep, "reap", "--router", "slice"),
         prune(keep, "reap", "--no-refit"),
         prune(keep, "reap"),
-        prune(keep, "random"),
         prune(keep, "reap", "--allocate", "global"),
         narrow(share),
+        narrow(share, "--allocate", "global"),
         merge(keep, "m-smoe"),
     ]
     if short:
         return chosen
     plain = [prune(keep, method, "--no-refit") for method in PRUNERS if method != "reap"]
-    fitted = [prune(keep, method) for method in PRUNERS if method not in ("reap", "random")]
+    fitted = [prune(keep, method) for method in PRUNERS if method != "reap"]
     repairs = [
         merge(keep, "m-smoe", "--no-refit"),
         prune(keep, "reap", "--router", "mass", "--no-refit"),
@@ -78,6 +78,8 @@ def variants(keep: str, short: bool) -> list[Variant]:
         prune(keep, "reap", "--residual-rank", "8", "--no-refit"),
         prune(keep, "reap", "--residual-rank", "8"),
         narrow(share, "--no-refit"),
+        narrow(share, "--allocate", "global", "--multiple", "32"),
+        narrow(share, "--allocate", "global", "--keep", "auto"),
     ]
     merged = [merge(keep, method, *more) for method in MERGERS if method != "m-smoe" for more in (("--no-refit",), ())]
     return [*chosen, *plain, *fitted, *repairs, *merged]

@@ -203,7 +203,7 @@ def test_an_expert_stored_in_another_dtype_needs_a_decision(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [({"shared_budget": True}, "replayed errors"), ({"router": None}, "replayed errors")],
+    [({"shared_budget": True}, "measured errors"), ({"router": None}, "measured errors")],
     ids=str,
 )
 def test_what_is_replayed_needs_a_decision(more: dict[str, Any], said: str, checkpoint: Checkpoint) -> None:

@@ -2,7 +2,8 @@
 
 A neuron with its row of W_gate and W_up and its column of W_down is a micro-expert; a block's output is the sum over
 all of them. The paper drops those of least energy, pooled over the experts of a block, by zeroing their weights. Here
-experts become narrower instead, so widths have to suit the hardware: see `kept_neurons`.
+experts become narrower instead, so widths have to suit the hardware: see `pooled_widths`. Energies are those of what
+reaches the residual stream, which is one for all blocks, so that a pool may span them.
 """
 
 from __future__ import annotations
@@ -46,12 +47,17 @@ def narrowed(expert: ExpertWeights, neurons: Sequence[int] | Tensor) -> ExpertWe
     return ExpertWeights(expert.gate[index], expert.up[index], expert.down[:, index])
 
 
-def kept_neurons(energies: Sequence[Tensor], total: int, multiple: int, least: int) -> tuple[tuple[int, ...], ...]:
-    """Return the neurons that each expert of a block keeps, ascending: the highest energies of the pool.
+def best_neurons(energy: Tensor, width: int) -> Tensor:
+    """Return the `width` neurons of highest energy in ascending order; ties fall to the lower number."""
+    return energy.argsort(descending=True, stable=True)[:width].sort().values
+
+
+def pooled_widths(energies: Sequence[Tensor], total: int, multiple: int, least: Sequence[int]) -> tuple[int, ...]:
+    """Return how many neurons each expert of a pool keeps: those of the pool's highest energies.
 
     Rounding: an expert's neurons, best first, are cut into groups of `multiple`, and what is left over is a last,
     smaller group. Every expert gets the groups that hold its `least` best neurons, or all of them if it has no more;
-    then groups follow by energy per neuron, over all experts, while they fit into `total`. So each width is a
+    then groups follow by energy per neuron, over all experts, while they fit into `total`. So each width is 0, a
     multiple of `multiple` or the expert's own, less than a group of the budget is left over, and no other such
     widths hold more energy, as long as the experts' own widths are multiples. Ties fall to the lower number.
 
@@ -59,32 +65,28 @@ def kept_neurons(energies: Sequence[Tensor], total: int, multiple: int, least: i
         energies: (H,) per expert; H may differ.
         total: most neurons to keep over all experts.
         multiple: what widths are multiples of, at least 1.
-        least: fewest neurons of an expert; below `multiple` it counts as that.
+        least: fewest neurons of each expert; 0 lets it go.
 
     Raises `InfeasibleError` where `total` is too small for the least widths.
     """
-    ladders = [_widths(len(each), multiple, least) for each in energies]
+    ladders = [_widths(len(each), multiple, floor) for each, floor in zip(energies, least, strict=True)]
     widths = [ladder[0] for ladder in ladders]
     if sum(widths) > total:
         raise InfeasibleError(
-            f"{total} neurons are too few for {len(widths)} experts, which need {sum(widths)} at the least; keep more"
+            f"{total} neurons are too few for {len(widths)} experts, which need {sum(widths)} at the least; keep more, "
+            f"or give a smaller --multiple"
         )
     steps = (_steps(i, each, ladder) for i, (each, ladder) in enumerate(zip(energies, ladders, strict=True)))
     for _, expert, start, end in heapq.merge(*steps):
         # after a group that did not fit, the smaller one behind it must not jump ahead
         if start == widths[expert] and sum(widths) + end - start <= total:
             widths[expert] = end
-    return tuple(_best(each, width) for each, width in zip(energies, widths, strict=True))
-
-
-def uniform_neurons(energies: Sequence[Tensor], width: int) -> tuple[tuple[int, ...], ...]:
-    """Return, per expert, its `width` neurons of highest energy in ascending order; a narrower one stays whole."""
-    return tuple(_best(each, width) for each in energies)
+    return tuple(widths)
 
 
 def _widths(width: int, multiple: int, least: int) -> list[int]:
     """Return the widths that an expert of `width` may get, ascending."""
-    return [w for w in (*range(multiple, width, multiple), width) if w >= min(least, width)]
+    return [w for w in (*range(0, width, multiple), width) if w >= min(least, width)]
 
 
 def _steps(expert: int, energies: Tensor, ladder: list[int]) -> Iterator[tuple[float, int, int, int]]:
@@ -92,8 +94,3 @@ def _steps(expert: int, energies: Tensor, ladder: list[int]) -> Iterator[tuple[f
     ranked = energies.double().sort(descending=True).values
     for start, end in itertools.pairwise(ladder):
         yield -float(ranked[start:end].mean()), expert, start, end
-
-
-def _best(energies: Tensor, width: int) -> tuple[int, ...]:
-    order = energies.argsort(descending=True, stable=True)
-    return tuple(sorted(order[:width].tolist()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,24 +21,30 @@ from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_pro
 
 @dataclass(frozen=True)
 class Keep:
-    """How many experts a block keeps: a ratio of those it has, or a count."""
+    """How many experts a block keeps: a ratio of those it has, a count, or (neither) those that keep neurons."""
 
     ratio: float | None = None
     count: int | None = None
 
+    @property
+    def auto(self) -> bool:
+        """Whether experts go that are left without neurons, and no others."""
+        return self.ratio is None and self.count is None
+
     def of(self, experts: int) -> int:
-        """Return the number kept out of `experts`; a ratio is rounded up."""
+        """Return the number kept out of `experts`, before neurons are; a ratio is rounded up."""
         if self.count is not None:
             return self.count
-        assert self.ratio is not None
-        return math.ceil(self.ratio * experts - 1e-9)
+        return math.ceil((1.0 if self.ratio is None else self.ratio) * experts - 1e-9)
 
     def __str__(self) -> str:
-        return str(self.count if self.count is not None else self.ratio)
+        return "auto" if self.auto else str(self.count if self.count is not None else self.ratio)
 
 
 def parse_keep(text: str, option: str = "--keep") -> Keep:
-    """Read ``--keep`` or its like: with a decimal point a ratio in (0, 1], without one a count of at least 1."""
+    """Read ``--keep`` or its like: with a decimal point a ratio in (0, 1], without one a count of at least 1; auto."""
+    if text == "auto" and option == "--keep":
+        return Keep()
     try:
         if text.lstrip("+-").isdigit():
             if int(text) < 1:
@@ -77,8 +83,9 @@ class Pruning:
         method: by which the experts are chosen.
         router: what becomes of the other rows; None for each block's mode of least replayed error.
         seed: of random choices.
-        shared_budget: spread the experts over the blocks by their replayed errors.
-        neurons: share of each expert's neurons that stays.
+        shared_budget: spread experts over the blocks by their replayed errors, and neurons over all experts of all
+            blocks by their energies.
+        neurons: share of the neurons of experts that stays.
         multiple: what narrowed widths are multiples of.
         narrow_shared: narrow the shared expert too.
         constants: let rows of dropped experts select constants in their place.
@@ -100,7 +107,7 @@ class Pruning:
 
     @property
     def replays(self) -> bool:
-        """Whether choosing experts takes their weights and the profile's reservoir, not its small tables only."""
+        """Whether planning takes weights and the profile's reservoir or moments, not its small tables only."""
         return self.method in REPLAYED or self.router is None or self.shared_budget
 
     @property
@@ -125,9 +132,13 @@ class Pruning:
 def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:
     """Refuse what cannot be done to the checkpoint, before it is profiled.
 
-    Raises `InfeasibleError` where a block cannot keep so many, `UsageError` for a rank above its width, and
-    `BadInputError` where weights would be computed of packed ones.
+    Raises `InfeasibleError` where a block cannot keep so many, `UsageError` for a rank above its width and an open
+    number of experts without neurons to share, and `BadInputError` where weights would be computed of packed ones.
     """
+    if pruning.keep.auto and not (pruning.shared_budget and pruning.neurons < 1.0 and pruning.router):
+        raise UsageError(
+            "--keep auto: experts go that are left no neurons; give --neurons, --allocate global and a --router"
+        )
     kept_counts(checkpoint, pruning.keep)
     if pruning.rank > checkpoint.config.hidden_size:
         raise UsageError(f"--residual-rank {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
@@ -156,14 +167,28 @@ def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: 
 def plan_replayed(
     checkpoint: Checkpoint, profile: RoutingProfile, pruning: Pruning, device: str, bar: ProgressBar
 ) -> CompressionPlan:
-    """Plan by replayed errors, on `device`. Raises what `plan_prune` does, and `BadInputError` without a reservoir."""
+    """Plan by replayed errors on `device`, and by energies of neurons where these are shared.
+
+    Raises what `plan_prune` does, and `BadInputError` where the profile has no reservoir or no energies.
+    """
+    from ditmoe_cli.compression.prune.pooled import shared_widths
     from ditmoe_cli.compression.prune.replayed import choose_replayed
 
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     counts = kept_counts(checkpoint, pruning.keep)
-    named = (checkpoint, profile, pruning.method, counts, pruning.router, pruning.shared_budget, pruning.seed)
-    choices = choose_replayed(*named, device, bar)
-    blocks = [_block_plan(checkpoint, pruning, i, choice.keep, choice.router) for i, choice in enumerate(choices)]
+    keeps = [tuple(range(count)) for count in counts]
+    routers: list[RouterMode] = [pruning.router or "ghost"] * len(counts)
+    if counts != [len(block.expert_widths) for block in checkpoint.config.blocks]:
+        named = (checkpoint, profile, pruning.method, counts, pruning.router, pruning.shared_budget, pruning.seed)
+        choices = choose_replayed(*named, device, bar)
+        keeps, routers = [choice.keep for choice in choices], [choice.router for choice in choices]
+    widths: Sequence[Mapping[int, int] | None] = [None] * len(keeps)
+    if pruning.shared_budget and pruning.neurons < 1.0:
+        pool = (pruning.neurons, pruning.multiple, pruning.keep.auto, bar)
+        widths = shared_widths(checkpoint, profile, keeps, *pool)
+        keeps = [tuple(each) for each in widths]
+    columns = zip(keeps, routers, widths, strict=True)
+    blocks = [_block_plan(checkpoint, pruning, i, *column) for i, column in enumerate(columns)]
     return _plan(checkpoint, profile, pruning, blocks)
 
 
@@ -181,16 +206,23 @@ def _plan(
 
 
 def _block_plan(
-    checkpoint: Checkpoint, pruning: Pruning, index: int, keep: tuple[int, ...], router: RouterMode
+    checkpoint: Checkpoint,
+    pruning: Pruning,
+    index: int,
+    keep: tuple[int, ...],
+    router: RouterMode,
+    widths: Mapping[int, int] | None = None,
 ) -> BlockPlan:
-    """Return a block's plan: which experts stay, of which widths, and what stands in for the others."""
+    """Return a block's plan: which experts stay, how wide (as asked for, if None), and what stands in for others."""
     old = checkpoint.config.blocks[index]
     ratio, multiple = pruning.neurons, pruning.multiple
     narrows = ratio < 1.0
+    if narrows and widths is None:
+        widths = {e: widths_of_ratio(old.expert_widths[e], ratio, multiple) for e in keep}
     return BlockPlan(
         keep=keep,
         router=router,
-        widths=tuple(widths_of_ratio(old.expert_widths[e], ratio, multiple) for e in keep) if narrows else (),
+        widths=tuple(widths[e] for e in keep) if widths is not None else (),
         shared_width=widths_of_ratio(old.shared_width, ratio, multiple) if narrows and pruning.narrow_shared else None,
         constants=pruning.constants and len(keep) < len(old.expert_widths),
         rank=pruning.rank if pruning.constants and len(keep) < len(old.expert_widths) else 0,
@@ -221,7 +253,7 @@ def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
         raise BadInputError(f"{checkpoint.path}: {what}, so the bytes depend on which are kept; give a --profile")
     if pruning.shared_budget or pruning.router is None:
         raise BadInputError(
-            f"{checkpoint.path}: what each block keeps, and the bytes too, rests on replayed errors; give a --profile"
+            f"{checkpoint.path}: what each block keeps, and the bytes too, rests on measured errors; give a --profile"
         )
     keeps = [tuple(range(count)) for count in counts]
     blocks = tuple(_block_plan(checkpoint, pruning, i, keep, pruning.router) for i, keep in enumerate(keeps))
