@@ -8,8 +8,7 @@ from swiglu import outputs_of, random_expert, seeded
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditmoe_cli.compression.repair.constants import weighted_mean
-from ditmoe_cli.compression.repair.low_rank import LinearMap, low_rank_map
+from ditmoe_cli.compression.repair.low_rank import LinearMap, low_rank_map, weighted_mean
 
 WIDTH, TOKENS, RANK, RIDGE = 12, 200, 3, 0.05
 
@@ -94,3 +93,20 @@ def test_an_expert_without_tokens_becomes_zero_and_one_with_a_single_input_its_o
     assert torch.equal(nothing.of(INPUTS), torch.zeros_like(OUTPUTS))
     same = low_rank_map(INPUTS[:1].expand(9, -1), OUTPUTS[:1].expand(9, -1), WEIGHTS[:9], RANK)
     assert_close(same.of(INPUTS), OUTPUTS[:1].expand(TOKENS, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_no_other_constant_has_a_lower_weighted_error(tokens: int) -> None:
+    outputs, weights = OUTPUTS[:tokens].double(), WEIGHTS[:tokens].double()
+    best = weighted_mean(outputs, weights)
+
+    def error(constant: Tensor) -> float:
+        return float(weights @ (outputs - constant).square().sum(dim=1))
+
+    for step in (-0.1, 0.1):
+        assert all(error(best + step * axis) > error(best) for axis in torch.eye(WIDTH))
+
+
+def test_a_mean_without_weight_is_zero() -> None:
+    assert bool((weighted_mean(OUTPUTS, torch.zeros(TOKENS)) == 0).all())
+    assert bool((weighted_mean(OUTPUTS[:0], WEIGHTS[:0]) == 0).all())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from swiglu import seeded
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditmoe_cli.compression.repair.scale import normal_equations, output_scale, survivor_scales
+from ditmoe_cli.compression.repair.scale import normal_equations, survivor_scales
 
 TOKENS, WIDTH, SURVIVORS = 30, 7, 4
 
@@ -24,22 +23,6 @@ PARTS = tokens(SURVIVORS, TOKENS, WIDTH, seed=2)
 def error(scales: Tensor, wanted: Tensor = WANTED, parts: Tensor = PARTS) -> float:
     left = wanted.double() - torch.einsum("k,ktd->td", scales.double(), parts.double())
     return float(WEIGHTS.double() @ left.square().sum(dim=1))
-
-
-def test_a_scaled_output_gets_its_scale_back() -> None:
-    assert output_scale(WANTED, WANTED / 1.7, WEIGHTS) == pytest.approx(1.7, rel=1e-5)
-
-
-def test_no_other_scale_is_better() -> None:
-    got = PARTS[0]
-    best = output_scale(WANTED, got, WEIGHTS)
-    for other in (best - 1e-2, best + 1e-2):
-        assert error(torch.tensor([best]), parts=got[None]) < error(torch.tensor([other]), parts=got[None])
-
-
-def test_an_output_that_is_zero_keeps_its_scale() -> None:
-    assert output_scale(WANTED, torch.zeros_like(WANTED), WEIGHTS) == 1.0
-    assert output_scale(WANTED, WANTED, torch.zeros(TOKENS)) == 1.0
 
 
 def test_scales_of_survivors_are_recovered() -> None:

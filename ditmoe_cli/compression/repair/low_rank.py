@@ -10,9 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditmoe_cli.compression.repair.constants import weighted_mean
 
 DEFAULT_RIDGE = 1e-3
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_t w_t v_t / Σ_t w_t (D,) of values (T, D) and weights (T,); 0 where all weights are."""
+    weights = weights.to(values)
+    total = weights.sum()
+    return weights @ values / torch.where(total > 0, total, 1.0)
 
 
 @dataclass(frozen=True)

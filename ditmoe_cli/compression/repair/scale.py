@@ -15,19 +15,6 @@ from torch import Tensor
 DEFAULT_RIDGE = 1e-6
 
 
-def output_scale(wanted: Tensor, got: Tensor, weights: Tensor) -> float:
-    """Return c = Σ_t w_t ⟨y_t, y'_t⟩ / Σ_t w_t ⟨y'_t, y'_t⟩, which minimises Σ_t w_t ‖y_t - c y'_t‖².
-
-    `wanted` y and `got` y' are (T, D), `weights` w (T,). Where y' is 0 throughout, c is 1.
-    """
-    energy = _weighted_dot(got, got, weights)
-    return _weighted_dot(wanted, got, weights) / energy if energy > 0.0 else 1.0
-
-
-def _weighted_dot(left: Tensor, right: Tensor, weights: Tensor) -> float:
-    return float(weights.double() @ (left.double() * right.double()).sum(dim=1))
-
-
 @dataclass(frozen=True)
 class NormalEquations:
     """The sums that survivors' scales need: A_kl = Σ_t w ⟨r_k, r_l⟩ (K, K) and b_k = Σ_t w ⟨r_k, y⟩ (K,).
