@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 DEFAULT_RIDGE = 1e-3
 
 
