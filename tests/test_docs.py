@@ -24,6 +24,7 @@ COMMANDS = (
     "fid",
     "report",
     "compare",
+    "bench",
 )
 _BLOCK = re.compile(r"## Options\n\n(?:@@HELP@@|```text\n.*?\n```)\n", re.S)
 

@@ -1,17 +1,44 @@
 """How packed weights are laid out on disk: names, dtypes, shapes and sizes, known without torch.
 
-NF4 (4 bits, blocks of 64 weights) and int8 (one scale a row) are stored exactly as bitsandbytes 0.50
-serialises them, so that its own readers take our files.
+A weight ``X.weight`` of shape (out, in) becomes one of the following.
 
-A weight ``X.weight`` of shape (out, in) becomes
+nf4, fp4 (4 bits, blocks of 64 weights of the flattened matrix) and int8 (one scale a row) are stored exactly as
+bitsandbytes 0.50 serialises them, so that its own readers take our files; -dq is its double quantisation, which stores
+the blocks' absmax in 8 bits. Below, B = ceil(out*in/64) and f4 is nf4 or fp4:
 
-    nf4    X.weight                                     U8   (out*in/2, 1)   first of each pair in the high nibble
-           X.weight.absmax                              F32  (ceil(out*in/64),)
-           X.weight.quant_map                           F32  (16,)
-           X.weight.quant_state.bitsandbytes__nf4       U8   JSON: quant_type, blocksize, dtype, shape
+    f4     X.weight                                     U8   (out*in/2, 1)   first of each pair in the high nibble
+           X.weight.absmax                              F32  (B,)
+           X.weight.quant_map                           F32  (16,)           w = quant_map[code] * absmax
+           X.weight.quant_state.bitsandbytes__f4        U8   JSON: quant_type, blocksize, dtype, shape
+    f4-dq  X.weight, X.weight.quant_map                      as above
+           X.weight.absmax                              U8   (B,)
+           X.weight.nested_absmax                       F32  (ceil(B/256),)
+           X.weight.nested_quant_map                    F32  (256,)
+           X.weight.quant_state.bitsandbytes__f4        U8   JSON, with nested_blocksize, nested_dtype, nested_offset
+                                                             absmax = nested_quant_map[code] * nested_absmax + offset
     int8   X.weight                                     I8   (out, in)
-           X.SCB                                        F32  (out,)
+           X.SCB                                        F32  (out,)          w = code * SCB / 127
            X.weight_format                              U8   ()              always 0
+
+The JSON of -dq is padded with spaces, so that its size does not depend on how many digits nested_offset takes.
+
+int{b}-g{g} (b bits a weight, groups of g columns; b 2, 3, 4, 5, 6 or 8 and g 32, 64 or 128), its symmetric kind
+int{b}-g{g}-sym, and ternary-g{g} are laid out so, with G = ceil(in/g) groups a row, the last of which may be shorter:
+
+    int    X.weight_packed                              I32  (out, ceil(in*b/32))
+           X.weight_scale                               F16  (out, G)        w = (code - zero) * scale
+           X.weight_zero_point                          I32  (out, ceil(G*b/32))    absent of -sym: zero = 2^(b-1)
+           X.weight_shape                               I32  (2,)            out, in
+    tern.  X.weight_packed                              U8   (ceil(out*in/5),)      codes -1, 0, 1
+           X.weight_scale                               F16  (out, G)        w = code * scale
+           X.weight_shape                               I32  (2,)            out, in
+
+Codes and zero points of b bits are unsigned and packed without gaps, the lowest bit first: value j of a row takes bits
+b*j to b*j + b - 1 of the row, whose bit k is bit k mod 32 of word k // 32. Values may straddle words; each row begins
+with a new one. Ternary codes run over the flattened matrix, byte = sum_i (code_i + 1) 3^i over five at a time, and
+the last byte is padded with codes 0. Nothing else says what a weight is stored as: b follows from the words of a row,
+which takes at least 32 columns, and g from the columns of the scales (the smallest that fits; where several fit, a
+row is one group, and they are the same).
 
 A block's experts may be stored as one base and what each differs from it by. A matrix X.weight (out, in) of an expert,
 X = blocks.i.moe.experts.e.gate_proj, up_proj or down_proj, then has no tensor of its own name. It is the base of its
@@ -28,27 +55,104 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from ditmoe_cli.checkpoint.header import FLOATING, TensorInfo
 from ditmoe_cli.checkpoint.names import BASE, MATRICES, in_block, split_name
 from ditmoe_cli.errors import BadInputError
 
-Format = Literal["nf4", "int8"]
+Format = str  # one of FORMATS; `parse_format` tells what it means
 DeltaFormat = Literal["svd", "ternary"]
-NF4_BLOCK = 64
+Kind = Literal["nf4", "fp4", "int8", "uniform", "ternary"]
+BLOCK = 64  # weights that share an absmax in nf4 and fp4
+NESTED_BLOCK = 256  # absmax that share a scale under double quantisation
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+WORD_BITS = 32
+FEWEST_COLUMNS = 32  # with fewer, the words of a row do not tell the bits
 TERNARY_PER_BYTE = 5  # 3⁵ = 243 fits a byte
+_BLOCKS_READ = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes knows
+_OFFSET_DIGITS = 24  # no fp32 value takes more characters in JSON
 _DELTA_PARTS: Mapping[str, DeltaFormat] = {
     "delta_left": "svd",
     "delta_right": "svd",
     "delta_ternary": "ternary",
     "delta_scale": "ternary",
 }
+_PACKED_PARTS = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"})
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a format's name says.
+
+    Attributes:
+        name: the format.
+        kind: ``uniform`` of int{b}-g{g}, else what the name begins with.
+        bits: of a code; 2 of ternary ones, though five take a byte.
+        group: weights that share a scale; 0 where a row does.
+        symmetric: whether no zero point is stored.
+        double: whether absmax are quantised themselves.
+    """
+
+    name: Format
+    kind: Kind
+    bits: int
+    group: int = 0
+    symmetric: bool = True
+    double: bool = False
+
+    @property
+    def grouped(self) -> bool:
+        """Whether fp16 scales belong to groups of columns, as in the uniform and ternary formats."""
+        return self.kind in ("uniform", "ternary")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the members are, in the order of `quantized_members`."""
+        if self.kind == "int8":
+            return ("packed", "scale", "form")
+        if self.grouped:
+            return ("packed", "scale", "shape") if self.symmetric else ("packed", "scale", "zero_point", "shape")
+        nested = ("nested_absmax", "nested_quant_map") if self.double else ()
+        return ("packed", "absmax", "quant_map", *nested, "state")
+
+
+def _all_schemes() -> dict[Format, Scheme]:
+    schemes = [
+        Scheme("nf4", "nf4", 4, BLOCK),
+        Scheme("fp4", "fp4", 4, BLOCK),
+        Scheme("nf4-dq", "nf4", 4, BLOCK, double=True),
+        Scheme("fp4-dq", "fp4", 4, BLOCK, double=True),
+        Scheme("int8", "int8", 8),
+    ]
+    for group in GROUPS:
+        for bits in BITS:
+            schemes.append(Scheme(f"int{bits}-g{group}", "uniform", bits, group, symmetric=False))
+            schemes.append(Scheme(f"int{bits}-g{group}-sym", "uniform", bits, group))
+        schemes.append(Scheme(f"ternary-g{group}", "ternary", 2, group))
+    return {scheme.name: scheme for scheme in schemes}
+
+
+SCHEMES: Mapping[Format, Scheme] = _all_schemes()
+FORMATS: tuple[Format, ...] = tuple(SCHEMES)
+
+
+def parse_format(name: object, what: str = "the format") -> Scheme:
+    """Return what the name of a format means. Raises `BadInputError` that begins with `what` for other names."""
+    scheme = SCHEMES.get(name) if isinstance(name, str) else None
+    if scheme is None:
+        raise BadInputError(
+            f"{what} is {name!r}; expected one of nf4, int8, fp4, nf4-dq, fp4-dq, int{{b}}-g{{g}}, int{{b}}-g{{g}}-sym "
+            f"or ternary-g{{g}} with b one of {', '.join(map(str, BITS))} and g one of {', '.join(map(str, GROUPS))}"
+        )
+    return scheme
 
 
 @dataclass(frozen=True)
@@ -66,34 +170,79 @@ class Weight:
     @property
     def quantized(self) -> bool:
         """Whether the weight is kept packed in memory too."""
-        return self.format in get_args(Format)
+        return self.format in SCHEMES
 
 
-def quant_state_json(info: TensorInfo) -> bytes:
-    """Return bitsandbytes' JSON description of an NF4 weight, byte for byte as it writes it."""
-    state = {
-        "quant_type": "nf4",
-        "blocksize": NF4_BLOCK,
+def quant_state_json(info: TensorInfo, fmt: Format = "nf4", offset: float = 0.0) -> bytes:
+    """Return bitsandbytes' JSON description of a 4 bit weight, as it writes it.
+
+    With double quantisation, `offset` is what the blocks' absmax were lowered by, and spaces follow up to the length
+    that the longest offset would give. JSON allows them.
+    """
+    scheme = parse_format(fmt)
+    state: dict[str, object] = {
+        "quant_type": scheme.kind,
+        "blocksize": BLOCK,
         "dtype": _TORCH_NAMES[info.dtype],
         "shape": list(info.shape),
     }
-    return json.dumps(state).encode()
+    if not scheme.double:
+        return json.dumps(state).encode()
+    state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+    longest = len(json.dumps(state | {"nested_offset": 0})) - 1 + _OFFSET_DIGITS
+    return json.dumps(state | {"nested_offset": offset}).ljust(longest).encode()
+
+
+def packed_words(values: int, bits: int) -> int:
+    """Return how many 32-bit words a row of values takes, ⌈values · bits / 32⌉."""
+    return math.ceil(values * bits / WORD_BITS)
 
 
 def quantized_members(info: TensorInfo, fmt: Format) -> list[TensorInfo]:
-    """Return the tensors that store the weight `info` in format `fmt`."""
-    if fmt == "nf4":
+    """Return the tensors that store the weight `info` in format `fmt`, in the order of its scheme's parts."""
+    scheme = parse_format(fmt)
+    if scheme.kind == "int8":
+        stem = info.name.removesuffix(".weight")
         return [
-            TensorInfo(info.name, "U8", (math.ceil(info.numel / 2), 1)),
-            TensorInfo(f"{info.name}.absmax", "F32", (math.ceil(info.numel / NF4_BLOCK),)),
-            TensorInfo(f"{info.name}.quant_map", "F32", (16,)),
-            TensorInfo(f"{info.name}{_STATE_SUFFIX}nf4", "U8", (len(quant_state_json(info)),)),
+            TensorInfo(info.name, "I8", info.shape),
+            TensorInfo(f"{stem}.SCB", "F32", (info.shape[0],)),
+            TensorInfo(f"{stem}.weight_format", "U8", ()),
         ]
-    stem = info.name.removesuffix(".weight")
+    if scheme.grouped:
+        return _grouped_members(info, scheme)
+    state = TensorInfo(f"{info.name}{_STATE_SUFFIX}{scheme.kind}", "U8", (len(quant_state_json(info, fmt)),))
+    return _four_bit_members(info, state, BLOCK, NESTED_BLOCK if scheme.double else 0)
+
+
+def _four_bit_members(info: TensorInfo, state: TensorInfo, block: int, nested_block: int) -> list[TensorInfo]:
+    blocks = math.ceil(info.numel / block)
+    members = [
+        TensorInfo(info.name, "U8", (math.ceil(info.numel / 2), 1)),
+        TensorInfo(f"{info.name}.absmax", "U8" if nested_block else "F32", (blocks,)),
+        TensorInfo(f"{info.name}.quant_map", "F32", (16,)),
+    ]
+    if nested_block:
+        members += [
+            TensorInfo(f"{info.name}.nested_absmax", "F32", (math.ceil(blocks / nested_block),)),
+            TensorInfo(f"{info.name}.nested_quant_map", "F32", (256,)),
+        ]
+    return [*members, state]
+
+
+def _grouped_members(info: TensorInfo, scheme: Scheme) -> list[TensorInfo]:
+    rows, columns = info.shape
+    groups = math.ceil(columns / scheme.group)
+    packed = (
+        TensorInfo(f"{info.name}_packed", "U8", (ternary_bytes(info.numel),))
+        if scheme.kind == "ternary"
+        else TensorInfo(f"{info.name}_packed", "I32", (rows, packed_words(columns, scheme.bits)))
+    )
+    zero = TensorInfo(f"{info.name}_zero_point", "I32", (rows, packed_words(groups, scheme.bits)))
     return [
-        TensorInfo(info.name, "I8", info.shape),
-        TensorInfo(f"{stem}.SCB", "F32", (info.shape[0],)),
-        TensorInfo(f"{stem}.weight_format", "U8", ()),
+        packed,
+        TensorInfo(f"{info.name}_scale", "F16", (rows, groups)),
+        *([] if scheme.symmetric else [zero]),
+        TensorInfo(f"{info.name}_shape", "I32", (2,)),
     ]
 
 
@@ -130,31 +279,44 @@ def difference_members(info: TensorInfo, fmt: DeltaFormat, rank: int) -> list[Te
 def logical_weights(tensors: Mapping[str, TensorInfo], raw: Callable[[str], bytes]) -> dict[str, Weight]:
     """Group stored tensors into the weights the model sees.
 
-    `raw(name)` returns a stored tensor's bytes; only the small JSON descriptions are read.
+    `raw(name)` returns a stored tensor's bytes; only small descriptions (JSON and shapes) are read.
+
+    Raises `BadInputError` that names a tensor where what stores a weight is incomplete, or does not fit together.
     """
     result: dict[str, Weight] = {}
     taken: set[str] = set()
     for name in tensors:
         stem, _, part = name.rpartition(".")
+        if name in taken:
+            continue
         if _STATE_SUFFIX in name:
-            weight = _nf4_weight(name, tensors, raw(name))
+            weight = _four_bit_weight(name, tensors, raw(name))
         elif name.endswith(".SCB"):
             weight = _int8_weight(name, tensors)
         elif stem and part in _DELTA_PARTS:
             weight = _delta_weight(stem, _DELTA_PARTS[part], tensors)
+        elif stem and part in _PACKED_PARTS:
+            weight = _grouped_weight(f"{stem}.weight", tensors, raw)
         else:
             continue
         if result.setdefault(weight.info.name, weight) != weight:
             raise BadInputError(f"the weight {weight.info.name!r} is stored twice, in different formats")
         taken.update(weight.members)
+    for name, weight in result.items():
+        if name in tensors and name not in weight.members:
+            raise BadInputError(f"tensor {name!r} stands beside {weight.members[0]!r}, which stores the same weight")
     result.update({n: Weight(info, None, (n,)) for n, info in tensors.items() if n not in taken})
     return result
 
 
 def _quantized_weight(info: TensorInfo, fmt: Format, tensors: Mapping[str, TensorInfo]) -> Weight:
+    _check_matrix(info, fmt)
+    return _of_members(info, fmt, quantized_members(info, fmt), tensors)
+
+
+def _check_matrix(info: TensorInfo, fmt: Format) -> None:
     if len(info.shape) != 2:
         raise BadInputError(f"the {fmt} weight {info.name!r} has shape {list(info.shape)}, which is no matrix")
-    return _of_members(info, fmt, quantized_members(info, fmt), tensors)
 
 
 def _of_members(
@@ -172,20 +334,84 @@ def _of_members(
     return Weight(info, fmt, tuple(member.name for member in members))
 
 
-def _nf4_weight(state_name: str, tensors: Mapping[str, TensorInfo], state: bytes) -> Weight:
-    name, _, kind = state_name.partition(_STATE_SUFFIX)
+@dataclass(frozen=True)
+class FourBitState:
+    """What bitsandbytes' JSON says of a 4 bit weight; `nested_block` is 0 without double quantisation."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    block: int
+    nested_block: int
+    offset: float
+
+
+def parse_quant_state(state: bytes, name: str) -> FourBitState:
+    """Read bitsandbytes' JSON. Raises `BadInputError` that names the tensor `name`."""
     try:
         described = json.loads(state)
-        dtype, shape = _CODES[described["dtype"]], tuple(int(n) for n in described["shape"])
-        block = described["blocksize"]
-    except (ValueError, KeyError, TypeError):
-        raise BadInputError(f"tensor {state_name!r} does not hold a bitsandbytes quantisation state") from None
-    if kind != "nf4" or block != NF4_BLOCK or "nested_blocksize" in described:
-        raise BadInputError(
-            f"tensor {name!r} is {kind} with blocks of {block}; ditmoe reads nf4 with blocks of {NF4_BLOCK} "
-            "and no double quantisation"
+        nested = "nested_blocksize" in described
+        parsed = FourBitState(
+            _CODES[described["dtype"]],
+            tuple(int(n) for n in described["shape"]),
+            int(described["blocksize"]),
+            int(described["nested_blocksize"]) if nested else 0,
+            float(described["nested_offset"]) if nested else 0.0,
         )
-    return _quantized_weight(TensorInfo(name, dtype, shape), "nf4", tensors)
+        good = all(n >= 0 for n in parsed.shape) and math.isfinite(parsed.offset) and parsed.nested_block >= 0
+        good &= not nested or (parsed.nested_block > 0 and described["nested_dtype"] == "float32")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        good = False
+    if not good:
+        raise BadInputError(f"tensor {name!r} does not hold a bitsandbytes quantisation state")
+    if parsed.block not in _BLOCKS_READ:
+        raise BadInputError(f"tensor {name!r} tells of blocks of {parsed.block}, which bitsandbytes does not know")
+    return parsed
+
+
+def _four_bit_weight(state_name: str, tensors: Mapping[str, TensorInfo], state: bytes) -> Weight:
+    name, _, kind = state_name.partition(_STATE_SUFFIX)
+    if kind not in ("nf4", "fp4"):
+        raise BadInputError(f"tensor {state_name!r}: {kind} is no format that ditmoe reads; it reads nf4 and fp4")
+    parsed = parse_quant_state(state, state_name)
+    info, fmt = TensorInfo(name, parsed.dtype, parsed.shape), f"{kind}-dq" if parsed.nested_block else kind
+    _check_matrix(info, fmt)
+    described = TensorInfo(state_name, "U8", (len(state),))  # others may lay their JSON out otherwise
+    return _of_members(info, fmt, _four_bit_members(info, described, parsed.block, parsed.nested_block), tensors)
+
+
+def _grouped_weight(name: str, tensors: Mapping[str, TensorInfo], raw: Callable[[str], bytes]) -> Weight:
+    """Return the uniform or ternary weight `name`, told by the dtypes and shapes of what stores it."""
+    packed, scale, shape = (_required(name, part, tensors) for part in ("packed", "scale", "shape"))
+    if (shape.dtype, shape.shape) != ("I32", (2,)):
+        raise BadInputError(f"tensor {shape.name!r} is {shape.dtype} {list(shape.shape)}, expected I32 [2]")
+    rows, columns = struct.unpack("<2i", raw(shape.name))
+    info = TensorInfo(name, "F16", (rows, columns))
+    if rows < 1 or columns < FEWEST_COLUMNS:
+        raise BadInputError(
+            f"tensor {shape.name!r} says [{rows}, {columns}]; expected at least 1 row and {FEWEST_COLUMNS} columns"
+        )
+    group = next((g for g in GROUPS if scale.shape == (rows, math.ceil(columns / g))), None)
+    if group is None:
+        raise BadInputError(
+            f"tensor {scale.name!r} has shape {list(scale.shape)}, which no groups of "
+            f"{', '.join(map(str, GROUPS))} columns give for a weight of {[rows, columns]}"
+        )
+    if packed.dtype == "U8":
+        return _of_members(info, f"ternary-g{group}", _grouped_members(info, SCHEMES[f"ternary-g{group}"]), tensors)
+    bits = next((b for b in BITS if packed.shape == (rows, packed_words(columns, b))), None)
+    if bits is None:
+        raise BadInputError(
+            f"tensor {packed.name!r} has shape {list(packed.shape)}, which no {', '.join(map(str, BITS))} bits give "
+            f"for a weight of {[rows, columns]}"
+        )
+    fmt = f"int{bits}-g{group}" + ("" if f"{name}_zero_point" in tensors else "-sym")
+    return _of_members(info, fmt, _grouped_members(info, SCHEMES[fmt]), tensors)
+
+
+def _required(name: str, part: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+    if f"{name}_{part}" not in tensors:
+        raise BadInputError(f"tensor '{name}_{part}' of the packed weight {name!r} is missing")
+    return tensors[f"{name}_{part}"]
 
 
 def _int8_weight(scale_name: str, tensors: Mapping[str, TensorInfo]) -> Weight:
@@ -216,6 +442,14 @@ def _rank(name: str, tensors: Mapping[str, TensorInfo]) -> int:
     return next((tensors[side].shape[axis] for side, axis in sides if side in tensors and tensors[side].shape), 0)
 
 
-def is_quantizable(info: TensorInfo) -> bool:
-    """Tell whether a weight can be stored in a quantised format: a floating matrix of even size."""
-    return len(info.shape) == 2 and info.dtype in FLOATING - {"F64"} and info.numel % 2 == 0
+def is_quantizable(info: TensorInfo, fmt: Format | None = None) -> bool:
+    """Tell whether a weight can be stored in format `fmt`, or in any of bitsandbytes' where none is given.
+
+    Those take a floating matrix of even size that is not fp64; uniform and ternary formats any floating matrix of at
+    least 32 columns.
+    """
+    if len(info.shape) != 2 or info.dtype not in FLOATING:
+        return False
+    if fmt is not None and parse_format(fmt).grouped:
+        return info.shape[1] >= FEWEST_COLUMNS
+    return info.dtype != "F64" and info.numel % 2 == 0

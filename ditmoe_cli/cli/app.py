@@ -17,6 +17,7 @@ import typer
 from ditmoe_cli import __version__
 from ditmoe_cli.cli import (
     apply,
+    bench,
     compare,
     convert,
     fid,
@@ -74,6 +75,7 @@ app.command("sample")(sample.run)
 app.command("fid")(fid.run)
 app.command("report")(report.run)
 app.command("compare")(compare.run)
+app.command("bench")(bench.run)
 
 
 def main() -> NoReturn:
@@ -171,6 +173,8 @@ def _os_error(error: OSError) -> str:
 def _unexpected(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "the device is out of memory; try a smaller --batch"
+    if "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's words for what Python calls MemoryError
+        return "out of memory; try a smaller --batch"
     return f"internal error: {type(error).__name__}: {error} (set DITMOE_TRACEBACK=1 for the traceback, and report it)"
 
 

@@ -92,8 +92,11 @@ def write(
     output = checkpoint_output(target, force, shard_size)
     done_by = apply(checkpoint, plan, output, progress, profile, device)
     result = {**_sizes(checkpoint, done_by.bytes), **(details or {}), "plan_digest": plan.digest if plan else None}
-    if done_by.repaired:
-        result["refit_error"] = list(done_by.repaired)
+    computed = done_by.computed
+    if computed.repaired:
+        result["refit_error"] = list(computed.repaired)
+    if computed.error is not None:
+        result |= {"prediction_error": computed.error, "top_k_agreement": list(computed.agreement)}
     made = {"profile": profile.path} if profile else {}
     options = plan.options if plan else {}
     done = stage.done(command, options, checkpoint=output.path, samples=None, **made)

@@ -104,34 +104,54 @@ def apply(
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
     planned = planned_output(checkpoint, plan)
     if plan is None or not plan.rebuilds:
-        return Applied(_write(checkpoint, planned, output, bar, None))
+        return Applied(_write(checkpoint, planned, output, bar, None), Computed())
     check_target(output.path, output.force, [checkpoint.path])
     with TemporaryDirectory(prefix="ditmoe-") as folder:
         spool = Spool(Path(folder))
-        repaired = _compute(checkpoint, plan, _profile_of(plan, profile), spool, device, bar or silent_bar)
-        return Applied(_write(checkpoint, planned, output, bar, spool), repaired)
+        computed = _compute(checkpoint, plan, _profile_of(plan, profile), spool, device, bar or silent_bar)
+        return Applied(_write(checkpoint, planned, output, bar, spool), computed)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What computing weights told.
+
+    Attributes:
+        repaired: each block's held-out error after refitting over that before.
+        error: relative squared error of the guided prediction of a rounded model, on the calibration states.
+        agreement: of each block, the share of selected experts that original and rounded model both select.
+    """
+
+    repaired: tuple[float, ...] = ()
+    error: float | None = None
+    agreement: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What was written: bytes on disk, and each block's held-out error after refitting over that before."""
+    """What was written: bytes on disk, and what computing it told."""
 
     bytes: int
-    repaired: tuple[float, ...] = ()
+    computed: Computed
 
 
 def _compute(
     checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, spool: Spool, device: str, bar: ProgressBar
-) -> tuple[float, ...]:
-    """Compute into `spool` what is not copied; return each block's error as `Applied` has it."""
+) -> Computed:
+    """Compute into `spool` what is not copied."""
     if plan.delta is not None:
-        from ditmoe_cli.compression.delta.encode import encode
+        from ditmoe_cli.compression.delta import encode as differences
 
-        encode(checkpoint, plan.delta, profile, spool, device, bar)
-        return ()
+        differences.encode(checkpoint, plan.delta, profile, spool, device, bar)
+        return Computed()
+    if plan.rounding is not None:
+        from ditmoe_cli.compression.quantize.encode import encode
+
+        rounded = encode(checkpoint, plan, profile, spool, device, bar)
+        return Computed(error=rounded.error, agreement=rounded.agreement)
     from ditmoe_cli.compression.rebuild import rebuild
 
-    return rebuild(checkpoint, plan, block_layouts(checkpoint, plan), profile, spool, device, bar)
+    return Computed(rebuild(checkpoint, plan, block_layouts(checkpoint, plan), profile, spool, device, bar))
 
 
 def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> RoutingProfile:
@@ -201,6 +221,8 @@ def _check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
             "the plan stores experts as differences and changes which experts there are; make that two plans, the "
             "differences last"
         )
+    if plan.rounding is not None and (plan.blocks or plan.delta is not None):
+        raise BadInputError("the plan computes weights and rounds them by GPTQ; make that two plans, rounding last")
     for name, fmt in plan.formats.items():
         _check_format(checkpoint, name, fmt)
         if plan.delta is not None and split_name(name).expert is not None:
@@ -226,9 +248,10 @@ def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:
         )
     if not is_compressible(weight.info):
         raise BadInputError(
-            f"the plan stores {name!r} as {fmt}; only expert, shared and attention matrices are quantised"
+            f"the plan stores {name!r} as {fmt}; only matrices of experts, attention, modulation and embedders are "
+            "quantised, and never the router"
         )
-    if not is_quantizable(weight.info):
+    if not is_quantizable(weight.info, fmt):
         raise BadInputError(f"the plan stores {name!r} as {fmt}, but its shape or dtype does not allow it")
 
 
@@ -252,7 +275,10 @@ def _transformed(
                 return []
             stem = in_expert(parts.block, kept.index(parts.expert), "")
             return _moved(checkpoint, weight, in_expert(parts.block, parts.expert, ""), stem, plan.formats.get(name))
-    return _moved(checkpoint, weight, "", "", plan.formats.get(name))
+    fmt = plan.formats.get(name)
+    if fmt is not None and plan.rounding is not None and parts.block is not None:
+        return [PlannedTensor(info, None) for info in quantized_members(weight.info, fmt)]
+    return _moved(checkpoint, weight, "", "", fmt)
 
 
 def _moved(checkpoint: Checkpoint, weight: Weight, old: str, new: str, fmt: Format | None) -> list[PlannedTensor]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ditmoe_cli.checkpoint.formats import DeltaFormat, Format
+from ditmoe_cli.checkpoint.formats import DeltaFormat, Format, parse_format
 from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
 from ditmoe_cli.errors import BadInputError
 
@@ -91,6 +91,17 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded to their formats: ``gptq`` on what calibration states make of the blocks below.
+
+    `tokens` to fit on, 0 for a number that suits the widths.
+    """
+
+    method: Literal["gptq"] = "gptq"
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class CompressionPlan:
     """A command's whole decision.
 
@@ -104,6 +115,7 @@ class CompressionPlan:
         merging: the method by which experts are merged, where some are.
         repair: how weights are refitted after; None where they are not.
         delta: how experts are stored as differences, all of which then stay; None where they are stored whole.
+        rounding: how weights are rounded to `formats`; None for the nearest values.
     """
 
     command: str
@@ -115,12 +127,13 @@ class CompressionPlan:
     merging: str | None = None
     repair: Repair | None = None
     delta: Delta | None = None
+    rounding: Rounding | None = None
 
     @property
     def rebuilds(self) -> bool:
         """Whether weights are computed from calibration data, which takes the profile."""
         rebuilt = self.repair is not None or any(block.rebuilds for block in self.blocks)
-        return self.delta is not None or (bool(self.blocks) and rebuilt)
+        return self.delta is not None or self.rounding is not None or (bool(self.blocks) and rebuilt)
 
     @property
     def decided(self) -> bool:
@@ -145,6 +158,7 @@ class CompressionPlan:
             "merging": self.merging,
             "repair": asdict(self.repair) if self.repair else None,
             "delta": asdict(self.delta) if self.delta else None,
+            "rounding": asdict(self.rounding) if self.rounding else None,
         }
 
 
@@ -162,10 +176,11 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         profile=None if fields.get("profile", "") is None else _field(fields, "profile", str, where),
         options=_field(fields, "options", dict, where),
         blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
-        formats={name: _one_of(fmt, get_args(Format), f"{where}: format of {name}") for name, fmt in formats.items()},
+        formats={name: parse_format(fmt, f"{where}: format of {name}").name for name, fmt in formats.items()},
         merging=_field(fields, "merging", str, where) if fields.get("merging") is not None else None,
         repair=_parse_repair(fields["repair"], where) if fields.get("repair") is not None else None,
         delta=_parse_delta(fields["delta"], where) if fields.get("delta") is not None else None,
+        rounding=_parse_rounding(fields["rounding"], where) if fields.get("rounding") is not None else None,
     )
     try:
         canonical_json(plan.to_json())
@@ -267,6 +282,16 @@ def _parse_delta(value: object, where: str) -> Delta:
     return Delta(kind, float(ratio))
 
 
+def _parse_rounding(value: object, where: str) -> Rounding:
+    if not isinstance(value, dict) or value.keys() != {"method", "tokens"}:
+        raise BadInputError(f"{where}: field 'rounding' is {value!r}; expected null or method and tokens")
+    method = _one_of(value["method"], ("gptq",), f"{where}: method of field 'rounding'")
+    tokens = value["tokens"]
+    if type(tokens) is not int or tokens < 0:
+        raise BadInputError(f"{where}: tokens of field 'rounding' are {tokens!r}; expected a whole number")
+    return Rounding(method, tokens)
+
+
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
     if value not in choices:
         raise BadInputError(f"{what} is {value!r}; expected one of {', '.join(choices)}")
@@ -293,7 +318,7 @@ def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
     """Return the lines in which two plans differ; none where they would do the same."""
     lines = [
         f"{name}: {getattr(a, name)} | {getattr(b, name)}"
-        for name in ("command", "source", "profile", "options", "merging", "repair", "delta")
+        for name in ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding")
         if getattr(a, name) != getattr(b, name)
     ]
     if len(a.blocks) != len(b.blocks):

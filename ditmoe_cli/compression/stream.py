@@ -63,6 +63,10 @@ class Stream:
         weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
         return Tokens(seen.inputs.flatten(0, 1), weights, self._held.repeat_interleave(patches).to(weights.device))
 
+    def held_rows(self, rows: int) -> Tensor:
+        """Return whether each of `rows` rows, as many an image, is held out (rows,)."""
+        return self._held.repeat_interleave(rows // len(self._held))
+
     def advance(self, seen: Attended, moe: SparseMoE) -> None:
         """Add what a block's mixture makes of its inputs: the stream now stands behind the block."""
         self.x = seen.residual

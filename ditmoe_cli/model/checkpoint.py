@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ditmoe_cli.checkpoint.formats import Weight, logical_weights
 from ditmoe_cli.checkpoint.header import FLOATING, TensorInfo
-from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, SHARED, in_block, split_name
+from ditmoe_cli.checkpoint.names import EXPERT_OF, SHARED, in_block, split_name
 from ditmoe_cli.checkpoint.provenance import Card, Provenance, fingerprint
 from ditmoe_cli.checkpoint.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.errors import BadInputError
@@ -133,6 +133,9 @@ def open_checkpoint(
     return checkpoint
 
 
+WeightGroup = Literal["experts", "shared", "attn", "modulation", "embedders"]
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters in all, touched per token, and in routed experts."""
@@ -160,9 +163,24 @@ def count_parameters(checkpoint: Checkpoint) -> ParameterCounts:
     return ParameterCounts(total, total - routed + used, routed)
 
 
-def is_compressible(info: TensorInfo) -> bool:
-    """Tell whether quantisation plans may touch a weight: expert, shared and attention matrices."""
+def weight_group(info: TensorInfo) -> WeightGroup | None:
+    """Return what kind of matrix a weight is, of those that quantisation may touch; None for all others.
+
+    Router, patch, label and position embedding, norms and biases stay as they are.
+    """
     parts = split_name(info.name)
-    if parts.block is None or len(info.shape) != 2 or parts.rest == ROUTER:
-        return False
-    return parts.expert is not None or parts.rest.startswith((f"{SHARED}.", "attn."))
+    if len(info.shape) != 2 or not parts.rest.endswith(".weight"):
+        return None
+    if parts.expert is not None:
+        return "experts"
+    groups: Mapping[str, WeightGroup]
+    if parts.block is None:
+        groups = {"t_embedder.mlp.": "embedders", "final_layer.linear.": "embedders", "final_layer.adaLN": "modulation"}
+    else:
+        groups = {f"{SHARED}.": "shared", "attn.": "attn", "adaLN_modulation.": "modulation"}
+    return next((group for start, group in groups.items() if parts.rest.startswith(start)), None)
+
+
+def is_compressible(info: TensorInfo) -> bool:
+    """Tell whether quantisation plans may touch a weight."""
+    return weight_group(info) is not None

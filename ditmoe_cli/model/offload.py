@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe_cli.checkpoint.formats import Weight
 from ditmoe_cli.checkpoint.names import split_name
@@ -63,6 +63,16 @@ class OffloadedDiTMoE:
         finally:
             with torch.device("meta"):
                 self._model.blocks[index] = Block(self.config, self.config.blocks[index])
+
+    def linear(self, name: str) -> nn.Linear:
+        """Return the linear layer of a weight outside the blocks."""
+        found = self._model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """Return the output for what the last block returned, as `DiTMoE.unembed` does."""
+        return self._model.unembed(tokens, c)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first block is given, as `DiTMoE.embed` does."""

@@ -1,79 +1,33 @@
-"""NF4 and int8 weights in torch: packing as bitsandbytes stores them, and our own dequantiser.
+"""Quantised weights in torch: packing, our own dequantiser, and linear layers that keep their weights packed.
 
 The dequantiser is ours because bitsandbytes' CPU kernels are wrong for some shapes and alter a module's
-state on its first forward; see docs/design.md.
-
-NF4 (QLoRA, https://arxiv.org/abs/2305.14314): weights w in flattened blocks of 64, absmax a = max|w|, code =
-argmin_q |w/a - c_q| over the 16 quantiles c of a normal distribution, two codes a byte.
-int8 (LLM.int8, https://arxiv.org/abs/2208.07339): row absmax s on fp16-cast weights, q = round(127 w / s).
+state on its first forward; see docs/design.md. How weights are rounded to formats is in `model.grids`, how they are
+laid out in `checkpoint.formats`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditmoe_cli.checkpoint.formats import NF4_BLOCK, Format, Weight, quant_state_json
+from ditmoe_cli.checkpoint.formats import Format, Scheme, Weight, parse_format, parse_quant_state
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.differences import restored
-
-NF4_CODES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from ditmoe_cli.model.grids import grid_of, pack_on, unpack_absmax
+from ditmoe_cli.model.packing import base3_digits, check_base3, row_chunk, unpack_rows, unpack_values
 
 
-def pack(weight: Tensor, info: TensorInfo, fmt: Format) -> dict[str, Tensor]:
-    """Quantise a weight; return its members by name, as `formats.quantized_members` lays them out."""
-    return _pack_nf4(weight, info) if fmt == "nf4" else _pack_int8(weight, info)
+def pack(weight: Tensor, info: TensorInfo, fmt: Format, importance: Tensor | None = None) -> dict[str, Tensor]:
+    """Quantise a weight (out, in); return its members by name, as `formats.quantized_members` lays them out.
 
-
-def _pack_nf4(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
-    codes = torch.tensor(NF4_CODES, dtype=torch.float32)
-    flat = weight.detach().reshape(-1).float()
-    blocks = F.pad(flat, (0, -flat.numel() % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    midpoints = (codes[1:] + codes[:-1]) / 2
-    nibbles = torch.bucketize(scaled, midpoints).to(torch.uint8).reshape(-1)[: flat.numel()]
-    state = torch.frombuffer(bytearray(quant_state_json(info)), dtype=torch.uint8)
-    return {
-        info.name: ((nibbles[0::2] << 4) | nibbles[1::2]).unsqueeze(1),
-        f"{info.name}.absmax": absmax,
-        f"{info.name}.quant_map": codes,
-        f"{info.name}.quant_state.bitsandbytes__nf4": state,
-    }
-
-
-def _pack_int8(weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
-    half = weight.detach().to(torch.float16).float()
-    scale = half.abs().amax(dim=1)
-    if not bool(scale.isfinite().all()):
-        raise BadInputError(f"tensor {info.name!r} holds values above fp16's range, which int8 scales are taken in")
-    codes = (half * (127.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round()
-    stem = info.name.removesuffix(".weight")
-    return {
-        info.name: codes.to(torch.int8),
-        f"{stem}.SCB": scale,
-        f"{stem}.weight_format": torch.zeros((), dtype=torch.uint8),
-    }
+    `importance` (in,) weighs the columns where scales are searched for; see `grids.grid_of`, whose errors it raises.
+    """
+    return pack_on(grid_of(weight, fmt, importance, name=info.name), weight, info, fmt)
 
 
 def code_pairs(codes: Tensor) -> Tensor:
@@ -85,55 +39,135 @@ def code_pairs(codes: Tensor) -> Tensor:
     return torch.cartesian_prod(codes, codes).view(torch.int64).reshape(-1)
 
 
-def unpack_nf4(packed: Tensor, absmax: Tensor, pairs: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the fp32 weight of `shape`: code values by the table `pairs`, times their block's absmax."""
+def unpack_four_bit(packed: Tensor, absmax: Tensor, pairs: Tensor, shape: tuple[int, ...], block: int) -> Tensor:
+    """Return the fp32 weight of `shape`: code values by the table `pairs`, times the absmax of their `block`."""
     values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
-    if values.numel() % NF4_BLOCK == 0:
-        return values.reshape(-1, NF4_BLOCK).mul_(absmax[:, None]).reshape(shape)
-    return values.mul_(absmax.repeat_interleave(NF4_BLOCK)[: values.numel()]).reshape(shape)
+    if values.numel() % block == 0:
+        return values.reshape(-1, block).mul_(absmax[:, None]).reshape(shape)
+    return values.mul_(absmax.repeat_interleave(block)[: values.numel()]).reshape(shape)
 
 
 def unpack_int8(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the fp32 weight: code times row scale / 127."""
-    return codes.float() * (scale / 127.0)[:, None]
+    return codes.float().mul_((scale / 127.0)[:, None])
+
+
+def unpack_uniform(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, shape: tuple[int, ...], scheme: Scheme
+) -> Tensor:
+    """Return the fp32 weight: (code - zero) times the scale of its group, a few rows at a time."""
+    rows, columns = shape
+    values = torch.empty(rows, columns, device=packed.device)
+    middle = float(2 ** (scheme.bits - 1))
+    zeros = None if zero is None else unpack_rows(zero, scale.shape[1], scheme.bits).float()
+    chunk = row_chunk(rows, columns, packed.device)
+    for first in range(0, rows, chunk):
+        part = slice(first, first + chunk)
+        values[part] = unpack_values(packed[part], columns, scheme.bits)
+        _to_weights(values[part], scale[part].float(), middle if zeros is None else zeros[part], scheme.group)
+    return values
+
+
+def unpack_ternary(packed: Tensor, scale: Tensor, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
+    """Return the fp32 weight: code times the scale of its group."""
+    values = base3_digits(packed, torch.float32)[: shape[0] * shape[1]].reshape(shape)
+    _to_weights(values, scale.float(), None, scheme.group)
+    return values
+
+
+def _to_weights(values: Tensor, scale: Tensor, zero: Tensor | float | None, group: int) -> None:
+    """Replace codes (rows, n) by weights, (code - zero) · scale with one scale and zero a group (rows, groups)."""
+    whole = values.shape[1] // group
+    pieces = [(values[:, : whole * group].view(-1, whole, group), slice(0, whole))] if whole else []
+    if values.shape[1] > whole * group:
+        pieces.append((values[:, None, whole * group :], slice(whole, whole + 1)))
+    for piece, groups in pieces:
+        if zero is not None:
+            piece.sub_(zero[:, groups, None] if isinstance(zero, Tensor) else zero)
+        piece.mul_(scale[:, groups, None])
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer that keeps its weight packed and unpacks it for each multiplication.
 
-    Members are buffers under short names; `load_members` fills them from a checkpoint. Scales are kept as the bits of
-    their fp32 values, so that ``module.to(dtype)`` does not round them.
+    Members are buffers under the names of their scheme's parts; `load_members` fills them from a checkpoint. Floating
+    ones are kept as the bits of their values, so that ``module.to(dtype)`` does not round them.
     """
 
-    codes: Tensor
-    scale: Tensor
-    table: Tensor
+    packed: Tensor
+    absmax: Tensor
+    pairs: Tensor
+    _KEPT = ("packed", "scale", "zero_point", "absmax", "nested_absmax", "nested_quant_map")
 
     def __init__(self, weight: Weight, bias: bool) -> None:
         super().__init__()
+        self.scheme = parse_format(weight.format)
         self.format = weight.format
         self.shape = weight.info.shape
-        for name in ("codes", "scale", "table"):
+        self.block = self.nested_block = 0
+        self.offset = 0.0
+        self.kept = [part for part in self.scheme.parts if part in self._KEPT]
+        for name in (*self.kept, "pairs"):
             self.register_buffer(name, torch.empty(0))
         self.bias = nn.Parameter(torch.empty(self.shape[0]), requires_grad=False) if bias else None
 
-    def load_members(self, members: dict[str, Tensor], weight: Weight) -> None:
-        """Take over the packed tensors of `weight`."""
-        self.codes = members[weight.members[0]]
-        self.scale = members[weight.members[1]].view(torch.int32)
-        if self.format == "nf4":
-            self.table = code_pairs(members[weight.members[2]])
+    def load_members(self, members: Mapping[str, Tensor], weight: Weight) -> None:
+        """Take over the packed tensors of `weight`.
+
+        Raises `BadInputError` that names a tensor whose bytes stand for no codes, or describe none.
+        """
+        names = dict(zip(self.scheme.parts, weight.members, strict=True))
+        for part in self.kept:
+            setattr(self, part, _bits(members[names[part]]))
+        if "state" in names:
+            state = parse_quant_state(bytes(members[names["state"]].tolist()), names["state"])
+            self.block, self.nested_block, self.offset = state.block, state.nested_block, state.offset
+            self.pairs = code_pairs(members[names["quant_map"]])
+        if self.scheme.kind == "ternary":
+            try:
+                check_base3(members[names["packed"]], self.shape)
+            except BadInputError as error:
+                raise BadInputError(f"tensor {names['packed']!r}: {error}") from None
+
+    def _floats(self, part: str) -> Tensor:
+        bits: Tensor = getattr(self, part)
+        return bits.view(torch.float16 if bits.dtype == torch.int16 else torch.float32)
 
     def weight(self) -> Tensor:
         """Return the unpacked weight (out, in) in fp32."""
-        scale = self.scale.view(torch.float32)
-        if self.format == "nf4":
-            return unpack_nf4(self.codes, scale, self.table, self.shape)
-        return unpack_int8(self.codes, scale)
+        if self.scheme.kind == "int8":
+            return unpack_int8(self.packed, self._floats("scale"))
+        if self.scheme.kind == "ternary":
+            return unpack_ternary(self.packed, self._floats("scale"), self.shape, self.scheme)
+        if self.scheme.kind == "uniform":
+            zero: Tensor | None = getattr(self, "zero_point", None)
+            return unpack_uniform(self.packed, self._floats("scale"), zero, self.shape, self.scheme)
+        return unpack_four_bit(self.packed, self._absmax(), self.pairs, self.shape, self.block)
+
+    def _absmax(self) -> Tensor:
+        if not self.scheme.double:
+            return self._floats("absmax")
+        scales, table = self._floats("nested_absmax"), self._floats("nested_quant_map")
+        return unpack_absmax(self.absmax, scales, table, self.offset, self.nested_block)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b."""
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        """Return x Wᵀ + b, computed in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight().to(x.dtype), bias)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return floating values as integers of their size."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.view(torch.int16 if tensor.dtype == torch.float16 else torch.int32)
+
+
+def dequantized(weight: Weight, members: Mapping[str, Tensor]) -> Tensor:
+    """Return a quantised weight (out, in) in fp32; `members` are its tensors by name."""
+    layer = QuantizedLinear(weight, bias=False)
+    layer.load_members(members, weight)
+    return layer.weight()
 
 
 def unpack(weight: Weight, members: dict[str, Tensor]) -> Tensor:
@@ -142,6 +176,8 @@ def unpack(weight: Weight, members: dict[str, Tensor]) -> Tensor:
         return members[weight.info.name]
     if weight.format in ("svd", "ternary"):
         return restored(weight, members)
-    layer = QuantizedLinear(weight, bias=False)
-    layer.load_members(members, weight)
-    return layer.weight().to(torch_dtype(weight.info.dtype))
+    dtype = torch_dtype(weight.info.dtype)
+    values = dequantized(weight, members)
+    if dtype == torch.float16:  # the last step below fp16's end may be rounded above it
+        values.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return values.to(dtype)

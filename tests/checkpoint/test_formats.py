@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.checkpoint.formats import (
+    BITS,
+    FORMATS,
+    GROUPS,
     DeltaFormat,
     Format,
     Weight,
@@ -17,6 +22,8 @@ from ditmoe_cli.checkpoint.formats import (
     difference_members,
     is_quantizable,
     logical_weights,
+    parse_format,
+    parse_quant_state,
     quant_state_json,
     quantized_members,
 )
@@ -35,6 +42,18 @@ def stored(*infos: TensorInfo) -> dict[str, TensorInfo]:
 
 def no_bytes(name: str) -> bytes:
     raise AssertionError(f"{name} should not be read")
+
+
+def described(info: TensorInfo, fmt: Format) -> Callable[[str], bytes]:
+    """The bytes of the small tensors that describe a weight."""
+
+    def raw(name: str) -> bytes:
+        if name == f"{info.name}_shape":
+            return struct.pack("<2i", *info.shape)
+        assert ".quant_state." in name, f"{name} should not be read"
+        return quant_state_json(info, fmt, 0.123456789)
+
+    return raw
 
 
 def state_bytes(name: str) -> bytes:
@@ -59,14 +78,96 @@ def test_int8_costs_eight_bits_and_a_scale_per_row(info: TensorInfo) -> None:
     assert [m.name for m in (codes, scale, form)] == ["a.b.weight", "a.b.SCB", "a.b.weight_format"]
 
 
-@given(info=WEIGHTS, fmt=st.sampled_from(["nf4", "int8"]))
+@given(info=WEIGHTS)
+def test_double_quantisation_costs_a_byte_per_64_and_a_scale_per_16384(info: TensorInfo) -> None:
+    packed, absmax, table, scale, scale_table, state = quantized_members(info, "fp4-dq")
+    blocks = math.ceil(info.numel / 64)
+    assert packed.nbytes == info.numel // 2
+    assert absmax.nbytes == blocks
+    assert scale.nbytes == 4 * math.ceil(blocks / 256)
+    assert (table.nbytes, scale_table.nbytes) == (64, 1024)
+    assert state.name == "a.b.weight.quant_state.bitsandbytes__fp4"
+
+
+fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(info=WEIGHTS, offset=fp32)
+def test_the_size_of_a_description_does_not_depend_on_its_numbers(info: TensorInfo, offset: float) -> None:
+    text = quant_state_json(info, "nf4-dq", offset)
+    assert len(text) == quantized_members(info, "nf4-dq")[-1].nbytes
+    assert json.loads(text)["nested_offset"] == offset
+    parsed = parse_quant_state(text, "x")
+    assert (parsed.dtype, parsed.shape, parsed.offset) == (info.dtype, info.shape, offset)
+    assert (parsed.block, parsed.nested_block) == (64, 256)
+
+
+@given(rows=st.integers(1, 50), columns=st.integers(32, 500), bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS))
+def test_uniform_and_ternary_sizes_by_hand(rows: int, columns: int, bits: int, group: int) -> None:
+    info = TensorInfo("a.b.weight", "BF16", (rows, columns))
+    groups = -(-columns // group)
+    packed, scale, zero, shape = quantized_members(info, f"int{bits}-g{group}")
+    assert (packed.dtype, packed.nbytes) == ("I32", 4 * rows * -(-columns * bits // 32))
+    assert (scale.dtype, scale.nbytes) == ("F16", 2 * rows * groups)
+    assert (zero.dtype, zero.nbytes) == ("I32", 4 * rows * -(-groups * bits // 32))
+    assert (shape.dtype, shape.nbytes) == ("I32", 8)
+    assert quantized_members(info, f"int{bits}-g{group}-sym") == [packed, scale, shape]
+    codes, *others = quantized_members(info, f"ternary-g{group}")
+    assert (codes.dtype, codes.nbytes) == ("U8", -(-rows * columns // 5))
+    assert others == [scale, shape]
+    names = ["packed", "scale", "zero_point", "shape"]
+    assert [m.name for m in (packed, scale, zero, shape)] == [f"a.b.weight_{name}" for name in names]
+
+
+def test_names_of_formats() -> None:
+    assert len(FORMATS) == len(set(FORMATS)) == 5 + len(GROUPS) * (2 * len(BITS) + 1)
+    scheme = parse_format("int3-g128-sym")
+    assert (scheme.kind, scheme.bits, scheme.group, scheme.symmetric) == ("uniform", 3, 128, True)
+    assert not parse_format("int3-g128").symmetric
+    assert parse_format("fp4-dq").double
+    info = TensorInfo("x.weight", "F32", (4, 64))
+    for name in FORMATS:
+        assert parse_format(name).name == name
+        assert len(parse_format(name).parts) == len(quantized_members(info, name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "nf5", "NF4", "int4", "int7-g64", "int4-g16", "int4-g64-asym", "ternary", "svd", "int8-dq", None, 4, []],
+)
+def test_an_unknown_format_is_refused(name: object) -> None:
+    with pytest.raises(BadInputError, match=r"^here is .*; expected one of nf4, int8"):
+        parse_format(name, "here")
+
+
+@given(info=WEIGHTS, fmt=st.sampled_from(FORMATS))
 def test_members_are_grouped_into_the_weight_again(info: TensorInfo, fmt: Format) -> None:
+    if not is_quantizable(info, fmt):
+        return
     plain = TensorInfo("a.b.bias", "F32", (info.shape[0],))
     members = quantized_members(info, fmt)
-    found = logical_weights(stored(plain, *reversed(members)), lambda _: quant_state_json(info))
-    dtype = "F16" if fmt == "int8" else info.dtype  # int8 keeps no dtype; bitsandbytes casts to fp16 first
-    weight = Weight(TensorInfo(info.name, dtype, info.shape), fmt, tuple(m.name for m in members))
-    assert found == {"a.b.bias": Weight(plain, None, ("a.b.bias",)), "a.b.weight": weight}
+    scheme = parse_format(fmt)
+    if scheme.grouped and info.shape[1] <= scheme.group:  # one group a row, whatever it is called
+        smallest = next(group for group in GROUPS if group >= min(scheme.group, info.shape[1]))
+        fmt = fmt.replace(f"g{scheme.group}", f"g{smallest}")
+    for order in (members, list(reversed(members))):
+        found = logical_weights(stored(plain, *order), described(info, fmt))
+        # Only the JSON of 4 bit weights keeps a dtype. Others have scales that fp16 holds.
+        dtype = info.dtype if scheme.kind in ("nf4", "fp4") else "F16"
+        weight = Weight(TensorInfo(info.name, dtype, info.shape), fmt, tuple(m.name for m in members))
+        assert found == {"a.b.bias": Weight(plain, None, ("a.b.bias",)), "a.b.weight": weight}
+        assert weight.quantized
+
+
+@pytest.mark.parametrize("block", [32, 128, 4096])
+def test_other_blocks_are_read(block: int) -> None:
+    info = TensorInfo("x.weight", "BF16", (6, 70))
+    packed, absmax, table, state = quantized_members(info, "nf4")
+    text = json.dumps(json.loads(quant_state_json(info)) | {"blocksize": block}, indent=2).encode()
+    absmax = TensorInfo(absmax.name, "F32", (math.ceil(420 / block),))
+    state = TensorInfo(state.name, "U8", (len(text),))
+    found = logical_weights(stored(packed, absmax, table, state), lambda _: text)
+    assert found == {info.name: Weight(info, "nf4", (packed.name, absmax.name, table.name, state.name))}
 
 
 def test_plain_tensors_are_their_own_member_and_are_not_read() -> None:
@@ -128,13 +229,89 @@ def test_a_malformed_description_is_refused_by_name(state: bytes) -> None:
         logical_weights(stored(*quantized_members(INFO, "nf4")), lambda _: state)
 
 
-def test_double_quantisation_and_fp4_are_refused_by_name() -> None:
-    nested = json.dumps({**GOOD, "nested_blocksize": 256}).encode()
-    with pytest.raises(BadInputError, match="no double quantisation"):
-        logical_weights(stored(*quantized_members(INFO, "nf4")), lambda _: nested)
-    members = [TensorInfo(m.name.replace("__nf4", "__fp4"), m.dtype, m.shape) for m in quantized_members(INFO, "nf4")]
-    with pytest.raises(BadInputError, match="is fp4"):
+NESTED = json.loads(quant_state_json(INFO, "nf4-dq", 0.5))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {k: v for k, v in NESTED.items() if k != "nested_offset"},
+        {**NESTED, "nested_offset": float("nan")},
+        {**NESTED, "nested_offset": None},
+        {**NESTED, "nested_blocksize": 0},
+        {**NESTED, "nested_blocksize": -256},
+        {**NESTED, "nested_dtype": "bfloat16"},
+        {**NESTED, "blocksize": 63},
+        {k: v for k, v in NESTED.items() if not k.startswith("nested")},
+    ],
+)
+def test_a_malformed_double_description_is_refused_by_name(state: dict[str, object]) -> None:
+    text = json.dumps(state).encode()
+    members = quantized_members(INFO, "nf4-dq")[:-1]
+    with pytest.raises(BadInputError, match=r"x\.weight"):
+        logical_weights(stored(*members, TensorInfo(STATE, "U8", (len(text),))), lambda _: text)
+
+
+def test_another_kind_of_four_bits_is_refused_by_name() -> None:
+    members = [TensorInfo(m.name.replace("__nf4", "__af4"), m.dtype, m.shape) for m in quantized_members(INFO, "nf4")]
+    with pytest.raises(BadInputError, match="af4 is no format"):
         logical_weights(stored(*members), lambda _: quant_state_json(INFO))
+
+
+GROUPED = ["int3-g32", "int4-g64-sym", "int8-g128", "ternary-g64"]
+WIDE = TensorInfo("x.weight", "F32", (4, 200))
+
+
+@pytest.mark.parametrize("fmt", [*GROUPED, "nf4-dq"])
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("change", ["missing", "dtype", "shape", "rank"])
+def test_a_damaged_member_is_named(fmt: Format, position: int, change: str) -> None:
+    members = quantized_members(WIDE, fmt)
+    if position >= len(members):
+        return
+    old = members[position]
+    if change == "missing":
+        del members[position]
+        if old.name.endswith("zero_point"):
+            assert logical_weights(stored(*members), described(WIDE, fmt))[WIDE.name].format == f"{fmt}-sym"
+            return
+    else:
+        shape = {"dtype": old.shape, "shape": (7, 7), "rank": (7, 7, 7)}[change]
+        members[position] = TensorInfo(old.name, "I16" if change == "dtype" else old.dtype, shape)
+    with pytest.raises(BadInputError, match=rf"'{old.name}'"):
+        logical_weights(stored(*members), described(WIDE, fmt))
+
+
+@pytest.mark.parametrize("shape", [(4, 31), (0, 200), (-4, 200), (5, 200), (4, 96), (4, 1000), (200, 4)])
+@pytest.mark.parametrize("fmt", GROUPED)
+def test_a_shape_that_does_not_fit_is_refused_by_name(fmt: Format, shape: tuple[int, int]) -> None:
+    with pytest.raises(BadInputError, match=r"'x\.weight_"):
+        logical_weights(stored(*quantized_members(WIDE, fmt)), lambda _: struct.pack("<2i", *shape))
+
+
+@pytest.mark.parametrize("fmt", [*GROUPED, "nf4", "int8"])
+def test_a_weight_beside_its_packed_form_or_in_two_formats_is_refused(fmt: Format) -> None:
+    raw = described(WIDE, fmt)
+    if fmt in GROUPED:
+        with pytest.raises(BadInputError, match=r"'x\.weight' stands beside 'x\.weight_packed'"):
+            logical_weights(stored(WIDE, *quantized_members(WIDE, fmt)), raw)
+        with pytest.raises(BadInputError, match=r"'x\.weight' is stored twice"):
+            logical_weights(stored(*quantized_members(WIDE, fmt), *quantized_members(WIDE, "int8")), raw)
+    else:
+        with pytest.raises(BadInputError, match=r"'x\.weight' is stored twice"):
+            logical_weights(stored(*quantized_members(WIDE, fmt), *quantized_members(WIDE, "int5-g32")), raw)
+
+
+@given(st.integers(1, 5), st.integers(32, 3000))
+def test_words_and_scales_tell_bits_and_groups(rows: int, columns: int) -> None:
+    info = TensorInfo("x.weight", "F16", (rows, columns))
+    layouts: dict[tuple[TensorInfo, ...], Format] = {}
+    for fmt in FORMATS:
+        if parse_format(fmt).grouped:
+            first = layouts.setdefault(tuple(quantized_members(info, fmt)), fmt)
+            assert (
+                logical_weights(stored(*quantized_members(info, fmt)), described(info, fmt))[info.name].format == first
+            )
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 3, 2)])
@@ -219,16 +396,21 @@ def test_a_base_of_no_difference_is_a_tensor_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "expected"),
+    ("dtype", "shape", "four_bit", "grouped"),
     [
-        ("F32", (4, 32), True),
-        ("BF16", (3, 2), True),
-        ("F32", (3, 3), False),
-        ("F32", (4,), False),
-        ("F32", (2, 2, 2), False),
-        ("F64", (4, 4), False),
-        ("I32", (4, 4), False),
+        ("F32", (4, 32), True, True),
+        ("BF16", (3, 2), True, False),
+        ("F32", (3, 3), False, False),
+        ("F16", (3, 33), False, True),
+        ("F32", (2, 31), True, False),
+        ("F32", (4,), False, False),
+        ("F32", (2, 2, 32), False, False),
+        ("F64", (4, 64), False, True),
+        ("I32", (4, 64), False, False),
     ],
 )
-def test_what_can_be_quantised(dtype: str, shape: tuple[int, ...], expected: bool) -> None:
-    assert is_quantizable(TensorInfo("x.weight", dtype, shape)) == expected
+def test_what_can_be_quantised(dtype: str, shape: tuple[int, ...], four_bit: bool, grouped: bool) -> None:
+    info = TensorInfo("x.weight", dtype, shape)
+    assert is_quantizable(info) == four_bit
+    for fmt in FORMATS:
+        assert is_quantizable(info, fmt) == (grouped if parse_format(fmt).grouped else four_bit)

@@ -58,14 +58,15 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "prune": ("prune", "{}", "--keep", 2, "--method", "random", "--no-refit"),
     "prune by profile": ("prune", "{}", "--keep", 2, "--profile", "profile.safetensors"),
     "merge": ("merge", "{}", "--groups", 2, "--profile", "profile.safetensors"),
-    "quantize": ("quantize", "{}", "--bits", 4),
-    "dry run": ("quantize", "{}", "--bits", 8, "--dry-run"),
+    "quantize": ("quantize", "{}", "--uniform", "--bits", 4),
+    "dry run": ("quantize", "{}", "--uniform", "--bits", 8, "--dry-run"),
     "apply": ("apply", "{}", "--plan", "plan.json"),
     "sample": ("sample", "{}", *SETTINGS),
     "fid": ("fid", "{}", "--ref", "samples.safetensors", *SETTINGS),
     "fid --ref": ("fid", "samples.safetensors", "--ref", "{}", *SETTINGS, "--extractor", "pixels"),
     "compare A": ("compare", "{}", "good.safetensors", *SETTINGS, "--bins", 1),
     "compare B": ("compare", "good.safetensors", "{}", *SETTINGS, "--bins", 1),
+    "bench": ("bench", "{}", "--batch", 1, "--repeats", 1),
 }
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
@@ -296,8 +297,8 @@ def _poisoned(name: str, value: float) -> Pico:
         ("convert", "x.safetensors", "-o", "folder", "--max-shard-size", "50KB"),
         ("prune", "x.safetensors", "--keep", "1.0", "--method", "random", "--no-refit"),
         ("prune", "x.safetensors", "--keep", 2),
-        ("quantize", "x.safetensors", "--bits", 4),
-        ("quantize", "x.safetensors", "--bits", 8),
+        ("quantize", "x.safetensors", "--uniform", "--bits", 4),
+        ("quantize", "x.safetensors", "--uniform", "--bits", 8),
         ("profile-experts", "x.safetensors", *SETTINGS, "--bins", 1),
         ("sample", "x.safetensors", *SETTINGS),
         ("fid", "x.safetensors", "--ref", "samples.safetensors", *SETTINGS),
@@ -317,7 +318,7 @@ def test_broken_scales_of_quantised_weights(folder: Path) -> None:
     from safetensors.torch import load_file
 
     for bits, scale in ((4, f"{EXPERT}.absmax"), (8, "blocks.0.moe.experts.1.up_proj.SCB")):
-        quantized = here("quantize", "good.safetensors", "--bits", bits, cwd=folder)
+        quantized = here("quantize", "good.safetensors", "--uniform", "--bits", bits, cwd=folder)
         tensors = load_file(quantized.path)
         tensors[scale][0] = float("nan")
         save_tensors(tensors, folder / "x.safetensors")
@@ -336,10 +337,10 @@ def test_a_model_that_overflows(name: str, folder: Path) -> None:
 
 
 def test_quantised_twice(folder: Path) -> None:
-    quantized = here("quantize", "good.safetensors", "--bits", 8, cwd=folder)
+    quantized = here("quantize", "good.safetensors", "--uniform", "--bits", 8, cwd=folder)
     for bits in (4, 8):
         for options in ((), ("--dry-run",)):
-            message = here("quantize", quantized.path, "--bits", bits, *options, cwd=folder).error(3)
+            message = here("quantize", quantized.path, "--uniform", "--bits", bits, *options, cwd=folder).error(3)
             assert "int8 already" in message
 
 
@@ -519,7 +520,7 @@ def file_limit(size: int) -> Iterator[None]:
         ("convert", "good.safetensors", "-o", "out", "--max-shard-size", "50KB"),
         ("prune", "good.safetensors", "--keep", 3, "--method", "random", "--no-refit"),
         ("merge", "good.safetensors", "--groups", 2, "--profile", "profile.safetensors", "--refit-tokens", 64),
-        ("quantize", "good.safetensors", "--bits", 8),
+        ("quantize", "good.safetensors", "--uniform", "--bits", 8),
         ("profile-experts", "good.safetensors", *SETTINGS, "--bins", 1),
         ("sample", "good.safetensors", *SETTINGS),
         ("fid", "good.safetensors", "--ref", "samples.safetensors", *SETTINGS, "-o", "score.safetensors"),

@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit")
     for router in ("ghost", "slice"):
         assert here(*prune, "--router", router, "-o", f"{router}.safetensors", cwd=folder).code == 0
-    assert here("quantize", "a.safetensors", "--bits", 8, "-o", "int8.safetensors", cwd=folder).code == 0
+    assert here("quantize", "a.safetensors", "--uniform", "--bits", 8, "-o", "int8.safetensors", cwd=folder).code == 0
     return folder
 
 
@@ -56,7 +56,7 @@ def test_two_arguments(folder: Path) -> None:
 
 def test_a_pipe_compares_its_original_with_its_checkpoint(folder: Path) -> None:
     words = " ".join(map(str, SETTINGS))
-    script = f"ditmoe quantize a.safetensors --bits 8 -o q.safetensors | ditmoe compare {words}"
+    script = f"ditmoe quantize a.safetensors --uniform --bits 8 -o q.safetensors | ditmoe compare {words}"
     piped = shell(script, folder)
     given = here("compare", "a.safetensors", "q.safetensors", *SETTINGS, cwd=folder)
     assert piped.result == given.result

@@ -52,11 +52,12 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "profile-experts": ("profile-experts", "a.safetensors", *SAMPLING, "--bins", 2),
     "prune": ("prune", "a.safetensors", "--keep", 0.5, "--profile", "p.safetensors", "--refit-tokens", 64),
     "merge": ("merge", "a.safetensors", "--groups", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
-    "quantize": ("quantize", "a.safetensors", "--bits", 4),
+    "quantize": ("quantize", "a.safetensors", "--uniform", "--bits", 4),
     "apply": ("apply", "a.safetensors", "--plan", "plan.json", "--profile", "p.safetensors"),
     "sample": ("sample", "a.safetensors", *SAMPLING),
     "fid": ("fid", "a.safetensors", "--ref", "s.safetensors", *SAMPLING),
     "compare": ("compare", "a.safetensors", "a.safetensors", *SAMPLING, "--bins", 2),
+    "bench": ("bench", "a.safetensors", "--batch", 2, "--repeats", 1),
 }
 # what each command names in its envelope
 MADE = {
@@ -70,6 +71,7 @@ MADE = {
     "sample": ("samples", "a.samples.safetensors"),
     "fid": ("checkpoint", "a.safetensors"),
     "compare": ("checkpoint", "a.safetensors"),
+    "bench": ("checkpoint", "a.safetensors"),
 }
 
 
@@ -101,11 +103,21 @@ def test_stdout_is_one_envelope(name: str, ran: dict[str, Outcome], folder: Path
 @pytest.mark.parametrize("name", COMMANDS)
 def test_stderr_holds_notes_only(name: str, ran: dict[str, Outcome]) -> None:
     assert "Traceback" not in ran[name].err
-    allowed = ("warning: ", "assuming ", "profiling ", "grouping ", "refitting ", "writing ", "sampling ", "using ")
+    allowed = (
+        "warning: ",
+        "assuming ",
+        "profiling ",
+        "grouping ",
+        "refitting ",
+        "writing ",
+        "sampling ",
+        "using ",
+        "measuring ",
+    )
     assert all(note.removeprefix("ditmoe: ").startswith(allowed) for note in ran[name].notes)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("inspect", "fid", "compare")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("inspect", "fid", "compare", "bench")])
 def test_quiet_prints_the_path_alone(name: str, folder: Path) -> None:
     outcome = here(*COMMANDS[name], "--force", "-q", cwd=folder)
     assert outcome.code == 0
@@ -115,7 +127,7 @@ def test_quiet_prints_the_path_alone(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_with_a_checkpoint_stdin_is_never_read(name: str, folder: Path) -> None:
     """`here` gives a stdin that fails when it is read; garbage on a real one is what `ran` was given."""
-    outcome = here(*COMMANDS[name], *([] if name == "inspect" else ["--force"]), cwd=folder)
+    outcome = here(*COMMANDS[name], *([] if name in ("inspect", "bench") else ["--force"]), cwd=folder)
     assert outcome.envelope["original"] == str(folder / "a.safetensors")
 
 
@@ -211,10 +223,10 @@ def test_an_empty_pipe_names_the_command_before(folder: Path) -> None:
         (("merge", "a.safetensors", "--groups", 2, "--router", "ghost"), "--router ghost"),
         (("merge", "a.safetensors", "--groups", 2, "--refit-tokens", -1), "--refit-tokens -1"),
         (("quantize", "a.safetensors"), "--bits"),
-        (("quantize", "a.safetensors", "--bits", 5), "--bits 5"),
-        (("quantize", "a.safetensors", "--bits", "four"), "--bits"),
-        (("quantize", "a.safetensors", "--bits", 4, "-o", "x.pt"), "x.pt"),
-        (("quantize", "a.safetensors", "--bits", 4, "-o", "x", "--max-shard-size", "much"), "much"),
+        (("quantize", "a.safetensors", "--uniform", "--bits", 7), "--bits 7"),
+        (("quantize", "a.safetensors", "--uniform", "--bits", "four"), "--bits"),
+        (("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "x.pt"), "x.pt"),
+        (("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "x", "--max-shard-size", "much"), "much"),
         (("convert", "a.safetensors", "b.safetensors"), "b.safetensors"),
         (("convert", "a.safetensors", "--heads", 0), "--heads 0"),
         (("convert", "a.safetensors", "--top-k", -1), "--top-k -1"),
@@ -244,6 +256,16 @@ def test_an_empty_pipe_names_the_command_before(folder: Path) -> None:
         (("compare", "a.safetensors", "a.safetensors", "--grid", "g.jpg"), "g.jpg"),
         (("compare", "a.safetensors", "a.safetensors", "-o", "c.json"), "c.json"),
         (("compare", "a.safetensors", "a.safetensors", "--batch", 0), "--batch 0"),
+        (("bench", "a.safetensors", "--batch", 0), "--batch 0"),
+        (("bench", "a.safetensors", "--repeats", 0), "--repeats 0"),
+        (("bench", "a.safetensors", "--cfg", "nan"), "--cfg nan"),
+        (("bench", "a.safetensors", "--cfg", "inf"), "--cfg inf"),
+        (("bench", "a.safetensors", "--cfg", "-1"), "--cfg -1"),
+        (("bench", "a.safetensors", "--max-memory", "much"), "--max-memory much"),
+        (("bench", "a.safetensors", "--max-memory", 0), "--max-memory 0"),
+        (("bench", "a.safetensors", "--device", "abacus"), "abacus"),
+        (("bench", "a.safetensors", "--sampler", "flow"), "flow"),
+        (("bench", "a.safetensors", "-o", "b.safetensors"), "-o"),
         (("apply", "a.safetensors"), "--plan"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -343,7 +365,7 @@ def writing(large: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A quantize in the middle of writing ``out.safetensors`` over an older one."""
     (tmp_path / "out.safetensors").write_bytes(b"the old one")
     child = subprocess.Popen(
-        command("quantize", large, "--bits", 4, "-o", "out.safetensors", "--force"),
+        command("quantize", large, "--uniform", "--bits", 4, "-o", "out.safetensors", "--force"),
         cwd=tmp_path,
         env=environment(),
         stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from conftest import make_pico
 
 COMMANDS = (
     *("inspect", "convert", "profile-experts", "prune", "merge", "quantize", "plan", "apply", "sample", "fid"),
-    "compare",
+    *("compare", "bench"),
 )
 
 
@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here("profile-experts", "a.safetensors", *settings, "-o", "p.safetensors", cwd=folder)
     pruned = here("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run", cwd=folder)
     (folder / "prune.json").write_text(pruned.out)
-    (folder / "quantize.json").write_text(here("quantize", "a.safetensors", "--bits", 8, "--dry-run", cwd=folder).out)
+    (folder / "quantize.json").write_text(
+        here("quantize", "a.safetensors", "--uniform", "--bits", 8, "--dry-run", cwd=folder).out
+    )
     return folder
 
 
@@ -50,8 +52,8 @@ LIGHT = (
     ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--neurons", 0.5, "--multiple", 8, "--constants", "--dry-run"),
     ("merge", "a.safetensors", "--groups", 2, "--dry-run"),
-    ("quantize", "a.safetensors", "--bits", 4, "--dry-run"),
-    ("quantize", "shards", "--bits", 8, "--dry-run"),
+    ("quantize", "a.safetensors", "--uniform", "--bits", 4, "--dry-run"),
+    ("quantize", "shards", "--uniform", "--bits", 8, "--dry-run"),
     ("apply", "a.safetensors", "--plan", "prune.json", "--dry-run"),
     ("apply", "a.safetensors", "--plan", "quantize.json", "--dry-run"),
     ("plan", "prune.json"),
@@ -103,11 +105,12 @@ def test_the_envelope_is_read_before_torch_is_imported(folder: Path) -> None:
         ["profile-experts"],
         ["prune", "--keep", "2"],
         ["merge", "--groups", "2"],
-        ["quantize", "--bits", "4"],
+        ["quantize", "--uniform", "--bits", "4"],
         ["apply", "--plan", "prune.json"],
         ["sample"],
         ["fid"],
         ["compare"],
+        ["bench"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", _WAITING.replace("COMMANDS", json.dumps(commands))],

@@ -112,7 +112,11 @@ def test_copies_merge_without_loss(method: str, permuted: bool, refit: tuple[obj
 
 def test_a_pipe_of_all_stages(folder: Path) -> None:
     outcome = here("profile-experts", "a.safetensors", *SETTINGS, "--bins", 2, cwd=folder)
-    for words in (("merge", "--groups", 0.5, "--method", "mergemoe", *FEW), ("quantize", "--bits", 4), ("inspect",)):
+    for words in (
+        ("merge", "--groups", 0.5, "--method", "mergemoe", *FEW),
+        ("quantize", "--uniform", "--bits", 4),
+        ("inspect",),
+    ):
         outcome = here(*words, cwd=folder, stdin=outcome.out)
     assert [step["command"] for step in outcome.envelope["history"]] == ["profile-experts", "merge", "quantize"]
     assert outcome.result["history"] == ["merge", "quantize"]
@@ -174,7 +178,7 @@ def test_a_fast_profile_where_more_is_needed(words: tuple[object, ...], said: st
 
 def test_what_cannot_be_merged_is_refused_before_it_is_profiled(folder: Path) -> None:
     merged = here(*MERGE, "--groups", 2, *FEW, "-o", "merged.safetensors", cwd=folder)
-    packed = here("quantize", "a.safetensors", "--bits", 8, "-o", "q.safetensors", cwd=folder)
+    packed = here("quantize", "a.safetensors", "--uniform", "--bits", 8, "-o", "q.safetensors", cwd=folder)
     narrow = make_pico(sampler="rf", in_channels=1, widths=((16, 24), (24, 24)))
     narrow.save(folder / "uneven.safetensors")
     before = contents(folder)

@@ -51,7 +51,7 @@ WRITERS: dict[str, tuple[object, ...]] = {
     "profile-experts": PROFILING,
     "prune": ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
     "merge": ("merge", "a.safetensors", "--groups", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
-    "quantize": ("quantize", "a.safetensors", "--bits", 8),
+    "quantize": ("quantize", "a.safetensors", "--uniform", "--bits", 8),
     "sample": ("sample", "a.safetensors", *SETTINGS),
     "fid": ("fid", "a.safetensors", "--ref", "a.safetensors", *SETTINGS),
 }
@@ -68,8 +68,8 @@ writers = pytest.mark.parametrize("words", WRITERS.values(), ids=list(WRITERS))
         (("convert",), "a.converted.safetensors"),
         (("prune", "--keep", "0.5", *PLAINLY), "a.prune-keep0.5.safetensors"),
         (("prune", "--keep", "2", *PLAINLY), "a.prune-keep2.safetensors"),
-        (("quantize", "--bits", "4"), "a.quantize-bits4.safetensors"),
-        (("quantize", "--bits", "8"), "a.quantize-bits8.safetensors"),
+        (("quantize", "--uniform", "--bits", "4"), "a.quantize-bits4.safetensors"),
+        (("quantize", "--uniform", "--bits", "8"), "a.quantize-bits8.safetensors"),
     ],
 )
 def test_default_names_are_in_the_working_directory(words: tuple[str, ...], name: str, folder: Path) -> None:
@@ -205,7 +205,7 @@ def test_two_runs_give_equal_bytes(folder: Path) -> None:
         "prune-best": (*WRITERS["prune"], "--method", "naee", "--router", "auto", "--allocate", "global"),
         "prune-linear": (*WRITERS["prune"], "--residual-rank", 2, "--neurons", 0.5, "--multiple", 8),
         "merge-clusters": (*WRITERS["merge"], "--method", "sub-moe", "--router", "slice"),
-        "quantize-4": ("quantize", "a.safetensors", "--bits", 4),
+        "quantize-4": ("quantize", "a.safetensors", "--uniform", "--bits", 4),
         "guided": ("sample", "a.safetensors", *SETTINGS, "--cfg", 2, "--seed", 7),
         "profile-guided": (*PROFILING, "--cfg", 1.5),
         "folder": ("convert", "a.safetensors", "--max-shard-size", "50KB"),
@@ -248,8 +248,8 @@ PLANS = {
     "slice": ("prune", "--keep", "0.5", "--router", "slice"),
     "ghost": ("prune", "--keep", "3", "--router", "ghost"),
     "all": ("prune", "--keep", "1.0"),
-    "quantize-4": ("quantize", "--bits", 4),
-    "quantize-8": ("quantize", "--bits", 8),
+    "quantize-4": ("quantize", "--uniform", "--bits", 4),
+    "quantize-8": ("quantize", "--uniform", "--bits", 8),
 }
 PLACES = {
     "file": ("-o", "out.safetensors"),

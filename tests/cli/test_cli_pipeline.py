@@ -72,7 +72,11 @@ def test_overrides_reach_every_later_stage(tmp_path: Path) -> None:
     make_pico(sampler="rf", in_channels=1).save_pt(tmp_path / "m.pt")
     assert "--heads" in here("inspect", "m.pt", cwd=tmp_path).error(3)
     outcome = here("profile-experts", "m.pt", "--heads", 4, "--top-k", 1, *PROFILING, cwd=tmp_path)
-    for words in (("prune", "--keep", 1), ("quantize", "--bits", 8), ("fid", *SETTINGS, "--extractor", "pixels")):
+    for words in (
+        ("prune", "--keep", 1),
+        ("quantize", "--uniform", "--bits", 8),
+        ("fid", *SETTINGS, "--extractor", "pixels"),
+    ):
         outcome = here(*words, cwd=tmp_path, stdin=outcome.out)
         assert outcome.envelope["given"] == {"num_heads": 4, "top_k": 1, "sampler": None}
     assert outcome.envelope["original"] == str(tmp_path / "m.pt")
@@ -108,7 +112,7 @@ def test_the_pipeline_on_a_real_checkpoint(shared: Path, tmp_path: Path) -> None
 
 def test_a_failing_stage_fails_the_pipe_and_leaves_nothing(folder: Path) -> None:
     before = contents(folder)
-    outcome = shell("ditmoe inspect a.safetensors | ditmoe prune --keep 9 | ditmoe quantize --bits 4", folder)
+    outcome = shell("ditmoe inspect a.safetensors | ditmoe prune --keep 9 | ditmoe quantize --uniform --bits 4", folder)
     assert outcome.code == 3 and outcome.out == "", "the last stage says that its input is empty"
     assert sorted(line.split(": ")[2].split()[0] for line in outcome.err.splitlines()) == ["--keep", "stdin"]
     assert contents(folder) == before
@@ -163,7 +167,7 @@ def test_prune_after_quantize_profiles_what_it_prunes(folder: Path) -> None:
         **here("inspect", "a.safetensors", cwd=folder).envelope,
         "profile": str(folder / "a.profile.safetensors"),
     }
-    quantized = here("quantize", "--bits", 8, cwd=folder, stdin=json.dumps(envelope))
+    quantized = here("quantize", "--uniform", "--bits", 8, cwd=folder, stdin=json.dumps(envelope))
     pruned = here("prune", "--keep", 2, "--no-refit", cwd=folder, stdin=quantized.out)
     assert any("ancestor" in note for note in pruned.notes)
     described = here("inspect", pruned.path, cwd=folder).result
@@ -337,7 +341,7 @@ def test_samples_pair_with_the_same_seeds_of_the_original(folder: Path) -> None:
 
 def test_samples_do_not_outlive_a_change_of_the_model(folder: Path) -> None:
     sampled = here("sample", "a.safetensors", *SETTINGS, cwd=folder)
-    quantized = here("quantize", "--bits", 4, cwd=folder, stdin=sampled.out)
+    quantized = here("quantize", "--uniform", "--bits", 4, cwd=folder, stdin=sampled.out)
     assert quantized.envelope["samples"] is None
     scored = here("fid", *SETTINGS, cwd=folder, stdin=quantized.out)
     assert scored.result["conditions"]["subject"]["path"] == str(quantized.path)

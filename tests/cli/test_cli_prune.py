@@ -122,7 +122,7 @@ def test_a_pipe_of_all_stages(folder: Path) -> None:
     outcome = shell(
         "ditmoe profile-experts a.safetensors --images 4 --steps 2 --bins 2 "
         "| ditmoe prune --keep 2 --method naee --router mass --neurons 0.5 --refit-tokens 64 "
-        "| ditmoe quantize --bits 8 | ditmoe inspect",
+        "| ditmoe quantize --uniform --bits 8 | ditmoe inspect",
         folder,
     )
     assert [step["command"] for step in outcome.envelope["history"]] == ["profile-experts", "prune", "quantize"]
@@ -200,7 +200,7 @@ def test_a_profile_that_lacks_what_is_needed(profile: str, words: tuple[object, 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_is_packed_is_refused_before_anything_is_profiled(bits: int, folder: Path) -> None:
-    packed = here("quantize", "a.safetensors", "--bits", bits, "-o", "q.safetensors", cwd=folder)
+    packed = here("quantize", "a.safetensors", "--uniform", "--bits", bits, "-o", "q.safetensors", cwd=folder)
     before = contents(folder)
     for words in (("--keep", 2), ("--keep", 2, "--dry-run"), ("--neurons", 0.5), ("--keep", 2, "--constants")):
         message = here("prune", *words, cwd=folder, stdin=packed.out).error(3)

@@ -98,7 +98,7 @@ def test_each_image_is_stored_with_the_seed_of_its_noise(folder: Path) -> None:
 
 
 def test_an_edited_plan_cannot_choose_where_to_write(folder: Path) -> None:
-    planned = here("quantize", "a.safetensors", "--bits", 4, "--dry-run", cwd=folder).result["plan"]
+    planned = here("quantize", "a.safetensors", "--uniform", "--bits", 4, "--dry-run", cwd=folder).result["plan"]
     (folder / "plan.json").write_text(json.dumps({**planned, "command": "/../../escaped"}))
     refused(here("apply", "a.safetensors", "--plan", "plan.json", cwd=folder), 3, "'command'")
 
@@ -148,7 +148,7 @@ def test_methods_and_plans_are_envelopes(folder: Path) -> None:
     for command, known in methods.items():
         listed = here(command, "--list-methods", cwd=folder).result["methods"]
         assert listed == {name: {"summary": known[name].summary, "source": known[name].source} for name in known}
-    planned = here("quantize", "a.safetensors", "--bits", 8, "--dry-run", cwd=folder)
+    planned = here("quantize", "a.safetensors", "--uniform", "--bits", 8, "--dry-run", cwd=folder)
     (folder / "plan.json").write_text(planned.out)
     shown = here("plan", "plan.json", cwd=folder)
     assert shown.result["plan"] == planned.result["plan"]

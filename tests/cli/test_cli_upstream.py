@@ -44,6 +44,6 @@ def test_sliced_files_hold_what_upstream_has_words_for(words: tuple[object, ...]
 
 
 def test_quantised_files_do_not_load_there(folder: Path) -> None:
-    here("quantize", "a.safetensors", "--bits", 4, "-o", "q.safetensors", cwd=folder)
+    here("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "q.safetensors", cwd=folder)
     assert here("inspect", "a.safetensors", cwd=folder).result["loads_upstream"] is True
     assert here("inspect", "q.safetensors", cwd=folder).result["loads_upstream"] is False

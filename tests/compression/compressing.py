@@ -23,6 +23,7 @@ from ditmoe_cli.model.moe import Observer
 from ditmoe_cli.routing.calibrate import Calibration, calibrate
 from ditmoe_cli.routing.profile import RoutingProfile
 
+FORMATS = {4: "nf4", 8: "int8"}
 EXPERT_OF = "blocks.{}.moe.gate.expert_of"
 
 
@@ -88,7 +89,7 @@ def pruned(
 
 
 def quantised(checkpoint: Checkpoint, bits: int, path: Path) -> Checkpoint:
-    return applied(checkpoint, plan_uniform(checkpoint, bits), path)
+    return applied(checkpoint, plan_uniform(checkpoint, FORMATS[bits]), path)
 
 
 def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

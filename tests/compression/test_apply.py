@@ -88,7 +88,7 @@ def test_bytes_are_predicted_to_the_last_one(
     with folder() as where:
         checkpoint = opened(SMALL, where)
         plan = pruning(checkpoint, keeps, modes) if keeps else CompressionPlan("quantize", checkpoint.fingerprint)
-        names = plan_uniform(checkpoint, 4).formats
+        names = plan_uniform(checkpoint, "nf4").formats
         chosen = {name: formats[i % len(formats)] for i, name in enumerate(names)}
         plan = replace(plan, formats={name: fmt for name, fmt in chosen.items() if fmt})
         path = where / ("out" if shard_bytes else "out.safetensors")
@@ -297,7 +297,7 @@ def test_pruning_and_quantising_commute_and_move_packed_bytes(bits: int, mode: s
 def test_one_plan_may_prune_and_quantise(tmp_path: Path) -> None:
     keeps = [(0, 4), (1, 2, 4)]
     original = opened(SMALL, tmp_path)
-    both = replace(pruning(original, keeps), formats=plan_uniform(original, 4).formats)
+    both = replace(pruning(original, keeps), formats=plan_uniform(original, "nf4").formats)
     one = applied(original, both, tmp_path / "one.safetensors")
     steps = quantised(pruned(original, keeps, "ghost", tmp_path / "1.safetensors"), 4, tmp_path / "2.safetensors")
     assert stored(one) == stored(steps)
@@ -315,7 +315,7 @@ def test_history_names_every_step(tmp_path: Path) -> None:
     provenance = smallest.header.provenance
     assert provenance is not None
     assert [step.command for step in provenance.history] == ["prune", "quantize"]
-    assert [step.plan for step in provenance.history] == [plan.digest, plan_uniform(smaller, 8).digest]
+    assert [step.plan for step in provenance.history] == [plan.digest, plan_uniform(smaller, "int8").digest]
     assert smallest.card == original.card
     assert smallest.card.extractor == "pixels"
 
@@ -405,7 +405,12 @@ def test_broken_weights_are_named_and_leave_nothing_behind(
     tensor = SMALL.state[name].clone()
     tensor.view(-1)[-1] = value
     checkpoint = opened(SMALL.with_state(**{name: tensor}), tmp_path)
-    plans = [None, pruning(checkpoint, [(0, 1), (1, 4)]), plan_uniform(checkpoint, 4), plan_uniform(checkpoint, 8)]
+    plans = [
+        None,
+        pruning(checkpoint, [(0, 1), (1, 4)]),
+        plan_uniform(checkpoint, "nf4"),
+        plan_uniform(checkpoint, "int8"),
+    ]
     for plan in plans:
         with pytest.raises(BadInputError, match=name.replace(".", r"\.")):
             apply(checkpoint, plan, Output(tmp_path / target))
@@ -469,8 +474,8 @@ torch.set_num_threads(1)
 torch.ones(4096).isfinite().all()
 plans = {
     "prune": CompressionPlan("prune", fingerprint, blocks=(BlockPlan(tuple(range(0, 16, 2)), "ghost"),)),
-    "nf4": plan_uniform(checkpoint, 4),
-    "int8": plan_uniform(checkpoint, 8),
+    "nf4": plan_uniform(checkpoint, "nf4"),
+    "int8": plan_uniform(checkpoint, "int8"),
 }
 _, hard = resource.getrlimit(resource.RLIMIT_DATA)
 for (what, plan), allowed in zip(plans.items(), allowances, strict=True):

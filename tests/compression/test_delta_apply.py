@@ -303,7 +303,7 @@ def test_what_is_packed_already_is_refused(kind: DeltaFormat, tmp_path: Path) ->
 def test_differences_are_neither_quantised_nor_refitted(kind: DeltaFormat, tmp_path: Path) -> None:
     found = encoded(opened(SMALL, tmp_path), Delta(kind, 0.5), tmp_path / "delta.safetensors")
     with pytest.raises(BadInputError, match=f"is {kind} already"):
-        plan_uniform(found, 4)
+        plan_uniform(found, "nf4")
     name = expert(0, 1, "up_proj")
     refused(found, CompressionPlan("x", found.fingerprint, formats={name: "nf4"}), f"{name}' is {kind} already")
     refit = replace(pruning(found, [(0, 1), (0, 1)]), repair=Repair())

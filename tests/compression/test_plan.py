@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditmoe_cli.checkpoint.formats import FORMATS
 from ditmoe_cli.compression.plan import (
     STAGE_SCHEMA,
     BlockPlan,
@@ -64,7 +65,7 @@ plans = st.builds(
     profile=st.none() | names,
     options=st.dictionaries(names, json_values, max_size=4),
     blocks=st.lists(blocks(), max_size=4).map(tuple),
-    formats=st.dictionaries(names, st.sampled_from(["nf4", "int8"]), max_size=4),
+    formats=st.dictionaries(names, st.sampled_from(FORMATS), max_size=4),
     merging=st.none() | names,
     repair=st.none() | repairs,
     delta=st.none() | deltas,
@@ -280,7 +281,7 @@ def test_plans_of_an_older_version_compute_nothing() -> None:
     assert not EXAMPLE.rebuilds
 
 
-@pytest.mark.parametrize("fmt", [None, "NF4", "fp4", 4, ["nf4"]])
+@pytest.mark.parametrize("fmt", [None, "NF4", "int4", "int7-g64", 4, ["nf4"]])
 def test_an_unknown_format_is_refused_by_weight(fmt: object) -> None:
     with pytest.raises(BadInputError, match=r"^my\.json: format of some\.weight .*nf4, int8"):
         parse_plan(changed(formats={"some.weight": fmt}), "my.json")

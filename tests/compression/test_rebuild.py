@@ -113,8 +113,8 @@ def test_bytes_are_predicted_and_the_output_runs(
     done = apply(checkpoint, plan, output, profile=profile)
     files = [output.path] if output.path.is_file() else list(output.path.iterdir())
     assert done.bytes == expected.predicted_bytes(output) == sum(file.stat().st_size for file in files)
-    assert len(done.repaired) == (2 if plan.repair else 0)
-    assert all(0 < error <= 1 for error in done.repaired)
+    assert len(done.computed.repaired) == (2 if plan.repair else 0)
+    assert all(0 < error <= 1 for error in done.computed.repaired)
     again = open_checkpoint(output.path)
     assert again.config == expected.config
     assert again.assumptions == again.warnings == ()
@@ -393,7 +393,7 @@ def test_what_was_compressed_before_is_refitted_too(options: Mapping[str, Any], 
     plain = applied(checkpoint, planned(checkpoint, block), tmp_path / "plain.safetensors")
     output = Output(tmp_path / "out.safetensors")
     done = apply(checkpoint, planned(checkpoint, block, repair=THOROUGH), output, profile=profile)
-    assert all(error < 1 for error in done.repaired)
+    assert all(error < 1 for error in done.computed.repaired)
     found = open_checkpoint(output.path)
     for name in ("gate.expert_of", "constants", "constants_up"):
         names = [f"blocks.{b}.moe.{name}" for b in (0, 1)]
@@ -521,7 +521,7 @@ def test_constants_where_nothing_is_dropped_are_none(made: Made, tmp_path: Path)
 
 def test_formats_of_weights_that_are_computed_are_refused(made: Made, temporary: Path) -> None:
     checkpoint, profile = made
-    formats = plan_uniform(checkpoint, 8).formats
+    formats = plan_uniform(checkpoint, "int8").formats
     plan = replace(planned(checkpoint, GHOST, repair=REPAIR), formats=formats)
     assert "blocks.0.moe" in refused(checkpoint, plan, profile, temporary.parent)
     attention = {name: fmt for name, fmt in formats.items() if ".attn." in name}

@@ -38,7 +38,7 @@ def test_profiles_are_equal_to_the_last_bit(
     if bits is not None:
         source = open_checkpoint(path)
         path = tmp_path / "b.safetensors"
-        apply(source, plan_uniform(source, bits), Output(path))
+        apply(source, plan_uniform(source, {4: "nf4", 8: "int8"}[bits]), Output(path))
     checkpoint = open_checkpoint(path)
     spec = SampleSpec(5, 3, cfg, 1, solver, (0, 1, 2))  # type: ignore[arg-type]
     resident = collect(build_model(checkpoint, CPU), spec, 3, 64, batch, lambda _: None)

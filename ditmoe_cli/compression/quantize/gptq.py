@@ -1,0 +1,222 @@
+"""Rounding to a fixed grid that spreads each column's error over the columns after it (GPTQ).
+
+Source: Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.errors import BadInputError
+
+Rounding = Callable[[Tensor, Tensor], Tensor]
+"""Takes values (out, n) and their columns (n,) int64; returns the values on the grid of those columns.
+
+The grid is fixed beforehand (static groups), so columns may come in any order, one or many at a time.
+"""
+
+DAMPINGS = (0.01, 0.1, 1.0)
+CHUNK = 4096  # tokens whose products are summed in one fp32 matmul
+WIDEST_IN_DOUBLE = 2048  # a wider sum stays in fp32: at 4608 it would take 170 MB
+RAISES, LEAST_RAISED = 4, 1e-6  # how often damping is raised, and what it is raised to from 0
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Second moment of a linear layer's inputs: the Hessian, up to a factor 2, of its squared output error.
+
+    `matrix` is Σ w x xᵀ (in, in) in fp32 over tokens x of weight w, `weight` is Σ w, and `tokens` is their effective
+    number, (Σ w)² / Σ w²: as many as there are where all weigh the same, fewer otherwise. Without tokens all are 0.
+    """
+
+    matrix: Tensor
+    weight: float
+    tokens: float
+
+    def __add__(self, other: Hessian) -> Hessian:
+        """Return the sums over the tokens of both."""
+        squares = sum(part.weight**2 / part.tokens for part in (self, other) if part.tokens)
+        weight = self.weight + other.weight
+        return Hessian(self.matrix + other.matrix, weight, weight**2 / squares if squares else 0.0)
+
+    def normalised(self) -> Tensor:
+        """Return the mean Σ w x xᵀ / Σ w (in, in); 0 where nothing weighs anything."""
+        return self.matrix / self.weight if self.weight else self.matrix
+
+
+def hessian_of(inputs: Tensor, weights: Tensor) -> Hessian:
+    """Return the Hessian of inputs (T, in) that weigh (T,).
+
+    For the error of what an expert adds, w is its squared routing weight. Products are summed in fp32 by chunks of
+    tokens, and chunks in fp64 up to a width of `WIDEST_IN_DOUBLE`. Raises `BadInputError` for values that are NaN or
+    infinite, weights below 0, and sums that fp32 cannot hold.
+    """
+    if weights.shape != inputs.shape[:1] or inputs.ndim != 2:
+        raise BadInputError(
+            f"Hessian: inputs {tuple(inputs.shape)} and weights {tuple(weights.shape)}, not (T, in) and (T,)"
+        )
+    w = weights.double()
+    refuse(~w.isfinite() | (w < 0), "Hessian: the weight of token {} is NaN, infinite or below 0")
+    width = inputs.shape[1]
+    dtype = torch.float64 if width <= WIDEST_IN_DOUBLE else torch.float32
+    total = torch.zeros(width, width, dtype=dtype, device=inputs.device)
+    for start in range(0, len(inputs), CHUNK):
+        x = inputs[start : start + CHUNK].float()
+        refuse(~x.isfinite().all(dim=1), "Hessian: the input of token {} holds NaN or infinity", start)
+        x = x * w[start : start + CHUNK].sqrt().float().unsqueeze(1)
+        total += x.T @ x
+    matrix = total.float()
+    refuse(~matrix.isfinite().all(dim=1), "Hessian: the sum over tokens exceeds fp32 in row {}")
+    weight, squares = float(w.sum()), float(w.square().sum())
+    return Hessian(matrix, weight, weight**2 / squares if squares else 0.0)
+
+
+def refuse(wrong: Tensor, message: str, start: int = 0) -> None:
+    """Raise `BadInputError` with the index of the first that is `wrong` (n,), counted from `start`, if any is."""
+    if wrong.any():
+        raise BadInputError(
+            f"{message.format(start + int(wrong.int().argmax()))}; check the calibration and checkpoint"
+        )
+
+
+def shrunk(own: Hessian, pooled: Hessian, width: int) -> Tensor:
+    """Return λ H_own + (1 - λ) H_pooled (in, in), both normalised, with λ = n / (n + K).
+
+    n is the effective number of `own`'s tokens and K the `width`, the number of inputs: with n < K an expert's own
+    Hessian is singular, and GPTQ on it can do worse than plain rounding. Where no token chose the expert, the pooled
+    one (of its block, say) stands in.
+    """
+    share = own.tokens / (own.tokens + width)
+    return share * own.normalised() + (1 - share) * pooled.normalised()
+
+
+def factor(hessian: Tensor, damping: float) -> tuple[Tensor, float] | None:
+    """Return R, upper triangular in fp64, with R Rᵀ = H + δ mean(diag H) I, and δ.
+
+    δ is `damping`; where the factorisation fails it is raised tenfold (from 0 to `LEAST_RAISED`), `RAISES` times at
+    most. None where it still fails: H is not a second moment.
+    """
+    mean = float(hessian.diagonal().double().mean())
+    for _ in range(1 + RAISES):
+        # Lower triangular with rows and columns reversed is upper triangular.
+        system = hessian.flip(0, 1).double()
+        system.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(system)
+        if not int(failed):
+            return lower.flip(0, 1), damping
+        damping = max(10 * damping, LEAST_RAISED)
+    return None
+
+
+def plain(weight: Tensor, round: Rounding) -> Tensor:
+    """Return each entry of weight (out, in) rounded for itself."""
+    return round(weight, torch.arange(weight.shape[1], device=weight.device))
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, round: Rounding, damping: float, act_order: bool = True, block: int = 128
+) -> Tensor:
+    """Return Ŵ (out, in) on the grid, such that tr((Ŵ - W) H (Ŵ - W)ᵀ) is small, for W fp32 and H (in, in).
+
+    Column by column, with U the upper Cholesky factor of (H + δ mean(diag H) I)⁻¹ = Uᵀ U, δ the `damping` (`factor`):
+        ŵ_i = round(w_i),  e = (w_i - ŵ_i) / U_ii,  w_j -= e U_ij for all j > i.
+    Since U⁻¹ = R of `factor`, what column i has been moved by when its turn comes is
+        Σ_{k<i} (w_k - ŵ_k) R_ki / R_ii
+    with w as they were at first, so that nothing need be inverted. Sums over earlier blocks are taken for `block`
+    columns at a time. With `act_order` columns go by descending diag H, equal ones by index, else in their own order.
+
+    Columns whose diagonal is 0 (inputs that are always 0) are rounded plainly, pass on no error, and count in no mean.
+    Where H has no factor all columns are rounded plainly; `best_rounding` tells. Raises `BadInputError` where W or H
+    holds NaN or infinity.
+    """
+    return solve(weight, hessian, round, damping, act_order, block)[0]
+
+
+def solve(
+    weight: Tensor, hessian: Tensor, round: Rounding, damping: float, act_order: bool = True, block: int = 128
+) -> tuple[Tensor, float | None]:
+    """Return what `gptq` does, and the damping that H was factored with: None where it has no factor."""
+    refuse(~weight.isfinite().all(dim=1), "GPTQ: row {} of the weight holds NaN or infinity")
+    refuse(~hessian.isfinite().all(dim=1), "GPTQ: row {} of the Hessian holds NaN or infinity")
+    diagonal = hessian.diagonal()
+    order = torch.arange(len(diagonal), device=diagonal.device)
+    if act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+    order, unused = order[diagonal[order] != 0], (diagonal == 0).nonzero().squeeze(1)
+    found = factor(hessian[order][:, order], damping) if len(order) else None
+    if found is None:
+        return plain(weight, round), None
+    upper, used = found
+    passed = (upper / upper.diagonal()).to(weight.dtype)  # (k, i): R_ki / R_ii
+    del upper, found
+    values = weight.T[order]  # a column of W is a row here, side by side in memory; rounded in place
+    lost = torch.empty_like(values)  # w - ŵ
+    for start in range(0, len(order), block):
+        here = slice(start, start + block)
+        wanted = torch.addmm(values[here], passed[:start, here].T, lost[:start])
+        near = passed[here, here].T.contiguous()
+        for i, row in enumerate(wanted):
+            now = start + i
+            moved = row + near[i, :i] @ lost[start:now]
+            rounded = round(moved.unsqueeze(1), order[now : now + 1]).squeeze(1)
+            lost[now] = values[now] - rounded
+            values[now] = rounded
+    result = torch.empty_like(weight)
+    result[:, order] = values.T
+    if len(unused):
+        result[:, unused] = round(weight[:, unused], unused)
+    return result, used
+
+
+def output_error(difference: Tensor, moment: Tensor) -> float:
+    """Return tr(D M Dᵀ), at least 0, for D (out, in) and M (in, in)."""
+    return max(0.0, float(((difference @ moment) * difference).sum(dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight (out, in) on its grid.
+
+    `damping` is what GPTQ found it with, None where plain rounding was kept; `error` is its held-out error over that of
+    plain rounding, at most 1.
+    """
+
+    weight: Tensor
+    damping: float | None
+    error: float
+
+
+def best_rounding(
+    weight: Tensor,
+    hessian: Tensor,
+    round: Rounding,
+    held: Tensor | Hessian,
+    dampings: Sequence[float] = DAMPINGS,
+    tokens: float = 0.0,
+) -> Rounded:
+    """Return, of plain rounding and GPTQ with each of `dampings`, the one with the least error on held-out tokens.
+
+    The error is tr((Ŵ - W) M (Ŵ - W)ᵀ) for `held`, the second moment M (in, in) of held-out inputs at any scale. So the
+    result is never worse on them than plain rounding, which is kept where all are equal.
+
+    Where nothing was held out (M = 0) nobody can tell whether a Hessian generalises: plain rounding is kept, unless
+    `tokens`, the effective number of tokens that chose the expert, is `in` at least; then the first damping is tried,
+    and the error is that under `hessian` itself. Raises `BadInputError` where a matrix holds NaN or infinity.
+    """
+    moment = held.matrix if isinstance(held, Hessian) else held
+    refuse(~moment.isfinite().all(dim=1), "GPTQ: row {} of the held-out second moment holds NaN or infinity")
+    if not moment.any():
+        moment, dampings = hessian, dampings[:1] if tokens >= weight.shape[1] else ()
+    moment = moment.to(weight.dtype)
+    best, chosen = plain(weight, round), None
+    least = baseline = output_error(best - weight, moment)
+    for damping in dampings:
+        candidate, used = solve(weight, hessian, round, damping)
+        error = output_error(candidate - weight, moment)
+        if error < least:
+            best, chosen, least = candidate, used, error
+    return Rounded(best, chosen, least / baseline if baseline else 1.0)

@@ -1,0 +1,38 @@
+"""Layers rounded to the nearest values of a format, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe_cli.model.dit import Block
+from ditmoe_cli.model.grids import grid_of
+
+
+def nearest(weight: Tensor, fmt: str) -> Tensor:
+    """Return a weight (out, in) rounded to the nearest values of a format."""
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    return grid_of(weight.float(), fmt).round(weight.float(), columns)
+
+
+@contextmanager
+def rounded(layers: Mapping[nn.Linear, str]) -> Iterator[None]:
+    """Round linear layers to formats for a while."""
+    kept = {layer: layer.weight.data for layer in layers}
+    for layer, fmt in layers.items():
+        layer.weight.data = nearest(kept[layer], fmt).to(kept[layer].dtype)
+    try:
+        yield
+    finally:
+        for layer, weight in kept.items():
+            layer.weight.data = weight
+
+
+def linear(block: Block, name: str) -> nn.Linear:
+    """Return the layer of a weight, named within its block."""
+    found = block.get_submodule(name.removesuffix(".weight"))
+    assert isinstance(found, nn.Linear)
+    return found

@@ -1,0 +1,292 @@
+"""What each number format of each weight would cost, in squared error of the guided prediction.
+
+Calibration states run through the original blocks. In each block the error of a format is replayed on the tokens at
+hand, where it enters the residual stream: after γ, routed by the original router, on guided pairs (see
+`ditmoe_cli.compression.replay`). How much of an error that enters there arrives in the prediction is measured, for
+each block and kind of weight, by sending states with a known error through the rest of the model:
+
+    error(W, format) = a_bk Σ_pairs ‖s γ_c e_c - (s - 1) γ_u e_u‖² / pairs
+    a_bk             = (Σ ‖Δ prediction‖² / Σ ‖prediction‖²) / (Σ ‖Δ stream‖² / pairs)
+
+with the guided prediction and stream on both sides, b a block and k one of mixture, attention and modulation. Weights
+outside the blocks are measured by the prediction alone. Errors of a plan are taken to add up; `Trial` tells how
+nearly they do.
+
+One block's weights are in memory at a time, beside the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ditmoe_cli.checkpoint.names import MATRICES, SHARED, in_block, in_expert, split_name
+from ditmoe_cli.compression.replay import BlockTokens
+from ditmoe_cli.compression.quantize.guided import Conditions, conditions, relative_error, slices
+from ditmoe_cli.compression.quantize.nearest import linear, nearest, rounded
+from ditmoe_cli.compression.states import calibration_states
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dit import Attended, Block
+from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.routing.calibrate import profiled_spec
+from ditmoe_cli.routing.profile import RoutingProfile
+
+Formats = Mapping[str, Sequence[str]]
+Errors = dict[str, dict[str, float]]
+
+REFERENCE = "int3-g64"  # the format whose error is sent through the model
+TOKENS = 16_384  # that errors in a block are replayed on, of all branches
+PROBED_TOKENS = 4_096  # of the streams that carry an error to the end
+EXPERT_TOKENS = 2_048  # most guided tokens of one expert
+FEWEST_STATES = 16
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What was measured.
+
+    Attributes:
+        errors: of each weight and format, in relative squared error of the guided prediction.
+        amplification: of each block, by kind of weight: prediction error over error of the stream.
+    """
+
+    errors: Errors
+    amplification: tuple[Mapping[str, float], ...]
+
+
+def measure(
+    checkpoint: Checkpoint, profile: RoutingProfile, formats: Formats, device: str, bar: ProgressBar
+) -> Sensitivities:
+    """Measure every weight that `formats` names, in each of its formats.
+
+    Raises `BadInputError` for a profile without states, and for values that are not finite.
+    """
+    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    with torch.inference_mode(), bar(f"measuring {checkpoint.path.name}", checkpoint.config.depth) as progress:
+        found = _Measurement(model, measured_states(checkpoint, profile, model), formats)
+        for index in range(checkpoint.config.depth):
+            with model.resident(index) as block:
+                found.block(index, block)
+                del block
+            progress(1)
+        return found.result(checkpoint)
+
+
+def measured_states(checkpoint: Checkpoint, profile: RoutingProfile, model: OffloadedDiTMoE) -> Conditions:
+    """Return the states that errors are measured on, in all branches."""
+    spec = profiled_spec(profile.calibration, checkpoint)
+    branches = 1 if spec.cfg == 1.0 else 2
+    wanted = max(TOKENS // (checkpoint.config.num_patches * branches), FEWEST_STATES)
+    return conditions(model, calibration_states(profile, spec, wanted), spec)
+
+
+def embedded(model: OffloadedDiTMoE, states: Conditions) -> tuple[Tensor, Tensor]:
+    """Return what the first block is given of states: tokens (N, P, D) and conditions (N, D)."""
+    parts = [model.embed(states.z[r], states.t[r], states.labels[r]) for r in slices(len(states.z))]
+    x, c = (torch.cat(column) for column in zip(*parts, strict=True))
+    return x, c
+
+
+@dataclass
+class Stream:
+    """States on their way: tokens x (N, P, D) under conditions c (N, D)."""
+
+    x: Tensor
+    c: Tensor
+
+    def through(self, block: Block) -> Tensor:
+        """Return what a block makes of them."""
+        return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in slices(len(self.x))])
+
+
+class _Measurement:
+    """Streams on their way through the blocks, and what they tell."""
+
+    def __init__(self, model: OffloadedDiTMoE, states: Conditions, formats: Formats) -> None:
+        self.model, self.states, self.formats = model, states, formats
+        config = model.config
+        count = max(PROBED_TOKENS // (config.num_patches * states.branches), FEWEST_STATES)
+        self.probed = states.first(min(count, len(states.z) // states.branches))
+        self.stream = Stream(*embedded(self.model, states))
+        self.base = Stream(*embedded(self.model, self.probed))
+        self.errors: Errors = {}
+        self.sent: dict[tuple[int, str], tuple[Stream, float]] = {}
+        self.local: dict[int, list[tuple[str, str, str, float]]] = {}
+        self.early = dict(self._embedders())
+
+    def _embedders(self) -> Iterator[tuple[tuple[str, str], Stream]]:
+        """Yield streams of states that were embedded by rounded weights."""
+        for name in self.formats:
+            if split_name(name).block is None and name.startswith("t_embedder."):
+                layer = self.model.linear(name)
+                for fmt in self.formats[name]:
+                    with rounded({layer: fmt}):
+                        yield (name, fmt), Stream(*embedded(self.model, self.probed))
+
+    def block(self, index: int, block: Block) -> None:
+        """Measure a block's weights, and let all streams pass it."""
+        named = {
+            n.removeprefix(in_block(index, "")): fmts
+            for n, fmts in self.formats.items()
+            if split_name(n).block == index
+        }
+        after = self.base.through(block)
+        for other in (*(stream for stream, _ in self.sent.values()), *self.early.values()):
+            other.x = other.through(block)
+        self.local[index] = [*self._of_streams(index, block, named, after), *self._of_mixture(index, block, named)]
+        self._send(index, block, named, after)
+        self.base.x, self.stream.x = after, self.stream.through(block)
+
+    def _of_streams(
+        self, index: int, block: Block, named: Formats, after: Tensor
+    ) -> Iterator[tuple[str, str, str, float]]:
+        """Yield (kind, weight, format, error of the stream) of attention and modulation."""
+        for name, formats in named.items():
+            if kind_of(name) == "mixture":
+                continue
+            for fmt in formats:
+                with rounded({linear(block, name): fmt}):
+                    error = self.probed.energy(self.base.through(block) - after)
+                yield kind_of(name), in_block(index, name), fmt, error
+
+    def _of_mixture(self, index: int, block: Block, named: Formats) -> Iterator[tuple[str, str, str, float]]:
+        """Yield the same of experts and the shared expert, replayed on this block's tokens."""
+        seen = [block.attend(self.stream.x[rows], self.stream.c[rows]) for rows in slices(len(self.stream.x))]
+        tokens = block_tokens_of(seen, self.states)
+        routing = block.moe.gate(tokens.inputs)
+        for e, expert in enumerate(block.moe.experts):
+            gates = routing.gate_of(e)
+            matrices = {
+                f"{m}.weight": named.get(in_expert(0, e, f"{m}.weight").removeprefix(in_block(0, "")), ())
+                for m in MATRICES
+            }
+            for matrix, fmt, error in expert_errors(expert, tokens, gates, matrices):
+                yield "mixture", in_expert(index, e, matrix), fmt, error
+        everyone = torch.ones_like(gates)
+        matrices = {f"{m}.weight": named.get(f"{SHARED}.{m}.weight", ()) for m in MATRICES}
+        for matrix, fmt, error in expert_errors(block.moe.shared_experts, tokens, everyone, matrices):
+            yield "mixture", in_block(index, f"{SHARED}.{matrix}"), fmt, error
+
+    def _send(self, index: int, block: Block, named: Formats, after: Tensor) -> None:
+        """Start a stream for each kind of weight, with the error of the reference format."""
+        for kind in sorted({kind_of(name) for name in named}):
+            layers = {linear(block, name): REFERENCE for name in named if kind_of(name) == kind}
+            with rounded(layers):
+                stream = Stream(self.base.through(block), self.base.c)
+            self.sent[index, kind] = stream, self.probed.energy(stream.x - after)
+
+    def result(self, checkpoint: Checkpoint) -> Sensitivities:
+        """Compare what arrived, and measure what stands after the blocks."""
+        wanted = self._predicted(self.base)
+
+        def error(stream: Stream) -> float:
+            return relative_error(self._predicted(stream), wanted)
+
+        amplification = [dict[str, float]() for _ in self.local]
+        for (index, kind), (stream, local) in self.sent.items():
+            amplification[index][kind] = error(stream) / local if local else 0.0
+        for index, entries in self.local.items():
+            for kind, name, fmt, local in entries:
+                self.errors.setdefault(name, {})[fmt] = local * amplification[index][kind]
+        for (name, fmt), stream in self.early.items():
+            self.errors.setdefault(name, {})[fmt] = error(stream)
+        for name, formats in self.formats.items():
+            if name.startswith("final_layer."):
+                for fmt in formats:
+                    with rounded({self.model.linear(name): fmt}):
+                        self.errors.setdefault(name, {})[fmt] = error(self.base)
+        for name, found in self.errors.items():
+            if not all(torch.tensor(list(found.values())).isfinite()):
+                raise BadInputError(f"{checkpoint.path}: the error of rounding {name!r} is not finite")
+        return Sensitivities(self.errors, tuple(amplification))
+
+    def _predicted(self, stream: Stream) -> Tensor:
+        parts = [self.model.unembed(stream.x[rows], stream.c[rows]) for rows in slices(len(stream.x))]
+        return self.probed.guided(torch.cat(parts))
+
+
+def trial(
+    checkpoint: Checkpoint, profile: RoutingProfile, formats: Mapping[str, str], device: str, bar: ProgressBar
+) -> float:
+    """Return the error of the guided prediction with every weight rounded to its format, in all places at once."""
+    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    depth = checkpoint.config.depth
+    with torch.inference_mode(), bar(f"trying the plan for {checkpoint.path.name}", depth) as progress:
+        measurement = _Measurement(model, measured_states(checkpoint, profile, model), {})
+        base, changed = measurement.base, measurement.base
+        outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
+        with rounded(outside):
+            changed = Stream(*embedded(model, measurement.probed))
+        for index in range(depth):
+            with model.resident(index) as block:
+                base.x = base.through(block)
+                mine = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
+                with rounded({linear(block, n.removeprefix(in_block(index, ""))): fmt for n, fmt in mine.items()}):
+                    changed.x = changed.through(block)
+                del block
+            progress(1)
+        wanted = measurement._predicted(base)
+        with rounded(outside):
+            found = measurement._predicted(changed)
+        return relative_error(found, wanted)
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a weight, named within its block: where in the block its error enters the stream."""
+    if name.startswith("attn."):
+        return "attention"
+    return "modulation" if name.startswith("adaLN_modulation.") else "mixture"
+
+
+def block_tokens_of(seen: Sequence[Attended], states: Conditions) -> BlockTokens:
+    """Return the tokens that a block's mixture is given, in guided pairs."""
+    inputs = torch.cat([part.inputs for part in seen])
+    patches = inputs.shape[1]
+    gamma = torch.cat([part.gamma for part in seen]).repeat_interleave(patches, dim=0)
+    each = inputs.shape[0] * patches // states.branches
+    coefficients = torch.tensor(states.coefficients, device=inputs.device).repeat_interleave(each)
+    bins = torch.zeros(len(coefficients), dtype=torch.int64, device=inputs.device)
+    return BlockTokens(inputs.flatten(0, 1), gamma, coefficients, bins, states.branches)
+
+
+def expert_errors(
+    expert: nn.Module, tokens: BlockTokens, gates: Tensor, formats: Formats
+) -> Iterator[tuple[str, str, float]]:
+    """Yield (matrix, format, Σ ‖guided error‖² / pairs) of rounding one matrix of an expert at a time.
+
+    `gates` (T,) is its routing weight, 0 for tokens that went elsewhere. Of more than `EXPERT_TOKENS` guided tokens
+    evenly spaced ones stand for all.
+    """
+    assert isinstance(expert, SwiGLU)
+    used = tokens.paired(gates).ne(0).any(dim=1).nonzero().squeeze(1)
+    if not len(used):
+        yield from ((matrix, fmt, 0.0) for matrix, fmts in formats.items() for fmt in fmts)
+        return
+    stride = -(-len(used) // EXPERT_TOKENS)
+    pairs = used[::stride].contiguous()
+    rows = torch.cat([pairs + branch * tokens.pairs for branch in range(tokens.branches)])
+    rows = rows[gates[rows] != 0]
+    where = torch.searchsorted(pairs, rows % tokens.pairs)
+    u = tokens.inputs[rows]
+    scale = (gates * tokens.coefficients)[rows].unsqueeze(1) * tokens.gamma[rows]
+    share = len(used) / len(pairs) / tokens.pairs
+    gate, up, down = (layer.weight for layer in (expert.gate_proj, expert.up_proj, expert.down_proj))
+    opened, lifted = F.silu(u @ gate.T), u @ up.T
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "gate_proj.weight": lambda w: ((F.silu(u @ w.T) - opened) * lifted) @ down.T,
+        "up_proj.weight": lambda w: (opened * (u @ (w - up).T)) @ down.T,
+        "down_proj.weight": lambda w: (opened * lifted) @ (w - down).T,
+    }
+    weights = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
+    for matrix, fmts in formats.items():
+        for fmt in fmts:
+            error = changes[matrix](nearest(weights[matrix], fmt)) * scale
+            total = error.new_zeros(len(pairs), error.shape[1]).index_add_(0, where, error)
+            yield matrix, fmt, float(total.double().square().sum()) * share

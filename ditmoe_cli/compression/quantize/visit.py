@@ -1,0 +1,40 @@
+"""Calibration states on their way through the original blocks, for methods that look at one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.quantize.guided import slices
+from ditmoe_cli.compression.quantize.sensitivity import embedded, measured_states
+from ditmoe_cli.compression.quantize.task import Task
+from ditmoe_cli.model.dit import Attended, Block
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+
+T = TypeVar("T")
+Look = Callable[[int, Block, Sequence[Attended], Sequence[Tensor]], T]
+
+
+def visit(task: Task, look: Look[T]) -> list[T]:
+    """Return what `look(index, block, seen, after)` returns of each block.
+
+    `seen` is what the mixture is given, and `after` (N, P, D) what the block returns, some images at a time, all
+    guidance branches. One block's weights are in memory at a time. Raises `BadInputError` for a profile without states.
+    """
+    checkpoint, depth = task.checkpoint, task.checkpoint.config.depth
+    model = OffloadedDiTMoE(checkpoint, torch.device(task.device), 1, 1)
+    found = []
+    with torch.inference_mode(), task.bar(f"measuring {checkpoint.path.name}", depth) as progress:
+        x, c = embedded(model, measured_states(checkpoint, task.profile, model))
+        for index in range(depth):
+            with model.resident(index) as block:
+                seen = [block.attend(x[rows], c[rows]) for rows in slices(len(x))]
+                after = [block(x[rows], c[rows], index, None) for rows in slices(len(x))]
+                found.append(look(index, block, seen, after))
+                del block
+            x = torch.cat(after)
+            progress(1)
+    return found

@@ -1,0 +1,343 @@
+"""What running a checkpoint takes: bytes of its weights in memory, working memory, and the time of a denoising step.
+
+Counted are the tensors of the model as it was loaded. Measured is memory that belongs to the process alone: on the CPU
+RssAnon of /proc/self/status, which leaves out mapped files, on CUDA what torch's allocator handed out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe_cli.checkpoint.names import SHARED, split_name
+from ditmoe_cli.diffusion.ddpm import TRAINING_STEPS
+from ditmoe_cli.diffusion.guidance import guided_predictor
+from ditmoe_cli.diffusion.noise import image_noise
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.errors import UsageError
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.loading import build_model, empty_model
+
+KINDS = ("packed", "scales", "plain")
+GROUPS = ("experts", "shared", "attention", "rest")
+WARM_UPS = 2  # passes that are watched and not timed; the first one makes the allocator's and the kernels' own buffers
+_FLOAT_BYTES = 4  # packed weights are unpacked to fp32
+_STATUS = Path("/proc/self/status")
+_POLL_SECONDS = 0.001
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to run: `batch` images in one pass (twice as many rows where `cfg` is not 1), timed `repeats` times."""
+
+    batch: int = 8
+    repeats: int = 3
+    cfg: float = 1.0
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def rows(self) -> int:
+        """Images that one forward pass is given, both guidance branches counted."""
+        return self.batch * (1 if self.cfg == 1.0 else 2)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parameters and buffers, in all, by `KINDS` and by `GROUPS`.
+
+    `packed` are the codes of quantised weights, `scales` what is kept beside them (scales, zero points, tables of
+    codes), `plain` everything else.
+    """
+
+    total: int
+    kinds: Mapping[str, int]
+    groups: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The largest packed matrix, unpacked to fp32 to be multiplied with: its bytes and name; 0 and None without any."""
+
+    bytes: int
+    name: str | None
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What is known of a loaded model without running it, in bytes.
+
+    Attributes:
+        file: the checkpoint on disk.
+        weights: the model as it lies in memory.
+        fp32: a model of the same shapes with all weights plain, in fp32.
+        buffer: what is unpacked at a time.
+    """
+
+    file: int
+    weights: Sizes
+    fp32: Sizes
+    buffer: Buffer
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the weights over those of the fp32 model."""
+        return self.weights.total / self.fp32.total
+
+    @property
+    def least(self) -> int:
+        """Bytes that no run can do without: weights and buffer."""
+        return self.weights.total + self.buffer.bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Private memory in bytes before and after loading, and its peak in forward passes; None where it is not known."""
+
+    before: int | None
+    loaded: int | None
+    peak: int | None
+
+    @property
+    def growth(self) -> int | None:
+        """What loading and running added, at the peak."""
+        return None if self.before is None or self.peak is None else self.peak - self.before
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A checkpoint's footprint, its memory, and the seconds of each timed pass."""
+
+    load: Load
+    time: float
+    footprint: Footprint
+    memory: Memory
+    seconds: tuple[float, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of weights and working memory: what was measured, but at least what was counted.
+
+        Weights of a mapped pickle lie in the file's pages and add no private memory, though running takes them.
+        """
+        return max(self.footprint.least, self.memory.growth or 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        footprint, growth, least = self.footprint, self.memory.growth, min(self.seconds)
+        return {
+            "bytes": {
+                "file": footprint.file,
+                "weights": asdict(footprint.weights),
+                "fp32": asdict(footprint.fp32),
+                "ratio": footprint.ratio,
+                "buffer": asdict(footprint.buffer),
+            },
+            "memory": {
+                **asdict(self.memory),
+                "growth": growth,
+                "beyond": None if growth is None else growth - footprint.least,
+                "needed": self.needed,
+            },
+            "seconds": least,
+            "images_per_second": self.load.batch / least,
+            "conditions": {**asdict(self.load), "t": self.time, "threads": torch.get_num_threads()},
+        }
+
+
+def check_load(load: Load) -> Load:
+    """Return `load`, or raise `UsageError` where a value is out of range."""
+    for name, value in (("batch", load.batch), ("repeats", load.repeats)):
+        if value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    if not 0.0 <= load.cfg < float("inf"):
+        raise UsageError(f"--cfg {load.cfg}: must be a finite guidance scale of at least 0")
+    return load
+
+
+def bench(checkpoint: Checkpoint, load: Load, bar: ProgressBar) -> Bench:
+    """Load a checkpoint and run denoising steps on noise at a time in the middle of its family's range.
+
+    Memory is watched in `WARM_UPS` passes, which are not timed, so that watching slows nothing that is.
+
+    Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded.
+    """
+    check_load(load)
+    device = torch.device(load.device)
+    with bar(f"measuring {checkpoint.path.name}", 1 + WARM_UPS + load.repeats) as progress:
+        empty = empty_model(checkpoint)  # first, since it makes torch import much that is no weight
+        before = private_bytes(device)
+        model = build_model(checkpoint, device)
+        loaded = private_bytes(device)
+        progress(1)
+        step = denoising_step(model, load)
+
+        def run(passes: int) -> list[float]:
+            return [_timed(step, device, progress) for _ in range(passes)]
+
+        peak = peak_during(device, lambda: run(WARM_UPS))
+        seconds = tuple(run(load.repeats))
+    found = Memory(before, loaded, peak)
+    return Bench(load, middle(model.config.sampler), footprint(checkpoint, model, empty), found, seconds)
+
+
+def middle(family: Sampler) -> float:
+    """Return the time in the middle of a family's range: 0.5 of rectified flow's (0, 1], 500 of DDPM's 0 to 999."""
+    return 0.5 if family == "rf" else TRAINING_STEPS // 2
+
+
+def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
+    """Return what predicts once for noise (N, C, S, S); image i has noise from (seed, i), and label i mod classes."""
+    config = model.config
+    x = image_noise(load.seed, range(load.batch), model.device).draw(
+        (config.in_channels, config.input_size, config.input_size)
+    )
+    labels = torch.arange(load.batch, device=model.device) % config.num_classes
+    predict, t = guided_predictor(model, labels, load.cfg, config.sampler), middle(config.sampler)
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return predict(x, t)
+
+    return step
+
+
+def _timed(step: Callable[[], Tensor], device: torch.device, progress: Callable[[int], None]) -> float:
+    """Return the seconds that a step takes, to the end of its work on the device."""
+    _finish(device)
+    start = time.perf_counter()
+    step()
+    _finish(device)
+    seconds = time.perf_counter() - start
+    progress(1)
+    return seconds
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------ counted
+
+
+def footprint(checkpoint: Checkpoint, model: nn.Module, empty: nn.Module) -> Footprint:
+    """Return the bytes of a checkpoint's file, of its loaded model, and of the `empty` one, plain and in fp32."""
+    packed = {name.removesuffix(".weight") for name, weight in checkpoint.weights.items() if weight.quantized}
+    return Footprint(
+        checkpoint.header.file_bytes,
+        sizes(_tensors(model), packed),
+        sizes(_tensors(empty), set()),
+        largest_unpacked(checkpoint),
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter and buffer once, also where modules share it."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def sizes(tensors: Iterable[tuple[str, Tensor]], packed: set[str]) -> Sizes:
+    """Sum up the bytes of named tensors; `packed` are the names of layers whose weight is packed."""
+    kinds, groups = dict.fromkeys(KINDS, 0), dict.fromkeys(GROUPS, 0)
+    for name, tensor in tensors:
+        kinds[kind_of(name, packed)] += tensor.nbytes
+        groups[group_of(name)] += tensor.nbytes
+    return Sizes(sum(kinds.values()), kinds, groups)
+
+
+def kind_of(name: str, packed: set[str]) -> str:
+    """Return which of `KINDS` a tensor is, by its layer and its own name in it."""
+    layer, _, leaf = name.rpartition(".")
+    if layer not in packed or leaf == "bias":
+        return "plain"
+    return "packed" if leaf == "packed" else "scales"
+
+
+def group_of(name: str) -> str:
+    """Return which of `GROUPS` a tensor belongs to: routed experts, shared experts, attention, or anything else."""
+    parts = split_name(name)
+    if parts.expert is not None:
+        return "experts"
+    starts = {f"{SHARED}.": "shared", "attn.": "attention"} if parts.block is not None else {}
+    return next((group for start, group in starts.items() if parts.rest.startswith(start)), "rest")
+
+
+def largest_unpacked(checkpoint: Checkpoint) -> Buffer:
+    """Return the largest of the weights that stay packed in memory, unpacked; the first of equal ones."""
+    packed = [weight.info for weight in checkpoint.weights.values() if weight.quantized]
+    largest = max(packed, key=lambda info: info.numel, default=None)
+    return Buffer(_FLOAT_BYTES * largest.numel, largest.name) if largest else Buffer(0, None)
+
+
+# ------------------------------------------------------------------ measured
+
+
+def private_bytes(device: torch.device) -> int | None:
+    """Return the private memory in use now, on the CPU or on a GPU; None on systems without /proc.
+
+    The kernel adds up each core's share now and then only, so the CPU's is off by up to some hundred kilobytes a core.
+    """
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
+def resident_bytes(status: Path = _STATUS) -> int | None:
+    """Return RssAnon, resident memory that no file backs, of a process's status; None where that is not told."""
+    try:
+        text = status.read_text()
+    except OSError:
+        return None
+    line = next((line for line in text.splitlines() if line.startswith("RssAnon:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def peak_during(device: torch.device, work: Callable[[], object]) -> int | None:
+    """Do `work` and return the most private memory that was in use meanwhile; None where it is not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device)
+    with polled(resident_bytes) as peak:
+        work()
+    return peak()
+
+
+@contextmanager
+def polled(read: Callable[[], int | None]) -> Iterator[Callable[[], int | None]]:
+    """Read a value each millisecond from a thread of its own; yield a function that returns the largest so far.
+
+    The value is read first and last in any case. None where the first reading is.
+    """
+    first = read()
+    if first is None:
+        yield lambda: None
+        return
+    largest, ended = first, threading.Event()
+
+    def note() -> None:
+        nonlocal largest
+        largest = max(largest, read() or 0)
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            note()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: largest
+    finally:
+        ended.set()
+        thread.join()
+        note()

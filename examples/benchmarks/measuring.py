@@ -1,0 +1,116 @@
+"""What the benchmarks of compression share: making variants of a checkpoint, sampling and scoring them.
+
+A variant is scored by the mean squared pixel error of images paired by their seeds, and by the Fréchet distance to the
+original's samples and to real images, over raw pixels (averaged to 8 x 8 where images are larger).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: its label and the command that makes it, less checkpoint, profile and output."""
+
+    label: str
+    words: tuple[str, ...]
+
+
+def ditmoe(*arguments: str | Path, folder: Path) -> dict[str, Any]:
+    """Run a ditmoe command and return its result."""
+    command = [sys.executable, "-m", "ditmoe_cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)["result"]
+    return result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one row."""
+
+    error: float
+    to_original: float
+    to_real: float
+    size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how rows are measured."""
+
+    checkpoint: str
+    sampling: tuple[str, ...]
+    real: Path
+    folder: Path
+
+    def prepare(self, seeds: Sequence[int], steps: str) -> None:
+        """Sample the original, and profile it once for each calibration seed."""
+        ditmoe("sample", self.checkpoint, *self.sampling, "-o", "original.safetensors", folder=self.folder)
+        for seed in seeds:
+            bins = str(min(10, int(steps)))
+            words = ("--seed", str(seed), "--steps", steps, "--bins", bins, "-o", f"profile{seed}.safetensors")
+            ditmoe("profile-experts", self.checkpoint, *words, folder=self.folder)
+
+    def measure(self, variant: Variant, seed: int) -> Measured:
+        """Make a row's checkpoint with the profile of a seed, sample it, and score the samples."""
+        words = (*variant.words, "--profile", f"profile{seed}.safetensors", "-o", "made.safetensors", "--force")
+        seeded = ("--seed", str(seed)) if "random" in variant.words else ()  # draws are what it has instead of noise
+        start = time.perf_counter()
+        made = ditmoe(words[0], self.checkpoint, *words[1:], *seeded, folder=self.folder)
+        seconds = time.perf_counter() - start
+        samples = ("sample", "made.safetensors", *self.sampling, "-o", "samples.safetensors", "--force")
+        ditmoe(*samples, folder=self.folder)
+        against = ("fid", "samples.safetensors", "--extractor", "pixels", "--ref")
+        original = ditmoe(*against, "original.safetensors", folder=self.folder)
+        real = ditmoe(*against, self.real, folder=self.folder)
+        return Measured(original["paired"]["mse"], original["frechet"], real["frechet"], made["bytes"], seconds)
+
+
+def real_digits(path: Path) -> Path:
+    """Write scikit-learn's digits, which the demo was trained on, as images; return the file."""
+    from sklearn.datasets import load_digits
+
+    images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+    np.savez(path, arr_0=images)
+    return path
+
+
+def parser(description: str, images: str = "1797") -> argparse.ArgumentParser:
+    """Return the options that all of them have."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("checkpoint", help="a file, a folder or demo:digits")
+    found.add_argument("--images", default=images)
+    found.add_argument("--steps", default="20")
+    found.add_argument("--calibrations", type=int, default=3)
+    found.add_argument("--real", type=Path, help="npz of real images; for demo:digits scikit-learn's")
+    found.add_argument("--short", action="store_true", help="eight rows at most")
+    found.add_argument("--only", default="", help="rows whose label has this in it")
+    return found
+
+
+@contextmanager
+def bench(options: argparse.Namespace) -> Iterator[Bench]:
+    """Yield a folder with samples of the original, and its profiles by calibration seed."""
+    checkpoint = options.checkpoint
+    if Path(checkpoint).exists():
+        checkpoint = str(Path(checkpoint).resolve())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        real = options.real.resolve() if options.real else real_digits(folder / "real.npz")
+        made = Bench(checkpoint, ("--images", options.images, "--steps", options.steps), real, folder)
+        made.prepare(range(options.calibrations), options.steps)
+        yield made

@@ -1,0 +1,195 @@
+"""``ditmoe bench`` as a command: all kinds of checkpoints, pipes, the gate, and memory of processes of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import contents, here, outside, shell, terminal
+from conftest import make_pico
+
+from ditmoe_cli.evaluation import bench as benching
+from ditmoe_cli.evaluation.bench import GROUPS, KINDS, resident_bytes
+from ditmoe_cli.model.dit import DiTMoE
+
+SETTINGS = ("--batch", 2, "--repeats", 1)
+FILES = {
+    "plain": "a.safetensors",
+    "nf4": "nf4.safetensors",
+    "int8": "int8.safetensors",
+    "sliced": "slice.safetensors",
+    "ghosted": "ghost.safetensors",
+    "merged": "merged.safetensors",
+    "svd": "svd.safetensors",
+    "ternary": "ternary.safetensors",
+    "unequal": "unequal.safetensors",
+    "pickle": "a.pt",
+    "shards": "shards",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in every form that the other commands give it."""
+    folder = tmp_path_factory.mktemp("bench")
+    pico = make_pico(sampler="rf", in_channels=1, seed=3)
+    pico.save(folder / "a.safetensors")
+    pico.save(folder / "shards", shard_bytes=50_000)
+    pico.save_pt(folder / "a.pt", num_heads=2, image_size=64)
+    widths = ((64, 40, 8), (16, 64, 32))
+    make_pico(sampler="rf", in_channels=1, widths=widths, experts=3).save(folder / "unequal.safetensors")
+    calibrate = ("--images", 2, "--steps", 2, "--bins", 1, "-o", "p.safetensors")
+    assert here("profile-experts", "a.safetensors", *calibrate, cwd=folder).code == 0
+    prune = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "--router")
+    merge = ("merge", "a.safetensors", "--profile", "p.safetensors")
+    for name, words in {
+        "nf4": ("quantize", "a.safetensors", "--uniform", "--bits", 4),
+        "int8": ("quantize", "a.safetensors", "--uniform", "--bits", 8),
+        "slice": (*prune, "slice"),
+        "ghost": (*prune, "ghost"),
+        "merged": (*merge, "--groups", 2, "--no-refit"),
+        "svd": (*merge, "--delta", "svd"),
+        "ternary": (*merge, "--delta", "ternary"),
+    }.items():
+        outcome = here(*words, "-o", f"{name}.safetensors", cwd=folder)
+        assert outcome.code == 0, outcome.err
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_checkpoint(name: str, folder: Path) -> None:
+    before = contents(folder)
+    heads = ("--heads", 2) if name == "pickle" else ()
+    outcome = here("bench", FILES[name], *SETTINGS, *heads, "--cfg", 1.5, cwd=folder)
+    result, envelope = outcome.result, outcome.envelope
+    assert contents(folder) == before, "nothing is written"
+    assert envelope["checkpoint"] == envelope["original"] == str(folder / FILES[name])
+    assert [step["command"] for step in envelope["history"]] == ["bench"]
+    sizes = result["bytes"]
+    files = list((folder / "shards").glob("*.safetensors")) if name == "shards" else [folder / FILES[name]]
+    assert sizes["file"] == sum(file.stat().st_size for file in files), "an index is no weight"
+    for side in ("weights", "fp32"):
+        assert set(sizes[side]["kinds"]) == set(KINDS) and set(sizes[side]["groups"]) == set(GROUPS)
+        for by in ("kinds", "groups"):
+            assert sum(sizes[side][by].values()) == sizes[side]["total"]
+    is_packed = name in ("nf4", "int8")
+    assert (sizes["ratio"] < 1) is is_packed
+    assert (sizes["buffer"]["bytes"] > 0) is (sizes["buffer"]["name"] is not None) is is_packed
+    assert result["memory"]["needed"] >= sizes["weights"]["total"] + sizes["buffer"]["bytes"]
+    assert result["images_per_second"] == pytest.approx(2 / result["seconds"])
+    assert result["conditions"] == {
+        "batch": 2,
+        "repeats": 1,
+        "cfg": 1.5,
+        "seed": 0,
+        "device": "cpu",
+        "t": 0.5,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def test_experts_that_are_gone_take_no_memory(folder: Path) -> None:
+    sizes = {
+        name: here("bench", FILES[name], *SETTINGS, cwd=folder).result["bytes"] for name in FILES if name != "pickle"
+    }
+    experts = {name: found["weights"]["groups"]["experts"] for name, found in sizes.items()}
+    assert experts["sliced"] == experts["ghosted"] == experts["merged"] == experts["plain"] // 2
+    assert experts["svd"] == experts["ternary"] == experts["plain"], "differences are put together to run"
+    assert sizes["svd"]["file"] < sizes["plain"]["file"]
+    assert max(experts["nf4"], experts["int8"]) < experts["plain"]
+    assert sizes["shards"]["weights"] == sizes["plain"]["weights"]
+
+
+def test_the_envelope_through_a_pipe(folder: Path) -> None:
+    piped = shell("ditmoe quantize a.safetensors --uniform --bits 8 -o q.safetensors | ditmoe bench --batch 2", folder)
+    given = here("bench", "q.safetensors", "--batch", 2, cwd=folder)
+    assert piped.envelope["checkpoint"] == str(folder / "q.safetensors")
+    assert piped.envelope["original"] == str(folder / "a.safetensors")
+    assert [step["command"] for step in piped.envelope["history"]] == ["quantize", "bench"]
+    assert piped.result["bytes"] == given.result["bytes"]
+    again = here("inspect", cwd=folder, stdin=piped.out)
+    assert again.envelope["checkpoint"] == piped.envelope["checkpoint"], "it hands its checkpoint on"
+
+
+def test_the_gate_prints_first(folder: Path) -> None:
+    words = ("bench", "a.safetensors", *SETTINGS, "--max-memory")
+    assert here(*words, "1TB", cwd=folder).code == 0
+    outcome = here(*words, "1kB", cwd=folder)
+    assert outcome.code == 6
+    needed = outcome.result["memory"]["needed"]
+    assert re.search(
+        rf"ditmoe: error: running takes {needed:,} bytes, above --max-memory 1kB \(1,000 bytes\)", outcome.err
+    )
+    silent = here(*words, "1kB", "-q", cwd=folder)
+    assert (silent.code, silent.out) == (6, "")
+    assert here(*words, "1TB", "-q", cwd=folder).out == ""
+
+
+def test_the_gate_is_at_what_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching, "resident_bytes", lambda: None)
+    words = ("bench", "nf4.safetensors", *SETTINGS)
+    result = here(*words, cwd=folder).result
+    assert [result["memory"][name] for name in ("before", "loaded", "peak", "growth", "beyond")] == [None] * 5
+    needed = result["bytes"]["weights"]["total"] + result["bytes"]["buffer"]["bytes"]
+    assert result["memory"]["needed"] == needed
+    assert here(*words, "--max-memory", f"{needed}B", cwd=folder).code == 0
+    assert here(*words, "--max-memory", f"{needed - 1}B", cwd=folder).code == 6
+
+
+def test_the_sampler_can_be_given(folder: Path) -> None:
+    result = here("bench", "a.safetensors", *SETTINGS, "--sampler", "ddpm", cwd=folder).result
+    assert result["conditions"]["t"] == 500
+
+
+def test_out_of_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object) -> torch.Tensor:
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr(DiTMoE, "forward", forward)
+    assert here("bench", "a.safetensors", cwd=folder).error(1) == "out of memory; try a smaller --batch"
+
+
+def test_a_terminal_gets_a_table(folder: Path) -> None:
+    code, text = terminal("bench", "nf4.safetensors", *SETTINGS, cwd=folder, NO_COLOR="1", columns=40)
+    assert code == 0
+    for line in (
+        r"weights +\d+\.\d\d kB, 0\.\d{3} of fp32$",
+        r"by kind +packed \S+ kB, scales \S+ kB, plain \S+ kB$",
+        r"by group +experts .*, shared .*, attention .*, rest ",
+        r"unpacked at a time +\S+ kB \((blocks\.0|t_embedder|final_layer)\.\S+\.weight\)$",
+        r"private memory +.* before loading, .* after, .* at its peak$",
+        r"step +\S+ s for 2 images, one branch, on cpu$",
+        r"images per second +\d",
+    ):
+        assert re.search(line, text, re.MULTILINE), (line, text)
+    assert "{" not in text
+    code, text = terminal("bench", "nf4.safetensors", *SETTINGS, "--json", cwd=folder, columns=400, NO_COLOR="1")
+    assert json.loads(text[text.index("{") :])["result"]["conditions"]["batch"] == 2
+
+
+@pytest.mark.skipif(resident_bytes() is None, reason="no /proc here")
+def test_packed_weights_take_less_memory_than_plain_ones(tmp_path: Path) -> None:
+    """Some 58 MB of weights, and margins of many of them for allocators."""
+    make_pico(hidden=256, depth=4, experts=8, sampler="rf", in_channels=1).save(tmp_path / "a.safetensors")
+    assert here("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "b.safetensors", cwd=tmp_path).code == 0
+    plain, packed = (outside("bench", f"{name}.safetensors", *SETTINGS, cwd=tmp_path).result for name in "ab")
+    weights = plain["bytes"]["weights"]["total"]
+    assert weights > 50_000_000
+    assert packed["bytes"]["fp32"] == plain["bytes"]["fp32"]
+    for result in (plain, packed):
+        memory = result["memory"]
+        assert 0 < memory["before"] < memory["loaded"] <= memory["peak"]
+        least = result["bytes"]["weights"]["total"] + result["bytes"]["buffer"]["bytes"]
+        assert memory["growth"] == memory["peak"] - memory["before"]
+        assert memory["beyond"] == memory["growth"] - least
+    assert plain["memory"]["growth"] > 0.8 * weights
+    assert packed["memory"]["growth"] < 0.6 * weights
