@@ -28,7 +28,7 @@ from ditmoe_cli.cli.options import (
 )
 from ditmoe_cli.cli.output import Printing, progress
 from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
-from ditmoe_cli.cli.writing import preview, valid_profile_for, write
+from ditmoe_cli.cli.writing import preview, print_methods, valid_profile_for, write
 from ditmoe_cli.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ FormatOpt = Annotated[
 DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Quantise the scales of nf4 or fp4 too.")]
 GroupSize = Annotated[int, typer.Option("--group-size", metavar="32|64|128", help="Weights that share a scale.")]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Symmetric ranges, without zero points.")]
+MethodOpt = Annotated[str, typer.Option("--method", metavar="NAME", help="How the mix is planned; see --list-methods.")]
+ListOpt = Annotated[bool, typer.Option("--list-methods", help="Print the methods with their sources, and stop.")]
 Allow = Annotated[str, typer.Option("--allow", metavar="B,...", help="Widths to choose from; 16 leaves a weight.")]
 Floor = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -74,11 +76,16 @@ TokensOpt = Annotated[
     int, typer.Option("--tokens", metavar="N", help="Tokens to round on. [default: 8 an input, 20480 to 65536]")
 ]
 
+SmoothOpt = Annotated[
+    float, typer.Option("--smooth", metavar="A", help="Scale mixture inputs by their largest to the power of A first.")
+]
+
 
 def run(
     checkpoint: CheckpointArg = None,
     bits: Bits = None,
     size: Size = None,
+    method: MethodOpt = "replay",
     uniform: Uniform = False,
     fmt: FormatOpt = None,
     double_quant: DoubleQuant = False,
@@ -90,6 +97,8 @@ def run(
     tie: Tie = "",
     rounding: RoundingOpt = None,
     tokens: TokensOpt = 0,
+    smooth: SmoothOpt = 0.0,
+    list_methods: ListOpt = False,
     profile: ProfileOpt = None,
     device: Device = "cpu",
     heads: Heads = None,
@@ -107,11 +116,17 @@ def run(
     A planned mix needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
     --uniform with --rounding nearest needs none. Router, patch and label embedding, norms and biases stay as they are.
     """
-    method = parse_rounding(rounding or ("nearest" if uniform else "gptq"), tokens)
+    if list_methods:
+        from ditmoe_cli.compression.quantize.methods import METHODS
+
+        return print_methods(METHODS, Printing(json))
+    rounded = parse_rounding(rounding or ("nearest" if uniform else "gptq"), tokens, smooth)
+    kind = (group_size, symmetric, double_quant)
+    planned = parse_method(method, uniform)
     if uniform:
-        asked: Asked = parse_uniform(fmt, bits, size, group_size, symmetric, double_quant, method)
+        asked: Asked = parse_uniform(fmt, bits, size, *kind, rounded)
     else:
-        asked = parse_mixed(fmt, bits, size, (group_size, symmetric, double_quant), allow, floor, protect, tie, method)
+        asked = parse_mixed(planned, fmt, bits, size, kind, allow, floor, protect, tie, rounded)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
     target = output or default_output(opened.path, f"quantize-{asked.label}")
@@ -127,16 +142,28 @@ def run(
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for: one format, or a mix within a budget."""
+    """What is asked for: one format, or a mix within a budget, planned by a method."""
 
     label: str
     rounding: Rounding | None
     uniform: str | None = None
     budget: Budget | None = None
     candidates: Candidates | None = None
+    method: str = ""
 
 
-def parse_rounding(method: str, tokens: int) -> Rounding | None:
+def parse_method(method: str, uniform: bool) -> str:
+    """Return the method by which a mix is planned. Raises `UsageError` for unknown ones, and where none is planned."""
+    from ditmoe_cli.compression.quantize.methods import DEFAULT_METHOD, METHODS
+
+    if method not in METHODS:
+        raise UsageError(f"--method {method}: unknown; choose from {', '.join(METHODS)}")
+    if uniform and method != DEFAULT_METHOD:
+        raise UsageError(f"--method {method}: plans a mix; leave out --uniform")
+    return method
+
+
+def parse_rounding(method: str, tokens: int, smoothing: float = 0.0) -> Rounding | None:
     """Return how weights are rounded. Raises `UsageError` for unknown names."""
     from ditmoe_cli.compression.plan import Rounding
 
@@ -144,7 +171,9 @@ def parse_rounding(method: str, tokens: int) -> Rounding | None:
         raise UsageError(f"--rounding {method}: choose gptq or nearest")
     if tokens < 0 or (tokens and method == "nearest"):
         raise UsageError(f"--tokens {tokens}: give at least 1, and --rounding gptq")
-    return Rounding("gptq", tokens) if method == "gptq" else None
+    if not 0 <= smoothing <= 1 or (smoothing and method == "nearest"):
+        raise UsageError(f"--smooth {smoothing:g}: give 0 to 1, and --rounding gptq")
+    return Rounding("gptq", tokens, smoothing) if method == "gptq" else None
 
 
 def parse_uniform(
@@ -166,6 +195,7 @@ def parse_uniform(
 
 
 def parse_mixed(
+    planned: str,
     fmt: str | None,
     bits: float | None,
     size: str | None,
@@ -178,6 +208,7 @@ def parse_mixed(
 ) -> Asked:
     """Return what a planned mix is to be. Raises `UsageError` for unknown names and values out of range."""
     from ditmoe_cli.compression.quantize.candidates import DEFAULT_FLOORS, Candidates
+    from ditmoe_cli.compression.quantize.methods import DEFAULT_METHOD
     from ditmoe_cli.compression.quantize.planner import Budget
 
     group_size, symmetric, double = kind
@@ -190,7 +221,8 @@ def parse_mixed(
     listed = [tuple(filter(None, text.replace(" ", "").split(","))) for text in (allow, protect, tie)]
     candidates = Candidates(listed[0], group_size, symmetric, floors, listed[1], listed[2])
     label = f"bits{bits:g}" if bits is not None else f"size{size}"
-    return Asked(label, method, budget=budget, candidates=candidates)
+    label += "" if planned == DEFAULT_METHOD else f"-{planned}"
+    return Asked(label, method, budget=budget, candidates=candidates, method=planned)
 
 
 def parse_floor(text: str) -> tuple[str, float]:
@@ -231,28 +263,29 @@ def choose(
 def mixed(
     checkpoint: Checkpoint, asked: Asked, profile: RoutingProfile, output: Output, device: str
 ) -> CompressionPlan:
-    """Measure, solve and try a mix."""
+    """Plan a mix by the method that is asked for, and try it."""
     from ditmoe_cli.compression.quantize.candidates import candidate_formats
-    from ditmoe_cli.compression.quantize.planner import budget_bytes, check_budget, plan_mixed, solve_mix
-    from ditmoe_cli.compression.quantize.sensitivity import measure, trial
+    from ditmoe_cli.compression.quantize.methods import METHODS
+    from ditmoe_cli.compression.quantize.planner import budget_bytes, plan_mixed
+    from ditmoe_cli.compression.quantize.sensitivity import trial
+    from ditmoe_cli.compression.quantize.task import Task
 
     assert asked.candidates is not None and asked.budget is not None
     formats = candidate_formats(checkpoint, asked.candidates)
     limit = budget_bytes(checkpoint, asked.budget, asked.candidates, output)
-    check_budget(checkpoint, formats, asked.candidates, limit, output)
     place = checked_device(device)
-    rounded = {name: tuple(fmt for fmt in fmts if fmt) for name, fmts in formats.items()}
-    errors = measure(checkpoint, profile, rounded, place, progress).errors
-    mix = solve_mix(checkpoint, errors, formats, asked.candidates, limit, output)
-    options = {**asked.budget.options(), "tried_error": trial(checkpoint, profile, mix.formats, place, progress)}
-    return plan_mixed(checkpoint, profile.digest, mix, options, asked.rounding)
+    task = Task(checkpoint, profile, asked.candidates, formats, limit, output, place, progress)
+    choice = METHODS[asked.method].choose(task)
+    tried = trial(checkpoint, profile, choice.formats, place, progress)
+    options = {"method": asked.method, **asked.budget.options(), "tried_error": tried}
+    return plan_mixed(checkpoint, profile.digest, choice, options, asked.rounding)
 
 
 def details(plan: CompressionPlan) -> dict[str, Any]:
     """Return what a quantisation did, for the result."""
     from collections import Counter
 
-    measured = ("predicted_error", "tried_error", "gap", "solver")
+    said = ("method", "predicted_error", "tried_error", "gap", "solver")
     counts = dict(sorted(Counter(plan.formats.values()).items()))
-    found = {name: plan.options[name] for name in measured if name in plan.options}
+    found = {name: plan.options[name] for name in said if name in plan.options}
     return {"weights": len(plan.formats), "formats": counts, **found}

@@ -21,6 +21,7 @@ from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.delta.sizes import delta_tensors
 from ditmoe_cli.compression.layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.quantize.smoothed import is_smoothed
 from ditmoe_cli.compression.spool import Spool, expert_map_bytes, source_dtype
 from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
 from ditmoe_cli.errors import BadInputError
@@ -278,6 +279,8 @@ def _transformed(
     fmt = plan.formats.get(name)
     if fmt is not None and plan.rounding is not None and parts.block is not None:
         return [PlannedTensor(info, None) for info in quantized_members(weight.info, fmt)]
+    if fmt is None and plan.rounding is not None and plan.rounding.smoothing and is_smoothed(name):
+        return [PlannedTensor(weight.info, None)]
     return _moved(checkpoint, weight, "", "", fmt)
 
 

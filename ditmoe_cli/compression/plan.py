@@ -94,11 +94,13 @@ class Delta:
 class Rounding:
     """How weights are rounded to their formats: ``gptq`` on what calibration states make of the blocks below.
 
-    `tokens` to fit on, 0 for a number that suits the widths.
+    `tokens` to fit on, 0 for a number that suits the widths. With `smoothing` above 0 the channels that enter a mixture
+    are scaled first, by that power of their largest input.
     """
 
     method: Literal["gptq"] = "gptq"
     tokens: int = 0
+    smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -283,13 +285,15 @@ def _parse_delta(value: object, where: str) -> Delta:
 
 
 def _parse_rounding(value: object, where: str) -> Rounding:
-    if not isinstance(value, dict) or value.keys() != {"method", "tokens"}:
-        raise BadInputError(f"{where}: field 'rounding' is {value!r}; expected null or method and tokens")
+    if not isinstance(value, dict) or value.keys() != {"method", "tokens", "smoothing"}:
+        raise BadInputError(f"{where}: field 'rounding' is {value!r}; expected null or method, tokens and smoothing")
     method = _one_of(value["method"], ("gptq",), f"{where}: method of field 'rounding'")
-    tokens = value["tokens"]
+    tokens, smoothing = value["tokens"], value["smoothing"]
     if type(tokens) is not int or tokens < 0:
         raise BadInputError(f"{where}: tokens of field 'rounding' are {tokens!r}; expected a whole number")
-    return Rounding(method, tokens)
+    if type(smoothing) not in (int, float) or not 0 <= smoothing <= 1:
+        raise BadInputError(f"{where}: smoothing of field 'rounding' is {smoothing!r}; expected a number from 0 to 1")
+    return Rounding(method, tokens, float(smoothing))
 
 
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:

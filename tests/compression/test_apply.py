@@ -370,11 +370,12 @@ def test_fewer_experts_than_top_k_are_infeasible(mode: str, tmp_path: Path) -> N
     [
         ("blocks.9.attn.qkv.weight", "does not hold"),
         ("blocks.1.attn.qkv.weight", "dtype does not allow"),
-        ("blocks.0.attn.qkv.bias", "only expert"),
-        ("blocks.0.moe.gate.weight", "only expert"),
-        ("blocks.0.adaLN_modulation.1.weight", "only expert"),
-        ("x_embedder.proj.weight", "only expert"),
-        ("y_embedder.embedding_table.weight", "only expert"),
+        ("blocks.0.attn.qkv.bias", "only matrices"),
+        ("blocks.0.moe.gate.weight", "only matrices"),
+        ("blocks.0.adaLN_modulation.1.bias", "only matrices"),
+        ("final_layer.linear.bias", "only matrices"),
+        ("x_embedder.proj.weight", "only matrices"),
+        ("y_embedder.embedding_table.weight", "only matrices"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ditmoe_cli.checkpoint.formats import parse_format
 from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.apply import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Rounding, parse_plan
-from ditmoe_cli.compression.quantize.candidates import Candidates, candidate_formats, ties
+from ditmoe_cli.compression.quantize.candidates import DEFAULT_ALLOWED, Candidates, candidate_formats, ties
 from ditmoe_cli.compression.quantize.planner import (
     Budget,
     Mix,
@@ -85,7 +85,9 @@ def test_the_file_is_within_its_budget_and_nearly_as_large(bits: float, seed: in
 
 
 def test_more_bytes_never_mean_more_error(checkpoint: Checkpoint) -> None:
-    found = [mixed(checkpoint, budget_bytes(checkpoint, Budget(bits=b), Candidates(), WHERE)) for b in (2, 3, 4, 6, 8)]
+    # what a budget in bits leaves as it is must not be given away to the rest here
+    asked = Candidates(protected=("modulation", "embedders"), floors={})
+    found = [mixed(checkpoint, budget_bytes(checkpoint, Budget(bits=b), asked, WHERE), asked) for b in (2, 3, 4, 6, 8)]
     errors = [mix.solution.error for mix in found]
     assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[-1]
 
@@ -115,6 +117,17 @@ def test_too_little_is_infeasible_and_says_what_would_do(checkpoint: Checkpoint)
     assert check_budget(checkpoint, formats, candidates, least, WHERE) == least == mixed(checkpoint, least).size
     with pytest.raises(InfeasibleError, match=f"{least:,}"):
         mixed(checkpoint, least - 1)
+
+
+@pytest.mark.parametrize("allowed", [DEFAULT_ALLOWED, ("1.58", "2"), ("8", "16")], ids=",".join)
+@pytest.mark.parametrize("more", [*range(0, 400, 50), 1000, 3000])
+def test_every_limit_that_the_narrowest_formats_meet_is_met(
+    more: int, allowed: tuple[str, ...], checkpoint: Checkpoint
+) -> None:
+    """Also where headers of other lengths would take the few bytes that are left."""
+    candidates = Candidates(allowed, floors={})
+    least = check_budget(checkpoint, drawn(checkpoint, candidates)[1], candidates, 10**9, WHERE)
+    assert least <= mixed(checkpoint, least + more, candidates).size <= least + more
 
 
 def test_floors_and_protected_groups_hold(checkpoint: Checkpoint) -> None:

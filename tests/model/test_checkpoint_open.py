@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.provenance import Card, Provenance
 from ditmoe_cli.checkpoint.reader import SafetensorsReader
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import is_compressible, resolve_path
+from ditmoe_cli.model.checkpoint import is_compressible, resolve_path, weight_group
 from ditmoe_cli.model.config import expected_weights
 
 
@@ -112,16 +113,21 @@ def test_broken_values_are_refused_by_name_when_read(tmp_path: Path, pico: Calla
 
 def test_what_quantisation_may_touch(pico: Callable[..., Pico]) -> None:
     model = pico(attention="flash")
-    found = {info.name for info in model.infos() if is_compressible(info)}
-    kept = {name.split(".", 2)[2] if name.startswith("blocks") else name for name in model.state if name not in found}
-    assert {name.split(".")[3] if "attn" not in name else "attn" for name in found} == {
-        "attn",
-        "experts",
-        "shared_experts",
+    groups = {info.name: weight_group(info) for info in model.infos()}
+    found = {name for name in groups if groups[name]}
+    assert Counter(groups[name] for name in found) == {
+        "experts": 2 * 4 * 3,
+        "shared": 2 * 3,
+        "attn": 2 * 2,
+        "modulation": 2 + 1,
+        "embedders": 2 + 1,
     }
-    assert not any(name.endswith("bias") or "norm" in name or "adaLN" in name for name in found)
-    assert {"moe.gate.weight", "adaLN_modulation.1.weight", "final_layer.linear.weight"} <= kept
-    assert len(found) == 2 * (2 + 3 * 4 + 3)
+    assert groups["t_embedder.mlp.0.weight"] == groups["final_layer.linear.weight"] == "embedders"
+    assert groups["final_layer.adaLN_modulation.1.weight"] == "modulation"
+    assert not any(name.endswith("bias") or "norm" in name for name in found)
+    left = {"blocks.0.moe.gate.weight", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"}
+    assert left <= groups.keys() - found
+    assert all(is_compressible(info) == (info.name in found) for info in model.infos())
     assert not is_compressible(TensorInfo("blocks.0.attn.q_norm.weight", "F32", (4,)))
 
 

@@ -18,14 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.checkpoint.names import MATRICES, SHARED, in_block, split_name
+from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.quantize.gptq import Hessian, best_rounding, hessian_of, shrunk
 from ditmoe_cli.compression.quantize.guided import Conditions, conditions, relative_error, slices
 from ditmoe_cli.compression.quantize.nearest import linear, rounded
-from ditmoe_cli.compression.spool import Spool
+from ditmoe_cli.compression.quantize.smooth import block_scales, smooth_inputs
+from ditmoe_cli.compression.quantize.smoothed import smoothed_names
+from ditmoe_cli.compression.spool import Spool, as_stored
 from ditmoe_cli.compression.states import calibration_states
 from ditmoe_cli.compression.stream import Stream, Tokens
 from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.grids import grid_of, pack_on
@@ -76,7 +80,8 @@ def encode(
                 chosen = block.moe.gate(seen.inputs.flatten(0, 1)).rows
                 teacher.advance(seen, block.moe)
                 del seen
-                members = dict(_BlockRounding(checkpoint, index, block, student).members(formats))
+                members = _smoothed(checkpoint, plan, profile, index, block)
+                members |= _BlockRounding(checkpoint, index, block, student).members(formats)
                 seen = student.attend(block)
                 agreement.append(_agreement(chosen, block.moe.gate(seen.inputs.flatten(0, 1)).rows))
                 student.advance(seen, block.moe)
@@ -89,6 +94,23 @@ def encode(
             found = _predicted(model, student, probe)
         error = relative_error(found, wanted)
     return Encoded(error, tuple(agreement))
+
+
+def _smoothed(
+    checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, index: int, block: Block
+) -> dict[str, Tensor]:
+    """Smooth a block's inputs in place, where that is asked for; return what of it is written as plain weights."""
+    names = smoothed_names(checkpoint, plan, index)
+    if not names:
+        return {}
+    if "input.max" not in profile.header.tensors:
+        raise BadInputError(f"{profile.path}: the profile has no 'input.max'; profile again without --fast")
+    assert plan.rounding is not None
+    largest = profile.block_tensor("input.max", index).to(block.moe.gate.weight.device)
+    smooth_inputs(block, block_scales(block, largest, plan.rounding.smoothing))
+    tensors = {in_block(index, name): tensor for name, tensor in block.state_dict().items()}
+    dtypes = {name: torch_dtype(checkpoint.weights[name].info.dtype) for name in names}
+    return {name: as_stored(checkpoint, name, tensors[name], dtypes[name]) for name in names}
 
 
 def _wanted(checkpoint: Checkpoint, plan: CompressionPlan) -> int:

@@ -39,7 +39,7 @@ def _method(module: str, summary: str, source: str) -> Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "replay": _method("replayed", "least replayed error of the guided prediction, over all weights at once", "ditmoe"),
+    "replay": _method("replayed", "least replayed error of the guided prediction, over all weights at once", "-"),
     "pmq": _method(
         "pmq", "per block, by experts' use and the error of their outputs; attention at 4 bits", "arXiv 2410.06270"
     ),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.grids import grid_of
 
@@ -16,6 +17,12 @@ def nearest(weight: Tensor, fmt: str) -> Tensor:
     """Return a weight (out, in) rounded to the nearest values of a format."""
     columns = torch.arange(weight.shape[1], device=weight.device)
     return grid_of(weight.float(), fmt).round(weight.float(), columns)
+
+
+def require_range(weight: Tensor, name: str) -> None:
+    """Raise `BadInputError` where a weight holds values that fp16 scales cannot tell, which formats of a mix have."""
+    if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
+        raise BadInputError(f"tensor {name!r} holds values above fp16's range, which scales are stored in; protect it")
 
 
 @contextmanager

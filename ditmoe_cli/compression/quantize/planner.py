@@ -187,6 +187,4 @@ def plan_mixed(
 ) -> CompressionPlan:
     """Return the plan of a choice that rests on the profile of digest `profile`."""
     said = {**options, **choice.found}
-    return CompressionPlan(
-        "quantize", checkpoint.fingerprint, profile, said, formats=choice.formats, rounding=rounding
-    )
+    return CompressionPlan("quantize", checkpoint.fingerprint, profile, said, formats=choice.formats, rounding=rounding)

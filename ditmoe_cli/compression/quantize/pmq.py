@@ -135,9 +135,7 @@ def _expert_changes(
     return dict(zip(widths, changes_of(module, u, gates, formats), strict=True))
 
 
-def changes_of(
-    expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mapping[nn.Linear, str]]
-) -> Iterator[float]:
+def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mapping[nn.Linear, str]]) -> Iterator[float]:
     """Yield ‖g ⊙ (f(u) - f'(u))‖_F of an expert with its layers rounded to each choice of formats.
 
     `gates` g (T,) is its routing weight at tokens u (T, D), 0 where it was not selected. Of more than `EXPERT_TOKENS`
@@ -185,9 +183,7 @@ def block_choice(groups: Sequence[Group], budget: int, widths: Sequence[str]) ->
     return (_least(groups, budget, demands, {}) or solve(groups, budget)).choice
 
 
-def _least(
-    groups: Sequence[Group], budget: int, demands: Sequence[int], made: Mapping[int, int]
-) -> Solution | None:
+def _least(groups: Sequence[Group], budget: int, demands: Sequence[int], made: Mapping[int, int]) -> Solution | None:
     """Return the solution of least error in which some group takes each option of `demands`; None where none fits.
 
     Groups in `made` take the option that it says. Where the solution lacks a demand, each other group is made to take

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.checkpoint.names import MATRICES, SHARED, in_block, in_expert, split_name
-from ditmoe_cli.compression.replay import BlockTokens
 from ditmoe_cli.compression.quantize.guided import Conditions, conditions, relative_error, slices
-from ditmoe_cli.compression.quantize.nearest import linear, nearest, rounded
+from ditmoe_cli.compression.quantize.nearest import linear, nearest, require_range, rounded
+from ditmoe_cli.compression.replay import BlockTokens
 from ditmoe_cli.compression.states import calibration_states
 from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
@@ -110,7 +110,8 @@ class _Measurement:
     """Streams on their way through the blocks, and what they tell."""
 
     def __init__(self, model: OffloadedDiTMoE, states: Conditions, formats: Formats) -> None:
-        self.model, self.states, self.formats = model, states, formats
+        self.model, self.states = model, states
+        self.formats = {name: fmts for name, fmts in formats.items() if fmts}
         config = model.config
         count = max(PROBED_TOKENS // (config.num_patches * states.branches), FEWEST_STATES)
         self.probed = states.first(min(count, len(states.z) // states.branches))
@@ -119,6 +120,9 @@ class _Measurement:
         self.errors: Errors = {}
         self.sent: dict[tuple[int, str], tuple[Stream, float]] = {}
         self.local: dict[int, list[tuple[str, str, str, float]]] = {}
+        for name in self.formats:
+            if split_name(name).block is None:
+                require_range(model.linear(name).weight, name)
         self.early = dict(self._embedders())
 
     def _embedders(self) -> Iterator[tuple[tuple[str, str], Stream]]:
@@ -137,6 +141,8 @@ class _Measurement:
             for n, fmts in self.formats.items()
             if split_name(n).block == index
         }
+        for name in named:
+            require_range(linear(block, name).weight, in_block(index, name))
         after = self.base.through(block)
         for other in (*(stream for stream, _ in self.sent.values()), *self.early.values()):
             other.x = other.through(block)

@@ -7,8 +7,7 @@ adaLN and no affine of their own, so for scales σ (D,)
     rows of s:  W / σ, bias (bias + 1) / σ - 1        rows of b:  W / σ, bias / σ
     columns of router, gate, up and of what else reads the inputs: W · σ
 
-leave the mixture's output as it is. Within an expert, neurons are scaled likewise: rows of up by 1 / τ, columns of down
-by τ.
+leave the mixture's output as it is.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.model.dit import Block
-from ditmoe_cli.model.moe import SwiGLU
 
+ENTERED = ("gate_proj", "up_proj")  # matrices of an expert that read the mixture's inputs
 _SHIFT, _SCALE = 3, 4  # parts of adaLN that make the mixture's inputs
 
 
@@ -48,6 +47,17 @@ def channel_scales(largest: Sequence[Tensor], weights: Sequence[Tensor], alpha: 
     return torch.where(used, sigma / mean, 1.0).float()
 
 
+def block_scales(block: Block, largest: Tensor, alpha: float) -> Tensor:
+    """Return a block's σ (D,): over its experts and, on any expert's inputs, the shared expert and the router.
+
+    `largest` (E, D) is the largest |u| that each expert has seen.
+    """
+    every = largest.amax(dim=0)
+    seen = [*largest[: len(block.moe.experts)], every, every]
+    entered = [torch.cat([e.get_parameter(f"{m}.weight") for m in ENTERED]) for e in _experts(block)]
+    return channel_scales([each.to(every.device) for each in seen], [*entered, block.moe.gate.weight], alpha)
+
+
 def smooth_inputs(block: Block, sigma: Tensor) -> None:
     """Fold σ (D,) into a block's adaLN and into all that reads its mixture's inputs, in place."""
     layer, width = block.adaLN_modulation[1], len(sigma)
@@ -57,16 +67,13 @@ def smooth_inputs(block: Block, sigma: Tensor) -> None:
         layer.weight.data[rows] /= sigma.unsqueeze(1)
         layer.bias.data[rows] = (layer.bias.data[rows] + offset) / sigma - offset
     moe = block.moe
-    readers = [moe.gate.weight, *(e.get_parameter(f"{m}.weight") for e in _experts(block) for m in ("gate_proj", "up_proj"))]
+    readers = [
+        moe.gate.weight,
+        *(e.get_parameter(f"{m}.weight") for e in _experts(block) for m in ("gate_proj", "up_proj")),
+    ]
     for weight in (*readers, moe.residual_linear, moe.constants_down):
         if weight is not None:
             weight.data *= sigma
-
-
-def smooth_neurons(expert: SwiGLU, tau: Tensor) -> None:
-    """Fold τ (H,) into an expert's up and down projections, in place."""
-    expert.up_proj.weight.data /= tau.unsqueeze(1)
-    expert.down_proj.weight.data *= tau
 
 
 def _experts(block: Block) -> list[nn.Module]:

@@ -1,0 +1,377 @@
+"""Weights rounded block after block: what is written, how far it is from the original, and what depends on what."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressing import applied, network, opened, profile_of, pruning, stored
+from conftest import Pico, make_pico
+from rounding import guided_by_hand, relative, states_for
+from torch import Tensor
+
+from ditmoe_cli.checkpoint.formats import Format, quantized_members
+from ditmoe_cli.checkpoint.header import TensorInfo
+from ditmoe_cli.checkpoint.writer import Output
+from ditmoe_cli.compression.apply import Applied, apply, planned_output
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Delta, Rounding, parse_plan
+from ditmoe_cli.compression.quantize import encode as encoding
+from ditmoe_cli.compression.quantize.candidates import Candidates, candidate_formats
+from ditmoe_cli.compression.states import States
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.grids import Grid, pack_on
+from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.model.quantized import QuantizedLinear, dequantized
+from ditmoe_cli.routing.profile import RoutingProfile
+
+TOKENS = 512
+SMALL: dict[str, Any] = {"hidden": 32, "input_size": 4, "experts": 3}
+MIXED = ("int3-g32", "int4-g64-sym", "ternary-g64", "nf4", "int8", "int5-g128", "fp4-dq")
+CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "rf": ({"sampler": "rf", "in_channels": 1}, 1.0),
+    "guided rf, flash": ({"sampler": "rf", "in_channels": 2, "attention": "flash"}, 3.0),
+    "ddpm": ({}, 1.0),
+    "guided ddpm, bf16": ({"dtype": torch.bfloat16}, 1.5),
+    "flash": ({"attention": "flash"}, 1.5),
+    "unequal widths": ({"widths": ((32, 64, 40), (96, 33, 48)), "shared_width": 48}, 1.5),
+    "merged": ({"expert_of": ((0, 1, 2, 0), (2, 1, 0, -1))}, 1.5),
+    "an expert that no row selects": ({"expert_of": ((0, 1, 0), (1, 1, 0))}, 1.5),
+    "constants and residuals": (
+        {
+            "expert_of": ((0, 1, 2, -2), (2, 1, -2, 0)),
+            "extras": {"constants": 1, "residual_constant": True, "residual_linear": True},
+        },
+        1.5,
+    ),
+}
+Case = tuple[Checkpoint, RoutingProfile]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    options, cfg = CASES[request.param]
+    # as wide in all blocks as in the first row of a map that names all experts
+    widths = {"widths": ((64,) * 3,) * 2} if "expert_of" in options else {}
+    return made(make_pico(**{**SMALL, **widths, **options}), tmp_path_factory.mktemp("encode"), cfg)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return made(make_pico(**SMALL), tmp_path_factory.mktemp("small"))
+
+
+def made(pico: Pico, where: Path, cfg: float = 1.5) -> Case:
+    checkpoint = opened(pico, where)
+    return checkpoint, profile_of(checkpoint, images=8, cfg=cfg)
+
+
+def planned(
+    checkpoint: Checkpoint, formats: Mapping[str, str], rounding: Rounding | None = Rounding(tokens=TOKENS)
+) -> CompressionPlan:
+    return CompressionPlan("quantize", checkpoint.fingerprint, formats=formats, rounding=rounding)
+
+
+def all_at(checkpoint: Checkpoint, fmt: str) -> dict[str, str]:
+    """All that may be quantised in one format."""
+    return dict.fromkeys(candidate_formats(checkpoint, Candidates()), fmt)
+
+
+def assorted(checkpoint: Checkpoint) -> dict[str, str]:
+    """A format of each kind here and there; every seventh weight is left alone."""
+    names = [name for i, name in enumerate(candidate_formats(checkpoint, Candidates())) if i % 7 != 6]
+    return {name: MIXED[i % len(MIXED)] for i, name in enumerate(names)}
+
+
+def encoded(case: Case, plan: CompressionPlan, path: Path) -> tuple[Checkpoint, Applied]:
+    done = apply(case[0], plan, Output(path), profile=case[1])
+    return open_checkpoint(path), done
+
+
+def error_by_hand(case: Case, written: Checkpoint) -> float:
+    """Of the guided prediction, on the states that were rounded on."""
+    states, cfg = states_of(case)
+    return relative(*(guided_by_hand(network(each), states, cfg) for each in (written, case[0])))
+
+
+def states_of(case: Case) -> tuple[States, float]:
+    """The conditional ones alone take `TOKENS`."""
+    branches = 1 if case[1].calibration["cfg"] == 1.0 else 2
+    return states_for(*case, TOKENS * branches)
+
+
+# what is written
+
+
+def test_what_is_written_is_what_the_stream_went_through(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rounded weights lie on their grids: packing and unpacking them changes nothing. Bytes are as predicted."""
+    rounded: dict[str, Tensor] = {}
+
+    def watched(grid: Grid, weight: Tensor, info: TensorInfo, fmt: Format) -> dict[str, Tensor]:
+        rounded[info.name] = weight.clone()
+        return pack_on(grid, weight, info, fmt)
+
+    monkeypatch.setattr(encoding, "pack_on", watched)
+    plan = planned(case[0], assorted(case[0]))
+    expected = planned_output(case[0], plan)
+    written, done = encoded(case, plan, tmp_path / "out.safetensors")
+    assert done.bytes == expected.predicted_bytes(Output(written.path)) == written.path.stat().st_size
+    assert list(written.header.tensors.values()) == expected.infos
+    assert {name: weight.format for name, weight in written.weights.items() if weight.format} == dict(plan.formats)
+    assert rounded.keys() == {name for name in plan.formats if name.startswith("blocks.")}
+    for name, weight in rounded.items():
+        found = written.weights[name]
+        assert list(found.members) == [member.name for member in quantized_members(found.info, plan.formats[name])]
+        values = dequantized(found, {member: written.reader.tensor(member) for member in found.members})
+        assert torch.equal(values, weight), name
+    before, after = stored(case[0]), stored(written)
+    left = [name for name in before if name not in plan.formats]
+    assert left and all(after[name] == before[name] for name in left)
+    assert written.config == case[0].config and written.ancestors[-1] == case[0].fingerprint
+
+
+def test_the_error_told_is_that_of_the_file(case: Case, tmp_path: Path) -> None:
+    written, done = encoded(case, planned(case[0], assorted(case[0])), tmp_path / "out.safetensors")
+    assert done.computed.error is not None and done.computed.error > 1e-4
+    assert done.computed.error == pytest.approx(error_by_hand(case, written), rel=0.01)
+
+
+def test_the_agreement_told_is_that_of_the_file(case: Case, tmp_path: Path) -> None:
+    written, done = encoded(case, planned(case[0], assorted(case[0])), tmp_path / "out.safetensors")
+    agreement = done.computed.agreement
+    assert len(agreement) == 2 and all(0 < share <= 1 for share in agreement) and min(agreement) < 1
+    states, cfg = states_of(case)
+    ours, theirs = (selected(network(each), states, cfg) for each in (written, case[0]))
+    for share, mine, other in zip(agreement, ours, theirs, strict=True):
+        both = [len(set(a) & set(b)) / len(b) for a, b in zip(mine, other, strict=True)]
+        assert share == pytest.approx(statistics.mean(both), abs=2e-3)
+
+
+def selected(model: DiTMoE, states: States, cfg: float) -> list[list[list[int]]]:
+    """The router rows that each token selects, by block, in all branches."""
+    found: list[list[list[int]]] = [[] for _ in model.blocks]
+
+    def watch(event: MoEEvent) -> None:
+        found[event.block] += event.routing.rows.tolist()
+
+    null = torch.full_like(states.labels, model.config.num_classes)
+    with torch.no_grad():
+        for labels in (states.labels, null)[: 1 if cfg == 1.0 else 2]:
+            model(states.z, states.t, labels, watch)
+    return found
+
+
+def test_eight_bits_change_next_to_nothing(case: Case, tmp_path: Path) -> None:
+    written, done = encoded(case, planned(case[0], all_at(case[0], "int8-g32")), tmp_path / "out.safetensors")
+    assert done.computed.error is not None and 0 < done.computed.error < 2e-3
+    assert all(0.97 <= share <= 1 for share in done.computed.agreement)
+    assert sum(isinstance(layer, QuantizedLinear) for layer in network(written).modules()) == len(
+        all_at(case[0], "int8-g32")
+    )
+
+
+def test_without_formats_nothing_changes(small: Case, tmp_path: Path) -> None:
+    written, done = encoded(small, planned(small[0], {}), tmp_path / "out.safetensors")
+    assert stored(written) == stored(small[0])
+    assert (done.computed.error, done.computed.agreement) == (0.0, (1.0, 1.0))
+
+
+def test_layers_outside_the_blocks_are_rounded_to_the_nearest_values(small: Case, tmp_path: Path) -> None:
+    formats = {name: fmt for name, fmt in all_at(small[0], "int4-g32").items() if not name.startswith("blocks.")}
+    assert len(formats) == 4
+    found, done = encoded(small, planned(small[0], formats), tmp_path / "gptq.safetensors")
+    plain = applied(small[0], planned(small[0], formats, None), tmp_path / "nearest.safetensors")
+    assert stored(found) == stored(plain)
+    assert done.computed.error == pytest.approx(error_by_hand(small, plain), rel=1e-3)
+
+
+def test_equal_work_gives_equal_bytes(small: Case, tmp_path: Path) -> None:
+    plan = planned(small[0], assorted(small[0]))
+    torch.manual_seed(1)
+    first = encoded(small, plan, tmp_path / "first.safetensors")
+    torch.manual_seed(2)
+    turned = {name: plan.formats[name] for name in reversed(list(plan.formats))}
+    second = encoded(small, parse_plan(planned(small[0], turned).to_json(), "plan"), tmp_path / "second.safetensors")
+    assert first[0].path.read_bytes() == second[0].path.read_bytes()
+    assert first[1] == second[1]
+
+
+def test_sharded_outputs_hold_the_same(small: Case, tmp_path: Path) -> None:
+    plan = planned(small[0], assorted(small[0]))
+    whole = encoded(small, plan, tmp_path / "whole.safetensors")[0]
+    output = Output(tmp_path / "shards", shard_bytes=20_000)
+    done = apply(small[0], plan, output, profile=small[1])
+    assert done.bytes == planned_output(small[0], plan).predicted_bytes(output)
+    assert stored(open_checkpoint(output.path)) == stored(whole)
+
+
+def test_a_pruned_checkpoint_is_rounded_as_any_other(small: Case, tmp_path: Path) -> None:
+    """Its ghost rows count in the softmax, and select nothing."""
+    pruned = applied(small[0], pruning(small[0], [(0, 2), (1, 2)], "ghost"), tmp_path / "pruned.safetensors")
+    case = pruned, profile_of(pruned, images=8)
+    written, done = encoded(case, planned(pruned, assorted(pruned)), tmp_path / "out.safetensors")
+    assert written.config == pruned.config and written.expert_map(0) == (0, -1, 1)
+    assert done.computed.error == pytest.approx(error_by_hand(case, written), rel=0.01)
+
+
+# what it is for
+
+
+def test_it_beats_the_nearest_values(tmp_path: Path) -> None:
+    """At 3 bits, on the states that were rounded on and on others."""
+    gains: dict[str, list[float]] = {"same": [], "fresh": []}
+    for seed in range(4):
+        case = made(make_pico(**{**SMALL, "hidden": 64, "seed": seed}), tmp_path / f"{seed}", 1.5)
+        formats = all_at(case[0], "int3-g64")
+        rounding = Rounding(tokens=2048)
+        written, done = encoded(case, planned(case[0], formats, rounding), tmp_path / f"{seed}.gptq.safetensors")
+        plain = applied(case[0], planned(case[0], formats, None), tmp_path / f"{seed}.nearest.safetensors")
+        assert done.computed.error is not None
+        gains["same"].append(done.computed.error / error_by_hand(case, plain))
+        fresh = profile_of(case[0], "fresh", images=6, steps=5, cfg=1.5)
+        other = case[0], fresh
+        gains["fresh"].append(error_by_hand(other, written) / error_by_hand(other, plain))
+    assert statistics.mean(gains["same"]) < 0.8 and max(gains["same"]) < 1
+    assert statistics.mean(gains["fresh"]) < 0.9
+
+
+def test_blocks_are_rounded_on_what_the_blocks_below_have_become(small: Case, tmp_path: Path) -> None:
+    upper = {name: "int3-g32" for name in all_at(small[0], "x") if name.startswith("blocks.1.")}
+    lower = {name: "int2-g32" for name in all_at(small[0], "x") if name.startswith("blocks.0.")}
+    alone, both, below = (
+        stored(encoded(small, planned(small[0], formats), tmp_path / f"{i}.safetensors")[0])
+        for i, formats in enumerate((upper, {**upper, **lower}, lower))
+    )
+    packed = [name for name in alone if name.startswith("blocks.1.") and name.endswith("_packed")]
+    changed = [name for name in packed if alone[name] != both[name]]
+    assert len(changed) > len(packed) / 2
+    assert all(both[name] == below[name] for name in both if name.startswith("blocks.0.")), "but not by those above"
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ("adaLN_modulation.1", "attn.qkv"),
+        ("attn.qkv", "attn.proj"),
+        ("attn.proj", "moe.experts.0.gate_proj"),
+        ("moe.experts.1.up_proj", "moe.experts.1.down_proj"),
+        ("moe.shared_experts.gate_proj", "moe.shared_experts.down_proj"),
+    ],
+)
+def test_within_a_block_what_comes_first_counts(early: str, late: str, small: Case, tmp_path: Path) -> None:
+    """Whatever the order in which a plan lists them."""
+    first, second = (f"blocks.0.{name}.weight" for name in (early, late))
+    alone = {second: "int3-g32"}
+    found = [
+        stored(encoded(small, planned(small[0], formats), tmp_path / f"{i}.safetensors")[0])
+        for i, formats in enumerate((alone, {**alone, first: "int2-g32"}, {first: "int2-g32", **alone}))
+    ]
+    members = [name for name in found[0] if name.startswith(second) and name != second]
+    assert any(found[0][name] != found[1][name] for name in members)
+    assert found[1] == found[2]
+    assert all(found[1][f"{first}_packed"] == other[f"{first}_packed"] for other in found[2:])
+
+
+def test_what_an_expert_is_given_decides_how_it_is_rounded(small: Case, tmp_path: Path) -> None:
+    """Equal weights of two experts are rounded alike to the nearest values, and otherwise by GPTQ."""
+    names = [f"blocks.0.moe.experts.{e}.down_proj.weight" for e in (0, 1)]
+    pico = make_pico(**SMALL)
+    twin = made(pico.with_state(**{names[1]: pico.state[names[0]]}), tmp_path)
+    formats = dict.fromkeys(names, "int3-g32")
+    for rounding, equal in ((None, True), (Rounding(tokens=TOKENS), False)):
+        found = stored(encoded(twin, planned(twin[0], formats, rounding), tmp_path / f"{equal}.safetensors")[0])
+        assert (found[f"{names[0]}_packed"][2] == found[f"{names[1]}_packed"][2]) == equal
+
+
+def test_tokens_may_be_given(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(small[0], all_at(small[0], "int4-g64"), Rounding(tokens=400))
+    patches = small[0].config.num_patches
+    assert encoding._wanted(small[0], plan) == 400 // patches
+    assert encoding._wanted(small[0], planned(small[0], plan.formats, Rounding())) == 20_480 // patches
+    monkeypatch.setattr(encoding, "FEWEST_TOKENS", 0)
+    # 8 tokens for each of the 256 inputs of the time embedding
+    assert encoding._wanted(small[0], planned(small[0], plan.formats, Rounding())) == 8 * 256 // patches
+
+
+# what is refused
+
+
+def refused(case: Case, plan: CompressionPlan, where: Path, profile: RoutingProfile | None) -> Iterator[str]:
+    """The line that says why; nothing is left behind."""
+    before = sorted(where.iterdir())
+    with pytest.raises(BadInputError) as caught:
+        apply(case[0], plan, Output(where / "out.safetensors"), profile=profile)
+    assert sorted(where.iterdir()) == before
+    yield str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"blocks": (BlockPlan((0, 1), "ghost"),) * 2},
+        {"delta": Delta("svd", 0.25)},
+        {"blocks": (BlockPlan((0, 1), "ghost", merged=((2, 0),)),) * 2, "merging": "average"},
+    ],
+    ids=["pruned", "differences", "merged"],
+)
+def test_plans_that_compute_otherwise_are_refused(more: dict[str, Any], small: Case, tmp_path: Path) -> None:
+    formats = {"blocks.0.attn.qkv.weight": "int4-g64"}
+    plan = CompressionPlan("quantize", small[0].fingerprint, formats=formats, rounding=Rounding(), **more)
+    (said,) = refused(small, plan, tmp_path, small[1])
+    assert "make that two plans, rounding last" in said
+
+
+def test_profiles_that_do_not_fit_are_refused(small: Case, tmp_path: Path) -> None:
+    plan = planned(small[0], all_at(small[0], "int4-g64"))
+    (said,) = refused(small, plan, tmp_path, None)
+    assert "--profile" in said
+    (tmp_path / "other").mkdir()
+    other = made(make_pico(**{**SMALL, "seed": 1}), tmp_path / "other")
+    (said,) = refused(small, plan, tmp_path, other[1])
+    assert str(other[1].path) in said
+    fast = profile_of(small[0], "fast", fast=True)
+    (said,) = refused(small, plan, tmp_path, fast)
+    assert "keeps no states" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stem", ["blocks.1.moe.experts.2.up_proj", "blocks.0.attn.proj", "t_embedder.mlp.0"])
+def test_broken_weights_are_refused_by_name(value: float, stem: str, small: Case, tmp_path: Path) -> None:
+    name = f"{stem}.weight"
+    (tmp_path / "in").mkdir()
+    pico = make_pico(**SMALL)
+    weight = pico.state[name].clone()
+    weight[3, 5] = value
+    broken = opened(pico.with_state(**{name: weight}), tmp_path / "in")
+    plan = planned(broken, all_at(broken, "int4-g64"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "require_profile_of", lambda *_: None)
+        (said,) = refused((broken, small[1]), plan, tmp_path, small[1])
+    assert name in said
+
+
+def test_values_beyond_fp16_are_refused_by_name(small: Case, tmp_path: Path) -> None:
+    name = "blocks.1.moe.experts.2.down_proj.weight"
+    pico = make_pico(**SMALL)
+    weight = pico.state[name].clone()
+    weight[3, 5] = 1e5
+    (tmp_path / "in").mkdir()
+    large = made(pico.with_state(**{name: weight}), tmp_path / "in")
+    (said,) = refused(large, planned(large[0], all_at(large[0], "int4-g64")), tmp_path, large[1])
+    assert name in said
+
+
+def test_a_model_that_predicts_nothing_loses_nothing(tmp_path: Path) -> None:
+    """As before training, when the final layer is 0."""
+    pico = make_pico(**SMALL)
+    names = ("final_layer.linear.weight", "final_layer.linear.bias")
+    case = made(pico.with_state(**{name: torch.zeros_like(pico.state[name]) for name in names}), tmp_path)
+    _, done = encoded(case, planned(case[0], all_at(case[0], "int3-g64")), tmp_path / "out.safetensors")
+    assert done.computed.error == 0.0
