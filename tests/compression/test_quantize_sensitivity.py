@@ -1,10 +1,12 @@
-"""What formats cost: replayed errors against rebuilt mixtures, amplified ones against whole models with a layer rounded."""
+"""What formats cost: replayed errors against rebuilt mixtures, amplified ones against models with a layer rounded."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,9 @@ from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.routing.profile import RoutingProfile
 
-TOKENS = 512
+TOKENS = 256
 MATRICES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-FORMATS = ("int2-g32", "int4-g64-sym", "nf4", "ternary-g32")
+FORMATS = ("int2-g32", "int4-g64-sym", "nf4")
 SMALL: dict[str, Any] = {"hidden": 32, "input_size": 4, "experts": 3}
 
 
@@ -63,10 +65,10 @@ def replayed(tokens: BlockTokens, moe: SparseMoE, stem: str, matrix: str, fmt: s
     return replay_error(tokens, moe, changed) * reference / tokens.pairs
 
 
-@pytest.mark.parametrize(("branches", "cfg"), [(1, 1.0), (2, 1.5), (2, 0.0), (2, 4.0)])
+@pytest.mark.parametrize(("branches", "cfg"), [(1, 1.0), (2, 0.0), (2, 4.0)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_errors_of_experts_are_those_of_rebuilt_mixtures(name: str, branches: int, cfg: float) -> None:
-    moe, tokens = MIXTURES[name], some_tokens(40, branches, cfg)
+    moe, tokens = MIXTURES[name], some_tokens(30, branches, cfg)
     routing = moe.gate(tokens.inputs)
     formats = dict.fromkeys(MATRICES, FORMATS)
     cases = [(f"experts.{e}", expert, routing.gate_of(e)) for e, expert in enumerate(moe.experts)]
@@ -90,15 +92,17 @@ def test_merged_rows_count_with_the_sum_of_their_weights() -> None:
 def test_an_expert_that_nobody_chose_costs_nothing() -> None:
     moe, tokens = plain(), some_tokens()
     found = expert_errors(moe.experts[0], tokens, torch.zeros(len(tokens.inputs)), dict.fromkeys(MATRICES, FORMATS))
-    assert [error for _, _, error in found] == [0.0] * 12
+    assert [error for _, _, error in found] == [0.0] * 9
 
 
 @pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize("copies", [1, 2, 7])
+@pytest.mark.parametrize("copies", [1, 3, 7])
 def test_evenly_spaced_tokens_stand_for_all(copies: int, branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tokens that each come several times in a row, one each tells all."""
     moe, once = plain(4), some_tokens(50, branches)
-    spread = (once.paired(column).repeat_interleave(copies, dim=0).transpose(0, 1).flatten(0, 1) for column in fields(once))
+    spread = (
+        once.paired(column).repeat_interleave(copies, dim=0).transpose(0, 1).flatten(0, 1) for column in fields(once)
+    )
     tokens = BlockTokens(*spread, branches=branches)
     formats = dict.fromkeys(MATRICES, ("int2-g32", "int4-g32"))
     exact = [error for _, _, error in expert_errors(moe.experts[1], once, gates_of(moe, once), formats)]
@@ -111,6 +115,16 @@ def test_evenly_spaced_tokens_stand_for_all(copies: int, branches: int, monkeypa
     monkeypatch.setattr(sensitivity, "EXPERT_TOKENS", chosen // 2)
     some = [error for _, _, error in expert_errors(moe.experts[1], once, gates_of(moe, once), formats)]
     assert sum(some) == pytest.approx(sum(exact), rel=0.9) and some != exact
+
+
+def test_tokens_of_all_positions_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every eighth of 16 patches would do: those that lose anything are at one position here."""
+    moe, tokens = plain(4), some_tokens(16 * 30, 1)
+    monkeypatch.setattr(sensitivity, "EXPERT_TOKENS", 60)
+    everyone = torch.ones(480)
+    gamma = tokens.gamma * (torch.arange(480) % 16 == 3).unsqueeze(1)
+    found = list(expert_errors(moe.experts[0], replace(tokens, gamma=gamma), everyone, {MATRICES[0]: FORMATS}))
+    assert all(error > 0 for _, _, error in found)
 
 
 def fields(tokens: BlockTokens) -> tuple[Tensor, ...]:
@@ -137,7 +151,6 @@ def test_one_matrix_alone_may_be_asked_for() -> None:
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "rf": ({"sampler": "rf", "in_channels": 1}, 1.0),
     "guided rf": ({"sampler": "rf", "in_channels": 2, "attention": "flash"}, 3.0),
-    "ddpm": ({}, 1.0),
     "guided ddpm": ({"dtype": torch.bfloat16}, 1.5),
     "merged": ({"expert_of": ((0, 1, 2, 0), (2, 1, 0, -1)), "widths": ((32, 64, 48), (64, 40, 32))}, 1.5),
 }
@@ -195,7 +208,7 @@ def test_the_reference_format_alone_is_measured_exactly(case: Case) -> None:
             found = measured(case, {name: (REFERENCE, "int6-g64")})
             expected = end_to_end(case, {name: REFERENCE})
             assert found.errors[name][REFERENCE] == pytest.approx(expected, rel=0.01, abs=1e-10), name
-            assert list(found.amplification[block].values()) == [pytest.approx(found.amplification[block].popitem()[1])]
+            assert [len(each) for each in found.amplification] == [1 - block, block]
 
 
 def test_other_formats_are_amplified_as_the_reference_is(case: Case) -> None:
@@ -206,7 +219,7 @@ def test_other_formats_are_amplified_as_the_reference_is(case: Case) -> None:
         formats = (REFERENCE, "int2-g32", "int6-g64")
         found = measured(case, {name: formats})
         before = stream_by_hand(network(checkpoint), states, cfg)
-        (kind, amplification), = found.amplification[1].items()
+        ((kind, amplification),) = found.amplification[1].items()
         assert kind == ("modulation" if "adaLN" in name else "mixture")
         for fmt in formats:
             after = stream_by_hand(with_rounded(network(checkpoint), {name: fmt}), states, cfg)
@@ -237,7 +250,7 @@ def test_errors_fall_with_the_bits_and_are_finite(case: Case) -> None:
         assert errors.keys() == set(formats[name])
         assert all(0 <= error < float("inf") for error in errors.values())
         ordered = [errors[fmt] for fmt in sorted(errors, key=lambda fmt: parse_format(fmt).bits)]
-        falling += [wide <= narrow for narrow, wide in zip(ordered, ordered[1:], strict=False)]
+        falling += [wide <= narrow for narrow, wide in itertools.pairwise(ordered)]
         sums = {fmt: sums[fmt] + errors[fmt] for fmt in sums}
     totals = list(sums.values())
     assert totals == sorted(totals, reverse=True) and totals[0] > 100 * totals[-1] > 0
@@ -254,7 +267,7 @@ def test_small_errors_add_up(case: Case) -> None:
     assert together / 2 < sum(error for errors in found.values() for error in errors.values()) < 2 * together
 
 
-@pytest.mark.parametrize("allowed", ["2", "3", "8"])
+@pytest.mark.parametrize("allowed", ["2", "8"])
 def test_a_trial_is_the_error_of_the_file(allowed: str, case: Case, tmp_path: Path) -> None:
     checkpoint, profile = case
     formats = {name: fmts[0] for name, fmts in planned(checkpoint, allowed).items()}
@@ -263,7 +276,9 @@ def test_a_trial_is_the_error_of_the_file(allowed: str, case: Case, tmp_path: Pa
     states, cfg = states_for(checkpoint, profile, TOKENS)
     predicted = (guided_by_hand(network(each), states, cfg) for each in (written, checkpoint))
     expected = relative(*predicted)
-    assert trial(*case, formats, "cpu", silent_bar) == pytest.approx(expected, rel=2e-3 if checkpoint_fp32(case) else 0.1)
+    assert trial(*case, formats, "cpu", silent_bar) == pytest.approx(
+        expected, rel=2e-3 if checkpoint_fp32(case) else 0.1
+    )
 
 
 def checkpoint_fp32(case: Case) -> bool:

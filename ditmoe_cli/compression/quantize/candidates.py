@@ -74,9 +74,14 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
         floor = candidates.floors.get(group, 0)
         widths = [width for width in WIDTHS if width in candidates.allowed and float(width) >= floor]
         if not widths:
-            raise UsageError(f"--allow {','.join(candidates.allowed)} and --floor {group}={floor:g} leave nothing")
+            raise UsageError(
+                f"--allow {','.join(candidates.allowed)} and --floor {group}={floor:g} leave nothing; allow a wider "
+                f"one, or --protect {group}"
+            )
         formats = (candidates.format_of(width) for width in widths)
         found[name] = tuple(fmt for fmt in formats if fmt is None or is_quantizable(weight.info, fmt))
+    if candidates.protected and not found:
+        raise UsageError(f"--protect {','.join(candidates.protected)}: leaves nothing to quantise")
     if not any(any(formats) for formats in found.values()):
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be quantised")
     return {name: formats or (None,) for name, formats in found.items()}

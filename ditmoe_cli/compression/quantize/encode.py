@@ -166,7 +166,8 @@ class _BlockRounding:
         """Yield the members of an expert: gate and up on its inputs, down on the neurons of the rounded two."""
         assert isinstance(expert, SwiGLU)
         weights = tokens.weights * gates.square()
-        some = torch.arange(0, len(gates), max(len(gates) // POOLED_TOKENS, 1), device=gates.device)
+        stride = len(gates) // POOLED_TOKENS | 1  # odd, or of 16 × 16 patches a few columns would stand for all
+        some = torch.arange(0, len(gates), stride, device=gates.device)
         fitted = some[~tokens.held[some]]
         for matrices, neurons in ((MATRICES[:2], False), (MATRICES[2:], True)):
             names = {f"{in_block(self.index, stem)}.{m}.weight": getattr(expert, m) for m in matrices}

@@ -55,7 +55,7 @@ class Conditions:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return Σ ‖found - wanted‖² / Σ ‖wanted‖²; 0 where nothing differs, as of a model that predicts 0 before training."""
+    """Return Σ ‖found - wanted‖² / Σ ‖wanted‖²; 0 where nothing differs, also of a model that predicts 0."""
     error, scale = (float(part.double().square().sum()) for part in (found - wanted, wanted))
     if scale:
         return error / scale

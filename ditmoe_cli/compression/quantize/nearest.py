@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.checkpoint.names import in_block
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.grids import grid_of
@@ -42,4 +43,17 @@ def linear(block: Block, name: str) -> nn.Linear:
     """Return the layer of a weight, named within its block."""
     found = block.get_submodule(name.removesuffix(".weight"))
     assert isinstance(found, nn.Linear)
+    return found
+
+
+def layers_of(block: Block, index: int, formats: Mapping[str, str]) -> dict[nn.Linear, str]:
+    """Return formats by the layers of block `index`, given by its weights' names.
+
+    Raises `BadInputError` for values that scales cannot tell.
+    """
+    found = {}
+    for name, fmt in formats.items():
+        layer = linear(block, name.removeprefix(in_block(index, "")))
+        require_range(layer.weight, name)
+        found[layer] = fmt
     return found

@@ -27,9 +27,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.checkpoint.names import MATRICES, in_expert, split_name
+from ditmoe_cli.checkpoint.names import in_expert, split_name
 from ditmoe_cli.compression.ilp import Group, Option, Solution, solve
-from ditmoe_cli.compression.quantize.nearest import rounded
+from ditmoe_cli.compression.quantize.nearest import layers_of, rounded
 from ditmoe_cli.compression.quantize.planner import Choice, fitted, weight_bytes
 from ditmoe_cli.compression.quantize.sensitivity import EXPERT_TOKENS
 from ditmoe_cli.compression.quantize.task import DENSE, DENSE_WIDTH, Task, widest_that_fits
@@ -116,23 +116,16 @@ def output_changes(task: Task, members: Members, widths: Sequence[str]) -> Chang
         del after
         u = torch.cat([part.inputs.flatten(0, 1) for part in seen])
         routing = block.moe.gate(u)
-        mine = [expert for expert in members if expert[0] == index]
-        return {
-            expert: _expert_changes(task, block.moe.experts[expert[1]], expert, u, routing.gate_of(expert[1]), widths)
-            for expert in mine
-        }
+        found = {}
+        for expert in (expert for expert in members if expert[0] == index):
+            choices = [layers_of(block, index, task.at(members[expert], width)) for width in widths]
+            module = block.moe.experts[expert[1]]
+            assert isinstance(module, SwiGLU)
+            errors = changes_of(module, u, routing.gate_of(expert[1]), choices)
+            found[expert] = dict(zip(widths, errors, strict=True))
+        return found
 
     return {expert: change for found in visit(task, look) for expert, change in found.items()}
-
-
-def _expert_changes(
-    task: Task, module: nn.Module, expert: Expert, u: Tensor, gates: Tensor, widths: Sequence[str]
-) -> dict[str, float]:
-    assert isinstance(module, SwiGLU)
-    layers = {in_expert(*expert, f"{matrix}.weight"): module.get_submodule(matrix) for matrix in MATRICES}
-    named = {name: layer for name, layer in layers.items() if name in task.formats and isinstance(layer, nn.Linear)}
-    formats = [{named[name]: fmt for name, fmt in task.at(list(named), width).items()} for width in widths]
-    return dict(zip(widths, changes_of(module, u, gates, formats), strict=True))
 
 
 def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mapping[nn.Linear, str]]) -> Iterator[float]:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ditmoe_cli.checkpoint.names import MATRICES, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.compression.quantize.guided import Conditions, conditions, relative_error, slices
-from ditmoe_cli.compression.quantize.nearest import linear, nearest, require_range, rounded
+from ditmoe_cli.compression.quantize.nearest import layers_of, linear, nearest, require_range, rounded
 from ditmoe_cli.compression.replay import BlockTokens
 from ditmoe_cli.compression.states import calibration_states
 from ditmoe_cli.diffusion.sampling import ProgressBar
@@ -234,7 +234,7 @@ def trial(
             with model.resident(index) as block:
                 base.x = base.through(block)
                 mine = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
-                with rounded({linear(block, n.removeprefix(in_block(index, ""))): fmt for n, fmt in mine.items()}):
+                with rounded(layers_of(block, index, mine)):
                     changed.x = changed.through(block)
                 del block
             progress(1)
@@ -275,7 +275,7 @@ def expert_errors(
     if not len(used):
         yield from ((matrix, fmt, 0.0) for matrix, fmts in formats.items() for fmt in fmts)
         return
-    stride = -(-len(used) // EXPERT_TOKENS)
+    stride = -(-len(used) // EXPERT_TOKENS) | 1  # odd, or of 16 × 16 patches a few columns would stand for all
     pairs = used[::stride].contiguous()
     rows = torch.cat([pairs + branch * tokens.pairs for branch in range(tokens.branches)])
     rows = rows[gates[rows] != 0]

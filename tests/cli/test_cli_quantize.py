@@ -1,0 +1,424 @@
+"""``ditmoe quantize`` with all that it may do: bytes as predicted and within the budget, plans as asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import Outcome, bytes_of, contents, here, series, shell, tensor_shapes
+from conftest import make_pico
+
+from ditmoe_cli.checkpoint.formats import SCHEMES, Scheme
+from ditmoe_cli.compression.quantize import sensitivity
+from ditmoe_cli.model.checkpoint import open_checkpoint, weight_group
+from ditmoe_cli.routing import defaults
+
+SETTINGS = ("--images", 4, "--steps", 2)
+FEW = ("--tokens", 256)
+PROFILE = ("--profile", "p.safetensors")
+MIX = ("quantize", "a.safetensors", *PROFILE, *FEW)
+UNIFORM = ("quantize", "a.safetensors", "--uniform")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, its profile, a fast one and one of another checkpoint; not to be written to."""
+    folder = tmp_path_factory.mktemp("quantize")
+    for name, seed in (("a", 0), ("other", 1)):
+        pico = make_pico(sampler="rf", in_channels=1, input_size=4, experts=3, seed=seed)
+        pico.save(folder / f"{name}.safetensors")
+    for name, words in {"p": ("a",), "fast": ("a", "--fast"), "q": ("other",)}.items():
+        source, *options = words
+        command = ("profile-experts", f"{source}.safetensors", *SETTINGS, "--bins", 2, *options)
+        assert here(*command, "-o", f"{name}.safetensors", cwd=folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For commands in this process."""
+    monkeypatch.setattr(sensitivity, "TOKENS", 512)
+    monkeypatch.setattr(sensitivity, "PROBED_TOKENS", 256)
+
+
+def carried_out(words: tuple[object, ...], folder: Path) -> tuple[Outcome, dict[str, Any]]:
+    """A command that writes what its dry run said, to the byte, and a model that samples; and the plan."""
+    before = contents(folder)
+    predicted = here(*words, "--dry-run", cwd=folder)
+    assert contents(folder) == before
+    written = here(*words, cwd=folder)
+    assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
+    plan: dict[str, Any] = predicted.result["plan"]
+    assert written.result["weights"] == len(plan["formats"])
+    assert written.result["formats"] == Counter(plan["formats"].values())
+    sampled = here("sample", written.path, "--images", 2, "--steps", 2, "-o", "s.safetensors", cwd=folder)
+    assert sampled.code == 0, sampled.err
+    return written, plan
+
+
+def planned(words: tuple[object, ...], folder: Path) -> dict[str, Any]:
+    """The plan of a dry run."""
+    plan: dict[str, Any] = here(*words, "--dry-run", cwd=folder).result["plan"]
+    return plan
+
+
+def by_group(plan: dict[str, Any], folder: Path) -> dict[str, list[Scheme]]:
+    """The formats of each group of weights."""
+    weights = open_checkpoint(folder / "a.safetensors").weights
+    found: dict[str, list[Scheme]] = {}
+    for name, fmt in plan["formats"].items():
+        found.setdefault(weight_group(weights[name].info) or "", []).append(SCHEMES[fmt])
+    return found
+
+
+def narrowest(folder: Path, *options: object) -> int:
+    """The least bytes that a mix can take, from the line that refuses fewer."""
+    said = here(*MIX, "--size", "1KB", *options, "--dry-run", cwd=folder).error(4)
+    return int(said.split(" take ")[1].split(";")[0].replace(",", ""))
+
+
+# mixes
+
+
+@pytest.mark.parametrize("bits", [2, 3.5, 8])
+def test_a_mix_is_no_larger_than_the_uniform_file(bits: float, folder: Path) -> None:
+    written, plan = carried_out((*MIX, "--bits", bits), folder)
+    below, above = (
+        here(*UNIFORM, "--format", "int", "--bits", width, "--dry-run", cwd=folder).result["bytes"]
+        for width in ((3, 4) if bits == 3.5 else (bits, bits))
+    )
+    assert written.result["bytes"] <= (below + above) / 2
+    assert written.path.name == f"a.quantize-bits{bits:g}.safetensors"
+    assert (
+        plan["options"]["bits"] == bits and plan["rounding"]["method"] == "gptq" and plan["rounding"]["tokens"] == 256
+    )
+    assert plan["profile"] is not None
+
+
+def test_what_the_result_says(folder: Path) -> None:
+    written, plan = carried_out((*MIX, "--size", f"{narrowest(folder) + 3000}B"), folder)
+    result, options = written.result, plan["options"]
+    for name in ("predicted_error", "tried_error", "gap", "solver"):
+        assert result[name] == options[name]
+    assert options["bound"] <= options["predicted_error"] * (1 + 1e-9)
+    assert 0 < options["predicted_error"] < 10 and 0 < options["tried_error"] < 10 and 0 <= options["gap"] <= 1e-4
+    assert 0 < result["prediction_error"] < 2 * options["tried_error"]
+    assert len(result["top_k_agreement"]) == 2 and all(0 < share <= 1 for share in result["top_k_agreement"])
+    assert 2 in {SCHEMES[fmt].bits for fmt in result["formats"]}
+    assert written.envelope["profile"] == str(folder / "p.safetensors")
+    assert [step["command"] for step in written.envelope["history"]] == ["quantize"]
+    described = here("inspect", written.path, cwd=folder).result
+    assert described["history"] == ["quantize"]
+    assert sum(described["formats"].values()) >= result["weights"]
+
+
+def test_a_size_is_kept_to_and_used(folder: Path) -> None:
+    widths = ("--allow", "2,4,16")
+    least = narrowest(folder, *widths)
+    errors = []
+    for size in (least, least + 2000, least + 20_000, 300_000):
+        predicted = here(*MIX, "--size", f"{size}B", *widths, "--dry-run", cwd=folder).result
+        assert predicted["bytes"] <= size
+        errors.append(predicted["plan"]["options"]["predicted_error"])
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[-1]
+
+
+def test_nothing_more_to_lose(folder: Path) -> None:
+    """With all the bytes there are, every weight stays."""
+    written, plan = carried_out((*MIX, "--size", "100MB"), folder)
+    assert plan["formats"] == {} and written.result["predicted_error"] == written.result["prediction_error"] == 0
+    assert written.result["top_k_agreement"] == [1.0, 1.0]
+
+
+def test_allowed_widths_are_kept_to(folder: Path) -> None:
+    size = narrowest(folder, "--allow", "3,8") + 5000
+    plan = planned((*MIX, "--size", f"{size}B", "--allow", "3, 8"), folder)
+    assert {SCHEMES[fmt].bits for fmt in plan["formats"].values()} == {3, 8}
+    assert by_group(plan, folder).keys() == {"experts", "shared", "attn", "modulation", "embedders"}
+    assert {scheme.bits for scheme in by_group(plan, folder)["modulation"]} == {8}, "the default floor is 4"
+    ternary = planned((*MIX, "--size", f"{narrowest(folder, '--allow', '1.58,4')}B", "--allow", "1.58,4"), folder)
+    assert {scheme.kind for scheme in by_group(ternary, folder)["experts"]} == {"ternary"}
+
+
+def test_floors_are_kept_to(folder: Path) -> None:
+    floors = ("--floor", "experts=4", "--floor", "attn=8", "--floor", "shared=2")
+    plan = planned((*MIX, "--size", f"{narrowest(folder, *floors)}B", *floors), folder)
+    bits = {group: {scheme.bits for scheme in schemes} for group, schemes in by_group(plan, folder).items()}
+    assert bits == {"experts": {4}, "attn": {8}, "shared": {2}, "modulation": {4}, "embedders": {4}}
+
+
+def test_protected_groups_stay(folder: Path) -> None:
+    protected = ("--protect", "attn, embedders")
+    plan = planned((*MIX, "--size", f"{narrowest(folder, *protected)}B", *protected), folder)
+    assert by_group(plan, folder).keys() == {"experts", "shared", "modulation"}
+
+
+def test_ties_bind(folder: Path) -> None:
+    tied = planned((*MIX, "--bits", 3, "--protect", "modulation,embedders", "--tie", "gate,up"), folder)["formats"]
+    loose = planned((*MIX, "--bits", 3, "--protect", "modulation,embedders"), folder)["formats"]
+    gates = [name for name in open_checkpoint(folder / "a.safetensors").weights if name.endswith("gate_proj.weight")]
+    assert len(gates) == 8
+    assert all(tied.get(name) == tied.get(name.replace("gate", "up")) for name in gates)
+    assert any(loose.get(name) != loose.get(name.replace("gate", "up")) for name in gates)
+
+
+@pytest.mark.parametrize("options", [("--group-size", 32, "--symmetric"), ("--rounding", "nearest")], ids=str)
+def test_formats_are_of_the_kind_asked_for(options: tuple[object, ...], folder: Path) -> None:
+    words = tuple(word for word in MIX if word not in FEW) if "nearest" in options else MIX
+    written, plan = carried_out((*words, "--bits", 4, *options), folder)
+    schemes = {SCHEMES[fmt] for fmt in plan["formats"].values()}
+    assert all(scheme.group == (32 if 32 in options else 64) for scheme in schemes)
+    assert all(scheme.symmetric == ("--symmetric" in options) for scheme in schemes)
+    assert (plan["rounding"] is None) == ("nearest" in options)
+    assert ("prediction_error" in written.result) == ("nearest" not in options)
+
+
+def test_gptq_is_nearer_than_what_was_tried(folder: Path) -> None:
+    """The trial rounds to the nearest values; both are of the same states, or nearly."""
+    result = here(*MIX, "--bits", 3, "--protect", "modulation,embedders", cwd=folder).result
+    assert result["prediction_error"] < result["tried_error"]
+
+
+# where profiles come from
+
+
+def test_without_a_profile_one_is_made_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "IMAGES", 2)
+    monkeypatch.setattr(defaults, "STEPS", 10)
+    words = ("quantize", "a.safetensors", "--bits", 3, *FEW)
+    first = here(*words, "-o", "one.safetensors", cwd=folder)
+    (note,) = first.notes
+    assert "no profile was given" in note and first.envelope["profile"] in note
+    assert Path(first.envelope["profile"]).is_file()
+    second = here(*words, "-o", "two.safetensors", cwd=folder)
+    assert any("using the profile kept in" in note for note in second.notes)
+    assert first.path.read_bytes() == second.path.read_bytes()
+
+
+def test_a_dry_run_of_a_mix_asks_for_a_profile(folder: Path) -> None:
+    before = contents(folder)
+    assert "--profile" in here("quantize", "a.safetensors", "--bits", 3, "--dry-run", cwd=folder).error(3)
+    assert contents(folder) == before
+
+
+def test_a_dry_run_of_one_format_needs_none(folder: Path) -> None:
+    words = (*UNIFORM, "--bits", 3, "--rounding", "gptq", *FEW)
+    predicted = here(*words, "--dry-run", cwd=folder).result
+    assert predicted["plan"]["profile"] is None and predicted["plan"]["rounding"]["method"] == "gptq"
+    assert here(*words, *PROFILE, cwd=folder).result["bytes"] == predicted["bytes"]
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [("fast", "without --fast"), ("q", "another checkpoint"), ("a", "a.safetensors"), ("none", "none.safetensors")],
+)
+def test_profiles_that_do_not_do(profile: str, said: str, options: tuple[str, ...], folder: Path) -> None:
+    before = contents(folder)
+    words = ("quantize", "a.safetensors", "--bits", 3, "--profile", f"{profile}.safetensors", *options)
+    assert said in here(*words, cwd=folder).error(3)
+    assert contents(folder) == before
+
+
+def test_a_fast_profile_cannot_be_rounded_on(folder: Path) -> None:
+    before = contents(folder)
+    words = (*UNIFORM, "--bits", 3, "--rounding", "gptq", "--profile", "fast.safetensors")
+    assert "without --fast" in here(*words, cwd=folder).error(3)
+    assert contents(folder) == before
+
+
+# one format for all
+
+
+ONE_FORMAT: dict[str, tuple[tuple[object, ...], ...]] = {
+    "nf4": (("--bits", 4), ("--format", "nf4")),
+    "int8": (("--bits", 8), ("--format", "int8")),
+    "int3-g64": (("--bits", 3),),
+    "nf4-dq": (("--format", "nf4", "--double-quant"),),
+    "fp4": (("--format", "fp4"),),
+    "int5-g32-sym": (("--format", "int", "--bits", 5, "--group-size", 32, "--symmetric"),),
+    "ternary-g64": (("--bits", 1.58), ("--format", "ternary")),
+    "ternary-g128": (("--format", "ternary", "--group-size", 128),),
+}
+
+
+@pytest.mark.parametrize("fmt", ONE_FORMAT)
+def test_one_format_for_all(fmt: str, folder: Path) -> None:
+    options, *others = ONE_FORMAT[fmt]
+    written, plan = carried_out((*UNIFORM, *options), folder)
+    assert set(plan["formats"].values()) == {fmt} and written.result["formats"] == {fmt: 28}
+    assert by_group(plan, folder).keys() == {"experts", "shared", "attn"}
+    assert plan["options"] == {"format": fmt} and "prediction_error" not in written.result
+    assert all(planned((*UNIFORM, *other), folder) == plan for other in others)
+
+
+@pytest.mark.parametrize("fmt", ["nf4-dq", "int8", "int5-g32-sym", "ternary-g64"])
+def test_one_format_rounded_by_gptq(fmt: str, folder: Path) -> None:
+    words = (*UNIFORM, *ONE_FORMAT[fmt][0], "--rounding", "gptq", *PROFILE, *FEW)
+    written, plan = carried_out(words, folder)
+    assert set(plan["formats"].values()) == {fmt} and written.result["formats"] == {fmt: 28}
+    assert plan["options"] == {"format": fmt, "rounding": "gptq"} and plan["profile"] is not None
+    assert 0 < written.result["prediction_error"] < 2 and len(written.result["top_k_agreement"]) == 2
+
+
+# plans and pipes
+
+
+@pytest.mark.parametrize("words", [(*MIX, "--bits", 3), (*UNIFORM, "--bits", 3, "--rounding", "gptq", *PROFILE, *FEW)])
+def test_a_saved_plan_gives_the_same_bytes(words: tuple[object, ...], folder: Path) -> None:
+    (folder / "plan.json").write_text(here(*words, "--dry-run", cwd=folder).out)
+    direct = here(*words, "-o", "direct.safetensors", cwd=folder)
+    apply = ("apply", "a.safetensors", "--plan", "plan.json", "-o", "applied.safetensors")
+    before = contents(folder)
+    assert "--profile" in here(*apply, cwd=folder).error(3)
+    assert "is not the profile" in here(*apply, "--profile", "fast.safetensors", cwd=folder).error(3)
+    assert contents(folder) == before
+    assert here(*apply, "--dry-run", cwd=folder).result["bytes"] == direct.result["bytes"]
+    applied = here(*apply, *PROFILE, cwd=folder)
+    assert applied.path.read_bytes() == direct.path.read_bytes()
+    assert applied.result["prediction_error"] == direct.result["prediction_error"]
+
+
+def test_a_pipe_of_all_stages(folder: Path) -> None:
+    outcome = shell(
+        "ditmoe profile-experts a.safetensors --images 4 --steps 2 --bins 2 "
+        "| ditmoe quantize --bits 3 --allow 3,8 --tokens 256 | ditmoe inspect",
+        folder,
+    )
+    assert [step["command"] for step in outcome.envelope["history"]] == ["profile-experts", "quantize"]
+    assert outcome.result["history"] == ["quantize"] and outcome.notes == []
+    assert outcome.path == folder / "a.quantize-bits3.safetensors"
+    assert "blocks.0.moe.experts.0.gate_proj.weight_packed" in tensor_shapes(outcome.path)
+
+
+def test_what_was_pruned_is_quantised(folder: Path) -> None:
+    """The profile is its parent's, so it is profiled anew with the same settings."""
+    pruned = here("prune", "a.safetensors", *PROFILE, "--keep", 2, "--refit-tokens", 64, cwd=folder)
+    quantised = here("quantize", "--bits", 3, *FEW, cwd=folder, stdin=pruned.out)
+    assert any("ancestor" in line for line in quantised.notes)
+    assert here("inspect", quantised.path, cwd=folder).result["history"] == ["prune", "quantize"]
+    assert here("sample", quantised.path, "--images", 1, "--steps", 1, cwd=folder).code == 0
+
+
+def test_dry_runs_of_one_format_are_light(folder: Path) -> None:
+    commands = [
+        (*UNIFORM, "--bits", 3, "--dry-run"),
+        (*UNIFORM, "--format", "nf4", "--double-quant", "--dry-run"),
+        (*UNIFORM, "--format", "ternary", "--rounding", "gptq", "--dry-run"),
+        (*UNIFORM, "--bits", 3, "--rounding", "gptq", *PROFILE, "--dry-run"),
+    ]
+    for words, (outcome, heavy) in zip(commands, series(commands, folder), strict=True):
+        assert outcome.code == 0, outcome.err
+        assert not heavy, f"{words} imports {heavy}"
+
+
+# what is refused, in one line and without a trace
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((), 2, "--bits is missing"),
+        (("--bits", 1.5), 2, "--bits 1.5"),
+        (("--bits", 9), 2, "--bits 9"),
+        (("--bits", 0), 2, "--bits 0"),
+        (("--bits", -3), 2, "--bits -3"),
+        (("--bits", "nan"), 2, "--bits nan"),
+        (("--bits", "three"), 2, "--bits"),
+        (("--bits", 3, "--size", "1MB"), 2, "either --bits"),
+        (("--size", "much"), 2, "much"),
+        (("--size", "1KB"), 4, "narrowest formats take"),
+        (("--bits", 3, "--allow", "8", "--protect", "modulation,embedders"), 4, "narrowest formats take"),
+        (("--bits", 3, "--allow", "7"), 2, "--allow 7"),
+        (("--bits", 3, "--allow", ""), 2, "--allow"),
+        (("--bits", 3, "--allow", "2,3"), 2, "--protect modulation"),
+        (("--bits", 3, "--floor", "attn"), 2, "--floor attn"),
+        (("--bits", 3, "--floor", "attn=many"), 2, "--floor attn=many"),
+        (("--bits", 3, "--floor", "attn=17"), 2, "attn=17"),
+        (("--bits", 3, "--floor", "attn=nan"), 2, "--floor attn=nan"),
+        (("--bits", 3, "--floor", "router=8"), 2, "--floor router"),
+        (("--bits", 3, "--protect", "router"), 2, "--protect router"),
+        (("--bits", 3, "--protect", "experts,shared,attn,modulation,embedders"), 2, "--protect"),
+        (("--bits", 3, "--tie", "gate"), 2, "at least two"),
+        (("--bits", 3, "--tie", "gate,qkv"), 2, "--tie qkv"),
+        (("--bits", 3, "--group-size", 48), 2, "--group-size 48"),
+        (("--bits", 3, "--format", "nf4"), 2, "--uniform"),
+        (("--bits", 3, "--double-quant"), 2, "--double-quant"),
+        (("--bits", 3, "--rounding", "awq"), 2, "--rounding awq"),
+        (("--bits", 3, "--rounding", "nearest"), 2, "--tokens 256"),
+        (("--bits", 3, "--tokens", -1), 2, "--tokens -1"),
+        (("--bits", 3, "--device", "abacus"), 2, "abacus"),
+        (("--uniform", "--bits", 7), 2, "--bits 7"),
+        (("--uniform", "--size", "1MB"), 2, "--size"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_bad_values(words: tuple[object, ...], code: int, said: str, options: tuple[str, ...], folder: Path) -> None:
+    before = contents(folder)
+    rounding = ("--rounding", "gptq") if "--uniform" in words else ()
+    assert said in here(*MIX, *rounding, *words, *options, cwd=folder).error(code)
+    assert contents(folder) == before
+
+
+def test_too_small_a_budget_says_what_would_do(folder: Path) -> None:
+    before = contents(folder)
+    least = narrowest(folder)
+    assert f"the budget is {least - 1:,} bytes" in here(*MIX, "--size", f"{least - 1}B", cwd=folder).error(4)
+    assert contents(folder) == before
+    assert here(*MIX, "--size", f"{least}B", cwd=folder).result["bytes"] <= least
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize("first", [("--uniform", "--bits", 4), ("--bits", 3, *PROFILE, *FEW)], ids=["nf4", "mix"])
+def test_what_is_quantised_already_is_refused_by_name(
+    first: tuple[object, ...], options: tuple[str, ...], folder: Path
+) -> None:
+    assert here("quantize", "a.safetensors", *first, "-o", "once.safetensors", cwd=folder).code == 0
+    before = contents(folder)
+    for words in (("--bits", 3), ("--uniform", "--bits", 8), ("--uniform", "--bits", 3, "--rounding", "gptq")):
+        said = here("quantize", "once.safetensors", *words, *options, cwd=folder).error(3)
+        assert "once.safetensors" in said and "'blocks.0." in said and "already" in said
+    assert contents(folder) == before
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_measured(folder: Path) -> None:
+    before = contents(folder)
+    assert "other.safetensors" in here(*MIX, "--bits", 3, "-o", "other.safetensors", cwd=folder).error(5)
+    assert "a.safetensors" in here(*MIX, "--bits", 3, "-o", "a.safetensors", "--force", cwd=folder).error(5)
+    assert contents(folder) == before
+
+
+def test_broken_weights_leave_no_trace(folder: Path) -> None:
+    name = "blocks.1.moe.experts.2.up_proj.weight"
+    pico = make_pico(sampler="rf", in_channels=1, input_size=4, experts=3)
+    value = pico.state[name].clone()
+    value[1, 2] = float("nan")
+    pico.with_state(**{name: value}).save(folder / "broken.safetensors")
+    before = contents(folder)
+    for words in (("--bits", 3), ("--uniform", "--bits", 3), ("--uniform", "--bits", 3, "--rounding", "gptq")):
+        assert name in here("quantize", "broken.safetensors", *words, cwd=folder).error(3)
+    assert contents(folder) == before
+
+
+def test_plans_that_were_edited_are_checked(folder: Path) -> None:
+    plan = planned((*MIX, "--bits", 3), folder)
+    name = "blocks.0.attn.qkv.weight"
+    for formats, said in (
+        ({name: "int7-g64"}, "int7-g64"),
+        ({"blocks.0.moe.gate.weight": "int4-g64"}, "never the router"),
+        ({"blocks.7.attn.qkv.weight": "int4-g64"}, "does not hold"),
+    ):
+        (folder / "plan.json").write_text(json.dumps({**plan, "formats": formats}))
+        before = contents(folder)
+        assert said in here("apply", "a.safetensors", "--plan", "plan.json", *PROFILE, cwd=folder).error(3)
+        assert contents(folder) == before
