@@ -246,6 +246,7 @@ def choose(
     if asked.uniform is not None and asked.rounding is None:
         return plan_uniform(checkpoint, asked.uniform), None
     known = named or (Path(stage.profile) if stage.profile else None)
+    check_asked(checkpoint, asked, output)
     if not dry_run:
         found = valid_profile_for(checkpoint, known, output.path, device, output.force)
     else:
@@ -260,6 +261,17 @@ def choose(
     return mixed(checkpoint, asked, found, output, device), found
 
 
+def check_asked(checkpoint: Checkpoint, asked: Asked, output: Output) -> None:
+    """Refuse a budget that nothing fits, before anything is profiled."""
+    from ditmoe_cli.compression.quantize.candidates import candidate_formats
+    from ditmoe_cli.compression.quantize.planner import budget_bytes, check_budget
+
+    if asked.budget is not None and asked.candidates is not None:
+        formats = candidate_formats(checkpoint, asked.candidates)
+        limit = budget_bytes(checkpoint, asked.budget, asked.candidates, output)
+        check_budget(checkpoint, formats, asked.candidates, limit, output)
+
+
 def mixed(
     checkpoint: Checkpoint, asked: Asked, profile: RoutingProfile, output: Output, device: str
 ) -> CompressionPlan:
@@ -267,8 +279,8 @@ def mixed(
     from ditmoe_cli.compression.quantize.candidates import candidate_formats
     from ditmoe_cli.compression.quantize.methods import METHODS
     from ditmoe_cli.compression.quantize.planner import budget_bytes, plan_mixed
-    from ditmoe_cli.compression.quantize.sensitivity import trial
     from ditmoe_cli.compression.quantize.task import Task
+    from ditmoe_cli.compression.quantize.trial import trial
 
     assert asked.candidates is not None and asked.budget is not None
     formats = candidate_formats(checkpoint, asked.candidates)
@@ -276,7 +288,9 @@ def mixed(
     place = checked_device(device)
     task = Task(checkpoint, profile, asked.candidates, formats, limit, output, place, progress)
     choice = METHODS[asked.method].choose(task)
-    tried = trial(checkpoint, profile, choice.formats, place, progress)
+    tried = choice.tried
+    if tried is None:
+        tried = trial(checkpoint, profile, choice.formats, place, progress).error
     options = {"method": asked.method, **asked.budget.options(), "tried_error": tried}
     return plan_mixed(checkpoint, profile.digest, choice, options, asked.rounding)
 

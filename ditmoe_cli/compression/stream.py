@@ -42,7 +42,8 @@ class Stream:
         branches = len(states.branch_weights)
         null = torch.full_like(states.labels, model.config.num_classes)
         labels = torch.cat([states.labels, null][:branches])
-        z, t = (torch.cat([part] * branches) for part in (states.z, states.t))
+        labels = labels.to(model.device)
+        z, t = (torch.cat([part] * branches).to(model.device) for part in (states.z, states.t))
         parts = [model.embed(*(part[rows] for part in (z, t, labels))) for rows in _slices(len(z))]
         self.x, self.c = (torch.cat(column) for column in zip(*parts, strict=True))
         self._held = states.held.repeat(branches)
@@ -63,9 +64,11 @@ class Stream:
         weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
         return Tokens(seen.inputs.flatten(0, 1), weights, self._held.repeat_interleave(patches).to(weights.device))
 
-    def held_rows(self, rows: int) -> Tensor:
-        """Return whether each of `rows` rows, as many an image, is held out (rows,)."""
-        return self._held.repeat_interleave(rows // len(self._held))
+    def of_rows(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return, of `rows` rows, as many an image: whether each is held out, and its branch's weight; both (rows,)."""
+        each = rows // len(self._held)
+        held, weights = (part.repeat_interleave(each).to(self.x.device) for part in (self._held, self._weights))
+        return held, weights
 
     def advance(self, seen: Attended, moe: SparseMoE) -> None:
         """Add what a block's mixture makes of its inputs: the stream now stands behind the block."""

@@ -13,7 +13,7 @@ from cli_helpers import Outcome, bytes_of, contents, here, series, shell, tensor
 from conftest import make_pico
 
 from ditmoe_cli.checkpoint.formats import SCHEMES, Scheme
-from ditmoe_cli.compression.quantize import sensitivity
+from ditmoe_cli.compression.quantize import probes
 from ditmoe_cli.model.checkpoint import open_checkpoint, weight_group
 from ditmoe_cli.routing import defaults
 
@@ -46,8 +46,8 @@ def folder(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """For commands in this process."""
-    monkeypatch.setattr(sensitivity, "TOKENS", 512)
-    monkeypatch.setattr(sensitivity, "PROBED_TOKENS", 256)
+    monkeypatch.setattr(probes, "TOKENS", 512)
+    monkeypatch.setattr(probes, "PROBED_TOKENS", 256)
 
 
 def carried_out(words: tuple[object, ...], folder: Path) -> tuple[Outcome, dict[str, Any]]:

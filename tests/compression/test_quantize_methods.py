@@ -27,7 +27,7 @@ from ditmoe_cli.cli.app import run as run_program
 from ditmoe_cli.compression.apply import planned_output, silent_bar
 from ditmoe_cli.compression.ilp import Group, Option
 from ditmoe_cli.compression.plan import CompressionPlan
-from ditmoe_cli.compression.quantize import block_score, outlier, pmq, sensitivity
+from ditmoe_cli.compression.quantize import block_score, outlier, pmq, probes
 from ditmoe_cli.compression.quantize.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.quantize.methods import DEFAULT_METHOD, METHODS
 from ditmoe_cli.compression.quantize.nearest import nearest
@@ -48,8 +48,8 @@ Given = tuple[Checkpoint, RoutingProfile]
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "TOKENS", TOKENS)
-    monkeypatch.setattr(sensitivity, "PROBED_TOKENS", TOKENS)
+    monkeypatch.setattr(probes, "TOKENS", TOKENS)
+    monkeypatch.setattr(probes, "PROBED_TOKENS", TOKENS)
 
 
 def profiled(pico: Pico, folder: Path, **settings: Any) -> Given:

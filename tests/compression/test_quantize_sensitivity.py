@@ -21,10 +21,11 @@ from torch import Tensor
 from ditmoe_cli.checkpoint.formats import parse_format
 from ditmoe_cli.compression.apply import silent_bar
 from ditmoe_cli.compression.plan import CompressionPlan
-from ditmoe_cli.compression.quantize import sensitivity
+from ditmoe_cli.compression.quantize import probes, sensitivity
 from ditmoe_cli.compression.quantize.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.quantize.nearest import nearest
-from ditmoe_cli.compression.quantize.sensitivity import REFERENCE, Sensitivities, expert_errors, measure, trial
+from ditmoe_cli.compression.quantize.sensitivity import REFERENCE, Sensitivities, expert_errors, measure
+from ditmoe_cli.compression.quantize.trial import trial
 from ditmoe_cli.compression.replay import BlockTokens, replay_error
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -41,8 +42,8 @@ SMALL: dict[str, Any] = {"hidden": 32, "input_size": 4, "experts": 3}
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many for the streams as for what is replayed, so that both see the same."""
-    monkeypatch.setattr(sensitivity, "TOKENS", TOKENS)
-    monkeypatch.setattr(sensitivity, "PROBED_TOKENS", TOKENS)
+    monkeypatch.setattr(probes, "TOKENS", TOKENS)
+    monkeypatch.setattr(probes, "PROBED_TOKENS", TOKENS)
 
 
 # one expert at a time
@@ -262,7 +263,7 @@ def test_errors_fall_with_the_bits_and_are_finite(case: Case) -> None:
 def test_small_errors_add_up(case: Case) -> None:
     formats = planned(case[0], "8")
     found = measured(case, formats).errors
-    together = trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar)
+    together = trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar).error
     # within 1.5 but for tokens that rounding tips to other experts, whose error falls more slowly than the square
     assert together / 2 < sum(error for errors in found.values() for error in errors.values()) < 2 * together
 
@@ -276,7 +277,7 @@ def test_a_trial_is_the_error_of_the_file(allowed: str, case: Case, tmp_path: Pa
     states, cfg = states_for(checkpoint, profile, TOKENS)
     predicted = (guided_by_hand(network(each), states, cfg) for each in (written, checkpoint))
     expected = relative(*predicted)
-    assert trial(*case, formats, "cpu", silent_bar) == pytest.approx(
+    assert trial(*case, formats, "cpu", silent_bar).error == pytest.approx(
         expected, rel=2e-3 if checkpoint_fp32(case) else 0.1
     )
 
@@ -286,7 +287,7 @@ def checkpoint_fp32(case: Case) -> bool:
 
 
 def test_nothing_rounded_is_no_error_and_nothing_changed(case: Case) -> None:
-    assert trial(*case, {}, "cpu", silent_bar) == 0
+    assert trial(*case, {}, "cpu", silent_bar).error == 0
     found = measured(case, {})
     assert found.errors == {} and found.amplification == ({}, {})
     name = "final_layer.linear.weight"
@@ -299,7 +300,7 @@ def test_fewer_states_are_sent_than_replayed(case: Case, monkeypatch: pytest.Mon
     """The numbers stay alike where the streams that carry errors hold a quarter of the states."""
     formats = planned(case[0], "4")
     everything = measured(case, formats).errors
-    monkeypatch.setattr(sensitivity, "PROBED_TOKENS", TOKENS // 4)
+    monkeypatch.setattr(probes, "PROBED_TOKENS", TOKENS // 4)
     some = measured(case, formats).errors
     total, others = (sum(sum(e.values()) for e in errors.values()) for errors in (everything, some))
     assert others == pytest.approx(total, rel=0.6) and others != total
@@ -351,4 +352,4 @@ def test_a_model_that_predicts_nothing_loses_nothing(tmp_path: Path) -> None:
     formats = planned(case[0], "3")
     found = measured(case, formats).errors
     assert {error for errors in found.values() for error in errors.values()} == {0.0}
-    assert trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar) == 0.0
+    assert trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar).error == 0.0

@@ -1,9 +1,9 @@
 """Weights rounded by GPTQ, block after block, on what the already rounded blocks below make of calibration states.
 
 Within a block: modulation, then attention's two layers, then every expert's gate and up on the tokens that chose it,
-and its down on the neurons of the rounded two. Tokens weigh γ², their branch's weight and the square of their routing
-weight. An expert's Hessian is shrunk towards that of all tokens of its block when few chose it. Layers outside the
-blocks are rounded to the nearest values.
+and its down on the neurons of the rounded two. A mixture's tokens weigh γ², their branch's weight and the square of
+their routing weight, all else its branch's weight. An expert's Hessian is shrunk towards that of all tokens of its
+block when few chose it. Layers outside the blocks are rounded to the nearest values.
 
 The original model's states run along, so that it can be told how far the rounded one is from it.
 """
@@ -147,8 +147,8 @@ class _BlockRounding:
             with _inputs_of(layer) as inputs:
                 self.stream.attend(self.block)
             found = torch.cat(inputs)
-            held = self.stream.held_rows(len(found))
-            own, rest = (hessian_of(part, part.new_ones(len(part))) for part in (found[~held], found[held]))
+            held, weights = self.stream.of_rows(len(found))
+            own, rest = (hessian_of(found[side], weights[side]) for side in (~held, held))
             yield from self._rounded(name, formats[name], layer, own, own, rest)
         if len(early) < len(formats):
             yield from self._mixture(formats, self.stream.tokens(self.stream.attend(self.block)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ditmoe_cli.checkpoint.formats import quantized_members
@@ -73,9 +73,10 @@ def file_bytes(checkpoint: Checkpoint, formats: Mapping[str, str], output: Outpu
 
 @dataclass(frozen=True)
 class Choice:
-    """What a method chose: formats by weight, those left as they are not among them."""
+    """What a method chose: formats by weight, without those left as they are, and their error where it was tried."""
 
     formats: Mapping[str, str]
+    tried: float | None = field(default=None, kw_only=True)
 
     @property
     def found(self) -> dict[str, Any]:

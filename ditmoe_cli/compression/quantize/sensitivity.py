@@ -6,11 +6,10 @@ hand, where it enters the residual stream: after γ, routed by the original rout
 each block and kind of weight, by sending states with a known error through the rest of the model:
 
     error(W, format) = a_bk Σ_pairs ‖s γ_c e_c - (s - 1) γ_u e_u‖² / pairs
-    a_bk             = (Σ ‖Δ prediction‖² / Σ ‖prediction‖²) / (Σ ‖Δ stream‖² / pairs)
 
-with the guided prediction and stream on both sides, b a block and k one of mixture, attention and modulation. Weights
-outside the blocks are measured by the prediction alone. Errors of a plan are taken to add up; `Trial` tells how
-nearly they do.
+with the amplification a_bk of block b and kind k (`ditmoe_cli.compression.quantize.probes`). Weights outside the
+blocks are measured by the prediction alone. Errors of a plan are taken to add up;
+`ditmoe_cli.compression.quantize.trial` tells how nearly they do.
 
 One block's weights are in memory at a time, beside the streams.
 """
@@ -25,27 +24,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.checkpoint.names import MATRICES, SHARED, in_block, in_expert, split_name
-from ditmoe_cli.compression.quantize.guided import Conditions, conditions, relative_error, slices
-from ditmoe_cli.compression.quantize.nearest import layers_of, linear, nearest, require_range, rounded
+from ditmoe_cli.compression.quantize.guided import Conditions, relative_error, slices
+from ditmoe_cli.compression.quantize.nearest import linear, nearest, require_range, rounded
+from ditmoe_cli.compression.quantize.probes import (
+    Amplification,
+    Probes,
+    Stream,
+    embedded,
+    kind_of,
+    measured_states,
+)
 from ditmoe_cli.compression.replay import BlockTokens
-from ditmoe_cli.compression.states import calibration_states
 from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.routing.calibrate import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Formats = Mapping[str, Sequence[str]]
 Errors = dict[str, dict[str, float]]
 
 REFERENCE = "int3-g64"  # the format whose error is sent through the model
-TOKENS = 16_384  # that errors in a block are replayed on, of all branches
-PROBED_TOKENS = 4_096  # of the streams that carry an error to the end
 EXPERT_TOKENS = 2_048  # most guided tokens of one expert
-FEWEST_STATES = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,23 @@ class Sensitivities:
     """
 
     errors: Errors
-    amplification: tuple[Mapping[str, float], ...]
+    amplification: Amplification
+
+    def at(self, amplification: Amplification) -> Sensitivities:
+        """Return the errors with amplifications measured anew; where one was not (0), the old one stays."""
+        new = tuple(
+            {kind: found.get(kind) or known for kind, known in old.items()}
+            for old, found in zip(self.amplification, amplification, strict=True)
+        )
+        return Sensitivities({name: self._scaled(name, new) for name in self.errors}, new)
+
+    def _scaled(self, name: str, amplification: Amplification) -> dict[str, float]:
+        block, errors = split_name(name).block, self.errors[name]
+        if block is None:
+            return errors
+        kind = kind_of(name.removeprefix(in_block(block, "")))
+        old, new = self.amplification[block][kind], amplification[block][kind]
+        return {fmt: error / old * new if old else error for fmt, error in errors.items()}
 
 
 def measure(
@@ -79,46 +97,14 @@ def measure(
         return found.result(checkpoint)
 
 
-def measured_states(checkpoint: Checkpoint, profile: RoutingProfile, model: OffloadedDiTMoE) -> Conditions:
-    """Return the states that errors are measured on, in all branches."""
-    spec = profiled_spec(profile.calibration, checkpoint)
-    branches = 1 if spec.cfg == 1.0 else 2
-    wanted = max(TOKENS // (checkpoint.config.num_patches * branches), FEWEST_STATES)
-    return conditions(model, calibration_states(profile, spec, wanted), spec)
-
-
-def embedded(model: OffloadedDiTMoE, states: Conditions) -> tuple[Tensor, Tensor]:
-    """Return what the first block is given of states: tokens (N, P, D) and conditions (N, D)."""
-    parts = [model.embed(states.z[r], states.t[r], states.labels[r]) for r in slices(len(states.z))]
-    x, c = (torch.cat(column) for column in zip(*parts, strict=True))
-    return x, c
-
-
-@dataclass
-class Stream:
-    """States on their way: tokens x (N, P, D) under conditions c (N, D)."""
-
-    x: Tensor
-    c: Tensor
-
-    def through(self, block: Block) -> Tensor:
-        """Return what a block makes of them."""
-        return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in slices(len(self.x))])
-
-
 class _Measurement:
-    """Streams on their way through the blocks, and what they tell."""
+    """States on their way through the blocks, and what they tell."""
 
     def __init__(self, model: OffloadedDiTMoE, states: Conditions, formats: Formats) -> None:
         self.model, self.states = model, states
         self.formats = {name: fmts for name, fmts in formats.items() if fmts}
-        config = model.config
-        count = max(PROBED_TOKENS // (config.num_patches * states.branches), FEWEST_STATES)
-        self.probed = states.first(min(count, len(states.z) // states.branches))
-        self.stream = Stream(*embedded(self.model, states))
-        self.base = Stream(*embedded(self.model, self.probed))
-        self.errors: Errors = {}
-        self.sent: dict[tuple[int, str], tuple[Stream, float]] = {}
+        self.stream = Stream(*embedded(model, states))
+        self.probes = Probes(model, states)
         self.local: dict[int, list[tuple[str, str, str, float]]] = {}
         for name in self.formats:
             if split_name(name).block is None:
@@ -132,7 +118,7 @@ class _Measurement:
                 layer = self.model.linear(name)
                 for fmt in self.formats[name]:
                     with rounded({layer: fmt}):
-                        yield (name, fmt), Stream(*embedded(self.model, self.probed))
+                        yield (name, fmt), Stream(*embedded(self.model, self.probes.states))
 
     def block(self, index: int, block: Block) -> None:
         """Measure a block's weights, and let all streams pass it."""
@@ -143,12 +129,12 @@ class _Measurement:
         }
         for name in named:
             require_range(linear(block, name).weight, in_block(index, name))
-        after = self.base.through(block)
-        for other in (*(stream for stream, _ in self.sent.values()), *self.early.values()):
-            other.x = other.through(block)
+        after = self.probes.base.through(block)
+        for stream in self.early.values():
+            stream.x = stream.through(block)
         self.local[index] = [*self._of_streams(index, block, named, after), *self._of_mixture(index, block, named)]
-        self._send(index, block, named, after)
-        self.base.x, self.stream.x = after, self.stream.through(block)
+        self.probes.pass_through(index, block, dict.fromkeys(named, REFERENCE), after)
+        self.stream.x = self.stream.through(block)
 
     def _of_streams(
         self, index: int, block: Block, named: Formats, after: Tensor
@@ -159,7 +145,7 @@ class _Measurement:
                 continue
             for fmt in formats:
                 with rounded({linear(block, name): fmt}):
-                    error = self.probed.energy(self.base.through(block) - after)
+                    error = self.probes.states.energy(self.probes.base.through(block) - after)
                 yield kind_of(name), in_block(index, name), fmt, error
 
     def _of_mixture(self, index: int, block: Block, named: Formats) -> Iterator[tuple[str, str, str, float]]:
@@ -180,75 +166,24 @@ class _Measurement:
         for matrix, fmt, error in expert_errors(block.moe.shared_experts, tokens, everyone, matrices):
             yield "mixture", in_block(index, f"{SHARED}.{matrix}"), fmt, error
 
-    def _send(self, index: int, block: Block, named: Formats, after: Tensor) -> None:
-        """Start a stream for each kind of weight, with the error of the reference format."""
-        for kind in sorted({kind_of(name) for name in named}):
-            layers = {linear(block, name): REFERENCE for name in named if kind_of(name) == kind}
-            with rounded(layers):
-                stream = Stream(self.base.through(block), self.base.c)
-            self.sent[index, kind] = stream, self.probed.energy(stream.x - after)
-
     def result(self, checkpoint: Checkpoint) -> Sensitivities:
         """Compare what arrived, and measure what stands after the blocks."""
-        wanted = self._predicted(self.base)
-
-        def error(stream: Stream) -> float:
-            return relative_error(self._predicted(stream), wanted)
-
-        amplification = [dict[str, float]() for _ in self.local]
-        for (index, kind), (stream, local) in self.sent.items():
-            amplification[index][kind] = error(stream) / local if local else 0.0
+        probes, errors = self.probes, Errors()
+        wanted, amplification = probes.predicted(probes.base), probes.amplification()
         for index, entries in self.local.items():
             for kind, name, fmt, local in entries:
-                self.errors.setdefault(name, {})[fmt] = local * amplification[index][kind]
+                errors.setdefault(name, {})[fmt] = local * amplification[index][kind]
         for (name, fmt), stream in self.early.items():
-            self.errors.setdefault(name, {})[fmt] = error(stream)
+            errors.setdefault(name, {})[fmt] = relative_error(probes.predicted(stream), wanted)
         for name, formats in self.formats.items():
             if name.startswith("final_layer."):
                 for fmt in formats:
                     with rounded({self.model.linear(name): fmt}):
-                        self.errors.setdefault(name, {})[fmt] = error(self.base)
-        for name, found in self.errors.items():
+                        errors.setdefault(name, {})[fmt] = relative_error(probes.predicted(probes.base), wanted)
+        for name, found in errors.items():
             if not all(torch.tensor(list(found.values())).isfinite()):
                 raise BadInputError(f"{checkpoint.path}: the error of rounding {name!r} is not finite")
-        return Sensitivities(self.errors, tuple(amplification))
-
-    def _predicted(self, stream: Stream) -> Tensor:
-        parts = [self.model.unembed(stream.x[rows], stream.c[rows]) for rows in slices(len(stream.x))]
-        return self.probed.guided(torch.cat(parts))
-
-
-def trial(
-    checkpoint: Checkpoint, profile: RoutingProfile, formats: Mapping[str, str], device: str, bar: ProgressBar
-) -> float:
-    """Return the error of the guided prediction with every weight rounded to its format, in all places at once."""
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
-    depth = checkpoint.config.depth
-    with torch.inference_mode(), bar(f"trying the plan for {checkpoint.path.name}", depth) as progress:
-        measurement = _Measurement(model, measured_states(checkpoint, profile, model), {})
-        base, changed = measurement.base, measurement.base
-        outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
-        with rounded(outside):
-            changed = Stream(*embedded(model, measurement.probed))
-        for index in range(depth):
-            with model.resident(index) as block:
-                base.x = base.through(block)
-                mine = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
-                with rounded(layers_of(block, index, mine)):
-                    changed.x = changed.through(block)
-                del block
-            progress(1)
-        wanted = measurement._predicted(base)
-        with rounded(outside):
-            found = measurement._predicted(changed)
-        return relative_error(found, wanted)
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of a weight, named within its block: where in the block its error enters the stream."""
-    if name.startswith("attn."):
-        return "attention"
-    return "modulation" if name.startswith("adaLN_modulation.") else "mixture"
+        return Sensitivities(errors, amplification)
 
 
 def block_tokens_of(seen: Sequence[Attended], states: Conditions) -> BlockTokens:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.quantize.guided import slices
-from ditmoe_cli.compression.quantize.sensitivity import embedded, measured_states
+from ditmoe_cli.compression.quantize.probes import embedded, measured_states
 from ditmoe_cli.compression.quantize.task import Task
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
