@@ -370,6 +370,13 @@ def test_bad_values(words: tuple[object, ...], code: int, said: str, options: tu
     assert contents(folder) == before
 
 
+def test_too_small_a_budget_is_refused_before_anything_is_profiled(folder: Path) -> None:
+    before = contents(folder)
+    refused = here("quantize", "a.safetensors", "--size", "1KB", cwd=folder)
+    assert "narrowest formats take" in refused.error(4) and "profil" not in refused.err
+    assert contents(folder) == before
+
+
 def test_too_small_a_budget_says_what_would_do(folder: Path) -> None:
     before = contents(folder)
     least = narrowest(folder)

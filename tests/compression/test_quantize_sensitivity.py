@@ -353,3 +353,20 @@ def test_a_model_that_predicts_nothing_loses_nothing(tmp_path: Path) -> None:
     found = measured(case, formats).errors
     assert {error for errors in found.values() for error in errors.values()} == {0.0}
     assert trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar).error == 0.0
+
+
+def test_errors_follow_amplifications_measured_anew() -> None:
+    inside, outside = "blocks.1.attn.qkv.weight", "final_layer.linear.weight"
+    old = Sensitivities({inside: {"int2-g64": 6.0}, outside: {"int2-g64": 5.0}}, ({"mixture": 1.0}, {"attention": 2.0}))
+    new = old.at(({"mixture": 3.0}, {"attention": 4.0}))
+    assert new.errors == {inside: {"int2-g64": 12.0}, outside: {"int2-g64": 5.0}}
+    assert new.amplification == ({"mixture": 3.0}, {"attention": 4.0})
+    assert old.at(({}, {})) == old == old.at(({}, {"attention": 0.0})), "what was not measured stays"
+
+
+def test_a_trial_amplifies_what_it_rounds_and_nothing_else(case: Case) -> None:
+    formats = {name: "int3-g32" for name in planned(case[0], "3") if name.startswith("blocks.1.attn.")}
+    found = trial(*case, formats, "cpu", silent_bar)
+    assert found.amplification[0] == {} and found.amplification[1].keys() == {"attention"}
+    assert found.amplification[1]["attention"] > 0
+    assert found.error == pytest.approx(end_to_end(case, formats), rel=1e-3)
