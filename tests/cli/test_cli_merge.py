@@ -160,7 +160,7 @@ def test_bad_values(words: tuple[object, ...], code: int, said: str, options: tu
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "without --fast and with a --reservoir, or give --no-refit"),
+        ((), "without --fast and with a --reservoir, or do without them: --no-refit"),
         (("--method", "hc-smoe", "--no-refit"), "--method hc-smoe"),
         (("--method", "sub-moe", "--no-refit"), "--method sub-moe"),
         (("--method", "mergemoe", "--no-refit"), "without --fast"),

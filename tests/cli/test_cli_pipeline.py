@@ -49,7 +49,7 @@ def commands_of(outcome: Outcome) -> list[str]:
 def test_the_pipeline_on_the_demo(tmp_path: Path) -> None:
     outcome = shell(
         "ditmoe profile-experts demo:digits --images 8 --steps 4 --bins 4 | ditmoe prune --keep 0.5 --refit-tokens 256 "
-        "| ditmoe quantize --bits 4 | ditmoe fid --images 16 --steps 4",
+        "| ditmoe quantize --bits 4 --tokens 256 | ditmoe fid --images 16 --steps 4",
         tmp_path,
     )
     assert commands_of(outcome) == ["profile-experts", "prune", "quantize", "fid"]
@@ -64,7 +64,10 @@ def test_the_pipeline_on_the_demo(tmp_path: Path) -> None:
     assert conditions["reference"]["path"].endswith("digits.safetensors")
     names = sorted(file.name for file in tmp_path.iterdir())
     pruned = "digits.prune-keep0.5"
-    assert names == ["digits.profile.safetensors", f"{pruned}.quantize-bits4.safetensors", f"{pruned}.safetensors"]
+    ancestor, anew, *rest = names
+    assert ancestor == "digits.profile.safetensors"
+    assert anew.startswith(f"{pruned}.") and anew.endswith(".profile.safetensors"), "a profile of what was pruned"
+    assert rest == [f"{pruned}.quantize-bits4.safetensors", f"{pruned}.safetensors"]
 
 
 def test_overrides_reach_every_later_stage(tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_the_pipeline_on_a_real_checkpoint(shared: Path, tmp_path: Path) -> None
     source = shared / "cifar10" / "checkpoint.pt"
     outcome = shell(
         f"ditmoe profile-experts {source} --images 4 --steps 2 --bins 2 | ditmoe prune --keep 0.5 --no-refit "
-        "| ditmoe quantize --bits 4 | ditmoe fid --images 4 --steps 2 --extractor pixels",
+        "| ditmoe quantize --uniform --bits 4 | ditmoe fid --images 4 --steps 2 --extractor pixels",
         tmp_path,
     )
     assert outcome.envelope["original"] == str(source)

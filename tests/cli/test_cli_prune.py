@@ -178,8 +178,8 @@ def test_bad_values(words: tuple[object, ...], code: int, said: str, options: tu
 @pytest.mark.parametrize(
     ("profile", "words", "said"),
     [
-        ("fast", (), "profile again without --fast and with a --reservoir, or give --no-refit"),
-        ("dry", (), "profile again without --fast and with a --reservoir, or give --no-refit"),
+        ("fast", (), "profile again without --fast and with a --reservoir, or do without them: --no-refit"),
+        ("dry", (), "profile again without --fast and with a --reservoir, or do without them: --no-refit"),
         ("fast", ("--method", "easy-ep", "--no-refit"), "without --fast"),
         ("fast", ("--method", "naee", "--no-refit"), "without --fast"),
         ("fast", ("--router", "auto", "--no-refit"), "without --fast"),
