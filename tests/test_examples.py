@@ -35,6 +35,14 @@ def test_the_reduction_benchmark_prints_a_row_per_variant(tmp_path: Path) -> Non
     assert lines[2].startswith("| prune reap --no-refit |")
 
 
+def test_the_quantisation_benchmark_prints_a_row_per_variant(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmarks" / "quantization.py")
+    options = ("demo:digits", "--images", "8", "--steps", "2", "--calibrations", "1", "--only", "fp4")
+    lines = run_example(sys.executable, script, *options, cwd=tmp_path).splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("| fp4 |") and "| 5.90 | 1,379,228 |" in lines[2]
+
+
 def test_the_pipeline_script_ends_in_equal_files(tmp_path: Path) -> None:
     out = run_example("bash", str(EXAMPLES / "pipeline.sh"), "demo:digits", "16", cwd=tmp_path)
     assert '"frechet"' in out
