@@ -80,6 +80,8 @@ SmoothOpt = Annotated[
     float, typer.Option("--smooth", metavar="A", help="Scale mixture inputs by their largest to the power of A first.")
 ]
 
+ALLOWED = "2,3,4,5,6,8,16"
+
 
 def run(
     checkpoint: CheckpointArg = None,
@@ -91,7 +93,7 @@ def run(
     double_quant: DoubleQuant = False,
     group_size: GroupSize = 64,
     symmetric: Symmetric = False,
-    allow: Allow = "2,3,4,5,6,8,16",
+    allow: Allow = ALLOWED,
     floor: Floor = None,
     protect: Protect = "",
     tie: Tie = "",
@@ -124,6 +126,7 @@ def run(
     kind = (group_size, symmetric, double_quant)
     planned = parse_method(method, uniform)
     if uniform:
+        refuse_mixing({"allow": allow != ALLOWED, "floor": bool(floor), "protect": bool(protect), "tie": bool(tie)})
         asked: Asked = parse_uniform(fmt, bits, size, *kind, rounded)
     else:
         asked = parse_mixed(planned, fmt, bits, size, kind, allow, floor, protect, tie, rounded)
@@ -161,6 +164,13 @@ def parse_method(method: str, uniform: bool) -> str:
     if uniform and method != DEFAULT_METHOD:
         raise UsageError(f"--method {method}: plans a mix; leave out --uniform")
     return method
+
+
+def refuse_mixing(given: dict[str, bool]) -> None:
+    """Raise `UsageError` for the first option given that shapes a mix, where one format is asked for."""
+    for name, there in given.items():
+        if there:
+            raise UsageError(f"--{name}: shapes a planned mix; leave out --uniform")
 
 
 def parse_rounding(method: str, tokens: int, smoothing: float = 0.0) -> Rounding | None:

@@ -360,6 +360,11 @@ def test_dry_runs_of_one_format_are_light(folder: Path) -> None:
         (("--bits", 3, "--device", "abacus"), 2, "abacus"),
         (("--uniform", "--bits", 7), 2, "--bits 7"),
         (("--uniform", "--size", "1MB"), 2, "--size"),
+        (("--uniform", "--bits", 4, "--group-size", 32), 2, "--group-size 32"),
+        (("--uniform", "--bits", 4, "--allow", "2,4"), 2, "--allow"),
+        (("--uniform", "--bits", 4, "--floor", "attn=4"), 2, "--floor"),
+        (("--uniform", "--bits", 4, "--protect", "attn"), 2, "--protect"),
+        (("--uniform", "--bits", 4, "--tie", "gate,up"), 2, "--tie"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -240,6 +240,7 @@ def test_formats_by_kind_and_width(kind: str | None, bits: float | None, found: 
         (("nf4", 4, 64, True, False), "--symmetric"),
         (("int", 4, 64, False, True), "--double-quant"),
         (("int", 4, 48, False, False), "--group-size 48"),
+        (("nf4", 4, 32, False, False), "--group-size 32"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, WeightGroup, weight_group
 
 WIDTHS = ("1.58", "2", "3", "4", "5", "6", "8", "16")
 GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZE = 64
 GROUPS: tuple[WeightGroup, ...] = ("experts", "shared", "attn", "modulation", "embedders")
 DEFAULT_ALLOWED = ("2", "3", "4", "5", "6", "8", "16")
 DEFAULT_FLOORS: Mapping[str, float] = {"shared": 3, "attn": 3, "modulation": 4, "embedders": 4}
@@ -31,7 +32,7 @@ class Candidates:
     """
 
     allowed: tuple[str, ...] = DEFAULT_ALLOWED
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = False
     floors: Mapping[str, float] = field(default_factory=lambda: DEFAULT_FLOORS)
     protected: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ditmoe_cli.checkpoint.formats import is_quantizable
 from ditmoe_cli.compression.plan import CompressionPlan, Rounding
-from ditmoe_cli.compression.quantize.candidates import GROUP_SIZES, require_unquantised
+from ditmoe_cli.compression.quantize.candidates import DEFAULT_GROUP_SIZE, GROUP_SIZES, require_unquantised
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint, weight_group
 
@@ -32,6 +32,8 @@ def format_named(kind: str | None, bits: float | None, group_size: int, symmetri
         raise UsageError(f"--double-quant: only nf4 and fp4 have it, not {kind}")
     if symmetric and kind != "int":
         raise UsageError(f"--symmetric: only --format int has it, not {kind}")
+    if kind in ("nf4", "fp4", "int8") and group_size != DEFAULT_GROUP_SIZE:
+        raise UsageError(f"--group-size {group_size}: {kind} has its own; only int and ternary have groups to choose")
     fixed = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0, "ternary": _TERNARY_BITS}.get(kind)
     if fixed is not None and bits not in (None, fixed):
         raise UsageError(f"--format {kind}: has {fixed:g} bits, not --bits {bits:g}")
