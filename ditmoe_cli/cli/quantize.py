@@ -256,7 +256,7 @@ def choose(
     if asked.uniform is not None and asked.rounding is None:
         return plan_uniform(checkpoint, asked.uniform), None
     known = named or (Path(stage.profile) if stage.profile else None)
-    check_asked(checkpoint, asked, output)
+    offered = offer(checkpoint, asked, output)
     if not dry_run:
         found = valid_profile_for(checkpoint, known, output.path, device, output.force)
     else:
@@ -266,35 +266,44 @@ def choose(
         if usable is None:
             raise BadInputError(f"{checkpoint.path}: which mix is best rests on measured errors; give a --profile")
         found = usable
-    if asked.uniform is not None:
-        return plan_uniform(checkpoint, asked.uniform, asked.rounding, found.digest), found
-    return mixed(checkpoint, asked, found, output, device), found
+    if offered is not None:
+        return mixed(checkpoint, asked, found, output, device, *offered), found
+    assert asked.uniform is not None
+    return plan_uniform(checkpoint, asked.uniform, asked.rounding, found.digest), found
 
 
-def check_asked(checkpoint: Checkpoint, asked: Asked, output: Output) -> None:
-    """Refuse a budget that nothing fits, before anything is profiled."""
+def offer(checkpoint: Checkpoint, asked: Asked, output: Output) -> tuple[dict[str, tuple[str | None, ...]], int] | None:
+    """Return the formats that a mix may take and the bytes that its file may; None where one format is asked for.
+
+    Refuses a budget that nothing fits, before anything is profiled.
+    """
     from ditmoe_cli.compression.quantize.candidates import candidate_formats
     from ditmoe_cli.compression.quantize.planner import budget_bytes, check_budget
 
-    if asked.budget is not None and asked.candidates is not None:
-        formats = candidate_formats(checkpoint, asked.candidates)
-        limit = budget_bytes(checkpoint, asked.budget, asked.candidates, output)
-        check_budget(checkpoint, formats, asked.candidates, limit, output)
+    if asked.budget is None or asked.candidates is None:
+        return None
+    formats = candidate_formats(checkpoint, asked.candidates)
+    limit = budget_bytes(checkpoint, asked.budget, asked.candidates, output)
+    check_budget(checkpoint, formats, asked.candidates, limit, output)
+    return formats, limit
 
 
 def mixed(
-    checkpoint: Checkpoint, asked: Asked, profile: RoutingProfile, output: Output, device: str
+    checkpoint: Checkpoint,
+    asked: Asked,
+    profile: RoutingProfile,
+    output: Output,
+    device: str,
+    formats: dict[str, tuple[str | None, ...]],
+    limit: int,
 ) -> CompressionPlan:
     """Plan a mix by the method that is asked for, and try it."""
-    from ditmoe_cli.compression.quantize.candidates import candidate_formats
     from ditmoe_cli.compression.quantize.methods import METHODS
-    from ditmoe_cli.compression.quantize.planner import budget_bytes, plan_mixed
+    from ditmoe_cli.compression.quantize.planner import plan_mixed
     from ditmoe_cli.compression.quantize.task import Task
     from ditmoe_cli.compression.quantize.trial import trial
 
     assert asked.candidates is not None and asked.budget is not None
-    formats = candidate_formats(checkpoint, asked.candidates)
-    limit = budget_bytes(checkpoint, asked.budget, asked.candidates, output)
     place = checked_device(device)
     task = Task(checkpoint, profile, asked.candidates, formats, limit, output, place, progress)
     choice = METHODS[asked.method].choose(task)

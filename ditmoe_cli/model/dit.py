@@ -105,7 +105,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
         """Map tokens x (N, tokens, width) under conditions c (N, width)."""
-        seen = self.attend(x, c)
+        return self.mix(self.attend(x, c), index, observer)
+
+    def mix(self, seen: Attended, index: int, observer: Observer | None) -> Tensor:
+        """Return what the block returns, from what stands between its attention and its mixture."""
         mixed = self.moe(seen.inputs, index, seen.gamma, observer, seen.residual)
         out: Tensor = seen.residual + seen.gamma.unsqueeze(1) * mixed
         return out

@@ -21,7 +21,7 @@ from ditmoe_cli.checkpoint.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.quantize.gptq import Hessian, best_rounding, hessian_of, shrunk
-from ditmoe_cli.compression.quantize.guided import Conditions, conditions, relative_error, slices
+from ditmoe_cli.compression.quantize.guided import conditions, relative_error
 from ditmoe_cli.compression.quantize.nearest import linear, rounded
 from ditmoe_cli.compression.quantize.smooth import block_scales, smooth_inputs
 from ditmoe_cli.compression.quantize.smoothed import smoothed_names
@@ -81,17 +81,19 @@ def encode(
                 teacher.advance(seen, block.moe)
                 del seen
                 members = _smoothed(checkpoint, plan, profile, index, block)
-                members |= _BlockRounding(checkpoint, index, block, student).members(formats)
+                rounding = _BlockRounding(checkpoint, index, block, student)
+                members |= rounding.before_mixture(formats)
                 seen = student.attend(block)
+                members |= rounding.mixture(formats, student.tokens(seen))
                 agreement.append(_agreement(chosen, block.moe.gate(seen.inputs.flatten(0, 1)).rows))
                 student.advance(seen, block.moe)
                 del block, seen
             spool.write(index, members)
             progress(1)
         probe = conditions(model, states, spec)
-        wanted = _predicted(model, teacher, probe)
+        wanted = probe.predicted(model, teacher.x, teacher.c)
         with rounded(outside):
-            found = _predicted(model, student, probe)
+            found = probe.predicted(model, student.x, student.c)
         error = relative_error(found, wanted)
     return Encoded(error, tuple(agreement))
 
@@ -126,34 +128,31 @@ def _agreement(chosen: Tensor, others: Tensor) -> float:
     return float((chosen.unsqueeze(2) == others.unsqueeze(1)).any(dim=2).double().mean())
 
 
-def _predicted(model: OffloadedDiTMoE, stream: Stream, probe: Conditions) -> Tensor:
-    parts = [model.unembed(stream.x[rows], stream.c[rows]) for rows in slices(len(stream.x))]
-    return probe.guided(torch.cat(parts))
-
-
 class _BlockRounding:
     """One block whose layers are rounded in place."""
 
     def __init__(self, checkpoint: Checkpoint, index: int, block: Block, stream: Stream) -> None:
         self.checkpoint, self.index, self.block, self.stream = checkpoint, index, block, stream
 
-    def members(self, formats: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that store the block's weights, in the order in which they are rounded."""
+    def before_mixture(self, formats: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that store modulation and attention, in the order in which they are rounded."""
         early = [name for name in formats if ".adaLN_modulation." in name]
         # what leaves attention is seen once what enters it is rounded
         early += sorted((name for name in formats if ".attn." in name), key=lambda name: "qkv" not in name)
         for name in early:
             layer = linear(self.block, name.removeprefix(in_block(self.index, "")))
             with _inputs_of(layer) as inputs:
-                self.stream.attend(self.block)
+                if ".attn." in name:
+                    self.stream.attend(self.block)
+                else:
+                    self.block.adaLN_modulation(self.stream.c)
             found = torch.cat(inputs)
             held, weights = self.stream.of_rows(len(found))
             own, rest = (hessian_of(found[side], weights[side]) for side in (~held, held))
             yield from self._rounded(name, formats[name], layer, own, own, rest)
-        if len(early) < len(formats):
-            yield from self._mixture(formats, self.stream.tokens(self.stream.attend(self.block)))
 
-    def _mixture(self, formats: Mapping[str, str], tokens: Tokens) -> Iterator[tuple[str, Tensor]]:
+    def mixture(self, formats: Mapping[str, str], tokens: Tokens) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that store the experts and the shared one, rounded on what they are given."""
         routing = self.block.moe.gate(tokens.inputs)
         for e, expert in enumerate(self.block.moe.experts):
             yield from self._expert(formats, f"moe.experts.{e}", expert, tokens, routing.gate_of(e))

@@ -47,6 +47,10 @@ class Conditions:
         cond, uncond = output.chunk(2)
         return combine(cond, uncond, self.cfg, self.sampler)
 
+    def predicted(self, model: OffloadedDiTMoE, x: Tensor, c: Tensor) -> Tensor:
+        """Return the guided prediction for tokens x (N, P, D) that have passed all blocks under conditions c (N, D)."""
+        return self.guided(torch.cat([model.unembed(x[rows], c[rows]) for rows in slices(len(x))]))
+
     def energy(self, stream: Tensor) -> float:
         """Return Σ ‖s x_c - (s - 1) x_u‖² over the guided tokens of a stream's difference (N, P, D), a token."""
         parts = zip(self.coefficients, stream.chunk(self.branches), strict=True)

@@ -85,8 +85,7 @@ class Probes:
 
     def predicted(self, stream: Stream) -> Tensor:
         """Return the guided prediction of states that have passed all blocks."""
-        parts = [self.model.unembed(stream.x[rows], stream.c[rows]) for rows in slices(len(stream.x))]
-        return self.states.guided(torch.cat(parts))
+        return self.states.predicted(self.model, stream.x, stream.c)
 
     def amplification(self) -> Amplification:
         """Return what arrived of each error, over what it was; 0 of none."""

@@ -132,9 +132,11 @@ class _Measurement:
         after = self.probes.base.through(block)
         for stream in self.early.values():
             stream.x = stream.through(block)
-        self.local[index] = [*self._of_streams(index, block, named, after), *self._of_mixture(index, block, named)]
+        seen = [block.attend(self.stream.x[rows], self.stream.c[rows]) for rows in slices(len(self.stream.x))]
+        of_mixture = self._of_mixture(index, block, named, block_tokens_of(seen, self.states))
+        self.local[index] = [*self._of_streams(index, block, named, after), *of_mixture]
         self.probes.pass_through(index, block, dict.fromkeys(named, REFERENCE), after)
-        self.stream.x = self.stream.through(block)
+        self.stream.x = torch.cat([block.mix(part, index, None) for part in seen])
 
     def _of_streams(
         self, index: int, block: Block, named: Formats, after: Tensor
@@ -148,10 +150,10 @@ class _Measurement:
                     error = self.probes.states.energy(self.probes.base.through(block) - after)
                 yield kind_of(name), in_block(index, name), fmt, error
 
-    def _of_mixture(self, index: int, block: Block, named: Formats) -> Iterator[tuple[str, str, str, float]]:
+    def _of_mixture(
+        self, index: int, block: Block, named: Formats, tokens: BlockTokens
+    ) -> Iterator[tuple[str, str, str, float]]:
         """Yield the same of experts and the shared expert, replayed on this block's tokens."""
-        seen = [block.attend(self.stream.x[rows], self.stream.c[rows]) for rows in slices(len(self.stream.x))]
-        tokens = block_tokens_of(seen, self.states)
         routing = block.moe.gate(tokens.inputs)
         for e, expert in enumerate(block.moe.experts):
             gates = routing.gate_of(e)

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.compression.quantize.smoothed import ENTERED
 from ditmoe_cli.model.dit import Block
 
-ENTERED = ("gate_proj", "up_proj")  # matrices of an expert that read the mixture's inputs
 _SHIFT, _SCALE = 3, 4  # parts of adaLN that make the mixture's inputs
 
 
@@ -69,7 +69,7 @@ def smooth_inputs(block: Block, sigma: Tensor) -> None:
     moe = block.moe
     readers = [
         moe.gate.weight,
-        *(e.get_parameter(f"{m}.weight") for e in _experts(block) for m in ("gate_proj", "up_proj")),
+        *(e.get_parameter(f"{m}.weight") for e in _experts(block) for m in ENTERED),
     ]
     for weight in (*readers, moe.residual_linear, moe.constants_down):
         if weight is not None:

@@ -7,7 +7,7 @@ from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 _ADALN = ("adaLN_modulation.1.weight", "adaLN_modulation.1.bias")
-_ENTERED = ("gate_proj.weight", "up_proj.weight")
+ENTERED = ("gate_proj", "up_proj")  # matrices of an expert that read the mixture's inputs
 
 
 def smoothed_names(checkpoint: Checkpoint, plan: CompressionPlan, block: int) -> list[str]:
@@ -21,7 +21,8 @@ def smoothed_names(checkpoint: Checkpoint, plan: CompressionPlan, block: int) ->
 def is_smoothed(name: str) -> bool:
     """Tell whether smoothing changes a weight: what makes a mixture's inputs, and what reads them."""
     parts = split_name(name)
+    entered = [f"{matrix}.weight" for matrix in ENTERED]
     if parts.expert is not None:
-        return parts.rest in _ENTERED
-    shared = {f"{SHARED}.{matrix}" for matrix in _ENTERED}
+        return parts.rest in entered
+    shared = {f"{SHARED}.{name}" for name in entered}
     return parts.block is not None and parts.rest in {*_ADALN, ROUTER, RESIDUAL_LINEAR, CONSTANTS_DOWN, *shared}

@@ -32,7 +32,7 @@ def visit(task: Task, look: Look[T]) -> list[T]:
         for index in range(depth):
             with model.resident(index) as block:
                 seen = [block.attend(x[rows], c[rows]) for rows in slices(len(x))]
-                after = [block(x[rows], c[rows], index, None) for rows in slices(len(x))]
+                after = [block.mix(part, index, None) for part in seen]
                 found.append(look(index, block, seen, after))
                 del block
             x = torch.cat(after)
