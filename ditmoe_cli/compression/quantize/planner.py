@@ -22,6 +22,7 @@ from ditmoe_cli.errors import InfeasibleError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
+_SECONDS = 30.0  # of a solver: a few weights of awkward sizes may take it longer than thousands do
 _ROUNDS = 8  # in which the budget of the weights is adjusted to that of the file
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ def solve_mix(
     budget = limit - least + sum(g.options[i].bytes for g, i in zip(groups, narrowest, strict=True))
 
     def mix_of(budget: int) -> Mix:
-        solution = solve(groups, budget)
+        solution = solve(groups, budget, time_limit=_SECONDS)
         chosen = _chosen(groups, solution.choice, formats, candidates)
         return Mix(chosen, solution, file_bytes(checkpoint, chosen, output))
 
