@@ -29,7 +29,7 @@ def test_the_demo_trains_and_loads(tmp_path: Path) -> None:
 
 def test_the_reduction_benchmark_prints_a_row_per_variant(tmp_path: Path) -> None:
     script = str(EXAMPLES / "benchmarks" / "expert_reduction.py")
-    options = ("demo:digits", "--images", "8", "--steps", "2", "--calibrations", "1", "--only", "reap --no-refit")
+    options = ("demo:digits", "--images", "8", "--steps", "2", "--calibrations", "1", "--only", "prune reap --no-refit")
     lines = run_example(sys.executable, script, *options, cwd=tmp_path).splitlines()
     assert len(lines) == 3
     assert lines[2].startswith("| prune reap --no-refit |")

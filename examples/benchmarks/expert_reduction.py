@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from statistics import mean
 
-from measuring import Bench, Variant, bench, parser
+from measuring import Bench, Variant, bench, chosen, parser
 
 PRUNERS = ("reap", "man", "msan", "easy-ep", "gate-mass", "frequency", "random", "naee", "diet")
 MERGERS = ("m-smoe", "hc-smoe", "mergemoe", "sub-moe", "average", "uncurl")
@@ -38,7 +38,7 @@ def narrow(share: str, *more: str) -> Variant:
 def variants(keep: str, short: bool) -> list[Variant]:
     """Return the rows for blocks of `keep` experts of 8, or as many bytes; at most eight of them if `short`."""
     share = str(int(keep) / 8)
-    chosen = [
+    first = [
         prune(keep, "reap", "--router", "slice", "--no-refit"),
         prune(keep, "reap", "--router", "slice"),
         prune(keep, "reap", "--no-refit"),
@@ -49,7 +49,7 @@ def variants(keep: str, short: bool) -> list[Variant]:
         merge(keep, "m-smoe"),
     ]
     if short:
-        return chosen
+        return first
     plain = [prune(keep, method, "--no-refit") for method in PRUNERS if method != "reap"]
     fitted = [prune(keep, method) for method in PRUNERS if method != "reap"]
     repairs = [
@@ -66,7 +66,7 @@ def variants(keep: str, short: bool) -> list[Variant]:
         narrow(share, "--allocate", "global", "--keep", "auto"),
     ]
     merged = [merge(keep, method, *more) for method in MERGERS if method != "m-smoe" for more in (("--no-refit",), ())]
-    return [*chosen, *plain, *fitted, *repairs, *merged]
+    return [*first, *plain, *fitted, *repairs, *merged]
 
 
 def table(made: Bench, rows: Sequence[Variant], seeds: Sequence[int]) -> list[str]:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--keep", default="4", help="experts that each block is left with")
     options = found.parse_args(arguments)
-    rows = [variant for variant in variants(options.keep, options.short) if options.only in variant.label]
+    rows = chosen(variants(options.keep, options.short), options)
     with bench(options) as made:
         print("\n".join(table(made, rows, range(options.calibrations))))
 

@@ -58,12 +58,13 @@ class Bench:
     folder: Path
 
     def prepare(self, seeds: Sequence[int], steps: str) -> None:
-        """Sample the original, and profile it once for each calibration seed."""
-        ditmoe("sample", self.checkpoint, *self.sampling, "-o", "original.safetensors", folder=self.folder)
-        for seed in seeds:
-            bins = str(min(10, int(steps)))
-            words = ("--seed", str(seed), "--steps", steps, "--bins", bins, "-o", f"profile{seed}.safetensors")
-            ditmoe("profile-experts", self.checkpoint, *words, folder=self.folder)
+        """Sample the original, and profile it once for each calibration seed; what the folder holds already is kept."""
+        if not (self.folder / "original.safetensors").exists():
+            ditmoe("sample", self.checkpoint, *self.sampling, "-o", "original.safetensors", folder=self.folder)
+        for name, seed in ((f"profile{seed}.safetensors", seed) for seed in seeds):
+            words = ("--seed", str(seed), "--steps", steps, "--bins", str(min(10, int(steps))), "-o", name)
+            if not (self.folder / name).exists():
+                ditmoe("profile-experts", self.checkpoint, *words, folder=self.folder)
 
     def measure(self, variant: Variant, seed: int) -> Measured:
         """Make a row's checkpoint with the profile of a seed, sample it, and score the samples."""
@@ -98,18 +99,31 @@ def parser(description: str, images: str = "1797") -> argparse.ArgumentParser:
     found.add_argument("--calibrations", type=int, default=3)
     found.add_argument("--real", type=Path, help="npz of real images; for demo:digits scikit-learn's")
     found.add_argument("--short", action="store_true", help="eight rows at most")
-    found.add_argument("--only", default="", help="rows whose label has this in it")
+    found.add_argument("--only", action="append", help="the row of this label, and no other; can be repeated")
+    found.add_argument("--folder", type=Path, help="where samples and profiles stay, for another run to go on with")
     return found
+
+
+def chosen(rows: Sequence[Variant], options: argparse.Namespace) -> list[Variant]:
+    """Return the rows that were asked for."""
+    unknown = set(options.only or ()) - {row.label for row in rows}
+    if unknown:
+        raise SystemExit(f"no row is called {sorted(unknown)[0]!r}; there are {', '.join(row.label for row in rows)}")
+    return [row for row in rows if not options.only or row.label in options.only]
 
 
 @contextmanager
 def bench(options: argparse.Namespace) -> Iterator[Bench]:
-    """Yield a folder with samples of the original, and its profiles by calibration seed."""
+    """Yield a folder with samples of the original, and its profiles by calibration seed.
+
+    A folder that is given belongs to one checkpoint, number of images and number of steps.
+    """
     checkpoint = options.checkpoint
     if Path(checkpoint).exists():
         checkpoint = str(Path(checkpoint).resolve())
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = options.folder.resolve() if options.folder else Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         real = options.real.resolve() if options.real else real_digits(folder / "real.npz")
         made = Bench(checkpoint, ("--images", options.images, "--steps", options.steps), real, folder)
         made.prepare(range(options.calibrations), options.steps)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from measuring import Measured, Variant, bench, ditmoe, parser
+from measuring import Measured, Variant, bench, chosen, ditmoe, parser
 
 BITS = ("2", "2.5", "3", "3.5", "4", "5", "6", "8")
 UNIFORM = ("2", "3", "4", "5", "6", "8")
@@ -100,12 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("|---|---|---|---|---|---|---|")
     with bench(options) as made:
         parameters = ditmoe("inspect", made.checkpoint, folder=made.folder)["parameters"]["total"]
-        for variant in variants(options.short):
-            if options.only in variant.label:
-                runs = [made.measure(variant, seed) for seed in range(options.calibrations)]
-                rows.append(Row(variant, runs))
-                print(rows[-1].line(parameters), flush=True)
-                print(rows[-1].line(parameters), file=sys.stderr, flush=True)
+        for variant in chosen(variants(options.short), options):
+            rows.append(Row(variant, [made.measure(variant, seed) for seed in range(options.calibrations)]))
+            print(rows[-1].line(parameters), flush=True)
+            print(rows[-1].line(parameters), file=sys.stderr, flush=True)
     if plot_to:
         plot(rows, plot_to)
 
