@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Bench:
     sampling: tuple[str, ...]
     real: Path
     folder: Path
+    keep: bool
 
     def prepare(self, seeds: Sequence[int], steps: str) -> None:
         """Sample the original, and profile it once for each calibration seed; what the folder holds already is kept."""
@@ -67,17 +69,29 @@ class Bench:
                 ditmoe("profile-experts", self.checkpoint, *words, folder=self.folder)
 
     def measure(self, variant: Variant, seed: int) -> Measured:
-        """Make a row's checkpoint with the profile of a seed, sample it, and score the samples."""
-        words = (*variant.words, "--profile", f"profile{seed}.safetensors", "-o", "made.safetensors", "--force")
+        """Make a row's checkpoint with the profile of a seed, sample it, and score the samples.
+
+        A run that the folder holds whole is not made again.
+        """
+        stem = f"{re.sub('[^a-z0-9.]+', '-', variant.label)}.{seed}"
+        record = self.folder / f"{stem}.json"
+        if not record.exists():
+            record.write_text(json.dumps(asdict(self._measured(variant, seed, stem))))
+        return Measured(**json.loads(record.read_text()))
+
+    def _measured(self, variant: Variant, seed: int, stem: str) -> Measured:
+        checkpoint, samples = f"{stem}.safetensors", f"{stem}.samples.safetensors"
+        words = (*variant.words, "--profile", f"profile{seed}.safetensors", "-o", checkpoint, "--force")
         seeded = ("--seed", str(seed)) if "random" in variant.words else ()  # draws are what it has instead of noise
         start = time.perf_counter()
         made = ditmoe(words[0], self.checkpoint, *words[1:], *seeded, folder=self.folder)
         seconds = time.perf_counter() - start
-        samples = ("sample", "made.safetensors", *self.sampling, "-o", "samples.safetensors", "--force")
-        ditmoe(*samples, folder=self.folder)
-        against = ("fid", "samples.safetensors", "--extractor", "pixels", "--ref")
+        ditmoe("sample", checkpoint, *self.sampling, "-o", samples, "--force", folder=self.folder)
+        against = ("fid", samples, "--extractor", "pixels", "--ref")
         original = ditmoe(*against, "original.safetensors", folder=self.folder)
         real = ditmoe(*against, self.real, folder=self.folder)
+        if not self.keep:
+            (self.folder / checkpoint).unlink()
         return Measured(original["paired"]["mse"], original["frechet"], real["frechet"], made["bytes"], seconds)
 
 
@@ -100,7 +114,7 @@ def parser(description: str, images: str = "1797") -> argparse.ArgumentParser:
     found.add_argument("--real", type=Path, help="npz of real images; for demo:digits scikit-learn's")
     found.add_argument("--short", action="store_true", help="eight rows at most")
     found.add_argument("--only", action="append", help="the row of this label, and no other; can be repeated")
-    found.add_argument("--folder", type=Path, help="where samples and profiles stay, for another run to go on with")
+    found.add_argument("--folder", type=Path, help="where all files stay, for a later run to go on with")
     return found
 
 
@@ -125,6 +139,12 @@ def bench(options: argparse.Namespace) -> Iterator[Bench]:
         folder = options.folder.resolve() if options.folder else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         real = options.real.resolve() if options.real else real_digits(folder / "real.npz")
-        made = Bench(checkpoint, ("--images", options.images, "--steps", options.steps), real, folder)
+        made = Bench(
+            checkpoint,
+            ("--images", options.images, "--steps", options.steps, "--solver", "euler"),
+            real,
+            folder,
+            bool(options.folder),
+        )
         made.prepare(range(options.calibrations), options.steps)
         yield made
