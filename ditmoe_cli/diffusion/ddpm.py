@@ -8,34 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.guidance import Predictor
+from ditmoe_cli.diffusion.solvers import Solver
+from ditmoe_cli.diffusion.times import TRAINING_STEPS, ddpm_timesteps
 
-TRAINING_STEPS = 1000
 StepNoise = Callable[[Tensor], Tensor]
-
-
-def ancestral_timesteps(steps: int) -> list[int]:
-    """Return `steps` timesteps from 0 to 999, evenly spaced and rounded (upstream's spacing ``"N"``).
-
-    Positions are summed up as upstream sums them: near a half, i * stride would round otherwise.
-    """
-    stride = (TRAINING_STEPS - 1) / max(steps - 1, 1)
-    return [round(position) for position in accumulate(repeat(stride, steps - 1), initial=0.0)]
-
-
-def ddim_timesteps(steps: int) -> list[int]:
-    """Return `steps` timesteps at the smallest integer stride that yields exactly that many (``"ddimN"``).
-
-    Where none does, which upstream refuses, they are ⌊1000 i / steps⌋, so that the last is near pure noise too.
-    """
-    strides = (s for s in range(1, TRAINING_STEPS + 1) if len(range(0, TRAINING_STEPS, s)) == steps)
-    stride = next(strides, None)
-    return list(range(0, TRAINING_STEPS, stride)) if stride else [i * TRAINING_STEPS // steps for i in range(steps)]
 
 
 @dataclass(frozen=True)
@@ -60,9 +41,9 @@ def respaced_schedule(timesteps: list[int]) -> Schedule:
     return Schedule(tuple(timesteps), 1.0 - alphas_bar / previous, alphas_bar)
 
 
-def sampling_schedule(solver: str, steps: int) -> Schedule:
-    """Return the schedule that the solver ``ddim`` or ``ddpm`` steps along."""
-    return respaced_schedule(ddim_timesteps(steps) if solver == "ddim" else ancestral_timesteps(steps))
+def sampling_schedule(solver: Solver, steps: int) -> Schedule:
+    """Return the schedule that a solver for DDPM weights steps along."""
+    return respaced_schedule(ddpm_timesteps(solver, steps))
 
 
 def noised(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -70,7 +51,8 @@ def noised(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return float(alpha_bar.sqrt()) * x + float((1 - alpha_bar).sqrt()) * noise
 
 
-def _predicted_x0(z: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def predicted_x0(z: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return x₀ = z / √ᾱ - √(1/ᾱ - 1) ε, what is left of z without the predicted noise."""
     return z / float(alpha_bar.sqrt()) - eps * float((1 / alpha_bar - 1).sqrt())
 
 
@@ -79,7 +61,7 @@ def ddim(predict: Predictor, z: Tensor, steps: int) -> Tensor:
     schedule, channels = sampling_schedule("ddim", steps), z.shape[1]
     for i in reversed(range(steps)):
         eps = predict(z, schedule.timesteps[i])[:, :channels]
-        x0 = _predicted_x0(z, eps, schedule.alphas_bar[i])
+        x0 = predicted_x0(z, eps, schedule.alphas_bar[i])
         previous = schedule.alphas_bar_prev[i]
         z = float(previous.sqrt()) * x0 + float((1 - previous).sqrt()) * eps
     return z
@@ -98,7 +80,7 @@ def ancestral(predict: Predictor, z: Tensor, steps: int, noise: StepNoise) -> Te
     for i in reversed(range(steps)):
         out = predict(z, schedule.timesteps[i])
         eps, rest = out[:, :channels], out[:, channels:]
-        x0 = _predicted_x0(z, eps, schedule.alphas_bar[i])
+        x0 = predicted_x0(z, eps, schedule.alphas_bar[i])
         alpha, previous = 1 - schedule.betas[i], schedule.alphas_bar_prev[i]
         weight_x0 = schedule.betas[i] * previous.sqrt() / (1 - schedule.alphas_bar[i])
         weight_z = (1 - previous) * alpha.sqrt() / (1 - schedule.alphas_bar[i])

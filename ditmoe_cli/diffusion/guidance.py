@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ditmoe_cli.diffusion.times import ALWAYS, Interval, is_guided
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Denoiser
 from ditmoe_cli.model.moe import Observer
@@ -41,11 +42,13 @@ def guided_predictor(
     sampler: Sampler,
     observer: Observer | None = None,
     on_step: Callable[[Tensor, float], None] | None = None,
+    interval: Interval = ALWAYS,
 ) -> Predictor:
     """Return a predictor for images with `labels` (N,).
 
-    At scale 1 only the conditional branch is computed; otherwise both run in one batch, conditional first.
-    `on_step(x, t)` is called before each prediction, `observer` by every block during it.
+    At scale 1, and at noise levels outside `interval` (https://arxiv.org/abs/2404.07724), only the conditional branch
+    is computed; otherwise both run in one batch, conditional first. `on_step(x, t)` is called before each prediction,
+    `observer` by every block during it.
     """
     null = torch.full_like(labels, model.config.num_classes)
 
@@ -53,7 +56,7 @@ def guided_predictor(
         if on_step is not None:
             on_step(x, t)
         times = torch.full((len(x),), t, device=x.device)
-        if scale == 1.0:
+        if not is_guided(t, scale, sampler, interval):
             plain: Tensor = model(x, times, labels, observer)
             return plain.float()
         both: Tensor = model(torch.cat((x, x)), torch.cat((times, times)), torch.cat((labels, null)), observer)

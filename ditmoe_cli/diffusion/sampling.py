@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.diffusion.solvers import SOLVERS, Solver
+from ditmoe_cli.diffusion.times import ALWAYS, TRAINING_STEPS, Interval, evaluation_times, is_guided
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.model.config import Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.diffusion.guidance import Predictor
     from ditmoe_cli.model.dit import Denoiser
     from ditmoe_cli.model.moe import Observer
 
@@ -26,7 +29,8 @@ StepWatcher = Callable[["Tensor", float], None]
 class SampleSpec:
     """Everything that decides which images come out, batch size and device left aside.
 
-    Image i has noise from (seed, i) and label ``classes[i mod len(classes)]``.
+    Image i has noise from (seed, i) and label ``classes[i mod len(classes)]``. Guidance holds at noise levels (0 image,
+    1 noise) inside `interval`.
     """
 
     images: int
@@ -35,6 +39,12 @@ class SampleSpec:
     seed: int
     solver: Solver
     classes: tuple[int, ...]
+    interval: Interval = ALWAYS
+
+    @property
+    def family(self) -> Sampler:
+        """The family of weights that the solver is for."""
+        return SOLVERS[self.solver].family
 
     def labels(self, indices: Sequence[int]) -> list[int]:
         """Return the labels of the images `indices`."""
@@ -43,25 +53,42 @@ class SampleSpec:
     def conditions(self) -> dict[str, Any]:
         """Return the spec as JSON; classes 0 to n are written as ``"0-n"``."""
         everything = self.classes == tuple(range(len(self.classes)))
-        return {**asdict(self), "classes": f"0-{len(self.classes) - 1}" if everything else list(self.classes)}
+        classes = f"0-{len(self.classes) - 1}" if everything else list(self.classes)
+        return {**asdict(self), "classes": classes, "interval": list(self.interval)}
 
     @property
     def nfe(self) -> int:
         """Model evaluations per image (both guidance branches counted)."""
-        return self.steps * (1 if self.cfg == 1.0 else 2)
+        times = evaluation_times(self.solver, self.steps)
+        return sum(2 if is_guided(t, self.cfg, self.family, self.interval) else 1 for t in times)
 
 
 def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where a value is out of range."""
-    limit = 1000 if SOLVERS[spec.solver] == "ddpm" else 100_000
+    limit = TRAINING_STEPS if spec.family == "ddpm" else 100_000
     for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
         if not low <= value <= high:
             raise UsageError(f"--{name} {value}: must be between {low} and {high}")
     if not 0.0 <= spec.cfg < float("inf"):
         raise UsageError(f"--cfg {spec.cfg}: must be a finite guidance scale of at least 0")
+    low_noise, high_noise = spec.interval
+    if not 0.0 <= low_noise < high_noise <= 1.0:
+        raise UsageError(f"--cfg-interval {low_noise:g},{high_noise:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
     bad = next((c for c in spec.classes if not 0 <= c < num_classes), None)
     if bad is not None or not spec.classes:
         raise UsageError(f"--classes {bad}: the checkpoint has classes 0 to {num_classes - 1}")
+    return spec
+
+
+def check_followable(spec: SampleSpec) -> SampleSpec:
+    """Return `spec`, or raise `UsageError` where its steps cannot be followed one by one, each with equal branches."""
+    if len(evaluation_times(spec.solver, spec.steps)) != spec.steps:
+        raise UsageError(
+            f"--solver {spec.solver}: evaluates the model twice a step, which profiles and comparisons by step do not "
+            "follow; choose another"
+        )
+    if spec.interval != ALWAYS:
+        raise UsageError("--cfg-interval: profiles and comparisons by step need guidance at all steps; leave it out")
     return spec
 
 
@@ -97,35 +124,59 @@ def sample_batch(
     `observer` is shown every block's mixture, `on_step` what the model is about to be fed; `purpose` separates
     noise of equal seeds.
 
-    Raises `BadInputError` where the model produces NaN or infinite values.
+    Raises `BadInputError` where the model produces NaN or infinite values, naming image, seed and step.
     """
     import torch
 
-    from ditmoe_cli.diffusion.ddpm import ancestral, ddim
     from ditmoe_cli.diffusion.guidance import guided_predictor
     from ditmoe_cli.diffusion.noise import image_noise
-    from ditmoe_cli.diffusion.rectified_flow import euler
 
     config = model.config
     shape = (config.in_channels, config.input_size, config.input_size)
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    family = SOLVERS[spec.solver]
-    predict = guided_predictor(model, labels, spec.cfg, family, observer, on_step)
+    predict = guided_predictor(model, labels, spec.cfg, spec.family, observer, on_step, spec.interval)
     with torch.inference_mode():
-        z = stream.draw(shape)
-        if spec.solver == "euler":
-            z = euler(predict, z, spec.steps)
-        elif spec.solver == "ddim":
-            z = ddim(predict, z, spec.steps)
-        else:
-            z = ancestral(predict, z, spec.steps, lambda _: stream.draw(shape))
-    if not bool(z.isfinite().all()):
-        raise BadInputError(
-            f"sampling produced NaN or infinite values in images {indices[0]} to {indices[-1]}; is --sampler "
-            f"{family} right for these weights?"
-        )
-    return z
+        return _integrate(_finite(predict, spec, indices), stream.draw(shape), spec, lambda _: stream.draw(shape))
+
+
+def _integrate(predict: Predictor, z: Tensor, spec: SampleSpec, fresh: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run a spec's solver from noise z; `fresh` draws more of it."""
+    from ditmoe_cli.diffusion.adams import adams_bashforth
+    from ditmoe_cli.diffusion.ddpm import ancestral, ddim
+    from ditmoe_cli.diffusion.dpm_solver import ddpm_dpmpp_2m, flow_dpmpp_2m
+    from ditmoe_cli.diffusion.heun import heun
+    from ditmoe_cli.diffusion.rectified_flow import euler
+
+    solvers: Mapping[Solver, Callable[[], Tensor]] = {
+        "euler": lambda: euler(predict, z, spec.steps),
+        "heun": lambda: heun(predict, z, spec.steps),
+        "ab2": lambda: adams_bashforth(predict, z, spec.steps, 2),
+        "ab4": lambda: adams_bashforth(predict, z, spec.steps, 4),
+        "dpmpp-2m": lambda: flow_dpmpp_2m(predict, z, spec.steps),
+        "ddim": lambda: ddim(predict, z, spec.steps),
+        "ddpm": lambda: ancestral(predict, z, spec.steps, fresh),
+        "ddpm-dpmpp-2m": lambda: ddpm_dpmpp_2m(predict, z, spec.steps),
+    }
+    return solvers[spec.solver]()
+
+
+def _finite(predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> Predictor:
+    """Return a predictor that raises `BadInputError` for the first image whose prediction is not finite."""
+    evaluations = itertools.count(1)
+
+    def checked(x: Tensor, t: float) -> Tensor:
+        found, number = predict(x, t), next(evaluations)
+        if not bool(found.isfinite().all()):
+            first = int((~found.isfinite().flatten(1).all(dim=1)).nonzero()[0])
+            raise BadInputError(
+                f"sampling produced NaN or infinite values in image {indices[first]} (seed {spec.seed}) at evaluation "
+                f"{number} of {len(evaluation_times(spec.solver, spec.steps))}; is --sampler {spec.family} right for "
+                "these weights?"
+            )
+        return found
+
+    return checked
 
 
 def visit_noised(
@@ -150,7 +201,7 @@ def visit_noised(
     clean = clean.to(model.device)
     noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = guided_predictor(model, labels, spec.cfg, SOLVERS[spec.solver], observer, on_step)
+    predict = guided_predictor(model, labels, spec.cfg, spec.family, observer, on_step)
     with torch.inference_mode():
         for time in sampling_times(spec):
             predict(time.noised(clean, noise), time.t)
@@ -168,7 +219,8 @@ def sampling_times(spec: SampleSpec) -> list[NoisedTo]:
     """Return the times of all steps, from noise on; ``noised(clean, noise)`` is the forward process to each."""
     from ditmoe_cli.diffusion.ddpm import noised, sampling_schedule
 
-    if SOLVERS[spec.solver] == "rf":
+    check_followable(spec)
+    if spec.family == "rf":
         return [_rectified(i / spec.steps) for i in range(spec.steps, 0, -1)]
     schedule = sampling_schedule(spec.solver, spec.steps)
 

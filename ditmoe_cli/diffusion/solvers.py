@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.config import Sampler
 
-Solver = Literal["euler", "ddim", "ddpm"]
+Solver = Literal["euler", "heun", "ab2", "ab4", "dpmpp-2m", "ddim", "ddpm", "ddpm-dpmpp-2m"]
 
 
-SOLVERS: Mapping[Solver, Sampler] = {
-    "euler": "rf",  # equal Euler steps, upstream's
-    "ddim": "ddpm",  # DDIM, eta 0
-    "ddpm": "ddpm",  # ancestral sampling
+@dataclass(frozen=True)
+class Kind:
+    """The family that a solver is for, the name it is asked for by, and what it does."""
+
+    family: Sampler
+    name: str
+    summary: str
+
+
+SOLVERS: Mapping[Solver, Kind] = {
+    "euler": Kind("rf", "euler", "equal Euler steps, upstream's"),
+    "heun": Kind("rf", "heun", "Heun's second-order steps, two evaluations each"),
+    "ab2": Kind("rf", "ab2", "Adams-Bashforth of order 2"),
+    "ab4": Kind("rf", "ab4", "Adams-Bashforth of order 4"),
+    "dpmpp-2m": Kind("rf", "dpmpp-2m", "DPM-Solver++(2M)"),
+    "ddim": Kind("ddpm", "ddim", "DDIM, eta 0, upstream's spacing"),
+    "ddpm": Kind("ddpm", "ddpm", "ancestral sampling"),
+    "ddpm-dpmpp-2m": Kind("ddpm", "dpmpp-2m", "DPM-Solver++(2M)"),
 }
-DEFAULT_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
+UPSTREAM_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
+UPSTREAM_STEPS: Mapping[Sampler, int] = {"rf": 50, "ddpm": 250}
+
+
+def solver_names(family: Sampler) -> list[str]:
+    """Return the names of the solvers for weights of a family."""
+    return [kind.name for kind in SOLVERS.values() if kind.family == family]
 
 
 def choose_solver(solver: str | None, family: Sampler) -> Solver:
     """Return the solver to use for weights of a family. Raises `UsageError` where it is unknown or does not fit."""
     if solver is None:
-        return DEFAULT_SOLVER[family]
-    known = next((name for name in SOLVERS if name == solver), None)
-    if known is None:
-        raise UsageError(f"--solver {solver}: unknown; choose {', '.join(SOLVERS)}")
-    if SOLVERS[known] != family:
-        fitting = ", ".join(name for name, fitted in SOLVERS.items() if fitted == family)
-        raise UsageError(f"--solver {solver}: is not for {family} weights; choose {fitting}")
-    return known
+        return UPSTREAM_SOLVER[family]
+    named = [key for key, kind in SOLVERS.items() if solver in (key, kind.name)]
+    fitting = next((key for key in named if SOLVERS[key].family == family), None)
+    if fitting is not None:
+        return fitting
+    if not named:
+        raise UsageError(f"--solver {solver}: unknown; choose {', '.join(solver_names(family))}")
+    raise UsageError(f"--solver {solver}: is not for {family} weights; choose {', '.join(solver_names(family))}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.checkpoint.names import SHARED, split_name
-from ditmoe_cli.diffusion.ddpm import TRAINING_STEPS
+from ditmoe_cli.diffusion.times import TRAINING_STEPS
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import ProgressBar
@@ -233,7 +233,7 @@ def _finish(device: torch.device) -> None:
 
 def footprint(checkpoint: Checkpoint, model: nn.Module, empty: nn.Module) -> Footprint:
     """Return the bytes of a checkpoint's file, of its loaded model, and of the `empty` one, plain and in fp32."""
-    packed = {name.removesuffix(".weight") for name, weight in checkpoint.weights.items() if weight.quantized}
+    packed = {layer for weight in checkpoint.weights.values() if weight.quantized for layer in weight.layers}
     return Footprint(
         checkpoint.header.file_bytes,
         sizes(_tensors(model), packed),

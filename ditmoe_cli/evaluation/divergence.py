@@ -17,8 +17,15 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.checkpoint.names import ROUTER, in_block
 from ditmoe_cli.checkpoint.staging import check_target
-from ditmoe_cli.diffusion.sampling import Progress, ProgressBar, SampleSpec, batches, sample_batch, steps_of_bins
-from ditmoe_cli.diffusion.solvers import SOLVERS
+from ditmoe_cli.diffusion.sampling import (
+    Progress,
+    ProgressBar,
+    SampleSpec,
+    batches,
+    check_followable,
+    sample_batch,
+    steps_of_bins,
+)
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.grid import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8, write_arrays
@@ -270,6 +277,7 @@ def diverge(
 
 def _check(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, outputs: Outputs) -> None:
     require_same_architecture(a, b)
+    check_followable(spec)
     if not 1 <= bins <= spec.steps:
         raise UsageError(f"--bins {bins}: must be between 1 and the {spec.steps} steps")
     if outputs.grid is not None and not a.config.pixel_space:
@@ -386,7 +394,7 @@ def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
     if spec.cfg == 1.0:
         return output.float()
     cond, uncond = output.float().chunk(2)
-    return combine(cond, uncond, spec.cfg, SOLVERS[spec.solver])
+    return combine(cond, uncond, spec.cfg, spec.family)
 
 
 def walk(

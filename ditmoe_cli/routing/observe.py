@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch, step_bin, visit_noised
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
@@ -102,7 +102,8 @@ class FullCollector(RoutingCollector):
 
 
 def check_settings(spec: SampleSpec, bins: int, reservoir: int) -> None:
-    """Raise `UsageError` for more bins than steps or a negative reservoir."""
+    """Raise `UsageError` for steps that cannot be followed, more bins than steps, or a negative reservoir."""
+    check_followable(spec)
     if not 1 <= bins <= spec.steps:
         raise UsageError(f"--bins {bins}: must be between 1 and the {spec.steps} steps")
     if reservoir < 0:

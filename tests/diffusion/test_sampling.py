@@ -18,6 +18,7 @@ from ditmoe_cli.diffusion.ddpm import sampling_schedule
 from ditmoe_cli.diffusion.sampling import (
     SampleSpec,
     batches,
+    check_followable,
     check_spec,
     sample_batch,
     sampling_times,
@@ -25,7 +26,7 @@ from ditmoe_cli.diffusion.sampling import (
     steps_of_bins,
     visit_noised,
 )
-from ditmoe_cli.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, choose_solver
+from ditmoe_cli.diffusion.solvers import SOLVERS, UPSTREAM_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 
 SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))
@@ -39,7 +40,7 @@ def sample_all(model: object, spec: SampleSpec, batch: int) -> Tensor:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("cfg", [1.0, 1.5])
 def test_batch_size_does_not_change_an_image(pico: Callable[..., Pico], solver: str, cfg: float) -> None:
-    model = pico(sampler="rf" if solver == "euler" else "ddpm").model()
+    model = pico(sampler=SOLVERS[solver].family).model()
     spec = replace(SPEC, solver=solver, cfg=cfg)
     whole = sample_all(model, spec, 7)
     assert whole.shape == (7, 4, 8, 8)
@@ -65,7 +66,16 @@ def test_the_same_spec_gives_the_same_bytes(pico: Callable[..., Pico], solver: s
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"steps": 5}, {"cfg": 2.0}, {"classes": (1, 2, 0)}, {"classes": (0,)}, {"solver": "ddim"}]
+    "change",
+    [
+        {"seed": 4},
+        {"steps": 5},
+        {"cfg": 2.0},
+        {"classes": (1, 2, 0)},
+        {"classes": (0,)},
+        {"solver": "ddim"},
+        {"interval": (0.4, 1.0)},
+    ],
 )
 def test_all_that_a_spec_says_matters_and_is_in_its_conditions(
     pico: Callable[..., Pico], change: dict[str, object]
@@ -120,6 +130,10 @@ def test_batches_of_nothing_are_refused(batch: int) -> None:
         ({"classes": (0, 3)}, "--classes 3"),
         ({"classes": (-1,)}, "--classes -1"),
         ({"classes": ()}, "--classes"),
+        ({"interval": (0.5, 0.5)}, "--cfg-interval 0.5,0.5"),
+        ({"interval": (-0.1, 0.5)}, "--cfg-interval"),
+        ({"interval": (0.1, 1.5)}, "--cfg-interval"),
+        ({"interval": (NAN, 1.0)}, "--cfg-interval"),
     ],
 )
 def test_specs_out_of_range_are_refused_by_option(change: dict[str, object], named: str) -> None:
@@ -133,10 +147,20 @@ def test_specs_in_range_pass() -> None:
         assert check_spec(spec, 3) is spec
 
 
-@pytest.mark.parametrize(("cfg", "nfe"), [(1.0, 4), (1.5, 8), (0.0, 8)])
-def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], cfg: float, nfe: int) -> None:
+@pytest.mark.parametrize(
+    ("change", "nfe"),
+    [
+        ({"cfg": 1.0}, 4),
+        ({"cfg": 1.5}, 8),
+        ({"cfg": 0.0}, 8),
+        ({"solver": "heun"}, 14),
+        ({"solver": "ab4", "interval": (0.3, 0.8)}, 6),
+        ({"solver": "heun", "interval": (0.3, 0.8)}, 11),
+    ],
+)
+def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], change: dict[str, object], nfe: int) -> None:
     model, rows = pico(depth=1, widths=((8, 8),), sampler="rf").model(), []
-    spec = replace(SPEC, cfg=cfg)
+    spec = replace(SPEC, **change)  # type: ignore[arg-type]
     sample_batch(model, spec, [0], lambda event: rows.append(len(event.gamma)))
     assert sum(rows) == spec.nfe == nfe
 
@@ -146,7 +170,7 @@ def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], cfg: floa
 def test_a_model_that_makes_nan_is_refused(pico: Callable[..., Pico], solver: str, value: float) -> None:
     model = pico().model()
     model.final_layer.linear.bias[0] = value
-    with pytest.raises(BadInputError, match=r"images 2 to 4.*--sampler (rf|ddpm)"):
+    with pytest.raises(BadInputError, match=r"in image 2 \(seed 3\) at evaluation 1 of \d+; is --sampler (rf|ddpm)"):
         sample_batch(model, replace(SPEC, solver=solver), [2, 3, 4])
 
 
@@ -156,7 +180,7 @@ def test_one_broken_image_in_a_batch_is_enough(pico: Callable[..., Pico], solver
     model.y_embedder.embedding_table.weight[1] = NAN
     spec = replace(SPEC, solver=solver, cfg=1.0)
     sample_batch(model, spec, [0, 2, 3])
-    with pytest.raises(BadInputError, match="NaN"):
+    with pytest.raises(BadInputError, match="NaN or infinite values in image 1 "):
         sample_batch(model, spec, [0, 1, 2])
 
 
@@ -168,14 +192,15 @@ def test_pixel_models_and_latent_models(pico: Callable[..., Pico], channels: int
 
 
 def test_solvers_fit_their_family() -> None:
-    for family, name in DEFAULT_SOLVER.items():
-        assert SOLVERS[name] == family
+    for family, name in UPSTREAM_SOLVER.items():
+        assert SOLVERS[name].family == family
         assert choose_solver(None, family) == name
-    for name, family in SOLVERS.items():
-        assert choose_solver(name, family) == name
-        other = "rf" if family == "ddpm" else "ddpm"
-        with pytest.raises(UsageError, match=f"--solver {name}: is not for {other} weights"):
-            choose_solver(name, other)
+    for key, kind in SOLVERS.items():
+        assert choose_solver(kind.name, kind.family) == choose_solver(key, kind.family) == key
+    with pytest.raises(UsageError, match="--solver ddim: is not for rf weights; choose euler, heun, ab2, ab4, dpmpp"):
+        choose_solver("ddim", "rf")
+    with pytest.raises(UsageError, match="--solver heun: is not for ddpm weights; choose ddim, ddpm, dpmpp-2m"):
+        choose_solver("heun", "ddpm")
     with pytest.raises(UsageError, match="unknown; choose euler"):
         choose_solver("heun9", "rf")
 
@@ -190,12 +215,24 @@ def test_steps_of_bins_are_the_steps_that_fall_into_them(case: tuple[int, int]) 
     ]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+FOLLOWABLE = [solver for solver in SOLVERS if solver != "heun"]
+
+
+def test_steps_that_cannot_be_followed_are_refused() -> None:
+    with pytest.raises(UsageError, match="--solver heun: evaluates the model twice a step"):
+        check_followable(replace(SPEC, solver="heun"))
+    with pytest.raises(UsageError, match="--cfg-interval"):
+        check_followable(replace(SPEC, interval=(0.1, 0.9)))
+    for solver in FOLLOWABLE:
+        check_followable(replace(SPEC, solver=solver))
+
+
+@pytest.mark.parametrize("solver", FOLLOWABLE)
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_sampling_times_are_those_that_a_sampler_asks_at(
     pico: Callable[..., Pico], solver: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = pico(sampler="rf" if solver == "euler" else "ddpm").model()
+    model = pico(sampler=SOLVERS[solver].family).model()
     monkeypatch.setattr(model, "forward", lambda x, *_: x.repeat(1, 2, 1, 1) * 0.1)
     spec = replace(SPEC, solver=solver, steps=steps, cfg=1.0)
     asked: list[float] = []
