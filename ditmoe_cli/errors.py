@@ -49,3 +49,9 @@ class GateError(DitmoeError):
     """A gate such as ``fid --max`` was not passed."""
 
     exit_code = 6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out: Python's, a GPU's, or torch's on the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)  # how torch words it

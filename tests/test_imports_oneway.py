@@ -15,14 +15,16 @@ NAME = "ditmoe_cli"
 # what each part may import from, besides itself; a new part has to be entered here
 ALLOWED = {
     "errors": set(),
+    "processes": set(),
+    "cache": {"errors"},
     "demo": set(),
     "checkpoint": {"errors"},
     "model": {"checkpoint", "errors"},
     "diffusion": {"model", "checkpoint", "errors"},
-    "routing": {"evaluation", "diffusion", "model", "checkpoint", "errors"},
+    "routing": {"processes", "evaluation", "diffusion", "model", "checkpoint", "errors"},
     "compression": {"routing", "evaluation", "diffusion", "model", "checkpoint", "errors"},
-    "evaluation": {"diffusion", "model", "checkpoint", "errors"},
-    "cli": {"compression", "evaluation", "routing", "diffusion", "model", "checkpoint", "errors", ""},
+    "evaluation": {"processes", "cache", "diffusion", "model", "checkpoint", "errors"},
+    "cli": {"processes", "cache", "compression", "evaluation", "routing", "diffusion", "model", "checkpoint", "errors", ""},
     "__main__": {"cli"},
     "": {"model"},  # the package itself: its lazy public interface
 }

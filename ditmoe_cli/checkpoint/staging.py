@@ -15,11 +15,15 @@ from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 
-_CHECKPOINT_FILE = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
+CHECKPOINT_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 
 
-def check_target(target: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+def check_target(
+    target: Path, force: bool, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
+) -> None:
     """Refuse a target that exists (without `force`), is an input, or is no plain file or folder.
+
+    `contents` matches the names of the files that a folder may hold to be replaced.
 
     Raises `OutputExistsError`, and `BadInputError` where the folder to write into is missing.
     """
@@ -36,15 +40,15 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     if not force:
         raise OutputExistsError(f"{target}: exists already; give --force to replace it, or -o for another name")
     if target.is_dir():
-        _refuse_foreign_folder(target)
+        _refuse_foreign_folder(target, contents)
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
+def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str]) -> None:
     """A folder is replaced as a whole, so it must hold nothing but what we write into one."""
-    foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not _CHECKPOINT_FILE.fullmatch(c.name)), None)
+    foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not contents.fullmatch(c.name)), None)
     if foreign is not None:
         raise OutputExistsError(
-            f"{folder}: holds {foreign.name}, which is no part of a checkpoint folder, so it is not replaced; "
+            f"{folder}: holds {foreign.name}, which is no part of such an output, so it is not replaced; "
             "name another output"
         )
 
@@ -57,20 +61,24 @@ def _holds(target: Path, source: Path) -> bool:
 
 
 @contextmanager
-def staged(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def staged(
+    target: Path, force: bool = False, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
+) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder at; on success it becomes `target`.
+
+    `contents` matches the names of the files that a folder may hold to be replaced.
 
     Raises `OutputExistsError` before anything is written, and again should the target appear meanwhile.
     """
     inputs = tuple(inputs)
     target = target.absolute()
-    check_target(target, force, inputs)
+    check_target(target, force, inputs, contents)
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     _remove(staging)  # of a killed run with our process number, as in containers
     try:
         yield staging
         _flush(staging)
-        check_target(target, force, inputs)
+        check_target(target, force, inputs, contents)
         _rename(staging, target)
         _sync(target.parent)
     finally:

@@ -30,7 +30,8 @@ from ditmoe_cli.cli import (
     report,
     sample,
 )
-from ditmoe_cli.errors import DitmoeError
+from ditmoe_cli.errors import DitmoeError, is_out_of_memory
+from ditmoe_cli.processes import under_torchrun
 
 app = typer.Typer(
     name="ditmoe",
@@ -93,7 +94,7 @@ def _leave(code: int) -> NoReturn:
     A thread of the group's that still lets go of a tensor while the interpreter is taken apart aborts the process
     ("terminate called without an active exception", now and then), though all of its work is done.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -171,9 +172,7 @@ def _os_error(error: OSError) -> str:
 
 
 def _unexpected(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the device is out of memory; try a smaller --batch"
-    if "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's words for what Python calls MemoryError
+    if is_out_of_memory(error):
         return "out of memory; try a smaller --batch"
     return f"internal error: {type(error).__name__}: {error} (set DITMOE_TRACEBACK=1 for the traceback, and report it)"
 

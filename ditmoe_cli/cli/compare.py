@@ -27,7 +27,7 @@ from ditmoe_cli.cli.options import (
     require_safetensors,
 )
 from ditmoe_cli.cli.output import Printing, Row, emit, progress
-from ditmoe_cli.cli.spec import sample_spec
+from ditmoe_cli.cli.spec import SamplingOptions, sample_spec
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
@@ -89,7 +89,7 @@ def run(
     stage = both(first, second, given(heads, top_k, sampler))
     check_values(max_error, grid, output)
     a, b = open_stage(stage, stage.original), open_stage(stage)
-    spec = sample_spec(a, images, steps, cfg, seed, solver, classes)
+    spec = sample_spec(a, SamplingOptions(images, steps, cfg, seed, solver, classes))
     from ditmoe_cli.evaluation.divergence import Outputs, diverge
     from ditmoe_cli.evaluation.samples import Runtime
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -16,25 +16,31 @@ from ditmoe_cli.cli.options import (
     Device,
     Force,
     Heads,
+    IntervalOpt,
     Json,
     Quiet,
     SamplerOpt,
     Seed,
     SolverOpt,
-    Steps,
+    StepsOpt,
     TopK,
+    UpstreamExact,
+    VaeOpt,
     checked_device,
     given,
     require_safetensors,
 )
 from ditmoe_cli.cli.output import Printing, Row, emit, note, progress
-from ditmoe_cli.cli.spec import sample_spec
+from ditmoe_cli.cli.spec import SamplingOptions, sample_spec
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
+from ditmoe_cli.evaluation.requests import DEFAULT_CONVENTION
 
 if TYPE_CHECKING:
     from ditmoe_cli.diffusion.sampling import SampleSpec
     from ditmoe_cli.evaluation.compare import Comparison, Measure
+    from ditmoe_cli.evaluation.intervals import Interval
+    from ditmoe_cli.evaluation.requests import Request
     from ditmoe_cli.evaluation.samples import Runtime
     from ditmoe_cli.evaluation.score import Score
     from ditmoe_cli.model.checkpoint import Checkpoint
@@ -71,6 +77,30 @@ WeightsOpt = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--weights", metavar="FILE", help="Inception weights. [default: the cache, else fetched once]"),
 ]
+PrecisionOpt = Annotated[
+    str, typer.Option("--precision", metavar="fp32|bf16", help="Of Inception; bf16 is faster and less exact.")
+]
+ConventionOpt = Annotated[
+    str,
+    typer.Option(
+        "--convention",
+        metavar="NAME",
+        help="Whose resizing and scores: adm, torch-fidelity, pytorch-fid or clean-fid.",
+    ),
+]
+MetricsOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--metrics", metavar="LIST", help="Scores besides: sfid, is, pr, kid, fid-inf, or all."),
+]
+BootstrapOpt = Annotated[
+    int, typer.Option("--bootstrap", metavar="N", help="Resamples for an interval of the distance; 0 for none.")
+]
+WorkOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--work", metavar="DIR", help="Where images and features stay until the score is done. [default: the cache]"
+    ),
+]
 MaxOpt = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option("--max", metavar="X", help="Exit with 6 if the distance is above X."),
@@ -87,15 +117,23 @@ def run(
     ref: RefOpt = None,
     original: OriginalOpt = None,
     images: ImagesOpt = 2048,
-    steps: Steps = 20,
+    steps: StepsOpt = None,
     cfg: Cfg = 1.0,
+    interval: IntervalOpt = None,
     solver: SolverOpt = None,
+    upstream: UpstreamExact = False,
     classes: Classes = None,
     seed: Seed = 0,
     batch: Batch = 64,
     device: Device = "cpu",
+    vae: VaeOpt = None,
     extractor: ExtractorOpt = None,
     weights: WeightsOpt = None,
+    precision: PrecisionOpt = "fp32",
+    convention: ConventionOpt = DEFAULT_CONVENTION,
+    metrics: MetricsOpt = None,
+    resamples: BootstrapOpt = 0,
+    work: WorkOpt = None,
     max_value: MaxOpt = None,
     anyway: Anyway = False,
     heads: Heads = None,
@@ -111,23 +149,22 @@ def run(
     Samples A, and prints its Fréchet distance to B and its paired same-seed error against the original.
 
     In a pipeline without --ref the original's own samples of the same seeds are the reference, so that an
-    unchanged model scores 0. The distance is called fid over Inception features and frechet over any other.
+    unchanged model scores 0. The distance is called fid over Inception features and frechet over any other. A run that
+    was cut off is gone on with by the same command; torchrun shares the work.
     """
     said = given(heads, top_k, sampler)
-    stage = named_for_what_it_is(incoming(subject, said))
-    check_values(images, max_value, extractor, output)
+    stage = named_for_what_it_is(incoming(subject, said, shared=True))
+    check_values(images, max_value, extractor, output, batch)
+    request = asked_for(metrics, convention, resamples, precision)
     from ditmoe_cli.evaluation.compare import Measure
     from ditmoe_cli.evaluation.samples import Runtime
 
-    compared = comparison(stage, ref, original, said)
-    result = measured(
-        compared,
-        lambda checkpoint: sample_spec(checkpoint, images, steps, cfg, seed, solver, classes),
-        Measure(extractor, weights, anyway),
-        Runtime(checked_device(device), batch),
-        output,
-        force,
-    )
+    options = SamplingOptions(images, steps, cfg, seed, solver, classes, interval, upstream)
+    measure = Measure(extractor, weights, anyway, request, precision, vae, work.absolute() if work else None)
+    runtime, compared = Runtime(checked_device(device), batch), comparison(stage, ref, original, said)
+    result = measured(compared, lambda checkpoint: sample_spec(checkpoint, options), measure, runtime, output, force)
+    if result is None:
+        return  # another rank prints
     done, path = stage.done("fid", {}), str(output.absolute()) if output else ""
     emit(Printing(json, quiet), done.to_json(result.to_json()), rows(result), path)
     if max_value is not None and result.value > max_value:
@@ -143,7 +180,18 @@ def named_for_what_it_is(stage: Stage) -> Stage:
     return replace(stage, samples=stage.checkpoint, checkpoint=None, original=None)
 
 
-def check_values(images: int, max_value: float | None, extractor: str | None, output: Path | None) -> None:
+def asked_for(metrics: str | None, convention: str, resamples: int, precision: str) -> Request:
+    """Return the scores that are asked for. Raises `UsageError` for names and numbers that cannot be."""
+    from ditmoe_cli.evaluation.requests import PRECISIONS, Request, parse_scores
+
+    if resamples < 0 or resamples == 1:
+        raise UsageError(f"--bootstrap {resamples}: give at least 2 resamples, or 0 for none")
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: choose {' or '.join(PRECISIONS)}")
+    return Request(parse_scores(metrics, convention), convention, resamples)
+
+
+def check_values(images: int, max_value: float | None, extractor: str | None, output: Path | None, batch: int) -> None:
     """Raise `UsageError` for option values that are wrong whatever is scored."""
     from ditmoe_cli.evaluation.features import check_extractor_name
 
@@ -151,6 +199,8 @@ def check_values(images: int, max_value: float | None, extractor: str | None, ou
         raise UsageError(f"--max {max_value}: give a distance of at least 0")
     if images < 2:
         raise UsageError(f"--images {images}: a distance needs at least 2 images")
+    if batch < 1:
+        raise UsageError(f"--batch {batch}: must be at least 1")
     if extractor is not None:
         check_extractor_name(extractor)
     if output is not None:
@@ -164,7 +214,7 @@ def measured(
     runtime: Runtime,
     output: Path | None,
     force: bool,
-) -> Score:
+) -> Score | None:
     """Compare, and write the score where that was asked for; the output is refused before anything is sampled."""
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.evaluation.compare import compare
@@ -174,7 +224,7 @@ def measured(
     if output is not None:
         check_target(output.absolute(), force, inputs)
     result = compare(compared, spec_of, measure, runtime, progress, note)
-    if output is not None:
+    if output is not None and result is not None:
         write_score(output, result, force, inputs)
     return result
 
@@ -217,10 +267,34 @@ def rows(result: Score) -> list[Row]:
     )
     psnr = f", psnr {paired.psnr:.2f} dB" if paired and paired.psnr is not None else ""
     return [
-        (result.metric, f"{result.value:.4f}"),
+        (result.metric, f"{result.value:.4f}" + interval_row(result.interval)),
+        *score_rows(result.scores),
         ("images", f"{result.images} against {result.reference_images}"),
         ("paired error", error + psnr),
+        *(
+            [("paired features", f"{features.estimate:.4g}{interval_row(features)}")]
+            if (features := result.paired_features)
+            else []
+        ),
         ("extractor", extractor),
         ("subject", result.conditions["subject"]["path"]),
         ("reference", result.conditions["reference"]["path"]),
     ]
+
+
+def interval_row(found: Interval | None) -> str:
+    """Return an interval for reading behind its value."""
+    return "" if found is None else f" ({100 * found.level:g} % interval {found.low:.4g} to {found.high:.4g})"
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[Row]:
+    """Return scores beside the distance."""
+    found: list[Row] = []
+    for name, value in scores.items():
+        if not isinstance(value, dict):
+            found.append((name, f"{value:.4f}"))
+        elif "intercept" in value:
+            found.append((name, f"{value['intercept']:.4f}, slope {value['slope']:.4g} / N"))
+        else:
+            found.append((name, f"{value['mean']:.4f} ± {value['deviation']:.4f}"))
+    return found

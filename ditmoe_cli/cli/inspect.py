@@ -33,10 +33,12 @@ def run(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the description of a checkpoint as JSON."""
+    from ditmoe_cli.checkpoint.formats import format_label
     from ditmoe_cli.model.checkpoint import count_parameters
 
     parameters = count_parameters(checkpoint)
     provenance = checkpoint.header.provenance
+    formats = Counter(format_label(weight.format or weight.info.dtype) for weight in checkpoint.weights.values())
     return {
         "config": checkpoint.config.to_json(),
         "parameters": {
@@ -48,7 +50,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "file_bytes": checkpoint.header.file_bytes,
         "tensor_bytes": sum(info.nbytes for info in checkpoint.header.tensors.values()),
         "tensors": len(checkpoint.header.tensors),
-        "formats": dict(sorted(Counter(w.format or w.info.dtype for w in checkpoint.weights.values()).items())),
+        "formats": dict(sorted(formats.items())),
         "router_rows": [block.router_rows for block in checkpoint.config.blocks],
         "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
         "loads_upstream": loads_upstream(checkpoint),

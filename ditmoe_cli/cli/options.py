@@ -75,7 +75,34 @@ Cfg = Annotated[
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")]
 SolverOpt = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--solver", metavar="euler|ddim|ddpm", help="Integrator. [default: euler for rf, ddim for ddpm]"),
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help="euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. [default: ab2; ddim]",
+    ),
+]
+CalibrationSolver = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help="euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. [default: euler; ddim]",
+    ),
+]
+StepsOpt = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--steps", metavar="N", help="Sampling steps. [default: 20]"),
+]
+IntervalOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--cfg-interval", metavar="LOW,HIGH", help="Guide between these noise levels, 0 to 1. [default: all]"),
+]
+UpstreamExact = Annotated[
+    bool, typer.Option("--upstream-exact", help="Upstream's sampling: 50 Euler steps for rf, 250 ancestral for ddpm.")
+]
+VaeOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--vae", metavar="PATH", help="The latents' AutoencoderKL: diffusers folder or hub name."),
 ]
 Classes = Annotated[
     Optional[str],  # noqa: UP045

@@ -39,13 +39,16 @@ def run(file: PlanArg, other: OtherArg = None, json: Json = False) -> None:
 
 def rows(plan: CompressionPlan) -> list[Row]:
     """Return a plan as a table."""
-    formats = Counter(plan.formats.values())
+    from ditmoe_cli.checkpoint.formats import format_label
+
+    formats = Counter(map(format_label, plan.formats.values()))
     return [
         ("command", plan.command),
         ("for checkpoint", plan.source),
         ("by profile", plan.profile or "none"),
         ("options", ", ".join(f"{name} {value}" for name, value in plan.options.items()) or "none"),
         *((f"block {i}", f"{b.router}, keeps {' '.join(map(str, b.keep))}") for i, b in enumerate(plan.blocks)),
+        *([("orders neurons", f"by {plan.ordering}")] if plan.ordering else []),
         *([("differences", f"{plan.delta.kind} {plan.delta.ratio:g}")] if plan.delta else []),
         *(("quantises", f"{count} weights to {fmt}") for fmt, count in sorted(formats.items())),
     ]

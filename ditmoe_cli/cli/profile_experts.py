@@ -10,6 +10,7 @@ import typer
 
 from ditmoe_cli.cli.options import (
     Batch,
+    CalibrationSolver,
     Cfg,
     CheckpointArg,
     Classes,
@@ -21,7 +22,6 @@ from ditmoe_cli.cli.options import (
     Quiet,
     SamplerOpt,
     Seed,
-    SolverOpt,
     Steps,
     TopK,
     checked_device,
@@ -29,7 +29,7 @@ from ditmoe_cli.cli.options import (
     require_safetensors,
 )
 from ditmoe_cli.cli.output import Printing, Row, emit, note, progress
-from ditmoe_cli.cli.spec import sample_spec
+from ditmoe_cli.cli.spec import SamplingOptions, sample_spec
 from ditmoe_cli.cli.stage import default_output, incoming, open_stage
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.routing import defaults
@@ -66,7 +66,7 @@ def run(
     offload: OffloadOpt = False,
     steps: Steps = defaults.STEPS,
     cfg: Cfg = 1.0,
-    solver: SolverOpt = None,
+    solver: CalibrationSolver = None,
     classes: Classes = None,
     seed: Seed = 0,
     batch: Batch = defaults.BATCH,
@@ -94,7 +94,7 @@ def run(
     given_data = read_data(data, opened.config, images) if data else None
     if given_data and all(label == opened.config.num_classes for label in given_data.labels):
         note(f"{data} has no labels: all images are profiled under the null class")
-    spec = sample_spec(opened, images, steps, cfg, seed, solver, classes)
+    spec = sample_spec(opened, SamplingOptions(images, steps, cfg, seed, solver, classes), calibration=True)
     spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
     settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None, fast)
     target = require_safetensors(output or default_output(opened.path, "profile"))

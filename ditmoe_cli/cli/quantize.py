@@ -318,7 +318,9 @@ def details(plan: CompressionPlan) -> dict[str, Any]:
     """Return what a quantisation did, for the result."""
     from collections import Counter
 
+    from ditmoe_cli.checkpoint.formats import format_label
+
     said = ("method", "predicted_error", "tried_error", "gap", "solver")
-    counts = dict(sorted(Counter(plan.formats.values()).items()))
+    counts = dict(sorted(Counter(map(format_label, plan.formats.values())).items()))
     found = {name: plan.options[name] for name in said if name in plan.options}
     return {"weights": len(plan.formats), "formats": counts, **found}

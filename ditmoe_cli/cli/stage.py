@@ -7,7 +7,6 @@ its end, before torch is imported: all commands of a pipe start at once, and wai
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.processes import under_torchrun
 
 if TYPE_CHECKING:
     from ditmoe_cli.model.checkpoint import Checkpoint
@@ -53,11 +53,6 @@ class Stage:
         return replace(self, history=(*self.history, entry), **made)  # type: ignore[arg-type]
 
 
-def under_torchrun() -> bool:
-    """Tell whether this process was started by torchrun."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stage:
     """Return the stage to work on: of an explicit checkpoint, else of the envelope on stdin.
 
@@ -67,7 +62,9 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stag
     from ditmoe_cli.model.checkpoint import resolve_path
 
     if under_torchrun() and not shared:
-        raise UsageError("this command works in one process; start it without torchrun (profile-experts can share)")
+        raise UsageError(
+            "this command works in one process; start it without torchrun (profile-experts, sample and fid can share)"
+        )
     if checkpoint is not None:
         path = str(resolve_path(checkpoint).absolute())
         return Stage(checkpoint=path, original=path, given=asdict(given))

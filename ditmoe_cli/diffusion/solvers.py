@@ -31,8 +31,11 @@ SOLVERS: Mapping[Solver, Kind] = {
     "ddpm": Kind("ddpm", "ddpm", "ancestral sampling"),
     "ddpm-dpmpp-2m": Kind("ddpm", "dpmpp-2m", "DPM-Solver++(2M)"),
 }
-UPSTREAM_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
-UPSTREAM_STEPS: Mapping[Sampler, int] = {"rf": 50, "ddpm": 250}
+DEFAULT_SOLVER: Mapping[Sampler, Solver] = {"rf": "ab2", "ddpm": "ddim"}
+DEFAULT_STEPS = 20
+CALIBRATION_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
+# what DiT-MoE's authors sampled with: 50 Euler steps, or 250 ancestral ones
+UPSTREAM: Mapping[Sampler, tuple[Solver, int]] = {"rf": ("euler", 50), "ddpm": ("ddpm", 250)}
 
 
 def solver_names(family: Sampler) -> list[str]:
@@ -40,10 +43,12 @@ def solver_names(family: Sampler) -> list[str]:
     return [kind.name for kind in SOLVERS.values() if kind.family == family]
 
 
-def choose_solver(solver: str | None, family: Sampler) -> Solver:
+def choose_solver(
+    solver: str | None, family: Sampler, default: Mapping[Sampler, Solver] = DEFAULT_SOLVER
+) -> Solver:
     """Return the solver to use for weights of a family. Raises `UsageError` where it is unknown or does not fit."""
     if solver is None:
-        return UPSTREAM_SOLVER[family]
+        return default[family]
     named = [key for key, kind in SOLVERS.items() if solver in (key, kind.name)]
     fitting = next((key for key in named if SOLVERS[key].family == family), None)
     if fitting is not None:

@@ -1,8 +1,8 @@
 """Latents to pixels: the decoder of an AutoencoderKL (https://arxiv.org/abs/2112.10752), as diffusers stores it.
 
-A model on latents is trained on z = scale · (encoded − shift), so pixels are decode(z / scale + shift). Upstream DiT-MoE
-takes Stable Diffusion's VAE at 0.18215 throughout; here both numbers are those of the VAE's own config, whose defaults
-are 0.18215 and no shift.
+A model on latents is trained on z = scale · (encoded − shift), so pixels are decode(z / scale + shift). Upstream
+DiT-MoE takes Stable Diffusion's VAE at 0.18215 throughout; here both numbers are those of the VAE's own config, whose
+defaults are 0.18215 and no shift.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,11 @@ class Decoder:
     """An opened VAE.
 
     `module` is diffusers' AutoencoderKL on its device, `name` the hub name or the folder's, `scale` and `shift` what
-    latents are divided by and then moved by, `channels` those of the latents, `upsampling` pixels per latent, `tile` the
-    side of a tile in latents, and `tiled_from` the side in pixels from which images are decoded in tiles.
+    latents are divided by and then moved by, `channels` those of the latents, `upsampling` pixels per latent, `tile`
+    the side of a tile in latents, and `tiled_from` the side in pixels from which images are decoded in tiles.
 
-    `digest` is SHA-256 over the sorted (name, dtype, shape, bytes) of the tensors that decoding reads, as fp32, and the
-    settings that matter: the same for a file and its half-precision run, and for old and new names of its attention.
+    `digest` is SHA-256 over the sorted (name, dtype, shape, bytes) of the tensors that decoding reads and the settings
+    that matter. Tensors count as fp32 and under diffusers' current names, whatever precision they are run in.
     """
 
     module: Any
@@ -74,16 +75,19 @@ class Decoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels (N, 3, H, W) in about [-1, 1], fp32, of latents (N, C, S, S), H being S · `upsampling`.
 
-        Images of `tiled_from` pixels a side or more, and larger than one tile, are decoded in overlapping tiles that are
-        blended: memory then stays that of a tile, and values differ a little from those of the whole, since norms and
-        attention see a tile alone.
+        Images of `tiled_from` pixels a side or more, and larger than one tile, are decoded in overlapping tiles that
+        are blended: memory then stays that of a tile, and values differ a little from those of the whole, since norms
+        and attention see a tile alone.
 
         Raises `BadInputError` where an image holds NaN or infinite values, with its index in the batch.
         """
         import torch
 
         side = self.upsampling * max(latents.shape[-2:])
-        self.module.enable_tiling(side >= self.tiled_from)
+        if side >= self.tiled_from:
+            self.module.enable_tiling()
+        else:
+            self.module.disable_tiling()
         with torch.inference_mode():
             z = latents.to(self.module.device, torch.float32) / self.scale + self.shift
             pixels: Tensor = self.module.decode(z.to(self.module.dtype)).sample.float()
@@ -124,10 +128,11 @@ def open_vae(where: str, device: str = "cpu", dtype: torch.dtype | None = None) 
     _check_weights_file(folder)
     module = _load(folder, where)
     settings = dict(module.config)
+    digest = _digest(module, settings)  # before it is rounded to `dtype`
     return Decoder(
         module=_placed(module, device, torch.float32 if dtype is None else dtype),
         name=_name(where),
-        digest=_digest(module, settings),
+        digest=digest,
         scale=scale,
         shift=shift,
         channels=int(settings["latent_channels"]),
@@ -160,6 +165,8 @@ def _vae_folder(where: str) -> Path:
 
 def _fetched(name: str) -> Path:
     """Return the folder that a hub name's files are in, after fetching those that the cache lacks."""
+    if find_spec("diffusers") is None:  # found out before the download, not after
+        raise _extra_missing(name, ModuleNotFoundError(name="diffusers"))
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -170,23 +177,23 @@ def _fetched(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of the HTTP library, the hub, the file system: all mean that it is not to be had
         raise BadInputError(
-            f"{name}: no such folder, and fetching it from the hub failed ({_reason(error)}); fetch it elsewhere and "
-            "give its folder"
+            f"{name}: no such folder, and fetching it from the hub failed ({_reason(error, lines=1)}); fetch it "
+            "elsewhere and give its folder"
         ) from None
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     """Return a VAE's config. Raises `BadInputError` for what decoding as an AutoencoderKL would get wrong."""
     try:
-        config = json.loads(file.read_text())
+        config: Any = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{file}: cannot be read as JSON ({_reason(error)})") from None
     found = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or found != VAE_CLASS:
+    if found != VAE_CLASS:
         raise BadInputError(f"{file}: describes {found or 'no class'}, not {VAE_CLASS}; give the VAE's folder")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise BadInputError(f"{file}: normalises latents by channel (latents_mean), as no DiT-MoE's VAE does")
-    return config
+    return dict(config)
 
 
 def _scaling(config: Mapping[str, Any], file: Path) -> tuple[float, float]:
@@ -269,7 +276,8 @@ def _digest(module: Any, settings: Mapping[str, Any]) -> str:
 
 
 def _placed(module: Any, device: str, dtype: torch.dtype) -> Any:
-    return module.to(device=device, dtype=dtype).requires_grad_(False)
+    with _quiet():  # diffusers warns of a change of dtype, naming no module that it would harm
+        return module.to(device=device, dtype=dtype)
 
 
 def _extra_missing(where: str, error: BaseException) -> BadInputError:
@@ -289,6 +297,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: BaseException) -> str:
-    """Return an error's message on one line, shortened."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+def _reason(error: BaseException, lines: int | None = None) -> str:
+    """Return an error's message, or its first `lines`, on one line and shortened."""
+    words = " ".join(str(error).splitlines()[:lines]).split()
+    return " ".join(words)[:160] or type(error).__name__

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.checkpoint.names import SHARED, split_name
-from ditmoe_cli.diffusion.times import TRAINING_STEPS
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.diffusion.times import TRAINING_STEPS
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler

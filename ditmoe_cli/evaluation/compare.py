@@ -1,21 +1,40 @@
-"""What is scored against what: sides chosen, checked against each other, sampled or read, and handed to the score."""
+"""Comparing two of: checkpoints, samples, statistics, images; everything that can be refused is refused first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ditmoe_cli.cache import cache_folder
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.features import EXTRACTORS, Extractor, make_extractor
+from ditmoe_cli.evaluation.conventions import CONVENTIONS
+from ditmoe_cli.evaluation.features import EXTRACTORS, Extractor, check_wanted, make_extractor
 from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
-from ditmoe_cli.evaluation.samples import Runtime, require_pixels
-from ditmoe_cli.evaluation.score import Score, Side, card_of, check_statistics, sampled_side, score, stored_side
+from ditmoe_cli.evaluation.requests import Request
+from ditmoe_cli.evaluation.samples import Runtime, Sampling, decoded_by, require_images
+from ditmoe_cli.evaluation.score import Score, score
+from ditmoe_cli.evaluation.sides import (
+    Lab,
+    Side,
+    card_of,
+    check_statistics,
+    featured,
+    keep_statistics,
+    kept_statistics,
+    sampled_side,
+    statistics_of,
+    stored_side,
+)
+from ditmoe_cli.evaluation.statistics_io import StoredStatistics
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.processes import Share, process_group
 
-_MUST_AGREE = ("steps", "cfg", "solver", "classes")
+_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,11 +61,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measure:
-    """How to compare: the extractor (None: what the sides name) with its weights, and whether settings may differ."""
+    """How to compare.
+
+    Attributes:
+        extractor: its name; None for what the sides name.
+        weights: Inception's, where they are named.
+        anyway: whether settings, sizes and channels of images may differ.
+        request: scores beside the distance.
+        precision: of Inception.
+        vae: decodes latents.
+        work: folder for what a run has under way; None for the cache.
+    """
 
     extractor: str | None = None
     weights: Path | None = None
     anyway: bool = False
+    request: Request = field(default_factory=Request)
+    precision: str = "fp32"
+    vae: str | None = None
+    work: Path | None = None
 
 
 def compare(
@@ -55,80 +88,194 @@ def compare(
     measure: Measure,
     runtime: Runtime,
     bar: ProgressBar,
-    say: Callable[[str], None],
-) -> Score:
+    say: Say,
+) -> Score | None:
     """Sample or read all sides and score them; what can be refused is refused before anything is sampled.
 
-    `spec_of(checkpoint)` says how to sample the subject; its spec rules the other sides. Raises `BadInputError`
-    where sides do not fit together, and `UsageError` for an extractor that leads nowhere.
+    `spec_of(checkpoint)` says how to sample the subject; its spec rules the other sides. Under torchrun the work is
+    shared, and all ranks but the first return None. Raises `BadInputError` where sides do not fit together, and
+    `UsageError` for an extractor that leads nowhere, or one that lacks what a score takes.
     """
-    for item in comparison.items:
-        if item.checkpoint is not None:
-            require_pixels(item.checkpoint)
-    extractor, grey_levels = _extractor(comparison, measure, runtime.device, say)
-    done = {item.path: stored_side(item.path) for item in comparison.items if item.checkpoint is None}
-    _check_stored(comparison, done, extractor, grey_levels)
-    subject_spec = _spec_of_subject(comparison.subject, done, spec_of)
-    if not measure.anyway:
-        _check_settings(done.get(comparison.reference.path), subject_spec)
-
-    def side(item: Item) -> Side:
-        if item.path not in done:
-            assert item.checkpoint is not None
-            spec = followed(subject_spec, item.checkpoint) if subject_spec else spec_of(item.checkpoint)
-            done[item.path] = sampled_side(item.checkpoint, spec, runtime, bar)
-        return done[item.path]
-
-    subject, reference = side(comparison.subject), side(comparison.reference)
-    original = side(comparison.original) if subject.spec else None
-    paired = original if original is not None and original.spec == subject.spec else None
-    return score(subject, reference, paired, extractor, grey_levels, bar, say)
+    with process_group() as share:
+        return _Comparing(comparison, spec_of, measure, runtime, bar, say, share).run()
 
 
-def _extractor(
-    comparison: Comparison, measure: Measure, device: str, say: Callable[[str], None]
-) -> tuple[Extractor, int]:
-    """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.
+class _Comparing:
+    """One comparison, on one process."""
 
-    A file's metadata may name our own extractors only: naming others would let a file run code.
-    """
-    cards = [card for item in comparison.items[:2] if (card := card_of(item.path, item.checkpoint))]
-    grey_levels = cards[0].grey_levels if cards else 255
-    named = next((card.extractor for card in cards if card.extractor), "inception")
-    if measure.extractor is None and named not in EXTRACTORS:
-        raise BadInputError(
-            f"{comparison.subject.path}: names the extractor {named!r}, which is code outside ditmoe; give "
-            f"--extractor {named} to run it, or --extractor pixels"
+    def __init__(
+        self,
+        comparison: Comparison,
+        spec_of: Callable[[Checkpoint], SampleSpec],
+        measure: Measure,
+        runtime: Runtime,
+        bar: ProgressBar,
+        say: Say,
+        share: Share,
+    ) -> None:
+        self.comparison, self.spec_of, self.measure, self.runtime = comparison, spec_of, measure, runtime
+        self.bar, self.share = bar, share
+        self.say: Say = say if share.first else lambda _: None
+        self.done: dict[Path, Side] = {}
+
+    def run(self) -> Score | None:
+        """Check everything, make all sides, and score them on the first process."""
+        subject, reference, original = self.comparison.items
+        lab = self._lab()
+        self.done = {item.path: stored_side(item.path) for item in self.comparison.items if item.checkpoint is None}
+        spec = self._subject_spec()
+        samplings = self._samplings(spec)
+        self._check(lab, samplings, spec)
+        if spec is None and original.path not in (subject.path, reference.path):
+            samplings.pop(original.path, None)  # nothing to pair it with
+        with self._held(lab, samplings):
+            for path, what in samplings.items():
+                self.done[path] = sampled_side(what, self.runtime, lab, self.share, self.bar, self.say)
+            stored = self._features(lab)
+            if not self.share.first:
+                return None
+            sides = [self.done.get(item.path) for item in (subject, reference, original)]
+            assert sides[0] is not None and sides[1] is not None
+            paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
+            found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
+            for side in self.done.values():
+                self._forget(lab, side, samplings)
+            return found
+
+    def _lab(self) -> Lab:
+        """Return what features are taken with; the first process fetches weights before the others look for them."""
+        request, base = self.measure.request, self.measure.work or cache_folder("work")
+        if not self.share.first:
+            self.share.wait()
+        extractor, grey_levels = self._extractor()
+        if self.share.first:
+            self.share.wait()
+        check_wanted(extractor, request.wanted)
+        return Lab(extractor, grey_levels, request.wanted, base, cache_folder("statistics"))
+
+    def _extractor(self) -> tuple[Extractor, int]:
+        """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.
+
+        A file's metadata may name our own extractors only: naming others would let a file run code.
+        """
+        measure = self.measure
+        cards = [card for item in self.comparison.items[:2] if (card := card_of(item.path, item.checkpoint))]
+        grey_levels = cards[0].grey_levels if cards else 255
+        named = next((card.extractor for card in cards if card.extractor), "inception")
+        if measure.extractor is None and named not in EXTRACTORS:
+            raise BadInputError(
+                f"{self.comparison.subject.path}: names the extractor {named!r}, which is code outside ditmoe; give "
+                f"--extractor {named} to run it, or --extractor pixels"
+            )
+        name = measure.extractor or named
+        if name == "inception" and will_fetch(measure.weights):
+            self.say(f"fetching the Inception weights (96 MB) into {cached_weights()}")
+        made = make_extractor(
+            name,
+            grey_levels=grey_levels,
+            weights=measure.weights,
+            device=self.runtime.device,
+            preprocessing=CONVENTIONS[measure.request.convention].preprocessing,
+            precision=measure.precision,
         )
-    name = measure.extractor or named
-    if name == "inception" and will_fetch(measure.weights):
-        say(f"fetching the Inception weights (96 MB) into {cached_weights()}")
-    return make_extractor(name, grey_levels=grey_levels, weights=measure.weights, device=device), grey_levels
+        return made, grey_levels
+
+    def _subject_spec(self) -> SampleSpec | None:
+        """Return how the subject is, or was, sampled; None for images of others and statistics."""
+        subject = self.comparison.subject
+        return self.spec_of(subject.checkpoint) if subject.checkpoint is not None else self.done[subject.path].spec
+
+    def _samplings(self, spec: SampleSpec | None) -> dict[Path, Sampling]:
+        """Return what is to be sampled, by path; one VAE serves all."""
+        found: dict[Path, Sampling] = {}
+        for item in self.comparison.items:
+            if item.checkpoint is None or item.path in found:
+                continue
+            own = followed(spec, item.checkpoint) if spec else self.spec_of(item.checkpoint)
+            decoder = next((what.decoder for what in found.values() if what.decoder), None)
+            if decoder is None:
+                decoder = decoded_by(item.checkpoint, self.measure.vae, self.runtime.device)
+            elif not item.checkpoint.config.pixel_space:
+                from ditmoe_cli.diffusion.vae import check_fits
+
+                check_fits(decoder, item.checkpoint.config.in_channels, item.path)
+            found[item.path] = Sampling(item.checkpoint, own, decoder)
+            require_images(found[item.path])
+        return found
+
+    def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
+        """Refuse sides that do not fit together."""
+        subject, reference, _ = self.comparison.items
+        for item, other in ((subject, reference), (reference, subject)):
+            if item.path in self.done and other.path in samplings:
+                check_statistics(self.done[item.path], samplings[other.path], lab)
+        if self.measure.anyway:
+            return
+        shapes = [
+            (item.path, samplings[item.path].shape if item.path in samplings else self._shape(item.path))
+            for item in (subject, reference)
+        ]
+        if all(shape is not None for _, shape in shapes) and shapes[0][1] != shapes[1][1]:
+            told = ", ".join(f"{path} has images of {' x '.join(map(str, shape or ()))}" for path, shape in shapes)
+            raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give --anyway")
+        stored = self.done.get(reference.path)
+        if stored is not None and stored.spec is not None and spec is not None:
+            _check_settings(stored, spec, samplings.get(subject.path), self.done.get(subject.path))
+
+    def _shape(self, path: Path) -> tuple[int, ...] | None:
+        images = self.done[path].images
+        return None if images is None else images.images.shape[1:]
+
+    @contextmanager
+    def _held(self, lab: Lab, samplings: dict[Path, Sampling]) -> Iterator[None]:
+        """Hold the workspaces of all sides. In one order, so that two runs never wait for each other."""
+        rows = {what.key: what.spec.images for what in samplings.values()}
+        rows |= {side.identity: len(side.images) for side in self.done.values() if side.images is not None}
+        with ExitStack() as held:
+            if self.share.first:
+                for identity in sorted(rows):
+                    held.enter_context(lab.workspace(identity, rows[identity]).held(self.say))
+            self.share.wait()
+            yield
+
+    def _features(self, lab: Lab) -> StoredStatistics | None:
+        """Take the features of stored images, and return the reference's statistics where an earlier run kept them."""
+        request, reference = self.measure.request, self.comparison.reference.path
+        subject = self.comparison.subject.path
+        kept = None
+        for path, side in list(self.done.items()):
+            if side.images is None or side.activations is not None:
+                continue
+            if side.statistics is not None and not (path == reference and request.needs_reference_features):
+                continue
+            plain = path == reference != subject and side.spec is None and not request.needs_reference_features
+            kept = kept_statistics(side, lab) if plain else None
+            if kept is not None:
+                self.say(f"using the statistics of {side.path} that an earlier run kept")
+                continue
+            self.done[path] = featured(side, lab, self.share, self.bar)
+            if plain and self.share.first:
+                keep_statistics(side, lab, statistics_of(self.done[path], lab))
+        return kept
+
+    def _forget(self, lab: Lab, side: Side, samplings: dict[Path, Sampling]) -> None:
+        """Delete the workspace of a side that is scored."""
+        if side.images is not None:
+            what = samplings.get(Path(side.path))
+            lab.workspace(what.key if what else side.identity, len(side.images)).remove()
 
 
-def _check_stored(comparison: Comparison, done: dict[Path, Side], extractor: Extractor, grey_levels: int) -> None:
-    """Refuse statistics that do not fit the checkpoint on the other side."""
-    for item, other in ((comparison.subject, comparison.reference), (comparison.reference, comparison.subject)):
-        if item.path in done and other.checkpoint is not None:
-            check_statistics(done[item.path], other.checkpoint, extractor, grey_levels)
-
-
-def _spec_of_subject(
-    subject: Item, done: dict[Path, Side], spec_of: Callable[[Checkpoint], SampleSpec]
-) -> SampleSpec | None:
-    """Return how the subject is, or was, sampled; None for images of others and statistics."""
-    return spec_of(subject.checkpoint) if subject.checkpoint is not None else done[subject.path].spec
-
-
-def _check_settings(reference: Side | None, spec: SampleSpec | None) -> None:
+def _check_settings(reference: Side, spec: SampleSpec, subject: Sampling | None, stored: Side | None) -> None:
     """Refuse stored samples that were made under other settings; another seed or number of images is no matter."""
-    if reference is None or reference.spec is None or spec is None:
-        return
-    differing = [name for name in _MUST_AGREE if getattr(reference.spec, name) != getattr(spec, name)]
-    if differing:
-        told = ", ".join(
-            f"{name} {getattr(reference.spec, name)} there, {getattr(spec, name)} here" for name in differing
-        )
+    assert reference.spec is not None
+    pairs: list[tuple[str, object, object]] = [
+        (name, getattr(reference.spec, name), getattr(spec, name)) for name in _MUST_AGREE
+    ]
+    mine = subject.origin.vae if subject is not None else stored.vae if stored is not None else None
+    theirs, ours = (vae["digest"] if vae else None for vae in (reference.vae, mine))
+    pairs.append(("VAE", theirs, ours))
+    told = ", ".join(f"{name} {theirs} there, {ours} here" for name, theirs, ours in pairs if theirs != ours)
+    if told:
         raise BadInputError(f"{reference.path}: was sampled under other settings ({told}); give the same, or --anyway")
 
 

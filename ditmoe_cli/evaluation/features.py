@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.conventions import PREPROCESSINGS
 from ditmoe_cli.evaluation.images import ImageSet, first_line
 from ditmoe_cli.evaluation.statistics import Array
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.inception import Inception
 
 EXTRACTORS = ("pixels", "inception")
+PRECISIONS = ("fp32", "bf16")
+# What only Inception gives beside features, and the score that wants it.
+EXTRAS = {"spatial": "sFID", "logits": "the Inception score", "biased_logits": "the Inception score with bias"}
 GRID = 8
 BATCH = 64
 
@@ -93,27 +97,65 @@ def area_weights(length: int, cells: int) -> Array:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What one pass over N images gives: features (N, D); where asked for, spatial (N, 2023) and logits (N, 1008)."""
+
+    features: Array
+    spatial: Array | None = None
+    logits: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
 class InceptionExtractor:
-    """Pool features of FID's InceptionV3, `batch` images at a time."""
+    """Activations of FID's InceptionV3, `batch` images at a time.
+
+    `recipe` is one of `PREPROCESSINGS`, `precision` one of `PRECISIONS`; bf16 computes convolutions in bf16, the last
+    pool and the logits in fp32.
+    """
 
     module: Inception
     digest: str
     device: str
     batch: int = BATCH
+    recipe: str = "tf1"
+    precision: str = "fp32"
     name: str = field(default="inception", init=False)
-    preprocessing: str = field(default="TF1 bilinear to 299x299, (x - 128) / 128", init=False)
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to the images first, in words; and the precision where it is not fp32."""
+        return PREPROCESSINGS[self.recipe] + ("" if self.precision == "fp32" else f"; {self.precision}")
 
     def __call__(self, images: Images) -> Array:
         """Return features (N, 2048)."""
+        return self.activations(images).features
+
+    def activations(self, images: Images, wanted: Collection[str] = ()) -> Activations:
+        """Return features, and what of `EXTRAS` is in `wanted`. Raises `UsageError` as `check_wanted` does."""
         import torch
 
-        features = []
+        check_wanted(self, wanted)
+        pools, spatials, logits = [], [], []
+        autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
         with torch.inference_mode():
             for start in range(0, len(images), self.batch):
                 # A copy: torch may not wrap arrays that map a file read-only.
                 part = torch.from_numpy(images[start : start + self.batch].copy()).to(self.device)
-                features.append(self.module(part).double().cpu().numpy())
-        return np.concatenate(features)
+                with autocast:
+                    pool, spatial = self.module.pool_and_spatial(part, self.recipe)
+                pools.append(pool.double().cpu().numpy())
+                if "spatial" in wanted:
+                    spatials.append(spatial.double().cpu().numpy())
+                if "logits" in wanted or "biased_logits" in wanted:
+                    logits.append(self.module.logits(pool, "biased_logits" in wanted).double().cpu().numpy())
+        return Activations(np.concatenate(pools), _joined(spatials), _joined(logits))
+
+
+def _joined(parts: list[Array]) -> Array | None:
+    return np.concatenate(parts) if parts else None
 
 
 @dataclass(frozen=True)
@@ -145,20 +187,31 @@ def check_extractor_name(spec: str) -> None:
         raise UsageError(f"unknown extractor {spec!r}; choose {', '.join(EXTRACTORS)} or package.module:factory")
 
 
-def make_extractor(spec: str, *, grey_levels: int = 255, weights: Path | None = None, device: str = "cpu") -> Extractor:
+def make_extractor(
+    spec: str,
+    *,
+    grey_levels: int = 255,
+    weights: Path | None = None,
+    device: str = "cpu",
+    preprocessing: str = "tf1",
+    precision: str = "fp32",
+) -> Extractor:
     """Return the extractor that `spec` names.
 
-    `grey_levels` is for ``pixels``, `weights` and `device` are for ``inception``. Raises `UsageError` for names
-    that lead nowhere, `BadInputError` where weights are missing or a factory fails.
+    `grey_levels` is for ``pixels``; `weights`, `device`, `preprocessing` and `precision` are for ``inception``. Raises
+    `UsageError` for names that lead nowhere, `BadInputError` where weights are missing or a factory fails.
     """
     check_extractor_name(spec)
+    for what, value, known in (("preprocessing", preprocessing, PREPROCESSINGS), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise UsageError(f"unknown {what} {value!r}; choose {', '.join(known)}")
     if spec == "pixels":
         return PixelExtractor(grey_levels)
     if spec == "inception":
         from ditmoe_cli.evaluation.inception import load_inception
 
         module, digest = load_inception(weights)
-        return InceptionExtractor(module.to(device), digest, device)
+        return InceptionExtractor(module.to(device), digest, device, recipe=preprocessing, precision=precision)
     return _custom(spec)
 
 
@@ -218,23 +271,61 @@ def describe_extractor(extractor: Extractor, grey_levels: int) -> dict[str, Any]
     }
 
 
+def check_wanted(extractor: Extractor, wanted: Collection[str]) -> None:
+    """Refuse what `extractor` does not give beside features.
+
+    `wanted` holds names of `EXTRAS`; ``features`` may stand among them. Raises `UsageError`, which names the score.
+    """
+    unknown = [name for name in wanted if name not in EXTRAS and name != "features"]
+    if unknown:
+        raise UsageError(f"unknown activations {', '.join(unknown)}; choose {', '.join(EXTRAS)}")
+    if "logits" in wanted and "biased_logits" in wanted:
+        raise UsageError("logits are taken with the bias or without it; choose logits or biased_logits")
+    if isinstance(extractor, InceptionExtractor):
+        return
+    score = next((score for name, score in EXTRAS.items() if name in wanted), None)
+    if score is not None:
+        raise UsageError(f"{score} needs --extractor inception; {extractor.name} gives features only")
+
+
+def activations(
+    extractor: Extractor,
+    image_set: ImageSet,
+    wanted: Collection[str] = (),
+    batch: int = BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> Activations:
+    """Return features of all images, and what of `EXTRAS` is in `wanted`, in one pass of `batch` images at a time.
+
+    `progress` is told how many images each step did. Raises `UsageError` where the extractor does not give what is
+    wanted (the message names the score), `BadInputError` where the width of the features changes between batches.
+    """
+    check_wanted(extractor, wanted)
+    parts: list[Activations] = []
+    for start in range(0, len(image_set), batch):
+        images = image_set.images[start : start + batch]
+        if isinstance(extractor, InceptionExtractor):
+            part = extractor.activations(images, wanted)
+        else:
+            part = Activations(extractor(images))
+        if parts and part.features.shape[1] != parts[0].features.shape[1]:
+            widths = f"{parts[0].features.shape[1]}, then {part.features.shape[1]}"
+            raise BadInputError(f"extractor {extractor.name} returned features of width {widths}")
+        parts.append(part)
+        if progress is not None:
+            progress(len(part))
+    return Activations(
+        np.concatenate([part.features for part in parts]),
+        _joined([part.spatial for part in parts if part.spatial is not None]),
+        _joined([part.logits for part in parts if part.logits is not None]),
+    )
+
+
 def extract(
     extractor: Extractor,
     image_set: ImageSet,
     batch: int = BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> Array:
-    """Return features (N, D) of all images, `batch` at a time; `progress` is told how many each step did.
-
-    Raises `BadInputError` where the width of the features changes between batches.
-    """
-    parts: list[Array] = []
-    for start in range(0, len(image_set), batch):
-        features = extractor(image_set.images[start : start + batch])
-        if parts and features.shape[1] != parts[0].shape[1]:
-            widths = f"{parts[0].shape[1]}, then {features.shape[1]}"
-            raise BadInputError(f"extractor {extractor.name} returned features of width {widths}")
-        parts.append(features)
-        if progress is not None:
-            progress(len(features))
-    return np.concatenate(parts)
+    """Return features (N, D) of all images, as `activations` does."""
+    return activations(extractor, image_set, (), batch, progress).features

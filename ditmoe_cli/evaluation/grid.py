@@ -1,4 +1,4 @@
-"""Pairs of images side by side in one picture."""
+"""Many images in one picture: pairs side by side, and the mosaic that all such pictures are."""
 
 from __future__ import annotations
 
@@ -32,17 +32,24 @@ def pair_grid(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if a.shape != b.shape or a.ndim != 4 or not a.size:
         raise BadInputError(f"images of shape {a.shape} and {b.shape} make no pairs; they must be equal (N, H, W, C)")
     a, b = enlarged(a[:MOST_PAIRS]), enlarged(b[:MOST_PAIRS])
-    count, height, width, channels = a.shape
-    across = math.ceil(math.sqrt(count))
+    between = np.full((*a.shape[:2], INNER, a.shape[3]), _WHITE, dtype=np.uint8)
+    return mosaic(np.concatenate([a, between, b], axis=2), squarish(len(a)), OUTER)
+
+
+def squarish(count: int) -> int:
+    """Return the columns that `count` cells take in as many rows, or one row less."""
+    return math.ceil(math.sqrt(count))
+
+
+def mosaic(cells: NDArray[np.uint8], across: int, margin: int) -> NDArray[np.uint8]:
+    """Return a picture (H', W', C) of cells (N, H, W, C) in reading order, `across` to a row, white around each."""
+    count, height, width, channels = cells.shape
     down = math.ceil(count / across)
-    step_down, step_across = height + OUTER, 2 * width + INNER + OUTER
-    shape = (down * step_down + OUTER, across * step_across + OUTER, channels)
-    picture = np.full(shape, _WHITE, dtype=np.uint8)
-    for index in range(count):
-        top, left = OUTER + index // across * step_down, OUTER + index % across * step_across
-        picture[top : top + height, left : left + width] = a[index]
-        right = left + width + INNER
-        picture[top : top + height, right : right + width] = b[index]
+    step_down, step_across = height + margin, width + margin
+    picture = np.full((down * step_down + margin, across * step_across + margin, channels), _WHITE, dtype=np.uint8)
+    for index, cell in enumerate(cells):
+        top, left = margin + index // across * step_down, margin + index % across * step_across
+        picture[top : top + height, left : left + width] = cell
     return picture
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +23,14 @@ from torch.nn import functional as F
 from ditmoe_cli.checkpoint.provenance import file_digest
 from ditmoe_cli.checkpoint.reader import open_reader
 from ditmoe_cli.checkpoint.staging import staged
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.conventions import PREPROCESSINGS
 
 FEATURES = 2048
 SIDE = 299
 CLASSES = 1008
+SPATIAL_CHANNELS = 7  # of Mixed_6d, at 17 x 17: ADM's spatial features
+SPATIAL_BLOCK = "Mixed_6d"
 NORM_EPS = 1e-3
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -198,7 +202,7 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, inputs, H, W) to (N, outputs, H', W')."""
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu_(self.bn(self.conv(x)))
 
 
 class Branches(nn.Module):
@@ -243,9 +247,9 @@ def _convs(step: Step) -> tuple[Conv, ...]:
 
 
 class Inception(Branches):
-    """uint8 images (N, H, W, C), C being 1 or 3, to the features of the last pool (N, 2048).
+    """uint8 images (N, H, W, C), C being 1 or 3, to the features of the last pool (N, 2048), and what lies beside them.
 
-    `fc` takes no part; it belongs to the file of weights.
+    `fc` takes part in the logits alone.
     """
 
     def __init__(self) -> None:
@@ -257,21 +261,69 @@ class Inception(Branches):
             width = block.outputs
         self.fc = nn.Linear(width, CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, preprocessing: str = "tf1") -> Tensor:
         """Return features (N, 2048) in fp32 of uint8 images (N, H, W, C)."""
-        x = preprocess(images).contiguous(memory_format=torch.channels_last)
+        return self.pool_and_spatial(images, preprocessing)[0]
+
+    def pool_and_spatial(self, images: Tensor, preprocessing: str = "tf1") -> tuple[Tensor, Tensor]:
+        """Return, in fp32, features (N, 2048) and spatial features (N, 2023) of uint8 images (N, H, W, C).
+
+        Spatial features, those of sFID (https://arxiv.org/abs/2103.03841), are the first 7 channels of TensorFlow's
+        ``mixed_6/conv``, which is Mixed_6d.branch1x1 after its ReLU, at 17 x 17. They are flattened row by row with the
+        channel running fastest, as TensorFlow lays them out: stored `mu_s` and `sigma_s` count them so.
+        """
+        x = preprocess(images, preprocessing).contiguous(memory_format=torch.channels_last)
+        spatial = x
         # TF32, which cuDNN takes by default, would move features by 1e-3.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = super().forward(x)
             for name in _BLOCKS:
                 x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3))
+                if name == SPATIAL_BLOCK:  # whose first branch is branch1x1
+                    spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).float().flatten(1)
+        return x.float().mean(dim=(2, 3)), spatial
+
+    def logits(self, features: Tensor, bias: bool = False) -> Tensor:
+        """Return features (N, 2048) times the classifier's weights (N, 1008), in fp32; scores leave the bias out."""
+        return F.linear(features.float(), self.fc.weight, self.fc.bias if bias else None)
 
 
-def preprocess(images: Tensor) -> Tensor:
-    """Turn uint8 (N, H, W, C) into fp32 (N, 3, 299, 299): TF1 bilinear, then (x - 128) / 128; grey is repeated."""
-    x = images.permute(0, 3, 1, 2).float()
-    return ((resize_tf1(x, SIDE) - 128) / 128).expand(-1, 3, -1, -1)
+def preprocess(images: Tensor, preprocessing: str = "tf1") -> Tensor:
+    """Turn uint8 (N, H, W, C) into fp32 (N, 3, 299, 299) as one of `PREPROCESSINGS` does; grey is repeated.
+
+    - ``tf1``: TensorFlow 1's bilinear resize, then (x - 128) / 128.
+    - ``pytorch-fid``: torch's bilinear resize of x / 255 at half-pixel centres and without antialiasing, then 2x - 1.
+    - ``clean-fid``: PIL's antialiased bicubic resize of each channel in float, cut to 0..255 but not rounded
+      (https://arxiv.org/abs/2104.11222), then (x - 128) / 128.
+
+    Raises `UsageError` for any other name.
+    """
+    x = images.permute(0, 3, 1, 2)
+    if preprocessing == "tf1":
+        x = (resize_tf1(x.float(), SIDE) - 128) / 128
+    elif preprocessing == "pytorch-fid":
+        x = x.contiguous().float() / 255
+        x = 2 * F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+    elif preprocessing == "clean-fid":
+        x = (resize_clean(x, SIDE) - 128) / 128
+    else:
+        raise UsageError(f"unknown preprocessing {preprocessing!r}; choose {', '.join(PREPROCESSINGS)}")
+    return x.expand(-1, 3, -1, -1)
+
+
+def resize_clean(x: Tensor, side: int) -> Tensor:
+    """Resize uint8 (N, C, H, W) to fp32 (N, C, side, side) by PIL's bicubic of each channel in float, cut to 0..255.
+
+    PIL widens the filter where it shrinks. Its results are not rounded to whole grey levels.
+    """
+    from PIL import Image
+
+    planes = x.cpu().numpy().astype(np.float32)
+    result = np.empty((*x.shape[:2], side, side), dtype=np.float32)
+    for target, channels in zip(result, planes, strict=True):
+        for index, plane in enumerate(channels):
+            target[index] = Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(result.clip(0, 255)).to(x.device)
 
 
 def resize_tf1(x: Tensor, side: int) -> Tensor:

@@ -1,21 +1,43 @@
-"""Samples of a checkpoint, and the files that hold them with all that decided what they show."""
+"""Samples of a checkpoint, and the files that hold them with all that decided what they show.
+
+Images are made batch by batch into a workspace on disk, by any number of processes: noise and label of image i are its
+own, so batch size, number of processes and restarts change nothing beyond rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ditmoe_cli.checkpoint.header import read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import Card, parse_card
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, batches, sample_batch
+from ditmoe_cli.checkpoint.provenance import Card, canonical_json, parse_card
+from ditmoe_cli.checkpoint.staging import check_target
+from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, sample_batch
 from ditmoe_cli.diffusion.solvers import SOLVERS
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError, is_out_of_memory
+from ditmoe_cli.evaluation.export import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
+from ditmoe_cli.evaluation.grid import write_png
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
+from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.processes import Share, own_device, process_group
+
+if TYPE_CHECKING:
+    from ditmoe_cli.diffusion.vae import Decoder
+    from ditmoe_cli.model.dit import Denoiser
+
+SAMPLES = "samples"  # the workspace's array of them
+
+Say = Callable[[str], None]
+Batch = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -28,67 +50,234 @@ class Runtime:
 
 @dataclass(frozen=True)
 class SampledBy:
-    """What a samples file says of its origin: fingerprint of the checkpoint, spec and card."""
+    """What a samples file says of its origin: the checkpoint's fingerprint, spec and card, and the VAE if any."""
 
     checkpoint: str
     spec: SampleSpec
     card: Card
+    vae: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the origin as JSON."""
-        return {"checkpoint": self.checkpoint, "spec": asdict(self.spec), "card": asdict(self.card)}
+        return asdict(self)
 
 
-def sample_latents(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, bar: ProgressBar) -> Any:
-    """Sample all images of `spec`; return final latents, or pixel values, as an fp32 tensor (N, C, S, S)."""
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled: a checkpoint, how, and the decoder of its latents where they are to become images."""
+
+    checkpoint: Checkpoint
+    spec: SampleSpec
+    decoder: Decoder | None = None
+
+    @property
+    def images(self) -> bool:
+        """Whether images come out, and not latents."""
+        return self.checkpoint.config.pixel_space or self.decoder is not None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one of them: (H, W, C) of images, (C, S, S) of latents."""
+        config = self.checkpoint.config
+        side, channels = config.input_size, config.in_channels
+        if self.decoder is not None:
+            return (side * self.decoder.upsampling, side * self.decoder.upsampling, 3)
+        return (side, side, channels) if self.images else (channels, side, side)
+
+    @property
+    def origin(self) -> SampledBy:
+        """What its files say of it."""
+        vae = self.decoder.to_json() if self.decoder is not None else None
+        return SampledBy(self.checkpoint.fingerprint, self.spec, self.checkpoint.card, vae)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of all that decides what comes out."""
+        return hashlib.sha256(canonical_json(self.origin.to_json()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to write: samples as safetensors, and as PNG, ADM's npz or one picture beside them."""
+
+    file: Path
+    png: Path | None = None
+    npz: Path | None = None
+    grid: Path | None = None
+    force: bool = False
+
+    @property
+    def views(self) -> tuple[Path, ...]:
+        """The targets that hold images for others."""
+        return tuple(path for path in (self.png, self.npz, self.grid) if path is not None)
+
+
+def decoded_by(checkpoint: Checkpoint, vae: str | None, device: str) -> Decoder | None:
+    """Return the decoder for a checkpoint's latents; None where no VAE is named.
+
+    Raises `UsageError` for models that make pixels, `BadInputError` for a VAE that cannot be had or does not fit.
+    """
+    if vae is None:
+        return None
+    if checkpoint.config.pixel_space:
+        raise UsageError(f"--vae {vae}: {checkpoint.path.name} makes pixels, which need none; leave it out")
+    from ditmoe_cli.diffusion.vae import check_fits, open_vae
+
+    decoder = open_vae(vae, device)
+    check_fits(decoder, checkpoint.config.in_channels, checkpoint.path)
+    return decoder
+
+
+def require_images(what: Sampling) -> None:
+    """Raise `BadInputError` for samples that are latents."""
+    if not what.images:
+        raise BadInputError(
+            f"{what.checkpoint.path}: makes latents of {what.checkpoint.config.in_channels} channels, which need a VAE "
+            "to become images; give --vae (a folder or a hub name)"
+        )
+
+
+def fill(
+    work: Workspace,
+    what: Sampling,
+    runtime: Runtime,
+    share: Share,
+    bar: ProgressBar,
+    say: Say,
+    after: Callable[[int, Batch], None] = lambda _first, _values: None,
+) -> None:
+    """Sample this process's share of what a workspace lacks, and return once all processes have done theirs.
+
+    `after(first, values)` is told of every batch that was made. Where memory runs out, the batch is halved from there
+    on. Raises `BadInputError` where the model makes NaN or infinite values.
+    """
     import torch
 
     from ditmoe_cli.model.loading import build_model
 
-    chunks = list(batches(spec.images, runtime.batch))
-    model = build_model(checkpoint, torch.device(runtime.device))
-    parts = []
-    with bar(f"sampling {checkpoint.path.name}", spec.images) as progress:
-        for indices in chunks:
-            parts.append(sample_batch(model, spec, indices).cpu())
-            progress(len(indices))
-    return torch.cat(parts)
+    if share.first:
+        work.create(SAMPLES, what.shape, np.uint8 if what.images else np.float32)
+    share.wait()
+    left = work.missing([SAMPLES], runtime.batch)
+    remaining = sum(map(len, left))
+    if share.first and 0 < remaining < work.rows:
+        say(f"going on with {work.rows - remaining} of {work.rows} images that an earlier run left")
+    share.wait()  # nobody makes any before all have seen what there is
+    mine = share.of(left)
+    if mine:
+        model = build_model(what.checkpoint, torch.device(own_device(runtime.device, share)))
+        with bar(f"sampling {what.checkpoint.path.name}", sum(map(len, mine))) as progress:
+            for indices, values in made(model, what, mine, say):
+                work.put(SAMPLES, indices.start, values)
+                progress(len(indices))
+                after(indices.start, values)
+    share.wait()
 
 
-def require_pixels(checkpoint: Checkpoint) -> None:
-    """Raise `BadInputError` for a checkpoint whose samples are latents."""
-    if not checkpoint.config.pixel_space:
-        raise BadInputError(
-            f"{checkpoint.path}: makes latents of {checkpoint.config.in_channels} channels, which need a VAE to become "
-            "images; write them with ditmoe sample, decode them, and give fid the images as npz or PNG"
-        )
+def made(model: Denoiser, what: Sampling, batches: Iterable[range], say: Say) -> Iterable[tuple[range, Batch]]:
+    """Yield the samples of each batch, halving batches from where memory runs out; a single image that does not fit
+    ends in the error that it met."""
+    queue, limit = deque(batches), None
+    while queue:
+        indices = queue.popleft()
+        if limit is not None and len(indices) > limit:
+            queue.extendleft(reversed(split(indices, limit)))
+            continue
+        try:
+            values = sampled(model, what, indices)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(indices) == 1:
+                raise
+            limit = len(indices) // 2
+            queue.appendleft(indices)
+            say(f"out of memory with {len(indices)} images at a time; going on with {limit}")
+            _release(model)
+        else:
+            yield indices, values
 
 
-def sample_images(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, bar: ProgressBar) -> ImageSet:
-    """Sample all images of `spec`. Raises `BadInputError` for checkpoints whose samples are latents."""
-    require_pixels(checkpoint)
-    pixels = sample_latents(checkpoint, spec, runtime, bar)
-    labels = np.asarray(spec.labels(range(spec.images)), dtype=np.int64)
-    return ImageSet(to_uint8(pixels), labels)
+def split(indices: range, most: int) -> list[range]:
+    """Return a batch in parts of at most `most` images."""
+    return [range(start, min(start + most, indices.stop)) for start in range(indices.start, indices.stop, most)]
 
 
-def write_samples(
-    checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, path: Path, force: bool, bar: ProgressBar
-) -> int:
-    """Sample and write: `images` uint8 for pixel models, `latents` fp32 (N, C, S, S) for others; return the bytes."""
-    from ditmoe_cli.checkpoint.staging import check_target
+def _release(model: Denoiser) -> None:
+    import torch
+
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def sampled(model: Denoiser, what: Sampling, indices: Sequence[int]) -> Batch:
+    """Return the images uint8 (N, H, W, C), or latents fp32 (N, C, S, S), of some indices."""
+    latents = sample_batch(model, what.spec, indices)
+    if not what.images:
+        return np.asarray(latents.cpu().numpy())
+    if what.decoder is None:
+        return to_uint8(latents)
+    try:
+        return to_uint8(what.decoder.decode(latents))
+    except BadInputError as error:
+        raise BadInputError(f"images {indices[0]} to {indices[-1]} (seed {what.spec.seed}): {error}") from None
+
+
+def check_targets(what: Sampling, targets: Targets, will_decode: bool = False) -> None:
+    """Refuse targets that cannot be written, and pictures of latents that nobody decodes, before sampling."""
+    if targets.views and not will_decode:
+        require_images(what)
+    listed = [targets.file, *targets.views]
+    for target in listed:
+        if sum(target.absolute() == other.absolute() for other in listed) > 1:
+            raise UsageError(f"{target}: named twice; give each output a name of its own")
+        contents = {"contents": PNG_FILES} if target == targets.png else {}
+        check_target(target.absolute(), targets.force or _is_empty(target), [what.checkpoint.path], **contents)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def write_samples(what: Sampling, runtime: Runtime, targets: Targets, bar: ProgressBar, say: Say) -> int | None:
+    """Sample and write `images` uint8, or `latents` fp32 (N, C, S, S); return the bytes of the safetensors file.
+
+    Under torchrun the work is shared; rank 0 writes, and the others return None. What a run that was cut off has made
+    stays in a hidden folder beside the target, and the same command goes on with it.
+    """
+    check_targets(what, targets)
+    file = targets.file.absolute()
+    work = Workspace(file.with_name(f".{file.name}.{what.key[:12]}.work"), what.spec.images)
+    with process_group() as share, work.held(say) if share.first else nullcontext():
+        fill(work, what, runtime, share, bar, say)
+        if not share.first:
+            return None
+        size = _write(what, targets, work.array(SAMPLES))
+        work.remove()
+    return size
+
+
+def _write(what: Sampling, targets: Targets, values: Batch) -> int:
+    """Write all targets, the safetensors file last: where it stands, everything does."""
     from ditmoe_cli.diffusion.noise import image_seed
 
-    check_target(path.absolute(), force, [checkpoint.path])
-    origin = SampledBy(checkpoint.fingerprint, spec, checkpoint.card).to_json()
+    spec, inputs, force = what.spec, [what.checkpoint.path], targets.force
     seeds = np.asarray([image_seed(spec.seed, i) for i in range(spec.images)], dtype=np.int64)
-    if checkpoint.config.pixel_space:
-        found = sample_images(checkpoint, spec, runtime, bar)
-        return write_images(path, found.images, found.labels, seeds, origin, force, [checkpoint.path])
-    latents = sample_latents(checkpoint, spec, runtime, bar).numpy()
     labels = np.asarray(spec.labels(range(spec.images)), dtype=np.int64)
-    arrays = {"latents": latents, "labels": labels, "seed": seeds}
-    return write_arrays(path, arrays, {**origin, "schema": SAMPLES_SCHEMA}, force, [checkpoint.path])
+    if targets.png is not None:
+        write_png_folder(targets.png, values, force=force, inputs=inputs)
+    if targets.npz is not None:
+        write_adm_npz(targets.npz, values, labels, force, inputs)
+    if targets.grid is not None:
+        write_png(targets.grid, sample_grid(values), force, inputs)
+    origin = what.origin.to_json()
+    if what.images:
+        return write_images(targets.file, values, labels, seeds, origin, force, inputs)
+    arrays = {"latents": values, "labels": labels, "seed": seeds}
+    return write_arrays(targets.file, arrays, {**origin, "schema": SAMPLES_SCHEMA}, force, inputs)
+
+
+def image_set(what: Sampling, values: Batch) -> ImageSet:
+    """Return sampled images with their labels."""
+    return ImageSet(values, np.asarray(what.spec.labels(range(len(values))), dtype=np.int64))
 
 
 def read_origin(path: Path) -> SampledBy | None:
@@ -102,9 +291,12 @@ def read_origin(path: Path) -> SampledBy | None:
 def _parse_origin(document: Mapping[str, Any], path: Path) -> SampledBy:
     try:
         spec = dict(document["spec"])
-        spec["classes"] = tuple(spec["classes"])
-        if spec["solver"] not in SOLVERS:
-            raise ValueError(f"solver {spec['solver']}")
-        return SampledBy(str(document["checkpoint"]), SampleSpec(**spec), parse_card(document["card"]))
+        spec["classes"] = tuple(map(int, spec["classes"]))
+        low, high = spec["interval"]
+        spec["interval"] = (float(low), float(high))
+        vae = document["vae"]
+        if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):
+            raise ValueError(f"solver {spec['solver']}, vae {vae}")
+        return SampledBy(str(document["checkpoint"]), SampleSpec(**spec), parse_card(document["card"]), vae)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: the samples' metadata is malformed ({error})") from None

@@ -1,8 +1,8 @@
 """Scoring: the distance of one set of images to another, under stated conditions, beside the paired error.
 
-A side of a comparison is a checkpoint (sampled), images, or statistics. A distance over Inception features is
-called ``fid``, over any other ``frechet``. Since a distance is not monotone in damage, the mean squared error
-against the original's images of the same seeds stands beside it wherever the original is known.
+A distance over Inception features is called ``fid``, over any other ``frechet``. Since a distance is not monotone in
+damage, the mean squared error against the original's images of the same seeds stands beside it wherever the original is
+known. Other scores are taken on request from the same features, the way that one program takes them (`conventions`).
 """
 
 from __future__ import annotations
@@ -10,56 +10,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditmoe_cli.checkpoint.provenance import Card, file_digest
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec
+from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.evaluation.features import Extractor, describe_extractor, extract
-from ditmoe_cli.evaluation.frechet import frechet_distance
-from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, write_arrays
-from ditmoe_cli.evaluation.inception import WEIGHTS_DIGEST
+from ditmoe_cli.evaluation.conventions import CONVENTIONS, Convention
+from ditmoe_cli.evaluation.extrapolation import frechet_infinity
+from ditmoe_cli.evaluation.frechet import frechet_distance, frechet_of_features
+from ditmoe_cli.evaluation.images import write_arrays
+from ditmoe_cli.evaluation.inception_score import inception_score
+from ditmoe_cli.evaluation.intervals import Interval, bootstrap, bootstrap_frechet
+from ditmoe_cli.evaluation.kernel_distance import kernel_distance
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
-from ditmoe_cli.evaluation.samples import Runtime, read_origin, sample_images
-from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
-from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable, read_statistics
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.evaluation.precision_recall import precision_recall
+from ditmoe_cli.evaluation.requests import Request
+from ditmoe_cli.evaluation.sides import Lab, Side, statistics_of
+from ditmoe_cli.evaluation.statistics import Array
+from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable
+
+if TYPE_CHECKING:
+    from ditmoe_cli.evaluation.features import Extractor
 
 SCORE_SCHEMA = "ditmoe.score/1"
 FEW_IMAGES = 2048
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison, at hand: images or statistics, and what they come from.
-
-    `identity` is a fingerprint or digest; `spec` is known where the images were sampled by us.
-    """
-
-    path: str
-    kind: str
-    identity: str
-    images: ImageSet | None = None
-    statistics: StoredStatistics | None = None
-    spec: SampleSpec | None = None
-
-    def conditions(self) -> dict[str, Any]:
-        """Return what the side is, as JSON."""
-        sampling = {**self.spec.conditions(), "nfe": self.spec.nfe} if self.spec else None
-        return {"kind": self.kind, "path": self.path, "identity": self.identity, "sampling": sampling}
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Score:
-    """A distance, its conditions, and the paired error where there is one."""
+    """A distance with its interval, other scores by name, their conditions, and the paired errors where there are any.
+
+    `paired_features` is the mean of ‖f(aᵢ) - f(bᵢ)‖² over pairs of images of the same seed, with its interval.
+    """
 
     metric: str
     value: float
     images: int | None
     reference_images: int | None
     paired: PairedError | None
+    paired_features: Interval | None = None
+    interval: Interval | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,103 +63,176 @@ class Score:
             "images": self.images,
             "reference_images": self.reference_images,
             "paired": asdict(self.paired) if self.paired else None,
+            "paired_features": asdict(self.paired_features) if self.paired_features else None,
+            "interval": asdict(self.interval) if self.interval else None,
+            "scores": dict(self.scores),
             "conditions": dict(self.conditions),
         }
-
-
-def card_of(path: Path, checkpoint: Checkpoint | None) -> Card | None:
-    """Return what a side says of its images: extractor and grey levels; None where it says nothing."""
-    if checkpoint is not None:
-        return checkpoint.card
-    origin = read_origin(path) if path.suffix == ".safetensors" and kind_of(path) == "images" else None
-    return origin.card if origin else None
-
-
-def sampled_side(checkpoint: Checkpoint, spec: SampleSpec, runtime: Runtime, bar: ProgressBar) -> Side:
-    """Sample a checkpoint."""
-    images = sample_images(checkpoint, spec, runtime, bar)
-    return Side(str(checkpoint.path), "checkpoint", checkpoint.fingerprint, images, spec=spec)
-
-
-def stored_side(path: Path) -> Side:
-    """Read images or statistics. Raises `BadInputError`."""
-    kind = kind_of(path)
-    if kind == "statistics":
-        return Side(str(path), kind, file_digest(path), statistics=read_statistics(path))
-    origin = read_origin(path)
-    return Side(str(path), kind, file_digest(path), read_images(path), spec=origin.spec if origin else None)
-
-
-def check_statistics(side: Side, other: Checkpoint, extractor: Extractor, grey_levels: int) -> None:
-    """Refuse statistics whose extractor or width is not what `extractor` makes of the images of `other`.
-
-    Found out on two black images, so that nothing is sampled in vain. Raises `BadInputError`.
-    """
-    config = other.config
-    if side.statistics is None:
-        return
-    black = np.zeros((2, config.input_size, config.input_size, config.in_channels), dtype=np.uint8)
-    width = extractor(black).shape[1]
-    expected = FeatureStatistics(np.zeros(width), np.zeros((width, width)), None)
-    described = describe_extractor(extractor, grey_levels)
-    check_comparable(StoredStatistics(expected, described), side.statistics, str(other.path), side.path)
 
 
 def score(
     subject: Side,
     reference: Side,
     original: Side | None,
-    extractor: Extractor,
-    grey_levels: int,
+    stored: StoredStatistics | None,
+    lab: Lab,
+    request: Request,
     bar: ProgressBar,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Score:
-    """Return the distance of `subject` to `reference`, and its paired error against `original`.
+    """Return the distance of `subject` to `reference`, what else is asked for, and paired errors against `original`.
 
-    Raises `BadInputError` where statistics come from other features, or sides have fewer than two images.
+    `stored` are the reference's statistics where its features were not taken. Raises `BadInputError` where statistics
+    come from other features, or images are too few for a score.
     """
-    described = describe_extractor(extractor, grey_levels)
-    stored = [_statistics(side, extractor, described, bar) for side in (subject, reference)]
-    check_comparable(stored[0], stored[1], subject.path, reference.path)
-    counts = [one.statistics.n for one in stored]
+    here, there = statistics_of(subject, lab), stored or statistics_of(reference, lab)
+    check_comparable(here, there, subject.path, reference.path)
+    counts = here.statistics.n, there.statistics.n
+    _warn(counts, lab.extractor, say)
+    paired, features = _paired(subject, original, lab)
+    inception = lab.extractor.name == "inception"
+    return Score(
+        metric="fid" if inception else "frechet",
+        value=_distance(subject, reference, here, there),
+        images=counts[0],
+        reference_images=counts[1],
+        paired=paired,
+        paired_features=features,
+        interval=_interval(subject, reference, there, request.resamples, bar) if request.resamples else None,
+        scores=_scores(subject, reference, here, there, request, inception),
+        conditions={
+            "extractor": lab.described,
+            "convention": request.convention if inception else None,
+            "subject": subject.conditions(),
+            "reference": reference.conditions(),
+            "original": original.conditions() if original else None,
+        },
+    )
+
+
+def _warn(counts: tuple[int | None, int | None], extractor: Extractor, say: Say) -> None:
+    from ditmoe_cli.evaluation.inception import WEIGHTS_DIGEST
+
     few = min((n for n in counts if n is not None), default=FEW_IMAGES)
     if few < FEW_IMAGES:
         say(f"warning: only {few} images; distances are biased upwards, and comparable at equal counts alone")
     if extractor.name == "inception" and not extractor.digest.startswith(WEIGHTS_DIGEST):
         say("warning: these are not the weights that FID is defined by; compare the value with its like only")
-    paired = None
-    if original is not None and subject.images is not None and original.images is not None:
-        try:
-            paired = paired_error(subject.images.images, original.images.images, grey_levels)
-        except BadInputError as error:
-            raise BadInputError(f"{subject.path} against {original.path}: {error}") from None
-    conditions = {
-        "extractor": described,
-        "subject": subject.conditions(),
-        "reference": reference.conditions(),
-        "original": original.conditions() if original else None,
-    }
-    metric = "fid" if extractor.name == "inception" else "frechet"
-    return Score(
-        metric, frechet_distance(stored[0].statistics, stored[1].statistics), counts[0], counts[1], paired, conditions
+
+
+def _distance(subject: Side, reference: Side, here: StoredStatistics, there: StoredStatistics) -> float:
+    """Return the Fréchet distance: of features where both sides have them, which is exact for few images too."""
+    if subject.activations is not None and reference.activations is not None:
+        return frechet_of_features(subject.activations.features, reference.activations.features)
+    return frechet_distance(here.statistics, there.statistics)
+
+
+def _paired(subject: Side, original: Side | None, lab: Lab) -> tuple[PairedError | None, Interval | None]:
+    if original is None or subject.images is None or original.images is None:
+        return None, None
+    try:
+        error = paired_error(subject.images.images, original.images.images, lab.grey_levels)
+    except BadInputError as problem:
+        raise BadInputError(f"{subject.path} against {original.path}: {problem}") from None
+    if subject.activations is None or original.activations is None:
+        return error, None
+    return error, paired_distance(subject.activations.features, original.activations.features)
+
+
+def paired_distance(a: Array, b: Array) -> Interval:
+    """Return the mean of ‖aᵢ - bᵢ‖² over rows of a and b (N, D), with a 95 % bootstrap interval over images."""
+    distances = ((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2).sum(axis=1)
+    return bootstrap(lambda values: float(values.mean()), [distances])
+
+
+def _interval(
+    subject: Side, reference: Side, there: StoredStatistics, resamples: int, bar: ProgressBar
+) -> Interval | None:
+    if subject.activations is None:
+        raise BadInputError(f"{subject.path}: holds statistics, and --bootstrap needs images")
+    features = subject.activations.features
+    with bar("resampling", resamples) as progress:
+        if reference.activations is None:
+            return bootstrap_frechet(features, there.statistics, resamples=resamples, progress=progress)
+        return bootstrap_frechet(
+            *(features, reference.activations.features),
+            paired=subject.paired_with(reference),
+            resamples=resamples,
+            progress=progress,
+        )
+
+
+def _scores(
+    subject: Side, reference: Side, here: StoredStatistics, there: StoredStatistics, request: Request, inception: bool
+) -> dict[str, Any]:
+    """Return the scores that were asked for beside the distance, by name."""
+    convention = CONVENTIONS[request.convention]
+    found: dict[str, Any] = {}
+    for name in request.scores:
+        if name == "sfid":
+            if here.spatial is None or there.spatial is None:
+                side = subject if here.spatial is None else reference
+                raise BadInputError(
+                    f"{side.path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images"
+                )
+            found["sfid"] = frechet_distance(here.spatial, there.spatial)
+        elif name == "is":
+            found["inception_score"] = _inception_score(subject, convention)
+        elif name == "pr":
+            assert convention.neighbours is not None
+            both = precision_recall(
+                _features(subject, "pr"), _features(reference, "pr"), neighbours=convention.neighbours
+            )
+            found |= {"precision": both.precision, "recall": both.recall}
+        elif name == "kid":
+            found["kid" if inception else "kernel_distance"] = _kernel_distance(subject, reference, convention)
+        else:
+            line = frechet_infinity(_features(subject, "fid-inf"), there.statistics)
+            found["fid_infinity" if inception else "frechet_infinity"] = asdict(line)
+    return found
+
+
+def _inception_score(subject: Side, convention: Convention) -> dict[str, float]:
+    parts = convention.inception
+    if subject.activations is None or subject.activations.logits is None or parts is None:
+        raise BadInputError(f"{subject.path}: holds statistics, and an Inception score needs images")
+    found = inception_score(subject.activations.logits, parts=parts.parts, chunk=parts.chunk, seed=parts.seed)
+    return {"mean": found.mean, "deviation": found.deviation, "parts": len(found.parts)}
+
+
+def _kernel_distance(subject: Side, reference: Side, convention: Convention) -> dict[str, float]:
+    subsets = convention.kernel
+    assert subsets is not None
+    found = kernel_distance(
+        *(_features(subject, "kid"), _features(reference, "kid")),
+        subsets=subsets.subsets,
+        size=subsets.size,
+        degree=subsets.degree,
+        coefficient=subsets.coefficient,
+        seed=subsets.seed,
+        shrink=subsets.shrink,
     )
+    return {"mean": found.mean, "deviation": found.deviation, "subsets": len(found.values), "size": found.size}
 
 
-def _statistics(side: Side, extractor: Extractor, described: dict[str, Any], bar: ProgressBar) -> StoredStatistics:
-    if side.statistics is not None:
-        return side.statistics
-    assert side.images is not None
-    if len(side.images) < 2:
-        raise BadInputError(f"{side.path}: a distance needs at least 2 images, got {len(side.images)}")
-    with bar(f"{extractor.name} features of {Path(side.path).name}", len(side.images)) as progress:
-        features = extract(extractor, side.images, progress=progress)
-    return StoredStatistics(feature_statistics(features), described)
+def _features(side: Side, score: str) -> Array:
+    if side.activations is None:
+        raise BadInputError(f"{side.path}: holds statistics, and --metrics {score} needs images")
+    return side.activations.features
 
 
 def write_score(path: Path, result: Score, force: bool, inputs: Iterable[Path] = ()) -> int:
     """Write a score as safetensors: numbers as tensors, everything else as metadata; return the bytes."""
-    numbers = {result.metric: result.value}
+    numbers = {result.metric: result.value, **_flat(result.scores)}
     if result.paired is not None:
         numbers["paired_mse"] = result.paired.mse
     arrays = {name: np.asarray(value, dtype=np.float64) for name, value in numbers.items()}
     return write_arrays(path, arrays, {**result.to_json(), "schema": SCORE_SCHEMA}, force, inputs)
+
+
+def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested numbers under names joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in scores.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

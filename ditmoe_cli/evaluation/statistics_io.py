@@ -2,7 +2,8 @@
 
 A safetensors file holds `mu` (D,) and `sigma` (D, D) in float64, `n` where it is known, and says which extractor
 the features came from. An npz holds `mu` and `sigma`, as the others write and read it; ours add `n` and the JSON
-``ditmoe``, which the others pass over.
+``ditmoe``, which the others pass over. Either may hold `mu_s` and `sigma_s` too, those of the spatial features that
+ADM's reference batches carry for sFID. (ADM's hold reference images as `arr_0` besides; `read_images` reads these.)
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from ditmoe_cli.evaluation.statistics import FeatureStatistics
 
 STATISTICS_SCHEMA = "ditmoe.statistics/1"
 
-_ARRAYS = ("mu", "sigma", "n")
+_ARRAYS = ("mu", "sigma", "n", "mu_s", "sigma_s")
 _IDENTITY = ("name", "digest", "preprocessing")  # what makes features comparable
 _ASYMMETRY = 1e-6  # of the largest entry: what float32 storage may leave
 
 
 @dataclass(frozen=True)
 class StoredStatistics:
-    """Statistics, and the extractor's name, digest, preprocessing and grey levels where the file tells them."""
+    """Statistics, and the extractor's name, digest, preprocessing and grey levels where the file tells them.
+
+    `spatial` are those of Inception's spatial features for sFID, where the file has them, of the same images.
+    """
 
     statistics: FeatureStatistics
     extractor: dict[str, Any] | None = None
+    spatial: FeatureStatistics | None = None
 
 
 def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, inputs: Iterable[Path] = ()) -> int:
@@ -47,6 +52,9 @@ def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, 
         "mu": np.asarray(statistics.mu, dtype=np.float64),
         "sigma": np.asarray(statistics.sigma, dtype=np.float64),
     }
+    if stored.spatial is not None:
+        arrays["mu_s"] = np.asarray(stored.spatial.mu, dtype=np.float64)
+        arrays["sigma_s"] = np.asarray(stored.spatial.sigma, dtype=np.float64)
     if statistics.n is not None:
         arrays["n"] = np.asarray(statistics.n, dtype=np.int64)
     document = {"schema": STATISTICS_SCHEMA, "extractor": stored.extractor}
@@ -58,17 +66,28 @@ def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, 
 
 
 def read_statistics(path: Path) -> StoredStatistics:
-    """Read the statistics at `path`. Raises `BadInputError` where they are not mean and covariance."""
+    """Read the statistics at `path`, spatial ones where it has both `mu_s` and `sigma_s`.
+
+    Raises `BadInputError` where they are not mean and covariance.
+    """
     if not path.is_file():
         raise BadInputError(f"{path}: no such file")
     arrays, document = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
     missing = next((name for name in ("mu", "sigma") if name not in arrays), None)
     if missing is not None:
         raise BadInputError(f"{path}: has no array {missing!r}; statistics hold mu and sigma")
-    mu, sigma = (_floating(path, name, arrays[name]) for name in ("mu", "sigma"))
-    _check_moments(path, mu, sigma)
     n = None if "n" not in arrays else _count(path, arrays["n"])
-    return StoredStatistics(FeatureStatistics(mu, sigma, n), _extractor(path, document))
+    statistics = _moments(path, arrays, ("mu", "sigma"), n)
+    spatial = _moments(path, arrays, ("mu_s", "sigma_s"), n) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    return StoredStatistics(statistics, _extractor(path, document), spatial)
+
+
+def _moments(
+    path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[str, str], n: int | None
+) -> FeatureStatistics:
+    mu, sigma = (_floating(path, name, arrays[name]) for name in names)
+    _check_moments(path, names, mu, sigma)
+    return FeatureStatistics(mu, sigma, n)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
@@ -98,15 +117,18 @@ def _floating(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float64]
     return values
 
 
-def _check_moments(path: Path, mu: NDArray[np.float64], sigma: NDArray[np.float64]) -> None:
+def _check_moments(path: Path, names: tuple[str, str], mu: NDArray[np.float64], sigma: NDArray[np.float64]) -> None:
+    mean, covariance = names
     if mu.ndim != 1 or not mu.size or sigma.shape != (mu.size, mu.size):
-        raise BadInputError(f"{path}: mu is {mu.shape} and sigma {sigma.shape}; they must be (D,) and (D, D)")
+        raise BadInputError(
+            f"{path}: {mean} is {mu.shape} and {covariance} {sigma.shape}; they must be (D,) and (D, D)"
+        )
     gap, scale = float(np.abs(sigma - sigma.T).max()), float(np.abs(sigma).max())
     if gap > _ASYMMETRY * scale:
-        raise BadInputError(f"{path}: sigma differs from its transpose by {gap:.3g}; it is no covariance")
+        raise BadInputError(f"{path}: {covariance} differs from its transpose by {gap:.3g}; it is no covariance")
     least = float(sigma.diagonal().min())
     if least < -_ASYMMETRY * scale:
-        raise BadInputError(f"{path}: sigma holds the variance {least:.3g}; it is no covariance")
+        raise BadInputError(f"{path}: {covariance} holds the variance {least:.3g}; it is no covariance")
 
 
 def _count(path: Path, array: NDArray[Any]) -> int:
@@ -134,6 +156,12 @@ def check_comparable(a: StoredStatistics, b: StoredStatistics, a_name: str, b_na
             if a.extractor.get(key) != b.extractor.get(key):
                 found = f"{a_name} has {a.extractor.get(key)!r}, {b_name} has {b.extractor.get(key)!r}"
                 raise BadInputError(f"statistics of different extractors: {key} differs, {found}; make both with one")
-    if a.statistics.dimension != b.statistics.dimension:
-        widths = f"{a_name} has {a.statistics.dimension} features, {b_name} has {b.statistics.dimension}"
+    _check_widths(a.statistics, b.statistics, "features", a_name, b_name)
+    if a.spatial is not None and b.spatial is not None:
+        _check_widths(a.spatial, b.spatial, "spatial features", a_name, b_name)
+
+
+def _check_widths(a: FeatureStatistics, b: FeatureStatistics, what: str, a_name: str, b_name: str) -> None:
+    if a.dimension != b.dimension:
+        widths = f"{a_name} has {a.dimension} {what}, {b_name} has {b.dimension}"
         raise BadInputError(f"statistics of different widths: {widths}; make both with one extractor")

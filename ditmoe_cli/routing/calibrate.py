@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
-from ditmoe_cli.diffusion.solvers import choose_solver
+from ditmoe_cli.diffusion.solvers import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing import defaults
@@ -83,7 +83,7 @@ def profiled_spec(document: Mapping[str, Any], checkpoint: Checkpoint) -> Sample
 
 def default_calibration(checkpoint: Checkpoint) -> Calibration:
     """Return the settings of a plain ``ditmoe profile-experts``."""
-    solver = choose_solver(None, checkpoint.config.sampler)
+    solver = CALIBRATION_SOLVER[checkpoint.config.sampler]
     classes = tuple(range(checkpoint.config.num_classes))
     return Calibration(SampleSpec(defaults.IMAGES, defaults.STEPS, 1.0, 0, solver, classes))
 
@@ -111,7 +111,7 @@ def calibrate(
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.model.offload import OffloadedDiTMoE
-    from ditmoe_cli.routing.distributed import own_device, process_group
+    from ditmoe_cli.processes import own_device, process_group
     from ditmoe_cli.routing.observe import check_settings, collect
 
     inputs = (checkpoint.path, *inputs)

@@ -7,51 +7,16 @@ sums differ by the order of addition alone.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ditmoe_cli.processes import Share
+
 _LARGEST = ("norm_max", "input.max", "neuron.max")
 _PER_STATE = ("states.", "reservoir.")
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process's share of the work: every `world`-th batch, from batch `rank` on."""
-
-    rank: int = 0
-    world: int = 1
-
-    def of(self, batches: Sequence[range]) -> list[range]:
-        """Return this process's batches."""
-        return list(batches[self.rank :: self.world])
-
-
-WHOLE = Share()
-
-
-@contextmanager
-def process_group() -> Iterator[Share]:
-    """Join the group that torchrun started, and leave it after; a share of everything where there is none."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield WHOLE
-        return
-    dist.init_process_group("gloo")  # what is merged lies on the CPU, whatever the device
-    try:
-        yield Share(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # nobody leaves while another's last message is under way
-    finally:
-        dist.destroy_process_group()
-
-
-def own_device(device: str, share: Share) -> str:
-    """Return the device of this process: its own GPU, where several share a machine and none was numbered."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and share.world > 1 else device
 
 
 def rank_of_other_threads(share: Share) -> int | None:

@@ -11,15 +11,22 @@ import pytest
 import torch
 
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.conventions import PREPROCESSINGS
 from ditmoe_cli.evaluation.features import (
+    PRECISIONS,
     InceptionExtractor,
     PixelExtractor,
+    activations,
     area_weights,
     check_extractor_name,
+    check_wanted,
+    describe_extractor,
     extract,
     make_extractor,
 )
 from ditmoe_cli.evaluation.images import ImageSet
+from ditmoe_cli.evaluation.statistics import FeatureStatistics
+from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable
 
 
 def noise_images(n=5, h=8, w=8, c=1, seed=0):
@@ -67,16 +74,24 @@ def test_pixels_are_identified_by_their_levels():
 
 
 class MeanColour(torch.nn.Module):
-    """Stands in for Inception: uint8 (N, H, W, C) to float (N, C), and records its batches."""
+    """Stands in for Inception: uint8 (N, H, W, C) to float (N, C), and records its batches and how they were prepared."""
 
     def __init__(self):
         super().__init__()
         self.batches = []
+        self.recipes = set()
 
-    def forward(self, images):
+    def pool_and_spatial(self, images, preprocessing):
         assert images.dtype == torch.uint8
         self.batches.append(len(images))
-        return images.float().mean(dim=(1, 2))
+        self.recipes.add(preprocessing)
+        if torch.is_autocast_enabled("cpu"):
+            self.recipes.add("autocast")
+        x = images.float()
+        return x.mean(dim=(1, 2)), x[:, 0].flatten(1)
+
+    def logits(self, features, bias):
+        return features * 2 + bias
 
 
 def test_inception_runs_in_batches_and_returns_doubles():
@@ -87,6 +102,71 @@ def test_inception_runs_in_batches_and_returns_doubles():
     assert module.batches == [3, 3, 1]
     assert got.dtype == np.float64
     assert np.allclose(got, images.mean(axis=(1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_inception_prepares_and_computes_as_told(precision):
+    module = MeanColour()
+    InceptionExtractor(module, "d", "cpu", recipe="clean-fid", precision=precision)(noise_images(n=2))
+    assert module.recipes == {"clean-fid"} | ({"autocast"} if precision == "bf16" else set())
+
+
+def test_all_activations_come_from_one_pass():
+    images, steps = noise_images(n=7, c=3), []
+    module = MeanColour()
+    extractor = InceptionExtractor(module, "d", "cpu", batch=2)
+    got = activations(extractor, ImageSet(images), ["spatial", "logits"], batch=3, progress=steps.append)
+    assert module.batches == [2, 1, 2, 1, 1]
+    assert steps == [3, 3, 1]
+    mean = images.mean(axis=(1, 2))
+    assert np.allclose(got.features, mean, rtol=1e-6)
+    assert np.allclose(got.logits, 2 * mean, rtol=1e-6)
+    assert np.array_equal(got.spatial, images[:, 0].reshape(7, -1))
+    assert {array.dtype.name for array in (got.features, got.spatial, got.logits)} == {"float64"}
+    biased = activations(extractor, ImageSet(images), ["features", "biased_logits"])
+    assert np.allclose(biased.logits, 2 * mean + 1, rtol=1e-6)
+    assert biased.spatial is None
+    assert np.array_equal(extract(extractor, ImageSet(images)), biased.features)
+
+
+def test_other_extractors_give_features_only():
+    image_set = ImageSet(noise_images())
+    got = activations(PixelExtractor(16), image_set, ["features"])
+    assert np.array_equal(got.features, PixelExtractor(16)(image_set.images))
+    assert (got.spatial, got.logits) == (None, None)
+    for wanted, score in (("spatial", "sFID"), ("logits", "the Inception score"), ("biased_logits", "Inception score")):
+        with pytest.raises(UsageError, match=f"{score}.* needs --extractor inception; pixels gives features only"):
+            activations(PixelExtractor(16), image_set, [wanted])
+    with pytest.raises(UsageError, match="unknown activations pool; choose spatial, logits"):
+        activations(PixelExtractor(16), image_set, ["pool"])
+    with pytest.raises(UsageError, match="with the bias or without"):
+        check_wanted(InceptionExtractor(MeanColour(), "d", "cpu"), ["logits", "biased_logits"])
+
+
+def test_preprocessing_and_precision_show_in_the_description_and_part_statistics():
+    def stored(**options):
+        described = describe_extractor(InceptionExtractor(MeanColour(), "d", "cpu", **options), 255)
+        return StoredStatistics(FeatureStatistics(np.zeros(3), np.eye(3), 5), described)
+
+    kinds = [stored(recipe=recipe, precision=precision) for recipe in PREPROCESSINGS for precision in PRECISIONS]
+    assert len({kind.extractor["preprocessing"] for kind in kinds}) == 6
+    for i, a in enumerate(kinds):
+        for j, b in enumerate(kinds):
+            if i == j:
+                check_comparable(a, b, "a", "b")
+                continue
+            with pytest.raises(BadInputError, match="preprocessing differs"):
+                check_comparable(a, b, "a", "b")
+    # Statistics that were stored before there was a choice stay comparable.
+    assert stored().extractor["preprocessing"] == "TF1 bilinear to 299x299, (x - 128) / 128"
+    assert stored(precision="bf16").extractor["preprocessing"].endswith("; bf16")
+
+
+def test_unknown_preprocessing_and_precision_are_refused():
+    with pytest.raises(UsageError, match="unknown preprocessing 'pil'; choose tf1, pytorch-fid, clean-fid"):
+        make_extractor("inception", preprocessing="pil")
+    with pytest.raises(UsageError, match="unknown precision 'fp16'; choose fp32, bf16"):
+        make_extractor("inception", precision="fp16")
 
 
 def test_extract_in_batches_equals_one_call_and_tells_progress():

@@ -6,40 +6,22 @@ The real weights are not needed: a seeded state dict in their place goes through
 from __future__ import annotations
 
 import hashlib
-import importlib.abc
-import importlib.machinery
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
+from peers import noise, seeded_state, torch_fidelity_network, torchvision_at_hand
 from safetensors.torch import save_file
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation import inception
-from ditmoe_cli.evaluation.inception import Inception, load_inception, preprocess, resize_tf1
+from ditmoe_cli.evaluation.features import activations, make_extractor
+from ditmoe_cli.evaluation.images import ImageSet
+from ditmoe_cli.evaluation.inception import Inception, load_inception, preprocess, resize_clean, resize_tf1
 
 # SHA-256 of the canonical JSON {name: shape} of torch-fidelity 0.4.0's network, num_batches_tracked left out.
 LAYOUT_DIGEST = "67901373e2f702a8074ffcd17d2aef96d20b3f690bf3679fd8b909ae1488a971"
-
-
-def seeded_state():
-    """Return weights under which features neither vanish nor explode (PyTorch's own start does the former)."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        layout = Inception().state_dict()
-    state = {}
-    for name, tensor in layout.items():
-        normal = torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim > 1:
-            state[name] = normal * (2 / tensor[0].numel()) ** 0.5
-        elif name.endswith(("bn.weight", "running_var")):
-            state[name] = 0.75 + 0.5 * torch.rand(tensor.shape, generator=generator)
-        else:
-            state[name] = 0.1 * normal
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +43,6 @@ def no_weights_around(monkeypatch, tmp_path):
     monkeypatch.delenv("DITMOE_INCEPTION", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(inception, "WEIGHTS_URL", (tmp_path / "no-such-server").as_uri())
-
-
-def images(n=2, h=32, w=32, c=3, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, h, w, c), dtype=np.uint8))
 
 
 def test_names_and_shapes_are_those_of_the_weight_file():
@@ -117,11 +95,115 @@ def test_preprocessing_maps_bytes_to_about_one_and_repeats_grey():
         assert (got[index] == value).all()
 
 
+def bilinear_by_loops(image, side):
+    """Half-pixel bilinear resize of (H, W) to (side, side): pixel centres of both grids cover the same square."""
+    result = np.zeros((side, side))
+    for i in range(side):
+        for j in range(side):
+            position = [(index + 0.5) * length / side - 0.5 for index, length in zip((i, j), image.shape, strict=True)]
+            y, x = (min(max(p, 0), length - 1) for p, length in zip(position, image.shape, strict=True))
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, image.shape[0] - 1), min(left + 1, image.shape[1] - 1)
+            corners = image[[top, top, bottom, bottom], [left, right, left, right]].reshape(2, 2)
+            result[i, j] = np.array([1 - y + top, y - top]) @ corners @ np.array([1 - x + left, x - left])
+    return result
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (320, 300)])
+def test_preprocessing_of_pytorch_fid(shape):
+    batch = noise(1, *shape)
+    got = preprocess(batch, "pytorch-fid")[0].numpy()
+    expected = [2 * bilinear_by_loops(batch[0, :, :, c].numpy() / 255, 299) - 1 for c in range(3)]
+    assert np.abs(got - np.stack(expected)).max() < 2e-5  # positions are taken in fp32
+
+
+def bicubic_weights(length, side):
+    """PIL's (side, length) weights: Keys' cubic with a = -1/2, widened by the ratio where it shrinks."""
+    ratio = length / side
+    stretch = max(ratio, 1.0)
+
+    def cubic(x):
+        x = abs(x)
+        if x < 1:
+            return 1.5 * x**3 - 2.5 * x**2 + 1
+        return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+    weights = np.zeros((side, length))
+    for i in range(side):
+        centre = (i + 0.5) * ratio
+        for j in range(length):
+            weights[i, j] = cubic((j + 0.5 - centre) / stretch)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 7)])
+@pytest.mark.parametrize("side", [9, 50])
+def test_resize_of_clean_fid_is_an_antialiased_bicubic_without_rounding(shape, side):
+    batch = noise(1, *shape, c=1)
+    rows, columns = (bicubic_weights(length, side) for length in shape)
+    expected = (rows @ batch[0, :, :, 0].numpy().astype(float) @ columns.T).clip(0, 255)
+    got = resize_clean(batch.permute(0, 3, 1, 2), side)[0, 0].numpy()
+    assert np.abs(got - expected).max() < 1e-2
+    assert np.abs(got - got.round()).max() > 0.3
+    assert (got.min(), got.max()) >= (0, 200)
+
+
+def test_preprocessing_of_clean_fid_scales_as_its_network_does():
+    flat = torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 7, 9, 1)
+    got = preprocess(flat, "clean-fid")
+    assert got.shape == (3, 3, 299, 299)
+    for index, value in enumerate([-1.0, 0.0, 127 / 128]):
+        assert torch.allclose(got[index], torch.tensor(value), atol=1e-6)
+    with pytest.raises(UsageError, match="unknown preprocessing 'tf2'; choose tf1, pytorch-fid, clean-fid"):
+        preprocess(flat, "tf2")
+
+
+def test_spatial_features_are_those_of_adm(loaded):
+    """The first 7 channels of Mixed_6d's 1x1 branch after its ReLU, as TensorFlow flattens (N, 17, 17, 7)."""
+    module, _ = loaded
+    seen = []
+    handle = module.get_submodule("Mixed_6d.branch1x1").register_forward_hook(
+        lambda _m, _i, output: seen.append(output)
+    )
+    with torch.inference_mode():
+        pool, spatial = module.pool_and_spatial(noise())
+        assert torch.equal(pool, module(noise()))
+    handle.remove()
+    branch = seen[0].numpy()
+    assert branch.shape == (2, 192, 17, 17)
+    assert spatial.shape == (2, 7 * 17 * 17)
+    assert np.array_equal(spatial.numpy(), branch.transpose(0, 2, 3, 1)[..., :7].reshape(2, -1))
+    assert branch.min() == 0 < branch.max()
+
+
+def test_logits_are_products_with_the_classifier(loaded):
+    module, _ = loaded
+    weight, bias = module.fc.weight.double(), module.fc.bias.double()
+    with torch.inference_mode():
+        features = module(noise())
+        plain, biased = module.logits(features), module.logits(features, bias=True)
+    assert plain.shape == (2, 1008)
+    assert torch.allclose(plain.double(), features.double() @ weight.T, rtol=1e-4, atol=1e-4)
+    assert torch.allclose((biased - plain).double(), bias.expand(2, -1), atol=1e-4)
+
+
+def test_bf16_is_near_fp32_and_not_it(loaded, weights):
+    batch = noise().numpy()
+    exact = activations(make_extractor("inception", weights=weights), ImageSet(batch), ["spatial", "logits"])
+    rough = activations(
+        make_extractor("inception", weights=weights, precision="bf16"), ImageSet(batch), ["spatial", "logits"]
+    )
+    for a, b in ((exact.features, rough.features), (exact.spatial, rough.spatial), (exact.logits, rough.logits)):
+        assert 1e-5 < np.linalg.norm(a - b) / np.linalg.norm(a) < 2e-2
+    # What is stored is not itself rounded to eight bits of mantissa.
+    assert not torch.equal(torch.from_numpy(rough.features).bfloat16().double(), torch.from_numpy(rough.features))
+
+
 def test_features_are_deterministic_and_finite_whatever_the_size_of_the_images(loaded):
     module, _ = loaded
     with torch.inference_mode():
-        first, again = module(images()), module(images())
-        wide = module(images(1, 20, 40))
+        first, again = module(noise()), module(noise())
+        wide = module(noise(1, 20, 40))
     assert first.shape == (2, 2048)
     assert torch.equal(first, again)
     assert torch.isfinite(first).all()
@@ -134,7 +216,7 @@ def test_features_are_those_that_torch_fidelity_gave(loaded):
     """Numbers of torch-fidelity 0.4.0 with torch 2.13 for the same weights and images; checks without the peer."""
     module, _ = loaded
     with torch.inference_mode():
-        got = module(images())
+        got = module(noise())
     expected = [[1.2036735, 0.6850073, 0.4956640, 0.0], [1.1982119, 0.6639970, 0.4932476, 0.0]]
     assert torch.allclose(got[:, :4], torch.tensor(expected), rtol=1e-4, atol=1e-5)
     assert got.double().mean().item() == pytest.approx(0.4693332, rel=1e-5)
@@ -143,7 +225,7 @@ def test_features_are_those_that_torch_fidelity_gave(loaded):
 
 def test_grey_images_have_the_features_of_their_colour_copies(loaded):
     module, _ = loaded
-    grey = images(1, c=1)
+    grey = noise(1, c=1)
     with torch.inference_mode():
         assert torch.allclose(module(grey), module(grey.repeat(1, 1, 1, 3)), rtol=1e-5, atol=1e-6)
 
@@ -238,44 +320,16 @@ def test_the_cache_is_in_the_home_folder_by_default(monkeypatch, tmp_path):
     assert inception.cached_weights().parent == tmp_path / ".cache" / "ditmoe"
 
 
-class TorchvisionStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets torch-fidelity be imported where torchvision is not; its Inception path needs none of it."""
-
-    def find_spec(self, name, path=None, target=None):  # noqa: ARG002
-        stub = name.split(".")[0] == "torchvision"
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if stub else None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = self._attribute
-        return module
-
-    @staticmethod
-    def _attribute(name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-    def exec_module(self, module):
-        pass
-
-
 @pytest.fixture
-def peer(weights, monkeypatch):
-    """Return torch-fidelity's extractor with the seeded weights, loaded strictly by itself."""
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, TorchvisionStub()])
-    before = set(sys.modules)
-    module = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
-    yield module.FeatureExtractorInceptionV3("peer", ["2048"], feature_extractor_weights_path=str(weights))
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] == "torchvision":
-            del sys.modules[name]
+def peer(weights):
+    with torchvision_at_hand():
+        yield torch_fidelity_network(weights)
 
 
 @pytest.mark.parametrize("side", [32, 299, 320])
 def test_features_equal_those_of_torch_fidelity(peer, loaded, side):
     module, _ = loaded
-    batch = images(2, side, side, seed=side)
+    batch = noise(2, side, side, seed=side)
     with torch.inference_mode():
         (expected,) = peer(batch.permute(0, 3, 1, 2))
         got = module(batch)

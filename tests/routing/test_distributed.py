@@ -15,7 +15,8 @@ import torch
 from conftest import Pico
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches
-from ditmoe_cli.routing.distributed import Share, merge
+from ditmoe_cli.processes import Share
+from ditmoe_cli.routing.distributed import merge
 from ditmoe_cli.routing.observe import RoutingCollector, collect
 from ditmoe_cli.routing.profile import read_profile
 

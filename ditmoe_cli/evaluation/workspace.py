@@ -1,0 +1,121 @@
+"""Arrays on disk that are filled row by row, by any number of processes, over any number of runs.
+
+A workspace is a folder. Each array is an ``.npy`` file of its full size from the start; rows that are whole are told by
+empty files ``NAME.FIRST-STOP.done``, which are made after the rows are on disk. A run that was cut off leaves its
+workspace behind, and the next one with the same key fills in what is missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.errors import BadInputError
+
+_MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder of arrays with `rows` rows each."""
+
+    folder: Path
+    rows: int
+
+    def create(self, name: str, shape: Sequence[int], dtype: type[np.generic]) -> None:
+        """Make the array (rows, *shape) unless it is there. One process does this, before any other looks.
+
+        Raises `BadInputError` where it is there in another form.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, wanted = self._path(name), (self.rows, *shape)
+        if not path.exists():
+            made = path.with_suffix(".new")
+            np.lib.format.open_memmap(made, mode="w+", dtype=dtype, shape=wanted).flush()
+            made.replace(path)
+        found = self.array(name)
+        if found.shape != wanted or found.dtype != np.dtype(dtype):
+            raise BadInputError(f"{path}: left by another run in another form; delete {self.folder}")
+
+    def array(self, name: str, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
+        """Return an array, mapped from disk; read-only unless `mode` is ``r+``."""
+        try:
+            found: NDArray[Any] = np.load(self._path(name), mmap_mode=mode, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BadInputError(f"{self._path(name)}: cannot be read ({error}); delete {self.folder}") from None
+        return found
+
+    def put(self, name: str, first: int, values: NDArray[Any]) -> None:
+        """Store the rows from `first` on, and mark them as done."""
+        whole = self.array(name, "r+")
+        stop = first + len(values)
+        whole[first:stop] = values
+        whole.flush()  # type: ignore[attr-defined]
+        (self.folder / f"{name}.{first}-{stop}.done").touch()
+
+    def done(self, name: str) -> NDArray[np.bool_]:
+        """Return for each row (rows,) whether it is whole."""
+        found = np.zeros(self.rows, dtype=np.bool_)
+        for child in self.folder.glob(f"{name}.*.done"):
+            mark = _MARK.fullmatch(child.name)
+            if mark and mark["name"] == name:
+                found[int(mark["first"]) : int(mark["stop"])] = True
+        return found
+
+    def missing(self, names: Sequence[str], batch: int) -> list[range]:
+        """Return the rows that are not done in all of some arrays, in runs of at most `batch`."""
+        left = np.flatnonzero(~np.logical_and.reduce([self.done(name) for name in names]))
+        runs = np.split(left, np.flatnonzero(np.diff(left) != 1) + 1) if len(left) else []
+        return [
+            range(int(start), min(int(start) + batch, int(run[-1]) + 1))
+            for run in runs
+            for start in range(int(run[0]), int(run[-1]) + 1, batch)
+        ]
+
+    def remove(self) -> None:
+        """Delete the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Keep other runs out of the workspace until it is left, waiting for one that is at work.
+
+        A workspace in which no row is done is deleted at the end. The lock goes with the process, however it ends.
+        """
+        lock = self.folder.with_name(f"{self.folder.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(lock, say)
+        try:
+            yield
+        finally:
+            if not any(self.folder.glob("*.done")):
+                self.remove()
+            lock.unlink(missing_ok=True)
+            file.close()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
+
+
+def _locked(path: Path, say: Callable[[str], None]) -> IO[bytes]:
+    """Return the file at `path`, locked. Who had it before may have deleted it: then it is another file by now."""
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another run that has {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+        file.close()

@@ -1,0 +1,70 @@
+"""Several processes on one job, as ``torchrun`` starts them: who does what, and waiting for each other.
+
+Work is dealt out by image index. What is merged lies on the CPU, whatever the device, so the group is gloo's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+_PATIENCE = timedelta(days=2)  # a rank may be slow; a dead one is torchrun's to notice
+
+Item = TypeVar("Item")
+
+
+def under_torchrun() -> bool:
+    """Tell whether this process was started by torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's share of the work: every `world`-th batch, from batch `rank` on."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def of(self, batches: Sequence[Item]) -> list[Item]:
+        """Return this process's batches."""
+        return list(batches[self.rank :: self.world])
+
+    def wait(self) -> None:
+        """Return once all processes are here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+WHOLE = Share()
+
+
+@contextmanager
+def process_group() -> Iterator[Share]:
+    """Join the group that torchrun started, and leave it after; a share of everything where there is none."""
+    if not under_torchrun() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield WHOLE
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Share(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # nobody leaves while another's last message is under way
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: str, share: Share) -> str:
+    """Return the device of this process: its own GPU, where several share a machine and none was numbered."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and share.world > 1 else device
