@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.conventions import CONVENTIONS
+from ditmoe_cli.evaluation.extrapolation import sizes_for
 from ditmoe_cli.evaluation.features import EXTRACTORS, Extractor, check_wanted, make_extractor
 from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
 from ditmoe_cli.evaluation.requests import Request
@@ -30,6 +31,7 @@ from ditmoe_cli.evaluation.sides import (
     stored_side,
 )
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics
+from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share, process_group
 
@@ -128,19 +130,21 @@ class _Comparing:
         self._check(lab, samplings, spec)
         if spec is None and original.path not in (subject.path, reference.path):
             samplings.pop(original.path, None)  # nothing to pair it with
-        with self._held(lab, samplings):
-            for path, what in samplings.items():
+        for path, what in samplings.items():
+            with self._holding(lab.workspace(what.key, what.spec.images)):
                 self.done[path] = sampled_side(what, self.runtime, lab, self.share, self.bar, self.say)
-            stored = self._features(lab)
-            if not self.share.first:
-                return None
-            sides = [self.done.get(item.path) for item in (subject, reference, original)]
-            assert sides[0] is not None and sides[1] is not None
-            paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
-            found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
-            for side in self.done.values():
-                self._forget(lab, side, samplings)
-            return found
+        stored = self._features(lab)
+        if not self.share.first:
+            return None
+        sides = [self.done.get(item.path) for item in (subject, reference, original)]
+        assert sides[0] is not None and sides[1] is not None
+        paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
+        found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
+        for path, side in self.done.items():
+            if side.images is not None:
+                identity = samplings[path].key if path in samplings else side.identity
+                lab.workspace(identity, len(side.images)).discard()
+        return found
 
     def _lab(self) -> Lab:
         """Return what features are taken with; the first process fetches weights before the others look for them."""
@@ -205,64 +209,91 @@ class _Comparing:
 
     def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
         """Refuse sides that do not fit together."""
-        subject, reference, _ = self.comparison.items
+        subject, reference, original = self.comparison.items
         for item, other in ((subject, reference), (reference, subject)):
             if item.path in self.done and other.path in samplings:
                 check_statistics(self.done[item.path], samplings[other.path], lab)
+        self._check_counts(subject.path, samplings, lab, self.measure.request.of_subject_features)
+        self._check_counts(reference.path, samplings, lab, self.measure.request.of_reference_features)
         if self.measure.anyway:
             return
-        shapes = [
-            (item.path, samplings[item.path].shape if item.path in samplings else self._shape(item.path))
-            for item in (subject, reference)
-        ]
-        if all(shape is not None for _, shape in shapes) and shapes[0][1] != shapes[1][1]:
-            told = ", ".join(f"{path} has images of {' x '.join(map(str, shape or ()))}" for path, shape in shapes)
-            raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give --anyway")
+        one = self._shape(subject.path, samplings)
+        for path in (reference.path, *([original.path] if self._pairs(original.path, spec) else [])):
+            two = self._shape(path, samplings)
+            if one is not None and two is not None and one != two:
+                told = f"{subject.path} has images of {_by(one)}, {path} has images of {_by(two)}"
+                raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give --anyway")
         stored = self.done.get(reference.path)
         if stored is not None and stored.spec is not None and spec is not None:
             _check_settings(stored, spec, samplings.get(subject.path), self.done.get(subject.path))
 
-    def _shape(self, path: Path) -> tuple[int, ...] | None:
-        images = self.done[path].images
-        return None if images is None else images.images.shape[1:]
+    def _pairs(self, path: Path, spec: SampleSpec | None) -> bool:
+        """Tell whether an original is, or will be, sampled as the subject is."""
+        stored = self.done.get(path)
+        return spec is not None and (stored is None or stored.spec == spec)
+
+    def _shape(self, path: Path, samplings: dict[Path, Sampling]) -> tuple[int, ...] | None:
+        return samplings[path].shape if path in samplings else self.done[path].shape
+
+    def _check_counts(self, path: Path, samplings: dict[Path, Sampling], lab: Lab, options: tuple[str, ...]) -> None:
+        """Refuse a side that has no images, or too few, for its distance and the scores that `options` ask for."""
+        request, side = self.measure.request, self.done.get(path)
+        if side is not None and side.images is None:
+            if options:
+                raise BadInputError(f"{path}: holds statistics, and {options[0]} needs images")
+            if "sfid" in request.scores and side.statistics is not None and side.statistics.spatial is None:
+                raise BadInputError(f"{path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images")
+            return
+        count = len(side.images) if side is not None and side.images is not None else samplings[path].spec.images
+        if count < 2:
+            raise BadInputError(f"{path}: a distance needs at least 2 images, got {count}")
+        for option, least in request.fewest:
+            if option in options and count < least:
+                raise BadInputError(f"{path}: {option} takes at least {least} images of each side, got {count}")
+        if "--metrics fid-inf" in options:
+            try:
+                sizes_for(count, lab.width(self._shape(path, samplings) or ()))
+            except BadInputError as error:
+                raise BadInputError(f"{path}: --metrics fid-inf: {error}") from None
 
     @contextmanager
-    def _held(self, lab: Lab, samplings: dict[Path, Sampling]) -> Iterator[None]:
-        """Hold the workspaces of all sides. In one order, so that two runs never wait for each other."""
-        rows = {what.key: what.spec.images for what in samplings.values()}
-        rows |= {side.identity: len(side.images) for side in self.done.values() if side.images is not None}
-        with ExitStack() as held:
-            if self.share.first:
-                for identity in sorted(rows):
-                    held.enter_context(lab.workspace(identity, rows[identity]).held(self.say))
+    def _holding(self, work: Workspace) -> Iterator[None]:
+        """Hold a workspace while it is filled, and until all processes have opened what is in it.
+
+        No longer, and one at a time: other runs may want the same reference, and must never wait for each other.
+        """
+        with work.held(self.say) if self.share.first else nullcontext():
             self.share.wait()
             yield
+            self.share.wait()
 
     def _features(self, lab: Lab) -> StoredStatistics | None:
         """Take the features of stored images, and return the reference's statistics where an earlier run kept them."""
         request, reference = self.measure.request, self.comparison.reference.path
-        subject = self.comparison.subject.path
-        kept = None
+        subject, found = self.comparison.subject.path, None
+        takers = {reference: request.of_reference_features, subject: request.of_subject_features}
         for path, side in list(self.done.items()):
             if side.images is None or side.activations is not None:
                 continue
-            if side.statistics is not None and not (path == reference and request.needs_reference_features):
+            if side.statistics is not None and not takers.get(path):
                 continue
-            plain = path == reference != subject and side.spec is None and not request.needs_reference_features
-            kept = kept_statistics(side, lab) if plain else None
-            if kept is not None:
-                self.say(f"using the statistics of {side.path} that an earlier run kept")
-                continue
-            self.done[path] = featured(side, lab, self.share, self.bar)
-            if plain and self.share.first:
-                keep_statistics(side, lab, statistics_of(self.done[path], lab))
-        return kept
+            # resamples draw from both sides' images, so that kept statistics would give another interval
+            statistics_do = not request.of_reference_features and not request.resamples
+            plain = path == reference != subject and side.spec is None and side.statistics is None and statistics_do
+            with self._holding(lab.workspace(side.identity, len(side.images))):
+                kept = kept_statistics(side, lab) if plain else None
+                if kept is not None:
+                    found = kept
+                    self.say(f"using the statistics of {side.path} that an earlier run kept")
+                    continue
+                self.done[path] = featured(side, lab, self.share, self.bar)
+                if plain and self.share.first:
+                    keep_statistics(side, lab, statistics_of(self.done[path], lab), self.say)
+        return found
 
-    def _forget(self, lab: Lab, side: Side, samplings: dict[Path, Sampling]) -> None:
-        """Delete the workspace of a side that is scored."""
-        if side.images is not None:
-            what = samplings.get(Path(side.path))
-            lab.workspace(what.key if what else side.identity, len(side.images)).remove()
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _check_settings(reference: Side, spec: SampleSpec, subject: Sampling | None, stored: Side | None) -> None:

@@ -29,6 +29,7 @@ from ditmoe_cli.diffusion.sampling import (
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.grid import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8, write_arrays
+from ditmoe_cli.evaluation.intervals import Interval, bootstrap
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
 from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.evaluation.ssim import ssim
@@ -96,6 +97,7 @@ class Divergence:
         bins: step bins that results are reported in.
         kind: what the models predict, ``"velocity"`` or ``"noise"``.
         latents: (3,) ‖z_B - z_A‖², ‖z_A‖² and how many values, of each model's own final latents.
+        quick: Σ‖z_B - z_A‖² / Σ‖z_A‖² of them with its interval over images; None for a single image.
         images: errors between final images; None where they are latents.
         note: why routing overlap is unknown in some blocks; None where it is known in all.
         conditions: both sides and how they were sampled.
@@ -105,6 +107,7 @@ class Divergence:
     bins: int
     kind: str
     latents: Array
+    quick: Interval | None
     images: ImageErrors | None
     note: str | None
     conditions: dict[str, Any]
@@ -128,6 +131,8 @@ class Divergence:
             "prediction.bins.mse": mean_square(binned.prediction),
             "latents.relative_error": relative(self.latents),
             "latents.mse": mean_square(self.latents),
+            "latents.low": np.asarray(self.quick.low if self.quick else np.nan),
+            "latents.high": np.asarray(self.quick.high if self.quick else np.nan),
             "depth.added": added(everything),
             "depth.cumulative": cumulative(everything),
             "depth.bins.added": added(binned.blocks),
@@ -154,6 +159,7 @@ class Divergence:
             place[leaf] = finite_json(values.tolist())
         document["prediction"]["kind"] = self.kind
         document["routing"]["note"] = self.note
+        document["quick"] = asdict(self.quick) if self.quick else None
         return {**document, "images": self.images.to_json() if self.images else None}
 
 
@@ -267,6 +273,7 @@ def diverge(
         bins=bins,
         kind="velocity" if a.config.sampler == "rf" else "noise",
         latents=_difference(finals[0], finals[1]),
+        quick=quick_score(finals[0], finals[1]),
         images=image_errors(*pairs, a.card.grey_levels) if pairs else None,
         note=rows_note(rows),
         conditions=_conditions(a, b, spec, bins),
@@ -332,6 +339,20 @@ def image_errors(a: NDArray[np.uint8], b: NDArray[np.uint8], grey_levels: int) -
     SSIM's constants scale with the range of the data, so that grey levels and bytes give the same.
     """
     return ImageErrors(paired_error(b, a, grey_levels), float(ssim(a, b, 255.0).mean()))
+
+
+def quick_score(a: NDArray[Any], b: NDArray[Any]) -> Interval | None:
+    """Return Σ‖bᵢ - aᵢ‖² / Σ‖aᵢ‖² of final latents (N, C, S, S) and its 95 % bootstrap interval over pairs i.
+
+    What ranks compressed models by few images (docs/results.md, Few images). None for a single pair.
+    """
+    if len(a) < 2:
+        return None
+    a, b = (each.reshape(len(each), -1).astype(np.float64) for each in (a, b))
+    errors, sizes = ((b - a) ** 2).sum(axis=1), (a**2).sum(axis=1)
+    return bootstrap(
+        lambda error, size: float(relative(np.stack((error.sum(), size.sum())))), [errors, sizes], paired=True
+    )
 
 
 def _difference(a: NDArray[Any], b: NDArray[Any]) -> Array:

@@ -111,7 +111,8 @@ def _is_image_folder(folder: Path) -> bool:
 def read_images(path: Path) -> ImageSet:
     """Read the image set at `path`: safetensors of ours, an npz (`arr_0` or `images`), or a folder of PNG.
 
-    Safetensors are memory-mapped. Raises `BadInputError`, which names the file.
+    Labels of an npz are `labels`, or `arr_1` where it holds one integer for each image. Safetensors are memory-mapped.
+    Raises `BadInputError`, which names the file.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -141,11 +142,14 @@ def _read_safetensors(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    arrays = read_npz(path, ("arr_0", "images", "labels"))
-    images = arrays.get("arr_0", arrays.get("images"))
+    arrays = read_npz(path, ("arr_0", "arr_1", "images", "labels"))
+    images, labels, second = arrays.get("arr_0", arrays.get("images")), arrays.get("labels"), arrays.get("arr_1")
     if images is None:
         raise BadInputError(f"{path}: has neither an array 'arr_0' nor 'images'; name an npz of images")
-    return images, arrays.get("labels")
+    # ADM's name for labels; but whatever was saved without a name is called so too
+    if labels is None and second is not None and second.dtype.kind in "iu" and second.shape == images.shape[:1]:
+        labels = second
+    return images, labels
 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:

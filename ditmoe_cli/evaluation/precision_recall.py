@@ -49,9 +49,9 @@ def precision_recall(
     `UsageError` for a k or block below one, and for another dtype.
     """
     _check_options(neighbours, block, dtype)
-    if subject.ndim == 2 and reference.ndim == 2 and subject.shape[1] != reference.shape[1]:
-        raise BadInputError(f"features of width {subject.shape[1]} and {reference.shape[1]} cannot be compared")
     a, b = (_checked(side, neighbours) for side in (subject, reference))
+    if a.shape[1] != b.shape[1]:
+        raise BadInputError(f"features of width {a.shape[1]} and {b.shape[1]} cannot be compared")
     centre = b.mean(axis=0)
     a, b = ((side - centre).astype(dtype) for side in (a, b))
     a_radii, b_radii = (_radii(side, neighbours, block) for side in (a, b))
@@ -82,9 +82,7 @@ def _radii(features: Floats, neighbours: int, block: int) -> Floats:
             if columns.start < rows.start:
                 continue
             squares = _squared_distances(features[rows], features[columns])
-            if columns == rows:
-                np.fill_diagonal(squares, 0.0)
-            else:
+            if columns != rows:
                 nearest[columns] = _least(nearest[columns], squares.T, neighbours)
             nearest[rows] = _least(nearest[rows], squares, neighbours)
     return nearest.max(axis=1)  # type: ignore[no-any-return]

@@ -17,7 +17,8 @@ SCORES: Mapping[str, str] = {
 }
 DEFAULT_CONVENTION = "adm"
 PRECISIONS = ("fp32", "bf16")
-_FEATURES_OF_BOTH = frozenset({"pr", "kid"})
+_OF_SUBJECT_FEATURES = ("is", "pr", "kid", "fid-inf")
+_OF_REFERENCE_FEATURES = ("pr", "kid")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,29 @@ class Request:
         return (*(("spatial",) if "sfid" in self.scores else ()), *((logits,) if "is" in self.scores else ()))
 
     @property
-    def needs_reference_features(self) -> bool:
-        """Whether statistics of the reference are not enough."""
-        return bool(_FEATURES_OF_BOTH.intersection(self.scores))
+    def of_subject_features(self) -> tuple[str, ...]:
+        """The options for which statistics of the subject are not enough."""
+        return (*self._metrics(_OF_SUBJECT_FEATURES), *(("--bootstrap",) if self.resamples else ()))
+
+    @property
+    def of_reference_features(self) -> tuple[str, ...]:
+        """The options for which statistics of the reference are not enough."""
+        return self._metrics(_OF_REFERENCE_FEATURES)
+
+    @property
+    def fewest(self) -> tuple[tuple[str, int], ...]:
+        """The images that scores take of each side whose features they need, by option."""
+        convention = CONVENTIONS[self.convention]
+        subsets, parts = convention.kernel, convention.inception
+        found = {
+            "kid": 2 if subsets is None or subsets.shrink else subsets.size,
+            "pr": (convention.neighbours or 1) + 1,
+            "is": (parts.parts if parts is not None else None) or 1,
+        }
+        return tuple((f"--metrics {name}", count) for name, count in found.items() if name in self.scores)
+
+    def _metrics(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"--metrics {name}" for name in self.scores if name in names)
 
 
 def parse_scores(text: str | None, convention: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from ditmoe_cli.checkpoint.provenance import Card, canonical_json, parse_card
 from ditmoe_cli.checkpoint.staging import check_target
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, sample_batch
 from ditmoe_cli.diffusion.solvers import SOLVERS
+from ditmoe_cli.diffusion.times import ALWAYS
 from ditmoe_cli.errors import BadInputError, UsageError, is_out_of_memory
 from ditmoe_cli.evaluation.export import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.grid import write_png
@@ -98,13 +99,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Targets:
-    """What to write: samples as safetensors, and as PNG, ADM's npz or one picture beside them."""
+    """What to write: samples as safetensors, and as PNG, ADM's npz or one picture beside them.
+
+    `inputs` are what is read beside the checkpoint, and is no place to write to.
+    """
 
     file: Path
     png: Path | None = None
     npz: Path | None = None
     grid: Path | None = None
     force: bool = False
+    inputs: tuple[Path, ...] = ()
 
     @property
     def views(self) -> tuple[Path, ...]:
@@ -188,12 +193,13 @@ def made(model: Denoiser, what: Sampling, batches: Iterable[range], say: Say) ->
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or len(indices) == 1:
                 raise
-            limit = len(indices) // 2
-            queue.appendleft(indices)
-            say(f"out of memory with {len(indices)} images at a time; going on with {limit}")
-            _release(model)
         else:
             yield indices, values
+            continue
+        limit = len(indices) // 2
+        queue.appendleft(indices)
+        say(f"out of memory with {len(indices)} images at a time; going on with {limit}")
+        _release(model)  # here, where the error no longer holds on to what was computed
 
 
 def split(indices: range, most: int) -> list[range]:
@@ -213,10 +219,8 @@ def sampled(model: Denoiser, what: Sampling, indices: Sequence[int]) -> Batch:
     latents = sample_batch(model, what.spec, indices)
     if not what.images:
         return np.asarray(latents.cpu().numpy())
-    if what.decoder is None:
-        return to_uint8(latents)
     try:
-        return to_uint8(what.decoder.decode(latents))
+        return to_uint8(latents if what.decoder is None else what.decoder.decode(latents))
     except BadInputError as error:
         raise BadInputError(f"images {indices[0]} to {indices[-1]} (seed {what.spec.seed}): {error}") from None
 
@@ -227,10 +231,15 @@ def check_targets(what: Sampling, targets: Targets, will_decode: bool = False) -
         require_images(what)
     listed = [targets.file, *targets.views]
     for target in listed:
-        if sum(target.absolute() == other.absolute() for other in listed) > 1:
+        if sum(target.resolve() == other.resolve() for other in listed) > 1:
             raise UsageError(f"{target}: named twice; give each output a name of its own")
-        contents = {"contents": PNG_FILES} if target == targets.png else {}
-        check_target(target.absolute(), targets.force or _is_empty(target), [what.checkpoint.path], **contents)
+        if targets.png is not None and targets.png.resolve() in target.resolve().parents:
+            raise UsageError(f"{target}: lies in {targets.png}, which holds the PNG alone; name a place beside it")
+        inputs = [what.checkpoint.path, *targets.inputs]
+        if target == targets.png:
+            check_target(target.absolute(), targets.force or _is_empty(target), inputs, PNG_FILES)
+        else:
+            check_target(target.absolute(), targets.force, inputs)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -247,6 +256,8 @@ def write_samples(what: Sampling, runtime: Runtime, targets: Targets, bar: Progr
     file = targets.file.absolute()
     work = Workspace(file.with_name(f".{file.name}.{what.key[:12]}.work"), what.spec.images)
     with process_group() as share, work.held(say) if share.first else nullcontext():
+        if share.first:
+            check_targets(what, targets)  # a run that this one waited for may have written them
         fill(work, what, runtime, share, bar, say)
         if not share.first:
             return None
@@ -259,7 +270,7 @@ def _write(what: Sampling, targets: Targets, values: Batch) -> int:
     """Write all targets, the safetensors file last: where it stands, everything does."""
     from ditmoe_cli.diffusion.noise import image_seed
 
-    spec, inputs, force = what.spec, [what.checkpoint.path], targets.force
+    spec, inputs, force = what.spec, [what.checkpoint.path, *targets.inputs], targets.force
     seeds = np.asarray([image_seed(spec.seed, i) for i in range(spec.images)], dtype=np.int64)
     labels = np.asarray(spec.labels(range(spec.images)), dtype=np.int64)
     if targets.png is not None:
@@ -292,9 +303,9 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SampledBy:
     try:
         spec = dict(document["spec"])
         spec["classes"] = tuple(map(int, spec["classes"]))
-        low, high = spec["interval"]
+        low, high = spec.get("interval", ALWAYS)  # files are older than both
         spec["interval"] = (float(low), float(high))
-        vae = document["vae"]
+        vae = document.get("vae")
         if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):
             raise ValueError(f"solver {spec['solver']}, vae {vae}")
         return SampledBy(str(document["checkpoint"]), SampleSpec(**spec), parse_card(document["card"]), vae)

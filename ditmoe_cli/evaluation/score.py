@@ -121,8 +121,9 @@ def _warn(counts: tuple[int | None, int | None], extractor: Extractor, say: Say)
 
 
 def _distance(subject: Side, reference: Side, here: StoredStatistics, there: StoredStatistics) -> float:
-    """Return the Fréchet distance: of features where both sides have them, which is exact for few images too."""
-    if subject.activations is not None and reference.activations is not None:
+    """Return the Fréchet distance: of features where it is these that count, which is exact for few images too."""
+    given = subject.statistics is not None or reference.statistics is not None
+    if not given and subject.activations is not None and reference.activations is not None:
         return frechet_of_features(subject.activations.features, reference.activations.features)
     return frechet_distance(here.statistics, there.statistics)
 
@@ -152,7 +153,7 @@ def _interval(
         raise BadInputError(f"{subject.path}: holds statistics, and --bootstrap needs images")
     features = subject.activations.features
     with bar("resampling", resamples) as progress:
-        if reference.activations is None:
+        if reference.activations is None or reference.statistics is not None:
             return bootstrap_frechet(features, there.statistics, resamples=resamples, progress=progress)
         return bootstrap_frechet(
             *(features, reference.activations.features),

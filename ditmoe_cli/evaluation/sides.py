@@ -61,8 +61,19 @@ class Side:
         return {"kind": self.kind, "path": self.path, "identity": self.identity, "sampling": sampling, "vae": vae}
 
     def paired_with(self, other: Side) -> bool:
-        """Whether image i of both was made from the same noise and label, in the same way."""
-        return self.spec is not None and self.spec == other.spec and self.vae == other.vae
+        """Whether image i of both was made from the same noise and label, in the same way, and is of the same size."""
+        same = self.spec is not None and self.spec == other.spec and unnamed(self.vae) == unnamed(other.vae)
+        return same and self.shape == other.shape
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """(H, W, C) of its images; None for bare statistics."""
+        return None if self.images is None else self.images.images.shape[1:]
+
+
+def unnamed(vae: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what tells a VAE, without the name that it was found under."""
+    return None if vae is None else {key: value for key, value in vae.items() if key != "name"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,10 @@ class Lab:
         extra = {"spatial": "spatial"} if "spatial" in self.wanted else {}
         extra |= {"logits": logits} if logits else {}
         return {**{kind: f"{name}-{self.tag}" for kind, name in extra.items()}, "features": f"features-{self.tag}"}
+
+    def width(self, shape: Sequence[int]) -> int:
+        """Return the width of the features of images (H, W, C), as found on two black ones."""
+        return int(self.extractor(np.zeros((2, *shape), dtype=np.uint8)).shape[1])
 
     def workspace(self, identity: str, rows: int) -> Workspace:
         """Return the workspace of a side."""
@@ -141,7 +156,7 @@ def check_statistics(side: Side, other: Sampling, lab: Lab) -> None:
     """
     if side.statistics is None:
         return
-    width = lab.extractor(np.zeros((2, *other.shape), dtype=np.uint8)).shape[1]
+    width = lab.width(other.shape)
     expected = FeatureStatistics(np.zeros(width), np.zeros((width, width)), None)
     check_comparable(StoredStatistics(expected, lab.described), side.statistics, str(other.checkpoint.path), side.path)
 
@@ -221,11 +236,14 @@ def _beside(work: Callable[[int, NDArray[Any]], None]) -> Iterator[Callable[[int
 
 
 def statistics_of(side: Side, lab: Lab) -> StoredStatistics:
-    """Return the statistics of a side, from its features where there are any, else from its file."""
-    if side.activations is None:
-        assert side.statistics is not None
+    """Return the statistics of a side: its file's own, else those of its features.
+
+    ADM's files hold statistics of far more images than they hold images.
+    """
+    if side.statistics is not None:
         return side.statistics
     found = side.activations
+    assert found is not None
     spatial = feature_statistics(found.spatial) if found.spatial is not None else None
     return StoredStatistics(feature_statistics(found.features), lab.described, spatial)
 
@@ -242,11 +260,14 @@ def kept_statistics(side: Side, lab: Lab) -> StoredStatistics | None:
     return None if "spatial" in lab.wanted and found.spatial is None else found
 
 
-def keep_statistics(side: Side, lab: Lab, found: StoredStatistics) -> None:
-    """Keep a side's statistics for another run."""
+def keep_statistics(side: Side, lab: Lab, found: StoredStatistics, say: Say) -> None:
+    """Keep a side's statistics for another run; where that fails, this one goes on."""
     path = _kept_path(side, lab)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_statistics(path, found, force=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_statistics(path, found, force=True)
+    except OSError as error:
+        say(f"the statistics of {side.path} are not kept: {path.parent}: {error.strerror or error}")
 
 
 def _kept_path(side: Side, lab: Lab) -> Path:

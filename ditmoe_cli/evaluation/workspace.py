@@ -11,16 +11,18 @@ import fcntl
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.evaluation.images import first_line
 
 _MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
 
@@ -47,20 +49,33 @@ class Workspace:
         if found.shape != wanted or found.dtype != np.dtype(dtype):
             raise BadInputError(f"{path}: left by another run in another form; delete {self.folder}")
 
-    def array(self, name: str, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
-        """Return an array, mapped from disk; read-only unless `mode` is ``r+``."""
+    def array(self, name: str) -> NDArray[Any]:
+        """Return an array, mapped from disk, read-only. Raises `BadInputError` where it is missing or damaged."""
+        path = self._path(name)
         try:
-            found: NDArray[Any] = np.load(self._path(name), mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise BadInputError(f"{self._path(name)}: cannot be read ({error}); delete {self.folder}") from None
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise BadInputError(f"{path}: cannot be read ({first_line(error)}); delete {self.folder}") from None
+        if not isinstance(found, np.memmap):
+            raise BadInputError(f"{path}: is no plain array; delete {self.folder}")
         return found
 
     def put(self, name: str, first: int, values: NDArray[Any]) -> None:
-        """Store the rows from `first` on, and mark them as done."""
-        whole = self.array(name, "r+")
+        """Store the rows from `first` on, and mark them as done.
+
+        They are written, not copied into a map of the file, which on a full disk would end in a signal.
+        """
+        whole = self.array(name)
+        assert isinstance(whole, np.memmap)
         stop = first + len(values)
-        whole[first:stop] = values
-        whole.flush()  # type: ignore[attr-defined]
+        rows = np.ascontiguousarray(values, dtype=whole.dtype)
+        if rows.shape[1:] != whole.shape[1:] or not 0 <= first <= stop <= self.rows:
+            raise ValueError(f"rows {first} to {stop} of shape {rows.shape[1:]} do not go into {whole.shape}")
+        with self._path(name).open("r+b") as file:
+            file.seek(whole.offset + first * whole[0].nbytes)
+            file.write(rows.data)
+            file.flush()
+            os.fsync(file.fileno())
         (self.folder / f"{name}.{first}-{stop}.done").touch()
 
     def done(self, name: str) -> NDArray[np.bool_]:
@@ -87,10 +102,11 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
-    def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Keep other runs out of the workspace until it is left, waiting for one that is at work.
+    def held(self, say: Callable[[str], None] | None) -> Iterator[None]:
+        """Keep other runs out of the workspace until it is left, waiting for one that is at work, which `say` is told.
 
         A workspace in which no row is done is deleted at the end. The lock goes with the process, however it ends.
+        Without `say` nobody is waited for: raises `BlockingIOError` where another has it.
         """
         lock = self.folder.with_name(f"{self.folder.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -103,19 +119,32 @@ class Workspace:
             lock.unlink(missing_ok=True)
             file.close()
 
+    def discard(self) -> None:
+        """Delete the workspace, unless another run has it, which has a use for it and deletes it in its turn.
+
+        Arrays that are open stay readable.
+        """
+        if self.folder.exists():
+            with suppress(BlockingIOError), self.held(None):
+                self.remove()
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
 
-def _locked(path: Path, say: Callable[[str], None]) -> IO[bytes]:
+def _locked(path: Path, say: Callable[[str], None] | None) -> IO[bytes]:
     """Return the file at `path`, locked. Who had it before may have deleted it: then it is another file by now."""
     while True:
         file = path.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if say is None:
+                file.close()
+                raise
             say(f"waiting for another run that has {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
         file.close()

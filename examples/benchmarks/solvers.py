@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--cfg", type=float, default=1.0)
     parser.add_argument("--reference", type=int, default=200)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     options = parser.parse_args(arguments)
     checkpoint = open_checkpoint(options.checkpoint)
     if checkpoint.config.sampler != "rf":
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     upstream = error(images(model, replace(spec, solver="euler", steps=50)), exact)
     solvers: list[Solver] = [solver for solver, kind in SOLVERS.items() if kind.family == "rf"]
     print("| steps | " + " | ".join(solvers) + " |\n|---" + "|---" * len(solvers) + "|")
-    for steps in STEPS:
+    for steps in options.steps:
         found = [error(images(model, replace(spec, solver=solver, steps=steps)), exact) for solver in solvers]
         cells = (f"{value:.2e}{' *' if value <= upstream else ''}" for value in found)
         print(f"| {steps} | " + " | ".join(cells) + " |", flush=True)

@@ -149,6 +149,22 @@ def test_packed_weights_take_what_the_file_holds_of_them(fmt: str, tmp_path: Pat
     assert found.ratio == found.weights.total / found.fp32.total
 
 
+def test_pieces_count_as_the_layers_that_they_are(tmp_path: Path) -> None:
+    plain = make_pico()
+    width, inner = plain.config.hidden_size, plain.config.blocks[0].expert_widths[0]
+    names = [f"blocks.0.moe.experts.1.{matrix}_proj.weight" for matrix in ("up", "down")]
+    state = dict(plain.state)
+    for name, axis in zip(names, ("rows", "columns"), strict=True):
+        fmt = f"{axis}:int8-g32*{inner // 2}+int4-g32*{inner // 2}"
+        state |= pack(state.pop(name), TensorInfo(name, "F32", tuple(plain.state[name].shape)), fmt)
+    found = counted(saved(Pico(plain.config, state), tmp_path))
+    assert width == 32 and inner == 64, "groups are whole, and zero points take a word a row"
+    assert found.weights.kinds["packed"] == 2 * width * inner // 2 * (8 + 4) // 8
+    assert found.weights.kinds["scales"] == inner * (2 + 4) + 2 * width * (2 + 4)
+    assert found.weights.kinds["plain"] == found.fp32.total - 2 * 4 * width * inner
+    assert found.buffer == Buffer(4 * width * inner, names[1])
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_sums_are_those_of_the_state_dict(fmt: str, tmp_path: Path) -> None:
     checkpoint = saved(packed(make_pico(attention="flash"), fmt), tmp_path)

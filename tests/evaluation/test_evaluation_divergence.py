@@ -30,6 +30,7 @@ from ditmoe_cli.evaluation.divergence import (
     image_errors,
     mean_square,
     overlap,
+    quick_score,
     relative,
     shared_rows,
 )
@@ -219,6 +220,7 @@ def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) 
     assert found["latents.mse"] == pytest.approx(float((theirs - final).square().mean()), rel=1e-3)
     ratio = float((theirs - final).square().sum() / final.square().sum())
     assert found["latents.relative_error"] == pytest.approx(ratio, rel=1e-3)
+    assert found["latents.low"] <= found["latents.relative_error"] <= found["latents.high"]
 
 
 class Told:
@@ -347,6 +349,28 @@ def test_ratios_of_nothing() -> None:
     assert (added(blocks), cumulative(blocks)) == (0.5, 3.0)
     assert np.isnan(overlap(blocks))
     assert finite_json([[1.0, np.nan], [np.inf]]) == [[1.0, None], [None]]
+
+
+def test_the_quick_score_is_the_ratio_of_sums_within_its_interval() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(60, 1, 4, 4))
+    b = a + generator.normal(size=a.shape) * generator.uniform(0.1, 0.5, size=(60, 1, 1, 1))
+    found = quick_score(a, b)
+    assert found is not None
+    assert found.estimate == pytest.approx(((b - a) ** 2).sum() / (a**2).sum())
+    assert found.low < found.estimate < found.high
+    assert found.deviation == pytest.approx((found.high - found.low) / 3.92, rel=0.2)
+    doubled = quick_score(2 * a, 2 * b)
+    assert doubled is not None
+    assert (doubled.low, doubled.high) == pytest.approx((found.low, found.high)), "it has no unit"
+
+
+def test_the_quick_score_of_equal_pairs_is_nothing_and_one_pair_has_none() -> None:
+    a = np.ones((3, 1, 2, 2))
+    found = quick_score(a, a)
+    assert found is not None
+    assert (found.estimate, found.low, found.high) == (0, 0, 0)
+    assert quick_score(a[:1], a[:1]) is None
 
 
 def test_image_errors_are_on_the_scale_of_grey_levels() -> None:

@@ -74,7 +74,7 @@ def test_pixels_are_identified_by_their_levels():
 
 
 class MeanColour(torch.nn.Module):
-    """Stands in for Inception: uint8 (N, H, W, C) to float (N, C), and records its batches and how they were prepared."""
+    """Stands in for Inception: uint8 (N, H, W, C) to float (N, C); records batches and how they were prepared."""
 
     def __init__(self):
         super().__init__()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.evaluation.frechet import frechet_distance
+from ditmoe_cli.evaluation.frechet import frechet_distance, frechet_of_features, frechet_to
 from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
 
 
@@ -84,3 +84,51 @@ def test_fewer_images_than_features_agree_with_the_nuclear_norm():
 def test_widths_must_agree():
     with pytest.raises(BadInputError, match="statistics of 3 and of 4 features"):
         frechet_distance(gaussian(3, 0), gaussian(4, 0))
+
+
+@pytest.mark.parametrize(("n", "m"), [(12, 17), (30, 30), (31, 200), (200, 12), (60, 31), (2, 2)])
+def test_features_and_their_statistics_are_equally_far_apart(n, m):
+    """At, below and above as many images as features (30)."""
+    generator = np.random.default_rng(n)
+    mix = generator.normal(size=(30, 30))
+    a, b = 5 + generator.normal(size=(n, 30)) @ mix, 4 + generator.normal(size=(m, 30))
+    expected = frechet_distance(feature_statistics(a), feature_statistics(b))
+    assert frechet_of_features(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_of_features(b, a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_features_of_few_images_by_a_closed_form():
+    # Three images along one axis, three along another: variances that share nothing, so no cross term.
+    a, b = np.zeros((3, 9)), np.zeros((3, 9))
+    a[:, 0], b[:, 1] = [0, 1, 2], [1, 4, 7]
+    assert frechet_of_features(a, b) == pytest.approx(1 + 16 + 1 + 9, rel=1e-12)
+    # Along the same axis the deviations subtract.
+    c = np.zeros((3, 9))
+    c[:, 0] = [1, 4, 7]
+    assert frechet_of_features(a, c) == pytest.approx(9 + (3 - 1) ** 2, rel=1e-12)
+
+
+def test_features_of_few_images_are_no_distance_from_themselves():
+    a = np.random.default_rng(0).normal(size=(8, 40))
+    assert frechet_of_features(a, a) == 0.0
+    assert frechet_of_features(a, a[::-1]) == pytest.approx(0.0, abs=1e-12)
+    # Where the eigenproblem of the singular product is off by far more.
+    assert frechet_of_features(a, a + 1e-9) < 1e-12
+
+
+def test_a_kept_root_gives_the_same_distances():
+    reference = gaussian(12, 0)
+    to = frechet_to(reference)
+    for other in (gaussian(12, 1), reference, gaussian(12, 2)):
+        assert to(other) == frechet_distance(reference, other)
+    with pytest.raises(BadInputError, match="statistics of 12 and of 3 features"):
+        to(gaussian(3, 0))
+
+
+def test_features_that_are_refused():
+    a = np.eye(4)
+    for bad in (a[:1], a[0], a * np.nan):
+        with pytest.raises(BadInputError, match="at least 2 images"):
+            frechet_of_features(bad, a)
+    with pytest.raises(BadInputError, match="features of 4 and of 3 dimensions"):
+        frechet_of_features(a, a[:, :3])

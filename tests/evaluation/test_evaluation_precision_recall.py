@@ -65,12 +65,13 @@ def test_a_set_that_is_too_narrow_has_precision_and_no_recall():
 
 def test_copies_far_from_the_origin_lie_on_the_surface_of_their_ball():
     """A radius of zero: |x|² + |y|² - 2 x·y must not leave rounding where images are equal."""
-    point = 1e3 + np.random.default_rng(0).normal(size=(1, 50))
-    copies = np.repeat(point, 6, axis=0)
-    other = np.concatenate([point, 1e3 + np.random.default_rng(1).normal(size=(9, 50))])
+    points, others = 1e3 + np.random.default_rng(0).normal(size=(2, 5, 700))
+    copies, mixed = np.repeat(points, 6, axis=0), np.concatenate([points, others])
     for dtype in ("float32", "float64"):
         assert (squared_radii(copies, dtype=dtype) == 0).all()
-        assert precision_recall(copies, other, dtype=dtype).precision == 1.0
+        for (subject, reference), shares in (((copies, mixed), (1.0, 0.5)), ((mixed, copies), (0.5, 1.0))):
+            got = precision_recall(subject, reference, dtype=dtype)
+            assert (got.precision, got.recall) == shares
 
 
 @pytest.mark.parametrize("block", [1, 4, 7, 100])

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation.features import PixelExtractor, describe_extractor
+from ditmoe_cli.evaluation.images import kind_of, read_images
 from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.statistics_io import (
     StoredStatistics,
@@ -72,6 +73,74 @@ def test_npz_of_others(tmp_path, save):
     assert got.statistics.n is None
     assert got.statistics.mu.dtype == np.float64
     assert got.statistics.mu.tolist() == [0, 1, 2]
+
+
+def adm_reference(path, **extra):
+    """Write an npz as ADM publishes them: statistics of many images, and some of the images."""
+    generator = np.random.default_rng(0)
+    pool, spatial = generator.normal(size=(20, 4)), generator.normal(size=(20, 6))
+    arrays = {"mu": pool.mean(0), "sigma": np.cov(pool, rowvar=False)}
+    arrays |= {"mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    arrays["arr_0"] = generator.integers(0, 256, (3, 5, 5, 3), dtype=np.uint8)
+    arrays |= extra
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_reference_batches_of_adm_give_both_statistics_and_images(tmp_path):
+    path = tmp_path / "VIRTUAL.npz"
+    arrays = adm_reference(path)
+    got = read_statistics(path)
+    assert np.array_equal(got.statistics.mu, arrays["mu"])
+    assert np.array_equal(got.spatial.mu, arrays["mu_s"])
+    assert np.array_equal(got.spatial.sigma, arrays["sigma_s"])
+    assert (got.statistics.n, got.spatial.n, got.extractor) == (None, None, None)
+    assert kind_of(path) == "statistics"
+    assert np.array_equal(read_images(path).images, arrays["arr_0"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"mu_s": np.ones(5)}, r"mu_s is \(5,\) and sigma_s \(6, 6\)"),
+        ({"sigma_s": np.triu(np.ones((6, 6)))}, "sigma_s differs from its transpose"),
+        ({"mu_s": np.full(6, np.nan)}, "mu_s holds NaN"),
+        ({"mu_s": np.ones(6, dtype=np.int64)}, "mu_s has dtype int64"),
+    ],
+)
+def test_spatial_statistics_that_are_refused(tmp_path, extra, message):
+    path = tmp_path / "bad.npz"
+    adm_reference(path, **extra)
+    with pytest.raises(BadInputError, match=message):
+        read_statistics(path)
+
+
+def test_statistics_without_images_are_no_images(tmp_path):
+    path = tmp_path / "stats.npz"
+    write_statistics(path, stored())
+    with pytest.raises(BadInputError, match="neither an array 'arr_0' nor 'images'"):
+        read_images(path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_spatial_statistics_are_read_back_exactly(tmp_path, suffix):
+    path = tmp_path / f"stats.{suffix}"
+    written = replace(stored(), spatial=stored(7).statistics)
+    assert write_statistics(path, written) == path.stat().st_size
+    got = read_statistics(path)
+    assert np.array_equal(got.spatial.mu, written.spatial.mu)
+    assert np.array_equal(got.spatial.sigma, written.spatial.sigma)
+    assert (got.statistics.n, got.spatial.n) == (9, 9)
+    assert got.extractor == EXTRACTOR
+    write_statistics(path, stored(), force=True)
+    assert read_statistics(path).spatial is None
+
+
+def test_comparing_needs_one_spatial_width():
+    a, b = (replace(stored(), spatial=stored(width).statistics) for width in (7, 6))
+    check_comparable(a, stored(), "a", "b")
+    with pytest.raises(BadInputError, match="a has 7 spatial features, b has 6"):
+        check_comparable(a, b, "a", "b")
 
 
 def test_others_read_our_npz(tmp_path):
