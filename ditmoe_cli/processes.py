@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+from ditmoe_cli.errors import DitmoeError
+
 _PATIENCE = timedelta(days=2)  # a rank may be slow; a dead one is torchrun's to notice
 
 Item = TypeVar("Item")
@@ -39,11 +41,9 @@ class Share:
         return list(batches[self.rank :: self.world])
 
     def wait(self) -> None:
-        """Return once all processes are here."""
+        """Return once all processes are here. Raises `DitmoeError` where one of them has ended."""
         if self.world > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+            _meet()
 
 
 WHOLE = Share()
@@ -60,9 +60,19 @@ def process_group() -> Iterator[Share]:
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Share(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # nobody leaves while another's last message is under way
+        _meet()  # nobody leaves while another's last message is under way
     finally:
         dist.destroy_process_group()
+
+
+def _meet() -> None:
+    """Return once all processes are here. Raises `DitmoeError` where one of them has ended."""
+    import torch.distributed as dist
+
+    try:
+        dist.barrier()
+    except RuntimeError:
+        raise DitmoeError("another process of this job has ended; see its message, and start the job again") from None
 
 
 def own_device(device: str, share: Share) -> str:

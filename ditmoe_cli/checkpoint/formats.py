@@ -49,22 +49,35 @@ block, in the dtype that the matrix has to the model, plus a product of factors 
                X.weight.delta_right                    ...  (r, in)
     ternary    X.weight.delta_ternary                  U8   (ceil(out*in/5),)   codes -1, 0, 1, five a byte in base 3
                X.weight.delta_scale                    F32  ()
+
+A matrix may be cut along its neurons into pieces of different widths: rows of gate_proj and up_proj (and of any other
+weight), columns of down_proj. X.weight then has no tensor of its own name either. Its pieces are weights of int and
+ternary formats, numbered from 0, at least two, and are joined in that order:
+
+    pieces     X.pieces.0.weight_packed, ...           as above, of shape (n_0, in), or (out, n_0) of down_proj
+               X.pieces.1.weight_packed, ...           (n_1, in), or (out, n_1)
+
+Its format is called rows:f_0*n_0+f_1*n_1+... or columns:f_0*n_0+f_1*n_1+..., as rows:int4-g64*64+int2-g64*192. No file
+says which neurons they are: those of an expert may stand in any order that its three matrices share.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from ditmoe_cli.checkpoint.header import FLOATING, TensorInfo
 from ditmoe_cli.checkpoint.names import BASE, MATRICES, in_block, split_name
 from ditmoe_cli.errors import BadInputError
 
-Format = str  # one of FORMATS; `parse_format` tells what it means
+Format = str  # one of FORMATS, which `parse_format` tells the meaning of, or pieces of them (`parse_pieces`)
 DeltaFormat = Literal["svd", "ternary"]
 Kind = Literal["nf4", "fp4", "int8", "uniform", "ternary"]
 BLOCK = 64  # weights that share an absmax in nf4 and fp4
@@ -84,6 +97,9 @@ _DELTA_PARTS: Mapping[str, DeltaFormat] = {
 }
 _PACKED_PARTS = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"})
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
+_PIECE_NAME = re.compile(r"(.+)\.pieces\.(\d+)\.weight")
+_PIECE = re.compile(r"([a-z0-9-]+)\*([1-9][0-9]*)")
+_AXES = ("rows", "columns")
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _TORCH_NAMES.items()}
 
@@ -156,21 +172,97 @@ def parse_format(name: object, what: str = "the format") -> Scheme:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """A format of pieces along one axis of a matrix: 0 for pieces of its rows, 1 of its columns.
+
+    `formats` are those of the pieces, in order, and `counts` how many rows or columns each has.
+    """
+
+    axis: int
+    formats: tuple[Format, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def name(self) -> Format:
+        """The format's name, as ``rows:int4-g64*64+int2-g64*192``."""
+        each = (f"{fmt}*{count}" for fmt, count in zip(self.formats, self.counts, strict=True))
+        return f"{_AXES[self.axis]}:{'+'.join(each)}"
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The rows or columns of each piece."""
+        return tuple(slice(*ends) for ends in pairwise(accumulate(self.counts, initial=0)))
+
+    def infos(self, info: TensorInfo) -> list[TensorInfo]:
+        """Return the pieces of the weight `info` as weights."""
+        stem = info.name.removesuffix(".weight")
+        return [
+            replace(info, name=f"{stem}.pieces.{i}.weight", shape=self._shape(info.shape, count))
+            for i, count in enumerate(self.counts)
+        ]
+
+    def _shape(self, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+        return (count, *shape[1:]) if self.axis == 0 else (shape[0], count)
+
+
+@lru_cache(maxsize=1024)
+def parse_pieces(name: str) -> Pieces | None:
+    """Return what the name of a format of pieces means; None for all other names."""
+    axis, _, listed = name.partition(":")
+    found = [_PIECE.fullmatch(each) for each in listed.split("+")]
+    if axis not in _AXES or len(found) < 2 or not all(found):
+        return None
+    parts = [(match[1], int(match[2])) for match in found if match]
+    if not all(fmt in SCHEMES and SCHEMES[fmt].grouped for fmt, _ in parts):
+        return None
+    return Pieces(_AXES.index(axis), *(tuple(column) for column in zip(*parts, strict=True)))
+
+
+def checked_format(name: object, what: str = "the format") -> Format:
+    """Return a format's name, of pieces or not. Raises `BadInputError` that begins with `what` for what is none."""
+    if not isinstance(name, str) or ":" not in name:
+        return parse_format(name, what).name
+    if parse_pieces(name) is None:
+        raise BadInputError(
+            f"{what} is {name!r}; expected two or more pieces of int and ternary formats with their rows or columns, "
+            "as rows:int4-g64*64+int2-g64*192"
+        )
+    return name
+
+
+def format_label(name: Format) -> str:
+    """Return a format's name without the sizes of its pieces, by which weights may be counted."""
+    pieces = parse_pieces(name)
+    return name if pieces is None else f"{_AXES[pieces.axis]}:{'+'.join(pieces.formats)}"
+
+
+def neuron_axis(name: str) -> int:
+    """Return the axis along which the weight `name` may be cut: 1, its columns, of down_proj, and 0 of all others."""
+    return int(name.endswith(f"{MATRICES[2]}.weight"))
+
+
+@dataclass(frozen=True)
 class Weight:
     """A tensor as the model sees it: its logical dtype and shape, its format, and what stores it.
 
     `format` is None for a plain tensor, whose only member is itself. The base of ``svd`` and ``ternary`` weights is the
-    first member of each expert's, and no weight itself.
+    first member of each expert's, and no weight itself. Of a weight in pieces, `pieces` are these.
     """
 
     info: TensorInfo
     format: Format | DeltaFormat | None
     members: tuple[str, ...]
+    pieces: tuple[Weight, ...] = ()
 
     @property
     def quantized(self) -> bool:
         """Whether the weight is kept packed in memory too."""
-        return self.format in SCHEMES
+        return self.format in SCHEMES or bool(self.pieces)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that keep the weight packed in memory: one for each piece."""
+        return tuple(each.info.name.removesuffix(".weight") for each in self.pieces or (self,))
 
 
 def quant_state_json(info: TensorInfo, fmt: Format = "nf4", offset: float = 0.0) -> bytes:
@@ -199,7 +291,11 @@ def packed_words(values: int, bits: int) -> int:
 
 
 def quantized_members(info: TensorInfo, fmt: Format) -> list[TensorInfo]:
-    """Return the tensors that store the weight `info` in format `fmt`, in the order of its scheme's parts."""
+    """Return the tensors that store the weight `info` in format `fmt`: piece by piece, by its scheme's parts."""
+    pieces = parse_pieces(fmt)
+    if pieces is not None:
+        each = zip(pieces.infos(info), pieces.formats, strict=True)
+        return [member for piece, name in each for member in quantized_members(piece, name)]
     scheme = parse_format(fmt)
     if scheme.kind == "int8":
         stem = info.name.removesuffix(".weight")
@@ -302,11 +398,65 @@ def logical_weights(tensors: Mapping[str, TensorInfo], raw: Callable[[str], byte
         if result.setdefault(weight.info.name, weight) != weight:
             raise BadInputError(f"the weight {weight.info.name!r} is stored twice, in different formats")
         taken.update(weight.members)
+    result = _joined(result)
     for name, weight in result.items():
         if name in tensors and name not in weight.members:
             raise BadInputError(f"tensor {name!r} stands beside {weight.members[0]!r}, which stores the same weight")
-    result.update({n: Weight(info, None, (n,)) for n, info in tensors.items() if n not in taken})
+    plain = {n: Weight(info, None, (n,)) for n, info in tensors.items() if n not in taken}
+    loose = next((name for name in plain if _PIECE_NAME.fullmatch(name)), None)
+    if loose is not None:
+        raise BadInputError(f"tensor {loose!r} is named as a piece of a weight, but is not packed as one")
+    return result | plain
+
+
+def _joined(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Return weights with those that are pieces of one joined."""
+    result: dict[str, Weight] = {}
+    pieces: dict[str, dict[str, Weight]] = {}
+    for name, weight in weights.items():
+        match = _PIECE_NAME.fullmatch(name)
+        if match is None:
+            result[name] = weight
+        else:
+            pieces.setdefault(match[1], {})[name] = weight
+    for stem, found in pieces.items():
+        name = f"{stem}.weight"
+        if name in result:
+            raise BadInputError(f"the weight {name!r} is stored twice, in one piece and in several")
+        result[name] = _of_pieces(name, list(_in_order(stem, found)))
     return result
+
+
+def _in_order(stem: str, found: Mapping[str, Weight]) -> Iterator[Weight]:
+    """Yield the pieces of a weight by their numbers, which have to begin with 0 and leave none out."""
+    for i in range(max(len(found), 2)):
+        name = f"{stem}.pieces.{i}.weight"
+        if name not in found:
+            raise BadInputError(
+                f"'{stem}.weight' is stored in pieces, of which {name!r} is missing beside {next(iter(found))!r}"
+            )
+        yield found[name]
+
+
+def _of_pieces(name: str, pieces: Sequence[Weight]) -> Weight:
+    """Return the weight that pieces make up, whose shapes and formats have to fit together."""
+    axis, first = neuron_axis(name), pieces[0].info
+    for piece in pieces:
+        scheme = SCHEMES.get(piece.format or "")
+        if scheme is None or not scheme.grouped:
+            raise BadInputError(
+                f"{piece.info.name!r} is {piece.format}; pieces of a weight are of int formats or ternary"
+            )
+        if piece.info.shape[1 - axis] != first.shape[1 - axis]:
+            raise BadInputError(
+                f"{piece.info.name!r} is {list(piece.info.shape)} and {first.name!r} is {list(first.shape)}; as "
+                f"{_AXES[axis]} of {name!r} they need as many {_AXES[1 - axis]}"
+            )
+    counts = tuple(piece.info.shape[axis] for piece in pieces)
+    shape = (sum(counts), first.shape[1]) if axis == 0 else (first.shape[0], sum(counts))
+    fmt = Pieces(axis, tuple(piece.format for piece in pieces if piece.format), counts).name
+    members = tuple(member for piece in pieces for member in piece.members)
+    return Weight(replace(first, name=name, shape=shape), fmt, members, tuple(pieces))
 
 
 def _quantized_weight(info: TensorInfo, fmt: Format, tensors: Mapping[str, TensorInfo]) -> Weight:
@@ -446,10 +596,14 @@ def is_quantizable(info: TensorInfo, fmt: Format | None = None) -> bool:
     """Tell whether a weight can be stored in format `fmt`, or in any of bitsandbytes' where none is given.
 
     Those take a floating matrix of even size that is not fp64; uniform and ternary formats any floating matrix of at
-    least 32 columns.
+    least 32 columns. Pieces take one whose rows or columns, along the axis of its neurons, they add up to.
     """
     if len(info.shape) != 2 or info.dtype not in FLOATING:
         return False
+    pieces = parse_pieces(fmt) if fmt is not None else None
+    if pieces is not None:
+        fits = pieces.axis == neuron_axis(info.name) and sum(pieces.counts) == info.shape[pieces.axis]
+        return fits and all(each.shape[1] >= FEWEST_COLUMNS for each in pieces.infos(info))
     if fmt is not None and parse_format(fmt).grouped:
         return info.shape[1] >= FEWEST_COLUMNS
     return info.dtype != "F64" and info.numel % 2 == 0

@@ -20,7 +20,7 @@ from ditmoe_cli.cli.options import (
     SamplerOpt,
     Seed,
     SolverOpt,
-    Steps,
+    StepsOpt,
     TopK,
     checked_device,
     given,
@@ -63,7 +63,7 @@ def run(
     first: FirstArg = None,
     second: SecondArg = None,
     images: Images = 64,
-    steps: Steps = 20,
+    steps: StepsOpt = None,
     cfg: Cfg = 1.0,
     solver: SolverOpt = None,
     bins: Bins = 10,
@@ -136,6 +136,7 @@ def rows(found: Divergence) -> list[Row]:
     return [
         (f"{kind} error", f"relative {number(prediction['relative_error'])}, mse {number(prediction['mse'])}"),
         ("by step bin", " ".join(number(value) for value in prediction["bins"]["relative_error"])),
+        ("quick score", quick_row(result["quick"])),
         ("final latents", f"relative {number(latents['relative_error'])}, mse {number(latents['mse'])}"),
         *([("final images", images_row(result["images"]))] if result["images"] else []),
         ("routing overlap", number(routing["overlap"]) + (f" ({routing['note']})" if routing["note"] else "")),
@@ -151,6 +152,14 @@ def rows(found: Divergence) -> list[Row]:
 def number(value: float | None) -> str:
     """Return a number in four digits; what is unknown or infinite is told so."""
     return "n/a" if value is None else f"{value:.4g}"
+
+
+def quick_row(quick: dict[str, Any] | None) -> str:
+    """Return the error of paired final latents with its interval: what ranks compressed models by few images."""
+    if quick is None:
+        return "n/a: an interval takes at least 2 images"
+    found = f"paired latent error {number(quick['estimate'])}"
+    return f"{found} ({100 * quick['level']:g} % interval {number(quick['low'])} to {number(quick['high'])})"
 
 
 def images_row(images: dict[str, Any]) -> str:

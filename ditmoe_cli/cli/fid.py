@@ -221,6 +221,7 @@ def measured(
     from ditmoe_cli.evaluation.score import write_score
 
     inputs = [item.path for item in compared.items] + ([measure.weights] if measure.weights else [])
+    inputs += [Path(measure.vae).expanduser()] if measure.vae else []
     if output is not None:
         check_target(output.absolute(), force, inputs)
     result = compare(compared, spec_of, measure, runtime, progress, note)

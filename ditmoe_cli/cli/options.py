@@ -91,7 +91,7 @@ CalibrationSolver = Annotated[
 ]
 StepsOpt = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--steps", metavar="N", help="Sampling steps. [default: 20]"),
+    typer.Option("--steps", metavar="N", help="Sampling steps. [default: 16 for rf, 20 for ddpm]"),
 ]
 IntervalOpt = Annotated[
     Optional[str],  # noqa: UP045

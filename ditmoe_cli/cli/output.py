@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 Row = tuple[str, object]
+_WORTH_TELLING = 5  # seconds that a job takes before its end is worth a line
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,42 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def rate(speed: float) -> str:
+    """Return a rate for reading."""
+    return f"{speed:.3g}/s"
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how much more is done; shows a bar with time left on a terminal's stderr."""
+    """Yield a function that is told how much more is done; shows a bar, rate and time left on a terminal's stderr."""
     if not sys.stderr.isatty():
-        start = time.monotonic()
-        yield lambda _: None
-        if time.monotonic() - start > 5:
-            note(f"{what}: done in {time.monotonic() - start:.0f} s")
+        start, steps = time.monotonic(), [0]
+        yield steps.append
+        passed = time.monotonic() - start
+        if passed > _WORTH_TELLING:
+            note(f"{what}: done in {passed:.0f} s ({rate(sum(steps) / passed)})")
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        """How much is done a second."""
+
+        def render(self, task: Task) -> Text:
+            """Return the rate so far; nothing before the first step."""
+            speed = task.finished_speed or task.speed
+            return Text(rate(speed) if speed else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     console = Console(stderr=True, no_color=not _uses_colour(sys.stderr))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)

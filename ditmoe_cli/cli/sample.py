@@ -90,7 +90,8 @@ def run(
     file = require_safetensors(output or default_output(opened.path, "samples"))
     from ditmoe_cli.evaluation.samples import Runtime, Sampling, Targets, check_targets, decoded_by, write_samples
 
-    runtime, targets = Runtime(checked_device(device), batch), Targets(file, png, npz, grid, force)
+    inputs = (Path(vae).expanduser(),) if vae is not None else ()
+    runtime, targets = Runtime(checked_device(device), batch), Targets(file, png, npz, grid, force, inputs)
     check_targets(Sampling(opened, spec), targets, will_decode=vae is not None)
     what = Sampling(opened, spec, decoded_by(opened, vae, runtime.device))
     size = write_samples(what, runtime, targets, progress, note)

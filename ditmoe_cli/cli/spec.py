@@ -44,7 +44,7 @@ def sample_spec(checkpoint: Checkpoint, options: SamplingOptions, calibration: b
     if options.upstream and (options.solver is not None or options.steps is not None):
         raise UsageError("--upstream-exact names solver and steps; leave out --solver and --steps")
     default = CALIBRATION_SOLVER if calibration else DEFAULT_SOLVER
-    solver, steps = choose_solver(options.solver, config.sampler, default), DEFAULT_STEPS
+    solver, steps = choose_solver(options.solver, config.sampler, default), DEFAULT_STEPS[config.sampler]
     if options.upstream:
         solver, steps = UPSTREAM[config.sampler]
     steps = steps if options.steps is None else options.steps

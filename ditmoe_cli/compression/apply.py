@@ -21,6 +21,7 @@ from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.delta.sizes import delta_tensors
 from ditmoe_cli.compression.layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.quantize.ordered import is_ordered
 from ditmoe_cli.compression.quantize.smoothed import is_smoothed
 from ditmoe_cli.compression.spool import Spool, expert_map_bytes, source_dtype
 from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
@@ -150,6 +151,11 @@ def _compute(
 
         rounded = encode(checkpoint, plan, profile, spool, device, bar)
         return Computed(error=rounded.error, agreement=rounded.agreement)
+    if plan.ordering is not None:
+        from ditmoe_cli.compression.quantize.order import encode_ordered
+
+        encode_ordered(checkpoint, plan, profile, spool, device, bar)
+        return Computed()
     from ditmoe_cli.compression.rebuild import rebuild
 
     return Computed(rebuild(checkpoint, plan, block_layouts(checkpoint, plan), profile, spool, device, bar))
@@ -224,6 +230,10 @@ def _check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
         )
     if plan.rounding is not None and (plan.blocks or plan.delta is not None):
         raise BadInputError("the plan computes weights and rounds them by GPTQ; make that two plans, rounding last")
+    if plan.ordering is not None and (plan.blocks or plan.delta is not None):
+        raise BadInputError(
+            "the plan computes weights and reorders their neurons; make that two plans, reordering last"
+        )
     for name, fmt in plan.formats.items():
         _check_format(checkpoint, name, fmt)
         if plan.delta is not None and split_name(name).expert is not None:
@@ -277,9 +287,11 @@ def _transformed(
             stem = in_expert(parts.block, kept.index(parts.expert), "")
             return _moved(checkpoint, weight, in_expert(parts.block, parts.expert, ""), stem, plan.formats.get(name))
     fmt = plan.formats.get(name)
-    if fmt is not None and plan.rounding is not None and parts.block is not None:
+    ordered = is_ordered(plan, name)
+    if fmt is not None and (ordered or (plan.rounding is not None and parts.block is not None)):
         return [PlannedTensor(info, None) for info in quantized_members(weight.info, fmt)]
-    if fmt is None and plan.rounding is not None and plan.rounding.smoothing and is_smoothed(name):
+    smoothed = plan.rounding is not None and plan.rounding.smoothing and is_smoothed(name)
+    if fmt is None and (ordered or smoothed):
         return [PlannedTensor(weight.info, None)]
     return _moved(checkpoint, weight, "", "", fmt)
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ditmoe_cli.compression.knapsack import exact
 from ditmoe_cli.compression.lagrange import (
     Group,
     Option,
@@ -60,7 +61,7 @@ class Solution:
     choice: an option index per group. error, bytes: their sums over groups. bound: no choice that fits the budget has
     less error; the Lagrangian's, or the solver's where its proof is tighter. gap: (error - bound) / error, 0 where
     error is 0. solver: whose answer it is, ``highs`` or ``cbc`` where that ended with a proof or with the better
-    choice, else ``lagrange``.
+    choice, ``exact`` where they did not and all sums were listed (`knapsack`), else ``lagrange``.
     """
 
     choice: tuple[int, ...]
@@ -131,7 +132,8 @@ def solve(
 
     ``auto`` runs HiGHS if it is installed, and CBC if HiGHS is missing, fails or ends without a proof. `time_limit` is
     in seconds: HiGHS then gets half, and CBC what is left. Without a proof the best of the choices stands if its gap is
-    at most `FALLBACK_GAP` (or `gap`, if larger); ``lagrange`` runs nothing, and its choice always stands. One thread
+    at most `FALLBACK_GAP` (or `gap`, if larger); else ``auto`` lists all sums of bytes and errors, if they are not too
+    many (`knapsack.exact`). ``lagrange`` runs nothing, and its choice always stands. One thread
     and fixed seeds make equal input give equal choices, unless a program is cut off by the clock. Options that another
     makes pointless (`undominated`) are never taken.
 
@@ -172,6 +174,10 @@ def solve(
             incumbent, fallback = choice, _solution(groups, choice, bound, name)
     if fallback.gap <= max(gap, FALLBACK_GAP):
         return fallback
+    best = exact(groups, core, budget, multiplier, upper - bound) if solver == "auto" else None
+    if best is not None:
+        choice = min((best, incumbent), key=lambda each: error_of(groups, each))
+        return _solution(groups, choice, error_of(groups, choice) * (1 - _ROUNDING), "exact")
     raise InfeasibleError(
         f"the formats could not be chosen ({'; '.join(ended)}): the best choice found may be {fallback.gap:.2g} of its "
         f"error from the optimum, more than {max(gap, FALLBACK_GAP):.2g}; give more time or another solver"

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ditmoe_cli.checkpoint.formats import DeltaFormat, Format, parse_format
+from ditmoe_cli.checkpoint.formats import DeltaFormat, Format, checked_format
 from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
 from ditmoe_cli.errors import BadInputError
 
 PLAN_SCHEMA = "ditmoe.plan/1"
 _JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}
 RouterMode = Literal["slice", "ghost", "mass"]
+Ordering = Literal["camera"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class CompressionPlan:
         options: the options that led here, for the reader.
         blocks: one entry per block, or none where experts stay as they are.
         formats: quantised format of each weight that gets one.
+        ordering: how neurons of experts whose matrices are cut into pieces are put in order first: ``camera``, by
+            falling energy; None as they stand.
         merging: the method by which experts are merged, where some are.
         repair: how weights are refitted after; None where they are not.
         delta: how experts are stored as differences, all of which then stay; None where they are stored whole.
@@ -130,12 +133,14 @@ class CompressionPlan:
     repair: Repair | None = None
     delta: Delta | None = None
     rounding: Rounding | None = None
+    ordering: Ordering | None = None
 
     @property
     def rebuilds(self) -> bool:
         """Whether weights are computed from calibration data, which takes the profile."""
         rebuilt = self.repair is not None or any(block.rebuilds for block in self.blocks)
-        return self.delta is not None or self.rounding is not None or (bool(self.blocks) and rebuilt)
+        whole = (self.delta, self.rounding, self.ordering)
+        return any(each is not None for each in whole) or (bool(self.blocks) and rebuilt)
 
     @property
     def decided(self) -> bool:
@@ -161,6 +166,7 @@ class CompressionPlan:
             "repair": asdict(self.repair) if self.repair else None,
             "delta": asdict(self.delta) if self.delta else None,
             "rounding": asdict(self.rounding) if self.rounding else None,
+            "ordering": self.ordering,
         }
 
 
@@ -178,11 +184,12 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         profile=None if fields.get("profile", "") is None else _field(fields, "profile", str, where),
         options=_field(fields, "options", dict, where),
         blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
-        formats={name: parse_format(fmt, f"{where}: format of {name}").name for name, fmt in formats.items()},
+        formats={name: checked_format(fmt, f"{where}: format of {name}") for name, fmt in formats.items()},
         merging=_field(fields, "merging", str, where) if fields.get("merging") is not None else None,
         repair=_parse_repair(fields["repair"], where) if fields.get("repair") is not None else None,
         delta=_parse_delta(fields["delta"], where) if fields.get("delta") is not None else None,
         rounding=_parse_rounding(fields["rounding"], where) if fields.get("rounding") is not None else None,
+        ordering=_one_of(fields.get("ordering"), (None, *get_args(Ordering)), f"{where}: field 'ordering'"),
     )
     try:
         canonical_json(plan.to_json())
@@ -298,7 +305,8 @@ def _parse_rounding(value: object, where: str) -> Rounding:
 
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
     if value not in choices:
-        raise BadInputError(f"{what} is {value!r}; expected one of {', '.join(choices)}")
+        named = ("null" if choice is None else choice for choice in choices)
+        raise BadInputError(f"{what} is {value!r}; expected one of {', '.join(named)}")
     return value
 
 
@@ -322,7 +330,7 @@ def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
     """Return the lines in which two plans differ; none where they would do the same."""
     lines = [
         f"{name}: {getattr(a, name)} | {getattr(b, name)}"
-        for name in ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding")
+        for name in ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding", "ordering")
         if getattr(a, name) != getattr(b, name)
     ]
     if len(a.blocks) != len(b.blocks):

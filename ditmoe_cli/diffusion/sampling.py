@@ -66,6 +66,8 @@ class SampleSpec:
 def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where a value is out of range."""
     limit = TRAINING_STEPS if spec.family == "ddpm" else 100_000
+    if spec.solver == "ddpm-dpmpp-2m":
+        limit -= 1  # its timesteps leave out 0
     for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
         if not low <= value <= high:
             raise UsageError(f"--{name} {value}: must be between {low} and {high}")

@@ -210,11 +210,11 @@ class _Comparing:
     def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
         """Refuse sides that do not fit together."""
         subject, reference, original = self.comparison.items
+        self._check_counts(subject.path, samplings, lab, self.measure.request.of_subject_features)
+        self._check_counts(reference.path, samplings, lab, self.measure.request.of_reference_features)
         for item, other in ((subject, reference), (reference, subject)):
             if item.path in self.done and other.path in samplings:
                 check_statistics(self.done[item.path], samplings[other.path], lab)
-        self._check_counts(subject.path, samplings, lab, self.measure.request.of_subject_features)
-        self._check_counts(reference.path, samplings, lab, self.measure.request.of_reference_features)
         if self.measure.anyway:
             return
         one = self._shape(subject.path, samplings)
@@ -249,10 +249,10 @@ class _Comparing:
             raise BadInputError(f"{path}: a distance needs at least 2 images, got {count}")
         for option, least in request.fewest:
             if option in options and count < least:
-                raise BadInputError(f"{path}: {option} takes at least {least} images of each side, got {count}")
+                raise BadInputError(f"{path}: {option} takes at least {least} images, got {count}")
         if "--metrics fid-inf" in options:
             try:
-                sizes_for(count, lab.width(self._shape(path, samplings) or ()))
+                sizes_for(count, lab.probe(self._shape(path, samplings) or ()).features.shape[1])
             except BadInputError as error:
                 raise BadInputError(f"{path}: --metrics fid-inf: {error}") from None
 

@@ -110,9 +110,13 @@ class Lab:
         extra |= {"logits": logits} if logits else {}
         return {**{kind: f"{name}-{self.tag}" for kind, name in extra.items()}, "features": f"features-{self.tag}"}
 
-    def width(self, shape: Sequence[int]) -> int:
-        """Return the width of the features of images (H, W, C), as found on two black ones."""
-        return int(self.extractor(np.zeros((2, *shape), dtype=np.uint8)).shape[1])
+    def probe(self, shape: Sequence[int]) -> Activations:
+        """Return the activations of two images (H, W, C) of noise, to learn their widths from.
+
+        Not of black ones, on which an extractor that normalises may fail.
+        """
+        noise = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
+        return activations(self.extractor, ImageSet(noise), self.wanted)
 
     def workspace(self, identity: str, rows: int) -> Workspace:
         """Return the workspace of a side."""
@@ -152,11 +156,11 @@ def holds_images(path: Path) -> bool:
 def check_statistics(side: Side, other: Sampling, lab: Lab) -> None:
     """Refuse statistics whose extractor or width is not what `lab` makes of the images of `other`.
 
-    Found out on two black images, so that nothing is sampled in vain. Raises `BadInputError`.
+    Found out on a probe, so that nothing is sampled in vain. Raises `BadInputError`.
     """
     if side.statistics is None:
         return
-    width = lab.width(other.shape)
+    width = lab.probe(other.shape).features.shape[1]
     expected = FeatureStatistics(np.zeros(width), np.zeros((width, width)), None)
     check_comparable(StoredStatistics(expected, lab.described), side.statistics, str(other.checkpoint.path), side.path)
 
@@ -188,10 +192,9 @@ def featured(side: Side, lab: Lab, share: Share, bar: ProgressBar) -> Side:
 
 
 def prepare(work: Workspace, lab: Lab, shape: Sequence[int], share: Share) -> None:
-    """Make the arrays that features go into; their widths are those of features of black images (H, W, C)."""
+    """Make the arrays that features of images (H, W, C) go into."""
     if share.first:
-        black = ImageSet(np.zeros((2, *shape), dtype=np.uint8))
-        probe = activations(lab.extractor, black, lab.wanted)
+        probe = lab.probe(shape)
         for kind, name in lab.names().items():
             work.create(name, getattr(probe, kind).shape[1:], np.float64)
     share.wait()

@@ -11,7 +11,7 @@ nf4, fp4    w = a q_c with a the largest |w| of 64 (QLoRA, https://arxiv.org/abs
 int8        w = c s / 127 with s the largest |w| of a row in fp16 (LLM.int8, https://arxiv.org/abs/2208.07339).
 
 Scales are rounded to how they are stored before weights are rounded to them. Only uniform and ternary grids heed
-importances; the others are as bitsandbytes has them.
+importances; the others are as bitsandbytes has them. A matrix in pieces has a grid for each of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from ditmoe_cli.checkpoint.formats import (
     BLOCK,
     NESTED_BLOCK,
     Format,
+    Pieces,
     Scheme,
     parse_format,
+    parse_pieces,
     quant_state_json,
     quantized_members,
 )
@@ -128,8 +130,50 @@ class Grid:
         return ascending[_rank(values, scale, scheme).int()].mul_(scale)
 
 
-def grid_of(weight: Tensor, fmt: Format, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
-    """Return the grid on which to round a weight (out, in).
+@dataclass(frozen=True)
+class PiecedGrid:
+    """The values that a matrix (out, in) can take in pieces: those of each piece's grid in its rows or columns."""
+
+    pieces: Pieces
+    grids: tuple[Grid, ...]
+
+    def round(self, values: Tensor, columns: Tensor) -> Tensor:
+        """Return values (out, n) rounded to the nearest that the grids of their `columns` (n,) hold, in fp32."""
+        rounded = torch.empty_like(values, dtype=torch.float32)
+        for part, grid in zip(self.pieces.slices, self.grids, strict=True):
+            if self.pieces.axis == 0:
+                rounded[part] = grid.round(values[part], columns)
+                continue
+            mine = (columns >= part.start) & (columns < part.stop)
+            if bool(mine.any()):
+                rounded[:, mine] = grid.round(values[:, mine], columns[mine] - part.start)
+        return rounded
+
+
+def grid_of(
+    weight: Tensor, fmt: Format, importance: Tensor | None = None, *, name: str = "weight"
+) -> Grid | PiecedGrid:
+    """Return the grid on which to round a weight (out, in); see `whole_grid` for the arguments and errors."""
+    pieces = parse_pieces(fmt)
+    if pieces is None:
+        return whole_grid(weight, fmt, importance, name=name)
+    by_column = importance is not None and pieces.axis == 1
+    return PiecedGrid(
+        pieces,
+        tuple(
+            whole_grid(part, each, importance[where] if importance is not None and by_column else importance, name=name)
+            for part, each, where in zip(parts_of(weight, pieces), pieces.formats, pieces.slices, strict=True)
+        ),
+    )
+
+
+def parts_of(weight: Tensor, pieces: Pieces) -> list[Tensor]:
+    """Return the pieces of a weight (out, in). Raises `ValueError` where they are not as many rows or columns."""
+    return list(weight.split(list(pieces.counts), dim=pieces.axis))  # type: ignore[no-untyped-call]
+
+
+def whole_grid(weight: Tensor, fmt: Format, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
+    """Return the grid on which to round a weight (out, in) that is in one piece.
 
     Args:
         weight: floating.
@@ -161,8 +205,14 @@ def grid_of(weight: Tensor, fmt: Format, importance: Tensor | None = None, *, na
     return Grid(scheme, (rows, columns), torch.cat([scale for scale, _ in found]), zero)
 
 
-def pack_on(grid: Grid, weight: Tensor, info: TensorInfo, fmt: Format) -> dict[str, Tensor]:
+def pack_on(grid: Grid | PiecedGrid, weight: Tensor, info: TensorInfo, fmt: Format) -> dict[str, Tensor]:
     """Return the members of a weight (out, in) by name, its values being rounded to the nearest on `grid`."""
+    if isinstance(grid, PiecedGrid):
+        if parse_pieces(fmt) != grid.pieces:
+            raise ValueError(f"a grid of {grid.pieces.name} does not take {fmt}")
+        columns = (grid.grids, parts_of(weight, grid.pieces), grid.pieces.infos(info), grid.pieces.formats)
+        packed = [pack_on(*each) for each in zip(*columns, strict=True)]
+        return {name: tensor for members in packed for name, tensor in members.items()}
     scheme = grid.scheme
     if parse_format(fmt) != scheme or tuple(weight.shape) != grid.shape:
         raise ValueError(f"a grid of {scheme.name} {grid.shape} does not take {fmt} {tuple(weight.shape)}")

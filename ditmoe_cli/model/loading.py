@@ -12,7 +12,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
-from ditmoe_cli.model.quantized import QuantizedLinear, unpack
+from ditmoe_cli.model.quantized import packed_linear, unpack
 
 
 def load_model(
@@ -80,7 +80,7 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
         raise BadInputError(
             f"{checkpoint.path}: tensor {name!r} is stored as {weight.format}, but only linear layers may be"
         )
-    layer = QuantizedLinear(weight, bias=getattr(old, "bias", None) is not None)
+    layer = packed_linear(weight, bias=getattr(old, "bias", None) is not None)
     layer.load_members(members, weight)
     parent = model.get_submodule(module_name.rpartition(".")[0])
     setattr(parent, module_name.rpartition(".")[2], layer)

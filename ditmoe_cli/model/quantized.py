@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditmoe_cli.checkpoint.formats import Format, Scheme, Weight, parse_format, parse_quant_state
+from ditmoe_cli.checkpoint.formats import Format, Scheme, Weight, parse_format, parse_pieces, parse_quant_state
 from ditmoe_cli.checkpoint.header import TensorInfo
 from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.errors import BadInputError
@@ -156,6 +156,47 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.weight().to(x.dtype), bias)
 
 
+class PiecedLinear(nn.Module):
+    """A linear layer whose weight is kept packed in pieces, and put together for each multiplication.
+
+    Its pieces are layers without a bias; `load_members` fills them from a checkpoint.
+    """
+
+    def __init__(self, weight: Weight, bias: bool) -> None:
+        super().__init__()
+        found = parse_pieces(weight.format or "")
+        assert found is not None
+        self.format, self.shape, self.layout = weight.format, weight.info.shape, found
+        self.pieces = nn.ModuleList(QuantizedLinear(piece, bias=False) for piece in weight.pieces)
+        self.bias = nn.Parameter(torch.empty(self.shape[0]), requires_grad=False) if bias else None
+
+    def load_members(self, members: Mapping[str, Tensor], weight: Weight) -> None:
+        """Take over the packed tensors of `weight`. Raises `BadInputError` as `QuantizedLinear.load_members` does."""
+        for layer, piece in zip(self._layers(), weight.pieces, strict=True):
+            layer.load_members(members, piece)
+
+    def _layers(self) -> list[QuantizedLinear]:
+        return [layer for layer in self.pieces if isinstance(layer, QuantizedLinear)]
+
+    def weight(self) -> Tensor:
+        """Return the unpacked weight (out, in) in fp32."""
+        layers = self._layers()
+        whole = torch.empty(self.shape, device=layers[0].packed.device)
+        for layer, part in zip(layers, self.layout.slices, strict=True):
+            whole[part if self.layout.axis == 0 else (slice(None), part)] = layer.weight()
+        return whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + b, computed in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight().to(x.dtype), bias)
+
+
+def packed_linear(weight: Weight, bias: bool) -> QuantizedLinear | PiecedLinear:
+    """Return an empty layer for a quantised weight, in one piece or several."""
+    return PiecedLinear(weight, bias) if weight.pieces else QuantizedLinear(weight, bias)
+
+
 def _bits(tensor: Tensor) -> Tensor:
     """Return floating values as integers of their size."""
     if not tensor.is_floating_point():
@@ -165,7 +206,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def dequantized(weight: Weight, members: Mapping[str, Tensor]) -> Tensor:
     """Return a quantised weight (out, in) in fp32; `members` are its tensors by name."""
-    layer = QuantizedLinear(weight, bias=False)
+    layer = packed_linear(weight, bias=False)
     layer.load_members(members, weight)
     return layer.weight()
 

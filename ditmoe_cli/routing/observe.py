@@ -17,8 +17,8 @@ from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.routing.counters import Counters
 from ditmoe_cli.processes import WHOLE, Share
+from ditmoe_cli.routing.counters import Counters
 from ditmoe_cli.routing.distributed import merged, rank_of_other_threads
 from ditmoe_cli.routing.moments import Moments
 from ditmoe_cli.routing.reservoir import Reservoir, Selection, select_states

@@ -17,12 +17,17 @@ from ditmoe_cli.checkpoint.formats import (
     GROUPS,
     DeltaFormat,
     Format,
+    Pieces,
     Weight,
     base_name,
+    checked_format,
     difference_members,
+    format_label,
     is_quantizable,
     logical_weights,
+    neuron_axis,
     parse_format,
+    parse_pieces,
     parse_quant_state,
     quant_state_json,
     quantized_members,
@@ -319,6 +324,173 @@ def test_scales_beside_what_is_no_matrix_are_refused(shape: tuple[int, ...]) -> 
     members = [TensorInfo("x.weight", "I8", shape), TensorInfo("x.SCB", "F32", shape[:1])]
     with pytest.raises(BadInputError, match=r"x\."):
         logical_weights(stored(*members, TensorInfo("x.weight_format", "U8", ())), no_bytes)
+
+
+PACKED = [fmt for fmt in FORMATS if parse_format(fmt).grouped]
+PIECED = "blocks.0.moe.experts.1.{}_proj.weight"
+
+
+@st.composite
+def pieces(draw: st.DrawFn) -> tuple[TensorInfo, Pieces]:
+    """A matrix of an expert, and pieces that it may be cut into."""
+    axis = draw(st.integers(0, 1))
+    formats = draw(st.lists(st.sampled_from(PACKED), min_size=2, max_size=5))
+    counts = tuple(draw(st.integers(32 if axis else 1, 150)) for _ in formats)
+    other = draw(st.integers(1 if axis else 32, 70))
+    name = PIECED.format("down" if axis else draw(st.sampled_from(["gate", "up"])))
+    shape = (other, sum(counts)) if axis else (sum(counts), other)
+    return TensorInfo(name, "F16", shape), Pieces(axis, tuple(formats), counts)
+
+
+def shapes_of(infos: list[TensorInfo]) -> Callable[[str], bytes]:
+    """The bytes of the small tensors that tell the shapes of some weights."""
+    shapes = {f"{info.name}_shape": struct.pack("<2i", *info.shape) for info in infos}
+    return shapes.__getitem__
+
+
+@given(drawn=pieces(), turned=st.booleans())
+def test_pieces_are_joined_again(drawn: tuple[TensorInfo, Pieces], turned: bool) -> None:
+    info, cut = drawn
+    assert parse_pieces(cut.name) == cut and checked_format(cut.name) == cut.name
+    assert is_quantizable(info, cut.name) and neuron_axis(info.name) == cut.axis
+    members, parts = quantized_members(info, cut.name), cut.infos(info)
+    own = [quantized_members(part, fmt) for part, fmt in zip(parts, cut.formats, strict=True)]
+    assert members == [member for each in own for member in each]
+    assert len({member.name for member in members}) == len(members)
+    found = logical_weights(stored(*(reversed(members) if turned else members)), shapes_of(parts))
+    assert list(found) == [info.name]
+    weight = found[info.name]
+    assert weight.info == info and weight.quantized and weight.members == tuple(member.name for member in members)
+    assert weight.layers == tuple(part.name.removesuffix(".weight") for part in parts)
+    again = parse_pieces(weight.format or "")
+    assert again is not None and (again.axis, again.counts) == (cut.axis, cut.counts)
+    # a row of fewer columns is one group, whatever the size of groups
+    assert quantized_members(info, again.name) == members
+    assert [parse_format(a).bits for a in again.formats] == [parse_format(b).bits for b in cut.formats]
+
+
+def test_pieces_by_hand() -> None:
+    name = "rows:int4-g64*64+int2-g32*192"
+    cut = parse_pieces(name)
+    assert cut == Pieces(0, ("int4-g64", "int2-g32"), (64, 192)) and cut.name == name
+    assert cut.slices == (slice(0, 64), slice(64, 256))
+    first, second = cut.infos(TensorInfo("a.gate_proj.weight", "BF16", (256, 96)))
+    assert first == TensorInfo("a.gate_proj.pieces.0.weight", "BF16", (64, 96))
+    assert second == TensorInfo("a.gate_proj.pieces.1.weight", "BF16", (192, 96))
+    down = parse_pieces(name.replace("rows", "columns"))
+    assert down is not None
+    assert [i.shape for i in down.infos(TensorInfo("a.down_proj.weight", "F32", (96, 256)))] == [(96, 64), (96, 192)]
+    assert format_label(name) == "rows:int4-g64+int2-g32" and format_label("nf4") == "nf4"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows:int4-g64*64",
+        "rows:int4-g64*64+",
+        "rows:int4-g64*64+int2-g64*0",
+        "rows:int4-g64*64+int2-g64*064",
+        "rows:int4-g64*64+int2-g64",
+        "rows:int4-g64*64+nf4*64",
+        "rows:int4-g64*64+int8*64",
+        "rows:int4-g64*64+int7-g64*64",
+        "sides:int4-g64*64+int2-g64*64",
+        ":int4-g64*64+int2-g64*64",
+        "rows: int4-g64*64+int2-g64*64",
+    ],
+)
+def test_what_are_no_pieces_is_refused(name: str) -> None:
+    assert parse_pieces(name) is None
+    with pytest.raises(BadInputError, match=r"^here is .*two or more pieces"):
+        checked_format(name, "here")
+
+
+@pytest.mark.parametrize("name", ["int4-g63", "int4-g64*64+int2-g64*64", None, 3])
+def test_what_is_no_format_at_all_is_refused_as_before(name: object) -> None:
+    with pytest.raises(BadInputError, match=r"^here is .*; expected one of nf4, int8"):
+        checked_format(name, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fmt", "fits"),
+    [
+        ("up", (96, 32), "rows:int4-g64*32+int2-g64*64", True),
+        ("up", (96, 32), "rows:int4-g64*1+int2-g64*95", True),
+        ("down", (32, 96), "columns:int4-g64*32+int2-g64*64", True),
+        ("down", (32, 96), "columns:int4-g64*31+int2-g64*65", False),
+        ("down", (32, 96), "rows:int4-g64*16+int2-g64*16", False),
+        ("up", (96, 96), "columns:int4-g64*32+int2-g64*64", False),
+        ("up", (96, 31), "rows:int4-g64*32+int2-g64*64", False),
+        ("up", (97, 32), "rows:int4-g64*32+int2-g64*64", False),
+        ("up", (96,), "rows:int4-g64*32+int2-g64*64", False),
+    ],
+)
+def test_pieces_fit_a_matrix_or_not(name: str, shape: tuple[int, ...], fmt: Format, fits: bool) -> None:
+    assert is_quantizable(TensorInfo(PIECED.format(name), "F32", shape), fmt) == fits
+
+
+CUT = Pieces(1, ("int4-g64", "int3-g64", "int2-g64"), (64, 32, 96))
+DOWN = TensorInfo(PIECED.format("down"), "F16", (5, 192))
+PARTS = CUT.infos(DOWN)
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_a_missing_piece_is_named(lost: int) -> None:
+    """All but the last, which nothing counts: the rest is a narrower matrix, which gate and up do not fit."""
+    gone = {member.name for member in quantized_members(PARTS[lost], CUT.formats[lost])}
+    rest = stored(*(member for member in quantized_members(DOWN, CUT.name) if member.name not in gone))
+    if lost == 2:
+        assert logical_weights(rest, shapes_of(PARTS))[DOWN.name].info.shape == (5, 96)
+        return
+    with pytest.raises(BadInputError, match=rf"'{PARTS[lost].name}' is missing"):
+        logical_weights(rest, shapes_of(PARTS))
+
+
+def test_a_single_piece_is_refused() -> None:
+    with pytest.raises(BadInputError, match=rf"'{PARTS[1].name}' is missing"):
+        logical_weights(stored(*quantized_members(PARTS[0], "int4-g64")), shapes_of(PARTS))
+
+
+@pytest.mark.parametrize("position", range(12))
+@pytest.mark.parametrize("change", ["missing", "dtype", "shape"])
+def test_a_damaged_member_of_a_piece_is_named(position: int, change: str) -> None:
+    members = quantized_members(DOWN, CUT.name)
+    old = members[position]
+    if change == "missing":
+        del members[position]
+        if old.name.endswith("zero_point"):  # which symmetric formats have none of
+            assert "-sym" in str(logical_weights(stored(*members), shapes_of(PARTS))[DOWN.name].format)
+            return
+    else:
+        shape = (7, 7) if change == "shape" else old.shape
+        members[position] = TensorInfo(old.name, "I16" if change == "dtype" else old.dtype, shape)
+    with pytest.raises(BadInputError, match=rf"'{old.name}'"):
+        logical_weights(stored(*members), shapes_of(PARTS))
+
+
+def test_pieces_that_do_not_fit_together_are_refused_by_name() -> None:
+    taller = TensorInfo(PARTS[1].name, "F16", (6, 32))
+    members = [*quantized_members(PARTS[0], "int4-g64"), *quantized_members(taller, "int3-g64")]
+    with pytest.raises(BadInputError, match=rf"'{taller.name}' is \[6, 32\].*as many rows"):
+        logical_weights(stored(*members), shapes_of([PARTS[0], taller]))
+    for fmt in ("nf4", "int8"):
+        members = [*quantized_members(PARTS[0], "int4-g64"), *quantized_members(PARTS[1], fmt)]
+        raw = shapes_of([PARTS[0]])
+        with pytest.raises(BadInputError, match=rf"'{PARTS[1].name}' is {fmt}"):
+            logical_weights(
+                stored(*members),
+                lambda name, raw=raw: quant_state_json(PARTS[1]) if "quant_state" in name else raw(name),  # type: ignore[misc]
+            )
+    members = [*quantized_members(PARTS[0], "int4-g64"), *quantized_members(PARTS[1], "int3-g64"), PARTS[2]]
+    with pytest.raises(BadInputError, match=rf"'{PARTS[2].name}' is named as a piece"):
+        logical_weights(stored(*members), shapes_of(PARTS))
+
+
+@pytest.mark.parametrize("fmt", [None, "int8", "int4-g64"])
+def test_a_weight_beside_its_pieces_is_refused(fmt: Format | None) -> None:
+    beside = [DOWN] if fmt is None else quantized_members(DOWN, fmt)
+    with pytest.raises(BadInputError, match=rf"'{DOWN.name}' (stands beside|is stored twice)"):
+        logical_weights(stored(*beside, *quantized_members(DOWN, CUT.name)), shapes_of([DOWN, *PARTS]))
 
 
 MATRIX = TensorInfo("blocks.1.moe.experts.10.up_proj.weight", "BF16", (6, 4))

@@ -289,13 +289,13 @@ def test_no_arguments_print_the_help_and_fail(folder: Path) -> None:
     assert "profile-experts" in outcome.out and outcome.err == ""
 
 
-def test_torchrun_is_for_profiling_an_explicit_checkpoint_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_is_for_shared_work_on_an_explicit_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     envelope = here("inspect", "a.safetensors", cwd=folder).out
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     for name in COMMANDS:
         assert "torchrun" in here(*words_without_checkpoint(name), cwd=folder, stdin=envelope).error(2)
     assert "one process" in here("prune", "a.safetensors", "--keep", "0.5", cwd=folder).error(2)
-    assert "profile-experts can share" in here("sample", "a.safetensors", cwd=folder).error(2)
+    assert "profile-experts, sample and fid can share" in here("convert", "a.safetensors", cwd=folder).error(2)
 
 
 def test_an_envelope_goes_through_a_pipe(folder: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import Outcome, bytes_of, contents, here, series, shell, tensor_shapes
+from cli_helpers import Outcome, bytes_of, contents, here, outside, series, shell, tensor_shapes
 from conftest import make_pico
 
-from ditmoe_cli.checkpoint.formats import SCHEMES, Scheme
+from ditmoe_cli.checkpoint.formats import SCHEMES, Scheme, format_label
 from ditmoe_cli.compression.quantize import probes
 from ditmoe_cli.model.checkpoint import open_checkpoint, weight_group
 from ditmoe_cli.routing import defaults
@@ -186,6 +186,81 @@ def test_gptq_is_nearer_than_what_was_tried(folder: Path) -> None:
     """The trial rounds to the nearest values; both are of the same states, or nearly."""
     result = here(*MIX, "--bits", 3, "--protect", "modulation,embedders", cwd=folder).result
     assert result["prediction_error"] < result["tried_error"]
+
+
+# neurons of different widths within an expert
+
+
+CUT = (
+    "quantize",
+    "wide.safetensors",
+    "--profile",
+    "w.safetensors",
+    "--method",
+    "camera-q",
+    "--bits",
+    3.5,
+    "--group-size",
+    32,
+)
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A checkpoint whose experts are wide enough to be cut."""
+    pico = make_pico(sampler="rf", in_channels=1, input_size=4, widths=((192,) * 3,) * 2, shared_width=128)
+    pico.save(tmp_path / "wide.safetensors")
+    command = ("profile-experts", "wide.safetensors", *SETTINGS, "--bins", 2, "-o", "w.safetensors")
+    assert here(*command, cwd=tmp_path).code == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("rounding", [FEW, ("--rounding", "nearest")], ids=["gptq", "nearest"])
+def test_experts_in_pieces_from_end_to_end(rounding: tuple[object, ...], wide: Path) -> None:
+    """As programs, in a pipe of their own: what is written is as large as predicted, runs, and may go on."""
+    words, folder = (*CUT, *rounding), wide
+    predicted = outside(*words, "--dry-run", cwd=folder)
+    written = outside(*words, cwd=folder)
+    assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
+    plan = predicted.result["plan"]
+    assert plan["ordering"] == "camera" and written.path.name == "wide.quantize-bits3.5-camera-q.safetensors"
+    cut = {name: fmt for name, fmt in plan["formats"].items() if ":" in fmt}
+    assert len(cut) >= 6 and all((fmt.split(":")[0] == "columns") == ("down_proj" in name) for name, fmt in cut.items())
+    assert written.result["formats"] == Counter(map(format_label, plan["formats"].values()))
+    stored = {name: weight.format for name, weight in open_checkpoint(written.path).weights.items() if weight.pieces}
+    assert stored.keys() == cut.keys()
+    assert 0 < written.result["tried_error"] < 1 and ("prediction_error" in written.result) == (rounding == FEW)
+    described = here("inspect", written.path, cwd=folder).result
+    labels = set(map(format_label, cut.values()))
+    assert described["history"] == ["quantize"] and labels and not any("*" in label for label in described["formats"])
+    sampled = outside("sample", written.path, "--images", 2, "--steps", 2, "-o", "s.safetensors", cwd=folder)
+    assert sampled.code == 0, sampled.err
+    again = here("convert", written.path, "-o", "copy.safetensors", cwd=folder)
+    assert open_checkpoint(again.path).fingerprint == open_checkpoint(written.path).fingerprint
+    compared = here("compare", written.path, again.path, *SETTINGS, "--bins", 2, cwd=folder)
+    assert compared.code == 0, compared.err
+    measured = here("bench", written.path, "--batch", 1, cwd=folder)
+    assert measured.code == 0, measured.err
+    said = here("quantize", written.path, "--bits", 3, cwd=folder).error(3)
+    assert "already; quantise the checkpoint" in said
+    pruned = here("prune", written.path, "--keep", 2, "--method", "random", "--no-refit", cwd=folder)
+    assert pruned.code == 0, pruned.err
+    assert any(weight.pieces for weight in open_checkpoint(pruned.path).weights.values())
+    merging = ("merge", written.path, "--method", "average", "--groups", 2)
+    assert "already" in here(*merging, cwd=folder).error(3)
+
+
+def test_a_saved_plan_in_pieces_gives_the_same_bytes(wide: Path) -> None:
+    words, folder = (*CUT, "--rounding", "nearest"), wide
+    (folder / "plan.json").write_text(here(*words, "--dry-run", cwd=folder).out)
+    direct = here(*words, "-o", "direct.safetensors", cwd=folder)
+    apply = ("apply", "wide.safetensors", "--plan", "plan.json", "-o", "applied.safetensors")
+    assert "--profile" in here(*apply, cwd=folder).error(3)
+    assert here(*apply, "--dry-run", cwd=folder).result["bytes"] == direct.result["bytes"]
+    again = here(*apply, "--profile", "w.safetensors", cwd=folder)
+    assert again.path.read_bytes() == direct.path.read_bytes()
+    shown = here("plan", "plan.json", cwd=folder)
+    assert shown.code == 0 and shown.result["plan"]["ordering"] == "camera"
 
 
 # where profiles come from

@@ -387,8 +387,27 @@ def test_a_proof_is_worth_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert solve(*HALF, gap=0.2, solver="cbc").bound == pytest.approx(1.0 - allowed, rel=1e-6)
 
 
+def test_a_failing_solver_and_a_poor_certificate_leave_a_small_program_to_the_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where one once ended after half a minute without a proof."""
+    program_that(monkeypatch, lambda: ([], "No Solution Found", False))
+    solution = solve(*HALF)
+    assert (solution.choice, solution.solver) == ((0, 1), "exact")
+    assert solution.error == 1.0 and 0 <= solution.gap < 1e-9
+    for seed in range(20):
+        groups = random_groups(seed, 6, None, largest=9)
+        budget = between(groups, 0.4)
+        found = solve(groups, budget)
+        check_sums(found, groups, budget)
+        limit = max(1e-4, ilp.FALLBACK_GAP)
+        best = optimum_by_table(groups, budget)
+        assert found.error == pytest.approx(best, rel=NEAR) if found.solver == "exact" else found.gap <= limit
+
+
 def test_a_failing_solver_and_a_poor_certificate_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     program_that(monkeypatch, crash)
+    monkeypatch.setattr(ilp, "exact", lambda *_: None)
     with pytest.raises(
         InfeasibleError, match=r"highs: OSError: cannot execute; cbc: .* may be 0\.5 of its error"
     ) as why:

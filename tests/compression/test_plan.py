@@ -24,6 +24,7 @@ from ditmoe_cli.compression.plan import (
 )
 from ditmoe_cli.errors import BadInputError
 
+PIECES = "rows:int4-g64*64+int2-g64*192"
 names = st.text(min_size=1, max_size=12)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | names,
@@ -65,10 +66,11 @@ plans = st.builds(
     profile=st.none() | names,
     options=st.dictionaries(names, json_values, max_size=4),
     blocks=st.lists(blocks(), max_size=4).map(tuple),
-    formats=st.dictionaries(names, st.sampled_from(FORMATS), max_size=4),
+    formats=st.dictionaries(names, st.sampled_from([*FORMATS, PIECES]), max_size=4),
     merging=st.none() | names,
     repair=st.none() | repairs,
     delta=st.none() | deltas,
+    ordering=st.sampled_from([None, "camera"]),
 )
 
 EXAMPLE = CompressionPlan(
@@ -131,6 +133,7 @@ def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b:
         {"merging": "m-smoe"},
         {"repair": Repair()},
         {"delta": Delta("svd", 0.5)},
+        {"ordering": "camera"},
     ],
 )
 def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
@@ -274,9 +277,15 @@ def test_a_merging_that_is_no_name_is_refused(merging: object) -> None:
         parse_plan(changed(merging=merging), "my.json")
 
 
+@pytest.mark.parametrize("ordering", [5, "energy", ["camera"], True])
+def test_an_ordering_that_is_none_is_refused(ordering: object) -> None:
+    with pytest.raises(BadInputError, match=r"^my\.json: field 'ordering' .* one of null, camera"):
+        parse_plan(changed(ordering=ordering), "my.json")
+
+
 def test_plans_of_an_older_version_compute_nothing() -> None:
     document = EXAMPLE.to_json()
-    del document["merging"], document["repair"], document["delta"]
+    del document["merging"], document["repair"], document["delta"], document["ordering"]
     assert parse_plan(document, "old.json") == EXAMPLE
     assert not EXAMPLE.rebuilds
 
@@ -284,6 +293,12 @@ def test_plans_of_an_older_version_compute_nothing() -> None:
 @pytest.mark.parametrize("fmt", [None, "NF4", "int4", "int7-g64", 4, ["nf4"]])
 def test_an_unknown_format_is_refused_by_weight(fmt: object) -> None:
     with pytest.raises(BadInputError, match=r"^my\.json: format of some\.weight .*nf4, int8"):
+        parse_plan(changed(formats={"some.weight": fmt}), "my.json")
+
+
+@pytest.mark.parametrize("fmt", ["rows:nf4*4+nf4*4", "rows:int4-g64*4", "int4-g64*4+int2-g64*4:rows"])
+def test_unknown_pieces_are_refused_by_weight(fmt: str) -> None:
+    with pytest.raises(BadInputError, match=r"^my\.json: format of some\.weight .*two or more pieces"):
         parse_plan(changed(formats={"some.weight": fmt}), "my.json")
 
 

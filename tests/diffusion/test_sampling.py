@@ -26,7 +26,7 @@ from ditmoe_cli.diffusion.sampling import (
     steps_of_bins,
     visit_noised,
 )
-from ditmoe_cli.diffusion.solvers import SOLVERS, DEFAULT_SOLVER, UPSTREAM, choose_solver
+from ditmoe_cli.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, UPSTREAM, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 
 SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))

@@ -83,6 +83,24 @@ def test_npz_of_adm(tmp_path, key):
     assert got.labels.tolist() == [1, 2, 3]
 
 
+def test_labels_of_adm_are_its_second_array(tmp_path):
+    n = len(noise_images())
+    labels, names = np.arange(n), {"labels": np.arange(n)[::-1]}
+    for arrays, expected in (
+        ({"arr_1": labels}, labels),
+        ({"arr_1": labels.astype(np.uint8)}, labels),
+        ({"arr_1": labels, **names}, names["labels"]),
+        ({"arr_1": labels / 2}, None),  # something else, saved without a name
+        ({"arr_1": np.arange(n + 1)}, None),
+        ({"arr_1": labels[:, None]}, None),
+    ):
+        np.savez(tmp_path / "a.npz", arr_0=noise_images(), **arrays)
+        found = read_images(tmp_path / "a.npz")
+        assert np.array_equal(found.images, noise_images())
+        assert (found.labels is None) == (expected is None)
+        assert expected is None or (found.labels.dtype == np.int64 and np.array_equal(found.labels, expected))
+
+
 def test_npz_is_written_the_same_each_time(tmp_path):
     for name in ("a.npz", "b.npz"):
         write_npz(tmp_path / name, {"arr_0": noise_images()})

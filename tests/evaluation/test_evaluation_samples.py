@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
+from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation import samples
 from ditmoe_cli.evaluation.samples import (
     SAMPLES,
@@ -117,7 +117,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batch_size_changes_nothing(what: Sampling, batch: int, tmp_path: Path) -> None:
-    work, after = Workspace(tmp_path / "w", IMAGES), {}
+    work = Workspace(tmp_path / "w", IMAGES)
+    after: dict[int, NDArray[Any]] = {}
     fill(work, what, Runtime(batch=batch), WHOLE, bar, silent, after.__setitem__)
     assert_equal_but_rounding(work.array(SAMPLES), whole(what))
     assert sorted(after) == list(range(0, IMAGES, batch))
@@ -158,7 +159,8 @@ def test_the_number_of_processes_changes_nothing(
 
 @pytest.mark.parametrize("again", [1, 2, 5])
 def test_a_restart_makes_only_what_is_missing(what: Sampling, again: int, tmp_path: Path, watch: Watch) -> None:
-    work, said = Workspace(tmp_path / "w", IMAGES), []
+    work = Workspace(tmp_path / "w", IMAGES)
+    said: list[str] = []
     watch.fail_at = 4
     with pytest.raises(BadInputError, match="told to fail"), work.held(silent):
         fill(work, what, Runtime(batch=2), WHOLE, bar, silent)
@@ -215,7 +217,8 @@ OUT_OF_MEMORY = [
 def test_batches_are_halved_where_memory_runs_out(
     what: Sampling, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, said = Workspace(tmp_path / "w", IMAGES), []
+    work = Workspace(tmp_path / "w", IMAGES)
+    said: list[str] = []
     expected, sizes = whole(what), tight(2, error, monkeypatch)
     fill(work, what, Runtime(batch=5), WHOLE, bar, said.append)
     assert said == ["out of memory with 5 images at a time; going on with 2"]
@@ -224,7 +227,8 @@ def test_batches_are_halved_where_memory_runs_out(
 
 
 def test_halving_goes_on_as_far_as_one(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, said = Workspace(tmp_path / "w", IMAGES), []
+    work = Workspace(tmp_path / "w", IMAGES)
+    said: list[str] = []
     tight(1, MemoryError(), monkeypatch)
     fill(work, pixels, Runtime(batch=64), WHOLE, bar, said.append)
     assert [line.split(";")[0].split("with ")[1] for line in said] == ["7 images at a time", "3 images at a time"]
@@ -292,11 +296,12 @@ def test_nan_names_image_seed_and_evaluation(
     with pytest.raises(BadInputError) as caught:
         write_samples(pixels, Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), bar, silent)
     assert f"in image {image} (seed 5) at evaluation {evaluation} of 3" in str(caught.value)
-    (kept,) = list(tmp_path.iterdir()) or [None]
+    left = list(tmp_path.iterdir())
     if image < batch:
-        assert kept is None, "nothing was done"
+        assert left == [], "nothing was done"
     else:
-        assert kept is not None and kept.name.startswith(".s.safetensors.") and kept.name.endswith(".work")
+        (kept,) = left
+        assert kept.name.startswith(".s.safetensors.") and kept.name.endswith(".work")
         assert Workspace(kept, IMAGES).done(SAMPLES).tolist() == [i < image // batch * batch for i in range(IMAGES)]
 
 
@@ -463,3 +468,16 @@ def test_what_is_read_is_no_target(pixels: Sampling, tmp_path: Path) -> None:
             check_targets(pixels, replace(targets, force=True, inputs=(vae,)))
     with pytest.raises(OutputExistsError, match="is the input itself"):
         check_targets(pixels, Targets(pixels.checkpoint.path, force=True))
+
+
+# other processes
+
+
+def test_a_process_that_ended_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+    monkeypatch.setattr("torch.distributed.barrier", broken)
+    with pytest.raises(DitmoeError, match="another process of this job has ended"):
+        Share(0, 2).wait()
+    WHOLE.wait()

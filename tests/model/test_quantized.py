@@ -18,6 +18,7 @@ from torch import Tensor
 from ditmoe_cli.checkpoint.formats import (
     FORMATS,
     Format,
+    Pieces,
     Weight,
     is_quantizable,
     logical_weights,
@@ -29,7 +30,15 @@ from ditmoe_cli.checkpoint.reader import dtype_code
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model import packing
 from ditmoe_cli.model.grids import FP4_CODES, NF4_CODES
-from ditmoe_cli.model.quantized import QuantizedLinear, dequantized, pack, unpack, unpack_int8
+from ditmoe_cli.model.quantized import (
+    PiecedLinear,
+    QuantizedLinear,
+    dequantized,
+    pack,
+    packed_linear,
+    unpack,
+    unpack_int8,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALIGNED = st.tuples(st.integers(1, 12), st.integers(1, 3).map(lambda n: 64 * n))
@@ -392,6 +401,58 @@ def test_the_layer_takes_the_memory_of_its_members(fmt: Format) -> None:
     held = sum(buffer.nbytes for buffer in layer.buffers())
     stored = sum(member.nbytes for member in quantized_members(info_of(weight), fmt))
     assert held <= stored + 2048, "a table of 256 pairs is all that it adds"
+
+
+# ------------------------------------------------------------------ pieces
+
+
+@st.composite
+def in_pieces(draw: st.DrawFn) -> tuple[Tensor, TensorInfo, Pieces]:
+    axis = draw(st.integers(0, 1))
+    formats = tuple(
+        draw(st.lists(st.sampled_from(["int3-g32", "int4-g64-sym", "ternary-g64"]), min_size=2, max_size=4))
+    )
+    counts = tuple(draw(st.integers(32 if axis else 1, 100)) for _ in formats)
+    shape = (7, sum(counts)) if axis else (sum(counts), 70)
+    name = f"x.{'down' if axis else 'up'}_proj.weight"
+    return random(shape, draw(st.integers(0, 99))), TensorInfo(name, "F32", shape), Pieces(axis, formats, counts)
+
+
+@given(drawn=in_pieces())
+def test_each_piece_is_packed_for_itself(drawn: tuple[Tensor, TensorInfo, Pieces]) -> None:
+    weight, info, cut = drawn
+    importance = torch.linspace(0.1, 3, info.shape[1])
+    members = pack(weight, info, cut.name, importance)
+    assert list(infos_of(members).values()) == quantized_members(info, cut.name)
+    (found,) = logical_weights(infos_of(members), lambda name: members[name].numpy().tobytes()).values()
+    values = dequantized(found, members)
+    for fmt, part in zip(cut.formats, cut.slices, strict=True):
+        where = part if cut.axis == 0 else (slice(None), part)
+        mine = importance if cut.axis == 0 else importance[part]
+        own = weight[where].contiguous()
+        expected = dequantized(weight_of(own, fmt), pack(own, info_of(own), fmt, mine))
+        assert torch.equal(values[where], expected)
+    assert unpack(found, members).dtype == torch.float16
+
+
+@given(drawn=in_pieces(), bias=st.booleans())
+def test_a_layer_in_pieces_multiplies_by_the_whole(drawn: tuple[Tensor, TensorInfo, Pieces], bias: bool) -> None:
+    weight, info, cut = drawn
+    members = pack(weight, info, cut.name)
+    (found,) = logical_weights(infos_of(members), lambda name: members[name].numpy().tobytes()).values()
+    layer = packed_linear(found, bias)
+    assert isinstance(layer, PiecedLinear)
+    layer.load_members(members, found)
+    if bias:
+        layer.bias = torch.nn.Parameter(torch.randn(info.shape[0]), requires_grad=False)
+    x, whole = torch.randn(3, info.shape[1]), dequantized(found, members)
+    assert torch.equal(layer.weight(), whole)
+    torch.testing.assert_close(layer(x), x @ whole.T + (layer.bias if bias else 0))
+    assert torch.equal(copy.deepcopy(layer).to(torch.bfloat16).weight(), whole), "casting rounds nothing"
+    buffers = {name: buffer.nbytes for name, buffer in layer.named_buffers()}
+    assert {name.rpartition(".")[0] for name in buffers} == {f"pieces.{i}" for i in range(len(cut.counts))}
+    stored = sum(member.nbytes for member in quantized_members(info, cut.name))
+    assert sum(buffers.values()) == stored - 8 * len(cut.counts), "all but the shapes"
 
 
 # ------------------------------------------------------------------ defects of others that ours must not have

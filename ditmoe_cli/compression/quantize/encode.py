@@ -3,7 +3,8 @@
 Within a block: modulation, then attention's two layers, then every expert's gate and up on the tokens that chose it,
 and its down on the neurons of the rounded two. A mixture's tokens weigh γ², their branch's weight and the square of
 their routing weight, all else its branch's weight. An expert's Hessian is shrunk towards that of all tokens of its
-block when few chose it. Layers outside the blocks are rounded to the nearest values.
+block when few chose it. Layers outside the blocks are rounded to the nearest values. Where a matrix is cut into pieces
+its neurons are put in order first; all its columns then pass their errors on, across pieces too.
 
 The original model's states run along, so that it can be told how far the rounded one is from it.
 """
@@ -23,6 +24,7 @@ from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.quantize.gptq import Hessian, best_rounding, hessian_of, shrunk
 from ditmoe_cli.compression.quantize.guided import conditions, relative_error
 from ditmoe_cli.compression.quantize.nearest import linear, rounded
+from ditmoe_cli.compression.quantize.order import planned_orders, reorder, unrounded
 from ditmoe_cli.compression.quantize.smooth import block_scales, smooth_inputs
 from ditmoe_cli.compression.quantize.smoothed import smoothed_names
 from ditmoe_cli.compression.spool import Spool, as_stored
@@ -68,6 +70,7 @@ def encode(
     spec = profiled_spec(profile.calibration, checkpoint)
     states = calibration_states(profile, spec, _wanted(checkpoint, plan))
     outside = {model.linear(n): fmt for n, fmt in plan.formats.items() if split_name(n).block is None}
+    orders = planned_orders(checkpoint, plan, profile, device, bar)
     agreement = []
     with torch.inference_mode(), bar(f"rounding {checkpoint.path.name}", checkpoint.config.depth) as progress:
         teacher = Stream(model, states)
@@ -80,7 +83,9 @@ def encode(
                 chosen = block.moe.gate(seen.inputs.flatten(0, 1)).rows
                 teacher.advance(seen, block.moe)
                 del seen
-                members = _smoothed(checkpoint, plan, profile, index, block)
+                reorder(block, index, orders[index])
+                members = unrounded(checkpoint, plan, index, orders[index])
+                members |= _smoothed(checkpoint, plan, profile, index, block)
                 rounding = _BlockRounding(checkpoint, index, block, student)
                 members |= rounding.before_mixture(formats)
                 seen = student.attend(block)

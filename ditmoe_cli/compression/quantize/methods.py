@@ -47,5 +47,8 @@ METHODS: Mapping[str, Method] = {
     "block-score": _method(
         "block_score", "two widths, the wider for blocks that turn the residual stream most", "arXiv 2406.08155"
     ),
+    "camera-q": _method(
+        "camera_q", "three widths within each expert, the widest for neurons of highest energy", "arXiv 2508.02322"
+    ),
 }
 DEFAULT_METHOD = "replay"

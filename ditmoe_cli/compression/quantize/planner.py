@@ -15,7 +15,7 @@ from ditmoe_cli.checkpoint.formats import quantized_members
 from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.apply import planned_output
 from ditmoe_cli.compression.ilp import Group, Option, Solution, solve
-from ditmoe_cli.compression.plan import CompressionPlan, Rounding
+from ditmoe_cli.compression.plan import CompressionPlan, Ordering, Rounding
 from ditmoe_cli.compression.quantize.candidates import Candidates, ties
 from ditmoe_cli.compression.quantize.uniform import INTEGER_BITS, uniform_formats
 from ditmoe_cli.errors import InfeasibleError, UsageError
@@ -74,10 +74,14 @@ def file_bytes(checkpoint: Checkpoint, formats: Mapping[str, str], output: Outpu
 
 @dataclass(frozen=True)
 class Choice:
-    """What a method chose: formats by weight, without those left as they are, and their error where it was tried."""
+    """What a method chose: formats by weight, without those left as they are, and their error where it was tried.
+
+    `ordering` is how neurons are put in order first (`CompressionPlan.ordering`).
+    """
 
     formats: Mapping[str, str]
     tried: float | None = field(default=None, kw_only=True)
+    ordering: Ordering | None = field(default=None, kw_only=True)
 
     @property
     def found(self) -> dict[str, Any]:
@@ -188,5 +192,12 @@ def plan_mixed(
     checkpoint: Checkpoint, profile: str, choice: Choice, options: Mapping[str, Any], rounding: Rounding | None
 ) -> CompressionPlan:
     """Return the plan of a choice that rests on the profile of digest `profile`."""
-    said = {**options, **choice.found}
-    return CompressionPlan("quantize", checkpoint.fingerprint, profile, said, formats=choice.formats, rounding=rounding)
+    return CompressionPlan(
+        "quantize",
+        checkpoint.fingerprint,
+        profile,
+        {**options, **choice.found},
+        formats=choice.formats,
+        rounding=rounding,
+        ordering=choice.ordering,
+    )

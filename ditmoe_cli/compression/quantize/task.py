@@ -84,17 +84,17 @@ def widest_that_fits(task: Task, fixed: Mapping[str, str], names: Sequence[str])
     )
 
 
-def settle(task: Task) -> tuple[dict[str, str], list[str]]:
+def settle(task: Task, settled: Sequence[WeightGroup] = DENSE) -> tuple[dict[str, str], list[str]]:
     """Return formats that stand from the start, and the weights that are left to be decided.
 
-    Attention and the shared expert get `DENSE_WIDTH`, as in MC-MoE; where even the narrowest experts do not fit beside
-    that, they are to be decided like experts.
+    Attention and the shared expert, or those of them that are to be `settled`, get `DENSE_WIDTH`, as in MC-MoE; where
+    even the narrowest formats of the others do not fit beside that, they are to be decided too.
     """
-    dense, experts = task.named(*DENSE), task.named("experts")
+    dense, rest = task.named(*settled), task.named("experts", *(group for group in DENSE if group not in settled))
     fixed = task.at(dense, DENSE_WIDTH)
-    if task.size(fixed, task.at(experts, task.widths[0])) <= task.limit:
-        return fixed, experts
-    return {}, [*experts, *dense]
+    if task.size(fixed, task.at(rest, task.widths[0])) <= task.limit:
+        return fixed, rest
+    return {}, [*rest, *dense]
 
 
 def widened(task: Task, fixed: Mapping[str, str], units: Sequence[Sequence[str]]) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from ditmoe_cli.checkpoint.names import in_block, split_name
 from ditmoe_cli.compression.quantize.guided import relative_error
 from ditmoe_cli.compression.quantize.nearest import layers_of, rounded
+from ditmoe_cli.compression.quantize.order import Orders, reorder
 from ditmoe_cli.compression.quantize.probes import Amplification, Probes, Stream, embedded, measured_states
 from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -31,9 +32,17 @@ class Trial:
 
 
 def trial(
-    checkpoint: Checkpoint, profile: RoutingProfile, formats: Mapping[str, str], device: str, bar: ProgressBar
+    checkpoint: Checkpoint,
+    profile: RoutingProfile,
+    formats: Mapping[str, str],
+    device: str,
+    bar: ProgressBar,
+    orders: Sequence[Orders] = (),
 ) -> Trial:
-    """Round every weight to its format and see what that does to the prediction."""
+    """Round every weight to its format and see what that does to the prediction.
+
+    With `orders`, one mapping a block, the neurons of experts are put in order first.
+    """
     model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
     depth = checkpoint.config.depth
     with torch.inference_mode(), bar(f"trying the plan for {checkpoint.path.name}", depth) as progress:
@@ -44,6 +53,8 @@ def trial(
         for index in range(depth):
             mine = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
             with model.resident(index) as block:
+                if orders:
+                    reorder(block, index, orders[index])
                 probes.pass_through(
                     index,
                     block,

@@ -11,24 +11,34 @@ from torch import Tensor
 from ditmoe_cli.compression.quantize.guided import slices
 from ditmoe_cli.compression.quantize.probes import embedded, measured_states
 from ditmoe_cli.compression.quantize.task import Task
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.routing.profile import RoutingProfile
 
 T = TypeVar("T")
 Look = Callable[[int, Block, Sequence[Attended], Sequence[Tensor]], T]
 
 
 def visit(task: Task, look: Look[T]) -> list[T]:
+    """Return what `look` returns of each block of a task's checkpoint; see `visit_blocks`."""
+    return visit_blocks(task.checkpoint, task.profile, task.device, task.bar, look)
+
+
+def visit_blocks(
+    checkpoint: Checkpoint, profile: RoutingProfile, device: str, bar: ProgressBar, look: Look[T]
+) -> list[T]:
     """Return what `look(index, block, seen, after)` returns of each block.
 
     `seen` is what the mixture is given, and `after` (N, P, D) what the block returns, some images at a time, all
     guidance branches. One block's weights are in memory at a time. Raises `BadInputError` for a profile without states.
     """
-    checkpoint, depth = task.checkpoint, task.checkpoint.config.depth
-    model = OffloadedDiTMoE(checkpoint, torch.device(task.device), 1, 1)
+    depth = checkpoint.config.depth
+    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
     found = []
-    with torch.inference_mode(), task.bar(f"measuring {checkpoint.path.name}", depth) as progress:
-        x, c = embedded(model, measured_states(checkpoint, task.profile, model))
+    with torch.inference_mode(), bar(f"measuring {checkpoint.path.name}", depth) as progress:
+        x, c = embedded(model, measured_states(checkpoint, profile, model))
         for index in range(depth):
             with model.resident(index) as block:
                 seen = [block.attend(x[rows], c[rows]) for rows in slices(len(x))]

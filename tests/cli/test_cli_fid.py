@@ -1,0 +1,546 @@
+"""``ditmoe fid``: scores on request, refusals before anything is sampled, kept statistics, runs cut off or shared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import command, contents, environment, here
+from conftest import make_pico
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file
+
+from ditmoe_cli.evaluation import samples
+from ditmoe_cli.evaluation.conventions import CONVENTIONS, KernelSubsets
+from ditmoe_cli.evaluation.extrapolation import frechet_infinity
+from ditmoe_cli.evaluation.features import InceptionExtractor, PixelExtractor
+from ditmoe_cli.evaluation.frechet import frechet_distance, frechet_of_features
+from ditmoe_cli.evaluation.inception_score import inception_score
+from ditmoe_cli.evaluation.kernel_distance import kernel_distance
+from ditmoe_cli.evaluation.precision_recall import precision_recall
+from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
+
+SETTINGS = ("--images", 6, "--steps", 2)
+MANY = ("--images", 150, "--steps", 1)
+PIXELS = ("--extractor", "pixels")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints, samples of two of them, and references of other kinds; not to be written to."""
+    folder = tmp_path_factory.mktemp("made")
+    make_pico(sampler="rf", in_channels=1).save(folder / "a.safetensors")
+    make_pico(sampler="rf", in_channels=1, seed=1).save(folder / "b.safetensors")
+    make_pico(sampler="rf", in_channels=1, input_size=16).save(folder / "large.safetensors")
+    make_pico(sampler="rf").save(folder / "latent.safetensors")
+    for name in ("a", "b"):
+        words = ("sample", f"{name}.safetensors", *MANY, "-o", f"{name}-many.safetensors")
+        assert here(*words, cwd=folder).code == 0
+    generator = np.random.default_rng(0)
+    for name, shape in {"r": (12, 8, 8, 1), "r16": (12, 16, 16, 1), "rgb": (12, 8, 8, 3), "one": (1, 8, 8, 1)}.items():
+        np.savez(folder / f"{name}.npz", arr_0=generator.integers(0, 256, shape, dtype=np.uint8))
+    np.savez(folder / "stats.npz", mu=np.zeros(64), sigma=np.eye(64), n=np.asarray(50))
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `made`, and a cache of one's own beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling fails, so that what passes did not sample."""
+
+    def sampled(*_: Any) -> NDArray[Any]:
+        raise AssertionError("something was sampled")
+
+    monkeypatch.setattr(samples, "sampled", sampled)
+
+
+def images_of(path: Path) -> NDArray[np.uint8]:
+    return load_file(path)["images"]
+
+
+def features_of(path: Path) -> NDArray[np.float64]:
+    return PixelExtractor(255)(images_of(path))
+
+
+def under_way(folder: Path) -> list[str]:
+    """What lies in the work folder of the cache."""
+    return [path.name for path in (folder.parent / "cache" / "ditmoe" / "work").rglob("*")]
+
+
+def png_folder(folder: Path, count: int = 12) -> Path:
+    """A folder of random grey PNG."""
+    images = np.random.default_rng(1).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+    (folder / "png").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "png" / f"{i}.png")
+    return folder / "png"
+
+
+# scores
+
+
+@pytest.mark.parametrize("sides", [("a.safetensors", "b.safetensors"), ("a-many.safetensors", "b-many.safetensors")])
+def test_scores_are_those_of_the_library(sides: tuple[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With subsets of 40, since torch-fidelity's own take 1000 images."""
+    subsets = KernelSubsets(subsets=4, size=40)
+    monkeypatch.setitem(CONVENTIONS, "torch-fidelity", replace(CONVENTIONS["torch-fidelity"], kernel=subsets))
+    words = ("fid", sides[0], "--ref", sides[1], *MANY, *PIXELS, "--metrics", "kid,pr,fid-inf")
+    outcome = here(*words, "--convention", "torch-fidelity", "-o", "score.safetensors", cwd=folder)
+    result, scores = outcome.result, outcome.result["scores"]
+    a, b = features_of(folder / "a-many.safetensors"), features_of(folder / "b-many.safetensors")
+    kernel = kernel_distance(a, b, subsets=4, size=40, degree=3, coefficient=1.0, seed=2020)
+    both, line = precision_recall(a, b, neighbours=3), frechet_infinity(a, feature_statistics(b))
+    near: dict[str, Any] = {
+        "rel": 1e-6 if sides[0] == "a.safetensors" else 1e-12
+    }  # rounding of pixels, in batches of another process
+    assert result["frechet"] == pytest.approx(frechet_of_features(a, b), **near)
+    assert scores["kernel_distance"]["mean"] == pytest.approx(kernel.mean, **near)
+    assert scores["kernel_distance"]["deviation"] == pytest.approx(kernel.deviation, **near)
+    assert (scores["kernel_distance"]["subsets"], scores["kernel_distance"]["size"]) == (4, 40)
+    assert (scores["precision"], scores["recall"]) == (both.precision, both.recall)
+    assert scores["frechet_infinity"]["intercept"] == pytest.approx(line.intercept, **near)
+    assert set(scores) == {"kernel_distance", "precision", "recall", "frechet_infinity"}, (
+        "none is called as Inception's"
+    )
+    assert set(scores["frechet_infinity"]) == set(asdict(line))
+    stored = load_file(folder / "score.safetensors")
+    assert stored["precision"] == both.precision and stored["kernel_distance.mean"] == scores["kernel_distance"]["mean"]
+    assert under_way(folder) == []
+
+
+def test_all_are_those_that_the_convention_has(folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "b-many.safetensors", *PIXELS, "--metrics", "all", "--convention")
+    assert set(here(*words, "clean-fid", cwd=folder).result["scores"]) == {"kernel_distance", "frechet_infinity"}
+    assert set(here(*words, "pytorch-fid", cwd=folder).result["scores"]) == {"frechet_infinity"}
+    assert "sFID needs --extractor inception" in here(*words, "adm", cwd=folder).error(2)
+
+
+def test_an_interval_lies_about_its_value(folder: Path) -> None:
+    words = ("fid", "a.safetensors", "--ref", "b.safetensors", *MANY, *PIXELS, "--bootstrap", 20)
+    result = here(*words, cwd=folder).result
+    interval = result["interval"]
+    assert interval["estimate"] == pytest.approx(result["frechet"], rel=1e-9)
+    assert 0 < interval["low"] < result["frechet"] < interval["high"]
+    assert (interval["resamples"], interval["method"]) == (20, "centred")
+    assert here(*words, cwd=folder).result["interval"] == interval
+    assert here(*words[:-2], cwd=folder).result["interval"] is None
+
+
+def test_an_interval_against_statistics_and_images(folder: Path) -> None:
+    png_folder(folder)
+    for reference in ("stats.npz", "png"):
+        words = ("fid", "a-many.safetensors", "--ref", reference, *PIXELS, "--bootstrap", 20)
+        first, second = (here(*words, cwd=folder).result for _ in range(2))
+        assert first["interval"]["low"] < first["frechet"] < first["interval"]["high"]
+        assert second == first, "whatever the first one kept"
+
+
+def test_paired_features_where_seeds_pair(folder: Path) -> None:
+    words = ("fid", "a.safetensors", *MANY, *PIXELS, "--ref")
+    result = here(*words, "b.safetensors", cwd=folder).result
+    a, b = features_of(folder / "a-many.safetensors"), features_of(folder / "b-many.safetensors")
+    found = result["paired_features"]
+    assert found["estimate"] == pytest.approx(((a - b) ** 2).sum(axis=1).mean(), rel=1e-6)
+    assert found["low"] < found["estimate"] < found["high"]
+    assert result["paired"]["n"] == 150
+    unpaired = here(*words, "r.npz", cwd=folder).result
+    assert unpaired["paired"] is None and unpaired["paired_features"] is None
+    with_original = here(*words, "r.npz", "--original", "b-many.safetensors", cwd=folder).result
+    assert with_original["paired_features"]["estimate"] == pytest.approx(found["estimate"], rel=1e-6)
+
+
+def test_upstreams_own_sampling_is_scored(folder: Path) -> None:
+    words = ("fid", "a.safetensors", "--ref", "r.npz", *PIXELS, "--images", 2, "--upstream-exact")
+    sampling = here(*words, cwd=folder).result["conditions"]["subject"]["sampling"]
+    assert (sampling["solver"], sampling["steps"], sampling["nfe"]) == ("euler", 50, 50)
+
+
+def test_an_extractor_that_cannot_do_with_even_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that divides by the deviation of an image's pixels: nobody asked for the features of black ones."""
+    source = """
+        import numpy as np
+
+        def make():
+            def normalised(images):
+                rows = images.reshape(len(images), -1).astype(float)
+                assert (rows.std(axis=1) > 0).all()
+                return (rows / rows.std(axis=1, keepdims=True))[:, :5]
+            return normalised
+    """
+    (folder / "normalising.py").write_text(textwrap.dedent(source))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", "--extractor", "normalising:make")
+    assert here(*words, cwd=folder).result["frechet"] > 0
+    monkeypatch.delitem(sys.modules, "normalising")
+
+
+# refused before anything is sampled
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--metrics", "sfid"), 2, "sFID needs --extractor inception"),
+        (("--metrics", "pr,is"), 2, "the Inception score needs --extractor inception"),
+        (("--metrics", "is", "--convention", "torch-fidelity"), 2, "the Inception score needs"),
+        (("--metrics", "fdd"), 2, "--metrics fdd: unknown; choose from sfid, is, pr, kid, fid-inf or all"),
+        (("--metrics", "pr,"), 2, "unknown"),
+        (("--metrics", ""), 2, "unknown"),
+        (("--convention", "fidelity"), 2, "unknown convention 'fidelity'; choose adm"),
+        (("--metrics", "kid", "--convention", "x"), 2, "unknown convention"),
+        (("--metrics", "kid"), 2, "adm has no such score; give --convention torch-fidelity or clean-fid"),
+        (("--metrics", "pr", "--convention", "pytorch-fid"), 2, "give --convention adm or torch-fidelity"),
+        (("--metrics", "sfid", "--convention", "clean-fid"), 2, "give --convention adm"),
+        (("--bootstrap", 1), 2, "--bootstrap 1"),
+        (("--bootstrap", -2), 2, "--bootstrap -2"),
+        (("--precision", "fp16"), 2, "--precision fp16"),
+        (("--images", 1), 2, "--images 1"),
+        (("--batch", 0), 2, "--batch 0"),
+        (("--vae", "nowhere"), 2, "makes pixels"),
+        (("--metrics", "kid", "--convention", "torch-fidelity"), 3, "a.safetensors: --metrics kid takes at least 1000"),
+        (("--metrics", "pr", "--images", 3), 3, "a.safetensors: --metrics pr takes at least 4 images, got 3"),
+        (("--metrics", "fid-inf"), 3, "a.safetensors: --metrics fid-inf: extrapolating a distance over 64 features"),
+        (("--ref", "one.npz"), 3, "one.npz: a distance needs at least 2 images, got 1"),
+        (("--ref", "one.npz", "--anyway"), 3, "one.npz: a distance needs at least 2 images, got 1"),
+        (("--ref", "r16.npz"), 3, "r16.npz has images of 16 x 16 x 1; make both alike, or give --anyway"),
+        (("--ref", "rgb.npz"), 3, "rgb.npz has images of 8 x 8 x 3"),
+        (("--ref", "large.safetensors"), 3, "large.safetensors has images of 16 x 16 x 1"),
+        (("--original", "large.safetensors"), 3, "large.safetensors has images of 16 x 16 x 1"),
+        (("--ref", "stats.npz", "--metrics", "pr"), 3, "stats.npz: holds statistics, and --metrics pr needs images"),
+        (
+            ("--ref", "stats.npz", "--metrics", "kid", "--convention", "clean-fid"),
+            3,
+            "stats.npz: holds statistics, and --metrics kid needs images",
+        ),
+        (("--ref", "a-many.safetensors"), 3, "steps 1 there, 2 here"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+@pytest.mark.usefixtures("idle")
+def test_refused_before_anything_is_sampled(words: tuple[object, ...], code: int, said: str, folder: Path) -> None:
+    before = contents(folder)
+    reference = () if "--ref" in words else ("--ref", "b.safetensors")
+    line = ("fid", "a.safetensors", *reference, *SETTINGS, *PIXELS, *words, "-o", "score.safetensors")
+    assert said in here(*line, cwd=folder).error(code)
+    assert contents(folder) == before and under_way(folder) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--metrics", "pr"),
+        ("--metrics", "kid", "--convention", "clean-fid"),
+        ("--metrics", "fid-inf"),
+        ("--bootstrap", 9),
+    ],
+)
+@pytest.mark.usefixtures("idle")
+def test_statistics_as_the_subject(options: tuple[object, ...], folder: Path) -> None:
+    words = ("fid", "stats.npz", "--ref", "b.safetensors", *SETTINGS, *PIXELS, *options)
+    option = " ".join(map(str, options[:2])).replace(" 9", "")
+    assert f"stats.npz: holds statistics, and {option} needs images" in here(*words, cwd=folder).error(3)
+
+
+def test_anyway_scores_other_sizes_without_pairs(folder: Path) -> None:
+    for reference in ("r16.npz", "large.safetensors"):
+        words = ("fid", "a.safetensors", "--ref", reference, *SETTINGS, *PIXELS)
+        result = here(*words, "--anyway", cwd=folder).result
+        assert result["frechet"] > 0 and result["paired"] is None and result["paired_features"] is None
+    wider = ("fid", "a-many.safetensors", "--ref", "rgb.npz", *PIXELS, "--anyway")
+    assert "64" in here(*wider, cwd=folder).error(3), "but features must be as many"
+
+
+def test_samples_under_another_interval(folder: Path) -> None:
+    guided = (*SETTINGS, "--cfg", 3)
+    here("sample", "a.safetensors", *guided, "--cfg-interval", "0,0.5", "-o", "s.safetensors", cwd=folder)
+    words = ("fid", "a.safetensors", *guided, *PIXELS, "--ref", "s.safetensors")
+    assert "interval (0.0, 0.5) there, (0.0, 1.0) here" in here(*words, cwd=folder).error(3)
+    anyway = here(*words, "--anyway", cwd=folder).result
+    assert anyway["frechet"] > 0 and anyway["paired"] is None
+    same = here(*words, "--cfg-interval", "0,0.5", cwd=folder).result
+    assert same["frechet"] == 0 and same["paired"]["mse"] == 0
+    conditions = same["conditions"]["subject"]["sampling"]
+    assert (conditions["interval"], conditions["nfe"]) == ([0.0, 0.5], 3)
+
+
+# Inception's own scores, with a network that stands in for it
+
+
+class _Network:
+    """Features, spatial features and logits that are pixels."""
+
+    def pool_and_spatial(self, images: torch.Tensor, _recipe: str) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = images.float().flatten(1) / 255
+        return flat[:, :16], flat[:, 16:28]
+
+    def logits(self, pool: torch.Tensor, bias: bool) -> torch.Tensor:
+        return 4 * pool[:, :5] + (torch.arange(5) if bias else 0)
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> InceptionExtractor:
+    """What takes the place of Inception."""
+    found = InceptionExtractor(_Network(), "a stand-in", "cpu")  # type: ignore[arg-type]
+    monkeypatch.setattr("ditmoe_cli.evaluation.compare.make_extractor", lambda *_, **__: found)
+    monkeypatch.setattr("ditmoe_cli.evaluation.compare.will_fetch", lambda _: False)
+    return found
+
+
+@pytest.mark.parametrize("subject", ["a.safetensors", "a-many.safetensors"])
+def test_inceptions_scores_are_those_of_the_library(subject: str, folder: Path, network: InceptionExtractor) -> None:
+    a, b = (network.activations(images_of(folder / f"{name}-many.safetensors"), ("spatial", "logits")) for name in "ab")
+    assert a.spatial is not None and b.spatial is not None and a.logits is not None
+    words = ("fid", subject, "--ref", "b-many.safetensors", *MANY, "--extractor", "inception", "--metrics")
+    result = here(*words, "all", cwd=folder).result
+    assert result["fid"] == pytest.approx(frechet_of_features(a.features, b.features), rel=1e-6)
+    assert result["metric"] == "fid" and result["conditions"]["convention"] == "adm"
+    scores = result["scores"]
+    assert set(scores) == {"sfid", "inception_score", "precision", "recall", "fid_infinity"}
+    spatial = frechet_distance(feature_statistics(a.spatial), feature_statistics(b.spatial))
+    assert scores["sfid"] == pytest.approx(spatial, rel=1e-6)
+    chunked, shuffled = inception_score(a.logits, chunk=5000), inception_score(a.logits, parts=10, seed=2020)
+    assert scores["inception_score"] == pytest.approx({"mean": chunked.mean, "deviation": 0.0, "parts": 1}, rel=1e-6)
+    other = here(*words, "is", "--convention", "torch-fidelity", cwd=folder).result["scores"]["inception_score"]
+    assert other == pytest.approx({"mean": shuffled.mean, "deviation": shuffled.deviation, "parts": 10}, rel=1e-6)
+    assert under_way(folder) == []
+
+
+@pytest.mark.usefixtures("network")
+def test_kept_statistics_serve_the_spatial_score_where_they_have_it(folder: Path) -> None:
+    png_folder(folder)
+    words = ("fid", "a-many.safetensors", "--ref", "png", "--extractor", "inception")
+    here(*words, cwd=folder)
+    first = here(*words, "--metrics", "sfid,is", cwd=folder)
+    assert "using the statistics" not in first.err, "the kept ones lack it"
+    second = here(*words, "--metrics", "sfid,is", cwd=folder)
+    assert "using the statistics" in second.err
+    one, two = first.result["scores"], second.result["scores"]
+    assert two["sfid"] == pytest.approx(one["sfid"], rel=1e-6) and two["inception_score"] == one["inception_score"]
+    assert "using the statistics" in here(*words, cwd=folder).err
+
+
+@pytest.mark.usefixtures("network", "idle")
+def test_images_are_too_few_for_an_inception_score(folder: Path) -> None:
+    words = ("fid", "a.safetensors", "--ref", "b.safetensors", *SETTINGS, "--extractor", "inception")
+    options = ("--metrics", "is", "--convention", "torch-fidelity")
+    assert "a.safetensors: --metrics is takes at least 10 images" in here(*words, *options, cwd=folder).error(3)
+    missing: tuple[object, ...] = (
+        "fid",
+        "a.safetensors",
+        "--ref",
+        "stats.npz",
+        *SETTINGS,
+        "--extractor",
+        "inception",
+        "--metrics",
+        "sfid",
+    )
+    assert "stats.npz: has no spatial statistics (mu_s, sigma_s)" in here(*missing, cwd=folder).error(3)
+
+
+# VAEs
+
+
+def test_latents_are_scored_through_one_vae(folder: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    for seed, name in enumerate(("vae", "other")):
+        torch.manual_seed(seed)
+        settings: dict[str, Any] = {"block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2}
+        diffusers.AutoencoderKL(**settings, latent_channels=4).save_pretrained(folder / name)
+    shutil.copytree(folder / "vae", folder / "copy")
+    sampled = ("sample", "latent.safetensors", *SETTINGS)
+    for name in ("vae", "other", "copy"):
+        assert here(*sampled, "--vae", name, "-o", f"{name}.safetensors", cwd=folder).code == 0
+    words = ("fid", "latent.safetensors", *SETTINGS, *PIXELS, "--ref")
+    assert "give --vae" in here(*words, "vae.safetensors", cwd=folder).error(3)
+    assert "latent.safetensors: makes latents" in here(*words, "b.safetensors", cwd=folder).error(3)
+    same_words = (*words, "vae.safetensors", "--vae", "vae")
+    same = here(*same_words, cwd=folder).result
+    assert same["frechet"] == 0 and same["paired"]["mse"] == 0
+    assert same["conditions"]["subject"]["vae"]["name"] == "vae"
+    for subject in (words[:-1], ("fid", "vae.safetensors", *PIXELS)):
+        vae = ("--vae", "vae") if subject[1] == "latent.safetensors" else ()
+        other = (*subject, "--ref", "other.safetensors", *vae)
+        assert "other.safetensors: was sampled under other settings (VAE" in here(*other, cwd=folder).error(3)
+        anyway = here(*other, "--anyway", cwd=folder).result
+        assert anyway["frechet"] > 0 and anyway["paired"] is None
+    copied = here("fid", "vae.safetensors", *PIXELS, "--ref", "copy.safetensors", cwd=folder).result
+    assert copied["paired"]["mse"] == 0, "what a VAE is called is no matter"
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert "input itself" in here(*same_words, "-o", weights, "--force", cwd=folder).error(5)
+    assert under_way(folder) == []
+
+
+# statistics that are kept
+
+
+def test_statistics_of_a_reference_are_kept(folder: Path) -> None:
+    png_folder(folder)
+    words = ("fid", "a-many.safetensors", "--ref", "png", *PIXELS)
+    first, second = here(*words, cwd=folder), here(*words, cwd=folder)
+    assert "kept" not in first.err and f"using the statistics of {folder / 'png'}" in second.err
+    assert second.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
+    assert second.result["reference_images"] == 12
+    kept = list((folder.parent / "cache" / "ditmoe" / "statistics").iterdir())
+    assert len(kept) == 1
+    sampled = here("fid", "a.safetensors", *MANY, "--ref", "png", *PIXELS, cwd=folder)
+    assert "using the statistics" in sampled.err, "whatever the subject"
+    assert sampled.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
+    kept[0].write_bytes(kept[0].read_bytes()[:300])
+    assert here(*words, cwd=folder).result == first.result, "a file cut short is made anew"
+    Image.new("L", (8, 8), 255).save(folder / "png" / "3.png")
+    changed = here(*words, cwd=folder)
+    assert "using" not in changed.err and changed.result["frechet"] != pytest.approx(first.result["frechet"], rel=1e-3)
+
+
+def test_kept_statistics_beside_a_stored_original(folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", "--original", "b-many.safetensors", *PIXELS)
+    first, second = here(*words, cwd=folder), here(*words, cwd=folder)
+    assert "using the statistics" in second.err
+    assert second.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
+    assert second.result["paired"] == first.result["paired"] is not None
+
+
+def test_features_that_are_asked_for_are_taken_all_the_same(folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
+    here(*words, cwd=folder)
+    outcome = here(*words, "--metrics", "pr", cwd=folder)
+    assert "using" not in outcome.err and 0 <= outcome.result["scores"]["recall"] <= 1
+
+
+def test_a_cache_that_takes_nothing_costs_no_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.parent / "full").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "full"))
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
+    outcome = here(*words, "--work", "work", cwd=folder)
+    assert outcome.result["frechet"] > 0 and "are not kept" in outcome.err
+    assert "full" in here(*words, cwd=folder).error(1)
+
+
+def test_a_file_of_statistics_and_images(folder: Path) -> None:
+    """As ADM's references are: the distance is to its statistics, other scores are of its images."""
+    images = images_of(folder / "b-many.safetensors")[:20]
+    given = FeatureStatistics(np.full(64, 100.0), 400 * np.eye(64), None)
+    np.savez(folder / "adm.npz", arr_0=images, mu=given.mu, sigma=given.sigma)
+    a, b = features_of(folder / "a-many.safetensors"), PixelExtractor(255)(images)
+    expected, both = frechet_distance(feature_statistics(a), given), precision_recall(a, b)
+    words = ("fid", "a-many.safetensors", "--ref", "adm.npz", *PIXELS)
+    plain, scored = (
+        here(*words, cwd=folder).result,
+        here(*words, "--metrics", "pr", "--bootstrap", 5, cwd=folder).result,
+    )
+    assert plain["frechet"] == scored["frechet"] == pytest.approx(expected, rel=1e-9)
+    assert scored["scores"] == {"precision": both.precision, "recall": both.recall}
+    assert scored["interval"]["estimate"] == pytest.approx(expected, rel=1e-9)
+    turned = here("fid", "adm.npz", "--ref", "a-many.safetensors", *PIXELS, "--metrics", "pr", cwd=folder).result
+    assert turned["scores"] == {"precision": both.recall, "recall": both.precision}
+    assert turned["frechet"] == pytest.approx(expected, rel=1e-9)
+
+
+# what is under way
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "pickle"])
+def test_nothing_stays_in_the_cache(form: str, folder: Path) -> None:
+    """Whatever the checkpoint's layout; the same one under two names is sampled once."""
+    if form == "pickle":
+        make_pico(sampler="rf", in_channels=1).save_pt(folder / "x", "deepspeed", num_heads=2)
+    else:
+        place = ("-o", "x", "--max-shard-size", "50KB") if form == "folder" else ("-o", "x.safetensors")
+        assert here("convert", "a.safetensors", *place, cwd=folder).code == 0
+    name = "x.safetensors" if form == "file" else "x"
+    result = here("fid", name, "--ref", "a.safetensors", *SETTINGS, *PIXELS, cwd=folder).result
+    assert result["frechet"] == 0 and result["paired"]["mse"] == 0
+    assert under_way(folder) == []
+
+
+def test_other_runs_are_kept_from_what_is_being_filled_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the reference, which they may want too, while the other side is sampled."""
+    work, sampled, seen = folder / "work", samples.sampled, []
+
+    def watched(*args: Any) -> NDArray[Any]:
+        seen.append([path.stem for path in work.glob("*.lock")])
+        assert (work / seen[-1][0] / "samples.npy").is_file()
+        return sampled(*args)
+
+    monkeypatch.setattr(samples, "sampled", watched)
+    words = ("fid", "a.safetensors", "--ref", "r.npz", "--original", "b.safetensors", *SETTINGS, *PIXELS)
+    assert here(*words, "--work", "work", cwd=folder).result["paired"]["n"] == 6
+    assert [len(locked) for locked in seen] == [1, 1] and seen[0] != seen[1]
+    assert list(work.iterdir()) == []
+
+
+def test_a_failure_with_nothing_done_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampled(*_: Any) -> NDArray[Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(samples, "sampled", sampled)
+    words = ("fid", "a.safetensors", "--ref", "r.npz", *SETTINGS, *PIXELS, "--batch", 1, "--work", "work")
+    assert "out of memory" in here(*words, cwd=folder).error(1)
+    assert list((folder / "work").iterdir()) == []
+
+
+LONG = ("fid", "a.safetensors", "--ref", "b.safetensors", *PIXELS, "--steps", 20, "--batch", 1, "--images", 24)
+
+
+def numbers(result: Mapping[str, Any]) -> list[float]:
+    paired, features = result["paired"], result["paired_features"]
+    return [
+        result["frechet"],
+        *(paired[k] for k in ("mse", "psnr", "max_abs")),
+        *(features[k] for k in ("low", "high")),
+    ]
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folder: Path) -> None:
+    straight = here(*LONG, cwd=folder).result
+    work = folder / "work"
+    child = start(command(*LONG, "--work", "work"), folder)
+    end = time.monotonic() + 60
+    while len(list(work.glob("*/samples.*.done"))) < 4:
+        assert child.poll() is None and time.monotonic() < end, child.communicate()
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    assert {path.suffix for path in work.iterdir()} == {"", ".lock"}
+    again = here(*LONG, "--work", "work", cwd=folder)
+    assert "of 24 images that an earlier run left" in again.err
+    assert numbers(again.result) == numbers(straight)
+    assert list(work.iterdir()) == []
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone")
+    job = start([sys.executable, *launcher, "-m", "ditmoe_cli", *map(str, LONG), "--work", "work"], folder)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert out.count("\n") == 1, "one process prints"
+    assert numbers(json.loads(out)["result"]) == pytest.approx(numbers(straight), rel=1e-9)
+    assert list(work.iterdir()) == [] and under_way(folder) == []
