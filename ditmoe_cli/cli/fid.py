@@ -101,6 +101,14 @@ WorkOpt = Annotated[
         "--work", metavar="DIR", help="Where images and features stay until the score is done. [default: the cache]"
     ),
 ]
+StatisticsOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--save-statistics",
+        metavar="FILE",
+        help="Write A's statistics as npz or safetensors; without B A is compared with itself.",
+    ),
+]
 MaxOpt = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option("--max", metavar="X", help="Exit with 6 if the distance is above X."),
@@ -134,6 +142,7 @@ def run(
     metrics: MetricsOpt = None,
     resamples: BootstrapOpt = 0,
     work: WorkOpt = None,
+    statistics: StatisticsOpt = None,
     max_value: MaxOpt = None,
     anyway: Anyway = False,
     heads: Heads = None,
@@ -154,14 +163,15 @@ def run(
     """
     said = given(heads, top_k, sampler)
     stage = named_for_what_it_is(incoming(subject, said, shared=True))
-    check_values(images, max_value, extractor, output, batch)
+    check_values(images, max_value, extractor, output, batch, statistics)
     request = asked_for(metrics, convention, resamples, precision)
     from ditmoe_cli.evaluation.compare import Measure
     from ditmoe_cli.evaluation.samples import Runtime
 
     options = SamplingOptions(images, steps, cfg, seed, solver, classes, interval, upstream)
-    measure = Measure(extractor, weights, anyway, request, precision, vae, work.absolute() if work else None)
-    runtime, compared = Runtime(checked_device(device), batch), comparison(stage, ref, original, said)
+    folder = work.absolute() if work else None
+    measure = Measure(extractor, weights, anyway, request, precision, vae, folder, statistics, force)
+    runtime, compared = Runtime(checked_device(device), batch), comparison(stage, ref, original, said, bool(statistics))
     result = measured(compared, lambda checkpoint: sample_spec(checkpoint, options), measure, runtime, output, force)
     if result is None:
         return  # another rank prints
@@ -191,7 +201,14 @@ def asked_for(metrics: str | None, convention: str, resamples: int, precision: s
     return Request(parse_scores(metrics, convention), convention, resamples)
 
 
-def check_values(images: int, max_value: float | None, extractor: str | None, output: Path | None, batch: int) -> None:
+def check_values(
+    images: int,
+    max_value: float | None,
+    extractor: str | None,
+    output: Path | None,
+    batch: int,
+    statistics: Path | None,
+) -> None:
     """Raise `UsageError` for option values that are wrong whatever is scored."""
     from ditmoe_cli.evaluation.features import check_extractor_name
 
@@ -205,6 +222,10 @@ def check_values(images: int, max_value: float | None, extractor: str | None, ou
         check_extractor_name(extractor)
     if output is not None:
         require_safetensors(output)
+    if statistics is not None and output is not None and statistics.resolve() == output.resolve():
+        raise UsageError(f"{statistics}: named twice; give each output a name of its own")
+    if statistics is not None and statistics.suffix not in (".safetensors", ".npz"):
+        raise UsageError(f"--save-statistics {statistics}: give a name that ends in .safetensors or .npz")
 
 
 def measured(
@@ -222,19 +243,20 @@ def measured(
 
     inputs = [item.path for item in compared.items] + ([measure.weights] if measure.weights else [])
     inputs += [Path(measure.vae).expanduser()] if measure.vae else []
-    if output is not None:
-        check_target(output.absolute(), force, inputs)
+    for target in (output, measure.statistics):
+        if target is not None:
+            check_target(target.absolute(), force, inputs)
     result = compare(compared, spec_of, measure, runtime, progress, note)
     if output is not None and result is not None:
         write_score(output, result, force, inputs)
     return result
 
 
-def comparison(stage: Stage, ref: str | None, original: str | None, said: Given) -> Comparison:
+def comparison(stage: Stage, ref: str | None, original: str | None, said: Given, alone: bool = False) -> Comparison:
     """Return what is compared with what.
 
     The subject is the stage's samples or checkpoint. The original is what --original names, else a pipeline's; without
-    either it is the reference. Without --ref the reference is the original.
+    either it is the reference. Without --ref the reference is the original; one that may stand `alone` is its own.
     """
     from ditmoe_cli.evaluation.compare import Comparison, Item
     from ditmoe_cli.evaluation.images import kind_of
@@ -248,6 +270,8 @@ def comparison(stage: Stage, ref: str | None, original: str | None, said: Given)
     chosen = stage.samples or stage.checkpoint
     if chosen is None:
         raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
+    if ref is None and named is None and alone:
+        ref = chosen
     if ref is None and named is None:
         raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
     if stage.samples:

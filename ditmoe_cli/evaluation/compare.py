@@ -30,7 +30,7 @@ from ditmoe_cli.evaluation.sides import (
     statistics_of,
     stored_side,
 )
-from ditmoe_cli.evaluation.statistics_io import StoredStatistics
+from ditmoe_cli.evaluation.statistics_io import StoredStatistics, write_statistics
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share, process_group
@@ -73,6 +73,7 @@ class Measure:
         precision: of Inception.
         vae: decodes latents.
         work: folder for what a run has under way; None for the cache.
+        statistics: where the subject's statistics go, if anywhere; with spatial ones where the convention has them.
     """
 
     extractor: str | None = None
@@ -82,6 +83,13 @@ class Measure:
     precision: str = "fp32"
     vae: str | None = None
     work: Path | None = None
+    statistics: Path | None = None
+    force: bool = False
+
+    def wanted(self, extractor: Extractor) -> tuple[str, ...]:
+        """Return the activations beside features that are to be taken."""
+        spatial = self.statistics and extractor.name == "inception" and CONVENTIONS[self.request.convention].spatial
+        return tuple(dict.fromkeys((*self.request.wanted, *(("spatial",) if spatial else ()))))
 
 
 def compare(
@@ -140,6 +148,9 @@ class _Comparing:
         assert sides[0] is not None and sides[1] is not None
         paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
         found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
+        if self.measure.statistics is not None:
+            inputs = [item.path for item in self.comparison.items]
+            write_statistics(self.measure.statistics, statistics_of(sides[0], lab), self.measure.force, inputs)
         for path, side in self.done.items():
             if side.images is not None:
                 identity = samplings[path].key if path in samplings else side.identity
@@ -148,14 +159,15 @@ class _Comparing:
 
     def _lab(self) -> Lab:
         """Return what features are taken with; the first process fetches weights before the others look for them."""
-        request, base = self.measure.request, self.measure.work or cache_folder("work")
+        base = self.measure.work or cache_folder("work")
         if not self.share.first:
             self.share.wait()
         extractor, grey_levels = self._extractor()
         if self.share.first:
             self.share.wait()
-        check_wanted(extractor, request.wanted)
-        return Lab(extractor, grey_levels, request.wanted, base, cache_folder("statistics"))
+        wanted = self.measure.wanted(extractor)
+        check_wanted(extractor, wanted)
+        return Lab(extractor, grey_levels, wanted, base, cache_folder("statistics"))
 
     def _extractor(self) -> tuple[Extractor, int]:
         """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.

@@ -544,3 +544,38 @@ def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folde
     assert out.count("\n") == 1, "one process prints"
     assert numbers(json.loads(out)["result"]) == pytest.approx(numbers(straight), rel=1e-9)
     assert list(work.iterdir()) == [] and under_way(folder) == []
+
+
+# statistics for later
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_statistics_are_written_and_serve_as_a_reference(suffix: str, folder: Path) -> None:
+    words = ("fid", "b-many.safetensors", *PIXELS, "--save-statistics", f"saved.{suffix}")
+    assert here(*words, cwd=folder).result["frechet"] == 0, "alone it is compared with itself"
+    against = here("fid", "a-many.safetensors", "--ref", "b-many.safetensors", *PIXELS, cwd=folder).result["frechet"]
+    found = here("fid", "a-many.safetensors", "--ref", f"saved.{suffix}", *PIXELS, cwd=folder).result
+    assert found["frechet"] == pytest.approx(against, rel=1e-9)
+    assert found["reference_images"] == 150
+    if suffix == "npz":
+        with np.load(folder / "saved.npz") as saved:
+            assert saved["mu"].shape == (64,) and saved["sigma"].shape == (64, 64), "as pytorch-fid reads them"
+    again = here(*words, cwd=folder)
+    assert again.code == 5 and f"saved.{suffix}" in again.err
+    assert here(*words, "--force", cwd=folder).code == 0
+
+
+def test_statistics_of_pixels_have_no_spatial_ones(folder: Path) -> None:
+    here("fid", "b-many.safetensors", *PIXELS, "--save-statistics", "s.safetensors", cwd=folder)
+    assert set(load_file(folder / "s.safetensors")) == {"mu", "sigma", "n"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--save-statistics", "s.txt"), "--save-statistics s.txt: give a name that ends in"),
+        (("--save-statistics", "s.safetensors", "-o", "s.safetensors"), "named twice"),
+    ],
+)
+def test_statistics_that_cannot_be_written(more: tuple[str, ...], said: str, folder: Path) -> None:
+    assert said in here("fid", "b-many.safetensors", *PIXELS, *more, cwd=folder).error(2)
