@@ -5,6 +5,7 @@
     DitmoeError            1  the system failed us (disk full, out of memory)
     ├── UsageError         2  option values out of range, unknown names
     ├── BadInputError      3  paths, files, envelopes or extras that are not what they should be
+    │   └── BrokenImageError  one image of a batch holds NaN
     ├── InfeasibleError    4  a request that cannot be met (keep below top-k, budget too small)
     ├── OutputExistsError  5  the output is there already, or writing to it would be unsafe
     └── GateError          6  a threshold that the user set was not met
@@ -31,6 +32,15 @@ class BadInputError(DitmoeError):
     """An input is missing, damaged, or not what it should be."""
 
     exit_code = 3
+
+
+class BrokenImageError(BadInputError):
+    """An image of a batch holds NaN or infinite values: its `index` there, and what is the `matter`."""
+
+    def __init__(self, index: int, matter: str) -> None:
+        super().__init__(f"image {index} of the batch holds {matter}")
+        self.index = index
+        self.matter = matter
 
 
 class InfeasibleError(DitmoeError):

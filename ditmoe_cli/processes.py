@@ -6,7 +6,7 @@ Work is dealt out by image index. What is merged lies on the CPU, whatever the d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,7 @@ from ditmoe_cli.errors import DitmoeError
 _PATIENCE = timedelta(days=2)  # a rank may be slow; a dead one is torchrun's to notice
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 def under_torchrun() -> bool:
@@ -45,6 +46,20 @@ class Share:
         if self.world > 1:
             _meet()
 
+    def told(self, find: Callable[[], Found]) -> Found:
+        """Return what `find` finds on the first process, on all of them.
+
+        Each looking for itself might see another state of a folder.
+        """
+        if self.world == 1:
+            return find()
+        import torch.distributed as dist
+
+        held = [find() if self.first else None]
+        with _one_for_all():
+            dist.broadcast_object_list(held)
+        return held[0]  # type: ignore[return-value]
+
 
 WHOLE = Share()
 
@@ -69,12 +84,18 @@ def _meet() -> None:
     """Return once all processes are here. Raises `DitmoeError` where one of them has ended."""
     import torch.distributed as dist
 
-    try:
+    with _one_for_all():
         dist.barrier()
+
+
+@contextmanager
+def _one_for_all() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError:
         raise DitmoeError("another process of this job has ended; see its message, and start the job again") from None
 
 
-def own_device(device: str, share: Share) -> str:
+def own_device(device: str) -> str:
     """Return the device of this process: its own GPU, where several share a machine and none was numbered."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and share.world > 1 else device
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and under_torchrun() else device

@@ -19,15 +19,15 @@ from ditmoe_cli.cli.options import (
     Quiet,
     SamplerOpt,
     Seed,
-    SolverOpt,
     StepsOpt,
     TopK,
+    UpstreamExact,
     checked_device,
     given,
     require_safetensors,
 )
 from ditmoe_cli.cli.output import Printing, Row, emit, progress
-from ditmoe_cli.cli.spec import SamplingOptions, sample_spec
+from ditmoe_cli.cli.spec import SamplingOptions, sample_spec, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
@@ -44,6 +44,14 @@ SecondArg = Annotated[
     typer.Argument(metavar="B", help="The checkpoint to measure; without A and B the envelope's own."),
 ]
 Images = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample of each checkpoint.")]
+FollowedSolver = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help="euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. [default: ab2; ddim]",
+    ),
+]
 Bins = Annotated[int, typer.Option("--bins", metavar="N", help="Step bins, from noise to image.")]
 MaxError = Annotated[
     Optional[float],  # noqa: UP045
@@ -65,7 +73,8 @@ def run(
     images: Images = 64,
     steps: StepsOpt = None,
     cfg: Cfg = 1.0,
-    solver: SolverOpt = None,
+    solver: FollowedSolver = None,
+    upstream: UpstreamExact = False,
     bins: Bins = 10,
     classes: Classes = None,
     seed: Seed = 0,
@@ -89,7 +98,7 @@ def run(
     stage = both(first, second, given(heads, top_k, sampler))
     check_values(max_error, grid, output)
     a, b = open_stage(stage, stage.original), open_stage(stage)
-    spec = sample_spec(a, SamplingOptions(images, steps, cfg, seed, solver, classes))
+    spec = sample_spec(a, SamplingOptions(images, steps, cfg, seed, solver, classes, upstream=upstream))
     from ditmoe_cli.evaluation.divergence import Outputs, diverge
     from ditmoe_cli.evaluation.samples import Runtime
 
@@ -144,6 +153,7 @@ def rows(found: Divergence) -> list[Row]:
             (f"block {i}", f"adds {number(alone)}, cumulative {number(sofar)}, overlap {number(share)}")
             for i, (alone, sofar, share) in enumerate(blocks)
         ),
+        solver_row(result["conditions"]["sampling"]),
         ("A", result["conditions"]["a"]["path"]),
         ("B", result["conditions"]["b"]["path"]),
     ]

@@ -31,7 +31,7 @@ from ditmoe_cli.cli.options import (
     require_safetensors,
 )
 from ditmoe_cli.cli.output import Printing, Row, emit, note, progress
-from ditmoe_cli.cli.spec import SamplingOptions, sample_spec
+from ditmoe_cli.cli.spec import SamplingOptions, sample_spec, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.requests import DEFAULT_CONVENTION
@@ -169,6 +169,8 @@ def run(
     from ditmoe_cli.evaluation.samples import Runtime
 
     options = SamplingOptions(images, steps, cfg, seed, solver, classes, interval, upstream)
+    if statistics and max_value is not None and not (ref or original or stage.piped):
+        raise UsageError("--max: there is nothing to be near to; give --ref")
     folder = work.absolute() if work else None
     measure = Measure(extractor, weights, anyway, request, precision, vae, folder, statistics, force)
     runtime, compared = Runtime(checked_device(device), batch), comparison(stage, ref, original, said, bool(statistics))
@@ -192,7 +194,8 @@ def named_for_what_it_is(stage: Stage) -> Stage:
 
 def asked_for(metrics: str | None, convention: str, resamples: int, precision: str) -> Request:
     """Return the scores that are asked for. Raises `UsageError` for names and numbers that cannot be."""
-    from ditmoe_cli.evaluation.requests import PRECISIONS, Request, parse_scores
+    from ditmoe_cli.evaluation.conventions import PRECISIONS
+    from ditmoe_cli.evaluation.requests import Request, parse_scores
 
     if resamples < 0 or resamples == 1:
         raise UsageError(f"--bootstrap {resamples}: give at least 2 resamples, or 0 for none")
@@ -301,6 +304,7 @@ def rows(result: Score) -> list[Row]:
             if (features := result.paired_features)
             else []
         ),
+        *([solver_row(sampling)] if (sampling := result.conditions["subject"]["sampling"]) else []),
         ("extractor", extractor),
         ("subject", result.conditions["subject"]["path"]),
         ("reference", result.conditions["reference"]["path"]),

@@ -130,9 +130,11 @@ def checked_device(name: str) -> str:
     import torch
 
     from ditmoe_cli.errors import UsageError
+    from ditmoe_cli.processes import own_device
 
+    torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are fp32, in every thread
     try:
-        device = torch.device(name)
+        device = torch.device(own_device(name))
         if device.type not in ("cpu", "cuda"):
             raise ValueError("choose cpu, cuda or cuda:N")
         torch.empty(1, device=device)

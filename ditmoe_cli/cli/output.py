@@ -1,7 +1,8 @@
 """What commands print: the result on stdout, everything else on stderr.
 
 On a terminal a result is a short table; off a terminal, or with ``--json``, one JSON document; with ``-q`` the bare
-path of the output. Progress bars show on a terminal only.
+path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's processes the first alone
+shows any.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from ditmoe_cli.processes import under_torchrun
+
 Row = tuple[str, object]
 _WORTH_TELLING = 5  # seconds that a job takes before its end is worth a line
+_TELL_EVERY = 60  # seconds
 
 
 @dataclass(frozen=True)
@@ -66,18 +70,58 @@ def human_bytes(count: float) -> str:
 
 def rate(speed: float) -> str:
     """Return a rate for reading."""
-    return f"{speed:.3g}/s"
+    return f"{speed:,.0f}/s" if speed >= 1000 else f"{speed:.3g}/s"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for reading, in two digits or three."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class _Lines:
+    """Tells of a job of `total` steps in lines: one a minute while it lasts, and one at its end if it took seconds."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.told = time.monotonic()
+
+    def step(self, done: int) -> None:
+        """Count steps that were done."""
+        self.done += done
+        now = time.monotonic()
+        if now - self.told < _TELL_EVERY or not 0 < self.done < self.total:
+            return
+        self.told, speed = now, self.done / (now - self.start)
+        left = duration((self.total - self.done) / speed)
+        note(f"{self.what}: {self.done:,} of {self.total:,}, {rate(speed)}, {left} left")
+
+    def end(self) -> None:
+        """Tell how long all of it took."""
+        passed = time.monotonic() - self.start
+        if passed > _WORTH_TELLING:
+            note(f"{self.what}: done in {duration(passed)} ({rate(self.done / passed)})")
+
+
+def _tells_nothing() -> bool:
+    """Whether this is one of torchrun's processes that leave it to the first."""
+    return under_torchrun() and os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how much more is done; shows a bar, rate and time left on a terminal's stderr."""
+    """Yield a function that is told how much more is done; shows how much, rate and time left on stderr.
+
+    On a terminal that is a bar, else a line a minute.
+    """
+    if _tells_nothing():
+        yield lambda _: None
+        return
     if not sys.stderr.isatty():
-        start, steps = time.monotonic(), [0]
-        yield steps.append
-        passed = time.monotonic() - start
-        if passed > _WORTH_TELLING:
-            note(f"{what}: done in {passed:.0f} s ({rate(sum(steps) / passed)})")
+        lines = _Lines(what, total)
+        yield lines.step
+        lines.end()
         return
     from rich.console import Console
     from rich.progress import (

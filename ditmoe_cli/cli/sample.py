@@ -31,7 +31,7 @@ from ditmoe_cli.cli.options import (
     require_safetensors,
 )
 from ditmoe_cli.cli.output import Printing, Row, emit, human_bytes, note, progress
-from ditmoe_cli.cli.spec import SamplingOptions, sample_spec
+from ditmoe_cli.cli.spec import SamplingOptions, sample_spec, solver_row
 from ditmoe_cli.cli.stage import default_output, incoming, open_stage
 from ditmoe_cli.errors import UsageError
 
@@ -130,7 +130,7 @@ def rows(what: Sampling, targets: Targets, size: int) -> list[Row]:
     kind = "images" if what.images else "latents"
     return [
         ("wrote", f"{targets.file.absolute()} ({human_bytes(size)})"),
-        *(("wrote", path.absolute()) for path in targets.views),
+        *(("wrote", path.absolute()) for path in targets.views.values()),
         (kind, f"{spec.images} of {' x '.join(map(str, what.shape))}"),
-        ("solver", f"{spec.solver}, {spec.steps} steps, cfg {spec.cfg:g}, {spec.nfe} NFE an image"),
+        solver_row({**spec.conditions(), "nfe": spec.nfe}),
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.cli.output import Row
 from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +56,12 @@ def sample_spec(checkpoint: Checkpoint, options: SamplingOptions, calibration: b
         options.images, steps, options.cfg, options.seed, solver, labels, parse_interval(options.interval)
     )
     return check_spec(spec, config.num_classes)
+
+
+def solver_row(sampling: Mapping[str, Any]) -> Row:
+    """Return how images are sampled, and at what cost, as a row of a table; `sampling` is conditions with their NFE."""
+    told = "{solver}, {steps} steps, cfg {cfg:g}, {nfe} NFE an image".format(**sampling)
+    return ("solver", told)
 
 
 def parse_interval(text: str | None) -> tuple[float, float]:

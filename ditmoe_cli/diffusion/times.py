@@ -18,17 +18,23 @@ ALWAYS: Interval = (0.0, 1.0)
 def ancestral_timesteps(steps: int) -> list[int]:
     """Return `steps` timesteps from 0 to 999, evenly spaced and rounded (upstream's spacing ``"N"``).
 
-    Positions are summed up as upstream sums them: near a half, i * stride would round otherwise.
+    Positions are summed up as upstream sums them: near a half, i * stride would round otherwise. One step is at 999,
+    not at 0 as upstream has it, where the model would take noise for an image, and hand it back.
     """
-    stride = (TRAINING_STEPS - 1) / max(steps - 1, 1)
+    if steps == 1:
+        return [TRAINING_STEPS - 1]
+    stride = (TRAINING_STEPS - 1) / (steps - 1)
     return [round(position) for position in accumulate(repeat(stride, steps - 1), initial=0.0)]
 
 
 def ddim_timesteps(steps: int) -> list[int]:
     """Return `steps` timesteps at the smallest integer stride that yields exactly that many (``"ddimN"``).
 
-    Where none does, which upstream refuses, they are ⌊1000 i / steps⌋, so that the last is near pure noise too.
+    Where none does, which upstream refuses, they are ⌊1000 i / steps⌋, so that the last is near pure noise too. One
+    step is at 999, not at 0, as in `ancestral_timesteps`.
     """
+    if steps == 1:
+        return [TRAINING_STEPS - 1]
     strides = (s for s in range(1, TRAINING_STEPS + 1) if len(range(0, TRAINING_STEPS, s)) == steps)
     stride = next(strides, None)
     return list(range(0, TRAINING_STEPS, stride)) if stride else [i * TRAINING_STEPS // steps for i in range(steps)]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.checkpoint.header import TensorInfo, read_safetensors_header
 from ditmoe_cli.checkpoint.provenance import fingerprint
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, BrokenImageError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class Decoder:
         are blended: memory then stays that of a tile, and values differ a little from those of the whole, since norms
         and attention see a tile alone.
 
-        Raises `BadInputError` where an image holds NaN or infinite values, with its index in the batch.
+        Raises `BrokenImageError` where an image holds NaN or infinite values, with its index in the batch.
         """
         import torch
 
@@ -94,9 +94,10 @@ class Decoder:
         whole = pixels.isfinite().flatten(1).all(dim=1)
         if not bool(whole.all()):
             first = int(whole.logical_not().nonzero()[0])
-            raise BadInputError(
-                f"{self.name}: image {first} of the batch holds NaN or infinite values after decoding; are the latents "
-                "whole, and is the precision enough?"
+            raise BrokenImageError(
+                first,
+                f"NaN or infinite values after decoding by {self.name}; are the latents whole, and is the precision "
+                "enough?",
             )
         return pixels
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 from ditmoe_cli.cache import cache_folder
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
@@ -13,7 +15,7 @@ from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.conventions import CONVENTIONS
 from ditmoe_cli.evaluation.extrapolation import sizes_for
-from ditmoe_cli.evaluation.features import EXTRACTORS, Extractor, check_wanted, make_extractor
+from ditmoe_cli.evaluation.features import BATCH, EXTRACTORS, Extractor, NamedExtractor, check_wanted, make_extractor
 from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
 from ditmoe_cli.evaluation.requests import Request
 from ditmoe_cli.evaluation.samples import Runtime, Sampling, decoded_by, require_images
@@ -131,8 +133,8 @@ class _Comparing:
     def run(self) -> Score | None:
         """Check everything, make all sides, and score them on the first process."""
         subject, reference, original = self.comparison.items
-        lab = self._lab()
         self.done = {item.path: stored_side(item.path) for item in self.comparison.items if item.checkpoint is None}
+        lab = self._lab()
         spec = self._subject_spec()
         samplings = self._samplings(spec)
         self._check(lab, samplings, spec)
@@ -147,6 +149,8 @@ class _Comparing:
         sides = [self.done.get(item.path) for item in (subject, reference, original)]
         assert sides[0] is not None and sides[1] is not None
         paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
+        if sides[2] is not None and paired is None and original.path != reference.path:
+            self.say(f"{original.path}: pairs with nothing, since it has other seeds, settings or sizes")
         found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
         if self.measure.statistics is not None:
             inputs = [item.path for item in self.comparison.items]
@@ -166,8 +170,11 @@ class _Comparing:
         if self.share.first:
             self.share.wait()
         wanted = self.measure.wanted(extractor)
-        check_wanted(extractor, wanted)
-        return Lab(extractor, grey_levels, wanted, base, cache_folder("statistics"))
+        if not isinstance(extractor, NamedExtractor):
+            check_wanted(extractor, wanted)
+        salt = "" if getattr(extractor, "stable", True) else self.share.told(lambda: token_hex(6))
+        batch = min(self.runtime.batch, BATCH)
+        return Lab(extractor, grey_levels, wanted, salt, base, cache_folder("statistics"), batch, self.say)
 
     def _extractor(self) -> tuple[Extractor, int]:
         """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.
@@ -175,6 +182,8 @@ class _Comparing:
         A file's metadata may name our own extractors only: naming others would let a file run code.
         """
         measure = self.measure
+        if self._statistics_alone():
+            return self._named(), 255
         cards = [card for item in self.comparison.items[:2] if (card := card_of(item.path, item.checkpoint))]
         grey_levels = cards[0].grey_levels if cards else 255
         named = next((card.extractor for card in cards if card.extractor), "inception")
@@ -195,6 +204,22 @@ class _Comparing:
             precision=measure.precision,
         )
         return made, grey_levels
+
+    def _statistics_alone(self) -> bool:
+        """Whether statistics are compared with statistics, so that no image is looked at."""
+        request = self.measure.request
+        sides = [self.done.get(item.path) for item in self.comparison.items[:2]]
+        takers = request.of_subject_features or request.of_reference_features
+        return not takers and all(side is not None and side.statistics is not None for side in sides)
+
+    def _named(self) -> NamedExtractor:
+        """Return what the features of statistics are called: what was said, else what one of their files says."""
+        sides = [self.done[item.path].statistics for item in self.comparison.items[:2]]
+        told = next((side.extractor for side in sides if side is not None and side.extractor), None)
+        name = self.measure.extractor
+        if told is not None and name in (None, told["name"]):
+            return NamedExtractor(told["name"], told["digest"], told["preprocessing"])
+        return NamedExtractor(name or "unknown", "unknown", "unknown")
 
     def _subject_spec(self) -> SampleSpec | None:
         """Return how the subject is, or was, sampled; None for images of others and statistics."""
@@ -217,6 +242,8 @@ class _Comparing:
                 check_fits(decoder, item.checkpoint.config.in_channels, item.path)
             found[item.path] = Sampling(item.checkpoint, own, decoder)
             require_images(found[item.path])
+        if self.measure.vae is not None and not found:
+            raise UsageError(f"--vae {self.measure.vae}: no side is a checkpoint whose latents it could decode")
         return found
 
     def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
@@ -235,9 +262,18 @@ class _Comparing:
             if one is not None and two is not None and one != two:
                 told = f"{subject.path} has images of {_by(one)}, {path} has images of {_by(two)}"
                 raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give --anyway")
-        stored = self.done.get(reference.path)
-        if stored is not None and stored.spec is not None and spec is not None:
-            _check_settings(stored, spec, samplings.get(subject.path), self.done.get(subject.path))
+        theirs, ours = (self._source(path, samplings) for path in (reference.path, subject.path))
+        if theirs is not None and ours is not None:
+            _check_settings(reference.path, theirs, ours)
+
+    def _source(self, path: Path, samplings: dict[Path, Sampling]) -> dict[str, Any] | None:
+        """Return how the images of a side are, or were, sampled; None where that is not known."""
+        if path in samplings:
+            what = samplings[path]
+            vae = what.origin.vae
+            return {"sampling": what.spec.conditions(), "vae": vae}
+        source = self.done[path].source
+        return source if source is not None and source["sampling"] is not None else None
 
     def _pairs(self, path: Path, spec: SampleSpec | None) -> bool:
         """Tell whether an original is, or will be, sampled as the subject is."""
@@ -250,6 +286,13 @@ class _Comparing:
     def _check_counts(self, path: Path, samplings: dict[Path, Sampling], lab: Lab, options: tuple[str, ...]) -> None:
         """Refuse a side that has no images, or too few, for its distance and the scores that `options` ask for."""
         request, side = self.measure.request, self.done.get(path)
+        if (
+            request.resamples
+            and path == self.comparison.subject.path
+            and side is not None
+            and side.statistics is not None
+        ):
+            raise BadInputError(f"{path}: holds statistics, and --bootstrap needs images alone")
         if side is not None and side.images is None:
             if options:
                 raise BadInputError(f"{path}: holds statistics, and {options[0]} needs images")
@@ -293,8 +336,8 @@ class _Comparing:
             statistics_do = not request.of_reference_features and not request.resamples
             plain = path == reference != subject and side.spec is None and side.statistics is None and statistics_do
             with self._holding(lab.workspace(side.identity, len(side.images))):
-                kept = kept_statistics(side, lab) if plain else None
-                if kept is not None:
+                kept = kept_statistics(side, lab) if plain and self.share.first else None
+                if self.share.told(lambda kept=kept: kept is not None):  # type: ignore[misc]
                     found = kept
                     self.say(f"using the statistics of {side.path} that an earlier run kept")
                     continue
@@ -308,18 +351,14 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _check_settings(reference: Side, spec: SampleSpec, subject: Sampling | None, stored: Side | None) -> None:
-    """Refuse stored samples that were made under other settings; another seed or number of images is no matter."""
-    assert reference.spec is not None
-    pairs: list[tuple[str, object, object]] = [
-        (name, getattr(reference.spec, name), getattr(spec, name)) for name in _MUST_AGREE
-    ]
-    mine = subject.origin.vae if subject is not None else stored.vae if stored is not None else None
-    theirs, ours = (vae["digest"] if vae else None for vae in (reference.vae, mine))
-    pairs.append(("VAE", theirs, ours))
-    told = ", ".join(f"{name} {theirs} there, {ours} here" for name, theirs, ours in pairs if theirs != ours)
+def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a reference that was made under other settings; another seed or number of images is no matter."""
+    pairs = [(name, theirs["sampling"].get(name), ours["sampling"].get(name)) for name in _MUST_AGREE]
+    there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
+    pairs.append(("VAE", there, here))
+    told = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)
     if told:
-        raise BadInputError(f"{reference.path}: was sampled under other settings ({told}); give the same, or --anyway")
+        raise BadInputError(f"{path}: was sampled under other settings ({told}); give the same, or --anyway")
 
 
 def followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:

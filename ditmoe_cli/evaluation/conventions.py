@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ditmoe_cli.errors import UsageError
 
+PRECISIONS = ("fp32", "bf16")
 PREPROCESSINGS: Mapping[str, str] = {
     "tf1": "TF1 bilinear to 299x299, (x - 128) / 128",
     "pytorch-fid": "bilinear at half-pixel centres to 299x299, 2x / 255 - 1",

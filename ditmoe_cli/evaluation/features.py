@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.conventions import PREPROCESSINGS
+from ditmoe_cli.evaluation.conventions import PRECISIONS, PREPROCESSINGS
 from ditmoe_cli.evaluation.images import ImageSet, first_line
 from ditmoe_cli.evaluation.statistics import Array
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.inception import Inception
 
 EXTRACTORS = ("pixels", "inception")
-PRECISIONS = ("fp32", "bf16")
 # What only Inception gives beside features, and the score that wants it.
 EXTRAS = {"spatial": "sFID", "logits": "the Inception score", "biased_logits": "the Inception score with bias"}
 GRID = 8
@@ -160,12 +159,17 @@ def _joined(parts: list[Array]) -> Array | None:
 
 @dataclass(frozen=True)
 class CustomExtractor:
-    """A user's own callable, whose output is checked."""
+    """A user's own callable, whose output is checked.
+
+    `stable` tells whether equal digests mean equal features: where the function brings its own digest. A hash of its
+    source knows nothing of the weights that it loads.
+    """
 
     name: str
     digest: str
     preprocessing: str
     function: Callable[[Images], Any]
+    stable: bool = False
 
     def __call__(self, images: Images) -> Array:
         """Return its features (N, D). Raises `BadInputError` where it fails or returns anything else."""
@@ -179,6 +183,19 @@ class CustomExtractor:
         if not np.isfinite(features).all():
             raise BadInputError(f"extractor {self.name} returned NaN or infinite features")
         return features
+
+
+@dataclass(frozen=True)
+class NamedExtractor:
+    """What statistics say of their features, where no image is looked at."""
+
+    name: str
+    digest: str
+    preprocessing: str
+
+    def __call__(self, images: Images) -> Array:
+        """Raise `UsageError`: there is nothing behind the name."""
+        raise UsageError(f"{len(images)} images, but the features {self.name!r} are known by statistics only")
 
 
 def check_extractor_name(spec: str) -> None:
@@ -237,6 +254,7 @@ def _custom(spec: str) -> CustomExtractor:
         digest if isinstance(digest, str) else _source_digest(module, spec),
         preprocessing if isinstance(preprocessing, str) else "its own",
         function,
+        isinstance(digest, str),
     )
 
 

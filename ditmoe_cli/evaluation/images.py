@@ -19,7 +19,7 @@ from ditmoe_cli.checkpoint.header import FileHeader, StoredTensor, TensorInfo, r
 from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema
 from ditmoe_cli.checkpoint.staging import staged
 from ditmoe_cli.checkpoint.writer import write_safetensors
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, BrokenImageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,7 +230,7 @@ def write_images(
 def to_uint8(pixels: torch.Tensor) -> NDArray[np.uint8]:
     """Turn pixels (N, C, H, W) in [-1, 1] into uint8 (N, H, W, C): clamp, (v + 1) · 127.5, round.
 
-    Raises `BadInputError` for NaN, which would become an arbitrary pixel unseen.
+    Raises `BrokenImageError` for NaN, which would become an arbitrary pixel unseen.
     """
     import torch
 
@@ -238,7 +238,7 @@ def to_uint8(pixels: torch.Tensor) -> NDArray[np.uint8]:
     broken = values.isnan().flatten(1).any(dim=1)
     if bool(broken.any()):
         first = int(broken.nonzero()[0])
-        raise BadInputError(f"image {first} of the batch holds NaN; is the checkpoint whole, the precision enough?")
+        raise BrokenImageError(first, "NaN; is the checkpoint whole, the precision enough?")
     levels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     array: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_cli.cache import cache_folder
 from ditmoe_cli.checkpoint.provenance import file_digest
 from ditmoe_cli.checkpoint.reader import open_reader
 from ditmoe_cli.checkpoint.staging import staged
@@ -386,8 +387,7 @@ def _read_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
 
 def cached_weights() -> Path:
     """Return where the downloaded weights are kept."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ditmoe" / WEIGHTS_NAME
+    return cache_folder() / WEIGHTS_NAME
 
 
 def will_fetch(weights: Path | None = None) -> bool:

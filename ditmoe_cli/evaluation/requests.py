@@ -16,7 +16,6 @@ SCORES: Mapping[str, str] = {
     "fid-inf": "distance at infinitely many images (FID∞)",
 }
 DEFAULT_CONVENTION = "adm"
-PRECISIONS = ("fp32", "bf16")
 _OF_SUBJECT_FEATURES = ("is", "pr", "kid", "fid-inf")
 _OF_REFERENCE_FEATURES = ("pr", "kid")
 

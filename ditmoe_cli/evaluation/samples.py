@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,13 @@ from ditmoe_cli.checkpoint.staging import check_target
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, sample_batch
 from ditmoe_cli.diffusion.solvers import SOLVERS
 from ditmoe_cli.diffusion.times import ALWAYS
-from ditmoe_cli.errors import BadInputError, UsageError, is_out_of_memory
+from ditmoe_cli.errors import BadInputError, BrokenImageError, UsageError, is_out_of_memory
 from ditmoe_cli.evaluation.export import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.grid import write_png
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.processes import Share, own_device, process_group
+from ditmoe_cli.processes import Share, process_group
 
 if TYPE_CHECKING:
     from ditmoe_cli.diffusion.vae import Decoder
@@ -112,9 +113,10 @@ class Targets:
     inputs: tuple[Path, ...] = ()
 
     @property
-    def views(self) -> tuple[Path, ...]:
-        """The targets that hold images for others."""
-        return tuple(path for path in (self.png, self.npz, self.grid) if path is not None)
+    def views(self) -> dict[str, Path]:
+        """The targets that hold images for others, by kind."""
+        named = {"png": self.png, "npz": self.npz, "grid": self.grid}
+        return {kind: path for kind, path in named.items() if path is not None}
 
 
 def decoded_by(checkpoint: Checkpoint, vae: str | None, device: str) -> Decoder | None:
@@ -162,21 +164,20 @@ def fill(
 
     if share.first:
         work.create(SAMPLES, what.shape, np.uint8 if what.images else np.float32)
-    share.wait()
-    left = work.missing([SAMPLES], runtime.batch)
+    left = share.told(lambda: work.missing([SAMPLES], runtime.batch))
     remaining = sum(map(len, left))
     if share.first and 0 < remaining < work.rows:
         say(f"going on with {work.rows - remaining} of {work.rows} images that an earlier run left")
-    share.wait()  # nobody makes any before all have seen what there is
     mine = share.of(left)
     if mine:
-        model = build_model(what.checkpoint, torch.device(own_device(runtime.device, share)))
+        model = build_model(what.checkpoint, torch.device(runtime.device))
         with bar(f"sampling {what.checkpoint.path.name}", sum(map(len, mine))) as progress:
             for indices, values in made(model, what, mine, say):
                 work.put(SAMPLES, indices.start, values)
                 progress(len(indices))
                 after(indices.start, values)
     share.wait()
+    work.require_whole([SAMPLES])
 
 
 def made(model: Denoiser, what: Sampling, batches: Iterable[range], say: Say) -> Iterable[tuple[range, Batch]]:
@@ -215,31 +216,68 @@ def _release(model: Denoiser) -> None:
 
 
 def sampled(model: Denoiser, what: Sampling, indices: Sequence[int]) -> Batch:
-    """Return the images uint8 (N, H, W, C), or latents fp32 (N, C, S, S), of some indices."""
+    """Return the images uint8 (N, H, W, C), or latents fp32 (N, C, S, S), of some indices.
+
+    Raises `BadInputError`, which names the image, where one holds NaN or infinite values.
+    """
     latents = sample_batch(model, what.spec, indices)
     if not what.images:
         return np.asarray(latents.cpu().numpy())
     try:
         return to_uint8(latents if what.decoder is None else what.decoder.decode(latents))
-    except BadInputError as error:
-        raise BadInputError(f"images {indices[0]} to {indices[-1]} (seed {what.spec.seed}): {error}") from None
+    except BrokenImageError as error:
+        raise BadInputError(f"image {indices[error.index]} (seed {what.spec.seed}): {error.matter}") from None
 
 
 def check_targets(what: Sampling, targets: Targets, will_decode: bool = False) -> None:
-    """Refuse targets that cannot be written, and pictures of latents that nobody decodes, before sampling."""
+    """Refuse targets that cannot be written, and pictures of latents that nobody decodes, before sampling.
+
+    A view that stands as the work at hand has written it is none of them; before the decoder is known, as any work on
+    this file has.
+    """
+    works = _works_on(targets.file) if will_decode and what.decoder is None else [_work(what, targets).folder]
     if targets.views and not will_decode:
         require_images(what)
-    listed = [targets.file, *targets.views]
-    for target in listed:
-        if sum(target.resolve() == other.resolve() for other in listed) > 1:
+    listed = [("file", targets.file), *targets.views.items()]
+    for kind, target in listed:
+        if sum(target.resolve() == other.resolve() for _, other in listed) > 1:
             raise UsageError(f"{target}: named twice; give each output a name of its own")
         if targets.png is not None and targets.png.resolve() in target.resolve().parents:
             raise UsageError(f"{target}: lies in {targets.png}, which holds the PNG alone; name a place beside it")
         inputs = [what.checkpoint.path, *targets.inputs]
-        if target == targets.png:
+        if any(_is_written(kind, target, work) for work in works):
+            continue
+        if kind == "png":
             check_target(target.absolute(), targets.force or _is_empty(target), inputs, PNG_FILES)
         else:
             check_target(target.absolute(), targets.force, inputs)
+
+
+def _work(what: Sampling, targets: Targets) -> Workspace:
+    """Return where samples stay until all targets are written."""
+    file = targets.file.absolute()
+    return Workspace(file.with_name(f".{file.name}.{what.key[:12]}.work"), what.spec.images)
+
+
+def _works_on(file: Path) -> list[Path]:
+    """Return the folders of all work on a samples file that was left unfinished."""
+    return list(file.absolute().parent.glob(f".{escape(file.name)}.*.work"))
+
+
+def _is_written(kind: str, view: Path, work: Path) -> bool:
+    """Tell whether a view is, to the time of its files, what the work in a folder wrote: another's never is."""
+    return work.is_dir() and view.exists() and not view.is_symlink() and _mark(kind, view, work).exists()
+
+
+def _mark(kind: str, view: Path, work: Path) -> Path:
+    """Return the mark of a view that stands: a file named by the hash of its path and its files' sizes and times.
+
+    It is empty, since the view may have taken the last of a disk.
+    """
+    files = sorted(view.iterdir()) if view.is_dir() else [view]
+    stated = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.lstat()]]
+    named = canonical_json([kind, str(view.resolve()), stated])
+    return work / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.written"
 
 
 def _is_empty(folder: Path) -> bool:
@@ -253,32 +291,38 @@ def write_samples(what: Sampling, runtime: Runtime, targets: Targets, bar: Progr
     stays in a hidden folder beside the target, and the same command goes on with it.
     """
     check_targets(what, targets)
-    file = targets.file.absolute()
-    work = Workspace(file.with_name(f".{file.name}.{what.key[:12]}.work"), what.spec.images)
+    work = _work(what, targets)
     with process_group() as share, work.held(say) if share.first else nullcontext():
         if share.first:
             check_targets(what, targets)  # a run that this one waited for may have written them
         fill(work, what, runtime, share, bar, say)
         if not share.first:
             return None
-        size = _write(what, targets, work.array(SAMPLES))
+        size = _write(what, targets, work)
         work.remove()
     return size
 
 
-def _write(what: Sampling, targets: Targets, values: Batch) -> int:
-    """Write all targets, the safetensors file last: where it stands, everything does."""
+def _write(what: Sampling, targets: Targets, work: Workspace) -> int:
+    """Write all targets, the safetensors file last: where it stands, everything does.
+
+    Each view is marked in the workspace once it stands, and left alone by a run that finds it so.
+    """
     from ditmoe_cli.diffusion.noise import image_seed
 
     spec, inputs, force = what.spec, [what.checkpoint.path, *targets.inputs], targets.force
     seeds = np.asarray([image_seed(spec.seed, i) for i in range(spec.images)], dtype=np.int64)
     labels = np.asarray(spec.labels(range(spec.images)), dtype=np.int64)
-    if targets.png is not None:
-        write_png_folder(targets.png, values, force=force, inputs=inputs)
-    if targets.npz is not None:
-        write_adm_npz(targets.npz, values, labels, force, inputs)
-    if targets.grid is not None:
-        write_png(targets.grid, sample_grid(values), force, inputs)
+    values = work.array(SAMPLES)
+    writers: Mapping[str, Callable[[Path], int]] = {
+        "png": lambda path: write_png_folder(path, values, force=force, inputs=inputs),
+        "npz": lambda path: write_adm_npz(path, values, labels, force, inputs),
+        "grid": lambda path: write_png(path, sample_grid(values), force, inputs),
+    }
+    for kind, view in targets.views.items():
+        if not _is_written(kind, view, work.folder):
+            writers[kind](view)
+            _mark(kind, view, work.folder).touch()
     origin = what.origin.to_json()
     if what.images:
         return write_images(targets.file, values, labels, seeds, origin, force, inputs)

@@ -27,7 +27,7 @@ from ditmoe_cli.evaluation.metrics import PairedError, paired_error
 from ditmoe_cli.evaluation.precision_recall import precision_recall
 from ditmoe_cli.evaluation.requests import Request
 from ditmoe_cli.evaluation.sides import Lab, Side, statistics_of
-from ditmoe_cli.evaluation.statistics import Array
+from ditmoe_cli.evaluation.statistics import Array, FeatureStatistics
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def score(
         scores=_scores(subject, reference, here, there, request, inception),
         conditions={
             "extractor": lab.described,
-            "convention": request.convention if inception else None,
+            "convention": request.convention if inception or request.scores else None,
+            "bootstrap": _resampling(subject, reference, request),
             "subject": subject.conditions(),
             "reference": reference.conditions(),
             "original": original.conditions() if original else None,
@@ -111,12 +112,14 @@ def score(
 
 
 def _warn(counts: tuple[int | None, int | None], extractor: Extractor, say: Say) -> None:
+    from ditmoe_cli.evaluation.features import NamedExtractor
     from ditmoe_cli.evaluation.inception import WEIGHTS_DIGEST
 
     few = min((n for n in counts if n is not None), default=FEW_IMAGES)
     if few < FEW_IMAGES:
         say(f"warning: only {few} images; distances are biased upwards, and comparable at equal counts alone")
-    if extractor.name == "inception" and not extractor.digest.startswith(WEIGHTS_DIGEST):
+    known = not isinstance(extractor, NamedExtractor)
+    if extractor.name == "inception" and known and not extractor.digest.startswith(WEIGHTS_DIGEST):
         say("warning: these are not the weights that FID is defined by; compare the value with its like only")
 
 
@@ -126,6 +129,14 @@ def _distance(subject: Side, reference: Side, here: StoredStatistics, there: Sto
     if not given and subject.activations is not None and reference.activations is not None:
         return frechet_of_features(subject.activations.features, reference.activations.features)
     return frechet_distance(here.statistics, there.statistics)
+
+
+def _spatial_distance(subject: Side, reference: Side, here: FeatureStatistics, there: FeatureStatistics) -> float:
+    taken = [side.activations.spatial if side.activations else None for side in (subject, reference)]
+    given = subject.statistics is not None or reference.statistics is not None
+    if not given and taken[0] is not None and taken[1] is not None:
+        return frechet_of_features(taken[0], taken[1])
+    return frechet_distance(here, there)
 
 
 def _paired(subject: Side, original: Side | None, lab: Lab) -> tuple[PairedError | None, Interval | None]:
@@ -144,6 +155,14 @@ def paired_distance(a: Array, b: Array) -> Interval:
     """Return the mean of ‖aᵢ - bᵢ‖² over rows of a and b (N, D), with a 95 % bootstrap interval over images."""
     distances = ((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2).sum(axis=1)
     return bootstrap(lambda values: float(values.mean()), [distances])
+
+
+def _resampling(subject: Side, reference: Side, request: Request) -> dict[str, Any] | None:
+    """Return what the interval of the distance is over."""
+    if not request.resamples:
+        return None
+    both = reference.activations is not None and reference.statistics is None
+    return {"resamples": request.resamples, "reference": both, "paired": both and subject.paired_with(reference)}
 
 
 def _interval(
@@ -176,7 +195,7 @@ def _scores(
                 raise BadInputError(
                     f"{side.path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images"
                 )
-            found["sfid"] = frechet_distance(here.spatial, there.spatial)
+            found["sfid"] = _spatial_distance(subject, reference, here.spatial, there.spatial)
         elif name == "is":
             found["inception_score"] = _inception_score(subject, convention)
         elif name == "pr":

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.checkpoint.provenance import Card, canonical_json, file_digest
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec
-from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.evaluation.features import BATCH, Activations, Extractor, activations, describe_extractor
+from ditmoe_cli.errors import BadInputError, is_out_of_memory
+from ditmoe_cli.evaluation.features import Activations, Extractor, activations, describe_extractor
 from ditmoe_cli.evaluation.images import ImageSet, Kind, kind_of, read_images
 from ditmoe_cli.evaluation.samples import SAMPLES, Runtime, Sampling, fill, image_set, read_origin
 from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
@@ -67,8 +67,17 @@ class Side:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """(H, W, C) of its images; None for bare statistics."""
-        return None if self.images is None else self.images.images.shape[1:]
+        """(H, W, C) of its images; None for statistics that do not tell."""
+        if self.images is None:
+            return tuple(self.source["shape"]) if self.source else None
+        return self.images.images.shape[1:]
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """What is known of its images: of statistics, what their file says."""
+        if self.statistics is not None:
+            return self.statistics.source
+        return {**self.conditions(), "shape": list(self.shape or ())}
 
 
 def unnamed(vae: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -83,15 +92,21 @@ class Lab:
     Attributes:
         extractor, grey_levels: the features, and what they are of.
         wanted: activations beside features.
+        salt: makes names differ from those of other runs, where features of equal description may differ.
         folder: holds a workspace for each side.
         kept: holds statistics of references.
+        batch: images at a time.
+        say: is told where fewer have to do.
     """
 
     extractor: Extractor
     grey_levels: int
     wanted: tuple[str, ...]
+    salt: str
     folder: Path
     kept: Path
+    batch: int
+    say: Say
 
     @property
     def described(self) -> dict[str, Any]:
@@ -101,7 +116,7 @@ class Lab:
     @property
     def tag(self) -> str:
         """Stands for the features in names of files."""
-        return hashlib.sha256(canonical_json(self.described).encode()).hexdigest()[:12]
+        return hashlib.sha256((self.salt + canonical_json(self.described)).encode()).hexdigest()[:12]
 
     def names(self) -> dict[str, str]:
         """Return the workspace's array for each kind of activations; features are the last to be written."""
@@ -204,22 +219,33 @@ def with_features(side: Side, work: Workspace, lab: Lab, share: Share, bar: Prog
     """Take this process's share of the features that a workspace lacks, and return the side with all of them."""
     assert side.images is not None
     names = lab.names()
-    left = work.missing(tuple(names.values()), BATCH)
-    share.wait()
+    share.wait()  # what is stored beside another process's sampling is there
+    left = share.told(lambda: work.missing(tuple(names.values()), lab.batch))
     mine = share.of(left)
     with bar(f"{lab.extractor.name} features of {Path(side.path).name}", sum(map(len, mine))) as progress:
         for indices in mine:
             _store(work, lab, indices.start, side.images.images[indices.start : indices.stop])
             progress(len(indices))
     share.wait()
+    work.require_whole(tuple(names.values()))
     found = {kind: work.array(name) for kind, name in names.items()}
     return replace(side, activations=Activations(**found))
 
 
 def _store(work: Workspace, lab: Lab, first: int, images: NDArray[np.uint8]) -> None:
-    found = activations(lab.extractor, ImageSet(images), lab.wanted)
-    for kind, name in lab.names().items():
-        work.put(name, first, getattr(found, kind))
+    try:
+        found = activations(lab.extractor, ImageSet(images), lab.wanted, lab.batch)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(images) == 1:
+            raise
+    else:
+        for kind, name in lab.names().items():
+            work.put(name, first, getattr(found, kind))
+        return
+    half = len(images) // 2
+    lab.say(f"out of memory with the features of {len(images)} images at a time; going on with {half}")
+    for start in range(0, len(images), half):
+        _store(work, lab, first + start, images[start : start + half])
 
 
 @contextmanager
@@ -248,11 +274,14 @@ def statistics_of(side: Side, lab: Lab) -> StoredStatistics:
     found = side.activations
     assert found is not None
     spatial = feature_statistics(found.spatial) if found.spatial is not None else None
-    return StoredStatistics(feature_statistics(found.features), lab.described, spatial)
+    return StoredStatistics(feature_statistics(found.features), lab.described, spatial, side.source)
 
 
 def kept_statistics(side: Side, lab: Lab) -> StoredStatistics | None:
-    """Return the statistics that an earlier run kept of a side's images; None where there are none, or too few."""
+    """Return the statistics that an earlier run kept of a side's images; None where there are none that would do.
+
+    Of no more images than features none are kept: the distance is exact from the features, and these are soon taken.
+    """
     path = _kept_path(side, lab)
     if not path.is_file():
         return None
@@ -265,6 +294,9 @@ def kept_statistics(side: Side, lab: Lab) -> StoredStatistics | None:
 
 def keep_statistics(side: Side, lab: Lab, found: StoredStatistics, say: Say) -> None:
     """Keep a side's statistics for another run; where that fails, this one goes on."""
+    count = found.statistics.n
+    if lab.salt or count is None or count <= found.statistics.dimension:
+        return
     path = _kept_path(side, lab)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,12 +34,14 @@ _ASYMMETRY = 1e-6  # of the largest entry: what float32 storage may leave
 class StoredStatistics:
     """Statistics, and the extractor's name, digest, preprocessing and grey levels where the file tells them.
 
-    `spatial` are those of Inception's spatial features for sFID, where the file has them, of the same images.
+    `spatial` are those of Inception's spatial features for sFID, where the file has them, of the same images. `source`
+    is what our files say of the images: what they were, how they were sampled, and their shape (H, W, C).
     """
 
     statistics: FeatureStatistics
     extractor: dict[str, Any] | None = None
     spatial: FeatureStatistics | None = None
+    source: dict[str, Any] | None = None
 
 
 def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, inputs: Iterable[Path] = ()) -> int:
@@ -57,7 +59,8 @@ def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, 
         arrays["sigma_s"] = np.asarray(stored.spatial.sigma, dtype=np.float64)
     if statistics.n is not None:
         arrays["n"] = np.asarray(statistics.n, dtype=np.int64)
-    document = {"schema": STATISTICS_SCHEMA, "extractor": stored.extractor}
+    source = {"source": stored.source} if stored.source is not None else {}
+    document = {"schema": STATISTICS_SCHEMA, "extractor": stored.extractor, **source}
     if path.suffix == ".safetensors":
         return write_arrays(path, arrays, document, force, inputs)
     if path.suffix == ".npz":
@@ -79,7 +82,7 @@ def read_statistics(path: Path) -> StoredStatistics:
     n = None if "n" not in arrays else _count(path, arrays["n"])
     statistics = _moments(path, arrays, ("mu", "sigma"), n)
     spatial = _moments(path, arrays, ("mu_s", "sigma_s"), n) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    return StoredStatistics(statistics, _extractor(path, document), spatial)
+    return StoredStatistics(statistics, _extractor(path, document), spatial, _source(path, document))
 
 
 def _moments(
@@ -144,6 +147,18 @@ def _extractor(path: Path, document: Mapping[str, Any] | None) -> dict[str, Any]
     if not isinstance(extractor, dict) or not all(isinstance(extractor.get(key), str) for key in _IDENTITY):
         raise BadInputError(f"{path}: the extractor in its metadata lacks {', '.join(_IDENTITY)}")
     return extractor
+
+
+def _source(path: Path, document: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    source = None if document is None else document.get("source")
+    if source is None:
+        return None
+    shape = source.get("shape") if isinstance(source, dict) else None
+    sampling, vae = (source.get(key) for key in ("sampling", "vae")) if isinstance(source, dict) else (0, 0)
+    whole = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    if not whole or not all(part is None or isinstance(part, dict) for part in (sampling, vae)):
+        raise BadInputError(f"{path}: what its metadata says of the images is malformed")
+    return dict(source)
 
 
 def check_comparable(a: StoredStatistics, b: StoredStatistics, a_name: str, b_name: str) -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, DitmoeError
 from ditmoe_cli.evaluation.images import first_line
 
 _MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
@@ -96,6 +96,12 @@ class Workspace:
             for run in runs
             for start in range(int(run[0]), int(run[-1]) + 1, batch)
         ]
+
+    def require_whole(self, names: Sequence[str]) -> None:
+        """Raise `DitmoeError` where a row of some arrays is not done."""
+        left = self.missing(names, self.rows)
+        if left:
+            raise DitmoeError(f"{self.folder}: rows {left[0].start} to {left[0].stop - 1} were not made; run it again")
 
     def remove(self) -> None:
         """Delete the folder with all that is in it."""

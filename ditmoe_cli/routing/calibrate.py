@@ -111,7 +111,7 @@ def calibrate(
     from ditmoe_cli.checkpoint.staging import check_target
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.model.offload import OffloadedDiTMoE
-    from ditmoe_cli.processes import own_device, process_group
+    from ditmoe_cli.processes import process_group
     from ditmoe_cli.routing.observe import check_settings, collect
 
     inputs = (checkpoint.path, *inputs)
@@ -121,7 +121,7 @@ def calibrate(
     with process_group() as share:
         if offload and share.world > 1:
             raise UsageError("--offload reads the whole file at every step in one process; run it without torchrun")
-        place = torch.device(own_device(device, share))
+        place = torch.device(device)
         model = (
             OffloadedDiTMoE(checkpoint, place, spec.images, settings.batch)
             if offload

@@ -76,6 +76,24 @@ def test_a_checkpoint_and_itself(folder: Path) -> None:
         assert outcome.result["routing"]["overlap"] == outcome.result["images"]["ssim"] == 1
 
 
+def test_upstreams_own_sampling(folder: Path) -> None:
+    for name, settings in {"a": ("euler", 50, 50), "latent": ("ddpm", 250, 250)}.items():
+        words = ("compare", f"{name}.safetensors", f"{name}.safetensors", "--images", 2, "--upstream-exact")
+        result = here(*words, cwd=folder).result
+        sampling = result["conditions"]["sampling"]
+        assert (sampling["solver"], sampling["steps"], sampling["nfe"]) == settings
+        assert len(result["prediction"]["steps"]["t"]) == sampling["steps"]
+        assert result["latents"]["mse"] == 0
+    words = ("compare", "a.safetensors", "a.safetensors", "--upstream-exact")
+    for option in (("--steps", 4), ("--solver", "euler")):
+        assert "leave out --solver and --steps" in here(*words, *option, cwd=folder).error(2)
+
+
+def test_heun_has_no_steps_to_follow(folder: Path) -> None:
+    words = ("compare", "a.safetensors", "a.safetensors", *SETTINGS, "--solver", "heun")
+    assert "evaluates the model twice a step" in here(*words, cwd=folder).error(2)
+
+
 def test_sliced_experts_are_told_by_their_router_rows(folder: Path) -> None:
     sliced, ghosted = (
         here("compare", "a.safetensors", f"{name}.safetensors", *SETTINGS, cwd=folder).result["routing"]

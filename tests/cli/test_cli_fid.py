@@ -49,7 +49,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ("sample", f"{name}.safetensors", *MANY, "-o", f"{name}-many.safetensors")
         assert here(*words, cwd=folder).code == 0
     generator = np.random.default_rng(0)
-    for name, shape in {"r": (12, 8, 8, 1), "r16": (12, 16, 16, 1), "rgb": (12, 8, 8, 3), "one": (1, 8, 8, 1)}.items():
+    shapes = {
+        "r": (12, 8, 8, 1),
+        "r70": (70, 8, 8, 1),
+        "r16": (12, 16, 16, 1),
+        "rgb": (12, 8, 8, 3),
+        "one": (1, 8, 8, 1),
+    }
+    for name, shape in shapes.items():
         np.savez(folder / f"{name}.npz", arr_0=generator.integers(0, 256, shape, dtype=np.uint8))
     np.savez(folder / "stats.npz", mu=np.zeros(64), sigma=np.eye(64), n=np.asarray(50))
     return folder
@@ -85,7 +92,7 @@ def under_way(folder: Path) -> list[str]:
     return [path.name for path in (folder.parent / "cache" / "ditmoe" / "work").rglob("*")]
 
 
-def png_folder(folder: Path, count: int = 12) -> Path:
+def png_folder(folder: Path, count: int = 70) -> Path:
     """A folder of random grey PNG."""
     images = np.random.default_rng(1).integers(0, 256, (count, 8, 8), dtype=np.uint8)
     (folder / "png").mkdir()
@@ -272,7 +279,7 @@ def test_samples_under_another_interval(folder: Path) -> None:
     guided = (*SETTINGS, "--cfg", 3)
     here("sample", "a.safetensors", *guided, "--cfg-interval", "0,0.5", "-o", "s.safetensors", cwd=folder)
     words = ("fid", "a.safetensors", *guided, *PIXELS, "--ref", "s.safetensors")
-    assert "interval (0.0, 0.5) there, (0.0, 1.0) here" in here(*words, cwd=folder).error(3)
+    assert "interval [0.0, 0.5] there, [0.0, 1.0] here" in here(*words, cwd=folder).error(3)
     anyway = here(*words, "--anyway", cwd=folder).result
     assert anyway["frechet"] > 0 and anyway["paired"] is None
     same = here(*words, "--cfg-interval", "0,0.5", cwd=folder).result
@@ -398,7 +405,7 @@ def test_statistics_of_a_reference_are_kept(folder: Path) -> None:
     first, second = here(*words, cwd=folder), here(*words, cwd=folder)
     assert "kept" not in first.err and f"using the statistics of {folder / 'png'}" in second.err
     assert second.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
-    assert second.result["reference_images"] == 12
+    assert second.result["reference_images"] == 70
     kept = list((folder.parent / "cache" / "ditmoe" / "statistics").iterdir())
     assert len(kept) == 1
     sampled = here("fid", "a.safetensors", *MANY, "--ref", "png", *PIXELS, cwd=folder)
@@ -412,7 +419,7 @@ def test_statistics_of_a_reference_are_kept(folder: Path) -> None:
 
 
 def test_kept_statistics_beside_a_stored_original(folder: Path) -> None:
-    words = ("fid", "a-many.safetensors", "--ref", "r.npz", "--original", "b-many.safetensors", *PIXELS)
+    words = ("fid", "a-many.safetensors", "--ref", "r70.npz", "--original", "b-many.safetensors", *PIXELS)
     first, second = here(*words, cwd=folder), here(*words, cwd=folder)
     assert "using the statistics" in second.err
     assert second.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
@@ -429,7 +436,7 @@ def test_features_that_are_asked_for_are_taken_all_the_same(folder: Path) -> Non
 def test_a_cache_that_takes_nothing_costs_no_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder.parent / "full").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "full"))
-    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
+    words = ("fid", "a-many.safetensors", "--ref", "r70.npz", *PIXELS)
     outcome = here(*words, "--work", "work", cwd=folder)
     assert outcome.result["frechet"] > 0 and "are not kept" in outcome.err
     assert "full" in here(*words, cwd=folder).error(1)
@@ -579,3 +586,73 @@ def test_statistics_of_pixels_have_no_spatial_ones(folder: Path) -> None:
 )
 def test_statistics_that_cannot_be_written(more: tuple[str, ...], said: str, folder: Path) -> None:
     assert said in here("fid", "b-many.safetensors", *PIXELS, *more, cwd=folder).error(2)
+
+
+def test_statistics_remember_how_and_of_what_they_were_made(folder: Path) -> None:
+    words = ("fid", "a.safetensors", "--images", 70, "--steps", 1, "--cfg", 2, *PIXELS)
+    here(*words, "--save-statistics", "s.npz", cwd=folder)
+    other = ("fid", "b.safetensors", "--images", 70, "--steps", 2, *PIXELS, "--ref", "s.npz")
+    message = here(*other, cwd=folder).error(3)
+    assert "steps 1 there, 2 here, cfg 2.0 there, 1.0 here" in message
+    assert here(*other, "--anyway", cwd=folder).result["frechet"] > 0
+    message = here("fid", "rgb.npz", *PIXELS, "--ref", "s.npz", cwd=folder).error(3)
+    assert "differ" in message
+
+
+def test_statistics_against_statistics_take_no_network(folder: Path) -> None:
+    """And are called what their files say, or nothing where they say nothing."""
+    for name in ("a", "b"):
+        here("fid", f"{name}-many.safetensors", *PIXELS, "--save-statistics", f"{name}.npz", cwd=folder)
+    result = here("fid", "a.npz", "--ref", "b.npz", cwd=folder).result
+    assert result["frechet"] > 0 and result["conditions"]["extractor"]["name"] == "pixels"
+    with np.load(folder / "a.npz") as ours:
+        np.savez(folder / "theirs.npz", mu=ours["mu"], sigma=ours["sigma"])
+    against = here("fid", "theirs.npz", "--ref", "stats.npz", cwd=folder).result
+    assert against["frechet"] > 0 and against["conditions"]["extractor"]["name"] == "unknown"
+    named = here("fid", "theirs.npz", "--ref", "stats.npz", "--extractor", "inception", cwd=folder).result
+    assert named["fid"] == against["frechet"], "who gives them says that they are Inception's"
+
+
+def test_features_of_code_without_a_digest_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of a factory says nothing of the weights that it loads."""
+    (folder / "mine.py").write_text(
+        "import numpy as np\ndef make():\n    w = np.load('w.npy')\n"
+        "    return lambda images: images.reshape(len(images), -1)[:, :4] * w\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    words = ("fid", "a-many.safetensors", "--ref", "r70.npz", "--extractor", "mine:make")
+    found = []
+    for weight in (1.0, 2.0):
+        np.save(folder / "w.npy", np.full(4, weight))
+        outcome = here(*words, cwd=folder)
+        assert "using the statistics" not in outcome.err
+        found.append(outcome.result["frechet"])
+    assert found[1] == pytest.approx(4 * found[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (
+            ("b-many.safetensors", "--save-statistics", "s.npz", "--max", "1"),
+            2,
+            "--max: there is nothing to be near to",
+        ),
+        (("b-many.safetensors", "--ref", "r70.npz", "--vae", "v"), 2, "--vae v: no side is a checkpoint"),
+    ],
+)
+def test_options_that_would_do_nothing(words: tuple[str, ...], code: int, said: str, folder: Path) -> None:
+    assert said in here("fid", *words, *PIXELS, cwd=folder).error(code)
+
+
+def test_an_original_that_pairs_with_nothing_is_told(folder: Path) -> None:
+    here("sample", "b.safetensors", "--images", 150, "--steps", 1, "--seed", 5, "-o", "o.safetensors", cwd=folder)
+    outcome = here("fid", "a-many.safetensors", "--ref", "r70.npz", "--original", "o.safetensors", *PIXELS, cwd=folder)
+    assert outcome.result["paired"] is None and "o.safetensors: pairs with nothing" in outcome.err
+
+
+def test_few_images_score_the_same_on_every_run(folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
+    first, second = here(*words, cwd=folder), here(*words, cwd=folder)
+    assert first.result == second.result and "using the statistics" not in second.err

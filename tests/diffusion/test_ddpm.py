@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def space_timesteps(count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("steps", [*range(1, 60), 100, 125, 200, 250, 333, 500, 777, 999, 1000])
+@pytest.mark.parametrize("steps", [*range(2, 60), 100, 125, 200, 250, 333, 500, 777, 999, 1000])
 def test_ancestral_steps_are_upstreams(steps: int) -> None:
     assert ancestral_timesteps(steps) == space_timesteps(steps)
 
@@ -73,7 +74,7 @@ def test_documented_step_lists() -> None:
 def test_ddim_steps_take_the_smallest_stride_that_fits(steps: int) -> None:
     found = ddim_timesteps(steps)
     assert len(found) == steps
-    assert found[0] == 0
+    assert found[0] == (0 if steps > 1 else 999)
     assert found[-1] <= 999
     gaps = {b - a for a, b in itertools.pairwise(found)}
     assert not gaps or max(gaps) - min(gaps) <= 1
@@ -100,6 +101,29 @@ def test_respaced_schedules_keep_the_noise_level_of_their_steps(steps: int, spac
     torch.testing.assert_close((1 - schedule.betas).cumprod(dim=0), expected)
     torch.testing.assert_close(schedule.alphas_bar_prev[1:], expected[:-1])
     assert schedule.alphas_bar_prev[0] == 1
+
+
+@pytest.mark.parametrize("spacing", [ancestral_timesteps, ddim_timesteps])
+def test_a_single_step_is_at_pure_noise(spacing: Callable[[int], list[int]]) -> None:
+    """Upstream's would be at 0, as `space_timesteps` has it, where noise passes for an image."""
+    assert space_timesteps(1) == [0]
+    assert spacing(1) == [999]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("mean", [0.0, MEAN])
+def test_one_step_moves_from_noise_to_the_data(solver: str, mean: float) -> None:
+    """For images N(mean, 1) the noise in z is √(1 - ᾱ) (z - √ᾱ mean), and their mean is nearly all that z tells."""
+
+    def predict(z: Tensor, t: float) -> Tensor:
+        a = ALPHAS_BAR[int(t)]
+        return math.sqrt(1 - a) * (z - math.sqrt(a) * mean)
+
+    z = noise()
+    found = ddim(predict, z, 1) if solver == "ddim" else ancestral(predict, z, 1, torch.ones_like)
+    a = ALPHAS_BAR[999]
+    torch.testing.assert_close(found, mean + math.sqrt(a) * (z - math.sqrt(a) * mean))
+    assert float((found - mean).norm()) < 0.01 * float((z - mean).norm())
 
 
 # ------------------------------------------------------------------ DDIM

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditmoe_cli.diffusion.vae import CONFIG_NAME, WEIGHTS_NAME, Decoder, check_fits, open_vae
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, BrokenImageError
 
 Vae = Callable[..., Path]
 
@@ -320,8 +320,9 @@ def test_other_channels_are_refused(saved: Vae) -> None:
 def test_broken_pixels_are_named_by_their_index(saved: Vae, value: float) -> None:
     decoder, z = open_vae(str(saved())), latents(4)
     z[2, 0, 1, 1] = value
-    with pytest.raises(BadInputError, match="vae-small: image 2 of the batch holds NaN"):
+    with pytest.raises(BrokenImageError, match=r"image 2 of the batch holds NaN .* by vae-small") as caught:
         decoder.decode(z)
+    assert caught.value.index == 2
 
 
 @pytest.mark.parametrize("where", ["absent", "./absent", "/absent/vae", "~/absent/vae/x", "a/b/c", "-x/y"])

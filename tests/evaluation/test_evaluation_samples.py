@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError, UsageError
+from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation import samples
 from ditmoe_cli.evaluation.samples import (
     SAMPLES,
@@ -129,7 +130,18 @@ def test_batch_size_changes_nothing(what: Sampling, batch: int, tmp_path: Path) 
 def together(work: Workspace, what: Sampling, batch: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill a workspace by `world` threads that wait for each other as processes do."""
     barrier, errors = threading.Barrier(world, timeout=60), []
+    told: list[Any] = []
+
+    def tell(self: Share, find: Callable[[], Any]) -> Any:
+        if self.first:
+            told.append(find())
+        barrier.wait()
+        found = told[-1]
+        barrier.wait()
+        return found
+
     monkeypatch.setattr(Share, "wait", lambda self: barrier.wait() if self.world > 1 else None)
+    monkeypatch.setattr(Share, "told", tell)
 
     def run(rank: int) -> None:
         try:
@@ -305,6 +317,34 @@ def test_nan_names_image_seed_and_evaluation(
         assert Workspace(kept, IMAGES).done(SAMPLES).tolist() == [i < image // batch * batch for i in range(IMAGES)]
 
 
+@dataclass
+class Fragile:
+    """A decoder of latents to four times their channels' mean, that breaks a picture told by its latents."""
+
+    broken: torch.Tensor
+    upsampling: int = 1
+    name: str = "vae-small"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        for index, each in enumerate(latents):
+            if torch.allclose(each, self.broken, atol=1e-4):
+                raise BrokenImageError(index, f"NaN or infinite values after decoding by {self.name}")
+        return latents.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_an_image_that_breaks_in_decoding_is_named_by_its_own_number(folder: Path, batch: int, tmp_path: Path) -> None:
+    latents = Sampling(open_checkpoint(folder / "latents.safetensors"), SPEC)
+    decoder: Any = Fragile(torch.from_numpy(whole(latents)[5]))
+    with pytest.raises(BadInputError, match=r"^image 5 \(seed 5\): NaN or infinite values after decoding by vae-small"):
+        write_samples(
+            replace(latents, decoder=decoder), Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), bar, silent
+        )
+
+
 # whole runs
 
 
@@ -375,6 +415,107 @@ def test_a_failure_to_write_does_not_cost_the_images(
     run(pixels, file)
     assert watch.made == []
     assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def failing(name: str, monkeypatch: pytest.MonkeyPatch, what: Sampling, file: Path, **targets: Any) -> None:
+    """Run into a disk that is full when `samples` calls its function `name`."""
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, name, full)
+        with pytest.raises(OSError, match="No space"):
+            run(what, file, **targets)
+
+
+def views(folder: Path) -> dict[str, Any]:
+    return {"png": folder / "png", "npz": folder / "a.npz", "grid": folder / "g.png"}
+
+
+@pytest.mark.parametrize("failed", ["write_adm_npz", "write_png", "write_images"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_failure_between_the_targets_is_gone_on_with(
+    pixels: Sampling, failed: str, empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    file, straight = tmp_path / "s.safetensors", tmp_path / "straight"
+    straight.mkdir()
+    run(pixels, straight / file.name, **views(straight))
+    if empty:
+        (tmp_path / "png").mkdir()
+    failing(failed, monkeypatch, pixels, file, **views(tmp_path))
+    assert not file.exists() and len(list((tmp_path / "png").iterdir())) == IMAGES
+    watch.made = []
+    run(pixels, file, **views(tmp_path))
+    assert watch.made == []
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["a.npz", "g.png", "png", file.name, "straight"]
+    for made in (path for path in straight.rglob("*") if path.is_file()):
+        assert made.read_bytes() == (tmp_path / made.relative_to(straight)).read_bytes(), made.name
+
+
+def test_it_is_known_before_the_decoder_is(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `sample --vae` asks before it opens the VAE, when the key is not known."""
+    targets = Targets(tmp_path / "s.safetensors", **views(tmp_path))
+    failing("write_images", monkeypatch, pixels, targets.file, **views(tmp_path))
+    other = replace(pixels, spec=replace(SPEC, seed=6))
+    check_targets(other, targets, will_decode=True)
+    with pytest.raises(OutputExistsError, match="exists already"):
+        check_targets(other, targets)
+
+
+def added(folder: Path) -> None:
+    (folder / "png" / "000099.png").write_bytes(b"mine")
+
+
+def rewritten(folder: Path) -> None:
+    """The same bytes at another time: somebody else's."""
+    content = (folder / "a.npz").read_bytes()
+    (folder / "a.npz").unlink()
+    (folder / "a.npz").write_bytes(content)
+    os.utime(folder / "a.npz", ns=(1, 1))
+
+
+def replaced(folder: Path) -> None:
+    (folder / "g.png").write_bytes(b"mine")
+
+
+def linked(folder: Path) -> None:
+    (folder / "g.png").rename(folder / "other.png")
+    (folder / "g.png").symlink_to(folder / "other.png")
+
+
+@pytest.mark.parametrize("change", [added, rewritten, replaced, linked])
+def test_what_is_not_as_this_work_left_it_is_refused(
+    pixels: Sampling, change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "s.safetensors"
+    failing("write_images", monkeypatch, pixels, file, **views(tmp_path))
+    change(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(OutputExistsError):
+        run(pixels, file, **views(tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"steps": 4}])
+def test_what_other_work_wrote_is_refused(
+    pixels: Sampling, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    file = tmp_path / "s.safetensors"
+    failing("write_images", monkeypatch, pixels, file, npz=tmp_path / "a.npz")
+    watch.made = []
+    with pytest.raises(OutputExistsError, match=r"a\.npz: exists already"):
+        run(replace(pixels, spec=replace(SPEC, **change)), file, npz=tmp_path / "a.npz")
+    with pytest.raises(OutputExistsError, match=r"a\.npz: exists already"):
+        run(pixels, tmp_path / "t.safetensors", npz=tmp_path / "a.npz")
+    assert watch.made == []
+
+
+def test_a_picture_is_no_folder_of_pictures(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "s.safetensors"
+    failing("write_images", monkeypatch, pixels, file, grid=tmp_path / "x.png")
+    with pytest.raises(OutputExistsError, match="exists already"):
+        run(pixels, file, png=tmp_path / "x.png")
 
 
 def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
