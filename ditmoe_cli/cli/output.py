@@ -1,8 +1,8 @@
 """What commands print: the result on stdout, everything else on stderr.
 
 On a terminal a result is a short table; off a terminal, or with ``--json``, one JSON document; with ``-q`` the bare
-path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's processes the first alone
-shows any.
+path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's processes only the first
+shows it.
 """
 
 from __future__ import annotations
