@@ -70,7 +70,7 @@ ExtractorOpt = Annotated[
     typer.Option(
         "--extractor",
         metavar="NAME",
-        help="inception, pixels or package.module:factory. [default: what the metadata of A or B names, else inception]",
+        help="inception, pixels or package.module:factory. [default: what A's or B's metadata name, else inception]",
     ),
 ]
 WeightsOpt = Annotated[
