@@ -165,11 +165,11 @@ def number(value: float | None) -> str:
 
 
 def quick_row(quick: dict[str, Any] | None) -> str:
-    """Return the error of paired final latents with its interval: what ranks compressed models by few images."""
+    """Return the distance of images of the same seeds with its interval: what ranks compressed models by few images."""
     if quick is None:
         return "n/a: an interval takes at least 2 images"
-    found = f"paired latent error {number(quick['estimate'])}"
-    return f"{found} ({100 * quick['level']:g} % interval {number(quick['low'])} to {number(quick['high'])})"
+    interval = f"{100 * quick['level']:g} % interval {number(quick['low'])} to {number(quick['high'])}"
+    return f"frechet {number(quick['estimate'])} ({interval})"
 
 
 def images_row(images: dict[str, Any]) -> str:

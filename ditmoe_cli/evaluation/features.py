@@ -76,10 +76,14 @@ class PixelExtractor:
 
     def __call__(self, images: Images) -> Array:
         """Return features (N, h·w·C), h and w being the sides of the image or 8, whichever is less."""
-        rows, columns = (area_weights(side, min(side, GRID)) for side in images.shape[1:3])
-        levels = images.astype(np.float64) * (self.grey_levels / 255)
-        averaged = np.einsum("ih,nhwc,jw->nijc", rows, levels, columns, optimize=True)
-        return np.ascontiguousarray(averaged).reshape(len(images), -1)
+        return averaged(images.astype(np.float64) * (self.grey_levels / 255))
+
+
+def averaged(values: Array) -> Array:
+    """Return values (N, H, W, C) area-averaged to at most 8 x 8 a channel, (N, h·w·C)."""
+    rows, columns = (area_weights(side, min(side, GRID)) for side in values.shape[1:3])
+    cells = np.einsum("ih,nhwc,jw->nijc", rows, values, columns, optimize=True)
+    return np.ascontiguousarray(cells).reshape(len(values), -1)
 
 
 def area_weights(length: int, cells: int) -> Array:

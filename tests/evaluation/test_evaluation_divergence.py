@@ -28,12 +28,16 @@ from ditmoe_cli.evaluation.divergence import (
     diverge,
     finite_json,
     image_errors,
+    latent_error,
     mean_square,
     overlap,
     quick_score,
     relative,
     shared_rows,
 )
+from ditmoe_cli.evaluation.features import averaged
+from ditmoe_cli.evaluation.frechet import frechet_of_features
+from ditmoe_cli.evaluation.intervals import bootstrap_frechet
 from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
@@ -221,6 +225,7 @@ def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) 
     ratio = float((theirs - final).square().sum() / final.square().sum())
     assert found["latents.relative_error"] == pytest.approx(ratio, rel=1e-3)
     assert found["latents.low"] <= found["latents.relative_error"] <= found["latents.high"]
+    assert found["quick.frechet"] > 0
 
 
 class Told:
@@ -351,26 +356,46 @@ def test_ratios_of_nothing() -> None:
     assert finite_json([[1.0, np.nan], [np.inf]]) == [[1.0, None], [None]]
 
 
-def test_the_quick_score_is_the_ratio_of_sums_within_its_interval() -> None:
+def test_the_latent_error_is_the_ratio_of_sums_within_its_interval() -> None:
     generator = np.random.default_rng(0)
     a = generator.normal(size=(60, 1, 4, 4))
     b = a + generator.normal(size=a.shape) * generator.uniform(0.1, 0.5, size=(60, 1, 1, 1))
-    found = quick_score(a, b)
+    found = latent_error(a, b)
     assert found is not None
     assert found.estimate == pytest.approx(((b - a) ** 2).sum() / (a**2).sum())
     assert found.low < found.estimate < found.high
     assert found.deviation == pytest.approx((found.high - found.low) / 3.92, rel=0.2)
-    doubled = quick_score(2 * a, 2 * b)
+    doubled = latent_error(2 * a, 2 * b)
     assert doubled is not None
     assert (doubled.low, doubled.high) == pytest.approx((found.low, found.high)), "it has no unit"
 
 
-def test_the_quick_score_of_equal_pairs_is_nothing_and_one_pair_has_none() -> None:
+def test_the_latent_error_of_equal_pairs_is_nothing_and_one_pair_has_none() -> None:
     a = np.ones((3, 1, 2, 2))
-    found = quick_score(a, a)
+    found = latent_error(a, a)
     assert found is not None
     assert (found.estimate, found.low, found.high) == (0, 0, 0)
+    assert latent_error(a[:1], a[:1]) is None
+
+
+def test_the_quick_score_is_the_distance_that_fid_gives() -> None:
+    """An unchanged set scores 0; noise that both share does not widen the interval, as noise of their own does."""
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(80, 6))
+    moved = quick_score(a, a + 0.3)
+    assert moved is not None
+    assert moved.estimate == pytest.approx(frechet_of_features(a, a + 0.3)) == pytest.approx(6 * 0.09)
+    apart = bootstrap_frechet(a, generator.normal(size=(80, 6)) + 0.3)
+    assert moved.high - moved.low < 0.2 * (apart.high - apart.low)
+    same = quick_score(a, a)
+    assert same is not None and same.estimate == 0
     assert quick_score(a[:1], a[:1]) is None
+
+
+def test_latents_are_averaged_as_pixels_are() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 16, 16, 2))
+    expected = values.reshape(3, 8, 2, 8, 2, 2).mean(axis=(2, 4)).reshape(3, -1)
+    np.testing.assert_allclose(averaged(values), expected)
 
 
 def test_image_errors_are_on_the_scale_of_grey_levels() -> None:
