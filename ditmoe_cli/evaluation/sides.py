@@ -222,10 +222,11 @@ def with_features(side: Side, work: Workspace, lab: Lab, share: Share, bar: Prog
     share.wait()  # what is stored beside another process's sampling is there
     left = share.told(lambda: work.missing(tuple(names.values()), lab.batch))
     mine = share.of(left)
-    with bar(f"{lab.extractor.name} features of {Path(side.path).name}", sum(map(len, mine))) as progress:
-        for indices in mine:
-            _store(work, lab, indices.start, side.images.images[indices.start : indices.stop])
-            progress(len(indices))
+    if mine:
+        with bar(f"{lab.extractor.name} features of {Path(side.path).name}", sum(map(len, mine))) as progress:
+            for indices in mine:
+                _store(work, lab, indices.start, side.images.images[indices.start : indices.stop])
+                progress(len(indices))
     share.wait()
     work.require_whole(tuple(names.values()))
     found = {kind: work.array(name) for kind, name in names.items()}
