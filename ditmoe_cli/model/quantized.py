@@ -19,6 +19,7 @@ from ditmoe_cli.checkpoint.reader import torch_dtype
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.differences import restored
 from ditmoe_cli.model.grids import grid_of, pack_on, unpack_absmax
+from ditmoe_cli.model.kernels import four_bit
 from ditmoe_cli.model.packing import base3_digits, check_base3, row_chunk, unpack_rows, unpack_values
 
 
@@ -142,7 +143,11 @@ class QuantizedLinear(nn.Module):
         if self.scheme.kind == "uniform":
             zero: Tensor | None = getattr(self, "zero_point", None)
             return unpack_uniform(self.packed, self._floats("scale"), zero, self.shape, self.scheme)
-        return unpack_four_bit(self.packed, self._absmax(), self.pairs, self.shape, self.block)
+        absmax, codes = self._absmax(), self.pairs.view(torch.float32).reshape(-1, 2)[:16, 1]
+        return four_bit(
+            lambda: unpack_four_bit(self.packed, absmax, self.pairs, self.shape, self.block),
+            *(self.packed, absmax, codes, self.scheme.kind, tuple(self.shape), self.block),
+        )
 
     def _absmax(self) -> Tensor:
         if not self.scheme.double:

@@ -1,0 +1,85 @@
+"""bitsandbytes' CUDA kernel for NF4 and FP4 weights, where it is installed, right and faster than our own unpacking.
+
+Both are found out, not assumed: the first weight of each shape and format on a device is unpacked in both ways, and the
+kernel is used for its like from there on if it gives the same values in less time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Unpack = Callable[[], Tensor]
+Kind = tuple[str, tuple[int, ...], int, str]  # format, shape, block, device
+_ROUNDS = 3
+_TOLERANCE = 1e-6  # of the largest weight: the order of a multiplication
+
+_preferred: dict[Kind, bool] = {}
+
+
+def four_bit(
+    ours: Unpack, packed: Tensor, absmax: Tensor, codes: Tensor, kind: str, shape: tuple[int, ...], block: int
+) -> Tensor:
+    """Return a weight (out, in) in fp32, unpacked by `ours` or by bitsandbytes' kernel.
+
+    `packed` are its bytes, `absmax` (⌈out · in / block⌉,) fp32, `codes` (16,) fp32, `kind` ``nf4`` or ``fp4``.
+    """
+    functional = bitsandbytes() if packed.is_cuda else None
+    if functional is None:
+        return ours()
+
+    def theirs() -> Tensor:
+        state = functional.QuantState(
+            absmax=absmax, shape=torch.Size(shape), code=codes, blocksize=block, quant_type=kind, dtype=torch.float32
+        )
+        weight: Tensor = functional.dequantize_4bit(packed, state)
+        return weight
+
+    key = (kind, shape, block, str(packed.device))
+    if key not in _preferred:
+        _preferred[key] = is_right_and_faster(ours, theirs)
+    return theirs() if _preferred[key] else ours()
+
+
+def is_right_and_faster(ours: Unpack, theirs: Unpack, clock: Callable[[], float] | None = None) -> bool:
+    """Tell whether `theirs` gives what `ours` does, in less time; one that fails is neither."""
+    expected = ours()
+    try:
+        found = theirs()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+        return False
+    scale = float(expected.abs().max())
+    if found.shape != expected.shape or not bool(((found - expected).abs() <= _TOLERANCE * scale).all()):
+        return False
+    return _seconds(theirs, clock or _clock) < _seconds(ours, clock or _clock)
+
+
+def _seconds(unpack: Unpack, clock: Callable[[], float]) -> float:
+    """Return the least time of a few rounds."""
+    times = []
+    for _ in range(_ROUNDS):
+        start = clock()
+        unpack()
+        times.append(clock() - start)
+    return min(times)
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@lru_cache(maxsize=1)
+def bitsandbytes() -> Any | None:
+    """Return bitsandbytes' functions; None where it is not installed or cannot be used here."""
+    try:
+        from bitsandbytes import functional
+    except (ImportError, RuntimeError, OSError):
+        return None
+    return functional
