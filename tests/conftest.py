@@ -31,6 +31,9 @@ REPOSITORY = TESTS.parent
 SHARED = REPOSITORY.parent / "shared"
 
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    torch.set_num_threads(1)
+
 # fixtures here are stateless, and a shared machine has no business failing a test for being slow
 settings.register_profile(
     "ditmoe", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True
