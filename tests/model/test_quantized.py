@@ -353,7 +353,7 @@ def test_working_in_pieces_changes_nothing(
 
 
 def test_importance_is_passed_on() -> None:
-    weight, importance = random((4, 128)), torch.rand(128) ** 6
+    weight, importance = random((64, 128)), torch.rand(128, generator=torch.Generator().manual_seed(0)) ** 6
     errors = [
         dequantized(weight_of(weight, "int2-g64"), pack(weight, info_of(weight), "int2-g64", each)) - weight
         for each in (importance, None)
