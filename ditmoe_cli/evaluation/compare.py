@@ -18,7 +18,7 @@ from ditmoe_cli.evaluation.extrapolation import sizes_for
 from ditmoe_cli.evaluation.features import BATCH, EXTRACTORS, Extractor, NamedExtractor, check_wanted, make_extractor
 from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
 from ditmoe_cli.evaluation.requests import Request
-from ditmoe_cli.evaluation.samples import Runtime, Sampling, decoded_by, require_images
+from ditmoe_cli.evaluation.samples import Runtime, Sampling, Say, decoded_by, require_images
 from ditmoe_cli.evaluation.score import Score, score
 from ditmoe_cli.evaluation.sides import (
     Lab,
@@ -38,7 +38,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share, process_group
 
 _MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -323,7 +322,7 @@ class _Comparing:
             self.share.wait()
 
     def _features(self, lab: Lab) -> StoredStatistics | None:
-        """Take the features of stored images, and return the reference's statistics where an earlier run kept them."""
+        """Take the features of stored images, and return the reference's statistics where these are at hand."""
         request, reference = self.measure.request, self.comparison.reference.path
         subject, found = self.comparison.subject.path, None
         takers = {reference: request.of_reference_features, subject: request.of_subject_features}
@@ -343,7 +342,8 @@ class _Comparing:
                     continue
                 self.done[path] = featured(side, lab, self.share, self.bar)
                 if plain and self.share.first:
-                    keep_statistics(side, lab, statistics_of(self.done[path], lab), self.say)
+                    found = statistics_of(self.done[path], lab)
+                    keep_statistics(side, lab, found, self.say)
         return found
 
 

@@ -7,10 +7,10 @@ known. Other scores are taken on request from the same features, the way that on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from ditmoe_cli.evaluation.kernel_distance import kernel_distance
 from ditmoe_cli.evaluation.metrics import PairedError, paired_error
 from ditmoe_cli.evaluation.precision_recall import precision_recall
 from ditmoe_cli.evaluation.requests import Request
+from ditmoe_cli.evaluation.samples import Say
 from ditmoe_cli.evaluation.sides import Lab, Side, statistics_of
 from ditmoe_cli.evaluation.statistics import Array, FeatureStatistics
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 SCORE_SCHEMA = "ditmoe.score/1"
 FEW_IMAGES = 2048
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def score(
     inception = lab.extractor.name == "inception"
     return Score(
         metric="fid" if inception else "frechet",
-        value=_distance(subject, reference, here, there),
+        value=_distance(subject, reference, here.statistics, there.statistics),
         images=counts[0],
         reference_images=counts[1],
         paired=paired,
@@ -123,19 +123,18 @@ def _warn(counts: tuple[int | None, int | None], extractor: Extractor, say: Say)
         say("warning: these are not the weights that FID is defined by; compare the value with its like only")
 
 
-def _distance(subject: Side, reference: Side, here: StoredStatistics, there: StoredStatistics) -> float:
-    """Return the Fréchet distance: of features where it is these that count, which is exact for few images too."""
+def _distance(
+    subject: Side,
+    reference: Side,
+    here: FeatureStatistics,
+    there: FeatureStatistics,
+    kind: Literal["features", "spatial"] = "features",
+) -> float:
+    """Return the Fréchet distance of two sides' statistics, or, exactly, of their features where these are few."""
     given = subject.statistics is not None or reference.statistics is not None
-    if not given and subject.activations is not None and reference.activations is not None:
-        return frechet_of_features(subject.activations.features, reference.activations.features)
-    return frechet_distance(here.statistics, there.statistics)
-
-
-def _spatial_distance(subject: Side, reference: Side, here: FeatureStatistics, there: FeatureStatistics) -> float:
-    taken = [side.activations.spatial if side.activations else None for side in (subject, reference)]
-    given = subject.statistics is not None or reference.statistics is not None
-    if not given and taken[0] is not None and taken[1] is not None:
-        return frechet_of_features(taken[0], taken[1])
+    a, b = (getattr(side.activations, kind, None) for side in (subject, reference))
+    if not given and a is not None and b is not None and min(len(a), len(b)) <= here.dimension:
+        return frechet_of_features(a, b)
     return frechet_distance(here, there)
 
 
@@ -195,7 +194,7 @@ def _scores(
                 raise BadInputError(
                     f"{side.path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images"
                 )
-            found["sfid"] = _spatial_distance(subject, reference, here.spatial, there.spatial)
+            found["sfid"] = _distance(subject, reference, here.spatial, there.spatial, "spatial")
         elif name == "is":
             found["inception_score"] = _inception_score(subject, convention)
         elif name == "pr":

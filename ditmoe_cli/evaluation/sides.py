@@ -22,14 +22,12 @@ from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec
 from ditmoe_cli.errors import BadInputError, is_out_of_memory
 from ditmoe_cli.evaluation.features import Activations, Extractor, activations, describe_extractor
 from ditmoe_cli.evaluation.images import ImageSet, Kind, kind_of, read_images
-from ditmoe_cli.evaluation.samples import SAMPLES, Runtime, Sampling, fill, image_set, read_origin
+from ditmoe_cli.evaluation.samples import SAMPLES, Runtime, Sampling, Say, fill, image_set, read_origin
 from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.statistics_io import StoredStatistics, check_comparable, read_statistics, write_statistics
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,19 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **changes}
 
 
+def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Start a program in a folder, with pipes for its output."""
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended, and what it said."""

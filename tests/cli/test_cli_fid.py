@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, contents, environment, here
+from cli_helpers import command, contents, here, start
 from conftest import make_pico
 from numpy.typing import NDArray
 from PIL import Image
@@ -515,18 +514,6 @@ def numbers(result: Mapping[str, Any]) -> list[float]:
         *(paired[k] for k in ("mse", "psnr", "max_abs")),
         *(features[k] for k in ("low", "high")),
     ]
-
-
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words,
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folder: Path) -> None:

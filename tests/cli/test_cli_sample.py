@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, contents, environment, here
+from cli_helpers import command, contents, here, start
 from conftest import make_pico
 from PIL import Image
 from safetensors.numpy import load_file
@@ -279,18 +279,6 @@ def wait_for(condition: Callable[[], object], child: subprocess.Popen[str], seco
 def marks(folder: Path) -> int:
     """How many batches are done in the workspaces of a folder."""
     return len(list(folder.glob(".*.work/*.done")))
-
-
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words,
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture

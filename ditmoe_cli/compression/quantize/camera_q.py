@@ -30,7 +30,7 @@ from ditmoe_cli.checkpoint.formats import Pieces, neuron_axis
 from ditmoe_cli.compression.quantize.order import neuron_energies, orders_of
 from ditmoe_cli.compression.quantize.ordered import expert_stem, has_pieces
 from ditmoe_cli.compression.quantize.planner import UNTOUCHED, Choice
-from ditmoe_cli.compression.quantize.task import Task, settle, widest_that_fits
+from ditmoe_cli.compression.quantize.task import Task, most_that_fits, settle, widest_that_fits
 from ditmoe_cli.compression.quantize.trial import trial
 
 FIRST_OF_WIDER = 0.25  # 10 % of 40 %
@@ -81,11 +81,7 @@ def choose(task: Task) -> Choice:
         found = {name: matrix_format(task, name, groups[expert], widths) for name, expert in pool.items()}
         return {**fixed, **{name: fmt for name, fmt in found.items() if fmt is not None}}
 
-    fits, too_many = 0, len(taken) + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if task.size(formats(middle)) <= task.limit else (fits, middle)
-    chosen = formats(fits)
+    chosen = most_that_fits(task, formats, len(taken) + 1)
     tried = trial(
         task.checkpoint, task.profile, chosen, task.device, task.bar, orders=orders_of(energies, chosen)
     ).error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -114,8 +114,16 @@ def widened(task: Task, fixed: Mapping[str, str], units: Sequence[Sequence[str]]
         mine = {name: (wide if name in first else narrow).get(name) for name in everything}
         return {**fixed, **{name: fmt for name, fmt in mine.items() if fmt is not None}}
 
-    fits, too_many = 0, len(units)
+    return Choice(most_that_fits(task, formats, len(units)))
+
+
+def most_that_fits(task: Task, formats: Callable[[int], dict[str, str]], too_many: int) -> dict[str, str]:
+    """Return ``formats(n)`` of the largest n below `too_many` whose file the budget allows, else of 0.
+
+    Files grow with n.
+    """
+    fits = 0
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if task.size(formats(middle)) <= task.limit else (fits, middle)
-    return Choice(formats(fits))
+    return formats(fits)
