@@ -10,16 +10,35 @@
     ├── OutputExistsError  5  the output is there already, or writing to it would be unsafe
     └── GateError          6  a threshold that the user set was not met
 
-Each message is one line: what is wrong, where, and what to do next.
+Each message is one line: what is wrong, where, and what to do next. It names a setting as ``⟨group_size⟩``; a Python
+caller reads ``group_size``, and the command line turns it into ``--group-size`` (`named`).
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_SETTING = re.compile("⟨([a-z_]+)⟩")
+
+
+def named(message: str, name_of: Callable[[str], str] = str) -> str:
+    """Return a message with each ``⟨setting⟩`` replaced by what `name_of` calls the setting."""
+    return _SETTING.sub(lambda match: name_of(match[1]), message)
 
 
 class DitmoeError(Exception):
     """Base of all deliberate errors; ends the command with exit code 1."""
 
     exit_code = 1
+
+    @property
+    def message(self) -> str:
+        """The message as it was raised, its settings marked."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return named(self.message)
 
 
 class UsageError(DitmoeError):

@@ -18,15 +18,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ditmoe_cli.checkpoint.header import TensorInfo
-from ditmoe_cli.checkpoint.names import natural_key
-from ditmoe_cli.checkpoint.provenance import Card, Provenance
-from ditmoe_cli.checkpoint.reader import dtype_code, tensor_bytes
-from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.diffusion.rectified_flow import interpolate, velocity_target
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
-from ditmoe_cli.evaluation.frechet import frechet_distance
-from ditmoe_cli.evaluation.statistics import feature_statistics
+from ditmoe_cli.evaluation.scores.feature_statistics import feature_statistics
+from ditmoe_cli.evaluation.scores.frechet import frechet_distance
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import natural_key
+from ditmoe_cli.files.provenance import Card, Provenance
+from ditmoe_cli.files.reader import dtype_code, tensor_bytes
+from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
 

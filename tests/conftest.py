@@ -19,10 +19,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from ditmoe_cli.checkpoint.header import TensorInfo
-from ditmoe_cli.checkpoint.provenance import Card, Provenance
-from ditmoe_cli.checkpoint.reader import dtype_code, tensor_bytes
-from ditmoe_cli.checkpoint.writer import DEFAULT_SHARD_BYTES, Output
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.provenance import Card, Provenance
+from ditmoe_cli.files.reader import dtype_code, tensor_bytes
+from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
 

@@ -16,24 +16,16 @@ NAME = "ditmoe_cli"
 ALLOWED = {
     "errors": set(),
     "processes": {"errors"},
-    "cache": {"errors"},
     "demo": set(),
-    "checkpoint": {"errors"},
-    "model": {"checkpoint", "errors"},
-    "diffusion": {"model", "checkpoint", "errors"},
-    "routing": {"processes", "evaluation", "diffusion", "model", "checkpoint", "errors"},
-    "compression": {"routing", "evaluation", "diffusion", "model", "checkpoint", "errors"},
-    "evaluation": {"processes", "cache", "diffusion", "model", "checkpoint", "errors"},
+    "files": {"errors"},
+    "formats": {"files", "errors"},
+    "model": {"formats", "files", "errors"},
+    "diffusion": {"model", "files", "errors"},
+    "evaluation": {"processes", "diffusion", "model", "formats", "files", "errors"},
+    "routing": {"processes", "evaluation", "diffusion", "model", "formats", "files", "errors"},
+    "compression": {"routing", "evaluation", "diffusion", "model", "formats", "files", "errors"},
     "cli": {
-        "processes",
-        "cache",
-        "compression",
-        "evaluation",
-        "routing",
-        "diffusion",
-        "model",
-        "checkpoint",
-        "errors",
+        *("processes", "compression", "evaluation", "routing", "diffusion", "model", "formats", "files", "errors"),
         "",
     },
     "__main__": {"cli"},
@@ -87,10 +79,10 @@ def imports(module: str, everywhere: bool = True) -> set[str]:
 
 def test_the_parser_sees_imports() -> None:
     """Of every kind that the package uses, so that the tests below have teeth."""
-    assert "torch" in imports(f"{NAME}.checkpoint.reader"), "inside functions"
-    assert "torch" not in imports(f"{NAME}.checkpoint.reader", everywhere=False)
+    assert "torch" in imports(f"{NAME}.files.reader"), "inside functions"
+    assert "torch" not in imports(f"{NAME}.files.reader", everywhere=False)
     assert f"{NAME}.model.config" in imports(f"{NAME}.model.dit")
-    assert f"{NAME}.compression.prune.reap" in imports(f"{NAME}.compression.prune.methods"), "of modules"
+    assert f"{NAME}.compression.prune.reap" in imports(f"{NAME}.compression.prune.prune_methods"), "of modules"
     assert "typer" in imports(f"{NAME}.cli.app")
 
 

@@ -15,7 +15,7 @@ os.environ.setdefault("TYPER_USE_RICH", "0")
 import typer
 
 from ditmoe_cli import __version__
-from ditmoe_cli.cli import (
+from ditmoe_cli.cli.commands import (
     apply,
     bench,
     compare,
@@ -30,6 +30,7 @@ from ditmoe_cli.cli import (
     report,
     sample,
 )
+from ditmoe_cli.cli.terminal import with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.processes import under_torchrun
 
@@ -125,7 +126,7 @@ def _invoke(arguments: list[str]) -> int:
     except typer.Exit as outcome:
         return outcome.exit_code
     except DitmoeError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(with_options(error.message), error.exit_code)
     except _ClickException as error:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):

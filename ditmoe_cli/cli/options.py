@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from ditmoe_cli.checkpoint.writer import Output
     from ditmoe_cli.compression.plan import Repair
+    from ditmoe_cli.files.writer import Output
     from ditmoe_cli.model.config import Given
 
 CheckpointArg = Annotated[
@@ -163,8 +163,8 @@ def parse_size(text: str, option: str) -> int:
 
 def checkpoint_output(path: Path, force: bool, shard_size: str) -> Output:
     """Return where a checkpoint goes. Raises `UsageError` for an ending that we do not write."""
-    from ditmoe_cli.checkpoint.writer import Output
     from ditmoe_cli.errors import UsageError
+    from ditmoe_cli.files.writer import Output
 
     is_slip = path.suffix.startswith(".safe") and path.suffix != ".safetensors"
     if is_slip or path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".npz", ".json"):

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.provenance import STAGE_SCHEMA
 from ditmoe_cli.processes import under_torchrun
 
 if TYPE_CHECKING:
-    from ditmoe_cli.model.checkpoint import Checkpoint
     from ditmoe_cli.model.config import Given
+    from ditmoe_cli.model.opened import Checkpoint
 
 _PATHS = ("checkpoint", "original", "profile", "samples")
 
@@ -59,7 +59,7 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stag
     With an explicit checkpoint stdin is never read. Raises `UsageError` under torchrun for commands whose work cannot
     be `shared` between processes, which would write the same file each.
     """
-    from ditmoe_cli.model.checkpoint import resolve_path
+    from ditmoe_cli.model.opened import resolve_path
 
     if under_torchrun() and not shared:
         raise UsageError(
@@ -123,8 +123,8 @@ def open_stage(stage: Stage, path: str | None = None, said: Given | None = None)
 
     The stage's overrides are for its own checkpoints; `said` are those for any other.
     """
-    from ditmoe_cli.cli.output import note
-    from ditmoe_cli.model.checkpoint import open_checkpoint
+    from ditmoe_cli.cli.terminal import note
+    from ditmoe_cli.model.opened import open_checkpoint
 
     chosen = path or stage.checkpoint
     if chosen is None:

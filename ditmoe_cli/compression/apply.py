@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ditmoe_cli.checkpoint.formats import Format, Weight, is_quantizable, quantized_members
-from ditmoe_cli.checkpoint.header import TensorInfo
-from ditmoe_cli.checkpoint.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
-from ditmoe_cli.checkpoint.provenance import Provenance, Step
-from ditmoe_cli.checkpoint.staging import check_target
-from ditmoe_cli.checkpoint.writer import Output
-from ditmoe_cli.compression.delta.sizes import delta_tensors
-from ditmoe_cli.compression.layout import BlockLayout, block_layouts
+from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
+from ditmoe_cli.compression.computed import Spool, expert_map_bytes, source_dtype
+from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan
-from ditmoe_cli.compression.quantize.ordered import is_ordered
-from ditmoe_cli.compression.quantize.smoothed import is_smoothed
-from ditmoe_cli.compression.spool import Spool, expert_map_bytes, source_dtype
+from ditmoe_cli.compression.replay.ordered import is_ordered
+from ditmoe_cli.compression.rounding.smoothed import is_smoothed
 from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import Checkpoint, is_compressible
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
+from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.writer import Output
+from ditmoe_cli.formats.weights import Format, Weight, is_quantizable, quantized_members
 from ditmoe_cli.model.config import DiTMoEConfig, mixture_shapes
+from ditmoe_cli.model.opened import Checkpoint, is_compressible
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Producer = Callable[[], memoryview]
@@ -142,17 +142,17 @@ def _compute(
 ) -> Computed:
     """Compute into `spool` what is not copied."""
     if plan.delta is not None:
-        from ditmoe_cli.compression.delta import encode as differences
+        from ditmoe_cli.compression.delta import differencing as differences
 
         differences.encode(checkpoint, plan.delta, profile, spool, device, bar)
         return Computed()
     if plan.rounding is not None:
-        from ditmoe_cli.compression.quantize.encode import encode
+        from ditmoe_cli.compression.rounding.gptq_blocks import encode
 
         rounded = encode(checkpoint, plan, profile, spool, device, bar)
         return Computed(error=rounded.error, agreement=rounded.agreement)
     if plan.ordering is not None:
-        from ditmoe_cli.compression.quantize.order import encode_ordered
+        from ditmoe_cli.compression.replay.neuron_order import encode_ordered
 
         encode_ordered(checkpoint, plan, profile, spool, device, bar)
         return Computed()
@@ -207,7 +207,7 @@ def _copies(checkpoint: Checkpoint) -> Iterator[PlannedTensor]:
 
 def _reading(checkpoint: Checkpoint, name: str) -> Producer:
     def produce() -> memoryview:
-        from ditmoe_cli.checkpoint.reader import tensor_bytes
+        from ditmoe_cli.files.reader import tensor_bytes
 
         return tensor_bytes(checkpoint.finite_tensor(name))
 
@@ -318,8 +318,8 @@ def _packed(checkpoint: Checkpoint, source: str, target: TensorInfo, fmt: Format
     waiting: dict[str, memoryview] = {}
 
     def produce(name: str) -> memoryview:
-        from ditmoe_cli.checkpoint.reader import tensor_bytes
-        from ditmoe_cli.model.quantized import pack
+        from ditmoe_cli.files.reader import tensor_bytes
+        from ditmoe_cli.formats.quantized import pack
 
         if name not in waiting:
             packed = pack(checkpoint.finite_tensor(source), target, fmt)
@@ -341,7 +341,7 @@ def _held(data: memoryview) -> memoryview:
 
 def _router_rows(checkpoint: Checkpoint, weight: Weight, rows: Sequence[int]) -> PlannedTensor:
     def produce() -> memoryview:
-        from ditmoe_cli.checkpoint.reader import tensor_bytes
+        from ditmoe_cli.files.reader import tensor_bytes
 
         return tensor_bytes(checkpoint.finite_tensor(weight.info.name)[list(rows)])
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ditmoe_cli.checkpoint.formats import DeltaFormat, Format, checked_format
-from ditmoe_cli.checkpoint.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
+from ditmoe_cli.formats.weights import DeltaFormat, Format, checked_format
 
 PLAN_SCHEMA = "ditmoe.plan/1"
 _JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}

@@ -11,23 +11,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ditmoe_cli.checkpoint.names import EXPERT_OF, in_block
-from ditmoe_cli.checkpoint.reader import torch_dtype
-from ditmoe_cli.compression.layout import BlockLayout
-from ditmoe_cli.compression.merge.methods import METHODS as MERGES
+from ditmoe_cli.compression.block_layout import BlockLayout
+from ditmoe_cli.compression.computed import Spool, as_stored, source_dtype
+from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.new_mixture import Source, expert_map, new_weights, weights_of
 from ditmoe_cli.compression.plan import CompressionPlan, Repair
 from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
-from ditmoe_cli.compression.spool import Spool, as_stored, source_dtype
-from ditmoe_cli.compression.states import calibration_states
-from ditmoe_cli.compression.stream import Stream, Tokens
-from ditmoe_cli.compression.transform import Source, expert_map, new_weights, weights_of
+from ditmoe_cli.compression.replay.states import calibration_states
+from ditmoe_cli.compression.replay.stream import Stream, Tokens
 from ditmoe_cli.diffusion.sampling import ProgressBar
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.files.names import EXPERT_OF, in_block
+from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.calibrate import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 

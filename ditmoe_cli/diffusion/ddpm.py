@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.guidance import Predictor
+from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, ddpm_timesteps
 from ditmoe_cli.diffusion.solvers import Solver
-from ditmoe_cli.diffusion.times import TRAINING_STEPS, ddpm_timesteps
 
 StepNoise = Callable[[Tensor], Tensor]
 

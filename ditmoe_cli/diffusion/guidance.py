@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.times import ALWAYS, Interval, is_guided
+from ditmoe_cli.diffusion.schedule import ALWAYS, Interval, is_guided
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Denoiser
 from ditmoe_cli.model.moe import Observer

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.diffusion.schedule import ALWAYS, TRAINING_STEPS, Interval, evaluation_times, is_guided
 from ditmoe_cli.diffusion.solvers import SOLVERS, Solver
-from ditmoe_cli.diffusion.times import ALWAYS, TRAINING_STEPS, Interval, evaluation_times, is_guided
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.config import Sampler
 

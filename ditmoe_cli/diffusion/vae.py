@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.checkpoint.header import TensorInfo, read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import fingerprint
 from ditmoe_cli.errors import BadInputError, BrokenImageError
+from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
+from ditmoe_cli.files.provenance import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -269,7 +269,7 @@ def _upsampling(config: Mapping[str, Any]) -> int:
 
 
 def _digest(module: Any, settings: Mapping[str, Any]) -> str:
-    from ditmoe_cli.checkpoint.reader import tensor_bytes
+    from ditmoe_cli.files.reader import tensor_bytes
 
     tensors = {name: value for name, value in module.state_dict().items() if name.startswith(_DECODING)}
     infos = [TensorInfo(name, "F32", tuple(value.shape)) for name, value in tensors.items()]

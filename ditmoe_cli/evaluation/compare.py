@@ -1,370 +1,502 @@
-"""Comparing two of: checkpoints, samples, statistics, images; everything that can be refused is refused first."""
+"""How far checkpoint B strays from checkpoint A: same seeds, same labels, step by step and block by block.
+
+Both models are shown the states z of A's own sampling trajectories, so that what they predict differs by B's weights
+alone. Where each model follows its own trajectory, errors pile up: that is what the final images tell. Under guidance
+predictions are the guided ones; blocks and routing are seen on both branches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.cache import cache_folder
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
-from ditmoe_cli.diffusion.solvers import choose_solver
-from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.conventions import CONVENTIONS
-from ditmoe_cli.evaluation.extrapolation import sizes_for
-from ditmoe_cli.evaluation.features import BATCH, EXTRACTORS, Extractor, NamedExtractor, check_wanted, make_extractor
-from ditmoe_cli.evaluation.inception import cached_weights, will_fetch
-from ditmoe_cli.evaluation.requests import Request
-from ditmoe_cli.evaluation.samples import Runtime, Sampling, Say, decoded_by, require_images
-from ditmoe_cli.evaluation.score import Score, score
-from ditmoe_cli.evaluation.sides import (
-    Lab,
-    Side,
-    card_of,
-    check_statistics,
-    featured,
-    keep_statistics,
-    kept_statistics,
-    sampled_side,
-    statistics_of,
-    stored_side,
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.diffusion.sampling import (
+    Progress,
+    ProgressBar,
+    SampleSpec,
+    batches,
+    check_followable,
+    sample_batch,
+    steps_of_bins,
 )
-from ditmoe_cli.evaluation.statistics_io import StoredStatistics, write_statistics
-from ditmoe_cli.evaluation.workspace import Workspace
-from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.processes import Share, process_group
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
+from ditmoe_cli.evaluation.images import to_uint8, write_arrays
+from ditmoe_cli.evaluation.mosaic import pair_grid, write_png
+from ditmoe_cli.evaluation.samples import Runtime
+from ditmoe_cli.evaluation.scores.intervals import Interval, bootstrap, bootstrap_frechet, interval_of
+from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
+from ditmoe_cli.evaluation.scores.ssim import ssim
+from ditmoe_cli.files.names import ROUTER, in_block
+from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.model.opened import Checkpoint
 
-_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
+    from ditmoe_cli.model.dit import DiTMoE
+    from ditmoe_cli.model.moe import MoEEvent
 
-@dataclass(frozen=True)
-class Item:
-    """Something to compare, before it is sampled or read: its path, and the checkpoint if it is one."""
+    RowMap = Tensor | None
 
-    path: Path
-    checkpoint: Checkpoint | None
+COMPARISON_SCHEMA = "ditmoe.comparison/1"
+_SAME_ARCHITECTURE = ("sampler", "depth", "hidden_size", "patch_size", "input_size", "in_channels", "num_classes")
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """A subject, the reference that its distance is taken to, and the original that its paired error is against."""
-
-    subject: Item
-    reference: Item
-    original: Item
-
-    @property
-    def items(self) -> tuple[Item, Item, Item]:
-        """Subject, reference and original."""
-        return self.subject, self.reference, self.original
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Measure:
-    """How to compare.
+class Sums:
+    """Sums over images and values, for every step: all that the numbers are made of.
 
     Attributes:
-        extractor: its name; None for what the sides name.
-        weights: Inception's, where they are named.
-        anyway: whether settings, sizes and channels of images may differ.
-        request: scores beside the distance.
-        precision: of Inception.
-        vae: decodes latents.
-        work: folder for what a run has under way; None for the cache.
-        statistics: where the subject's statistics go, if anywhere; with spatial ones where the convention has them.
+        times: (steps,) time that the models were given.
+        prediction: (steps, 3) ‖v_B - v_A‖², ‖v_A‖², and how many values.
+        blocks: (steps, depth, 6) for each block f on A's stream x and B's own stream x':
+            ‖f_B(x) - f_A(x)‖², ‖f_A(x) - x‖², ‖f_B(x') - f_A(x)‖², ‖f_A(x)‖², router rows that both selected, slots.
     """
 
-    extractor: str | None = None
-    weights: Path | None = None
-    anyway: bool = False
-    request: Request = field(default_factory=Request)
-    precision: str = "fp32"
-    vae: str | None = None
-    work: Path | None = None
-    statistics: Path | None = None
+    times: Array
+    prediction: Array
+    blocks: Array
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums over the images of both."""
+        return Sums(self.times, self.prediction + other.prediction, self.blocks + other.blocks)
+
+    def binned(self, bins: int) -> Sums:
+        """Return sums over the steps of each bin; times are the first steps'."""
+        first = [steps[0] for steps in steps_of_bins(len(self.times), bins)]
+        prediction, blocks = (np.add.reduceat(part, first, axis=0) for part in (self.prediction, self.blocks))
+        return Sums(self.times[first], prediction, blocks)
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """Errors over all pixels of paired images, and their mean structural similarity."""
+
+    paired: PairedError
+    ssim: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the errors as JSON."""
+        return {**asdict(self.paired), "ssim": self.ssim}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What a comparison found.
+
+    Attributes:
+        sums: along A's trajectories.
+        bins: step bins that results are reported in.
+        kind: what the models predict, ``"velocity"`` or ``"noise"``.
+        latents: (3,) ‖z_B - z_A‖², ‖z_A‖² and how many values, of each model's own final latents.
+        error: Σ‖z_B - z_A‖² / Σ‖z_A‖² of them with its interval over images; None for a single image.
+        quick: Fréchet distance of the final images of the same seeds with its interval; None for a single image.
+        images: errors between final images; None where they are latents.
+        note: why routing overlap is unknown in some blocks; None where it is known in all.
+        conditions: both sides and how they were sampled.
+    """
+
+    sums: Sums
+    bins: int
+    kind: str
+    latents: Array
+    error: Interval | None
+    quick: Interval | None
+    images: ImageErrors | None
+    note: str | None
+    conditions: dict[str, Any]
+
+    @property
+    def relative_error(self) -> float:
+        """Σ‖v_B - v_A‖² / Σ‖v_A‖² over all steps and images."""
+        return float(relative(self.sums.prediction.sum(axis=0)))
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the numbers by name; NaN stands for what is unknown, infinity for errors relative to nothing."""
+        binned = self.sums.binned(self.bins)
+        everything = self.sums.blocks.sum(axis=0)
+        found = {
+            "prediction.relative_error": np.asarray(self.relative_error),
+            "prediction.mse": np.asarray(mean_square(self.sums.prediction.sum(axis=0))),
+            "prediction.steps.t": self.sums.times,
+            "prediction.steps.relative_error": relative(self.sums.prediction),
+            "prediction.steps.mse": mean_square(self.sums.prediction),
+            "prediction.bins.relative_error": relative(binned.prediction),
+            "prediction.bins.mse": mean_square(binned.prediction),
+            "latents.relative_error": relative(self.latents),
+            "latents.mse": mean_square(self.latents),
+            "latents.low": np.asarray(self.error.low if self.error else np.nan),
+            "latents.high": np.asarray(self.error.high if self.error else np.nan),
+            "quick.frechet": np.asarray(self.quick.estimate if self.quick else np.nan),
+            "quick.low": np.asarray(self.quick.low if self.quick else np.nan),
+            "quick.high": np.asarray(self.quick.high if self.quick else np.nan),
+            "depth.added": added(everything),
+            "depth.cumulative": cumulative(everything),
+            "depth.bins.added": added(binned.blocks),
+            "depth.bins.cumulative": cumulative(binned.blocks),
+            "routing.overlap": np.asarray(overlap(everything.sum(axis=0))),
+            "routing.blocks.overlap": overlap(everything),
+            "routing.bins.overlap": overlap(binned.blocks),
+        }
+        if self.images is not None:
+            values = {name: np.nan if value is None else value for name, value in self.images.to_json().items()}
+            found |= {f"images.{name}": np.asarray(value) for name, value in values.items()}
+        return {name: np.asarray(value, dtype=np.float64) for name, value in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers nested by their names, null for what is unknown or infinite, with note and conditions."""
+        document: dict[str, Any] = {"conditions": self.conditions, "images": None}
+        for name, values in self.arrays().items():
+            if name.startswith(("images.", "quick.")):
+                continue
+            *groups, leaf = name.split(".")
+            place = document
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[leaf] = finite_json(values.tolist())
+        document["prediction"]["kind"] = self.kind
+        document["routing"]["note"] = self.note
+        document["quick"] = asdict(self.quick) if self.quick else None
+        return {**document, "images": self.images.to_json() if self.images else None}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What to write: the numbers, and a picture of image pairs."""
+
+    numbers: Path | None = None
+    grid: Path | None = None
     force: bool = False
 
-    def wanted(self, extractor: Extractor) -> tuple[str, ...]:
-        """Return the activations beside features that are to be taken."""
-        spatial = self.statistics and extractor.name == "inception" and CONVENTIONS[self.request.convention].spatial
-        return tuple(dict.fromkeys((*self.request.wanted, *(("spatial",) if spatial else ()))))
+
+def relative(sums: Array) -> Array:
+    """Return error / reference of sums (..., error, reference, …): 0 where there is no error, infinite over nothing."""
+    error, reference = sums[..., 0], sums[..., 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / reference)
 
 
-def compare(
-    comparison: Comparison,
-    spec_of: Callable[[Checkpoint], SampleSpec],
-    measure: Measure,
-    runtime: Runtime,
-    bar: ProgressBar,
-    say: Say,
-) -> Score | None:
-    """Sample or read all sides and score them; what can be refused is refused before anything is sampled.
-
-    `spec_of(checkpoint)` says how to sample the subject; its spec rules the other sides. Under torchrun the work is
-    shared, and all ranks but the first return None. Raises `BadInputError` where sides do not fit together, and
-    `UsageError` for an extractor that leads nowhere, or one that lacks what a score takes.
-    """
-    with process_group() as share:
-        return _Comparing(comparison, spec_of, measure, runtime, bar, say, share).run()
+def mean_square(sums: Array) -> Array:
+    """Return the mean squared error of sums (..., error, reference, count)."""
+    found: Array = sums[..., 0] / sums[..., 2]
+    return found
 
 
-class _Comparing:
-    """One comparison, on one process."""
+def added(blocks: Array) -> Array:
+    """Return what each block alone adds, ‖f_B(x) - f_A(x)‖ / ‖f_A(x) - x‖, of block sums (..., 6)."""
+    return np.sqrt(relative(blocks[..., 0:2]))
 
-    def __init__(
-        self,
-        comparison: Comparison,
-        spec_of: Callable[[Checkpoint], SampleSpec],
-        measure: Measure,
-        runtime: Runtime,
-        bar: ProgressBar,
-        say: Say,
-        share: Share,
-    ) -> None:
-        self.comparison, self.spec_of, self.measure, self.runtime = comparison, spec_of, measure, runtime
-        self.bar, self.share = bar, share
-        self.say: Say = say if share.first else lambda _: None
-        self.done: dict[Path, Side] = {}
 
-    def run(self) -> Score | None:
-        """Check everything, make all sides, and score them on the first process."""
-        subject, reference, original = self.comparison.items
-        self.done = {item.path: stored_side(item.path) for item in self.comparison.items if item.checkpoint is None}
-        lab = self._lab()
-        spec = self._subject_spec()
-        samplings = self._samplings(spec)
-        self._check(lab, samplings, spec)
-        if spec is None and original.path not in (subject.path, reference.path):
-            samplings.pop(original.path, None)  # nothing to pair it with
-        for path, what in samplings.items():
-            with self._holding(lab.workspace(what.key, what.spec.images)):
-                self.done[path] = sampled_side(what, self.runtime, lab, self.share, self.bar, self.say)
-        stored = self._features(lab)
-        if not self.share.first:
-            return None
-        sides = [self.done.get(item.path) for item in (subject, reference, original)]
-        assert sides[0] is not None and sides[1] is not None
-        paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
-        if sides[2] is not None and paired is None and original.path != reference.path:
-            self.say(f"{original.path}: pairs with nothing, since it has other seeds, settings or sizes")
-        found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
-        if self.measure.statistics is not None:
-            inputs = [item.path for item in self.comparison.items]
-            write_statistics(self.measure.statistics, statistics_of(sides[0], lab), self.measure.force, inputs)
-        for path, side in self.done.items():
-            if side.images is not None:
-                identity = samplings[path].key if path in samplings else side.identity
-                lab.workspace(identity, len(side.images)).discard()
-        return found
+def cumulative(blocks: Array) -> Array:
+    """Return the error of B's residual stream after each block, ‖x'_B - x_A‖ / ‖x_A‖, of block sums (..., 6)."""
+    return np.sqrt(relative(blocks[..., 2:4]))
 
-    def _lab(self) -> Lab:
-        """Return what features are taken with; the first process fetches weights before the others look for them."""
-        base = self.measure.work or cache_folder("work")
-        if not self.share.first:
-            self.share.wait()
-        extractor, grey_levels = self._extractor()
-        if self.share.first:
-            self.share.wait()
-        wanted = self.measure.wanted(extractor)
-        if not isinstance(extractor, NamedExtractor):
-            check_wanted(extractor, wanted)
-        salt = "" if getattr(extractor, "stable", True) else self.share.told(lambda: token_hex(6))
-        batch = min(self.runtime.batch, BATCH)
-        return Lab(extractor, grey_levels, wanted, salt, base, cache_folder("statistics"), batch, self.say)
 
-    def _extractor(self) -> tuple[Extractor, int]:
-        """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.
+def overlap(blocks: Array) -> Array:
+    """Return the mean of |A_k ∩ B_k| / k of block sums (..., 6); NaN where rows could not be compared."""
+    with np.errstate(invalid="ignore"):
+        return blocks[..., 4] / blocks[..., 5]
 
-        A file's metadata may name our own extractors only: naming others would let a file run code.
-        """
-        measure = self.measure
-        if self._statistics_alone():
-            return self._named(), 255
-        cards = [card for item in self.comparison.items[:2] if (card := card_of(item.path, item.checkpoint))]
-        grey_levels = cards[0].grey_levels if cards else 255
-        named = next((card.extractor for card in cards if card.extractor), "inception")
-        if measure.extractor is None and named not in EXTRACTORS:
-            raise BadInputError(
-                f"{self.comparison.subject.path}: names the extractor {named!r}, which is code outside ditmoe; give "
-                f"--extractor {named} to run it, or --extractor pixels"
-            )
-        name = measure.extractor or named
-        if name == "inception" and will_fetch(measure.weights):
-            self.say(f"fetching the Inception weights (96 MB) into {cached_weights()}")
-        made = make_extractor(
-            name,
-            grey_levels=grey_levels,
-            weights=measure.weights,
-            device=self.runtime.device,
-            preprocessing=CONVENTIONS[measure.request.convention].preprocessing,
-            precision=measure.precision,
+
+def finite_json(values: Any) -> Any:
+    """Return nested lists of numbers with None for NaN and infinity, which JSON has no word for."""
+    if isinstance(values, list):
+        return [finite_json(value) for value in values]
+    return values if np.isfinite(values) else None
+
+
+def require_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise `BadInputError` where B's blocks cannot be run on A's states; experts may differ in any way."""
+    pairs = [(name, getattr(a.config, name), getattr(b.config, name)) for name in _SAME_ARCHITECTURE]
+    differing = ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)
+    if differing:
+        raise BadInputError(
+            f"{b.path}: has {differing} of {a.path}; compare checkpoints that differ in their experts or formats only"
         )
-        return made, grey_levels
-
-    def _statistics_alone(self) -> bool:
-        """Whether statistics are compared with statistics, so that no image is looked at."""
-        request = self.measure.request
-        sides = [self.done.get(item.path) for item in self.comparison.items[:2]]
-        takers = request.of_subject_features or request.of_reference_features
-        return not takers and all(side is not None and side.statistics is not None for side in sides)
-
-    def _named(self) -> NamedExtractor:
-        """Return what the features of statistics are called: what was said, else what one of their files says."""
-        sides = [self.done[item.path].statistics for item in self.comparison.items[:2]]
-        told = next((side.extractor for side in sides if side is not None and side.extractor), None)
-        name = self.measure.extractor
-        if told is not None and name in (None, told["name"]):
-            return NamedExtractor(told["name"], told["digest"], told["preprocessing"])
-        return NamedExtractor(name or "unknown", "unknown", "unknown")
-
-    def _subject_spec(self) -> SampleSpec | None:
-        """Return how the subject is, or was, sampled; None for images of others and statistics."""
-        subject = self.comparison.subject
-        return self.spec_of(subject.checkpoint) if subject.checkpoint is not None else self.done[subject.path].spec
-
-    def _samplings(self, spec: SampleSpec | None) -> dict[Path, Sampling]:
-        """Return what is to be sampled, by path; one VAE serves all."""
-        found: dict[Path, Sampling] = {}
-        for item in self.comparison.items:
-            if item.checkpoint is None or item.path in found:
-                continue
-            own = followed(spec, item.checkpoint) if spec else self.spec_of(item.checkpoint)
-            decoder = next((what.decoder for what in found.values() if what.decoder), None)
-            if decoder is None:
-                decoder = decoded_by(item.checkpoint, self.measure.vae, self.runtime.device)
-            elif not item.checkpoint.config.pixel_space:
-                from ditmoe_cli.diffusion.vae import check_fits
-
-                check_fits(decoder, item.checkpoint.config.in_channels, item.path)
-            found[item.path] = Sampling(item.checkpoint, own, decoder)
-            require_images(found[item.path])
-        if self.measure.vae is not None and not found:
-            raise UsageError(f"--vae {self.measure.vae}: no side is a checkpoint whose latents it could decode")
-        return found
-
-    def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
-        """Refuse sides that do not fit together."""
-        subject, reference, original = self.comparison.items
-        self._check_counts(subject.path, samplings, lab, self.measure.request.of_subject_features)
-        self._check_counts(reference.path, samplings, lab, self.measure.request.of_reference_features)
-        for item, other in ((subject, reference), (reference, subject)):
-            if item.path in self.done and other.path in samplings:
-                check_statistics(self.done[item.path], samplings[other.path], lab)
-        if self.measure.anyway:
-            return
-        one = self._shape(subject.path, samplings)
-        for path in (reference.path, *([original.path] if self._pairs(original.path, spec) else [])):
-            two = self._shape(path, samplings)
-            if one is not None and two is not None and one != two:
-                told = f"{subject.path} has images of {_by(one)}, {path} has images of {_by(two)}"
-                raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give --anyway")
-        theirs, ours = (self._source(path, samplings) for path in (reference.path, subject.path))
-        if theirs is not None and ours is not None:
-            _check_settings(reference.path, theirs, ours)
-
-    def _source(self, path: Path, samplings: dict[Path, Sampling]) -> dict[str, Any] | None:
-        """Return how the images of a side are, or were, sampled; None where that is not known."""
-        if path in samplings:
-            what = samplings[path]
-            vae = what.origin.vae
-            return {"sampling": what.spec.conditions(), "vae": vae}
-        source = self.done[path].source
-        return source if source is not None and source["sampling"] is not None else None
-
-    def _pairs(self, path: Path, spec: SampleSpec | None) -> bool:
-        """Tell whether an original is, or will be, sampled as the subject is."""
-        stored = self.done.get(path)
-        return spec is not None and (stored is None or stored.spec == spec)
-
-    def _shape(self, path: Path, samplings: dict[Path, Sampling]) -> tuple[int, ...] | None:
-        return samplings[path].shape if path in samplings else self.done[path].shape
-
-    def _check_counts(self, path: Path, samplings: dict[Path, Sampling], lab: Lab, options: tuple[str, ...]) -> None:
-        """Refuse a side that has no images, or too few, for its distance and the scores that `options` ask for."""
-        request, side = self.measure.request, self.done.get(path)
-        if (
-            request.resamples
-            and path == self.comparison.subject.path
-            and side is not None
-            and side.statistics is not None
-        ):
-            raise BadInputError(f"{path}: holds statistics, and --bootstrap needs images alone")
-        if side is not None and side.images is None:
-            if options:
-                raise BadInputError(f"{path}: holds statistics, and {options[0]} needs images")
-            if "sfid" in request.scores and side.statistics is not None and side.statistics.spatial is None:
-                raise BadInputError(f"{path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images")
-            return
-        count = len(side.images) if side is not None and side.images is not None else samplings[path].spec.images
-        if count < 2:
-            raise BadInputError(f"{path}: a distance needs at least 2 images, got {count}")
-        for option, least in request.fewest:
-            if option in options and count < least:
-                raise BadInputError(f"{path}: {option} takes at least {least} images, got {count}")
-        if "--metrics fid-inf" in options:
-            try:
-                sizes_for(count, lab.probe(self._shape(path, samplings) or ()).features.shape[1])
-            except BadInputError as error:
-                raise BadInputError(f"{path}: --metrics fid-inf: {error}") from None
-
-    @contextmanager
-    def _holding(self, work: Workspace) -> Iterator[None]:
-        """Hold a workspace while it is filled, and until all processes have opened what is in it.
-
-        No longer, and one at a time: other runs may want the same reference, and must never wait for each other.
-        """
-        with work.held(self.say) if self.share.first else nullcontext():
-            self.share.wait()
-            yield
-            self.share.wait()
-
-    def _features(self, lab: Lab) -> StoredStatistics | None:
-        """Take the features of stored images, and return the reference's statistics where these are at hand."""
-        request, reference = self.measure.request, self.comparison.reference.path
-        subject, found = self.comparison.subject.path, None
-        takers = {reference: request.of_reference_features, subject: request.of_subject_features}
-        for path, side in list(self.done.items()):
-            if side.images is None or side.activations is not None:
-                continue
-            if side.statistics is not None and not takers.get(path):
-                continue
-            # resamples draw from both sides' images, so that kept statistics would give another interval
-            statistics_do = not request.of_reference_features and not request.resamples
-            plain = path == reference != subject and side.spec is None and side.statistics is None and statistics_do
-            with self._holding(lab.workspace(side.identity, len(side.images))):
-                kept = kept_statistics(side, lab) if plain and self.share.first else None
-                if self.share.told(lambda kept=kept: kept is not None):  # type: ignore[misc]
-                    found = kept
-                    self.say(f"using the statistics of {side.path} that an earlier run kept")
-                    continue
-                self.done[path] = featured(side, lab, self.share, self.bar)
-                if plain and self.share.first:
-                    found = statistics_of(self.done[path], lab)
-                    keep_statistics(side, lab, found, self.say)
-        return found
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+def matching_rows(a: Checkpoint, b: Checkpoint) -> tuple[RowMap, ...]:
+    """Return for each block which of A's router rows each of B's is, (R_B,); None where that cannot be told.
+
+    Ghosted and quantised files keep all rows, and with them their numbers. Where rows were deleted, those that remain
+    are found by their weights.
+    """
+    return tuple(_matching_rows(a, b, block) for block in range(a.config.depth))
 
 
-def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Refuse a reference that was made under other settings; another seed or number of images is no matter."""
-    pairs = [(name, theirs["sampling"].get(name), ours["sampling"].get(name)) for name in _MUST_AGREE]
-    there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
-    pairs.append(("VAE", there, here))
-    told = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)
-    if told:
-        raise BadInputError(f"{path}: was sampled under other settings ({told}); give the same, or --anyway")
+def _matching_rows(a: Checkpoint, b: Checkpoint, block: int) -> RowMap:
+    import torch
+
+    counts = [checkpoint.config.blocks[block].router_rows for checkpoint in (a, b)]
+    if counts[0] == counts[1]:
+        return torch.arange(counts[0])
+    ours, theirs = (checkpoint.finite_tensor(in_block(block, ROUTER)).float() for checkpoint in (a, b))
+    equal = (theirs.unsqueeze(1) == ours.unsqueeze(0)).all(dim=-1)
+    once = bool((equal.sum(dim=1) == 1).all()) and bool((equal.sum(dim=0) <= 1).all())
+    return equal.int().argmax(dim=1) if once else None
 
 
-def followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
-    """Return the subject's spec, or raise `BadInputError` where another checkpoint cannot be sampled by it."""
+def rows_note(rows: Sequence[RowMap]) -> str | None:
+    """Return why experts of A and B cannot be matched in some blocks; None where they can be in all."""
+    unknown = ", ".join(str(block) for block, known in enumerate(rows) if known is None)
+    return f"unknown where router rows were deleted and the others changed: blocks {unknown}" if unknown else None
+
+
+def diverge(
+    a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, runtime: Runtime, outputs: Outputs, bar: ProgressBar
+) -> Divergence:
+    """Compare B with A and write what was asked for; what can be refused is refused before anything is sampled.
+
+    Raises `BadInputError` where the checkpoints differ in architecture, a model makes NaN, or a grid of latents is
+    asked for, and `UsageError` for more bins than steps.
+    """
+    from ditmoe_cli.model.loading import build_model
+
+    _check(a, b, spec, bins, outputs)
+    chunks = list(batches(spec.images, runtime.batch))
+    rows = matching_rows(a, b)
+    models = build_model(a, _device(runtime)), build_model(b, _device(runtime))
+    parts = []
+    with bar(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps) as progress:
+        for indices in chunks:
+            parts.append(follow(*models, rows, spec, indices, (a.path, b.path), progress))
+    sums = parts[0][0]
+    for part in parts[1:]:
+        sums += part[0]
+    finals = [np.concatenate([part[1][side] for part in parts]) for side in (0, 1)]
+    pairs = _images(finals) if a.config.pixel_space else None
+    found = Divergence(
+        sums=sums,
+        bins=bins,
+        kind="velocity" if a.config.sampler == "rf" else "noise",
+        latents=_difference(finals[0], finals[1]),
+        error=latent_error(finals[0], finals[1]),
+        quick=quick_score(*(_features(a, final) for final in (pairs or finals))),
+        images=image_errors(*pairs, a.card.grey_levels) if pairs else None,
+        note=rows_note(rows),
+        conditions=_conditions(a, b, spec, bins),
+    )
+    _write(found, pairs, outputs, (a.path, b.path))
+    return found
+
+
+def _check(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, outputs: Outputs) -> None:
+    require_same_architecture(a, b)
+    check_followable(spec)
+    if not 1 <= bins <= spec.steps:
+        raise UsageError(f"--bins {bins}: must be between 1 and the {spec.steps} steps")
+    if outputs.grid is not None and not a.config.pixel_space:
+        raise BadInputError(
+            f"{a.path}: makes latents of {a.config.in_channels} channels, which need a VAE to become images; "
+            "leave out --grid"
+        )
+    for target in (outputs.numbers, outputs.grid):
+        if target is not None:
+            check_target(target.absolute(), outputs.force, (a.path, b.path))
+
+
+def _device(runtime: Runtime) -> torch.device:
+    import torch
+
+    return torch.device(runtime.device)
+
+
+def _conditions(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int) -> dict[str, Any]:
+    sides = {name: {"path": str(c.path), "identity": c.fingerprint} for name, c in (("a", a), ("b", b))}
+    return {
+        **sides,
+        "sampling": {**spec.conditions(), "nfe": spec.nfe},
+        "bins": bins,
+        "grey_levels": a.card.grey_levels,
+    }
+
+
+def _write(
+    found: Divergence,
+    pairs: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None,
+    outputs: Outputs,
+    inputs: Sequence[Path],
+) -> None:
+    if outputs.grid is not None and pairs is not None:
+        write_png(outputs.grid, pair_grid(*pairs), outputs.force, inputs)
+    if outputs.numbers is not None:
+        document = {"schema": COMPARISON_SCHEMA, "kind": found.kind, "note": found.note, "conditions": found.conditions}
+        write_arrays(outputs.numbers, found.arrays(), document, outputs.force, inputs)
+
+
+def _images(finals: Sequence[Array]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    import torch
+
+    a, b = (to_uint8(torch.from_numpy(final)) for final in finals)
+    return a, b
+
+
+def image_errors(a: NDArray[np.uint8], b: NDArray[np.uint8], grey_levels: int) -> ImageErrors:
+    """Return the errors of images b against a, uint8 (N, H, W, C); MSE on the scale 0..grey_levels.
+
+    SSIM's constants scale with the range of the data, so that grey levels and bytes give the same.
+    """
+    return ImageErrors(paired_error(b, a, grey_levels), float(ssim(a, b, 255.0).mean()))
+
+
+def quick_score(a: Array, b: Array) -> Interval | None:
+    """Return the Fréchet distance of features a and b (N, D) of images of the same seeds, with its 95 % interval.
+
+    Of all scores that were tried it ranks compressed models best by few images (docs/results.md, Few images): what both
+    sets owe to their noise is the same. The interval is that of `bootstrap_frechet` over pairs. None for a single pair.
+    """
+    if len(a) < 2:
+        return None
+    if np.array_equal(a, b):  # in every resample too, where rounding would leave a trace
+        return interval_of(0.0, [0.0, 0.0], 0.95, "centred")
+    return bootstrap_frechet(a, b, paired=True)
+
+
+def _features(checkpoint: Checkpoint, final: NDArray[Any]) -> Array:
+    """Return the grey levels of images uint8 (N, H, W, C) as the extractor ``pixels`` does, or latents (N, C, S, S)
+    averaged in the same way, (N, D)."""
+    if final.dtype == np.uint8:
+        return PixelExtractor(checkpoint.card.grey_levels)(final)
+    return averaged(final.transpose(0, 2, 3, 1).astype(np.float64))
+
+
+def latent_error(a: NDArray[Any], b: NDArray[Any]) -> Interval | None:
+    """Return Σ‖bᵢ - aᵢ‖² / Σ‖aᵢ‖² of final latents (N, C, S, S) and its 95 % bootstrap interval over pairs i.
+
+    None for a single pair.
+    """
+    if len(a) < 2:
+        return None
+    a, b = (each.reshape(len(each), -1).astype(np.float64) for each in (a, b))
+    errors, sizes = ((b - a) ** 2).sum(axis=1), (a**2).sum(axis=1)
+    return bootstrap(
+        lambda error, size: float(relative(np.stack((error.sum(), size.sum())))), [errors, sizes], paired=True
+    )
+
+
+def _difference(a: NDArray[Any], b: NDArray[Any]) -> Array:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.asarray([((b - a) ** 2).sum(), (a**2).sum(), a.size], dtype=np.float64)
+
+
+def follow(
+    a: DiTMoE,
+    b: DiTMoE,
+    rows: Sequence[RowMap],
+    spec: SampleSpec,
+    indices: Sequence[int],
+    names: tuple[Path, Path],
+    progress: Progress,
+) -> tuple[Sums, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Sample the images `indices` with A, showing both models each state; then sample them with B.
+
+    Returns the sums along A's trajectories and both models' final latents (N, C, S, S); `progress` is told of each
+    image's steps along them. Raises `BadInputError` where a model makes NaN or infinite values, naming its file, the
+    block and the step.
+    """
+    import torch
+
+    labels = torch.tensor(spec.labels(indices), device=a.device)
+    times, predictions, blocks = [], [], []
+
+    def watch(z: Tensor, t: float) -> None:
+        v_a, v_b, by_block = walk(a, b, rows, *_branches(z, t, labels, a.config.num_classes, spec.cfg))
+        v_a, v_b = (_guided(v, spec)[:, : z.shape[1]].double() for v in (v_a, v_b))
+        predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
+        times.append(float(t))
+        blocks.append(by_block.cpu().numpy())
+        _require_finite(blocks[-1], predicted, names, f"step {len(times)} of {spec.steps}")
+        predictions.append([*predicted, v_a.numel()])
+        progress(len(indices))
+
+    final_a = sample_batch(a, spec, indices, on_step=watch)
     try:
-        choose_solver(spec.solver, checkpoint.config.sampler)
-        return check_spec(spec, checkpoint.config.num_classes)
-    except UsageError as error:
-        raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error}") from None
+        final_b = sample_batch(b, spec, indices)
+    except BadInputError as error:
+        raise BadInputError(f"{names[1]}: {error}") from None
+    sums = Sums(np.asarray(times), np.asarray(predictions, dtype=np.float64), np.stack(blocks))
+    return sums, (final_a.cpu().numpy(), final_b.cpu().numpy())
+
+
+def _branches(z: Tensor, t: float, labels: Tensor, null: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, t and y of what guidance evaluates: at scale 1 the conditional branch, else it, then the other."""
+    import torch
+
+    times = torch.full((len(z),), t, device=z.device)
+    if scale == 1.0:
+        return z, times, labels
+    return torch.cat((z, z)), torch.cat((times, times)), torch.cat((labels, torch.full_like(labels, null)))
+
+
+def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
+    from ditmoe_cli.diffusion.guidance import combine
+
+    if spec.cfg == 1.0:
+        return output.float()
+    cond, uncond = output.float().chunk(2)
+    return combine(cond, uncond, spec.cfg, spec.family)
+
+
+def walk(
+    a: DiTMoE, b: DiTMoE, rows: Sequence[RowMap], x: Tensor, t: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run both models on the same input, and each of B's blocks on A's stream under A's conditions too.
+
+    Returns both outputs (N, out_channels, H, W), and the sums of each block as `Sums` has them, (depth, 6) in fp64.
+    """
+    import torch
+
+    stream_a, c_a = a.embed(x, t, y)
+    stream_b, c_b = b.embed(x, t, y)
+    sums = []
+    for index, row_of in enumerate(rows):
+        after, rows_a = _run_block(a, index, stream_a, c_a)
+        alone, _ = _run_block(b, index, stream_a, c_a)
+        stream_b, rows_b = _run_block(b, index, stream_b, c_b)
+        errors = (alone - after, after - stream_a, stream_b - after, after)
+        squares = torch.stack([error.double().square().sum() for error in errors])
+        none = torch.zeros_like(squares[:2])
+        shared = none if row_of is None else shared_rows(rows_a, row_of.to(rows_b.device)[rows_b])
+        sums.append(torch.cat((squares, shared)))
+        stream_a = after
+    return a.unembed(stream_a, c_a), b.unembed(stream_b, c_b), torch.stack(sums)
+
+
+def shared_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ|A_k ∩ B_k| and Σk of selected rows (T, k), as (2,) in fp64; k is the larger where they differ."""
+    import torch
+
+    shared = (a.unsqueeze(2) == b.unsqueeze(1)).any(dim=-1).sum()
+    slots = torch.full_like(shared, len(a) * max(a.shape[1], b.shape[1]))
+    return torch.stack((shared, slots)).double()
+
+
+def _run_block(model: DiTMoE, index: int, stream: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a block's output and the router rows (T, k) that it selected."""
+    seen: list[Tensor] = []
+
+    def watch(event: MoEEvent) -> None:
+        seen.append(event.routing.rows)
+
+    return model.blocks[index](stream, c, index, watch), seen[0]
+
+
+def _require_finite(blocks: Array, predicted: Array, names: tuple[Path, Path], step: str) -> None:
+    """Raise `BadInputError` for the first block, else the final layer, whose sums are not finite."""
+    broken = np.flatnonzero(~np.isfinite(blocks).all(axis=1))
+    if broken.size:
+        block = int(broken[0])
+        name = names[0] if not np.isfinite(blocks[block, [1, 3]]).all() else names[1]
+        raise BadInputError(f"{name}: block {block} makes NaN or infinite values at {step}; are its weights whole?")
+    if not np.isfinite(predicted).all():
+        name = names[1] if np.isfinite(predicted[1]) else names[0]
+        raise BadInputError(f"{name}: the final layer makes NaN or infinite values at {step}; are its weights whole?")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ditmoe_cli.checkpoint.header import FileHeader, StoredTensor, TensorInfo, read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema
-from ditmoe_cli.checkpoint.staging import staged
-from ditmoe_cli.checkpoint.writer import write_safetensors
 from ditmoe_cli.errors import BadInputError, BrokenImageError
+from ditmoe_cli.files.header import FileHeader, StoredTensor, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.provenance import canonical_json, check_schema
+from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.writer import write_safetensors
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.checkpoint.header import read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import Card, canonical_json, parse_card
-from ditmoe_cli.checkpoint.staging import check_target
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, sample_batch
+from ditmoe_cli.diffusion.schedule import ALWAYS
 from ditmoe_cli.diffusion.solvers import SOLVERS
-from ditmoe_cli.diffusion.times import ALWAYS
 from ditmoe_cli.errors import BadInputError, BrokenImageError, UsageError, is_out_of_memory
-from ditmoe_cli.evaluation.export import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
-from ditmoe_cli.evaluation.grid import write_png
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
+from ditmoe_cli.evaluation.mosaic import write_png
+from ditmoe_cli.evaluation.sample_files import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.workspace import Workspace
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.files.provenance import Card, canonical_json, parse_card
+from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.processes import Share, process_group
 
 if TYPE_CHECKING:

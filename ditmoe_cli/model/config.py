@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ditmoe_cli.checkpoint.header import FLOATING, TensorInfo
-from ditmoe_cli.checkpoint.names import (
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import FLOATING, TensorInfo
+from ditmoe_cli.files.names import (
     CONSTANTS,
     CONSTANTS_DOWN,
     CONSTANTS_UP,
@@ -27,7 +28,6 @@ from ditmoe_cli.checkpoint.names import (
     in_expert,
     split_name,
 )
-from ditmoe_cli.errors import BadInputError
 
 Sampler = Literal["rf", "ddpm"]
 Attention = Literal["timm", "flash"]

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.checkpoint.formats import Weight
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.formats.quantized import packed_linear, unpack
+from ditmoe_cli.formats.weights import Weight
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
-from ditmoe_cli.model.quantized import packed_linear, unpack
+from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 
 
 def load_model(

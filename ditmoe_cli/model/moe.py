@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditmoe_cli.checkpoint.names import (
+from ditmoe_cli.files.names import (
     CONSTANTS,
     CONSTANTS_DOWN,
     CONSTANTS_UP,

@@ -13,13 +13,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.checkpoint.formats import Weight
-from ditmoe_cli.checkpoint.names import split_name
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.files.names import split_name
+from ditmoe_cli.formats.weights import Weight
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.loading import assign, empty_model, finish
 from ditmoe_cli.model.moe import Observer
+from ditmoe_cli.model.opened import Checkpoint
 
 
 @runtime_checkable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.routing import defaults
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing import calibration_defaults as defaults
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ def calibrate(
     """
     import torch
 
-    from ditmoe_cli.checkpoint.staging import check_target
+    from ditmoe_cli.files.staging import check_target
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.model.offload import OffloadedDiTMoE
     from ditmoe_cli.processes import process_group
-    from ditmoe_cli.routing.observe import check_settings, collect
+    from ditmoe_cli.routing.collect.collector import check_settings, collect
 
     inputs = (checkpoint.path, *inputs)
     check_target(path.absolute(), force, inputs)

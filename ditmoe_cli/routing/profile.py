@@ -60,12 +60,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.checkpoint.header import FileHeader, TensorInfo, read_safetensors_header
-from ditmoe_cli.checkpoint.provenance import canonical_json, check_schema, file_digest
-from ditmoe_cli.checkpoint.reader import SafetensorsReader, dtype_code, tensor_bytes, torch_dtype
-from ditmoe_cli.checkpoint.staging import staged
-from ditmoe_cli.checkpoint.writer import write_safetensors
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.provenance import canonical_json, check_schema, file_digest
+from ditmoe_cli.files.reader import SafetensorsReader, dtype_code, tensor_bytes, torch_dtype
+from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.writer import write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,10 +19,10 @@ from measuring import ditmoe, real_digits
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from ditmoe_cli.evaluation.features import extract, make_extractor
-from ditmoe_cli.evaluation.frechet import frechet_distance
+from ditmoe_cli.evaluation.features.extractors import extract, make_extractor
 from ditmoe_cli.evaluation.images import ImageSet, read_images
-from ditmoe_cli.evaluation.statistics import feature_statistics
+from ditmoe_cli.evaluation.scores.feature_statistics import feature_statistics
+from ditmoe_cli.evaluation.scores.frechet import frechet_distance
 
 Array = NDArray[np.float64]
 

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "evaluation"))
 from peers import noise, pytorch_fid_network, seeded_state, torch_fidelity_network, torchvision_at_hand
 
-from ditmoe_cli.evaluation.features import make_extractor
+from ditmoe_cli.evaluation.features.extractors import make_extractor
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 

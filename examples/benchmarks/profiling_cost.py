@@ -17,7 +17,7 @@ import torch
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.routing.observe import PURPOSE, collect
+from ditmoe_cli.routing.collect.collector import PURPOSE, collect
 
 S_2_8E = DiTMoEConfig(
     input_size=32,

@@ -13,7 +13,7 @@ import torch
 
 from ditmoe_cli.compression.rebuild import mixture_of
 from ditmoe_cli.compression.repair.refit import refit
-from ditmoe_cli.compression.stream import Tokens
+from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.model.config import BlockConfig, mixture_shapes
 
 

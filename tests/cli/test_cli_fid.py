@@ -22,14 +22,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ditmoe_cli.evaluation import samples
-from ditmoe_cli.evaluation.conventions import CONVENTIONS, KernelSubsets
-from ditmoe_cli.evaluation.extrapolation import frechet_infinity
-from ditmoe_cli.evaluation.features import InceptionExtractor, PixelExtractor
-from ditmoe_cli.evaluation.frechet import frechet_distance, frechet_of_features
-from ditmoe_cli.evaluation.inception_score import inception_score
-from ditmoe_cli.evaluation.kernel_distance import kernel_distance
-from ditmoe_cli.evaluation.precision_recall import precision_recall
-from ditmoe_cli.evaluation.statistics import FeatureStatistics, feature_statistics
+from ditmoe_cli.evaluation.features.extractors import InceptionExtractor, PixelExtractor
+from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, KernelSubsets
+from ditmoe_cli.evaluation.scores.extrapolation import frechet_infinity
+from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
+from ditmoe_cli.evaluation.scores.frechet import frechet_distance, frechet_of_features
+from ditmoe_cli.evaluation.scores.inception_score import inception_score
+from ditmoe_cli.evaluation.scores.kernel_distance import kernel_distance
+from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 
 SETTINGS = ("--images", 6, "--steps", 2)
 MANY = ("--images", 150, "--steps", 1)
@@ -305,8 +305,8 @@ class _Network:
 def network(monkeypatch: pytest.MonkeyPatch) -> InceptionExtractor:
     """What takes the place of Inception."""
     found = InceptionExtractor(_Network(), "a stand-in", "cpu")  # type: ignore[arg-type]
-    monkeypatch.setattr("ditmoe_cli.evaluation.compare.make_extractor", lambda *_, **__: found)
-    monkeypatch.setattr("ditmoe_cli.evaluation.compare.will_fetch", lambda _: False)
+    monkeypatch.setattr("ditmoe_cli.evaluation.fid.make_extractor", lambda *_, **__: found)
+    monkeypatch.setattr("ditmoe_cli.evaluation.fid.will_fetch", lambda _: False)
     return found
 
 

@@ -11,7 +11,7 @@ from cli_helpers import bytes_of, contents, here, tensor_shapes
 from conftest import Pico, make_pico
 from torch import Tensor
 
-from ditmoe_cli.compression.merge.methods import METHODS
+from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.model.config import expected_weights
 
 SETTINGS = ("--images", 4, "--steps", 2)

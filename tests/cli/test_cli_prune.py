@@ -13,7 +13,7 @@ import pytest
 from cli_helpers import Outcome, bytes_of, command, contents, environment, here, shell, tensor_shapes
 from conftest import heed_interrupts, make_pico
 
-from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED
+from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 
 SETTINGS = ("--images", 4, "--steps", 2)
 FEW = ("--refit-tokens", 64)

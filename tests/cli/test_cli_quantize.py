@@ -12,10 +12,10 @@ import pytest
 from cli_helpers import Outcome, bytes_of, contents, here, outside, series, shell, tensor_shapes
 from conftest import make_pico
 
-from ditmoe_cli.checkpoint.formats import SCHEMES, Scheme, format_label
-from ditmoe_cli.compression.quantize import probes
-from ditmoe_cli.model.checkpoint import open_checkpoint, weight_group
-from ditmoe_cli.routing import defaults
+from ditmoe_cli.compression.replay import amplification as probes
+from ditmoe_cli.formats.weights import SCHEMES, Scheme, format_label
+from ditmoe_cli.model.opened import open_checkpoint, weight_group
+from ditmoe_cli.routing import calibration_defaults as defaults
 
 SETTINGS = ("--images", 4, "--steps", 2)
 FEW = ("--tokens", 256)

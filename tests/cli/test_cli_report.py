@@ -92,7 +92,7 @@ def test_a_fast_profile_is_reported_on(folder: Path) -> None:
 def test_without_matplotlib_numbers_are_printed_and_figures_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditmoe_cli.routing.figures.find_spec", lambda _: None)
+    monkeypatch.setattr("ditmoe_cli.routing.report.figures.find_spec", lambda _: None)
     words = ("report", "profile", folder / "p.safetensors", *QUICK)
     assert here(*words, cwd=tmp_path).code == 0
     for output in (("-o", "r.html"), ("--png", "figures")):

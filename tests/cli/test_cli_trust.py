@@ -11,10 +11,10 @@ import pytest
 from cli_helpers import Outcome, here
 from conftest import make_pico
 
-from ditmoe_cli.checkpoint.provenance import Card, Provenance
-from ditmoe_cli.compression.merge.methods import METHODS as MERGES
-from ditmoe_cli.compression.prune.methods import METHODS, REPLAYED
+from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.diffusion.noise import image_seed
+from ditmoe_cli.files.provenance import Card, Provenance
 
 SETTINGS = ("--images", 4, "--steps", 2)
 

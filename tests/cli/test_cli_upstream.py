@@ -8,7 +8,7 @@ import pytest
 from cli_helpers import here
 from conftest import make_pico
 
-from ditmoe_cli.checkpoint.header import read_safetensors_header
+from ditmoe_cli.files.header import read_safetensors_header
 
 
 @pytest.fixture(scope="module")

@@ -33,17 +33,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ditmoe_cli.checkpoint.formats import Format
-from ditmoe_cli.checkpoint.header import TensorInfo, encode_header
-from ditmoe_cli.checkpoint.provenance import Provenance
-from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.apply import apply, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, parse_plan
-from ditmoe_cli.compression.quantize.uniform import plan_uniform
+from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
 from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError
-from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.files.header import TensorInfo, encode_header
+from ditmoe_cli.files.provenance import Provenance
+from ditmoe_cli.files.writer import Output
+from ditmoe_cli.formats.weights import Format
 from ditmoe_cli.model.config import BlockConfig, expected_weights
+from ditmoe_cli.model.opened import open_checkpoint
 
 EXPERTS, TOP_K = 5, 2
 SMALL = make_pico(hidden=16, experts=EXPERTS, widths=((24,) * EXPERTS,) * 2, input_size=4)
@@ -462,11 +462,11 @@ MEMORY_PROBE = """
 import resource, sys
 from pathlib import Path
 import torch
-from ditmoe_cli.checkpoint.writer import Output
+from ditmoe_cli.files.writer import Output
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
-from ditmoe_cli.compression.quantize.uniform import plan_uniform
-from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.compression.precision.uniform import plan_uniform
+from ditmoe_cli.model.opened import open_checkpoint
 
 source, target, *allowances = sys.argv[1:]
 checkpoint = open_checkpoint(source)

@@ -27,18 +27,18 @@ from conftest import Pico, make_pico
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression import rebuild as rebuilding
+from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA
 from ditmoe_cli.compression.apply import apply, planned_output
-from ditmoe_cli.compression.merge.methods import METHODS as MERGES
+from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, parse_plan
-from ditmoe_cli.compression.prune.camera import DEFAULT_ALPHA
-from ditmoe_cli.compression.quantize.uniform import plan_uniform
-from ditmoe_cli.compression.replay import block_tokens, replay_error
-from ditmoe_cli.compression.states import calibration_states
+from ditmoe_cli.compression.precision.uniform import plan_uniform
+from ditmoe_cli.compression.replay.states import calibration_states
+from ditmoe_cli.compression.replay.subsets import block_tokens, replay_error
 from ditmoe_cli.errors import BadInputError, OutputExistsError
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.calibrate import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.diffusion.ddpm import ancestral, ddim, respaced_schedule
-from ditmoe_cli.diffusion.times import ancestral_timesteps, ddim_timesteps
+from ditmoe_cli.diffusion.schedule import ancestral_timesteps, ddim_timesteps
 
 SHAPE = (2, 3, 4, 4)
 MEAN, SPREAD = 0.7, 0.4

@@ -17,8 +17,8 @@ from ditmoe_cli.diffusion.ddpm import ddim, respaced_schedule
 from ditmoe_cli.diffusion.dpm_solver import ddpm_dpmpp_2m, dpmpp_2m, flow_dpmpp_2m
 from ditmoe_cli.diffusion.heun import heun
 from ditmoe_cli.diffusion.rectified_flow import euler
+from ditmoe_cli.diffusion.schedule import data_timesteps, evaluation_times, is_guided, noise_level
 from ditmoe_cli.diffusion.solvers import SOLVERS
-from ditmoe_cli.diffusion.times import data_timesteps, evaluation_times, is_guided, noise_level
 
 MEAN, SPREAD = 0.7, 0.4
 NOISE = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)

@@ -12,14 +12,14 @@ import torch
 from conftest import Pico
 
 from ditmoe_cli import load_model
-from ditmoe_cli.checkpoint.formats import Format
-from ditmoe_cli.checkpoint.header import TensorInfo
-from ditmoe_cli.checkpoint.provenance import Provenance
-from ditmoe_cli.checkpoint.reader import dtype_code
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import count_parameters, is_compressible, open_checkpoint
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.provenance import Provenance
+from ditmoe_cli.files.reader import dtype_code
+from ditmoe_cli.formats.quantized import QuantizedLinear, pack
+from ditmoe_cli.formats.weights import Format
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.quantized import QuantizedLinear, pack
+from ditmoe_cli.model.opened import count_parameters, is_compressible, open_checkpoint
 
 
 def output(model: DiTMoE) -> torch.Tensor:

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiling import count_by_hand, no_bar, opened, reap_by_hand, trajectory
 
-from ditmoe_cli.checkpoint.writer import Output
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
-from ditmoe_cli.compression.prune.methods import METHODS
-from ditmoe_cli.compression.prune.planner import Keep, Pruning, plan_prune
+from ditmoe_cli.compression.prune.prune_methods import METHODS
+from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.calibrate import (
     Calibration,
     calibrate,

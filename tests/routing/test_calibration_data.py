@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.routing.data import read_data
+from ditmoe_cli.routing.calibration_data import read_data
 
 PicoFactory = Callable[..., Pico]
 

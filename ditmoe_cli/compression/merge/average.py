@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ditmoe_cli.compression.algebra.means import weighted_mean
 from ditmoe_cli.compression.merge.grouping import most_selected, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.compression.merge.mean import weighted_mean
-from ditmoe_cli.model.experts import ExpertWeights
+from ditmoe_cli.model.expert_weights import ExpertWeights
 
 
 def group(inputs: GroupingInputs, count: int) -> Groups:

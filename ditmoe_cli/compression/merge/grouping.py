@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.errors import BadInputError, InfeasibleError
-from ditmoe_cli.routing.statistics import mean_of, output_cosine
+from ditmoe_cli.routing.measures import mean_of, output_cosine
 
 Array = NDArray[np.float64]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from sklearn.cluster import AgglomerativeClustering
 
+from ditmoe_cli.compression.algebra.means import weighted_mean
 from ditmoe_cli.compression.merge.grouping import mean_outputs, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.compression.merge.mean import weighted_mean
-from ditmoe_cli.model.experts import ExpertWeights
+from ditmoe_cli.model.expert_weights import ExpertWeights
 
 
 def group(inputs: GroupingInputs, count: int) -> Groups:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ditmoe_cli.model.experts import ExpertWeights
+    from ditmoe_cli.model.expert_weights import ExpertWeights
 
 Groups = tuple[tuple[int, ...], ...]
 """All experts of a block in disjoint groups: members ascending, groups ordered by their first."""

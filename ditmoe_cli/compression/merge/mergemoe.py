@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditmoe_cli.compression.algebra.means import normalised, require_equal_widths, weighted_mean
+from ditmoe_cli.compression.algebra.ridge import Normal
 from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.compression.merge.mean import normalised, require_equal_widths, weighted_mean
-from ditmoe_cli.compression.repair.ridge import Normal
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.experts import ExpertWeights
+from ditmoe_cli.model.expert_weights import ExpertWeights
 
 RIDGE = 0.01
 _TOKENS = 4096  # at a time

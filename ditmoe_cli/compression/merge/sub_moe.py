@@ -11,14 +11,14 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from ditmoe_cli.compression.delta.svd import whitening
-from ditmoe_cli.compression.merge.align import aligned
+from ditmoe_cli.compression.algebra.matching import aligned
+from ditmoe_cli.compression.algebra.means import weighted_mean
+from ditmoe_cli.compression.algebra.truncated_svd import whitening
 from ditmoe_cli.compression.merge.grouping import mean_outputs, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.compression.merge.mean import weighted_mean
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.model.experts import ExpertWeights
-from ditmoe_cli.routing.statistics import mean_of
+from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.routing.measures import mean_of
 
 
 def group(inputs: GroupingInputs, count: int) -> Groups:

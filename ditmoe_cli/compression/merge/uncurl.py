@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from sklearn.cluster import SpectralClustering
 
-from ditmoe_cli.compression.merge.align import aligned
+from ditmoe_cli.compression.algebra.matching import aligned
+from ditmoe_cli.compression.algebra.means import weighted_mean
 from ditmoe_cli.compression.merge.grouping import partition, router_similarity
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.compression.merge.mean import weighted_mean
-from ditmoe_cli.model.experts import ExpertWeights
+from ditmoe_cli.model.expert_weights import ExpertWeights
 
 
 def group(inputs: GroupingInputs, count: int) -> Groups:

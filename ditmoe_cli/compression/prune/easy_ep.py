@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ditmoe_cli.compression.saliency import guided_sum
 from ditmoe_cli.routing.profile import RoutingTables
+from ditmoe_cli.routing.saliency import guided_sum
 
 
 def scores(tables: RoutingTables, seed: int) -> list[list[float]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ditmoe_cli.compression.saliency import routed_mean
 from ditmoe_cli.routing.profile import RoutingTables
+from ditmoe_cli.routing.saliency import routed_mean
 
 
 def scores(tables: RoutingTables, seed: int) -> list[list[float]]:

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.compression.repair.outputs import chunks, output_of
-from ditmoe_cli.compression.repair.ridge import Fit, Normal, fit
-from ditmoe_cli.compression.stream import Tokens
+from ditmoe_cli.compression.algebra.ridge import Fit, Normal, fit
+from ditmoe_cli.compression.replay.outputs import chunks, output_of
+from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.router import Routing
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.compression.repair.outputs import chunks, held_error, output_of
 from ditmoe_cli.compression.repair.scale import NormalEquations, normal_equations, survivor_scales
-from ditmoe_cli.compression.stream import Tokens
+from ditmoe_cli.compression.replay.outputs import chunks, held_error, output_of
+from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 
 

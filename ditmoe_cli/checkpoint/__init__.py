@@ -1,1 +1,0 @@
-"""Bytes on disk: names, headers, readers and writers. No modelling."""

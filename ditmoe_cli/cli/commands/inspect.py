@@ -1,0 +1,108 @@
+"""``ditmoe inspect``: what a checkpoint is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.cli.options import CheckpointArg, Heads, Json, SamplerOpt, TopK, given
+from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes
+
+if TYPE_CHECKING:
+    from ditmoe_cli.model.opened import Checkpoint
+
+
+def run(
+    checkpoint: CheckpointArg = None,
+    heads: Heads = None,
+    top_k: TopK = None,
+    sampler: SamplerOpt = None,
+    json: Json = False,
+) -> None:
+    """Print what a checkpoint is.
+
+    Architecture, parameters, bytes, layout, sampler family, and every assumption. Reads headers only: no torch
+    for safetensors, whatever the size.
+    """
+    stage = incoming(checkpoint, given(heads, top_k, sampler))
+    opened = open_stage(stage)
+    result = describe(opened)
+    emit(Printing(json), stage.to_json(result), rows(result), str(opened.path))
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the description of a checkpoint as JSON."""
+    from ditmoe_cli.formats.weights import format_label
+    from ditmoe_cli.model.opened import count_parameters
+
+    parameters = count_parameters(checkpoint)
+    provenance = checkpoint.header.provenance
+    formats = Counter(format_label(weight.format or weight.info.dtype) for weight in checkpoint.weights.values())
+    return {
+        "config": checkpoint.config.to_json(),
+        "parameters": {
+            "total": parameters.total,
+            "activated": parameters.activated,
+            "routed": parameters.routed,
+        },
+        "layout": checkpoint.header.layout,
+        "file_bytes": checkpoint.header.file_bytes,
+        "tensor_bytes": sum(info.nbytes for info in checkpoint.header.tensors.values()),
+        "tensors": len(checkpoint.header.tensors),
+        "formats": dict(sorted(formats.items())),
+        "router_rows": [block.router_rows for block in checkpoint.config.blocks],
+        "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
+        "loads_upstream": loads_upstream(checkpoint),
+        "extractor": checkpoint.card.extractor,
+        "history": [step.command for step in provenance.history] if provenance else [],
+        "assumptions": list(checkpoint.assumptions),
+        "warnings": list(checkpoint.warnings),
+    }
+
+
+def loads_upstream(checkpoint: Checkpoint) -> bool:
+    """Tell whether upstream's code can hold these tensors: plain weights, and blocks alike in experts and widths."""
+    blocks = checkpoint.config.blocks
+    alike = len({(block.expert_widths, block.shared_width) for block in blocks}) == 1
+    widths = len(set(blocks[0].expert_widths)) == 1
+    return (
+        alike and widths and all(b.upstream for b in blocks) and not any(w.format for w in checkpoint.weights.values())
+    )
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Return the description as a table."""
+    config, parameters = result["config"], result["parameters"]
+    side = config["input_size"]
+    share = parameters["routed"] / parameters["total"]
+    return [
+        (
+            "architecture",
+            f"depth {config['depth']}, width {config['hidden_size']}, {config['num_heads']} heads, "
+            f"patch {config['patch_size']}, {config['attention']} attention",
+        ),
+        (
+            "experts",
+            f"{config['num_experts']} per block, top-{config['top_k']}, width {config['expert_width']}, "
+            f"shared {config['shared_width']}",
+        ),
+        (
+            "images",
+            f"{config['in_channels']} x {side} x {side} in, {config['out_channels']} channels out, "
+            f"{config['num_classes']} classes",
+        ),
+        (
+            "parameters",
+            f"{parameters['total']:,} total, {parameters['activated']:,} activated, "
+            f"{parameters['routed']:,} routed ({share:.1%})",
+        ),
+        ("bytes", f"{result['file_bytes']:,} ({human_bytes(result['file_bytes'])})"),
+        ("formats", ", ".join(f"{count} {name}" for name, count in result["formats"].items())),
+        ("layout", result["layout"]),
+        ("sampler", config["sampler"]),
+        ("loads upstream", "yes" if result["loads_upstream"] else "no"),
+        ("history", " > ".join(result["history"]) or "none"),
+        *(("assumed", text) for text in result["assumptions"]),
+        *(("warning", text) for text in result["warnings"]),
+    ]

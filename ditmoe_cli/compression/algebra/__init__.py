@@ -1,0 +1,1 @@
+"""Linear algebra on experts: neurons, matching, means, ridge, low rank."""

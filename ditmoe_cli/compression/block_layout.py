@@ -1,0 +1,149 @@
+"""What a block becomes under a plan, known from headers: its router map and its configuration. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair
+from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.model.config import GHOST, BlockConfig
+from ditmoe_cli.model.opened import Checkpoint
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A block to be written.
+
+    Attributes:
+        rows: router rows that stay, by their old numbers.
+        selects: what each selects, by the new numbers, as ``expert_of`` holds it.
+        members: for each new expert the old ones that it is made of, the kept one first.
+        dropped: old experts that are neither kept nor merged.
+        config: shapes of the result.
+        rebuilt: whether its weights are computed; otherwise they are copied.
+    """
+
+    rows: tuple[int, ...]
+    selects: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
+    dropped: tuple[int, ...]
+    config: BlockConfig
+    rebuilt: bool
+
+
+def block_layouts(checkpoint: Checkpoint, plan: CompressionPlan) -> list[BlockLayout]:
+    """Lay out every block of a plan that names blocks.
+
+    Raises `BadInputError` where it names experts or neurons that are not there, or asks for computed weights of a
+    quantised checkpoint, and `InfeasibleError` where fewer experts than top-k would stay.
+    """
+    for i, block in enumerate(plan.blocks):
+        _check_together(checkpoint, plan, i, block)
+    return [_block_layout(checkpoint, plan.repair, i, block) for i, block in enumerate(plan.blocks)]
+
+
+def _check_together(checkpoint: Checkpoint, plan: CompressionPlan, index: int, block: BlockPlan) -> None:
+    """Refuse what a plan may say, field by field, but not together."""
+    width = checkpoint.config.hidden_size
+    if block.merged and plan.merging not in MERGES:
+        raise BadInputError(f"the plan merges experts, and its merging is {plan.merging!r}; choose {', '.join(MERGES)}")
+    if block.merged and block.widths:
+        raise BadInputError(f"the plan merges experts of block {index} and gives them widths; narrow in a second plan")
+    if block.rank and not block.constants:
+        raise BadInputError(f"the plan gives block {index} maps of rank {block.rank} without constants")
+    if block.rank > width:
+        raise BadInputError(f"block {index} cannot have maps of rank {block.rank}: its width is {width}")
+
+
+def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, block: BlockPlan) -> BlockLayout:
+    old = checkpoint.config.blocks[index]
+    _check_experts(old, block, index)
+    members = tuple((lead, *(e for e, into in block.merged if into == lead)) for lead in block.keep)
+    merged = {e for e, _ in block.merged}
+    dropped = tuple(e for e in range(len(old.expert_widths)) if e not in block.keep and e not in merged)
+    becomes = _becomes(block, members, dropped, old.constants)
+    selects = [becomes.get(expert, expert) for expert in checkpoint.expert_map(index)]
+    rows = [
+        row for row, new in enumerate(selects) if block.router != "slice" or _stays(checkpoint, index, block, row, new)
+    ]
+    kept = tuple(selects[row] for row in rows)
+    _check_selectable(checkpoint, index, block, kept)
+    replaces = block.constants and bool(dropped)
+    touched = repair is not None and len(block.keep) < len(old.expert_widths)
+    config = BlockConfig(
+        router_rows=len(rows),
+        expert_widths=block.widths or tuple(old.expert_widths[e] for e in block.keep),
+        shared_width=block.shared_width or old.shared_width,
+        mapped=kept != tuple(range(len(block.keep))),
+        mass=old.mass or (block.router == "mass" and bool(dropped)),
+        constants=len(dropped) if replaces else old.constants,
+        rank=block.rank if replaces else old.rank,
+        residual_constant=old.residual_constant or bool(touched and repair and repair.constant),
+        residual_linear=old.residual_linear or bool(touched and repair and repair.linear),
+    )
+    rebuilt = block.rebuilds or repair is not None
+    if rebuilt:
+        _require_plain(checkpoint, index)
+    return BlockLayout(tuple(rows), kept, members, dropped, config, rebuilt)
+
+
+def _becomes(
+    block: BlockPlan, members: Sequence[Sequence[int]], dropped: Sequence[int], constants: int
+) -> dict[int, int]:
+    """Return what the rows of each old expert select: a new expert, a constant, or nothing."""
+    becomes = {old: new for new, group in enumerate(members) for old in group}
+    if block.constants and constants:
+        raise BadInputError("the plan replaces experts by constants in a checkpoint that has constants already")
+    return becomes | {e: GHOST - 1 - j if block.constants else GHOST for j, e in enumerate(dropped)}
+
+
+def _stays(checkpoint: Checkpoint, index: int, block: BlockPlan, row: int, new: int) -> bool:
+    """Tell whether a row survives slicing: one that selects something, and none of an expert merged into another."""
+    merged = {expert for expert, _ in block.merged}
+    return new != GHOST and checkpoint.expert_map(index)[row] not in merged
+
+
+def _check_experts(old: BlockConfig, block: BlockPlan, index: int) -> None:
+    named = (*block.keep, *(e for e, _ in block.merged))
+    if max(named) >= len(old.expert_widths):
+        raise BadInputError(
+            f"the plan keeps expert {max(named)} of block {index}, which has {len(old.expert_widths)} experts"
+        )
+    for expert, width in zip(block.keep, block.widths, strict=False):
+        if width > old.expert_widths[expert]:
+            raise BadInputError(
+                f"the plan keeps {width} neurons of expert {expert} of block {index}, which has "
+                f"{old.expert_widths[expert]}"
+            )
+    if block.shared_width and block.shared_width > old.shared_width:
+        raise BadInputError(
+            f"the plan keeps {block.shared_width} neurons of the shared expert of block {index}, which has "
+            f"{old.shared_width}"
+        )
+
+
+def _check_selectable(checkpoint: Checkpoint, index: int, block: BlockPlan, selects: Sequence[int]) -> None:
+    top_k, experts = checkpoint.config.top_k, len(checkpoint.config.blocks[index].expert_widths)
+    if sum(new != GHOST for new in selects) < top_k:
+        raise InfeasibleError(
+            f"block {index} would keep {len(block.keep)} of {experts} experts, fewer than its top-{top_k} routing "
+            f"needs; keep at least {top_k}"
+        )
+
+
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` where mixtures are packed, whose weights cannot be computed."""
+    for index in range(checkpoint.config.depth):
+        _require_plain(checkpoint, index)
+
+
+def _require_plain(checkpoint: Checkpoint, index: int) -> None:
+    prefix = f"blocks.{index}.moe."
+    packed = next((w for n, w in checkpoint.weights.items() if n.startswith(prefix) and w.format is not None), None)
+    if packed is not None:
+        raise BadInputError(
+            f"{checkpoint.path}: {packed.info.name!r} is {packed.format} already, and what is packed cannot be "
+            "refitted, merged or narrowed; do that first, or prune with --no-refit"
+        )

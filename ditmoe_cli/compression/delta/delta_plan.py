@@ -1,0 +1,32 @@
+"""The planner of differences: nothing is chosen but how they are stored. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
+from ditmoe_cli.compression.plan import CompressionPlan, Delta
+from ditmoe_cli.formats.weights import DeltaFormat
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
+
+# bytes of ternary codes do not depend on the density: the default is near the least error on bell-shaped differences
+DEFAULT_RATIOS: Mapping[DeltaFormat, float] = {"svd": 0.25, "ternary": 0.5}
+
+
+def plan_delta(checkpoint: Checkpoint, delta: Delta, profile: RoutingProfile | None) -> CompressionPlan:
+    """Plan to store every block's experts as one base and differences; without a profile the plan is undecided.
+
+    The profile tells how often experts are selected, and on which tokens, when the plan is carried out. Raises what
+    `delta_tensors` raises, and `BadInputError` for a profile of another checkpoint.
+    """
+    delta_tensors(checkpoint, delta)
+    if profile is not None:
+        require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    return CompressionPlan(
+        command="merge",
+        source=checkpoint.fingerprint,
+        profile=profile.digest if profile else None,
+        options={"delta": delta.kind, "ratio": delta.ratio} if profile else {"undecided": True},
+        delta=delta,
+    )

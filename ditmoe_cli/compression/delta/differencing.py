@@ -1,0 +1,106 @@
+"""Experts turned into a base and differences, one block in memory at a time.
+
+The base is the mean of a block's experts by how often each is selected, their neurons aligned to those of the expert
+that is selected most. Differences are taken from the base as it is stored, which makes up for its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.algebra.matching import matchings
+from ditmoe_cli.compression.algebra.truncated_svd import truncated
+from ditmoe_cli.compression.computed import Spool, as_stored
+from ditmoe_cli.compression.delta.compeft import ternary
+from ditmoe_cli.compression.delta.delta_sizes import delta_tensors, rank_of_ratio
+from ditmoe_cli.compression.delta.expert_base import base_of, differences
+from ditmoe_cli.compression.new_mixture import expert_weights, named
+from ditmoe_cli.compression.plan import Delta
+from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.files.names import BASE, in_block
+from ditmoe_cli.files.reader import torch_dtype
+from ditmoe_cli.formats.differences import pack_ternary
+from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
+
+Covariances = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def encode(
+    checkpoint: Checkpoint, delta: Delta, profile: RoutingProfile, spool: Spool, device: str, bar: ProgressBar
+) -> None:
+    """Compute every block's base and differences into `spool`.
+
+    Factors of ``svd`` are the nearest on the tokens that the profile keeps; of a profile without tokens, the nearest in
+    all directions alike. Raises what `delta_tensors` raises, and `BadInputError` for a profile of another checkpoint
+    and where weights overflow their dtype.
+    """
+    require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, delta)}
+    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    depth = checkpoint.config.depth
+    with torch.inference_mode(), bar(f"taking the differences of {checkpoint.path.name}", depth) as progress:
+        for index in range(depth):
+            with model.resident(index) as block:
+                encoded = dict(_encoded(block.moe, index, delta, profile, dtypes))
+                del block  # or it would stay in memory beside the next one
+            spool.write(index, {n: as_stored(checkpoint, n, tensor, dtypes[n]) for n, tensor in encoded.items()})
+            progress(1)
+
+
+def _encoded(
+    moe: SparseMoE, index: int, delta: Delta, profile: RoutingProfile, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that store a block's experts, by name, before they are rounded."""
+    experts = [expert_weights(expert) for expert in moe.experts]
+    selected = profile.block_tensor("selected", index)[..., : len(experts)].sum(dim=(0, 1)).tolist()
+    tokens = _tokens(profile, index) if delta.kind == "svd" else None
+    orders = matchings(experts, selected)
+    bases = named(in_block(index, BASE), base_of(experts, selected, orders))
+    yield from bases.items()
+    base = ExpertWeights(*(tensor.to(dtypes[name]).float() for name, tensor in bases.items()))
+    for e, (expert, order) in enumerate(zip(experts, orders, strict=True)):
+        (difference,) = differences([expert], base, [order])
+        covariances = _covariances(moe, e, order, tokens) if tokens else (None, None, None)
+        matrices = named(in_block(index, f"moe.experts.{e}"), difference)
+        for (name, matrix), covariance in zip(matrices.items(), covariances, strict=True):
+            yield from _packed(name, matrix, delta, covariance).items()
+
+
+def _packed(name: str, difference: Tensor, delta: Delta, covariance: Tensor | None) -> dict[str, Tensor]:
+    """Return what stores a difference (m, n) from the base; `covariance` (n, n) is of its inputs."""
+    if delta.kind == "svd":
+        rows, columns = difference.shape
+        factors = truncated(difference, rank_of_ratio(rows, columns, delta.ratio), covariance)
+        return {f"{name}.delta_left": factors.left, f"{name}.delta_right": factors.right}
+    found = ternary(difference, delta.ratio)
+    return {f"{name}.delta_ternary": pack_ternary(found.codes), f"{name}.delta_scale": torch.tensor(found.scale)}
+
+
+def _tokens(profile: RoutingProfile, index: int) -> BlockTokens | None:
+    return block_tokens(profile, index) if "reservoir.inputs" in profile.header.tensors else None
+
+
+def _covariances(moe: SparseMoE, expert: int, order: Sequence[int], tokens: BlockTokens) -> Covariances:
+    """Return Σ_t w_t x xᵀ of the inputs x of an expert's gate, up and down: u, u, and neurons φ(u) in `order`.
+
+    w = g² c² mean(γ²): what a squared error of the expert's output weighs in the guided one, with g its routing weight,
+    0 where a token went elsewhere, c the branch's coefficient and γ the block's residual gate.
+    """
+    module, device = moe.experts[expert], moe.gate.weight.device
+    assert isinstance(module, SwiGLU)
+    inputs = tokens.inputs.to(device)
+    routing = moe.gate(inputs)
+    gates = (routing.weights * (routing.experts == expert)).sum(dim=1)
+    scales = gates * (tokens.coefficients.abs() * tokens.gamma.square().mean(dim=1).sqrt()).to(device)
+    mine = gates > 0
+    u, scale = inputs[mine], scales[mine].unsqueeze(1)
+    of_inputs, of_neurons = (x.T @ x for x in (u * scale, module.neurons(u)[:, order] * scale))
+    return of_inputs, of_inputs, of_neurons

@@ -1,0 +1,176 @@
+"""What a block's mixture becomes before anything is refitted: experts kept, merged or narrowed, rows and constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.algebra.low_rank import LinearMap, low_rank_map
+from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, best_neurons, energies, narrowed
+from ditmoe_cli.compression.block_layout import BlockLayout
+from ditmoe_cli.compression.merge.inputs import MergeTokens
+from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.prune.neuron_budget import mean_gamma_square, neuron_energies
+from ditmoe_cli.compression.replay.stream import Tokens
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.names import (
+    CONSTANTS,
+    CONSTANTS_DOWN,
+    CONSTANTS_UP,
+    EXPERT_OF,
+    MATRICES,
+    RESIDUAL_CONSTANT,
+    RESIDUAL_LINEAR,
+    ROUTER,
+    SHARED,
+)
+from ditmoe_cli.model.config import mixture_shapes
+from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.router import Routing
+from ditmoe_cli.routing.profile import RoutingProfile
+
+
+@dataclass(frozen=True)
+class Source:
+    """A block's original mixture, what is to become of it, and what that rests on."""
+
+    original: SparseMoE
+    block: int
+    layout: BlockLayout
+    plan: CompressionPlan
+    tokens: Tokens | None
+    profile: RoutingProfile
+
+    @property
+    def known_tokens(self) -> Tokens:
+        """The tokens, which a plan that needs them has."""
+        assert self.tokens is not None
+        return self.tokens
+
+    @property
+    def block_plan(self) -> BlockPlan:
+        """The plan of this block."""
+        return self.plan.blocks[self.block]
+
+    def gates(self, expert: int) -> Tensor:
+        """Return the routing weight of an expert where a token selected it, else 0, (T,)."""
+        routing: Routing = self.original.gate(self.known_tokens.inputs)
+        return routing.gate_of(expert)
+
+    def stored(self, name: str) -> Tensor:
+        """Return this block's part of a profile's table. Raises `BadInputError` where a --fast profile lacks it."""
+        if name not in self.profile.header.tensors:
+            raise BadInputError(f"{self.profile.path}: the profile has no {name!r}; profile again without --fast")
+        return self.profile.block_tensor(name, self.block)
+
+
+def new_weights(source: Source) -> dict[str, Tensor]:
+    """Return the mixture that a layout makes of the original, by names within the block, before refitting.
+
+    Residual constants and linear maps that are new start at 0.
+    """
+    old = weights_of(source.original)
+    width, device = old[ROUTER].shape[1], old[ROUTER].device
+    shapes = mixture_shapes(width, source.layout.config)
+    new = (name for name in (RESIDUAL_CONSTANT, RESIDUAL_LINEAR) if name in shapes)
+    found = {name: old[name] if name in old else torch.zeros(shapes[name], device=device) for name in new}
+    found |= {name: old[name] for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN) if name in old}
+    found |= {ROUTER: old[ROUTER][list(source.layout.rows)], **expert_map(source.layout, device)}
+    for index in range(len(source.layout.members)):
+        found |= named(f"moe.experts.{index}", _expert(source, index))
+    found |= named(SHARED, _shared(source))
+    replaces = source.block_plan.constants and source.layout.dropped
+    return found | (_constants(source) if replaces else {})
+
+
+def expert_map(layout: BlockLayout, device: torch.device | str) -> dict[str, Tensor]:
+    """Return ``expert_of`` by its name within the block; nothing where rows select experts one by one."""
+    selects = torch.tensor(layout.selects, dtype=torch.int32, device=device)
+    return {EXPERT_OF: selects} if layout.config.mapped else {}
+
+
+def weights_of(moe: SparseMoE) -> dict[str, Tensor]:
+    """Return a mixture's weights by their names within the block."""
+    return {f"moe.{name}": tensor for name, tensor in (*moe.named_parameters(), *moe.named_buffers())}
+
+
+def expert_weights(expert: object) -> ExpertWeights:
+    """Return an expert's weights."""
+    assert isinstance(expert, SwiGLU)
+    return ExpertWeights(expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight)
+
+
+def named(stem: str, expert: ExpertWeights) -> dict[str, Tensor]:
+    """Return an expert's weights by name."""
+    weights = (expert.gate, expert.up, expert.down)
+    return {f"{stem}.{matrix}.weight": weight for matrix, weight in zip(MATRICES, weights, strict=True)}
+
+
+def _expert(source: Source, new: int) -> ExpertWeights:
+    """Return a new expert: the one that stays, the merged members, or the neurons that are kept."""
+    members = source.layout.members[new]
+    if len(members) > 1:
+        return _merged(source, members)
+    expert = expert_weights(source.original.experts[members[0]])
+    if not source.block_plan.widths:
+        return expert
+    return _narrowed(source, expert, members[0], source.block_plan.widths[new])
+
+
+def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
+    method = MERGES[source.plan.merging or ""]
+    selected = source.stored("selected").sum(dim=(0, 1)).double()[list(members)]
+    shares = (selected / selected.sum()).tolist() if float(selected.sum()) else [1 / len(members)] * len(members)
+    experts = [expert_weights(source.original.experts[e]) for e in members]
+    tokens = None
+    if method.needs_tokens:
+        gates = torch.stack([source.gates(e) for e in members], dim=1)
+        used = gates.sum(dim=1) > 0
+        tokens = MergeTokens(source.known_tokens.inputs[used], gates[used], source.known_tokens.weights[used])
+    return method.merge(experts, shares, tokens)
+
+
+def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> ExpertWeights:
+    """Return the neurons of highest CAMERA energy of a routed expert."""
+    (energy,) = neuron_energies(source.profile, source.block, [(old, expert.down)])
+    return narrowed(expert, best_neurons(energy, width))
+
+
+def _shared(source: Source) -> ExpertWeights:
+    """Return the shared expert, of the neurons of highest energy on the tokens at hand where it is narrowed."""
+    shared = source.original.shared_experts
+    expert = expert_weights(shared)
+    width = source.block_plan.shared_width
+    if width is None:
+        return expert
+    squares = torch.zeros(expert.down.shape[1], device=expert.down.device)
+    largest = torch.zeros_like(squares)
+    for inputs in source.known_tokens.inputs.split(4096):  # type: ignore[no-untyped-call]
+        phi = shared.neurons(inputs).square()
+        squares += phi.sum(dim=0)
+        largest = torch.maximum(largest, phi.amax(dim=0))
+    gamma = mean_gamma_square(source.profile, source.block).to(squares.device)
+    return narrowed(expert, best_neurons(energies(expert.down, squares, largest, gamma, DEFAULT_ALPHA), width))
+
+
+def _constants(source: Source) -> dict[str, Tensor]:
+    """Return what dropped experts' rows select: the constant, or low-rank linear map, nearest to each one's output."""
+    rank = source.block_plan.rank
+    maps = [_map(source, expert, rank) for expert in source.layout.dropped]
+    found = {CONSTANTS: torch.stack([each.constant for each in maps])}
+    if rank:
+        found[CONSTANTS_UP] = torch.stack([each.up for each in maps])
+        found[CONSTANTS_DOWN] = torch.stack([each.down for each in maps])
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _map(source: Source, expert: int, rank: int) -> LinearMap:
+    gates = source.gates(expert)
+    mine = gates > 0
+    inputs = source.known_tokens.inputs[mine]
+    outputs: Tensor = source.original.experts[expert](inputs)
+    return low_rank_map(inputs, outputs, source.known_tokens.weights[mine] * gates[mine].square(), rank)

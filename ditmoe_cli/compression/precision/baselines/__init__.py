@@ -1,0 +1,1 @@
+"""Published methods of mixed precision, as baselines."""

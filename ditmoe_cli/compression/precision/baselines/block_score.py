@@ -1,0 +1,54 @@
+"""QuantMoE-Bench's block importance: blocks whose mixtures turn the residual stream most get more bits.
+
+Li et al. 2024, https://arxiv.org/abs/2406.08155. With x (D,) the residual stream that a block's mixture adds to, and
+x + γ ⊙ y what it leaves, the block's score is the mean over tokens of
+
+    cos(x, x + γ ⊙ y);
+
+low scores mean importance. The paper trains a predictor of this cosine; here it is measured, on calibration states
+that run through the original blocks, both guidance branches alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.compression.precision.budget import Choice
+from ditmoe_cli.compression.precision.task import Task, settle, widened
+from ditmoe_cli.compression.replay.visit import visit
+from ditmoe_cli.files.names import split_name
+from ditmoe_cli.model.dit import Attended, Block
+
+
+def cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the mean cosine of tokens (N, P, D) before and after, over all N and P of some parts."""
+    parts = [F.cosine_similarity(b.double(), a.double(), dim=-1) for b, a in zip(before, after, strict=True)]
+    return sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts)
+
+
+def scores(task: Task) -> list[float]:
+    """Return each block's cosine."""
+
+    def look(index: int, block: Block, seen: Sequence[Attended], after: Sequence[Tensor]) -> float:
+        del index, block
+        return cosine([part.residual for part in seen], after)
+
+    return visit(task, look)
+
+
+def choose(task: Task) -> Choice:
+    """Return formats: of two adjacent widths, blocks of the lowest cosine get the wider one.
+
+    Raises `InfeasibleError` where the narrowest do not fit.
+    """
+    fixed, names = settle(task)
+    units: dict[int, list[str]] = {}
+    for name in names:
+        block = split_name(name).block
+        assert block is not None  # attention, shared and routed experts are all in blocks
+        units.setdefault(block, []).append(name)
+    measured = scores(task)
+    return widened(task, fixed, [units[block] for block in sorted(units, key=measured.__getitem__)])

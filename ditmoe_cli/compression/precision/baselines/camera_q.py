@@ -1,0 +1,150 @@
+"""CAMERA-Q: neurons of experts in bit groups by their energy (Xu et al. 2025, https://arxiv.org/abs/2508.02322).
+
+A neuron with its row of W_gate and W_up and its column of W_down is a micro-expert. The paper ranks all micro-experts
+of a block's routed and shared experts by their energy (`compression.algebra.neurons`) and gives the first 10 %
+of them 8 bits, the next 30 % 4 bits and the others 2 bits. So rows and columns of one matrix have different widths; to
+store them in consecutive pieces, an expert's neurons are put in the order of their energy first.
+
+Budget: the last group has the widest width b that all neurons can have, the other two the next two of `Task.widths`
+below 16 bits. The first two groups together have a share s of a block's neurons, a quarter of it the first, as in the
+paper, where s is 40 %. s is the same in all blocks but for one step, and as large as the budget allows; its steps are
+those of single units.
+
+Units: columns of down that share a scale should share a width too, or pieces would take more scales than the whole. So
+an expert's neurons, best first, are cut into units of the group size, the last of which takes the rest; units are
+ranked by their mean energy, and one belongs to the group that its middle falls into. Experts of a single unit have one
+width.
+
+Attention gets 4 bits, as in the other baselines here, or b where that leaves too little; all else stays as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ditmoe_cli.compression.precision.budget import UNTOUCHED, Choice
+from ditmoe_cli.compression.precision.task import Task, most_that_fits, settle, widest_that_fits
+from ditmoe_cli.compression.precision.trial import trial
+from ditmoe_cli.compression.replay.neuron_order import neuron_energies, orders_of
+from ditmoe_cli.compression.replay.ordered import expert_stem, has_pieces
+from ditmoe_cli.formats.weights import Pieces, neuron_axis
+
+FIRST_OF_WIDER = 0.25  # 10 % of 40 %
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Neurons of an expert that share a width: how many, and their mean energy."""
+
+    expert: str
+    neurons: int
+    energy: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A unit's move into the next wider group, at a share s of neurons in the wider groups."""
+
+    share: float
+    block: int
+    group: int
+    expert: str
+
+
+def choose(task: Task) -> Choice:
+    """Return formats: in each block the same share of neurons, those of highest energy, gets wider ones.
+
+    Raises `InfeasibleError` where the narrowest do not fit, and `BadInputError` for a profile without states.
+    """
+    fixed, names = settle(task, ("attn",))
+    widths = tuple(width for width in task.widths if width != UNTOUCHED)
+    index = widest_that_fits(task, fixed, names)
+    if index >= len(widths) - 1:
+        return Choice({**fixed, **task.at(names, (widths or task.widths)[-1])})
+    widths = widths[index : index + 3]
+    pool = {name: expert for name in names if (expert := expert_stem(name)) is not None}
+    fixed = {**fixed, **task.at([name for name in names if name not in pool], widths[0])}
+    energies = neuron_energies(task.checkpoint, task.profile, task.device, task.bar)
+    ranked, size = set(pool.values()), task.candidates.group_size
+    blocks = [
+        [unit for expert, each in block.items() if expert in ranked for unit in units_of(expert, each, size)]
+        for block in energies
+    ]
+    taken = steps(blocks, len(widths))
+
+    def formats(n: int) -> dict[str, str]:
+        groups = grouped(blocks, taken[:n])
+        found = {name: matrix_format(task, name, groups[expert], widths) for name, expert in pool.items()}
+        return {**fixed, **{name: fmt for name, fmt in found.items() if fmt is not None}}
+
+    chosen = most_that_fits(task, formats, len(taken) + 1)
+    tried = trial(
+        task.checkpoint, task.profile, chosen, task.device, task.bar, orders=orders_of(energies, chosen)
+    ).error
+    cut = any(has_pieces(chosen, expert) for expert in pool.values())
+    return Choice(chosen, tried=tried, ordering="camera" if cut else None)
+
+
+def units_of(expert: str, energies: Tensor, size: int) -> list[Unit]:
+    """Return an expert's neurons (H,) in units of `size`, those of highest energy first; the last is up to twice that.
+
+    Fewer than two times `size` are a single unit.
+    """
+    ranked = energies.double().sort(descending=True).values
+    count = max(len(ranked) // size, 1)
+    sizes = [size] * (count - 1) + [len(ranked) - size * (count - 1)]
+    return [Unit(expert, len(part), float(part.mean())) for part in ranked.split(sizes)]  # type: ignore[no-untyped-call]
+
+
+def steps(blocks: Sequence[Sequence[Unit]], groups: int) -> list[Step]:
+    """Return the moves of all blocks' units from the narrowest of `groups` groups to wider ones, by their share s.
+
+    A unit whose middle lies at the share m of a block's neurons, ranked by energy, enters the second group where s
+    exceeds m, and the widest of three where s / 4 does. None is above s = 1.
+    """
+    found = []
+    for block, units in enumerate(blocks):
+        ranked = sorted(units, key=lambda unit: -unit.energy)
+        total, before = sum(unit.neurons for unit in units), 0
+        for unit in ranked:
+            middle = (before + unit.neurons / 2) / total
+            shares = (middle, middle / FIRST_OF_WIDER)[: groups - 1]
+            found += [Step(share, block, g, unit.expert) for g, share in enumerate(shares, 1) if share <= 1]
+            before += unit.neurons
+    return sorted(found, key=lambda step: (step.share, step.block, step.group))
+
+
+def grouped(blocks: Sequence[Sequence[Unit]], taken: Sequence[Step]) -> dict[str, list[tuple[int, int]]]:
+    """Return, for each expert, how many neurons each of its groups has as (group, neurons), the widest first.
+
+    Steps of an expert concern its units from the first on.
+    """
+    sizes: dict[str, list[int]] = {}
+    for unit in itertools.chain.from_iterable(blocks):
+        sizes.setdefault(unit.expert, []).append(unit.neurons)
+    moved: dict[str, dict[int, int]] = {expert: {} for expert in sizes}
+    for step in taken:
+        moved[step.expert][step.group] = moved[step.expert].get(step.group, 0) + 1
+    found = {}
+    for expert, mine in sizes.items():
+        group = [sum(i < units for units in moved[expert].values()) for i in range(len(mine))]
+        runs = itertools.groupby(zip(group, mine, strict=True), key=lambda pair: pair[0])
+        found[expert] = [(g, sum(neurons for _, neurons in run)) for g, run in runs]
+    return found
+
+
+def matrix_format(task: Task, name: str, groups: Sequence[tuple[int, int]], widths: Sequence[str]) -> str | None:
+    """Return the format of a matrix whose neurons are in `groups`: of pieces, unless all get the same; None of none."""
+    counts: dict[str | None, int] = {}
+    for group, neurons in groups:
+        fmt = task.format_at(name, widths[group])
+        counts[fmt] = counts.get(fmt, 0) + neurons
+    formats = tuple(fmt for fmt in counts if fmt is not None)
+    if len(counts) == 1 or not formats:
+        return next(iter(counts))
+    assert len(formats) == len(counts)  # widths below 16 bits all suit a weight, or none does
+    return Pieces(neuron_axis(name), formats, tuple(counts.values())).name

@@ -1,0 +1,195 @@
+"""PMQ, the pre-loading mixed-precision quantisation of MC-MoE: bits by an expert's use and its own rounding error.
+
+Huang et al. 2024, https://arxiv.org/abs/2410.06270. Each block has a budget of its own. An expert e is one decision:
+its matrices share a width b, and the sum over experts is least of
+
+    φ_e^α w_e^β ε_eb^γ        α = β = 1, γ = 2
+    φ_e   share of tokens that select e
+    w_e   Σ_t g_te / tokens, g the routing weight, 0 of tokens that do not select e
+    ε_eb  ‖F(u) - F_eb(u)‖_F, of the mixture's output when e alone is rounded to b bits
+
+at calibration tokens u, each counting the same: neither γ of the block nor guidance enters. Where a block's budget
+allows, at least one expert gets the widest and one the second-widest width. Attention and the shared expert get 4
+bits, all else stays as it is.
+
+The paper's widths are 1, 2 and 3 bits at 1.57 to 2.54 bits an expert. Likewise three adjacent ones of those allowed are
+offered here: the first above what all experts could have, and two below, or one below and two above where there are no
+two. Budgets are bytes, of which each block is given the same share of what separates its narrowest from its widest
+formats; for blocks of one shape that is the same number of bits. Weights are rounded to the nearest values of their
+formats, whose ranges are searched for, as all methods here do, where the paper takes the ranges of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe_cli.compression.precision.budget import Choice, fitted, weight_bytes
+from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve
+from ditmoe_cli.compression.precision.sensitivity import EXPERT_TOKENS
+from ditmoe_cli.compression.precision.task import DENSE, DENSE_WIDTH, Task, widest_that_fits
+from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
+from ditmoe_cli.compression.replay.visit import visit
+from ditmoe_cli.errors import InfeasibleError
+from ditmoe_cli.files.names import in_expert, split_name
+from ditmoe_cli.model.dit import Attended, Block
+from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.routing.profile import RoutingTables
+
+ALPHA, BETA, GAMMA = 1.0, 1.0, 2.0
+OFFERED = 3  # widths that an expert may have
+
+Expert = tuple[int, int]  # block, expert
+Members = Mapping[Expert, Sequence[str]]
+Changes = Mapping[Expert, Mapping[str, float]]  # ε by width
+
+
+def choose(task: Task) -> Choice:
+    """Return formats: in each block those of least Σ φ^α w^β ε^γ. Raises `InfeasibleError` where none fit."""
+    members = _members(task)
+    fixed, experts = task.at(task.named(*DENSE), DENSE_WIDTH), task.named("experts")
+    fits = widest_that_fits(task, fixed, experts)
+    if not members:
+        return Choice(fixed)
+    widths = offered(task.widths, fits)
+    blocks = _groups(task, members, widths, _costs(task, members, widths))
+    order = list(members)
+
+    def formats_of(budget: int) -> dict[str, str]:
+        budgets = shares(blocks, budget)
+        chosen = [block_choice(groups, mine, widths) for groups, mine in zip(blocks, budgets, strict=True)]
+        taken = [widths[o] for choice in chosen for o in choice]
+        parts = (task.at(members[expert], width) for expert, width in zip(order, taken, strict=True))
+        return {**fixed, **{name: fmt for part in parts for name, fmt in part.items()}}
+
+    narrowest = task.size(fixed, task.at(experts, widths[0]))
+    budget = task.limit - narrowest + sum(group.options[0].bytes for groups in blocks for group in groups)
+    return Choice(fitted(budget, task.limit, formats_of, task.size))
+
+
+def _members(task: Task) -> dict[Expert, list[str]]:
+    """Return the matrices of each expert, block by block."""
+    found: dict[Expert, list[str]] = {}
+    for name in task.named("experts"):
+        parts = split_name(name)
+        assert parts.block is not None and parts.expert is not None
+        found.setdefault((parts.block, parts.expert), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def offered(widths: Sequence[str], fits: int) -> tuple[str, ...]:
+    """Return three adjacent widths, fewer where there are fewer: the one after index `fits`, and two below it."""
+    start = max(min(fits + 1, len(widths) - 1) - (OFFERED - 1), 0)
+    return tuple(widths[start : start + OFFERED])
+
+
+def usage(tables: RoutingTables, tokens: int) -> dict[Expert, tuple[float, float]]:
+    """Return (φ, w) of each expert, over all `tokens` of all steps and branches."""
+
+    def share(table: Sequence[Sequence[Sequence[float]]], expert: int) -> float:
+        return sum(step[expert] for branch in table for step in branch) / tokens
+
+    return {
+        (b, e): (share(tables.selected[b], e), share(tables.gate_mass[b], e))
+        for b, experts in enumerate(tables.experts)
+        for e in range(experts)
+    }
+
+
+def _costs(task: Task, members: Members, widths: Sequence[str]) -> dict[Expert, list[float]]:
+    """Return φ^α w^β ε^γ of each expert at each width."""
+    used = usage(task.profile.tables, int(task.profile.tensor("tokens").sum()))
+    changes = output_changes(task, members, widths)
+    return {
+        expert: [used[expert][0] ** ALPHA * used[expert][1] ** BETA * changes[expert][w] ** GAMMA for w in widths]
+        for expert in members
+    }
+
+
+def output_changes(task: Task, members: Members, widths: Sequence[str]) -> Changes:
+    """Return ε of each expert in `members` at each width."""
+
+    def look(index: int, block: Block, seen: Sequence[Attended], after: Sequence[Tensor]) -> Changes:
+        del after
+        u = torch.cat([part.inputs.flatten(0, 1) for part in seen])
+        routing = block.moe.gate(u)
+        found = {}
+        for expert in (expert for expert in members if expert[0] == index):
+            choices = [layers_of(block, index, task.at(members[expert], width)) for width in widths]
+            module = block.moe.experts[expert[1]]
+            assert isinstance(module, SwiGLU)
+            errors = changes_of(module, u, routing.gate_of(expert[1]), choices)
+            found[expert] = dict(zip(widths, errors, strict=True))
+        return found
+
+    return {expert: change for found in visit(task, look) for expert, change in found.items()}
+
+
+def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mapping[nn.Linear, str]]) -> Iterator[float]:
+    """Yield ‖g ⊙ (f(u) - f'(u))‖_F of an expert with its layers rounded to each choice of formats.
+
+    `gates` g (T,) is its routing weight at tokens u (T, D), 0 where it was not selected. Of more than `EXPERT_TOKENS`
+    tokens that selected it evenly spaced ones stand for all.
+    """
+    used = gates.nonzero().squeeze(1)
+    some = used[:: max(-(-len(used) // EXPERT_TOKENS), 1)]
+    u, scale = u[some], gates[some].unsqueeze(1)
+    before = expert(u)
+    for formats in choices:
+        with rounded(formats):
+            change = scale * (expert(u) - before)
+        yield float(change.double().square().sum() * len(used) / max(len(some), 1)) ** 0.5
+
+
+def _groups(
+    task: Task, members: Members, widths: Sequence[str], costs: Mapping[Expert, Sequence[float]]
+) -> list[list[Group]]:
+    """Return the decisions of each block: an expert each, with its widths as options."""
+    blocks: dict[int, list[Group]] = {}
+    for expert, names in members.items():
+        options = tuple(
+            Option(w, sum(weight_bytes(task.checkpoint, n, task.format_at(n, w)) for n in names), cost)
+            for w, cost in zip(widths, costs[expert], strict=True)
+        )
+        blocks.setdefault(expert[0], []).append(Group(in_expert(*expert, "")[:-1], options))
+    return list(blocks.values())
+
+
+def shares(blocks: Sequence[Sequence[Group]], budget: int) -> list[int]:
+    """Return each block's part of a budget: least + (budget - Σ least) (most - least) / Σ (most - least)."""
+    least = [sum(min(option.bytes for option in group.options) for group in groups) for groups in blocks]
+    most = [sum(max(option.bytes for option in group.options) for group in groups) for groups in blocks]
+    room = max(sum(most) - sum(least), 1)
+    spare = min(max(budget - sum(least), 0), room)
+    return [low + spare * (high - low) // room for low, high in zip(least, most, strict=True)]
+
+
+def block_choice(groups: Sequence[Group], budget: int, widths: Sequence[str]) -> tuple[int, ...]:
+    """Return the width of each of a block's experts, of least cost within `budget` bytes, as indices of `widths`.
+
+    The two widest are each given to at least one expert, unless that does not fit or there are too few experts.
+    """
+    demands = range(len(widths))[-2:] if len(groups) > 1 else ()
+    return (_least(groups, budget, demands, {}) or solve(groups, budget)).choice
+
+
+def _least(groups: Sequence[Group], budget: int, demands: Sequence[int], made: Mapping[int, int]) -> Solution | None:
+    """Return the solution of least error in which some group takes each option of `demands`; None where none fits.
+
+    Groups in `made` take the option that it says. Where the solution lacks a demand, each other group is made to take
+    it in turn.
+    """
+    options = [group.options if g not in made else (group.options[made[g]],) for g, group in enumerate(groups)]
+    try:
+        free = solve([replace(group, options=mine) for group, mine in zip(groups, options, strict=True)], budget)
+    except InfeasibleError:
+        return None
+    free = replace(free, choice=tuple(made.get(g, o) for g, o in enumerate(free.choice)))
+    missing = next((option for option in demands if option not in free.choice), None)
+    if missing is None:
+        return free
+    tried = (_least(groups, budget, demands, {**made, g: missing}) for g in range(len(groups)) if g not in made)
+    return min(filter(None, tried), key=lambda found: (found.error, found.bytes), default=None)

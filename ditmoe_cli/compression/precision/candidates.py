@@ -1,0 +1,109 @@
+"""Which weights a mix of precisions is planned over, and which formats each may take. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.names import MATRICES, split_name
+from ditmoe_cli.formats.weights import is_quantizable
+from ditmoe_cli.model.opened import Checkpoint, WeightGroup, weight_group
+
+WIDTHS = ("1.58", "2", "3", "4", "5", "6", "8", "16")
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZE = 64
+GROUPS: tuple[WeightGroup, ...] = ("experts", "shared", "attn", "modulation", "embedders")
+DEFAULT_ALLOWED = ("2", "3", "4", "5", "6", "8", "16")
+DEFAULT_FLOORS: Mapping[str, float] = {"shared": 3, "attn": 3, "modulation": 4, "embedders": 4}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a planner may choose from.
+
+    Attributes:
+        allowed: widths in bits, of `WIDTHS`; 16 leaves a weight as it is.
+        group_size: weights that share a scale.
+        symmetric: whether ranges are symmetric, without zero points.
+        floors: fewest bits, by group of weights.
+        protected: groups of weights that stay as they are.
+        tied: matrices of an expert, shared or routed, that take the same format.
+    """
+
+    allowed: tuple[str, ...] = DEFAULT_ALLOWED
+    group_size: int = DEFAULT_GROUP_SIZE
+    symmetric: bool = False
+    floors: Mapping[str, float] = field(default_factory=lambda: DEFAULT_FLOORS)
+    protected: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, values, known in (
+            ("--allow", self.allowed, WIDTHS),
+            ("--floor", tuple(self.floors), GROUPS),
+            ("--protect", self.protected, GROUPS),
+            ("--tie", self.tied, tuple(matrix.removesuffix("_proj") for matrix in MATRICES)),
+            ("--group-size", (self.group_size,), GROUP_SIZES),
+        ):
+            unknown = next((value for value in values if value not in known), None)
+            if unknown is not None:
+                raise UsageError(f"{what} {unknown}: choose from {', '.join(map(str, known))}")
+        if len(self.tied) == 1:
+            raise UsageError(f"--tie {self.tied[0]}: name at least two matrices, as gate,up")
+
+    def format_of(self, width: str) -> str | None:
+        """Return the format of a width; None for 16, which is none."""
+        if width == "16":
+            return None
+        stem = "ternary" if width == "1.58" else f"int{width}"
+        suffix = "-sym" if self.symmetric and width != "1.58" else ""
+        return f"{stem}-g{self.group_size}{suffix}"
+
+
+def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[str, tuple[str | None, ...]]:
+    """Return the formats that each planned weight may take, narrowest first; None is to be left as it is.
+
+    Raises `BadInputError` where weights are quantised already, and `UsageError` where a group is left no format.
+    """
+    require_unquantised(checkpoint)
+    found: dict[str, tuple[str | None, ...]] = {}
+    for name, weight in checkpoint.weights.items():
+        group = weight_group(weight.info)
+        if group is None or group in candidates.protected or not is_quantizable(weight.info):
+            continue
+        floor = candidates.floors.get(group, 0)
+        widths = [width for width in WIDTHS if width in candidates.allowed and float(width) >= floor]
+        if not widths:
+            raise UsageError(
+                f"--allow {','.join(candidates.allowed)} and --floor {group}={floor:g} leave nothing; allow a wider "
+                f"one, or --protect {group}"
+            )
+        formats = (candidates.format_of(width) for width in widths)
+        found[name] = tuple(fmt for fmt in formats if fmt is None or is_quantizable(weight.info, fmt))
+    if candidates.protected and not found:
+        raise UsageError(f"--protect {','.join(candidates.protected)}: leaves nothing to quantise")
+    if not any(any(formats) for formats in found.values()):
+        raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be quantised")
+    return {name: formats or (None,) for name, formats in found.items()}
+
+
+def require_unquantised(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` where a weight is packed already, or an expert stored as a difference."""
+    packed = next((w for w in checkpoint.weights.values() if weight_group(w.info) and w.format is not None), None)
+    if packed is not None:
+        raise BadInputError(
+            f"{checkpoint.path}: {packed.info.name!r} is {packed.format} already; quantise the checkpoint that it "
+            "came from"
+        )
+
+
+def ties(names: Sequence[str], tied: Sequence[str]) -> dict[str, str]:
+    """Return, for each weight, the name of the decision that it shares."""
+    found = {}
+    for name in names:
+        parts = split_name(name)
+        matrix = name.removesuffix("_proj.weight").rpartition(".")[2]
+        mine = matrix in tied and (parts.expert is not None or ".shared_experts." in name)
+        found[name] = name.replace(f".{matrix}_proj.", f".{'+'.join(tied)}.") if mine else name
+    return found

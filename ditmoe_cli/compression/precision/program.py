@@ -1,0 +1,324 @@
+"""Which number format each weight gets, as a binary program under a budget of bytes. Needs neither torch nor numpy.
+
+With x_go = 1 where group g takes option o, of b_go bytes and error e_go:
+
+    minimise Σ_go e_go x_go   subject to   Σ_o x_go = 1 for each g,   Σ_go b_go x_go <= B,   x_go in {0, 1}.
+
+`lagrange.py` gives a good choice and a bound. PuLP (https://coin-or.github.io/pulp/) then closes the gap, with HiGHS
+where highspy is installed and its own CBC otherwise; no solver sees more than the options that the bound leaves open.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ditmoe_cli.compression.precision.knapsack import exact
+from ditmoe_cli.compression.precision.lagrange import (
+    Group,
+    Option,
+    bytes_of,
+    check,
+    dual,
+    error_of,
+    improve,
+    lagrange,
+    reduced_costs,
+    relax,
+    undominated,
+    usable,
+)
+from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
+
+__all__ = ["Group", "Option", "Solution", "Tied", "lagrange", "solve", "tie", "undominated"]
+
+Solver = Literal["auto", "highs", "cbc", "lagrange"]
+_PROGRAMS: dict[str, tuple[str, ...]] = {
+    "auto": ("highs", "cbc"),
+    "highs": ("highs",),
+    "cbc": ("cbc",),
+    "lagrange": (),
+}
+
+# The gap up to which the Lagrangian's choice stands in for a program that gave no proof.
+FALLBACK_GAP = 5e-2
+# A relative gap that rounding alone may cause.
+_ROUNDING = 1e-12
+# Solvers compare with absolute tolerances of about 1e-6. The largest cost that they are shown is brought near this.
+_COST_SCALE = 1024.0
+# How far a solver's proof may be off, in those costs.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What each group takes, and how far from the optimum that may be.
+
+    choice: an option index per group. error, bytes: their sums over groups. bound: no choice that fits the budget has
+    less error; the Lagrangian's, or the solver's where its proof is tighter. gap: (error - bound) / error, 0 where
+    error is 0. solver: whose answer it is, ``highs`` or ``cbc`` where that ended with a proof or with the better
+    choice, ``exact`` where they did not and all sums were listed (`knapsack`), else ``lagrange``.
+    """
+
+    choice: tuple[int, ...]
+    error: float
+    bytes: int
+    bound: float
+    gap: float
+    solver: str
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Groups that were merged, and the way back.
+
+    groups: one for each set of tied groups. members: for each original group the index of its merged one, and its own
+    option's index for each option of that.
+    """
+
+    groups: tuple[Group, ...]
+    members: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def spread(self, choice: Sequence[int]) -> tuple[int, ...]:
+        """Return the option index of each original group, given one per merged group."""
+        return tuple(options[choice[g]] for g, options in self.members)
+
+
+def tie(groups: Sequence[Group], names: Mapping[str, str]) -> Tied:
+    """Merge the groups to which `names` gives one name; those that it leaves out keep their own.
+
+    Options are matched by format, in the order of the first member: those that all members have, with bytes and errors
+    added up. Merged groups stand where their first members did. Raises `BadInputError` where `names` speaks of no
+    group, two groups have one name, a group has a format twice, or tied groups have no format in common.
+    """
+    taken = {group.name: group for group in groups}
+    if len(taken) < len(groups):
+        twice = next(name for name in taken if sum(group.name == name for group in groups) > 1)
+        raise BadInputError(f"group {twice}: it is there twice; give each its own name")
+    missing = next((name for name in names if name not in taken), None)
+    if missing is not None:
+        raise BadInputError(f"group {missing}: it is to be tied to {names[missing]}, but is not there")
+    merged: dict[str, list[Group]] = {}
+    for group in groups:
+        merged.setdefault(names.get(group.name, group.name), []).append(group)
+    index = {name: g for g, name in enumerate(merged)}
+    formats = {name: _common_formats(name, members) for name, members in merged.items()}
+    back: list[tuple[int, tuple[int, ...]]] = []
+    for group in groups:
+        name = names.get(group.name, group.name)
+        own = _by_format(group)
+        back.append((index[name], tuple(own[each] for each in formats[name])))
+    return Tied(tuple(_merge(name, members, formats[name]) for name, members in merged.items()), tuple(back))
+
+
+def solve(
+    groups: Sequence[Group], budget: int, gap: float = 1e-4, time_limit: float = 5.0, solver: Solver = "auto"
+) -> Solution:
+    """Return the choice of least error that fits `budget` bytes, to within the relative `gap`.
+
+    1. The Lagrangian gives a choice of error U, a bound L, and λ. A choice with option o in group g has an error of at
+       least L + r_go (`reduced_costs`), so options with r_go > U - L cannot make U better, and go. Where none remains
+       but the choice, or U - L is mere rounding, that is the optimum, and no program is run.
+    2. The rest is a binary program. Costs are taken above the least of each group and scaled by a power of two, bytes
+       are taken above the least and divided by their common divisor, and the gap allowed is absolute, `gap` L / 2, so
+       that neither the errors' unit nor the groups that are settled make a difference to a solver. The other half is
+       for its tolerances.
+    3. The solver's choice, put through `improve`, or the Lagrangian's: of less error, then of fewer bytes, then the
+       lexicographically first.
+
+    ``auto`` runs HiGHS if it is installed, and CBC if HiGHS is missing, fails or ends without a proof. `time_limit` is
+    in seconds: HiGHS then gets half, and CBC what is left. Without a proof the best of the choices stands if its gap is
+    at most `FALLBACK_GAP` (or `gap`, if larger); else ``auto`` lists all sums of bytes and errors, if they are not too
+    many (`knapsack.exact`). ``lagrange`` runs nothing, and its choice always stands. One thread
+    and fixed seeds make equal input give equal choices, unless a program is cut off by the clock. Options that another
+    makes pointless (`undominated`) are never taken.
+
+    Raises `InfeasibleError` where the least bytes exceed the budget or no answer is good enough, `BadInputError` for
+    errors or bytes that make no sense, `UsageError` for arguments that do not.
+    """
+    if solver not in _PROGRAMS:
+        raise UsageError(f"solver {solver}: unknown; there are {', '.join(_PROGRAMS)}")
+    if not (0 <= gap < math.inf and 0 < time_limit < math.inf):
+        raise UsageError(f"gap {gap}, time limit {time_limit} s: the gap must be finite and >= 0, the limit > 0")
+    check(groups, budget)
+    budget = usable(groups, budget)
+    start, multiplier = relax(groups, budget)
+    bound = dual(groups, budget, multiplier)
+    incumbent = improve(groups, budget, start)
+    upper = error_of(groups, incumbent)
+    fallback = _solution(groups, incumbent, bound, "lagrange")
+    core = _core(groups, incumbent, multiplier, upper - bound)
+    if all(len(options) == 1 for options in core):
+        return _solution(groups, incumbent, upper, "lagrange")
+    if solver == "lagrange" or fallback.gap <= _ROUNDING:
+        return fallback
+    ended: list[str] = []
+    names, started = _PROGRAMS[solver], time.monotonic()
+    for n, name in enumerate(names):
+        left = time_limit - (time.monotonic() - started)
+        outcome = _run(
+            name, groups, core, budget, gap * bound / 2, max(time_limit / len(names), left / (len(names) - n))
+        )
+        ended.append(f"{name}: {outcome.status}")
+        if outcome.choice is None:
+            continue
+        theirs = improve(groups, budget, outcome.choice)
+        choice = min((theirs, incumbent), key=lambda each: (error_of(groups, each), bytes_of(groups, each), each))
+        if outcome.proved:
+            return _solution(groups, choice, max(bound, error_of(groups, outcome.choice) - outcome.slack), name)
+        if choice != incumbent:
+            incumbent, fallback = choice, _solution(groups, choice, bound, name)
+    if fallback.gap <= max(gap, FALLBACK_GAP):
+        return fallback
+    best = exact(groups, core, budget, multiplier, upper - bound) if solver == "auto" else None
+    if best is not None:
+        choice = min((best, incumbent), key=lambda each: error_of(groups, each))
+        return _solution(groups, choice, error_of(groups, choice) * (1 - _ROUNDING), "exact")
+    raise InfeasibleError(
+        f"the formats could not be chosen ({'; '.join(ended)}): the best choice found may be {fallback.gap:.2g} of its "
+        f"error from the optimum, more than {max(gap, FALLBACK_GAP):.2g}; give more time or another solver"
+    )
+
+
+def _by_format(group: Group) -> dict[str, int]:
+    """Return the option index of each format."""
+    found = {option.format: o for o, option in enumerate(group.options)}
+    if len(found) < len(group.options):
+        raise BadInputError(f"group {group.name}: it has a format twice, so it cannot be tied by formats")
+    return found
+
+
+def _common_formats(name: str, members: Sequence[Group]) -> tuple[str, ...]:
+    """Return the formats that all members have, in the first member's order."""
+    own = [_by_format(member) for member in members]
+    common = tuple(each for each in own[0] if all(each in other for other in own))
+    if not common:
+        listed = ", ".join(member.name for member in members)
+        raise BadInputError(f"group {name}: {listed} have no format in common, and cannot be tied")
+    return common
+
+
+def _merge(name: str, members: Sequence[Group], formats: Sequence[str]) -> Group:
+    """Return the members as one group, bytes and errors added up."""
+    found = [[member.options[_by_format(member)[each]] for member in members] for each in formats]
+    return Group(
+        name,
+        tuple(
+            Option(each, sum(option.bytes for option in same), math.fsum(option.error for option in same))
+            for each, same in zip(formats, found, strict=True)
+        ),
+    )
+
+
+def _core(groups: Sequence[Group], incumbent: Sequence[int], multiplier: float, open_gap: float) -> list[list[int]]:
+    """Return the options of each group that may be in a choice no worse than the incumbent, its own among them."""
+    core: list[list[int]] = []
+    for group, own in zip(groups, incumbent, strict=True):
+        costs = reduced_costs(group, multiplier)
+        # a hair more than the gap: the bound is lowered by its rounding, but may equal the error
+        core.append([o for o in undominated(group) if o == own or costs[o] <= open_gap * (1 + 1e-9)])
+    return core
+
+
+def _solution(groups: Sequence[Group], choice: tuple[int, ...], bound: float, solver: str) -> Solution:
+    """Return the solution with its sums and its gap; a bound above the error is cut to it."""
+    error = error_of(groups, choice)
+    bound = min(bound, error)
+    return Solution(choice, error, bytes_of(groups, choice), bound, (error - bound) / error if error else 0.0, solver)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a program.
+
+    choice: None if there is none. status: how it ended. proved: no choice is better by more than slack.
+    """
+
+    choice: tuple[int, ...] | None
+    status: str
+    proved: bool = False
+    slack: float = 0.0
+
+
+def _run(
+    name: str, groups: Sequence[Group], core: Sequence[Sequence[int]], budget: int, allowed: float, time_limit: float
+) -> _Outcome:
+    """Run the program over the options in `core`; `allowed` is the absolute gap, in the errors' unit."""
+    open_groups = [g for g, options in enumerate(core) if len(options) > 1]
+    cells = [(g, o) for g in open_groups for o in core[g]]
+    least = {g: min(groups[g].options[o].bytes for o in core[g]) for g in range(len(groups))}
+    lowest = {g: min(groups[g].options[o].error for o in core[g]) for g in open_groups}
+    more = {(g, o): groups[g].options[o].bytes - least[g] for g, o in cells}
+    unit = math.gcd(*more.values()) or 1
+    room = (budget - sum(least.values())) // unit
+    costs = {(g, o): groups[g].options[o].error - lowest[g] for g, o in cells}
+    # a power of two, so that scaling rounds nothing
+    power = math.frexp(_COST_SCALE)[1] - math.frexp(max(costs.values()))[1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            taken, status, proved = _solved(
+                name,
+                {cell: math.ldexp(cost, power) for cell, cost in costs.items()},
+                {cell: extra // unit for cell, extra in more.items()},
+                room,
+                math.ldexp(allowed, power),
+                time_limit,
+            )
+    except ImportError:
+        return _Outcome(None, "not installed")
+    except Exception as error:  # whatever goes wrong in a solver, the Lagrangian's answer is still there
+        return _Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0])
+    choice = [options[0] for options in core]
+    for g, o in taken:
+        choice[g] = o
+    if sorted(g for g, _ in taken) != open_groups:
+        return _Outcome(None, status)
+    if bytes_of(groups, choice) > budget:
+        return _Outcome(None, f"{status}, but over the budget")
+    return _Outcome(tuple(choice), status, proved, allowed + math.ldexp(_TOLERANCE, -power))
+
+
+def _solved(
+    name: str,
+    costs: Mapping[tuple[int, int], float],
+    sizes: Mapping[tuple[int, int], int],
+    room: int,
+    allowed: float,
+    time_limit: float,
+) -> tuple[list[tuple[int, int]], str, bool]:
+    """Return the cells (group, option) taken, how the program ended, and whether they are optimal within `allowed`."""
+    import pulp  # type: ignore[import-untyped, unused-ignore]
+
+    program = pulp.LpProblem("formats", pulp.LpMinimize)
+    taken = {(g, o): program.add_variable(f"x_{g}_{o}", 0, 1, pulp.LpBinary) for g, o in costs}
+    program.setObjective(pulp.LpAffineExpression({taken[cell]: cost for cell, cost in costs.items()}))
+    rows: dict[int, list[Any]] = {}
+    for (g, _), variable in taken.items():
+        rows.setdefault(g, []).append(variable)
+    for g, row in rows.items():
+        program += pulp.LpAffineExpression(dict.fromkeys(row, 1)) == 1, f"one_{g}"
+    program += pulp.LpAffineExpression({taken[cell]: size for cell, size in sizes.items()}) <= room, "budget"
+    program.solve(_program(pulp, name, allowed, time_limit))
+    status = str(pulp.LpSolution[program.sol_status])
+    cells = [cell for cell, variable in taken.items() if (variable.varValue or 0) > 0.5]
+    return cells, status, program.sol_status == pulp.LpSolutionOptimal
+
+
+def _program(pulp: Any, name: str, allowed: float, time_limit: float) -> Any:
+    """Return PuLP's solver of that name: silent, on one thread, with fixed seeds."""
+    if name == "highs":
+        # its threads cannot be set here: highspy keeps one pool per process, and fails if asked for another size
+        options = {"parallel": "off", "random_seed": 0}
+        program = pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=allowed, timeLimit=time_limit, **options)
+    else:
+        seeds = ["randomSeed 1", "randomCbcSeed 1"]
+        limits = {"gapRel": 0.0, "gapAbs": allowed, "timeLimit": time_limit}
+        program = pulp.PULP_CBC_CMD(msg=False, threads=1, options=seeds, **limits)
+    if not program.available():
+        raise ImportError(f"{name} is not installed")
+    return program

@@ -1,0 +1,70 @@
+"""Uniform quantisation: one format for every routed, shared and attention matrix. Torch-free."""
+
+from __future__ import annotations
+
+from ditmoe_cli.compression.plan import CompressionPlan, Rounding
+from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, GROUP_SIZES, require_unquantised
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.formats.weights import is_quantizable
+from ditmoe_cli.model.opened import Checkpoint, weight_group
+
+UNIFORM_GROUPS = ("experts", "shared", "attn")
+KINDS = ("nf4", "fp4", "int8", "int", "ternary")
+INTEGER_BITS = (2, 3, 4, 5, 6, 8)
+_TERNARY_BITS = 1.58
+
+
+def format_named(kind: str | None, bits: float | None, group_size: int, symmetric: bool, double: bool) -> str:
+    """Return the format of a kind and width; what is not given follows from the other.
+
+    4 bits are NF4 and 8 are bitsandbytes' int8 unless another kind is named, all other widths are uniform integers.
+    Raises `UsageError` for what does not go together.
+    """
+    if kind is None:
+        default = {4.0: "nf4", 8.0: "int8", _TERNARY_BITS: "ternary"}
+        kind = default.get(bits, "int") if bits is not None else None
+    if kind not in KINDS:
+        what = "--bits is missing: give a width, or a --format" if kind is None else f"--format {kind}: unknown"
+        raise UsageError(f"{what}; choose from {', '.join(KINDS)}")
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"--group-size {group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
+    if double and kind not in ("nf4", "fp4"):
+        raise UsageError(f"--double-quant: only nf4 and fp4 have it, not {kind}")
+    if symmetric and kind != "int":
+        raise UsageError(f"--symmetric: only --format int has it, not {kind}")
+    if kind in ("nf4", "fp4", "int8") and group_size != DEFAULT_GROUP_SIZE:
+        raise UsageError(f"--group-size {group_size}: {kind} has its own; only int and ternary have groups to choose")
+    fixed = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0, "ternary": _TERNARY_BITS}.get(kind)
+    if fixed is not None and bits not in (None, fixed):
+        raise UsageError(f"--format {kind}: has {fixed:g} bits, not --bits {bits:g}")
+    if kind == "int" and bits not in INTEGER_BITS:
+        raise UsageError(f"--bits {bits}: with --uniform choose from {', '.join(map(str, INTEGER_BITS))}")
+    if kind == "int":
+        return f"int{bits:g}-g{group_size}{'-sym' if symmetric else ''}"
+    return f"ternary-g{group_size}" if kind == "ternary" else f"{kind}{'-dq' if double else ''}"
+
+
+def uniform_formats(checkpoint: Checkpoint, fmt: str) -> dict[str, str]:
+    """Return one format for all routed, shared and attention matrices that it suits."""
+    return {
+        name: fmt
+        for name, weight in checkpoint.weights.items()
+        if weight_group(weight.info) in UNIFORM_GROUPS and is_quantizable(weight.info, fmt)
+    }
+
+
+def plan_uniform(
+    checkpoint: Checkpoint, fmt: str, rounding: Rounding | None = None, profile: str | None = None
+) -> CompressionPlan:
+    """Plan to store all routed, shared and attention matrices in one format.
+
+    All else stays as it is. `profile` is the digest of the one that weights are rounded with. Raises `BadInputError`
+    where weights are quantised already, and where none can be.
+    """
+    require_unquantised(checkpoint)
+    formats = uniform_formats(checkpoint, fmt)
+    if not formats:
+        raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be stored as {fmt}")
+    options = {"format": fmt, **({"rounding": rounding.method} if rounding else {})}
+    source = checkpoint.fingerprint
+    return CompressionPlan("quantize", source, profile, options, formats=formats, rounding=rounding)

@@ -1,0 +1,278 @@
+"""The pruning planner: from scores to the experts that each block keeps. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
+from ditmoe_cli.compression.prune.prune_methods import DEFAULT_METHOD, METHODS, REPLAYED, Scores
+from ditmoe_cli.compression.prune.widths import widths_of_ratio
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import split_name
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_profile_of
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many experts a block keeps: a ratio of those it has, a count, or (neither) those that keep neurons."""
+
+    ratio: float | None = None
+    count: int | None = None
+
+    @property
+    def auto(self) -> bool:
+        """Whether experts go that are left without neurons, and no others."""
+        return self.ratio is None and self.count is None
+
+    def of(self, experts: int) -> int:
+        """Return the number kept out of `experts`, before neurons are; a ratio is rounded up."""
+        if self.count is not None:
+            return self.count
+        return math.ceil((1.0 if self.ratio is None else self.ratio) * experts - 1e-9)
+
+    def __str__(self) -> str:
+        return "auto" if self.auto else str(self.count if self.count is not None else self.ratio)
+
+
+def parse_keep(text: str, option: str = "--keep") -> Keep:
+    """Read ``--keep`` or its like: with a decimal point a ratio in (0, 1], without one a count of at least 1; auto."""
+    if text == "auto" and option == "--keep":
+        return Keep()
+    try:
+        if text.lstrip("+-").isdigit():
+            if int(text) < 1:
+                raise UsageError(f"{option} {text}: keep at least one expert")
+            return Keep(count=int(text))
+        ratio = float(text)
+    except ValueError:
+        raise UsageError(f"{option} {text}: give a ratio such as 0.5 or a count such as 4") from None
+    if not 0.0 < ratio <= 1.0:
+        raise UsageError(f"{option} {text}: a ratio must be above 0 and at most 1.0; a count has no decimal point")
+    return Keep(ratio=ratio)
+
+
+def kept_counts(checkpoint: Checkpoint, keep: Keep) -> list[int]:
+    """Return how many experts each block keeps. Raises `InfeasibleError` where a block cannot."""
+    counts = []
+    for i, block in enumerate(checkpoint.config.blocks):
+        experts, kept = len(block.expert_widths), keep.of(len(block.expert_widths))
+        if kept < checkpoint.config.top_k:
+            raise InfeasibleError(
+                f"--keep {keep} leaves {kept} of {experts} experts in block {i}, fewer than its "
+                f"top-{checkpoint.config.top_k} routing needs; keep at least {checkpoint.config.top_k}"
+            )
+        if kept > experts:
+            raise InfeasibleError(f"--keep {keep}: block {i} has only {experts} experts")
+        counts.append(kept)
+    return counts
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What to prune.
+
+    Attributes:
+        keep: experts that stay in each block; with `shared_budget` on average.
+        method: by which the experts are chosen.
+        router: what becomes of the other rows; None for each block's mode of least replayed error.
+        seed: of random choices.
+        shared_budget: spread experts over the blocks by their replayed errors, and neurons over all experts of all
+            blocks by their energies.
+        neurons: share of the neurons of experts that stays.
+        multiple: what narrowed widths are multiples of.
+        narrow_shared: narrow the shared expert too.
+        constants: let rows of dropped experts select constants in their place.
+        rank: of the linear maps beside these constants.
+        repair: how what stays is refitted, None for not at all.
+    """
+
+    keep: Keep
+    method: str = DEFAULT_METHOD
+    router: RouterMode | None = "ghost"
+    seed: int = 0
+    shared_budget: bool = False
+    neurons: float = 1.0
+    multiple: int = 64
+    narrow_shared: bool = False
+    constants: bool = False
+    rank: int = 0
+    repair: Repair | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether planning takes weights and the profile's reservoir or moments, not its small tables only."""
+        return self.method in REPLAYED or self.router is None or self.shared_budget
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights are computed, not only copied."""
+        return self.repair is not None or self.constants or self.neurons < 1.0
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether planning, or carrying the plan out, takes a profile."""
+        scored = self.method in REPLAYED or METHODS[self.method].needs_profile
+        return scored or self.replays or self.computes
+
+    def options(self) -> dict[str, Any]:
+        """Return what stands in the plan for its reader: what was asked for, defaults left out."""
+        names = ("method", "router", "seed", "shared_budget", "neurons", "narrow_shared", "constants", "rank")
+        plain = Pruning(self.keep)
+        always = {"keep": str(self.keep), "method": self.method, "router": self.router or "auto", "seed": self.seed}
+        return always | {n: getattr(self, n) for n in names[3:] if getattr(self, n) != getattr(plain, n)}
+
+
+def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:
+    """Refuse what cannot be done to the checkpoint, before it is profiled.
+
+    Raises `InfeasibleError` where a block cannot keep so many, `UsageError` for a rank above its width and an open
+    number of experts without neurons to share, and `BadInputError` where weights would be computed of packed ones.
+    """
+    if pruning.keep.auto and not (pruning.shared_budget and pruning.neurons < 1.0 and pruning.router):
+        raise UsageError(
+            "--keep auto: experts go that are left no neurons; give --neurons, --allocate global and a --router"
+        )
+    kept_counts(checkpoint, pruning.keep)
+    if pruning.rank > checkpoint.config.hidden_size:
+        raise UsageError(f"--residual-rank {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
+    if pruning.computes:
+        require_plain(checkpoint)
+
+
+def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: Pruning) -> CompressionPlan:
+    """Plan to keep, in every block, the experts of highest score.
+
+    Ties fall to the lower number. `profile` may be None for methods that need none. Raises `InfeasibleError`
+    where fewer than top-k would stay, and `BadInputError` for a profile of another checkpoint. Not for plans that
+    replay: `plan_replayed`.
+    """
+    assert not pruning.replays
+    if profile is not None:
+        require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    counts = kept_counts(checkpoint, pruning.keep)
+    experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
+    scores = METHODS[pruning.method].score(profile.tables if profile else empty_tables(experts), pruning.seed)
+    keeps = best(scores, counts)
+    blocks = [_block_plan(checkpoint, pruning, i, keep, pruning.router or "ghost") for i, keep in enumerate(keeps)]
+    return _plan(checkpoint, profile, pruning, blocks)
+
+
+def plan_replayed(
+    checkpoint: Checkpoint, profile: RoutingProfile, pruning: Pruning, device: str, bar: ProgressBar
+) -> CompressionPlan:
+    """Plan by replayed errors on `device`, and by energies of neurons where these are shared.
+
+    Raises what `plan_prune` does, and `BadInputError` where the profile has no reservoir or no energies.
+    """
+    from ditmoe_cli.compression.prune.by_replay import choose_replayed
+    from ditmoe_cli.compression.prune.neuron_budget import shared_widths
+
+    require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    counts = kept_counts(checkpoint, pruning.keep)
+    keeps = [tuple(range(count)) for count in counts]
+    routers: list[RouterMode] = [pruning.router or "ghost"] * len(counts)
+    if counts != [len(block.expert_widths) for block in checkpoint.config.blocks]:
+        named = (checkpoint, profile, pruning.method, counts, pruning.router, pruning.shared_budget, pruning.seed)
+        choices = choose_replayed(*named, device, bar)
+        keeps, routers = [choice.keep for choice in choices], [choice.router for choice in choices]
+    widths: Sequence[Mapping[int, int] | None] = [None] * len(keeps)
+    if pruning.shared_budget and pruning.neurons < 1.0:
+        pool = (pruning.neurons, pruning.multiple, pruning.keep.auto, bar)
+        widths = shared_widths(checkpoint, profile, keeps, *pool)
+        keeps = [tuple(each) for each in widths]
+    columns = zip(keeps, routers, widths, strict=True)
+    blocks = [_block_plan(checkpoint, pruning, i, *column) for i, column in enumerate(columns)]
+    return _plan(checkpoint, profile, pruning, blocks)
+
+
+def _plan(
+    checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: Pruning, blocks: Sequence[BlockPlan]
+) -> CompressionPlan:
+    return CompressionPlan(
+        command="prune",
+        source=checkpoint.fingerprint,
+        profile=profile.digest if profile else None,
+        options=pruning.options(),
+        blocks=tuple(blocks),
+        repair=pruning.repair,
+    )
+
+
+def _block_plan(
+    checkpoint: Checkpoint,
+    pruning: Pruning,
+    index: int,
+    keep: tuple[int, ...],
+    router: RouterMode,
+    widths: Mapping[int, int] | None = None,
+) -> BlockPlan:
+    """Return a block's plan: which experts stay, how wide (as asked for, if None), and what stands in for others."""
+    old = checkpoint.config.blocks[index]
+    ratio, multiple = pruning.neurons, pruning.multiple
+    narrows = ratio < 1.0
+    if narrows and widths is None:
+        widths = {e: widths_of_ratio(old.expert_widths[e], ratio, multiple) for e in keep}
+    return BlockPlan(
+        keep=keep,
+        router=router,
+        widths=tuple(widths[e] for e in keep) if widths is not None else (),
+        shared_width=widths_of_ratio(old.shared_width, ratio, multiple) if narrows and pruning.narrow_shared else None,
+        constants=pruning.constants and len(keep) < len(old.expert_widths),
+        rank=pruning.rank if pruning.constants and len(keep) < len(old.expert_widths) else 0,
+    )
+
+
+def best(scores: Scores, counts: list[int]) -> list[tuple[int, ...]]:
+    """Return, per block, the `counts` experts of highest score in ascending order."""
+    return [
+        tuple(sorted(sorted(range(len(block)), key=lambda e: (-block[e], e))[:count]))
+        for block, count in zip(scores, counts, strict=True)
+    ]
+
+
+def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
+    """Return a plan of the right size whose experts are not chosen yet, to predict bytes without a profile.
+
+    Raises `InfeasibleError` as planning would, and `BadInputError` where the bytes depend on the choice.
+    """
+    counts = kept_counts(checkpoint, pruning.keep)
+    for i in range(checkpoint.config.depth):
+        if len(_expert_layouts(checkpoint, i)) > 1:
+            what = f"the experts of block {i} differ in size"
+        elif pruning.router == "slice" and _merged_or_moved(checkpoint, i):
+            what = f"the router rows of block {i} do not name its experts one by one"
+        else:
+            continue
+        raise BadInputError(f"{checkpoint.path}: {what}, so the bytes depend on which are kept; give a --profile")
+    if pruning.shared_budget or pruning.router is None:
+        raise BadInputError(
+            f"{checkpoint.path}: what each block keeps, and the bytes too, rests on measured errors; give a --profile"
+        )
+    keeps = [tuple(range(count)) for count in counts]
+    blocks = tuple(_block_plan(checkpoint, pruning, i, keep, pruning.router) for i, keep in enumerate(keeps))
+    return CompressionPlan(
+        "prune", checkpoint.fingerprint, options={"undecided": True}, blocks=blocks, repair=pruning.repair
+    )
+
+
+def _expert_layouts(checkpoint: Checkpoint, block: int) -> set[frozenset[TensorInfo]]:
+    """Return the different ways in which a block's experts are stored, tensors named as within the expert."""
+    layouts: dict[int, set[TensorInfo]] = {}
+    for name, info in checkpoint.header.tensors.items():
+        parts = split_name(name)
+        if parts.block == block and parts.expert is not None:
+            layouts.setdefault(parts.expert, set()).add(replace(info, name=parts.rest))
+    return {frozenset(layout) for layout in layouts.values()}
+
+
+def _merged_or_moved(checkpoint: Checkpoint, block: int) -> bool:
+    """Tell whether a block's router rows, ghosts left aside, are other than its experts one by one."""
+    selected = [expert for expert in checkpoint.expert_map(block) if expert >= 0]
+    return selected != list(range(len(checkpoint.config.blocks[block].expert_widths)))

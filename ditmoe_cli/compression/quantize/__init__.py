@@ -1,1 +1,0 @@
-"""Quantisation: how many bits each weight keeps."""

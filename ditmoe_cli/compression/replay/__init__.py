@@ -1,0 +1,1 @@
+"""Calibration tokens replayed through blocks, and the errors that changes make there."""

@@ -1,0 +1,33 @@
+"""What a mixture makes of tokens, and how far two mixtures' outputs are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ditmoe_cli.compression.replay.stream import Tokens
+from ditmoe_cli.model.moe import SparseMoE
+
+_TOKENS = 4096  # at a time
+
+
+def chunks(total: int) -> Iterator[slice]:
+    """Yield slices of some tokens at a time."""
+    return (slice(start, min(start + _TOKENS, total)) for start in range(0, total, _TOKENS))
+
+
+def output_of(moe: SparseMoE, inputs: Tensor) -> Tensor:
+    """Return routed plus shared output (T, D) of tokens (T, D)."""
+    out: Tensor = moe(inputs.unsqueeze(0), 0, inputs[:1], None)
+    return out.squeeze(0)
+
+
+def held_error(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> float:
+    """Return Σ w ‖y - y'‖² over held-out tokens."""
+    inputs, weights = tokens.inputs[tokens.held], tokens.weights[tokens.held]
+    error = 0.0
+    for rows in chunks(len(inputs)):
+        rest = output_of(original, inputs[rows]) - output_of(changed, inputs[rows])
+        error += float((rest.double().square().sum(dim=1) * weights[rows]).sum())
+    return error

@@ -1,0 +1,1 @@
+"""Round weights to their formats: GPTQ, smoothing."""

@@ -1,0 +1,1 @@
+"""Features of images: extractors, Inception, statistics on disk."""

@@ -1,0 +1,182 @@
+"""Statistics of features on disk: safetensors of ours, and the npz of pytorch-fid and ADM.
+
+A safetensors file holds `mu` (D,) and `sigma` (D, D) in float64, `n` where it is known, and says which extractor
+the features came from. An npz holds `mu` and `sigma`, as the others write and read it; ours add `n` and the JSON
+``ditmoe``, which the others pass over. Either may hold `mu_s` and `sigma_s` too, those of the spatial features that
+ADM's reference batches carry for sFID. (ADM's hold reference images as `arr_0` besides; `read_images` reads these.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.images import map_tensor, read_document, read_npz, write_arrays, write_npz
+from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics
+from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.files.provenance import canonical_json, check_schema
+
+STATISTICS_SCHEMA = "ditmoe.statistics/1"
+
+_ARRAYS = ("mu", "sigma", "n", "mu_s", "sigma_s")
+_IDENTITY = ("name", "digest", "preprocessing")  # what makes features comparable
+_ASYMMETRY = 1e-6  # of the largest entry: what float32 storage may leave
+
+
+@dataclass(frozen=True)
+class StoredStatistics:
+    """Statistics, and the extractor's name, digest, preprocessing and grey levels where the file tells them.
+
+    `spatial` are those of Inception's spatial features for sFID, where the file has them, of the same images. `source`
+    is what our files say of the images: what they were, how they were sampled, and their shape (H, W, C).
+    """
+
+    statistics: FeatureStatistics
+    extractor: dict[str, Any] | None = None
+    spatial: FeatureStatistics | None = None
+    source: dict[str, Any] | None = None
+
+
+def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, inputs: Iterable[Path] = ()) -> int:
+    """Write statistics as ``.safetensors`` or ``.npz``; equal content gives equal bytes. Returns the size.
+
+    Raises `UsageError` for any other suffix.
+    """
+    statistics = stored.statistics
+    arrays: dict[str, NDArray[Any]] = {
+        "mu": np.asarray(statistics.mu, dtype=np.float64),
+        "sigma": np.asarray(statistics.sigma, dtype=np.float64),
+    }
+    if stored.spatial is not None:
+        arrays["mu_s"] = np.asarray(stored.spatial.mu, dtype=np.float64)
+        arrays["sigma_s"] = np.asarray(stored.spatial.sigma, dtype=np.float64)
+    if statistics.n is not None:
+        arrays["n"] = np.asarray(statistics.n, dtype=np.int64)
+    source = {"source": stored.source} if stored.source is not None else {}
+    document = {"schema": STATISTICS_SCHEMA, "extractor": stored.extractor, **source}
+    if path.suffix == ".safetensors":
+        return write_arrays(path, arrays, document, force, inputs)
+    if path.suffix == ".npz":
+        return write_npz(path, {**arrays, "ditmoe": np.array(canonical_json(document))}, force, inputs)
+    raise UsageError(f"{path}: statistics are written as .safetensors or .npz; name the file so")
+
+
+def read_statistics(path: Path) -> StoredStatistics:
+    """Read the statistics at `path`, spatial ones where it has both `mu_s` and `sigma_s`.
+
+    Raises `BadInputError` where they are not mean and covariance.
+    """
+    if not path.is_file():
+        raise BadInputError(f"{path}: no such file")
+    arrays, document = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
+    missing = next((name for name in ("mu", "sigma") if name not in arrays), None)
+    if missing is not None:
+        raise BadInputError(f"{path}: has no array {missing!r}; statistics hold mu and sigma")
+    n = None if "n" not in arrays else _count(path, arrays["n"])
+    statistics = _moments(path, arrays, ("mu", "sigma"), n)
+    spatial = _moments(path, arrays, ("mu_s", "sigma_s"), n) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    return StoredStatistics(statistics, _extractor(path, document), spatial, _source(path, document))
+
+
+def _moments(
+    path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[str, str], n: int | None
+) -> FeatureStatistics:
+    mu, sigma = (_floating(path, name, arrays[name]) for name in names)
+    _check_moments(path, names, mu, sigma)
+    return FeatureStatistics(mu, sigma, n)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
+    header = read_safetensors_header(path)
+    arrays = {name: map_tensor(header.tensors[name]) for name in _ARRAYS if name in header.tensors}
+    return arrays, read_document(header, STATISTICS_SCHEMA, path)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
+    arrays = read_npz(path, (*_ARRAYS, "ditmoe"))
+    text = arrays.pop("ditmoe", None)
+    if text is None:
+        return arrays, None
+    try:
+        document = json.loads(str(text))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: the ditmoe metadata is not JSON ({error})") from None
+    return arrays, check_schema(document, STATISTICS_SCHEMA, f"{path}: ditmoe metadata")
+
+
+def _floating(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float64]:
+    if array.dtype.kind != "f":
+        raise BadInputError(f"{path}: {name} has dtype {array.dtype}; it must be floating point")
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadInputError(f"{path}: {name} holds NaN or infinite values")
+    return values
+
+
+def _check_moments(path: Path, names: tuple[str, str], mu: NDArray[np.float64], sigma: NDArray[np.float64]) -> None:
+    mean, covariance = names
+    if mu.ndim != 1 or not mu.size or sigma.shape != (mu.size, mu.size):
+        raise BadInputError(
+            f"{path}: {mean} is {mu.shape} and {covariance} {sigma.shape}; they must be (D,) and (D, D)"
+        )
+    gap, scale = float(np.abs(sigma - sigma.T).max()), float(np.abs(sigma).max())
+    if gap > _ASYMMETRY * scale:
+        raise BadInputError(f"{path}: {covariance} differs from its transpose by {gap:.3g}; it is no covariance")
+    least = float(sigma.diagonal().min())
+    if least < -_ASYMMETRY * scale:
+        raise BadInputError(f"{path}: {covariance} holds the variance {least:.3g}; it is no covariance")
+
+
+def _count(path: Path, array: NDArray[Any]) -> int:
+    if array.size != 1 or array.dtype.kind not in "iu" or int(array.reshape(())) < 1:
+        raise BadInputError(f"{path}: n is {array.tolist()!r}; it must be the number of images")
+    return int(array.reshape(()))
+
+
+def _extractor(path: Path, document: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    extractor = None if document is None else document.get("extractor")
+    if extractor is None:
+        return None
+    if not isinstance(extractor, dict) or not all(isinstance(extractor.get(key), str) for key in _IDENTITY):
+        raise BadInputError(f"{path}: the extractor in its metadata lacks {', '.join(_IDENTITY)}")
+    return extractor
+
+
+def _source(path: Path, document: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    source = None if document is None else document.get("source")
+    if source is None:
+        return None
+    shape = source.get("shape") if isinstance(source, dict) else None
+    sampling, vae = (source.get(key) for key in ("sampling", "vae")) if isinstance(source, dict) else (0, 0)
+    whole = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    if not whole or not all(part is None or isinstance(part, dict) for part in (sampling, vae)):
+        raise BadInputError(f"{path}: what its metadata says of the images is malformed")
+    return dict(source)
+
+
+def check_comparable(a: StoredStatistics, b: StoredStatistics, a_name: str, b_name: str) -> None:
+    """Raise `BadInputError` where the two were taken from features that differ in extractor or width.
+
+    Statistics that do not tell their extractor (npz of others) are checked for the width alone.
+    """
+    if a.extractor is not None and b.extractor is not None:
+        for key in _IDENTITY:
+            if a.extractor.get(key) != b.extractor.get(key):
+                found = f"{a_name} has {a.extractor.get(key)!r}, {b_name} has {b.extractor.get(key)!r}"
+                raise BadInputError(f"statistics of different extractors: {key} differs, {found}; make both with one")
+    _check_widths(a.statistics, b.statistics, "features", a_name, b_name)
+    if a.spatial is not None and b.spatial is not None:
+        _check_widths(a.spatial, b.spatial, "spatial features", a_name, b_name)
+
+
+def _check_widths(a: FeatureStatistics, b: FeatureStatistics, what: str, a_name: str, b_name: str) -> None:
+    if a.dimension != b.dimension:
+        widths = f"{a_name} has {a.dimension} {what}, {b_name} has {b.dimension}"
+        raise BadInputError(f"statistics of different widths: {widths}; make both with one extractor")

@@ -1,0 +1,1 @@
+"""Scores of images: one a file, each as the program that defines it takes it."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: headers, names, containers, the reader, the writer, metadata."""

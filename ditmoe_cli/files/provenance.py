@@ -1,0 +1,124 @@
+"""Where a checkpoint comes from: the ``ditmoe`` metadata of our files, digests and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import TensorInfo
+
+CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
+STAGE_SCHEMA = "ditmoe.stage/1"
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """Return the SHA-256 of a JSON value's canonical text."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; of a folder, of the names and digests of the files in it."""
+    if path.is_dir():
+        return digest([[file.name, file_digest(file)] for file in sorted(path.iterdir()) if file.is_file()])
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
+    """Return `value` as a JSON object of schema `expected`, or raise `BadInputError` that names `where`."""
+    if not isinstance(value, dict):
+        raise BadInputError(f"{where}: expected a JSON object of schema {expected}")
+    if value.get("schema") != expected:
+        raise BadInputError(f"{where}: schema is {value.get('schema')!r}, expected {expected!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step in a checkpoint's history: the command, the fingerprint of what it was given, its plan's digest."""
+
+    command: str
+    source: str
+    plan: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says about its own images.
+
+    `extractor` names the features to score it by; pixel values v in [-1, 1] mean grey level
+    (v + 1) / 2 * `grey_levels`.
+    """
+
+    extractor: str | None = None
+    grey_levels: int = 255
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The ``ditmoe`` metadata: configuration, history and card. Hashes of the tensors join them on disk."""
+
+    config: Mapping[str, Any]
+    history: tuple[Step, ...] = ()
+    card: Card = field(default_factory=Card)
+
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoints that this one was made from, oldest first."""
+        return tuple(step.source for step in self.history)
+
+    def to_metadata(self, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Return the safetensors metadata, without times or paths, so that equal work gives equal bytes."""
+        document = {
+            "schema": CHECKPOINT_SCHEMA,
+            "config": dict(self.config),
+            "history": [asdict(step) for step in self.history],
+            "card": asdict(self.card),
+            "tensors": dict(hashes),
+        }
+        return {"format": "pt", "ditmoe": canonical_json(document)}
+
+
+def parse_card(document: Mapping[str, Any]) -> Card:
+    """Read a card from JSON. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
+    card = Card(**document)
+    if not isinstance(card.extractor, str | None) or type(card.grey_levels) is not int or card.grey_levels < 1:
+        raise ValueError(f"card {dict(document)}")
+    return card
+
+
+def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
+    """Read the ``ditmoe`` metadata of a file; None where it has none."""
+    if "ditmoe" not in metadata:
+        return None
+    try:
+        document = check_schema(json.loads(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
+        return Provenance(
+            config=dict(document["config"]),
+            history=tuple(Step(**step) for step in document["history"]),
+            card=parse_card(document["card"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
+
+
+def fingerprint(tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors and the configuration.
+
+    It does not depend on container, sharding or tensor order. `raw(name)` returns a tensor's bytes.
+    """
+    entries = [
+        [info.name, info.dtype, list(info.shape), hashlib.sha256(raw(info.name)).hexdigest()]
+        for info in sorted(tensors, key=lambda info: info.name)
+    ]
+    return digest({"tensors": entries, "config": dict(config)})

@@ -1,0 +1,203 @@
+"""Lazy readers: tensors by upstream name, one at a time, from any container.
+
+Opening a safetensors checkpoint needs neither torch nor numpy; torch comes in with the first tensor.
+Pickles are opened weights-only and memory-mapped, which takes torch at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.containers import Located, StateDict, find_state_dict, locate
+from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.names import natural_key, unwrapped
+from ditmoe_cli.files.provenance import Provenance, read_provenance
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TensorReader(Protocol):
+    """Reads tensors by their upstream names."""
+
+    def raw(self, name: str) -> memoryview:
+        """Return the bytes of a tensor."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor as stored, on the CPU; it may share memory with the file and must not be written."""
+
+
+@dataclass(frozen=True)
+class CheckpointHeader:
+    """What a checkpoint holds, before any tensor is read.
+
+    `tensors` are in natural order under upstream names; `hints` are the training arguments found in a pickle;
+    `provenance` is our own metadata, where the file has it.
+    """
+
+    path: Path
+    layout: str
+    tensors: Mapping[str, TensorInfo]
+    file_bytes: int
+    hints: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance | None = None
+
+
+def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
+    """Open the checkpoint at `path`, whatever its layout. Raises `BadInputError`."""
+    located = locate(path)
+    try:
+        return _open_pickle(path, located) if located.pickle else _open_safetensors(path, located)
+    except PermissionError as error:
+        raise BadInputError(f"{error.filename}: permission denied") from None
+
+
+def _open_safetensors(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
+    stored: dict[str, StoredTensor] = {}
+    provenance = None
+    for shard in located.shards:
+        header = read_safetensors_header(shard)
+        twice = stored.keys() & header.tensors.keys()
+        if twice:
+            raise BadInputError(f"{shard}: tensor {min(twice)!r} stands in another shard too")
+        stored.update(header.tensors)
+        provenance = provenance or read_provenance(header.metadata, str(shard))
+    named = unwrapped(sorted(stored, key=natural_key))
+    reader = SafetensorsReader({name: stored[original] for name, original in named.items()})
+    infos = {name: _renamed(tensor.info, name) for name, tensor in reader.stored.items()}
+    size = sum(shard.stat().st_size for shard in located.shards)
+    return CheckpointHeader(path, located.layout, infos, size, {}, provenance), reader
+
+
+def _renamed(info: TensorInfo, name: str) -> TensorInfo:
+    return TensorInfo(name, info.dtype, info.shape)
+
+
+@dataclass(frozen=True)
+class SafetensorsReader:
+    """Reads from memory-mapped safetensors files."""
+
+    stored: Mapping[str, StoredTensor]
+
+    @cached_property
+    def _maps(self) -> dict[Path, mmap.mmap]:
+        return {}
+
+    def raw(self, name: str) -> memoryview:
+        """Return the bytes of a tensor, as a view of the mapped file."""
+        tensor = self.stored[name]
+        if tensor.path not in self._maps:
+            with tensor.path.open("rb") as file:
+                self._maps[tensor.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._maps[tensor.path])[tensor.start : tensor.end]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, copied out of the file."""
+        import torch
+
+        info = self.stored[name].info
+        data = torch.frombuffer(bytearray(self.raw(name)), dtype=torch.uint8) if info.numel else torch.empty(0)
+        return data.view(torch_dtype(info.dtype)).reshape(info.shape)
+
+
+def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
+    assert located.pickle is not None
+    found = _unpickle(located.pickle)
+    layout = found.layout if located.layout == "pickle" else f"{located.layout}, {found.layout}"
+    named = unwrapped(sorted(found.tensors, key=natural_key))
+    reader = PickleReader({name: found.tensors[original] for name, original in named.items()})
+    infos = {name: _pickled_info(located.pickle, name, value) for name, value in reader.state.items()}
+    return CheckpointHeader(path, layout, infos, located.pickle.stat().st_size, found.hints), reader
+
+
+def _unpickle(path: Path) -> StateDict:
+    """Open a pickle with weights only, an argparse.Namespace of plain values being the one addition."""
+    import argparse
+    import pickle
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickle protocols that it then refuses
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, ValueError) as error:
+                if "mmap" not in str(error):
+                    raise
+                loaded = torch.load(path, map_location="cpu", weights_only=True)  # older, unzipped pickles
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
+        raise BadInputError(f"{path}: {what}; ditmoe opens pickles of plain tensors only") from None
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # bytes that are no pickle break torch's unpickler in many ways
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise BadInputError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+    return find_state_dict(loaded, path, torch.is_tensor)
+
+
+def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:
+    if value.numel() == 0:
+        raise BadInputError(f"{path}: tensor {name!r} is an empty ZeRO-3 placeholder; run zero_to_fp32.py first")
+    if str(value.layout) != "torch.strided" or value.is_meta:
+        raise BadInputError(f"{path}: tensor {name!r} is sparse or without data; ditmoe reads dense tensors only")
+    return TensorInfo(name, dtype_code(value.dtype, f"{path}: tensor {name!r}"), tuple(value.shape))
+
+
+@dataclass(frozen=True)
+class PickleReader:
+    """Reads from an opened (memory-mapped) state dict."""
+
+    state: Mapping[str, torch.Tensor]
+
+    def raw(self, name: str) -> memoryview:
+        """Return the bytes of a tensor."""
+        return tensor_bytes(self.state[name])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor."""
+        return self.state[name]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's elements as little-endian bytes in row-major order."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _dtype_names() -> dict[str, str]:
+    floats = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    integers = {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+    return {**floats, **integers, "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32"}
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors dtype code."""
+    import torch
+
+    names = _dtype_names()
+    if code not in names:
+        raise BadInputError(f"dtype {code} is not one that ditmoe computes with")
+    dtype: torch.dtype = getattr(torch, names[code])
+    return dtype
+
+
+def dtype_code(dtype: torch.dtype, where: str) -> str:
+    """Return the safetensors code of a torch dtype; `where` names the tensor in the error."""
+    name = str(dtype).removeprefix("torch.")
+    for code, candidate in _dtype_names().items():
+        if candidate == name:
+            return code
+    raise BadInputError(f"{where} has dtype {name}, which safetensors files of ditmoe do not hold")

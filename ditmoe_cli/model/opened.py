@@ -1,0 +1,186 @@
+"""A checkpoint on disk: header, configuration, and its weights one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import FLOATING, TensorInfo
+from ditmoe_cli.files.names import EXPERT_OF, SHARED, in_block, split_name
+from ditmoe_cli.files.provenance import Card, Provenance, fingerprint
+from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
+from ditmoe_cli.formats.weights import Weight, logical_weights
+from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_PREFIX = "demo:"
+_DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Nothing but headers is in memory; tensors are read when asked for.
+
+    `weights` groups stored tensors into the weights that the model sees (quantised ones have several members).
+    """
+
+    header: CheckpointHeader
+    reader: TensorReader
+    weights: Mapping[str, Weight]
+    config: DiTMoEConfig
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # tensors that were checked already
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that was opened."""
+        return self.header.path
+
+    @property
+    def card(self) -> Card:
+        """What the checkpoint says of its images."""
+        return self.header.provenance.card if self.header.provenance else Card()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all tensors and the configuration; reads every byte once, without torch for safetensors."""
+        return fingerprint(self.header.tensors.values(), self.reader.raw, self.config.to_json())
+
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoints that this one was made from, oldest first."""
+        return self.header.provenance.ancestors if self.header.provenance else ()
+
+    def provenance(self) -> Provenance:
+        """Return the metadata that a copy of this checkpoint would carry."""
+        config = self.config.to_json()
+        old = self.header.provenance
+        return Provenance(config, old.history, old.card) if old else Provenance(config)
+
+    def finite_tensor(self, name: str) -> torch.Tensor:
+        """Read a stored tensor, refusing NaN and infinity by the tensor's name (`BadInputError`)."""
+        tensor = self.reader.tensor(name)
+        if name in self._finite:
+            return tensor
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
+        self._finite.add(name)
+        return tensor
+
+    def expert_map(self, block: int) -> tuple[int, ...]:
+        """Return what each router row of a block selects: an expert, -1 for nothing, -2 - k for constant k."""
+        config = self.config.blocks[block]
+        if not config.mapped:
+            return tuple(range(config.router_rows))
+        rows = parse_expert_map(self.reader.raw(in_block(block, EXPERT_OF)))
+        bad = next((row for row in rows if not GHOST - config.constants <= row < len(config.expert_widths)), None)
+        if bad is not None:
+            raise BadInputError(
+                f"{self.path}: tensor {in_block(block, EXPERT_OF)!r} holds {bad}, which names none of the "
+                f"{len(config.expert_widths)} experts and {config.constants} constants of block {block}"
+            )
+        return rows
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return the file that a checkpoint argument names; ``demo:NAME`` names an embedded one."""
+    text = str(path)
+    if not text.startswith(DEMO_PREFIX):
+        return Path(path)
+    found = _DEMO_FOLDER / f"{text.removeprefix(DEMO_PREFIX)}.safetensors"
+    if found.parent != _DEMO_FOLDER or not found.is_file():
+        known = ", ".join(sorted(f"{DEMO_PREFIX}{file.stem}" for file in _DEMO_FOLDER.glob("*.safetensors")))
+        raise BadInputError(f"{text}: no such demo checkpoint; there is {known}")
+    return found
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    top_k: int | None = None,
+    sampler: Sampler | None = None,
+) -> Checkpoint:
+    """Open a checkpoint of any layout without reading its weights.
+
+    Args:
+        path: a file, a folder, or ``demo:digits``.
+        num_heads: attention heads, for timm layouts of unusual width.
+        top_k: experts per token; by default what the file says, else 2.
+        sampler: ``"rf"`` or ``"ddpm"``; by default what the file says or its final layer shows.
+
+    Raises:
+        BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.
+    """
+    header, reader = open_reader(resolve_path(path))
+    try:
+        weights = logical_weights(header.tensors, lambda name: bytes(reader.raw(name)))
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from None
+    infos = {name: weight.info for name, weight in weights.items()}
+    hints: Mapping[str, Any] = header.provenance.config if header.provenance else header.hints
+    inferred = infer_config(infos, reader.raw, hints, Given(num_heads, top_k, sampler), str(path))
+    checkpoint = Checkpoint(header, reader, weights, inferred.config, inferred.assumptions, inferred.warnings)
+    for block in range(inferred.config.depth):
+        checkpoint.expert_map(block)
+    return checkpoint
+
+
+WeightGroup = Literal["experts", "shared", "attn", "modulation", "embedders"]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters in all, touched per token, and in routed experts."""
+
+    total: int
+    activated: int
+    routed: int
+
+
+def count_parameters(checkpoint: Checkpoint) -> ParameterCounts:
+    """Count parameters by the logical shapes of the weights.
+
+    Activated is everything but the routed experts, plus the top-k experts of each block (the widest, where
+    widths differ). The label table counts whole, as in the paper's table 1.
+    """
+    config = checkpoint.config
+    floating = [w.info for w in checkpoint.weights.values() if w.info.dtype in FLOATING]
+    total = sum(info.numel for info in floating)
+    routed = sum(info.numel for info in floating if split_name(info.name).expert is not None)
+    used = sum(
+        3 * config.hidden_size * width
+        for block in config.blocks
+        for width in sorted(block.expert_widths)[-config.top_k :]
+    )
+    return ParameterCounts(total, total - routed + used, routed)
+
+
+def weight_group(info: TensorInfo) -> WeightGroup | None:
+    """Return what kind of matrix a weight is, of those that quantisation may touch; None for all others.
+
+    Router, patch, label and position embedding, norms and biases stay as they are.
+    """
+    parts = split_name(info.name)
+    if len(info.shape) != 2 or not parts.rest.endswith(".weight"):
+        return None
+    if parts.expert is not None:
+        return "experts"
+    groups: Mapping[str, WeightGroup]
+    if parts.block is None:
+        groups = {"t_embedder.mlp.": "embedders", "final_layer.linear.": "embedders", "final_layer.adaLN": "modulation"}
+    else:
+        groups = {f"{SHARED}.": "shared", "attn.": "attn", "adaLN_modulation.": "modulation"}
+    return next((group for start, group in groups.items() if parts.rest.startswith(start)), None)
+
+
+def is_compressible(info: TensorInfo) -> bool:
+    """Tell whether quantisation plans may touch a weight."""
+    return weight_group(info) is not None

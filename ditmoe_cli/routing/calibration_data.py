@@ -1,0 +1,64 @@
+"""Images given for calibration, as the model is to see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.provenance import file_digest
+from ditmoe_cli.model.config import DiTMoEConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Clean model inputs (N, C, S, S) in fp32, their labels, and the digest of the file they came from."""
+
+    clean: Tensor
+    labels: tuple[int, ...]
+    digest: str
+
+
+def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
+    """Read the first `images` images for a pixel model, or latents for another; unlabelled ones get the null class.
+
+    Images are uint8 (a folder of PNG, npz with `arr_0`, samples of ours) and become v / 127.5 - 1; latents are
+    `latents` of a safetensors file, as ``ditmoe sample`` writes them; `labels` stand beside them. Raises
+    `BadInputError` where they are missing or of another size than the model's.
+    """
+    import torch
+
+    from ditmoe_cli.evaluation.images import read_arrays, read_images
+
+    if not path.exists() or (path.is_dir() and not config.pixel_space):
+        raise BadInputError(f"{path}: no such file")
+    if config.pixel_space:
+        found = read_images(path)
+        pixels, labels = found.images[:images], found.labels
+        clean = torch.from_numpy(pixels.copy()).float().permute(0, 3, 1, 2) / 127.5 - 1
+    else:
+        arrays = read_arrays(path, ("latents", "labels"))
+        if "latents" not in arrays:
+            raise BadInputError(
+                f"{path}: holds no latents; this model works on latents of {config.in_channels} channels"
+            )
+        clean, labels = torch.from_numpy(arrays["latents"][:images].copy()).float(), arrays.get("labels")
+    expected = (config.in_channels, config.input_size, config.input_size)
+    if tuple(clean.shape[1:]) != expected:
+        raise BadInputError(f"{path}: images are {tuple(clean.shape[1:])}, the model takes {expected}")
+    if labels is not None and (labels.dtype.kind not in "iu" or len(labels) < len(clean)):
+        raise BadInputError(f"{path}: labels are {labels.dtype} of {labels.shape}; expected one integer for each image")
+    if not len(clean):
+        raise BadInputError(f"{path}: holds no image")
+    given = labels if labels is not None else [config.num_classes] * len(clean)
+    chosen = tuple(int(label) for label in given[:images])
+    bad = next((label for label in chosen if not 0 <= label <= config.num_classes), None)
+    if bad is not None:
+        raise BadInputError(
+            f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}, and the null class after"
+        )
+    return CalibrationData(clean, chosen, file_digest(path))

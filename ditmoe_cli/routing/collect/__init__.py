@@ -1,0 +1,1 @@
+"""Collect routing statistics while a model samples."""

@@ -1,0 +1,79 @@
+"""How alike a block's experts are on the same inputs: every expert is run on every reservoir token.
+
+Tokens that were never routed to an expert are among them, which is what makes experts comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.moe import SparseMoE
+from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
+from ditmoe_cli.routing.measures import alignment, unbiased_hsic
+from ditmoe_cli.routing.profile import BRANCHES
+
+BATCH = 256  # tokens of one estimate of HSIC, whose Gram matrices grow with the square
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """What all experts of a block make of the same tokens.
+
+    Attributes:
+        means: (cells, E, D) mean output over all tokens of each cell (branch and step bin), 0 where there are none.
+        cka: (E, E) centred kernel alignment of the outputs, 0 where there are too few tokens.
+    """
+
+    means: Tensor
+    cka: Tensor
+
+
+def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
+    """Add ``output.all_token_mean`` (L, 2, B, E, D) and ``output.cka`` (L, E, E), where a reservoir was kept."""
+    if "reservoir.inputs" not in tensors:
+        return tensors
+    bin_of = tensors["states.bin"].long()[tensors["reservoir.state"].long()]
+    cells = tensors["reservoir.branch"].long() * bins + bin_of
+    experts = model.config.num_experts
+    found = []
+    for index, inputs in enumerate(tensors["reservoir.inputs"]):
+        with torch.inference_mode(), resident_block(model, index) as block:
+            found.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
+        del block  # or an offloaded model would hold two at a time
+    shape = (len(found), BRANCHES, bins, experts, model.config.hidden_size)
+    means = torch.stack([each.means for each in found]).reshape(shape)
+    return {**tensors, "output.all_token_mean": means, "output.cka": torch.stack([each.cka for each in found])}
+
+
+def on_shared_inputs(moe: SparseMoE, inputs: Tensor, cells: Tensor, count: int, experts: int) -> SharedInputs:
+    """Run all experts on `inputs` (T, D), of which `cells` (T,) tells each token's cell of `count`.
+
+    `experts` is the most of any block; the results of missing ones stay 0.
+    """
+    membership = F.one_hot(cells.long(), count).float().T  # (cells, T)
+    share = membership / membership.sum(dim=1, keepdim=True).clamp_min(1)
+    means = torch.zeros(count, experts, inputs.shape[1])
+    hsic = np.zeros((len(moe.experts), len(moe.experts)))
+    parameter = moe.gate.weight
+    for rows in _strided(len(inputs)):
+        moved = inputs[rows].to(parameter.device, parameter.dtype)
+        outputs = torch.stack([expert(moved).float().cpu() for expert in moe.experts])  # (E, n, D)
+        means[:, : len(moe.experts)] += torch.einsum("cn,end->ced", share[:, rows], outputs)
+        centred = (outputs - outputs.mean(dim=1, keepdim=True)).double()  # HSIC is the same, rounding is not
+        hsic += unbiased_hsic((centred @ centred.transpose(1, 2)).numpy())
+    cka = torch.zeros(experts, experts)
+    cka[: len(hsic), : len(hsic)] = torch.from_numpy(alignment(hsic)).float()
+    return SharedInputs(means, cka)
+
+
+def _strided(tokens: int) -> Iterator[slice]:
+    """Yield every n-th token from each of the first n on, so that each batch is spread over all states."""
+    count = max(tokens // BATCH, 1)
+    return (slice(start, None, count) for start in range(count))

@@ -1,0 +1,1 @@
+"""Report what a routing profile shows: numbers, figures, one page."""

@@ -1,0 +1,108 @@
+"""Neurons shared by the experts of all blocks, against energies and choices made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from compressing import network, no_bar, opened, profile_of
+from conftest import make_pico
+
+from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.prune.pruning import Keep, Pruning, check_pruning, plan_prune, plan_replayed
+from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile
+
+Made = tuple[Checkpoint, RoutingProfile]
+WIDTHS = ((24, 24, 16, 24), (24,) * 4, (8, 24, 24, 24))
+POOLED = Pruning(Keep(ratio=1.0), shared_budget=True, neurons=0.5, multiple=4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    pico = make_pico(hidden=16, input_size=4, widths=WIDTHS, depth=3)
+    checkpoint = opened(pico, tmp_path_factory.mktemp("pooled"))
+    return checkpoint, profile_of(checkpoint)
+
+
+def ranked(made: Made) -> list[tuple[float, int, int]]:
+    """Energies of all neurons with their block and expert, highest first, from the profile's tables by definition."""
+    checkpoint, profile = made
+    found = []
+    for b, block in enumerate(network(checkpoint).blocks):
+        reach = profile.block_tensor("gamma.square", b).sum(dim=(0, 1)) / profile.tensor("gamma.images").sum()
+        for e, expert in enumerate(block.moe.experts):
+            for i in range(expert.down_proj.weight.shape[1]):
+                active = 0.1 * profile.block_tensor("neuron.energy", b)[e, i]
+                active += 0.9 * profile.block_tensor("neuron.max", b)[e, i]
+                found.append((float((reach * expert.down_proj.weight[:, i].detach() ** 2).sum() * active), b, e))
+    return sorted(found, reverse=True)
+
+
+def planned(made: Made, pruning: Pruning) -> CompressionPlan:
+    return plan_replayed(*made, pruning, "cpu", no_bar)
+
+
+def test_the_pool_spans_blocks_and_holds_the_highest_energies(made: Made) -> None:
+    plan = planned(made, replace(POOLED, keep=Keep(), multiple=1))
+    total = sum(map(sum, WIDTHS)) // 2
+    counted = [[0] * 4 for _ in WIDTHS]
+    for _, block, expert in ranked(made)[:total]:
+        counted[block][expert] += 1
+    assert all(sum(1 for n in widths if n) >= 2 for widths in counted), "or else top-k would change what is counted"
+    assert [block.keep for block in plan.blocks] == [tuple(e for e in range(4) if w[e]) for w in counted]
+    assert [block.widths for block in plan.blocks] == [tuple(n for n in w if n) for w in counted]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+def test_every_expert_stays_and_the_budget_is_kept(ratio: float, made: Made) -> None:
+    plan = planned(made, replace(POOLED, neurons=ratio))
+    total = int(ratio * sum(map(sum, WIDTHS)))
+    assert total - 4 < sum(sum(block.widths) for block in plan.blocks) <= total
+    for block, own in zip(plan.blocks, WIDTHS, strict=True):
+        assert block.keep == (0, 1, 2, 3)
+        assert all(w % 4 == 0 and 4 <= w <= most for w, most in zip(block.widths, own, strict=True))
+
+
+def test_a_block_keeps_as_many_as_its_tokens_choose(made: Made) -> None:
+    plan = planned(made, replace(POOLED, keep=Keep(), neurons=0.1, multiple=4))
+    assert [len(block.keep) for block in plan.blocks] == [2, 2, 2]
+    assert [block.widths for block in plan.blocks] == [(4, 4)] * 3
+
+
+def test_experts_are_chosen_before_their_neurons(made: Made) -> None:
+    plan = planned(made, replace(POOLED, keep=Keep(count=3), method="random"))
+    chosen = planned(made, Pruning(Keep(count=3), "random", shared_budget=True))
+    assert [block.keep for block in plan.blocks] == [block.keep for block in chosen.blocks]
+    kept = sum(WIDTHS[b][e] for b, block in enumerate(plan.blocks) for e in block.keep)
+    assert kept // 2 - 4 < sum(sum(block.widths) for block in plan.blocks) <= kept // 2
+
+
+def test_constants_stand_in_for_experts_that_went(made: Made) -> None:
+    plan = planned(made, replace(POOLED, keep=Keep(), neurons=0.1, constants=True, rank=2))
+    assert all(block.constants and block.rank == 2 for block in plan.blocks)
+    plan = planned(made, replace(POOLED, constants=True, rank=2))
+    assert not any(block.constants or block.rank for block in plan.blocks)
+
+
+def test_uniform_widths_are_other_ones(made: Made) -> None:
+    uniform = plan_prune(*made, replace(POOLED, shared_budget=False))
+    assert [block.widths for block in uniform.blocks] == [(12, 12, 8, 12), (12,) * 4, (4, 12, 12, 12)]
+    assert [block.widths for block in planned(made, POOLED).blocks] != [block.widths for block in uniform.blocks]
+
+
+def test_too_few_neurons_are_infeasible(made: Made) -> None:
+    with pytest.raises(InfeasibleError, match=r"26 neurons are too few for 12 experts, which need 48.*--multiple"):
+        planned(made, replace(POOLED, neurons=0.1))
+
+
+def test_a_fast_profile_has_no_energies(made: Made) -> None:
+    with pytest.raises(BadInputError, match=r"no 'neuron.energy'.*--fast"):
+        planned((made[0], profile_of(made[0], "fast", fast=True)), POOLED)
+
+
+@pytest.mark.parametrize("more", [{"neurons": 1.0}, {"shared_budget": False}, {"router": None}], ids=str)
+def test_an_open_number_of_experts_needs_neurons_to_share(more: dict[str, object], made: Made) -> None:
+    with pytest.raises(UsageError, match=r"--keep auto.*--allocate global"):
+        check_pruning(made[0], replace(POOLED, keep=Keep(), **more))  # type: ignore[arg-type]

@@ -1,0 +1,162 @@
+"""What blocks are fitted on: states from a profile, and their way through the blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Pico, make_pico
+
+from ditmoe_cli.compression.apply import silent_bar
+from ditmoe_cli.compression.replay.states import States, calibration_states
+from ditmoe_cli.compression.replay.stream import Stream
+from ditmoe_cli.diffusion.ddpm import sampling_schedule
+from ditmoe_cli.diffusion.noise import image_noise
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.routing.calibrate import Calibration, calibrate, profiled_spec
+from ditmoe_cli.routing.profile import RoutingProfile
+
+IMAGES, STEPS, BINS = 9, 4, 2
+KINDS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "rf": ({"sampler": "rf", "in_channels": 1}, "euler", 1.0),
+    "guided ddpm": ({"sampler": "ddpm", "in_channels": 4}, "ddim", 2.0),
+}
+
+
+def profiled(pico: Pico, solver: Any, cfg: float, folder: Path, **more: Any) -> tuple[Checkpoint, RoutingProfile]:
+    checkpoint = open_checkpoint(pico.save(folder / "a.safetensors"))
+    settings = Calibration(SampleSpec(IMAGES, STEPS, cfg, 3, solver, (0, 1)), BINS, **{"reservoir": 200, **more})
+    profile = calibrate(checkpoint, settings, "cpu", folder / "p.safetensors", True, silent_bar)
+    assert profile is not None
+    return checkpoint, profile
+
+
+@pytest.fixture(params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Checkpoint, RoutingProfile]:
+    options, solver, cfg = KINDS[request.param]
+    return profiled(make_pico(**options), solver, cfg, tmp_path)
+
+
+def states_of(case: tuple[Checkpoint, RoutingProfile], wanted: int) -> States:
+    checkpoint, profile = case
+    return calibration_states(profile, profiled_spec(profile.calibration, checkpoint), wanted)
+
+
+def test_stored_states_come_first_and_few_are_a_choice_of_them(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    stored = case[1].tensor("states.z")
+    everything = states_of(case, len(stored))
+    assert torch.equal(everything.z, stored)
+    few = states_of(case, 5)
+    assert len(few) == 5
+    assert all(any(torch.equal(z, other) for other in stored) for z in few.z)
+
+
+def test_further_states_are_the_images_noised_to_the_samplers_times(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    checkpoint, profile = case
+    stored, count = len(profile.tensor("states.z")), 3 * IMAGES * STEPS
+    states = states_of(case, stored + count)
+    final = profile.tensor("image.final")
+    noise = image_noise(3, range(count), torch.device("cpu"), "refit").draw(final.shape[1:])
+    rf = checkpoint.config.sampler == "rf"
+    schedule = None if rf else sampling_schedule("ddim", STEPS)
+    times = [i / STEPS for i in range(1, STEPS + 1)] if schedule is None else list(schedule.timesteps)
+    seen = set()
+    for n in range(count):
+        image, t = int(states.images[stored + n]), float(states.t[stored + n])
+        assert image == n % IMAGES and int(states.labels[stored + n]) == image % 2
+        step = min(range(STEPS), key=lambda s: abs(times[s] - t))
+        assert times[step] == pytest.approx(t)
+        seen.add((image, step))
+        if schedule is None:
+            expected = (1 - t) * final[image] + t * noise[n]
+        else:
+            kept = float(schedule.alphas_bar[step])
+            expected = kept**0.5 * final[image] + (1 - kept) ** 0.5 * noise[n]
+        torch.testing.assert_close(states.z[stored + n], expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == IMAGES * STEPS, "every image at every time"
+
+
+def test_whole_images_are_held_out(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    states = states_of(case, 150)
+    held, others = (set(states.images[mine].tolist()) for mine in (states.held, ~states.held))
+    assert held == {7} and not held & others
+    assert states.branch_weights == ((1.0,) if case[0].config.sampler == "rf" else (4.0, 1.0))
+
+
+def test_a_profile_without_states_says_what_to_do(tmp_path: Path) -> None:
+    checkpoint, profile = profiled(make_pico(sampler="rf", in_channels=1), "euler", 1.0, tmp_path, fast=True)
+    with pytest.raises(BadInputError, match="without --fast"):
+        calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
+
+
+def test_a_profile_without_a_reservoir_says_so_too(tmp_path: Path) -> None:
+    checkpoint, profile = profiled(make_pico(sampler="rf", in_channels=1), "euler", 1.0, tmp_path, reservoir=0)
+    with pytest.raises(BadInputError, match="with a --reservoir"):
+        calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
+
+
+def test_noise_of_states_is_their_own(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    """Neither that of calibration nor that of evaluated images, and no state has that of another."""
+    profile = case[1]
+    stored, count = len(profile.tensor("states.z")), IMAGES * STEPS
+    states = states_of(case, stored + count)
+    fresh = states.z[stored:][states.t[stored:] == states.t[stored:].max()].flatten(1)
+    assert len(fresh) == IMAGES
+    shape = profile.tensor("image.final").shape[1:]
+    others = [
+        image_noise(3, range(count), torch.device("cpu"), purpose).draw(shape).flatten(1)
+        for purpose in ("image", "calibration")
+    ]
+    known = torch.cat([fresh, *others])
+    alike = torch.corrcoef(known)[: len(fresh)].fill_diagonal_(0)
+    assert float(alike.abs().max()) < 0.9
+
+
+def test_all_that_follows_from_the_profile_is_the_same_again(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    torch.manual_seed(1)
+    first = states_of(case, 90)
+    torch.manual_seed(2)
+    second = states_of(case, 90)
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("z", "t", "labels", "held"))
+
+
+@pytest.mark.parametrize(("images", "held"), [(1, {0}), (3, {2}), (7, {6}), (8, {7}), (16, {7, 15})])
+def test_an_eighth_of_the_images_or_the_last_is_held_out(images: int, held: set[int], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_pico(sampler="rf", in_channels=1, depth=1).save(tmp_path / "a.safetensors"))
+    spec = SampleSpec(images, 2, 1.0, 3, "euler", (0, 1))
+    profile = calibrate(checkpoint, Calibration(spec, 1, 10**4), "cpu", tmp_path / "p.safetensors", True, silent_bar)
+    assert profile is not None
+    states = calibration_states(profile, spec, 3 * images)
+    assert set(states.images[states.held].tolist()) == held
+    assert set(states.images[~states.held].tolist()) == set(range(images)) - held
+
+
+def test_with_unchanged_mixtures_the_stream_is_the_model(case: tuple[Checkpoint, RoutingProfile]) -> None:
+    checkpoint, _ = case
+    states = states_of(case, 70)  # more than go through a block at once
+    model = OffloadedDiTMoE(checkpoint, torch.device("cpu"), 1, 1)
+    branches = len(states.branch_weights)
+    null = torch.full_like(states.labels, checkpoint.config.num_classes)
+    labels = torch.cat([states.labels, null][:branches])
+    with torch.inference_mode():
+        stream = Stream(model, states)
+        x, c = model.embed(states.z.repeat(branches, 1, 1, 1), states.t.repeat(branches), labels)
+        for index in range(checkpoint.config.depth):
+            with model.resident(index) as block:
+                expected = block(x, c, index, None)
+                seen = stream.attend(block)
+                tokens = stream.tokens(seen)
+                stream.advance(seen, block.moe)
+            assert len(tokens.inputs) == len(tokens.weights) == len(tokens.held) == x.shape[0] * x.shape[1]
+            assert float(tokens.weights.mean()) == pytest.approx(1.0, rel=1e-4)
+            gamma = seen.gamma.square().mean(dim=1)
+            gamma[len(states) :] *= states.branch_weights[-1]
+            gamma[: len(states)] *= states.branch_weights[0]
+            torch.testing.assert_close(tokens.weights, (gamma / gamma.mean()).repeat_interleave(x.shape[1]))
+            torch.testing.assert_close(stream.x, expected, rtol=1e-4, atol=1e-5)
+            x = expected

@@ -1,0 +1,127 @@
+"""Sides of a comparison: features of several processes over restarts, and what is kept for later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pico
+from numpy.typing import NDArray
+
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import DitmoeError
+from ditmoe_cli.evaluation.features import compared_features as sides
+from ditmoe_cli.evaluation.features.compared_features import Lab, featured, sampled_side, stored_side
+from ditmoe_cli.evaluation.features.extractors import PixelExtractor
+from ditmoe_cli.evaluation.samples import Runtime, Sampling
+from ditmoe_cli.evaluation.workspace import Workspace
+from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.processes import WHOLE, Share
+
+
+@contextmanager
+def bar(_: str, __: int) -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+def lab(folder: Path, **changes: Any) -> Lab:
+    given = {"salt": "", "batch": 1, "say": lambda _: None, **changes}
+    return Lab(PixelExtractor(255), 255, (), folder=folder / "work", kept=folder / "kept", **given)
+
+
+def sampling(folder: Path) -> Sampling:
+    make_pico(sampler="rf", in_channels=1).save(folder / "a.safetensors")
+    return Sampling(open_checkpoint(str(folder / "a.safetensors")), SampleSpec(7, 1, 1.0, 0, "euler", (0,)))
+
+
+def lose(work: Workspace, name: str, rows: tuple[int, ...]) -> None:
+    """Take rows of an array back, as if they had never been written."""
+    array = work.array(name)
+    assert isinstance(array, np.memmap)
+    for row in rows:
+        (work.folder / f"{name}.{row}-{row + 1}.done").unlink()
+        with (work.folder / f"{name}.npy").open("r+b") as file:
+            file.seek(array.offset + row * array[0].nbytes)
+            file.write(bytes(array[0].nbytes))
+
+
+def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process still stores features of its last batch when the other looks for what is missing."""
+    what, here = sampling(tmp_path), lab(tmp_path)
+    whole = sampled_side(what, Runtime(batch=1), here, WHOLE, bar, lambda _: None)
+    assert whole.activations is not None
+    truth = np.array(whole.activations.features)
+    work, name = here.workspace(what.key, 7), here.names()["features"]
+    lose(work, "samples", (3, 5))
+    lose(work, name, (3, 5, 6))
+    barrier, told, found = threading.Barrier(2, timeout=60), [], {}
+    late, store = threading.Event(), sides._store
+
+    def tell(self: Share, find: Callable[[], Any]) -> Any:
+        if self.first:
+            told.append(find())
+        barrier.wait()
+        answer = told[-1]
+        barrier.wait()
+        return answer
+
+    def slow(work: Workspace, lab: Lab, first: int, images: NDArray[np.uint8]) -> None:
+        if first == 5:
+            late.wait(0.5)
+        store(work, lab, first, images)
+
+    monkeypatch.setattr(Share, "wait", lambda _: barrier.wait())
+    monkeypatch.setattr(Share, "told", tell)
+    monkeypatch.setattr(sides, "_store", slow)
+
+    def run(rank: int) -> None:
+        found[rank] = sampled_side(what, Runtime(batch=1), here, Share(rank, 2), bar, lambda _: None)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for side in found.values():
+        np.testing.assert_array_equal(side.activations.features, truth)
+    assert len(found) == 2 and work.done(name).all()
+
+
+def test_a_row_that_nobody_made_is_noticed(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "w", 3)
+    work.create("x", (2,), np.float64)
+    work.put("x", 0, np.zeros((2, 2)))
+    with pytest.raises(DitmoeError, match="rows 2 to 2 were not made"):
+        work.require_whole(["x"])
+    work.put("x", 2, np.zeros((1, 2)))
+    work.require_whole(["x"])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no more")])
+def test_features_that_do_not_fit_are_taken_in_halves(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "r.npz", arr_0=images)
+    took, said, plain = [], [], PixelExtractor.__call__
+
+    def small(self: PixelExtractor, images: NDArray[np.uint8]) -> Any:
+        if len(images) > 3:
+            raise error
+        took.append(len(images))
+        return plain(self, images)
+
+    monkeypatch.setattr(PixelExtractor, "__call__", small)
+    side = featured(stored_side(tmp_path / "r.npz"), lab(tmp_path, batch=10, say=said.append), WHOLE, bar)
+    assert side.activations is not None
+    np.testing.assert_array_equal(side.activations.features, plain(PixelExtractor(255), images))
+    assert max(took) <= 3 and sum(took[1:]) == 10, "the first is the probe of two"
+    assert any("out of memory with the features of 10 images" in line for line in said)

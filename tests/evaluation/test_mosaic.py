@@ -1,0 +1,75 @@
+"""Pairs side by side: where each image goes, how large it is, and that the file is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.evaluation.mosaic import INNER, MOST_PAIRS, OUTER, enlarged, pair_grid, write_png
+
+
+def numbered(count: int, side: int = 8, channels: int = 1, offset: int = 0) -> np.ndarray:
+    """Images of one grey each, by index."""
+    grey = (np.arange(count) * 2 + offset).astype(np.uint8)
+    return np.broadcast_to(grey[:, None, None, None], (count, side, side, channels)).copy()
+
+
+@pytest.mark.parametrize(("side", "shown"), [(1, 64), (8, 64), (28, 84), (63, 126), (64, 64), (256, 256)])
+def test_images_are_enlarged_to_64_pixels_by_a_whole_factor(side: int, shown: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    large = enlarged(images)
+    assert large.shape == (2, shown, shown, 3)
+    factor = shown // side
+    assert (large[:, ::factor, ::factor] == images).all()
+    assert (large[:, factor - 1 :: factor, factor - 1 :: factor] == images).all(), "nearest neighbour"
+
+
+@pytest.mark.parametrize(
+    ("count", "across", "down"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (64, 8, 8), (99, 8, 8)]
+)
+def test_pairs_stand_in_reading_order_a_left_b_right(count: int, across: int, down: int) -> None:
+    picture = pair_grid(numbered(count), numbered(count, offset=1))
+    step_down, step_across = 64 + OUTER, 2 * 64 + INNER + OUTER
+    assert picture.shape == (down * step_down + OUTER, across * step_across + OUTER, 1)
+    for index in range(min(count, MOST_PAIRS)):
+        top, left = OUTER + index // across * step_down, OUTER + index % across * step_across
+        assert (picture[top : top + 64, left : left + 64] == 2 * index).all()
+        assert (picture[top : top + 64, left + 64 + INNER : left + 128 + INNER] == 2 * index + 1).all()
+    shown = min(count, MOST_PAIRS)
+    assert (picture == 255).sum() == picture.size - shown * 2 * 64 * 64, "white all around"
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_the_file_is_png_and_equal_for_equal_images(channels: int, mode: str, tmp_path: Path) -> None:
+    picture = pair_grid(numbered(3, channels=channels), numbered(3, channels=channels, offset=1))
+    size = write_png(tmp_path / "a.png", picture)
+    write_png(tmp_path / "b.png", picture)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size == size
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode) == ("PNG", mode)
+        assert (np.asarray(image).reshape(picture.shape) == picture).all()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_what_is_there_stays_without_force(tmp_path: Path) -> None:
+    target, picture = tmp_path / "a.png", pair_grid(numbered(1), numbered(1))
+    target.write_bytes(b"mine")
+    with pytest.raises(OutputExistsError):
+        write_png(target, picture)
+    with pytest.raises(OutputExistsError, match="is the input itself"):
+        write_png(target, picture, force=True, inputs=[target])
+    assert target.read_bytes() == b"mine"
+    write_png(target, picture, force=True)
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_makes_no_pairs() -> None:
+    images = numbered(2)
+    for a, b in ((images, images[:1]), (images[0], images[0]), (images[:0], images[:0])):
+        with pytest.raises(BadInputError, match="make no pairs"):
+            pair_grid(a, b)

@@ -1,0 +1,624 @@
+"""Samples through a workspace: batch size, processes and restarts change no image, and what is done stays done."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pico
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
+from ditmoe_cli.evaluation import samples
+from ditmoe_cli.evaluation.samples import (
+    SAMPLES,
+    Runtime,
+    Sampling,
+    Targets,
+    check_targets,
+    fill,
+    read_origin,
+    split,
+    write_samples,
+)
+from ditmoe_cli.evaluation.workspace import Workspace
+from ditmoe_cli.model.loading import build_model
+from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.processes import WHOLE, Share
+
+IMAGES = 7
+SPEC = SampleSpec(images=IMAGES, steps=3, cfg=1.0, seed=5, solver="euler", classes=(0, 2, 1))
+Change = Callable[[Any], None]
+
+
+@contextmanager
+def bar(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
+    """Show nothing."""
+    yield lambda _: None
+
+
+def silent(_: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on pixels and one on latents; not to be written to."""
+    made = tmp_path_factory.mktemp("models")
+    make_pico(sampler="rf", in_channels=1).save(made / "pixels.safetensors")
+    make_pico(sampler="rf").save(made / "latents.safetensors")
+    return made
+
+
+@pytest.fixture(params=["pixels", "latents"])
+def what(request: pytest.FixtureRequest, folder: Path) -> Sampling:
+    """Seven images, or latents."""
+    return Sampling(open_checkpoint(folder / f"{request.param}.safetensors"), SPEC)
+
+
+@pytest.fixture
+def pixels(folder: Path) -> Sampling:
+    """Seven images."""
+    return Sampling(open_checkpoint(folder / "pixels.safetensors"), SPEC)
+
+
+def whole(what: Sampling) -> NDArray[Any]:
+    """All samples at once, without any workspace."""
+    return _sampled(build_model(what.checkpoint, torch.device("cpu")), what, range(what.spec.images))
+
+
+def assert_equal_but_rounding(found: NDArray[Any], expected: NDArray[Any]) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    if found.dtype == np.uint8:
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+        assert found.std() > 10, "else there is nothing to see"
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@dataclass
+class Watch:
+    """Counts the images that are made, and fails where it is told to."""
+
+    made: list[int] = field(default_factory=list)
+    fail_at: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, model: Any, what: Sampling, indices: Any) -> NDArray[Any]:
+        if self.fail_at is not None and self.fail_at in indices:
+            raise BadInputError("told to fail")
+        with self.lock:
+            self.made += list(indices)
+        return _sampled(model, what, indices)
+
+
+_sampled = samples.sampled
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """What `fill` makes of images."""
+    found = Watch()
+    monkeypatch.setattr(samples, "sampled", found)
+    return found
+
+
+# batches, processes, restarts
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_batch_size_changes_nothing(what: Sampling, batch: int, tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "w", IMAGES)
+    after: dict[int, NDArray[Any]] = {}
+    fill(work, what, Runtime(batch=batch), WHOLE, bar, silent, after.__setitem__)
+    assert_equal_but_rounding(work.array(SAMPLES), whole(what))
+    assert sorted(after) == list(range(0, IMAGES, batch))
+    assert all(np.array_equal(values, work.array(SAMPLES)[first : first + batch]) for first, values in after.items())
+    assert work.array(SAMPLES).shape == (IMAGES, *what.shape)
+
+
+def together(work: Workspace, what: Sampling, batch: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill a workspace by `world` threads that wait for each other as processes do."""
+    barrier, errors = threading.Barrier(world, timeout=60), []
+    told: list[Any] = []
+
+    def tell(self: Share, find: Callable[[], Any]) -> Any:
+        if self.first:
+            told.append(find())
+        barrier.wait()
+        found = told[-1]
+        barrier.wait()
+        return found
+
+    monkeypatch.setattr(Share, "wait", lambda self: barrier.wait() if self.world > 1 else None)
+    monkeypatch.setattr(Share, "told", tell)
+
+    def run(rank: int) -> None:
+        try:
+            fill(work, what, Runtime(batch=batch), Share(rank, world), bar, silent)
+            assert work.done(SAMPLES).all(), "nobody returns before all is done"
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert errors == []
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 2), (3, 1), (5, 3)])
+def test_the_number_of_processes_changes_nothing(
+    what: Sampling, world: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    work = Workspace(tmp_path / "w", IMAGES)
+    together(work, what, batch, world, monkeypatch)
+    assert sorted(watch.made) == list(range(IMAGES)), "each image is made once"
+    assert_equal_but_rounding(work.array(SAMPLES), whole(what))
+
+
+@pytest.mark.parametrize("again", [1, 2, 5])
+def test_a_restart_makes_only_what_is_missing(what: Sampling, again: int, tmp_path: Path, watch: Watch) -> None:
+    work = Workspace(tmp_path / "w", IMAGES)
+    said: list[str] = []
+    watch.fail_at = 4
+    with pytest.raises(BadInputError, match="told to fail"), work.held(silent):
+        fill(work, what, Runtime(batch=2), WHOLE, bar, silent)
+    assert watch.made == [0, 1, 2, 3] and work.done(SAMPLES).sum() == 4
+    watch.fail_at, watch.made = None, []
+    fill(work, what, Runtime(batch=again), WHOLE, bar, said.append)
+    assert watch.made == [4, 5, 6]
+    assert said == ["going on with 4 of 7 images that an earlier run left"]
+    assert_equal_but_rounding(work.array(SAMPLES), whole(what))
+    fill(work, what, Runtime(batch=again), WHOLE, bar, said.append)
+    assert watch.made == [4, 5, 6] and len(said) == 1, "a third finds all done"
+
+
+def test_several_processes_go_on_where_one_stopped(
+    pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    work = Workspace(tmp_path / "w", IMAGES)
+    work.create(SAMPLES, pixels.shape, np.uint8)
+    work.put(SAMPLES, 2, whole(pixels)[2:4])
+    together(work, pixels, 1, 3, monkeypatch)
+    assert sorted(watch.made) == [0, 1, 4, 5, 6]
+    assert_equal_but_rounding(work.array(SAMPLES), whole(pixels))
+
+
+# out of memory
+
+
+def tight(most: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let models raise `error` for more than `most` images; return the list of the sizes that they were fed."""
+    sizes: list[int] = []
+
+    def hook(_module: Any, inputs: tuple[Any, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > most:
+            raise error
+
+    def build(*args: Any) -> Any:
+        model = build_model(*args)
+        model.register_forward_pre_hook(hook)
+        return model
+
+    monkeypatch.setattr("ditmoe_cli.model.loading.build_model", build)
+    return sizes
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_batches_are_halved_where_memory_runs_out(
+    what: Sampling, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Workspace(tmp_path / "w", IMAGES)
+    said: list[str] = []
+    expected, sizes = whole(what), tight(2, error, monkeypatch)
+    fill(work, what, Runtime(batch=5), WHOLE, bar, said.append)
+    assert said == ["out of memory with 5 images at a time; going on with 2"]
+    assert [size for size in sizes if size > 2] == [5], "once is enough"
+    assert_equal_but_rounding(work.array(SAMPLES), expected)
+
+
+def test_halving_goes_on_as_far_as_one(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workspace(tmp_path / "w", IMAGES)
+    said: list[str] = []
+    tight(1, MemoryError(), monkeypatch)
+    fill(work, pixels, Runtime(batch=64), WHOLE, bar, said.append)
+    assert [line.split(";")[0].split("with ")[1] for line in said] == ["7 images at a time", "3 images at a time"]
+    assert_equal_but_rounding(work.array(SAMPLES), whole(pixels))
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_one_image_that_does_not_fit_ends_in_its_error(
+    pixels: Sampling, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight(0, error, monkeypatch)
+    with pytest.raises(type(error)):
+        write_samples(pixels, Runtime(batch=4), Targets(tmp_path / "s.safetensors"), bar, silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_failures_are_not_taken_for_memory(
+    pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = tight(0, RuntimeError("the size of tensor a must match"), monkeypatch)
+    with pytest.raises(RuntimeError, match="must match"):
+        fill(Workspace(tmp_path / "w", IMAGES), pixels, Runtime(batch=4), WHOLE, bar, silent)
+    assert sizes == [4]
+
+
+def test_a_batch_in_parts() -> None:
+    assert split(range(3, 10), 3) == [range(3, 6), range(6, 9), range(9, 10)]
+    assert split(range(3, 5), 8) == [range(3, 5)]
+
+
+# NaN
+
+
+def poisoned(image: int, evaluation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model answer NaN for an image, told by its noise, from an evaluation of its batch on."""
+    from ditmoe_cli.diffusion.noise import image_noise
+
+    noise = image_noise(SPEC.seed, [image], torch.device("cpu"), "image").draw((1, 8, 8))[0]
+
+    def build(*args: Any) -> Any:
+        model = build_model(*args)
+        where: list[int] = []
+        count = [0]
+
+        def hook(_module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            count[0] += 1
+            if count[0] % SPEC.steps == 1:
+                where[:] = [i for i, x in enumerate(inputs[0]) if torch.equal(x, noise)]
+            if (count[0] - 1) % SPEC.steps + 1 >= evaluation:
+                output = output.clone()
+                output[where] = torch.nan
+            return output
+
+        model.register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr("ditmoe_cli.model.loading.build_model", build)
+
+
+@pytest.mark.parametrize(("image", "evaluation", "batch"), [(0, 1, 3), (4, 2, 3), (6, 3, 1)])
+def test_nan_names_image_seed_and_evaluation(
+    pixels: Sampling, image: int, evaluation: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(image, evaluation, monkeypatch)
+    with pytest.raises(BadInputError) as caught:
+        write_samples(pixels, Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), bar, silent)
+    assert f"in image {image} (seed 5) at evaluation {evaluation} of 3" in str(caught.value)
+    left = list(tmp_path.iterdir())
+    if image < batch:
+        assert left == [], "nothing was done"
+    else:
+        (kept,) = left
+        assert kept.name.startswith(".s.safetensors.") and kept.name.endswith(".work")
+        assert Workspace(kept, IMAGES).done(SAMPLES).tolist() == [i < image // batch * batch for i in range(IMAGES)]
+
+
+@dataclass
+class Fragile:
+    """A decoder of latents to four times their channels' mean, that breaks a picture told by its latents."""
+
+    broken: torch.Tensor
+    upsampling: int = 1
+    name: str = "vae-small"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        for index, each in enumerate(latents):
+            if torch.allclose(each, self.broken, atol=1e-4):
+                raise BrokenImageError(index, f"NaN or infinite values after decoding by {self.name}")
+        return latents.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_an_image_that_breaks_in_decoding_is_named_by_its_own_number(folder: Path, batch: int, tmp_path: Path) -> None:
+    latents = Sampling(open_checkpoint(folder / "latents.safetensors"), SPEC)
+    decoder: Any = Fragile(torch.from_numpy(whole(latents)[5]))
+    with pytest.raises(BadInputError, match=r"^image 5 \(seed 5\): NaN or infinite values after decoding by vae-small"):
+        write_samples(
+            replace(latents, decoder=decoder), Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), bar, silent
+        )
+
+
+# whole runs
+
+
+def run(what: Sampling, file: Path, batch: int = 64, said: list[str] | None = None, **targets: Any) -> NDArray[Any]:
+    """Write samples and read them back."""
+    size = write_samples(
+        what, Runtime(batch=batch), Targets(file, **targets), bar, silent if said is None else said.append
+    )
+    assert size == file.stat().st_size
+    return load_file(file)["images" if what.images else "latents"]
+
+
+def test_a_success_leaves_the_file_alone(what: Sampling, tmp_path: Path) -> None:
+    found = run(what, tmp_path / "s.safetensors", 3)
+    assert_equal_but_rounding(found, whole(what))
+    assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
+    origin = read_origin(tmp_path / "s.safetensors")
+    assert origin == what.origin
+
+
+def test_a_run_that_failed_is_gone_on_with(what: Sampling, tmp_path: Path, watch: Watch) -> None:
+    file = tmp_path / "s.safetensors"
+    said: list[str] = []
+    watch.fail_at = 5
+    with pytest.raises(BadInputError, match="told to fail"):
+        run(what, file, 1)
+    (kept,) = tmp_path.iterdir()
+    assert kept.is_dir() and kept.name.startswith(".s.safetensors.")
+    watch.fail_at, watch.made = None, []
+    found = run(what, file, 1, said)
+    assert watch.made == [5, 6] and said == ["going on with 5 of 7 images that an earlier run left"]
+    assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
+    straight = run(what, tmp_path / "straight.safetensors", 1)
+    assert np.array_equal(found, straight)
+    assert file.read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 6}, {"steps": 4}, {"cfg": 2.0}, {"images": 6}, {"classes": (0,)}, {"interval": (0.0, 0.5)}]
+)
+def test_another_request_does_not_go_on_with_it(
+    pixels: Sampling, change: dict[str, Any], tmp_path: Path, watch: Watch
+) -> None:
+    file = tmp_path / "s.safetensors"
+    watch.fail_at = 3
+    with pytest.raises(BadInputError):
+        run(pixels, file, 1)
+    watch.fail_at, watch.made = None, []
+    other = replace(pixels, spec=replace(SPEC, **change))
+    assert other.key != pixels.key
+    run(other, file, 1)
+    assert watch.made == list(range(other.spec.images))
+
+
+def test_a_failure_to_write_does_not_cost_the_images(
+    pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    file = tmp_path / "s.safetensors"
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, "write_images", full)
+        with pytest.raises(OSError, match="No space"):
+            run(pixels, file)
+    watch.made = []
+    run(pixels, file)
+    assert watch.made == []
+    assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def failing(name: str, monkeypatch: pytest.MonkeyPatch, what: Sampling, file: Path, **targets: Any) -> None:
+    """Run into a disk that is full when `samples` calls its function `name`."""
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, name, full)
+        with pytest.raises(OSError, match="No space"):
+            run(what, file, **targets)
+
+
+def views(folder: Path) -> dict[str, Any]:
+    return {"png": folder / "png", "npz": folder / "a.npz", "grid": folder / "g.png"}
+
+
+@pytest.mark.parametrize("failed", ["write_adm_npz", "write_png", "write_images"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_failure_between_the_targets_is_gone_on_with(
+    pixels: Sampling, failed: str, empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    file, straight = tmp_path / "s.safetensors", tmp_path / "straight"
+    straight.mkdir()
+    run(pixels, straight / file.name, **views(straight))
+    if empty:
+        (tmp_path / "png").mkdir()
+    failing(failed, monkeypatch, pixels, file, **views(tmp_path))
+    assert not file.exists() and len(list((tmp_path / "png").iterdir())) == IMAGES
+    watch.made = []
+    run(pixels, file, **views(tmp_path))
+    assert watch.made == []
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["a.npz", "g.png", "png", file.name, "straight"]
+    for made in (path for path in straight.rglob("*") if path.is_file()):
+        assert made.read_bytes() == (tmp_path / made.relative_to(straight)).read_bytes(), made.name
+
+
+def test_it_is_known_before_the_decoder_is(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `sample --vae` asks before it opens the VAE, when the key is not known."""
+    targets = Targets(tmp_path / "s.safetensors", **views(tmp_path))
+    failing("write_images", monkeypatch, pixels, targets.file, **views(tmp_path))
+    other = replace(pixels, spec=replace(SPEC, seed=6))
+    check_targets(other, targets, will_decode=True)
+    with pytest.raises(OutputExistsError, match="exists already"):
+        check_targets(other, targets)
+
+
+def added(folder: Path) -> None:
+    (folder / "png" / "000099.png").write_bytes(b"mine")
+
+
+def rewritten(folder: Path) -> None:
+    """The same bytes at another time: somebody else's."""
+    content = (folder / "a.npz").read_bytes()
+    (folder / "a.npz").unlink()
+    (folder / "a.npz").write_bytes(content)
+    os.utime(folder / "a.npz", ns=(1, 1))
+
+
+def replaced(folder: Path) -> None:
+    (folder / "g.png").write_bytes(b"mine")
+
+
+def linked(folder: Path) -> None:
+    (folder / "g.png").rename(folder / "other.png")
+    (folder / "g.png").symlink_to(folder / "other.png")
+
+
+@pytest.mark.parametrize("change", [added, rewritten, replaced, linked])
+def test_what_is_not_as_this_work_left_it_is_refused(
+    pixels: Sampling, change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "s.safetensors"
+    failing("write_images", monkeypatch, pixels, file, **views(tmp_path))
+    change(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(OutputExistsError):
+        run(pixels, file, **views(tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"steps": 4}])
+def test_what_other_work_wrote_is_refused(
+    pixels: Sampling, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    file = tmp_path / "s.safetensors"
+    failing("write_images", monkeypatch, pixels, file, npz=tmp_path / "a.npz")
+    watch.made = []
+    with pytest.raises(OutputExistsError, match=r"a\.npz: exists already"):
+        run(replace(pixels, spec=replace(SPEC, **change)), file, npz=tmp_path / "a.npz")
+    with pytest.raises(OutputExistsError, match=r"a\.npz: exists already"):
+        run(pixels, tmp_path / "t.safetensors", npz=tmp_path / "a.npz")
+    assert watch.made == []
+
+
+def test_a_picture_is_no_folder_of_pictures(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "s.safetensors"
+    failing("write_images", monkeypatch, pixels, file, grid=tmp_path / "x.png")
+    with pytest.raises(OutputExistsError, match="exists already"):
+        run(pixels, file, png=tmp_path / "x.png")
+
+
+def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
+    pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    file, first, errors = tmp_path / "s.safetensors", threading.Event(), []
+    go = threading.Event()
+
+    def slow(model: Any, what: Sampling, indices: Any) -> NDArray[Any]:
+        first.set()
+        assert go.wait(timeout=30)
+        return watch(model, what, indices)
+
+    def second() -> None:
+        try:
+            run(pixels, file, said=[])
+        except OutputExistsError as error:
+            errors.append(error)
+
+    monkeypatch.setattr(samples, "sampled", slow)
+    threads = [threading.Thread(target=run, args=(pixels, file)), threading.Thread(target=second)]
+    threads[0].start()
+    assert first.wait(timeout=30)
+    threads[1].start()
+    go.set()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(errors) == 1 and watch.made == list(range(IMAGES))
+    assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_files_from_before_vaes_and_intervals_are_read(pixels: Sampling, tmp_path: Path) -> None:
+    from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, write_images
+
+    origin = pixels.origin.to_json()
+    del origin["vae"], origin["spec"]["interval"]
+    write_images(tmp_path / "old.safetensors", whole(pixels), None, range(IMAGES), origin)
+    assert read_origin(tmp_path / "old.safetensors") == pixels.origin
+    for part in ({"vae": "sd"}, {"spec": {**origin["spec"], "interval": [0.5]}}, {"spec": {"solver": "euler"}}):
+        document = {**origin, **part, "schema": SAMPLES_SCHEMA}
+        write_images(tmp_path / "bad.safetensors", whole(pixels), None, range(IMAGES), document, force=True)
+        with pytest.raises(BadInputError, match=r"bad\.safetensors: the samples' metadata is malformed"):
+            read_origin(tmp_path / "bad.safetensors")
+
+
+# targets
+
+
+def test_targets_that_meet_are_refused(pixels: Sampling, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "s.safetensors"
+    for targets in (
+        Targets(file, npz=file),
+        Targets(file, npz=tmp_path / "link" / "s.safetensors"),
+        Targets(file, grid=tmp_path / "out" / ".." / "s.safetensors"),
+        Targets(file, png=tmp_path / "x", grid=tmp_path / "x"),
+    ):
+        with pytest.raises(UsageError, match="named twice"):
+            check_targets(pixels, targets)
+    for targets in (
+        Targets(tmp_path / "out" / "s.safetensors", png=tmp_path / "out"),
+        Targets(file, png=tmp_path / "out", grid=tmp_path / "out" / "g.png"),
+    ):
+        with pytest.raises(UsageError, match="lies in"):
+            check_targets(pixels, targets)
+
+
+def test_an_empty_folder_is_a_place_for_png_alone(pixels: Sampling, tmp_path: Path) -> None:
+    for name in ("s.safetensors", "a.npz", "g.png", "png"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "new.safetensors"
+    for targets in (
+        Targets(tmp_path / "s.safetensors"),
+        Targets(file, npz=tmp_path / "a.npz"),
+        Targets(file, grid=tmp_path / "g.png"),
+    ):
+        with pytest.raises(OutputExistsError, match="exists already"):
+            check_targets(pixels, targets)
+    run(pixels, file, png=tmp_path / "png")
+    assert len(list((tmp_path / "png").iterdir())) == IMAGES
+
+
+def test_what_is_read_is_no_target(pixels: Sampling, tmp_path: Path) -> None:
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"weights")
+    for targets in (Targets(weights), Targets(tmp_path / "s.safetensors", png=vae)):
+        with pytest.raises(OutputExistsError, match="is the input itself"):
+            check_targets(pixels, replace(targets, force=True, inputs=(vae,)))
+    with pytest.raises(OutputExistsError, match="is the input itself"):
+        check_targets(pixels, Targets(pixels.checkpoint.path, force=True))
+
+
+# other processes
+
+
+def test_a_process_that_ended_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+    monkeypatch.setattr("torch.distributed.barrier", broken)
+    with pytest.raises(DitmoeError, match="another process of this job has ended"):
+        Share(0, 2).wait()
+    WHOLE.wait()

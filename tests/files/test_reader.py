@@ -1,0 +1,212 @@
+"""Readers give back what was stored, lazily, and pickles never run anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import REPOSITORY, Pico
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.reader import dtype_code, open_reader, tensor_bytes, torch_dtype
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_odd_shapes(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.arange(15).reshape(3, 5).to(dtype)
+    tensors = {"matrix": values, "scalar": values[1, 1].clone(), "one": values[:1, :1].clone()}
+    safetensors.torch.save_file({**tensors, "none": values[:, :0].clone()}, tmp_path / "x.safetensors")
+    torch.save(tensors, tmp_path / "x.pt")
+    for path in (tmp_path / "x.safetensors", tmp_path / "x.pt"):
+        header, reader = open_reader(path)
+        for name, value in tensors.items():
+            assert reader.tensor(name).dtype == dtype
+            assert torch.equal(reader.tensor(name), value)
+            assert header.tensors[name].dtype == dtype_code(dtype, "")
+            assert header.tensors[name].nbytes == reader.raw(name).nbytes
+            assert bytes(reader.raw(name)) == bytes(value.reshape(-1).view(torch.uint8).numpy())
+    empty = open_reader(tmp_path / "x.safetensors")[1].tensor("none")
+    assert (empty.dtype, empty.shape) == (dtype, (3, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtype_codes_are_inverse(dtype: torch.dtype) -> None:
+    assert torch_dtype(dtype_code(dtype, "x")) == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_without_a_place_are_refused_by_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({"strange": torch.zeros(2).to(dtype)}, tmp_path / "x.pt")
+    with pytest.raises(BadInputError, match="strange"):
+        open_reader(tmp_path / "x.pt")
+
+
+def test_sparse_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"sparse": torch.eye(3).to_sparse()}, tmp_path / "x.pt")
+    with pytest.raises(BadInputError, match=r"x\.pt"):
+        open_reader(tmp_path / "x.pt")
+
+
+def test_float8_in_safetensors_opens_but_is_not_computed_with(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(2).to(torch.float8_e4m3fn)}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    _, reader = open_reader(tmp_path / "x.safetensors")
+    assert len(reader.raw("a")) == 2
+    with pytest.raises(BadInputError, match="F8_E4M3"):
+        reader.tensor("a")
+
+
+def test_views_transposes_and_parameters_in_a_pickle(tmp_path: Path) -> None:
+    flat = torch.arange(24.0)
+    state = {"a": flat[:6].reshape(2, 3), "b": flat[6:18].reshape(3, 4).T, "c": torch.nn.Parameter(flat[18:])}
+    torch.save(state, tmp_path / "x.pt")
+    _, reader = open_reader(tmp_path / "x.pt")
+    for name, value in state.items():
+        assert torch.equal(reader.tensor(name), value)
+        assert bytes(reader.raw(name)) == bytes(tensor_bytes(value.detach().clone()))
+
+
+def test_a_tensor_is_a_copy_that_outlives_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(4)}, path)
+    before = path.read_bytes()
+    tensor = open_reader(path)[1].tensor("a")
+    tensor += 1
+    assert torch.equal(tensor, torch.full((4,), 2.0))
+    assert path.read_bytes() == before
+
+
+def test_safetensors_are_opened_and_fingerprinted_without_torch(tmp_path: Path, pico: Callable[..., Pico]) -> None:
+    path = pico().save(tmp_path / "x.safetensors")
+    program = (
+        "import sys; from ditmoe_cli import open_checkpoint; c = open_checkpoint(sys.argv[1]); c.fingerprint; "
+        "print(sorted({'torch', 'numpy', 'typer', 'rich'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+class Trap:
+    """Runs a command when unpickled by the trusting."""
+
+    def __init__(self, function: Callable[..., Any], *args: object) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return self.function, self.args
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize(
+    ("function", "argument", "named"),
+    [(os.system, "touch {}", "system"), (exec, "open({!r}, 'w')", "exec"), (eval, "open({!r}, 'w')", "eval")],
+)
+def test_a_pickle_that_would_run_something_is_refused_by_name(
+    tmp_path: Path, form: str, function: Callable[..., Any], argument: str, named: str
+) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "x.pt"
+    document = {"ema": {"a": torch.zeros(2)}, "args": Trap(function, argument.format(str(canary)))}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"args": document["args"]}, protocol=2))
+    else:
+        torch.save(document, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(BadInputError, match=rf"x\.pt: holds [\w.]*{named}, which") as caught:
+        open_reader(path)
+    assert "\n" not in str(caught.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 3, 4, 5])
+def test_pickles_of_other_protocols_run_nothing_either(tmp_path: Path, protocol: int) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps(Trap(os.system, f"touch {canary}"), protocol=protocol))
+    with pytest.raises(BadInputError, match=r"x\.pt"):
+        open_reader(path)
+    assert not canary.exists()
+
+
+def test_a_pickled_module_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
+    with pytest.raises(BadInputError, match=r"holds torch\.nn\.modules\.linear\.Linear, which"):
+        open_reader(tmp_path / "x.pt")
+
+
+def test_only_plain_values_pass_in_the_arguments(tmp_path: Path, pico: Callable[..., Pico]) -> None:
+    path = pico().save_pt(tmp_path / "x.pt", "train", results=Path("x"))
+    with pytest.raises(BadInputError, match=r"holds pathlib\.\w*Path, which"):
+        open_reader(path)
+
+
+def truncated(data: bytes, share: float) -> bytes:
+    return data[: int(len(data) * share)]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_pickles(tmp_path: Path, pico: Callable[..., Pico], share: float, legacy: bool) -> None:
+    path = pico().save_pt(tmp_path / "x.pt", "train", legacy=legacy)
+    path.write_bytes(truncated(path.read_bytes(), share))
+    with pytest.raises(BadInputError, match=r"x\.pt") as caught:
+        open_reader(path)
+    assert "\n" not in str(caught.value)
+
+
+FOREIGN = {
+    "web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+    "zeros": bytes(1000),
+    "text": b"hello\n",
+    "zip": b"PK\x05\x06" + bytes(18),
+    "gzip": b"\x1f\x8b\x08\x00" + bytes(40),
+    "numbers": pickle.dumps([1, 2, 3]),
+    "endless stack": b"\x80\x02" + b"(" * 500 + b".",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])
+def test_files_of_other_kinds(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(FOREIGN[kind])
+    with pytest.raises(BadInputError, match="file") as caught:
+        open_reader(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_safetensors_under_a_pickles_name(tmp_path: Path, pico: Callable[..., Pico]) -> None:
+    path = pico().save(tmp_path / "x.safetensors").rename(tmp_path / "x.pt")
+    with pytest.raises(BadInputError, match=r"x\.pt"):
+        open_reader(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_that_may_not_be_read(tmp_path: Path, pico: Callable[..., Pico]) -> None:
+    for path in (pico().save(tmp_path / "x.safetensors"), pico().save_pt(tmp_path / "x.pt")):
+        path.chmod(0)
+        with pytest.raises(BadInputError, match="permission"):
+            open_reader(path)
