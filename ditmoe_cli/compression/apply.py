@@ -7,7 +7,6 @@ tensor at a time while it is written (`apply`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,6 @@ from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.replay.ordered import is_ordered
 from ditmoe_cli.compression.rounding.smoothed import is_smoothed
-from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
@@ -28,6 +26,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.weights import Format, Weight, is_quantizable, quantized_members
 from ditmoe_cli.model.config import DiTMoEConfig, mixture_shapes
 from ditmoe_cli.model.opened import Checkpoint, is_compressible
+from ditmoe_cli.progress import ProgressBar, silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Producer = Callable[[], memoryview]
@@ -191,13 +190,6 @@ def _write(
             return data
 
         return output.write(planned.infos, content, planned.provenance, [checkpoint.path])
-
-
-@contextmanager
-def silent_bar(title: str, total: int) -> Iterator[Progress]:
-    """Show nothing."""
-    del title, total
-    yield lambda _: None
 
 
 def _copies(checkpoint: Checkpoint) -> Iterator[PlannedTensor]:

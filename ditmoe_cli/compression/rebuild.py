@@ -20,14 +20,15 @@ from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
 from ditmoe_cli.compression.replay.states import calibration_states
 from ditmoe_cli.compression.replay.stream import Stream, Tokens
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.offload import OffloadedDiTMoE, release
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.calibrate import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -49,25 +50,23 @@ def rebuild(
     Raises `BadInputError` for a profile that lacks what is needed, and where weights overflow their dtype.
     """
     config = checkpoint.config
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
     errors = []
     title = f"refitting {checkpoint.path.name}" if plan.repair else f"computing the weights of {checkpoint.path.name}"
-    with torch.inference_mode(), bar(title, len(layouts)) as progress:
+    with torch.inference_mode(), resident_blocks(model, bar, title) as blocks:
         stream = _stream(checkpoint, plan, layouts, profile, model) if needs_tokens(plan) else None
-        for index, layout in enumerate(layouts):
-            with model.resident(index) as block:
-                seen = stream.attend(block) if stream else None
-                tokens = stream.tokens(seen) if stream and seen else None
-                source = Source(block.moe, index, layout, plan, tokens, profile)
-                changed = mixture_of(new_weights(source), config, layout.config)
-                if plan.repair is not None:
-                    errors.append(repaired(block.moe, changed, source.known_tokens, plan.repair))
-                del block, source  # or they would stay in memory beside the next block
+        for (index, block), layout in zip(blocks, layouts, strict=True):
+            seen = stream.attend(block) if stream else None
+            tokens = stream.tokens(seen) if stream and seen else None
+            source = Source(block.moe, index, layout, plan, tokens, profile)
+            changed = mixture_of(new_weights(source), config, layout.config)
+            if plan.repair is not None:
+                errors.append(repaired(block.moe, changed, source.known_tokens, plan.repair))
+            release(block)  # its new weights take its place before the next block is read
             stored = _stored(checkpoint, index, layout, weights_of(changed))
             spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
             if stream and seen:
                 stream.advance(seen, _as_stored(stored, config, layout, device))
-            progress(1)
     return tuple(errors)
 
 

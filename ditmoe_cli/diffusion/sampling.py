@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.dit import Denoiser
     from ditmoe_cli.model.moe import Observer
 
-Progress = Callable[[int], None]
-ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
 StepWatcher = Callable[["Tensor", float], None]
 
 

@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.diffusion.sampling import (
-    Progress,
-    ProgressBar,
     SampleSpec,
     batches,
     check_followable,
@@ -35,6 +33,7 @@ from ditmoe_cli.evaluation.scores.ssim import ssim
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import Progress, ProgressBar
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.compared_features import (
@@ -43,6 +43,7 @@ from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.cache import cache_folder
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.processes import Share, process_group
+from ditmoe_cli.progress import ProgressBar
 
 _MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
 

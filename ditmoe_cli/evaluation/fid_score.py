@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features.compared_features import Lab, Side, statistics_of
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable
@@ -30,6 +29,7 @@ from ditmoe_cli.evaluation.scores.kernel_distance import kernel_distance
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 from ditmoe_cli.evaluation.scores.requested import Request
+from ditmoe_cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.features.extractors import Extractor

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, sample_batch
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import ALWAYS
 from ditmoe_cli.diffusion.solvers import SOLVERS
 from ditmoe_cli.errors import BadInputError, BrokenImageError, UsageError, is_out_of_memory
@@ -31,6 +31,7 @@ from ditmoe_cli.files.provenance import Card, canonical_json, parse_card
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.processes import Share, process_group
+from ditmoe_cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from ditmoe_cli.diffusion.vae import Decoder

@@ -37,7 +37,7 @@ class OffloadedDiTMoE:
     guidance branches in one batch, a micro-batch holds both branches of its images.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, images: int, micro_batch: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, images: int = 1, micro_batch: int = 1) -> None:
         self.config: DiTMoEConfig = checkpoint.config
         self.device: torch.device = device
         self._checkpoint, self._images, self._micro_batch = checkpoint, images, micro_batch
@@ -53,7 +53,7 @@ class OffloadedDiTMoE:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[Block]:
-        """Yield a block with its weights in memory, and let them go after."""
+        """Yield a block with its weights in memory; after that it has none, whoever still holds it."""
         for weight in self._block_weights[index]:
             assign(self._model, self._checkpoint, weight, self.device, torch.float32)
         block = self._model.blocks[index]
@@ -61,6 +61,7 @@ class OffloadedDiTMoE:
         try:
             yield block.eval().requires_grad_(False)
         finally:
+            release(block)
             with torch.device("meta"):
                 self._model.blocks[index] = Block(self.config, self.config.blocks[index])
 
@@ -89,7 +90,6 @@ class OffloadedDiTMoE:
                     if isinstance(observer, MicroBatchObserver):
                         observer.select(start, min(start + self._micro_batch, self._images))
                     states[i] = (block(tokens, c, index, observer), c)
-            del block  # or it would stay in memory beside the next one
         outputs = [self._model.unembed(tokens, c) for tokens, c in states]
         out = torch.empty((len(x), *outputs[0].shape[1:]), dtype=outputs[0].dtype, device=self.device)
         for rows, output in zip(parts, outputs, strict=True):
@@ -101,6 +101,14 @@ class OffloadedDiTMoE:
         stop = min(start + self._micro_batch, self._images)
         branches = [torch.arange(start, stop) + offset for offset in range(0, total, self._images)]
         return torch.cat(branches).to(self.device)
+
+
+def release(block: Block) -> None:
+    """Let a block's weights go, in place: tensors without memory stand where they were.
+
+    Other tensors that share their memory, as results that kept some of the weights, keep it.
+    """
+    block.to("meta")
 
 
 @contextmanager

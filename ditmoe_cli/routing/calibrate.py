@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec, check_spec
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.solvers import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing import calibration_defaults as defaults
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
 

@@ -36,7 +36,6 @@ from torch.testing import assert_close
 from ditmoe_cli.compression.apply import apply, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, parse_plan
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.diffusion.sampling import Progress, ProgressBar
 from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError
 from ditmoe_cli.files.header import TensorInfo, encode_header
 from ditmoe_cli.files.provenance import Provenance
@@ -44,6 +43,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.weights import Format
 from ditmoe_cli.model.config import BlockConfig, expected_weights
 from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.progress import Progress, ProgressBar
 
 EXPERTS, TOP_K = 5, 2
 SMALL = make_pico(hidden=16, experts=EXPERTS, widths=((24,) * EXPERTS,) * 2, input_size=4)

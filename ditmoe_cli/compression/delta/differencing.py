@@ -20,7 +20,6 @@ from ditmoe_cli.compression.delta.expert_base import base_of, differences
 from ditmoe_cli.compression.new_mixture import expert_weights, named
 from ditmoe_cli.compression.plan import Delta
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.files.names import BASE, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.differences import pack_ternary
@@ -28,6 +27,8 @@ from ditmoe_cli.model.expert_weights import ExpertWeights
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 Covariances = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -44,15 +45,12 @@ def encode(
     """
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, delta)}
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
-    depth = checkpoint.config.depth
-    with torch.inference_mode(), bar(f"taking the differences of {checkpoint.path.name}", depth) as progress:
-        for index in range(depth):
-            with model.resident(index) as block:
-                encoded = dict(_encoded(block.moe, index, delta, profile, dtypes))
-                del block  # or it would stay in memory beside the next one
-            spool.write(index, {n: as_stored(checkpoint, n, tensor, dtypes[n]) for n, tensor in encoded.items()})
-            progress(1)
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
+    title = f"taking the differences of {checkpoint.path.name}"
+    with torch.inference_mode(), resident_blocks(model, bar, title) as blocks:
+        for index, block in blocks:
+            encoded = _encoded(block.moe, index, delta, profile, dtypes)
+            spool.write(index, {name: as_stored(checkpoint, name, tensor, dtypes[name]) for name, tensor in encoded})
 
 
 def _encoded(

@@ -9,9 +9,9 @@ from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
 from ditmoe_cli.compression.prune.pruning import Keep
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 DEFAULT_METHOD = "m-smoe"

@@ -34,13 +34,14 @@ from ditmoe_cli.compression.replay.amplification import (
 from ditmoe_cli.compression.replay.guided import Conditions, relative_error, slices
 from ditmoe_cli.compression.replay.rounded_layers import linear, nearest, require_range, rounded
 from ditmoe_cli.compression.replay.subsets import BlockTokens
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Formats = Mapping[str, Sequence[str]]
@@ -86,14 +87,11 @@ def measure(
 
     Raises `BadInputError` for a profile without states, and for values that are not finite.
     """
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
-    with torch.inference_mode(), bar(f"measuring {checkpoint.path.name}", checkpoint.config.depth) as progress:
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
+    with torch.inference_mode(), resident_blocks(model, bar, f"measuring {checkpoint.path.name}") as blocks:
         found = _Measurement(model, measured_states(checkpoint, profile, model), formats)
-        for index in range(checkpoint.config.depth):
-            with model.resident(index) as block:
-                found.block(index, block)
-                del block
-            progress(1)
+        for index, block in blocks:
+            found.block(index, block)
         return found.result(checkpoint)
 
 

@@ -15,7 +15,7 @@ from ditmoe_cli.model.opened import Checkpoint, WeightGroup, weight_group
 from ditmoe_cli.routing.profile import RoutingProfile
 
 if TYPE_CHECKING:
-    from ditmoe_cli.diffusion.sampling import ProgressBar
+    from ditmoe_cli.progress import ProgressBar
 
 DENSE: tuple[WeightGroup, ...] = ("attn", "shared")  # weights that every token uses
 DENSE_WIDTH = "4"  # what they get in MC-MoE

@@ -11,10 +11,11 @@ from ditmoe_cli.compression.replay.amplification import Amplification, Probes, S
 from ditmoe_cli.compression.replay.guided import relative_error
 from ditmoe_cli.compression.replay.neuron_order import Orders, reorder
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.files.names import in_block, split_name
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -43,28 +44,24 @@ def trial(
 
     With `orders`, one mapping a block, the neurons of experts are put in order first.
     """
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
-    depth = checkpoint.config.depth
-    with torch.inference_mode(), bar(f"trying the plan for {checkpoint.path.name}", depth) as progress:
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
+    with torch.inference_mode(), resident_blocks(model, bar, f"trying the plan for {checkpoint.path.name}") as blocks:
         probes = Probes(model, measured_states(checkpoint, profile, model))
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
         with rounded(outside):
             changed = Stream(*embedded(model, probes.states))
-        for index in range(depth):
-            mine = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
-            with model.resident(index) as block:
-                if orders:
-                    reorder(block, index, orders[index])
-                probes.pass_through(
-                    index,
-                    block,
-                    {n.removeprefix(in_block(index, "")): fmt for n, fmt in mine.items()},
-                    probes.base.through(block),
-                )
-                with rounded(layers_of(block, index, mine)):
-                    changed.x = changed.through(block)
-                del block
-            progress(1)
+        for index, block in blocks:
+            own_formats = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
+            if orders:
+                reorder(block, index, orders[index])
+            probes.pass_through(
+                index,
+                block,
+                {n.removeprefix(in_block(index, "")): fmt for n, fmt in own_formats.items()},
+                probes.base.through(block),
+            )
+            with rounded(layers_of(block, index, own_formats)):
+                changed.x = changed.through(block)
         wanted = probes.predicted(probes.base)
         with rounded(outside):
             found = probes.predicted(changed)

@@ -17,10 +17,11 @@ from ditmoe_cli.compression.prune.allocation import allocate
 from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.compression.prune.subset_search import best_subset
 from ditmoe_cli.compression.replay.subsets import SubsetReplay, block_tokens
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Subset = tuple[int, ...]
@@ -51,21 +52,18 @@ def choose_replayed(
     `router` None takes each block's mode of least replayed error. Raises `BadInputError` for a profile without
     a reservoir.
     """
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
     top_k, choices = checkpoint.config.top_k, []
-    with torch.inference_mode(), bar(f"replaying {checkpoint.path.name}", len(counts)) as progress:
+    with torch.inference_mode(), resident_blocks(model, bar, f"replaying {checkpoint.path.name}") as blocks:
         errors = []
-        for index in range(len(counts)):
-            with model.resident(index) as block:
-                replay = SubsetReplay(block_tokens(profile, index), block.moe)
-                subset_of = _chooser(profile, method, seed, index, block.moe, replay, router or "ghost")
-                sizes = range(top_k, len(block.moe.experts) + 1) if shared_budget else (counts[index],)
-                subsets = tuple(subset_of(size) for size in sizes)
-                if shared_budget:
-                    errors.append(_errors(replay, subsets, router or "ghost"))
-                choices.append([Choice(subset, router or _best_mode(replay, subset)) for subset in subsets])
-                del block
-            progress(1)
+        for index, block in blocks:
+            replay = SubsetReplay(block_tokens(profile, index), block.moe)
+            subset_of = _chooser(profile, method, seed, index, block.moe, replay, router or "ghost")
+            sizes = range(top_k, len(block.moe.experts) + 1) if shared_budget else (counts[index],)
+            subsets = tuple(subset_of(size) for size in sizes)
+            if shared_budget:
+                errors.append(_errors(replay, subsets, router or "ghost"))
+            choices.append([Choice(subset, router or _best_mode(replay, subset)) for subset in subsets])
     if not shared_budget:
         return [options[0] for options in choices]
     padded = [(math.inf,) * (top_k - 1) + each for each in errors]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, energies, pooled_widths
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import in_expert
 from ditmoe_cli.model.expert_weights import read_weight
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 

@@ -19,13 +19,13 @@ from ditmoe_cli.compression.computed import Spool
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.replay.ordered import expert_stem, has_pieces, is_ordered
 from ditmoe_cli.compression.replay.visit import visit_blocks
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.formats.quantized import pack
 from ditmoe_cli.formats.weights import neuron_axis
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Energies = Mapping[str, Tensor]  # (H,) of each expert of a block, by its full name without a matrix

@@ -11,10 +11,11 @@ from torch import Tensor
 from ditmoe_cli.compression.precision.task import Task
 from ditmoe_cli.compression.replay.amplification import embedded, measured_states
 from ditmoe_cli.compression.replay.guided import slices
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 T = TypeVar("T")
@@ -34,17 +35,13 @@ def visit_blocks(
     `seen` is what the mixture is given, and `after` (N, P, D) what the block returns, some images at a time, all
     guidance branches. One block's weights are in memory at a time. Raises `BadInputError` for a profile without states.
     """
-    depth = checkpoint.config.depth
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
     found = []
-    with torch.inference_mode(), bar(f"measuring {checkpoint.path.name}", depth) as progress:
+    with torch.inference_mode(), resident_blocks(model, bar, f"measuring {checkpoint.path.name}") as blocks:
         x, c = embedded(model, measured_states(checkpoint, profile, model))
-        for index in range(depth):
-            with model.resident(index) as block:
-                seen = [block.attend(x[rows], c[rows]) for rows in slices(len(x))]
-                after = [block.mix(part, index, None) for part in seen]
-                found.append(look(index, block, seen, after))
-                del block
+        for index, block in blocks:
+            seen = [block.attend(x[rows], c[rows]) for rows in slices(len(x))]
+            after = [block.mix(part, index, None) for part in seen]
+            found.append(look(index, block, seen, after))
             x = torch.cat(after)
-            progress(1)
     return found

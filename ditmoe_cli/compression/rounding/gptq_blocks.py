@@ -28,7 +28,6 @@ from ditmoe_cli.compression.replay.stream import Stream, Tokens
 from ditmoe_cli.compression.rounding.gptq import Hessian, best_rounding, hessian_of, shrunk
 from ditmoe_cli.compression.rounding.smooth import block_scales, smooth_inputs
 from ditmoe_cli.compression.rounding.smoothed import smoothed_names
-from ditmoe_cli.diffusion.sampling import ProgressBar
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
@@ -37,6 +36,8 @@ from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.calibrate import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
@@ -66,35 +67,33 @@ def encode(
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
-    model = OffloadedDiTMoE(checkpoint, torch.device(device), 1, 1)
+    model = OffloadedDiTMoE(checkpoint, torch.device(device))
     spec = profiled_spec(profile.calibration, checkpoint)
     states = calibration_states(profile, spec, _wanted(checkpoint, plan))
     outside = {model.linear(n): fmt for n, fmt in plan.formats.items() if split_name(n).block is None}
     orders = planned_orders(checkpoint, plan, profile, device, bar)
     agreement = []
-    with torch.inference_mode(), bar(f"rounding {checkpoint.path.name}", checkpoint.config.depth) as progress:
+    with torch.inference_mode(), resident_blocks(model, bar, f"rounding {checkpoint.path.name}") as blocks:
         teacher = Stream(model, states)
         with rounded(outside):
             student = Stream(model, states)
-        for index in range(checkpoint.config.depth):
+        for index, block in blocks:
             formats = {n: fmt for n, fmt in plan.formats.items() if split_name(n).block == index}
-            with model.resident(index) as block:
-                seen = teacher.attend(block)
-                chosen = block.moe.gate(seen.inputs.flatten(0, 1)).rows
-                teacher.advance(seen, block.moe)
-                del seen
-                reorder(block, index, orders[index])
-                members = unrounded(checkpoint, plan, index, orders[index])
-                members |= _smoothed(checkpoint, plan, profile, index, block)
-                rounding = _BlockRounding(checkpoint, index, block, student)
-                members |= rounding.before_mixture(formats)
-                seen = student.attend(block)
-                members |= rounding.mixture(formats, student.tokens(seen))
-                agreement.append(_agreement(chosen, block.moe.gate(seen.inputs.flatten(0, 1)).rows))
-                student.advance(seen, block.moe)
-                del block, seen
+            seen = teacher.attend(block)
+            chosen = block.moe.gate(seen.inputs.flatten(0, 1)).rows
+            teacher.advance(seen, block.moe)
+            del seen
+            reorder(block, index, orders[index])
+            members = unrounded(checkpoint, plan, index, orders[index])
+            members |= _smoothed(checkpoint, plan, profile, index, block)
+            rounding = _BlockRounding(checkpoint, index, block, student)
+            members |= rounding.before_mixture(formats)
+            seen = student.attend(block)
+            members |= rounding.mixture(formats, student.tokens(seen))
+            agreement.append(_agreement(chosen, block.moe.gate(seen.inputs.flatten(0, 1)).rows))
+            student.advance(seen, block.moe)
+            del seen
             spool.write(index, members)
-            progress(1)
         probe = conditions(model, states, spec)
         wanted = probe.predicted(model, teacher.x, teacher.c)
         with rounded(outside):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.diffusion.sampling import ProgressBar, SampleSpec
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, is_out_of_memory
 from ditmoe_cli.evaluation.features.extractors import Activations, Extractor, activations, describe_extractor
 from ditmoe_cli.evaluation.features.statistics_files import (
@@ -33,6 +33,7 @@ from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.provenance import Card, canonical_json, file_digest
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.processes import Share
+from ditmoe_cli.progress import ProgressBar
 
 
 @dataclass(frozen=True)

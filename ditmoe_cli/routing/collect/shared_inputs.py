@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.routing.measures import alignment, unbiased_hsic
 from ditmoe_cli.routing.profile import BRANCHES
 
@@ -43,10 +44,9 @@ def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor
     cells = tensors["reservoir.branch"].long() * bins + bin_of
     experts = model.config.num_experts
     found = []
-    for index, inputs in enumerate(tensors["reservoir.inputs"]):
-        with torch.inference_mode(), resident_block(model, index) as block:
+    with torch.inference_mode(), resident_blocks(model) as blocks:
+        for (_, block), inputs in zip(blocks, tensors["reservoir.inputs"], strict=True):
             found.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
-        del block  # or an offloaded model would hold two at a time
     shape = (len(found), BRANCHES, bins, experts, model.config.hidden_size)
     means = torch.stack([each.means for each in found]).reshape(shape)
     return {**tensors, "output.all_token_mean": means, "output.cka": torch.stack([each.cka for each in found])}

@@ -18,7 +18,6 @@ from replaying import WIDTH, mixture, output, plain, some_tokens
 from rounding import guided_by_hand, relative, states_for, with_rounded
 from torch import Tensor
 
-from ditmoe_cli.compression.apply import silent_bar
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.precision import sensitivity
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
@@ -32,6 +31,7 @@ from ditmoe_cli.formats.weights import parse_format
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 256

@@ -15,7 +15,7 @@ from conftest import make_pico
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
 
-from ditmoe_cli.compression.apply import apply, planned_output, silent_bar
+from ditmoe_cli.compression.apply import apply, planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Delta, Rounding, parse_plan
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.precision.trial import trial
@@ -35,6 +35,7 @@ from ditmoe_cli.model.expert_weights import read_weight
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 512

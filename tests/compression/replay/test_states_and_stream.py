@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import Pico, make_pico
 
-from ditmoe_cli.compression.apply import silent_bar
 from ditmoe_cli.compression.replay.states import States, calibration_states
 from ditmoe_cli.compression.replay.stream import Stream
 from ditmoe_cli.diffusion.ddpm import sampling_schedule
@@ -18,6 +17,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Calibration, calibrate, profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 

@@ -22,7 +22,7 @@ from rounding import states_for
 from torch import Tensor, nn
 
 from ditmoe_cli.cli.app import run as run_program
-from ditmoe_cli.compression.apply import planned_output, silent_bar
+from ditmoe_cli.compression.apply import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.precision.baselines import block_score, outlier, pmq
 from ditmoe_cli.compression.precision.budget import Budget, budget_bytes
@@ -37,6 +37,7 @@ from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.moe import MoEEvent, SwiGLU
 from ditmoe_cli.model.opened import Checkpoint, weight_group
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile, RoutingTables
 
 WHERE = Output(Path("/nowhere/out.safetensors"))

@@ -13,7 +13,6 @@ from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditmoe_cli.compression.apply import silent_bar
 from ditmoe_cli.compression.precision.baselines import camera_q
 from ditmoe_cli.compression.precision.baselines.camera_q import Step, Unit, choose, grouped, steps, units_of
 from ditmoe_cli.compression.precision.budget import Budget, Choice, budget_bytes, plan_mixed
@@ -25,6 +24,7 @@ from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.weights import parse_format, parse_pieces
 from ditmoe_cli.model.opened import Checkpoint, weight_group
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 WHERE = Output(Path("/nowhere/out.safetensors"))
