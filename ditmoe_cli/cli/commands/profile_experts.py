@@ -109,13 +109,13 @@ def run(
 
 def summary(profile: RoutingProfile) -> dict[str, Any]:
     """Return what a program wants to know at once: tokens seen, and each block's load and saliency."""
-    from ditmoe_cli.compression.prune.prune_methods import METHODS
+    from ditmoe_cli.routing.saliency import frequency, reap
 
     return {
         "calibration": dict(profile.calibration),
         "fingerprint": profile.checkpoint,
-        "load": METHODS["frequency"].score(profile.tables, 0),
-        "reap": METHODS["reap"].score(profile.tables, 0),
+        "load": frequency(profile.tables),
+        "reap": reap(profile.tables),
         "never_routed": [list(pair) for pair in profile.never_routed()],
         "flip_rate": float(profile.tensor("flip_rate")) if "flip_rate" in profile.header.tensors else None,
         "bytes": profile.path.stat().st_size,

@@ -1,4 +1,4 @@
-"""The methods of ``ditmoe prune --method``: literal tables, one file each."""
+"""The methods of ``ditmoe prune --method`` in literal tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ditmoe_cli.compression.prune import easy_ep, frequency, gate_mass, man, msan, random, reap
+from ditmoe_cli.routing import saliency
 from ditmoe_cli.routing.profile import RoutingTables
+from ditmoe_cli.routing.saliency import Scores
 
 if TYPE_CHECKING:
     from ditmoe_cli.compression.plan import RouterMode
     from ditmoe_cli.compression.replay.subsets import BlockTokens
     from ditmoe_cli.model.moe import SparseMoE
-
-Scores = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,11 @@ class Replayed:
     source: str
 
 
+def _seedless(criterion: Callable[[RoutingTables], Scores]) -> Callable[[RoutingTables, int], Scores]:
+    """Return a criterion that draws nothing as one that takes a seed too."""
+    return lambda tables, _: criterion(tables)
+
+
 def _naee(tokens: BlockTokens, moe: SparseMoE, count: int, mode: RouterMode) -> tuple[int, ...]:
     from ditmoe_cli.compression.prune import naee
 
@@ -49,13 +53,17 @@ def _diet(tokens: BlockTokens, moe: SparseMoE, count: int, mode: RouterMode) -> 
 
 
 METHODS: Mapping[str, Method] = {
-    "reap": Method(reap.scores, "mean gated output norm over routed tokens, after γ", "arXiv 2510.13999"),
-    "man": Method(man.scores, "mean output norm over routed tokens, after γ", "arXiv 2606.15716"),
-    "msan": Method(msan.scores, "mean squared output norm over routed tokens, after γ", "arXiv 2606.15716"),
-    "easy-ep": Method(easy_ep.scores, "gated output norms, weighed by how far tokens turn", "arXiv 2504.06792"),
-    "gate-mass": Method(gate_mass.scores, "sum of routing weights", "arXiv 2404.05089"),
-    "frequency": Method(frequency.scores, "how often an expert is selected", "arXiv 2404.05089"),
-    "random": Method(random.scores, "a seeded draw, the baseline to beat", "-", needs_profile=False),
+    "reap": Method(_seedless(saliency.reap), "mean gated output norm over routed tokens, after γ", "arXiv 2510.13999"),
+    "man": Method(_seedless(saliency.man), "mean output norm over routed tokens, after γ", "arXiv 2606.15716"),
+    "msan": Method(
+        _seedless(saliency.msan), "mean squared output norm over routed tokens, after γ", "arXiv 2606.15716"
+    ),
+    "easy-ep": Method(
+        _seedless(saliency.easy_ep), "gated output norms, weighed by how far tokens turn", "arXiv 2504.06792"
+    ),
+    "gate-mass": Method(_seedless(saliency.gate_mass), "sum of routing weights", "arXiv 2404.05089"),
+    "frequency": Method(_seedless(saliency.frequency), "how often an expert is selected", "arXiv 2404.05089"),
+    "random": Method(saliency.random, "a seeded draw, the baseline to beat", "-", needs_profile=False),
 }
 REPLAYED: Mapping[str, Replayed] = {  # these import torch when they choose
     "naee": Replayed(_naee, "the subset of least replayed output error", "arXiv 2402.14800"),

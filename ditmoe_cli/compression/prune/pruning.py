@@ -9,7 +9,7 @@ from typing import Any
 
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
-from ditmoe_cli.compression.prune.prune_methods import DEFAULT_METHOD, METHODS, REPLAYED, Scores
+from ditmoe_cli.compression.prune.prune_methods import DEFAULT_METHOD, METHODS, REPLAYED
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
@@ -17,6 +17,7 @@ from ditmoe_cli.files.names import split_name
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_profile_of
+from ditmoe_cli.routing.saliency import Scores
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a profile says, derived once for all who show it: the terminal, JSON, the HTML page and its figures.
 
-Maps are told per branch; saliency weighs the branches as guidance does, (s, |s - 1|), as planners do; load,
-co-activation and transitions add both branches up. Information and trends are those of the conditional branch.
+Maps are given per branch. Load, co-activation and transitions add both branches up. Saliency is that of
+`routing.saliency`, by which planners choose. Information and trends are those of the conditional branch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.routing import measures as statistics
-from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing import saliency
+from ditmoe_cli.routing.profile import RoutingProfile, RoutingTables
 from ditmoe_cli.routing.report.claims import Claim, Evidence, Interval, Trend, judge
 from ditmoe_cli.routing.report.information import (
     InformationEstimate,
@@ -24,13 +25,20 @@ from ditmoe_cli.routing.report.information import (
     information_with_interval,
     normalised_mutual_information,
 )
+from ditmoe_cli.routing.saliency import Scores
 
 Array = NDArray[np.float64]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 VARIABLES = ("position", "step", "class", "branch")
-CRITERIA = ("frequency", "gate mass", "REAP", "MAN", "MSAN", "EASY-EP")
-SUMS = ("selected", "gate_mass", "gate_norm", "norm", "norm_square")
+CRITERIA: Mapping[str, Callable[[RoutingTables], Scores]] = {
+    "frequency": saliency.frequency,
+    "gate mass": saliency.gate_mass,
+    "REAP": saliency.reap,
+    "MAN": saliency.man,
+    "MSAN": saliency.msan,
+    "EASY-EP": saliency.easy_ep,
+}
 ROUTER = ("entropy", "margin", "topk_mass")
 FULL_ONLY = ("easy_ep", "output.gram", "output.all_token_mean", "output.cka")
 CONFIDENCE = 0.95
@@ -166,22 +174,21 @@ class _Source:
     def branches(self) -> int:
         return 2 if self.read("tokens", "2B")[1].any() else 1
 
-    @property
-    def guidance(self) -> Array:
-        """Return the branches' weights under guidance."""
-        cfg = float(self.profile.calibration["cfg"])
-        return np.array([cfg, abs(cfg - 1.0)])
-
     def has(self, name: str) -> bool:
         return name in self.profile.header.tensors
+
+    def require(self, *names: str) -> None:
+        """Raise `BadInputError` where the profile lacks one of the tensors."""
+        for name in names:
+            if not self.has(name):
+                raise BadInputError(f"{self.profile.path}: the profile has no tensor {name!r}; profile again")
 
     def read(self, name: str, axes: str) -> NDArray[Any]:
         """Return a tensor whose axes have the sizes that the letters stand for.
 
         Raises `BadInputError` where it is missing or of another shape.
         """
-        if not self.has(name):
-            raise BadInputError(f"{self.profile.path}: the profile has no tensor {name!r}; profile again")
+        self.require(name)
         shape = self.profile.header.tensors[name].info.shape
         expected = [int(axis) if axis.isdigit() else self.shape.get(axis) for axis in axes]
         if len(shape) != len(axes) or any(want not in (None, size) for want, size in zip(expected, shape, strict=True)):
@@ -200,12 +207,12 @@ def build_report(
     if replicates < 20 or seed < 0:
         raise UsageError("an interval needs --replicates of at least 20, and a --seed of at least 0")
     source = _open(profile, replicates, seed)
-    tensors = _Tensors.of(source)
+    tensors, saliencies = _Tensors.of(source), _saliencies(source)
     with bar("deriving statistics", len(profile.experts)) as advance:
         blocks = []
         position = []
         for block in range(len(profile.experts)):
-            blocks.append(_block(source, tensors, block, weights))
+            blocks.append(_block(source, tensors, block, saliencies[block], weights))
             position.append(_position_curve(source, tensors, block))
             advance(1)
     curves = _concentration_curves(source, tensors)
@@ -262,7 +269,7 @@ class _Tensors:
     counts: NDArray[Any]
     steps: NDArray[Any]
     positions: NDArray[Any]
-    sums: Mapping[str, NDArray[Any]]
+    selected: NDArray[Any]
     coactivation: NDArray[Any]
     next_block: NDArray[Any]
     next_step: NDArray[Any]
@@ -276,14 +283,11 @@ class _Tensors:
 
     @classmethod
     def of(cls, source: _Source) -> _Tensors:
-        sums = {name: source.read(name, "L2BE") for name in SUMS}
-        if source.has("easy_ep"):
-            sums["easy_ep"] = source.read("easy_ep", "L2BE")
         return cls(
             source.read("counts", "L2BPE"),
             source.read("image.steps", "IL2BE"),
             source.read("image.positions", "IL2PE"),
-            sums,
+            source.read("selected", "L2BE"),
             source.read("coactivation", "L2BEE"),
             source.read("transitions.block", "T2BEE"),
             source.read("transitions.step", "L2BEE"),
@@ -297,14 +301,19 @@ class _Tensors:
         )
 
 
-def _block(source: _Source, tensors: _Tensors, block: int, weights: Sequence[Array] | None) -> BlockReport:
+def _block(
+    source: _Source,
+    tensors: _Tensors,
+    block: int,
+    scores: Mapping[str, Array],
+    weights: Sequence[Array] | None,
+) -> BlockReport:
     """Derive one block's part."""
     e = source.profile.experts[block]
     counts = tensors.counts[block, :, :, :, :e]
     load = counts.sum(axis=(0, 1, 2))
     together = tensors.coactivation[block, :, :, :e, :e].sum(axis=(0, 1))
     above = _next_block(source, tensors, block)
-    saliency = _saliency(source, tensors, block)
     return BlockReport(
         load=statistics.load_ratio(load),
         entropy=float(statistics.normalised_entropy(load)),
@@ -326,8 +335,8 @@ def _block(source: _Source, tensors: _Tensors, block: int, weights: Sequence[Arr
         branch_distance=_branch_distance(source, counts.sum(axis=(1, 2))),
         output_cka=None if tensors.cka is None else tensors.cka[block, :e, :e].astype(np.float64),
         weight_similarity=None if weights is None else weights[block],
-        saliency=saliency,
-        rank_agreement=_rank_agreement(saliency),
+        saliency=scores,
+        rank_agreement=_rank_agreement(scores),
         router={
             name: statistics.mean_of(values[block].sum(axis=0), tensors.tokens.sum(axis=0))
             for name, values in tensors.router.items()
@@ -395,7 +404,7 @@ def _pair_lift(together: NDArray[Any], tokens: float) -> Array:
 def _agreement(source: _Source, tensors: _Tensors, block: int) -> dict[str, statistics.Agreement]:
     """Return by step bin what share of its experts a token keeps, where there is anything to agree with."""
     e = source.profile.experts[block]
-    selected = tensors.sums["selected"][block, :, :, :e].sum(axis=(0, 2))
+    selected = tensors.selected[block, :, :, :e].sum(axis=(0, 2))
     k = statistics.mean_of(selected, tensors.tokens.sum(axis=0))
     pairs = {
         "step": tensors.next_step[block].sum(axis=0),
@@ -425,29 +434,20 @@ def _gram_similarity(tensors: _Tensors, block: int, e: int) -> Array | None:
     return statistics.output_cosine(tensors.gram[block, :, :, :e, :e].sum(axis=(0, 1)))
 
 
-def _saliency(source: _Source, tensors: _Tensors, block: int) -> dict[str, Array]:
-    """Return each expert's saliency by every criterion that the profile has the sums for."""
-    e = source.profile.experts[block]
-    sums = {
-        name: np.einsum("w,wbe->e", source.guidance, values[block, :, :, :e].astype(np.float64))
-        for name, values in tensors.sums.items()
-    }
-    n = sums["selected"]
-    found = {
-        "frequency": statistics.shares(n),
-        "gate mass": sums["gate_mass"],
-        "REAP": statistics.mean_of(sums["gate_norm"], n),
-        "MAN": statistics.mean_of(sums["norm"], n),
-        "MSAN": statistics.mean_of(sums["norm_square"], n),
-    }
-    return {**found, "EASY-EP": sums["easy_ep"]} if "easy_ep" in sums else found
+def _saliencies(source: _Source) -> list[dict[str, Array]]:
+    """Return the experts' saliency by every criterion that the profile has the sums for, for each block."""
+    source.require("norm", "norm_square")
+    tables = source.profile.tables
+    known = [name for name in CRITERIA if name != "EASY-EP" or source.has("easy_ep")]
+    scores = {name: CRITERIA[name](tables) for name in known}
+    return [{name: np.array(scores[name][block]) for name in known} for block in range(len(tables.experts))]
 
 
-def _rank_agreement(saliency: Mapping[str, Array]) -> Array:
+def _rank_agreement(scores: Mapping[str, Array]) -> Array:
     """Return Spearman's rank correlation of all pairs of criteria; 0 where one ranks all experts alike."""
     from scipy.stats import rankdata  # type: ignore[import-untyped]
 
-    ranks = np.stack([rankdata(values) for values in saliency.values()])
+    ranks = np.stack([rankdata(values) for values in scores.values()])
     centred = ranks - ranks.mean(axis=1, keepdims=True)
     return statistics.output_cosine(centred @ centred.T)
 

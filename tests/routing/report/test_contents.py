@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from profiling import no_bar
 from reporting import Planted, by_class, by_position, by_step, even
 
+from ditmoe_cli.compression.prune.prune_methods import METHODS
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.routing.report.contents import ProfileReport, build_report
+from ditmoe_cli.routing.report.contents import CRITERIA, ProfileReport, build_report
 
 
 def report_of(planted: Planted, folder: Path, replicates: int = 60, seed: int = 0) -> ProfileReport:
@@ -55,9 +57,8 @@ def test_load_and_saliency_match_direct_computation(tmp_path: Path) -> None:
         assert np.allclose(block.load, 4 * share)
         used = share[share > 0]
         assert block.entropy == pytest.approx(-(used * np.log(used)).sum() / np.log(4))
-        weighted = np.einsum("w,wbe->e", [2.0, 1.0], tables["selected"][i])
-        assert np.allclose(block.saliency["frequency"], weighted / weighted.sum())
-        alive = weighted > 0
+        assert np.allclose(block.saliency["frequency"], share)
+        alive = n > 0
         assert np.allclose(block.saliency["REAP"], np.where(alive, 2 * (1 + np.arange(4)), 0))
         assert np.allclose(block.saliency["MSAN"], np.where(alive, 9, 0))
         assert set(block.saliency) == {"frequency", "gate mass", "REAP", "MAN", "MSAN", "EASY-EP"}
@@ -73,6 +74,20 @@ def test_load_and_saliency_match_direct_computation(tmp_path: Path) -> None:
         assert block.gram_similarity is not None
         assert np.allclose(block.gram_similarity, np.eye(4))
     assert report.missing == ()
+
+
+@pytest.mark.parametrize("cfg", [0.5, 1.0, 3.0])
+def test_reports_and_planners_agree_on_every_saliency(cfg: float, tmp_path: Path) -> None:
+    """The branches' selections differ, so that a saliency which weights them differs from one that does not."""
+    profile = Planted(by_step(), cfg=cfg, fast=False).save(tmp_path / "p.safetensors")
+    blocks = build_report(profile, 20, 0, no_bar).blocks
+    scored = {name.replace("-", " "): method for name, method in METHODS.items() if name != "random"}
+    reported = {name.lower().replace("-", " "): [block.saliency[name] for block in blocks] for name in CRITERIA}
+    assert reported.keys() == scored.keys()
+    for name, method in scored.items():
+        assert [values.tolist() for values in reported[name]] == method.score(profile.tables, 0), name
+    conditional, unconditional = profile.tensor("selected").sum(dim=2).double().transpose(0, 1)
+    assert not torch.allclose(conditional, unconditional)
 
 
 def test_maps_are_deviations_from_the_load(tmp_path: Path) -> None:
