@@ -1,17 +1,20 @@
-"""What the commands that write checkpoints share: carrying a plan out, or saying what it would do."""
+"""The way that all commands take that write checkpoints: choose a plan, then preview it or write its result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ditmoe_cli.cli.options import checked_device, checkpoint_output
-from ditmoe_cli.cli.stage import Stage
+from ditmoe_cli.cli.stage import Stage, default_output
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note, progress
 
 if TYPE_CHECKING:
     from ditmoe_cli.compression.plan import CompressionPlan
+    from ditmoe_cli.compression.planner import Planner, Work
+    from ditmoe_cli.files.writer import Output
     from ditmoe_cli.model.opened import Checkpoint
     from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -35,72 +38,130 @@ def print_methods(methods: Mapping[str, Described], printing: Printing) -> None:
     emit(printing, Stage().to_json({"methods": result}), rows, None)
 
 
-def valid_profile_for(
-    checkpoint: Checkpoint, named: Path | None, target: Path, device: str, force: bool
-) -> RoutingProfile:
-    """Return a valid profile, making one beside `target` where `named` is none; refuses a bad target before that."""
+@dataclass(frozen=True)
+class Target:
+    """The options that say where a checkpoint is written, if at all."""
+
+    path: Path | None
+    force: bool
+    shard_size: str
+    dry_run: bool = False
+
+    def output(self, checkpoint: Checkpoint, label: str) -> Output:
+        """Return where to write; by default to a file named after the checkpoint that ends in `label`."""
+        return checkpoint_output(self.path or default_output(checkpoint.path, label), self.force, self.shard_size)
+
+
+@dataclass(frozen=True)
+class Means:
+    """The options that say what a plan rests on: a profile, if one is given, and the device to compute on."""
+
+    profile: Path | None
+    device: str
+
+    def profile_for(self, stage: Stage) -> Path | None:
+        """Return the profile that is given, else the envelope's."""
+        return self.profile or (Path(stage.profile) if stage.profile else None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command at work: its name, the stage it starts from, the opened checkpoint, and where the results go."""
+
+    command: str
+    stage: Stage
+    checkpoint: Checkpoint
+    output: Output
+    printing: Printing
+
+
+def run_planner(
+    planner: Planner, stage: Stage, checkpoint: Checkpoint, target: Target, means: Means, printing: Printing
+) -> None:
+    """Plan, and then preview or write the result."""
+    from ditmoe_cli.compression.planner import Work
+
+    output = target.output(checkpoint, planner.label)
+    job = Job(planner.command, stage, checkpoint, output, printing)
+    work = Work(checkpoint, output, lambda: checked_device(means.device), progress)
+    plan, profile = choose(planner, work, means.profile_for(stage), target.dry_run)
+    if target.dry_run:
+        return preview(job, plan)
+    return write(job, plan, profile, work.device, planner.details(checkpoint, plan))
+
+
+def choose(
+    planner: Planner, work: Work, given: Path | None, dry_run: bool
+) -> tuple[CompressionPlan, RoutingProfile | None]:
+    """Return the plan and the profile that it rests on, profiling the checkpoint where that is needed.
+
+    What cannot be done is refused before the first expensive step. A dry run never profiles: without a profile its
+    plan is undecided.
+    """
+    from ditmoe_cli.routing.calibrate import usable_profile
+
+    planner.check(work)
+    if not planner.needs_profile:
+        return planner.plan(work, None), None
+    if dry_run:
+        usable = usable_profile(work.checkpoint, given)
+        return (planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)), usable
+    profile = _valid_profile(work, given)
+    for warning in planner.warnings(profile):
+        note(f"warning: {warning}")
+    return planner.plan(work, profile), profile
+
+
+def _valid_profile(work: Work, given: Path | None) -> RoutingProfile:
+    """Return a valid profile, making one beside the output where none is given; refuses a bad output before that."""
     from ditmoe_cli.files.staging import check_target
     from ditmoe_cli.routing.calibrate import valid_profile
 
-    read = [named] if named and named.is_file() else []
-    check_target(target.absolute(), force, [checkpoint.path, *read])
-    beside = target.absolute().parent
-    return valid_profile(checkpoint, named, beside, lambda: checked_device(device), progress, note)
+    path = work.output.path
+    check_target(path, work.output.force, [work.checkpoint.path, *([given] if given and given.is_file() else [])])
+    return valid_profile(work.checkpoint, given, path.parent, work.device, work.bar, note)
 
 
-def preview(
-    stage: Stage,
-    checkpoint: Checkpoint,
-    plan: CompressionPlan | None,
-    target: Path,
-    force: bool,
-    shard_size: str,
-    printing: Printing,
-    decided: bool = True,
-) -> None:
-    """Print a plan and the exact bytes that carrying it out would write. Writes nothing, refuses what writing would.
+def preview(job: Job, plan: CompressionPlan | None) -> None:
+    """Print a plan (None: a plain copy) and the exact bytes that carrying it out would write.
 
-    A plan that is not `decided` has the right size only, and is not printed.
+    Writes nothing, and refuses what writing would. An undecided plan has the right size only, and is not printed.
     """
     from ditmoe_cli.compression.apply import planned_output
     from ditmoe_cli.files.staging import check_target
 
-    output = checkpoint_output(target, force, shard_size)
-    check_target(output.path, force, [checkpoint.path])
-    result = _sizes(checkpoint, planned_output(checkpoint, plan).predicted_bytes(output))
+    output = job.output
+    check_target(output.path, output.force, [job.checkpoint.path])
+    result = _sizes(job.checkpoint, planned_output(job.checkpoint, plan).predicted_bytes(output))
     result["dry_run"] = True
-    result["plan"] = plan.to_json() if plan is not None and decided else None
-    emit(printing, stage.to_json(result), [("would write", output.path), *_size_rows(result)], str(output.path))
+    result["plan"] = plan.to_json() if plan is not None and plan.decided else None
+    rows = [("would write", output.path), *_size_rows(result)]
+    emit(job.printing, job.stage.to_json(result), rows, str(output.path))
 
 
 def write(
-    stage: Stage,
-    command: str,
-    checkpoint: Checkpoint,
+    job: Job,
     plan: CompressionPlan | None,
-    target: Path,
-    force: bool,
-    shard_size: str,
-    printing: Printing,
-    details: Mapping[str, Any] | None = None,
     profile: RoutingProfile | None = None,
-    device: str = "cpu",
+    device: Callable[[], str] = lambda: "cpu",
+    details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Carry a plan out (None: a plain copy) and print the result."""
+    """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
     from ditmoe_cli.compression.apply import apply
 
-    output = checkpoint_output(target, force, shard_size)
-    done_by = apply(checkpoint, plan, output, progress, profile, device)
-    result = {**_sizes(checkpoint, done_by.bytes), **(details or {}), "plan_digest": plan.digest if plan else None}
-    computed = done_by.computed
+    place = device() if plan is not None and plan.rebuilds else "cpu"
+    applied = apply(job.checkpoint, plan, job.output, progress, profile, place)
+    result = {**_sizes(job.checkpoint, applied.bytes), **(details or {}), "plan_digest": plan.digest if plan else None}
+    computed = applied.computed
     if computed.repaired:
         result["refit_error"] = list(computed.repaired)
     if computed.error is not None:
         result |= {"prediction_error": computed.error, "top_k_agreement": list(computed.agreement)}
-    made = {"profile": profile.path} if profile else {}
     options = plan.options if plan else {}
-    done = stage.done(command, options, checkpoint=output.path, samples=None, **made)
-    emit(printing, done.to_json(result), [("wrote", output.path), *_size_rows(result)], str(output.path))
+    paths = {"profile": profile.path} if profile else {}
+    stage = job.stage.done(job.command, options, checkpoint=job.output.path, samples=None, **paths)
+    rows = [("wrote", job.output.path), *_size_rows(result)]
+    emit(job.printing, stage.to_json(result), rows, str(job.output.path))
 
 
 def _sizes(checkpoint: Checkpoint, size: int) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from ditmoe_cli.cli.options import (
     checked_device,
     given,
 )
-from ditmoe_cli.cli.planning import preview, write
-from ditmoe_cli.cli.stage import default_output, incoming, open_stage
+from ditmoe_cli.cli.planning import Job, Means, Target, preview, write
+from ditmoe_cli.cli.stage import incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing
 
 PlanOpt = Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan, or the output of a --dry-run.")]
@@ -62,10 +62,11 @@ def run(
     wanted = read_plan(plan)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
-    target = output or default_output(opened.path, wanted.command)
+    target = Target(output, force, max_shard_size, dry_run).output(opened, wanted.command)
+    job = Job("apply", stage, opened, target, Printing(json, quiet))
     if dry_run:
-        return preview(stage, opened, wanted, target, force, max_shard_size, Printing(json, quiet))
-    named = profile or (Path(stage.profile) if stage.profile else None)
+        return preview(job, wanted)
+    named = Means(profile, device).profile_for(stage)
     used = read_profile(named) if named and wanted.rebuilds else None
-    where, printing = checked_device(device), Printing(json, quiet)
-    return write(stage, "apply", opened, wanted, target, force, max_shard_size, printing, None, used, where)
+    place = checked_device(device)
+    return write(job, wanted, used, lambda: place)

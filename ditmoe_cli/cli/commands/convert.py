@@ -15,8 +15,8 @@ from ditmoe_cli.cli.options import (
     TopK,
     given,
 )
-from ditmoe_cli.cli.planning import preview, write
-from ditmoe_cli.cli.stage import default_output, incoming, open_stage
+from ditmoe_cli.cli.planning import Job, Target, preview, write
+from ditmoe_cli.cli.stage import incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing
 
 
@@ -36,10 +36,8 @@ def run(
 
     The output carries its whole configuration. Tensors keep their upstream names and bytes; EMA weights are preferred.
     """
-    printing = Printing(json, quiet)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
     opened = open_stage(stage)
-    target = output or default_output(opened.path, "converted")
-    if dry_run:
-        return preview(stage, opened, None, target, force, max_shard_size, printing)
-    return write(stage, "convert", opened, None, target, force, max_shard_size, printing)
+    target = Target(output, force, max_shard_size).output(opened, "converted")
+    job = Job("convert", stage, opened, target, Printing(json, quiet))
+    return preview(job, None) if dry_run else write(job, None)

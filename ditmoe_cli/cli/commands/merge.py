@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -26,16 +24,14 @@ from ditmoe_cli.cli.options import (
     given,
     parse_repair,
 )
-from ditmoe_cli.cli.planning import preview, print_methods, valid_profile_for, write
-from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, progress
+from ditmoe_cli.cli.planning import Means, Target, print_methods, run_planner
+from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from ditmoe_cli.compression.delta.delta_plan import Differencing
     from ditmoe_cli.compression.merge.merging import Merging
-    from ditmoe_cli.compression.plan import CompressionPlan, Delta
-    from ditmoe_cli.model.opened import Checkpoint
-    from ditmoe_cli.routing.profile import RoutingProfile
 
 GroupsOpt = Annotated[
     Optional[str],  # noqa: UP045
@@ -100,16 +96,10 @@ def run(
         from ditmoe_cli.compression.merge.merge_methods import METHODS
 
         return print_methods(METHODS, Printing(json))
-    wanted = parse_delta(delta, delta_ratio, groups) or parse_merging(groups, method, router, refit, refit_tokens)
+    planner = parse_delta(delta, delta_ratio, groups) or parse_merging(groups, method, router, refit, refit_tokens)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
-    opened = open_stage(stage)
-    target = output or default_output(opened.path, suffix(wanted))
-    plan, used = choose(stage, opened, wanted, profile, dry_run, target, device, force)
-    printing = Printing(json, quiet)
-    if dry_run:
-        return preview(stage, opened, plan, target, force, max_shard_size, printing, decided=plan.decided)
-    details = merged_details(opened, plan)
-    return write(stage, "merge", opened, plan, target, force, max_shard_size, printing, details, used, device)
+    target = Target(output, force, max_shard_size, dry_run)
+    return run_planner(planner, stage, open_stage(stage), target, Means(profile, device), Printing(json, quiet))
 
 
 def parse_merging(groups: str | None, method: str, router: str, refit: bool, tokens: int) -> Merging:
@@ -128,9 +118,9 @@ def parse_merging(groups: str | None, method: str, router: str, refit: bool, tok
     return Merging(parse_keep(groups, "--groups"), method, "slice" if router == "slice" else "ghost", repair)
 
 
-def parse_delta(kind: str | None, ratio: float | None, groups: str | None) -> Delta | None:
+def parse_delta(kind: str | None, ratio: float | None, groups: str | None) -> Differencing | None:
     """Return how to store differences, None where that is not asked for. Raises `UsageError`."""
-    from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS
+    from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS, Differencing
     from ditmoe_cli.compression.plan import Delta
 
     if kind is None:
@@ -145,76 +135,4 @@ def parse_delta(kind: str | None, ratio: float | None, groups: str | None) -> De
     chosen = DEFAULT_RATIOS[known] if ratio is None else ratio
     if not 0.0 < chosen <= 1.0:
         raise UsageError(f"--delta-ratio {chosen}: give a number above 0 and at most 1.0")
-    return Delta(known, chosen)
-
-
-def suffix(wanted: Merging | Delta) -> str:
-    """Return what the default output's name ends in."""
-    from ditmoe_cli.compression.plan import Delta
-
-    return f"merge-{wanted.kind}{wanted.ratio:g}" if isinstance(wanted, Delta) else f"merge-groups{wanted.groups}"
-
-
-def check(checkpoint: Checkpoint, wanted: Merging | Delta) -> None:
-    """Refuse what cannot be done to the checkpoint, before it is profiled."""
-    from ditmoe_cli.compression.block_layout import require_plain
-    from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
-    from ditmoe_cli.compression.merge.merging import group_counts
-    from ditmoe_cli.compression.plan import Delta
-
-    if isinstance(wanted, Delta):
-        delta_tensors(checkpoint, wanted)
-    else:
-        group_counts(checkpoint, wanted)
-        require_plain(checkpoint)
-
-
-def planned(checkpoint: Checkpoint, wanted: Merging | Delta, profile: RoutingProfile | None) -> CompressionPlan:
-    """Return the plan; without a profile an undecided one."""
-    from ditmoe_cli.compression.delta.delta_plan import plan_delta
-    from ditmoe_cli.compression.merge.merging import plan_merge, undecided_merge
-    from ditmoe_cli.compression.plan import Delta
-
-    if isinstance(wanted, Delta):
-        return plan_delta(checkpoint, wanted, profile)
-    return plan_merge(checkpoint, profile, wanted, progress) if profile else undecided_merge(checkpoint, wanted)
-
-
-def choose(
-    stage: Stage,
-    checkpoint: Checkpoint,
-    wanted: Merging | Delta,
-    profile: Path | None,
-    dry_run: bool,
-    target: Path,
-    device: str,
-    force: bool,
-) -> tuple[CompressionPlan, RoutingProfile | None]:
-    """Return the plan and the profile it rests on, profiling the checkpoint where that is needed.
-
-    A dry run never profiles: without a profile its plan is undecided.
-    """
-    from ditmoe_cli.routing.calibrate import usable_profile
-
-    check(checkpoint, wanted)
-    given_profile = profile or (Path(stage.profile) if stage.profile else None)
-    if dry_run:
-        found = usable_profile(checkpoint, given_profile)
-        return planned(checkpoint, wanted, found), found
-    found = valid_profile_for(checkpoint, given_profile, target, device, force)
-    return planned(checkpoint, wanted, found), found
-
-
-def merged_details(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
-    """Return what a merge did, for the result."""
-    if plan.delta is not None:
-        return {"delta": asdict(plan.delta)}
-    groups = [
-        [[lead, *(e for e, into in block.merged if into == lead)] for lead in block.keep] for block in plan.blocks
-    ]
-    return {
-        "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
-        "groups": groups,
-        "method": plan.merging,
-        "router": plan.options["router"],
-    }
+    return Differencing(Delta(known, chosen))

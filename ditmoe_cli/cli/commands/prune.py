@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
 import typer
@@ -23,20 +22,16 @@ from ditmoe_cli.cli.options import (
     SamplerOpt,
     ShardSize,
     TopK,
-    checked_device,
     given,
     parse_repair,
 )
-from ditmoe_cli.cli.planning import preview, print_methods, valid_profile_for, write
-from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, note, progress
+from ditmoe_cli.cli.planning import Means, Target, print_methods, run_planner
+from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ditmoe_cli.compression.plan import CompressionPlan
     from ditmoe_cli.compression.prune.pruning import Pruning
-    from ditmoe_cli.model.opened import Checkpoint
-    from ditmoe_cli.routing.profile import RoutingProfile
 
 KeepOpt = Annotated[
     Optional[str],  # noqa: UP045
@@ -121,17 +116,12 @@ def run(
         parse_pruning("1.0" if keep is None and neurons != 1.0 else keep, method, router, seed),
         repair=parse_repair(refit, refit_tokens, router, scale),
         shared_budget=parse_allocation(allocate),
+        label=default_name(keep, neurons),
         **parse_replacement(neurons, multiple, narrow_shared, constants, residual_rank),
     )
     stage = incoming(checkpoint, given(heads, top_k, sampler))
-    opened = open_stage(stage)
-    target = output or default_output(opened.path, default_name(keep, neurons))
-    plan, used = choose(stage, opened, pruning, profile, dry_run, target, device, force)
-    printing = Printing(json, quiet)
-    if dry_run:
-        return preview(stage, opened, plan, target, force, max_shard_size, printing, decided=plan.decided)
-    details = pruned_details(opened, plan)
-    return write(stage, "prune", opened, plan, target, force, max_shard_size, printing, details, used, device)
+    target = Target(output, force, max_shard_size, dry_run)
+    return run_planner(pruning, stage, open_stage(stage), target, Means(profile, device), Printing(json, quiet))
 
 
 def parse_allocation(text: str) -> bool:
@@ -173,50 +163,3 @@ def parse_pruning(keep: str | None, method: str, router: str, seed: int) -> Prun
     if router not in ("auto", *get_args(RouterMode)):
         raise UsageError(f"--router {router}: choose auto, {', '.join(get_args(RouterMode))}")
     return Pruning(parse_keep(keep), method, None if router == "auto" else cast(RouterMode, router), seed)
-
-
-def choose(
-    stage: Stage,
-    checkpoint: Checkpoint,
-    pruning: Pruning,
-    profile: Path | None,
-    dry_run: bool,
-    target: Path,
-    device: str,
-    force: bool,
-) -> tuple[CompressionPlan, RoutingProfile | None]:
-    """Return the plan and the profile it rests on, profiling the checkpoint where that is needed.
-
-    What cannot work is refused before the first expensive step. A dry run never profiles: without a profile its
-    plan is undecided.
-    """
-    from ditmoe_cli.compression.prune.pruning import check_pruning, plan_prune, plan_replayed, undecided_plan
-    from ditmoe_cli.routing.calibrate import usable_profile
-
-    def planned(found: RoutingProfile | None) -> CompressionPlan:
-        if pruning.replays and found is not None:
-            return plan_replayed(checkpoint, found, pruning, checked_device(device), progress)
-        return plan_prune(checkpoint, found, pruning)
-
-    check_pruning(checkpoint, pruning)
-    given_profile = profile or (Path(stage.profile) if stage.profile else None)
-    if not pruning.needs_profile:
-        return planned(None), None
-    if dry_run:
-        found = usable_profile(checkpoint, given_profile)
-        return (planned(found) if found else undecided_plan(checkpoint, pruning)), found
-    found = valid_profile_for(checkpoint, given_profile, target, device, force)
-    for block, expert in found.never_routed():
-        note(f"warning: no calibration token chose expert {expert} of block {block}; its saliency counts as 0")
-    return planned(found), found
-
-
-def pruned_details(checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
-    """Return what a prune did, for the result."""
-    widths = {"widths": [list(block.widths) for block in plan.blocks]} if any(b.widths for b in plan.blocks) else {}
-    return {
-        "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
-        "kept": [list(block.keep) for block in plan.blocks],
-        **widths,
-        **{name: plan.options[name] for name in ("method", "router")},
-    }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -21,23 +19,18 @@ from ditmoe_cli.cli.options import (
     SamplerOpt,
     ShardSize,
     TopK,
-    checked_device,
-    checkpoint_output,
     given,
     parse_size,
 )
-from ditmoe_cli.cli.planning import preview, print_methods, valid_profile_for, write
-from ditmoe_cli.cli.stage import Stage, default_output, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, progress
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.cli.planning import Means, Target, print_methods, run_planner
+from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ditmoe_cli.compression.plan import CompressionPlan, Rounding
-    from ditmoe_cli.compression.precision.budget import Budget
-    from ditmoe_cli.compression.precision.candidates import Candidates
-    from ditmoe_cli.files.writer import Output
-    from ditmoe_cli.model.opened import Checkpoint
-    from ditmoe_cli.routing.profile import RoutingProfile
+    from ditmoe_cli.compression.plan import Rounding
+    from ditmoe_cli.compression.precision.mixed import MixedPrecision
+    from ditmoe_cli.compression.precision.uniform import UniformPrecision
 
 Bits = Annotated[
     Optional[float],  # noqa: UP045
@@ -127,32 +120,12 @@ def run(
     planned = parse_method(method, uniform)
     if uniform:
         refuse_mixing({"allow": allow != ALLOWED, "floor": bool(floor), "protect": bool(protect), "tie": bool(tie)})
-        asked: Asked = parse_uniform(fmt, bits, size, *kind, rounded)
+        planner: UniformPrecision | MixedPrecision = parse_uniform(fmt, bits, size, *kind, rounded)
     else:
-        asked = parse_mixed(planned, fmt, bits, size, kind, allow, floor, protect, tie, rounded)
+        planner = parse_mixed(planned, fmt, bits, size, kind, allow, floor, protect, tie, rounded)
     stage = incoming(checkpoint, given(heads, top_k, sampler))
-    opened = open_stage(stage)
-    target = output or default_output(opened.path, f"quantize-{asked.label}")
-    to = checkpoint_output(target, force, max_shard_size)
-    plan, used = choose(stage, opened, asked, profile, dry_run, to, device)
-    printing = Printing(json, quiet)
-    if dry_run:
-        return preview(stage, opened, plan, target, force, max_shard_size, printing)
-    return write(
-        *(stage, "quantize", opened, plan, target, force, max_shard_size, printing, details(plan), used, device)
-    )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked for: one format, or a mix within a budget, planned by a method."""
-
-    label: str
-    rounding: Rounding | None
-    uniform: str | None = None
-    budget: Budget | None = None
-    candidates: Candidates | None = None
-    method: str = ""
+    target = Target(output, force, max_shard_size, dry_run)
+    return run_planner(planner, stage, open_stage(stage), target, Means(profile, device), Printing(json, quiet))
 
 
 def parse_method(method: str, uniform: bool) -> str:
@@ -194,14 +167,15 @@ def parse_uniform(
     symmetric: bool,
     double: bool,
     method: Rounding | None,
-) -> Asked:
+) -> UniformPrecision:
     """Return what --uniform asks for. Raises `UsageError` for what does not go together."""
-    from ditmoe_cli.compression.precision.uniform import format_named
+    from ditmoe_cli.compression.precision.uniform import UniformPrecision, format_named
 
     if size is not None:
         raise UsageError("--size plans a mix; give --bits with --uniform")
     name = format_named(fmt, bits, group_size, symmetric, double)
-    return Asked(f"bits{bits:g}" if fmt is None and bits is not None else name, method, uniform=name)
+    label = f"bits{bits:g}" if fmt is None and bits is not None else name
+    return UniformPrecision(name, method, f"quantize-{label}")
 
 
 def parse_mixed(
@@ -215,10 +189,11 @@ def parse_mixed(
     protect: str,
     tie: str,
     method: Rounding | None,
-) -> Asked:
+) -> MixedPrecision:
     """Return what a planned mix is to be. Raises `UsageError` for unknown names and values out of range."""
     from ditmoe_cli.compression.precision.budget import Budget
     from ditmoe_cli.compression.precision.candidates import DEFAULT_FLOORS, Candidates
+    from ditmoe_cli.compression.precision.mixed import MixedPrecision
     from ditmoe_cli.compression.precision.precision_methods import DEFAULT_METHOD
 
     group_size, symmetric, double = kind
@@ -232,7 +207,7 @@ def parse_mixed(
     candidates = Candidates(listed[0], group_size, symmetric, floors, listed[1], listed[2])
     label = f"bits{bits:g}" if bits is not None else f"size{size}"
     label += "" if planned == DEFAULT_METHOD else f"-{planned}"
-    return Asked(label, method, budget=budget, candidates=candidates, method=planned)
+    return MixedPrecision(budget, candidates, planned, method, f"quantize-{label}")
 
 
 def parse_floor(text: str) -> tuple[str, float]:
@@ -242,85 +217,3 @@ def parse_floor(text: str) -> tuple[str, float]:
         return group, float(width)
     except ValueError:
         raise UsageError(f"--floor {text}: give a group and its fewest bits, as attn=4") from None
-
-
-def choose(
-    stage: Stage, checkpoint: Checkpoint, asked: Asked, named: Path | None, dry_run: bool, output: Output, device: str
-) -> tuple[CompressionPlan, RoutingProfile | None]:
-    """Return the plan and the profile that it rests on, profiling the checkpoint where that is needed."""
-    from ditmoe_cli.compression.precision.candidates import require_unquantised
-    from ditmoe_cli.compression.precision.uniform import plan_uniform
-    from ditmoe_cli.routing.calibrate import usable_profile
-
-    require_unquantised(checkpoint)
-    if asked.uniform is not None and asked.rounding is None:
-        return plan_uniform(checkpoint, asked.uniform), None
-    known = named or (Path(stage.profile) if stage.profile else None)
-    offered = offer(checkpoint, asked, output)
-    if not dry_run:
-        found = valid_profile_for(checkpoint, known, output.path, device, output.force)
-    else:
-        usable = usable_profile(checkpoint, known)
-        if usable is None and asked.uniform is not None:
-            return plan_uniform(checkpoint, asked.uniform, asked.rounding), None
-        if usable is None:
-            raise BadInputError(f"{checkpoint.path}: which mix is best rests on measured errors; give a --profile")
-        found = usable
-    if offered is not None:
-        return mixed(checkpoint, asked, found, output, device, *offered), found
-    assert asked.uniform is not None
-    return plan_uniform(checkpoint, asked.uniform, asked.rounding, found.digest), found
-
-
-def offer(checkpoint: Checkpoint, asked: Asked, output: Output) -> tuple[dict[str, tuple[str | None, ...]], int] | None:
-    """Return the formats that a mix may take and the bytes that its file may; None where one format is asked for.
-
-    Refuses a budget that nothing fits, before anything is profiled.
-    """
-    from ditmoe_cli.compression.precision.budget import budget_bytes, check_budget
-    from ditmoe_cli.compression.precision.candidates import candidate_formats
-
-    if asked.budget is None or asked.candidates is None:
-        return None
-    formats = candidate_formats(checkpoint, asked.candidates)
-    limit = budget_bytes(checkpoint, asked.budget, asked.candidates, output)
-    check_budget(checkpoint, formats, asked.candidates, limit, output)
-    return formats, limit
-
-
-def mixed(
-    checkpoint: Checkpoint,
-    asked: Asked,
-    profile: RoutingProfile,
-    output: Output,
-    device: str,
-    formats: dict[str, tuple[str | None, ...]],
-    limit: int,
-) -> CompressionPlan:
-    """Plan a mix by the method that is asked for, and try it."""
-    from ditmoe_cli.compression.precision.budget import plan_mixed
-    from ditmoe_cli.compression.precision.precision_methods import METHODS
-    from ditmoe_cli.compression.precision.task import Task
-    from ditmoe_cli.compression.precision.trial import trial
-
-    assert asked.candidates is not None and asked.budget is not None
-    place = checked_device(device)
-    task = Task(checkpoint, profile, asked.candidates, formats, limit, output, place, progress)
-    choice = METHODS[asked.method].choose(task)
-    tried = choice.tried
-    if tried is None:
-        tried = trial(checkpoint, profile, choice.formats, place, progress).error
-    options = {"method": asked.method, **asked.budget.options(), "tried_error": tried}
-    return plan_mixed(checkpoint, profile.digest, choice, options, asked.rounding)
-
-
-def details(plan: CompressionPlan) -> dict[str, Any]:
-    """Return what a quantisation did, for the result."""
-    from collections import Counter
-
-    from ditmoe_cli.formats.weights import format_label
-
-    said = ("method", "predicted_error", "tried_error", "gap", "solver")
-    counts = dict(sorted(Counter(map(format_label, plan.formats.values())).items()))
-    found = {name: plan.options[name] for name in said if name in plan.options}
-    return {"weights": len(plan.formats), "formats": counts, **found}

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan, Delta
+from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.formats.weights import DeltaFormat
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 # bytes of ternary codes do not depend on the density: the default is near the least error on bell-shaped differences
 DEFAULT_RATIOS: Mapping[DeltaFormat, float] = {"svd": 0.25, "ternary": 0.5}
+
+
+@dataclass(frozen=True)
+class Differencing(Planner):
+    """The planner that keeps every expert, stored as a difference from its block's base."""
+
+    delta: Delta
+    command: ClassVar[str] = "merge"
+    needs_profile: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        return f"merge-{self.delta.kind}{self.delta.ratio:g}"
+
+    def check(self, work: Work) -> None:
+        """Refuse experts that cannot share a base, and ratios that leave nothing; see `delta_tensors`."""
+        delta_tensors(work.checkpoint, self.delta)
+
+    def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
+        """Return the plan; see `plan_delta`."""
+        return plan_delta(work.checkpoint, self.delta, profile)
+
+    def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Return the plan without its profile."""
+        return plan_delta(checkpoint, self.delta, None)
+
+    def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
+        """Return how experts are stored."""
+        del checkpoint, plan
+        return {"delta": asdict(self.delta)}
 
 
 def plan_delta(checkpoint: Checkpoint, delta: Delta, profile: RoutingProfile | None) -> CompressionPlan:

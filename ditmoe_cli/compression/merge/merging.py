@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
+from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.prune.pruning import Keep
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.opened import Checkpoint
@@ -18,13 +21,46 @@ DEFAULT_METHOD = "m-smoe"
 
 
 @dataclass(frozen=True)
-class Merging:
+class Merging(Planner):
     """What to merge: how many experts each block is left with, how, what becomes of the rows, and the repair."""
 
     groups: Keep
     method: str = DEFAULT_METHOD
     router: RouterMode = "ghost"
     repair: Repair | None = None
+    command: ClassVar[str] = "merge"
+    needs_profile: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        return f"merge-groups{self.groups}"
+
+    def check(self, work: Work) -> None:
+        """Refuse numbers of groups that cannot be, and packed experts, whose weights cannot be computed."""
+        group_counts(work.checkpoint, self)
+        require_plain(work.checkpoint)
+
+    def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
+        """Plan by the profile; see `plan_merge`."""
+        assert profile is not None
+        return plan_merge(work.checkpoint, profile, self, work.bar)
+
+    def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Return a plan of the right size; see `undecided_merge`."""
+        return undecided_merge(checkpoint, self)
+
+    def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
+        """Return how many experts there were, and which are merged, the one that gives its place first."""
+        groups = [
+            [[lead, *(e for e, into in block.merged if into == lead)] for lead in block.keep] for block in plan.blocks
+        ]
+        return {
+            "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
+            "groups": groups,
+            "method": plan.merging,
+            "router": plan.options["router"],
+        }
 
     def options(self) -> dict[str, str]:
         """Return what stands in the plan for its reader."""

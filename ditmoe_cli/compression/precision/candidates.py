@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.names import MATRICES, split_name
-from ditmoe_cli.formats.weights import is_quantizable
+from ditmoe_cli.formats.weights import format_label, is_quantizable
 from ditmoe_cli.model.opened import Checkpoint, WeightGroup, weight_group
 
 WIDTHS = ("1.58", "2", "3", "4", "5", "6", "8", "16")
@@ -107,3 +109,9 @@ def ties(names: Sequence[str], tied: Sequence[str]) -> dict[str, str]:
         mine = matrix in tied and (parts.expert is not None or ".shared_experts." in name)
         found[name] = name.replace(f".{matrix}_proj.", f".{'+'.join(tied)}.") if mine else name
     return found
+
+
+def format_counts(formats: Mapping[str, str]) -> dict[str, Any]:
+    """Return how many weights get a format, and how many of them each format, for a command's result."""
+    counts = Counter(map(format_label, formats.values()))
+    return {"weights": len(formats), "formats": dict(sorted(counts.items()))}

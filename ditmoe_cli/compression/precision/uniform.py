@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from ditmoe_cli.compression.plan import CompressionPlan, Rounding
-from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, GROUP_SIZES, require_unquantised
+from ditmoe_cli.compression.planner import Planner, Work
+from ditmoe_cli.compression.precision.candidates import (
+    DEFAULT_GROUP_SIZE,
+    GROUP_SIZES,
+    format_counts,
+    require_unquantised,
+)
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.formats.weights import is_quantizable
 from ditmoe_cli.model.opened import Checkpoint, weight_group
+from ditmoe_cli.routing.profile import RoutingProfile
 
 UNIFORM_GROUPS = ("experts", "shared", "attn")
 KINDS = ("nf4", "fp4", "int8", "int", "ternary")
 INTEGER_BITS = (2, 3, 4, 5, 6, 8)
 _TERNARY_BITS = 1.58
+
+
+@dataclass(frozen=True)
+class UniformPrecision(Planner):
+    """The planner of one format for all routed, shared and attention matrices.
+
+    Attributes:
+        format: the format.
+        rounding: how weights are rounded to it; None for the nearest values, which takes no profile.
+        label: ending of the default output's name.
+    """
+
+    format: str
+    rounding: Rounding | None = None
+    label: str = "quantize"
+    command: ClassVar[str] = "quantize"
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether weights are rounded on calibration data."""
+        return self.rounding is not None
+
+    def check(self, work: Work) -> None:
+        """Refuse checkpoints that are quantised already."""
+        require_unquantised(work.checkpoint)
+
+    def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
+        """Return the plan; see `plan_uniform`."""
+        return plan_uniform(work.checkpoint, self.format, self.rounding, profile.digest if profile else None)
+
+    def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Return the plan without its profile, on which no format depends."""
+        return plan_uniform(checkpoint, self.format, self.rounding)
+
+    def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
+        """Return how many weights get the format."""
+        del checkpoint
+        return format_counts(plan.formats)
 
 
 def format_named(kind: str | None, bits: float | None, group_size: int, symmetric: bool, double: bool) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
+from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.prune.prune_methods import DEFAULT_METHOD, METHODS, REPLAYED
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
@@ -76,7 +77,7 @@ def kept_counts(checkpoint: Checkpoint, keep: Keep) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Pruning(Planner):
     """What to prune.
 
     Attributes:
@@ -92,6 +93,7 @@ class Pruning:
         constants: let rows of dropped experts select constants in their place.
         rank: of the linear maps beside these constants.
         repair: how what stays is refitted, None for not at all.
+        label: ending of the default output's name.
     """
 
     keep: Keep
@@ -105,6 +107,8 @@ class Pruning:
     constants: bool = False
     rank: int = 0
     repair: Repair | None = None
+    label: str = "prune"
+    command: ClassVar[str] = "prune"
 
     @property
     def replays(self) -> bool:
@@ -128,6 +132,38 @@ class Pruning:
         plain = Pruning(self.keep)
         always = {"keep": str(self.keep), "method": self.method, "router": self.router or "auto", "seed": self.seed}
         return always | {n: getattr(self, n) for n in names[3:] if getattr(self, n) != getattr(plain, n)}
+
+    def check(self, work: Work) -> None:
+        """Refuse what `check_pruning` refuses."""
+        check_pruning(work.checkpoint, self)
+
+    def warnings(self, profile: RoutingProfile) -> list[str]:
+        """Return a warning for each expert that no calibration token chose."""
+        return [
+            f"no calibration token chose expert {expert} of block {block}; its saliency counts as 0"
+            for block, expert in profile.never_routed()
+        ]
+
+    def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
+        """Plan by scores, or by replayed errors; see `plan_prune` and `plan_replayed`."""
+        if not self.replays:
+            return plan_prune(work.checkpoint, profile, self)
+        assert profile is not None
+        return plan_replayed(work.checkpoint, profile, self, work.device(), work.bar)
+
+    def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Return a plan of the right size; see `undecided_plan`."""
+        return undecided_plan(checkpoint, self)
+
+    def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
+        """Return how many experts there were, and which stay, how wide."""
+        narrows = any(block.widths for block in plan.blocks)
+        return {
+            "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
+            "kept": [list(block.keep) for block in plan.blocks],
+            **({"widths": [list(block.widths) for block in plan.blocks]} if narrows else {}),
+            **{name: plan.options[name] for name in ("method", "router")},
+        }
 
 
 def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:

@@ -1,0 +1,70 @@
+"""The contract between planners and the command line. Torch-free.
+
+A planner is a frozen dataclass that holds what is asked for, such as `Pruning`, and turns it into a `CompressionPlan`.
+The command line serves all planners alike: it checks, finds or makes the profile, plans, and then previews or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.diffusion.sampling import ProgressBar
+from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile
+
+
+@dataclass(frozen=True)
+class Work:
+    """The checkpoint to plan for, and the means to do so.
+
+    Attributes:
+        checkpoint: the checkpoint to compress.
+        output: where the result will be written.
+        device: returns the device to measure on, checked; only planners that measure call it, since it takes torch.
+        bar: shows progress.
+    """
+
+    checkpoint: Checkpoint
+    output: Output
+    device: Callable[[], str]
+    bar: ProgressBar
+
+
+class Planner(Protocol):
+    """A command's request, ready to become a plan."""
+
+    @property
+    def command(self) -> str:
+        """The command that plans, such as ``prune``."""
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name, such as ``prune-keep0.5``."""
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether planning, or carrying the plan out, takes a routing profile."""
+
+    def check(self, work: Work) -> None:
+        """Raise the error of whatever cannot be done to the checkpoint, before anything is profiled."""
+
+    def warnings(self, profile: RoutingProfile) -> Iterable[str]:
+        """Return warnings about a profile that is about to be planned with; by default none."""
+        del profile
+        return ()
+
+    def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
+        """Return the plan. `profile` is None only for planners that need none."""
+
+    def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Return a plan of the right size, for a dry run without a profile.
+
+        Raises `BadInputError` where the size depends on the profile.
+        """
+
+    def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
+        """Return what the plan does, for the command's result."""
