@@ -1,4 +1,4 @@
-"""Images given for calibration, as the model is to see them."""
+"""Images given for calibration, in the form that the model takes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Clean model inputs (N, C, S, S) in fp32, their labels, and the digest of the file they came from."""
+    """Clean model inputs (N, C, S, S) in fp32, their labels, and the path and digest of the file they came from."""
 
+    path: Path
     clean: Tensor
     labels: tuple[int, ...]
     digest: str
 
 
 def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
-    """Read the first `images` images for a pixel model, or latents for another; unlabelled ones get the null class.
+    """Read the first `images` images of a file, or latents where the model works on latents.
 
-    Images are uint8 (a folder of PNG, npz with `arr_0`, samples of ours) and become v / 127.5 - 1; latents are
-    `latents` of a safetensors file, as ``ditmoe sample`` writes them; `labels` stand beside them. Raises
-    `BadInputError` where they are missing or of another size than the model's.
+    Images are uint8 values v (a folder of PNG, npz with `arr_0`, samples of ours) and become v / 127.5 - 1. Latents are
+    `latents` of a safetensors file, as ``ditmoe sample`` writes them. Labels are `labels` beside them; without labels
+    all are of the null class. Raises `BadInputError` where images are missing or of another size than the model's, and
+    for labels that the model does not have.
     """
     import torch
 
@@ -37,8 +39,8 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     if not path.exists() or (path.is_dir() and not config.pixel_space):
         raise BadInputError(f"{path}: no such file")
     if config.pixel_space:
-        found = read_images(path)
-        pixels, labels = found.images[:images], found.labels
+        stored = read_images(path)
+        pixels, labels = stored.images[:images], stored.labels
         clean = torch.from_numpy(pixels.copy()).float().permute(0, 3, 1, 2) / 127.5 - 1
     else:
         arrays = read_arrays(path, ("latents", "labels"))
@@ -61,4 +63,4 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
         raise BadInputError(
             f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}, and the null class after"
         )
-    return CalibrationData(clean, chosen, file_digest(path))
+    return CalibrationData(path, clean, chosen, file_digest(path))

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.collector import PURPOSE, collect
 
 S_2_8E = DiTMoEConfig(
@@ -63,10 +65,11 @@ def main() -> None:
     indices = range(options.images)
     # the share of all tokens that the defaults keep: 20,480 of 64 images x 20 steps x 256 tokens
     reservoir = max(options.images * options.steps * S_2_8E.num_patches // 16, options.images * options.steps)
+    full = Calibration(spec, bins=options.steps, reservoir=reservoir, batch=options.images)
     runs: dict[str, Callable[[], object]] = {
         "plain": lambda: sample_batch(model, spec, indices, purpose=PURPOSE),
-        "fast": lambda: collect(model, spec, options.steps, 0, options.images, lambda _: None, fast=True),
-        "full": lambda: collect(model, spec, options.steps, reservoir, options.images, lambda _: None),
+        "fast": lambda: collect(model, replace(full, fast=True), lambda _: None),
+        "full": lambda: collect(model, full, lambda _: None),
     }
     runs["plain"]()
     times = {name: [] for name in runs}

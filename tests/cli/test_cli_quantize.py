@@ -15,7 +15,7 @@ from conftest import make_pico
 from ditmoe_cli.compression.replay import amplification as probes
 from ditmoe_cli.formats.weights import SCHEMES, Scheme, format_label
 from ditmoe_cli.model.opened import open_checkpoint, weight_group
-from ditmoe_cli.routing import calibration_defaults as defaults
+from ditmoe_cli.routing import calibration_settings
 
 SETTINGS = ("--images", 4, "--steps", 2)
 FEW = ("--tokens", 256)
@@ -267,8 +267,8 @@ def test_a_saved_plan_in_pieces_gives_the_same_bytes(wide: Path) -> None:
 
 
 def test_without_a_profile_one_is_made_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "IMAGES", 2)
-    monkeypatch.setattr(defaults, "STEPS", 10)
+    monkeypatch.setattr(calibration_settings, "IMAGES", 2)
+    monkeypatch.setattr(calibration_settings, "STEPS", 10)
     words = ("quantize", "a.safetensors", "--bits", 3, *FEW)
     first = here(*words, "-o", "one.safetensors", cwd=folder)
     (note,) = first.notes

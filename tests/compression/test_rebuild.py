@@ -39,7 +39,7 @@ from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
-from ditmoe_cli.routing.calibrate import profiled_spec
+from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
 HIDDEN, WIDTH, EXPERTS, SHARED = 16, 24, 4, 20

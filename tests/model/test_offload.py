@@ -17,6 +17,7 @@ from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.collector import collect
 
 CPU = torch.device("cpu")
@@ -41,8 +42,8 @@ def test_profiles_are_equal_to_the_last_bit(
         apply(source, plan_uniform(source, {4: "nf4", 8: "int8"}[bits]), Output(path))
     checkpoint = open_checkpoint(path)
     spec = SampleSpec(5, 3, cfg, 1, solver, (0, 1, 2))  # type: ignore[arg-type]
-    resident = collect(build_model(checkpoint, CPU), spec, 3, 64, batch, lambda _: None)
-    offloaded = collect(OffloadedDiTMoE(checkpoint, CPU, 5, batch), spec, 3, 64, batch, lambda _: None)
+    resident = collect(build_model(checkpoint, CPU), Calibration(spec, 3, 64, batch), lambda _: None)
+    offloaded = collect(OffloadedDiTMoE(checkpoint, CPU, 5, batch), Calibration(spec, 3, 64, batch), lambda _: None)
     assert offloaded.keys() == resident.keys()
     for key, tensor in resident.items():
         if key.endswith(("_transitions", "norm_max")) or not tensor.is_floating_point() or key == "states.z":

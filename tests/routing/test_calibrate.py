@@ -22,14 +22,9 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
-from ditmoe_cli.routing.calibrate import (
-    Calibration,
-    calibrate,
-    default_calibration,
-    parse_calibration,
-    usable_profile,
-    valid_profile,
-)
+from ditmoe_cli.routing import calibration_settings
+from ditmoe_cli.routing.calibrate import Run, calibrate, usable_profile, valid_profile
+from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
 from ditmoe_cli.routing.profile import RoutingProfile
 
 PICO = make_pico(hidden=16, input_size=4, seed=3)
@@ -60,7 +55,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     child = ghosted(original, (0, 1, 3), folder / "child.safetensors")
     grandchild = ghosted(child, (0, 2), folder / "grandchild.safetensors")
     return Family(
-        original, child, grandchild, calibrate(original, SETTINGS, "cpu", folder / "p.safetensors", False, no_bar)
+        original, child, grandchild, calibrate(original, SETTINGS, Run("cpu", no_bar), folder / "p.safetensors")
     )
 
 
@@ -103,7 +98,7 @@ def test_a_profile_says_how_it_was_made(family: Family) -> None:
 
 
 def test_equal_runs_write_equal_files(family: Family, tmp_path: Path) -> None:
-    again = calibrate(family.original, SETTINGS, "cpu", tmp_path / "again.safetensors", False, no_bar)
+    again = calibrate(family.original, SETTINGS, Run("cpu", no_bar), tmp_path / "again.safetensors")
     assert again.path.read_bytes() == family.profile.path.read_bytes()
 
 
@@ -111,9 +106,9 @@ def test_an_output_that_is_in_the_way_is_refused_before_any_work(family: Family,
     (tmp_path / "there.safetensors").write_bytes(b"old")
     for path, force in ((tmp_path / "there.safetensors", False), (family.original.path, True)):
         with pytest.raises(OutputExistsError):
-            calibrate(family.original, SETTINGS, "nonsense", path, force, no_bar)
-    with pytest.raises(UsageError, match="--bins 5"):
-        calibrate(family.original, replace(SETTINGS, bins=5), "nonsense", tmp_path / "p.safetensors", False, no_bar)
+            calibrate(family.original, SETTINGS, Run("nonsense", no_bar), path, force)
+    with pytest.raises(UsageError, match="bins 5"):
+        calibrate(family.original, replace(SETTINGS, bins=5), Run("nonsense", no_bar), tmp_path / "p.safetensors")
 
 
 specs = st.builds(
@@ -181,7 +176,7 @@ def test_missing_settings_are_bad_input(name: str, family: Family) -> None:
 def test_a_calibration_on_given_images_cannot_be_repeated_without_them(family: Family) -> None:
     document = replace(SETTINGS, data="a" * 64).to_json()
     assert document["source"] == "data"
-    with pytest.raises(BadInputError, match="--data"):
+    with pytest.raises(BadInputError, match="from data"):
         parse_calibration(document, family.original)
 
 
@@ -219,7 +214,7 @@ def test_with_an_ancestors_profile_the_checkpoint_is_profiled_alike(
     assert str(found.path) in finder.said[0]
     assert found.path.parent == finder.beside
     assert checkpoint.fingerprint[:12] in found.path.name
-    directly = calibrate(checkpoint, SETTINGS, "cpu", finder.beside / "direct.safetensors", False, no_bar)
+    directly = calibrate(checkpoint, SETTINGS, Run("cpu", no_bar), finder.beside / "direct.safetensors")
     assert directly.path.read_bytes() == found.path.read_bytes()
 
 
@@ -237,7 +232,7 @@ def test_the_second_search_finds_what_the_first_made(family: Family, finder: Fin
 def test_other_settings_are_profiled_anew(family: Family, finder: Finder) -> None:
     first = finder.find(family.child, family.profile.path)
     others = replace(SETTINGS, spec=replace(SPEC, seed=12))
-    elsewhere = calibrate(family.original, others, "cpu", finder.beside / "others.safetensors", False, no_bar)
+    elsewhere = calibrate(family.original, others, Run("cpu", no_bar), finder.beside / "others.safetensors")
     second = finder.find(family.child, elsewhere.path)
     assert finder.runs == 2
     assert second.calibration["seed"] == 12
@@ -255,10 +250,8 @@ def test_a_kept_profile_of_other_weights_is_not_trusted(family: Family, finder: 
 def test_without_any_profile_the_default_settings_are_used(
     family: Family, finder: Finder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ditmoe_cli.routing.calibrate as module
-
-    monkeypatch.setattr(module.defaults, "IMAGES", 3)
-    monkeypatch.setattr(module.defaults, "STEPS", 10)
+    monkeypatch.setattr(calibration_settings, "IMAGES", 3)
+    monkeypatch.setattr(calibration_settings, "STEPS", 10)
     assert usable_profile(family.child, None) is None
     found = finder.find(family.child, None)
     assert dict(found.calibration) == default_calibration(family.child).to_json()
@@ -275,7 +268,7 @@ def test_the_profile_of_an_unrelated_checkpoint_is_refused(
     folder = tmp_path / "strangers"
     folder.mkdir()
     stranger = opened(make_pico(hidden=16, input_size=4, seed=4), folder)
-    child_profile = calibrate(family.child, SETTINGS, "cpu", folder / "child.safetensors", False, no_bar)
+    child_profile = calibrate(family.child, SETTINGS, Run("cpu", no_bar), folder / "child.safetensors")
     calls: dict[str, Callable[[Checkpoint, Path], Any]] = {"usable": usable_profile, "valid": finder.find}
     # neither an unrelated checkpoint's, nor a descendant's
     for checkpoint, path in ((stranger, family.profile.path), (family.original, child_profile.path)):

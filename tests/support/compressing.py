@@ -20,7 +20,8 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import Observer
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
-from ditmoe_cli.routing.calibrate import Calibration, calibrate
+from ditmoe_cli.routing.calibrate import Run, calibrate
+from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
 
 FORMATS = {4: "nf4", 8: "int8"}
@@ -77,7 +78,7 @@ def profile_of(
     solver = "euler" if checkpoint.config.sampler == "rf" else "ddim"
     spec = SampleSpec(images, steps, cfg, 1, solver, tuple(range(checkpoint.config.num_classes)))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}.{name}.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), "cpu", path, False, no_bar)
+    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), Run("cpu", no_bar), path)
     assert found is not None
     return found
 

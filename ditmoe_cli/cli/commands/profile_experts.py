@@ -32,7 +32,7 @@ from ditmoe_cli.cli.sampling import SamplingOptions, sample_spec
 from ditmoe_cli.cli.stage import default_output, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.routing import calibration_defaults as defaults
+from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration
 
 if TYPE_CHECKING:
     from ditmoe_cli.routing.profile import RoutingProfile
@@ -58,18 +58,18 @@ FastOpt = Annotated[bool, typer.Option("--fast", help="Counters only: no moments
 
 def run(
     checkpoint: CheckpointArg = None,
-    images: Images = defaults.IMAGES,
+    images: Images = IMAGES,
     data: DataOpt = None,
-    bins: Bins = defaults.BINS,
-    reservoir: Reservoir = defaults.RESERVOIR,
+    bins: Bins = Calibration.bins,
+    reservoir: Reservoir = Calibration.reservoir,
     fast: FastOpt = False,
     offload: OffloadOpt = False,
-    steps: Steps = defaults.STEPS,
+    steps: Steps = STEPS,
     cfg: Cfg = 1.0,
     solver: CalibrationSolver = None,
     classes: Classes = None,
     seed: Seed = 0,
-    batch: Batch = defaults.BATCH,
+    batch: Batch = Calibration.batch,
     device: Device = "cpu",
     heads: Heads = None,
     top_k: TopK = None,
@@ -86,7 +86,7 @@ def run(
     """
     stage = incoming(checkpoint, given(heads, top_k, sampler), shared=True)
     opened = open_stage(stage)
-    from ditmoe_cli.routing.calibrate import Calibration, calibrate
+    from ditmoe_cli.routing.calibrate import Run, calibrate
     from ditmoe_cli.routing.calibration_data import read_data
 
     if data and classes:
@@ -98,8 +98,7 @@ def run(
     spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
     settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None, fast)
     target = require_safetensors(output or default_output(opened.path, "profile"))
-    clean, inputs = (given_data.clean, (data,)) if given_data and data else (None, ())
-    profile = calibrate(opened, settings, checked_device(device), target, force, progress, clean, inputs, offload)
+    profile = calibrate(opened, settings, Run(checked_device(device), progress, offload), target, force, given_data)
     if profile is None:
         return  # another rank writes and prints
     result = summary(profile)

@@ -23,7 +23,7 @@ from ditmoe_cli.compression.replay.states import calibration_states
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
-from ditmoe_cli.routing.calibrate import profiled_spec
+from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
 PROBED_TOKENS = 4_096  # of the streams that carry an error to the end

@@ -38,7 +38,7 @@ from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import ProgressBar
-from ditmoe_cli.routing.calibrate import profiled_spec
+from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 TOKENS_PER_INPUT = 8

@@ -1,4 +1,4 @@
-"""One block's event with what every collector derives from it, computed once."""
+"""A block's event with what all collectors derive from it, derived once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ditmoe_cli.model.moe import MoEEvent
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one block did to the images at hand at one step.
+class BatchEvent:
+    """The event of one block for a batch of images at one step.
 
     Attributes:
         event: the block's event, of T = branches * images * patches tokens.
-        images: their indices, the same in each branch.
+        images: the images' indices, the same in each branch.
         branches: 1, or 2 where guidance runs: conditional tokens first.
         bin: step bin.
         chosen: (T, k, E) choices as zeros and ones in fp32, so that sums over tokens are matrix products; zero where
             a slot went to a constant.
         outputs: (T, k, D) f in fp32.
-        reaching: (T, k, D) γ ⊙ f, the output as the residual stream meets it, before the routing weight.
+        after_gamma: (T, k, D) γ ⊙ f in fp32, before the routing weight.
     """
 
     event: MoEEvent
@@ -31,31 +31,26 @@ class Seen:
     bin: int
     chosen: Tensor
     outputs: Tensor
-    reaching: Tensor
-
-    @property
-    def patches(self) -> int:
-        """Tokens of an image."""
-        return len(self.chosen) // (self.branches * len(self.images))
+    after_gamma: Tensor
 
     @property
     def selected(self) -> Tensor:
-        """Return the experts that each token chose, (branches, N, P, E)."""
+        """Return the experts that each token chose, (branches, images, patches, E)."""
         chosen = self.chosen.sum(dim=1)
         return chosen.reshape(self.branches, len(self.images), -1, chosen.shape[-1])
 
 
-def see(event: MoEEvent, images: Sequence[int], b: int, experts: int) -> Seen:
-    """Derive what collectors need of an event of `images` in step bin `b`; `experts` is the most of any block."""
+def batch_event(event: MoEEvent, images: Sequence[int], step_bin: int, experts: int) -> BatchEvent:
+    """Return the event of `images` with what collectors need of it; `experts` is the most of any block."""
     outputs = event.outputs.float()
     tokens, k, width = outputs.shape
-    reaching = outputs.reshape(len(event.gamma), -1, k, width) * event.gamma[:, None, None].float()
-    return Seen(
+    after_gamma = outputs.reshape(len(event.gamma), -1, k, width) * event.gamma[:, None, None].float()
+    return BatchEvent(
         event=event,
         images=images,
         branches=len(event.gamma) // len(images),
-        bin=b,
+        bin=step_bin,
         chosen=event.routing.chosen(experts).float(),
         outputs=outputs,
-        reaching=reaching.reshape(tokens, k, width),
+        after_gamma=after_gamma.reshape(tokens, k, width),
     )

@@ -1,7 +1,7 @@
-"""How a profile is collected: the model samples, and every mixture's routing is counted.
+"""Collecting a profile: the model samples, and the routing of every mixture is counted.
 
-Counters see every token of every trajectory. A state (z_t, t, y) is kept for each image and step bin of a part of
-the images, and a fixed choice of its tokens enters the reservoir: the same tokens in every block, conditional and
+Counters take every token of every trajectory. A state (z_t, t, y) is kept for each image and step bin of a part of the
+images, and a fixed choice of its tokens enters the reservoir: the same tokens in every block, conditional and
 unconditional ones paired.
 """
 
@@ -18,10 +18,11 @@ from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.processes import WHOLE, Share
-from ditmoe_cli.routing.collect.batch_events import Seen, see
+from ditmoe_cli.routing.calibration_settings import Calibration
+from ditmoe_cli.routing.collect.batch_events import BatchEvent, batch_event
 from ditmoe_cli.routing.collect.counters import Counters
 from ditmoe_cli.routing.collect.moments import Moments
-from ditmoe_cli.routing.collect.ranks import merged, rank_of_other_threads
+from ditmoe_cli.routing.collect.ranks import gather_merged, rank_of_other_threads
 from ditmoe_cli.routing.collect.reservoir import Reservoir, Selection, select_states
 from ditmoe_cli.routing.collect.shared_inputs import with_similarities
 
@@ -30,10 +31,10 @@ PURPOSE = "calibration"
 
 
 class RoutingCollector:
-    """Watches a model sample one batch after the other, and keeps counters and a reservoir.
+    """Observer of a model that samples one batch after the other; keeps counters and a reservoir.
 
-    Hand `begin_batch` the images, pass the collector as observer and its `begin_step` as step watcher, and put into
-    `final` (images, C, S, S) what came out.
+    Call `begin_batch` with the images, pass the collector as observer and its `begin_step` as step watcher, and store
+    the batch's result in `final` (images, C, S, S).
     """
 
     def __init__(self, model: Denoiser, spec: SampleSpec, bins: int, selection: Selection) -> None:
@@ -48,7 +49,7 @@ class RoutingCollector:
 
     @property
     def bin(self) -> int:
-        """The bin of the step at hand."""
+        """Return the bin of the current step."""
         return step_bin(self._step, self.spec.steps, self.bins)
 
     def begin_batch(self, images: list[int]) -> None:
@@ -57,24 +58,24 @@ class RoutingCollector:
         self.counters.begin_batch()
 
     def begin_step(self, z: Tensor, t: float) -> None:
-        """Take note that the model is about to be shown z (N, C, H, W) at time t."""
+        """Start a step, at which the model is given z (N, C, H, W) at time t."""
         self._step += 1
         self.reservoir.begin_step(self._batch, self._step, self.bin, z, t)
 
     def select(self, start: int, stop: int) -> None:
-        """The events that follow are of these images of the batch."""
+        """Take the events that follow as those of images start..stop of the batch."""
         self._images = self._batch[start:stop]
 
     def __call__(self, event: MoEEvent) -> None:
-        """Count one block's routing and keep its share of the reservoir."""
+        """Collect one block's event. Raises `BadInputError` for NaN or infinite outputs."""
         if not bool(event.outputs.isfinite().all()):
             raise BadInputError(f"block {event.block} produced NaN or infinite values at step {self._step}")
-        self.take(see(event, self._images, self.bin, self.config.num_experts))
+        self.add(batch_event(event, self._images, self.bin, self.config.num_experts))
 
-    def take(self, seen: Seen) -> None:
-        """Hand an event on to what collects it."""
-        self.counters.add(seen)
-        self.reservoir.keep(seen.event, self._images)
+    def add(self, batch: BatchEvent) -> None:
+        """Count the batch's routing and keep its share of the reservoir."""
+        self.counters.add(batch)
+        self.reservoir.keep(batch.event, self._images)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
@@ -82,78 +83,74 @@ class RoutingCollector:
 
 
 class FullCollector(RoutingCollector):
-    """Watches neurons, inputs and outputs too."""
+    """Collector of the moments of neurons, inputs and outputs too."""
 
     def __init__(self, model: Denoiser, spec: SampleSpec, bins: int, selection: Selection) -> None:
         super().__init__(model, spec, bins, selection)
         self.moments = Moments(model.config, bins, model.device)
 
     def neurons(self, block: int, expert: int, weights: Tensor, activations: Tensor) -> None:
-        """Add one expert's neurons."""
-        self.moments.neurons(block, expert, weights, activations)
+        """Add one expert's neurons to the moments."""
+        self.moments.add_neurons(block, expert, weights, activations)
 
-    def take(self, seen: Seen) -> None:
+    def add(self, batch: BatchEvent) -> None:
         """Count, keep, and add to the moments."""
-        super().take(seen)
-        self.moments.add(seen)
+        super().add(batch)
+        self.moments.add(batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
         return {**super().tensors(), **self.moments.tensors()}
 
 
-def check_settings(spec: SampleSpec, bins: int, reservoir: int) -> None:
+def check_settings(settings: Calibration) -> None:
     """Raise `UsageError` for steps that cannot be followed, more bins than steps, or a negative reservoir."""
-    check_followable(spec)
-    if not 1 <= bins <= spec.steps:
-        raise UsageError(f"--bins {bins}: must be between 1 and the {spec.steps} steps")
-    if reservoir < 0:
-        raise UsageError(f"--reservoir {reservoir}: must be at least 0 tokens")
+    check_followable(settings.spec)
+    if not 1 <= settings.bins <= settings.spec.steps:
+        raise UsageError(f"⟨bins⟩ {settings.bins}: must be between 1 and the {settings.spec.steps} steps")
+    if settings.reservoir < 0:
+        raise UsageError(f"⟨reservoir⟩ {settings.reservoir}: must be at least 0 tokens")
 
 
 def collect(
     model: DiTMoE | OffloadedDiTMoE,
-    spec: SampleSpec,
-    bins: int,
-    reservoir: int,
-    batch: int,
+    settings: Calibration,
     progress: Callable[[int], None],
     clean: Tensor | None = None,
-    fast: bool = False,
     share: Share = WHOLE,
 ) -> dict[str, Tensor] | None:
-    """Sample `spec`'s images, or noise the given `clean` ones (N, C, S, S), and return the profile's tensors.
+    """Sample the images of `settings`, or noise `clean` ones (N, C, S, S), and return the profile's tensors.
 
-    `fast` leaves out the moments and the reservoir. `progress` is told the images of each step. An offloaded model is
-    given all images at once, and divides them into micro-batches of its own. Where several processes share the work,
-    rank 0 returns everybody's tensors and the others None.
+    `progress` is called with the number of images of each step. An offloaded model takes all images at once, and
+    divides them into micro-batches of its own. Where several processes share the work, rank 0 returns the tensors of
+    all and the others None.
     """
-    selection = select_states(spec, bins, model.config.num_patches, 0 if fast else reservoir)
-    collector = (RoutingCollector if fast else FullCollector)(model, spec, bins, selection)
-    size = spec.images if isinstance(model, OffloadedDiTMoE) else batch
+    spec, bins = settings.spec, settings.bins
+    selection = select_states(spec, bins, model.config.num_patches, 0 if settings.fast else settings.reservoir)
+    collector = (RoutingCollector if settings.fast else FullCollector)(model, spec, bins, selection)
+    size = spec.images if isinstance(model, OffloadedDiTMoE) else settings.batch
     dealt = list(batches(spec.images, size))
     for indices in share.of(dealt):
-        watch_batch(model, spec, indices, collector, progress, clean)
+        watch_batch(model, collector, indices, progress, clean)
     odd_rank = rank_of_other_threads(share)
-    tensors = merged(share, collector.tensors())
+    tensors = gather_merged(share, collector.tensors())
     if tensors is None:
         return None
     if odd_rank is not None and odd_rank < len(dealt):
         again = RoutingCollector(model, spec, bins, Selection({}, {}))
-        watch_batch(model, spec, dealt[odd_rank], again, lambda _: None, clean)
+        watch_batch(model, again, dealt[odd_rank], lambda _: None, clean)
         tensors["flip_rate"] = flip_rate(tensors, again.tensors(), dealt[odd_rank])
     return with_similarities(model, tensors, bins)
 
 
 def watch_batch(
     model: Denoiser,
-    spec: SampleSpec,
-    indices: range,
     collector: RoutingCollector,
+    indices: range,
     progress: Callable[[int], None],
     clean: Tensor | None,
 ) -> None:
-    """Let a collector watch the images `indices` being sampled, or their clean versions noised."""
+    """Let a collector observe the images `indices` being sampled, or their `clean` versions being noised."""
     collector.begin_batch(list(indices))
 
     def on_step(z: Tensor, t: float) -> None:
@@ -161,18 +158,18 @@ def watch_batch(
         progress(len(z))
 
     if clean is None:
-        collector.final[indices] = sample_batch(model, spec, indices, collector, on_step, PURPOSE).cpu()
+        collector.final[indices] = sample_batch(model, collector.spec, indices, collector, on_step, PURPOSE).cpu()
     else:
         final = clean[indices.start : indices.stop]
-        visit_noised(model, spec, indices, final, collector, on_step, PURPOSE)
+        visit_noised(model, collector.spec, indices, final, collector, on_step, PURPOSE)
         collector.final[indices] = final
 
 
-def flip_rate(merged_tensors: dict[str, Tensor], again: dict[str, Tensor], indices: range) -> Tensor:
-    """Return the share of choices, at the images `indices`, that came out differently on this process: at least that
-    many near-ties of the top-k were tipped by rounding.
+def flip_rate(merged: dict[str, Tensor], again: dict[str, Tensor], indices: range) -> Tensor:
+    """Return the share of choices at the images `indices` that came out differently when rank 0 ran them again.
 
-    Counted as half the L1 distance of the tables by image and position over their sum.
+    It is half the L1 distance of the two tables by image and position over their sum, so at least that many near-ties
+    of the top-k were tipped by rounding.
     """
-    mine, theirs = (tensors["image.positions"][list(indices)].double() for tensors in (again, merged_tensors))
-    return (mine - theirs).abs().sum() / 2 / theirs.sum()
+    second, first = (tensors["image.positions"][list(indices)].double() for tensors in (again, merged))
+    return (second - first).abs().sum() / 2 / first.sum()

@@ -1,4 +1,4 @@
-"""Streaming counters over every token: how often, how strongly and with whom experts are used.
+"""Streaming counters over every token: how often, how strongly and together with which others experts are chosen.
 
 Shapes: L blocks, 2 branches, B step bins, P positions, E experts, R router rows, D width, I images, T tokens of one
 event. Sums are float64, counts integers. Sums over tokens are matrix products with one-hot choices: their order is
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.model.config import DiTMoEConfig
-from ditmoe_cli.routing.collect.batch_events import Seen
+from ditmoe_cli.routing.collect.batch_events import BatchEvent
 from ditmoe_cli.routing.profile import BRANCHES
 
-# per selected (token, expert): g routing weight, f output after gamma; "raw" is before gamma
+# sums over selected (token, expert) pairs: "gate" is the routing weight g, "norm" that of γ ⊙ f, "raw_norm" that of f
 SLOT_SUMS = (
     "gate_mass",
     "gate_square",
@@ -31,9 +31,9 @@ SLOT_SUMS = (
 
 
 class Counters:
-    """Counts and small sums: what ``--fast`` collects.
+    """Counts and small sums of a whole run: all that a ``fast`` profile holds.
 
-    One instance serves a whole run; `add` takes one block's event at one step, `tensors` returns everything.
+    `add` takes one block's event at one step, `tensors` returns everything.
     """
 
     def __init__(self, config: DiTMoEConfig, images: int, bins: int, device: torch.device) -> None:
@@ -68,17 +68,17 @@ class Counters:
         """Forget the trajectories of the batch before."""
         self._previous.clear()
 
-    def add(self, seen: Seen) -> None:
+    def add(self, batch: BatchEvent) -> None:
         """Add one block's event."""
-        block, b, branches, chosen = seen.event.block, seen.bin, seen.branches, seen.chosen
-        selected = seen.selected
-        self._add_counts(block, b, torch.tensor(seen.images, device=chosen.device), selected)
-        self._add_transitions(block, b, selected, seen.images[0])
+        block, b, branches, chosen = batch.event.block, batch.bin, batch.branches, batch.chosen
+        selected = batch.selected
+        self._add_counts(block, b, torch.tensor(batch.images, device=chosen.device), selected)
+        self._add_transitions(block, b, selected, batch.images[0])
         self._add_neighbours(block, b, selected)
         if block == 0:
             self.tokens[:branches, b] += selected.shape[1] * selected.shape[2]
-        weights = seen.event.routing.weights.double()
-        norms, raw_norms = seen.reaching.norm(dim=-1).double(), seen.outputs.norm(dim=-1).double()
+        weights = batch.event.routing.weights.double()
+        norms, raw_norms = batch.after_gamma.norm(dim=-1).double(), batch.outputs.norm(dim=-1).double()
         features = torch.stack(
             (
                 weights,
@@ -98,7 +98,7 @@ class Counters:
         largest = self.norm_max[block, :branches, b]
         spread = (chosen.double() * norms.unsqueeze(-1)).reshape(branches, -1, chosen.shape[-1]).amax(dim=1)
         self.norm_max[block, :branches, b] = torch.maximum(largest, spread)
-        self._add_router(seen)
+        self._add_router(batch)
 
     def _add_counts(self, block: int, b: int, images: Tensor, selected: Tensor) -> None:
         """Add choices (branches, N, P, E)."""
@@ -128,14 +128,14 @@ class Counters:
         """
         branches, flat = len(selected), _flat(selected)
         below, before = self._previous.get((first, block - 1)), self._previous.get((first, block))
-        if below is not None:  # of this step: lower blocks have been seen already
+        if below is not None:  # of this step: lower blocks are added first
             self.block_transitions[block - 1, :branches, b] += (below.transpose(1, 2) @ flat).long()
         if before is not None:
             self.step_transitions[block, :branches, b] += (before.transpose(1, 2) @ flat).long()
         self._previous[first, block] = flat
 
-    def _add_router(self, seen: Seen) -> None:
-        block, routing, branches, b = seen.event.block, seen.event.routing, seen.branches, seen.bin
+    def _add_router(self, batch: BatchEvent) -> None:
+        block, routing, branches, b = batch.event.block, batch.event.routing, batch.branches, batch.bin
         logits = routing.logits.double().reshape(branches, -1, routing.logits.shape[-1])
         probabilities = logits.softmax(dim=-1)
         k = routing.experts.shape[1]

@@ -1,4 +1,4 @@
-"""Streaming moments of inputs, outputs and neurons: what a full profile adds to the counters.
+"""Streaming moments of inputs, outputs and neurons, which a full profile holds beside the counters.
 
 Shapes as in `counters`; H is the widest expert. Sums over tokens are accumulated in float64 where they are small and in
 float32 where they are wide.
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.routing.collect.batch_events import Seen
+from ditmoe_cli.routing.collect.batch_events import BatchEvent
 from ditmoe_cli.routing.profile import BRANCHES
 
 # sums over the pairs of experts that a token chose, beside the gated Gram
@@ -20,9 +20,9 @@ PAIR_SUMS = ("output.raw_gram", "output.cosine", "gate_ratio", "gate_ratio_squar
 
 
 class Moments:
-    """Grams, means, energies and extremes.
+    """Grams, means, energies and extremes of a whole run.
 
-    `add` takes one block's event at one step, `neurons` one expert's activations, `tensors` returns everything.
+    `add` takes one block's event at one step, `add_neurons` one expert's neurons, `tensors` returns everything.
     """
 
     def __init__(self, config: DiTMoEConfig, bins: int, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Moments:
         self.neuron_energy = wide(blocks, experts, inner)
         self.neuron_max = wide(blocks, experts, inner)
 
-    def neurons(self, block: int, expert: int, weights: Tensor, activations: Tensor) -> None:
+    def add_neurons(self, block: int, expert: int, weights: Tensor, activations: Tensor) -> None:
         """Add a = g φ of one expert's tokens: weights g (n,), activations φ (n, inner)."""
         squares = (activations.float() * weights.float().unsqueeze(-1)).square_()
         inner = squares.shape[1]
@@ -55,65 +55,64 @@ class Moments:
         largest = self.neuron_max[block, expert, :inner]
         self.neuron_max[block, expert, :inner] = torch.maximum(largest, squares.amax(dim=0))
 
-    def add(self, seen: Seen) -> None:
+    def add(self, batch: BatchEvent) -> None:
         """Add one block's event."""
-        event, branches, b, chosen, outputs = seen.event, seen.branches, seen.bin, seen.chosen, seen.outputs
+        event, branches, b, outputs = batch.event, batch.branches, batch.bin, batch.outputs
         block, width = event.block, outputs.shape[-1]
-        slots = chosen.reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)  # (branches, E, tokens k)
+        slots = _by_branch(batch)
         weights = event.routing.weights.float().unsqueeze(-1)
         self.output_sum[block, :branches, b] += slots @ outputs.reshape(branches, -1, width)
         squared = (weights**2 * outputs).reshape(branches, -1, width)
         self.output_gate_square_sum[block, :branches, b] += slots @ squared
-        reaching = weights * seen.reaching  # (T, k, D): what is added to the residual stream
-        self._add_pairs(block, branches, b, chosen, reaching, outputs, weights)
-        self._add_inputs(event, chosen)
+        added = weights * batch.after_gamma  # (T, k, D), to the residual stream
+        self._add_pairs(batch, weights, added)
+        self._add_inputs(event, batch.chosen)
         per_branch = event.gamma.float().reshape(branches, -1, width)
         self.gamma_sum[block, :branches, b] += per_branch.sum(dim=1)
         self.gamma_square[block, :branches, b] += per_branch.square().sum(dim=1)
         if block == 0:
             self.images[:branches, b] += per_branch.shape[1]
         if event.residual is not None:
-            self._add_easy_ep(event, branches, b, slots, reaching)
+            self._add_easy_ep(batch, event.residual, added)
 
-    def _add_pairs(
-        self, block: int, branches: int, b: int, chosen: Tensor, reaching: Tensor, outputs: Tensor, weights: Tensor
-    ) -> None:
+    def _add_pairs(self, batch: BatchEvent, weights: Tensor, added: Tensor) -> None:
         """Add sums over the pairs i, j of experts of each token.
 
-        The gated Gram is A_ij = Σ_t ⟨γ g_i f_i, γ g_j f_j⟩, what removing both costs; r = g_i / (g_i + g_j).
+        The gated Gram matrix is A_ij = Σ_t ⟨γ g_i f_i, γ g_j f_j⟩, the cost of removing both; r = g_i / (g_i + g_j).
         """
+        outputs, chosen, branches = batch.outputs, batch.chosen, batch.branches
         raw = outputs @ outputs.transpose(1, 2)  # (T, k, k)
         norms = outputs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         ratio = weights / (weights + weights.transpose(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
         cosine = raw / (norms.unsqueeze(1) * norms.unsqueeze(2))
-        gated = reaching @ reaching.transpose(1, 2)
+        gated = added @ added.transpose(1, 2)
         values = torch.stack((gated, raw, cosine, ratio, ratio**2)).double()
         spread = torch.einsum("ntab,tbf->ntaf", values, chosen.double())
-        left = chosen.double().reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)
-        sums = left @ spread.reshape(len(values), branches, -1, chosen.shape[-1])
-        self.output_gram[block, :branches, b] += sums[0]
+        sums = _by_branch(batch).double() @ spread.reshape(len(values), branches, -1, chosen.shape[-1])
+        cell = batch.event.block, slice(branches), batch.bin
+        self.output_gram[cell] += sums[0]
         for name, value in zip(PAIR_SUMS, sums[1:], strict=True):
-            self.pairs[name][block, :branches, b] += value
+            self.pairs[name][cell] += value
 
     def _add_inputs(self, event: MoEEvent, chosen: Tensor) -> None:
+        """Add Σ u² and max |u| of the tokens routed to each expert."""
         inputs = event.inputs.float()
         used = chosen.amax(dim=1)  # (T, E)
         self.input_square[event.block] += used.T @ inputs.square()
         magnitudes = inputs.abs()
         for expert in range(used.shape[1]):
-            mine = magnitudes[used[:, expert] > 0]
-            if len(mine):
+            routed = magnitudes[used[:, expert] > 0]
+            if len(routed):
                 largest = self.input_max[event.block, expert]
-                self.input_max[event.block, expert] = torch.maximum(largest, mine.amax(dim=0))
+                self.input_max[event.block, expert] = torch.maximum(largest, routed.amax(dim=0))
 
-    def _add_easy_ep(self, event: MoEEvent, branches: int, b: int, slots: Tensor, reaching: Tensor) -> None:
+    def _add_easy_ep(self, batch: BatchEvent, residual: Tensor, added: Tensor) -> None:
         """Add Σ_t g ‖γ f‖ s_t with s_t = max(1 - cos(x, x + γ r), 0), x the residual and r the routed output."""
-        assert event.residual is not None
-        residual = event.residual.float().reshape(-1, event.residual.shape[-1])
-        similarity = F.cosine_similarity(residual, residual + reaching.sum(dim=1), dim=-1)
-        weighted = reaching.norm(dim=-1) * (1 - similarity).clamp_min(0).unsqueeze(-1)
-        sums = slots.double() @ weighted.double().reshape(branches, -1, 1)
-        self.easy_ep[event.block, :branches, b] += sums.squeeze(-1)
+        x = residual.float().reshape(-1, residual.shape[-1])
+        similarity = F.cosine_similarity(x, x + added.sum(dim=1), dim=-1)
+        weighted = added.norm(dim=-1) * (1 - similarity).clamp_min(0).unsqueeze(-1)
+        sums = _by_branch(batch).double() @ weighted.double().reshape(batch.branches, -1, 1)
+        self.easy_ep[batch.event.block, : batch.branches, batch.bin] += sums.squeeze(-1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the moments under the names that profiles store them by, on the CPU."""
@@ -132,3 +131,8 @@ class Moments:
             "neuron.max": self.neuron_max,
         }
         return {name: value.cpu().contiguous() for name, value in stored.items()}
+
+
+def _by_branch(batch: BatchEvent) -> Tensor:
+    """Return choices as (branches, E, tokens k), ready to sum over tokens and slots."""
+    return batch.chosen.reshape(batch.branches, -1, batch.chosen.shape[-1]).transpose(1, 2)

@@ -1,8 +1,7 @@
-"""Calibration over several processes: batches are dealt out by image index, and their tensors merged.
+"""Calibration in several processes under ``torchrun``: the tensors of all ranks are gathered and merged.
 
-Started by ``torchrun`` (gloo on CPUs, nccl on GPUs). Since each batch is the same set of images on any number of
-processes, the integer counts are those of one process, as long as every process runs with the same number of threads;
-sums differ by the order of addition alone.
+Each batch is the same set of images on any number of processes, so the integer counts are those of one process as long
+as every process runs with the same number of threads. Sums differ by the order of addition alone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _PER_STATE = ("states.", "reservoir.")
 
 
 def rank_of_other_threads(share: Share) -> int | None:
-    """Return a process that runs with another number of threads than rank 0, whose rounding may differ; else None."""
+    """Return the first rank with another number of threads than rank 0, whose rounding may differ; None if none."""
     if share.world == 1:
         return None
     threads: list[int] = [0] * share.world
@@ -28,19 +27,19 @@ def rank_of_other_threads(share: Share) -> int | None:
     return next((rank for rank, count in enumerate(threads) if count != threads[0]), None)
 
 
-def merged(share: Share, mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Gather every process's tensors on rank 0 and return them merged; None on the others."""
+def gather_merged(share: Share, own: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the tensors of all ranks merged on rank 0, and None on the others; `own` are this rank's."""
     if share.world == 1:
-        return mine
+        return own
     parts: list[dict[str, Tensor] | None] | None = [None] * share.world if share.rank == 0 else None
-    dist.gather_object(mine, parts)
+    dist.gather_object(own, parts)
     return merge([part for part in parts if part is not None]) if parts is not None else None
 
 
 def merge(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Merge the tensors of several processes: sums add, extremes compare, states and tokens are put in order.
+    """Return the tensors of several ranks as one: sums added, maxima compared, states and tokens put in order.
 
-    A process whose images none were kept of has no states; counters and moments are in every part.
+    Counters and moments are in every part; a rank that kept no state has none of the states' tensors.
     """
     streamed = [name for name in parts[0] if not name.startswith(_PER_STATE)]
     result = {name: _merge_streamed(name, [part[name] for part in parts]) for name in streamed}
@@ -56,7 +55,7 @@ def _merge_streamed(name: str, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _merge_states(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate states and reservoirs and bring both into the order of (image, bin)."""
+    """Return states and reservoirs of all parts in the order of (image, bin)."""
     offsets = torch.tensor([0, *(len(part["states.t"]) for part in parts)]).cumsum(0)
     joined = {
         name: torch.cat([part[name] for part in parts], dim=1 if name in ("reservoir.inputs", "reservoir.gamma") else 0)

@@ -1,6 +1,6 @@
-"""The reservoir of a profile: states that the model was shown, and the tokens that entered its mixtures there.
+"""The reservoir of a profile: states that the model was given, and tokens that entered its mixtures there.
 
-What is chosen depends on (seed, image, bin) alone, so neither batch size nor the number of processes changes it.
+The choice depends on (seed, image, bin) alone, so neither batch size nor the number of processes changes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ditmoe_cli.routing.profile import BRANCHES
 
 @dataclass(frozen=True)
 class Selection:
-    """Which (image, step) states are kept, and which positions of each enter the reservoir.
+    """The states (image, step) that are kept, and the positions of each that enter the reservoir.
 
     `step_of[(image, bin)]` is the step within the bin, `positions[(image, bin)]` the tokens, ascending.
     """
@@ -32,9 +32,9 @@ class Selection:
 def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> Selection:
     """Choose states and tokens for about `reservoir` tokens per block, over both branches.
 
-    Every (image, bin) gives one state as long as there is at least one token for it; images are left out from
-    the end otherwise. Labels cycle over images, so classes are covered evenly too. Positions are
-    stratified: one is drawn from each of as many equal runs of positions.
+    Every (image, bin) gives one state as long as there is at least one token for it; else the last images give none.
+    Labels cycle over images, so classes are covered evenly too. Positions are stratified: the patches are divided into
+    as many equal runs as there are tokens, and one position is drawn from each.
     """
     branches = 1 if spec.cfg == 1.0 else BRANCHES
     images = min(spec.images, reservoir // (bins * branches))
@@ -62,14 +62,14 @@ class Reservoir:
     positions: list[list[int]] = field(default_factory=list)
     inputs: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, tokens, D) each
     gamma: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, D) each
-    chosen: dict[int, list[int]] = field(default_factory=dict)  # positions of each image that is kept at this step
+    chosen: dict[int, list[int]] = field(default_factory=dict)  # positions, by image that is kept at this step
 
     def __post_init__(self) -> None:
         self.inputs = [[] for _ in range(self.blocks)]
         self.gamma = [[] for _ in range(self.blocks)]
 
     def begin_step(self, images: list[int], step: int, b: int, z: Tensor, t: float) -> None:
-        """Note which of the images at hand are kept at this step, and their states."""
+        """Keep the states z (N, C, S, S) of those of `images` that are selected at this step."""
         self.chosen = {}
         for row, image in enumerate(images):
             if self.selection.step_of.get((image, b)) != step:
@@ -83,7 +83,7 @@ class Reservoir:
             self.positions.append(positions)
 
     def keep(self, event: MoEEvent, images: list[int]) -> None:
-        """Keep the chosen tokens of one block's event, which is of `images`."""
+        """Keep the selected tokens of one block's event, which is of `images`."""
         kept = [(row, self.chosen[image]) for row, image in enumerate(images) if image in self.chosen]
         if not kept:
             return
@@ -95,7 +95,7 @@ class Reservoir:
             self.gamma[event.block].append(gamma[:, row].float().cpu())
 
     def tensors(self, spec: SampleSpec) -> dict[str, Tensor]:
-        """Return states and tokens in the order of (image, bin), whatever the batches were; nothing if none."""
+        """Return states and tokens in the order of (image, bin), whatever the batches were; empty if none were kept."""
         if not self.z:
             return {}
         order = sorted(range(len(self.z)), key=lambda s: (self.image[s], self.bin[s]))

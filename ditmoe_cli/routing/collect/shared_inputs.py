@@ -1,6 +1,6 @@
-"""How alike a block's experts are on the same inputs: every expert is run on every reservoir token.
+"""Similarity of a block's experts on shared inputs: every expert is run on every reservoir token, routed to it or not.
 
-Tokens that were never routed to an expert are among them, which is what makes experts comparable.
+Experts are comparable only on the same tokens, and the router gives each of them others.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.routing.measures import alignment, unbiased_hsic
 from ditmoe_cli.routing.profile import BRANCHES
 
-BATCH = 256  # tokens of one estimate of HSIC, whose Gram matrices grow with the square
+BATCH = 256  # tokens of one estimate of HSIC, whose Gram matrices grow with their square
 
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What all experts of a block make of the same tokens.
+    """Outputs of all experts of a block on the same tokens, summarised.
 
     Attributes:
         means: (cells, E, D) mean output over all tokens of each cell (branch and step bin), 0 where there are none.
@@ -37,23 +37,26 @@ class SharedInputs:
 
 
 def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
-    """Add ``output.all_token_mean`` (L, 2, B, E, D) and ``output.cka`` (L, E, E), where a reservoir was kept."""
+    """Return a profile's tensors with ``output.all_token_mean`` (L, 2, B, E, D) and ``output.cka`` (L, E, E).
+
+    Without a reservoir nothing is added.
+    """
     if "reservoir.inputs" not in tensors:
         return tensors
     bin_of = tensors["states.bin"].long()[tensors["reservoir.state"].long()]
     cells = tensors["reservoir.branch"].long() * bins + bin_of
     experts = model.config.num_experts
-    found = []
+    results = []
     with torch.inference_mode(), resident_blocks(model) as blocks:
         for (_, block), inputs in zip(blocks, tensors["reservoir.inputs"], strict=True):
-            found.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
-    shape = (len(found), BRANCHES, bins, experts, model.config.hidden_size)
-    means = torch.stack([each.means for each in found]).reshape(shape)
-    return {**tensors, "output.all_token_mean": means, "output.cka": torch.stack([each.cka for each in found])}
+            results.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
+    shape = (len(results), BRANCHES, bins, experts, model.config.hidden_size)
+    means = torch.stack([each.means for each in results]).reshape(shape)
+    return {**tensors, "output.all_token_mean": means, "output.cka": torch.stack([each.cka for each in results])}
 
 
 def on_shared_inputs(moe: SparseMoE, inputs: Tensor, cells: Tensor, count: int, experts: int) -> SharedInputs:
-    """Run all experts on `inputs` (T, D), of which `cells` (T,) tells each token's cell of `count`.
+    """Run all experts on `inputs` (T, D), whose tokens belong to `cells` (T,), numbers below `count`.
 
     `experts` is the most of any block; the results of missing ones stay 0.
     """
@@ -74,6 +77,6 @@ def on_shared_inputs(moe: SparseMoE, inputs: Tensor, cells: Tensor, count: int, 
 
 
 def _strided(tokens: int) -> Iterator[slice]:
-    """Yield every n-th token from each of the first n on, so that each batch is spread over all states."""
+    """Yield slices of every n-th token, one from each of the first n on, so that each batch spreads over all states."""
     count = max(tokens // BATCH, 1)
     return (slice(start, None, count) for start in range(count))

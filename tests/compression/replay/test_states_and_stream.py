@@ -18,7 +18,8 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.progress import silent_bar
-from ditmoe_cli.routing.calibrate import Calibration, calibrate, profiled_spec
+from ditmoe_cli.routing.calibrate import Run, calibrate
+from ditmoe_cli.routing.calibration_settings import Calibration, profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
 IMAGES, STEPS, BINS = 9, 4, 2
@@ -31,7 +32,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, float]] = {
 def profiled(pico: Pico, solver: Any, cfg: float, folder: Path, **more: Any) -> tuple[Checkpoint, RoutingProfile]:
     checkpoint = open_checkpoint(pico.save(folder / "a.safetensors"))
     settings = Calibration(SampleSpec(IMAGES, STEPS, cfg, 3, solver, (0, 1)), BINS, **{"reservoir": 200, **more})
-    profile = calibrate(checkpoint, settings, "cpu", folder / "p.safetensors", True, silent_bar)
+    profile = calibrate(checkpoint, settings, Run("cpu", silent_bar), folder / "p.safetensors", force=True)
     assert profile is not None
     return checkpoint, profile
 
@@ -129,7 +130,9 @@ def test_all_that_follows_from_the_profile_is_the_same_again(case: tuple[Checkpo
 def test_an_eighth_of_the_images_or_the_last_is_held_out(images: int, held: set[int], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_pico(sampler="rf", in_channels=1, depth=1).save(tmp_path / "a.safetensors"))
     spec = SampleSpec(images, 2, 1.0, 3, "euler", (0, 1))
-    profile = calibrate(checkpoint, Calibration(spec, 1, 10**4), "cpu", tmp_path / "p.safetensors", True, silent_bar)
+    profile = calibrate(
+        checkpoint, Calibration(spec, 1, 10**4), Run("cpu", silent_bar), tmp_path / "p.safetensors", force=True
+    )
     assert profile is not None
     states = calibration_states(profile, spec, 3 * images)
     assert set(states.images[states.held].tolist()) == held

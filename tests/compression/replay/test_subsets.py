@@ -30,7 +30,8 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.routing.calibrate import Calibration, calibrate
+from ditmoe_cli.routing.calibrate import Run, calibrate
+from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
 
 MODES: tuple[RouterMode, ...] = ("ghost", "slice", "mass")
@@ -99,7 +100,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RoutingP
     def profile(cfg: float = 1.5, reservoir: int = 30, fast: bool = False) -> RoutingProfile:
         spec = SampleSpec(images=3, steps=4, cfg=cfg, seed=1, solver="ddim", classes=(0, 1))
         settings = Calibration(spec, bins=2, reservoir=reservoir, batch=2, fast=fast)
-        found = calibrate(checkpoint, settings, "cpu", where / "p.safetensors", True, no_bar)
+        found = calibrate(checkpoint, settings, Run("cpu", no_bar), where / "p.safetensors", force=True)
         assert found is not None
         return found
 

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.collector import PURPOSE, check_settings, collect
 from ditmoe_cli.routing.collect.reservoir import select_states
 
@@ -38,11 +39,10 @@ class Case:
     clean: Tensor | None = None
 
     def run(self, batch: int = 2) -> dict[str, Tensor]:
-        told: list[int] = []
-        collected = collect(
-            self.pico.model(), self.spec, self.bins, self.reservoir, batch, told.append, clean=self.clean
-        )
-        assert sum(told) == self.spec.images * self.spec.steps
+        advanced: list[int] = []
+        settings = Calibration(self.spec, self.bins, self.reservoir, batch)
+        collected = collect(self.pico.model(), settings, advanced.append, clean=self.clean)
+        assert sum(advanced) == self.spec.images * self.spec.steps
         return collected
 
     @cached_property
@@ -206,7 +206,7 @@ def test_where_each_image_ended_is_kept(case: Case) -> None:
     if final is None:
         final = sample_batch(case.pico.model(), spec, range(spec.images), purpose=PURPOSE)
     assert_close(case.found["image.final"], final, **TRAVELLED)
-    fast = collect(case.pico.model(), spec, case.bins, 0, 2, lambda _: None, clean=case.clean, fast=True)
+    fast = collect(case.pico.model(), Calibration(spec, case.bins, 0, 2, fast=True), lambda _: None, clean=case.clean)
     assert torch.equal(fast["image.final"], case.found["image.final"])
 
 
@@ -223,7 +223,7 @@ def test_without_room_for_one_token_a_bin_nothing_is_kept() -> None:
 def test_a_half_precision_model_is_counted_too() -> None:
     case = CASES["one branch"]
     model = case.pico.model().bfloat16()
-    found = collect(model, case.spec, case.bins, case.reservoir, 2, lambda _: None)
+    found = collect(model, Calibration(case.spec, case.bins, case.reservoir, 2), lambda _: None)
     assert torch.equal(found["counts"].sum(-1), case.found["counts"].sum(-1))
     assert_close(found["gate_norm"].sum(-1), case.found["gate_norm"].sum(-1), rtol=0.05, atol=0.0)
 
@@ -301,10 +301,10 @@ def test_bins_divide_the_steps_evenly_from_noise_to_image(case: tuple[int, int])
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    check_settings(SPEC, 1, 0)
-    check_settings(SPEC, SPEC.steps, 0)
+    check_settings(Calibration(SPEC, bins=1, reservoir=0))
+    check_settings(Calibration(SPEC, bins=SPEC.steps, reservoir=0))
     for bins in (0, -1, SPEC.steps + 1):
-        with pytest.raises(UsageError, match=f"--bins {bins}"):
-            check_settings(SPEC, bins, 0)
-    with pytest.raises(UsageError, match="--reservoir -1"):
-        check_settings(SPEC, 1, -1)
+        with pytest.raises(UsageError, match=f"bins {bins}"):
+            check_settings(Calibration(SPEC, bins=bins))
+    with pytest.raises(UsageError, match="reservoir -1"):
+        check_settings(Calibration(SPEC, bins=1, reservoir=-1))

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.collector import PURPOSE, collect
 from ditmoe_cli.routing.collect.moments import PAIR_SUMS
 from ditmoe_cli.routing.measures import alignment, unbiased_hsic
@@ -64,7 +65,7 @@ def run(request: pytest.FixtureRequest, pico: Callable[..., Pico]) -> Run:
         sample_batch(
             model, spec, range(3), lambda event: steps[-1].append(event), lambda *_: steps.append([]), purpose=PURPOSE
         )
-    return Run(model, spec, collect(model, spec, BINS, 48, 3, lambda _: None), steps)
+    return Run(model, spec, collect(model, Calibration(spec, BINS, 48, 3), lambda _: None), steps)
 
 
 def zeros(run: Run, *shape: int) -> Tensor:
@@ -244,7 +245,7 @@ def test_alignment_of_outputs_on_the_same_tokens(run: Run) -> None:
 
 
 def test_fast_keeps_the_same_counters_and_nothing_else(run: Run) -> None:
-    fast = collect(run.model, run.spec, BINS, 48, 3, lambda _: None, fast=True)
+    fast = collect(run.model, Calibration(run.spec, BINS, 48, 3, fast=True), lambda _: None)
     assert {name for name in run.tensors if name not in fast} == {
         *PAIR_SUMS,
         *("easy_ep", "output.gram", "output.sum", "output.gate_square_sum", "output.all_token_mean", "output.cka"),
