@@ -130,7 +130,8 @@ def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
     if method.needs_tokens:
         gates = torch.stack([source.gates(e) for e in members], dim=1)
         used = gates.sum(dim=1) > 0
-        tokens = MergeTokens(source.known_tokens.inputs[used], gates[used], source.known_tokens.weights[used])
+        known = source.known_tokens
+        tokens = MergeTokens(known.inputs, gates, known.weights, known.held).part(used)
     return method.merge(experts, shares, tokens)
 
 

@@ -61,4 +61,5 @@ def tokens_for(members: int, count: int = 64, seed: int = 0) -> MergeTokens:
         inputs=torch.randn(count, HIDDEN, generator=generator),
         gates=torch.rand(count, members, generator=generator) * chosen,
         weights=torch.rand(count, generator=generator),
+        held=torch.arange(count) % 4 == 0,
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.expert_weights import ExpertWeights
@@ -39,6 +40,16 @@ def energies(down: Tensor, energy: Tensor, largest: Tensor, gamma_square: Tensor
     """
     reach = gamma_square.double() @ down.double().square()
     return reach * ((1.0 - alpha) * energy.double() + alpha * largest.double())
+
+
+def activations(expert: ExpertWeights, inputs: Tensor) -> Tensor:
+    """Return φ(u) = SiLU(W_gate u) ⊙ W_up u of tokens u (T, D), (T, H)."""
+    return F.silu(inputs @ expert.gate.T) * (inputs @ expert.up.T)
+
+
+def output(expert: ExpertWeights, inputs: Tensor) -> Tensor:
+    """Return f(u) = W_down φ(u) of tokens u (T, D), (T, D)."""
+    return activations(expert, inputs) @ expert.down.T
 
 
 def narrowed(expert: ExpertWeights, neurons: Sequence[int] | Tensor) -> ExpertWeights:

@@ -43,13 +43,19 @@ class MergeTokens:
         inputs: (T, D) what enters the mixture, u, in fp32.
         gates: (T, n) routing weight g of each member where the token selected it, else 0.
         weights: (T,) how much an error at the token weighs: γ² and guidance.
+        held: (T,) whether the token's image is held out, to choose by.
     """
 
     inputs: Tensor
     gates: Tensor
     weights: Tensor
+    held: Tensor
 
     @property
     def importance(self) -> Tensor:
         """(T,) what the merged expert's squared error at a token weighs: its gate is Σ_j g_j, so (Σ_j g_j)² w."""
         return self.gates.sum(dim=1).square() * self.weights
+
+    def part(self, mask: Tensor) -> MergeTokens:
+        """Return the tokens of a mask (T,)."""
+        return MergeTokens(self.inputs[mask], self.gates[mask], self.weights[mask], self.held[mask])

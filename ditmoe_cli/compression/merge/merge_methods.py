@@ -71,7 +71,11 @@ METHODS: Mapping[str, MergeMethod] = {
         "mergemoe", "near weights; down projection by least squares", "arXiv 2510.14436", needs_tokens=True
     ),
     "sub-moe": _method(
-        "sub_moe", "mean outputs of like direction; mean in a shared subspace", "arXiv 2506.23266", needs_means=True
+        "sub_moe",
+        "mean outputs of like direction; mean in a shared subspace of chosen rank",
+        "arXiv 2506.23266",
+        needs_means=True,
+        needs_tokens=True,
     ),
     "average": _method("average", "equally loaded groups; plain mean, the baseline to beat", "arXiv 2308.06093"),
     "uncurl": _method(

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ditmoe_cli.compression.algebra.means import normalised, require_equal_widths, weighted_mean
+from ditmoe_cli.compression.algebra.neurons import activations, output
 from ditmoe_cli.compression.algebra.ridge import Normal
 from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
@@ -54,7 +54,7 @@ def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: Mer
     sums = Normal.empty(width, hidden, mean.gate.device)
     for rows in torch.split((importance > 0).nonzero().flatten(), _TOKENS):
         u = tokens.inputs[rows]
-        phi = _neurons(mean, u)
+        phi = activations(mean, u)
         missing = _mean_output(experts, normalised(shares), u) - phi @ mean.down.T
         sums.add([phi], missing, importance[rows])
     return replace(mean, down=mean.down + sums.solve(RIDGE).T.float())
@@ -62,7 +62,7 @@ def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: Mer
 
 def _mean_output(experts: Sequence[ExpertWeights], weights: Sequence[float], u: Tensor) -> Tensor:
     """Return Σ_j B_j f_j(u), (T, D)."""
-    parts = (b * (_neurons(expert, u) @ expert.down.T) for b, expert in zip(weights, experts, strict=True))
+    parts = (b * output(expert, u) for b, expert in zip(weights, experts, strict=True))
     return sum(parts, start=torch.zeros_like(u))
 
 
@@ -74,8 +74,3 @@ def _distances(experts: Sequence[ExpertWeights], centres: Sequence[int]) -> Arra
         return float(torch.hypot((a.gate - b.gate).norm(), (a.up - b.up).norm()))
 
     return np.array([[distance(expert, experts[centre]) for centre in centres] for expert in experts])
-
-
-def _neurons(expert: ExpertWeights, u: Tensor) -> Tensor:
-    """Return φ(u) = SiLU(W_gate u) ⊙ W_up u, (T, H)."""
-    return F.silu(u @ expert.gate.T) * (u @ expert.up.T)

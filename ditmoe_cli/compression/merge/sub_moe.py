@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +15,17 @@ from torch import Tensor
 
 from ditmoe_cli.compression.algebra.matching import aligned
 from ditmoe_cli.compression.algebra.means import weighted_mean
+from ditmoe_cli.compression.algebra.neurons import output
 from ditmoe_cli.compression.algebra.truncated_svd import whitening
 from ditmoe_cli.compression.merge.grouping import mean_outputs, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
 from ditmoe_cli.routing.measures import mean_of
+
+_RANKS = 16
+_TOKENS = 4096  # at a time
+_ROUNDING = 1e-6
 
 
 def group(inputs: GroupingInputs, count: int) -> Groups:
@@ -39,36 +46,92 @@ def group(inputs: GroupingInputs, count: int) -> Groups:
     return partition(len(inputs.selected), count, labels)
 
 
-def merge(
-    experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: MergeTokens | None, rank: int | None = None
-) -> ExpertWeights:
-    """Return U_r U_rᵀ Σ_j α_j W_j / Σ α for gate, up and downᵀ (H, D), of members aligned to the dominant one.
+def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: MergeTokens | None) -> ExpertWeights:
+    """Return U_r U_rᵀ W̄ for gate, up and downᵀ (H, D): the mean of aligned members in the subspace that they share.
 
-    U_r (H, r) are the first left singular vectors of [W_1 S … W_n S], the members side by side, so that what is
-    shared is the space of the aligned neurons. For gate and up S Sᵀ is the covariance of the tokens' inputs,
-    weighted by (Σ_j g_j)² w; S is I without tokens, and for down. This is the paper's U_r Σ_r (Σ_j α_j V_j / Σ α)ᵀ,
-    written without V: at full rank, the default, it is the mean of the aligned members, whatever S.
+    W̄ = Σ_j α_j W_j / Σ α. U_r (H, r) are the first left singular vectors of [W_1 S … W_n S], the members side by side,
+    so that what is shared is the space of the aligned neurons. For gate and up S Sᵀ is the covariance of the inputs of
+    tokens that are not held out, weighted by (Σ_j g_j)² w; for down S is I. This is the paper's
+    U_r Σ_r (Σ_j α_j V_j / Σ α)ᵀ, written without V. At full rank it is W̄, whatever S.
 
-    Raises `UsageError` for a rank below 1, and `BadInputError` where the experts differ in width.
+    The rank is chosen on held-out tokens (`best_rank`). Raises `BadInputError` without tokens, and where the experts
+    differ in width.
     """
+    if tokens is None:
+        raise BadInputError(
+            "sub-moe chooses its rank on tokens, which the profile does not keep; profile without --fast"
+        )
     members = aligned(experts, shares)
     mean = weighted_mean(members, shares)
-    if rank is None:
-        return mean
-    if rank < 1:
-        raise UsageError(f"rank {rank}: a shared subspace has at least one dimension")
-    root = _whitening(tokens) if tokens else torch.eye(mean.gate.shape[1]).to(mean.gate)
-    return ExpertWeights(
-        _projected(mean.gate, [member.gate @ root for member in members], rank),
-        _projected(mean.up, [member.up @ root for member in members], rank),
-        _projected(mean.down.T, [member.down.T for member in members], rank).T.contiguous(),
-    )
+    subspace = Subspace.shared_by(members, tokens.part(~tokens.held))
+    rank = best_rank(experts, mean, subspace, tokens.part(tokens.held))
+    return mean if rank is None else subspace.projected(mean, rank)
 
 
-def _projected(mean: Tensor, members: Sequence[Tensor], rank: int) -> Tensor:
-    """Return U_r U_rᵀ `mean` (H, D), U_r the first left singular vectors of the `members` (H, D) side by side."""
-    basis: Tensor = torch.linalg.svd(torch.cat(list(members), dim=1), full_matrices=False).U[:, :rank]
-    return basis @ (basis.T @ mean)
+def best_rank(
+    experts: Sequence[ExpertWeights], mean: ExpertWeights, subspace: Subspace, held: MergeTokens
+) -> int | None:
+    """Return the rank of least Σ_t w ‖Σ_j g_j f_j(u) - (Σ_j g_j) f(u)‖² on held-out tokens, None for the full one.
+
+    f_j are the group's members and f the mean in the subspace. Ranks are sixteenths of the full one. A rank has to
+    better the full one by more than rounding: a millionth of what the members themselves give.
+    """
+    wanted, full = torch.zeros_like(held.inputs), subspace.gate.shape[1]
+    for expert, gate in zip(experts, held.gates.T, strict=True):
+        wanted += gate.unsqueeze(1) * _outputs(expert, held.inputs)
+
+    def error(merged: ExpertWeights) -> float:
+        lost = wanted - held.gates.sum(dim=1, keepdim=True) * _outputs(merged, held.inputs)
+        return float((held.weights * lost.double().square().sum(dim=1)).sum())
+
+    least = error(mean) - _ROUNDING * float((held.weights * wanted.double().square().sum(dim=1)).sum())
+    best = None
+    for rank in sorted({math.ceil(full * part / _RANKS) for part in range(1, _RANKS)} - {full}, reverse=True):
+        reached = error(subspace.projected(mean, rank))
+        if reached < least:
+            best, least = rank, reached
+    return best
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The left singular vectors U (H, min(H, n D)) of the gates, ups and transposed downs of n members.
+
+    Those of most energy come first.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def shared_by(cls, members: Sequence[ExpertWeights], tokens: MergeTokens) -> Subspace:
+        """Return the directions that aligned members share, gate and up as tokens meet them."""
+        root = _whitening(tokens)
+        return cls(
+            _left_vectors([member.gate @ root for member in members]),
+            _left_vectors([member.up @ root for member in members]),
+            _left_vectors([member.down.T for member in members]),
+        )
+
+    def projected(self, expert: ExpertWeights, rank: int) -> ExpertWeights:
+        """Return U_r U_rᵀ W of gate, up and downᵀ."""
+        gate, up, down = (
+            basis[:, :rank] @ (basis[:, :rank].T @ matrix)
+            for basis, matrix in ((self.gate, expert.gate), (self.up, expert.up), (self.down, expert.down.T))
+        )
+        return ExpertWeights(gate, up, down.T.contiguous())
+
+
+def _outputs(expert: ExpertWeights, inputs: Tensor) -> Tensor:
+    """Return f(u) (T, D) of tokens u (T, D), some at a time."""
+    return torch.cat([output(expert, u) for u in torch.split(inputs, _TOKENS)])
+
+
+def _left_vectors(matrices: Sequence[Tensor]) -> Tensor:
+    """Return the left singular vectors of matrices (H, D) side by side, by falling singular value."""
+    vectors: Tensor = torch.linalg.svd(torch.cat(list(matrices), dim=1), full_matrices=False).U
+    return vectors
 
 
 def _whitening(tokens: MergeTokens) -> Tensor:

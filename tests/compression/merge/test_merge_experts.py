@@ -19,10 +19,11 @@ from torch import Tensor
 from ditmoe_cli.compression.algebra.matching import aligned
 from ditmoe_cli.compression.algebra.means import weighted_mean
 from ditmoe_cli.compression.algebra.neurons import narrowed
-from ditmoe_cli.compression.merge import mergemoe, sub_moe
+from ditmoe_cli.compression.merge import mergemoe
 from ditmoe_cli.compression.merge.inputs import MergeTokens
 from ditmoe_cli.compression.merge.merge_methods import METHODS
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.compression.merge.sub_moe import Subspace
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
 
 MATRICES = ("gate", "up", "down")
@@ -75,7 +76,7 @@ def test_copies_with_their_neurons_in_another_order_merge_exactly(method: str, s
     expert = random_expert(HIDDEN, WIDTH, seed)
     generator = seeded(seed)
     copies = [narrowed(expert, torch.randperm(WIDTH, generator=generator).tolist()) for _ in range(3)]
-    merged = METHODS[method].merge(copies, [0.2, 0.5, 0.3], None)
+    merged = METHODS[method].merge(copies, [0.2, 0.5, 0.3], tokens_for(3))
     inputs = torch.randn(20, HIDDEN, generator=generator)
     torch.testing.assert_close(outputs_of(merged, inputs), outputs_of(expert, inputs))
     assert same_to_the_bit(merged, copies[1]), "in the order of the dominant one"
@@ -149,62 +150,108 @@ def test_the_mean_against_its_formula(shares: list[float], seed: int) -> None:
 
 # Sub-MoE
 
-
-def shared_subspace(experts: list[ExpertWeights], rank: int, tokens: MergeTokens | None = None) -> ExpertWeights:
-    return sub_moe.merge(experts, [0.5, 0.2, 0.3][: len(experts)], tokens, rank=rank)
+SHARES = [0.5, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("tokens", [None, tokens_for(3), tokens_for(3, count=2)], ids=["none", "many", "few"])
+def in_subspace(experts: list[ExpertWeights], rank: int, tokens: MergeTokens) -> tuple[ExpertWeights, ExpertWeights]:
+    """The mean of aligned experts, and the same in the subspace of a rank that they share."""
+    shares = SHARES[: len(experts)]
+    members_ = aligned(experts, shares)
+    mean = weighted_mean(members_, shares)
+    return mean, Subspace.shared_by(members_, tokens).projected(mean, rank)
+
+
+def ranks_of(expert: ExpertWeights) -> set[int]:
+    return {int(torch.linalg.matrix_rank(getattr(expert, name), rtol=1e-4)) for name in MATRICES}
+
+
+def noisy_copies(count: int, noise: float) -> list[ExpertWeights]:
+    """Experts of four of their eight neurons in common, of which each has noise of its own in all."""
+    common = random_expert(HIDDEN, WIDTH, 7)
+    kept = (torch.arange(WIDTH) < 4).float()
+    base = ExpertWeights(common.gate * kept[:, None], common.up * kept[:, None], common.down * kept)
+    return [moved(base, noise, 50 + j) for j in range(count)]
+
+
+@pytest.mark.parametrize("tokens", [tokens_for(3), tokens_for(3, count=2)], ids=["many", "few"])
 @pytest.mark.parametrize("rank", [WIDTH, 1000])
-def test_at_full_rank_sub_moe_is_the_mean_of_aligned_experts(rank: int, tokens: MergeTokens | None) -> None:
-    experts, shares = members(3), [0.5, 0.2, 0.3]
-    mean = weighted_mean(aligned(experts, shares), shares)
-    assert_same(shared_subspace(experts, rank, tokens), mean, 1e-4)
-    assert same_to_the_bit(METHODS["sub-moe"].merge(experts, shares, tokens), mean)
+def test_at_full_rank_the_subspace_is_all(rank: int, tokens: MergeTokens) -> None:
+    mean, projected = in_subspace(members(3), rank, tokens)
+    assert_same(projected, mean, 1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_sub_moe_is_the_formula_of_its_paper(rank: int) -> None:
+def test_the_subspace_is_the_formula_of_its_paper(rank: int) -> None:
     """U_r Σ_r (Σ_j α_j V_j / Σ α)ᵀ of the members side by side."""
-    shares = [0.5, 0.2, 0.3]
-    experts = aligned(members(3), shares)
-    u, s, vh = torch.linalg.svd(torch.cat([expert.gate for expert in experts], dim=1), full_matrices=False)
+    experts = aligned(members(3), SHARES)
+    u, s, vh = torch.linalg.svd(torch.cat([expert.down.T for expert in experts], dim=1), full_matrices=False)
     parts = vh.split(HIDDEN, dim=1)
-    merged_v = sum(share * part for share, part in zip(shares, parts, strict=True))
+    merged_v = sum(share * part for share, part in zip(SHARES, parts, strict=True))
     expected = u[:, :rank] @ torch.diag(s[:rank]) @ merged_v[:rank]
-    merged = shared_subspace(experts, rank)
-    torch.testing.assert_close(merged.gate, expected, rtol=1e-4, atol=1e-4)
-    assert all(int(torch.linalg.matrix_rank(getattr(merged, name), rtol=1e-4)) == rank for name in MATRICES)
+    _, projected = in_subspace(members(3), rank, tokens_for(3))
+    torch.testing.assert_close(projected.down.T, expected, rtol=1e-4, atol=1e-4)
+    assert ranks_of(projected) == {rank}
 
 
-def test_sub_moe_keeps_a_subspace_that_members_share() -> None:
+def test_a_subspace_holds_what_members_share() -> None:
     """Neurons of all members vary in two directions of their own space only, so rank 2 loses nothing."""
     generator = seeded(0)
     basis = torch.randn(WIDTH, 2, generator=generator)
-
-    def inside(seed: int) -> ExpertWeights:
-        parts = torch.randn(3, 2, HIDDEN, generator=seeded(seed))
-        return ExpertWeights(basis @ parts[0], basis @ parts[1], (basis @ parts[2]).T)
-
-    experts = [inside(7), moved(inside(7), 0.0, 0)]
-    assert_same(shared_subspace(experts, 2), experts[0], 1e-4)
+    parts = torch.randn(3, 2, HIDDEN, generator=seeded(7))
+    expert = ExpertWeights(basis @ parts[0], basis @ parts[1], (basis @ parts[2]).T)
+    _, projected = in_subspace([expert, expert], 2, tokens_for(2))
+    assert_same(projected, expert, 1e-4)
 
 
 def test_whitening_spends_the_rank_on_inputs_that_occur() -> None:
     expert = random_expert(HIDDEN, WIDTH, 3)
     tokens = tokens_for(1, count=200)
-    tokens = replace(tokens, inputs=tokens.inputs * torch.tensor([30.0, 10.0, 1.0, 0.1, 0.1, 0.1]))
+    skewed = replace(tokens, inputs=tokens.inputs * torch.tensor([30.0, 10.0, 1.0, 0.1, 0.1, 0.1]))
 
     def lost(merged: ExpertWeights) -> Tensor:
-        out = (merged.gate - expert.gate) @ (tokens.inputs * tokens.importance.sqrt().unsqueeze(1)).T
+        out = (merged.gate - expert.gate) @ (skewed.inputs * skewed.importance.sqrt().unsqueeze(1)).T
         return out.square().sum()
 
-    assert lost(shared_subspace([expert], 2, tokens)) < 0.1 * lost(shared_subspace([expert], 2))
+    assert lost(in_subspace([expert], 2, skewed)[1]) < 0.1 * lost(in_subspace([expert], 2, tokens)[1])
 
 
-def test_a_subspace_has_a_dimension() -> None:
-    with pytest.raises(UsageError, match="rank 0"):
-        shared_subspace(members(2), 0)
+def test_sub_moe_is_not_m_smoe_and_lies_in_its_subspace() -> None:
+    """Noise of the members' own adds up outside of the directions that they share, which held-out tokens show."""
+    experts, tokens = noisy_copies(3, 0.3), tokens_for(3, count=400)
+    merged = METHODS["sub-moe"].merge(experts, SHARES, tokens)
+    plain = METHODS["m-smoe"].merge(experts, SHARES, tokens)
+    assert not same_to_the_bit(merged, plain)
+    (rank,) = ranks_of(merged)
+    assert rank < WIDTH and ranks_of(plain) == {HIDDEN}
+    held = tokens.part(tokens.held)
+    assert lost_output(merged, experts, held) < lost_output(plain, experts, held)
+
+
+@given(seed=st.integers(0, 10**6), noise=st.floats(0.0, 2.0))
+@settings(max_examples=30, deadline=None)
+def test_no_other_rank_is_better_on_held_out_tokens(seed: int, noise: float) -> None:
+    experts, tokens = noisy_copies(3, noise), tokens_for(3, count=60, seed=seed)
+    held = tokens.part(tokens.held)
+    least = lost_output(METHODS["sub-moe"].merge(experts, SHARES, tokens), experts, held)
+    for rank in range(1, WIDTH + 1):
+        _, projected = in_subspace(experts, rank, tokens.part(~tokens.held))
+        assert least <= lost_output(projected, experts, held) * (1 + 1e-3) + 1e-4
+
+
+def lost_output(merged: ExpertWeights, experts: Sequence[ExpertWeights], tokens: MergeTokens) -> float:
+    """Σ_t w ‖Σ_j g_j f_j - (Σ_j g_j) f‖²."""
+    wanted = sum(g.unsqueeze(1) * outputs_of(e, tokens.inputs) for g, e in zip(tokens.gates.T, experts, strict=True))
+    lost = wanted - tokens.gates.sum(dim=1, keepdim=True) * outputs_of(merged, tokens.inputs)
+    return float((tokens.weights * lost.square().sum(dim=1)).sum())
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_where_none_or_all_tokens_are_held_out_sub_moe_still_merges(held: bool) -> None:
+    tokens = tokens_for(3)
+    merged = METHODS["sub-moe"].merge(members(3), SHARES, replace(tokens, held=torch.full_like(tokens.held, held)))
+    mean = weighted_mean(aligned(members(3), SHARES), SHARES)
+    assert all(bool(getattr(merged, name).isfinite().all()) for name in MATRICES)
+    assert held or same_to_the_bit(merged, mean), "nothing to choose by"
 
 
 # MergeMoE
@@ -260,12 +307,14 @@ def test_the_down_projection_against_its_formula(monkeypatch: pytest.MonkeyPatch
 
 def test_tokens_that_do_not_count_change_nothing() -> None:
     experts, shares, tokens = members(2), [0.5, 0.5], tokens_for(2)
-    unrouted = MergeTokens(torch.full((5, HIDDEN), 1e20), torch.zeros(5, 2), torch.ones(5))
-    weightless = MergeTokens(torch.full((5, HIDDEN), 1e20), torch.ones(5, 2), torch.zeros(5))
+    unrouted = MergeTokens(
+        torch.full((5, HIDDEN), 1e20), torch.zeros(5, 2), torch.ones(5), torch.zeros(5, dtype=torch.bool)
+    )
+    weightless = replace(unrouted, gates=torch.ones(5, 2), weights=torch.zeros(5))
     joined = MergeTokens(
         *(
             torch.cat([getattr(part, name) for part in (tokens, unrouted, weightless)])
-            for name in ("inputs", "gates", "weights")
+            for name in ("inputs", "gates", "weights", "held")
         )
     )
     assert_same(mergemoe.merge(experts, shares, joined), mergemoe.merge(experts, shares, tokens))
@@ -274,7 +323,7 @@ def test_tokens_that_do_not_count_change_nothing() -> None:
 @pytest.mark.parametrize("count", [0, 3])
 def test_without_tokens_that_count_mergemoe_is_the_mean(count: int) -> None:
     experts, shares = members(2), [0.75, 0.25]
-    tokens = MergeTokens(torch.ones(count, HIDDEN), torch.zeros(count, 2), torch.ones(count))
+    tokens = MergeTokens(torch.ones(count, HIDDEN), torch.zeros(count, 2), torch.ones(count), torch.zeros(count).bool())
     assert same_to_the_bit(mergemoe.merge(experts, shares, tokens), weighted_mean(experts, shares))
 
 
