@@ -18,7 +18,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ditmoe_cli.diffusion.rectified_flow import interpolate, velocity_target
+from ditmoe_cli.diffusion.forward_process import interpolate, velocity_target
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.evaluation.scores.feature_statistics import feature_statistics
 from ditmoe_cli.evaluation.scores.frechet import frechet_distance

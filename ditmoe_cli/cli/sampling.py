@@ -34,13 +34,7 @@ def sample_spec(checkpoint: Checkpoint, options: SamplingOptions, calibration: b
     Raises `UsageError` for values out of range.
     """
     from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
-    from ditmoe_cli.diffusion.solvers import (
-        CALIBRATION_SOLVER,
-        DEFAULT_SOLVER,
-        DEFAULT_STEPS,
-        UPSTREAM,
-        choose_solver,
-    )
+    from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, DEFAULT_SOLVER, DEFAULT_STEPS, UPSTREAM, choose_solver
 
     config = checkpoint.config
     if options.upstream and (options.solver is not None or options.steps is not None):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.diffusion.schedule import ALWAYS, TRAINING_STEPS, Interval, evaluation_times, is_guided
-from ditmoe_cli.diffusion.solvers import SOLVERS, Solver
+from ditmoe_cli.diffusion.schedule import (
+    ALWAYS,
+    SOLVERS,
+    TRAINING_STEPS,
+    Interval,
+    Solver,
+    evaluation_times,
+    flow_times,
+    is_guided,
+)
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.config import Sampler
 
@@ -67,15 +75,15 @@ def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
         limit -= 1  # its timesteps leave out 0
     for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
         if not low <= value <= high:
-            raise UsageError(f"--{name} {value}: must be between {low} and {high}")
+            raise UsageError(f"⟨{name}⟩ {value}: must be between {low} and {high}")
     if not 0.0 <= spec.cfg < float("inf"):
-        raise UsageError(f"--cfg {spec.cfg}: must be a finite guidance scale of at least 0")
+        raise UsageError(f"⟨cfg⟩ {spec.cfg}: must be a finite guidance scale of at least 0")
     low_noise, high_noise = spec.interval
     if not 0.0 <= low_noise < high_noise <= 1.0:
-        raise UsageError(f"--cfg-interval {low_noise:g},{high_noise:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
+        raise UsageError(f"⟨cfg_interval⟩ {low_noise:g},{high_noise:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
     bad = next((c for c in spec.classes if not 0 <= c < num_classes), None)
     if bad is not None or not spec.classes:
-        raise UsageError(f"--classes {bad}: the checkpoint has classes 0 to {num_classes - 1}")
+        raise UsageError(f"⟨classes⟩ {bad}: the checkpoint has classes 0 to {num_classes - 1}")
     return spec
 
 
@@ -83,11 +91,11 @@ def check_followable(spec: SampleSpec) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where its steps cannot be followed one by one, each with equal branches."""
     if len(evaluation_times(spec.solver, spec.steps)) != spec.steps:
         raise UsageError(
-            f"--solver {spec.solver}: evaluates the model twice a step, which profiles and comparisons by step do not "
+            f"⟨solver⟩ {spec.solver}: evaluates the model twice a step, which profiles and comparisons by step do not "
             "follow; choose another"
         )
     if spec.interval != ALWAYS:
-        raise UsageError("--cfg-interval: profiles and comparisons by step need guidance at all steps; leave it out")
+        raise UsageError("⟨cfg_interval⟩: profiles and comparisons by step need guidance at all steps; leave it out")
     return spec
 
 
@@ -105,7 +113,7 @@ def steps_of_bins(steps: int, bins: int) -> list[range]:
 def batches(images: int, batch: int) -> Iterator[range]:
     """Yield the image indices of each batch."""
     if batch < 1:
-        raise UsageError(f"--batch {batch}: must be at least 1")
+        raise UsageError(f"⟨batch⟩ {batch}: must be at least 1")
     for start in range(0, images, batch):
         yield range(start, min(start + batch, images))
 
@@ -129,6 +137,7 @@ def sample_batch(
 
     from ditmoe_cli.diffusion.guidance import guided_predictor
     from ditmoe_cli.diffusion.noise import image_noise
+    from ditmoe_cli.diffusion.solvers import integrate
 
     config = model.config
     shape = (config.in_channels, config.input_size, config.input_size)
@@ -136,28 +145,8 @@ def sample_batch(
     labels = torch.tensor(spec.labels(indices), device=model.device)
     predict = guided_predictor(model, labels, spec.cfg, spec.family, observer, on_step, spec.interval)
     with torch.inference_mode():
-        return _integrate(_finite(predict, spec, indices), stream.draw(shape), spec, lambda _: stream.draw(shape))
-
-
-def _integrate(predict: Predictor, z: Tensor, spec: SampleSpec, fresh: Callable[[Tensor], Tensor]) -> Tensor:
-    """Run a spec's solver from noise z; `fresh` draws more of it."""
-    from ditmoe_cli.diffusion.adams import adams_bashforth
-    from ditmoe_cli.diffusion.ddpm import ancestral, ddim
-    from ditmoe_cli.diffusion.dpm_solver import ddpm_dpmpp_2m, flow_dpmpp_2m
-    from ditmoe_cli.diffusion.heun import heun
-    from ditmoe_cli.diffusion.rectified_flow import euler
-
-    solvers: Mapping[Solver, Callable[[], Tensor]] = {
-        "euler": lambda: euler(predict, z, spec.steps),
-        "heun": lambda: heun(predict, z, spec.steps),
-        "ab2": lambda: adams_bashforth(predict, z, spec.steps, 2),
-        "ab4": lambda: adams_bashforth(predict, z, spec.steps, 4),
-        "dpmpp-2m": lambda: flow_dpmpp_2m(predict, z, spec.steps),
-        "ddim": lambda: ddim(predict, z, spec.steps),
-        "ddpm": lambda: ancestral(predict, z, spec.steps, fresh),
-        "ddpm-dpmpp-2m": lambda: ddpm_dpmpp_2m(predict, z, spec.steps),
-    }
-    return solvers[spec.solver]()
+        finite = _finite(predict, spec, indices)
+        return integrate(spec.solver, spec.steps, finite, stream.draw(shape), lambda _: stream.draw(shape))
 
 
 def _finite(predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> Predictor:
@@ -170,7 +159,7 @@ def _finite(predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> Pre
             first = int((~found.isfinite().flatten(1).all(dim=1)).nonzero()[0])
             raise BadInputError(
                 f"sampling produced NaN or infinite values in image {indices[first]} (seed {spec.seed}) at evaluation "
-                f"{number} of {len(evaluation_times(spec.solver, spec.steps))}; is --sampler {spec.family} right for "
+                f"{number} of {len(evaluation_times(spec.solver, spec.steps))}; is ⟨sampler⟩ {spec.family} right for "
                 "these weights?"
             )
         return found
@@ -216,11 +205,11 @@ class NoisedTo:
 
 def sampling_times(spec: SampleSpec) -> list[NoisedTo]:
     """Return the times of all steps, from noise on; ``noised(clean, noise)`` is the forward process to each."""
-    from ditmoe_cli.diffusion.ddpm import noised, sampling_schedule
+    from ditmoe_cli.diffusion.forward_process import noised, sampling_schedule
 
     check_followable(spec)
     if spec.family == "rf":
-        return [_rectified(i / spec.steps) for i in range(spec.steps, 0, -1)]
+        return [_rectified(t) for t in flow_times(spec.steps)]
     schedule = sampling_schedule(spec.solver, spec.steps)
 
     def at(step: int) -> NoisedTo:
@@ -230,6 +219,6 @@ def sampling_times(spec: SampleSpec) -> list[NoisedTo]:
 
 
 def _rectified(t: float) -> NoisedTo:
-    from ditmoe_cli.diffusion.rectified_flow import interpolate
+    from ditmoe_cli.diffusion.forward_process import interpolate
 
     return NoisedTo(t, lambda clean, noise: interpolate(clean, noise, clean.new_full((len(clean),), t)))

@@ -1,25 +1,82 @@
-"""The times at which each solver asks a model, and whether guided. Torch-free, so that options can count them.
+"""Solvers by name, the family of weights that each integrates, and the times at which it asks the model. Torch-free.
 
-Rectified-flow models are asked at t in (0, 1], 1 being noise; DDPM ones at timesteps 0 to 999, 999 being noise.
+Rectified-flow models are asked at t in (0, 1], 1 being noise; DDPM models at timesteps 0 to 999, 999 being noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate, repeat
+from typing import Literal
 
-from ditmoe_cli.diffusion.solvers import SOLVERS, Solver
+from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.config import Sampler
 
-TRAINING_STEPS = 1000
+Solver = Literal["euler", "heun", "ab2", "ab4", "dpmpp-2m", "ddim", "ddpm", "ddpm-dpmpp-2m"]
 Interval = tuple[float, float]
 ALWAYS: Interval = (0.0, 1.0)
+TRAINING_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class SolverInfo:
+    """A solver: the family of its weights, the name that users give, and a summary."""
+
+    family: Sampler
+    name: str
+    summary: str
+
+
+SOLVERS: Mapping[Solver, SolverInfo] = {
+    "euler": SolverInfo("rf", "euler", "equal Euler steps, upstream's"),
+    "heun": SolverInfo("rf", "heun", "Heun's second-order steps, two evaluations each"),
+    "ab2": SolverInfo("rf", "ab2", "Adams-Bashforth of order 2"),
+    "ab4": SolverInfo("rf", "ab4", "Adams-Bashforth of order 4"),
+    "dpmpp-2m": SolverInfo("rf", "dpmpp-2m", "DPM-Solver++(2M)"),
+    "ddim": SolverInfo("ddpm", "ddim", "DDIM, eta 0, upstream's spacing"),
+    "ddpm": SolverInfo("ddpm", "ddpm", "ancestral sampling"),
+    "ddpm-dpmpp-2m": SolverInfo("ddpm", "dpmpp-2m", "DPM-Solver++(2M)"),
+}
+# The cheapest solver that matched 50 Euler steps of upstream's when measured; no DDPM weights were at hand for that.
+DEFAULT_SOLVER: Mapping[Sampler, Solver] = {"rf": "ab2", "ddpm": "ddim"}
+DEFAULT_STEPS: Mapping[Sampler, int] = {"rf": 16, "ddpm": 20}
+CALIBRATION_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
+# How DiT-MoE's authors sampled: 50 Euler steps, or 250 ancestral steps.
+UPSTREAM: Mapping[Sampler, tuple[Solver, int]] = {"rf": ("euler", 50), "ddpm": ("ddpm", 250)}
+
+
+def solver_names(family: Sampler) -> list[str]:
+    """Return the names of the solvers for weights of a family."""
+    return [info.name for info in SOLVERS.values() if info.family == family]
+
+
+def choose_solver(solver: str | None, family: Sampler, default: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> Solver:
+    """Return the solver for weights of a family, `default` where none is named.
+
+    Raises `UsageError` for an unknown solver and for one of the other family.
+    """
+    if solver is None:
+        return default[family]
+    candidates = [key for key, info in SOLVERS.items() if solver in (key, info.name)]
+    fitting = next((key for key in candidates if SOLVERS[key].family == family), None)
+    if fitting is not None:
+        return fitting
+    if not candidates:
+        raise UsageError(f"⟨solver⟩ {solver}: unknown; choose {', '.join(solver_names(family))}")
+    raise UsageError(f"⟨solver⟩ {solver}: is not for {family} weights; choose {', '.join(solver_names(family))}")
+
+
+def flow_times(steps: int) -> list[float]:
+    """Return the times 1, (steps - 1) / steps, …, 1 / steps at which equal steps of a rectified flow start."""
+    return [i / steps for i in range(steps, 0, -1)]
 
 
 def ancestral_timesteps(steps: int) -> list[int]:
     """Return `steps` timesteps from 0 to 999, evenly spaced and rounded (upstream's spacing ``"N"``).
 
-    Positions are summed up as upstream sums them: near a half, i * stride would round otherwise. One step is at 999,
-    not at 0 as upstream has it, where the model would take noise for an image, and hand it back.
+    Positions are summed up as upstream sums them: near a half, i * stride would round otherwise. A single step is at
+    999, not at 0 as upstream has it: there the model would take noise for an image and return it.
     """
     if steps == 1:
         return [TRAINING_STEPS - 1]
@@ -30,8 +87,8 @@ def ancestral_timesteps(steps: int) -> list[int]:
 def ddim_timesteps(steps: int) -> list[int]:
     """Return `steps` timesteps at the smallest integer stride that yields exactly that many (``"ddimN"``).
 
-    Where none does, which upstream refuses, they are ⌊1000 i / steps⌋, so that the last is near pure noise too. One
-    step is at 999, not at 0, as in `ancestral_timesteps`.
+    Where no stride does, which upstream refuses, they are ⌊1000 i / steps⌋, so that the last is near pure noise too. A
+    single step is at 999, as in `ancestral_timesteps`.
     """
     if steps == 1:
         return [TRAINING_STEPS - 1]
@@ -41,28 +98,28 @@ def ddim_timesteps(steps: int) -> list[int]:
 
 
 def data_timesteps(steps: int) -> list[int]:
-    """Return round(999 i / steps), i from 1: even steps from 999 whose last lands on the image itself.
+    """Return round(999 i / steps) for i = 1 … steps: even steps from 999, the last of which ends on the image.
 
-    DPM-Solver's: a point at timestep 0 would make its last step huge on the scale of ln(α / σ) that it extrapolates on.
+    For DPM-Solver++, which extrapolates on the scale ln(α / σ): a point at timestep 0 would make its last step huge.
     """
     return [round((TRAINING_STEPS - 1) * i / steps) for i in range(1, steps + 1)]
 
 
 def ddpm_timesteps(solver: Solver, steps: int) -> list[int]:
-    """Return the timesteps, ascending, that a solver for DDPM weights steps along."""
+    """Return the timesteps, ascending, of a solver for DDPM weights."""
     if solver == "ddim":
         return ddim_timesteps(steps)
     return data_timesteps(steps) if solver == "ddpm-dpmpp-2m" else ancestral_timesteps(steps)
 
 
 def evaluation_times(solver: Solver, steps: int) -> list[float]:
-    """Return the time of every evaluation, in their order.
+    """Return the time of every model evaluation, in order.
 
-    Heun's are the two ends of each step, without the very last, t = 0.
+    Heun's method evaluates at both ends of each step, except at the very last end, t = 0.
     """
     if SOLVERS[solver].family == "ddpm":
         return [float(t) for t in reversed(ddpm_timesteps(solver, steps))]
-    starts = [i / steps for i in range(steps, 0, -1)]
+    starts = flow_times(steps)
     if solver != "heun":
         return starts
     return [t for start, end in zip(starts, [*starts[1:], 0.0], strict=True) for t in (start, end) if t > 0]
@@ -74,5 +131,5 @@ def noise_level(t: float, family: Sampler) -> float:
 
 
 def is_guided(t: float, scale: float, family: Sampler, interval: Interval = ALWAYS) -> bool:
-    """Tell whether both branches of guidance are needed at a time: inside an interval of noise levels alone."""
+    """Return whether guidance takes both branches at a time: scale other than 1, noise level inside the interval."""
     return scale != 1.0 and interval[0] <= noise_level(t, family) <= interval[1]

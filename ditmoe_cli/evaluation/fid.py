@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
-from ditmoe_cli.diffusion.solvers import choose_solver
+from ditmoe_cli.diffusion.schedule import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.compared_features import (
     Lab,

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
-from ditmoe_cli.diffusion.schedule import ALWAYS
-from ditmoe_cli.diffusion.solvers import SOLVERS
+from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS
 from ditmoe_cli.errors import BadInputError, BrokenImageError, UsageError, is_out_of_memory
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
 from ditmoe_cli.evaluation.mosaic import write_png

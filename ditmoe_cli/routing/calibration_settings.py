@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
-from ditmoe_cli.diffusion.solvers import CALIBRATION_SOLVER, choose_solver
+from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.opened import Checkpoint
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
-from ditmoe_cli.diffusion.solvers import SOLVERS, Solver
+from ditmoe_cli.diffusion.schedule import SOLVERS, Solver
 from ditmoe_cli.model.dit import Denoiser
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.opened import open_checkpoint

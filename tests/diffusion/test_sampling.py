@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditmoe_cli.diffusion.ddpm import sampling_schedule
+from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.sampling import (
     SampleSpec,
     batches,
@@ -26,7 +26,7 @@ from ditmoe_cli.diffusion.sampling import (
     steps_of_bins,
     visit_noised,
 )
-from ditmoe_cli.diffusion.solvers import DEFAULT_SOLVER, SOLVERS, UPSTREAM, choose_solver
+from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, SOLVERS, UPSTREAM, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
 
 SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))
@@ -112,7 +112,7 @@ def test_batches_cover_each_image_once(images: int, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_batches_of_nothing_are_refused(batch: int) -> None:
-    with pytest.raises(UsageError, match=f"--batch {batch}"):
+    with pytest.raises(UsageError, match=f"batch {batch}"):
         list(batches(3, batch))
 
 
@@ -198,9 +198,9 @@ def test_solvers_fit_their_family() -> None:
         assert choose_solver(None, family) == name
     for key, kind in SOLVERS.items():
         assert choose_solver(kind.name, kind.family) == choose_solver(key, kind.family) == key
-    with pytest.raises(UsageError, match="--solver ddim: is not for rf weights; choose euler, heun, ab2, ab4, dpmpp"):
+    with pytest.raises(UsageError, match="solver ddim: is not for rf weights; choose euler, heun, ab2, ab4, dpmpp"):
         choose_solver("ddim", "rf")
-    with pytest.raises(UsageError, match="--solver heun: is not for ddpm weights; choose ddim, ddpm, dpmpp-2m"):
+    with pytest.raises(UsageError, match="solver heun: is not for ddpm weights; choose ddim, ddpm, dpmpp-2m"):
         choose_solver("heun", "ddpm")
     with pytest.raises(UsageError, match="unknown; choose euler"):
         choose_solver("heun9", "rf")
@@ -220,9 +220,9 @@ FOLLOWABLE = [solver for solver in SOLVERS if solver != "heun"]
 
 
 def test_steps_that_cannot_be_followed_are_refused() -> None:
-    with pytest.raises(UsageError, match="--solver heun: evaluates the model twice a step"):
+    with pytest.raises(UsageError, match="solver heun: evaluates the model twice a step"):
         check_followable(replace(SPEC, solver="heun"))
-    with pytest.raises(UsageError, match="--cfg-interval"):
+    with pytest.raises(UsageError, match="cfg-interval"):
         check_followable(replace(SPEC, interval=(0.1, 0.9)))
     for solver in FOLLOWABLE:
         check_followable(replace(SPEC, solver=solver))

@@ -12,13 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditmoe_cli.diffusion.adams import COEFFICIENTS, adams_bashforth, adams_slope
-from ditmoe_cli.diffusion.ddpm import ddim, respaced_schedule
-from ditmoe_cli.diffusion.dpm_solver import ddpm_dpmpp_2m, dpmpp_2m, flow_dpmpp_2m
-from ditmoe_cli.diffusion.heun import heun
-from ditmoe_cli.diffusion.rectified_flow import euler
-from ditmoe_cli.diffusion.schedule import data_timesteps, evaluation_times, is_guided, noise_level
-from ditmoe_cli.diffusion.solvers import SOLVERS
+from ditmoe_cli.diffusion.forward_process import respaced_schedule, sampling_schedule
+from ditmoe_cli.diffusion.schedule import SOLVERS, Solver, evaluation_times, flow_times, is_guided, noise_level
+from ditmoe_cli.diffusion.solvers import (
+    ADAMS_COEFFICIENTS,
+    adams_bashforth,
+    adams_slope,
+    ddim,
+    ddpm_dpmpp_2m,
+    dpmpp_2m,
+    euler,
+    flow_dpmpp_2m,
+    heun,
+    integrate,
+)
 
 MEAN, SPREAD = 0.7, 0.4
 NOISE = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
@@ -38,15 +45,15 @@ def solution() -> Tensor:
 
 
 def error(solve: Solve, steps: int) -> float:
-    return float((solve(velocity, NOISE, steps) - solution()).abs().max())
+    return float((solve(velocity, NOISE, flow_times(steps)) - solution()).abs().max())
 
 
-def ab2(predict: Solve, z: Tensor, steps: int) -> Tensor:
-    return adams_bashforth(predict, z, steps, 2)
+def ab2(predict: Solve, z: Tensor, times: list[float]) -> Tensor:
+    return adams_bashforth(predict, z, times, order=2)
 
 
-def ab4(predict: Solve, z: Tensor, steps: int) -> Tensor:
-    return adams_bashforth(predict, z, steps, 4)
+def ab4(predict: Solve, z: Tensor, times: list[float]) -> Tensor:
+    return adams_bashforth(predict, z, times, order=4)
 
 
 @pytest.mark.parametrize(("solve", "order"), [(euler, 1), (heun, 2), (ab2, 2)], ids=["euler", "heun", "ab2"])
@@ -81,7 +88,7 @@ def test_order_four_gains_on_order_two() -> None:
         assert error(ab4, steps) < error(ab2, steps) < error(euler, steps)
 
 
-@pytest.mark.parametrize("order", COEFFICIENTS)
+@pytest.mark.parametrize("order", ADAMS_COEFFICIENTS)
 def test_a_formula_of_order_k_integrates_polynomials_of_degree_k_less_one(order: int) -> None:
     """∫ t^d from t to t - h, d < k, of slopes at t, t + h, …: exact; of d = k no more."""
     t, h = 0.6, 0.1
@@ -92,7 +99,7 @@ def test_a_formula_of_order_k_integrates_polynomials_of_degree_k_less_one(order:
         assert off < 1e-14 if degree < order else off > 1e-8
 
 
-@pytest.mark.parametrize("order", COEFFICIENTS)
+@pytest.mark.parametrize("order", ADAMS_COEFFICIENTS)
 def test_with_an_exact_start_the_global_error_has_the_full_order(order: int) -> None:
     def path(t: float) -> Tensor:
         return (1 - t) * MEAN + math.sqrt((1 - t) ** 2 * SPREAD**2 + t**2) * NOISE
@@ -116,7 +123,12 @@ def test_one_point_of_data_is_reached_in_any_number_of_steps(solve: Solve) -> No
         return (z - MEAN) / t
 
     for steps in (1, 2, 5, 13):
-        torch.testing.assert_close(solve(straight, NOISE, steps), torch.full_like(NOISE, MEAN))
+        torch.testing.assert_close(solve(straight, NOISE, flow_times(steps)), torch.full_like(NOISE, MEAN))
+
+
+def solved(solve: Solve, predict: Solve, steps: int) -> Tensor:
+    """Run a solver for DDPM weights along its own schedule."""
+    return solve(predict, NOISE, sampling_schedule("ddim" if solve is ddim else "ddpm-dpmpp-2m", steps))
 
 
 @pytest.mark.parametrize("solve", [ddpm_dpmpp_2m, ddim], ids=["dpmpp-2m", "ddim"])
@@ -132,10 +144,10 @@ def test_ddpm_weights_are_solved_with_their_own_schedule(solve: Solve) -> None:
     start = kept[999]
     spread = math.sqrt(start * SPREAD**2 + 1 - start)
     exact = MEAN + SPREAD * (NOISE - math.sqrt(start) * MEAN) / spread
-    off = [float((solve(noise, NOISE, steps) - exact).abs().max()) for steps in (20, 40, 80)]
+    off = [float((solved(solve, noise, steps) - exact).abs().max()) for steps in (20, 40, 80)]
     assert off[0] > off[1] > off[2]
     if solve is ddpm_dpmpp_2m:
-        theirs = [float((ddim(noise, NOISE, steps) - exact).abs().max()) for steps in (20, 40, 80)]
+        theirs = [float((solved(ddim, noise, steps) - exact).abs().max()) for steps in (20, 40, 80)]
         assert all(mine < 0.6 * other for mine, other in zip(off, theirs, strict=True))
 
 
@@ -157,30 +169,17 @@ def test_evaluation_times_fall_and_are_as_many_as_said(steps: int, solver: str) 
     assert min(levels) >= 0 and max(levels) <= 1
 
 
-@pytest.mark.parametrize(
-    ("solve", "name"), [(euler, "euler"), (heun, "heun"), (ab2, "ab2"), (flow_dpmpp_2m, "dpmpp-2m")]
-)
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_evaluation_times_are_those_that_a_solver_asks_at(solve: Solve, name: str, steps: int) -> None:
-    asked: list[float] = []
-
-    def watched(z: Tensor, t: float) -> Tensor:
-        asked.append(t)
-        return velocity(z, t)
-
-    solve(watched, NOISE, steps)
-    assert asked == pytest.approx(evaluation_times(name, steps))  # type: ignore[arg-type]
-
-
-def test_dpm_solver_asks_ddpm_weights_at_all_of_its_timesteps() -> None:
+def test_evaluation_times_are_those_that_a_solver_asks_at(solver: Solver, steps: int) -> None:
     asked: list[float] = []
 
     def watched(z: Tensor, t: float) -> Tensor:
         asked.append(t)
         return z
 
-    ddpm_dpmpp_2m(watched, NOISE, 8)
-    assert asked == evaluation_times("ddpm-dpmpp-2m", 8) == [float(t) for t in reversed(data_timesteps(8))]
+    integrate(solver, steps, watched, NOISE, torch.zeros_like)
+    assert asked == evaluation_times(solver, steps)
 
 
 def test_guidance_holds_inside_its_interval_alone() -> None:

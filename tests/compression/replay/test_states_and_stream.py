@@ -11,7 +11,7 @@ from conftest import Pico, make_pico
 
 from ditmoe_cli.compression.replay.states import States, calibration_states
 from ditmoe_cli.compression.replay.stream import Stream
-from ditmoe_cli.diffusion.ddpm import sampling_schedule
+from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError

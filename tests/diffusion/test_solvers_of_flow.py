@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditmoe_cli.diffusion.rectified_flow import euler, interpolate, velocity_target
+from ditmoe_cli.diffusion.forward_process import interpolate, velocity_target
+from ditmoe_cli.diffusion.schedule import flow_times
+from ditmoe_cli.diffusion.solvers import euler
 
 MEAN, SPREAD = 0.7, 0.4
 SHAPE = (2, 3, 4, 4)
@@ -43,13 +45,13 @@ def test_the_path_starts_at_the_image_and_ends_at_the_noise() -> None:
 @given(steps=st.integers(1, 60))
 def test_euler_is_exact_on_straight_paths(steps: int) -> None:
     """All images at one point: every path is straight, so any number of steps lands on it."""
-    found = euler(lambda z, t: (z - MEAN) / t, noise(), steps)
+    found = euler(lambda z, t: (z - MEAN) / t, noise(), flow_times(steps))
     torch.testing.assert_close(found, torch.full(SHAPE, MEAN, dtype=torch.float64))
 
 
 def test_euler_has_order_one_on_a_gaussian() -> None:
     exact = MEAN + SPREAD * noise()  # the flow is affine and keeps quantiles
-    errors = [float((euler(gaussian_velocity, noise(), n) - exact).norm()) for n in (40, 80, 160, 320)]
+    errors = [float((euler(gaussian_velocity, noise(), flow_times(n)) - exact).norm()) for n in (40, 80, 160, 320)]
     orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert all(0.9 < order < 1.1 for order in orders), orders
     assert errors[-1] < 0.02 * float(exact.norm())
@@ -63,7 +65,7 @@ def test_the_model_is_asked_from_one_downwards_and_never_at_zero(steps: int) -> 
         times.append(t)
         return torch.zeros_like(z)
 
-    euler(predict, noise(), steps)
+    euler(predict, noise(), flow_times(steps))
     assert times == [i / steps for i in range(steps, 0, -1)]
     assert times[0] == 1.0
 
@@ -72,4 +74,4 @@ def test_the_second_half_of_the_output_is_discarded() -> None:
     def predict(z: Tensor, t: float) -> Tensor:
         return torch.cat((gaussian_velocity(z, t), torch.full_like(z, float("nan"))), dim=1)
 
-    assert torch.equal(euler(predict, noise(), 7), euler(gaussian_velocity, noise(), 7))
+    assert torch.equal(euler(predict, noise(), flow_times(7)), euler(gaussian_velocity, noise(), flow_times(7)))

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditmoe_cli.diffusion.ddpm import ancestral, ddim, respaced_schedule
+from ditmoe_cli.diffusion.forward_process import respaced_schedule, sampling_schedule
 from ditmoe_cli.diffusion.schedule import ancestral_timesteps, ddim_timesteps
+from ditmoe_cli.diffusion.solvers import ancestral, ddim
 
+Predict = Callable[[Tensor, float], Tensor]
 SHAPE = (2, 3, 4, 4)
 MEAN, SPREAD = 0.7, 0.4
 ALPHAS_BAR = [1.0]
@@ -37,6 +39,14 @@ def gaussian_eps(z: Tensor, t: float) -> Tensor:
     """E[noise | z] for images N(MEAN, SPREAD²)."""
     a = ALPHAS_BAR[int(t)]
     return math.sqrt(1 - a) * (z - math.sqrt(a) * MEAN) / (a * SPREAD**2 + 1 - a)
+
+
+def by_ddim(predict: Predict, z: Tensor, steps: int) -> Tensor:
+    return ddim(predict, z, sampling_schedule("ddim", steps))
+
+
+def by_ancestral(predict: Predict, z: Tensor, steps: int, fresh: Callable[[Tensor], Tensor]) -> Tensor:
+    return ancestral(predict, z, sampling_schedule("ddpm", steps), fresh)
 
 
 # ------------------------------------------------------------------ steps and schedules
@@ -120,7 +130,7 @@ def test_one_step_moves_from_noise_to_the_data(solver: str, mean: float) -> None
         return math.sqrt(1 - a) * (z - math.sqrt(a) * mean)
 
     z = noise()
-    found = ddim(predict, z, 1) if solver == "ddim" else ancestral(predict, z, 1, torch.ones_like)
+    found = by_ddim(predict, z, 1) if solver == "ddim" else by_ancestral(predict, z, 1, torch.ones_like)
     a = ALPHAS_BAR[999]
     torch.testing.assert_close(found, mean + math.sqrt(a) * (z - math.sqrt(a) * mean))
     assert float((found - mean).norm()) < 0.01 * float((z - mean).norm())
@@ -131,7 +141,7 @@ def test_one_step_moves_from_noise_to_the_data(solver: str, mean: float) -> None
 
 @given(steps=st.integers(1, 60))
 def test_ddim_is_exact_where_the_noise_is_known(steps: int) -> None:
-    found = ddim(point_eps, noise(), steps)
+    found = by_ddim(point_eps, noise(), steps)
     torch.testing.assert_close(found, torch.full(SHAPE, MEAN, dtype=torch.float64))
 
 
@@ -141,7 +151,7 @@ def test_ddim_follows_the_probability_flow_of_a_gaussian() -> None:
     for steps in (50, 100, 200, 1000):
         a = ALPHAS_BAR[ddim_timesteps(steps)[-1]]
         exact = MEAN + SPREAD * (z - math.sqrt(a) * MEAN) / math.sqrt(a * SPREAD**2 + 1 - a)
-        errors.append(float((ddim(gaussian_eps, z, steps) - exact).norm() / exact.norm()))
+        errors.append(float((by_ddim(gaussian_eps, z, steps) - exact).norm() / exact.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
     assert 1.6 < errors[0] / errors[1] < 2.4, "first order"
@@ -154,7 +164,7 @@ def test_ddim_asks_from_noise_to_image_and_discards_the_variance() -> None:
         times.append(t)
         return torch.cat((gaussian_eps(z, t), torch.full_like(z, float("nan"))), dim=1)
 
-    assert torch.equal(ddim(predict, noise(), 10), ddim(gaussian_eps, noise(), 10))
+    assert torch.equal(by_ddim(predict, noise(), 10), by_ddim(gaussian_eps, noise(), 10))
     assert times == list(range(900, -1, -100))
 
 
@@ -168,7 +178,7 @@ def test_the_last_step_adds_no_noise(steps: int, sigma: bool) -> None:
     def predict(z: Tensor, t: float) -> Tensor:
         return torch.cat((point_eps(z, t), torch.zeros_like(z)), dim=1) if sigma else point_eps(z, t)
 
-    found = ancestral(predict, noise(), steps, lambda z: torch.full_like(z, 100.0))
+    found = by_ancestral(predict, noise(), steps, lambda z: torch.full_like(z, 100.0))
     torch.testing.assert_close(found, torch.full(SHAPE, MEAN, dtype=torch.float64))
 
 
@@ -179,7 +189,7 @@ def test_means_multiply_by_the_root_of_alpha(steps: int) -> None:
     def predict(z: Tensor, t: float) -> Tensor:
         return math.sqrt(1 - ALPHAS_BAR[int(t)]) * z
 
-    found = ancestral(predict, noise(), steps, torch.zeros_like)
+    found = by_ancestral(predict, noise(), steps, torch.zeros_like)
     a = ALPHAS_BAR[ancestral_timesteps(steps)[-1]]
     torch.testing.assert_close(found, math.sqrt(a) * noise())
 
@@ -193,8 +203,8 @@ def test_the_learned_variance_lies_between_its_bounds(v: float) -> None:
         return torch.cat((torch.zeros_like(z), torch.full_like(z, v)), dim=1)
 
     drawn = iter([torch.ones(SHAPE, dtype=torch.float64)] + [torch.zeros(SHAPE, dtype=torch.float64)] * 2)
-    moved = ancestral(predict, noise(), steps, lambda _: next(drawn))
-    still = ancestral(predict, noise(), steps, torch.zeros_like)
+    moved = by_ancestral(predict, noise(), steps, lambda _: next(drawn))
+    still = by_ancestral(predict, noise(), steps, torch.zeros_like)
     beta = float(schedule.betas[2])
     posterior = beta * float((1 - schedule.alphas_bar[1]) / (1 - schedule.alphas_bar[2]))
     sigma = math.sqrt(beta ** ((v + 1) / 2) * posterior ** ((1 - v) / 2))
@@ -207,12 +217,12 @@ def test_without_a_learned_variance_the_posteriors_is_used() -> None:
     def learned(z: Tensor, t: float) -> Tensor:
         return torch.cat((gaussian_eps(z, t), torch.full_like(z, -1.0)), dim=1)
 
-    def fixed(seed: int) -> object:
+    def fixed(seed: int) -> Callable[[Tensor], Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return lambda z: torch.randn(z.shape, generator=generator, dtype=z.dtype)
 
-    found = ancestral(gaussian_eps, noise(), 20, fixed(1))
-    torch.testing.assert_close(found, ancestral(learned, noise(), 20, fixed(1)))
+    found = by_ancestral(gaussian_eps, noise(), 20, fixed(1))
+    torch.testing.assert_close(found, by_ancestral(learned, noise(), 20, fixed(1)))
 
 
 def test_ancestral_samples_have_the_distribution_of_the_images() -> None:
@@ -223,6 +233,6 @@ def test_ancestral_samples_have_the_distribution_of_the_images() -> None:
         return torch.cat((math.sqrt(1 - ALPHAS_BAR[int(t)]) * z, torch.ones_like(z)), dim=1)
 
     z = torch.randn(200, 1, 10, 10, generator=generator)
-    found = ancestral(predict, z, 50, lambda z: torch.randn(z.shape, generator=generator))
+    found = by_ancestral(predict, z, 50, lambda z: torch.randn(z.shape, generator=generator))
     assert abs(float(found.std()) - 1) < 0.02
     assert abs(float(found.mean())) < 0.03
