@@ -119,21 +119,21 @@ def test_batches_of_nothing_are_refused(batch: int) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"images": 0}, "--images 0"),
-        ({"images": -3}, "--images -3"),
-        ({"steps": 0}, "--steps 0"),
-        ({"steps": 1001, "solver": "ddim"}, "--steps 1001"),
-        ({"steps": 1001, "solver": "ddpm"}, "--steps 1001"),
-        ({"cfg": -0.1}, "--cfg"),
-        ({"cfg": NAN}, "--cfg"),
-        ({"cfg": INF}, "--cfg"),
-        ({"classes": (0, 3)}, "--classes 3"),
-        ({"classes": (-1,)}, "--classes -1"),
-        ({"classes": ()}, "--classes"),
-        ({"interval": (0.5, 0.5)}, "--cfg-interval 0.5,0.5"),
-        ({"interval": (-0.1, 0.5)}, "--cfg-interval"),
-        ({"interval": (0.1, 1.5)}, "--cfg-interval"),
-        ({"interval": (NAN, 1.0)}, "--cfg-interval"),
+        ({"images": 0}, "images 0"),
+        ({"images": -3}, "images -3"),
+        ({"steps": 0}, "steps 0"),
+        ({"steps": 1001, "solver": "ddim"}, "steps 1001"),
+        ({"steps": 1001, "solver": "ddpm"}, "steps 1001"),
+        ({"cfg": -0.1}, "cfg"),
+        ({"cfg": NAN}, "cfg"),
+        ({"cfg": INF}, "cfg"),
+        ({"classes": (0, 3)}, "classes 3"),
+        ({"classes": (-1,)}, "classes -1"),
+        ({"classes": ()}, "classes"),
+        ({"interval": (0.5, 0.5)}, "cfg_interval 0.5,0.5"),
+        ({"interval": (-0.1, 0.5)}, "cfg_interval"),
+        ({"interval": (0.1, 1.5)}, "cfg_interval"),
+        ({"interval": (NAN, 1.0)}, "cfg_interval"),
     ],
 )
 def test_specs_out_of_range_are_refused_by_option(change: dict[str, object], named: str) -> None:
@@ -170,7 +170,7 @@ def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], change: d
 def test_a_model_that_makes_nan_is_refused(pico: Callable[..., Pico], solver: str, value: float) -> None:
     model = pico().model()
     model.final_layer.linear.bias[0] = value
-    with pytest.raises(BadInputError, match=r"in image 2 \(seed 3\) at evaluation 1 of \d+; is --sampler (rf|ddpm)"):
+    with pytest.raises(BadInputError, match=r"in image 2 \(seed 3\) at evaluation 1 of \d+; is sampler (rf|ddpm)"):
         sample_batch(model, replace(SPEC, solver=solver), [2, 3, 4])
 
 
@@ -222,7 +222,7 @@ FOLLOWABLE = [solver for solver in SOLVERS if solver != "heun"]
 def test_steps_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(UsageError, match="solver heun: evaluates the model twice a step"):
         check_followable(replace(SPEC, solver="heun"))
-    with pytest.raises(UsageError, match="cfg-interval"):
+    with pytest.raises(UsageError, match="cfg_interval"):
         check_followable(replace(SPEC, interval=(0.1, 0.9)))
     for solver in FOLLOWABLE:
         check_followable(replace(SPEC, solver=solver))
