@@ -88,7 +88,7 @@ def run(
     check_values(what, outputs)
     stage = profile_stage(file)
     from ditmoe_cli.routing.profile import read_profile
-    from ditmoe_cli.routing.report.contents import build_report
+    from ditmoe_cli.routing.report.build import build_report
 
     check_outputs(outputs, Path(str(stage.profile)))
     profile = read_profile(Path(str(stage.profile)))
@@ -136,9 +136,11 @@ def check_outputs(outputs: Outputs, profile: Path) -> None:
         return
     from ditmoe_cli.files.staging import check_target
     from ditmoe_cli.routing.report.figures import require_matplotlib
+    from ditmoe_cli.routing.report.page import require_jinja
 
     require_matplotlib()
     if outputs.page is not None:
+        require_jinja()
         check_target(outputs.page.absolute(), outputs.force, (profile,))
     if outputs.png is not None and not replaceable(outputs.png, outputs.force):
         check_target(outputs.png.absolute(), outputs.force, (profile,))

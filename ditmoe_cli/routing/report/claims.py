@@ -38,8 +38,8 @@ Verdict = Literal["holds", "partly", "does not hold", "cannot be told"]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A number and its confidence interval."""
+class Estimate:
+    """A number with its confidence interval."""
 
     value: float
     low: float
@@ -57,9 +57,9 @@ class Interval:
 class Trend:
     """A quantity early and late, in depth or in steps, and late / early."""
 
-    early: Interval
-    late: Interval
-    ratio: Interval
+    early: Estimate
+    late: Estimate
+    ratio: Estimate
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Return early, late and ratio."""
@@ -74,10 +74,10 @@ class Evidence:
     missing: class with one class, trends with one block, bin or image.
     """
 
-    information: Mapping[str, Interval]
+    information: Mapping[str, Estimate]
     depth: Trend | None
     steps: Trend | None
-    concentration: tuple[Interval, ...] = ()
+    concentration: tuple[Estimate, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the evidence as JSON, None where a profile cannot tell."""
@@ -113,20 +113,20 @@ def judge(evidence: Evidence) -> tuple[Claim, Claim, Claim]:
     return (_preferences(evidence.information), _depth(evidence.depth), _steps(evidence.steps, evidence.concentration))
 
 
-def _above(interval: Interval | None, bound: float) -> bool | None:
+def _above(interval: Estimate | None, bound: float) -> bool | None:
     """Tell whether a quantity is above a bound; None where its interval cannot tell."""
     if interval is None or interval.low <= bound <= interval.high:
         return None
     return interval.low > bound
 
 
-def _class_matters(information: Mapping[str, Interval], preferred: list[str]) -> bool | None:
+def _class_matters(information: Mapping[str, Estimate], preferred: list[str]) -> bool | None:
     """Tell whether class matters, beside what is preferred."""
     floor = min((information[name].low for name in preferred), default=0.0)
     return _above(information.get("class"), max(NEGLIGIBLE, MINOR * floor))
 
 
-def _preferences(information: Mapping[str, Interval]) -> Claim:
+def _preferences(information: Mapping[str, Estimate]) -> Claim:
     """Judge the first claim."""
     said = {name: _above(information.get(name), NEGLIGIBLE) for name in ("position", "step")}
     preferred = [name for name, sure in said.items() if sure]
@@ -143,7 +143,7 @@ def _preferences(information: Mapping[str, Interval]) -> Claim:
     )
 
 
-def _explains(interval: Interval | None) -> str:
+def _explains(interval: Estimate | None) -> str:
     """Say how much of the router's entropy a variable explains."""
     if interval is None:
         return "the profile cannot tell"
@@ -174,7 +174,7 @@ def _depth(trend: Trend | None) -> Claim:
     return Claim("depth", statement, _fading(trend), sentence)
 
 
-def _steps(trend: Trend | None, bins: tuple[Interval, ...]) -> Claim:
+def _steps(trend: Trend | None, bins: tuple[Estimate, ...]) -> Claim:
     """Judge the third claim."""
     statement = "Specialisation is concentrated at early denoising steps and uniform later"
     if trend is None:
@@ -191,7 +191,7 @@ def _steps(trend: Trend | None, bins: tuple[Interval, ...]) -> Claim:
     return Claim("steps", statement, verdict, f"{sentence}{_course(bins)}")
 
 
-def _course(bins: tuple[Interval, ...]) -> str:
+def _course(bins: tuple[Estimate, ...]) -> str:
     """Say where the load is most and least concentrated, and whether it gathers again towards the image."""
     if len(bins) < 3:
         return ""

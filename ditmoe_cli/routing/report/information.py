@@ -1,21 +1,21 @@
-"""How much the chosen expert tells of position, step, class or branch: mutual information, interval and null.
+"""Information between expert and position, step, class or branch: I(X;E) / H(E), with its interval and null.
 
 Tables count selections: n(x, e), x one of X values of the variable, e one of E experts. Each of a token's k
-selections counts once, so "the expert" is a selection drawn at random. Plain mutual information of counts is
-biased upwards, the more the larger the table, and the tokens of an image are no independent draws. Hence
+selections counts once, so "the expert" is a selection drawn at random. Mutual information of counts is biased upwards,
+the more the larger the table, and the tokens of an image are not independent draws. Hence
 
-- everything is resampled by image, never by token;
-- the interval holds the bootstrap replicates v* less twice the bias. Replicates are to the value v what v is to the
-  population's, so v* lies twice the bias mean(v*) - v too high: percentiles of v* itself miss the population's
-  value as soon as tables are large. The basic interval 2 v - quantile(v*) is as free of bias, but turns the skew
-  of v* around (its variance grows with its value) and covers slightly less;
+- images are resampled, never tokens;
+- the interval is that of the bootstrap replicates v* less twice the bias. Replicates are to the value v what v is to
+  the population's, so v* lies twice the bias mean(v*) - v too high: percentiles of v* itself miss the population's
+  value as soon as tables are large. The basic interval 2 v - quantile(v*) is as free of bias, but mirrors the skew
+  of v* (whose variance grows with its value) and covers slightly less;
 - the null shuffles the variable within each image (labels between images for class), which keeps each image's
-  own marginals and dispersion and breaks only what images share.
+  marginals and dispersion and breaks only what images have in common.
 
 With weak dependence the replicates vary more than the value does, so the interval errs on the wide side. With few
-images per class that route very differently the bootstrap tells too little bias; the null is exact there, so the
+images per class that route very differently the bootstrap estimates too small a bias; the null is exact there, so the
 interval reaches down to 0 whenever the null is not rejected. Tables need some four selections per cell: at one
-per cell (8 images of 2 each, 256 positions, 16 experts) the bias is no longer told well, `corrected` lies up to 60 %
+per cell (8 images of 2 each, 256 positions, 16 experts) the bias is estimated badly, `corrected` lies up to 60 %
 too high, and only half of the intervals hold the population's value.
 """
 
@@ -39,16 +39,17 @@ _NUMBERS_AT_ONCE = 1 << 17  # 1 MiB of float64: shuffled tables stay in the cach
 
 @dataclass(frozen=True)
 class InformationEstimate:
-    """Mutual information of expert and variable: I / H(E) in [0, 1], or I in nats, as asked for.
+    """Information between expert and variable, I(X;E) / H(E) in [0, 1].
 
-    `value` is that of the pooled counts, biased upwards. `corrected` is `value` less the bias that the bootstrap
-    tells, `low` and `high` the confidence interval around it, all cut off at 0 and at the largest value possible;
-    `value` may therefore lie above `high`. `low` is 0 wherever the null is not rejected. Where nothing can be
-    resampled (one image, or one image per class) the interval is all that is possible and `corrected` is `value`.
-
-    `null_mean` and `null_high` are mean and upper quantile (at the confidence) of the value if the variable did not
-    matter: `value` above `null_high` is evidence that it does. `excess` = value - null_mean; under strong
-    dependence it errs on the low side, where `corrected` does not.
+    Attributes:
+        value: that of the pooled counts, biased upwards.
+        low, high: the confidence interval around `corrected`, cut off at 0 and at the largest value possible, so
+            `value` may lie above `high`. `low` is 0 wherever the null is not rejected. Where nothing can be resampled
+            (one image, or one image per class) the interval holds every possible value.
+        null_mean, null_high: mean and upper quantile (at the confidence) of the value if the variable did not matter;
+            a `value` above `null_high` is evidence that it does.
+        excess: value - null_mean; under strong dependence it errs on the low side, where `corrected` does not.
+        corrected: `value` less the bias that the bootstrap estimates, cut off likewise; `value` without a bootstrap.
     """
 
     value: float
@@ -76,8 +77,8 @@ def _tables(tables: ArrayLike, axes: int, shape: str) -> Array:
     return counts
 
 
-def _information(tables: Array, normalised: bool) -> Array:
-    """Return I, or I / H(E), of tables (..., X, E), shape (...).
+def _information(tables: Array) -> Array:
+    """Return I / H(E) of tables (..., X, E), shape (...).
 
     n ln n is summed over cells and marginals instead of p ln(p / (p p')) over cells: one logarithm a cell.
     """
@@ -88,8 +89,6 @@ def _information(tables: Array, normalised: bool) -> Array:
     whole = _x_log_x(total)
     information: Array = (_x_log_x(tables).sum(axis=(-2, -1)) - rows - experts + whole) / scale
     information = np.maximum(information, 0.0)
-    if not normalised:
-        return information
     entropy = (whole - experts) / scale
     # an entropy of rounding alone belongs to a single expert
     known = entropy > 1e-12
@@ -97,22 +96,14 @@ def _information(tables: Array, normalised: bool) -> Array:
     return result
 
 
-def mutual_information(table: ArrayLike) -> Array:
-    """Return I(X;E) = Σ p(x,e) ln(p(x,e) / (p(x) p(e))) in nats, of counts (..., X, E); shape (...).
-
-    0 for a table without counts. Source: Cover and Thomas, Elements of Information Theory, 2.3. Raises
-    `BadInputError` for negative or infinite counts, or fewer than two axes.
-    """
-    return _information(_tables(table, 2, "(..., X, E)"), normalised=False)
-
-
 def normalised_mutual_information(table: ArrayLike) -> Array:
-    """Return I(X;E) / H(E), in [0, 1], of counts (..., X, E); shape (...).
+    """Return I(X;E) / H(E), I = Σ p(x,e) ln(p(x,e) / (p(x) p(e))), of counts (..., X, E); shape (...).
 
-    The share of the expert's entropy that the variable explains; 0 where H(E) = 0. Variables of few values cannot
-    reach 1: the most is H(X) / H(E). Raises as `mutual_information`.
+    It is the share of the expert's entropy that the variable explains, in [0, 1]; 0 where H(E) = 0, and for a table
+    without counts. A variable of few values cannot reach 1: the most is H(X) / H(E). Source: Cover and Thomas, Elements
+    of Information Theory, 2.3. Raises `BadInputError` for negative or infinite counts, or fewer than two axes.
     """
-    return _information(_tables(table, 2, "(..., X, E)"), normalised=True)
+    return _information(_tables(table, 2, "(..., X, E)"))
 
 
 def information_with_interval(
@@ -122,9 +113,8 @@ def information_with_interval(
     seed: int = 0,
     confidence: float = 0.95,
     null: Null = "permute-within-image",
-    normalised: bool = True,
 ) -> InformationEstimate:
-    """Return the information between expert and a variable that every image runs through: position, step, branch.
+    """Return the information between expert and position, step or branch, of which every image takes all values.
 
     `tables` (I, X, E) are the counts of each image. The value comes from their sum; the interval from `replicates`
     Poisson bootstraps over images (weights Poisson(1); replicates without any image are drawn anew); the null from
@@ -145,10 +135,9 @@ def information_with_interval(
     return _estimate(
         counts.sum(axis=0),
         resampled if images > 1 else None,
-        _shuffled_information(counts, np.random.default_rng([seed, 1]), replicates, null, normalised),
+        _shuffled_information(counts, np.random.default_rng([seed, 1]), replicates, null),
         inflation=1.0,
         confidence=confidence,
-        normalised=normalised,
     )
 
 
@@ -159,7 +148,6 @@ def class_information(
     replicates: int = 200,
     seed: int = 0,
     confidence: float = 0.95,
-    normalised: bool = True,
 ) -> InformationEstimate:
     """Return the information between expert and class, from counts (I, E) of images with labels (I,).
 
@@ -168,7 +156,7 @@ def class_information(
     c images, a class varies by only 1 - 1/c of what it should; bias and variance are scaled up by C / Σ (1 - 1/c),
     C the number of classes. With one image per class nothing tells class from image, and the interval is all that
     is possible. Have four or more: with two, only some 80 to 87 % of 95 % intervals hold the population's value.
-    Give the counts of the conditional branch: the other is not told the class.
+    Give the counts of the conditional branch: the other does not know the class.
 
     Raises `BadInputError` where shapes do not fit, or as `information_with_interval`.
     """
@@ -189,10 +177,9 @@ def class_information(
     return _estimate(
         member.T @ counts,
         _by_class(weights, member, counts) if spread else None,
-        _information(np.stack([member[order].T @ counts for order in orders]), normalised),
+        _information(np.stack([member[order].T @ counts for order in orders])),
         inflation=len(sizes) / spread if spread else 1.0,
         confidence=confidence,
-        normalised=normalised,
     )
 
 
@@ -229,15 +216,13 @@ def _shuffles(generator: np.random.Generator, shape: tuple[int, int, int], null:
     return generator.permuted(np.broadcast_to(axis, shape), axis=-1)
 
 
-def _shuffled_information(
-    counts: Array, generator: np.random.Generator, replicates: int, null: Null, normalised: bool
-) -> Array:
+def _shuffled_information(counts: Array, generator: np.random.Generator, replicates: int, null: Null) -> Array:
     """Return the information (R,) of pooled tables in which each image's X axis is shuffled."""
     if null not in ("permute-within-image", "shift-within-image"):
         raise BadInputError(f"there is no null called {null!r}")
     images, values, experts = counts.shape
     at_once = max(_NUMBERS_AT_ONCE // (values * experts), 1)
-    found = []
+    results = []
     for start in range(0, replicates, at_once):
         size = min(at_once, replicates - start)
         order = _shuffles(generator, (size, images, values), null)
@@ -245,27 +230,27 @@ def _shuffled_information(
         for image in range(images):
             np.take(counts[image], order[:, image], axis=0, out=drawn, mode="clip")
             pooled += drawn
-        found.append(_information(pooled, normalised))
-    return np.concatenate(found)
+        results.append(_information(pooled))
+    return np.concatenate(results)
 
 
 def _estimate(
-    pooled: Array, resampled: Array | None, null: Array, *, inflation: float, confidence: float, normalised: bool
+    pooled: Array, resampled: Array | None, null: Array, *, inflation: float, confidence: float
 ) -> InformationEstimate:
-    """Put value, interval and null together.
+    """Return value, interval and null of one variable.
 
     `pooled` (X, E) are the counts, `resampled` (R, X, E) their bootstrap replicates, or None where there can be
     none, `null` (R,) the information without dependence. `inflation` is the factor by which the replicates' variance,
-    and with it their bias, falls short. At 1 the interval is the basic one, 2 value - quantile.
+    and with it their bias, falls short.
     """
-    value = float(_information(pooled, normalised))
+    value = float(_information(pooled))
     # the value is one more draw under the null: this rank lets it pass with at least the confidence, exactly
     rank = min(math.ceil(confidence * (len(null) + 1)), len(null))
     null_mean, null_high = float(null.mean()), float(np.sort(null)[rank - 1])
-    most = _largest(pooled, normalised)
+    most = _largest(pooled)
     low, high, corrected = 0.0, most, value
     if resampled is not None:
-        replicate = _information(resampled, normalised)
+        replicate = _information(resampled)
         centre = value - inflation * (float(replicate.mean()) - value)
         tails = np.quantile(replicate - replicate.mean(), [(1 - confidence) / 2, (1 + confidence) / 2])
         below, above = centre + np.sqrt(inflation) * tails
@@ -275,13 +260,8 @@ def _estimate(
     return InformationEstimate(value, low, high, null_mean, null_high, value - null_mean, corrected)
 
 
-def _largest(table: Array, normalised: bool) -> float:
-    """Return the most that a table (X, E) with these numbers of values and experts can hold: min(ln X, ln E).
-
-    Normalised it is min(1, ln X / H(E)), and 0 where H(E) = 0.
-    """
-    if not normalised:
-        return float(np.log(min(table.shape)))
+def _largest(table: Array) -> float:
+    """Return the largest I / H(E) of a table (X, E): min(1, ln X / H(E)), and 0 where H(E) = 0."""
     share = table.sum(axis=0) / max(float(table.sum()), np.finfo(np.float64).tiny)
     entropy = -float(_x_log_x(share).sum())
     return min(1.0, float(np.log(len(table))) / entropy) if entropy > 1e-12 else 0.0

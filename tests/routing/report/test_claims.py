@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditmoe_cli.routing.report.claims import Claim, Evidence, Interval, Trend, judge
+from ditmoe_cli.routing.report.claims import UNIFORM, Claim, Estimate, Evidence, Trend, _steps, judge
 
 
-def about(value: float, spread: float = 0.1) -> Interval:
-    return Interval(value, value * (1 - spread), value * (1 + spread))
+def about(value: float, spread: float = 0.1) -> Estimate:
+    return Estimate(value, value * (1 - spread), value * (1 + spread))
 
 
-def preferences(position: Interval, step: Interval, of_class: Interval | None) -> Claim:
+def preferences(position: Estimate, step: Estimate, of_class: Estimate | None) -> Claim:
     information = {"position": position, "step": step}
     if of_class is not None:
         information["class"] = of_class
     return judge(Evidence(information, None, None))[0]
 
 
-MUCH, LITTLE, NONE, WIDE = about(0.3), about(0.02), Interval(0.0, 0.0, 0.004), Interval(0.1, 0.0, 0.4)
+MUCH, LITTLE, NONE, WIDE = about(0.3), about(0.02), Estimate(0.0, 0.0, 0.004), Estimate(0.1, 0.0, 0.4)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ MUCH, LITTLE, NONE, WIDE = about(0.3), about(0.02), Interval(0.0, 0.0, 0.004), I
         (MUCH, MUCH, None, "cannot be told"),
     ],
 )
-def test_preferences(position: Interval, step: Interval, of_class: Interval | None, verdict: str) -> None:
+def test_preferences(position: Estimate, step: Estimate, of_class: Estimate | None, verdict: str) -> None:
     assert preferences(position, step, of_class).verdict == verdict
 
 
@@ -52,28 +52,28 @@ def test_the_sentence_on_preferences_gives_the_numbers() -> None:
     assert "may or may not depend on class (the profile cannot tell)" in sentence
 
 
-def trend(early: Interval, ratio: Interval) -> Trend:
+def trend(early: Estimate, ratio: Estimate) -> Trend:
     return Trend(early, about(early.value * ratio.value), ratio)
 
 
 @pytest.mark.parametrize(
     ("early", "ratio", "verdict"),
     [
-        (MUCH, Interval(0.1, 0.05, 0.2), "holds"),
-        (MUCH, Interval(0.4, 0.3, 0.6), "partly"),
-        (MUCH, Interval(0.8, 0.7, 0.95), "cannot be told"),
-        (MUCH, Interval(0.95, 0.91, 1.2), "does not hold"),
-        (MUCH, Interval(1.5, 1.2, 1.8), "does not hold"),
-        (NONE, Interval(0.1, 0.0, 90.0), "does not hold"),
-        (WIDE, Interval(0.1, 0.0, 0.4), "cannot be told"),
+        (MUCH, Estimate(0.1, 0.05, 0.2), "holds"),
+        (MUCH, Estimate(0.4, 0.3, 0.6), "partly"),
+        (MUCH, Estimate(0.8, 0.7, 0.95), "cannot be told"),
+        (MUCH, Estimate(0.95, 0.91, 1.2), "does not hold"),
+        (MUCH, Estimate(1.5, 1.2, 1.8), "does not hold"),
+        (NONE, Estimate(0.1, 0.0, 90.0), "does not hold"),
+        (WIDE, Estimate(0.1, 0.0, 0.4), "cannot be told"),
     ],
 )
-def test_fading_with_depth(early: Interval, ratio: Interval, verdict: str) -> None:
+def test_fading_with_depth(early: Estimate, ratio: Estimate, verdict: str) -> None:
     assert judge(Evidence({}, trend(early, ratio), None))[1].verdict == verdict
 
 
 def test_later_steps_must_be_uniform_too() -> None:
-    low = Interval(0.2, 0.1, 0.3)
+    low = Estimate(0.2, 0.1, 0.3)
     assert judge(Evidence({}, None, trend(about(0.1), low)))[2].verdict == "holds"
     assert judge(Evidence({}, None, trend(about(0.6), low)))[2].verdict == "partly"
 
@@ -93,19 +93,17 @@ def test_without_evidence_nothing_is_told() -> None:
 
 
 numbers = st.floats(0, 1)
-intervals = st.tuples(numbers, numbers, numbers).map(sorted).map(lambda n: Interval(n[1], n[0], n[2]))
+intervals = st.tuples(numbers, numbers, numbers).map(sorted).map(lambda n: Estimate(n[1], n[0], n[2]))
 
 
 @given(intervals, intervals, intervals, intervals)
-def test_every_evidence_has_a_verdict(a: Interval, b: Interval, c: Interval, d: Interval) -> None:
+def test_every_evidence_has_a_verdict(a: Estimate, b: Estimate, c: Estimate, d: Estimate) -> None:
     claims = judge(Evidence({"position": a, "step": b, "class": c}, Trend(a, b, d), Trend(c, d, a), (a, b, c, d)))
     assert all(claim.verdict in ("holds", "partly", "does not hold", "cannot be told") for claim in claims)
     assert all(claim.sentence.endswith(".") for claim in claims)
 
 
 def test_a_second_half_that_is_surely_not_uniform_refutes_the_third_claim() -> None:
-    from ditmoe_cli.routing.report.claims import UNIFORM, Interval, Trend, _steps
-
-    early, ratio = Interval(0.2, 0.19, 0.21), Interval(0.89, 0.85, 0.93)
-    assert _steps(Trend(early, Interval(0.18, UNIFORM + 0.01, 0.2), ratio), ()).verdict == "does not hold"
-    assert _steps(Trend(early, Interval(0.18, UNIFORM - 0.01, 0.2), ratio), ()).verdict == "cannot be told"
+    early, ratio = Estimate(0.2, 0.19, 0.21), Estimate(0.89, 0.85, 0.93)
+    assert _steps(Trend(early, Estimate(0.18, UNIFORM + 0.01, 0.2), ratio), ()).verdict == "does not hold"
+    assert _steps(Trend(early, Estimate(0.18, UNIFORM - 0.01, 0.2), ratio), ()).verdict == "cannot be told"

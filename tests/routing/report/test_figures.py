@@ -16,8 +16,9 @@ from profiling import no_bar
 from reporting import Planted, by_position, by_step, even
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.claims import Claim
-from ditmoe_cli.routing.report.contents import ProfileReport, build_report
+from ditmoe_cli.routing.report.contents import ProfileReport
 from ditmoe_cli.routing.report.figures import (
     LARGEST_DEVIATION,
     SMALLEST_DEVIATION,
@@ -25,7 +26,7 @@ from ditmoe_cli.routing.report.figures import (
     require_matplotlib,
     shared_limit,
 )
-from ditmoe_cli.routing.report.page import page
+from ditmoe_cli.routing.report.page import page, require_jinja
 
 pytest.importorskip("matplotlib")
 
@@ -153,6 +154,13 @@ def test_one_scale_is_shared_and_kept_within_bounds(full: ProfileReport) -> None
     flat = np.ones((2, 4, 4))
     block = replace(full.blocks[0], maps=dict.fromkeys(("position", "step", "class"), flat))
     assert shared_limit(replace(full, blocks=(block,))) == SMALLEST_DEVIATION
+
+
+def test_a_missing_jinja_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_jinja()
+    monkeypatch.setattr("ditmoe_cli.routing.report.page.find_spec", lambda _: None)
+    with pytest.raises(BadInputError, match=r"jinja2.*pip install 'ditmoe\[report\]'"):
+        require_jinja()
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

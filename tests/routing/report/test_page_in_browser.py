@@ -14,7 +14,7 @@ from PIL import Image
 from profiling import no_bar
 from reporting import Planted, by_position, by_step
 
-from ditmoe_cli.routing.report.contents import build_report
+from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.figures import draw
 from ditmoe_cli.routing.report.page import page
 

@@ -13,7 +13,9 @@ from reporting import Planted, by_class, by_position, by_step, even
 
 from ditmoe_cli.compression.prune.prune_methods import METHODS
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.routing.report.contents import CRITERIA, ProfileReport, build_report
+from ditmoe_cli.routing.report.build import build_report
+from ditmoe_cli.routing.report.contents import ProfileReport
+from ditmoe_cli.routing.report.tables import CRITERIA
 
 
 def report_of(planted: Planted, folder: Path, replicates: int = 60, seed: int = 0) -> ProfileReport:
@@ -153,5 +155,5 @@ def test_damaged_profiles_and_useless_settings_are_refused(tmp_path: Path) -> No
         build_report(profile, 20, 0, no_bar)
     good = Planted(even(blocks=1)).save(tmp_path / "p.safetensors")
     for replicates, seed in ((5, 0), (20, -1)):
-        with pytest.raises(UsageError, match="--replicates"):
+        with pytest.raises(UsageError, match="replicates"):
             build_report(good, replicates, seed, no_bar)
