@@ -127,7 +127,7 @@ def preview(job: Job, plan: CompressionPlan | None) -> None:
 
     Writes nothing, and refuses what writing would. An undecided plan has the right size only, and is not printed.
     """
-    from ditmoe_cli.compression.apply import planned_output
+    from ditmoe_cli.compression.output import planned_output
     from ditmoe_cli.files.staging import check_target
 
     output = job.output
@@ -149,14 +149,11 @@ def write(
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
     from ditmoe_cli.compression.apply import apply
 
-    place = device() if plan is not None and plan.rebuilds else "cpu"
+    place = device() if plan is not None and plan.computes else "cpu"
     applied = apply(job.checkpoint, plan, job.output, progress, profile, place)
-    result = {**_sizes(job.checkpoint, applied.bytes), **(details or {}), "plan_digest": plan.digest if plan else None}
-    computed = applied.computed
-    if computed.repaired:
-        result["refit_error"] = list(computed.repaired)
-    if computed.error is not None:
-        result |= {"prediction_error": computed.error, "top_k_agreement": list(computed.agreement)}
+    sizes = _sizes(job.checkpoint, applied.bytes)
+    digest = plan.digest if plan else None
+    result = {**sizes, **(details or {}), "plan_digest": digest, **applied.measured.to_json()}
     options = plan.options if plan else {}
     paths = {"profile": profile.path} if profile else {}
     stage = job.stage.done(job.command, options, checkpoint=job.output.path, samples=None, **paths)

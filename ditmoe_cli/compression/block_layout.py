@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair
+from ditmoe_cli.compression.plan import BlockPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.config import GHOST, BlockConfig
 from ditmoe_cli.model.opened import Checkpoint
@@ -33,22 +33,24 @@ class BlockLayout:
     rebuilt: bool
 
 
-def block_layouts(checkpoint: Checkpoint, plan: CompressionPlan) -> list[BlockLayout]:
-    """Lay out every block of a plan that names blocks.
+def block_layouts(checkpoint: Checkpoint, stage: Experts) -> list[BlockLayout]:
+    """Lay out every block that a stage names.
 
     Raises `BadInputError` where it names experts or neurons that are not there, or asks for computed weights of a
     quantised checkpoint, and `InfeasibleError` where fewer experts than top-k would stay.
     """
-    for i, block in enumerate(plan.blocks):
-        _check_together(checkpoint, plan, i, block)
-    return [_block_layout(checkpoint, plan.repair, i, block) for i, block in enumerate(plan.blocks)]
+    for i, block in enumerate(stage.blocks):
+        _check_together(checkpoint, stage, i, block)
+    return [_block_layout(checkpoint, stage.repair, i, block) for i, block in enumerate(stage.blocks)]
 
 
-def _check_together(checkpoint: Checkpoint, plan: CompressionPlan, index: int, block: BlockPlan) -> None:
+def _check_together(checkpoint: Checkpoint, stage: Experts, index: int, block: BlockPlan) -> None:
     """Refuse what a plan may say, field by field, but not together."""
     width = checkpoint.config.hidden_size
-    if block.merged and plan.merging not in MERGES:
-        raise BadInputError(f"the plan merges experts, and its merging is {plan.merging!r}; choose {', '.join(MERGES)}")
+    if block.merged and stage.merging not in MERGES:
+        raise BadInputError(
+            f"the plan merges experts, and its merging is {stage.merging!r}; choose {', '.join(MERGES)}"
+        )
     if block.merged and block.widths:
         raise BadInputError(f"the plan merges experts of block {index} and gives them widths; narrow in a second plan")
     if block.rank and not block.constants:
@@ -83,7 +85,7 @@ def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, blo
         residual_constant=old.residual_constant or bool(touched and repair and repair.constant),
         residual_linear=old.residual_linear or bool(touched and repair and repair.linear),
     )
-    rebuilt = block.rebuilds or repair is not None
+    rebuilt = block.computes or repair is not None
     if rebuilt:
         _require_plain(checkpoint, index)
     return BlockLayout(tuple(rows), kept, members, dropped, config, rebuilt)

@@ -11,6 +11,8 @@ from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.routing.profile import RoutingProfile
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,25 @@ class Spool:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{block}.safetensors"
+
+
+@dataclass(frozen=True)
+class Computing:
+    """The checkpoint that weights are computed from, and the means to do so.
+
+    Attributes:
+        checkpoint: the original.
+        profile: the routing profile that the plan was made with, which holds the calibration states.
+        spool: where computed weights wait for the writer.
+        device: where they are computed.
+        bar: shows progress.
+    """
+
+    checkpoint: Checkpoint
+    profile: RoutingProfile
+    spool: Spool
+    device: str
+    bar: ProgressBar
 
 
 def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, best_neurons, 
 from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.merge.inputs import MergeTokens
 from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.plan import BlockPlan, Experts
 from ditmoe_cli.compression.prune.neuron_budget import mean_gamma_square, neuron_energies
 from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.errors import BadInputError
@@ -41,7 +41,7 @@ class Source:
     original: SparseMoE
     block: int
     layout: BlockLayout
-    plan: CompressionPlan
+    stage: Experts
     tokens: Tokens | None
     profile: RoutingProfile
 
@@ -54,7 +54,7 @@ class Source:
     @property
     def block_plan(self) -> BlockPlan:
         """The plan of this block."""
-        return self.plan.blocks[self.block]
+        return self.stage.blocks[self.block]
 
     def gates(self, expert: int) -> Tensor:
         """Return the routing weight of an expert where a token selected it, else 0, (T,)."""
@@ -122,7 +122,7 @@ def _expert(source: Source, new: int) -> ExpertWeights:
 
 
 def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
-    method = MERGES[source.plan.merging or ""]
+    method = MERGES[source.stage.merging or ""]
     selected = source.stored("selected").sum(dim=(0, 1)).double()[list(members)]
     shares = (selected / selected.sum()).tolist() if float(selected.sum()) else [1 / len(members)] * len(members)
     experts = [expert_weights(source.original.experts[e]) for e in members]

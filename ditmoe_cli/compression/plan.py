@@ -1,17 +1,18 @@
-"""Compression plans: what is to be done to a checkpoint, as data.
+"""Compression plans: everything that is to be done to a checkpoint, as data.
 
 A plan can be printed, compared, edited and applied later. It names its checkpoint by fingerprint and, where its
-choice rests on one, its profile by digest. Making, reading and checking plans needs neither torch nor numpy.
+choice rests on one, its profile by digest. It lists stages, each of its own type: `Experts`, `Differences`, `Formats`.
+Making, reading and checking plans needs neither torch nor numpy.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
@@ -25,15 +26,19 @@ Ordering = Literal["camera"]
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What happens to one block's experts.
+    """The future of one block's experts.
 
-    `keep` lists the physical experts that stay, ascending; they are renumbered from 0. `router` says what becomes
-    of the rows of the others: ``slice`` deletes them; ``ghost`` keeps them in the softmax but never selects them;
-    ``mass`` does so, and rescales what is selected to the sum that the top-k of all rows would have. `merged` are
-    pairs (expert, kept expert that it is merged into); rows of merged experts select what they went into, unless they
-    are sliced. `widths` are the neurons that each kept expert keeps, none given: all; `shared_width` likewise.
-    `constants` tells that a dropped expert's row selects a constant in its place, with a linear map of `rank` if above
-    0.
+    Attributes:
+        keep: the physical experts that stay, ascending; they are renumbered from 0.
+        router: the future of the other experts' rows: ``slice`` deletes them; ``ghost`` keeps them in the softmax but
+            never selects them; ``mass`` does so, and rescales the selected routing weights to the sum that the top-k
+            of all rows would have.
+        merged: pairs (expert, kept expert that it is merged into). Rows of merged experts select the kept expert,
+            unless they are sliced.
+        widths: how many neurons each kept expert keeps; empty where all keep all.
+        shared_width: how many neurons the shared expert keeps; None for all.
+        constants: whether rows of dropped experts select a constant.
+        rank: of a linear map beside each constant; 0 for none.
     """
 
     keep: tuple[int, ...]
@@ -45,12 +50,12 @@ class BlockPlan:
     rank: int = 0
 
     @property
-    def rebuilds(self) -> bool:
+    def computes(self) -> bool:
         """Whether weights are computed, not only copied."""
         return bool(self.merged or self.widths or self.shared_width or self.constants)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON, without what is left at its default."""
+        """Return the plan as JSON, fields at their defaults left out."""
         document: dict[str, Any] = {"keep": list(self.keep), "router": self.router}
         if self.merged:
             document["merged"] = [list(pair) for pair in self.merged]
@@ -65,11 +70,14 @@ _BLOCK_DEFAULTS = ("shared_width", "constants", "rank")
 
 @dataclass(frozen=True)
 class Repair:
-    """How what stays is fitted to what went, block after block.
+    """How the weights that stay are fitted, block after block, to the original mixture's output.
 
-    Down projections of the routed experts are solved anew; with `shared` the shared expert's too; with `constant` and
-    `linear` the routing mass that selected rows do not carry is given a constant and a linear map. With `scale` nothing
-    but a factor for each kept expert is fitted. `tokens` to fit on, 0 for a number that suits the size of the system.
+    Attributes:
+        scale: fit nothing but a factor for each kept expert's output.
+        shared: solve the shared expert's down projection anew, beside those of the routed experts.
+        constant: fit a constant to the routing mass that selected rows do not carry.
+        linear: fit a linear map to it, too.
+        tokens: to fit on; 0 for a number that suits the size of the system.
     """
 
     scale: bool = False
@@ -80,28 +88,108 @@ class Repair:
 
 
 @dataclass(frozen=True)
-class Delta:
-    """How every block's experts are stored as one base and what each differs from it by.
-
-    `ratio` is, of ``svd``, the weights of the two factors over those of a matrix; of ``ternary`` the share of entries
-    that are not 0.
-    """
-
-    kind: DeltaFormat
-    ratio: float
-
-
-@dataclass(frozen=True)
 class Rounding:
-    """How weights are rounded to their formats: ``gptq`` on what calibration states make of the blocks below.
+    """How weights are rounded to their formats: by GPTQ, on calibration states that ran through the blocks below.
 
-    `tokens` to fit on, 0 for a number that suits the widths. With `smoothing` above 0 the channels that enter a mixture
-    are scaled first, by that power of their largest input.
+    Attributes:
+        method: ``gptq``.
+        tokens: to fit on; 0 for a number that suits the widths.
+        smoothing: if above 0, the channels that enter a mixture are scaled first, by that power of their largest input.
     """
 
     method: Literal["gptq"] = "gptq"
     tokens: int = 0
     smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The stage that drops, merges, narrows or refits experts.
+
+    Attributes:
+        blocks: one entry per block.
+        merging: the method by which experts are merged, where some are.
+        repair: how weights are refitted after; None where they are not.
+    """
+
+    blocks: tuple[BlockPlan, ...] = ()
+    merging: str | None = None
+    repair: Repair | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights are computed from calibration data."""
+        return bool(self.blocks) and (self.repair is not None or any(block.computes for block in self.blocks))
+
+    def fields(self) -> dict[str, Any]:
+        """Return the stage's fields of the plan's JSON."""
+        blocks = [block.to_json() for block in self.blocks]
+        return {"blocks": blocks, "merging": self.merging, "repair": asdict(self.repair) if self.repair else None}
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The stage that stores every block's experts as one base and each expert's difference from it.
+
+    Attributes:
+        kind: ``svd`` (two factors) or ``ternary`` (codes -1, 0, 1 and a scale).
+        ratio: of ``svd``, the weights of the two factors over those of a matrix; of ``ternary``, the share of entries
+            that are not 0.
+    """
+
+    kind: DeltaFormat
+    ratio: float
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights are computed from calibration data: always."""
+        return True
+
+    def fields(self) -> dict[str, Any]:
+        """Return the stage's fields of the plan's JSON."""
+        return {"delta": asdict(self)}
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The stage that quantises weights.
+
+    Attributes:
+        formats: the quantised format of each weight that gets one, by the weight's name in the plan's checkpoint.
+        rounding: how weights are rounded to them; None for the nearest values.
+        ordering: how neurons of experts whose matrices are cut into pieces are put in order first: ``camera``, by
+            falling energy; None where they keep their order.
+    """
+
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    rounding: Rounding | None = None
+    ordering: Ordering | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights are computed from calibration data."""
+        return self.rounding is not None or self.ordering is not None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the stage's fields of the plan's JSON."""
+        rounding = asdict(self.rounding) if self.rounding else None
+        return {"formats": dict(sorted(self.formats.items())), "rounding": rounding, "ordering": self.ordering}
+
+
+PlanStage = Experts | Differences | Formats
+S = TypeVar("S", Experts, Differences, Formats)
+T = TypeVar("T")
+_ORDER = (Experts, Differences, Formats)
+_NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order in which they are written
+    "blocks": [],
+    "formats": {},
+    "merging": None,
+    "repair": None,
+    "delta": None,
+    "rounding": None,
+    "ordering": None,
+}
+_COMPARED = ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding", "ordering")
 
 
 @dataclass(frozen=True)
@@ -113,34 +201,25 @@ class CompressionPlan:
         source: fingerprint of the checkpoint that the plan is for.
         profile: digest of the profile that the choice rests on, if any.
         options: the options that led here, for the reader.
-        blocks: one entry per block, or none where experts stay as they are.
-        formats: quantised format of each weight that gets one.
-        ordering: how neurons of experts whose matrices are cut into pieces are put in order first: ``camera``, by
-            falling energy; None as they stand.
-        merging: the method by which experts are merged, where some are.
-        repair: how weights are refitted after; None where they are not.
-        delta: how experts are stored as differences, all of which then stay; None where they are stored whole.
-        rounding: how weights are rounded to `formats`; None for the nearest values.
+        stages: the changes, in order. JSON of this schema has a place for one stage of each type, in the order
+            `Experts`, `Differences`, `Formats`; others raise `ValueError`.
     """
 
     command: str
     source: str
     profile: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    blocks: tuple[BlockPlan, ...] = ()
-    formats: Mapping[str, Format] = field(default_factory=dict)
-    merging: str | None = None
-    repair: Repair | None = None
-    delta: Delta | None = None
-    rounding: Rounding | None = None
-    ordering: Ordering | None = None
+    stages: tuple[PlanStage, ...] = ()
+
+    def __post_init__(self) -> None:
+        places = [_ORDER.index(type(stage)) for stage in self.stages]
+        if places != sorted(set(places)):
+            raise ValueError(f"{PLAN_SCHEMA} holds experts, differences and formats, once each, in this order")
 
     @property
-    def rebuilds(self) -> bool:
+    def computes(self) -> bool:
         """Whether weights are computed from calibration data, which takes the profile."""
-        rebuilt = self.repair is not None or any(block.rebuilds for block in self.blocks)
-        whole = (self.delta, self.rounding, self.ordering)
-        return any(each is not None for each in whole) or (bool(self.blocks) and rebuilt)
+        return any(stage.computes for stage in self.stages)
 
     @property
     def decided(self) -> bool:
@@ -152,21 +231,25 @@ class CompressionPlan:
         """SHA-256 of the plan's canonical JSON."""
         return digest(self.to_json())
 
+    def stage(self, kind: type[S]) -> S:
+        """Return the stage of a type. Raises `LookupError` where the plan has none."""
+        for stage in self.stages:
+            if isinstance(stage, kind):
+                return stage
+        raise LookupError(f"the plan of {self.command} has no stage {kind.__name__}")
+
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON."""
+        """Return the plan as JSON, the fields of all stages side by side."""
+        fields = dict(_NO_STAGES)
+        for stage in self.stages:
+            fields |= stage.fields()
         return {
             "schema": PLAN_SCHEMA,
             "command": self.command,
             "source": self.source,
             "profile": self.profile,
             "options": dict(self.options),
-            "blocks": [block.to_json() for block in self.blocks],
-            "formats": dict(sorted(self.formats.items())),
-            "merging": self.merging,
-            "repair": asdict(self.repair) if self.repair else None,
-            "delta": asdict(self.delta) if self.delta else None,
-            "rounding": asdict(self.rounding) if self.rounding else None,
-            "ordering": self.ordering,
+            **fields,
         }
 
 
@@ -178,19 +261,22 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     command = _field(fields, "command", str, where)
     if not re.fullmatch(r"[a-z-]+", command):  # it becomes part of the output's default name
         raise BadInputError(f"{where}: field 'command' is {command!r}; expected the name of a command")
-    plan = CompressionPlan(
-        command=command,
-        source=_field(fields, "source", str, where),
-        profile=None if fields.get("profile", "") is None else _field(fields, "profile", str, where),
-        options=_field(fields, "options", dict, where),
+    source = _field(fields, "source", str, where)
+    profile = None if fields.get("profile", "") is None else _field(fields, "profile", str, where)
+    options = _field(fields, "options", dict, where)
+    experts = Experts(
         blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
-        formats={name: checked_format(fmt, f"{where}: format of {name}") for name, fmt in formats.items()},
         merging=_field(fields, "merging", str, where) if fields.get("merging") is not None else None,
-        repair=_parse_repair(fields["repair"], where) if fields.get("repair") is not None else None,
-        delta=_parse_delta(fields["delta"], where) if fields.get("delta") is not None else None,
-        rounding=_parse_rounding(fields["rounding"], where) if fields.get("rounding") is not None else None,
+        repair=_parsed(fields, "repair", _parse_repair, where),
+    )
+    quantised = Formats(
+        formats={name: checked_format(fmt, f"{where}: format of {name}") for name, fmt in formats.items()},
+        rounding=_parsed(fields, "rounding", _parse_rounding, where),
         ordering=_one_of(fields.get("ordering"), (None, *get_args(Ordering)), f"{where}: field 'ordering'"),
     )
+    stages = (experts, _parsed(fields, "delta", _parse_differences, where), quantised)
+    present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
+    plan = CompressionPlan(command, source, profile, options, present)
     try:
         canonical_json(plan.to_json())
     except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know
@@ -205,6 +291,11 @@ def _field(fields: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     if not isinstance(fields[name], kind):
         raise BadInputError(f"{where}: field {name!r} is {fields[name]!r}; expected a {_JSON_WORDS[kind]}")
     return fields[name]
+
+
+def _parsed(fields: Mapping[str, Any], name: str, parse: Callable[[object, str], T], where: str) -> T | None:
+    """Return a field that may be absent or null, parsed."""
+    return None if fields.get(name) is None else parse(fields[name], where)
 
 
 def _parse_block(block: object, where: str) -> BlockPlan:
@@ -281,14 +372,14 @@ def _parse_repair(value: object, where: str) -> Repair:
     return Repair(**value)
 
 
-def _parse_delta(value: object, where: str) -> Delta:
+def _parse_differences(value: object, where: str) -> Differences:
     if not isinstance(value, dict) or value.keys() != {"kind", "ratio"}:
         raise BadInputError(f"{where}: field 'delta' is {value!r}; expected null or kind and ratio")
     kind = _one_of(value["kind"], get_args(DeltaFormat), f"{where}: kind of field 'delta'")
     ratio = value["ratio"]
     if type(ratio) not in (int, float) or not 0 < ratio <= 1:
         raise BadInputError(f"{where}: ratio of field 'delta' is {ratio!r}; expected a number above 0 and at most 1")
-    return Delta(kind, float(ratio))
+    return Differences(kind, float(ratio))
 
 
 def _parse_rounding(value: object, where: str) -> Rounding:
@@ -327,21 +418,16 @@ def read_plan(path: Path) -> CompressionPlan:
 
 
 def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
-    """Return the lines in which two plans differ; none where they would do the same."""
-    lines = [
-        f"{name}: {getattr(a, name)} | {getattr(b, name)}"
-        for name in ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding", "ordering")
-        if getattr(a, name) != getattr(b, name)
-    ]
-    if len(a.blocks) != len(b.blocks):
-        lines.append(f"blocks: {len(a.blocks)} | {len(b.blocks)}")
-    lines += [
-        f"block {i}: {x.to_json()} | {y.to_json()}"
-        for i, (x, y) in enumerate(zip(a.blocks, b.blocks, strict=False))
-        if x != y
-    ]
+    """Return the lines in which two plans differ, fields as in their JSON; none where they would do the same."""
+    left, right = a.to_json(), b.to_json()
+    lines = [f"{name}: {left[name]} | {right[name]}" for name in _COMPARED if left[name] != right[name]]
+    if len(left["blocks"]) != len(right["blocks"]):
+        lines.append(f"blocks: {len(left['blocks'])} | {len(right['blocks'])}")
+    pairs = enumerate(zip(left["blocks"], right["blocks"], strict=False))
+    lines += [f"block {i}: {x} | {y}" for i, (x, y) in pairs if x != y]
+    x, y = left["formats"], right["formats"]
     return lines + [
-        f"{name}: {a.formats.get(name, 'unchanged')} | {b.formats.get(name, 'unchanged')}"
-        for name in sorted(a.formats.keys() | b.formats.keys())
-        if a.formats.get(name) != b.formats.get(name)
+        f"{name}: {x.get(name, 'unchanged')} | {y.get(name, 'unchanged')}"
+        for name in sorted(x.keys() | y.keys())
+        if x.get(name) != y.get(name)
     ]

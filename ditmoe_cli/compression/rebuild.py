@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ditmoe_cli.compression.block_layout import BlockLayout
-from ditmoe_cli.compression.computed import Spool, as_stored, source_dtype
+from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
+from ditmoe_cli.compression.computed import Computing, as_stored, source_dtype
 from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
 from ditmoe_cli.compression.new_mixture import Source, expert_map, new_weights, weights_of
-from ditmoe_cli.compression.plan import CompressionPlan, Repair
+from ditmoe_cli.compression.plan import Experts, Repair
 from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
 from ditmoe_cli.compression.replay.states import calibration_states
@@ -28,45 +28,37 @@ from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.calibration_settings import profiled_spec
-from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS_PER_UNKNOWN = 32
 FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536
 
 
-def rebuild(
-    checkpoint: Checkpoint,
-    plan: CompressionPlan,
-    layouts: Sequence[BlockLayout],
-    profile: RoutingProfile,
-    spool: Spool,
-    device: str,
-    bar: ProgressBar,
-) -> tuple[float, ...]:
-    """Compute every block's new weights into `spool`; return its held-out error over that before refitting, a block.
+def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
+    """Compute every block's new weights into the spool.
 
-    Raises `BadInputError` for a profile that lacks what is needed, and where weights overflow their dtype.
+    Returns, where weights are refitted, each block's held-out error over that before. Raises `BadInputError` for a
+    profile that lacks what is needed, and where weights overflow their dtype.
     """
-    config = checkpoint.config
-    model = OffloadedDiTMoE(checkpoint, torch.device(device))
+    checkpoint, config = computing.checkpoint, computing.checkpoint.config
+    layouts = block_layouts(checkpoint, stage)
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     errors = []
-    title = f"refitting {checkpoint.path.name}" if plan.repair else f"computing the weights of {checkpoint.path.name}"
-    with torch.inference_mode(), resident_blocks(model, bar, title) as blocks:
-        stream = _stream(checkpoint, plan, layouts, profile, model) if needs_tokens(plan) else None
+    title = f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
+    with torch.inference_mode(), resident_blocks(model, computing.bar, title) as blocks:
+        stream = _stream(computing, stage, layouts, model) if needs_tokens(stage) else None
         for (index, block), layout in zip(blocks, layouts, strict=True):
             seen = stream.attend(block) if stream else None
             tokens = stream.tokens(seen) if stream and seen else None
-            source = Source(block.moe, index, layout, plan, tokens, profile)
+            source = Source(block.moe, index, layout, stage, tokens, computing.profile)
             changed = mixture_of(new_weights(source), config, layout.config)
-            if plan.repair is not None:
-                errors.append(repaired(block.moe, changed, source.known_tokens, plan.repair))
+            if stage.repair is not None:
+                errors.append(repaired(block.moe, changed, source.known_tokens, stage.repair))
             release(block)  # its new weights take its place before the next block is read
             stored = _stored(checkpoint, index, layout, weights_of(changed))
-            spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
+            computing.spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
             if stream and seen:
-                stream.advance(seen, _as_stored(stored, config, layout, device))
+                stream.advance(seen, _as_stored(stored, config, layout, computing.device))
     return tuple(errors)
 
 
@@ -77,21 +69,16 @@ def repaired(original: SparseMoE, changed: SparseMoE, tokens: Tokens, repair: Re
     return refit(original, changed, tokens, repair.shared).error
 
 
-def needs_tokens(plan: CompressionPlan) -> bool:
+def needs_tokens(stage: Experts) -> bool:
     """Tell whether weights are computed from tokens, not from the old weights and the profile's sums alone."""
-    fitted = plan.merging is not None and MERGES[plan.merging].needs_tokens
-    return plan.repair is not None or fitted or any(b.constants or b.shared_width for b in plan.blocks)
+    fitted = stage.merging is not None and MERGES[stage.merging].needs_tokens
+    return stage.repair is not None or fitted or any(b.constants or b.shared_width for b in stage.blocks)
 
 
-def _stream(
-    checkpoint: Checkpoint,
-    plan: CompressionPlan,
-    layouts: Sequence[BlockLayout],
-    profile: RoutingProfile,
-    model: OffloadedDiTMoE,
-) -> Stream:
+def _stream(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout], model: OffloadedDiTMoE) -> Stream:
+    checkpoint, profile = computing.checkpoint, computing.profile
     spec = profiled_spec(profile.calibration, checkpoint)
-    return Stream(model, calibration_states(profile, spec, _wanted(checkpoint.config, layouts, plan.repair)))
+    return Stream(model, calibration_states(profile, spec, _wanted(checkpoint.config, layouts, stage.repair)))
 
 
 def _as_stored(stored: Mapping[str, Tensor], config: DiTMoEConfig, layout: BlockLayout, device: str) -> SparseMoE:

@@ -17,6 +17,7 @@ from compressing import (
     EXPERT_OF,
     applied,
     folder,
+    formats_of,
     naive_outputs,
     network,
     opened,
@@ -24,6 +25,7 @@ from compressing import (
     pruned,
     pruning,
     quantised,
+    quantising,
     renumbered,
     state,
     stored,
@@ -33,8 +35,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ditmoe_cli.compression.apply import apply, planned_output
-from ditmoe_cli.compression.plan import CompressionPlan, parse_plan
+from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import Formats, parse_plan
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError
 from ditmoe_cli.files.header import TensorInfo, encode_header
@@ -87,10 +90,11 @@ def test_bytes_are_predicted_to_the_last_one(
 ) -> None:
     with folder() as where:
         checkpoint = opened(SMALL, where)
-        plan = pruning(checkpoint, keeps, modes) if keeps else CompressionPlan("quantize", checkpoint.fingerprint)
-        names = plan_uniform(checkpoint, "nf4").formats
+        plan = pruning(checkpoint, keeps, modes) if keeps else quantising(checkpoint, {})
+        names = formats_of(plan_uniform(checkpoint, "nf4"))
         chosen = {name: formats[i % len(formats)] for i, name in enumerate(names)}
-        plan = replace(plan, formats={name: fmt for name, fmt in chosen.items() if fmt})
+        formatted = Formats({name: fmt for name, fmt in chosen.items() if fmt})
+        plan = replace(plan, stages=(*(plan.stages if keeps else ()), formatted))
         path = where / ("out" if shard_bytes else "out.safetensors")
         output = Output(path, shard_bytes=shard_bytes or 1)
         planned = planned_output(checkpoint, plan)
@@ -103,7 +107,7 @@ def test_bytes_are_predicted_to_the_last_one(
         assert again.config == planned.config
         assert again.assumptions == again.warnings == ()
         assert list(again.header.tensors.values()) == planned.infos
-        packed = {renumbered(name, keeps or [range(EXPERTS)] * 2) for name in plan.formats}
+        packed = {renumbered(name, keeps or [range(EXPERTS)] * 2) for name in formatted.formats}
         assert {w.info.name for w in again.weights.values() if w.format} == packed - {None}
 
 
@@ -130,7 +134,8 @@ def test_a_copy_of_a_pickle_holds_its_tensors(tmp_path: Path) -> None:
 
 def test_equal_work_gives_equal_bytes(tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
-    plan = replace(pruning(checkpoint, [(0, 2, 4), (1, 2)]), formats={"blocks.0.attn.qkv.weight": "nf4"})
+    pruned = pruning(checkpoint, [(0, 2, 4), (1, 2)])
+    plan = replace(pruned, stages=(*pruned.stages, Formats({"blocks.0.attn.qkv.weight": "nf4"})))
     moved = opened(SMALL, tmp_path, "elsewhere.safetensors")
     first = applied(checkpoint, plan, tmp_path / "first.safetensors")
     second = applied(moved, parse_plan(plan.to_json(), "plan"), tmp_path / "second.safetensors")
@@ -297,7 +302,8 @@ def test_pruning_and_quantising_commute_and_move_packed_bytes(bits: int, mode: s
 def test_one_plan_may_prune_and_quantise(tmp_path: Path) -> None:
     keeps = [(0, 4), (1, 2, 4)]
     original = opened(SMALL, tmp_path)
-    both = replace(pruning(original, keeps), formats=plan_uniform(original, "nf4").formats)
+    alone = pruning(original, keeps)
+    both = replace(alone, stages=(*alone.stages, *plan_uniform(original, "nf4").stages))
     one = applied(original, both, tmp_path / "one.safetensors")
     steps = quantised(pruned(original, keeps, "ghost", tmp_path / "1.safetensors"), 4, tmp_path / "2.safetensors")
     assert stored(one) == stored(steps)
@@ -381,7 +387,7 @@ def test_fewer_experts_than_top_k_are_infeasible(mode: str, tmp_path: Path) -> N
 def test_what_cannot_be_quantised_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:
     double = SMALL.state["blocks.1.attn.qkv.weight"].double()
     checkpoint = opened(SMALL.with_state(blocks__1__attn__qkv__weight=double), tmp_path)
-    plan = CompressionPlan("quantize", checkpoint.fingerprint, formats={name: "nf4"})
+    plan = quantising(checkpoint, {name: "nf4"})
     with pytest.raises(BadInputError, match=name) as error:
         planned_output(checkpoint, plan)
     assert message in str(error.value)
@@ -389,7 +395,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(name: str, message: str, tm
 
 def test_what_is_quantised_already_is_refused_by_name(tmp_path: Path) -> None:
     packed = quantised(opened(SMALL, tmp_path), 8, tmp_path / "packed.safetensors")
-    plan = CompressionPlan("quantize", packed.fingerprint, formats={"blocks.0.attn.qkv.weight": "nf4"})
+    plan = quantising(packed, {"blocks.0.attn.qkv.weight": "nf4"})
     with pytest.raises(BadInputError, match=r"blocks\.0\.attn\.qkv\.weight' is int8 already"):
         planned_output(packed, plan)
 
@@ -464,7 +470,7 @@ from pathlib import Path
 import torch
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.compression.apply import apply
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.model.opened import open_checkpoint
 
@@ -474,7 +480,7 @@ fingerprint = checkpoint.fingerprint
 torch.set_num_threads(1)
 torch.ones(4096).isfinite().all()
 plans = {
-    "prune": CompressionPlan("prune", fingerprint, blocks=(BlockPlan(tuple(range(0, 16, 2)), "ghost"),)),
+    "prune": CompressionPlan("prune", fingerprint, stages=(Experts((BlockPlan(tuple(range(0, 16, 2)), "ghost"),)),)),
     "nf4": plan_uniform(checkpoint, "nf4"),
     "int8": plan_uniform(checkpoint, "int8"),
 }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.computed import expert_map_bytes
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair
+from ditmoe_cli.compression.plan import BlockPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.config import BlockConfig, parse_expert_map
 from ditmoe_cli.model.opened import Checkpoint
@@ -56,8 +56,7 @@ def layout(
 ) -> BlockLayout:
     checkpoint = opened(source, where) if isinstance(source, Pico) else source
     block = BlockPlan(tuple(keep), router, **more)  # type: ignore[arg-type]
-    plan = CompressionPlan("prune", checkpoint.fingerprint, blocks=(block,), merging="m-smoe", repair=repair)
-    (found,) = block_layouts(checkpoint, plan)
+    (found,) = block_layouts(checkpoint, Experts((block,), "m-smoe", repair))
     return found
 
 
@@ -149,8 +148,7 @@ def test_rows_that_stay_select_what_became_of_what_they_selected(
     merged = tuple((e, data.draw(st.sampled_from(kept))) for e in others if data.draw(st.booleans()))
     dropped = [e for e in others if e not in dict(merged)]
     block = BlockPlan(tuple(kept), router, merged=merged, constants=constants)  # type: ignore[arg-type]
-    plan = CompressionPlan("merge", "", blocks=(block,), merging="m-smoe")
-    (found,) = block_layouts(Headers(tuple(selects)), plan)  # type: ignore[arg-type]
+    (found,) = block_layouts(Headers(tuple(selects)), Experts((block,), "m-smoe"))  # type: ignore[arg-type]
     assert found.rows == tuple(range(len(selects)))
     assert found.dropped == tuple(dropped)
     for old, new in zip(selects, found.selects, strict=True):
@@ -259,7 +257,6 @@ def test_only_the_blocks_that_are_computed_have_to_be_plain(tmp_path: Path) -> N
     two = make_pico(hidden=16, input_size=4, widths=((24,) * 3,) * 2)
     packed = quantised(opened(two, tmp_path), 8, tmp_path / "packed.safetensors")
     copied = BlockPlan((0, 1), "ghost")
-    plan = CompressionPlan("prune", packed.fingerprint, blocks=(copied, copied))
-    assert [found.rebuilt for found in block_layouts(packed, plan)] == [False, False]
+    assert [found.rebuilt for found in block_layouts(packed, Experts((copied, copied)))] == [False, False]
     with pytest.raises(BadInputError, match=r"blocks\.1\."):
-        block_layouts(packed, replace(plan, blocks=(copied, replace(copied, constants=True))))
+        block_layouts(packed, Experts((copied, replace(copied, constants=True))))

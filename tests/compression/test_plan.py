@@ -15,8 +15,12 @@ from ditmoe_cli.compression.plan import (
     STAGE_SCHEMA,
     BlockPlan,
     CompressionPlan,
-    Delta,
+    Differences,
+    Experts,
+    Formats,
+    PlanStage,
     Repair,
+    Rounding,
     parse_plan,
     plan_difference,
     read_plan,
@@ -58,28 +62,41 @@ repairs = st.builds(
     linear=st.booleans(),
     tokens=st.integers(0, 10**6),
 )
-deltas = st.builds(Delta, st.sampled_from(["svd", "ternary"]), st.floats(0, 1, exclude_min=True))
+roundings = st.builds(Rounding, tokens=st.integers(0, 10**6), smoothing=st.floats(0, 1))
+differences = st.builds(Differences, st.sampled_from(["svd", "ternary"]), st.floats(0, 1, exclude_min=True))
+experts = st.builds(
+    Experts,
+    blocks=st.lists(blocks(), max_size=4).map(tuple),
+    merging=st.none() | names,
+    repair=st.none() | repairs,
+)
+formats = st.builds(
+    Formats,
+    formats=st.dictionaries(names, st.sampled_from([*FORMATS, PIECES]), max_size=4),
+    rounding=st.none() | roundings,
+    ordering=st.sampled_from([None, "camera"]),
+)
 plans = st.builds(
     CompressionPlan,
     command=st.from_regex(r"[a-z-]+", fullmatch=True),
     source=names,
     profile=st.none() | names,
     options=st.dictionaries(names, json_values, max_size=4),
-    blocks=st.lists(blocks(), max_size=4).map(tuple),
-    formats=st.dictionaries(names, st.sampled_from([*FORMATS, PIECES]), max_size=4),
-    merging=st.none() | names,
-    repair=st.none() | repairs,
-    delta=st.none() | deltas,
-    ordering=st.sampled_from([None, "camera"]),
+    stages=st.tuples(  # a stage that does nothing leaves no trace in JSON
+        st.none() | experts.filter(lambda stage: stage != Experts()),
+        st.none() | differences,
+        st.none() | formats.filter(lambda stage: stage != Formats()),
+    ).map(lambda stages: tuple(stage for stage in stages if stage is not None)),
 )
 
+PRUNED = Experts((BlockPlan((0, 2), "ghost"), BlockPlan((1, 3), "slice")))
+QUANTISED = Formats({"blocks.0.attn.qkv.weight": "nf4"})
 EXAMPLE = CompressionPlan(
     command="prune",
     source="a" * 64,
     profile="b" * 64,
     options={"keep": "0.5"},
-    blocks=(BlockPlan((0, 2), "ghost"), BlockPlan((1, 3), "slice")),
-    formats={"blocks.0.attn.qkv.weight": "nf4"},
+    stages=(PRUNED, QUANTISED),
 )
 
 
@@ -98,7 +115,11 @@ def test_a_plan_survives_json_and_an_editor(plan: CompressionPlan) -> None:
 
 @given(plans)
 def test_the_digest_ignores_the_order_in_which_a_plan_was_put_together(plan: CompressionPlan) -> None:
-    shuffled = replace(plan, options=dict(reversed(plan.options.items())), formats=dict(reversed(plan.formats.items())))
+    stages = tuple(
+        replace(stage, formats=dict(reversed(stage.formats.items()))) if isinstance(stage, Formats) else stage
+        for stage in plan.stages
+    )
+    shuffled = replace(plan, options=dict(reversed(plan.options.items())), stages=stages)
     assert shuffled.digest == plan.digest
 
 
@@ -117,10 +138,10 @@ def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b:
         {"source": "c" * 64},
         {"profile": None},
         {"options": {}},
-        {"blocks": (BlockPlan((0, 2), "ghost"), BlockPlan((1, 2), "slice"))},
-        {"blocks": (BlockPlan((0, 2), "slice"), BlockPlan((1, 3), "slice"))},
+        {"stages": (Experts((BlockPlan((0, 2), "ghost"), BlockPlan((1, 2), "slice"))), QUANTISED)},
+        {"stages": (Experts((BlockPlan((0, 2), "slice"), BlockPlan((1, 3), "slice"))), QUANTISED)},
         *(
-            {"blocks": (EXAMPLE.blocks[0], replace(EXAMPLE.blocks[1], **change))}
+            {"stages": (Experts((PRUNED.blocks[0], replace(PRUNED.blocks[1], **change))), QUANTISED)}
             for change in (
                 {"merged": ((0, 1),)},
                 {"widths": (8, 16)},
@@ -129,11 +150,12 @@ def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b:
                 {"rank": 2},
             )
         ),
-        {"formats": {"blocks.0.attn.qkv.weight": "int8"}},
-        {"merging": "m-smoe"},
-        {"repair": Repair()},
-        {"delta": Delta("svd", 0.5)},
-        {"ordering": "camera"},
+        {"stages": (PRUNED, Formats({"blocks.0.attn.qkv.weight": "int8"}))},
+        {"stages": (replace(PRUNED, merging="m-smoe"), QUANTISED)},
+        {"stages": (replace(PRUNED, repair=Repair()), QUANTISED)},
+        {"stages": (PRUNED, Differences("svd", 0.5), QUANTISED)},
+        {"stages": (PRUNED, replace(QUANTISED, rounding=Rounding()))},
+        {"stages": (PRUNED, replace(QUANTISED, ordering="camera"))},
     ],
 )
 def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
@@ -146,8 +168,10 @@ def test_the_difference_names_what_differs_on_both_sides() -> None:
     other = replace(
         EXAMPLE,
         profile=None,
-        blocks=(BlockPlan((0, 2), "ghost"), BlockPlan((0, 1, 3), "ghost")),
-        formats={"blocks.1.attn.qkv.weight": "int8"},
+        stages=(
+            Experts((BlockPlan((0, 2), "ghost"), BlockPlan((0, 1, 3), "ghost"))),
+            Formats({"blocks.1.attn.qkv.weight": "int8"}),
+        ),
     )
     assert plan_difference(EXAMPLE, other) == [
         f"profile: {'b' * 64} | None",
@@ -155,7 +179,25 @@ def test_the_difference_names_what_differs_on_both_sides() -> None:
         "blocks.0.attn.qkv.weight: nf4 | unchanged",
         "blocks.1.attn.qkv.weight: unchanged | int8",
     ]
-    assert plan_difference(EXAMPLE, replace(EXAMPLE, blocks=EXAMPLE.blocks[:1])) == ["blocks: 2 | 1"]
+    shorter = replace(EXAMPLE, stages=(Experts(PRUNED.blocks[:1]), QUANTISED))
+    assert plan_difference(EXAMPLE, shorter) == ["blocks: 2 | 1"]
+    repaired = replace(EXAMPLE, stages=(replace(PRUNED, repair=Repair()), Differences("svd", 0.5), QUANTISED))
+    assert plan_difference(EXAMPLE, repaired) == [
+        f"repair: None | {asdict(Repair())}",
+        "delta: None | {'kind': 'svd', 'ratio': 0.5}",
+    ]
+
+
+@pytest.mark.parametrize("stages", [(QUANTISED, PRUNED), (PRUNED, PRUNED), (QUANTISED, Differences("svd", 0.5))])
+def test_stages_that_this_schema_has_no_place_for_are_refused(stages: tuple[PlanStage, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^ditmoe\.plan/1 holds experts, differences and formats, once each, in this"):
+        CompressionPlan("prune", "a" * 64, stages=stages)
+
+
+def test_a_plan_gives_its_stages_by_type() -> None:
+    assert EXAMPLE.stage(Experts) is PRUNED and EXAMPLE.stage(Formats) is QUANTISED
+    with pytest.raises(LookupError, match="Differences"):
+        EXAMPLE.stage(Differences)
 
 
 @pytest.mark.parametrize("field", ["command", "source", "profile", "options", "blocks", "formats"])
@@ -285,9 +327,10 @@ def test_an_ordering_that_is_none_is_refused(ordering: object) -> None:
 
 def test_plans_of_an_older_version_compute_nothing() -> None:
     document = EXAMPLE.to_json()
-    del document["merging"], document["repair"], document["delta"], document["ordering"]
+    for field in ("merging", "repair", "delta", "rounding", "ordering"):
+        del document[field]
     assert parse_plan(document, "old.json") == EXAMPLE
-    assert not EXAMPLE.rebuilds
+    assert not EXAMPLE.computes
 
 
 @pytest.mark.parametrize("fmt", [None, "NF4", "int4", "int7-g64", 4, ["nf4"]])

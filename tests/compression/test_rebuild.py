@@ -13,6 +13,7 @@ import torch
 from compressing import (
     EXPERT_OF,
     applied,
+    formats_of,
     network,
     opened,
     outputs,
@@ -29,9 +30,10 @@ from torch.testing import assert_close
 
 from ditmoe_cli.compression import rebuild as rebuilding
 from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA
-from ditmoe_cli.compression.apply import apply, planned_output
+from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, parse_plan
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, parse_plan
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.replay.states import calibration_states
 from ditmoe_cli.compression.replay.subsets import block_tokens, replay_error
@@ -71,7 +73,7 @@ def planned(
 ) -> CompressionPlan:
     """A plan of the blocks, the last one's for those that are not given; of any profile."""
     filled = (*blocks, *[blocks[-1]] * (checkpoint.config.depth - len(blocks)))
-    return CompressionPlan("prune", checkpoint.fingerprint, blocks=filled, merging=merging, repair=repair)
+    return CompressionPlan("prune", checkpoint.fingerprint, stages=(Experts(filled, merging, repair),))
 
 
 GHOST = BlockPlan((0, 2), "ghost")
@@ -113,8 +115,8 @@ def test_bytes_are_predicted_and_the_output_runs(
     done = apply(checkpoint, plan, output, profile=profile)
     files = [output.path] if output.path.is_file() else list(output.path.iterdir())
     assert done.bytes == expected.predicted_bytes(output) == sum(file.stat().st_size for file in files)
-    assert len(done.computed.repaired) == (2 if plan.repair else 0)
-    assert all(0 < error <= 1 for error in done.computed.repaired)
+    assert len(done.measured.refit_error) == (2 if plan.stage(Experts).repair else 0)
+    assert all(0 < error <= 1 for error in done.measured.refit_error)
     again = open_checkpoint(output.path)
     assert again.config == expected.config
     assert again.assumptions == again.warnings == ()
@@ -393,7 +395,7 @@ def test_what_was_compressed_before_is_refitted_too(options: Mapping[str, Any], 
     plain = applied(checkpoint, planned(checkpoint, block), tmp_path / "plain.safetensors")
     output = Output(tmp_path / "out.safetensors")
     done = apply(checkpoint, planned(checkpoint, block, repair=THOROUGH), output, profile=profile)
-    assert all(error < 1 for error in done.computed.repaired)
+    assert all(error < 1 for error in done.measured.refit_error)
     found = open_checkpoint(output.path)
     for name in ("gate.expert_of", "constants", "constants_up"):
         names = [f"blocks.{b}.moe.{name}" for b in (0, 1)]
@@ -521,9 +523,11 @@ def test_constants_where_nothing_is_dropped_are_none(made: Made, tmp_path: Path)
 
 def test_formats_of_weights_that_are_computed_are_refused(made: Made, temporary: Path) -> None:
     checkpoint, profile = made
-    formats = plan_uniform(checkpoint, "int8").formats
-    plan = replace(planned(checkpoint, GHOST, repair=REPAIR), formats=formats)
+    formats = formats_of(plan_uniform(checkpoint, "int8"))
+    pruned = planned(checkpoint, GHOST, repair=REPAIR)
+    plan = replace(pruned, stages=(*pruned.stages, Formats(formats)))
     assert "blocks.0.moe" in refused(checkpoint, plan, profile, temporary.parent)
     attention = {name: fmt for name, fmt in formats.items() if ".attn." in name}
-    found = applied(checkpoint, replace(plan, formats=attention), temporary.parent / "out.safetensors", profile)
+    plan = replace(plan, stages=(*pruned.stages, Formats(attention)))
+    found = applied(checkpoint, plan, temporary.parent / "out.safetensors", profile)
     assert {w.info.name for w in found.weights.values() if w.format} == set(attention)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compressing import blocks_of
 from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 from profiling import count_by_hand, no_bar, opened, reap_by_hand, trajectory
 
 from ditmoe_cli.compression.apply import apply
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts
 from ditmoe_cli.compression.prune.prune_methods import METHODS
 from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune
 from ditmoe_cli.diffusion.sampling import SampleSpec
@@ -44,7 +45,7 @@ class Family:
 
 def ghosted(checkpoint: Checkpoint, keep: tuple[int, ...], path: Path) -> Checkpoint:
     blocks = (BlockPlan(keep, "ghost"),) * checkpoint.config.depth
-    apply(checkpoint, CompressionPlan("prune", checkpoint.fingerprint, blocks=blocks), Output(path))
+    apply(checkpoint, CompressionPlan("prune", checkpoint.fingerprint, stages=(Experts(blocks),)), Output(path))
     return open_checkpoint(path)
 
 
@@ -87,7 +88,7 @@ def test_reap_from_a_profile_is_reap_by_hand(family: Family) -> None:
         assert found == pytest.approx(wanted, rel=1e-5)
     plan = plan_prune(family.original, family.profile, Pruning(Keep(count=2)))
     best = [tuple(sorted(block.topk(2).indices.tolist())) for block in expected]
-    assert [block.keep for block in plan.blocks] == best
+    assert [block.keep for block in blocks_of(plan)] == best
     assert plan.profile == family.profile.digest
 
 

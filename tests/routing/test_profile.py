@@ -112,7 +112,7 @@ from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.routing.profile import read_profile
 profile = read_profile(Path(sys.argv[1]))
 plan = plan_prune(open_checkpoint(sys.argv[2]), profile, Pruning(Keep(count=2)))
-print(profile.never_routed(), [len(block.keep) for block in plan.blocks], plan.profile == profile.digest)
+print(profile.never_routed(), [len(block.keep) for block in plan.stages[0].blocks], plan.profile == profile.digest)
 print(sorted({"torch", "numpy"} & sys.modules.keys()))
 """
     command = [sys.executable, "-c", script, made.profile.path, made.checkpoint.path]

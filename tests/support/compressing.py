@@ -12,7 +12,7 @@ from conftest import Pico
 from torch import Tensor, nn
 
 from ditmoe_cli.compression.apply import apply
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.writer import Output
@@ -45,7 +45,20 @@ def pruning(
     """Plan to keep given experts; `routers` is one mode, or one for each block."""
     modes = [routers] * len(keeps) if isinstance(routers, str) else routers
     blocks = tuple(BlockPlan(tuple(keep), mode) for keep, mode in zip(keeps, modes, strict=True))  # type: ignore[arg-type]
-    return CompressionPlan("prune", checkpoint.fingerprint, options={"method": "by hand"}, blocks=blocks)
+    return CompressionPlan("prune", checkpoint.fingerprint, options={"method": "by hand"}, stages=(Experts(blocks),))
+
+
+def quantising(checkpoint: Checkpoint, formats: Mapping[str, str]) -> CompressionPlan:
+    """Plan to round weights to the nearest values of formats."""
+    return CompressionPlan("quantize", checkpoint.fingerprint, stages=(Formats(formats),))
+
+
+def blocks_of(plan: CompressionPlan) -> tuple[BlockPlan, ...]:
+    return plan.stage(Experts).blocks
+
+
+def formats_of(plan: CompressionPlan) -> Mapping[str, str]:
+    return plan.stage(Formats).formats
 
 
 def applied(

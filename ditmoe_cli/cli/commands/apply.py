@@ -67,6 +67,6 @@ def run(
     if dry_run:
         return preview(job, wanted)
     named = Means(profile, device).profile_for(stage)
-    used = read_profile(named) if named and wanted.rebuilds else None
+    used = read_profile(named) if named and wanted.computes else None
     place = checked_device(device)
     return write(job, wanted, used, lambda: place)

@@ -121,7 +121,7 @@ def parse_merging(groups: str | None, method: str, router: str, refit: bool, tok
 def parse_delta(kind: str | None, ratio: float | None, groups: str | None) -> Differencing | None:
     """Return how to store differences, None where that is not asked for. Raises `UsageError`."""
     from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS, Differencing
-    from ditmoe_cli.compression.plan import Delta
+    from ditmoe_cli.compression.plan import Differences
 
     if kind is None:
         if ratio is not None:
@@ -135,4 +135,4 @@ def parse_delta(kind: str | None, ratio: float | None, groups: str | None) -> Di
     chosen = DEFAULT_RATIOS[known] if ratio is None else ratio
     if not 0.0 < chosen <= 1.0:
         raise UsageError(f"--delta-ratio {chosen}: give a number above 0 and at most 1.0")
-    return Differencing(Delta(known, chosen))
+    return Differencing(Differences(known, chosen))

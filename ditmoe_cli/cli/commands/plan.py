@@ -13,7 +13,7 @@ from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
 
 if TYPE_CHECKING:
-    from ditmoe_cli.compression.plan import CompressionPlan
+    from ditmoe_cli.compression.plan import CompressionPlan, PlanStage
 
 PlanArg = Annotated[Path, typer.Argument(metavar="FILE", help="A plan, or the output of a planner's --dry-run.")]
 OtherArg = Annotated[
@@ -39,16 +39,27 @@ def run(file: PlanArg, other: OtherArg = None, json: Json = False) -> None:
 
 def rows(plan: CompressionPlan) -> list[Row]:
     """Return a plan as a table."""
-    from ditmoe_cli.formats.weights import format_label
-
-    formats = Counter(map(format_label, plan.formats.values()))
     return [
         ("command", plan.command),
         ("for checkpoint", plan.source),
         ("by profile", plan.profile or "none"),
         ("options", ", ".join(f"{name} {value}" for name, value in plan.options.items()) or "none"),
-        *((f"block {i}", f"{b.router}, keeps {' '.join(map(str, b.keep))}") for i, b in enumerate(plan.blocks)),
-        *([("orders neurons", f"by {plan.ordering}")] if plan.ordering else []),
-        *([("differences", f"{plan.delta.kind} {plan.delta.ratio:g}")] if plan.delta else []),
-        *(("quantises", f"{count} weights to {fmt}") for fmt, count in sorted(formats.items())),
+        *(row for stage in plan.stages for row in _stage_rows(stage)),
     ]
+
+
+def _stage_rows(stage: PlanStage) -> list[Row]:
+    """Return a stage of a plan as rows of its table."""
+    from ditmoe_cli.compression.plan import Differences, Experts, Formats
+    from ditmoe_cli.formats.weights import format_label
+
+    match stage:
+        case Experts():
+            blocks = enumerate(stage.blocks)
+            return [(f"block {i}", f"{b.router}, keeps {' '.join(map(str, b.keep))}") for i, b in blocks]
+        case Differences():
+            return [("differences", f"{stage.kind} {stage.ratio:g}")]
+        case Formats():
+            counts = sorted(Counter(map(format_label, stage.formats.values())).items())
+            orders: list[Row] = [("orders neurons", f"by {stage.ordering}")] if stage.ordering else []
+            return orders + [("quantises", f"{count} weights to {fmt}") for fmt, count in counts]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
-from ditmoe_cli.compression.plan import CompressionPlan, Delta
+from ditmoe_cli.compression.plan import CompressionPlan, Differences
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.formats.weights import DeltaFormat
 from ditmoe_cli.model.opened import Checkpoint
@@ -21,46 +21,46 @@ DEFAULT_RATIOS: Mapping[DeltaFormat, float] = {"svd": 0.25, "ternary": 0.5}
 class Differencing(Planner):
     """The planner that keeps every expert, stored as a difference from its block's base."""
 
-    delta: Delta
+    stage: Differences
     command: ClassVar[str] = "merge"
     needs_profile: ClassVar[bool] = True
 
     @property
     def label(self) -> str:
         """The ending of the default output's name."""
-        return f"merge-{self.delta.kind}{self.delta.ratio:g}"
+        return f"merge-{self.stage.kind}{self.stage.ratio:g}"
 
     def check(self, work: Work) -> None:
         """Refuse experts that cannot share a base, and ratios that leave nothing; see `delta_tensors`."""
-        delta_tensors(work.checkpoint, self.delta)
+        delta_tensors(work.checkpoint, self.stage)
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan; see `plan_delta`."""
-        return plan_delta(work.checkpoint, self.delta, profile)
+        return plan_delta(work.checkpoint, self.stage, profile)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Return the plan without its profile."""
-        return plan_delta(checkpoint, self.delta, None)
+        return plan_delta(checkpoint, self.stage, None)
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
         """Return how experts are stored."""
         del checkpoint, plan
-        return {"delta": asdict(self.delta)}
+        return {"delta": asdict(self.stage)}
 
 
-def plan_delta(checkpoint: Checkpoint, delta: Delta, profile: RoutingProfile | None) -> CompressionPlan:
+def plan_delta(checkpoint: Checkpoint, stage: Differences, profile: RoutingProfile | None) -> CompressionPlan:
     """Plan to store every block's experts as one base and differences; without a profile the plan is undecided.
 
     The profile tells how often experts are selected, and on which tokens, when the plan is carried out. Raises what
     `delta_tensors` raises, and `BadInputError` for a profile of another checkpoint.
     """
-    delta_tensors(checkpoint, delta)
+    delta_tensors(checkpoint, stage)
     if profile is not None:
         require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     return CompressionPlan(
         command="merge",
         source=checkpoint.fingerprint,
         profile=profile.digest if profile else None,
-        options={"delta": delta.kind, "ratio": delta.ratio} if profile else {"undecided": True},
-        delta=delta,
+        options={"delta": stage.kind, "ratio": stage.ratio} if profile else {"undecided": True},
+        stages=(stage,),
     )

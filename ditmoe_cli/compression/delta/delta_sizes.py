@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ditmoe_cli.compression.plan import Delta
+from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES, in_expert
@@ -25,17 +25,17 @@ def rank_of_ratio(rows: int, columns: int, ratio: float) -> int:
     return math.floor(ratio * rows * columns / (rows + columns) + 1e-9)
 
 
-def delta_tensors(checkpoint: Checkpoint, delta: Delta) -> list[TensorInfo]:
+def delta_tensors(checkpoint: Checkpoint, stage: Differences) -> list[TensorInfo]:
     """Return the tensors that store all blocks' experts as bases and differences, known from headers.
 
     Raises `BadInputError` where experts are packed already or those of a block differ in shape or dtype, and
     `InfeasibleError` for a ratio that leaves rank 0.
     """
     matrices = itertools.product(range(checkpoint.config.depth), MATRICES)
-    return [info for block, matrix in matrices for info in _matrix_tensors(checkpoint, delta, block, matrix)]
+    return [info for block, matrix in matrices for info in _matrix_tensors(checkpoint, stage, block, matrix)]
 
 
-def _matrix_tensors(checkpoint: Checkpoint, delta: Delta, block: int, matrix: str) -> Iterator[TensorInfo]:
+def _matrix_tensors(checkpoint: Checkpoint, stage: Differences, block: int, matrix: str) -> Iterator[TensorInfo]:
     """Yield the base of one matrix of a block's experts, and each expert's difference from it."""
     count = len(checkpoint.config.blocks[block].expert_widths)
     first, *others = (_plain(checkpoint, in_expert(block, e, f"{matrix}.weight")) for e in range(count))
@@ -45,10 +45,10 @@ def _matrix_tensors(checkpoint: Checkpoint, delta: Delta, block: int, matrix: st
                 f"{checkpoint.path}: {other.name!r} is {other.dtype} {list(other.shape)}, but {first.name!r} is "
                 f"{first.dtype} {list(first.shape)}; only experts of one shape and dtype can share a base"
             )
-    rank = _rank(first, delta)
+    rank = _rank(first, stage)
     yield replace(first, name=base_name(first.name))
     for info in (first, *others):
-        yield from difference_members(info, delta.kind, rank)
+        yield from difference_members(info, stage.kind, rank)
 
 
 def _plain(checkpoint: Checkpoint, name: str) -> TensorInfo:
@@ -61,14 +61,14 @@ def _plain(checkpoint: Checkpoint, name: str) -> TensorInfo:
     return weight.info
 
 
-def _rank(info: TensorInfo, delta: Delta) -> int:
-    if delta.kind != "svd":
+def _rank(info: TensorInfo, stage: Differences) -> int:
+    if stage.kind != "svd":
         return 0
     rows, columns = info.shape
-    rank = rank_of_ratio(rows, columns, delta.ratio)
+    rank = rank_of_ratio(rows, columns, stage.ratio)
     if not rank:
         least = math.ceil(1000 * (rows + columns) / (rows * columns)) / 1000
         raise InfeasibleError(
-            f"a ratio of {delta.ratio:g} leaves rank 0 for {info.name!r} {list(info.shape)}; give at least {least:g}"
+            f"a ratio of {stage.ratio:g} leaves rank 0 for {info.name!r} {list(info.shape)}; give at least {least:g}"
         )
     return rank

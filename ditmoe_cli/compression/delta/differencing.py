@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ditmoe_cli.compression.algebra.matching import matchings
 from ditmoe_cli.compression.algebra.truncated_svd import truncated
-from ditmoe_cli.compression.computed import Spool, as_stored
+from ditmoe_cli.compression.computed import Computing, as_stored
 from ditmoe_cli.compression.delta.compeft import ternary
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors, rank_of_ratio
 from ditmoe_cli.compression.delta.expert_base import base_of, differences
 from ditmoe_cli.compression.new_mixture import expert_weights, named
-from ditmoe_cli.compression.plan import Delta
+from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens
 from ditmoe_cli.files.names import BASE, in_block
 from ditmoe_cli.files.reader import torch_dtype
@@ -26,40 +26,38 @@ from ditmoe_cli.formats.differences import pack_ternary
 from ditmoe_cli.model.expert_weights import ExpertWeights
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 Covariances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def encode(
-    checkpoint: Checkpoint, delta: Delta, profile: RoutingProfile, spool: Spool, device: str, bar: ProgressBar
-) -> None:
-    """Compute every block's base and differences into `spool`.
+def encode(computing: Computing, stage: Differences) -> None:
+    """Compute every block's base and differences into the spool.
 
     Factors of ``svd`` are the nearest on the tokens that the profile keeps; of a profile without tokens, the nearest in
     all directions alike. Raises what `delta_tensors` raises, and `BadInputError` for a profile of another checkpoint
     and where weights overflow their dtype.
     """
+    checkpoint, profile = computing.checkpoint, computing.profile
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
-    dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, delta)}
-    model = OffloadedDiTMoE(checkpoint, torch.device(device))
+    dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, stage)}
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     title = f"taking the differences of {checkpoint.path.name}"
-    with torch.inference_mode(), resident_blocks(model, bar, title) as blocks:
+    with torch.inference_mode(), resident_blocks(model, computing.bar, title) as blocks:
         for index, block in blocks:
-            encoded = _encoded(block.moe, index, delta, profile, dtypes)
-            spool.write(index, {name: as_stored(checkpoint, name, tensor, dtypes[name]) for name, tensor in encoded})
+            encoded = _encoded(block.moe, index, stage, profile, dtypes)
+            stored = {name: as_stored(checkpoint, name, tensor, dtypes[name]) for name, tensor in encoded}
+            computing.spool.write(index, stored)
 
 
 def _encoded(
-    moe: SparseMoE, index: int, delta: Delta, profile: RoutingProfile, dtypes: Mapping[str, torch.dtype]
+    moe: SparseMoE, index: int, stage: Differences, profile: RoutingProfile, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that store a block's experts, by name, before they are rounded."""
     experts = [expert_weights(expert) for expert in moe.experts]
     selected = profile.block_tensor("selected", index)[..., : len(experts)].sum(dim=(0, 1)).tolist()
-    tokens = _tokens(profile, index) if delta.kind == "svd" else None
+    tokens = _tokens(profile, index) if stage.kind == "svd" else None
     orders = matchings(experts, selected)
     bases = named(in_block(index, BASE), base_of(experts, selected, orders))
     yield from bases.items()
@@ -69,16 +67,16 @@ def _encoded(
         covariances = _covariances(moe, e, order, tokens) if tokens else (None, None, None)
         matrices = named(in_block(index, f"moe.experts.{e}"), difference)
         for (name, matrix), covariance in zip(matrices.items(), covariances, strict=True):
-            yield from _packed(name, matrix, delta, covariance).items()
+            yield from _packed(name, matrix, stage, covariance).items()
 
 
-def _packed(name: str, difference: Tensor, delta: Delta, covariance: Tensor | None) -> dict[str, Tensor]:
+def _packed(name: str, difference: Tensor, stage: Differences, covariance: Tensor | None) -> dict[str, Tensor]:
     """Return what stores a difference (m, n) from the base; `covariance` (n, n) is of its inputs."""
-    if delta.kind == "svd":
+    if stage.kind == "svd":
         rows, columns = difference.shape
-        factors = truncated(difference, rank_of_ratio(rows, columns, delta.ratio), covariance)
+        factors = truncated(difference, rank_of_ratio(rows, columns, stage.ratio), covariance)
         return {f"{name}.delta_left": factors.left, f"{name}.delta_right": factors.right}
-    found = ternary(difference, delta.ratio)
+    found = ternary(difference, stage.ratio)
     return {f"{name}.delta_ternary": pack_ternary(found.codes), f"{name}.delta_scale": torch.tensor(found.scale)}
 
 

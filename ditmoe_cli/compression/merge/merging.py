@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.compression.merge.merge_methods import METHODS
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.prune.pruning import Keep
 from ditmoe_cli.errors import BadInputError, InfeasibleError
@@ -52,13 +52,15 @@ class Merging(Planner):
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
         """Return how many experts there were, and which are merged, the one that gives its place first."""
+        experts = plan.stage(Experts)
         groups = [
-            [[lead, *(e for e, into in block.merged if into == lead)] for lead in block.keep] for block in plan.blocks
+            [[lead, *(e for e, into in block.merged if into == lead)] for lead in block.keep]
+            for block in experts.blocks
         ]
         return {
             "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
             "groups": groups,
-            "method": plan.merging,
+            "method": experts.merging,
             "router": plan.options["router"],
         }
 
@@ -135,9 +137,7 @@ def _plan(
         source=checkpoint.fingerprint,
         profile=profile,
         options=options,
-        blocks=tuple(blocks),
-        merging=merging.method,
-        repair=merging.repair,
+        stages=(Experts(tuple(blocks), merging.method, merging.repair),),
     )
 
 

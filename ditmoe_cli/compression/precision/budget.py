@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ditmoe_cli.compression.apply import planned_output
-from ditmoe_cli.compression.plan import CompressionPlan, Ordering, Rounding
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import CompressionPlan, Formats, Ordering, Rounding
 from ditmoe_cli.compression.precision.candidates import Candidates, ties
 from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve
 from ditmoe_cli.compression.precision.uniform import INTEGER_BITS, uniform_formats
@@ -27,7 +27,7 @@ _ROUNDS = 8  # in which the budget of the weights is adjusted to that of the fil
 
 T = TypeVar("T")
 Errors = Mapping[str, Mapping[str, float]]
-Formats = Mapping[str, Sequence[str | None]]
+Offered = Mapping[str, Sequence[str | None]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _uniform_bytes(checkpoint: Checkpoint, bits: int, candidates: Candidates, ou
 
 def file_bytes(checkpoint: Checkpoint, formats: Mapping[str, str], output: Output) -> int:
     """Return the bytes of the file in which weights have `formats`, and the rest is left as it is."""
-    plan = CompressionPlan("quantize", checkpoint.fingerprint, formats=formats)
+    plan = CompressionPlan("quantize", checkpoint.fingerprint, stages=(Formats(formats),))
     return planned_output(checkpoint, plan).predicted_bytes(output)
 
 
@@ -76,7 +76,7 @@ def file_bytes(checkpoint: Checkpoint, formats: Mapping[str, str], output: Outpu
 class Choice:
     """What a method chose: formats by weight, without those left as they are, and their error where it was tried.
 
-    `ordering` is how neurons are put in order first (`CompressionPlan.ordering`).
+    `ordering` is how neurons are put in order first (`Formats.ordering` of the plan).
     """
 
     formats: Mapping[str, str]
@@ -104,7 +104,7 @@ class Mix(Choice):
 
 
 def solve_mix(
-    checkpoint: Checkpoint, errors: Errors, formats: Formats, candidates: Candidates, limit: int, output: Output
+    checkpoint: Checkpoint, errors: Errors, formats: Offered, candidates: Candidates, limit: int, output: Output
 ) -> Mix:
     """Choose a format for every weight in `formats` so that the file takes at most `limit` bytes.
 
@@ -137,7 +137,7 @@ def fitted(budget: int, limit: int, choose: Callable[[int], T], size: Callable[[
     raise InfeasibleError(f"no mix of formats was found that fits {limit:,} bytes; give more")
 
 
-def check_budget(checkpoint: Checkpoint, formats: Formats, candidates: Candidates, limit: int, output: Output) -> int:
+def check_budget(checkpoint: Checkpoint, formats: Offered, candidates: Candidates, limit: int, output: Output) -> int:
     """Return the bytes of the file with the narrowest formats. Raises `InfeasibleError` where that is above `limit`."""
     nothing = {name: dict.fromkeys(filter(None, fmts), 0.0) for name, fmts in formats.items()}
     groups = decisions(checkpoint, nothing, formats, candidates)
@@ -152,7 +152,7 @@ def _narrowest(groups: Sequence[Group]) -> list[int]:
     return [each.index(min(each)) for each in sizes]
 
 
-def decisions(checkpoint: Checkpoint, errors: Errors, formats: Formats, candidates: Candidates) -> list[Group]:
+def decisions(checkpoint: Checkpoint, errors: Errors, formats: Offered, candidates: Candidates) -> list[Group]:
     """Return the decisions of the program: a weight each, or those that are tied together."""
     decided = ties(list(formats), candidates.tied)
     members: dict[str, list[str]] = {}
@@ -181,7 +181,7 @@ def weight_bytes(checkpoint: Checkpoint, name: str, fmt: str | None) -> int:
     return info.nbytes if fmt is None else sum(member.nbytes for member in quantized_members(info, fmt))
 
 
-def _chosen(groups: Sequence[Group], choice: Sequence[int], formats: Formats, candidates: Candidates) -> dict[str, str]:
+def _chosen(groups: Sequence[Group], choice: Sequence[int], formats: Offered, candidates: Candidates) -> dict[str, str]:
     """Return the format of each weight that gets one."""
     of_decision = {g.name: g.options[i].format for g, i in zip(groups, choice, strict=True)}
     decided = ties(list(formats), candidates.tied)
@@ -197,7 +197,5 @@ def plan_mixed(
         checkpoint.fingerprint,
         profile,
         {**options, **choice.found},
-        formats=choice.formats,
-        rounding=rounding,
-        ordering=choice.ordering,
+        stages=(Formats(choice.formats, rounding, choice.ordering),),
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ditmoe_cli.compression.plan import CompressionPlan, Formats
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.formats.weights import format_label, is_quantizable
@@ -111,7 +112,8 @@ def ties(names: Sequence[str], tied: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def format_counts(formats: Mapping[str, str]) -> dict[str, Any]:
+def format_counts(plan: CompressionPlan) -> dict[str, Any]:
     """Return how many weights get a format, and how many of them each format, for a command's result."""
+    formats = plan.stage(Formats).formats
     counts = Counter(map(format_label, formats.values()))
     return {"weights": len(formats), "formats": dict(sorted(counts.items()))}

@@ -72,7 +72,7 @@ class MixedPrecision(Planner):
         """Return how many weights get each format, and the errors that are expected."""
         del checkpoint
         names = ("method", "predicted_error", "tried_error", "gap", "solver")
-        return {**format_counts(plan.formats), **{name: plan.options[name] for name in names if name in plan.options}}
+        return {**format_counts(plan), **{name: plan.options[name] for name in names if name in plan.options}}
 
     def _limit(self, work: Work) -> int:
         """Return the bytes that the file may take."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ditmoe_cli.compression.plan import CompressionPlan, Rounding
+from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.precision.candidates import (
     DEFAULT_GROUP_SIZE,
@@ -59,7 +59,7 @@ class UniformPrecision(Planner):
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
         """Return how many weights get the format."""
         del checkpoint
-        return format_counts(plan.formats)
+        return format_counts(plan)
 
 
 def format_named(kind: str | None, bits: float | None, group_size: int, symmetric: bool, double: bool) -> str:
@@ -115,4 +115,4 @@ def plan_uniform(
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be stored as {fmt}")
     options = {"format": fmt, **({"rounding": rounding.method} if rounding else {})}
     source = checkpoint.fingerprint
-    return CompressionPlan("quantize", source, profile, options, formats=formats, rounding=rounding)
+    return CompressionPlan("quantize", source, profile, options, (Formats(formats, rounding),))

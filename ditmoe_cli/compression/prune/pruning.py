@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair, RouterMode
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.prune.prune_methods import DEFAULT_METHOD, METHODS, REPLAYED
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
@@ -157,11 +157,12 @@ class Pruning(Planner):
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
         """Return how many experts there were, and which stay, how wide."""
-        narrows = any(block.widths for block in plan.blocks)
+        blocks = plan.stage(Experts).blocks
+        narrows = any(block.widths for block in blocks)
         return {
             "experts_before": [len(block.expert_widths) for block in checkpoint.config.blocks],
-            "kept": [list(block.keep) for block in plan.blocks],
-            **({"widths": [list(block.widths) for block in plan.blocks]} if narrows else {}),
+            "kept": [list(block.keep) for block in blocks],
+            **({"widths": [list(block.widths) for block in blocks]} if narrows else {}),
             **{name: plan.options[name] for name in ("method", "router")},
         }
 
@@ -237,8 +238,7 @@ def _plan(
         source=checkpoint.fingerprint,
         profile=profile.digest if profile else None,
         options=pruning.options(),
-        blocks=tuple(blocks),
-        repair=pruning.repair,
+        stages=(Experts(tuple(blocks), repair=pruning.repair),),
     )
 
 
@@ -295,7 +295,7 @@ def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
     keeps = [tuple(range(count)) for count in counts]
     blocks = tuple(_block_plan(checkpoint, pruning, i, keep, pruning.router) for i, keep in enumerate(keeps))
     return CompressionPlan(
-        "prune", checkpoint.fingerprint, options={"undecided": True}, blocks=blocks, repair=pruning.repair
+        "prune", checkpoint.fingerprint, options={"undecided": True}, stages=(Experts(blocks, repair=pruning.repair),)
     )
 
 

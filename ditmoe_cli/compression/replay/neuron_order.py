@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, energies
-from ditmoe_cli.compression.computed import Spool
-from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.computed import Computing
+from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.compression.replay.ordered import expert_stem, has_pieces, is_ordered
 from ditmoe_cli.compression.replay.visit import visit_blocks
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
@@ -93,13 +93,12 @@ def orders_of(energies: Sequence[Energies], formats: Mapping[str, str]) -> list[
     ]
 
 
-def planned_orders(
-    checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, device: str, bar: ProgressBar
-) -> list[dict[str, Tensor]]:
-    """Return, for each block, the orders that a plan gives to its experts; empty where it has none."""
-    if plan.ordering is None:
-        return [{} for _ in range(checkpoint.config.depth)]
-    return orders_of(neuron_energies(checkpoint, profile, device, bar), plan.formats)
+def planned_orders(computing: Computing, stage: Formats) -> list[dict[str, Tensor]]:
+    """Return, for each block, the orders that a stage gives to its experts; empty where it has none."""
+    if stage.ordering is None:
+        return [{} for _ in range(computing.checkpoint.config.depth)]
+    energies = neuron_energies(computing.checkpoint, computing.profile, computing.device, computing.bar)
+    return orders_of(energies, stage.formats)
 
 
 def reorder(block: Block, index: int, orders: Orders) -> None:
@@ -117,34 +116,33 @@ def in_order(weight: Tensor, name: str, order: Tensor) -> Tensor:
     return weight.index_select(neuron_axis(name), order.to(weight.device))
 
 
-def unrounded(checkpoint: Checkpoint, plan: CompressionPlan, index: int, orders: Orders) -> dict[str, Tensor]:
+def unrounded(checkpoint: Checkpoint, stage: Formats, index: int, orders: Orders) -> dict[str, Tensor]:
     """Return the reordered matrices of a block that keep their dtype, for they get no format."""
     return {
         name: in_order(checkpoint.finite_tensor(name), name, order)
-        for name, order in _ordered(checkpoint, plan, index, orders)
-        if name not in plan.formats
+        for name, order in _ordered(checkpoint, stage, index, orders)
+        if name not in stage.formats
     }
 
 
-def _ordered(checkpoint: Checkpoint, plan: CompressionPlan, index: int, orders: Orders) -> Iterator[tuple[str, Tensor]]:
+def _ordered(checkpoint: Checkpoint, stage: Formats, index: int, orders: Orders) -> Iterator[tuple[str, Tensor]]:
     """Yield the matrices of a block that are reordered, and how."""
     for name in checkpoint.weights:
-        if split_name(name).block == index and is_ordered(plan, name):
+        if split_name(name).block == index and is_ordered(stage, name):
             yield name, orders[expert_stem(name) or ""]
 
 
-def encode_ordered(
-    checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, spool: Spool, device: str, bar: ProgressBar
-) -> None:
-    """Put experts' neurons in order and round their matrices to the nearest values, into `spool`.
+def encode_ordered(computing: Computing, stage: Formats) -> None:
+    """Put experts' neurons in order and round their matrices to the nearest values, into the spool.
 
     Raises `BadInputError` for a profile without states, and for values that are not finite.
     """
-    orders = planned_orders(checkpoint, plan, profile, device, bar)
+    checkpoint = computing.checkpoint
+    orders = planned_orders(computing, stage)
     for index, mine in enumerate(orders):
-        members = unrounded(checkpoint, plan, index, mine)
-        for name, order in _ordered(checkpoint, plan, index, mine):
-            if name in plan.formats:
+        members = unrounded(checkpoint, stage, index, mine)
+        for name, order in _ordered(checkpoint, stage, index, mine):
+            if name in stage.formats:
                 weight = in_order(checkpoint.finite_tensor(name), name, order)
-                members |= pack(weight, checkpoint.weights[name].info, plan.formats[name])
-        spool.write(index, members)
+                members |= pack(weight, checkpoint.weights[name].info, stage.formats[name])
+        computing.spool.write(index, members)

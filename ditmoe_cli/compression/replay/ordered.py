@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.files.names import MATRICES, SHARED, split_name
 from ditmoe_cli.formats.weights import parse_pieces
 
@@ -23,7 +23,7 @@ def has_pieces(formats: Mapping[str, str], stem: str) -> bool:
     return any(fmt is not None and parse_pieces(fmt) is not None for fmt in mine)
 
 
-def is_ordered(plan: CompressionPlan, name: str) -> bool:
+def is_ordered(stage: Formats, name: str) -> bool:
     """Tell whether a weight's neurons are reordered: those of all matrices of an expert of which one is in pieces."""
-    stem = expert_stem(name) if plan.ordering is not None else None
-    return stem is not None and has_pieces(plan.formats, stem)
+    stem = expert_stem(name) if stage.ordering is not None else None
+    return stem is not None and has_pieces(stage.formats, stem)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.compression.computed import Spool, as_stored
-from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.computed import Computing, as_stored
+from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.compression.replay.guided import conditions, relative_error
 from ditmoe_cli.compression.replay.neuron_order import planned_orders, reorder, unrounded
 from ditmoe_cli.compression.replay.rounded_layers import linear, rounded
@@ -37,7 +37,6 @@ from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
@@ -59,33 +58,32 @@ class Encoded:
     agreement: tuple[float, ...]
 
 
-def encode(
-    checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, spool: Spool, device: str, bar: ProgressBar
-) -> Encoded:
-    """Round the weights of all blocks that have formats into `spool`.
+def encode(computing: Computing, stage: Formats) -> Encoded:
+    """Round the weights of all blocks that have formats into the spool.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
+    checkpoint, profile = computing.checkpoint, computing.profile
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
-    model = OffloadedDiTMoE(checkpoint, torch.device(device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     spec = profiled_spec(profile.calibration, checkpoint)
-    states = calibration_states(profile, spec, _wanted(checkpoint, plan))
-    outside = {model.linear(n): fmt for n, fmt in plan.formats.items() if split_name(n).block is None}
-    orders = planned_orders(checkpoint, plan, profile, device, bar)
+    states = calibration_states(profile, spec, _wanted(checkpoint, stage))
+    outside = {model.linear(n): fmt for n, fmt in stage.formats.items() if split_name(n).block is None}
+    orders = planned_orders(computing, stage)
     agreement = []
-    with torch.inference_mode(), resident_blocks(model, bar, f"rounding {checkpoint.path.name}") as blocks:
+    with torch.inference_mode(), resident_blocks(model, computing.bar, f"rounding {checkpoint.path.name}") as blocks:
         teacher = Stream(model, states)
         with rounded(outside):
             student = Stream(model, states)
         for index, block in blocks:
-            formats = {n: fmt for n, fmt in plan.formats.items() if split_name(n).block == index}
+            formats = {n: fmt for n, fmt in stage.formats.items() if split_name(n).block == index}
             seen = teacher.attend(block)
             chosen = block.moe.gate(seen.inputs.flatten(0, 1)).rows
             teacher.advance(seen, block.moe)
             del seen
             reorder(block, index, orders[index])
-            members = unrounded(checkpoint, plan, index, orders[index])
-            members |= _smoothed(checkpoint, plan, profile, index, block)
+            members = unrounded(checkpoint, stage, index, orders[index])
+            members |= _smoothed(checkpoint, stage, profile, index, block)
             rounding = _BlockRounding(checkpoint, index, block, student)
             members |= rounding.before_mixture(formats)
             seen = student.attend(block)
@@ -93,7 +91,7 @@ def encode(
             agreement.append(_agreement(chosen, block.moe.gate(seen.inputs.flatten(0, 1)).rows))
             student.advance(seen, block.moe)
             del seen
-            spool.write(index, members)
+            computing.spool.write(index, members)
         probe = conditions(model, states, spec)
         wanted = probe.predicted(model, teacher.x, teacher.c)
         with rounded(outside):
@@ -103,26 +101,26 @@ def encode(
 
 
 def _smoothed(
-    checkpoint: Checkpoint, plan: CompressionPlan, profile: RoutingProfile, index: int, block: Block
+    checkpoint: Checkpoint, stage: Formats, profile: RoutingProfile, index: int, block: Block
 ) -> dict[str, Tensor]:
     """Smooth a block's inputs in place, where that is asked for; return what of it is written as plain weights."""
-    names = smoothed_names(checkpoint, plan, index)
+    names = smoothed_names(checkpoint, stage, index)
     if not names:
         return {}
     if "input.max" not in profile.header.tensors:
         raise BadInputError(f"{profile.path}: the profile has no 'input.max'; profile again without --fast")
-    assert plan.rounding is not None
+    assert stage.rounding is not None
     largest = profile.block_tensor("input.max", index).to(block.moe.gate.weight.device)
-    smooth_inputs(block, block_scales(block, largest, plan.rounding.smoothing))
+    smooth_inputs(block, block_scales(block, largest, stage.rounding.smoothing))
     tensors = {in_block(index, name): tensor for name, tensor in block.state_dict().items()}
     dtypes = {name: torch_dtype(checkpoint.weights[name].info.dtype) for name in names}
     return {name: as_stored(checkpoint, name, tensors[name], dtypes[name]) for name in names}
 
 
-def _wanted(checkpoint: Checkpoint, plan: CompressionPlan) -> int:
+def _wanted(checkpoint: Checkpoint, stage: Formats) -> int:
     """Return how many states to fit on: enough tokens for the number of inputs of the widest layer."""
-    inputs = max((checkpoint.weights[name].info.shape[1] for name in plan.formats), default=1)
-    asked = plan.rounding.tokens if plan.rounding else 0
+    inputs = max((checkpoint.weights[name].info.shape[1] for name in stage.formats), default=1)
+    asked = stage.rounding.tokens if stage.rounding else 0
     tokens = asked or min(max(TOKENS_PER_INPUT * inputs, FEWEST_TOKENS), MOST_TOKENS)
     return max(tokens // checkpoint.config.num_patches, 16)
 

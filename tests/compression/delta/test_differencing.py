@@ -14,16 +14,37 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import folder, network, opened, outputs, pruning, quantised, state, stored
+from compressing import (
+    blocks_of,
+    folder,
+    formats_of,
+    network,
+    opened,
+    outputs,
+    pruning,
+    quantised,
+    quantising,
+    state,
+    stored,
+)
 from conftest import REPOSITORY, Pico, make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditmoe_cli.compression.apply import apply, planned_output
+from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.delta.delta_plan import plan_delta
-from ditmoe_cli.compression.plan import CompressionPlan, Delta, Repair, parse_plan, plan_difference
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import (
+    CompressionPlan,
+    Differences,
+    Experts,
+    Formats,
+    Repair,
+    parse_plan,
+    plan_difference,
+)
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.replay.subsets import block_tokens, replay_error
 from ditmoe_cli.diffusion.sampling import SampleSpec
@@ -77,7 +98,9 @@ def profile_of(checkpoint: Checkpoint, *, fast: bool = False) -> RoutingProfile:
     return found
 
 
-def encoded(checkpoint: Checkpoint, delta: Delta, path: Path, profile: RoutingProfile | None = None) -> Checkpoint:
+def encoded(
+    checkpoint: Checkpoint, delta: Differences, path: Path, profile: RoutingProfile | None = None
+) -> Checkpoint:
     """The checkpoint with its experts stored as differences."""
     used = profile or profile_of(checkpoint)
     apply(checkpoint, plan_delta(checkpoint, delta, used), Output(path), profile=used)
@@ -128,9 +151,9 @@ def test_bytes_are_predicted_to_the_last_one(
     with folder() as where:
         checkpoint = opened(pico, where)
         profile = profile_of(checkpoint, fast=True)
-        plan = plan_delta(checkpoint, Delta(kind, ratio), profile)
+        plan = plan_delta(checkpoint, Differences(kind, ratio), profile)
         if attention:
-            plan = replace(plan, formats={"blocks.0.attn.qkv.weight": "nf4"})
+            plan = replace(plan, stages=(*plan.stages, Formats({"blocks.0.attn.qkv.weight": "nf4"})))
         path = where / ("out" if shard_bytes else "out.safetensors")
         output = Output(path, shard_bytes=shard_bytes or 1)
         planned = planned_output(checkpoint, plan)
@@ -143,14 +166,16 @@ def test_bytes_are_predicted_to_the_last_one(
         infos = {name: weight.info for name, weight in again.weights.items()}
         assert infos == {name: weight.info for name, weight in checkpoint.weights.items()}
         formats = {weight.info.name: weight.format for weight in again.weights.values() if weight.format}
-        assert formats == {name: kind for name in pico.state if ".experts." in name} | dict(plan.formats)
+        assert formats == {name: kind for name in pico.state if ".experts." in name} | (
+            formats_of(plan) if attention else {}
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_network_is_that_of_base_plus_differences(kind: DeltaFormat, dtype: torch.dtype, tmp_path: Path) -> None:
     pico = make_pico(hidden=HIDDEN, widths=((WIDTH,) * EXPERTS,) * DEPTH, input_size=4, dtype=dtype)
-    found = encoded(opened(pico, tmp_path), Delta(kind, 0.5), tmp_path / "out.safetensors")
+    found = encoded(opened(pico, tmp_path), Differences(kind, 0.5), tmp_path / "out.safetensors")
     tensors = state(found)
     assert not tensors.keys() & {expert(0, 0, matrix) for matrix in MATRICES}
     dense = {name: tensor.to(dtype).float() for name, tensor in by_hand(tensors).items()}
@@ -167,7 +192,7 @@ def test_the_network_is_that_of_base_plus_differences(kind: DeltaFormat, dtype: 
 def test_differences_of_low_rank_are_restored(shuffled: bool, tmp_path: Path) -> None:
     """Four experts that differ by rank 1 each differ from their mean by rank 4 at most, which ratio 0.5 leaves."""
     pico = planted(0.5, shuffled)
-    found = encoded(opened(pico, tmp_path), Delta("svd", 0.5), tmp_path / "out.safetensors")
+    found = encoded(opened(pico, tmp_path), Differences("svd", 0.5), tmp_path / "out.safetensors")
     assert state(found)[LEFT].shape == (WIDTH, 4)
     assert distance(found, pico) < 1e-5
 
@@ -175,7 +200,7 @@ def test_differences_of_low_rank_are_restored(shuffled: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_experts_are_restored_whatever_the_order_of_their_neurons(kind: DeltaFormat, tmp_path: Path) -> None:
     pico = planted(0.0)
-    found = encoded(opened(pico, tmp_path), Delta(kind, 0.2), tmp_path / "out.safetensors")
+    found = encoded(opened(pico, tmp_path), Differences(kind, 0.2), tmp_path / "out.safetensors")
     assert distance(found, pico) < 1e-5
 
 
@@ -184,9 +209,10 @@ def test_more_of_the_differences_is_nearer(tmp_path: Path) -> None:
     checkpoint = opened(pico, tmp_path)
     profile = profile_of(checkpoint)
     for kind, ratios in (("svd", (0.15, 0.3, 0.5)), ("ternary", (0.02, 0.1, 0.5))):
+        paths = {ratio: tmp_path / f"{kind}{ratio}.safetensors" for ratio in ratios}
         errors = [
-            distance(encoded(checkpoint, Delta(kind, ratio), tmp_path / f"{kind}{ratio}.safetensors", profile), pico)
-            for ratio in ratios
+            distance(encoded(checkpoint, Differences(kind, ratio), path, profile), pico)
+            for ratio, path in paths.items()
         ]
         assert errors == sorted(errors, reverse=True)
         assert errors[0] > errors[-1]
@@ -194,7 +220,7 @@ def test_more_of_the_differences_is_nearer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_ternary_codes_are_as_dense_as_asked_for(density: float, tmp_path: Path) -> None:
-    found = encoded(opened(SMALL, tmp_path), Delta("ternary", density), tmp_path / "out.safetensors")
+    found = encoded(opened(SMALL, tmp_path), Differences("ternary", density), tmp_path / "out.safetensors")
     packed, scale = state(found)[TERNARY], state(found)[TERNARY.replace("delta_ternary", "delta_scale")]
     assert int(codes_by_hand(packed, (WIDTH, HIDDEN)).count_nonzero()) == math.ceil(density * WIDTH * HIDDEN)
     assert float(scale) > 0
@@ -202,7 +228,7 @@ def test_ternary_codes_are_as_dense_as_asked_for(density: float, tmp_path: Path)
 
 def test_factors_are_the_nearest_on_the_profiles_tokens(tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
-    profile, delta = profile_of(checkpoint), Delta("svd", 0.4)
+    profile, delta = profile_of(checkpoint), Differences("svd", 0.4)
     seen = encoded(checkpoint, delta, tmp_path / "seen.safetensors", profile)
     blind = encoded(checkpoint, delta, tmp_path / "blind.safetensors", profile_of(checkpoint, fast=True))
     original = network(checkpoint)
@@ -216,7 +242,7 @@ def test_a_base_is_the_mean_by_selection_and_stored_once(tmp_path: Path) -> None
     pico = planted(0.5, shuffled=False)
     checkpoint = opened(pico, tmp_path)
     profile = profile_of(checkpoint)
-    tensors = state(encoded(checkpoint, Delta("ternary", 0.5), tmp_path / "out.safetensors", profile))
+    tensors = state(encoded(checkpoint, Differences("ternary", 0.5), tmp_path / "out.safetensors", profile))
     for block in range(DEPTH):
         selected = profile.block_tensor("selected", block).sum(dim=(0, 1)).double()
         for matrix in MATRICES:
@@ -229,7 +255,7 @@ def test_a_base_is_the_mean_by_selection_and_stored_once(tmp_path: Path) -> None
 def test_equal_work_gives_equal_bytes(kind: DeltaFormat, tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
     profile = profile_of(checkpoint)
-    plan = plan_delta(checkpoint, Delta(kind, 0.3), profile)
+    plan = plan_delta(checkpoint, Differences(kind, 0.3), profile)
     again = parse_plan(json.loads(json.dumps(plan.to_json())), "plan")
     assert again == plan
     for name, one in (("a", plan), ("b", again)):
@@ -240,8 +266,9 @@ def test_equal_work_gives_equal_bytes(kind: DeltaFormat, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruning_takes_differences_along_and_the_base_once(kind: DeltaFormat, tmp_path: Path) -> None:
     keeps = [(0, 3), (1, 2, 3)]
-    whole = encoded(opened(SMALL, tmp_path), Delta(kind, 0.4), tmp_path / "delta.safetensors")
-    plan = replace(pruning(whole, keeps), formats={"blocks.1.attn.qkv.weight": "int8"})
+    whole = encoded(opened(SMALL, tmp_path), Differences(kind, 0.4), tmp_path / "delta.safetensors")
+    plan = pruning(whole, keeps)
+    plan = replace(plan, stages=(*plan.stages, Formats({"blocks.1.attn.qkv.weight": "int8"})))
     output = Output(tmp_path / "pruned.safetensors")
     assert apply(whole, plan, output).bytes == planned_output(whole, plan).predicted_bytes(output)
     pruned = open_checkpoint(output.path)
@@ -256,13 +283,13 @@ def test_pruning_takes_differences_along_and_the_base_once(kind: DeltaFormat, tm
 def test_what_was_merged_or_ghosted_before_keeps_its_rows(tmp_path: Path) -> None:
     rows = ((0, -1, 1, 2, 3), (3, 0, 0, 1, 2))
     pico = make_pico(hidden=HIDDEN, widths=((WIDTH,) * EXPERTS,) * DEPTH, input_size=4, expert_of=rows)
-    found = encoded(opened(pico, tmp_path), Delta("svd", 1.0), tmp_path / "out.safetensors")
+    found = encoded(opened(pico, tmp_path), Differences("svd", 1.0), tmp_path / "out.safetensors")
     assert found.config == pico.config
     assert [found.expert_map(block) for block in range(DEPTH)] == list(rows)
 
 
 def test_a_plain_copy_keeps_every_byte(tmp_path: Path) -> None:
-    found = encoded(opened(SMALL, tmp_path), Delta("svd", 0.4), tmp_path / "out.safetensors")
+    found = encoded(opened(SMALL, tmp_path), Differences("svd", 0.4), tmp_path / "out.safetensors")
     apply(found, None, Output(tmp_path / "copy", shard_bytes=20_000))
     copy = open_checkpoint(tmp_path / "copy")
     assert stored(copy) == stored(found)
@@ -282,11 +309,11 @@ def refused(checkpoint: Checkpoint, plan: CompressionPlan, match: str, kind: typ
 def test_experts_that_cannot_share_a_base_are_refused(kind: DeltaFormat, tmp_path: Path) -> None:
     uneven = make_pico(hidden=HIDDEN, widths=((16, 24, 16), (8, 8, 8)), input_size=4)
     with pytest.raises(BadInputError, match=r"experts\.1\.gate_proj\.weight' is F32 \[24, 16\].*share a base"):
-        plan_delta(opened(uneven, tmp_path), Delta(kind, 0.5), None)
+        plan_delta(opened(uneven, tmp_path), Differences(kind, 0.5), None)
     half = SMALL.state[expert(1, 2, "down_proj")].half()
     mixed = opened(SMALL.with_state(**{expert(1, 2, "down_proj"): half}), tmp_path, "mixed.safetensors")
     with pytest.raises(BadInputError, match=r"experts\.2\.down_proj\.weight' is F16 .*share a base"):
-        plan_delta(mixed, Delta(kind, 0.5), None)
+        plan_delta(mixed, Differences(kind, 0.5), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,46 +321,48 @@ def test_what_is_packed_already_is_refused(kind: DeltaFormat, tmp_path: Path) ->
     checkpoint = opened(SMALL, tmp_path)
     for name, packed in (
         ("int8", quantised(checkpoint, 8, tmp_path / "int8.safetensors")),
-        (kind, encoded(checkpoint, Delta(kind, 0.5), tmp_path / "delta.safetensors")),
+        (kind, encoded(checkpoint, Differences(kind, 0.5), tmp_path / "delta.safetensors")),
     ):
         with pytest.raises(BadInputError, match=rf"gate_proj\.weight' is {name} already; store differences of the"):
-            plan_delta(packed, Delta("svd", 0.5), None)
+            plan_delta(packed, Differences("svd", 0.5), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_differences_are_neither_quantised_nor_refitted(kind: DeltaFormat, tmp_path: Path) -> None:
-    found = encoded(opened(SMALL, tmp_path), Delta(kind, 0.5), tmp_path / "delta.safetensors")
+    found = encoded(opened(SMALL, tmp_path), Differences(kind, 0.5), tmp_path / "delta.safetensors")
     with pytest.raises(BadInputError, match=f"is {kind} already"):
         plan_uniform(found, "nf4")
     name = expert(0, 1, "up_proj")
-    refused(found, CompressionPlan("x", found.fingerprint, formats={name: "nf4"}), f"{name}' is {kind} already")
-    refit = replace(pruning(found, [(0, 1), (0, 1)]), repair=Repair())
+    refused(found, quantising(found, {name: "nf4"}), f"{name}' is {kind} already")
+    blocks = blocks_of(pruning(found, [(0, 1), (0, 1)]))
+    refit = CompressionPlan("prune", found.fingerprint, stages=(Experts(blocks, repair=Repair()),))
     refused(found, refit, f"is {kind} already, and what is packed cannot be refitted")
 
 
 def test_a_plan_does_one_thing_to_experts(tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
-    plan = plan_delta(checkpoint, Delta("svd", 0.5), None)
-    blocks = pruning(checkpoint, [range(EXPERTS)] * DEPTH).blocks
-    refused(checkpoint, replace(plan, blocks=blocks), "make that two plans")
-    refused(checkpoint, replace(plan, repair=Repair()), "make that two plans")
+    plan = plan_delta(checkpoint, Differences("svd", 0.5), None)
+    for experts in (*pruning(checkpoint, [range(EXPERTS)] * DEPTH).stages, Experts(repair=Repair())):
+        refused(checkpoint, replace(plan, stages=(experts, *plan.stages)), "make that two plans")
     name = expert(0, 0, "gate_proj")
-    refused(checkpoint, replace(plan, formats={name: "nf4"}), f"{name}' as nf4 and as a difference")
+    refused(
+        checkpoint, replace(plan, stages=(*plan.stages, Formats({name: "nf4"}))), f"{name}' as nf4 and as a difference"
+    )
 
 
 def test_ratios_that_cannot_be_are_refused(tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
     with pytest.raises(InfeasibleError, match=r"0\.1 leaves rank 0 .* give at least 0\.105"):
-        plan_delta(checkpoint, Delta("svd", 0.1), None)
-    plan_delta(checkpoint, Delta("svd", 0.105), None)
+        plan_delta(checkpoint, Differences("svd", 0.1), None)
+    plan_delta(checkpoint, Differences("svd", 0.105), None)
     with pytest.raises(UsageError):
-        plan_delta(checkpoint, Delta("svd", 1.5), None)
+        plan_delta(checkpoint, Differences("svd", 1.5), None)
 
 
 def test_the_profile_must_be_there_and_be_the_plans(tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
     profile = profile_of(checkpoint)
-    plan = plan_delta(checkpoint, Delta("svd", 0.5), profile)
+    plan = plan_delta(checkpoint, Differences("svd", 0.5), profile)
     other = opened(planted(0.5), tmp_path, "other.safetensors")
     output = Output(tmp_path / "out.safetensors")
     with pytest.raises(BadInputError, match="--profile"):
@@ -341,9 +370,9 @@ def test_the_profile_must_be_there_and_be_the_plans(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="not the profile that the plan was made with"):
         apply(checkpoint, plan, output, profile=profile_of(checkpoint, fast=True))
     with pytest.raises(BadInputError, match="profile of another checkpoint"):
-        plan_delta(other, Delta("svd", 0.5), profile)
+        plan_delta(other, Differences("svd", 0.5), profile)
     with pytest.raises(BadInputError, match="leaves open"):
-        apply(checkpoint, plan_delta(checkpoint, Delta("svd", 0.5), None), output, profile=profile)
+        apply(checkpoint, plan_delta(checkpoint, Differences("svd", 0.5), None), output, profile=profile)
     with pytest.raises(BadInputError, match="profile of another checkpoint"):
         apply(checkpoint, replace(plan, profile=None), output, profile=profile_of(other))
     assert not output.path.exists()
@@ -357,12 +386,12 @@ def test_what_overflows_its_dtype_is_refused(tmp_path: Path) -> None:
     made = profile_of(checkpoint)
     profile = replace(made, checkpoint=broken.fingerprint)
     with pytest.raises(BadInputError, match=r"up_proj\.weight\.delta_right' does not fit into torch\.float16"):
-        encoded(broken, Delta("svd", 0.5), tmp_path / "out.safetensors", profile)
+        encoded(broken, Differences("svd", 0.5), tmp_path / "out.safetensors", profile)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_bytes_that_stand_for_no_codes_are_named(tmp_path: Path) -> None:
-    found = encoded(opened(SMALL, tmp_path), Delta("ternary", 0.5), tmp_path / "delta.safetensors")
+    found = encoded(opened(SMALL, tmp_path), Differences("ternary", 0.5), tmp_path / "delta.safetensors")
     codes = state(found)[TERNARY].clone()
     codes[3] = 250
     damaged = open_checkpoint(Pico(SMALL.config, {**state(found), TERNARY: codes}).save(tmp_path / "bad.safetensors"))
@@ -372,7 +401,7 @@ def test_bytes_that_stand_for_no_codes_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_that_are_no_numbers_are_named(kind: DeltaFormat, tmp_path: Path) -> None:
-    found = encoded(opened(SMALL, tmp_path), Delta(kind, 0.5), tmp_path / "delta.safetensors")
+    found = encoded(opened(SMALL, tmp_path), Differences(kind, 0.5), tmp_path / "delta.safetensors")
     members = found.weights[expert(0, 2, "up_proj")].members
     for i, name in enumerate(name for name in members if state(found)[name].is_floating_point()):
         broken = {**state(found), name: torch.full_like(state(found)[name], float("nan"))}
@@ -383,7 +412,7 @@ def test_members_that_are_no_numbers_are_named(kind: DeltaFormat, tmp_path: Path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_member_is_named_on_opening(kind: DeltaFormat, tmp_path: Path) -> None:
-    found = encoded(opened(SMALL, tmp_path), Delta(kind, 0.5), tmp_path / "delta.safetensors")
+    found = encoded(opened(SMALL, tmp_path), Differences(kind, 0.5), tmp_path / "delta.safetensors")
     weight = found.weights[expert(1, 3, "gate_proj")]
     assert len(weight.members) == 3
     for i, member in enumerate(weight.members):
@@ -398,12 +427,13 @@ def test_a_missing_member_is_named_on_opening(kind: DeltaFormat, tmp_path: Path)
 
 def test_a_delta_enters_a_plans_json_digest_and_differences() -> None:
     plain = CompressionPlan("merge", "a" * 64)
-    plan = replace(plain, delta=Delta("svd", 0.25))
+    plan = replace(plain, stages=(Differences("svd", 0.25),))
     assert plan.to_json()["delta"] == {"kind": "svd", "ratio": 0.25}
-    assert len({plain.digest, plan.digest, replace(plan, delta=Delta("svd", 0.5)).digest}) == 3
+    assert len({plain.digest, plan.digest, replace(plan, stages=(Differences("svd", 0.5),)).digest}) == 3
     assert len(plan_difference(plain, plan)) == 1
-    assert plan.rebuilds and not plain.rebuilds
-    assert parse_plan({**plan.to_json(), "delta": {"kind": "ternary", "ratio": 1}}, "p").delta == Delta("ternary", 1.0)
+    assert plan.computes and not plain.computes
+    ternary = {"kind": "ternary", "ratio": 1}
+    assert parse_plan({**plan.to_json(), "delta": ternary}, "p").stages == (Differences("ternary", 1.0),)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compressing import folder, no_bar, opened, profile_of, pruned
+from compressing import blocks_of, folder, no_bar, opened, profile_of, pruned
 from conftest import make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditmoe_cli.compression.apply import planned_output
 from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.compression.merge.merging import Merging, group_counts, plan_merge, undecided_merge
-from ditmoe_cli.compression.plan import CompressionPlan, Repair
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import CompressionPlan, Experts, Repair
 from ditmoe_cli.compression.prune.pruning import Keep, parse_keep
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.files.writer import Output
@@ -45,11 +45,12 @@ def test_a_plan_merges_every_expert_into_the_most_selected_of_its_group(
         return
     plan = plan_merge(checkpoint, profile, merging, no_bar)
     assert (plan.command, plan.source, plan.profile) == ("merge", checkpoint.fingerprint, profile.digest)
-    assert plan.merging == method and plan.repair == Repair() and plan.decided
+    experts = plan.stage(Experts)
+    assert experts.merging == method and experts.repair == Repair() and plan.decided
     assert plan == plan_merge(checkpoint, profile, merging, no_bar)
     wanted = 3 if groups == "0.5" else int(groups)
     selected = profile.tensor("selected").sum(dim=(1, 2))
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(blocks_of(plan)):
         assert len(block.keep) == wanted and block.router == router
         assert sorted([*block.keep, *dict(block.merged)]) == list(range(EXPERTS))
         for expert, lead in block.merged:
@@ -119,7 +120,7 @@ def test_a_fast_profile_is_enough_for_what_needs_no_outputs(method: str, tmp_pat
             plan_merge(checkpoint, fast, merging, no_bar)
     else:
         whole = plan_merge(checkpoint, profile_of(checkpoint, "whole"), merging, no_bar)
-        assert plan_merge(checkpoint, fast, merging, no_bar).blocks == whole.blocks
+        assert blocks_of(plan_merge(checkpoint, fast, merging, no_bar)) == blocks_of(whole)
 
 
 def test_the_profile_of_another_checkpoint_is_refused(made: Made, tmp_path: Path) -> None:

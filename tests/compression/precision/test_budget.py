@@ -12,7 +12,7 @@ import pytest
 from compressing import opened, quantised
 from conftest import make_pico
 
-from ditmoe_cli.compression.apply import planned_output
+from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Rounding, parse_plan
 from ditmoe_cli.compression.precision.budget import (
     Budget,

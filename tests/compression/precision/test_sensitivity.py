@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import applied, network, opened, profile_of
+from compressing import applied, network, opened, profile_of, quantising
 from conftest import Pico, make_pico
 from replaying import WIDTH, mixture, output, plain, some_tokens
 from rounding import guided_by_hand, relative, states_for, with_rounded
 from torch import Tensor
 
-from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.precision import sensitivity
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.precision.sensitivity import REFERENCE, Sensitivities, expert_errors, measure
@@ -273,7 +272,7 @@ def test_small_errors_add_up(case: Case) -> None:
 def test_a_trial_is_the_error_of_the_file(allowed: str, case: Case, tmp_path: Path) -> None:
     checkpoint, profile = case
     formats = {name: fmts[0] for name, fmts in planned(checkpoint, allowed).items()}
-    plan = CompressionPlan("quantize", checkpoint.fingerprint, formats=formats)
+    plan = quantising(checkpoint, formats)
     written = applied(checkpoint, plan, tmp_path / "out.safetensors")
     states, cfg = states_for(checkpoint, profile, TOKENS)
     predicted = (guided_by_hand(network(each), states, cfg) for each in (written, checkpoint))

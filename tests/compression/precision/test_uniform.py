@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compressing import FORMATS, applied, network, opened, outputs, pruned, quantised, state, stored
+from compressing import FORMATS, applied, formats_of, network, opened, outputs, pruned, quantised, state, stored
 from conftest import make_pico
 
+from ditmoe_cli.compression.plan import CompressionPlan, Formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.opened import Checkpoint
@@ -53,12 +54,11 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 def test_experts_and_attention_are_packed_and_all_else_stays(bits: int, attention: str, tmp_path: Path) -> None:
     original = opened(make_pico(attention=attention), tmp_path)
     plan = plan_uniform(original, FORMATS[bits])
-    assert plan.formats == dict.fromkeys(wanted(original), FORMATS[bits])
-    assert (plan.command, plan.source, plan.blocks, plan.options) == (
+    assert plan == CompressionPlan(
         "quantize",
         original.fingerprint,
-        (),
-        {"format": FORMATS[bits]},
+        options={"format": FORMATS[bits]},
+        stages=(Formats(dict.fromkeys(wanted(original), FORMATS[bits])),),
     )
     packed = applied(original, plan, tmp_path / "packed.safetensors")
     assert {name for name, weight in packed.weights.items() if weight.format} == wanted(original)
@@ -133,7 +133,7 @@ def test_a_pruned_checkpoint_is_packed_as_any_other(bits: int, tmp_path: Path) -
     small = pruned(opened(make_pico(), tmp_path), [(0, 3), (1, 2)], "ghost", tmp_path / "small.safetensors")
     packed = quantised(small, bits, tmp_path / "packed.safetensors")
     assert [block.mapped for block in packed.config.blocks] == [True, True]
-    assert plan_uniform(small, FORMATS[bits]).formats.keys() == wanted(small)
+    assert formats_of(plan_uniform(small, FORMATS[bits])).keys() == wanted(small)
     assert not {name for name in packed.weights if packed.weights[name].format} & {
         f"blocks.{i}.moe.gate.{rest}" for i in range(2) for rest in ("weight", "expert_of")
     }

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from compressing import applied, network, no_bar, opened, profile_of
+from compressing import applied, blocks_of, network, no_bar, opened, profile_of
 from conftest import make_pico
 
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, RouterMode
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, RouterMode
 from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune, plan_replayed
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens, replay_error
@@ -40,7 +40,7 @@ def errors(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[i
     tokens = [block_tokens(profile, index) for index in range(3)]
     original = network(checkpoint)
     for number, (subset, mode) in enumerate(itertools.product(subsets, MODES)):
-        plan = CompressionPlan("prune", checkpoint.fingerprint, blocks=(BlockPlan(subset, mode),) * 3)
+        plan = CompressionPlan("prune", checkpoint.fingerprint, stages=(Experts((BlockPlan(subset, mode),) * 3),))
         changed = network(applied(checkpoint, plan, where / f"{number}.safetensors"))
         for index in range(3):
             pair = (original.blocks[index].moe, changed.blocks[index].moe)
@@ -61,7 +61,7 @@ Errors = dict[tuple[int, tuple[int, ...], str], float]
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_naee_takes_the_subset_of_least_error(count: int, mode: RouterMode, made: Made, errors: Errors) -> None:
     plan = plan_replayed(*made, Pruning(Keep(count=count), "naee", mode), "cpu", no_bar)
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(blocks_of(plan)):
         assert block.router == mode and len(block.keep) == count
         least = min(errors[index, s, mode] for s in itertools.combinations(range(EXPERTS), count))
         assert errors[index, block.keep, mode] == pytest.approx(least, rel=1e-3, abs=1e-9)
@@ -71,12 +71,12 @@ def test_naee_takes_the_subset_of_least_error(count: int, mode: RouterMode, made
 def test_auto_takes_each_blocks_mode_of_least_error(method: str, made: Made, errors: Errors) -> None:
     plan = plan_replayed(*made, Pruning(Keep(count=2), method, None), "cpu", no_bar)
     assert plan.options["router"] == "auto"
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(blocks_of(plan)):
         least = min(errors[index, block.keep, mode] for mode in MODES)
         assert errors[index, block.keep, block.router] == pytest.approx(least, rel=1e-3)
     if method in METHODS:  # what is kept is what the score says, whatever the mode
         plain = plan_prune(*made, Pruning(Keep(count=2), method))
-        assert [block.keep for block in plan.blocks] == [block.keep for block in plain.blocks]
+        assert [block.keep for block in blocks_of(plan)] == [block.keep for block in blocks_of(plain)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -84,7 +84,7 @@ def test_a_shared_budget_is_spread_so_that_the_sum_of_errors_is_least(
     mode: RouterMode, made: Made, errors: Errors
 ) -> None:
     plan = plan_replayed(*made, Pruning(Keep(count=3), "naee", mode, shared_budget=True), "cpu", no_bar)
-    counts = [len(block.keep) for block in plan.blocks]
+    counts = [len(block.keep) for block in blocks_of(plan)]
     assert sum(counts) == 9 and min(counts) >= 2
     best = {
         (index, n): min(errors[index, s, mode] for s in itertools.combinations(range(EXPERTS), n))
@@ -93,14 +93,14 @@ def test_a_shared_budget_is_spread_so_that_the_sum_of_errors_is_least(
     }
     spreads = [spread for spread in itertools.product((2, 3, 4), repeat=3) if sum(spread) == 9]
     least = min(sum(best[index, n] for index, n in enumerate(spread)) for spread in spreads)
-    assert sum(errors[i, block.keep, mode] for i, block in enumerate(plan.blocks)) == pytest.approx(least, rel=1e-3)
+    assert sum(errors[i, block.keep, mode] for i, block in enumerate(blocks_of(plan))) == pytest.approx(least, rel=1e-3)
     assert plan.options["shared_budget"] is True
 
 
 @pytest.mark.parametrize("method", ["reap", "diet"])
 def test_a_budget_of_everything_keeps_everything(method: str, made: Made) -> None:
     plan = plan_replayed(*made, Pruning(Keep(ratio=1.0), method, shared_budget=True), "cpu", no_bar)
-    assert [block.keep for block in plan.blocks] == [tuple(range(EXPERTS))] * 3
+    assert [block.keep for block in blocks_of(plan)] == [tuple(range(EXPERTS))] * 3
 
 
 def test_planning_twice_is_planning_once(made: Made) -> None:

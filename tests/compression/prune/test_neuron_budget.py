@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from compressing import network, no_bar, opened, profile_of
+from compressing import blocks_of, network, no_bar, opened, profile_of
 from conftest import make_pico
 
 from ditmoe_cli.compression.plan import CompressionPlan
@@ -51,45 +51,46 @@ def test_the_pool_spans_blocks_and_holds_the_highest_energies(made: Made) -> Non
     for _, block, expert in ranked(made)[:total]:
         counted[block][expert] += 1
     assert all(sum(1 for n in widths if n) >= 2 for widths in counted), "or else top-k would change what is counted"
-    assert [block.keep for block in plan.blocks] == [tuple(e for e in range(4) if w[e]) for w in counted]
-    assert [block.widths for block in plan.blocks] == [tuple(n for n in w if n) for w in counted]
+    assert [block.keep for block in blocks_of(plan)] == [tuple(e for e in range(4) if w[e]) for w in counted]
+    assert [block.widths for block in blocks_of(plan)] == [tuple(n for n in w if n) for w in counted]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
 def test_every_expert_stays_and_the_budget_is_kept(ratio: float, made: Made) -> None:
     plan = planned(made, replace(POOLED, neurons=ratio))
     total = int(ratio * sum(map(sum, WIDTHS)))
-    assert total - 4 < sum(sum(block.widths) for block in plan.blocks) <= total
-    for block, own in zip(plan.blocks, WIDTHS, strict=True):
+    assert total - 4 < sum(sum(block.widths) for block in blocks_of(plan)) <= total
+    for block, own in zip(blocks_of(plan), WIDTHS, strict=True):
         assert block.keep == (0, 1, 2, 3)
         assert all(w % 4 == 0 and 4 <= w <= most for w, most in zip(block.widths, own, strict=True))
 
 
 def test_a_block_keeps_as_many_as_its_tokens_choose(made: Made) -> None:
     plan = planned(made, replace(POOLED, keep=Keep(), neurons=0.1, multiple=4))
-    assert [len(block.keep) for block in plan.blocks] == [2, 2, 2]
-    assert [block.widths for block in plan.blocks] == [(4, 4)] * 3
+    assert [len(block.keep) for block in blocks_of(plan)] == [2, 2, 2]
+    assert [block.widths for block in blocks_of(plan)] == [(4, 4)] * 3
 
 
 def test_experts_are_chosen_before_their_neurons(made: Made) -> None:
     plan = planned(made, replace(POOLED, keep=Keep(count=3), method="random"))
     chosen = planned(made, Pruning(Keep(count=3), "random", shared_budget=True))
-    assert [block.keep for block in plan.blocks] == [block.keep for block in chosen.blocks]
-    kept = sum(WIDTHS[b][e] for b, block in enumerate(plan.blocks) for e in block.keep)
-    assert kept // 2 - 4 < sum(sum(block.widths) for block in plan.blocks) <= kept // 2
+    assert [block.keep for block in blocks_of(plan)] == [block.keep for block in blocks_of(chosen)]
+    kept = sum(WIDTHS[b][e] for b, block in enumerate(blocks_of(plan)) for e in block.keep)
+    assert kept // 2 - 4 < sum(sum(block.widths) for block in blocks_of(plan)) <= kept // 2
 
 
 def test_constants_stand_in_for_experts_that_went(made: Made) -> None:
     plan = planned(made, replace(POOLED, keep=Keep(), neurons=0.1, constants=True, rank=2))
-    assert all(block.constants and block.rank == 2 for block in plan.blocks)
+    assert all(block.constants and block.rank == 2 for block in blocks_of(plan))
     plan = planned(made, replace(POOLED, constants=True, rank=2))
-    assert not any(block.constants or block.rank for block in plan.blocks)
+    assert not any(block.constants or block.rank for block in blocks_of(plan))
 
 
 def test_uniform_widths_are_other_ones(made: Made) -> None:
     uniform = plan_prune(*made, replace(POOLED, shared_budget=False))
-    assert [block.widths for block in uniform.blocks] == [(12, 12, 8, 12), (12,) * 4, (4, 12, 12, 12)]
-    assert [block.widths for block in planned(made, POOLED).blocks] != [block.widths for block in uniform.blocks]
+    assert [block.widths for block in blocks_of(uniform)] == [(12, 12, 8, 12), (12,) * 4, (4, 12, 12, 12)]
+    pooled = planned(made, POOLED)
+    assert [block.widths for block in blocks_of(pooled)] != [block.widths for block in blocks_of(uniform)]
 
 
 def test_too_few_neurons_are_infeasible(made: Made) -> None:

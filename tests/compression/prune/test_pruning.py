@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compressing import folder, opened, pruned, quantised
+from compressing import blocks_of, folder, opened, pruned, quantised
 from conftest import make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditmoe_cli.compression.apply import planned_output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Repair
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair
 from ditmoe_cli.compression.prune.prune_methods import METHODS
 from ditmoe_cli.compression.prune.pruning import (
     Keep,
@@ -130,10 +130,10 @@ def test_a_plan_tells_how_it_was_made(checkpoint: Checkpoint) -> None:
     assert (plan.command, plan.source, plan.profile) == ("prune", checkpoint.fingerprint, None)
     assert plan.options == {"keep": "0.5", "method": "random", "router": "slice", "seed": 7}
     scores = METHODS["random"].score(empty_tables((EXPERTS, EXPERTS)), 7)
-    assert plan.blocks == tuple(BlockPlan(keep, "slice") for keep in best(scores, [3, 3]))
+    assert blocks_of(plan) == tuple(BlockPlan(keep, "slice") for keep in best(scores, [3, 3]))
     assert plan.decided
     assert plan == plan_prune(checkpoint, None, Pruning(parse_keep("0.5"), "random", "slice", seed=7))
-    others = {plan_prune(checkpoint, None, Pruning(Keep(count=3), "random", seed=seed)).blocks for seed in range(8)}
+    others = {blocks_of(plan_prune(checkpoint, None, Pruning(Keep(count=3), "random", seed=seed))) for seed in range(8)}
     assert len(others) > 4
 
 
@@ -188,7 +188,7 @@ def test_bytes_that_depend_on_the_choice_need_a_decision(tmp_path: Path) -> None
     # rows that share an expert go with it: how many, only the choice tells
     merged = make_pico(hidden=16, input_size=4, widths=((24,) * 3,) * 2, expert_of=((0, 1, 2, -1), (0, 0, 1, 2)))
     source = open_checkpoint(merged.save(tmp_path / "merged.safetensors"))
-    assert undecided_plan(source, pruning).blocks == (BlockPlan((0, 1), "ghost"),) * 2
+    assert blocks_of(undecided_plan(source, pruning)) == (BlockPlan((0, 1), "ghost"),) * 2
     with pytest.raises(BadInputError, match=r"router rows of block 1.*--profile"):
         undecided_plan(source, replace(pruning, router="slice"))
 
@@ -250,10 +250,10 @@ def test_only_the_most_plain_pruning_needs_no_profile() -> None:
 def test_what_a_block_becomes_is_in_its_plan(checkpoint: Checkpoint) -> None:
     pruning = Pruning(Keep(count=3), "random", "mass", neurons=0.5, multiple=5, narrow_shared=True, rank=2)
     plan = plan_prune(checkpoint, None, replace(pruning, constants=True, repair=Repair(tokens=7)))
-    keeps = plan_prune(checkpoint, None, Pruning(Keep(count=3), "random")).blocks
+    keeps = blocks_of(plan_prune(checkpoint, None, Pruning(Keep(count=3), "random")))
     # half of 24 is 12, which rounds up to 15; half of the shared expert's 32 is 16, and that to 20
-    assert plan.blocks == tuple(BlockPlan(b.keep, "mass", (), (15,) * 3, 20, True, 2) for b in keeps)
-    assert plan.repair == Repair(tokens=7)
+    assert blocks_of(plan) == tuple(BlockPlan(b.keep, "mass", (), (15,) * 3, 20, True, 2) for b in keeps)
+    assert plan.stage(Experts).repair == Repair(tokens=7)
     assert plan.options == {
         "keep": "3",
         "method": "random",
@@ -265,4 +265,4 @@ def test_what_a_block_becomes_is_in_its_plan(checkpoint: Checkpoint) -> None:
         "rank": 2,
     }
     everything = plan_prune(checkpoint, None, replace(pruning, keep=Keep(ratio=1.0), constants=True))
-    assert not everything.blocks[0].constants and everything.blocks[0].rank == 0, "there is nothing to replace"
+    assert not blocks_of(everything)[0].constants and blocks_of(everything)[0].rank == 0, "there is nothing to replace"

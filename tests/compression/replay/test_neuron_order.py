@@ -15,8 +15,9 @@ from conftest import make_pico
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
 
-from ditmoe_cli.compression.apply import apply, planned_output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Delta, Rounding, parse_plan
+from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Differences, Experts, Formats, Rounding, parse_plan
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.precision.trial import trial
 from ditmoe_cli.compression.precision.uniform import plan_uniform
@@ -87,7 +88,7 @@ def cut(checkpoint: Checkpoint) -> dict[str, str]:
 
 def planned(asked: Given, formats: Mapping[str, str], **fields: Any) -> CompressionPlan:
     checkpoint, profile = asked
-    return CompressionPlan("quantize", checkpoint.fingerprint, profile.digest, formats=formats, **fields)
+    return CompressionPlan("quantize", checkpoint.fingerprint, profile.digest, stages=(Formats(formats, **fields),))
 
 
 def written_by(asked: Given, plan: CompressionPlan, path: Path) -> Checkpoint:
@@ -124,9 +125,9 @@ def test_matrices_of_experts_are_told_by_name(name: str, stem: str | None) -> No
 def test_all_matrices_of_an_expert_with_pieces_are_reordered(asked: Given) -> None:
     gate = "blocks.0.moe.experts.0.gate_proj.weight"
     plan = planned(asked, {gate: cut(asked[0])[gate]}, ordering="camera")
-    mine = {name for name in asked[0].weights if is_ordered(plan, name)}
+    mine = {name for name in asked[0].weights if is_ordered(plan.stage(Formats), name)}
     assert mine == {f"blocks.0.moe.experts.0.{matrix}.weight" for matrix in MATRICES}
-    assert not any(is_ordered(replace(plan, ordering=None), name) for name in mine)
+    assert not any(is_ordered(replace(plan.stage(Formats), ordering=None), name) for name in mine)
 
 
 # energies
@@ -224,7 +225,7 @@ def test_without_an_ordering_neurons_stay_where_they_are(asked: Given, tmp_path:
     """And no profile is needed, nor looked at."""
     formats = cut(asked[0])
     plan = planned(asked, formats)
-    assert not plan.rebuilds
+    assert not plan.computes
     written = applied(asked[0], plan, tmp_path / "out.safetensors")
     for name, fmt in formats.items():
         expected = nearest(asked[0].reader.tensor(name), fmt)
@@ -270,7 +271,7 @@ def test_gptq_tells_the_error_of_the_file(smoothing: float, asked: Given, tmp_pa
     done = apply(asked[0], plan, Output(path, True), profile=asked[1])
     states, cfg = states_for(*asked, 2 * TOKENS)
     error = relative(*(guided_by_hand(network(each), states, cfg) for each in (written, asked[0])))
-    assert done.computed.error == pytest.approx(error, rel=0.01)
+    assert done.measured.prediction_error == pytest.approx(error, rel=0.01)
     plain = applied(asked[0], planned(asked, formats, ordering="camera"), tmp_path / "n.safetensors", asked[1])
     worse = relative(*(guided_by_hand(network(each), states, cfg) for each in (plain, asked[0])))
     assert 1e-4 < error < worse
@@ -367,23 +368,24 @@ def test_other_changes_are_refused(pieced: Checkpoint) -> None:
     with pytest.raises(BadInputError, match="already"):
         plan_uniform(pieced, "nf4")
     everything = tuple(BlockPlan((0, 1, 2), "ghost", widths=(32, 32, 32)) for _ in range(2))
-    narrowing = CompressionPlan("prune", pieced.fingerprint, blocks=everything)
+    narrowing = CompressionPlan("prune", pieced.fingerprint, stages=(Experts(everything),))
     with pytest.raises(BadInputError, match="cannot be refitted, merged or narrowed"):
         planned_output(pieced, narrowing)
     with pytest.raises(BadInputError, match="already; store differences"):
-        planned_output(pieced, CompressionPlan("merge", pieced.fingerprint, delta=Delta("svd", 0.5)))
+        planned_output(pieced, CompressionPlan("merge", pieced.fingerprint, stages=(Differences("svd", 0.5),)))
 
 
 def test_plans_that_reorder_what_they_compute_are_refused(asked: Given) -> None:
     blocks = tuple(BlockPlan((0, 1), "ghost") for _ in range(2))
-    for fields in ({"blocks": blocks}, {"delta": Delta("svd", 0.5)}):
+    plan = planned(asked, {}, ordering="camera")
+    for first in (Experts(blocks), Differences("svd", 0.5)):
         with pytest.raises(BadInputError, match=r"reorders? their neurons|stores experts as differences"):
-            planned_output(asked[0], planned(asked, {}, ordering="camera", **fields))
+            planned_output(asked[0], replace(plan, stages=(first, *plan.stages)))
 
 
 def test_plans_that_reorder_need_their_profile(asked: Given, tmp_path: Path) -> None:
     plan = planned(asked, cut(asked[0]), ordering="camera")
-    assert plan.rebuilds
+    assert plan.computes
     with pytest.raises(BadInputError, match="give the one that it was made with"):
         apply(asked[0], plan, Output(tmp_path / "out.safetensors"))
     fast = profile_of(asked[0], "fast", images=8, fast=True)

@@ -10,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import applied, network, opened, profile_of, pruning, stored
+from compressing import applied, formats_of, network, opened, profile_of, pruning, stored
 from conftest import Pico, make_pico
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
 
-from ditmoe_cli.compression.apply import Applied, apply, planned_output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Delta, Rounding, parse_plan
+from ditmoe_cli.compression.apply import Applied, apply
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import (
+    BlockPlan,
+    CompressionPlan,
+    Differences,
+    Experts,
+    Formats,
+    PlanStage,
+    Rounding,
+    parse_plan,
+)
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.replay.states import States
 from ditmoe_cli.compression.rounding import gptq_blocks as encoding
@@ -74,7 +84,7 @@ def made(pico: Pico, where: Path, cfg: float = 1.5) -> Case:
 
 
 def planned(checkpoint: Checkpoint, formats: Mapping[str, str], rounding: Rounding | None = FEW) -> CompressionPlan:
-    return CompressionPlan("quantize", checkpoint.fingerprint, formats=formats, rounding=rounding)
+    return CompressionPlan("quantize", checkpoint.fingerprint, stages=(Formats(formats, rounding),))
 
 
 def all_at(checkpoint: Checkpoint, fmt: str) -> dict[str, str]:
@@ -138,16 +148,16 @@ def test_bytes_are_predicted_and_all_else_stays(done: Done) -> None:
     expected = planned_output(checkpoint, done.plan)
     assert done.told.bytes == expected.predicted_bytes(Output(written.path)) == written.path.stat().st_size
     assert list(written.header.tensors.values()) == expected.infos
-    assert {name for name, weight in written.weights.items() if weight.format} == done.plan.formats.keys()
+    assert {name for name, weight in written.weights.items() if weight.format} == formats_of(done.plan).keys()
     before, after = stored(checkpoint), stored(written)
-    left = [name for name in before if name not in done.plan.formats]
+    left = [name for name in before if name not in formats_of(done.plan)]
     assert left and all(after[name] == before[name] for name in left)
     assert written.config == checkpoint.config and written.ancestors[-1] == checkpoint.fingerprint
 
 
 def test_what_is_written_is_what_the_stream_went_through(done: Done) -> None:
     """Rounded weights lie on their grids: packing and unpacking them changes nothing."""
-    written, formats = done.written, done.plan.formats
+    written, formats = done.written, formats_of(done.plan)
     assert done.rounded.keys() == {name for name in formats if name.startswith("blocks.")}
     for name, weight in done.rounded.items():
         found = written.weights[name]
@@ -160,12 +170,12 @@ def test_what_is_written_is_what_the_stream_went_through(done: Done) -> None:
 
 
 def test_the_error_told_is_that_of_the_file(done: Done) -> None:
-    assert done.told.computed.error is not None and done.told.computed.error > 1e-4
-    assert done.told.computed.error == pytest.approx(error_by_hand(done.case, done.written), rel=0.01)
+    assert done.told.measured.prediction_error is not None and done.told.measured.prediction_error > 1e-4
+    assert done.told.measured.prediction_error == pytest.approx(error_by_hand(done.case, done.written), rel=0.01)
 
 
 def test_the_agreement_told_is_that_of_the_file(done: Done) -> None:
-    agreement = done.told.computed.agreement
+    agreement = done.told.measured.top_k_agreement
     assert len(agreement) == 2 and all(0 < share <= 1 for share in agreement) and min(agreement) < 1
     states, cfg = states_of(done.case)
     ours, theirs = (selected(network(each), states, cfg) for each in (done.written, done.case[0]))
@@ -190,8 +200,8 @@ def selected(model: DiTMoE, states: States, cfg: float) -> list[list[list[int]]]
 
 def test_eight_bits_change_next_to_nothing(small: Case, tmp_path: Path) -> None:
     written, done = encoded(small, planned(small[0], all_at(small[0], "int8-g32")), tmp_path / "out.safetensors")
-    assert done.computed.error is not None and 0 < done.computed.error < 2e-3
-    assert all(0.97 <= share <= 1 for share in done.computed.agreement)
+    assert done.measured.prediction_error is not None and 0 < done.measured.prediction_error < 2e-3
+    assert all(0.97 <= share <= 1 for share in done.measured.top_k_agreement)
     assert sum(isinstance(layer, QuantizedLinear) for layer in network(written).modules()) == len(
         all_at(small[0], "int8-g32")
     )
@@ -200,7 +210,7 @@ def test_eight_bits_change_next_to_nothing(small: Case, tmp_path: Path) -> None:
 def test_without_formats_nothing_changes(small: Case, tmp_path: Path) -> None:
     written, done = encoded(small, planned(small[0], {}), tmp_path / "out.safetensors")
     assert stored(written) == stored(small[0])
-    assert (done.computed.error, done.computed.agreement) == (0.0, (1.0, 1.0))
+    assert (done.measured.prediction_error, done.measured.top_k_agreement) == (0.0, (1.0, 1.0))
 
 
 def test_layers_outside_the_blocks_are_rounded_to_the_nearest_values(small: Case, tmp_path: Path) -> None:
@@ -209,7 +219,7 @@ def test_layers_outside_the_blocks_are_rounded_to_the_nearest_values(small: Case
     found, done = encoded(small, planned(small[0], formats), tmp_path / "gptq.safetensors")
     plain = applied(small[0], planned(small[0], formats, None), tmp_path / "nearest.safetensors")
     assert stored(found) == stored(plain)
-    assert done.computed.error == pytest.approx(error_by_hand(small, plain), rel=1e-3)
+    assert done.measured.prediction_error == pytest.approx(error_by_hand(small, plain), rel=1e-3)
 
 
 def test_equal_work_gives_equal_bytes(small: Case, tmp_path: Path) -> None:
@@ -217,7 +227,7 @@ def test_equal_work_gives_equal_bytes(small: Case, tmp_path: Path) -> None:
     torch.manual_seed(1)
     first = encoded(small, plan, tmp_path / "first.safetensors")
     torch.manual_seed(2)
-    turned = {name: plan.formats[name] for name in reversed(list(plan.formats))}
+    turned = {name: formats_of(plan)[name] for name in reversed(list(formats_of(plan)))}
     second = encoded(small, parse_plan(planned(small[0], turned).to_json(), "plan"), tmp_path / "second.safetensors")
     assert first[0].path.read_bytes() == second[0].path.read_bytes()
     assert first[1] == second[1]
@@ -238,7 +248,7 @@ def test_a_pruned_checkpoint_is_rounded_as_any_other(small: Case, tmp_path: Path
     case = pruned, profile_of(pruned, images=8)
     written, done = encoded(case, planned(pruned, assorted(pruned)), tmp_path / "out.safetensors")
     assert written.config == pruned.config and written.expert_map(0) == (0, -1, 1)
-    assert done.computed.error == pytest.approx(error_by_hand(case, written), rel=0.01)
+    assert done.measured.prediction_error == pytest.approx(error_by_hand(case, written), rel=0.01)
 
 
 # what it is for
@@ -254,8 +264,8 @@ def test_it_beats_the_nearest_values(tmp_path: Path) -> None:
         rounding = Rounding(tokens=1024)
         written, done = encoded(case, planned(case[0], formats, rounding), tmp_path / f"{seed}.gptq.safetensors")
         plain = applied(case[0], planned(case[0], formats, None), tmp_path / f"{seed}.nearest.safetensors")
-        assert done.computed.error is not None
-        gains["same"].append(done.computed.error / error_by_hand(case, plain))
+        assert done.measured.prediction_error is not None
+        gains["same"].append(done.measured.prediction_error / error_by_hand(case, plain))
         fresh = profile_of(case[0], "fresh", images=6, steps=5, cfg=1.5)
         other = case[0], fresh
         gains["fresh"].append(error_by_hand(other, written) / error_by_hand(other, plain))
@@ -357,10 +367,10 @@ def test_tokens_may_be_given(small: Case, monkeypatch: pytest.MonkeyPatch) -> No
     plan = planned(small[0], all_at(small[0], "int4-g64"), Rounding(tokens=400))
     patches = small[0].config.num_patches
     assert encoding._wanted(small[0], plan) == 400 // patches
-    assert encoding._wanted(small[0], planned(small[0], plan.formats, Rounding())) == 20_480 // patches
+    assert encoding._wanted(small[0], planned(small[0], formats_of(plan), Rounding())) == 20_480 // patches
     monkeypatch.setattr(encoding, "FEWEST_TOKENS", 0)
     # 8 tokens for each of the 256 inputs of the time embedding
-    assert encoding._wanted(small[0], planned(small[0], plan.formats, Rounding())) == 8 * 256 // patches
+    assert encoding._wanted(small[0], planned(small[0], formats_of(plan), Rounding())) == 8 * 256 // patches
 
 
 # what is refused
@@ -376,17 +386,17 @@ def refused(case: Case, plan: CompressionPlan, where: Path, profile: RoutingProf
 
 
 @pytest.mark.parametrize(
-    "more",
+    "first",
     [
-        {"blocks": (BlockPlan((0, 1), "ghost"),) * 2},
-        {"delta": Delta("svd", 0.25)},
-        {"blocks": (BlockPlan((0, 1), "ghost", merged=((2, 0),)),) * 2, "merging": "average"},
+        Experts((BlockPlan((0, 1), "ghost"),) * 2),
+        Differences("svd", 0.25),
+        Experts((BlockPlan((0, 1), "ghost", merged=((2, 0),)),) * 2, "average"),
     ],
     ids=["pruned", "differences", "merged"],
 )
-def test_plans_that_compute_otherwise_are_refused(more: dict[str, Any], small: Case, tmp_path: Path) -> None:
-    formats = {"blocks.0.attn.qkv.weight": "int4-g64"}
-    plan = CompressionPlan("quantize", small[0].fingerprint, formats=formats, rounding=Rounding(), **more)
+def test_plans_that_compute_otherwise_are_refused(first: PlanStage, small: Case, tmp_path: Path) -> None:
+    formats = Formats({"blocks.0.attn.qkv.weight": "int4-g64"}, Rounding())
+    plan = CompressionPlan("quantize", small[0].fingerprint, stages=(first, formats))
     (said,) = refused(small, plan, tmp_path, small[1])
     assert "make that two plans, rounding last" in said
 
@@ -437,4 +447,4 @@ def test_a_model_that_predicts_nothing_loses_nothing(tmp_path: Path) -> None:
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
     case = made(pico.with_state(**{name: torch.zeros_like(pico.state[name]) for name in names}), tmp_path)
     _, done = encoded(case, planned(case[0], all_at(case[0], "int3-g64")), tmp_path / "out.safetensors")
-    assert done.computed.error == 0.0
+    assert done.measured.prediction_error == 0.0

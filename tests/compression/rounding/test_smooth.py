@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import applied, network, opened, outputs, profile_of, state
+from compressing import applied, formats_of, network, opened, outputs, profile_of, state
 from conftest import make_pico
 from torch.testing import assert_close
 
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Rounding
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Rounding
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.rounding.smooth import block_scales, channel_scales, smooth_inputs
 from ditmoe_cli.compression.rounding.smoothed import smoothed_names
@@ -72,19 +72,19 @@ def test_what_it_changes_is_written(attention: str, tmp_path: Path) -> None:
     original = opened(make_pico(attention=attention, hidden=32), tmp_path)
     profile = profile_of(original)
     plain = plan_uniform(original, "int8-g32", replace(SMOOTH, smoothing=0.0), profile.digest)
-    smooth = replace(plain, rounding=SMOOTH)
+    smooth = plan_uniform(original, "int8-g32", SMOOTH, profile.digest)
     rough, fine = (
         applied(original, plan, tmp_path / f"{name}.safetensors", profile)
         for name, plan in (("plain", plain), ("smooth", smooth))
     )
     before, unsmoothed, after = state(original), state(rough), state(fine)
-    names = {name for block in range(2) for name in smoothed_names(original, smooth, block)}
+    names = {name for block in range(2) for name in smoothed_names(original, smooth.stage(Formats), block)}
     assert names == {
         f"blocks.{i}.{rest}"
         for i in range(2)
         for rest in ("adaLN_modulation.1.weight", "adaLN_modulation.1.bias", "moe.gate.weight")
     }
-    plainly = {name for name, weight in original.weights.items() if name not in plain.formats}
+    plainly = {name for name, weight in original.weights.items() if name not in formats_of(plain)}
     assert {name for name in plainly if not torch.equal(before[name], after[name])} == names
     assert all(torch.equal(before[name], unsmoothed[name]) for name in plainly)
     exact, found = outputs(network(original)), outputs(network(fine))
@@ -94,7 +94,7 @@ def test_what_it_changes_is_written(attention: str, tmp_path: Path) -> None:
 def test_smoothing_is_of_rounding_alone(tmp_path: Path) -> None:
     original = opened(make_pico(hidden=32), tmp_path)
     blocks = (BlockPlan((0, 1, 2), "ghost"),) * 2
-    both = CompressionPlan("quantize", original.fingerprint, blocks=blocks, rounding=SMOOTH)
+    both = CompressionPlan("quantize", original.fingerprint, stages=(Experts(blocks), Formats(rounding=SMOOTH)))
     with pytest.raises(BadInputError, match="two plans"):
         applied(original, both, tmp_path / "o.safetensors")
 

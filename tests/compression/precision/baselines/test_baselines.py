@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import network, opened, profile_of
+from compressing import network, opened, profile_of, quantising
 from conftest import REPOSITORY, Pico, make_pico
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +22,7 @@ from rounding import states_for
 from torch import Tensor, nn
 
 from ditmoe_cli.cli.app import run as run_program
-from ditmoe_cli.compression.apply import planned_output
-from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.precision.baselines import block_score, outlier, pmq
 from ditmoe_cli.compression.precision.budget import Budget, budget_bytes
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
@@ -84,7 +83,7 @@ def within(asked: Given, bits: float, **fields: Any) -> Task:
 
 
 def size_of(checkpoint: Checkpoint, formats: Mapping[str, str]) -> int:
-    plan = CompressionPlan("quantize", checkpoint.fingerprint, formats=formats)
+    plan = quantising(checkpoint, formats)
     return planned_output(checkpoint, plan).predicted_bytes(WHERE)
 
 

@@ -13,6 +13,7 @@ from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.compression.precision.baselines import camera_q
 from ditmoe_cli.compression.precision.baselines.camera_q import Step, Unit, choose, grouped, steps, units_of
 from ditmoe_cli.compression.precision.budget import Budget, Choice, budget_bytes, plan_mixed
@@ -244,8 +245,8 @@ def test_ties_and_unused_profiles(asked: Given, tmp_path: Path) -> None:
     first, second = choose(task), choose(task)
     assert first == second
     plan = plan_mixed(asked[0], asked[1].digest, first, {}, None)
-    assert plan.ordering == "camera" and plan.formats == first.formats
-    assert plan_mixed(asked[0], asked[1].digest, Choice({}), {}, None).ordering is None
+    assert plan.stage(Formats) == Formats(first.formats, ordering="camera")
+    assert plan_mixed(asked[0], asked[1].digest, Choice({}), {}, None).stage(Formats) == Formats()
     checkpoint = opened(make_pico(hidden=32, input_size=4), tmp_path)
     with pytest.raises(BadInputError, match="keeps no states"):
         choose(within((checkpoint, profile_of(checkpoint, fast=True)), 3))
