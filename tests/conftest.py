@@ -251,6 +251,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_progress() -> Iterator[None]:
+    """Switch progress off, of which a slow machine prints more."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DITMOE_PROGRESS", "0")
+        yield
+
+
 @pytest.fixture
 def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run ``python -m ditmoe_cli ARGS`` with pipes for streams, in an empty folder.

@@ -1,4 +1,4 @@
-"""The ``ditmoe`` program: its commands, and what becomes of everything that can go wrong."""
+"""The ``ditmoe`` program: its commands, loaded when they are called, and the exit code of every outcome."""
 
 from __future__ import annotations
 
@@ -6,33 +6,38 @@ import errno
 import os
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # plain help and one-line usage errors: rich would wrap long paths, and costs start-up time
 os.environ.setdefault("TYPER_USE_RICH", "0")
 
 import typer
+from typer.core import TyperCommand
 
 from ditmoe_cli import __version__
-from ditmoe_cli.cli.commands import (
-    apply,
-    bench,
-    compare,
-    convert,
-    fid,
-    inspect,
-    merge,
-    plan,
-    profile_experts,
-    prune,
-    quantize,
-    report,
-    sample,
-)
+from ditmoe_cli.cli.groups import spliced
 from ditmoe_cli.cli.terminal import with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.processes import under_torchrun
+
+# each is a module of `ditmoe_cli.cli.commands`
+COMMANDS = {
+    "inspect": "Print what a checkpoint is.",
+    "convert": "Write a checkpoint of any layout as safetensors.",
+    "profile-experts": "Sample a model and count how it routes.",
+    "prune": "Keep the most salient experts of each block.",
+    "merge": "Merge experts, or store them as differences.",
+    "quantize": "Store weights in fewer bits.",
+    "plan": "Show, check or compare compression plans.",
+    "apply": "Carry out a compression plan.",
+    "sample": "Sample images.",
+    "fid": "Score images against a reference.",
+    "report": "Report what a profile shows, and test the paper's claims.",
+    "compare": "Measure how far one checkpoint strays from another.",
+    "bench": "Measure memory and time of a checkpoint.",
+}
 
 app = typer.Typer(
     name="ditmoe",
@@ -65,19 +70,29 @@ def root(
     """
 
 
-app.command("inspect")(inspect.run)
-app.command("convert")(convert.run)
-app.command("profile-experts")(profile_experts.run)
-app.command("prune")(prune.run)
-app.command("merge")(merge.run)
-app.command("quantize")(quantize.run)
-app.command("plan")(plan.run)
-app.command("apply")(apply.run)
-app.command("sample")(sample.run)
-app.command("fid")(fid.run)
-app.command("report")(report.run)
-app.command("compare")(compare.run)
-app.command("bench")(bench.run)
+class LazyCommand(TyperCommand):
+    """A command whose module is imported when it is called. ``ditmoe --help`` needs only its one line of help."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Return the context of the command itself, which typer then invokes."""
+        assert self.name is not None
+        return load_command(self.name).make_context(info_name, args, parent, **extra)
+
+
+def load_command(name: str) -> Any:
+    """Return the command that `run` in the module of its name is, such as ``profile-experts`` in `profile_experts`."""
+    module = import_module(f"ditmoe_cli.cli.commands.{name.replace('-', '_')}")
+    program = typer.Typer(add_completion=False, rich_markup_mode=None)
+    program.command(name)(spliced(module.run))
+    return typer.main.get_command(program)
+
+
+def load_program() -> Any:
+    """Return the program with all its commands, none of which is imported yet."""
+    program = typer.main.get_group(app)
+    for name, summary in COMMANDS.items():
+        program.add_command(LazyCommand(name, short_help=summary))
+    return program
 
 
 def main() -> NoReturn:
@@ -90,10 +105,10 @@ def main() -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process; in a process group without Python's own farewell.
+    """End the process; under torchrun at once, without taking the interpreter apart.
 
-    A thread of the group's that still lets go of a tensor while the interpreter is taken apart aborts the process
-    ("terminate called without an active exception", now and then), though all of its work is done.
+    A thread of the process group that frees a tensor while the interpreter is taken apart now and then aborts the
+    process ("terminate called without an active exception"), though all of its work is done.
     """
     if under_torchrun():
         sys.stdout.flush()
@@ -117,11 +132,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Run the chosen command. Not through typer's own main, which would end a closed pipe in exit code 1."""
-    command = typer.main.get_command(app)
+    """Run the chosen command, not through typer's own main: that ends a closed pipe in exit code 1."""
+    program = load_program()
     try:
-        with command.make_context("ditmoe", arguments) as context:
-            command.invoke(context)
+        with program.make_context("ditmoe", arguments) as context:
+            program.invoke(context)
         return 0
     except typer.Exit as outcome:
         return outcome.exit_code
@@ -142,7 +157,7 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _silence_stdout() -> None:
-    """Point stdout elsewhere where it cannot be written, so that the interpreter's last flush stays silent."""
+    """Point stdout to the null device if it cannot be written, so that the interpreter's last flush does not fail."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -179,5 +194,5 @@ def _unexpected(error: Exception) -> str:
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
-    """Leave through the finally clauses, so that no half-written output stays."""
+    """Raise `SystemExit`, so that finally clauses remove half-written output."""
     raise SystemExit(128 + number)

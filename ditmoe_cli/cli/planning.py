@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from ditmoe_cli.cli.options import checked_device, checkpoint_output
-from ditmoe_cli.cli.stage import Stage, default_output
+from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
+from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note, progress
-
-if TYPE_CHECKING:
-    from ditmoe_cli.compression.plan import CompressionPlan
-    from ditmoe_cli.compression.planner import Planner, Work
-    from ditmoe_cli.files.writer import Output
-    from ditmoe_cli.model.opened import Checkpoint
-    from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.planner import Planner, Work
+from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
+from ditmoe_cli.routing.profile import RoutingProfile
 
 
 class Described(Protocol):
-    """A method that says what it does and where it comes from."""
+    """A method with a summary and a source."""
 
     @property
     def summary(self) -> str:
@@ -32,36 +34,10 @@ class Described(Protocol):
 
 
 def print_methods(methods: Mapping[str, Described], printing: Printing) -> None:
-    """Print each method with what it does and where it comes from."""
+    """Print each method with its summary and source."""
     result = {name: {"summary": method.summary, "source": method.source} for name, method in methods.items()}
     rows = [(name, f"{method.summary} ({method.source})") for name, method in methods.items()]
     emit(printing, Stage().to_json({"methods": result}), rows, None)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The options that say where a checkpoint is written, if at all."""
-
-    path: Path | None
-    force: bool
-    shard_size: str
-    dry_run: bool = False
-
-    def output(self, checkpoint: Checkpoint, label: str) -> Output:
-        """Return where to write; by default to a file named after the checkpoint that ends in `label`."""
-        return checkpoint_output(self.path or default_output(checkpoint.path, label), self.force, self.shard_size)
-
-
-@dataclass(frozen=True)
-class Means:
-    """The options that say what a plan rests on: a profile, if one is given, and the device to compute on."""
-
-    profile: Path | None
-    device: str
-
-    def profile_for(self, stage: Stage) -> Path | None:
-        """Return the profile that is given, else the envelope's."""
-        return self.profile or (Path(stage.profile) if stage.profile else None)
 
 
 @dataclass(frozen=True)
@@ -75,17 +51,15 @@ class Job:
     printing: Printing
 
 
-def run_planner(
-    planner: Planner, stage: Stage, checkpoint: Checkpoint, target: Target, means: Means, printing: Printing
-) -> None:
-    """Plan, and then preview or write the result."""
-    from ditmoe_cli.compression.planner import Work
-
-    output = target.output(checkpoint, planner.label)
+def run_planner(planner: Planner, planning: Planning, source: Source, to: Destination, printing: Printing) -> None:
+    """Plan for the source, and then preview or write the result."""
+    stage = source.stage()
+    checkpoint = open_stage(stage)
+    output = to.at(checkpoint.path, planner.label)
     job = Job(planner.command, stage, checkpoint, output, printing)
-    work = Work(checkpoint, output, lambda: checked_device(means.device), progress)
-    plan, profile = choose(planner, work, means.profile_for(stage), target.dry_run)
-    if target.dry_run:
+    work = Work(checkpoint, output, lambda: checked_device(planning.device), progress)
+    plan, profile = choose(planner, work, planning.profile_for(stage), to.dry_run)
+    if to.dry_run:
         return preview(job, plan)
     return write(job, plan, profile, work.device, planner.details(checkpoint, plan))
 
@@ -98,8 +72,6 @@ def choose(
     What cannot be done is refused before the first expensive step. A dry run never profiles: without a profile its
     plan is undecided.
     """
-    from ditmoe_cli.routing.calibrate import usable_profile
-
     planner.check(work)
     if not planner.needs_profile:
         return planner.plan(work, None), None
@@ -114,9 +86,6 @@ def choose(
 
 def _valid_profile(work: Work, given: Path | None) -> RoutingProfile:
     """Return a valid profile, making one beside the output where none is given; refuses a bad output before that."""
-    from ditmoe_cli.files.staging import check_target
-    from ditmoe_cli.routing.calibrate import valid_profile
-
     path = work.output.path
     check_target(path, work.output.force, [work.checkpoint.path, *([given] if given and given.is_file() else [])])
     return valid_profile(work.checkpoint, given, path.parent, work.device, work.bar, note)
@@ -127,9 +96,6 @@ def preview(job: Job, plan: CompressionPlan | None) -> None:
 
     Writes nothing, and refuses what writing would. An undecided plan has the right size only, and is not printed.
     """
-    from ditmoe_cli.compression.output import planned_output
-    from ditmoe_cli.files.staging import check_target
-
     output = job.output
     check_target(output.path, output.force, [job.checkpoint.path])
     result = _sizes(job.checkpoint, planned_output(job.checkpoint, plan).predicted_bytes(output))
@@ -147,8 +113,6 @@ def write(
     details: Mapping[str, Any] | None = None,
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
-    from ditmoe_cli.compression.apply import apply
-
     place = device() if plan is not None and plan.computes else "cpu"
     applied = apply(job.checkpoint, plan, job.output, progress, profile, place)
     sizes = _sizes(job.checkpoint, applied.bytes)

@@ -1,77 +1,145 @@
-"""Sampling options turned into a sample spec."""
+"""Options of sampling, and the sample spec that they ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+import typer
 
 from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.schedule import (
+    ALWAYS,
+    DEFAULT_SOLVER,
+    DEFAULT_STEPS,
+    UPSTREAM,
+    Interval,
+    Solver,
+    choose_solver,
+)
 from ditmoe_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from ditmoe_cli.diffusion.sampling import SampleSpec
-    from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.opened import Checkpoint
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """The options of sampling, as they were given."""
-
-    images: int
-    steps: int | None
-    cfg: float
-    seed: int
-    solver: str | None
-    classes: str | None
-    interval: str | None = None
-    upstream: bool = False
-
-
-def sample_spec(checkpoint: Checkpoint, options: SamplingOptions, calibration: bool = False) -> SampleSpec:
-    """Return the spec that the options ask for; a `calibration` has a solver of its own where none is named.
-
-    Raises `UsageError` for values out of range.
-    """
-    from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
-    from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, DEFAULT_SOLVER, DEFAULT_STEPS, UPSTREAM, choose_solver
-
-    config = checkpoint.config
-    if options.upstream and (options.solver is not None or options.steps is not None):
-        raise UsageError("--upstream-exact names solver and steps; leave out --solver and --steps")
-    default = CALIBRATION_SOLVER if calibration else DEFAULT_SOLVER
-    solver, steps = choose_solver(options.solver, config.sampler, default), DEFAULT_STEPS[config.sampler]
-    if options.upstream:
-        solver, steps = UPSTREAM[config.sampler]
-    steps = steps if options.steps is None else options.steps
-    classes = options.classes
-    labels = parse_classes(classes) if classes is not None else tuple(range(config.num_classes))
-    spec = SampleSpec(
-        options.images, steps, options.cfg, options.seed, solver, labels, parse_interval(options.interval)
-    )
-    return check_spec(spec, config.num_classes)
-
-
-def solver_row(sampling: Mapping[str, Any]) -> Row:
-    """Return how images are sampled, and at what cost, as a row of a table; `sampling` is conditions with their NFE."""
-    told = "{solver}, {steps} steps, cfg {cfg:g}, {nfe} NFE an image".format(**sampling)
-    return ("solver", told)
-
-
-def parse_interval(text: str | None) -> tuple[float, float]:
-    """Return the two noise levels of an interval such as ``0.2,0.8``; all where there is none. Raises `UsageError`."""
-    if text is None:
-        return (0.0, 1.0)
+def parse_interval(text: str) -> Interval:
+    """Return the two noise levels of an interval such as ``0.2,0.8``. Raises `ValueError`."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        raise UsageError(f"--cfg-interval {text}: give two noise levels between 0 and 1, as 0.2,0.8") from None
+        raise ValueError("give two noise levels between 0 and 1, as 0.2,0.8") from None
     return low, high
 
 
 def parse_classes(text: str) -> tuple[int, ...]:
-    """Return the labels of a list such as ``0,3,7``. Raises `UsageError`."""
+    """Return the labels of a list such as ``0,3,7``. Raises `ValueError`."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--classes {text}: give class numbers separated by commas, as 0,3,7") from None
+        raise ValueError("give class numbers separated by commas, as 0,3,7") from None
+
+
+ImagesOpt = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample of each checkpoint.")]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options of every command that follows a sampler step by step."""
+
+    images: ImagesOpt = 64
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", help="Sampling steps. [default: 16 for rf, 20 for ddpm]"),
+    ] = None
+    cfg: Annotated[
+        float, typer.Option("--cfg", metavar="S", help="Scale of classifier-free guidance; 1 is no guidance.")
+    ] = 1.0
+    interval: Interval = ALWAYS
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            "--solver",
+            metavar="NAME",
+            help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
+            "[default: ab2 for rf, ddim for ddpm]",
+        ),
+    ] = None
+    upstream: bool = False
+    classes: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            "--classes", metavar="LIST", parser=parse_classes, help="Labels to cycle through, as 0,3,7. [default: all]"
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")] = 0
+
+    def spec(self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> SampleSpec:
+        """Return the spec that the options ask for; `solvers` are those of each family where none is named.
+
+        Raises `UsageError` for values out of range.
+        """
+        config = checkpoint.config
+        if self.upstream and (self.solver is not None or self.steps is not None):
+            raise UsageError("--upstream-exact names solver and steps; leave out --solver and --steps")
+        solver, steps = choose_solver(self.solver, config.sampler, solvers), DEFAULT_STEPS[config.sampler]
+        if self.upstream:
+            solver, steps = UPSTREAM[config.sampler]
+        spec = SampleSpec(
+            images=self.images,
+            steps=steps if self.steps is None else self.steps,
+            cfg=self.cfg,
+            seed=self.seed,
+            solver=solver,
+            classes=tuple(range(config.num_classes)) if self.classes is None else self.classes,
+            interval=self.interval,
+        )
+        return check_spec(spec, config.num_classes)
+
+
+@dataclass(frozen=True)
+class UpstreamSampling(SamplingOptions):
+    """Sampling that may be upstream's."""
+
+    upstream: Annotated[
+        bool,
+        typer.Option(
+            "--upstream-exact", help="Sample as upstream does: 50 Euler steps for rf, 250 ancestral steps for ddpm."
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class ImageSampling(UpstreamSampling):
+    """Sampling for the images alone: with every solver, guided where wished, and decoded."""
+
+    interval: Annotated[
+        Interval,
+        typer.Option(
+            "--cfg-interval",
+            metavar="LOW,HIGH",
+            parser=parse_interval,
+            help="Noise levels, 0 to 1, between which to guide. [default: all]",
+        ),
+    ] = ALWAYS
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            "--solver",
+            metavar="NAME",
+            help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
+            "[default: ab2 for rf, ddim for ddpm]",
+        ),
+    ] = None
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            "--vae", metavar="PATH", help="AutoencoderKL that decodes latents: a diffusers folder or a hub name."
+        ),
+    ] = None
+
+
+def solver_row(sampling: Mapping[str, Any]) -> Row:
+    """Return how images are sampled, and at what cost, as a row of a table; `sampling` is conditions with their NFE."""
+    return ("solver", "{solver}, {steps} steps, cfg {cfg:g}, {nfe} NFE an image".format(**sampling))

@@ -1,7 +1,7 @@
-"""The envelope that one command hands to the next through a pipe.
+"""The envelope that one command passes to the next through a pipe.
 
-It holds absolute paths and results, never tensors. A command without a CHECKPOINT argument reads one from stdin, to
-its end, before torch is imported: all commands of a pipe start at once, and waiting ones should weigh nothing.
+An envelope holds absolute paths and results, never tensors. A command without a CHECKPOINT argument reads one from
+stdin, to its end, before it imports torch: all commands of a pipe start at once, and those that wait take no memory.
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import STAGE_SCHEMA
+from ditmoe_cli.model.config import Given
+from ditmoe_cli.model.opened import Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.processes import under_torchrun
-
-if TYPE_CHECKING:
-    from ditmoe_cli.model.config import Given
-    from ditmoe_cli.model.opened import Checkpoint
 
 _PATHS = ("checkpoint", "original", "profile", "samples")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a pipeline stands: absolute paths, what was said of the original, and what was done.
+    """Where a pipeline stands: absolute paths, the overrides of the original, and the commands that ran.
 
-    `given` are the overrides (heads, top-k, sampler) that the original was opened with; files that we write carry
-    their whole configuration and need none. `piped` tells that the stage came through a pipe; it is not passed on.
+    Attributes:
+        checkpoint: the checkpoint to work on.
+        original: the checkpoint that the pipeline began with.
+        profile: the routing profile of either.
+        samples: images of the checkpoint.
+        given: the overrides (heads, top-k, sampler) that the original was opened with; files that we write carry their
+            whole configuration and need none.
+        history: the commands that ran, with their options and the paths that they wrote.
+        piped: whether the stage came through a pipe; not part of the envelope.
     """
 
     checkpoint: str | None = None
@@ -41,26 +47,24 @@ class Stage:
     piped: bool = False
 
     def to_json(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the envelope with this command's own answer."""
+        """Return the envelope with this command's result."""
         document = {"schema": STAGE_SCHEMA, **asdict(self), "history": list(self.history), "result": dict(result)}
         del document["piped"]
         return document
 
     def done(self, command: str, options: Mapping[str, Any], **paths: Path | None) -> Stage:
-        """Return the stage after a command, with the paths that it made."""
-        made = {name: str(path.absolute()) if path else None for name, path in paths.items()}
-        entry = {"command": command, "options": dict(options), **{k: v for k, v in made.items() if v}}
-        return replace(self, history=(*self.history, entry), **made)  # type: ignore[arg-type]
+        """Return the stage after a command, with the paths that it wrote."""
+        written = {name: str(path.absolute()) if path else None for name, path in paths.items()}
+        entry = {"command": command, "options": dict(options), **{name: path for name, path in written.items() if path}}
+        return replace(self, history=(*self.history, entry), **written)  # type: ignore[arg-type]
 
 
 def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stage:
-    """Return the stage to work on: of an explicit checkpoint, else of the envelope on stdin.
+    """Return the stage to work on: that of a named checkpoint, else that of the envelope on stdin.
 
-    With an explicit checkpoint stdin is never read. Raises `UsageError` under torchrun for commands whose work cannot
-    be `shared` between processes, which would write the same file each.
+    With a named checkpoint stdin is never read. Raises `UsageError` under torchrun for a command whose work cannot be
+    `shared` between processes: each would write the same file.
     """
-    from ditmoe_cli.model.opened import resolve_path
-
     if under_torchrun() and not shared:
         raise UsageError(
             "this command works in one process; start it without torchrun (profile-experts, sample and fid can share)"
@@ -73,12 +77,12 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stag
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("give a CHECKPOINT (a file, a folder or demo:digits), or pipe in another ditmoe command")
     stage = parse_stage(sys.stdin.buffer.read().decode(errors="replace"))
-    said = {name: value for name, value in asdict(given).items() if value is not None}
-    return replace(stage, given={**(stage.given or {}), **said}, piped=True)
+    overrides = {name: value for name, value in asdict(given).items() if value is not None}
+    return replace(stage, given={**(stage.given or {}), **overrides}, piped=True)
 
 
 def parse_stage(text: str) -> Stage:
-    """Read an envelope. Raises `BadInputError` where it is empty, cut short or of another schema."""
+    """Return the stage of an envelope. Raises `BadInputError` where it is empty, cut short or of another schema."""
     if not text.strip():
         raise BadInputError("stdin is empty: the command before this one in the pipe failed, see its message")
     try:
@@ -86,8 +90,8 @@ def parse_stage(text: str) -> Stage:
     except (ValueError, RecursionError):
         raise BadInputError("stdin is not JSON, or cut short: expected the output of another ditmoe command") from None
     if not isinstance(document, dict) or document.get("schema") != STAGE_SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise BadInputError(f"stdin has schema {found!r}, expected {STAGE_SCHEMA!r}: pipe in another ditmoe command")
+        schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise BadInputError(f"stdin has schema {schema!r}, expected {STAGE_SCHEMA!r}: pipe in another ditmoe command")
     paths = {name: document.get(name) for name in _PATHS}
     wrong = next((name for name, value in paths.items() if not isinstance(value, str | None)), None)
     given, history = document.get("given"), document.get("history", [])
@@ -108,7 +112,7 @@ def parse_stage(text: str) -> Stage:
 
 
 def _are_overrides(given: object) -> bool:
-    """Tell whether an envelope's `given` holds what `Given` does, or nothing."""
+    """Return whether an envelope's `given` holds fields of `Given`, or nothing."""
     if given is None:
         return True
     if not isinstance(given, dict) or not set(given) <= {"num_heads", "top_k", "sampler"}:
@@ -118,29 +122,26 @@ def _are_overrides(given: object) -> bool:
     return whole and given.get("sampler") in (None, "rf", "ddpm")
 
 
-def open_stage(stage: Stage, path: str | None = None, said: Given | None = None) -> Checkpoint:
-    """Open the stage's checkpoint (or `path`, such as its original) and say what is assumed of it.
+def open_stage(stage: Stage, path: str | None = None, given: Given | None = None) -> Checkpoint:
+    """Open the stage's checkpoint, or that of `path` such as its original, and print warnings and assumptions.
 
-    The stage's overrides are for its own checkpoints; `said` are those for any other.
+    The stage's overrides hold for its checkpoint and its original; `given` are the overrides for any other.
     """
-    from ditmoe_cli.cli.terminal import note
-    from ditmoe_cli.model.opened import open_checkpoint
-
     chosen = path or stage.checkpoint
     if chosen is None:
         raise BadInputError("stdin: the envelope names no checkpoint")
     own = chosen in (stage.original, stage.checkpoint)
-    overrides = dict(stage.given or {}) if own else asdict(said) if said else {}
+    overrides = dict(stage.given or {}) if own else asdict(given) if given else {}
     checkpoint = open_checkpoint(chosen, **overrides)
     for warning in checkpoint.warnings:
         note(f"warning: {warning}")
-    for assumption in checkpoint.assumptions if not stage.piped else ():  # said by the pipe's first command
+    for assumption in checkpoint.assumptions if not stage.piped else ():  # the pipe's first command prints them
         note(f"assuming {assumption}")
     return checkpoint
 
 
 def stem(path: Path) -> str:
-    """Return the name that outputs derive from: the file's or folder's, without the ending of its format."""
+    """Return the name of a file or folder without the ending of its format; outputs are named after it."""
     name = path.name
     for ending in (".safetensors.index.json", ".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
         if name.endswith(ending):

@@ -2,7 +2,7 @@
 
 On a terminal a result is a short table; off a terminal, or with ``--json``, one JSON document; with ``-q`` the bare
 path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's processes only the first
-shows it.
+shows it, and with DITMOE_PROGRESS=0 none does.
 """
 
 from __future__ import annotations
@@ -14,22 +14,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+import typer
 
 from ditmoe_cli.errors import named
 from ditmoe_cli.processes import under_torchrun
 
 Row = tuple[str, object]
-_WORTH_TELLING = 5  # seconds that a job takes before its end is worth a line
-_TELL_EVERY = 60  # seconds
+_LEAST_SECONDS = 5  # of a job whose end is worth a line
+_SECONDS_BETWEEN = 60  # lines of a job that lasts
 
 
 @dataclass(frozen=True)
-class Printing:
-    """How a command was asked to print."""
+class JsonPrinting:
+    """How a command prints that writes no file."""
 
-    as_json: bool = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on a terminal too.")] = False
     quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Printing(JsonPrinting):
+    """How a command prints."""
+
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the path of the output.")] = False
 
 
 def _uses_colour(stream: TextIO) -> bool:
@@ -37,7 +46,7 @@ def _uses_colour(stream: TextIO) -> bool:
 
 
 def note(message: str) -> None:
-    """Say something on stderr, in one line that is never wrapped."""
+    """Print a note on stderr, in one line that is never wrapped."""
     print(f"ditmoe: {with_options(message)}", file=sys.stderr, flush=True)
 
 
@@ -46,7 +55,7 @@ def with_options(message: str) -> str:
     return named(message, lambda setting: "--" + setting.replace("_", "-"))
 
 
-def emit(printing: Printing, document: dict[str, Any], rows: Sequence[Row], path: str | None) -> None:
+def emit(printing: JsonPrinting, document: dict[str, Any], rows: Sequence[Row], path: str | None) -> None:
     """Print a command's result: `document` for programs, `rows` for people, `path` under ``-q``."""
     if printing.quiet:
         text = path or ""
@@ -87,45 +96,46 @@ def duration(seconds: float) -> str:
 
 
 class _Lines:
-    """Tells of a job of `total` steps in lines: one a minute while it lasts, and one at its end if it took seconds."""
+    """Progress of a job of `total` steps in lines: one a minute, and one at its end if the job took seconds."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.start = self.told = time.monotonic()
+    def __init__(self, job: str, total: int) -> None:
+        self.job, self.total, self.done = job, total, 0
+        self.start = self.last = time.monotonic()
 
     def step(self, done: int) -> None:
-        """Count steps that were done."""
+        """Count steps that were done; print how many once a minute."""
         self.done += done
         now = time.monotonic()
-        if now - self.told < _TELL_EVERY or not 0 < self.done < self.total:
+        if now - self.last < _SECONDS_BETWEEN or not 0 < self.done < self.total:
             return
-        self.told, speed = now, self.done / (now - self.start)
+        self.last, speed = now, self.done / (now - self.start)
         left = duration((self.total - self.done) / speed)
-        note(f"{self.what}: {self.done:,} of {self.total:,}, {rate(speed)}, {left} left")
+        note(f"{self.job}: {self.done:,} of {self.total:,}, {rate(speed)}, {left} left")
 
     def end(self) -> None:
-        """Tell how long all of it took."""
+        """Print how long the job took."""
         passed = time.monotonic() - self.start
-        if passed > _WORTH_TELLING:
-            note(f"{self.what}: done in {duration(passed)} ({rate(self.done / passed)})")
+        if passed > _LEAST_SECONDS:
+            note(f"{self.job}: done in {duration(passed)} ({rate(self.done / passed)})")
 
 
-def _tells_nothing() -> bool:
-    """Whether this is one of torchrun's processes that leave it to the first."""
-    return under_torchrun() and os.environ.get("RANK", "0") != "0"
+def _is_silent() -> bool:
+    """Return whether to show no progress: it is switched off, or this is not the first of torchrun's processes."""
+    is_off = os.environ.get("DITMOE_PROGRESS") == "0"
+    return is_off or (under_torchrun() and os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how much more is done; shows how much, rate and time left on stderr.
+def progress(job: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes how many more of `total` steps are done; show count, rate and time left on stderr.
 
-    On a terminal that is a bar, else a line a minute.
+    Progress is a bar on a terminal, else a line a minute.
     """
-    if _tells_nothing():
+    if _is_silent():
         yield lambda _: None
         return
     if not sys.stderr.isatty():
-        lines = _Lines(what, total)
+        lines = _Lines(job, total)
         yield lines.step
         lines.end()
         return
@@ -142,7 +152,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """How much is done a second."""
+        """Steps a second."""
 
         def render(self, task: Task) -> Text:
             """Return the rate so far; nothing before the first step."""
@@ -152,5 +162,5 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     console = Console(stderr=True, no_color=not _uses_colour(sys.stderr))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(job, total=total)
         yield lambda done: bar.advance(task, done)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from cli_helpers import command, environment, here, series
+from cli_helpers import environment, here, series
 from conftest import make_pico
 
-COMMANDS = (
-    *("inspect", "convert", "profile-experts", "prune", "merge", "quantize", "plan", "apply", "sample", "fid"),
-    *("compare", "bench"),
-)
+from ditmoe_cli.cli.app import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +120,44 @@ def test_the_envelope_is_read_before_torch_is_imported(folder: Path) -> None:
     assert said == ["False False"] * len(commands), done.stderr
 
 
-@pytest.mark.parametrize("words", [("--help",), ("prune", "--help"), ("inspect", "demo:digits")])
-def test_light_commands_are_quick(words: tuple[str, ...], tmp_path: Path) -> None:
-    """Loosely: a machine under load is given three tries."""
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        subprocess.run(command(*words), cwd=tmp_path, env=environment(), check=True, capture_output=True)
-        times.append(time.monotonic() - start)
-        if times[-1] < 1:
-            return
-    pytest.fail(f"{' '.join(words)} takes {min(times):.2f} s")
+_OWN_MODULES = """
+import sys
+from ditmoe_cli.cli.app import run
+code = run(sys.argv[1:])
+assert code == 0, code
+own = [name for name in sys.modules if name.startswith("ditmoe_cli.")]
+print("imported", len(sys.modules), *own, file=sys.stderr)
+"""
+
+
+def imported(*words: str, cwd: Path) -> tuple[int, set[str]]:
+    """How many modules a command imports in all, and which of ours."""
+    done = subprocess.run(
+        [sys.executable, "-c", _OWN_MODULES, *words],
+        cwd=cwd,
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.splitlines()
+    _, count, *own = line.split()
+    return int(count), {name.removeprefix("ditmoe_cli.") for name in own}
+
+
+HELP = {"cli", "cli.app", "cli.groups", "cli.terminal", "errors", "processes"}
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",)])
+def test_the_program_alone_imports_no_command(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Modules are counted instead of seconds, which a busy machine stretches: 160 of them take 0.2 s."""
+    count, own = imported(*words, cwd=tmp_path)
+    assert own == HELP
+    assert count < 200
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_imported_when_it_is_called(command: str, tmp_path: Path) -> None:
+    _, own = imported(command, "--help", cwd=tmp_path)
+    commands = {name for name in own if name.startswith("cli.commands.")}
+    assert commands == {f"cli.commands.{command.replace('-', '_')}"}

@@ -17,6 +17,11 @@ from ditmoe_cli.cli.terminal import duration, progress, rate
 from ditmoe_cli.evaluation.fid_score import Score
 
 
+@pytest.fixture(autouse=True)
+def with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DITMOE_PROGRESS")
+
+
 class Clock:
     """A clock that is set by hand."""
 
@@ -84,6 +89,12 @@ def test_of_several_processes_the_first_tells(
     monkeypatch.setenv("RANK", rank)
     assert len(told(clock, 50_000, 60, 2.0)) == 28, "a rank without torchrun is somebody else's variable"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert len(told(clock, 50_000, 60, 2.0)) == lines
+
+
+@pytest.mark.parametrize(("switch", "lines"), [("0", 0), ("1", 28), ("", 28)])
+def test_progress_can_be_switched_off(switch: str, lines: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITMOE_PROGRESS", switch)
     assert len(told(clock, 50_000, 60, 2.0)) == lines
 
 

@@ -2,74 +2,75 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ditmoe_cli.cli.options import (
-    Cfg,
-    CheckpointArg,
-    Device,
-    Heads,
-    Json,
-    SamplerOpt,
-    Seed,
-    TopK,
-    checked_device,
-    given,
-    parse_size,
-)
-from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, parse_size
+from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, progress
 from ditmoe_cli.errors import GateError
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.bench import Bench, Sizes
 
-BatchOpt = Annotated[int, typer.Option("--batch", metavar="N", help="Images per forward pass.")]
-Repeats = Annotated[int, typer.Option("--repeats", metavar="N", help="Timed passes; the least time is reported.")]
-MaxMemory = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--max-memory", metavar="SIZE", help="Exit with 6 if weights and working memory take more."),
-]
-QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; the exit code tells.")]
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured, and where."""
+
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images per forward pass.")] = 8
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", help="Timed passes, of which the fastest is reported.")
+    ] = 3
+    cfg: Annotated[
+        float, typer.Option("--cfg", metavar="S", help="Scale of classifier-free guidance; 1 is no guidance.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")] = 0
+    device: DeviceOpt = "cpu"
+    max_memory: Annotated[
+        Size | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            parser=parse_size,
+            help="Exit with code 6 if weights and working memory take more bytes than SIZE, as 2.5GiB or 900MB.",
+        ),
+    ] = None
 
 
-def run(
-    checkpoint: CheckpointArg = None,
-    batch: BatchOpt = 8,
-    repeats: Repeats = 3,
-    cfg: Cfg = 1.0,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    max_memory: MaxMemory = None,
-    heads: Heads = None,
-    top_k: TopK = None,
-    sampler: SamplerOpt = None,
-    json: Json = False,
-    quiet: QuietOpt = False,
-) -> None:
-    """Measure what running a checkpoint takes.
+@dataclass(frozen=True)
+class BenchPrinting(Printing):
+    """How a command prints that has a result but no output."""
 
-    Bytes of its weights in memory, private memory before and after loading and at its peak, and the time of one
-    denoising step. Runs on noise; writes nothing.
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; end in an exit code only.")] = False
+
+
+def run(measuring: Measuring, source: Source, printing: BenchPrinting) -> None:
+    """Measure memory and time of a checkpoint.
+
+    Prints the bytes of its weights in memory, private memory before and after loading and at its peak, and the time of
+    one denoising step. Runs on noise; writes nothing.
     """
-    stage = incoming(checkpoint, given(heads, top_k, sampler))
-    limit = parse_size(max_memory, "--max-memory") if max_memory is not None else None
+    stage = source.stage()
     opened = open_stage(stage)
     from ditmoe_cli.evaluation.bench import Load, bench, check_load
 
-    load = check_load(Load(batch, repeats, cfg, seed, checked_device(device)))
-    found = bench(opened, load, progress)
-    emit(Printing(json, quiet), stage.done("bench", {}).to_json(found.to_json()), rows(found), "")
-    if limit is not None and found.needed > limit:
-        raise GateError(f"running takes {found.needed:,} bytes, above --max-memory {max_memory} ({limit:,} bytes)")
+    load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, checked_device(measuring.device))
+    result = bench(opened, check_load(load), progress)
+    emit(printing, stage.done("bench", {}).to_json(result.to_json()), rows(result), "")
+    limit = measuring.max_memory
+    if limit is not None and result.needed > limit.bytes:
+        raise GateError(
+            f"running takes {result.needed:,} bytes, above --max-memory {limit.text} ({limit.bytes:,} bytes)"
+        )
 
 
-def rows(found: Bench) -> list[Row]:
-    """Return what was measured as a table."""
-    footprint, memory, load = found.footprint, found.memory, found.load
-    buffer, least = footprint.buffer, min(found.seconds)
+def rows(result: Bench) -> list[Row]:
+    """Return the measurements as a table."""
+    footprint, memory, load = result.footprint, result.memory, result.load
+    buffer, least = footprint.buffer, min(result.seconds)
     beyond = "" if memory.growth is None else f", {human(memory.growth - footprint.least)} beyond weights and buffer"
     branches = "one branch" if load.rows == load.batch else "both branches"
     return [
@@ -83,7 +84,7 @@ def rows(found: Bench) -> list[Row]:
             "private memory",
             f"{human(memory.before)} before loading, {human(memory.loaded)} after, {human(memory.peak)} at its peak",
         ),
-        ("needed", f"{human_bytes(found.needed)}{beyond}"),
+        ("needed", f"{human_bytes(result.needed)}{beyond}"),
         ("step", f"{least:.4g} s for {load.batch} images, {branches}, on {load.device}"),
         ("images per second", f"{load.batch / least:.4g}"),
     ]
@@ -91,8 +92,8 @@ def rows(found: Bench) -> list[Row]:
 
 def parts(sizes: Sizes, by: str) -> str:
     """Return bytes by kind or by group in one line."""
-    found: dict[str, int] = getattr(sizes, by)
-    return ", ".join(f"{name} {human_bytes(count)}" for name, count in found.items())
+    counts: dict[str, int] = getattr(sizes, by)
+    return ", ".join(f"{name} {human_bytes(count)}" for name, count in counts.items())
 
 
 def human(count: int | None) -> str:

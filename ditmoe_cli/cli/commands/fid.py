@@ -3,287 +3,316 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditmoe_cli.cli.options import (
-    Batch,
-    Cfg,
-    Classes,
-    Device,
-    Force,
-    Heads,
-    IntervalOpt,
-    Json,
-    Quiet,
-    SamplerOpt,
-    Seed,
-    SolverOpt,
-    StepsOpt,
-    TopK,
-    UpstreamExact,
-    VaeOpt,
-    checked_device,
-    given,
-    require_safetensors,
-)
-from ditmoe_cli.cli.sampling import SamplingOptions, sample_spec, solver_row
+from ditmoe_cli.cli.groups import ending, one_of
+from ditmoe_cli.cli.options import Overrides, Running
+from ditmoe_cli.cli.sampling import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
-from ditmoe_cli.evaluation.scores.requested import DEFAULT_CONVENTION
+from ditmoe_cli.evaluation.images import kind_of
+from ditmoe_cli.evaluation.scores.conventions import PRECISIONS
+from ditmoe_cli.evaluation.scores.requested import DEFAULT_CONVENTION, Request, parse_scores
+from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.model.config import Given
+from ditmoe_cli.model.opened import Checkpoint, resolve_path
 
 if TYPE_CHECKING:
-    from ditmoe_cli.diffusion.sampling import SampleSpec
-    from ditmoe_cli.evaluation.fid import Comparison, Measure
+    from ditmoe_cli.evaluation.fid import Comparison, Item, Measure
     from ditmoe_cli.evaluation.fid_score import Score
     from ditmoe_cli.evaluation.samples import Runtime
     from ditmoe_cli.evaluation.scores.intervals import Interval
-    from ditmoe_cli.evaluation.scores.requested import Request
-    from ditmoe_cli.model.config import Given
-    from ditmoe_cli.model.opened import Checkpoint
 
-SubjectArg = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Argument(metavar="A", help="A checkpoint, samples, statistics or images; else the envelope on stdin."),
-]
-RefOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--ref", metavar="B", help="What to compare with: as A. [default: the original's samples of the same seeds]"
-    ),
-]
-OriginalOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--original",
-        metavar="C",
-        help="What the paired error is against. [default: the pipeline's original, else --ref]",
-    ),
-]
-ImagesOpt = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample of each checkpoint.")]
-ExtractorOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--extractor",
-        metavar="NAME",
-        help="inception, pixels or package.module:factory. [default: what A's or B's metadata name, else inception]",
-    ),
-]
-WeightsOpt = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--weights", metavar="FILE", help="Inception weights. [default: the cache, else fetched once]"),
-]
-PrecisionOpt = Annotated[
-    str, typer.Option("--precision", metavar="fp32|bf16", help="Of Inception; bf16 is faster and less exact.")
-]
-ConventionOpt = Annotated[
-    str,
-    typer.Option(
-        "--convention",
-        metavar="NAME",
-        help="Whose resizing and scores: adm, torch-fidelity, pytorch-fid or clean-fid.",
-    ),
-]
-MetricsOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--metrics", metavar="LIST", help="Scores besides: sfid, is, pr, kid, fid-inf, or all."),
-]
-BootstrapOpt = Annotated[
-    int, typer.Option("--bootstrap", metavar="N", help="Resamples for an interval of the distance; 0 for none.")
-]
-WorkOpt = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--work", metavar="DIR", help="Where images and features stay until the score is done. [default: the cache]"
-    ),
-]
-StatisticsOpt = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--save-statistics",
-        metavar="FILE",
-        help="Write A's statistics as npz or safetensors; without B A is compared with itself.",
-    ),
-]
-MaxOpt = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option("--max", metavar="X", help="Exit with 6 if the distance is above X."),
-]
-Anyway = Annotated[bool, typer.Option("--anyway", help="Compare samples that were made under other settings.")]
-ScoreOutput = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("-o", "--output", metavar="FILE", help="Write the score as safetensors too."),
-]
+
+def enough_images(count: int) -> int:
+    """Return a number of images of which a distance can be taken. Raises `ValueError`."""
+    if count < 2:
+        raise ValueError("a distance needs at least 2 images")
+    return count
+
+
+def positive_distance(value: float) -> float:
+    """Return a distance that may be a limit. Raises `ValueError`."""
+    if not value >= 0:
+        raise ValueError("give a distance of at least 0")
+    return value
+
+
+def enough_resamples(count: int) -> int:
+    """Return a number of resamples of which an interval can be taken, or 0. Raises `ValueError`."""
+    if count < 0 or count == 1:
+        raise ValueError("give at least 2 resamples, or 0 for none")
+    return count
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared with what."""
+
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="A",
+            help="Checkpoint, samples, statistics or images to score. Without it, the result of the pipe.",
+        ),
+    ] = None
+    ref: Annotated[
+        str | None,
+        typer.Option(
+            "--ref",
+            metavar="B",
+            help="Checkpoint, samples, statistics or images to compare with. "
+            "[default: the original's samples of the same seeds]",
+        ),
+    ] = None
+    original: Annotated[
+        str | None,
+        typer.Option(
+            "--original",
+            metavar="C",
+            help="Checkpoint or samples that the paired error is against. [default: the original of the pipe, else B]",
+        ),
+    ] = None
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Compare samples although they were made under other settings.")
+    ] = False
+
+    def stage(self, given: Given) -> Stage:
+        """Return the stage of the subject, with its path under `samples` where A names images and no checkpoint."""
+        stage = incoming(self.subject, given, shared=True)
+        if stage.piped or stage.checkpoint is None or kind_of(Path(stage.checkpoint)) != "images":
+            return stage
+        return replace(stage, samples=stage.checkpoint, checkpoint=None, original=None)
+
+    def has_reference(self, stage: Stage) -> bool:
+        """Return whether something else than the subject itself is there to be compared with."""
+        return bool(self.ref or self.original or stage.piped)
+
+
+@dataclass(frozen=True)
+class Images(ImageSampling):
+    """Sampling for a distance."""
+
+    images: Annotated[
+        int,
+        typer.Option("--images", metavar="N", callback=enough_images, help="Images to sample of each checkpoint."),
+    ] = 2048
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored."""
+
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            "--extractor",
+            metavar="NAME",
+            help="Features to compare: inception, pixels or package.module:factory. "
+            "[default: what the metadata of A or B name, else inception]",
+        ),
+    ] = None
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights", metavar="FILE", help="Weights of Inception. [default: the cache, else downloaded once]"
+        ),
+    ] = None
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="fp32|bf16",
+            callback=one_of(*PRECISIONS),
+            help="Precision of Inception; bf16 is faster and less exact.",
+        ),
+    ] = "fp32"
+    convention: Annotated[
+        str,
+        typer.Option(
+            "--convention",
+            metavar="NAME",
+            help="Program whose resizing and scores to follow: adm, torch-fidelity, pytorch-fid or clean-fid.",
+        ),
+    ] = DEFAULT_CONVENTION
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics", metavar="LIST", help="Scores beside the distance: sfid, is, pr, kid, fid-inf, or all."
+        ),
+    ] = None
+    resamples: Annotated[
+        int,
+        typer.Option(
+            "--bootstrap",
+            metavar="N",
+            callback=enough_resamples,
+            help="Resamples for an interval of the distance; 0 for no interval.",
+        ),
+    ] = 0
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work",
+            metavar="DIR",
+            help="Folder for images and features until the score is printed. [default: the cache]",
+        ),
+    ] = None
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-statistics",
+            metavar="FILE",
+            callback=ending(".safetensors", ".npz"),
+            help="FILE.npz or FILE.safetensors to write A's statistics to; without B, A is compared with itself.",
+        ),
+    ] = None
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            "--max", metavar="X", callback=positive_distance, help="Exit with code 6 if the distance is above X."
+        ),
+    ] = None
+
+    def request(self) -> Request:
+        """Return the scores that are asked for. Raises `UsageError` for unknown names."""
+        return Request(parse_scores(self.metrics, self.convention), self.convention, self.resamples)
+
+    def measure(self, anyway: bool, vae: str | None, force: bool) -> Measure:
+        """Return how to compare. Raises `UsageError` for an unknown extractor."""
+        from ditmoe_cli.evaluation.features.extractors import check_extractor_name
+        from ditmoe_cli.evaluation.fid import Measure
+
+        if self.extractor is not None:
+            check_extractor_name(self.extractor)
+        return Measure(
+            extractor=self.extractor,
+            weights=self.weights,
+            anyway=anyway,
+            request=self.request(),
+            precision=self.precision,
+            vae=vae,
+            work=self.work.absolute() if self.work else None,
+            statistics=self.statistics,
+            force=force,
+        )
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """Where the score is written beside stdout."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            callback=ending(".safetensors"),
+            help="FILE.safetensors to write the score to.",
+        ),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False
 
 
 def run(
-    subject: SubjectArg = None,
-    ref: RefOpt = None,
-    original: OriginalOpt = None,
-    images: ImagesOpt = 2048,
-    steps: StepsOpt = None,
-    cfg: Cfg = 1.0,
-    interval: IntervalOpt = None,
-    solver: SolverOpt = None,
-    upstream: UpstreamExact = False,
-    classes: Classes = None,
-    seed: Seed = 0,
-    batch: Batch = 64,
-    device: Device = "cpu",
-    vae: VaeOpt = None,
-    extractor: ExtractorOpt = None,
-    weights: WeightsOpt = None,
-    precision: PrecisionOpt = "fp32",
-    convention: ConventionOpt = DEFAULT_CONVENTION,
-    metrics: MetricsOpt = None,
-    resamples: BootstrapOpt = 0,
-    work: WorkOpt = None,
-    statistics: StatisticsOpt = None,
-    max_value: MaxOpt = None,
-    anyway: Anyway = False,
-    heads: Heads = None,
-    top_k: TopK = None,
-    sampler: SamplerOpt = None,
-    output: ScoreOutput = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    compared: Compared,
+    sampling: Images,
+    running: Running,
+    scoring: Scoring,
+    overrides: Overrides,
+    to: ScoreFile,
+    printing: Printing,
 ) -> None:
-    """Score samples against a reference.
+    """Score images against a reference.
 
-    Samples A, and prints its Fréchet distance to B and its paired same-seed error against the original.
+    Samples A, and prints its Fréchet distance to B and the error of its images against the original's images of the
+    same seeds.
 
-    In a pipeline without --ref the original's own samples of the same seeds are the reference, so that an
-    unchanged model scores 0. The distance is called fid over Inception features and frechet over any other. A run that
-    was cut off is gone on with by the same command; torchrun shares the work.
+    Without --ref in a pipe, the original's own samples of the same seeds are the reference, so that an unchanged model
+    scores 0. The distance is called fid over Inception features and frechet over any other. Started again, the same
+    command continues a run that was interrupted; torchrun's processes share the work.
     """
-    said = given(heads, top_k, sampler)
-    stage = named_for_what_it_is(incoming(subject, said, shared=True))
-    check_values(images, max_value, extractor, output, batch, statistics)
-    request = asked_for(metrics, convention, resamples, precision)
-    from ditmoe_cli.evaluation.fid import Measure
-    from ditmoe_cli.evaluation.samples import Runtime
-
-    options = SamplingOptions(images, steps, cfg, seed, solver, classes, interval, upstream)
-    if statistics and max_value is not None and not (ref or original or stage.piped):
+    stage = compared.stage(overrides.given)
+    check_outputs(scoring, to)
+    measure = scoring.measure(compared.anyway, sampling.vae, to.force)
+    if scoring.statistics and scoring.limit is not None and not compared.has_reference(stage):
         raise UsageError("--max: there is nothing to be near to; give --ref")
-    folder = work.absolute() if work else None
-    measure = Measure(extractor, weights, anyway, request, precision, vae, folder, statistics, force)
-    runtime, compared = Runtime(checked_device(device), batch), comparison(stage, ref, original, said, bool(statistics))
-    result = measured(compared, lambda checkpoint: sample_spec(checkpoint, options), measure, runtime, output, force)
+    runtime, comparison = (
+        running.runtime,
+        comparison_of(stage, compared, overrides.given, alone=scoring.statistics is not None),
+    )
+    result = score(comparison, sampling.spec, measure, runtime, to)
     if result is None:
         return  # another rank prints
-    done, path = stage.done("fid", {}), str(output.absolute()) if output else ""
-    emit(Printing(json, quiet), done.to_json(result.to_json()), rows(result), path)
-    if max_value is not None and result.value > max_value:
-        raise GateError(f"{result.metric} {result.value:.4g} is above --max {max_value:g}")
+    document = stage.done("fid", {}).to_json(result.to_json())
+    emit(printing, document, rows(result), str(to.output.absolute()) if to.output else "")
+    if scoring.limit is not None and result.value > scoring.limit:
+        raise GateError(f"{result.metric} {result.value:.4g} is above --max {scoring.limit:g}")
 
 
-def named_for_what_it_is(stage: Stage) -> Stage:
-    """Return the stage with its path under `samples` where an argument named images instead of a checkpoint."""
-    from ditmoe_cli.evaluation.images import kind_of
-
-    if stage.piped or stage.checkpoint is None or kind_of(Path(stage.checkpoint)) != "images":
-        return stage
-    return replace(stage, samples=stage.checkpoint, checkpoint=None, original=None)
+def check_outputs(scoring: Scoring, to: ScoreFile) -> None:
+    """Raise `UsageError` where score and statistics would be written to one file."""
+    if scoring.statistics and to.output and scoring.statistics.resolve() == to.output.resolve():
+        raise UsageError(f"{scoring.statistics}: named twice; give each output a name of its own")
 
 
-def asked_for(metrics: str | None, convention: str, resamples: int, precision: str) -> Request:
-    """Return the scores that are asked for. Raises `UsageError` for names and numbers that cannot be."""
-    from ditmoe_cli.evaluation.scores.conventions import PRECISIONS
-    from ditmoe_cli.evaluation.scores.requested import Request, parse_scores
-
-    if resamples < 0 or resamples == 1:
-        raise UsageError(f"--bootstrap {resamples}: give at least 2 resamples, or 0 for none")
-    if precision not in PRECISIONS:
-        raise UsageError(f"--precision {precision}: choose {' or '.join(PRECISIONS)}")
-    return Request(parse_scores(metrics, convention), convention, resamples)
-
-
-def check_values(
-    images: int,
-    max_value: float | None,
-    extractor: str | None,
-    output: Path | None,
-    batch: int,
-    statistics: Path | None,
-) -> None:
-    """Raise `UsageError` for option values that are wrong whatever is scored."""
-    from ditmoe_cli.evaluation.features.extractors import check_extractor_name
-
-    if max_value is not None and not max_value >= 0:
-        raise UsageError(f"--max {max_value}: give a distance of at least 0")
-    if images < 2:
-        raise UsageError(f"--images {images}: a distance needs at least 2 images")
-    if batch < 1:
-        raise UsageError(f"--batch {batch}: must be at least 1")
-    if extractor is not None:
-        check_extractor_name(extractor)
-    if output is not None:
-        require_safetensors(output)
-    if statistics is not None and output is not None and statistics.resolve() == output.resolve():
-        raise UsageError(f"{statistics}: named twice; give each output a name of its own")
-    if statistics is not None and statistics.suffix not in (".safetensors", ".npz"):
-        raise UsageError(f"--save-statistics {statistics}: give a name that ends in .safetensors or .npz")
-
-
-def measured(
-    compared: Comparison,
+def score(
+    comparison: Comparison,
     spec_of: Callable[[Checkpoint], SampleSpec],
     measure: Measure,
     runtime: Runtime,
-    output: Path | None,
-    force: bool,
+    to: ScoreFile,
 ) -> Score | None:
-    """Compare, and write the score where that was asked for; the output is refused before anything is sampled."""
+    """Compare, and write the score where that was asked for; outputs are refused before anything is sampled."""
     from ditmoe_cli.evaluation.fid import compare
     from ditmoe_cli.evaluation.fid_score import write_score
-    from ditmoe_cli.files.staging import check_target
 
-    inputs = [item.path for item in compared.items] + ([measure.weights] if measure.weights else [])
+    inputs = [item.path for item in comparison.items] + ([measure.weights] if measure.weights else [])
     inputs += [Path(measure.vae).expanduser()] if measure.vae else []
-    for target in (output, measure.statistics):
+    for target in (to.output, measure.statistics):
         if target is not None:
-            check_target(target.absolute(), force, inputs)
-    result = compare(compared, spec_of, measure, runtime, progress, note)
-    if output is not None and result is not None:
-        write_score(output, result, force, inputs)
+            check_target(target.absolute(), to.force, inputs)
+    result = compare(comparison, spec_of, measure, runtime, progress, note)
+    if to.output is not None and result is not None:
+        write_score(to.output, result, to.force, inputs)
     return result
 
 
-def comparison(stage: Stage, ref: str | None, original: str | None, said: Given, alone: bool = False) -> Comparison:
+def comparison_of(stage: Stage, compared: Compared, given: Given, alone: bool = False) -> Comparison:
     """Return what is compared with what.
 
     The subject is the stage's samples or checkpoint. The original is what --original names, else a pipeline's; without
-    either it is the reference. Without --ref the reference is the original; one that may stand `alone` is its own.
+    either it is the reference. Without --ref the reference is the original, or the subject itself if that may stand
+    `alone`.
     """
     from ditmoe_cli.evaluation.fid import Comparison, Item
-    from ditmoe_cli.evaluation.images import kind_of
-    from ditmoe_cli.model.opened import resolve_path
 
-    def item(path: str, own: Given | None) -> Item:
-        found = resolve_path(path).absolute()
-        return Item(found, open_stage(stage, str(found), own) if kind_of(found) == "checkpoint" else None)
+    def item(path: str, overrides: Given | None) -> Item:
+        file = resolve_path(path).absolute()
+        return Item(file, open_stage(stage, str(file), overrides) if kind_of(file) == "checkpoint" else None)
 
-    named = original or (stage.original if stage.piped else None)
-    chosen = stage.samples or stage.checkpoint
-    if chosen is None:
+    ref, original = compared.ref, compared.original or (stage.original if stage.piped else None)
+    subject = stage.samples or stage.checkpoint
+    if subject is None:
         raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
-    if ref is None and named is None and alone:
-        ref = chosen
-    if ref is None and named is None:
-        raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
+    if ref is None and original is None:
+        if not alone:
+            raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
+        ref = subject
     if stage.samples:
         note(f"scoring the images in {stage.samples}: sampling options are theirs")
-    subject = item(chosen, None)
-    first = item(named, said) if named else None
-    reference = item(ref, said) if ref else first
+    scored = item(subject, None)
+    first = item(original, given) if original else None
+    reference = item(ref, given) if ref else first
     assert reference is not None
-    return Comparison(subject, reference, first or reference)
+    return Comparison(scored, reference, first or reference)
 
 
 def rows(result: Score) -> list[Row]:
@@ -311,19 +340,21 @@ def rows(result: Score) -> list[Row]:
     ]
 
 
-def interval_row(found: Interval | None) -> str:
-    """Return an interval for reading behind its value."""
-    return "" if found is None else f" ({100 * found.level:g} % interval {found.low:.4g} to {found.high:.4g})"
+def interval_row(interval: Interval | None) -> str:
+    """Return an interval as text to stand behind its value."""
+    return (
+        "" if interval is None else f" ({100 * interval.level:g} % interval {interval.low:.4g} to {interval.high:.4g})"
+    )
 
 
 def score_rows(scores: Mapping[str, Any]) -> list[Row]:
-    """Return scores beside the distance."""
-    found: list[Row] = []
+    """Return the scores beside the distance as a table."""
+    rows: list[Row] = []
     for name, value in scores.items():
         if not isinstance(value, dict):
-            found.append((name, f"{value:.4f}"))
+            rows.append((name, f"{value:.4f}"))
         elif "intercept" in value:
-            found.append((name, f"{value['intercept']:.4f}, slope {value['slope']:.4g} / N"))
+            rows.append((name, f"{value['intercept']:.4f}, slope {value['slope']:.4g} / N"))
         else:
-            found.append((name, f"{value['mean']:.4f} ± {value['deviation']:.4f}"))
-    return found
+            rows.append((name, f"{value['mean']:.4f} ± {value['deviation']:.4f}"))
+    return rows

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ditmoe_cli.cli.options import CheckpointArg, Heads, Json, SamplerOpt, TopK, given
-from ditmoe_cli.cli.stage import incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes
+from ditmoe_cli.cli.options import Source
+from ditmoe_cli.cli.stage import open_stage
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes
+from ditmoe_cli.formats.weights import format_label
+from ditmoe_cli.model.opened import Checkpoint, count_parameters
 
-if TYPE_CHECKING:
-    from ditmoe_cli.model.opened import Checkpoint
 
-
-def run(
-    checkpoint: CheckpointArg = None,
-    heads: Heads = None,
-    top_k: TopK = None,
-    sampler: SamplerOpt = None,
-    json: Json = False,
-) -> None:
+def run(source: Source, printing: JsonPrinting) -> None:
     """Print what a checkpoint is.
 
-    Architecture, parameters, bytes, layout, sampler family, and every assumption. Reads headers only: no torch
-    for safetensors, whatever the size.
+    Prints architecture, parameters, bytes, layout, sampler family and every assumption. Reads headers only, so that
+    size does not matter, and imports no torch for safetensors.
     """
-    stage = incoming(checkpoint, given(heads, top_k, sampler))
+    stage = source.stage()
     opened = open_stage(stage)
     result = describe(opened)
-    emit(Printing(json), stage.to_json(result), rows(result), str(opened.path))
+    emit(printing, stage.to_json(result), rows(result), str(opened.path))
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the description of a checkpoint as JSON."""
-    from ditmoe_cli.formats.weights import format_label
-    from ditmoe_cli.model.opened import count_parameters
-
     parameters = count_parameters(checkpoint)
     provenance = checkpoint.header.provenance
     formats = Counter(format_label(weight.format or weight.info.dtype) for weight in checkpoint.weights.values())

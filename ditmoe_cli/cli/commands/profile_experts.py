@@ -2,114 +2,112 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from ditmoe_cli.cli.options import (
-    Batch,
-    CalibrationSolver,
-    Cfg,
-    CheckpointArg,
-    Classes,
-    Device,
-    FileOutputOpt,
-    Force,
-    Heads,
-    Json,
-    Quiet,
-    SamplerOpt,
-    Seed,
-    Steps,
-    TopK,
-    checked_device,
-    given,
-    require_safetensors,
-)
-from ditmoe_cli.cli.sampling import SamplingOptions, sample_spec
-from ditmoe_cli.cli.stage import default_output, incoming, open_stage
+from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
+from ditmoe_cli.cli.sampling import SamplingOptions
+from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.calibrate import Run, calibrate
+from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
 from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration
-
-if TYPE_CHECKING:
-    from ditmoe_cli.routing.profile import RoutingProfile
-
-Images = Annotated[int, typer.Option("--images", metavar="N", help="Images to calibrate on.")]
-Bins = Annotated[int, typer.Option("--bins", metavar="N", help="Step bins, from noise to image.")]
-Reservoir = Annotated[int, typer.Option("--reservoir", metavar="N", help="MoE inputs kept per block, in tokens.")]
-
-DataOpt = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--data",
-        metavar="PATH",
-        help="Noise the first --images of these images (folder, npz, samples; latents) instead of sampling; "
-        "those without labels get the null class.",
-    ),
-]
-OffloadOpt = Annotated[
-    bool, typer.Option("--offload", help="Keep one block's weights in memory at a time; reads the file every step.")
-]
-FastOpt = Annotated[bool, typer.Option("--fast", help="Counters only: no moments, no reservoir.")]
+from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.saliency import frequency, reap
 
 
-def run(
-    checkpoint: CheckpointArg = None,
-    images: Images = IMAGES,
-    data: DataOpt = None,
-    bins: Bins = Calibration.bins,
-    reservoir: Reservoir = Calibration.reservoir,
-    fast: FastOpt = False,
-    offload: OffloadOpt = False,
-    steps: Steps = STEPS,
-    cfg: Cfg = 1.0,
-    solver: CalibrationSolver = None,
-    classes: Classes = None,
-    seed: Seed = 0,
-    batch: Batch = Calibration.batch,
-    device: Device = "cpu",
-    heads: Heads = None,
-    top_k: TopK = None,
-    sampler: SamplerOpt = None,
-    output: FileOutputOpt = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Sample the model and count its routing.
+@dataclass(frozen=True)
+class Calibrating(SamplingOptions):
+    """How calibration images are sampled."""
 
-    Counts by block, branch, step bin, position and expert; keeps gate mass, output norms after γ, and a reservoir
-    of MoE inputs: all that planners need.
+    images: Annotated[int, typer.Option("--images", metavar="N", help="Images to calibrate on.")] = IMAGES
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Sampling steps.")] = STEPS
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            "--solver",
+            metavar="NAME",
+            help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
+            "[default: euler for rf, ddim for ddpm]",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """What is counted, from what, and where."""
+
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Images to add noise to instead of sampling: the first --images of a folder, an npz file, samples or "
+            "latents. Images without labels get the null class.",
+        ),
+    ] = None
+    bins: Annotated[int, typer.Option("--bins", metavar="N", help="Bins of steps, from noise to image.")] = (
+        Calibration.bins
+    )
+    reservoir: Annotated[
+        int, typer.Option("--reservoir", metavar="N", help="MoE inputs to keep of each block, in tokens.")
+    ] = Calibration.reservoir
+    fast: Annotated[bool, typer.Option("--fast", help="Keep counters only: no moments, no reservoir.")] = False
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep one block in memory at a time; reads the file at every step.")
+    ] = False
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images at a time; rounding may depend on it.")] = (
+        Calibration.batch
+    )
+    device: DeviceOpt = "cpu"
+
+    def settings(self, spec: SampleSpec, digest: str | None) -> Calibration:
+        """Return the settings of the calibration; `digest` is that of the images to add noise to."""
+        return Calibration(spec, self.bins, self.reservoir, self.batch, digest, self.fast)
+
+    def images(self, checkpoint: Checkpoint, sampling: Calibrating) -> CalibrationData | None:
+        """Return the images to add noise to, None where images are sampled. Raises `UsageError` for --classes."""
+        if self.data is None:
+            return None
+        if sampling.classes:
+            raise UsageError("--classes has no effect on --data, whose images have labels of their own")
+        data = read_data(self.data, checkpoint.config, sampling.images)
+        if all(label == checkpoint.config.num_classes for label in data.labels):
+            note(f"{self.data} has no labels: all images are profiled under the null class")
+        return data
+
+
+def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDestination, printing: Printing) -> None:
+    """Sample a model and count how it routes.
+
+    Counts tokens by block, guidance branch, step bin, position and expert, and keeps routing weights, norms of the
+    experts' outputs after γ, and a reservoir of MoE inputs: all that planners need.
     """
-    stage = incoming(checkpoint, given(heads, top_k, sampler), shared=True)
+    stage = source.stage(shared=True)
     opened = open_stage(stage)
-    from ditmoe_cli.routing.calibrate import Run, calibrate
-    from ditmoe_cli.routing.calibration_data import read_data
-
-    if data and classes:
-        raise UsageError("--classes has no effect on --data, whose images have labels of their own")
-    given_data = read_data(data, opened.config, images) if data else None
-    if given_data and all(label == opened.config.num_classes for label in given_data.labels):
-        note(f"{data} has no labels: all images are profiled under the null class")
-    spec = sample_spec(opened, SamplingOptions(images, steps, cfg, seed, solver, classes), calibration=True)
-    spec = replace(spec, images=len(given_data.labels), classes=given_data.labels) if given_data else spec
-    settings = Calibration(spec, bins, reservoir, batch, given_data.digest if given_data else None, fast)
-    target = require_safetensors(output or default_output(opened.path, "profile"))
-    profile = calibrate(opened, settings, Run(checked_device(device), progress, offload), target, force, given_data)
+    data, spec = profiling.images(opened, sampling), sampling.spec(opened, CALIBRATION_SOLVER)
+    if data is not None:
+        spec = replace(spec, images=len(data.labels), classes=data.labels)
+    settings = profiling.settings(spec, data.digest if data else None)
+    target = to.at(opened.path, "profile")
+    run = Run(checked_device(profiling.device), progress, profiling.offload)
+    profile = calibrate(opened, settings, run, target, to.force, data)
     if profile is None:
         return  # another rank writes and prints
     result = summary(profile)
     done = stage.done("profile-experts", settings.to_json(), profile=target)
-    emit(Printing(json, quiet), done.to_json(result), rows(profile, result), str(target.absolute()))
+    emit(printing, done.to_json(result), rows(profile, result), str(target.absolute()))
 
 
 def summary(profile: RoutingProfile) -> dict[str, Any]:
-    """Return what a program wants to know at once: tokens seen, and each block's load and saliency."""
-    from ditmoe_cli.routing.saliency import frequency, reap
-
+    """Return calibration, load and saliency of each block, and experts without tokens as JSON."""
     return {
         "calibration": dict(profile.calibration),
         "fingerprint": profile.checkpoint,

@@ -2,164 +2,152 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
+from dataclasses import dataclass
+from typing import Annotated, cast, get_args
 
 import typer
 
-from ditmoe_cli.cli.options import (
-    CheckpointArg,
-    Device,
-    DryRun,
-    Force,
-    Heads,
-    Json,
-    OutputOpt,
-    ProfileOpt,
-    Quiet,
-    RefitOpt,
-    RefitTokensOpt,
-    SamplerOpt,
-    ShardSize,
-    TopK,
-    given,
-    parse_repair,
-)
-from ditmoe_cli.cli.planning import Means, Target, print_methods, run_planner
-from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.groups import at_least, one_of
+from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
+from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.compression.plan import Repair, RouterMode
+from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
+from ditmoe_cli.compression.prune.pruning import (
+    Pruning,
+    parse_keep,
+)
+from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import UsageError
 
-if TYPE_CHECKING:
-    from ditmoe_cli.compression.prune.pruning import Pruning
 
-KeepOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--keep",
-        metavar="R|N|auto",
-        help="Experts kept per block: a ratio as 0.5 or 1.0, a count as 4, or auto: those that --neurons leaves any.",
-    ),
-]
-MethodOpt = Annotated[str, typer.Option("--method", metavar="NAME", help="Saliency; see --list-methods.")]
-RouterOpt = Annotated[
-    str,
-    typer.Option(
-        "--router",
-        metavar="MODE",
-        help="slice: delete router rows (loads upstream); ghost: keep them in the softmax, so that the routing "
-        "weights of the kept experts stay exact; mass: ghost, rescaled to the mass of the full top-k; auto: each "
-        "block's of least replayed error.",
-    ),
-]
-ScaleOpt = Annotated[
-    bool, typer.Option("--scale", help="Instead of refitting, fit a factor for each kept expert's output.")
-]
-AllocateOpt = Annotated[
-    str,
-    typer.Option(
-        "--allocate",
-        metavar="uniform|global",
-        help="global: blocks share the experts by replayed error, and the experts of all blocks the neurons by energy.",
-    ),
-]
-NeuronsOpt = Annotated[
-    float, typer.Option("--neurons", metavar="R", help="Share of the kept experts' neurons to keep (CAMERA).")
-]
-MultipleOpt = Annotated[int, typer.Option("--multiple", metavar="N", help="What narrowed widths are multiples of.")]
-NarrowSharedOpt = Annotated[bool, typer.Option("--narrow-shared", help="Narrow the shared expert too.")]
-ConstantsOpt = Annotated[bool, typer.Option("--constants", help="Put a constant in each dropped expert's place.")]
-RankOpt = Annotated[
-    int, typer.Option("--residual-rank", metavar="R", help="Put a linear map of rank R in each dropped expert's place.")
-]
-SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --method random.")]
-ListOpt = Annotated[bool, typer.Option("--list-methods", help="Print the methods with their sources, and stop.")]
+@dataclass(frozen=True)
+class Dropping:
+    """Which experts are kept, and how routers go on."""
+
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="R|N|auto",
+            help="Experts to keep in each block: a ratio as 0.5 or 1.0, a count as 4, or auto: all that --neurons "
+            "leaves a neuron.",
+        ),
+    ] = None
+    method: Annotated[
+        str, typer.Option("--method", metavar="NAME", help="Saliency of experts; see --list-methods.")
+    ] = "reap"
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --method random.")] = 0
+    router: Annotated[
+        str,
+        typer.Option(
+            "--router",
+            metavar="MODE",
+            callback=one_of("auto", *get_args(RouterMode)),
+            help="slice: delete the rows of dropped experts (loads upstream); ghost: keep them in the softmax, so that "
+            "the routing weights of kept experts stay exact; mass: ghost, with weights rescaled to the sum of the full "
+            "top-k; auto: in each block the mode of least replayed error.",
+        ),
+    ] = "ghost"
+    allocate: Annotated[
+        str,
+        typer.Option(
+            "--allocate",
+            metavar="uniform|global",
+            callback=one_of("uniform", "global"),
+            help="uniform: the same share in each block; global: blocks share one budget of experts by replayed error, "
+            "and one of neurons by energy.",
+        ),
+    ] = "uniform"
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How kept experts are narrowed."""
+
+    neurons: Annotated[
+        float,
+        typer.Option("--neurons", metavar="R", help="Share of the kept experts' neurons to keep (CAMERA)."),
+    ] = 1.0
+    multiple: Annotated[
+        int, typer.Option("--multiple", metavar="N", help="Number that narrowed widths are multiples of.")
+    ] = 64
+    narrow_shared: Annotated[bool, typer.Option("--narrow-shared", help="Narrow the shared expert too.")] = False
+
+
+@dataclass(frozen=True)
+class Replacing(Refitting):
+    """What replaces dropped experts."""
+
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Fit one factor for the output of each kept expert, instead of refitting.")
+    ] = False
+    constants: Annotated[
+        bool, typer.Option("--constants", help="Replace each dropped expert by a constant output.")
+    ] = False
+    residual_rank: Annotated[
+        int,
+        typer.Option(
+            "--residual-rank",
+            metavar="R",
+            callback=at_least(0),
+            help="Replace each dropped expert by a constant and a linear map of rank R.",
+        ),
+    ] = 0
+
+    def repair(self, router: str) -> Repair | None:
+        """Return how to refit or scale, or None for neither. Raises `UsageError` for --scale with --no-refit."""
+        if self.scale and not self.refit:
+            raise UsageError("--scale is a repair; leave out --no-refit")
+        scaling = Repair(scale=True, shared=False, constant=False, linear=False, tokens=self.refit_tokens)
+        return scaling if self.scale else super().repair(router)
 
 
 def run(
-    checkpoint: CheckpointArg = None,
-    keep: KeepOpt = None,
-    method: MethodOpt = "reap",
-    router: RouterOpt = "ghost",
-    profile: ProfileOpt = None,
-    refit: RefitOpt = True,
-    refit_tokens: RefitTokensOpt = 0,
-    scale: ScaleOpt = False,
-    allocate: AllocateOpt = "uniform",
-    neurons: NeuronsOpt = 1.0,
-    multiple: MultipleOpt = 64,
-    narrow_shared: NarrowSharedOpt = False,
-    constants: ConstantsOpt = False,
-    residual_rank: RankOpt = 0,
-    seed: SeedOpt = 0,
-    list_methods: ListOpt = False,
-    device: Device = "cpu",
-    heads: Heads = None,
-    top_k: TopK = None,
-    sampler: SamplerOpt = None,
-    output: OutputOpt = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    max_shard_size: ShardSize = "10GB",
-    json: Json = False,
-    quiet: Quiet = False,
+    dropping: Dropping,
+    narrowing: Narrowing,
+    replacing: Replacing,
+    planning: Planning,
+    source: Source,
+    to: Destination,
+    printing: Printing,
 ) -> None:
-    """Keep each block's most salient experts.
+    """Keep the most salient experts of each block.
 
-    Needs a routing profile: the one in the envelope or --profile; else the checkpoint is profiled first.
+    Needs a routing profile: that of --profile or of the pipe; without one the checkpoint is profiled first.
     """
-    if list_methods:
-        from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
-
-        return print_methods({**METHODS, **REPLAYED}, Printing(json))
-    pruning = replace(
-        parse_pruning("1.0" if keep is None and neurons != 1.0 else keep, method, router, seed),
-        repair=parse_repair(refit, refit_tokens, router, scale),
-        shared_budget=parse_allocation(allocate),
-        label=default_name(keep, neurons),
-        **parse_replacement(neurons, multiple, narrow_shared, constants, residual_rank),
-    )
-    stage = incoming(checkpoint, given(heads, top_k, sampler))
-    target = Target(output, force, max_shard_size, dry_run)
-    return run_planner(pruning, stage, open_stage(stage), target, Means(profile, device), Printing(json, quiet))
+    if planning.list_methods:
+        return print_methods({**METHODS, **REPLAYED}, printing)
+    return run_planner(pruning_of(dropping, narrowing, replacing), planning, source, to, printing)
 
 
-def parse_allocation(text: str) -> bool:
-    """Return whether blocks share a budget."""
-    if text not in ("uniform", "global"):
-        raise UsageError(f"--allocate {text}: choose uniform or global")
-    return text == "global"
-
-
-def parse_replacement(neurons: float, multiple: int, shared: bool, constants: bool, rank: int) -> dict[str, Any]:
-    """Return how experts that stay are narrowed, and what stands in for those that go."""
-    from ditmoe_cli.compression.prune.widths import widths_of_ratio
-
-    widths_of_ratio(multiple, neurons, multiple)  # refuses what is out of range
-    if rank < 0:
-        raise UsageError(f"--residual-rank {rank}: must be at least 0")
-    named = {"neurons": neurons, "multiple": multiple, "narrow_shared": shared}
-    return {**named, "constants": constants or rank > 0, "rank": rank}
-
-
-def default_name(keep: str | None, neurons: float) -> str:
-    """Return what the output is called after the input."""
-    parts = ("prune", f"keep{keep}" if keep is not None else "", f"neurons{neurons}" if neurons != 1.0 else "")
-    return "-".join(filter(None, parts))
-
-
-def parse_pruning(keep: str | None, method: str, router: str, seed: int) -> Pruning:
+def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -> Pruning:
     """Return what to prune. Raises `UsageError` for unknown names and values out of range."""
-    from ditmoe_cli.compression.plan import RouterMode
-    from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
-    from ditmoe_cli.compression.prune.pruning import Pruning, parse_keep
-
+    keep = "1.0" if dropping.keep is None and narrowing.neurons != 1.0 else dropping.keep
     if keep is None:
         raise UsageError(
             "--keep is missing: give a ratio such as 0.5 or a count such as 4, or --neurons to narrow only"
         )
-    if method not in (*METHODS, *REPLAYED):
-        raise UsageError(f"--method {method}: unknown; choose {', '.join((*METHODS, *REPLAYED))}")
-    if router not in ("auto", *get_args(RouterMode)):
-        raise UsageError(f"--router {router}: choose auto, {', '.join(get_args(RouterMode))}")
-    return Pruning(parse_keep(keep), method, None if router == "auto" else cast(RouterMode, router), seed)
+    if dropping.method not in (*METHODS, *REPLAYED):
+        raise UsageError(f"--method {dropping.method}: unknown; choose {', '.join((*METHODS, *REPLAYED))}")
+    widths_of_ratio(narrowing.multiple, narrowing.neurons, narrowing.multiple)  # refuses what is out of range
+    return Pruning(
+        keep=parse_keep(keep),
+        method=dropping.method,
+        router=None if dropping.router == "auto" else cast(RouterMode, dropping.router),
+        seed=dropping.seed,
+        repair=replacing.repair(dropping.router),
+        shared_budget=dropping.allocate == "global",
+        neurons=narrowing.neurons,
+        multiple=narrowing.multiple,
+        narrow_shared=narrowing.narrow_shared,
+        constants=replacing.constants or replacing.residual_rank > 0,
+        rank=replacing.residual_rank,
+        label=label_of(dropping.keep, narrowing.neurons),
+    )
+
+
+def label_of(keep: str | None, neurons: float) -> str:
+    """Return the ending of the default output's name, such as ``prune-keep0.5``."""
+    parts = ("prune", f"keep{keep}" if keep is not None else "", f"neurons{neurons}" if neurons != 1.0 else "")
+    return "-".join(filter(None, parts))

@@ -1,4 +1,4 @@
-"""``ditmoe report``: what a profile says, in numbers, pictures and plain words."""
+"""``ditmoe report``: what a profile shows, in numbers, pictures and plain words."""
 
 from __future__ import annotations
 
@@ -6,58 +6,87 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditmoe_cli.cli.options import Force, Json, Quiet, given
+from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, progress
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
+from ditmoe_cli.files.staging import check_target, staged
+from ditmoe_cli.model.config import Given
+from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 
 if TYPE_CHECKING:
-    from ditmoe_cli.routing.profile import RoutingProfile
     from ditmoe_cli.routing.report.contents import ProfileReport
 
 KINDS = ("profile",)
-WhatArg = Annotated[str, typer.Argument(metavar="WHAT", help="What to report on: profile.")]
-FileArg = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Argument(metavar="FILE", help="A profile of ditmoe profile-experts; else that of the envelope on stdin."),
-]
-PageOutput = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("-o", "--output", metavar="FILE", help="FILE.html to write: one page that needs no network."),
-]
-PngOpt = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--png", metavar="FOLDER", help="Write the figures as PNG files into a new folder."),
-]
-WeightsOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--weights",
-        metavar="CHECKPOINT",
-        help="The profiled checkpoint, to compare experts by their weights too; slow for wide experts.",
-    ),
-]
-Replicates = Annotated[int, typer.Option("--replicates", metavar="N", help="Bootstrap replicates of each interval.")]
-SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the bootstrap.")]
 
 
 @dataclass(frozen=True)
-class Outputs:
+class Reporting:
+    """What is reported on, and how closely."""
+
+    kind: Annotated[str, typer.Argument(metavar="WHAT", help="Kind of file to report on: profile.")]
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Profile that ditmoe profile-experts wrote. Without it, the one that the command before in the pipe "
+            "names.",
+        ),
+    ] = None
+    replicates: Annotated[
+        int, typer.Option("--replicates", metavar="N", help="Bootstrap replicates for each interval.")
+    ] = 200
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the bootstrap.")] = 0
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="CHECKPOINT",
+            help="The profiled checkpoint, to compare experts by their weights too; slow for wide experts.",
+        ),
+    ] = None
+
+    def stage(self) -> Stage:
+        """Return the stage of the profile that is named, else the envelope on stdin, which must name one."""
+        if self.file is not None:
+            return Stage(profile=str(self.file.absolute()))
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise UsageError("give a profile FILE, or pipe in ditmoe profile-experts")
+        stage = incoming(None, Given())
+        if stage.profile is None:
+            raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
+        return stage
+
+
+@dataclass(frozen=True)
+class ReportFiles:
     """Where a report goes."""
 
-    page: Path | None
-    png: Path | None
-    force: bool
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            callback=ending(".html", ".htm"),
+            help="FILE.html to write the report to: one page that needs no network.",
+        ),
+    ] = None
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FOLDER", help="New folder to write the figures to as PNG files.")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace existing to.")] = False
 
     @property
     def path(self) -> str:
-        """Return what ``-q`` prints."""
-        made = self.page or self.png
-        return str(made.absolute()) if made else ""
+        """The absolute path that ``-q`` prints."""
+        written = self.page or self.png
+        return str(written.absolute()) if written else ""
 
     def to_json(self) -> dict[str, str | None]:
         """Return absolute paths."""
@@ -67,42 +96,29 @@ class Outputs:
         }
 
 
-def run(
-    what: WhatArg,
-    file: FileArg = None,
-    replicates: Replicates = 200,
-    seed: SeedOpt = 0,
-    output: PageOutput = None,
-    png: PngOpt = None,
-    weights: WeightsOpt = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Say what a profile shows, and whether the paper's claims hold.
+def run(reporting: Reporting, to: ReportFiles, printing: Printing) -> None:
+    """Report what a profile shows, and whether the paper's claims hold.
 
-    Load, mutual information with intervals, heat maps, co-activation, similarity, transitions, saliency. Prints the
-    essentials; figures need -o or --png, and matplotlib: pip install 'ditmoe[report]'.
+    Computes load, mutual information with intervals, heat maps, co-activation, similarity, transitions and saliency.
+    Prints the essentials; figures need -o or --png, and matplotlib: pip install 'ditmoe[report]'.
     """
-    outputs = Outputs(output, png, force)
-    check_values(what, outputs)
-    stage = profile_stage(file)
-    from ditmoe_cli.routing.profile import read_profile
+    if reporting.kind not in KINDS:
+        raise UsageError(f"there is no report on {reporting.kind!r}; choose {' or '.join(KINDS)}")
+    stage = reporting.stage()
+    file = Path(str(stage.profile))
     from ditmoe_cli.routing.report.build import build_report
 
-    check_outputs(outputs, Path(str(stage.profile)))
-    profile = read_profile(Path(str(stage.profile)))
-    similarities = weight_cosines(profile, weights) if weights else None
-    found = build_report(profile, replicates, seed, progress, similarities)
-    write(found, outputs, Path(str(stage.profile)))
-    done = stage.done("report", {"what": what, "replicates": replicates, "seed": seed})
-    show(Printing(json, quiet), done.to_json({**found.to_json(), **outputs.to_json()}), found, outputs)
+    check_outputs(to, file)
+    profile = read_profile(file)
+    similarities = weight_cosines(profile, reporting.weights) if reporting.weights else None
+    report = build_report(profile, reporting.replicates, reporting.seed, progress, similarities)
+    write(report, to, file)
+    options = {"what": reporting.kind, "replicates": reporting.replicates, "seed": reporting.seed}
+    show(printing, stage.done("report", options).to_json({**report.to_json(), **to.to_json()}), report, to)
 
 
 def weight_cosines(profile: RoutingProfile, weights: str) -> list[Any]:
     """Return the similarity of the experts' weights; raises `BadInputError` where `weights` was not profiled."""
-    from ditmoe_cli.model.opened import open_checkpoint
-    from ditmoe_cli.routing.profile import require_profile_of
     from ditmoe_cli.routing.report.weight_similarity import weight_similarities
 
     checkpoint = open_checkpoint(weights)
@@ -110,40 +126,19 @@ def weight_cosines(profile: RoutingProfile, weights: str) -> list[Any]:
     return weight_similarities(checkpoint, progress)
 
 
-def check_values(what: str, outputs: Outputs) -> None:
-    """Raise `UsageError` for words that mean nothing here."""
-    if what not in KINDS:
-        raise UsageError(f"there is no report on {what!r}; choose {' or '.join(KINDS)}")
-    if outputs.page is not None and outputs.page.suffix not in (".html", ".htm"):
-        raise UsageError(f"--output {outputs.page}: give a name that ends in .html")
-
-
-def profile_stage(file: Path | None) -> Stage:
-    """Return the stage of a profile given by name, else the envelope on stdin, which must name one."""
-    if file is not None:
-        return Stage(profile=str(file.absolute()))
-    if sys.stdin is not None and sys.stdin.isatty():
-        raise UsageError("give a profile FILE, or pipe in ditmoe profile-experts")
-    stage = incoming(None, given(None, None, None))
-    if stage.profile is None:
-        raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
-    return stage
-
-
-def check_outputs(outputs: Outputs, profile: Path) -> None:
+def check_outputs(to: ReportFiles, profile: Path) -> None:
     """Raise before anything is computed where the outputs cannot be drawn or written."""
-    if outputs.page is None and outputs.png is None:
+    if to.page is None and to.png is None:
         return
-    from ditmoe_cli.files.staging import check_target
     from ditmoe_cli.routing.report.figures import require_matplotlib
     from ditmoe_cli.routing.report.page import require_jinja
 
     require_matplotlib()
-    if outputs.page is not None:
+    if to.page is not None:
         require_jinja()
-        check_target(outputs.page.absolute(), outputs.force, (profile,))
-    if outputs.png is not None and not replaceable(outputs.png, outputs.force):
-        check_target(outputs.png.absolute(), outputs.force, (profile,))
+        check_target(to.page.absolute(), to.force, (profile,))
+    if to.png is not None and not replaceable(to.png, to.force):
+        check_target(to.png.absolute(), to.force, (profile,))
 
 
 def replaceable(folder: Path, force: bool) -> bool:
@@ -156,48 +151,47 @@ def replaceable(folder: Path, force: bool) -> bool:
     return True
 
 
-def write(found: ProfileReport, outputs: Outputs, profile: Path) -> None:
+def write(report: ProfileReport, to: ReportFiles, profile: Path) -> None:
     """Write the page and the figures that were asked for."""
-    if outputs.page is None and outputs.png is None:
+    if to.page is None and to.png is None:
         return
-    from ditmoe_cli.files.staging import staged
     from ditmoe_cli.routing.report.figures import draw, write_figures
     from ditmoe_cli.routing.report.page import page
 
-    drawings = tuple(draw(found, svg=outputs.page is not None, png=outputs.png is not None))
-    if outputs.png is not None:
-        write_figures(drawings, outputs.png, replaceable(outputs.png, outputs.force))
-    if outputs.page is not None:
-        with staged(outputs.page, outputs.force, (profile,)) as staging:
-            staging.write_text(page(found, drawings), encoding="utf-8")
+    drawings = tuple(draw(report, svg=to.page is not None, png=to.png is not None))
+    if to.png is not None:
+        write_figures(drawings, to.png, replaceable(to.png, to.force))
+    if to.page is not None:
+        with staged(to.page, to.force, (profile,)) as staging:
+            staging.write_text(page(report, drawings), encoding="utf-8")
 
 
-def show(printing: Printing, document: dict[str, Any], found: ProfileReport, outputs: Outputs) -> None:
+def show(printing: Printing, document: dict[str, Any], report: ProfileReport, to: ReportFiles) -> None:
     """Print the essentials: tables on a terminal, else the envelope."""
     if printing.quiet or printing.as_json or not sys.stdout.isatty():
-        emit(printing, document, (), outputs.path)
+        emit(printing, document, (), to.path)
         return
     from rich.console import Console
 
     console = Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
-    for claim in found.claims:
+    for claim in report.claims:
         console.print(f"[bold]{claim.statement}: {claim.verdict}[/bold]")
         console.print(claim.sentence, markup=False)
-    console.print(table(found))
-    for what, pairs in (("dead", found.dead), ("starved", found.starved)):
-        console.print(f"{what}: " + (", ".join(f"block {b} expert {e}" for b, e in pairs) or "none"))
-    for path in filter(None, outputs.to_json().values()):
+    console.print(table(report))
+    for label, pairs in (("dead", report.dead), ("starved", report.starved)):
+        console.print(f"{label}: " + (", ".join(f"block {b} expert {e}" for b, e in pairs) or "none"))
+    for path in filter(None, to.to_json().values()):
         print(f"wrote {path}")
 
 
-def table(found: ProfileReport) -> Any:
+def table(report: ProfileReport) -> Any:
     """Return a rich table of the numbers by block."""
     from rich.table import Table
 
-    names = [name for name in found.evidence.information if name != "branch"]
-    made = Table("block", "entropy", *(f"{name} %" for name in names), "top-k mass", box=None, pad_edge=False)
-    for i, block in enumerate(found.blocks):
-        told = (block.information[name] for name in names)
-        cells = [f"{100 * e.corrected:.1f} \\[{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in told]
-        made.add_row(str(i), f"{block.entropy:.3f}", *cells, f"{block.router['topk_mass'].mean():.2f}")
-    return made
+    names = [name for name in report.evidence.information if name != "branch"]
+    result = Table("block", "entropy", *(f"{name} %" for name in names), "top-k mass", box=None, pad_edge=False)
+    for i, block in enumerate(report.blocks):
+        estimates = (block.information[name] for name in names)
+        cells = [f"{100 * e.corrected:.1f} \\[{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in estimates]
+        result.add_row(str(i), f"{block.entropy:.3f}", *cells, f"{block.router['topk_mass'].mean():.2f}")
+    return result

@@ -1,0 +1,136 @@
+"""Splice groups of options into commands.
+
+A group is a frozen dataclass whose fields are options: ``Annotated[type, typer.Option(...)]``, with a default unless
+the option is required. A command is a plain function of groups::
+
+    def run(source: Source, to: Destination, printing: Printing) -> None: ...
+
+`spliced` turns it into the function that typer reads, with one parameter for every option. Where a command needs
+another default or help text, it subclasses the group and declares that field anew. A field that is declared without an
+option is a constant of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, fields
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+from typer.models import ParameterInfo
+
+from ditmoe_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option or argument: the name of its field, its type, its description for typer, and its default."""
+
+    name: str
+    type: Any
+    info: ParameterInfo
+    default: Any
+
+    def parameter(self) -> Parameter:
+        """Return the parameter that typer reads; an option with a parser is text there, and None by default."""
+        info, is_text = copy(self.info), self.info.parser is not None
+        info.parser = info.callback = None
+        return Parameter(
+            self.name,
+            Parameter.KEYWORD_ONLY,
+            annotation=Annotated[str | None if is_text else self.type, info],
+            default=None if is_text and self.default is not Parameter.empty else self.default,
+        )
+
+    def value(self, given: Any) -> Any:
+        """Return what was given, parsed and checked, or the default.
+
+        Raises `UsageError` with the option's name where its parser or callback raises `ValueError`.
+        """
+        if given is None:
+            return self.default
+        convert = self.info.parser or self.info.callback or (lambda value: value)
+        try:
+            return convert(given)
+        except ValueError as error:
+            raise UsageError(f"{self._flag} {given}: {error}") from None
+
+    @property
+    def _flag(self) -> str:
+        """The option's long name."""
+        names = (self.info.default, *(self.info.param_decls or ()))  # typer holds the first name as the default
+        return next(name for name in names if isinstance(name, str) and name.startswith("--"))
+
+
+def _options(group: type[Any]) -> list[_Option]:
+    """Return the options of a group in the order of its fields."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        _Option(field.name, get_args(hints[field.name])[0], info, _default(field))
+        for field in fields(group)
+        for info in get_args(hints[field.name])[1:]
+        if isinstance(info, ParameterInfo)
+    ]
+
+
+def _default(field: Field[Any]) -> Any:
+    return Parameter.empty if field.default is MISSING else field.default
+
+
+def spliced(run: Callable[..., None]) -> Callable[..., None]:
+    """Return the function of all options of the groups that `run` takes, in the order of its parameters.
+
+    The parser or callback of an option is a function of the value that returns it, or raises `ValueError` with a hint;
+    users read ``--option value: hint``.
+    """
+    groups = get_type_hints(run)
+    del groups["return"]
+    options = {name: _options(group) for name, group in groups.items()}
+    parameters = [option.parameter() for members in options.values() for option in members]
+
+    def command(**given: Any) -> None:
+        values = {
+            name: {option.name: option.value(given[option.name]) for option in members}
+            for name, members in options.items()
+        }
+        run(**{name: group(**values[name]) for name, group in groups.items()})
+
+    command.__doc__ = run.__doc__
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def at_least(least: int) -> Callable[[int], int]:
+    """Return a callback that refuses numbers below `least`."""
+
+    def checked(value: int) -> int:
+        if value < least:
+            raise ValueError(f"must be at least {least}")
+        return value
+
+    return checked
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a callback that refuses words that are none of the choices."""
+
+    def checked(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"choose {' or '.join(choices) if len(choices) == 2 else ', '.join(choices)}")
+        return value
+
+    return checked
+
+
+def ending(*endings: str) -> Callable[[Path], Path]:
+    """Return a callback that refuses paths with other endings."""
+
+    def checked(path: Path) -> Path:
+        if path.suffix not in endings:
+            raise ValueError(f"give a name that ends in {' or '.join(endings)}")
+        return path
+
+    return checked
