@@ -1,1 +1,1 @@
-"""What the routers do: collected, stored, derived."""
+"""How a checkpoint routes: collected into a profile, measured, reported."""

@@ -1,8 +1,8 @@
-"""What the counts of a profile say: load, agreement, overlap, co-activation, similarity of experts, transitions.
+"""Measures of routing: load, agreement of choices, co-activation, and similarity of experts.
 
-Pure functions of plain arrays. Counts are selections n_e of experts e = 0..E-1; a block with fewer experts than the
-profile is wide has to be cut to its own first, or its missing experts count as dead. Without any counts there is
-nothing to tell, and every statistic is 0. Statistics over the last axes return the leading axes, a number if none.
+Pure functions of plain arrays. Counts are selections n_e of experts e = 0..E-1. A block with fewer experts than the
+profile is wide is first cut to its own, or its missing experts would count as dead. Without any counts every measure is
+0. Measures over the last axes return the leading axes, a number if there are none.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def mean_of(total: ArrayLike, n: ArrayLike) -> Array:
     return result
 
 
-# load: how evenly the tokens spread over a block's experts
+# load of a block's experts
 
 
 def shares(counts: ArrayLike) -> Array:
@@ -125,14 +125,14 @@ def _one_block(counts: ArrayLike) -> Array:
     return known
 
 
-# choices: how alike two distributions, neighbours or runs are
+# agreement of choices
 
 
 def jensen_shannon_distance(p: ArrayLike, q: ArrayLike) -> Array:
     """Return √(H₂(m) - (H₂(p) + H₂(q)) / 2), m = (p + q) / 2, in [0, 1]; a metric (Endres and Schindelin 2003).
 
-    p and q are counts or probabilities (..., E), each scaled to sum to 1. 0 where either is empty, as then nothing
-    is known to differ. Raises `BadInputError` where the numbers of experts differ.
+    p and q are counts or probabilities (..., E), each scaled to sum to 1. 0 where either is empty. Raises
+    `BadInputError` where the numbers of experts differ.
     """
     first, second = _counts(p, "p"), _counts(q, "q")
     if first.shape[-1] != second.shape[-1]:
@@ -150,18 +150,18 @@ def jensen_shannon_distance(p: ArrayLike, q: ArrayLike) -> Array:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often two choices of top-k experts agree, (...), and how often they would on their own."""
+    """How often two choices of top-k experts agree, (...), and how often they would by chance."""
 
     kept: Array
     chance: Array
 
 
 def agreement(pairs: ArrayLike, k: ArrayLike) -> Agreement:
-    """Return mean |A ∩ B| / k of choices A and B, at the next step, of the other branch or of the next patch.
+    """Return mean |A ∩ B| / k of pairs of choices A and B: at two steps, in two branches, of neighbouring patches.
 
-    `pairs` (..., E, E) count (a, b) for a in A and b in B: a choice's k² pairs, of which as many lie on the diagonal
-    as experts are shared, or more where slots share a merged expert; `k` (...) is the number of experts chosen. By
-    chance, with marginals p and q of the pairs, it is k Σ_e p_e q_e. 0 without pairs.
+    `pairs` (..., E, E) count (a, b) for a in A and b in B: k² for each A and B, of them one on the diagonal for each
+    expert that A and B share, or more where slots share a merged expert. `k` (...) is the number of experts chosen. By
+    chance, with marginals p and q of the pairs, the mean is k Σ_e p_e q_e. 0 without pairs.
     """
     counts, per_token = _square(pairs, "pairs of experts"), np.asarray(k, dtype=np.float64)
     total = counts.sum(axis=(-2, -1))
@@ -170,16 +170,15 @@ def agreement(pairs: ArrayLike, k: ArrayLike) -> Agreement:
     return Agreement(kept, np.minimum(mean_of(per_token * products, total**2), 1.0))
 
 
-# relations: experts chosen together, one after the other, and experts alike
+# relations between experts: chosen together, and alike
 
 
 def coactivation_lift(coactivation: ArrayLike, tokens: ArrayLike) -> Array:
     """Return N_ij T / (N_i N_j), (..., E, E): 1 where experts i and j are chosen independently.
 
     `coactivation` (..., E, E) counts the tokens that chose both i and j, on the diagonal N_i those that chose i;
-    `tokens` T (...) is the number of all. 0 for experts never chosen. A token never chooses an expert twice: with
-    even loads, pairs drawn at random have a lift of E (k - 1) / (k (E - 1)), for k = 2 little above 1/2, not 1. The
-    diagonal is T / N_i.
+    `tokens` T (...) is the number of all. 0 for experts never chosen. A token never chooses an expert twice, so pairs
+    drawn at random under even loads have the lift of `random_pair_lift`, not 1. The diagonal is T / N_i.
     """
     together = _square(coactivation, "co-activation counts")
     each = np.diagonal(together, axis1=-2, axis2=-1)
@@ -188,7 +187,10 @@ def coactivation_lift(coactivation: ArrayLike, tokens: ArrayLike) -> Array:
 
 
 def random_pair_lift(experts: int, k: float) -> float:
-    """Return E (k - 1) / (k (E - 1)), the lift of two of k distinct experts drawn at random; 0 without pairs."""
+    """Return E (k - 1) / (k (E - 1)), the lift of two of k distinct experts drawn at random; 0 without pairs.
+
+    For k = 2 it lies little above 1/2.
+    """
     return experts * max(k - 1, 0.0) / (k * (experts - 1)) if experts > 1 and k > 0 else 0.0
 
 
@@ -205,8 +207,8 @@ def unbiased_hsic(grams: ArrayLike) -> Array:
     """Return HSIC_1 of all pairs of Gram matrices K (E, n, n) over the same n tokens, (E, E).
 
     HSIC_1(K, L) = (tr K̃L̃ + 1ᵀK̃1 1ᵀL̃1 / ((n - 1)(n - 2)) - 2 1ᵀK̃L̃1 / (n - 2)) / (n (n - 3)), K̃ being K with
-    a diagonal of zeros. Unbiased, so that the mean over batches of tokens tends to the value of all of them, and
-    outputs of many dimensions do not look alike. 0 for n < 4. Source: Song et al. 2012 (JMLR 13).
+    a diagonal of zeros. It is unbiased: the mean over batches of tokens tends to the value of all tokens, and outputs
+    of many dimensions do not look alike. 0 for n < 4. Source: Song et al. 2012 (JMLR 13).
     """
     k = _square(grams, "Gram matrices").copy()
     if k.ndim != 3:
@@ -216,8 +218,8 @@ def unbiased_hsic(grams: ArrayLike) -> Array:
         return np.zeros((len(k), len(k)))
     k[:, np.arange(n), np.arange(n)] = 0.0
     flat, rows, totals = k.reshape(len(k), -1), k.sum(axis=-1), k.sum(axis=(-2, -1))
-    found = flat @ flat.T + np.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * rows @ rows.T / (n - 2)
-    return np.asarray(found / (n * (n - 3)))
+    hsic = flat @ flat.T + np.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * rows @ rows.T / (n - 2)
+    return np.asarray(hsic / (n * (n - 3)))
 
 
 def alignment(hsic: ArrayLike) -> Array:
@@ -230,14 +232,13 @@ def alignment(hsic: ArrayLike) -> Array:
 
 
 def matched_weight_cosine(a: ExpertWeights, b: ExpertWeights) -> float:
-    """Return the cosine of two experts' weights after their neurons have been matched.
+    """Return max_π Σ_h ⟨a_h, b_π(h)⟩ / (‖a‖ ‖b‖), the cosine of two experts' weights after matching their neurons.
 
-    Each expert is gate (H, D), up (H, D) and down (D, H). Neuron h is the row h of gate and up with the column h of
-    down; the matching π maximises Σ_h ⟨a_h, b_π(h)⟩ (Hungarian method), which is the cosine's numerator, over ‖a‖ ‖b‖.
-    1 for experts that differ in the order of neurons alone; unmatched neurons of the wider one count as zero. A
-    joint change of sign of up and down, which leaves the expert's output, is not undone. Unrelated experts reach more
-    than 0, as the best of all matchings is taken; 0 where all weights are. Time grows with H³, to some 9 s a pair at
-    H = 4608. Source: weight matching of Ainsworth et al. 2022 (https://arxiv.org/abs/2209.04836).
+    Each expert is gate (H, D), up (H, D) and down (D, H); neuron h is row h of gate and up with column h of down. 1 for
+    experts that differ in the order of neurons alone; unmatched neurons of the wider one count as zero. Unrelated
+    experts reach more than 0, as the best of all matchings is taken; 0 where all weights are 0. A joint change of sign
+    of up and down, which leaves the expert's output, is not undone. The Hungarian method takes time that grows with H³,
+    to some 9 s a pair at H = 4608. Source: weight matching of Ainsworth et al. 2022 (https://arxiv.org/abs/2209.04836).
 
     Raises `BadInputError` where shapes do not fit, or for NaN and infinity.
     """

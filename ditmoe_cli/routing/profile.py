@@ -1,10 +1,10 @@
-"""The routing profile: what is stored of a calibration run, and how it is read.
+"""The routing profile: the file that a calibration run is stored in, and its reader.
 
 One safetensors file. Sizes: L blocks, B step bins, P positions, E experts (the most of any block; missing ones
 stay 0), R router rows, I images, T reservoir tokens, S states, D width, H neurons. Branch 0 is conditional, 1
 unconditional. g is a routing weight, f an expert's output, γ the block's residual gate, φ an expert's neurons.
 
-Counters, over all tokens (all that ``--fast`` keeps):
+Counters, over all tokens; a ``fast`` profile has no more:
 
     flip_rate               F64  ()               where processes with unequal threads shared the work: the share of
                                                   choices that differed when rank 0 ran another's batch
@@ -13,7 +13,7 @@ Counters, over all tokens (all that ``--fast`` keeps):
     tokens                  I64  (2, B)           tokens seen per block
     image.steps             I32  (I, L, 2, B, E)  per image: what resampling over images needs
     image.positions         I16  (I, L, 2, P, E)
-    image.final             F32  (I, C, S, S)     where each trajectory ended, or the image of --data
+    image.final             F32  (I, C, S, S)     where each trajectory ended, or the image that was given
     coactivation            I64  (L, 2, B, E, E)  tokens that chose both; the diagonal is `selected`
     transitions.block       I64  (L-1, 2, B, E, E)  expert in a block, expert in the next
     transitions.step        I64  (L, 2, B, E, E)  expert a step before, expert now, at the same position
@@ -40,7 +40,7 @@ Moments, over all tokens:
 
 States and reservoir:
 
-    states.z, .t, .label, .image, .bin         what the model was fed: F32 (S, C, H, W), F32 (S,), I64 (S,) ...
+    states.z, .t, .label, .image, .bin         the model's inputs: F32 (S, C, H, W), F32 (S,), I64 (S,) ...
     reservoir.inputs     BF16 (L, T, D)        tokens u that entered the mixture, the same tokens in every block
     reservoir.state, .branch, .position        I32  (T,)  where each came from
     reservoir.gamma      F32  (L, S, 2, D)     γ of each state and branch
@@ -85,7 +85,7 @@ class RoutingTables:
     """The small tables as nested lists [block][branch][bin][expert], for torch-free planners.
 
     `experts` is the number of experts of each block, `cfg` the guidance scale of the calibration run. `optional` holds
-    the tables that a profile may lack, as those made with ``--fast`` lack some.
+    the tables that a profile may lack: a ``fast`` one lacks ``easy_ep``.
     """
 
     experts: tuple[int, ...]
@@ -99,7 +99,7 @@ class RoutingTables:
     def table(self, name: str) -> Table:
         """Return an optional table. Raises `BadInputError` where the profile has none."""
         if name not in self.optional:
-            raise BadInputError(f"the profile has no table {name!r}; profile without --fast")
+            raise BadInputError(f"the profile has no table {name!r}; profile without ⟨fast⟩")
         return self.optional[name]
 
 
@@ -193,7 +193,7 @@ def read_profile(path: Path) -> RoutingProfile:
 
 
 def _check_tables(profile: RoutingProfile, bins: int) -> None:
-    """Hold the counters against the numbers of blocks, bins and experts that the metadata tell."""
+    """Raise `BadInputError` where the counters' shapes are not those of the metadata's blocks, bins and experts."""
     tensors = profile.header.tensors
     missing = next((name for name in _REQUIRED if name not in tensors), None)
     if missing is not None:
@@ -214,7 +214,7 @@ def _check_tables(profile: RoutingProfile, bins: int) -> None:
 
 
 def require_profile_of(profile: RoutingProfile, fingerprint: str, checkpoint: Path) -> RoutingProfile:
-    """Return `profile`, or raise `BadInputError` where it was made from another checkpoint."""
+    """Return `profile`. Raises `BadInputError` where it is the profile of another checkpoint."""
     if profile.checkpoint != fingerprint:
         raise BadInputError(
             f"{profile.path}: is the profile of another checkpoint ({profile.checkpoint[:12]}), not of {checkpoint} "
@@ -232,7 +232,7 @@ def write_profile(
     force: bool,
     inputs: tuple[Path, ...],
 ) -> int:
-    """Write a profile, whole or not at all, and return its bytes."""
+    """Write a profile, whole or not at all, and return its size in bytes."""
     infos = [TensorInfo(name, dtype_code(t.dtype, name), tuple(t.shape)) for name, t in sorted(tensors.items())]
     document = {
         "schema": PROFILE_SCHEMA,

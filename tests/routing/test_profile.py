@@ -93,7 +93,7 @@ def test_a_profile_may_lack_an_optional_table(name: str, made: Made, tmp_path: P
     tensors = {key: tensor for key, tensor in made.tensors.items() if key != name}
     tables = read_profile(made.save(tmp_path / "p.safetensors", tensors)).tables
     assert tables.optional.keys() == set(OPTIONAL) - {name}
-    with pytest.raises(BadInputError, match=rf"no table '{name}'; profile without --fast"):
+    with pytest.raises(BadInputError, match=rf"no table '{name}'; profile without fast"):
         tables.table(name)
 
 

@@ -95,7 +95,7 @@ def test_scores_of_three_tokens_by_hand(criterion: Criterion) -> None:
 def test_a_table_that_the_profile_lacks_is_named(criterion: Criterion, name: str) -> None:
     known = one_block([[[2, 1]], [[0, 0]]], [[[1.0, 1.0]], [[0.0, 0.0]]])
     without = replace(known, optional={n: table for n, table in known.optional.items() if n != name})
-    with pytest.raises(BadInputError, match=rf"no table '{name}'; profile without --fast"):
+    with pytest.raises(BadInputError, match=rf"no table '{name}'; profile without fast"):
         criterion(without)
 
 

@@ -1,1 +1,1 @@
-"""Collect routing statistics while a model samples."""
+"""Collecting a routing profile while a model samples."""

@@ -124,7 +124,7 @@ class Counters:
     def _add_transitions(self, block: int, b: int, selected: Tensor, first: int) -> None:
         """Add the pairs (expert before, expert now) of each token: a block up, and a step back.
 
-        `first` is the first image of the event, which tells batches apart whose steps interleave.
+        `first` is the first image of the event: batches whose steps interleave are kept apart by it.
         """
         branches, flat = len(selected), _flat(selected)
         below, before = self._previous.get((first, block - 1)), self._previous.get((first, block))

@@ -1,1 +1,1 @@
-"""Report what a routing profile shows: numbers, figures, one page."""
+"""Reports on a routing profile: numbers, figures, one page."""

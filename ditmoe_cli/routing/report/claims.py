@@ -1,25 +1,25 @@
-"""The DiT-MoE paper's three claims on specialisation, held against a profile by explicit rules.
+"""The DiT-MoE paper's three claims on specialisation, judged on a profile by explicit rules.
 
 The paper (https://arxiv.org/abs/2407.11633) rests them on heat maps of one model, without a statistic; the rules here
-are ours. Each looks at intervals alone, never at a point estimate, and answers with a verdict:
+are ours. Each uses intervals alone, never a point estimate, and gives a verdict:
 
     holds            the interval lies on the claim's side of every bound below
-    partly           some of what is claimed is sure, and some is refuted, or weaker than a half
-    does not hold    what is claimed is refuted
-    cannot be told   an interval reaches over a bound: more images are needed
+    partly           a part of the claim is sure, and another is refuted, or weaker than a half
+    does not hold    the claim is refuted
+    cannot be told   an interval contains a bound: more images are needed
 
 Information is I(x; expert) / H(expert), the share of the router's entropy that x explains.
 
-1. *Experts prefer positions and steps, not classes.* x is preferred where its interval lies above `NEGLIGIBLE`, and
-   not where it lies below. Class does not matter where its interval lies below `NEGLIGIBLE`, or below `MINOR` of the
-   weakest preferred one's lower end; it matters where its interval lies above both.
-2. *Specialisation by position fades with depth.* Information with position, mean of the last third of the blocks over
-   mean of the first third: below `HALF` the claim holds, below `BARELY` it holds partly, above it does not. Nor
-   does it where the first third has no such information to lose.
+1. *Experts prefer positions and steps, not classes.* Experts prefer x if its interval lies above `NEGLIGIBLE`, and do
+   not if it lies below. Class does not matter if its interval lies below `NEGLIGIBLE`, or below `MINOR` times the lower
+   end of the weakest preferred variable; it matters if its interval lies above both.
+2. *Specialisation by position fades with depth.* The ratio is the mean information with position in the last third of
+   the blocks over that in the first third. Below `HALF` the claim holds, below `BARELY` it holds partly, above it does
+   not. It does not hold either where the first third has no such information to lose.
 3. *Specialisation is more concentrated at early steps, and uniform later.* The same for the concentration of load,
-   1 - H(expert) / ln E, mean of the second half of the steps over mean of the first; it holds only where the second
-   half is uniform too, its concentration below `UNIFORM`. Where the ratio leaves the claim open and the second half
-   is surely not uniform, it does not hold.
+   1 - H(expert) / ln E, in the second half of the steps over the first. The claim holds only if the second half is
+   uniform too, its concentration below `UNIFORM`. Where the ratio alone leaves the claim open and the second half is
+   surely not uniform, it does not hold.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ class Trend:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the verdicts rest on: information averaged over blocks by variable, and the two trends.
+    """Numbers that the verdicts rest on, averaged over blocks.
 
-    `concentration` of load is that of each step bin, averaged over blocks. What a profile cannot tell is None or
-    missing: class with one class, trends with one block, bin or image.
+    Attributes:
+        information: by variable; class is missing with one class.
+        depth: information with position in early and late blocks; None with one block or image.
+        steps: concentration of load at early and late steps; None with one step bin or image.
+        concentration: concentration of load in each step bin.
     """
 
     information: Mapping[str, Estimate]
@@ -80,18 +83,18 @@ class Evidence:
     concentration: tuple[Estimate, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """Return the evidence as JSON, None where a profile cannot tell."""
+        """Return the evidence as JSON, null for a trend that is None."""
         return {
-            "information": {name: interval.to_json() for name, interval in self.information.items()},
+            "information": {name: estimate.to_json() for name, estimate in self.information.items()},
             "depth": self.depth.to_json() if self.depth else None,
             "steps": self.steps.to_json() if self.steps else None,
-            "concentration": [interval.to_json() for interval in self.concentration],
+            "concentration": [estimate.to_json() for estimate in self.concentration],
         }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's claims, the verdict on it, and a sentence that says why with the numbers."""
+    """One of the paper's claims, the verdict on it, and the reason in a sentence with the numbers."""
 
     name: str
     statement: str
@@ -104,7 +107,7 @@ class Claim:
 
 
 def _short(value: float) -> str:
-    """Return a number for people: three digits."""
+    """Return a number with three digits."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
 
 
@@ -113,27 +116,27 @@ def judge(evidence: Evidence) -> tuple[Claim, Claim, Claim]:
     return (_preferences(evidence.information), _depth(evidence.depth), _steps(evidence.steps, evidence.concentration))
 
 
-def _above(interval: Estimate | None, bound: float) -> bool | None:
-    """Tell whether a quantity is above a bound; None where its interval cannot tell."""
-    if interval is None or interval.low <= bound <= interval.high:
+def _above(estimate: Estimate | None, bound: float) -> bool | None:
+    """Return whether a quantity lies above a bound; None where its interval contains the bound, or is None."""
+    if estimate is None or estimate.low <= bound <= estimate.high:
         return None
-    return interval.low > bound
+    return estimate.low > bound
 
 
 def _class_matters(information: Mapping[str, Estimate], preferred: list[str]) -> bool | None:
-    """Tell whether class matters, beside what is preferred."""
+    """Return whether class matters beside the preferred variables; None where it is open."""
     floor = min((information[name].low for name in preferred), default=0.0)
     return _above(information.get("class"), max(NEGLIGIBLE, MINOR * floor))
 
 
 def _preferences(information: Mapping[str, Estimate]) -> Claim:
     """Judge the first claim."""
-    said = {name: _above(information.get(name), NEGLIGIBLE) for name in ("position", "step")}
-    preferred = [name for name, sure in said.items() if sure]
-    said["class"] = _class_matters(information, preferred)
-    as_claimed = [said["position"], said["step"], None if said["class"] is None else not said["class"]]
+    prefers = {name: _above(information.get(name), NEGLIGIBLE) for name in ("position", "step")}
+    preferred = [name for name, sure in prefers.items() if sure]
+    prefers["class"] = _class_matters(information, preferred)
+    as_claimed = [prefers["position"], prefers["step"], None if prefers["class"] is None else not prefers["class"]]
     words = {True: "depend on", False: "do not depend on", None: "may or may not depend on"}
-    parts = [f"{words[sure]} {name} ({_explains(information.get(name))})" for name, sure in said.items()]
+    parts = [f"{words[sure]} {name} ({_explains(information.get(name))})" for name, sure in prefers.items()]
     sentence = f"Expert choices {parts[0]}, {parts[1]} and {parts[2]}."
     return Claim(
         "preferences",
@@ -143,15 +146,15 @@ def _preferences(information: Mapping[str, Estimate]) -> Claim:
     )
 
 
-def _explains(interval: Estimate | None) -> str:
-    """Say how much of the router's entropy a variable explains."""
-    if interval is None:
+def _explains(estimate: Estimate | None) -> str:
+    """Return in words how much of the router's entropy a variable explains."""
+    if estimate is None:
         return "the profile cannot tell"
-    return f"explains {100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"explains {100 * estimate.value:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def _all_of(parts: list[bool | None]) -> Verdict:
-    """Return the verdict on position, step and indifference to class. No preference at all refutes the claim."""
+    """Return the verdict on three parts: position, step, indifference to class. No preference refutes the claim."""
     if all(parts):
         return "holds"
     if parts[0] is False and parts[1] is False:
@@ -192,7 +195,7 @@ def _steps(trend: Trend | None, bins: tuple[Estimate, ...]) -> Claim:
 
 
 def _course(bins: tuple[Estimate, ...]) -> str:
-    """Say where the load is most and least concentrated, and whether it gathers again towards the image."""
+    """Return in words where the load is most and least concentrated, and whether it gathers again in the last bin."""
     if len(bins) < 3:
         return ""
     most, least = max(bins, key=lambda b: b.value), min(bins, key=lambda b: b.value)
@@ -212,7 +215,7 @@ def _fading(trend: Trend) -> Verdict:
 
 
 def _change(what: str, trend: Trend, early: str, late: str) -> str:
-    """Say how a quantity changes."""
+    """Return in words how a quantity changes."""
     ratio = trend.ratio
     way = "falls" if ratio.high < 1 else "rises" if ratio.low > 1 else "goes"
     return (

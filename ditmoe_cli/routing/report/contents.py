@@ -37,7 +37,7 @@ class BlockReport:
         mean_similarity: (E, E) cosine of mean outputs on all reservoir tokens; None in a ``fast`` profile.
         gram_similarity: (E, E) cosine of what is added to the residual stream; None in a ``fast`` profile.
         next_block: (E, E') lift of transitions to the block above; None in the last block.
-        next_information: how much an expert tells of the one in the block above; None in the last block.
+        next_information: information between the expert and that in the block above; None in the last block.
         agreement: the share of a token's experts that is chosen again, by step bin: at the next ``step``, in the other
             ``branch``, by the ``neighbour`` patch.
         branch_distance: Jensen-Shannon distance between the branches' loads; None with one branch.

@@ -1,7 +1,7 @@
-"""The pictures of a profile report. The only place that draws.
+"""The figures of a profile report.
 
-Backgrounds are transparent, and all text and lines have one mid-grey colour, `INK`: figures can be read on light and on
-dark pages, and a page that holds them can put its own text colour in its place. Equal reports give equal bytes.
+Backgrounds are transparent, and all text and lines have one mid-grey colour, `INK`: figures are readable on light and
+dark pages, and a page that holds them can replace `INK` by its own text colour. Equal reports give equal bytes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _STYLE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: the file name it goes by, what it shows in a sentence, and the picture in SVG and PNG."""
+    """One figure: its file name without suffix, title, caption, and picture as SVG and PNG."""
 
     name: str
     title: str
@@ -76,7 +76,7 @@ def require_matplotlib() -> None:
 
 
 def draw(report: ProfileReport, svg: bool = True, png: bool = False) -> Iterator[Drawing]:
-    """Yield the figures of a report in the formats asked for; the others stay empty.
+    """Yield the figures of a report as SVG, PNG or both; a format that is not asked for is empty.
 
     Raises `BadInputError` where matplotlib is not installed.
     """
@@ -100,7 +100,7 @@ Planned = tuple[str, str, str, Painter]
 
 
 def _figures(report: ProfileReport) -> Iterator[Planned]:
-    """Yield name, title, caption and painter of every figure that the profile has numbers for."""
+    """Yield name, title, caption and painter of each figure that the report has numbers for."""
     yield ("load", "Load", _LOAD, lambda f: _load(f, report))
     if report.evidence.information:
         yield ("information", "Information by block", _INFORMATION, lambda f: _information(f, report))
@@ -161,7 +161,7 @@ _ROUTER = (
 
 
 def _similarities(report: ProfileReport) -> Iterator[tuple[str, str, str, list[Array]]]:
-    """Yield the similarities that are known; a profile made with --fast has none."""
+    """Yield the similarities that are known: none but that of weights in a ``fast`` profile."""
     kinds: dict[str, tuple[str, str, Callable[[BlockReport], Array | None]]] = {
         "similarity": ("Similarity of mean outputs", _MEANS, lambda b: b.mean_similarity),
         "similarity-cka": ("Similarity of outputs", _CKA, lambda b: b.output_cka),
@@ -169,9 +169,9 @@ def _similarities(report: ProfileReport) -> Iterator[tuple[str, str, str, list[A
         "similarity-weights": ("Similarity of weights", _WEIGHTS, lambda b: b.weight_similarity),
     }
     for name, (title, caption, of) in kinds.items():
-        found = [_off_diagonal(matrix) for matrix in map(of, report.blocks) if matrix is not None]
-        if found:
-            yield (name, title, caption, found)
+        matrices = [_off_diagonal(matrix) for matrix in map(of, report.blocks) if matrix is not None]
+        if matrices:
+            yield (name, title, caption, matrices)
 
 
 def _off_diagonal(matrix: Array) -> Array:
@@ -192,7 +192,7 @@ _AXES = {"position": "position", "step": "step bin", "class": "class"}
 
 
 def shared_limit(report: ProfileReport) -> float:
-    """Return the end of the scale that all heat maps share: of the largest deviations, within fixed bounds."""
+    """Return the end of the scale that all heat maps share: the 99.5 % quantile of deviations, within fixed bounds."""
     values = np.concatenate([np.abs(m[np.isfinite(m)] - 1.0) for b in report.blocks for m in b.maps.values()])
     return float(np.clip(np.quantile(values, 0.995) if values.size else 0.0, SMALLEST_DEVIATION, LARGEST_DEVIATION))
 
@@ -213,7 +213,7 @@ def _transitions(report: ProfileReport) -> Iterator[Planned]:
 
 
 def agreements(report: ProfileReport) -> list[str]:
-    """Return what choices of the same experts were counted between."""
+    """Return the pairings, names in `AGREEMENTS`, that every block has counts for."""
     return [name for name in AGREEMENTS if all(name in block.agreement for block in report.blocks)]
 
 
@@ -221,7 +221,7 @@ def agreements(report: ProfileReport) -> list[str]:
 
 
 def _diverging() -> Any:
-    """Return a colour map whose middle is transparent: the page shows through where nothing deviates."""
+    """Return a colour map whose middle is transparent, so that the page shows where nothing deviates."""
     from matplotlib.colors import LinearSegmentedColormap
 
     ends = ((0.16, 0.49, 0.89), (0.92, 0.46, 0.12))
@@ -266,7 +266,7 @@ def _matrices(
 
 
 def _columns(panels: int, width: int) -> int:
-    """Return how many panels stand side by side: fewer, the wider they are, unless there are many."""
+    """Return how many panels stand side by side: the fewer, the wider they are, unless there are many."""
     most = 2 if width > 100 and panels <= 8 else 4 if width > 8 else 6
     return min(panels, most)
 
@@ -377,12 +377,12 @@ def _kept(figure: Figure, report: ProfileReport, names: Sequence[str]) -> None:
     figure.set_size_inches(9.6, 2.6)
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for panel, name in zip(panels, names, strict=True):
-        found = [block.agreement[name] for block in report.blocks]
-        _by_depth(figure, panel, [np.where(a.chance > 0, a.kept, np.nan) for a in found], legend=name == names[-1])
-        _by_depth(figure, panel, [np.where(a.chance > 0, a.chance, np.nan) for a in found], legend=False, style="--")
+        agreed = [block.agreement[name] for block in report.blocks]
+        _by_depth(figure, panel, [np.where(a.chance > 0, a.kept, np.nan) for a in agreed], legend=name == names[-1])
+        _by_depth(figure, panel, [np.where(a.chance > 0, a.chance, np.nan) for a in agreed], legend=False, style="--")
         panel.set_ylim(0, 1.02)
         panel.set_title(AGREEMENTS[name])
-        _lines(panel, "step bin (0: noise)", "share of experts" if name == names[0] else "", len(found[0].kept))
+        _lines(panel, "step bin (0: noise)", "share of experts" if name == names[0] else "", len(agreed[0].kept))
 
 
 def _saliency(figure: Figure, report: ProfileReport) -> None:
@@ -434,9 +434,9 @@ def _png(figure: Figure) -> bytes:
 
 
 def write_figures(drawings: Sequence[Drawing], folder: Path, replace: bool) -> None:
-    """Write PNG files into a new `folder`; with `replace` into one that holds figures, of which no others stay.
+    """Write PNG files into a new `folder`, or `replace` all figures of an old one.
 
-    A new folder appears whole or not at all; in an old one each file does.
+    A new folder appears whole or not at all. In an old one each file is replaced whole, and stale figures are deleted.
     """
     if not replace:
         with staged(folder) as staging:

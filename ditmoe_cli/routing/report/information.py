@@ -154,9 +154,9 @@ def class_information(
     As `information_with_interval`, but images are drawn anew within each class (as many as it has, with
     replacement), as classes are chosen and not sampled, and the null shuffles the labels between images. Drawn from
     c images, a class varies by only 1 - 1/c of what it should; bias and variance are scaled up by C / Σ (1 - 1/c),
-    C the number of classes. With one image per class nothing tells class from image, and the interval is all that
-    is possible. Have four or more: with two, only some 80 to 87 % of 95 % intervals hold the population's value.
-    Give the counts of the conditional branch: the other does not know the class.
+    C the number of classes. With one image per class, class and image cannot be distinguished, and the interval holds
+    every possible value. Have four or more: with two, only some 80 to 87 % of 95 % intervals hold the population's
+    value. Give the counts of the conditional branch: the other does not know the class.
 
     Raises `BadInputError` where shapes do not fit, or as `information_with_interval`.
     """

@@ -1,4 +1,4 @@
-"""How alike a checkpoint's experts are by their weights."""
+"""Similarity of a checkpoint's experts by their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def weight_similarities(checkpoint: Checkpoint, bar: ProgressBar) -> list[NDArra
     """Return the cosine of each pair of experts' weights after matching their neurons, (E, E) for each block."""
     sizes = [len(block.expert_widths) for block in checkpoint.config.blocks]
     pairs = sum(size * (size - 1) // 2 for size in sizes)
-    found = []
+    result = []
     with bar("matching experts' neurons", pairs) as progress:
         for block, size in enumerate(sizes):
             experts = [_arrays(read_expert(checkpoint, block, e)) for e in range(size)]
@@ -25,8 +25,8 @@ def weight_similarities(checkpoint: Checkpoint, bar: ProgressBar) -> list[NDArra
             for i, j in itertools.combinations(range(size), 2):
                 cosines[i, j] = cosines[j, i] = matched_weight_cosine(experts[i], experts[j])
                 progress(1)
-            found.append(cosines)
-    return found
+            result.append(cosines)
+    return result
 
 
 def _arrays(expert: ExpertWeights) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
