@@ -159,9 +159,9 @@ def check_load(load: Load) -> Load:
     """Return `load`, or raise `UsageError` where a value is out of range."""
     for name, value in (("batch", load.batch), ("repeats", load.repeats)):
         if value < 1:
-            raise UsageError(f"--{name} {value}: must be at least 1")
+            raise UsageError(f"⟨{name}⟩ {value}: must be at least 1")
     if not 0.0 <= load.cfg < float("inf"):
-        raise UsageError(f"--cfg {load.cfg}: must be a finite guidance scale of at least 0")
+        raise UsageError(f"⟨cfg⟩ {load.cfg}: must be a finite guidance scale of at least 0")
     return load
 
 

@@ -24,12 +24,13 @@ from ditmoe_cli.diffusion.sampling import (
 )
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
-from ditmoe_cli.evaluation.images import to_uint8, write_arrays
+from ditmoe_cli.evaluation.images import to_uint8
 from ditmoe_cli.evaluation.mosaic import pair_grid, write_png
 from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.evaluation.scores.intervals import Interval, bootstrap, bootstrap_frechet, interval_of
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.ssim import ssim
+from ditmoe_cli.files.arrays import write_arrays
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.opened import Checkpoint
@@ -292,11 +293,11 @@ def _check(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, outputs: O
     require_same_architecture(a, b)
     check_followable(spec)
     if not 1 <= bins <= spec.steps:
-        raise UsageError(f"--bins {bins}: must be between 1 and the {spec.steps} steps")
+        raise UsageError(f"⟨bins⟩ {bins}: must be between 1 and the {spec.steps} steps")
     if outputs.grid is not None and not a.config.pixel_space:
         raise BadInputError(
             f"{a.path}: makes latents of {a.config.in_channels} channels, which need a VAE to become images; "
-            "leave out --grid"
+            "leave out ⟨grid⟩"
         )
     for target in (outputs.numbers, outputs.grid):
         if target is not None:

@@ -197,7 +197,7 @@ class _Comparing:
         if measure.extractor is None and named not in EXTRACTORS:
             raise BadInputError(
                 f"{self.comparison.subject.path}: names the extractor {named!r}, which is code outside ditmoe; give "
-                f"--extractor {named} to run it, or --extractor pixels"
+                f"⟨extractor⟩ {named} to run it, or ⟨extractor⟩ pixels"
             )
         name = measure.extractor or named
         if name == "inception" and will_fetch(measure.weights):
@@ -250,7 +250,7 @@ class _Comparing:
             found[item.path] = Sampling(item.checkpoint, own, decoder)
             require_images(found[item.path])
         if self.measure.vae is not None and not found:
-            raise UsageError(f"--vae {self.measure.vae}: no side is a checkpoint whose latents it could decode")
+            raise UsageError(f"⟨vae⟩ {self.measure.vae}: no side is a checkpoint whose latents it could decode")
         return found
 
     def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
@@ -268,7 +268,7 @@ class _Comparing:
             two = self._shape(path, samplings)
             if one is not None and two is not None and one != two:
                 told = f"{subject.path} has images of {_by(one)}, {path} has images of {_by(two)}"
-                raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give --anyway")
+                raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give ⟨anyway⟩")
         theirs, ours = (self._source(path, samplings) for path in (reference.path, subject.path))
         if theirs is not None and ours is not None:
             _check_settings(reference.path, theirs, ours)
@@ -299,7 +299,7 @@ class _Comparing:
             and side is not None
             and side.statistics is not None
         ):
-            raise BadInputError(f"{path}: holds statistics, and --bootstrap needs images alone")
+            raise BadInputError(f"{path}: holds statistics, and ⟨bootstrap⟩ needs images alone")
         if side is not None and side.images is None:
             if options:
                 raise BadInputError(f"{path}: holds statistics, and {options[0]} needs images")
@@ -312,11 +312,11 @@ class _Comparing:
         for option, least in request.fewest:
             if option in options and count < least:
                 raise BadInputError(f"{path}: {option} takes at least {least} images, got {count}")
-        if "--metrics fid-inf" in options:
+        if "⟨metrics⟩ fid-inf" in options:
             try:
                 sizes_for(count, lab.probe(self._shape(path, samplings) or ()).features.shape[1])
             except BadInputError as error:
-                raise BadInputError(f"{path}: --metrics fid-inf: {error}") from None
+                raise BadInputError(f"{path}: ⟨metrics⟩ fid-inf: {error}") from None
 
     @contextmanager
     def _holding(self, work: Workspace) -> Iterator[None]:
@@ -366,7 +366,7 @@ def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, An
     pairs.append(("VAE", there, here))
     told = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)
     if told:
-        raise BadInputError(f"{path}: was sampled under other settings ({told}); give the same, or --anyway")
+        raise BadInputError(f"{path}: was sampled under other settings ({told}); give the same, or ⟨anyway⟩")
 
 
 def followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:

@@ -17,7 +17,6 @@ import numpy as np
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features.compared_features import Lab, Side, statistics_of
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable
-from ditmoe_cli.evaluation.images import write_arrays
 from ditmoe_cli.evaluation.samples import Say
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, Convention
 from ditmoe_cli.evaluation.scores.extrapolation import frechet_infinity
@@ -29,6 +28,7 @@ from ditmoe_cli.evaluation.scores.kernel_distance import kernel_distance
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 from ditmoe_cli.evaluation.scores.requested import Request
+from ditmoe_cli.files.arrays import write_arrays
 from ditmoe_cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _interval(
     subject: Side, reference: Side, there: StoredStatistics, resamples: int, bar: ProgressBar
 ) -> Interval | None:
     if subject.activations is None:
-        raise BadInputError(f"{subject.path}: holds statistics, and --bootstrap needs images")
+        raise BadInputError(f"{subject.path}: holds statistics, and ⟨bootstrap⟩ needs images")
     features = subject.activations.features
     with bar("resampling", resamples) as progress:
         if reference.activations is None or reference.statistics is not None:
@@ -236,7 +236,7 @@ def _kernel_distance(subject: Side, reference: Side, convention: Convention) -> 
 
 def _features(side: Side, score: str) -> Array:
     if side.activations is None:
-        raise BadInputError(f"{side.path}: holds statistics, and --metrics {score} needs images")
+        raise BadInputError(f"{side.path}: holds statistics, and ⟨metrics⟩ {score} needs images")
     return side.activations.features
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.evaluation.images import ImageSet, write_npz
+from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.evaluation.mosaic import INNER, enlarged, mosaic, squarish
+from ditmoe_cli.files.arrays import write_npz
 from ditmoe_cli.files.staging import staged
 
 DIGITS = 6

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS
 from ditmoe_cli.errors import BadInputError, BrokenImageError, UsageError, is_out_of_memory
-from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_document, to_uint8, write_arrays, write_images
+from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, to_uint8, write_images
 from ditmoe_cli.evaluation.mosaic import write_png
 from ditmoe_cli.evaluation.sample_files import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.workspace import Workspace
+from ditmoe_cli.files.arrays import read_document, write_arrays
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.provenance import Card, canonical_json, parse_card
 from ditmoe_cli.files.staging import check_target
@@ -127,7 +128,7 @@ def decoded_by(checkpoint: Checkpoint, vae: str | None, device: str) -> Decoder 
     if vae is None:
         return None
     if checkpoint.config.pixel_space:
-        raise UsageError(f"--vae {vae}: {checkpoint.path.name} makes pixels, which need none; leave it out")
+        raise UsageError(f"⟨vae⟩ {vae}: {checkpoint.path.name} makes pixels, which need none; leave it out")
     from ditmoe_cli.diffusion.vae import check_fits, open_vae
 
     decoder = open_vae(vae, device)
@@ -140,7 +141,7 @@ def require_images(what: Sampling) -> None:
     if not what.images:
         raise BadInputError(
             f"{what.checkpoint.path}: makes latents of {what.checkpoint.config.in_channels} channels, which need a VAE "
-            "to become images; give --vae (a folder or a hub name)"
+            "to become images; give ⟨vae⟩ (a folder or a hub name)"
         )
 
 

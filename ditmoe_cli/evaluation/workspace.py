@@ -7,7 +7,6 @@ workspace behind, and the next one with the same key fills in what is missing.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, DitmoeError
-from ditmoe_cli.evaluation.images import first_line
+from ditmoe_cli.files.arrays import first_line
 
 _MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
 
@@ -116,14 +116,14 @@ class Workspace:
         """
         lock = self.folder.with_name(f"{self.folder.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(lock, say)
+        held = _locked(lock, say)
         try:
             yield
         finally:
             if not any(self.folder.glob("*.done")):
                 self.remove()
             lock.unlink(missing_ok=True)
-            file.close()
+            held.release()
 
     def discard(self) -> None:
         """Delete the workspace, unless another run has it, which has a use for it and deletes it in its turn.
@@ -138,19 +138,13 @@ class Workspace:
         return self.folder / f"{name}.npy"
 
 
-def _locked(path: Path, say: Callable[[str], None] | None) -> IO[bytes]:
-    """Return the file at `path`, locked. Who had it before may have deleted it: then it is another file by now."""
-    while True:
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if say is None:
-                file.close()
-                raise
-            say(f"waiting for another run that has {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
-        file.close()
+def _locked(path: Path, say: Callable[[str], None] | None) -> BaseFileLock:
+    """Return the acquired lock of the file at `path`. Raises `BlockingIOError` where it is taken and `say` is None."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(blocking=False).lock
+    except Timeout:
+        if say is None:
+            raise BlockingIOError(f"{path}: another run has the lock") from None
+    say(f"waiting for another run that has {path}")
+    return lock.acquire().lock

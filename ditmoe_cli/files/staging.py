@@ -38,7 +38,7 @@ def check_target(
     if not (target.is_file() or target.is_dir()):
         raise OutputExistsError(f"{target}: is neither a file nor a folder; name another output")
     if not force:
-        raise OutputExistsError(f"{target}: exists already; give --force to replace it, or -o for another name")
+        raise OutputExistsError(f"{target}: exists already; give ⟨force⟩ to replace it, or -o for another name")
     if target.is_dir():
         _refuse_foreign_folder(target, contents)
 

@@ -321,7 +321,7 @@ def _num_heads(
     if given.num_heads is not None:
         if given.num_heads < 1 or hidden % given.num_heads or measured not in (None, given.num_heads):
             expected = f"it is {measured}" if measured else f"it must divide the width {hidden}"
-            raise BadInputError(f"{shapes.where}: --heads {given.num_heads} contradicts the shapes: {expected}")
+            raise BadInputError(f"{shapes.where}: ⟨heads⟩ {given.num_heads} contradicts the shapes: {expected}")
         return given.num_heads
     if measured is not None:
         return measured
@@ -334,7 +334,7 @@ def _num_heads(
         return heads
     raise BadInputError(
         f"{shapes.where}: the number of attention heads cannot be told from timm tensors of width {hidden}; "
-        "give it with --heads (num_heads= in Python)"
+        "give it with ⟨heads⟩ (num_heads= in Python)"
     )
 
 
@@ -364,14 +364,14 @@ def _top_k(fewest: int, hints: Mapping[str, Any], given: Given, notes: _Notes, w
     if given.top_k is not None:
         if not 1 <= given.top_k <= fewest:
             raise BadInputError(
-                f"{where}: --top-k {given.top_k} is not between 1 and the {fewest} experts that a block can choose from"
+                f"{where}: ⟨top_k⟩ {given.top_k} is not between 1 and the {fewest} experts that a block can choose from"
             )
         return given.top_k
     hinted = _whole(hints.get("top_k")) or _whole(hints.get("num_experts_per_tok"))
     if 1 <= hinted <= fewest:
         return hinted
     top_k = min(DEFAULT_TOP_K, fewest)
-    notes.assumptions.append(f"top-{top_k} routing: the file does not tell (give --top-k)")
+    notes.assumptions.append(f"top-{top_k} routing: the file does not tell (give ⟨top_k⟩)")
     return top_k
 
 
@@ -397,12 +397,12 @@ def _sampler(
         notes.assumptions.append(f"sampler {sampler}: the training arguments say rf={hints['rf']}")
         return sampler
     if out_channels == channels:
-        notes.assumptions.append("sampler rf: no sigma is learned and nothing tells (give --sampler)")
+        notes.assumptions.append("sampler rf: no sigma is learned and nothing tells (give ⟨sampler⟩)")
         return "rf"
     used = _sigma_rows_used(shapes, raw, channels)
     reason = "are not all zero" if used else "are all zero"
     sampler = "ddpm" if used else "rf"
-    notes.assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give --sampler)")
+    notes.assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give ⟨sampler⟩)")
     return sampler
 
 

@@ -34,7 +34,8 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     """
     import torch
 
-    from ditmoe_cli.evaluation.images import read_arrays, read_images
+    from ditmoe_cli.evaluation.images import read_images
+    from ditmoe_cli.files.arrays import read_arrays
 
     if not path.exists() or (path.is_dir() and not config.pixel_space):
         raise BadInputError(f"{path}: no such file")

@@ -13,7 +13,7 @@ from cli_helpers import contents, here, shell, tensor_shapes, terminal
 from conftest import make_pico
 from PIL import Image
 
-from ditmoe_cli.evaluation.images import read_arrays
+from ditmoe_cli.files.arrays import read_arrays
 
 SETTINGS = ("--images", 3, "--steps", 2, "--bins", 2)
 

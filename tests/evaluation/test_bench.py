@@ -250,7 +250,7 @@ def test_the_least_time_counts() -> None:
     "load", [Load(batch=0), Load(repeats=0), Load(cfg=-1.0), Load(cfg=math.inf), Load(cfg=math.nan)]
 )
 def test_values_out_of_range(load: Load) -> None:
-    with pytest.raises(UsageError, match=r"--(batch 0|repeats 0|cfg)"):
+    with pytest.raises(UsageError, match=r"(batch 0|repeats 0|cfg)"):
         check_load(load)
 
 

@@ -454,7 +454,7 @@ def test_other_architectures(options: dict[str, Any], said: str, tmp_path: Path)
 
 def test_bins_and_grids_that_cannot_be(tmp_path: Path) -> None:
     for bins in (0, 4):
-        with pytest.raises(UsageError, match=f"--bins {bins}"):
+        with pytest.raises(UsageError, match=f"bins {bins}"):
             compared(pixels(), pixels(), tmp_path, bins=bins)
     latent = make_pico(sampler="rf")
     with pytest.raises(BadInputError, match="latents of 4 channels"):

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
-from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, to_uint8, write_images, write_npz
+from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, to_uint8, write_images
+from ditmoe_cli.files.arrays import write_npz
 
 
 def noise_images(n=3, h=5, w=4, c=3, seed=0):
@@ -66,7 +67,7 @@ def test_labels_are_optional_and_seeds_are_not(tmp_path):
 def test_existing_files_are_kept_unless_forced(tmp_path):
     path = tmp_path / "samples.safetensors"
     write_images(path, noise_images(seed=1), None, [0, 1, 2], {})
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="force"):
         write_images(path, noise_images(seed=2), None, [0, 1, 2], {})
     assert np.array_equal(read_images(path).images, noise_images(seed=1))
     write_images(path, noise_images(seed=2), None, [0, 1, 2], {}, force=True)

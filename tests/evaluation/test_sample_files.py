@@ -69,7 +69,7 @@ def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:
 def test_force_replaces_all_that_an_earlier_run_left(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_png_folder(out, random(3))
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="force"):
         write_png_folder(out, random(2))
     assert (read_images(out).images == random(3)).all()
     write_png_folder(out, random(2), force=True)
@@ -88,7 +88,7 @@ def test_a_folder_of_other_things_stays(tmp_path: Path, other: str, force: bool)
     else:
         (out / other).write_text("mine")
     before = names(out)
-    with pytest.raises(OutputExistsError, match=other.strip("/") if force else "--force"):
+    with pytest.raises(OutputExistsError, match=other.strip("/") if force else "force"):
         write_png_folder(out, random(2), force=force)
     assert names(out) == before
     assert (np.asarray(Image.open(out / "000000.png")) == random(1)[0]).all()
@@ -184,7 +184,7 @@ def test_npz_without_labels(tmp_path: Path) -> None:
 def test_npz_over_something(tmp_path: Path) -> None:
     target = tmp_path / "a.npz"
     target.write_bytes(b"mine")
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="force"):
         write_adm_npz(target, random(2))
     with pytest.raises(OutputExistsError, match="is the input itself"):
         write_adm_npz(target, random(2), force=True, inputs=[target])

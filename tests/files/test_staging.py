@@ -78,7 +78,7 @@ def test_a_relative_target_stays_where_it_was_meant(tmp_path: Path, monkeypatch:
 def test_what_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
     target = tmp_path / "x"
     target.write_text("old")
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="force"):
         write(target)
     assert target.read_text() == "old"
     write(target, force=True)

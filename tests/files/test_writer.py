@@ -185,7 +185,7 @@ def test_outputs_are_not_overwritten_unasked(tmp_path: Path, pico: Callable[...,
     first, second = pico(), pico(seed=1)
     for path in (tmp_path / "x.safetensors", tmp_path / "x"):
         first.save(path)
-        with pytest.raises(OutputExistsError, match="--force"):
+        with pytest.raises(OutputExistsError, match="force"):
             second.save(path)
         assert torch.equal(open_reader(path)[1].tensor("pos_embed"), first.state["pos_embed"])
         second.save(path, force=True)

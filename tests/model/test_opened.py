@@ -40,7 +40,7 @@ def test_others_files_are_opened_with_what_is_given(tmp_path: Path, pico: Callab
     assert open_checkpoint(path, num_heads=4, top_k=1, sampler="ddpm").config == replace(
         model.config, num_heads=4, top_k=1, sampler="ddpm"
     )
-    with pytest.raises(BadInputError, match=r"x\.pt.*--heads"):
+    with pytest.raises(BadInputError, match=r"x\.pt.*heads"):
         open_checkpoint(path)
 
 
@@ -97,7 +97,7 @@ def test_a_map_that_names_no_expert_is_refused(tmp_path: Path, pico: Callable[..
 def test_a_map_of_too_few_selectable_rows_is_refused(tmp_path: Path, pico: Callable[..., Pico]) -> None:
     model = pico(widths=((8, 16), (8, 8)), expert_of=((0, 1), (1, -1)))
     path = model.save_pt(tmp_path / "x.pt")
-    with pytest.raises(BadInputError, match="--top-k 2"):
+    with pytest.raises(BadInputError, match="top_k 2"):
         open_checkpoint(path, num_heads=2, top_k=2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ditmoe_cli.cli.options import Source
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, with_options
 from ditmoe_cli.formats.weights import format_label
 from ditmoe_cli.model.opened import Checkpoint, count_parameters
 
@@ -46,8 +46,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "loads_upstream": loads_upstream(checkpoint),
         "extractor": checkpoint.card.extractor,
         "history": [step.command for step in provenance.history] if provenance else [],
-        "assumptions": list(checkpoint.assumptions),
-        "warnings": list(checkpoint.warnings),
+        "assumptions": [with_options(text) for text in checkpoint.assumptions],
+        "warnings": [with_options(text) for text in checkpoint.warnings],
     }
 
 

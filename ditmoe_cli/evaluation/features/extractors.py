@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.images import ImageSet, first_line
+from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.evaluation.scores.conventions import PRECISIONS, PREPROCESSINGS
 from ditmoe_cli.evaluation.scores.feature_statistics import Array
+from ditmoe_cli.files.arrays import first_line
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.features.inception import Inception
@@ -307,7 +308,7 @@ def check_wanted(extractor: Extractor, wanted: Collection[str]) -> None:
         return
     score = next((score for name, score in EXTRAS.items() if name in wanted), None)
     if score is not None:
-        raise UsageError(f"{score} needs --extractor inception; {extractor.name} gives features only")
+        raise UsageError(f"{score} needs ⟨extractor⟩ inception; {extractor.name} gives features only")
 
 
 def activations(

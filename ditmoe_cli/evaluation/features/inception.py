@@ -370,7 +370,7 @@ def _load(path: Path) -> Inception:
 def _read_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
     """Read the module's tensors from the file, in fp32; the first that is missing or misshapen is named."""
     header, reader = open_reader(path)
-    advice = f"give the FID weights {WEIGHTS_NAME} with --weights PATH"
+    advice = f"give the FID weights {WEIGHTS_NAME} with ⟨weights⟩ PATH"
     state = {}
     for name, expected in module.state_dict().items():
         if name not in header.tensors:
@@ -398,7 +398,7 @@ def will_fetch(weights: Path | None = None) -> bool:
 def find_weights(weights: Path | None = None) -> Path:
     """Return the file of weights, downloading it if need be. Raises `BadInputError` where there is none."""
     if weights is not None:
-        return _existing(weights, "--weights")
+        return _existing(weights, "⟨weights⟩")
     named = os.environ.get(WEIGHTS_VARIABLE)
     if named:
         return _existing(Path(named).expanduser(), WEIGHTS_VARIABLE)
@@ -433,5 +433,5 @@ def _download(target: Path) -> None:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise BadInputError(
             f"{WEIGHTS_NAME}: not at {target}, and fetching {WEIGHTS_URL} failed ({reason}); "
-            f"fetch it elsewhere and give --weights PATH, or set {WEIGHTS_VARIABLE}; --extractor pixels needs none"
+            f"fetch it elsewhere and give ⟨weights⟩ PATH, or set {WEIGHTS_VARIABLE}; ⟨extractor⟩ pixels needs none"
         ) from None

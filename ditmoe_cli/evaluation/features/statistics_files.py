@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.images import map_tensor, read_document, read_npz, write_arrays, write_npz
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics
+from ditmoe_cli.files.arrays import map_tensor, read_document, read_npz, write_arrays, write_npz
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.provenance import canonical_json, check_schema
 

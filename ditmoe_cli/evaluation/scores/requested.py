@@ -38,7 +38,7 @@ class Request:
     @property
     def of_subject_features(self) -> tuple[str, ...]:
         """The options for which statistics of the subject are not enough."""
-        return (*self._metrics(_OF_SUBJECT_FEATURES), *(("--bootstrap",) if self.resamples else ()))
+        return (*self._metrics(_OF_SUBJECT_FEATURES), *(("⟨bootstrap⟩",) if self.resamples else ()))
 
     @property
     def of_reference_features(self) -> tuple[str, ...]:
@@ -55,10 +55,10 @@ class Request:
             "pr": (convention.neighbours or 1) + 1,
             "is": (parts.parts if parts is not None else None) or 1,
         }
-        return tuple((f"--metrics {name}", count) for name, count in found.items() if name in self.scores)
+        return tuple((f"⟨metrics⟩ {name}", count) for name, count in found.items() if name in self.scores)
 
     def _metrics(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"--metrics {name}" for name in self.scores if name in names)
+        return tuple(f"⟨metrics⟩ {name}" for name in self.scores if name in names)
 
 
 def parse_scores(text: str | None, convention: str) -> tuple[str, ...]:
@@ -73,11 +73,11 @@ def parse_scores(text: str | None, convention: str) -> tuple[str, ...]:
     names = having if text == "all" else tuple(part.strip() for part in text.split(","))
     for name in names:
         if name not in SCORES:
-            raise UsageError(f"--metrics {name}: unknown; choose from {', '.join(SCORES)} or all")
+            raise UsageError(f"⟨metrics⟩ {name}: unknown; choose from {', '.join(SCORES)} or all")
         if name not in having:
             others = [key for key, value in CONVENTIONS.items() if name in available(value)]
             raise UsageError(
-                f"--metrics {name}: {convention} has no such score; give --convention {' or '.join(others)}"
+                f"⟨metrics⟩ {name}: {convention} has no such score; give ⟨convention⟩ {' or '.join(others)}"
             )
     return tuple(dict.fromkeys(names))
 

@@ -135,7 +135,7 @@ def test_other_extractors_give_features_only():
     assert np.array_equal(got.features, PixelExtractor(16)(image_set.images))
     assert (got.spatial, got.logits) == (None, None)
     for wanted, score in (("spatial", "sFID"), ("logits", "the Inception score"), ("biased_logits", "Inception score")):
-        with pytest.raises(UsageError, match=f"{score}.* needs --extractor inception; pixels gives features only"):
+        with pytest.raises(UsageError, match=f"{score}.* needs extractor inception; pixels gives features only"):
             activations(PixelExtractor(16), image_set, [wanted])
     with pytest.raises(UsageError, match="unknown activations pool; choose spatial, logits"):
         activations(PixelExtractor(16), image_set, ["pool"])

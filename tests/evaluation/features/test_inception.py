@@ -254,14 +254,14 @@ def test_an_explicit_path_wins_over_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DITMOE_INCEPTION", str(tmp_path / "from-environment"))
     with pytest.raises(BadInputError, match="from-environment: no such file, named by DITMOE_INCEPTION"):
         load_inception()
-    with pytest.raises(BadInputError, match="from-option: no such file, named by --weights"):
+    with pytest.raises(BadInputError, match="from-option: no such file, named by weights"):
         load_inception(tmp_path / "from-option")
 
 
 def test_files_of_other_networks_are_refused_by_the_first_offending_tensor(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(2)}, path)
-    with pytest.raises(BadInputError, match=r"other\.pth: .*'Conv2d_1a_3x3\.conv\.weight' is missing; .*--weights"):
+    with pytest.raises(BadInputError, match=r"other\.pth: .*'Conv2d_1a_3x3\.conv\.weight' is missing; .*weights"):
         load_inception(path)
     torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}, path)
     with pytest.raises(BadInputError, match=r"is \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)"):
@@ -276,7 +276,7 @@ def test_without_weights_or_network_the_error_says_what_to_do(tmp_path):
         load_inception()
     message = str(caught.value)
     assert message.startswith("pt_inception-2015-12-05-6726825d.pth: not at ")
-    for part in (str(tmp_path / "cache" / "ditmoe"), "no-such-server", "--weights PATH", "DITMOE_INCEPTION"):
+    for part in (str(tmp_path / "cache" / "ditmoe"), "no-such-server", "weights PATH", "DITMOE_INCEPTION"):
         assert part in message
     assert "\n" not in message
 

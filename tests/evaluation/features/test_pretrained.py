@@ -85,7 +85,7 @@ def temple(extractor):
 
 def test_the_factory_names_its_weights_and_preparation(extractor):
     assert (extractor.name, extractor.digest) == ("efficient_features:pooled", "efficientnet-lite0-57934424")
-    with pytest.raises(UsageError, match="sFID needs --extractor inception; efficient_features:pooled gives features"):
+    with pytest.raises(UsageError, match="sFID needs extractor inception; efficient_features:pooled gives features"):
         activations(extractor, crops("china.jpg", 2, 0), ["spatial"])
 
 

@@ -212,7 +212,7 @@ def test_files_that_are_refused(tmp_path):
 def test_outputs_that_are_refused(tmp_path):
     path = tmp_path / "a.npz"
     write_statistics(path, stored())
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="force"):
         write_statistics(path, stored())
     with pytest.raises(UsageError, match=r"a\.json: statistics are written as \.safetensors or \.npz"):
         write_statistics(tmp_path / "a.json", stored())

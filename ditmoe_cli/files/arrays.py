@@ -1,0 +1,117 @@
+"""Arrays on disk: named arrays in safetensors and npz, read without copying where the file allows it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import FileHeader, StoredTensor, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.provenance import canonical_json, check_schema
+from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.writer import write_safetensors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NUMPY_DTYPES: Mapping[str, str] = {"U8": "|u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
+_CODES: Mapping[str, str] = {dtype: code for code, dtype in _NUMPY_DTYPES.items()}
+# zipfile's RuntimeErrors are for encrypted members and for compression that it does not know.
+_ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def npz_names(path: Path) -> set[str]:
+    """Return the names of the arrays in a zip archive; a torch pickle, which is a zip too, has none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except _ARCHIVE_ERRORS:
+        return set()
+    return {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
+
+
+def map_tensor(stored: StoredTensor) -> NDArray[Any]:
+    """Return a tensor of a safetensors file as a read-only array that maps the file."""
+    import numpy as np
+
+    info = stored.info
+    if info.dtype not in _NUMPY_DTYPES:
+        raise BadInputError(f"{stored.path}: {info.name!r} has dtype {info.dtype}, none of {', '.join(_NUMPY_DTYPES)}")
+    dtype = np.dtype(_NUMPY_DTYPES[info.dtype])
+    if not info.numel:
+        return np.empty(info.shape, dtype)
+    flat = np.memmap(stored.path, dtype, "r", offset=stored.start, shape=(info.numel,))
+    return np.asarray(flat).reshape(info.shape)
+
+
+def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """Return those arrays of `names` that the npz at `path` holds; pickled objects are refused."""
+    import numpy as np
+
+    if not zipfile.is_zipfile(path):
+        raise BadInputError(f"{path}: not an npz archive, or cut short; fetch it again or save it with np.savez")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names if name in archive.files}
+    except _ARCHIVE_ERRORS as error:
+        raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """Return those arrays of `names` that the safetensors file at `path` holds, mapped read-only."""
+    tensors = read_safetensors_header(path).tensors
+    return {name: map_tensor(tensors[name]) for name in names if name in tensors}
+
+
+def read_document(header: FileHeader, schema: str, path: Path) -> dict[str, Any] | None:
+    """Return the JSON under ``ditmoe`` in a file's metadata, checked against `schema`; None where there is none."""
+    text = header.metadata.get("ditmoe")
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: the ditmoe metadata is not JSON ({first_line(error)})") from None
+    return check_schema(document, schema, f"{path}: ditmoe metadata")
+
+
+def write_arrays(
+    path: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    document: Mapping[str, Any],
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+) -> int:
+    """Write arrays as safetensors, whole or not at all, with `document` under ``ditmoe``; return the size."""
+    import numpy as np
+
+    ordered = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
+    infos = [TensorInfo(name, _CODES[array.dtype.str], array.shape) for name, array in ordered.items()]
+    metadata = {"format": "pt", "ditmoe": canonical_json(document)}
+    with staged(path, force, inputs) as staging:
+        return write_safetensors(
+            staging,
+            infos,
+            lambda info: ordered[info.name].reshape(-1).view(np.uint8).data,
+            lambda _: metadata,
+        )
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]], force: bool = False, inputs: Iterable[Path] = ()) -> int:
+    """Write arrays as an uncompressed npz, whole or not at all; return the size."""
+    import numpy as np
+
+    with staged(path, force, inputs) as staging:
+        with staging.open("wb") as file:
+            np.savez(file, allow_pickle=False, **dict(arrays))
+        return staging.stat().st_size
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened, for use inside one of ours."""
+    lines = str(error).splitlines()
+    return lines[0][:160] if lines and lines[0] else type(error).__name__
