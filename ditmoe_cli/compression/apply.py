@@ -17,6 +17,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
+from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar, silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -162,7 +163,6 @@ class _Contents:
     def _member(self, name: str, packed: Packed) -> memoryview:
         """Return a member of a quantised weight; all are packed when the first is asked for."""
         from ditmoe_cli.files.reader import tensor_bytes
-        from ditmoe_cli.formats.quantized import pack
 
         if name not in self.waiting:
             members = pack(self.checkpoint.finite_tensor(packed.weight), packed.target, packed.format)

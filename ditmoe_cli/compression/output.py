@@ -19,7 +19,8 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
 from ditmoe_cli.files.provenance import Provenance, Step
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.weights import Format, Weight, is_quantizable, quantized_members
+from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.formats.registry import Format, is_quantizable, quantized_members
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, mixture_shapes
 from ditmoe_cli.model.opened import Checkpoint, is_compressible
 

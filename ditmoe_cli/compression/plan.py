@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
-from ditmoe_cli.formats.weights import DeltaFormat, Format, checked_format
+from ditmoe_cli.formats.differences import DeltaFormat
+from ditmoe_cli.formats.registry import Format, parse_format
 
 PLAN_SCHEMA = "ditmoe.plan/1"
 _JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}
@@ -270,7 +271,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         repair=_parsed(fields, "repair", _parse_repair, where),
     )
     quantised = Formats(
-        formats={name: checked_format(fmt, f"{where}: format of {name}") for name, fmt in formats.items()},
+        formats={name: parse_format(fmt, f"{where}: format of {name}").name for name, fmt in formats.items()},
         rounding=_parsed(fields, "rounding", _parse_rounding, where),
         ordering=_one_of(fields.get("ordering"), (None, *get_args(Ordering)), f"{where}: field 'ordering'"),
     )

@@ -233,7 +233,7 @@ def _finish(device: torch.device) -> None:
 
 def footprint(checkpoint: Checkpoint, model: nn.Module, empty: nn.Module) -> Footprint:
     """Return the bytes of a checkpoint's file, of its loaded model, and of the `empty` one, plain and in fp32."""
-    packed = {layer for weight in checkpoint.weights.values() if weight.quantized for layer in weight.layers}
+    packed = {name.removesuffix(".weight") for name, weight in checkpoint.weights.items() if weight.quantized}
     return Footprint(
         checkpoint.header.file_bytes,
         sizes(_tensors(model), packed),
@@ -262,7 +262,7 @@ def kind_of(name: str, packed: set[str]) -> str:
     layer, _, leaf = name.rpartition(".")
     if layer not in packed or leaf == "bias":
         return "plain"
-    return "packed" if leaf == "packed" else "scales"
+    return "packed" if leaf.startswith("packed") else "scales"  # numbered in layers whose weight is in pieces
 
 
 def group_of(name: str) -> str:

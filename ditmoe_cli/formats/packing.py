@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.formats.weights import TERNARY_PER_BYTE, packed_words, ternary_bytes
+from ditmoe_cli.formats.packed_sizes import TERNARY_PER_BYTE, WORD_BITS, packed_words, ternary_bytes
 
-WORD = 32
 CHUNK_VALUES = 1 << 20  # worked on at a time on the CPU: near its cache, and few enough joins of its threads
 _CELLS = 3**TERNARY_PER_BYTE
 _TOGETHER = {2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 8: 2}  # codes looked up at once, by bits
@@ -31,13 +30,13 @@ def row_chunk(rows: int, columns: int, device: torch.device) -> int:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Return int32 words (rows, ⌈n · bits / 32⌉) that hold codes (rows, n) in 0 … 2^bits − 1."""
     rows, n = codes.shape
-    padded = F.pad(codes, (0, -n % WORD)).int().reshape(rows, -1, WORD)
+    padded = F.pad(codes, (0, -n % WORD_BITS)).int().reshape(rows, -1, WORD_BITS)
     words = padded.new_zeros(rows, padded.shape[1], bits)
-    for j in range(WORD):
-        word, shift = divmod(j * bits, WORD)
+    for j in range(WORD_BITS):
+        word, shift = divmod(j * bits, WORD_BITS)
         words[:, :, word] |= padded[:, :, j] << shift
-        if shift + bits > WORD:
-            words[:, :, word + 1] |= padded[:, :, j] >> (WORD - shift)
+        if shift + bits > WORD_BITS:
+            words[:, :, word + 1] |= padded[:, :, j] >> (WORD_BITS - shift)
     return words.reshape(rows, -1)[:, : packed_words(n, bits)].contiguous()
 
 
@@ -48,12 +47,22 @@ def unpack_rows(words: Tensor, n: int, bits: int) -> Tensor:
     # Shifts are arithmetic: what a sign bit drags in lies above the width, and is masked.
     codes.bitwise_right_shift_(shift).bitwise_and_((1 << bits) - 1)
     if len(across):
-        below = WORD - shift[across]
+        below = WORD_BITS - shift[across]
         low = codes[:, across] & ((1 << below) - 1)
         # Where a row ends within a code, as `unpack_values` may ask for one, the rest of that code is of no interest.
         high = words.index_select(1, (word[across] + 1).clamp_max_(words.shape[1] - 1)) << below
         codes[:, across] = low | (high & ((1 << bits) - 1))
     return codes
+
+
+def pack_columns(codes: Tensor, bits: int) -> Tensor:
+    """Return int32 words (⌈n · bits / 32⌉, columns) that hold codes (n, columns), packed down each column."""
+    return pack_rows(codes.t(), bits).t().clone(memory_format=torch.contiguous_format)
+
+
+def unpack_columns(words: Tensor, n: int, bits: int) -> Tensor:
+    """Return the int32 codes (n, columns) that `pack_columns` packed."""
+    return unpack_rows(words.t(), n, bits).t()
 
 
 def unpack_values(words: Tensor, n: int, bits: int) -> Tensor:
@@ -80,8 +89,8 @@ def _values_table(bits: int, device: torch.device) -> Tensor:
 def _places(n: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the word and the shift of each of n values, and which of them straddle."""
     start = torch.arange(n, device=device, dtype=torch.int32) * bits
-    shift = start % WORD
-    return start // WORD, shift, (shift + bits > WORD).nonzero().flatten()
+    shift = start % WORD_BITS
+    return start // WORD_BITS, shift, (shift + bits > WORD_BITS).nonzero().flatten()
 
 
 def pack_base3(codes: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ditmoe_cli.files.names import MATRICES, in_expert
-from ditmoe_cli.formats.quantized import unpack
 from ditmoe_cli.model.opened import Checkpoint
 
 
@@ -23,7 +22,7 @@ class ExpertWeights:
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
     """Return a weight as the model sees it, whatever it is stored as. Raises `BadInputError` for NaN and infinity."""
     weight = checkpoint.weights[name]
-    return unpack(weight, {member: checkpoint.finite_tensor(member) for member in weight.members})
+    return weight.unpack({member: checkpoint.finite_tensor(member) for member in weight.members})
 
 
 def read_expert(checkpoint: Checkpoint, block: int, expert: int) -> ExpertWeights:

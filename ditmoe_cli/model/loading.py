@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.formats.quantized import packed_linear, unpack
-from ditmoe_cli.formats.weights import Weight
+from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
@@ -71,7 +71,7 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
     members = {name: checkpoint.finite_tensor(name).to(device) for name in weight.members}
     name = weight.info.name
     if not weight.quantized:
-        value = unpack(weight, members)
+        value = weight.unpack(members)
         put(model, name, value.to(dtype) if value.is_floating_point() else value)
         return
     module_name = name.removesuffix(".weight")
@@ -80,8 +80,7 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
         raise BadInputError(
             f"{checkpoint.path}: tensor {name!r} is stored as {weight.format}, but only linear layers may be"
         )
-    layer = packed_linear(weight, bias=getattr(old, "bias", None) is not None)
-    layer.load_members(members, weight)
+    layer = PackedLinear(weight, members, bias=getattr(old, "bias", None) is not None)
     parent = model.get_submodule(module_name.rpartition(".")[0])
     setattr(parent, module_name.rpartition(".")[2], layer)
     bias = f"{module_name}.bias"

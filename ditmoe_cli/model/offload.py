@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.files.names import split_name
-from ditmoe_cli.formats.weights import Weight
+from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.loading import assign, empty_model, finish

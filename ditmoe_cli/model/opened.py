@@ -13,7 +13,8 @@ from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, SHARED, in_block, split_name
 from ditmoe_cli.files.provenance import Card, Provenance, fingerprint
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
-from ditmoe_cli.formats.weights import Weight, logical_weights
+from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.formats.weights import logical_weights
 from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
 
 if TYPE_CHECKING:

@@ -13,7 +13,11 @@ from cli_helpers import Outcome, bytes_of, contents, here, outside, series, shel
 from conftest import make_pico
 
 from ditmoe_cli.compression.replay import amplification as probes
-from ditmoe_cli.formats.weights import SCHEMES, Scheme, format_label
+from ditmoe_cli.formats.base import NumberFormat
+from ditmoe_cli.formats.integer import Integer
+from ditmoe_cli.formats.pieces import Pieces
+from ditmoe_cli.formats.registry import format_label, parse_format
+from ditmoe_cli.formats.ternary import Ternary
 from ditmoe_cli.model.opened import open_checkpoint, weight_group
 from ditmoe_cli.routing import calibration_settings
 
@@ -71,12 +75,12 @@ def planned(words: tuple[object, ...], folder: Path) -> dict[str, Any]:
     return plan
 
 
-def by_group(plan: dict[str, Any], folder: Path) -> dict[str, list[Scheme]]:
+def by_group(plan: dict[str, Any], folder: Path) -> dict[str, list[NumberFormat]]:
     """The formats of each group of weights."""
     weights = open_checkpoint(folder / "a.safetensors").weights
-    found: dict[str, list[Scheme]] = {}
+    found: dict[str, list[NumberFormat]] = {}
     for name, fmt in plan["formats"].items():
-        found.setdefault(weight_group(weights[name].info) or "", []).append(SCHEMES[fmt])
+        found.setdefault(weight_group(weights[name].info) or "", []).append(parse_format(fmt))
     return found
 
 
@@ -113,7 +117,7 @@ def test_what_the_result_says(folder: Path) -> None:
     assert 0 < options["predicted_error"] < 10 and 0 < options["tried_error"] < 10 and 0 <= options["gap"] <= 1e-4
     assert 0 < result["prediction_error"] < 2 * options["tried_error"]
     assert len(result["top_k_agreement"]) == 2 and all(0 < share <= 1 for share in result["top_k_agreement"])
-    assert 2 in {SCHEMES[fmt].bits for fmt in result["formats"]}
+    assert 2 in {parse_format(fmt).bits for fmt in result["formats"]}
     assert written.envelope["profile"] == str(folder / "p.safetensors")
     assert [step["command"] for step in written.envelope["history"]] == ["quantize"]
     described = here("inspect", written.path, cwd=folder).result
@@ -142,11 +146,11 @@ def test_nothing_more_to_lose(folder: Path) -> None:
 def test_allowed_widths_are_kept_to(folder: Path) -> None:
     size = narrowest(folder, "--allow", "3,8") + 5000
     plan = planned((*MIX, "--size", f"{size}B", "--allow", "3, 8"), folder)
-    assert {SCHEMES[fmt].bits for fmt in plan["formats"].values()} == {3, 8}
+    assert {parse_format(fmt).bits for fmt in plan["formats"].values()} == {3, 8}
     assert by_group(plan, folder).keys() == {"experts", "shared", "attn", "modulation", "embedders"}
     assert {scheme.bits for scheme in by_group(plan, folder)["modulation"]} == {8}, "the default floor is 4"
     ternary = planned((*MIX, "--size", f"{narrowest(folder, '--allow', '1.58,4')}B", "--allow", "1.58,4"), folder)
-    assert {scheme.kind for scheme in by_group(ternary, folder)["experts"]} == {"ternary"}
+    assert all(isinstance(fmt, Ternary) for fmt in by_group(ternary, folder)["experts"])
 
 
 def test_floors_are_kept_to(folder: Path) -> None:
@@ -175,9 +179,10 @@ def test_ties_bind(folder: Path) -> None:
 def test_formats_are_of_the_kind_asked_for(options: tuple[object, ...], folder: Path) -> None:
     words = tuple(word for word in MIX if word not in FEW) if "nearest" in options else MIX
     written, plan = carried_out((*words, "--bits", 4, *options), folder)
-    schemes = {SCHEMES[fmt] for fmt in plan["formats"].values()}
-    assert all(scheme.group == (32 if 32 in options else 64) for scheme in schemes)
-    assert all(scheme.symmetric == ("--symmetric" in options) for scheme in schemes)
+    for fmt in map(parse_format, plan["formats"].values()):
+        assert isinstance(fmt, Integer)
+        assert fmt.group == (32 if 32 in options else 64)
+        assert fmt.symmetric == ("--symmetric" in options)
     assert (plan["rounding"] is None) == ("nearest" in options)
     assert ("prediction_error" in written.result) == ("nearest" not in options)
 
@@ -227,8 +232,8 @@ def test_experts_in_pieces_from_end_to_end(rounding: tuple[object, ...], wide: P
     cut = {name: fmt for name, fmt in plan["formats"].items() if ":" in fmt}
     assert len(cut) >= 6 and all((fmt.split(":")[0] == "columns") == ("down_proj" in name) for name, fmt in cut.items())
     assert written.result["formats"] == Counter(map(format_label, plan["formats"].values()))
-    stored = {name: weight.format for name, weight in open_checkpoint(written.path).weights.items() if weight.pieces}
-    assert stored.keys() == cut.keys()
+    weights = open_checkpoint(written.path).weights
+    assert {name for name, weight in weights.items() if isinstance(weight.stored_as, Pieces)} == cut.keys()
     assert 0 < written.result["tried_error"] < 1 and ("prediction_error" in written.result) == (rounding == FEW)
     described = here("inspect", written.path, cwd=folder).result
     labels = set(map(format_label, cut.values()))
@@ -245,7 +250,7 @@ def test_experts_in_pieces_from_end_to_end(rounding: tuple[object, ...], wide: P
     assert "already; quantise the checkpoint" in said
     pruned = here("prune", written.path, "--keep", 2, "--method", "random", "--no-refit", cwd=folder)
     assert pruned.code == 0, pruned.err
-    assert any(weight.pieces for weight in open_checkpoint(pruned.path).weights.values())
+    assert any(isinstance(weight.stored_as, Pieces) for weight in open_checkpoint(pruned.path).weights.values())
     merging = ("merge", written.path, "--method", "average", "--groups", 2)
     assert "already" in here(*merging, cwd=folder).error(3)
 

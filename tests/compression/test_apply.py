@@ -43,7 +43,7 @@ from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError
 from ditmoe_cli.files.header import TensorInfo, encode_header
 from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.weights import Format
+from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.config import BlockConfig, expected_weights
 from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.progress import Progress, ProgressBar

@@ -26,7 +26,7 @@ from ditmoe_cli.compression.plan import (
     read_plan,
 )
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.formats.weights import FORMATS
+from ditmoe_cli.formats.registry import FORMATS
 
 PIECES = "rows:int4-g64*64+int2-g64*192"
 names = st.text(min_size=1, max_size=12)

@@ -36,7 +36,7 @@ from ditmoe_cli.evaluation.bench import (
     resident_bytes,
 )
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.formats.quantized import pack
+from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.config import expected_weights
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
@@ -134,7 +134,7 @@ def test_packed_weights_take_what_the_file_holds_of_them(fmt: str, tmp_path: Pat
         "fp4": weights // 64 * 4 + len(matrices) * table,
         "nf4-dq": sum(m.numel() // 64 + 4 * math.ceil(m.numel() / 64 / 256) + 256 * 4 + table for m in matrices),
         "int8": rows * 4,
-        "int4-g32": sum(len(m) * (m.shape[1] // 32 * 2 + 4) for m in matrices),
+        "int4-g32": sum(m.shape[1] // 32 * (len(m) * 2 + 4 * math.ceil(len(m) * 4 / 32)) for m in matrices),
         "int3-g64-sym": rows * 2,
         "ternary-g64": rows * 2,
     }
@@ -158,9 +158,9 @@ def test_pieces_count_as_the_layers_that_they_are(tmp_path: Path) -> None:
         fmt = f"{axis}:int8-g32*{inner // 2}+int4-g32*{inner // 2}"
         state |= pack(state.pop(name), TensorInfo(name, "F32", tuple(plain.state[name].shape)), fmt)
     found = counted(saved(Pico(plain.config, state), tmp_path))
-    assert width == 32 and inner == 64, "groups are whole, and zero points take a word a row"
+    assert width == 32 and inner == 64, "a piece is one group, and its zero points take whole words"
     assert found.weights.kinds["packed"] == 2 * width * inner // 2 * (8 + 4) // 8
-    assert found.weights.kinds["scales"] == inner * (2 + 4) + 2 * width * (2 + 4)
+    assert found.weights.kinds["scales"] == 2 * (inner + 2 * width) + 2 * 4 * (32 * 8 // 32 + 32 * 4 // 32)
     assert found.weights.kinds["plain"] == found.fp32.total - 2 * 4 * width * inner
     assert found.buffer == Buffer(4 * width * inner, names[1])
 

@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.formats.integer import BITS
+from ditmoe_cli.formats.packed_sizes import packed_words, ternary_bytes
 from ditmoe_cli.formats.packing import (
     check_base3,
     pack_base3,
+    pack_columns,
     pack_rows,
     row_chunk,
     unpack_base3,
+    unpack_columns,
     unpack_rows,
     unpack_values,
 )
-from ditmoe_cli.formats.weights import BITS, packed_words, ternary_bytes
 
 widths = st.sampled_from([1, *BITS, 7])
 
@@ -35,6 +38,16 @@ def test_rows_come_back(rows: int, n: int, bits: int, seed: int) -> None:
     assert torch.equal(unpack_rows(words, n, bits).long(), codes)
     if bits in BITS:
         assert torch.equal(unpack_values(words, n, bits), codes.float())
+
+
+@given(n=st.integers(1, 80), columns=st.integers(1, 5), bits=widths, seed=st.integers(0, 99))
+def test_columns_are_packed_as_the_rows_of_the_transpose(n: int, columns: int, bits: int, seed: int) -> None:
+    codes = random_codes(n, columns, bits, seed)
+    words = pack_columns(codes, bits)
+    assert (words.dtype, words.shape) == (torch.int32, (packed_words(n, bits), columns))
+    assert torch.equal(words, pack_rows(codes.T, bits).T)
+    assert words.stride() == (columns, 1), "as files hold it"
+    assert torch.equal(unpack_columns(words, n, bits).long(), codes)
 
 
 @given(rows=st.integers(1, 4), n=st.integers(1, 100), bits=widths, seed=st.integers(0, 99))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.reader import CheckpointHeader, PickleReader, tensor_bytes
-from ditmoe_cli.formats.weights import Weight
+from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, Given, Inferred, expected_weights, infer_config
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.opened import Checkpoint, count_parameters

@@ -16,8 +16,8 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.reader import dtype_code
-from ditmoe_cli.formats.quantized import QuantizedLinear, pack
-from ditmoe_cli.formats.weights import Format
+from ditmoe_cli.formats.layers import PackedLinear
+from ditmoe_cli.formats.registry import Format, pack
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.opened import count_parameters, is_compressible, open_checkpoint
 
@@ -147,7 +147,7 @@ def test_quantised_checkpoints_compute_with_their_rounded_weights(
     assert checkpoint.config == model.config
     assert count_parameters(checkpoint).total == sum(t.numel() for t in model.state.values())
     loaded = load_model(path)
-    layers = {f"{n}.weight": m for n, m in loaded.named_modules() if isinstance(m, QuantizedLinear)}
+    layers = {f"{n}.weight": m for n, m in loaded.named_modules() if isinstance(m, PackedLinear)}
     assert {name: layer.format for name, layer in layers.items()} == {n: f for n, f in chosen.items() if f}
     rounded = replace(model, state={**model.state, **{n: layer.weight() for n, layer in layers.items()}})
     torch.testing.assert_close(output(loaded), output(rounded.model()))

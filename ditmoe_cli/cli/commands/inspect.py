@@ -8,7 +8,7 @@ from typing import Any
 from ditmoe_cli.cli.options import Source
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, with_options
-from ditmoe_cli.formats.weights import format_label
+from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.opened import Checkpoint, count_parameters
 
 

@@ -17,7 +17,7 @@ from ditmoe_cli.compression.merge.merging import Merging
 from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.compression.prune.pruning import parse_keep
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.formats.weights import DeltaFormat
+from ditmoe_cli.formats.differences import DeltaFormat
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ditmoe_cli.compression.plan import (
     plan_difference,
     read_plan,
 )
-from ditmoe_cli.formats.weights import format_label
+from ditmoe_cli.formats.registry import format_label
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES, in_expert
-from ditmoe_cli.formats.weights import base_name, difference_members
+from ditmoe_cli.formats.differences import base_name, difference_format
 from ditmoe_cli.model.opened import Checkpoint
 
 
@@ -45,10 +45,10 @@ def _matrix_tensors(checkpoint: Checkpoint, stage: Differences, block: int, matr
                 f"{checkpoint.path}: {other.name!r} is {other.dtype} {list(other.shape)}, but {first.name!r} is "
                 f"{first.dtype} {list(first.shape)}; only experts of one shape and dtype can share a base"
             )
-    rank = _rank(first, stage)
+    fmt = difference_format(stage.kind, _rank(first, stage))
     yield replace(first, name=base_name(first.name))
     for info in (first, *others):
-        yield from difference_members(info, stage.kind, rank)
+        yield from fmt.difference_members(info).values()
 
 
 def _plain(checkpoint: Checkpoint, name: str) -> TensorInfo:

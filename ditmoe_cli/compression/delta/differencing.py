@@ -22,7 +22,7 @@ from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens
 from ditmoe_cli.files.names import BASE, in_block
 from ditmoe_cli.files.reader import torch_dtype
-from ditmoe_cli.formats.differences import pack_ternary
+from ditmoe_cli.formats.differences import SvdDifference, TernaryDifference
 from ditmoe_cli.model.expert_weights import ExpertWeights
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -75,9 +75,9 @@ def _packed(name: str, difference: Tensor, stage: Differences, covariance: Tenso
     if stage.kind == "svd":
         rows, columns = difference.shape
         factors = truncated(difference, rank_of_ratio(rows, columns, stage.ratio), covariance)
-        return {f"{name}.delta_left": factors.left, f"{name}.delta_right": factors.right}
+        return SvdDifference.pack(name, factors.left, factors.right)
     found = ternary(difference, stage.ratio)
-    return {f"{name}.delta_ternary": pack_ternary(found.codes), f"{name}.delta_scale": torch.tensor(found.scale)}
+    return TernaryDifference.pack(name, found.codes, found.scale)
 
 
 def _tokens(profile: RoutingProfile, index: int) -> BlockTokens | None:

@@ -18,7 +18,7 @@ from ditmoe_cli.compression.precision.program import Group, Option, Solution, so
 from ditmoe_cli.compression.precision.uniform import INTEGER_BITS, uniform_formats
 from ditmoe_cli.errors import InfeasibleError, UsageError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.weights import quantized_members
+from ditmoe_cli.formats.registry import quantized_members
 from ditmoe_cli.model.opened import Checkpoint
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is

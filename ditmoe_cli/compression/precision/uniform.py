@@ -14,7 +14,7 @@ from ditmoe_cli.compression.precision.candidates import (
     require_unquantised,
 )
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.formats.weights import is_quantizable
+from ditmoe_cli.formats.registry import is_quantizable
 from ditmoe_cli.model.opened import Checkpoint, weight_group
 from ditmoe_cli.routing.profile import RoutingProfile
 

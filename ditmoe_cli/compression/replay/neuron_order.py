@@ -20,8 +20,8 @@ from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.compression.replay.ordered import expert_stem, has_pieces, is_ordered
 from ditmoe_cli.compression.replay.visit import visit_blocks
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
-from ditmoe_cli.formats.quantized import pack
-from ditmoe_cli.formats.weights import neuron_axis
+from ditmoe_cli.formats.pieces import neuron_axis
+from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.opened import Checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.files.names import MATRICES, SHARED, split_name
-from ditmoe_cli.formats.weights import parse_pieces
+from ditmoe_cli.formats.registry import parse_pieces
 
 
 def expert_stem(name: str) -> str | None:

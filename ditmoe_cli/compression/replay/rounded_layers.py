@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import in_block
-from ditmoe_cli.formats.grids import grid_of
+from ditmoe_cli.formats.registry import grid_of
 from ditmoe_cli.model.dit import Block
 
 

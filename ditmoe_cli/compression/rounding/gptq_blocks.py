@@ -31,7 +31,7 @@ from ditmoe_cli.compression.rounding.smoothed import smoothed_names
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
-from ditmoe_cli.formats.grids import grid_of, pack_on
+from ditmoe_cli.formats.registry import grid_of
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -195,7 +195,7 @@ class _BlockRounding:
         grid = grid_of(weight, fmt, hessian.diagonal(), name=name)
         layer.weight.data = best_rounding(weight, hessian, grid.round, held, tokens=own.tokens).weight
         info = self.checkpoint.weights[name].info
-        yield from ((n, t.cpu()) for n, t in pack_on(grid, layer.weight.data, info, fmt).items())
+        yield from ((n, t.cpu()) for n, t in grid.pack(layer.weight.data, info).items())
 
 
 @contextmanager

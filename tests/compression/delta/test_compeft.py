@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ditmoe_cli.compression.delta.compeft import ternary
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.formats.differences import pack_ternary, unpack_ternary
-from ditmoe_cli.formats.weights import ternary_bytes
+from ditmoe_cli.formats.packed_sizes import ternary_bytes
+from ditmoe_cli.formats.packing import pack_base3, unpack_base3
 
 shapes = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
 densities = st.floats(0.01, 1.0)
@@ -27,24 +27,24 @@ def delta(seed: int, rows: int = 8, columns: int = 11) -> Tensor:
 @given(shapes, st.integers(0, 2**31))
 def test_codes_survive_packing(shape: tuple[int, ...], seed: int) -> None:
     codes = torch.randint(-1, 2, shape, generator=seeded(seed)).to(torch.int8)
-    packed = pack_ternary(codes)
+    packed = pack_base3(codes)
     assert packed.dtype == torch.uint8
     assert packed.shape == (math.ceil(codes.numel() / 5),) == (ternary_bytes(codes.numel()),)
-    back = unpack_ternary(packed, shape)
+    back = unpack_base3(packed, shape)
     assert back.dtype == torch.int8
     assert torch.equal(back, codes)
 
 
 def test_bytes_are_base_three_with_the_first_code_lowest() -> None:
     codes = torch.tensor([-1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 0, -1], dtype=torch.int8)
-    assert pack_ternary(codes).tolist() == [0, 242, 2 + 3 * 1 + 9 * 0 + 27 * 1 + 81 * 1]
+    assert pack_base3(codes).tolist() == [0, 242, 2 + 3 * 1 + 9 * 0 + 27 * 1 + 81 * 1]
 
 
 def test_bytes_that_fit_no_codes_are_refused() -> None:
     with pytest.raises(BadInputError, match=r"2 bytes for shape \[11\], which takes 3"):
-        unpack_ternary(torch.zeros(2, dtype=torch.uint8), (11,))
+        unpack_base3(torch.zeros(2, dtype=torch.uint8), (11,))
     with pytest.raises(BadInputError, match="byte 243 stands for no five codes"):
-        unpack_ternary(torch.tensor([0, 243], dtype=torch.uint8), (2, 5))
+        unpack_base3(torch.tensor([0, 243], dtype=torch.uint8), (2, 5))
 
 
 @given(st.integers(0, 2**31), densities)

@@ -26,7 +26,7 @@ from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, Candida
 from ditmoe_cli.compression.precision.uniform import format_named, plan_uniform
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.weights import parse_format
+from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.opened import Checkpoint, weight_group
 
 WHERE = Output(Path("/nowhere/out.safetensors"))

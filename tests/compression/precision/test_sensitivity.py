@@ -26,7 +26,7 @@ from ditmoe_cli.compression.replay import amplification as probes
 from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.compression.replay.subsets import BlockTokens, replay_error
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.formats.weights import parse_format
+from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.opened import Checkpoint

@@ -29,8 +29,9 @@ from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.quantized import PiecedLinear
-from ditmoe_cli.formats.weights import Pieces, neuron_axis, parse_pieces, quantized_members
+from ditmoe_cli.formats.layers import PackedLinear
+from ditmoe_cli.formats.pieces import Pieces, neuron_axis
+from ditmoe_cli.formats.registry import parse_format, parse_pieces
 from ditmoe_cli.model.dit import Attended
 from ditmoe_cli.model.expert_weights import read_weight
 from ditmoe_cli.model.moe import MoEEvent
@@ -80,7 +81,7 @@ def cut(checkpoint: Checkpoint) -> dict[str, str]:
             name = f"{stem}.{matrix}.weight"
             if width >= 64:
                 kinds = ("int6-g64", "int3-g32-sym", "ternary-g64")[-len(counts) :]
-                formats[name] = Pieces(neuron_axis(name), kinds, counts).name
+                formats[name] = Pieces(neuron_axis(name), tuple(map(parse_format, kinds)), counts).name
             else:
                 formats[name] = "int3-g64"
     return formats
@@ -212,13 +213,13 @@ def test_what_is_written_is_the_nearest_to_reordered_weights(asked: Given, tmp_p
             assert torch.equal(read_weight(written, name), before)
             continue
         assert weight.info.shape == before.shape
-        assert len(weight.pieces) == len(getattr(parse_pieces(formats[name]), "counts", ()))
-        if weight.pieces and stem is not None:
+        assert getattr(weight.stored_as, "counts", ()) == getattr(parse_pieces(formats[name]), "counts", ())
+        if isinstance(weight.stored_as, Pieces) and stem is not None:
             turned = energies[stem].argsort(descending=True, stable=True)
             before = before[turned] if neuron_axis(name) == 0 else before[:, turned]
         expected = nearest(before, formats[name])
         assert torch.equal(read_weight(written, name).float(), expected.half().float()), name
-    assert sum(bool(weight.pieces) for weight in written.weights.values()) == 3 * 7
+    assert sum(isinstance(weight.stored_as, Pieces) for weight in written.weights.values()) == 3 * 7
 
 
 def test_without_an_ordering_neurons_stay_where_they_are(asked: Given, tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_gptq_tells_the_error_of_the_file(smoothing: float, asked: Given, tmp_pa
 def test_errors_are_passed_on_across_pieces() -> None:
     """The columns of a second piece make up for what the first one lost."""
     from ditmoe_cli.compression.rounding.gptq import gptq, output_error, plain
-    from ditmoe_cli.formats.grids import grid_of
+    from ditmoe_cli.formats.registry import grid_of
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 96, generator=generator)
@@ -322,7 +323,7 @@ def pieced(asked: Given, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint
 
 def test_they_run_resident_and_offloaded(pieced: Checkpoint) -> None:
     model = network(pieced)
-    assert sum(isinstance(layer, PiecedLinear) for layer in model.modules()) == 3 * 7
+    assert sum(isinstance(layer, PackedLinear) and ":" in layer.format for layer in model.modules()) == 3 * 7
     whole = network(pieced)
     for name, weight in pieced.weights.items():
         if weight.quantized:
@@ -415,8 +416,8 @@ def test_a_file_without_one_of_its_pieces_is_refused(lost: int, pieced: Checkpoi
     from safetensors.torch import load_file, save_file
 
     name = in_expert(0, 0, "up_proj.weight")
-    gone = quantized_members(pieced.weights[name].pieces[lost].info, pieced.weights[name].pieces[lost].format or "")
-    tensors = {n: t for n, t in load_file(pieced.path).items() if n not in {member.name for member in gone}}
+    gone = [member for member in pieced.weights[name].members if f".pieces.{lost}." in member]
+    tensors = {n: t for n, t in load_file(pieced.path).items() if n not in gone}
     assert len(tensors) == len(pieced.header.tensors) - len(gone)
     with safe_open(pieced.path, "pt") as file:
         save_file(tensors, tmp_path / "cut.safetensors", file.metadata())

@@ -31,7 +31,8 @@ from ditmoe_cli.compression.precision.task import Task, most_that_fits, settle, 
 from ditmoe_cli.compression.precision.trial import trial
 from ditmoe_cli.compression.replay.neuron_order import neuron_energies, orders_of
 from ditmoe_cli.compression.replay.ordered import expert_stem, has_pieces
-from ditmoe_cli.formats.weights import Pieces, neuron_axis
+from ditmoe_cli.formats.pieces import Pieces, neuron_axis
+from ditmoe_cli.formats.registry import parse_format
 
 FIRST_OF_WIDER = 0.25  # 10 % of 40 %
 
@@ -147,4 +148,4 @@ def matrix_format(task: Task, name: str, groups: Sequence[tuple[int, int]], widt
     if len(counts) == 1 or not formats:
         return next(iter(counts))
     assert len(formats) == len(counts)  # widths below 16 bits all suit a weight, or none does
-    return Pieces(neuron_axis(name), formats, tuple(counts.values())).name
+    return Pieces(neuron_axis(name), tuple(map(parse_format, formats)), tuple(counts.values())).name

@@ -23,7 +23,7 @@ from ditmoe_cli.compression.replay import amplification as probes
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.weights import parse_format, parse_pieces
+from ditmoe_cli.formats.registry import parse_format, parse_pieces
 from ditmoe_cli.model.opened import Checkpoint, weight_group
 from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -76,7 +76,7 @@ def bits_of(formats: dict[str, str], name: str, neurons: int) -> list[int]:
     cut = parse_pieces(fmt)
     if cut is None:
         return [parse_format(fmt).bits] * neurons
-    return [parse_format(f).bits for f, n in zip(cut.formats, cut.counts, strict=True) for _ in range(n)]
+    return [fmt.bits for fmt, n in zip(cut.formats, cut.counts, strict=True) for _ in range(n)]
 
 
 # units and groups
@@ -211,7 +211,7 @@ def test_floors_hold_within_pieces(asked: Given) -> None:
     for name, fmt in formats.items():
         least = 4 if SHARED in name else 3
         cut = parse_pieces(fmt)
-        assert all(parse_format(each).bits >= least for each in (cut.formats if cut else (fmt,)))
+        assert all(each.bits >= least for each in (cut.formats if cut else (parse_format(fmt),)))
 
 
 def test_attention_gets_4_bits_and_all_else_stays(asked: Given) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.formats import kernels
-from ditmoe_cli.formats.grids import FP4_CODES, NF4_CODES
-from ditmoe_cli.formats.kernels import four_bit, is_right_and_faster
-from ditmoe_cli.formats.quantized import code_pairs, pack, unpack_four_bit
+from ditmoe_cli.formats import bitsandbytes_kernel
+from ditmoe_cli.formats.bitsandbytes_arithmetic import FP4_CODES, NF4_CODES, code_pairs, unpack_four_bit
+from ditmoe_cli.formats.bitsandbytes_kernel import four_bit, is_right_and_faster
+from ditmoe_cli.formats.registry import pack
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -76,9 +76,9 @@ def test_bitsandbytes_is_asked_for_what_it_can_unpack(kind: str, monkeypatch: py
         return (values * state.absmax[:, None]).reshape(state.shape)
 
     library = SimpleNamespace(QuantState=SimpleNamespace, dequantize_4bit=dequantize)
-    monkeypatch.setattr(kernels, "bitsandbytes", lambda: library)
-    monkeypatch.setattr(kernels, "_preferred", {})
-    monkeypatch.setattr(kernels, "_seconds", lambda unpack, _: 1.0 if unpack.__name__ == "theirs" else 2.0)
+    monkeypatch.setattr(bitsandbytes_kernel, "bitsandbytes", lambda: library)
+    monkeypatch.setattr(bitsandbytes_kernel, "_preferred", {})
+    monkeypatch.setattr(bitsandbytes_kernel, "_seconds", lambda unpack, _: 1.0 if unpack.__name__ == "theirs" else 2.0)
 
     def ours() -> Tensor:
         return unpack_four_bit(packed, absmax, code_pairs(codes), (4, 64), 64)
@@ -94,6 +94,6 @@ def test_bitsandbytes_is_asked_for_what_it_can_unpack(kind: str, monkeypatch: py
 
 
 def test_on_a_cpu_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "bitsandbytes", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(bitsandbytes_kernel, "bitsandbytes", lambda: pytest.fail("asked"))
     weight = torch.ones(2, 2)
     assert four_bit(lambda: weight, torch.zeros(2, 1, dtype=torch.uint8), weight, weight, "nf4", (2, 2), 64) is weight

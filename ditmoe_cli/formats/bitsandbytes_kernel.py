@@ -1,7 +1,7 @@
-"""bitsandbytes' CUDA kernel for NF4 and FP4 weights, where it is installed, right and faster than our own unpacking.
+"""bitsandbytes' CUDA kernel for NF4 and FP4 weights, used where it is installed, right and faster than our unpacking.
 
-Both are found out, not assumed: the first weight of each shape and format on a device is unpacked in both ways, and the
-kernel is used for its like from there on if it gives the same values in less time.
+Both are measured: the first weight of each shape and format on a device is unpacked in both ways, and the kernel
+unpacks all further weights of that shape and format if it gave the same values in less time.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def four_bit(
 
 
 def is_right_and_faster(ours: Unpack, theirs: Unpack, clock: Callable[[], float] | None = None) -> bool:
-    """Tell whether `theirs` gives what `ours` does, in less time; one that fails is neither."""
+    """Return whether `theirs` gives the values of `ours` in less time; False where it fails."""
     expected = ours()
     try:
-        found = theirs()
+        values = theirs()
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
         return False
     scale = float(expected.abs().max())
-    if found.shape != expected.shape or not bool(((found - expected).abs() <= _TOLERANCE * scale).all()):
+    if values.shape != expected.shape or not bool(((values - expected).abs() <= _TOLERANCE * scale).all()):
         return False
     return _seconds(theirs, clock or _clock) < _seconds(ours, clock or _clock)
 

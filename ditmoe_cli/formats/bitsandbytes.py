@@ -1,0 +1,241 @@
+"""The formats of bitsandbytes: NF4 and FP4, with and without double quantisation, and int8.
+
+They are stored exactly as bitsandbytes 0.50 serialises them, so that its own readers take our files. A weight
+``X.weight`` of shape (out, in) becomes, with B = ceil(out*in/64) and f4 for nf4 or fp4:
+
+    f4     X.weight                                     U8   (out*in/2, 1)   first of each pair in the high nibble
+           X.weight.absmax                              F32  (B,)
+           X.weight.quant_map                           F32  (16,)           w = quant_map[code] * absmax
+           X.weight.quant_state.bitsandbytes__f4        U8   JSON: quant_type, blocksize, dtype, shape
+    f4-dq  X.weight, X.weight.quant_map                      as above
+           X.weight.absmax                              U8   (B,)
+           X.weight.nested_absmax                       F32  (ceil(B/256),)
+           X.weight.nested_quant_map                    F32  (256,)
+           X.weight.quant_state.bitsandbytes__f4        U8   JSON, with nested_blocksize, nested_dtype, nested_offset
+                                                             absmax = nested_quant_map[code] * nested_absmax + offset
+    int8   X.weight                                     I8   (out, in)
+           X.SCB                                        F32  (out,)          w = code * SCB / 127
+           X.weight_format                              U8   ()              always 0
+
+Four-bit blocks are 64 weights of the flattened matrix. The JSON of -dq is padded with spaces, so that its size does not
+depend on how many digits nested_offset takes. Other block sizes, as bitsandbytes may write them, are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import FLOATING, TensorInfo
+from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, RawBytes, Weight, require_matrix, stored_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FourBitKind = Literal["nf4", "fp4"]
+BLOCK = 64  # weights that share an absmax
+NESTED_BLOCK = 256  # absmax that share a scale under double quantisation
+_BLOCKS_READ = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes knows
+_OFFSET_DIGITS = 24  # no fp32 value takes more characters in JSON
+_STATE_SUFFIX = ".quant_state.bitsandbytes__"
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CODES = {name: code for code, name in _TORCH_NAMES.items()}
+
+
+def fits_bitsandbytes(info: TensorInfo) -> bool:
+    """Return whether a weight can be stored in bitsandbytes' formats: a floating matrix of even size, not fp64."""
+    return len(info.shape) == 2 and info.dtype in FLOATING and info.dtype != "F64" and info.numel % 2 == 0
+
+
+@dataclass(frozen=True)
+class FourBit(NumberFormat):
+    """NF4 or FP4: w = a q_c with a the largest |w| of a block (QLoRA, https://arxiv.org/abs/2305.14314).
+
+    With `double` quantisation the blocks' a are stored in 8 bits, and w is rounded to what is then stored of a.
+    """
+
+    kind: FourBitKind
+    double: bool = False
+    bits = 4
+
+    @property
+    def name(self) -> str:
+        """The format's name in plans and messages."""
+        return f"{self.kind}-dq" if self.double else self.kind
+
+    def accepts(self, info: TensorInfo) -> bool:
+        """Return whether the dtype and shape of a weight allow the format."""
+        return fits_bitsandbytes(info)
+
+    def members(self, info: TensorInfo) -> dict[str, TensorInfo]:
+        """Return the tensors that store the weight `info`, by the part that each plays."""
+        return self._members(info, len(self.state_json(info)), BLOCK, NESTED_BLOCK)
+
+    def _members(self, info: TensorInfo, state_bytes: int, block: int, nested_block: int) -> dict[str, TensorInfo]:
+        blocks = math.ceil(info.numel / block)
+        members = {
+            "packed": TensorInfo(info.name, "U8", (math.ceil(info.numel / 2), 1)),
+            "absmax": TensorInfo(f"{info.name}.absmax", "U8" if self.double else "F32", (blocks,)),
+            "quant_map": TensorInfo(f"{info.name}.quant_map", "F32", (16,)),
+        }
+        if self.double:
+            scales = (math.ceil(blocks / nested_block),)
+            members["nested_absmax"] = TensorInfo(f"{info.name}.nested_absmax", "F32", scales)
+            members["nested_quant_map"] = TensorInfo(f"{info.name}.nested_quant_map", "F32", (256,))
+        return members | {"state": TensorInfo(self._state_name(info), "U8", (state_bytes,))}
+
+    def _state_name(self, info: TensorInfo) -> str:
+        return f"{info.name}{_STATE_SUFFIX}{self.kind}"
+
+    def state_json(self, info: TensorInfo, offset: float = 0.0) -> bytes:
+        """Return bitsandbytes' JSON description of a weight, as it writes it.
+
+        With double quantisation, `offset` is subtracted from the blocks' absmax, and spaces follow up to the length
+        that the longest offset would give. JSON allows them.
+        """
+        state: dict[str, object] = {
+            "quant_type": self.kind,
+            "blocksize": BLOCK,
+            "dtype": _TORCH_NAMES[info.dtype],
+            "shape": list(info.shape),
+        }
+        if not self.double:
+            return json.dumps(state).encode()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        longest = len(json.dumps(state | {"nested_offset": 0})) - 1 + _OFFSET_DIGITS
+        return json.dumps(state | {"nested_offset": offset}).ljust(longest).encode()
+
+    @classmethod
+    def find(cls, name: str, tensors: Mapping[str, TensorInfo], raw: RawBytes) -> Weight | None:
+        """Return the weight that the stored tensor `name` describes; None where it describes none."""
+        stem, suffix, kind = name.partition(_STATE_SUFFIX)
+        if not suffix:
+            return None
+        if kind not in ("nf4", "fp4"):
+            raise BadInputError(f"tensor {name!r}: {kind} is no format that ditmoe reads; it reads nf4 and fp4")
+        text = raw(name)
+        state = parse_quant_state(text, name)
+        fmt = cls("nf4" if kind == "nf4" else "fp4", double=bool(state.nested_block))
+        info = TensorInfo(stem, state.dtype, state.shape)
+        require_matrix(info, fmt)
+        # The length of the JSON is the stored one: other programs may lay it out otherwise.
+        members = fmt._members(info, len(text), state.block, state.nested_block)
+        return stored_weight(info, fmt, members.values(), tensors)
+
+    def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:  # noqa: ARG002
+        """Return the grid on which to round a weight (out, in); all columns are of the same importance."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import four_bit_grid
+
+        nested_block = NESTED_BLOCK if self.double else 0
+        return four_bit_grid(self, self.kind, weight.detach(), self.state_json, block=BLOCK, nested_block=nested_block)
+
+    def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
+        """Return what stays of a weight in memory: codes, absmax, and the pairs of values that bytes stand for."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import code_pairs, unpack_four_bit_weight
+
+        state_name = self._state_name(info)
+        state = parse_quant_state(bytes(members[state_name].tolist()), state_name)
+        kept = ("absmax", "nested_absmax", "nested_quant_map") if self.double else ("absmax",)
+        tensors = {
+            "packed": members[info.name],
+            **{part: members[f"{info.name}.{part}"] for part in kept},
+            "pairs": code_pairs(members[f"{info.name}.quant_map"]),
+        }
+        unpack = partial(
+            unpack_four_bit_weight,
+            kind=self.kind,
+            shape=info.shape,
+            block=state.block,
+            nested_block=state.nested_block,
+            offset=state.offset,
+        )
+        return PackedWeight(tensors, unpack)
+
+
+@dataclass(frozen=True)
+class FourBitState:
+    """The fields of bitsandbytes' JSON of a four-bit weight; `nested_block` is 0 without double quantisation."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    block: int
+    nested_block: int
+    offset: float
+
+
+def parse_quant_state(state: bytes, name: str) -> FourBitState:
+    """Read bitsandbytes' JSON. Raises `BadInputError` that names the tensor `name`."""
+    try:
+        described = json.loads(state)
+        nested = "nested_blocksize" in described
+        parsed = FourBitState(
+            _CODES[described["dtype"]],
+            tuple(int(n) for n in described["shape"]),
+            int(described["blocksize"]),
+            int(described["nested_blocksize"]) if nested else 0,
+            float(described["nested_offset"]) if nested else 0.0,
+        )
+        good = all(n >= 0 for n in parsed.shape) and math.isfinite(parsed.offset) and parsed.nested_block >= 0
+        good &= not nested or (parsed.nested_block > 0 and described["nested_dtype"] == "float32")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        good = False
+    if not good:
+        raise BadInputError(f"tensor {name!r} does not hold a bitsandbytes quantisation state")
+    if parsed.block not in _BLOCKS_READ:
+        raise BadInputError(f"tensor {name!r} tells of blocks of {parsed.block}, which bitsandbytes does not know")
+    return parsed
+
+
+@dataclass(frozen=True)
+class Int8(NumberFormat):
+    """w = c s / 127 with s the largest |w| of a row in fp16 (LLM.int8, https://arxiv.org/abs/2208.07339)."""
+
+    name = "int8"
+    bits = 8
+
+    def accepts(self, info: TensorInfo) -> bool:
+        """Return whether the dtype and shape of a weight allow the format."""
+        return fits_bitsandbytes(info)
+
+    def members(self, info: TensorInfo) -> dict[str, TensorInfo]:
+        """Return the tensors that store the weight `info`, by the part that each plays."""
+        stem = info.name.removesuffix(".weight")
+        return {
+            "packed": TensorInfo(info.name, "I8", info.shape),
+            "scale": TensorInfo(f"{stem}.SCB", "F32", (info.shape[0],)),
+            "form": TensorInfo(f"{stem}.weight_format", "U8", ()),
+        }
+
+    @classmethod
+    def find(cls, name: str, tensors: Mapping[str, TensorInfo], raw: RawBytes) -> Weight | None:  # noqa: ARG003
+        """Return the weight whose scales the stored tensor `name` holds; None where it holds none."""
+        if not name.endswith(".SCB"):
+            return None
+        weight = name.removesuffix("SCB") + "weight"
+        if weight not in tensors:
+            raise BadInputError(f"tensor {name!r} stands without its weight {weight!r}")
+        info, fmt = TensorInfo(weight, "F16", tensors[weight].shape), cls()
+        require_matrix(info, fmt)
+        return stored_weight(info, fmt, fmt.members(info).values(), tensors)
+
+    def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:  # noqa: ARG002
+        """Return the grid on which to round a weight (out, in); all columns are of the same importance.
+
+        Raises `BadInputError` that names the tensor `name` where values exceed fp16.
+        """
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import int8_grid
+
+        return int8_grid(self, weight.detach(), name)
+
+    def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
+        """Return what stays of a weight in memory: codes and scales."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import unpack_int8
+
+        kept = ("packed", "scale")
+        names = self.members(info)
+        return PackedWeight({part: members[names[part].name] for part in kept}, unpack_int8)

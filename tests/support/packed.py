@@ -1,0 +1,90 @@
+"""Weights and the tensors that store them, for tests of number formats."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.reader import dtype_code
+from ditmoe_cli.formats.base import NumberFormat, Weight
+from ditmoe_cli.formats.bitsandbytes import FourBit
+from ditmoe_cli.formats.grouped import GroupedFormat
+from ditmoe_cli.formats.registry import FORMATS, Format, pack, parse_format, quantized_members
+from ditmoe_cli.formats.weights import logical_weights
+
+NAME = "layer.weight"
+FOUR_BIT = [name for name in FORMATS if isinstance(parse_format(name), FourBit)]
+GROUPED = [name for name in FORMATS if isinstance(parse_format(name), GroupedFormat)]
+# one of each way through the code: blocks, nested blocks, rows; widths that straddle words or not; with zeros, without
+KINDS = ["nf4", "fp4-dq", "int8", "int3-g32", "int4-g64", "int6-g128-sym", "ternary-g64"]
+
+
+def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights whose rows differ much in scale."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = (2 * torch.randn(shape[0], 1, generator=generator)).exp() / 30
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def info_of(weight: Tensor, name: str = NAME) -> TensorInfo:
+    return TensorInfo(name, dtype_code(weight.dtype, name), tuple(weight.shape))
+
+
+def infos_of(members: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {name: info_of(tensor, name) for name, tensor in members.items()}
+
+
+def stored(*infos: TensorInfo) -> dict[str, TensorInfo]:
+    return {info.name: info for info in infos}
+
+
+def no_bytes(name: str) -> bytes:
+    raise AssertionError(f"{name} should not be read")
+
+
+def described(*weights: tuple[TensorInfo, Format]) -> Callable[[str], bytes]:
+    """The bytes of the small tensors that describe weights; all others are not to be read."""
+    texts = {}
+    for info, name in weights:
+        fmt = parse_format(name)
+        if isinstance(fmt, FourBit):
+            texts[fmt.members(info)["state"].name] = fmt.state_json(info, 0.123456789)
+        texts[f"{info.name}_shape"] = struct.pack("<2i", *info.shape)
+
+    def raw(name: str) -> bytes:
+        assert name in texts, f"{name} should not be read"
+        return texts[name]
+
+    return raw
+
+
+def weight_of(weight: Tensor, fmt: Format) -> Weight:
+    """The weight that reading back `weight` in a format gives."""
+    info = info_of(weight)
+    if fmt not in FOUR_BIT:  # only their JSON keeps a dtype; others have scales that fp16 holds
+        info = TensorInfo(info.name, "F16", info.shape)
+    return Weight(info, parse_format(fmt), tuple(member.name for member in quantized_members(info, fmt)))
+
+
+def found(members: Mapping[str, Tensor]) -> Weight:
+    """The only weight that tensors store."""
+    (weight,) = logical_weights(infos_of(members), lambda name: members[name].numpy().tobytes()).values()
+    return weight
+
+
+def dequantized(weight: Weight, members: Mapping[str, Tensor]) -> Tensor:
+    assert isinstance(weight.stored_as, NumberFormat)
+    return weight.stored_as.dequantize(weight.info, members)
+
+
+def through(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
+    """A weight packed and unpacked, in fp32."""
+    return dequantized(weight_of(weight, fmt), pack(weight, info_of(weight), fmt, importance))
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bytes(a.numpy().data) == bytes(b.numpy().data)
