@@ -83,7 +83,7 @@ def test_the_parser_sees_imports() -> None:
     assert "torch" in imports(f"{NAME}.files.reader"), "inside functions"
     assert "torch" not in imports(f"{NAME}.files.reader", everywhere=False)
     assert f"{NAME}.model.config" in imports(f"{NAME}.model.dit")
-    assert f"{NAME}.routing.saliency" in imports(f"{NAME}.compression.prune.prune_methods"), "of modules"
+    assert f"{NAME}.compression.delta.differencing" in imports(f"{NAME}.compression.apply"), "of modules"
     assert "typer" in imports(f"{NAME}.cli.app")
 
 

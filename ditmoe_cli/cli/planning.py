@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note, progress
 from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work
@@ -21,20 +22,9 @@ from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
-class Described(Protocol):
-    """A method with a summary and a source."""
-
-    @property
-    def summary(self) -> str:
-        """What it does, in a few words."""
-
-    @property
-    def source(self) -> str:
-        """Its paper."""
-
-
-def print_methods(methods: Mapping[str, Described], printing: Printing) -> None:
-    """Print each method with its summary and source."""
+def print_methods(command: str, printing: Printing) -> None:
+    """Print each method of a command with its summary and source."""
+    methods = METHODS[command]
     result = {name: {"summary": method.summary, "source": method.source} for name, method in methods.items()}
     rows = [(name, f"{method.summary} ({method.source})") for name, method in methods.items()]
     emit(printing, Stage().to_json({"methods": result}), rows, None)

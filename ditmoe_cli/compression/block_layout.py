@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import BlockPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.config import GHOST, BlockConfig

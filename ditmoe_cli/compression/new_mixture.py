@@ -11,7 +11,7 @@ from ditmoe_cli.compression.algebra.low_rank import LinearMap, low_rank_map
 from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, best_neurons, energies, narrowed
 from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.merge.inputs import MergeTokens
-from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import BlockPlan, Experts
 from ditmoe_cli.compression.prune.neuron_budget import mean_gamma_square, neuron_energies
 from ditmoe_cli.compression.replay.stream import Tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.computed import Computing, as_stored, source_dtype
-from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.new_mixture import Source, expert_map, new_weights, weights_of
 from ditmoe_cli.compression.plan import Experts, Repair
 from ditmoe_cli.compression.repair.refit import refit

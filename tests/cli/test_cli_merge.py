@@ -11,7 +11,7 @@ from cli_helpers import bytes_of, contents, here, tensor_shapes
 from conftest import Pico, make_pico
 from torch import Tensor
 
-from ditmoe_cli.compression.merge.merge_methods import METHODS
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.model.config import expected_weights
 
 SETTINGS = ("--images", 4, "--steps", 2)
@@ -36,7 +36,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("router", "refit"), [("map", FEW), ("slice", ("--no-refit",))])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGES)
 def test_every_method_writes_what_it_predicts_and_runs(
     method: str, refit: tuple[object, ...], router: str, folder: Path
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from cli_helpers import Outcome, bytes_of, command, contents, environment, here, shell, tensor_shapes
 from conftest import heed_interrupts, make_pico
 
-from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
+from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 
 SETTINGS = ("--images", 4, "--steps", 2)
 FEW = ("--refit-tokens", 64)
@@ -49,7 +49,7 @@ def carried_out(words: tuple[object, ...], folder: Path) -> Outcome:
 
 
 WAYS: dict[str, tuple[object, ...]] = {
-    **{f"method {name}": ("--keep", 2, "--method", name, *FEW) for name in (*METHODS, *REPLAYED)},
+    **{f"method {name}": ("--keep", 2, "--method", name, *FEW) for name in (*SALIENCIES, *SEARCHES)},
     **{f"router {mode}": ("--keep", 2, "--router", mode, *FEW) for mode in ("slice", "ghost", "mass", "auto")},
     "allocated": ("--keep", 3, "--allocate", "global", "--method", "naee", *FEW),
     "narrowed": ("--neurons", 0.5, "--multiple", 8, *FEW),

@@ -11,8 +11,7 @@ import pytest
 from cli_helpers import Outcome, here
 from conftest import make_pico
 
-from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
-from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
+from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.diffusion.noise import image_seed
 from ditmoe_cli.files.provenance import Card, Provenance
 
@@ -144,7 +143,7 @@ def test_a_malformed_card_is_refused(folder: Path, card: dict[str, object]) -> N
 
 
 def test_methods_and_plans_are_envelopes(folder: Path) -> None:
-    methods = {"prune": {**METHODS, **REPLAYED}, "merge": MERGES}
+    methods = METHODS
     for command, known in methods.items():
         listed = here(command, "--list-methods", cwd=folder).result["methods"]
         assert listed == {name: {"summary": known[name].summary, "source": known[name].source} for name in known}

@@ -31,7 +31,7 @@ from torch.testing import assert_close
 from ditmoe_cli.compression import rebuild as rebuilding
 from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA
 from ditmoe_cli.compression.apply import apply
-from ditmoe_cli.compression.merge.merge_methods import METHODS as MERGES
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, parse_plan
 from ditmoe_cli.compression.precision.uniform import plan_uniform

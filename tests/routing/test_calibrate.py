@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from profiling import count_by_hand, no_bar, opened, reap_by_hand, trajectory
 
 from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.methods import SALIENCIES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts
-from ditmoe_cli.compression.prune.prune_methods import METHODS
 from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
@@ -83,7 +83,7 @@ def finder(tmp_path: Path) -> Finder:
 
 def test_reap_from_a_profile_is_reap_by_hand(family: Family) -> None:
     expected = reap_by_hand(count_by_hand(PICO, SPEC, SETTINGS.bins, trajectory(PICO, SPEC)), SPEC.cfg)
-    scores = METHODS["reap"].score(family.profile.tables, 0)
+    scores = SALIENCIES["reap"].score(family.profile.tables, 0)
     for found, wanted in zip(scores, expected.tolist(), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
     plan = plan_prune(family.original, family.profile, Pruning(Keep(count=2)))

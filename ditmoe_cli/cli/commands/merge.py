@@ -12,8 +12,8 @@ from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS, Differencing
-from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.compression.merge.merging import Merging
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.compression.prune.pruning import parse_keep
 from ditmoe_cli.errors import UsageError
@@ -83,7 +83,7 @@ def run(
     Needs a routing profile: that of --profile or of the pipe; without one the checkpoint is profiled first.
     """
     if planning.list_methods:
-        return print_methods(METHODS, printing)
+        return print_methods("merge", printing)
     planner = differencing_of(delta, grouping.groups) or merging_of(grouping, refitting)
     return run_planner(planner, planning, source, to, printing)
 
@@ -93,8 +93,8 @@ def merging_of(grouping: Grouping, refitting: Refitting) -> Merging:
     groups, method, router = grouping.groups, grouping.method, grouping.router
     if groups is None:
         raise UsageError("--groups is missing: give a ratio such as 0.5 or a count such as 4, or --delta in its place")
-    if method not in METHODS:
-        raise UsageError(f"--method {method}: unknown; choose {', '.join(METHODS)}")
+    if method not in MERGES:
+        raise UsageError(f"--method {method}: unknown; choose {', '.join(MERGES)}")
     keep = parse_keep(groups, "--groups")
     return Merging(keep, method, "slice" if router == "slice" else "ghost", refitting.repair(router))
 

@@ -11,8 +11,8 @@ from ditmoe_cli.cli.groups import at_least, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.compression.plan import Repair, RouterMode
-from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.compression.prune.pruning import (
     Pruning,
     parse_keep,
@@ -117,7 +117,7 @@ def run(
     Needs a routing profile: that of --profile or of the pipe; without one the checkpoint is profiled first.
     """
     if planning.list_methods:
-        return print_methods({**METHODS, **REPLAYED}, printing)
+        return print_methods("prune", printing)
     return run_planner(pruning_of(dropping, narrowing, replacing), planning, source, to, printing)
 
 
@@ -128,8 +128,8 @@ def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -
         raise UsageError(
             "--keep is missing: give a ratio such as 0.5 or a count such as 4, or --neurons to narrow only"
         )
-    if dropping.method not in (*METHODS, *REPLAYED):
-        raise UsageError(f"--method {dropping.method}: unknown; choose {', '.join((*METHODS, *REPLAYED))}")
+    if dropping.method not in METHODS["prune"]:
+        raise UsageError(f"--method {dropping.method}: unknown; choose {', '.join(METHODS['prune'])}")
     widths_of_ratio(narrowing.multiple, narrowing.neurons, narrowing.multiple)  # refuses what is out of range
     return Pruning(
         keep=parse_keep(keep),

@@ -11,12 +11,12 @@ from ditmoe_cli.cli.groups import one_of
 from ditmoe_cli.cli.options import Destination, Planning, Size, Source, parse_size
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import Rounding
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.compression.precision.mixed import MixedPrecision
-from ditmoe_cli.compression.precision.precision_methods import DEFAULT_METHOD, METHODS
 from ditmoe_cli.compression.precision.uniform import UniformPrecision, format_named
 from ditmoe_cli.errors import UsageError
 
@@ -47,7 +47,7 @@ class Precision:
     ] = None
     method: Annotated[
         str, typer.Option("--method", metavar="NAME", help="How the mix is planned; see --list-methods.")
-    ] = DEFAULT_METHOD
+    ] = DEFAULT_METHODS["quantize"]
     uniform: Annotated[bool, typer.Option("--uniform", help="Give all weights one format instead of a mix.")] = False
     format: Annotated[
         str | None,
@@ -164,7 +164,7 @@ def run(
     they are.
     """
     if planning.list_methods:
-        return print_methods(METHODS, printing)
+        return print_methods("quantize", printing)
     rounded = rounding.method(precision.uniform)
     planner_of = uniform_of if precision.uniform else mix_of
     planner: Planner = planner_of(precision, grids, mixing, rounded)
@@ -173,14 +173,14 @@ def run(
 
 def known_method(name: str) -> str:
     """Return the name of a method. Raises `UsageError` for an unknown one."""
-    if name not in METHODS:
-        raise UsageError(f"--method {name}: unknown; choose from {', '.join(METHODS)}")
+    if name not in MIXES:
+        raise UsageError(f"--method {name}: unknown; choose from {', '.join(MIXES)}")
     return name
 
 
 def uniform_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Rounding | None) -> UniformPrecision:
     """Return what --uniform asks for. Raises `UsageError` for what does not go together."""
-    if known_method(precision.method) != DEFAULT_METHOD:
+    if known_method(precision.method) != DEFAULT_METHODS["quantize"]:
         raise UsageError(f"--method {precision.method}: plans a mix; leave out --uniform")
     refuse_mixing(mixing)
     if precision.size is not None:
@@ -209,7 +209,7 @@ def mix_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Roundin
         tied=mixing.tie,
     )
     label = f"bits{precision.bits:g}" if precision.bits is not None else f"size{size.text if size else ''}"
-    label += "" if method == DEFAULT_METHOD else f"-{method}"
+    label += "" if method == DEFAULT_METHODS["quantize"] else f"-{method}"
     return MixedPrecision(budget, candidates, method, rounding, f"quantize-{label}")
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
-from ditmoe_cli.compression.merge.merge_methods import METHODS
+from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.prune.pruning import Keep
@@ -17,15 +17,13 @@ from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
-DEFAULT_METHOD = "m-smoe"
-
 
 @dataclass(frozen=True)
 class Merging(Planner):
     """What to merge: how many experts each block is left with, how, what becomes of the rows, and the repair."""
 
     groups: Keep
-    method: str = DEFAULT_METHOD
+    method: str = DEFAULT_METHODS["merge"]
     router: RouterMode = "ghost"
     repair: Repair | None = None
     command: ClassVar[str] = "merge"
@@ -109,7 +107,7 @@ def plan_merge(checkpoint: Checkpoint, profile: RoutingProfile, merging: Merging
     with bar(f"grouping the experts of {checkpoint.path.name}", checkpoint.config.depth) as progress:
         for index, count in enumerate(group_counts(checkpoint, merging)):
             inputs = _inputs(checkpoint, profile, merging.method, index)
-            groups = METHODS[merging.method].group(inputs, count)
+            groups = MERGES[merging.method].group(inputs, count)
             blocks.append(_block_plan(groups, inputs.selected.tolist(), merging.router))
             progress(1)
     return _plan(checkpoint, merging, blocks, profile.digest, merging.options())
@@ -152,7 +150,7 @@ def _inputs(checkpoint: Checkpoint, profile: RoutingProfile, method: str, index:
     from ditmoe_cli.model.expert_weights import read_expert
 
     experts = len(checkpoint.config.blocks[index].expert_widths)
-    needed = METHODS[method]
+    needed = MERGES[method]
     if needed.needs_means and "output.all_token_mean" not in profile.header.tensors:
         raise BadInputError(
             f"{profile.path}: --method {method} groups experts by their outputs on the same tokens, which the profile "

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Rounding
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.compression.precision.budget import Budget, budget_bytes, check_budget, plan_mixed
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
-from ditmoe_cli.compression.precision.precision_methods import DEFAULT_METHOD, METHODS
 from ditmoe_cli.compression.precision.task import Task
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.opened import Checkpoint
@@ -23,14 +23,14 @@ class MixedPrecision(Planner):
     Attributes:
         budget: how large the file may be.
         candidates: the formats to choose from.
-        method: by which formats are chosen, of `METHODS`.
+        method: by which formats are chosen, of `MIXES`.
         rounding: how weights are rounded to their formats; None for the nearest values.
         label: ending of the default output's name.
     """
 
     budget: Budget
     candidates: Candidates
-    method: str = DEFAULT_METHOD
+    method: str = DEFAULT_METHODS["quantize"]
     rounding: Rounding | None = None
     label: str = "quantize"
     command: ClassVar[str] = "quantize"
@@ -57,7 +57,7 @@ class MixedPrecision(Planner):
             device=device,
             bar=work.bar,
         )
-        choice = METHODS[self.method].choose(task)
+        choice = MIXES[self.method].choose(task)
         tried = choice.tried
         if tried is None:
             tried = trial(checkpoint, profile, choice.formats, device, work.bar).error

@@ -12,9 +12,9 @@ from typing import get_args
 
 import torch
 
+from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import RouterMode
 from ditmoe_cli.compression.prune.allocation import allocate
-from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.compression.prune.subset_search import best_subset
 from ditmoe_cli.compression.replay.subsets import SubsetReplay, block_tokens
 from ditmoe_cli.model.moe import SparseMoE
@@ -77,10 +77,10 @@ def _chooser(
     """Return what chooses a block's subset of a given size."""
     if method == "naee":  # its search is what `replay` is for
         return lambda size: best_subset(len(moe.experts), size, lambda s: replay.errors(s, mode).tolist())
-    if method in REPLAYED:
+    if method in SEARCHES:
         tokens = block_tokens(profile, index)
-        return lambda size: REPLAYED[method].choose(tokens, moe, size, mode)
-    scores = METHODS[method].score(profile.tables, seed)[index]
+        return lambda size: SEARCHES[method].choose(tokens, moe, size, mode)
+    scores = SALIENCIES[method].score(profile.tables, seed)[index]
     order = sorted(range(len(scores)), key=lambda e: (-scores[e], e))
     return lambda size: tuple(sorted(order[:size]))
 

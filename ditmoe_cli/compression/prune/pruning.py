@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.methods import DEFAULT_METHODS, SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
-from ditmoe_cli.compression.prune.prune_methods import DEFAULT_METHOD, METHODS, REPLAYED
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
@@ -97,7 +97,7 @@ class Pruning(Planner):
     """
 
     keep: Keep
-    method: str = DEFAULT_METHOD
+    method: str = DEFAULT_METHODS["prune"]
     router: RouterMode | None = "ghost"
     seed: int = 0
     shared_budget: bool = False
@@ -113,7 +113,7 @@ class Pruning(Planner):
     @property
     def replays(self) -> bool:
         """Whether planning takes weights and the profile's reservoir or moments, not its small tables only."""
-        return self.method in REPLAYED or self.router is None or self.shared_budget
+        return self.method in SEARCHES or self.router is None or self.shared_budget
 
     @property
     def computes(self) -> bool:
@@ -123,7 +123,7 @@ class Pruning(Planner):
     @property
     def needs_profile(self) -> bool:
         """Whether planning, or carrying the plan out, takes a profile."""
-        scored = self.method in REPLAYED or METHODS[self.method].needs_profile
+        scored = self.method in SEARCHES or SALIENCIES[self.method].needs_profile
         return scored or self.replays or self.computes
 
     def options(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: 
         require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     counts = kept_counts(checkpoint, pruning.keep)
     experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
-    scores = METHODS[pruning.method].score(profile.tables if profile else empty_tables(experts), pruning.seed)
+    scores = SALIENCIES[pruning.method].score(profile.tables if profile else empty_tables(experts), pruning.seed)
     keeps = best(scores, counts)
     blocks = [_block_plan(checkpoint, pruning, i, keep, pruning.router or "ghost") for i, keep in enumerate(keeps)]
     return _plan(checkpoint, profile, pruning, blocks)

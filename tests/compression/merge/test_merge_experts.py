@@ -21,8 +21,8 @@ from ditmoe_cli.compression.algebra.means import weighted_mean
 from ditmoe_cli.compression.algebra.neurons import narrowed
 from ditmoe_cli.compression.merge import mergemoe
 from ditmoe_cli.compression.merge.inputs import MergeTokens
-from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.compression.merge.sub_moe import Subspace
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
 
@@ -30,7 +30,7 @@ MATRICES = ("gate", "up", "down")
 ALIGNING = ("m-smoe", "sub-moe", "uncurl")
 MEANS = ("hc-smoe", "average")
 
-every_method = pytest.mark.parametrize("method", METHODS)
+every_method = pytest.mark.parametrize("method", MERGES)
 
 
 def members(count: int, seed: int = 0) -> list[ExpertWeights]:
@@ -58,7 +58,7 @@ def error(
 @every_method
 def test_equal_experts_stay_as_they_are(method: str) -> None:
     expert = random_expert(HIDDEN, WIDTH, 1)
-    merged = METHODS[method].merge([expert] * 3, [0.5, 0.2, 0.3], tokens_for(3))
+    merged = MERGES[method].merge([expert] * 3, [0.5, 0.2, 0.3], tokens_for(3))
     assert_same(merged, expert)
     assert method == "mergemoe" or same_to_the_bit(merged, expert)
 
@@ -66,7 +66,7 @@ def test_equal_experts_stay_as_they_are(method: str) -> None:
 @every_method
 def test_a_single_expert_stays_to_the_bit(method: str) -> None:
     expert = random_expert(HIDDEN, WIDTH, 1)
-    assert same_to_the_bit(METHODS[method].merge([expert], [1.0], tokens_for(1)), expert)
+    assert same_to_the_bit(MERGES[method].merge([expert], [1.0], tokens_for(1)), expert)
 
 
 @pytest.mark.parametrize("method", ALIGNING)
@@ -76,7 +76,7 @@ def test_copies_with_their_neurons_in_another_order_merge_exactly(method: str, s
     expert = random_expert(HIDDEN, WIDTH, seed)
     generator = seeded(seed)
     copies = [narrowed(expert, torch.randperm(WIDTH, generator=generator).tolist()) for _ in range(3)]
-    merged = METHODS[method].merge(copies, [0.2, 0.5, 0.3], tokens_for(3))
+    merged = MERGES[method].merge(copies, [0.2, 0.5, 0.3], tokens_for(3))
     inputs = torch.randn(20, HIDDEN, generator=generator)
     torch.testing.assert_close(outputs_of(merged, inputs), outputs_of(expert, inputs))
     assert same_to_the_bit(merged, copies[1]), "in the order of the dominant one"
@@ -85,8 +85,8 @@ def test_copies_with_their_neurons_in_another_order_merge_exactly(method: str, s
 @every_method
 def test_experts_that_are_never_selected_weigh_the_same(method: str) -> None:
     experts, tokens = members(3), tokens_for(3)
-    merged = METHODS[method].merge(experts, [0.0] * 3, tokens)
-    assert_same(merged, METHODS[method].merge(experts, [1 / 3] * 3, tokens))
+    merged = MERGES[method].merge(experts, [0.0] * 3, tokens)
+    assert_same(merged, MERGES[method].merge(experts, [1 / 3] * 3, tokens))
     assert all(bool(getattr(merged, name).isfinite().all()) for name in MATRICES)
 
 
@@ -94,25 +94,25 @@ def test_experts_that_are_never_selected_weigh_the_same(method: str) -> None:
 def test_widths_have_to_be_equal(method: str) -> None:
     experts = [random_expert(HIDDEN, width, 0) for width in (8, 4, 8)]
     with pytest.raises(BadInputError, match="experts of widths 4 and 8 cannot be merged"):
-        METHODS[method].merge(experts, [0.5, 0.2, 0.3], tokens_for(3))
+        MERGES[method].merge(experts, [0.5, 0.2, 0.3], tokens_for(3))
 
 
 @every_method
 def test_members_are_not_written_to(method: str) -> None:
     experts = members(3)
-    METHODS[method].merge(experts, [0.5, 0.2, 0.3], tokens_for(3))
+    MERGES[method].merge(experts, [0.5, 0.2, 0.3], tokens_for(3))
     assert all(same_to_the_bit(before, after) for before, after in zip(members(3), experts, strict=True))
 
 
 @every_method
 def test_tokens_are_needed_by_those_that_say_so(method: str) -> None:
     experts, shares = members(2), [0.5, 0.5]
-    if METHODS[method].needs_tokens:
+    if MERGES[method].needs_tokens:
         with pytest.raises(BadInputError, match="profile without --fast"):
-            METHODS[method].merge(experts, shares, None)
+            MERGES[method].merge(experts, shares, None)
     else:
-        merged = METHODS[method].merge(experts, shares, None)
-        assert same_to_the_bit(merged, METHODS[method].merge(experts, shares, tokens_for(2)))
+        merged = MERGES[method].merge(experts, shares, None)
+        assert same_to_the_bit(merged, MERGES[method].merge(experts, shares, tokens_for(2)))
 
 
 # means
@@ -122,13 +122,13 @@ def test_tokens_are_needed_by_those_that_say_so(method: str) -> None:
 def test_means_are_weighted_by_frequency(method: str) -> None:
     expert = random_expert(HIDDEN, WIDTH, 0)
     doubled = ExpertWeights(expert.gate * 2, expert.up * 2, expert.down * 2)
-    merged = METHODS[method].merge([expert, doubled], [0.75, 0.25], None)
+    merged = MERGES[method].merge([expert, doubled], [0.75, 0.25], None)
     assert_same(merged, ExpertWeights(expert.gate * 1.25, expert.up * 1.25, expert.down * 1.25))
 
 
 def test_average_is_not() -> None:
     first, second = members(2)
-    merged = METHODS["average"].merge([first, second], [0.9, 0.1], None)
+    merged = MERGES["average"].merge([first, second], [0.9, 0.1], None)
     assert_same(merged, weighted_mean([first, second], [0.5, 0.5]))
     torch.testing.assert_close(merged.up, (first.up + second.up) / 2)
 
@@ -218,8 +218,8 @@ def test_whitening_spends_the_rank_on_inputs_that_occur() -> None:
 def test_sub_moe_is_not_m_smoe_and_lies_in_its_subspace() -> None:
     """Noise of the members' own adds up outside of the directions that they share, which held-out tokens show."""
     experts, tokens = noisy_copies(3, 0.3), tokens_for(3, count=400)
-    merged = METHODS["sub-moe"].merge(experts, SHARES, tokens)
-    plain = METHODS["m-smoe"].merge(experts, SHARES, tokens)
+    merged = MERGES["sub-moe"].merge(experts, SHARES, tokens)
+    plain = MERGES["m-smoe"].merge(experts, SHARES, tokens)
     assert not same_to_the_bit(merged, plain)
     (rank,) = ranks_of(merged)
     assert rank < WIDTH and ranks_of(plain) == {HIDDEN}
@@ -232,7 +232,7 @@ def test_sub_moe_is_not_m_smoe_and_lies_in_its_subspace() -> None:
 def test_no_other_rank_is_better_on_held_out_tokens(seed: int, noise: float) -> None:
     experts, tokens = noisy_copies(3, noise), tokens_for(3, count=60, seed=seed)
     held = tokens.part(tokens.held)
-    least = lost_output(METHODS["sub-moe"].merge(experts, SHARES, tokens), experts, held)
+    least = lost_output(MERGES["sub-moe"].merge(experts, SHARES, tokens), experts, held)
     for rank in range(1, WIDTH + 1):
         _, projected = in_subspace(experts, rank, tokens.part(~tokens.held))
         assert least <= lost_output(projected, experts, held) * (1 + 1e-3) + 1e-4
@@ -248,7 +248,7 @@ def lost_output(merged: ExpertWeights, experts: Sequence[ExpertWeights], tokens:
 @pytest.mark.parametrize("held", [True, False])
 def test_where_none_or_all_tokens_are_held_out_sub_moe_still_merges(held: bool) -> None:
     tokens = tokens_for(3)
-    merged = METHODS["sub-moe"].merge(members(3), SHARES, replace(tokens, held=torch.full_like(tokens.held, held)))
+    merged = MERGES["sub-moe"].merge(members(3), SHARES, replace(tokens, held=torch.full_like(tokens.held, held)))
     mean = weighted_mean(aligned(members(3), SHARES), SHARES)
     assert all(bool(getattr(merged, name).isfinite().all()) for name in MATRICES)
     assert held or same_to_the_bit(merged, mean), "nothing to choose by"
@@ -341,12 +341,12 @@ def test_the_table_is_light() -> None:
     code = """
 import sys
 from ditmoe_cli.compression.merge import inputs
-from ditmoe_cli.compression.merge.merge_methods import METHODS
-print(*METHODS, *(name for name in ("torch", "numpy", "scipy", "sklearn") if name in sys.modules))
+from ditmoe_cli.compression.methods import MERGES
+print(*MERGES, *(name for name in ("torch", "numpy", "scipy", "sklearn") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.stdout.split() == list(METHODS)
+    assert done.stdout.split() == list(MERGES)
 
 
 def test_every_method_says_what_it_does_and_where_it_comes_from() -> None:
-    assert all(method.summary and method.source.startswith("arXiv ") for method in METHODS.values())
+    assert all(method.summary and method.source.startswith("arXiv ") for method in MERGES.values())

@@ -10,8 +10,8 @@ from conftest import make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditmoe_cli.compression.merge.merge_methods import METHODS
 from ditmoe_cli.compression.merge.merging import Merging, group_counts, plan_merge, undecided_merge
+from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Repair
 from ditmoe_cli.compression.prune.pruning import Keep, parse_keep
@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return checkpoint, profile_of(checkpoint)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGES)
 @pytest.mark.parametrize("groups", ["1", "2", "5", "6", "0.5"])
 @pytest.mark.parametrize("router", ["ghost", "slice"])
 def test_a_plan_merges_every_expert_into_the_most_selected_of_its_group(
@@ -65,7 +65,7 @@ def size(checkpoint: Checkpoint, plan: CompressionPlan) -> int:
 @settings(max_examples=10)
 @given(
     groups=st.integers(1, EXPERTS),
-    method=st.sampled_from(list(METHODS)),
+    method=st.sampled_from(list(MERGES)),
     router=st.sampled_from(["ghost", "slice"]),
     repair=st.none() | st.just(Repair()) | st.just(Repair(constant=False, linear=False)),
     ghosts=st.booleans(),
@@ -111,11 +111,11 @@ def test_experts_of_different_widths_are_not_merged(tmp_path: Path) -> None:
     assert group_counts(checkpoint, Merging(Keep(ratio=1.0))) == [3, 3], "where nothing is merged they may"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGES)
 def test_a_fast_profile_is_enough_for_what_needs_no_outputs(method: str, tmp_path: Path) -> None:
     checkpoint = opened(PICO, tmp_path)
     fast, merging = profile_of(checkpoint, fast=True), Merging(Keep(count=3), method)
-    if METHODS[method].needs_means:
+    if MERGES[method].needs_means:
         with pytest.raises(BadInputError, match=rf"--method {method} .*without --fast"):
             plan_merge(checkpoint, fast, merging, no_bar)
     else:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from replaying import error_by_hand, guided_by_hand, output, plain, reduced, some_tokens
 from torch.testing import assert_close
 
+from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import RouterMode
 from ditmoe_cli.compression.prune import diet
 from ditmoe_cli.compression.prune import subset_search as search
-from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.compression.prune.subset_search import best_subset
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.config import BlockConfig
@@ -85,7 +85,7 @@ def test_naee_is_the_best_of_all_rebuilt_mixtures(branches: int, mode: RouterMod
         moe, tokens = plain(seed=seed), some_tokens(branches=branches, seed=seed)
         subsets = itertools.combinations(range(5), count)
         expected = min(subsets, key=lambda s: error_by_hand(tokens, moe, reduced(moe, FIVE, s, mode)))
-        assert REPLAYED["naee"].choose(tokens, moe, count, mode) == expected
+        assert SEARCHES["naee"].choose(tokens, moe, count, mode) == expected
 
 
 def test_naee_of_many_experts_ends_where_no_swap_helps() -> None:
@@ -93,7 +93,7 @@ def test_naee_of_many_experts_ends_where_no_swap_helps() -> None:
     config = BlockConfig(7, tuple(6 + e % 3 for e in range(7)), 12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "EXACT", 0)
-        found = REPLAYED["naee"].choose(tokens, moe, 4, "ghost")
+        found = SEARCHES["naee"].choose(tokens, moe, 4, "ghost")
     neighbours = [sorted({*found, new} - {old}) for old in found for new in range(7) if new not in found]
     errors = [error_by_hand(tokens, moe, reduced(moe, config, s, "ghost")) for s in (found, *neighbours)]
     assert errors[0] <= min(errors) * (1 + 1e-4)
@@ -120,7 +120,7 @@ def test_diet_keeps_one_of_each_pair_of_identical_experts(mode: RouterMode) -> N
         moe.experts[e] = moe.experts[e - 1]
         moe.gate.weight[e] = moe.gate.weight[e - 1] + 1e-4 * torch.randn(8)
     for seed in range(3):
-        kept = REPLAYED["diet"].choose(some_tokens(pairs=40, seed=seed), moe, 3, mode)
+        kept = SEARCHES["diet"].choose(some_tokens(pairs=40, seed=seed), moe, 3, mode)
         assert [e // 2 for e in kept] == [0, 1, 2]
 
 
@@ -135,7 +135,7 @@ def test_diet_minimises_what_is_not_covered(seed: int, count: int) -> None:
     def uncovered(kept: Sequence[int]) -> float:
         return math.fsum(min(distance(i, j) for j in kept) for i in range(5) if i not in kept)
 
-    found = REPLAYED["diet"].choose(tokens, moe, count, "ghost")
+    found = SEARCHES["diet"].choose(tokens, moe, count, "ghost")
     best = min(map(uncovered, itertools.combinations(range(5), count)))
     assert uncovered(found) == pytest.approx(best, rel=1e-6)
 
@@ -144,23 +144,21 @@ def test_diet_drops_experts_that_change_nothing_first() -> None:
     tokens, moe = some_tokens(pairs=4, branches=1), plain(experts=8)
     chosen = sorted(set(moe.gate(tokens.inputs).experts.flatten().tolist()))
     assert 2 <= len(chosen) < 8
-    assert set(REPLAYED["diet"].choose(tokens, moe, len(chosen), "ghost")) == set(chosen)
+    assert set(SEARCHES["diet"].choose(tokens, moe, len(chosen), "ghost")) == set(chosen)
 
 
-@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("name", SEARCHES)
 def test_all_experts_may_be_kept_and_too_few_may_not(name: str) -> None:
     moe, tokens = plain(experts=3, top_k=3), some_tokens()
-    assert REPLAYED[name].choose(tokens, moe, 3, "ghost") == (0, 1, 2)
+    assert SEARCHES[name].choose(tokens, moe, 3, "ghost") == (0, 1, 2)
     with pytest.raises(InfeasibleError):
-        REPLAYED[name].choose(tokens, moe, 2, "ghost")
+        SEARCHES[name].choose(tokens, moe, 2, "ghost")
 
 
 def test_the_tables_are_light_and_share_no_names() -> None:
-    assert not METHODS.keys() & REPLAYED.keys()
-    assert all(method.summary and method.source for method in REPLAYED.values())
-    script = (
-        "import ditmoe_cli.compression.prune.prune_methods, sys; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
-    )
+    assert not SALIENCIES.keys() & SEARCHES.keys()
+    assert all(method.summary and method.source for method in SEARCHES.values())
+    script = "import ditmoe_cli.compression.methods, sys; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(REPOSITORY)})
     assert done.stdout.strip() == "[]"

@@ -10,8 +10,8 @@ import pytest
 from compressing import applied, blocks_of, network, no_bar, opened, profile_of
 from conftest import make_pico
 
+from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, RouterMode
-from ditmoe_cli.compression.prune.prune_methods import METHODS, REPLAYED
 from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune, plan_replayed
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens, replay_error
 from ditmoe_cli.errors import BadInputError, InfeasibleError
@@ -67,14 +67,14 @@ def test_naee_takes_the_subset_of_least_error(count: int, mode: RouterMode, made
         assert errors[index, block.keep, mode] == pytest.approx(least, rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *REPLAYED])
+@pytest.mark.parametrize("method", [*SALIENCIES, *SEARCHES])
 def test_auto_takes_each_blocks_mode_of_least_error(method: str, made: Made, errors: Errors) -> None:
     plan = plan_replayed(*made, Pruning(Keep(count=2), method, None), "cpu", no_bar)
     assert plan.options["router"] == "auto"
     for index, block in enumerate(blocks_of(plan)):
         least = min(errors[index, block.keep, mode] for mode in MODES)
         assert errors[index, block.keep, block.router] == pytest.approx(least, rel=1e-3)
-    if method in METHODS:  # what is kept is what the score says, whatever the mode
+    if method in SALIENCIES:  # what is kept is what the score says, whatever the mode
         plain = plan_prune(*made, Pruning(Keep(count=2), method))
         assert [block.keep for block in blocks_of(plan)] == [block.keep for block in blocks_of(plain)]
 

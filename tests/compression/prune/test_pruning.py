@@ -15,9 +15,9 @@ from conftest import make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditmoe_cli.compression.methods import SALIENCIES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair
-from ditmoe_cli.compression.prune.prune_methods import METHODS
 from ditmoe_cli.compression.prune.pruning import (
     Keep,
     Pruning,
@@ -129,7 +129,7 @@ def test_a_plan_tells_how_it_was_made(checkpoint: Checkpoint) -> None:
     plan = plan_prune(checkpoint, None, Pruning(parse_keep("0.5"), "random", "slice", seed=7))
     assert (plan.command, plan.source, plan.profile) == ("prune", checkpoint.fingerprint, None)
     assert plan.options == {"keep": "0.5", "method": "random", "router": "slice", "seed": 7}
-    scores = METHODS["random"].score(empty_tables((EXPERTS, EXPERTS)), 7)
+    scores = SALIENCIES["random"].score(empty_tables((EXPERTS, EXPERTS)), 7)
     assert blocks_of(plan) == tuple(BlockPlan(keep, "slice") for keep in best(scores, [3, 3]))
     assert plan.decided
     assert plan == plan_prune(checkpoint, None, Pruning(parse_keep("0.5"), "random", "slice", seed=7))

@@ -11,7 +11,7 @@ import torch
 from profiling import no_bar
 from reporting import Planted, by_class, by_position, by_step, even
 
-from ditmoe_cli.compression.prune.prune_methods import METHODS
+from ditmoe_cli.compression.methods import SALIENCIES
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.contents import ProfileReport
@@ -83,7 +83,7 @@ def test_reports_and_planners_agree_on_every_saliency(cfg: float, tmp_path: Path
     """The branches' selections differ, so that a saliency which weights them differs from one that does not."""
     profile = Planted(by_step(), cfg=cfg, fast=False).save(tmp_path / "p.safetensors")
     blocks = build_report(profile, 20, 0, no_bar).blocks
-    scored = {name.replace("-", " "): method for name, method in METHODS.items() if name != "random"}
+    scored = {name.replace("-", " "): method for name, method in SALIENCIES.items() if name != "random"}
     reported = {name.lower().replace("-", " "): [block.saliency[name] for block in blocks] for name in CRITERIA}
     assert reported.keys() == scored.keys()
     for name, method in scored.items():

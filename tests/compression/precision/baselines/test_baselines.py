@@ -22,11 +22,11 @@ from rounding import states_for
 from torch import Tensor, nn
 
 from ditmoe_cli.cli.app import run as run_program
+from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.precision.baselines import block_score, outlier, pmq
 from ditmoe_cli.compression.precision.budget import Budget, budget_bytes
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
-from ditmoe_cli.compression.precision.precision_methods import DEFAULT_METHOD, METHODS
 from ditmoe_cli.compression.precision.program import Group, Option
 from ditmoe_cli.compression.precision.task import Task, settle, widened
 from ditmoe_cli.compression.replay import amplification as probes
@@ -43,7 +43,7 @@ WHERE = Output(Path("/nowhere/out.safetensors"))
 TOKENS = 512
 EXPERTS = 3
 SMALL: dict[str, Any] = {"hidden": 32, "input_size": 4, "experts": EXPERTS}
-BASELINES = [name for name in METHODS if name != DEFAULT_METHOD]
+BASELINES = [name for name in MIXES if name != DEFAULT_METHODS["quantize"]]
 Given = tuple[Checkpoint, RoutingProfile]
 
 
@@ -226,7 +226,7 @@ def test_attention_and_shared_get_4_bits_unless_that_leaves_too_little(small: Gi
     nothing, everything = settle(task_of(small, limit - 1, floors=floors))
     assert nothing == {} and sorted(everything) == sorted([*fixed, *names])
     for method in ("outlier", "block-score"):
-        formats = METHODS[method].choose(task_of(small, limit - 1, floors=floors)).formats
+        formats = MIXES[method].choose(task_of(small, limit - 1, floors=floors)).formats
         assert size_of(small[0], formats) < limit
         assert {formats[name] for name in formats if ".attn." in name} <= {"int2-g64", "int3-g64"}
         assert {formats[name] for name in formats if ".shared_experts." in name} == {"int3-g64"}, "their floor"
@@ -431,26 +431,26 @@ def test_cost_is_use_times_weight_times_the_square_of_the_change(small: Given, m
 @pytest.mark.parametrize("bits", [3, 4.5, 8])
 def test_the_file_is_within_its_budget(name: str, bits: float, uneven: Given) -> None:
     task = within(uneven, bits)
-    choice = METHODS[name].choose(task)
+    choice = MIXES[name].choose(task)
     assert size_of(uneven[0], choice.formats) <= task.limit
     assert choice.found == {}, "nothing is predicted"
     groups = {weight_group(uneven[0].weights[n].info) for n in choice.formats}
     assert groups == {"attn", "shared", "experts"}, "all else stays as it is"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MIXES)
 def test_the_least_is_told_and_enough(name: str, small: Given) -> None:
     with pytest.raises(InfeasibleError, match="the budget is 1,000 bytes") as refused:
-        METHODS[name].choose(task_of(small, 1000))
+        MIXES[name].choose(task_of(small, 1000))
     least = int(str(refused.value).split(" take ")[1].split(";")[0].replace(",", ""))
-    assert size_of(small[0], METHODS[name].choose(task_of(small, least)).formats) == least
+    assert size_of(small[0], MIXES[name].choose(task_of(small, least)).formats) == least
     with pytest.raises(InfeasibleError, match=f"{least:,}"):
-        METHODS[name].choose(task_of(small, least - 1))
+        MIXES[name].choose(task_of(small, least - 1))
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_what_is_protected_stays(name: str, small: Given) -> None:
-    formats = METHODS[name].choose(task_of(small, protected=("experts", "attn"))).formats
+    formats = MIXES[name].choose(task_of(small, protected=("experts", "attn"))).formats
     assert formats and all(".shared_experts." in weight for weight in formats)
 
 
@@ -458,13 +458,13 @@ def test_what_is_protected_stays(name: str, small: Given) -> None:
 def test_profiles_without_states_are_refused(name: str, tmp_path: Path) -> None:
     asked = profiled(make_pico(**SMALL), tmp_path, fast=True)
     with pytest.raises(BadInputError, match="keeps no states"):
-        METHODS[name].choose(within(asked, 4))
+        MIXES[name].choose(within(asked, 4))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MIXES)
 def test_equal_input_gives_equal_choices(name: str, small: Given) -> None:
     task = within(small, 3.5)
-    assert METHODS[name].choose(task).formats == METHODS[name].choose(task).formats
+    assert MIXES[name].choose(task).formats == MIXES[name].choose(task).formats
 
 
 # the command
@@ -488,7 +488,7 @@ def quantize(files: Given, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("name", "rounding"), [*((name, ("nearest",)) for name in METHODS), ("pmq", ("gptq", "--tokens", 256))], ids=str
+    ("name", "rounding"), [*((name, ("nearest",)) for name in MIXES), ("pmq", ("gptq", "--tokens", 256))], ids=str
 )
 def test_dry_runs_tell_the_bytes(
     name: str, rounding: tuple[object, ...], quantize: Callable[..., tuple[int, dict[str, Any], str]], tmp_path: Path
@@ -514,7 +514,7 @@ def test_methods_are_listed_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)["result"]["methods"]
-    assert listed == {name: {"summary": m.summary, "source": m.source} for name, m in METHODS.items()}
+    assert listed == {name: {"summary": m.summary, "source": m.source} for name, m in MIXES.items()}
     assert "2410.06270" in listed["pmq"]["source"] and "2406.08155" in listed["outlier"]["source"]
 
 
