@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, write_profile
+from ditmoe_cli.routing.report.build import build_report
+from ditmoe_cli.routing.report.contents import ProfileReport
 
 
 @dataclass(frozen=True)
@@ -112,3 +115,15 @@ def by_class(**sizes: int) -> np.ndarray:
     for c in range(chances.shape[4]):
         chances[:, :, :, :, c, c % chances.shape[-1]] += 8
     return chances
+
+
+def report_of(folder: Path, planted: Planted) -> ProfileReport:
+    """Return the report of a hand-made profile, which is written into `folder`."""
+    return build_report(planted.save(folder / "p.safetensors"), 20, 0, silent_bar)
+
+
+def full_report(folder: Path) -> ProfileReport:
+    """Return the report of a full profile of two blocks, whose expert (1, 2) is dead."""
+    chances = by_step(blocks=2) * by_position(fading=True, blocks=2)
+    chances[1, ..., 2] = 0
+    return report_of(folder, Planted(chances, images=10, fast=False))

@@ -1,23 +1,17 @@
-"""Figures and the page: there for every shape of profile, equal for equal reports, and needing nothing else."""
+"""Figures: transparent, equal for equal reports, on one scale."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from io import BytesIO
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from profiling import no_bar
-from reporting import Planted, by_position, by_step, even
+from reporting import full_report
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.routing.report.build import build_report
-from ditmoe_cli.routing.report.claims import Claim
 from ditmoe_cli.routing.report.contents import ProfileReport
 from ditmoe_cli.routing.report.figures import (
     LARGEST_DEVIATION,
@@ -26,92 +20,13 @@ from ditmoe_cli.routing.report.figures import (
     require_matplotlib,
     shared_limit,
 )
-from ditmoe_cli.routing.report.page import page, require_jinja
 
 pytest.importorskip("matplotlib")
-
-VOID = {"meta", "br", "link", "img"}
-
-
-class Reader(HTMLParser):
-    """Follows the tags of a page, which must close in order, and keeps what it refers to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: set[str] = set()
-        self.references: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def read(text: str) -> Reader:
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert not reader.open
-    return reader
-
-
-def report_of(folder: Path, planted: Planted) -> ProfileReport:
-    return build_report(planted.save(folder / "p.safetensors"), 20, 0, no_bar)
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> ProfileReport:
-    chances = by_step(blocks=2) * by_position(fading=True, blocks=2)
-    chances[1, ..., 2] = 0
-    return report_of(tmp_path_factory.mktemp("full"), Planted(chances, images=10, fast=False))
-
-
-@pytest.fixture(scope="module")
-def text(full: ProfileReport) -> str:
-    return page(full, draw(full))
-
-
-def test_the_page_needs_nothing_else(text: str) -> None:
-    reader = read(text)
-    assert {"figure", "svg", "table", "style"} <= reader.seen
-    assert not {"script", "link", "iframe", "img", "object"} & reader.seen
-    assert all(ref.startswith(("#", "data:")) for ref in reader.references)
-    assert "http" not in text
-    assert not re.search(r"@import|url\((?!#)", text)
-    assert "prefers-color-scheme: dark" in text
-    ids = re.findall(r' id="([^"]+)"', text.replace("\n", " "))
-    figures = re.findall(r'<figure id="([^"]+)"', text)
-    assert len(figures) == len(set(figures)) == 17
-    assert set(figures) <= set(ids)
-
-
-def test_the_page_says_what_was_found(full: ProfileReport, text: str) -> None:
-    assert all(claim.sentence in text for claim in full.claims)
-    assert "block 1 expert 2" in text
-    assert "made with --fast" not in text
-    estimate = full.blocks[0].information["step"]
-    assert f"{100 * estimate.corrected:.2f} [{100 * estimate.low:.2f}, {100 * estimate.high:.2f}]" in text
-
-
-def test_equal_reports_give_equal_bytes(full: ProfileReport, text: str) -> None:
-    assert page(full, draw(full)) == text
-
-
-def test_text_is_escaped(full: ProfileReport) -> None:
-    claim = Claim("<b>", "<script>", "holds", "a & b")
-    hostile = replace(full, checkpoint="<script>", calibration={**full.calibration, "solver": "<i>"}, claims=(claim,))
-    reader = read(page(hostile, ()))
-    assert not {"script", "i", "b"} & reader.seen
+    return full_report(tmp_path_factory.mktemp("full"))
 
 
 def test_pngs_are_transparent_pictures(full: ProfileReport) -> None:
@@ -125,42 +40,11 @@ def test_pngs_are_transparent_pictures(full: ProfileReport) -> None:
             assert image.width == 9.6 * 150
 
 
-def test_a_fast_profile_says_what_it_lacks(tmp_path: Path) -> None:
-    report = report_of(tmp_path, Planted(even(blocks=2), images=4))
-    drawings = list(draw(report))
-    assert not [d for d in drawings if d.name.startswith("similarity")]
-    text = page(report, drawings)
-    read(text)
-    assert "made with --fast" in text
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"blocks": 1, "experts": 1, "positions": 1, "bins": 1, "classes": 1, "branches": 1},
-        {"blocks": 3, "experts": 24, "positions": 144, "bins": 3, "branches": 1},
-    ],
-    ids=["least", "large"],
-)
-def test_figures_adapt(sizes: dict[str, int], tmp_path: Path) -> None:
-    report = report_of(tmp_path, Planted(even(**sizes), images=3, cfg=1.0))
-    text = page(report, draw(report))
-    read(text)
-    assert "unconditional" not in text
-
-
 def test_one_scale_is_shared_and_kept_within_bounds(full: ProfileReport) -> None:
     assert shared_limit(full) == LARGEST_DEVIATION
     flat = np.ones((2, 4, 4))
     block = replace(full.blocks[0], maps=dict.fromkeys(("position", "step", "class"), flat))
     assert shared_limit(replace(full, blocks=(block,))) == SMALLEST_DEVIATION
-
-
-def test_a_missing_jinja_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_jinja()
-    monkeypatch.setattr("ditmoe_cli.routing.report.page.find_spec", lambda _: None)
-    with pytest.raises(BadInputError, match=r"jinja2.*pip install 'ditmoe\[report\]'"):
-        require_jinja()
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,104 @@
+"""Calibration settings: what they hold, and what a profile's JSON gives back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import make_pico
+from hypothesis import given
+from hypothesis import strategies as st
+from profiling import opened
+
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
+
+SPEC = SampleSpec(images=3, steps=4, cfg=1.5, seed=11, solver="ddim", classes=(0, 2))
+SETTINGS = Calibration(SPEC, bins=2, reservoir=24, batch=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return opened(make_pico(hidden=16, input_size=4, seed=3), tmp_path_factory.mktemp("settings"))
+
+
+specs = st.builds(
+    SampleSpec,
+    images=st.integers(1, 10**6),
+    steps=st.integers(1, 1000),
+    cfg=st.floats(0.0, 100.0),
+    seed=st.integers(-(2**63), 2**63),
+    solver=st.sampled_from(["ddim", "ddpm"]),
+    classes=st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple),
+)
+
+
+@given(specs.flatmap(lambda spec: st.tuples(st.just(spec), st.integers(1, spec.steps))), st.integers(0, 10**6))
+def test_settings_survive_json(checkpoint: Checkpoint, case: tuple[SampleSpec, int], reservoir: int) -> None:
+    settings = Calibration(case[0], bins=case[1], reservoir=reservoir, batch=reservoir % 7 + 1)
+    document = json.loads(json.dumps(settings.to_json()))
+    again = parse_calibration(document, checkpoint)
+    assert again == settings
+    assert again.to_json() == document
+
+
+@given(specs, specs)
+def test_different_settings_are_written_differently(a: SampleSpec, b: SampleSpec) -> None:
+    assert (Calibration(a).to_json() == Calibration(b).to_json()) == (a == b)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("images", "steps", "batch", "bins") for value in (0, None, "many")),
+        ("reservoir", -1),
+        ("reservoir", None),
+        ("bins", 5),
+        ("steps", 1001),
+        ("cfg", -1.0),
+        ("cfg", float("nan")),
+        ("cfg", "high"),
+        ("seed", None),
+        ("solver", "euler"),
+        ("solver", "heun"),
+        ("solver", 5),
+        ("classes", None),
+        ("classes", 5),
+        ("classes", []),
+        ("classes", ["a"]),
+        ("classes", [[0]]),
+        ("classes", "all"),
+        ("classes", "0-7"),
+        ("classes", [3]),
+    ],
+)
+def test_malformed_settings_of_a_file_are_bad_input(name: str, value: object, checkpoint: Checkpoint) -> None:
+    with pytest.raises(BadInputError, match="calibration settings"):
+        parse_calibration({**SETTINGS.to_json(), name: value}, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["images", "steps", "cfg", "seed", "solver", "classes", "bins", "reservoir", "batch"])
+def test_missing_settings_are_bad_input(name: str, checkpoint: Checkpoint) -> None:
+    document = {key: value for key, value in SETTINGS.to_json().items() if key != name}
+    with pytest.raises(BadInputError, match=f"'{name}'"):
+        parse_calibration(document, checkpoint)
+
+
+def test_a_calibration_on_given_images_cannot_be_repeated_without_them(checkpoint: Checkpoint) -> None:
+    document = replace(SETTINGS, data="a" * 64).to_json()
+    assert document["source"] == "data"
+    with pytest.raises(BadInputError, match="from data"):
+        parse_calibration(document, checkpoint)
+
+
+@pytest.mark.parametrize(("sampler", "solver"), [("rf", "euler"), ("ddpm", "ddim")])
+def test_default_settings_fit_the_weights(sampler: str, solver: str, tmp_path: Path) -> None:
+    checkpoint = opened(make_pico(hidden=16, input_size=4, sampler=sampler, num_classes=5), tmp_path)
+    settings = default_calibration(checkpoint)
+    assert (settings.spec.solver, settings.spec.classes) == (solver, (0, 1, 2, 3, 4))
+    assert settings.data is None
+    assert parse_calibration(settings.to_json(), checkpoint) == settings
