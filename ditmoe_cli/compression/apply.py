@@ -87,7 +87,7 @@ def apply(
 def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> RoutingProfile:
     if profile is None:
         raise BadInputError(
-            "the plan computes weights from a routing profile; give the one that it was made with (--profile)"
+            "the plan computes weights from a routing profile; give the one that it was made with (⟨profile⟩)"
         )
     if plan.profile is not None and profile.digest != plan.profile:
         raise BadInputError(

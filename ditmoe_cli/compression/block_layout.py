@@ -1,4 +1,4 @@
-"""What a block becomes under a plan, known from headers: its router map and its configuration. Torch-free."""
+"""The router map and the shapes of each block of a result, known from headers. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class BlockLayout:
 
     Attributes:
         rows: router rows that stay, by their old numbers.
-        selects: what each selects, by the new numbers, as ``expert_of`` holds it.
-        members: for each new expert the old ones that it is made of, the kept one first.
+        selects: the expert (by its new number), constant or nothing that each row selects, as ``expert_of`` holds it.
+        members: for each new expert, the old ones that it is made of, the kept one first.
         dropped: old experts that are neither kept nor merged.
         config: shapes of the result.
         rebuilt: whether its weights are computed; otherwise they are copied.
@@ -36,8 +36,8 @@ class BlockLayout:
 def block_layouts(checkpoint: Checkpoint, stage: Experts) -> list[BlockLayout]:
     """Lay out every block that a stage names.
 
-    Raises `BadInputError` where it names experts or neurons that are not there, or asks for computed weights of a
-    quantised checkpoint, and `InfeasibleError` where fewer experts than top-k would stay.
+    Raises `BadInputError` where it names experts or neurons that the checkpoint lacks, or computes weights of quantised
+    experts, and `InfeasibleError` where fewer experts than top-k would stay.
     """
     for i, block in enumerate(stage.blocks):
         _check_together(checkpoint, stage, i, block)
@@ -45,7 +45,7 @@ def block_layouts(checkpoint: Checkpoint, stage: Experts) -> list[BlockLayout]:
 
 
 def _check_together(checkpoint: Checkpoint, stage: Experts, index: int, block: BlockPlan) -> None:
-    """Refuse what a plan may say, field by field, but not together."""
+    """Refuse fields that are valid alone, but not together."""
     width = checkpoint.config.hidden_size
     if block.merged and stage.merging not in MERGES:
         raise BadInputError(
@@ -65,8 +65,8 @@ def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, blo
     members = tuple((lead, *(e for e, into in block.merged if into == lead)) for lead in block.keep)
     merged = {e for e, _ in block.merged}
     dropped = tuple(e for e in range(len(old.expert_widths)) if e not in block.keep and e not in merged)
-    becomes = _becomes(block, members, dropped, old.constants)
-    selects = [becomes.get(expert, expert) for expert in checkpoint.expert_map(index)]
+    targets = _targets(block, members, dropped, old.constants)
+    selects = [targets.get(expert, expert) for expert in checkpoint.expert_map(index)]
     rows = [
         row for row, new in enumerate(selects) if block.router != "slice" or _stays(checkpoint, index, block, row, new)
     ]
@@ -91,18 +91,18 @@ def _block_layout(checkpoint: Checkpoint, repair: Repair | None, index: int, blo
     return BlockLayout(tuple(rows), kept, members, dropped, config, rebuilt)
 
 
-def _becomes(
+def _targets(
     block: BlockPlan, members: Sequence[Sequence[int]], dropped: Sequence[int], constants: int
 ) -> dict[int, int]:
-    """Return what the rows of each old expert select: a new expert, a constant, or nothing."""
-    becomes = {old: new for new, group in enumerate(members) for old in group}
+    """Return the new target of each old expert's rows: a new expert, a constant, or nothing."""
+    targets = {old: new for new, group in enumerate(members) for old in group}
     if block.constants and constants:
         raise BadInputError("the plan replaces experts by constants in a checkpoint that has constants already")
-    return becomes | {e: GHOST - 1 - j if block.constants else GHOST for j, e in enumerate(dropped)}
+    return targets | {e: GHOST - 1 - j if block.constants else GHOST for j, e in enumerate(dropped)}
 
 
 def _stays(checkpoint: Checkpoint, index: int, block: BlockPlan, row: int, new: int) -> bool:
-    """Tell whether a row survives slicing: one that selects something, and none of an expert merged into another."""
+    """Tell whether a row survives slicing: it selects something, and not an expert that is merged into another."""
     merged = {expert for expert, _ in block.merged}
     return new != GHOST and checkpoint.expert_map(index)[row] not in merged
 
@@ -136,7 +136,7 @@ def _check_selectable(checkpoint: Checkpoint, index: int, block: BlockPlan, sele
 
 
 def require_plain(checkpoint: Checkpoint) -> None:
-    """Raise `BadInputError` where mixtures are packed, whose weights cannot be computed."""
+    """Raise `BadInputError` where a mixture is packed: its weights cannot be computed."""
     for index in range(checkpoint.config.depth):
         _require_plain(checkpoint, index)
 
@@ -147,5 +147,5 @@ def _require_plain(checkpoint: Checkpoint, index: int) -> None:
     if packed is not None:
         raise BadInputError(
             f"{checkpoint.path}: {packed.info.name!r} is {packed.format} already, and what is packed cannot be "
-            "refitted, merged or narrowed; do that first, or prune with --no-refit"
+            "refitted, merged or narrowed; do that first, or prune with ⟨no_refit⟩"
         )

@@ -1,4 +1,4 @@
-"""Computed weights on their way to the writer, which asks for tensors in an order of its own: a file for each block."""
+"""Computed weights, kept in a file for each block until the writer asks for them in its own order."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dt
     if tensor.is_floating_point() and not bool(stored.isfinite().all()):
         raise BadInputError(
             f"{checkpoint.path}: the computed {name!r} does not fit into {dtype}; convert the checkpoint to fp32 or "
-            "bf16 first, or give --no-refit"
+            "bf16 first, or give ⟨no_refit⟩"
         )
     return stored
 
@@ -86,9 +86,9 @@ def expert_map_bytes(selects: Sequence[int]) -> bytes:
 
 
 def source_dtype(checkpoint: Checkpoint, block: int, layout: BlockLayout, name: str) -> str:
-    """Return the dtype of a computed tensor (named within its block): that of the weight that it comes from.
+    """Return the dtype of a computed tensor, named within its block: that of the weight that it comes from.
 
-    What the checkpoint has no word for gets the dtype of the router.
+    Tensors that upstream has no name for get the dtype of the router.
     """
     expert = split_name(in_block(block, name)).expert
     if expert is not None:

@@ -1,4 +1,4 @@
-"""What a block's mixture becomes before anything is refitted: experts kept, merged or narrowed, rows and constants."""
+"""The new mixture of a block before refitting: experts kept, merged or narrowed, router rows, constants."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ from ditmoe_cli.routing.profile import RoutingProfile
 
 @dataclass(frozen=True)
 class Source:
-    """A block's original mixture, what is to become of it, and what that rests on."""
+    """A block's original mixture, the stage that changes it, and the data that new weights are computed from.
+
+    Attributes:
+        original: the mixture.
+        block: the number of the block.
+        layout: the shapes and the router map of the result.
+        stage: the stage of the plan.
+        tokens: calibration tokens that arrive at the mixture; None where the stage needs none.
+        profile: the profile that the plan was made with.
+    """
 
     original: SparseMoE
     block: int
@@ -47,7 +56,7 @@ class Source:
 
     @property
     def known_tokens(self) -> Tokens:
-        """The tokens, which a plan that needs them has."""
+        """The calibration tokens, of a stage that needs them."""
         assert self.tokens is not None
         return self.tokens
 
@@ -62,29 +71,29 @@ class Source:
         return routing.gate_of(expert)
 
     def stored(self, name: str) -> Tensor:
-        """Return this block's part of a profile's table. Raises `BadInputError` where a --fast profile lacks it."""
+        """Return this block's part of a profile's table. Raises `BadInputError` where a ``fast`` profile lacks it."""
         if name not in self.profile.header.tensors:
-            raise BadInputError(f"{self.profile.path}: the profile has no {name!r}; profile again without --fast")
+            raise BadInputError(f"{self.profile.path}: the profile has no {name!r}; profile again without ⟨fast⟩")
         return self.profile.block_tensor(name, self.block)
 
 
 def new_weights(source: Source) -> dict[str, Tensor]:
-    """Return the mixture that a layout makes of the original, by names within the block, before refitting.
+    """Return the weights of the new mixture before refitting, by names within the block.
 
-    Residual constants and linear maps that are new start at 0.
+    New residual constants and linear maps start at 0.
     """
     old = weights_of(source.original)
     width, device = old[ROUTER].shape[1], old[ROUTER].device
     shapes = mixture_shapes(width, source.layout.config)
     new = (name for name in (RESIDUAL_CONSTANT, RESIDUAL_LINEAR) if name in shapes)
-    found = {name: old[name] if name in old else torch.zeros(shapes[name], device=device) for name in new}
-    found |= {name: old[name] for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN) if name in old}
-    found |= {ROUTER: old[ROUTER][list(source.layout.rows)], **expert_map(source.layout, device)}
+    weights = {name: old[name] if name in old else torch.zeros(shapes[name], device=device) for name in new}
+    weights |= {name: old[name] for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN) if name in old}
+    weights |= {ROUTER: old[ROUTER][list(source.layout.rows)], **expert_map(source.layout, device)}
     for index in range(len(source.layout.members)):
-        found |= named(f"moe.experts.{index}", _expert(source, index))
-    found |= named(SHARED, _shared(source))
+        weights |= named(f"moe.experts.{index}", _expert(source, index))
+    weights |= named(SHARED, _shared(source))
     replaces = source.block_plan.constants and source.layout.dropped
-    return found | (_constants(source) if replaces else {})
+    return weights | (_constants(source) if replaces else {})
 
 
 def expert_map(layout: BlockLayout, device: torch.device | str) -> dict[str, Tensor]:
@@ -111,7 +120,7 @@ def named(stem: str, expert: ExpertWeights) -> dict[str, Tensor]:
 
 
 def _expert(source: Source, new: int) -> ExpertWeights:
-    """Return a new expert: the one that stays, the merged members, or the neurons that are kept."""
+    """Return a new expert: an old one, the merger of its members, or the kept neurons of an old one."""
     members = source.layout.members[new]
     if len(members) > 1:
         return _merged(source, members)
@@ -142,7 +151,7 @@ def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> Ex
 
 
 def _shared(source: Source) -> ExpertWeights:
-    """Return the shared expert, of the neurons of highest energy on the tokens at hand where it is narrowed."""
+    """Return the shared expert; where it is narrowed, its neurons of highest energy on the calibration tokens."""
     shared = source.original.shared_experts
     expert = expert_weights(shared)
     width = source.block_plan.shared_width
@@ -159,19 +168,20 @@ def _shared(source: Source) -> ExpertWeights:
 
 
 def _constants(source: Source) -> dict[str, Tensor]:
-    """Return what dropped experts' rows select: the constant, or low-rank linear map, nearest to each one's output."""
+    """Return the constant, or low-rank linear map, nearest to each dropped expert's output, for its rows to select."""
     rank = source.block_plan.rank
     maps = [_map(source, expert, rank) for expert in source.layout.dropped]
-    found = {CONSTANTS: torch.stack([each.constant for each in maps])}
+    constants = {CONSTANTS: torch.stack([each.constant for each in maps])}
     if rank:
-        found[CONSTANTS_UP] = torch.stack([each.up for each in maps])
-        found[CONSTANTS_DOWN] = torch.stack([each.down for each in maps])
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+        constants[CONSTANTS_UP] = torch.stack([each.up for each in maps])
+        constants[CONSTANTS_DOWN] = torch.stack([each.down for each in maps])
+    return {name: tensor.contiguous() for name, tensor in constants.items()}
 
 
 def _map(source: Source, expert: int, rank: int) -> LinearMap:
+    """Return the constant, or low-rank linear map, nearest to an expert's output on the tokens that selected it."""
     gates = source.gates(expert)
-    mine = gates > 0
-    inputs = source.known_tokens.inputs[mine]
+    selecting = gates > 0
+    inputs = source.known_tokens.inputs[selecting]
     outputs: Tensor = source.original.experts[expert](inputs)
-    return low_rank_map(inputs, outputs, source.known_tokens.weights[mine] * gates[mine].square(), rank)
+    return low_rank_map(inputs, outputs, source.known_tokens.weights[selecting] * gates[selecting].square(), rank)

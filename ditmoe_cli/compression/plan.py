@@ -403,7 +403,7 @@ def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
 
 
 def read_plan(path: Path) -> CompressionPlan:
-    """Read a plan file: a plan, or the output of a planner's ``--dry-run``."""
+    """Read a plan file: a plan, or the envelope of a planner's dry run."""
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
@@ -414,7 +414,7 @@ def read_plan(path: Path) -> CompressionPlan:
         result = document.get("result")
         document = result.get("plan") if isinstance(result, dict) else None
         if isinstance(result, dict) and result.get("dry_run") and document is None:
-            raise BadInputError(f"{path}: the dry run left the plan open; plan again with a --profile")
+            raise BadInputError(f"{path}: the dry run left the plan open; plan again with a ⟨profile⟩")
     return parse_plan(document, str(path))
 
 

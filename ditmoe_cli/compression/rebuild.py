@@ -1,7 +1,7 @@
 """Weights computed block by block: merging, narrowing, constants, refitting.
 
-Calibration states run through the blocks as they are compressed, so that each is fitted on what the compressed ones
-below feed it. What it is fitted to is the original mixture's output on those same inputs.
+Calibration states run through the blocks that are compressed already, so that each block is fitted on the inputs that
+it will have. Its target is the original mixture's output on the same inputs.
 """
 
 from __future__ import annotations

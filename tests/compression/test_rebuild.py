@@ -430,7 +430,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_computing_takes_the_profile_of_the_plan(name: str, made: Made, temporary: Path) -> None:
     checkpoint, profile = made
     plan = replace(plan_called(name, checkpoint), profile="0" * 64)
-    assert "(--profile)" in refused(checkpoint, plan, None, temporary.parent)
+    assert "(profile)" in refused(checkpoint, plan, None, temporary.parent)
     message = refused(checkpoint, plan, profile, temporary.parent)
     assert "is not the profile that the plan was made with" in message and str(profile.path) in message
     apply(
@@ -468,7 +468,7 @@ def test_what_is_packed_is_refused(name: str, made: Made, temporary: Path) -> No
     packed = quantised(checkpoint, 8, temporary.parent / "packed.safetensors")
     plan = replace(plan_called(name, checkpoint), source=packed.fingerprint)
     message = refused(packed, plan, profile, temporary.parent)
-    assert "is int8 already" in message and "--no-refit" in message
+    assert "is int8 already" in message and "no_refit" in message
 
 
 def test_weights_that_outgrow_their_dtype_are_named(temporary: Path) -> None:

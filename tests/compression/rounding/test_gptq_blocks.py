@@ -410,7 +410,7 @@ def test_plans_that_compute_otherwise_are_refused(first: PlanStage, small: Case,
 def test_profiles_that_do_not_fit_are_refused(small: Case, tmp_path: Path) -> None:
     plan = planned(small[0], all_at(small[0], "int4-g64"))
     (said,) = refused(small, plan, tmp_path, None)
-    assert "--profile" in said
+    assert "(profile)" in said
     (tmp_path / "other").mkdir()
     other = made(make_pico(**{**SMALL, "seed": 1}), tmp_path / "other")
     (said,) = refused(small, plan, tmp_path, other[1])
