@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
-from ditmoe_cli.formats.bitsandbytes_kernel import four_bit
+from ditmoe_cli.formats.bitsandbytes_kernel import FourBitTensors, unpack_fastest
 from ditmoe_cli.formats.packing import row_chunk
 from ditmoe_cli.formats.scaling import HALF_MAX, over_rows, require_half_range
 
@@ -187,7 +187,7 @@ def unpack_four_bit_weight(
     def ours() -> Tensor:
         return unpack_four_bit(packed, absmax, pairs, shape, block)
 
-    return four_bit(ours, packed, absmax, codes, kind, shape, block)
+    return unpack_fastest(ours, FourBitTensors(packed, absmax, codes, kind, tuple(shape), block))
 
 
 @lru_cache(maxsize=8)

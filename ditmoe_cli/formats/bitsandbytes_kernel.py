@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,25 +23,46 @@ _TOLERANCE = 1e-6  # of the largest weight: the order of a multiplication
 _preferred: dict[Kind, bool] = {}
 
 
-def four_bit(
-    ours: Unpack, packed: Tensor, absmax: Tensor, codes: Tensor, kind: str, shape: tuple[int, ...], block: int
-) -> Tensor:
-    """Return a weight (out, in) in fp32, unpacked by `ours` or by bitsandbytes' kernel.
+@dataclass(frozen=True)
+class FourBitTensors:
+    """A packed weight as the kernel takes it.
 
-    `packed` are its bytes, `absmax` (⌈out · in / block⌉,) fp32, `codes` (16,) fp32, `kind` ``nf4`` or ``fp4``.
+    Attributes:
+        packed: its bytes, two codes each.
+        absmax: (⌈out · in / block⌉,), fp32.
+        codes: the values of the 16 codes, fp32.
+        kind: ``nf4`` or ``fp4``.
+        shape: out, in.
+        block: weights that share an absmax.
     """
-    functional = bitsandbytes() if packed.is_cuda else None
+
+    packed: Tensor
+    absmax: Tensor
+    codes: Tensor
+    kind: str
+    shape: tuple[int, ...]
+    block: int
+
+
+def unpack_fastest(ours: Unpack, weight: FourBitTensors) -> Tensor:
+    """Return a weight (out, in) in fp32, unpacked by `ours` or by bitsandbytes' kernel."""
+    functional = bitsandbytes() if weight.packed.is_cuda else None
     if functional is None:
         return ours()
 
     def theirs() -> Tensor:
         state = functional.QuantState(
-            absmax=absmax, shape=torch.Size(shape), code=codes, blocksize=block, quant_type=kind, dtype=torch.float32
+            absmax=weight.absmax,
+            shape=torch.Size(weight.shape),
+            code=weight.codes,
+            blocksize=weight.block,
+            quant_type=weight.kind,
+            dtype=torch.float32,
         )
-        weight: Tensor = functional.dequantize_4bit(packed, state)
-        return weight
+        values: Tensor = functional.dequantize_4bit(weight.packed, state)
+        return values
 
-    key = (kind, shape, block, str(packed.device))
+    key = (weight.kind, weight.shape, weight.block, str(weight.packed.device))
     if key not in _preferred:
         _preferred[key] = is_right_and_faster(ours, theirs)
     return theirs() if _preferred[key] else ours()

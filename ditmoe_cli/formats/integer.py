@@ -106,10 +106,11 @@ class Integer(GroupedFormat):
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
         """Return the grid on which to round a weight (out, in); see `NumberFormat.grid`."""
         from ditmoe_cli.formats.integer_arithmetic import integer_grid
+        from ditmoe_cli.formats.scaling import largest_of_rows, require_half_range
 
-        return integer_grid(
-            self, weight.detach(), importance, bits=self.bits, group=self.group, symmetric=self.symmetric, name=name
-        )
+        weight = weight.detach()
+        require_half_range(largest_of_rows(weight), name)
+        return integer_grid(self, weight, importance, bits=self.bits, group=self.group, symmetric=self.symmetric)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes, scales and zero points."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
 from ditmoe_cli.formats.packing import pack_columns, pack_rows, row_chunk, unpack_columns, unpack_values
-from ditmoe_cli.formats.scaling import grouped, inverse, over_rows, require_half_range, row_chunks, scale_groups, steps
+from ditmoe_cli.formats.scaling import grouped, inverse, row_chunks, scale_groups, steps
 
 _LEAST_SHRINK = {2: 0.35, 3: 0.45, 4: 0.55, 5: 0.65, 6: 0.75, 8: 0.85}  # of the range, by bits
 _SHRINKS = 12
@@ -81,13 +81,8 @@ def integer_grid(
     bits: int,
     group: int,
     symmetric: bool,
-    name: str,
 ) -> IntegerGrid:
-    """Return the grid of a weight (out, in), its columns weighed by `importance` (in,).
-
-    Raises `BadInputError` that names the tensor `name` for values that fp16 does not hold.
-    """
-    require_half_range(over_rows(weight, lambda part: part.float().abs().amax(dim=1)), name)
+    """Return the grid of a weight (out, in) that fp16 holds, its columns weighed by `importance` (in,)."""
     weights = None if importance is None else grouped(importance.detach().float()[None], group)
     fitted = [scales_and_zeros(grouped(part.float(), group), weights, bits, symmetric) for part in row_chunks(weight)]
     zero = None if symmetric else torch.cat([zero for _, zero in fitted])

@@ -121,7 +121,7 @@ def unpack_base3(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def base3_digits(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the codes of all bytes, padding included, in `dtype`; the bytes have to be good ones."""
+    """Return the codes of all bytes, padding included, in `dtype`, of bytes that `check_base3` accepts."""
     return _cells(packed.device, dtype).index_select(0, packed.int()).reshape(-1)
 
 

@@ -24,6 +24,11 @@ def row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
     return torch.split(weight, row_chunk(weight.shape[0], weight.shape[1], weight.device))
 
 
+def largest_of_rows(weight: Tensor) -> Tensor:
+    """Return the largest |w| of each row of a weight (out, in), in fp32."""
+    return over_rows(weight, lambda part: part.float().abs().amax(dim=1))
+
+
 def require_half_range(largest: Tensor, name: str) -> None:
     """Raise `BadInputError` that names a tensor whose `largest` values exceed fp16, or are NaN."""
     if not bool((largest <= HALF_MAX).all()):

@@ -54,9 +54,12 @@ class Ternary(GroupedFormat):
 
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
         """Return the grid on which to round a weight (out, in); see `NumberFormat.grid`."""
+        from ditmoe_cli.formats.scaling import largest_of_rows, require_half_range
         from ditmoe_cli.formats.ternary_arithmetic import ternary_grid
 
-        return ternary_grid(self, weight.detach(), importance, group=self.group, name=name)
+        weight = weight.detach()
+        require_half_range(largest_of_rows(weight), name)
+        return ternary_grid(self, weight, importance, self.group)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes and scales.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
 from ditmoe_cli.formats.packing import base3_digits, pack_base3, row_chunk
-from ditmoe_cli.formats.scaling import grouped, inverse, over_rows, require_half_range, row_chunks, scale_groups, steps
+from ditmoe_cli.formats.scaling import grouped, inverse, row_chunks, scale_groups, steps
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ class TernaryGrid(Grid):
         }
 
 
-def ternary_grid(fmt: NumberFormat, weight: Tensor, importance: Tensor | None, *, group: int, name: str) -> TernaryGrid:
-    """Return the grid of a weight (out, in), its columns weighed by `importance` (in,).
-
-    Raises `BadInputError` that names the tensor `name` for values that fp16 does not hold.
-    """
-    require_half_range(over_rows(weight, lambda part: part.float().abs().amax(dim=1)), name)
+def ternary_grid(fmt: NumberFormat, weight: Tensor, importance: Tensor | None, group: int) -> TernaryGrid:
+    """Return the grid of a weight (out, in) that fp16 holds, its columns weighed by `importance` (in,)."""
     weights = None if importance is None else grouped(importance.detach().float()[None], group)
     scale = torch.cat([best_scales(grouped(part.float(), group), weights) for part in row_chunks(weight)])
     return TernaryGrid(fmt, (weight.shape[0], weight.shape[1]), group, scale)

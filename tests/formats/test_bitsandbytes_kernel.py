@@ -13,7 +13,7 @@ from torch import Tensor
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats import bitsandbytes_kernel
 from ditmoe_cli.formats.bitsandbytes_arithmetic import FP4_CODES, NF4_CODES, code_pairs, unpack_four_bit
-from ditmoe_cli.formats.bitsandbytes_kernel import four_bit, is_right_and_faster
+from ditmoe_cli.formats.bitsandbytes_kernel import FourBitTensors, is_right_and_faster, unpack_fastest
 from ditmoe_cli.formats.registry import pack
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -84,16 +84,18 @@ def test_bitsandbytes_is_asked_for_what_it_can_unpack(kind: str, monkeypatch: py
         return unpack_four_bit(packed, absmax, code_pairs(codes), (4, 64), 64)
 
     on_gpu = SimpleNamespace(tensor=packed, is_cuda=True, device="cuda:0")
-    found = four_bit(ours, on_gpu, absmax, codes, kind, (4, 64), 64)  # type: ignore[arg-type]
+    weight = FourBitTensors(on_gpu, absmax, codes, kind, (4, 64), 64)  # type: ignore[arg-type]
+    found = unpack_fastest(ours, weight)
     torch.testing.assert_close(found, ours())
     assert asked[0].quant_type == kind and asked[0].dtype == torch.float32
     assert codes.tolist() == pytest.approx(NF4_CODES if kind == "nf4" else FP4_CODES)
     count = len(asked)
-    four_bit(ours, on_gpu, absmax, codes, kind, (4, 64), 64)  # type: ignore[arg-type]
+    unpack_fastest(ours, weight)
     assert len(asked) == count + 1, "the choice is made once"
 
 
 def test_on_a_cpu_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitsandbytes_kernel, "bitsandbytes", lambda: pytest.fail("asked"))
     weight = torch.ones(2, 2)
-    assert four_bit(lambda: weight, torch.zeros(2, 1, dtype=torch.uint8), weight, weight, "nf4", (2, 2), 64) is weight
+    packed = FourBitTensors(torch.zeros(2, 1, dtype=torch.uint8), weight, weight, "nf4", (2, 2), 64)
+    assert unpack_fastest(lambda: weight, packed) is weight
