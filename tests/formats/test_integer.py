@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from packed import GROUPED, dequantized, described, info_of, random, stored, through, weight_of
-from test_base import all_columns, rough
+from packed import GROUPED, all_columns, dequantized, described, info_of, random, rough, stored, through, weight_of
 from torch import Tensor
 
 from ditmoe_cli.errors import BadInputError
@@ -102,8 +101,10 @@ def test_scales_are_those_of_fp16(fmt: Format, shape: tuple[int, int], seed: int
         assert torch.equal(grid.zero, grid.zero.round().clamp(0, 2**grid.bits - 1))
 
 
-@pytest.mark.parametrize("fmt", ["int2-g32", "int3-g64", "int8-g128", "int2-g32-sym", "int4-g64-sym", "ternary-g64"])
-@pytest.mark.parametrize("value", [1.0, -0.3, 65504.0, -65504.0, 1e-4, 6e-8, -5.7e-7, 1.9e-5])
+@given(fmt=grouped, value=st.floats(-65504, 65504, width=32))
+@example("int2-g32", 6e-8)
+@example("int4-g64-sym", -5.7e-7)
+@example("ternary-g64", -65504.0)
 def test_constant_groups_are_exact_to_fp16(fmt: Format, value: float) -> None:
     weight = torch.full((2, 160), value)
     weight[1] = torch.linspace(-1, 1, 160)
@@ -111,17 +112,17 @@ def test_constant_groups_are_exact_to_fp16(fmt: Format, value: float) -> None:
     assert ((rounded - weight).abs() <= (weight.half().float() - weight).abs())[0].all()
 
 
-@pytest.mark.parametrize("fmt", GROUPED)
-def test_subnormal_scales_round_to_what_fp16_holds(fmt: Format) -> None:
-    weight = rough((4, 96)) / rough((4, 96)).abs().max() * 3e-7
+@given(fmt=grouped, seed=seeds)
+def test_subnormal_scales_round_to_what_fp16_holds(fmt: Format, seed: int) -> None:
+    weight = rough((4, 96), seed) / rough((4, 96), seed).abs().max() * 3e-7
     rounded = through(weight, fmt)
     assert torch.equal(rounded, grid_of(weight, fmt).round(weight, all_columns(weight)))
     assert (rounded - weight).norm() < weight.norm()
 
 
-@pytest.mark.parametrize("fmt", GROUPED)
-def test_the_largest_fp16_value_stays_finite(fmt: Format) -> None:
-    weight = random((4, 64)).clamp(-1, 1) * 65504
+@given(fmt=grouped, seed=seeds)
+def test_the_largest_fp16_value_stays_finite(fmt: Format, seed: int) -> None:
+    weight = random((4, 64), seed).clamp(-1, 1) * 65504
     weight[:, 3], weight[:, 9] = 65504, -65504
     assert weight_of(weight, fmt).unpack(pack(weight, info_of(weight), fmt)).isfinite().all()
 

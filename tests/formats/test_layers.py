@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed import KINDS, dequantized, found, info_of, random, same_bytes, weight_of
-from test_pieces import in_pieces
+from packed import KINDS, dequantized, found, in_pieces, info_of, random, same_bytes, weight_of
 from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
@@ -57,7 +56,7 @@ def test_casting_moving_and_copying_the_layer_rounds_nothing_that_is_packed(fmt:
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@given(fmt=st.sampled_from(FORMATS))
 def test_the_layer_takes_the_memory_of_its_members(fmt: Format) -> None:
     weight = random((64, 320))
     held = sum(buffer.nbytes for buffer in layer_of(weight, fmt).buffers())
@@ -66,7 +65,7 @@ def test_the_layer_takes_the_memory_of_its_members(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("fmt", KINDS)
-@pytest.mark.parametrize("shape", [(7, 64), (33, 96), (5, 130), (1, 64)])
+@pytest.mark.parametrize("shape", [(33, 96), (5, 130)])
 def test_no_multiples_are_needed_and_fp32_is_computed_in_fp32(fmt: Format, shape: tuple[int, int]) -> None:
     layer, x = layer_of(random(shape), fmt).eval(), torch.randn(8, shape[1])
     exact = x.double() @ layer.weight().double().T

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed import GROUPED, dequantized, described, found, infos_of, random, stored, through
+from packed import GROUPED, dequantized, described, found, in_pieces, infos_of, pieces_of, stored, through
 from torch import Tensor
 
 from ditmoe_cli.errors import BadInputError
@@ -23,10 +23,6 @@ from ditmoe_cli.formats.registry import (
 from ditmoe_cli.formats.weights import logical_weights
 
 PIECED = "blocks.0.moe.experts.1.{}_proj.weight"
-
-
-def pieces_of(axis: int, formats: tuple[Format, ...], counts: tuple[int, ...]) -> Pieces:
-    return Pieces(axis, tuple(map(parse_format, formats)), counts)
 
 
 @st.composite
@@ -62,20 +58,6 @@ def test_pieces_are_joined_again(drawn: tuple[TensorInfo, Pieces], turned: bool)
     # a row of fewer columns is one group, whatever the size of groups
     assert quantized_members(info, again.name) == members
     assert [a.bits for a in again.formats] == [b.bits for b in cut.formats]
-
-
-@st.composite
-def in_pieces(draw: st.DrawFn) -> tuple[Tensor, TensorInfo, Pieces]:
-    axis = draw(st.integers(0, 1))
-    formats = draw(st.lists(st.sampled_from(["int3-g32", "int4-g64-sym", "ternary-g64"]), min_size=2, max_size=4))
-    counts = tuple(draw(st.integers(32 if axis else 1, 100)) for _ in formats)
-    shape = (7, sum(counts)) if axis else (sum(counts), 70)
-    name = f"x.{'down' if axis else 'up'}_proj.weight"
-    return (
-        random(shape, draw(st.integers(0, 99))),
-        TensorInfo(name, "F32", shape),
-        pieces_of(axis, tuple(formats), counts),
-    )
 
 
 @given(drawn=in_pieces())

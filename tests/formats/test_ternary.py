@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed import NAME, dequantized, info_of, random, weight_of
-from test_base import all_columns
+from packed import NAME, all_columns, dequantized, info_of, random, weight_of
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
@@ -13,6 +14,7 @@ from ditmoe_cli.files.reader import dtype_code
 from ditmoe_cli.formats.base import NumberFormat, Weight
 from ditmoe_cli.formats.bitsandbytes import FourBit
 from ditmoe_cli.formats.grouped import GroupedFormat
+from ditmoe_cli.formats.pieces import Pieces
 from ditmoe_cli.formats.registry import FORMATS, Format, pack, parse_format, quantized_members
 from ditmoe_cli.formats.weights import logical_weights
 
@@ -28,6 +30,19 @@ def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.flo
     generator = torch.Generator().manual_seed(seed)
     scale = (2 * torch.randn(shape[0], 1, generator=generator)).exp() / 30
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def rough(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Weights whose rows differ much in scale, with outliers, zeros and rows of one sign."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator) ** 3 * (2 * torch.randn(shape[0], 1, generator=generator)).exp()
+    values[torch.rand(shape, generator=generator) < 0.1] = 0
+    values[::3] = values[::3].abs()
+    return values.clamp(-60000, 60000)
+
+
+def all_columns(weight: Tensor) -> Tensor:
+    return torch.arange(weight.shape[1])
 
 
 def info_of(weight: Tensor, name: str = NAME) -> TensorInfo:
@@ -88,3 +103,21 @@ def through(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Te
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bytes(a.numpy().data) == bytes(b.numpy().data)
+
+
+def pieces_of(axis: int, formats: tuple[Format, ...], counts: tuple[int, ...]) -> Pieces:
+    return Pieces(axis, tuple(map(parse_format, formats)), counts)
+
+
+@st.composite
+def in_pieces(draw: st.DrawFn) -> tuple[Tensor, TensorInfo, Pieces]:
+    axis = draw(st.integers(0, 1))
+    formats = draw(st.lists(st.sampled_from(["int3-g32", "int4-g64-sym", "ternary-g64"]), min_size=2, max_size=4))
+    counts = tuple(draw(st.integers(32 if axis else 1, 100)) for _ in formats)
+    shape = (7, sum(counts)) if axis else (sum(counts), 70)
+    name = f"x.{'down' if axis else 'up'}_proj.weight"
+    return (
+        random(shape, draw(st.integers(0, 99))),
+        TensorInfo(name, "F32", shape),
+        pieces_of(axis, tuple(formats), counts),
+    )
