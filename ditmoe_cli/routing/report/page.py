@@ -38,8 +38,8 @@ class Chance(NamedTuple):
     chance: str
 
 
-class Table(NamedTuple):
-    """A table's head and rows, cell by cell."""
+class PageTable(NamedTuple):
+    """A table of the page: head and rows, cell by cell."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str | Chance]]
@@ -106,7 +106,7 @@ def _inline(drawing: Drawing) -> str:
     return picture.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.title)}"', 1)
 
 
-def _information(report: ProfileReport) -> Table:
+def _information(report: ProfileReport) -> PageTable:
     """Return the share of entropy that each variable explains, by block and on average."""
     names = [name for name in VARIABLES if name in report.blocks[0].information]
     rows: list[list[str | Chance]] = []
@@ -119,38 +119,38 @@ def _information(report: ProfileReport) -> Table:
     means: list[str | Chance] = ["mean"]
     for mean in (report.evidence.information[name] for name in names):
         means += [_percent(mean.value, mean.low, mean.high), ""]
-    return Table(["block", *(cell for name in names for cell in (name, "chance"))], [*rows, means])
+    return PageTable(["block", *(cell for name in names for cell in (name, "chance"))], [*rows, means])
 
 
 def _percent(value: float, low: float, high: float) -> str:
     return f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def _load(blocks: Sequence[BlockReport]) -> Table:
+def _load(blocks: Sequence[BlockReport]) -> PageTable:
     head = ["block", "normalised entropy", "effective experts", "Gini", "CV", "MaxVio", "least", "most"]
     rows = []
     for i, b in enumerate(blocks):
         values = (b.entropy, b.effective, b.gini, b.variation, b.max_violation, b.load.min(), b.load.max())
         rows.append([str(i), *(f"{value:.3f}" for value in values)])
-    return Table(head, rows)
+    return PageTable(head, rows)
 
 
-def _rank_agreement(blocks: Sequence[BlockReport]) -> Table:
+def _rank_agreement(blocks: Sequence[BlockReport]) -> PageTable:
     names = list(blocks[0].saliency)
     mean = np.mean([block.rank_agreement for block in blocks], axis=0)
     rows = [[name, *(f"{value:.2f}" for value in row)] for name, row in zip(names, mean, strict=True)]
-    return Table(["", *names], rows)
+    return PageTable(["", *names], rows)
 
 
-def _saliency(block: BlockReport) -> Table:
+def _saliency(block: BlockReport) -> PageTable:
     rows = [
         [str(e), *(f"{values[e]:.4g}" for values in block.saliency.values()), f"{block.load[e]:.3f}"]
         for e in range(len(block.load))
     ]
-    return Table(["expert", *block.saliency, "load ratio"], rows)
+    return PageTable(["expert", *block.saliency, "load ratio"], rows)
 
 
-def _agreement(report: ProfileReport) -> Table:
+def _agreement(report: ProfileReport) -> PageTable:
     """Return what share of its experts a token keeps, beside chance, and how far apart the branches' loads are."""
     names = agreements(report)
     distance = ["Jensen-Shannon distance of the branches"] if report.branches > 1 else []
@@ -165,13 +165,13 @@ def _agreement(report: ProfileReport) -> Table:
             cells += [f"{kept:.3f}", Chance(f"{chance:.3f}")]
         rows.append([*cells, *([f"{block.branch_distance:.3f}"] if distance else [])])
     titles = [AGREEMENTS[name].removeprefix("with the ") for name in names]
-    return Table(["block", *(cell for title in titles for cell in (title, "chance")), *distance], rows)
+    return PageTable(["block", *(cell for title in titles for cell in (title, "chance")), *distance], rows)
 
 
-def _router(blocks: Sequence[BlockReport]) -> Table:
+def _router(blocks: Sequence[BlockReport]) -> PageTable:
     head = ["block", "entropy (nats)", "margin", "top-k mass", "information with the next block"]
     rows = []
     for i, b in enumerate(blocks):
         means = [f"{values.mean():.3f}" for values in b.router.values()]
         rows.append([str(i), *means, "–" if b.next_information is None else f"{100 * b.next_information:.1f} %"])
-    return Table(head, rows)
+    return PageTable(head, rows)
