@@ -92,10 +92,11 @@ def _saliency(function: str, summary: str, source: str) -> Saliency:
     return Saliency(score=lambda tables, _: score(tables), summary=summary, source=source)
 
 
-def _merge(module: str, summary: str, source: str, **needs: bool) -> MergeMethod:
-    """Return the method of a module of `compression.merge`."""
+def _merge(module: str, summary: str, source: str, *, average: str | None = None, **needs: bool) -> MergeMethod:
+    """Return the method of a module of `compression.merge` that groups, and merges too unless it names an average."""
     path = f"compression.merge.{module}"
-    return MergeMethod(group=_Lazy(path, "group"), merge=_Lazy(path, "merge"), summary=summary, source=source, **needs)
+    merge = _Lazy("compression.merge.averages", average) if average else _Lazy(path, "merge")
+    return MergeMethod(group=_Lazy(path, "group"), merge=merge, summary=summary, source=source, **needs)
 
 
 def _mix(module: str, summary: str, source: str) -> MixMethod:
@@ -130,8 +131,19 @@ SEARCHES: Mapping[str, SubsetSearch] = {
     ),
 }
 MERGES: Mapping[str, MergeMethod] = {
-    "m-smoe": _merge("m_smoe", "alike to the router; aligned, frequency-weighted mean", "arXiv 2310.01334"),
-    "hc-smoe": _merge("hc_smoe", "close mean outputs; frequency-weighted mean", "arXiv 2410.08589", needs_means=True),
+    "m-smoe": _merge(
+        "m_smoe",
+        "alike to the router; aligned, frequency-weighted mean",
+        "arXiv 2310.01334",
+        average="aligned_average",
+    ),
+    "hc-smoe": _merge(
+        "hc_smoe",
+        "close mean outputs; frequency-weighted mean",
+        "arXiv 2410.08589",
+        average="weighted_average",
+        needs_means=True,
+    ),
     "mergemoe": _merge(
         "mergemoe", "near weights; down projection by least squares", "arXiv 2510.14436", needs_tokens=True
     ),
@@ -142,9 +154,17 @@ MERGES: Mapping[str, MergeMethod] = {
         needs_means=True,
         needs_tokens=True,
     ),
-    "average": _merge("average", "equally loaded groups; plain mean, the baseline to beat", "arXiv 2308.06093"),
+    "average": _merge(
+        "average",
+        "equally loaded groups; plain mean, the baseline to beat",
+        "arXiv 2308.06093",
+        average="plain_average",
+    ),
     "uncurl": _merge(
-        "uncurl", "spectral clusters of router logits; aligned, frequency-weighted mean", "arXiv 2409.01483"
+        "uncurl",
+        "spectral clusters of router logits; aligned, frequency-weighted mean",
+        "arXiv 2409.01483",
+        average="aligned_average",
     ),
 }
 MIXES: Mapping[str, MixMethod] = {

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.algebra.low_rank import LinearMap, low_rank_map
-from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, best_neurons, energies, narrowed
+from ditmoe_cli.compression.algebra.neurons import (
+    DEFAULT_ALPHA,
+    best_neurons,
+    energies,
+    mean_gamma_square,
+    narrowed,
+    profiled_energies,
+)
 from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.merge.inputs import MergeTokens
 from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import BlockPlan, Experts
-from ditmoe_cli.compression.prune.neuron_budget import mean_gamma_square, neuron_energies
 from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import (
@@ -146,7 +152,7 @@ def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
 
 def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> ExpertWeights:
     """Return the neurons of highest CAMERA energy of a routed expert."""
-    (energy,) = neuron_energies(source.profile, source.block, [(old, expert.down)])
+    (energy,) = profiled_energies(source.profile, source.block, [(old, expert.down)])
     return narrowed(expert, best_neurons(energy, width))
 
 

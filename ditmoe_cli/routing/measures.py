@@ -8,6 +8,7 @@ profile is wide is first cut to its own, or its missing experts would count as d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -242,8 +243,6 @@ def matched_weight_cosine(a: ExpertWeights, b: ExpertWeights) -> float:
 
     Raises `BadInputError` where shapes do not fit, or for NaN and infinity.
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-
     first, second = _neurons(a), _neurons(b)
     if first.shape[1] != second.shape[1]:
         raise BadInputError(f"experts of width {first.shape[1] // 3} and {second.shape[1] // 3} cannot be matched")
@@ -251,8 +250,19 @@ def matched_weight_cosine(a: ExpertWeights, b: ExpertWeights) -> float:
     if not all(norms):
         return 0.0
     similarity = first / norms[0] @ (second / norms[1]).T
-    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    rows, columns = best_matching(similarity)
     return min(max(float(similarity[rows, columns].sum()), -1.0), 1.0)
+
+
+def best_matching(similarity: NDArray[np.floating[Any]]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the rows and columns of the pairs that maximise Σ similarity, each row and column in one pair at most.
+
+    Solved exactly by the Hungarian method; of (n, m) min(n, m) pairs are matched, rows ascending.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    return rows, columns
 
 
 def _neurons(weights: ExpertWeights) -> Array:

@@ -13,8 +13,9 @@ from conftest import make_pico
 from profiling import count_by_hand, no_bar, opened, reap_by_hand, trajectory
 
 from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts
-from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune
+from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.writer import Output

@@ -107,7 +107,8 @@ def test_reading_tables_needs_neither_torch_nor_numpy(made: Made) -> None:
     script = """
 import sys
 from pathlib import Path
-from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune
+from ditmoe_cli.compression.counts import Keep
+from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
 from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.routing.profile import read_profile
 profile = read_profile(Path(sys.argv[1]))

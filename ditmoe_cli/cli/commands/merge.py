@@ -11,11 +11,11 @@ from ditmoe_cli.cli.groups import one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.compression.counts import parse_keep
 from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS, Differencing
 from ditmoe_cli.compression.merge.merging import Merging
 from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import Differences
-from ditmoe_cli.compression.prune.pruning import parse_keep
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.formats.differences import DeltaFormat
 
@@ -95,7 +95,7 @@ def merging_of(grouping: Grouping, refitting: Refitting) -> Merging:
         raise UsageError("--groups is missing: give a ratio such as 0.5 or a count such as 4, or --delta in its place")
     if method not in MERGES:
         raise UsageError(f"--method {method}: unknown; choose {', '.join(MERGES)}")
-    keep = parse_keep(groups, "--groups")
+    keep = parse_keep(groups, "groups")
     return Merging(keep, method, "slice" if router == "slice" else "ghost", refitting.repair(router))
 
 

@@ -11,12 +11,10 @@ from ditmoe_cli.cli.groups import at_least, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.compression.counts import parse_keep
 from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.compression.plan import Repair, RouterMode
-from ditmoe_cli.compression.prune.pruning import (
-    Pruning,
-    parse_keep,
-)
+from ditmoe_cli.compression.prune.pruning import Pruning
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import UsageError
 

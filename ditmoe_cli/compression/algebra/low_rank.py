@@ -28,10 +28,6 @@ class LinearMap:
     down: Tensor
     constant: Tensor
 
-    def of(self, inputs: Tensor) -> Tensor:
-        """Map tokens u (T, D) to outputs (T, D)."""
-        return inputs @ self.down.T @ self.up.T + self.constant
-
 
 def low_rank_map(
     inputs: Tensor, outputs: Tensor, weights: Tensor, rank: int, ridge: float = DEFAULT_RIDGE
@@ -40,7 +36,7 @@ def low_rank_map(
 
     With centred U, F scaled by √ω, C = UᵀU + λI = L Lᵀ and the ridge solution W = C⁻¹UᵀF, the predictions (with the
     penalty's rows) have the singular vectors of LᵀW = L⁻¹UᵀF = P Σ Vᵀ: A = V_r, B = (L⁻ᵀ P_r Σ_r)ᵀ, and
-    v = mean f - A B mean u. Rank D is ridge regression, rank 0 the constant of `constants`.
+    v = mean f - A B mean u. Rank D is ridge regression, rank 0 the constant v = mean f.
 
     Args:
         inputs: u (T, D) of the tokens that were routed to the expert; T may be 0, and then all is 0.

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-
-from ditmoe_cli.compression.algebra.means import require_equal_widths
+from ditmoe_cli.compression.algebra.means import mean_expert, require_equal_widths
 from ditmoe_cli.compression.algebra.neurons import narrowed
 from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.routing.measures import best_matching
 
 
 def matching(reference: ExpertWeights, expert: ExpertWeights) -> list[int]:
@@ -24,7 +23,7 @@ def matching(reference: ExpertWeights, expert: ExpertWeights) -> list[int]:
     require_equal_widths((reference, expert))
     similarity = reference.gate @ expert.gate.T
     similarity.addmm_(reference.up, expert.up.T).addmm_(reference.down.T, expert.down)
-    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    _, columns = best_matching(similarity.cpu().numpy())
     order: list[int] = columns.tolist()
     return order
 
@@ -43,5 +42,13 @@ def matchings(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list
 
 
 def aligned(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list[ExpertWeights]:
-    """Return the experts with their neurons in the order of the dominant one's, as `matchings` finds it."""
+    """Return the experts with their neurons in the order of the dominant one's; see `matchings`."""
     return [narrowed(expert, order) for expert, order in zip(experts, matchings(experts, shares), strict=True)]
+
+
+def aligned_mean(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
+    """Return W = Σ_j α_j W_j Π_j / Σ α, Π_j aligning expert j's neurons to those of the dominant one.
+
+    Raises `BadInputError` where the experts differ in width.
+    """
+    return mean_expert(aligned(experts, shares), shares)

@@ -17,14 +17,14 @@ def normalised(shares: Sequence[float]) -> list[float]:
 
 
 def require_equal_widths(experts: Sequence[ExpertWeights]) -> None:
-    """Raise `BadInputError` where experts differ in their number of neurons."""
+    """Raise `BadInputError` where experts differ in width, their number of neurons."""
     widths = sorted({len(expert.gate) for expert in experts})
     if len(widths) > 1:
         listed = " and ".join(map(str, widths))
         raise BadInputError(f"experts of widths {listed} cannot be merged into one; merge before narrowing experts")
 
 
-def weighted_mean(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
+def mean_expert(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
     """Return W = Σ_j α_j W_j / Σ α for gate, up and down; the plain mean where all α are 0.
 
     Raises `BadInputError` where the experts differ in width.

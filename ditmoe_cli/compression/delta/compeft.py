@@ -23,10 +23,6 @@ class Ternary:
     codes: Tensor
     scale: float
 
-    def values(self) -> Tensor:
-        """Return scale · codes in fp32."""
-        return self.codes.float() * self.scale
-
 
 def ternary(delta: Tensor, density: float) -> Ternary:
     """Return sign(Δ) on the ⌈density · size⌉ entries of largest |Δ|, 0 elsewhere, and the best scale for them.

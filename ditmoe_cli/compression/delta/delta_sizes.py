@@ -1,4 +1,4 @@
-"""How large compressed differences are. Torch-free, so that planners can tell sizes without it."""
+"""Sizes of compressed differences: ranks, and the tensors that store them. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rank_of_ratio(rows: int, columns: int, ratio: float) -> int:
 
 
 def delta_tensors(checkpoint: Checkpoint, stage: Differences) -> list[TensorInfo]:
-    """Return the tensors that store all blocks' experts as bases and differences, known from headers.
+    """Return the tensors that store all blocks' experts as bases and differences, from headers.
 
     Raises `BadInputError` where experts are packed already or those of a block differ in shape or dtype, and
     `InfeasibleError` for a ratio that leaves rank 0.

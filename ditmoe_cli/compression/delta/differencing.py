@@ -16,7 +16,7 @@ from ditmoe_cli.compression.algebra.truncated_svd import truncated
 from ditmoe_cli.compression.computed import Computing, as_stored
 from ditmoe_cli.compression.delta.compeft import ternary
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors, rank_of_ratio
-from ditmoe_cli.compression.delta.expert_base import base_of, differences
+from ditmoe_cli.compression.delta.expert_base import base_of, difference
 from ditmoe_cli.compression.new_mixture import expert_weights, named
 from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens
@@ -63,21 +63,20 @@ def _encoded(
     yield from bases.items()
     base = ExpertWeights(*(tensor.to(dtypes[name]).float() for name, tensor in bases.items()))
     for e, (expert, order) in enumerate(zip(experts, orders, strict=True)):
-        (difference,) = differences([expert], base, [order])
         covariances = _covariances(moe, e, order, tokens) if tokens else (None, None, None)
-        matrices = named(in_block(index, f"moe.experts.{e}"), difference)
+        matrices = named(in_block(index, f"moe.experts.{e}"), difference(expert, base, order))
         for (name, matrix), covariance in zip(matrices.items(), covariances, strict=True):
             yield from _packed(name, matrix, stage, covariance).items()
 
 
-def _packed(name: str, difference: Tensor, stage: Differences, covariance: Tensor | None) -> dict[str, Tensor]:
-    """Return what stores a difference (m, n) from the base; `covariance` (n, n) is of its inputs."""
+def _packed(name: str, matrix: Tensor, stage: Differences, covariance: Tensor | None) -> dict[str, Tensor]:
+    """Return the members that store a difference (m, n); `covariance` (n, n) is that of its inputs."""
     if stage.kind == "svd":
-        rows, columns = difference.shape
-        factors = truncated(difference, rank_of_ratio(rows, columns, stage.ratio), covariance)
+        rows, columns = matrix.shape
+        factors = truncated(matrix, rank_of_ratio(rows, columns, stage.ratio), covariance)
         return SvdDifference.pack(name, factors.left, factors.right)
-    found = ternary(difference, stage.ratio)
-    return TernaryDifference.pack(name, found.codes, found.scale)
+    rounded = ternary(matrix, stage.ratio)
+    return TernaryDifference.pack(name, rounded.codes, rounded.scale)
 
 
 def _tokens(profile: RoutingProfile, index: int) -> BlockTokens | None:
@@ -87,8 +86,8 @@ def _tokens(profile: RoutingProfile, index: int) -> BlockTokens | None:
 def _covariances(moe: SparseMoE, expert: int, order: Sequence[int], tokens: BlockTokens) -> Covariances:
     """Return Σ_t w_t x xᵀ of the inputs x of an expert's gate, up and down: u, u, and neurons φ(u) in `order`.
 
-    w = g² c² mean(γ²): what a squared error of the expert's output weighs in the guided one, with g its routing weight,
-    0 where a token went elsewhere, c the branch's coefficient and γ the block's residual gate.
+    w = g² c² mean(γ²) is the weight of a squared error of the expert's output in the guided output: g is the expert's
+    routing weight, 0 where a token went elsewhere, c the branch's coefficient and γ the block's residual gate.
     """
     module, device = moe.experts[expert], moe.gate.weight.device
     assert isinstance(module, SwiGLU)
@@ -96,7 +95,7 @@ def _covariances(moe: SparseMoE, expert: int, order: Sequence[int], tokens: Bloc
     routing = moe.gate(inputs)
     gates = (routing.weights * (routing.experts == expert)).sum(dim=1)
     scales = gates * (tokens.coefficients.abs() * tokens.gamma.square().mean(dim=1).sqrt()).to(device)
-    mine = gates > 0
-    u, scale = inputs[mine], scales[mine].unsqueeze(1)
+    used = gates > 0
+    u, scale = inputs[used], scales[used].unsqueeze(1)
     of_inputs, of_neurons = (x.T @ x for x in (u * scale, module.neurons(u)[:, order] * scale))
     return of_inputs, of_inputs, of_neurons

@@ -1,6 +1,6 @@
-"""What methods of grouping share: groups from labels, centres, and how alike a block's experts are.
+"""Steps that grouping methods share: groups from labels, centres, and similarities of a block's experts.
 
-E experts are to form N groups; a cell is a branch and a step bin.
+E experts form N groups; a cell is a branch and a step bin.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Array = NDArray[np.float64]
 
 
 def partition(experts: int, count: int, labels: Callable[[], Iterable[int]]) -> Groups:
-    """Return `count` groups of `experts` experts: those that `labels()`, one label per expert, makes equal.
+    """Return `count` groups of `experts` experts of equal label; `labels()` returns one label per expert.
 
-    Labels are asked for only where the count leaves a choice. Raises `InfeasibleError` for a count outside 1..E.
+    It is called only where the count leaves a choice. Raises `InfeasibleError` for a count outside 1..E.
     """
     if not 1 <= count <= experts:
         raise InfeasibleError(f"{experts} experts cannot be merged into {count}; ask for 1 to {experts}")
@@ -43,8 +43,8 @@ def most_selected(selected: Array, count: int) -> list[int]:
     return ranked
 
 
-def nearest(centres: list[int], closeness: Array) -> list[int]:
-    """Return for each expert the position in `centres` of the closest, a centre's own for itself.
+def nearest_centres(centres: list[int], closeness: Array) -> list[int]:
+    """Return for each expert the position in `centres` of the closest centre, for a centre its own position.
 
     `closeness` is (E, N), higher meaning closer; ties fall to the earlier centre.
     """
@@ -57,7 +57,7 @@ def router_similarity(logit_grams: Array) -> Array:
     """Return (E, E) in [0, 1]: (cos + 1) / 2 of the experts' router logits over tokens, cos averaged over cells.
 
     `logit_grams` (cells, E, E) are sums of l_i l_j. Logits depend on the timestep, so a cosine over all tokens would
-    compare timesteps rather than experts. Cells without tokens are left out; 1/2 where there are no others.
+    compare timesteps rather than experts. Cells without tokens are left out; without any tokens all are 1/2.
     """
     seen = np.trace(logit_grams, axis1=1, axis2=2) > 0
     cosine = mean_of(output_cosine(logit_grams[seen]).sum(axis=0), seen.sum())
@@ -65,7 +65,7 @@ def router_similarity(logit_grams: Array) -> Array:
 
 
 def mean_outputs(inputs: GroupingInputs) -> Array:
-    """Return (E, cells, D), the mean outputs by expert. Raises `BadInputError` where the profile has none."""
+    """Return the experts' mean outputs (E, cells, D). Raises `BadInputError` where the profile has none."""
     if inputs.means is None:
-        raise BadInputError("grouping by mean outputs needs a profile that keeps tokens; profile without --fast")
+        raise BadInputError("grouping by mean outputs needs a profile that keeps tokens; profile without ⟨fast⟩")
     return inputs.means.swapaxes(0, 1).astype(np.float64)

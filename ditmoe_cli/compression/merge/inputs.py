@@ -1,4 +1,4 @@
-"""What merging rests on, and what grouping returns. Importing this needs neither torch nor numpy."""
+"""Inputs of grouping and merging. Torch-free and numpy-free."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.expert_weights import ExpertWeights
 
 Groups = tuple[tuple[int, ...], ...]
-"""All experts of a block in disjoint groups: members ascending, groups ordered by their first."""
+"""Disjoint groups of all experts of a block: members ascending, groups ordered by their first member."""
 
 
 @dataclass(frozen=True)
 class GroupingInputs:
-    """What the grouping of one block's E experts may rest on; a cell is a branch and a step bin.
+    """Measurements to group one block's E experts by; a cell is a branch and a step bin.
 
     Attributes:
         selected: (E,) how often each expert is selected.
         logit_grams: (cells, E, E) sums over a cell's tokens of the router logits' products l_i l_j.
-        means: (cells, E, D) mean output of each expert over all tokens of the reservoir in the cell, routed to it or
-            not, 0 where there are none; None where the profile kept no reservoir.
-        experts: reads the block's experts, which is expensive.
+        means: (cells, E, D) mean output of each expert over all tokens of the reservoir in the cell, whether routed to
+            it or not, 0 where the cell has none; None where the profile kept no reservoir.
+        experts: reads the block's experts from disk, which is slow.
     """
 
     selected: NDArray[np.float64]
@@ -37,12 +37,12 @@ class GroupingInputs:
 
 @dataclass(frozen=True)
 class MergeTokens:
-    """Tokens that one group of n members is merged for.
+    """The calibration tokens that select a group of n members.
 
     Attributes:
         inputs: (T, D) what enters the mixture, u, in fp32.
-        gates: (T, n) routing weight g of each member where the token selected it, else 0.
-        weights: (T,) how much an error at the token weighs: γ² and guidance.
+        gates: (T, n) routing weight g of each member that the token selects, else 0.
+        weights: (T,) weight w of a squared error at the token: mean γ² and guidance.
         held: (T,) whether the token's image is held out, to choose by.
     """
 
@@ -53,7 +53,7 @@ class MergeTokens:
 
     @property
     def importance(self) -> Tensor:
-        """(T,) what the merged expert's squared error at a token weighs: its gate is Σ_j g_j, so (Σ_j g_j)² w."""
+        """The weight (Σ_j g_j)² w (T,) of the merged expert's squared error at a token, its gate being Σ_j g_j."""
         return self.gates.sum(dim=1).square() * self.weights
 
     def part(self, mask: Tensor) -> MergeTokens:

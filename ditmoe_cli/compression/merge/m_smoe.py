@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ditmoe_cli.compression.algebra.matching import aligned
-from ditmoe_cli.compression.algebra.means import weighted_mean
-from ditmoe_cli.compression.merge.grouping import most_selected, nearest, partition, router_similarity
-from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
-from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.compression.merge.grouping import most_selected, nearest_centres, partition, router_similarity
+from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 
 
 def group(inputs: GroupingInputs, count: int) -> Groups:
@@ -20,15 +15,6 @@ def group(inputs: GroupingInputs, count: int) -> Groups:
 
     def labels() -> list[int]:
         dominant = most_selected(inputs.selected, count)
-        return nearest(dominant, router_similarity(inputs.logit_grams)[:, dominant])
+        return nearest_centres(dominant, router_similarity(inputs.logit_grams)[:, dominant])
 
     return partition(len(inputs.selected), count, labels)
-
-
-def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: MergeTokens | None) -> ExpertWeights:
-    """Return W = Σ_j α_j W_j Π_j / Σ α, Π_j aligning member j's neurons to those of the dominant, of largest α.
-
-    `tokens` are unused. Raises `BadInputError` where the experts differ in width.
-    """
-    del tokens
-    return weighted_mean(aligned(experts, shares), shares)

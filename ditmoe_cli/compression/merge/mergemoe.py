@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditmoe_cli.compression.algebra.means import normalised, require_equal_widths, weighted_mean
+from ditmoe_cli.compression.algebra.means import mean_expert, normalised, require_equal_widths
 from ditmoe_cli.compression.algebra.neurons import activations, output
 from ditmoe_cli.compression.algebra.ridge import Normal
-from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest, partition
+from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest_centres, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
@@ -30,26 +30,26 @@ def group(inputs: GroupingInputs, count: int) -> Groups:
 
     def labels() -> list[int]:
         centres = most_selected(inputs.selected, count)
-        return nearest(centres, -_distances(inputs.experts(), centres))
+        return nearest_centres(centres, -_distances(inputs.experts(), centres))
 
     return partition(len(inputs.selected), count, labels)
 
 
 def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: MergeTokens | None) -> ExpertWeights:
-    """Return gate and up as Σ_j B_j W_j, B = α / Σ α, and the down projection that best gives Y = Σ_j B_j f_j.
+    """Return gate and up as Σ_j B_j W_j, B = α / Σ α, and the down projection that fits Y = Σ_j B_j f_j best.
 
     With P (H, T) the merged neurons φ(u) = SiLU(W_gate u) ⊙ W_up u, S the diagonal of tokens' weights (Σ_j g_j)² w
     and W̄ = Σ_j B_j W_down,j::
 
         W_down = W̄ + (Y - W̄ P) S Pᵀ (P S Pᵀ + λ I)⁻¹,    λ = RIDGE · mean diagonal of P S Pᵀ
 
-    which but for the ridge is the paper's Y S Pᵀ (P S Pᵀ)⁻¹. The ridge draws towards W̄ rather than 0: few tokens, or
-    none that select a member, cannot make the error on them exceed that of the mean. Raises `BadInputError` without
+    Without the ridge it is the paper's Y S Pᵀ (P S Pᵀ)⁻¹. The ridge draws towards W̄ rather than 0, so that on few
+    tokens, or none that select a member, the error does not exceed that of the mean. Raises `BadInputError` without
     tokens, and where the experts differ in width.
     """
     if tokens is None:
-        raise BadInputError("mergemoe fits to tokens, which the profile does not keep; profile without --fast")
-    mean, importance = weighted_mean(experts, shares), tokens.importance
+        raise BadInputError("mergemoe fits to tokens, which the profile does not keep; profile without ⟨fast⟩")
+    mean, importance = mean_expert(experts, shares), tokens.importance
     width, hidden = mean.gate.shape
     sums = Normal.empty(width, hidden, mean.gate.device)
     for rows in torch.split((importance > 0).nonzero().flatten(), _TOKENS):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
-from ditmoe_cli.compression.prune.pruning import Keep
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar
@@ -82,7 +82,7 @@ def group_counts(checkpoint: Checkpoint, merging: Merging) -> list[int]:
         least = checkpoint.config.top_k if merging.router == "slice" else 1
         if not least <= groups <= experts:
             raise InfeasibleError(
-                f"--groups {merging.groups}: block {i} has {experts} experts and can be left with {least} to {experts}"
+                f"⟨groups⟩ {merging.groups}: block {i} has {experts} experts and can be left with {least} to {experts}"
             )
         if groups < experts:
             _require_alike(checkpoint, i)
@@ -153,8 +153,8 @@ def _inputs(checkpoint: Checkpoint, profile: RoutingProfile, method: str, index:
     needed = MERGES[method]
     if needed.needs_means and "output.all_token_mean" not in profile.header.tensors:
         raise BadInputError(
-            f"{profile.path}: --method {method} groups experts by their outputs on the same tokens, which the profile "
-            "lacks; profile again without --fast"
+            f"{profile.path}: ⟨method⟩ {method} groups experts by their outputs on the same tokens, which the profile "
+            "lacks; profile again without ⟨fast⟩"
         )
     rows = _rows(checkpoint, index)
     grams = profile.block_tensor("router.logit_gram", index)[..., rows, :][..., rows].flatten(0, 1)

@@ -14,9 +14,9 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from ditmoe_cli.compression.algebra.matching import aligned
-from ditmoe_cli.compression.algebra.means import weighted_mean
+from ditmoe_cli.compression.algebra.means import mean_expert
 from ditmoe_cli.compression.algebra.neurons import output
-from ditmoe_cli.compression.algebra.truncated_svd import whitening
+from ditmoe_cli.compression.algebra.whitening import whitening
 from ditmoe_cli.compression.merge.grouping import mean_outputs, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
 from ditmoe_cli.errors import BadInputError
@@ -40,8 +40,8 @@ def group(inputs: GroupingInputs, count: int) -> Groups:
         directions = mean_of(means, np.linalg.norm(means, axis=-1, keepdims=True)).reshape(len(means), -1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of experts that coincide: partition() deals them out
-            found: list[int] = KMeans(count, n_init=10, random_state=0).fit_predict(directions).tolist()
-        return found
+            clusters: list[int] = KMeans(count, n_init=10, random_state=0).fit_predict(directions).tolist()
+        return clusters
 
     return partition(len(inputs.selected), count, labels)
 
@@ -59,10 +59,10 @@ def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: Mer
     """
     if tokens is None:
         raise BadInputError(
-            "sub-moe chooses its rank on tokens, which the profile does not keep; profile without --fast"
+            "sub-moe chooses its rank on tokens, which the profile does not keep; profile without ⟨fast⟩"
         )
     members = aligned(experts, shares)
-    mean = weighted_mean(members, shares)
+    mean = mean_expert(members, shares)
     subspace = Subspace.shared_by(members, tokens.part(~tokens.held))
     rank = best_rank(experts, mean, subspace, tokens.part(tokens.held))
     return mean if rank is None else subspace.projected(mean, rank)

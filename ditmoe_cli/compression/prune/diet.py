@@ -1,4 +1,4 @@
-"""DIET: keep experts whose deletion would change the output in all the ways that deletions do.
+"""DIET: keep experts that stand for all directions in which deletions change the output.
 
 From a study of expert pruning in a video diffusion transformer. Each expert has a signature, the mean change of the
 guided output when it alone is deleted; experts are kept so that every dropped one has a kept one of similar direction.
@@ -51,10 +51,10 @@ def signatures(tokens: BlockTokens, moe: SparseMoE, mode: RouterMode) -> Tensor:
     return means.transpose(0, 1).flatten(1).cpu()
 
 
-def _distances(of: Tensor) -> Tensor:
-    """Return 1 - cos of all pairs of signatures, (E, E); whose deletion changes nothing is 0 away from all others."""
-    norms = of.norm(dim=1, keepdim=True)
-    unit = of / norms.clamp_min(torch.finfo(of.dtype).tiny)
+def _distances(vectors: Tensor) -> Tensor:
+    """Return 1 - cos of all pairs of signatures, (E, E), and 0 for an expert whose deletion changes nothing."""
+    norms = vectors.norm(dim=1, keepdim=True)
+    unit = vectors / norms.clamp_min(torch.finfo(vectors.dtype).tiny)
     distances: Tensor = (1 - unit @ unit.T).clamp_min(0).masked_fill(norms == 0, 0.0)
     return distances
 

@@ -1,7 +1,7 @@
 """NAEE: the subset of experts that reconstructs the block's output best (Lu et al. 2024, https://arxiv.org/abs/2402.14800).
 
-Tokens are routed anew among the experts that stay. The paper compares outputs of the layer; here it is what reaches the
-guided output, after γ.
+Tokens are routed anew among the experts that stay. The paper compares outputs of the layer; here guided outputs after γ
+are compared.
 """
 
 from __future__ import annotations
@@ -19,5 +19,9 @@ def choose(tokens: BlockTokens, moe: SparseMoE, count: int, mode: RouterMode) ->
     few, else experts are dropped greedily and then swapped. Raises `InfeasibleError` where `count` does not leave
     enough experts for top-k.
     """
-    replay = SubsetReplay(tokens, moe)
-    return best_subset(len(moe.experts), count, lambda subsets: replay.errors(subsets, mode).tolist())
+    return least_error_subset(SubsetReplay(tokens, moe), len(moe.experts), count, mode)
+
+
+def least_error_subset(replay: SubsetReplay, experts: int, count: int, mode: RouterMode) -> Subset:
+    """Return the `count` of `experts` of least replayed error, ascending."""
+    return best_subset(experts, count, lambda subsets: replay.errors(subsets, mode).tolist())

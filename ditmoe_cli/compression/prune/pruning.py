@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
@@ -21,45 +21,6 @@ from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_pro
 from ditmoe_cli.routing.saliency import Scores
 
 
-@dataclass(frozen=True)
-class Keep:
-    """How many experts a block keeps: a ratio of those it has, a count, or (neither) those that keep neurons."""
-
-    ratio: float | None = None
-    count: int | None = None
-
-    @property
-    def auto(self) -> bool:
-        """Whether experts go that are left without neurons, and no others."""
-        return self.ratio is None and self.count is None
-
-    def of(self, experts: int) -> int:
-        """Return the number kept out of `experts`, before neurons are; a ratio is rounded up."""
-        if self.count is not None:
-            return self.count
-        return math.ceil((1.0 if self.ratio is None else self.ratio) * experts - 1e-9)
-
-    def __str__(self) -> str:
-        return "auto" if self.auto else str(self.count if self.count is not None else self.ratio)
-
-
-def parse_keep(text: str, option: str = "--keep") -> Keep:
-    """Read ``--keep`` or its like: with a decimal point a ratio in (0, 1], without one a count of at least 1; auto."""
-    if text == "auto" and option == "--keep":
-        return Keep()
-    try:
-        if text.lstrip("+-").isdigit():
-            if int(text) < 1:
-                raise UsageError(f"{option} {text}: keep at least one expert")
-            return Keep(count=int(text))
-        ratio = float(text)
-    except ValueError:
-        raise UsageError(f"{option} {text}: give a ratio such as 0.5 or a count such as 4") from None
-    if not 0.0 < ratio <= 1.0:
-        raise UsageError(f"{option} {text}: a ratio must be above 0 and at most 1.0; a count has no decimal point")
-    return Keep(ratio=ratio)
-
-
 def kept_counts(checkpoint: Checkpoint, keep: Keep) -> list[int]:
     """Return how many experts each block keeps. Raises `InfeasibleError` where a block cannot."""
     counts = []
@@ -67,11 +28,11 @@ def kept_counts(checkpoint: Checkpoint, keep: Keep) -> list[int]:
         experts, kept = len(block.expert_widths), keep.of(len(block.expert_widths))
         if kept < checkpoint.config.top_k:
             raise InfeasibleError(
-                f"--keep {keep} leaves {kept} of {experts} experts in block {i}, fewer than its "
+                f"⟨keep⟩ {keep} leaves {kept} of {experts} experts in block {i}, fewer than its "
                 f"top-{checkpoint.config.top_k} routing needs; keep at least {checkpoint.config.top_k}"
             )
         if kept > experts:
-            raise InfeasibleError(f"--keep {keep}: block {i} has only {experts} experts")
+            raise InfeasibleError(f"⟨keep⟩ {keep}: block {i} has only {experts} experts")
         counts.append(kept)
     return counts
 
@@ -175,11 +136,11 @@ def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:
     """
     if pruning.keep.auto and not (pruning.shared_budget and pruning.neurons < 1.0 and pruning.router):
         raise UsageError(
-            "--keep auto: experts go that are left no neurons; give --neurons, --allocate global and a --router"
+            "⟨keep⟩ auto: experts go that are left no neurons; give ⟨neurons⟩, ⟨allocate⟩ global and a ⟨router⟩"
         )
     kept_counts(checkpoint, pruning.keep)
     if pruning.rank > checkpoint.config.hidden_size:
-        raise UsageError(f"--residual-rank {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
+        raise UsageError(f"⟨residual_rank⟩ {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
     if pruning.computes:
         require_plain(checkpoint)
 
@@ -209,24 +170,26 @@ def plan_replayed(
 
     Raises what `plan_prune` does, and `BadInputError` where the profile has no reservoir or no energies.
     """
-    from ditmoe_cli.compression.prune.by_replay import choose_replayed
-    from ditmoe_cli.compression.prune.neuron_budget import shared_widths
+    from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widths
+    from ditmoe_cli.compression.prune.replayed_choice import Criterion, choose_replayed
 
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     counts = kept_counts(checkpoint, pruning.keep)
     keeps = [tuple(range(count)) for count in counts]
     routers: list[RouterMode] = [pruning.router or "ghost"] * len(counts)
     if counts != [len(block.expert_widths) for block in checkpoint.config.blocks]:
-        named = (checkpoint, profile, pruning.method, counts, pruning.router, pruning.shared_budget, pruning.seed)
-        choices = choose_replayed(*named, device, bar)
+        criterion = Criterion(pruning.method, pruning.router, pruning.shared_budget, pruning.seed)
+        choices = choose_replayed(checkpoint, profile, criterion, counts, device, bar)
         keeps, routers = [choice.keep for choice in choices], [choice.router for choice in choices]
     widths: Sequence[Mapping[int, int] | None] = [None] * len(keeps)
     if pruning.shared_budget and pruning.neurons < 1.0:
-        pool = (pruning.neurons, pruning.multiple, pruning.keep.auto, bar)
-        widths = shared_widths(checkpoint, profile, keeps, *pool)
+        budget = NeuronBudget(pruning.neurons, pruning.multiple, experts_may_go=pruning.keep.auto)
+        widths = shared_widths(checkpoint, profile, keeps, budget, bar)
         keeps = [tuple(each) for each in widths]
-    columns = zip(keeps, routers, widths, strict=True)
-    blocks = [_block_plan(checkpoint, pruning, i, *column) for i, column in enumerate(columns)]
+    blocks = [
+        _block_plan(checkpoint, pruning, i, keep, router, wide)
+        for i, (keep, router, wide) in enumerate(zip(keeps, routers, widths, strict=True))
+    ]
     return _plan(checkpoint, profile, pruning, blocks)
 
 
@@ -287,10 +250,10 @@ def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
             what = f"the router rows of block {i} do not name its experts one by one"
         else:
             continue
-        raise BadInputError(f"{checkpoint.path}: {what}, so the bytes depend on which are kept; give a --profile")
+        raise BadInputError(f"{checkpoint.path}: {what}, so the bytes depend on which are kept; give a ⟨profile⟩")
     if pruning.shared_budget or pruning.router is None:
         raise BadInputError(
-            f"{checkpoint.path}: what each block keeps, and the bytes too, rests on measured errors; give a --profile"
+            f"{checkpoint.path}: what each block keeps, and the bytes too, rests on measured errors; give a ⟨profile⟩"
         )
     keeps = [tuple(range(count)) for count in counts]
     blocks = tuple(_block_plan(checkpoint, pruning, i, keep, pruning.router) for i, keep in enumerate(keeps))

@@ -1,4 +1,4 @@
-"""How wide a narrowed expert is. Torch-free, so that planners can tell sizes without it."""
+"""The width of a narrowed expert. Torch-free."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def _gram_similarity(tables: ProfileTables, block: int, e: int) -> Array | None:
 
 def _rank_agreement(saliency: Mapping[str, Array]) -> Array:
     """Return Spearman's rank correlation of all pairs of criteria; 0 where one ranks all experts alike."""
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from scipy.stats import rankdata
 
     ranks = np.stack([rankdata(values) for values in saliency.values()])
     centred = ranks - ranks.mean(axis=1, keepdims=True)

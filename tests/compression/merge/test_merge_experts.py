@@ -17,7 +17,7 @@ from swiglu import neurons_of, outputs_of, random_expert, seeded
 from torch import Tensor
 
 from ditmoe_cli.compression.algebra.matching import aligned
-from ditmoe_cli.compression.algebra.means import weighted_mean
+from ditmoe_cli.compression.algebra.means import mean_expert
 from ditmoe_cli.compression.algebra.neurons import narrowed
 from ditmoe_cli.compression.merge import mergemoe
 from ditmoe_cli.compression.merge.inputs import MergeTokens
@@ -108,7 +108,7 @@ def test_members_are_not_written_to(method: str) -> None:
 def test_tokens_are_needed_by_those_that_say_so(method: str) -> None:
     experts, shares = members(2), [0.5, 0.5]
     if MERGES[method].needs_tokens:
-        with pytest.raises(BadInputError, match="profile without --fast"):
+        with pytest.raises(BadInputError, match="profile without fast"):
             MERGES[method].merge(experts, shares, None)
     else:
         merged = MERGES[method].merge(experts, shares, None)
@@ -129,7 +129,7 @@ def test_means_are_weighted_by_frequency(method: str) -> None:
 def test_average_is_not() -> None:
     first, second = members(2)
     merged = MERGES["average"].merge([first, second], [0.9, 0.1], None)
-    assert_same(merged, weighted_mean([first, second], [0.5, 0.5]))
+    assert_same(merged, mean_expert([first, second], [0.5, 0.5]))
     torch.testing.assert_close(merged.up, (first.up + second.up) / 2)
 
 
@@ -142,7 +142,7 @@ def test_the_mean_against_its_formula(shares: list[float], seed: int) -> None:
     experts = [random_expert(2, 3, seed + j) for j in range(len(shares))]
     total = sum(shares)
     weights = [share / total for share in shares] if total else [1 / len(shares)] * len(shares)
-    merged = weighted_mean(experts, shares)
+    merged = mean_expert(experts, shares)
     for name in MATRICES:
         expected = sum(w * getattr(expert, name).double() for w, expert in zip(weights, experts, strict=True))
         torch.testing.assert_close(getattr(merged, name).double(), expected, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def in_subspace(experts: list[ExpertWeights], rank: int, tokens: MergeTokens) ->
     """The mean of aligned experts, and the same in the subspace of a rank that they share."""
     shares = SHARES[: len(experts)]
     members_ = aligned(experts, shares)
-    mean = weighted_mean(members_, shares)
+    mean = mean_expert(members_, shares)
     return mean, Subspace.shared_by(members_, tokens).projected(mean, rank)
 
 
@@ -249,7 +249,7 @@ def lost_output(merged: ExpertWeights, experts: Sequence[ExpertWeights], tokens:
 def test_where_none_or_all_tokens_are_held_out_sub_moe_still_merges(held: bool) -> None:
     tokens = tokens_for(3)
     merged = MERGES["sub-moe"].merge(members(3), SHARES, replace(tokens, held=torch.full_like(tokens.held, held)))
-    mean = weighted_mean(aligned(members(3), SHARES), SHARES)
+    mean = mean_expert(aligned(members(3), SHARES), SHARES)
     assert all(bool(getattr(merged, name).isfinite().all()) for name in MATRICES)
     assert held or same_to_the_bit(merged, mean), "nothing to choose by"
 
@@ -263,7 +263,7 @@ def test_least_squares_beat_the_mean_on_their_tokens(seed: int, count: int, toke
     experts, shares = members(count, seed), [1 / count] * count
     seen = tokens_for(count, tokens, seed)
     fitted = error(mergemoe.merge(experts, shares, seen), experts, shares, seen)
-    mean = error(weighted_mean(experts, shares), experts, shares, seen)
+    mean = error(mean_expert(experts, shares), experts, shares, seen)
     assert fitted <= mean * (1 + 1e-5)
     assert fitted < 0.9 * mean or tokens < WIDTH
 
@@ -284,7 +284,7 @@ def test_outputs_that_cancel_are_merged_to_nothing() -> None:
     opposite = ExpertWeights(expert.gate, expert.up * 0.5, expert.down * -2.0)
     merged = mergemoe.merge([expert, opposite], [0.5, 0.5], tokens_for(2))
     inputs = torch.randn(20, HIDDEN, generator=seeded(5))
-    mean = weighted_mean([expert, opposite], [0.5, 0.5])
+    mean = mean_expert([expert, opposite], [0.5, 0.5])
     assert outputs_of(merged, inputs).norm() < 0.2 * outputs_of(mean, inputs).norm()
 
 
@@ -292,7 +292,7 @@ def test_outputs_that_cancel_are_merged_to_nothing() -> None:
 def test_the_down_projection_against_its_formula(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(mergemoe, "_TOKENS", at_once)
     experts, shares, tokens = members(2), [0.75, 0.25], tokens_for(2)
-    mean = weighted_mean(experts, shares)
+    mean = mean_expert(experts, shares)
     phi = neurons_of(mean, tokens.inputs).double().T
     wanted = sum(s * outputs_of(e, tokens.inputs).double().T for s, e in zip(shares, experts, strict=True))
     importance = torch.diag(tokens.gates.sum(dim=1).square() * tokens.weights).double()
@@ -324,7 +324,7 @@ def test_tokens_that_do_not_count_change_nothing() -> None:
 def test_without_tokens_that_count_mergemoe_is_the_mean(count: int) -> None:
     experts, shares = members(2), [0.75, 0.25]
     tokens = MergeTokens(torch.ones(count, HIDDEN), torch.zeros(count, 2), torch.ones(count), torch.zeros(count).bool())
-    assert same_to_the_bit(mergemoe.merge(experts, shares, tokens), weighted_mean(experts, shares))
+    assert same_to_the_bit(mergemoe.merge(experts, shares, tokens), mean_expert(experts, shares))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

@@ -95,7 +95,7 @@ def test_router_similarity_by_hand() -> None:
 def test_centres_stay_their_own_though_others_are_as_close() -> None:
     closeness = np.ones((4, 2))
     closeness[3] = [0.0, 1.0]
-    assert grouping.nearest([2, 0], closeness) == [1, 0, 0, 1]
+    assert grouping.nearest_centres([2, 0], closeness) == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("method", ["m-smoe", "mergemoe"])
@@ -157,7 +157,7 @@ def test_average_balances_how_often_groups_are_selected(selected: list[int], cou
 def test_mean_outputs_are_needed_by_those_that_say_so(method: str) -> None:
     block = replace(planted([0, 0, 1, 2]), means=None)
     if MERGES[method].needs_means:
-        with pytest.raises(BadInputError, match="profile without --fast"):
+        with pytest.raises(BadInputError, match="profile without fast"):
             MERGES[method].group(block, 2)
     else:
         assert_groups(MERGES[method].group(block, 2), 4, 2)

@@ -10,11 +10,11 @@ from conftest import make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditmoe_cli.compression.counts import Keep, parse_keep
 from ditmoe_cli.compression.merge.merging import Merging, group_counts, plan_merge, undecided_merge
 from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Repair
-from ditmoe_cli.compression.prune.pruning import Keep, parse_keep
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.opened import Checkpoint
@@ -38,7 +38,7 @@ def test_a_plan_merges_every_expert_into_the_most_selected_of_its_group(
     method: str, groups: str, router: str, made: Made
 ) -> None:
     checkpoint, profile = made
-    merging = Merging(parse_keep(groups, "--groups"), method, router, Repair())  # type: ignore[arg-type]
+    merging = Merging(parse_keep(groups, "groups"), method, router, Repair())  # type: ignore[arg-type]
     if (groups, router) == ("1", "slice"):
         with pytest.raises(InfeasibleError, match="left with 2 to 6"):
             plan_merge(checkpoint, profile, merging, no_bar)
@@ -89,9 +89,9 @@ def test_an_undecided_plan_has_the_bytes_of_the_decided_one(
 
 @pytest.mark.parametrize(("groups", "said"), [("7", "1 to 6"), ("100", "1 to 6")])
 def test_more_groups_than_experts_are_infeasible(groups: str, said: str, made: Made) -> None:
-    merging = Merging(parse_keep(groups, "--groups"))
+    merging = Merging(parse_keep(groups, "groups"))
     for attempt in (group_counts, undecided_merge):
-        with pytest.raises(InfeasibleError, match=rf"--groups {groups}: block 0 has 6 experts.*{said}"):
+        with pytest.raises(InfeasibleError, match=rf"groups {groups}: block 0 has 6 experts.*{said}"):
             attempt(made[0], merging)
 
 
@@ -116,7 +116,7 @@ def test_a_fast_profile_is_enough_for_what_needs_no_outputs(method: str, tmp_pat
     checkpoint = opened(PICO, tmp_path)
     fast, merging = profile_of(checkpoint, fast=True), Merging(Keep(count=3), method)
     if MERGES[method].needs_means:
-        with pytest.raises(BadInputError, match=rf"--method {method} .*without --fast"):
+        with pytest.raises(BadInputError, match=rf"method {method} .*without fast"):
             plan_merge(checkpoint, fast, merging, no_bar)
     else:
         whole = plan_merge(checkpoint, profile_of(checkpoint, "whole"), merging, no_bar)

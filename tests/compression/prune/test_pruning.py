@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,15 @@ from conftest import make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditmoe_cli.compression.counts import Keep, parse_keep
 from ditmoe_cli.compression.methods import SALIENCIES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair
 from ditmoe_cli.compression.prune.pruning import (
-    Keep,
     Pruning,
     best,
     check_pruning,
     kept_counts,
-    parse_keep,
     plan_prune,
     undecided_plan,
 )
@@ -42,61 +39,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return opened(PICO, tmp_path_factory.mktemp("planner"))
 
 
-@given(st.integers(1, 10**6), st.integers(1, 256))
-def test_a_ratio_is_rounded_up_exactly(millionths: int, experts: int) -> None:
-    text = f"{millionths / 10**6:.6f}"
-    exact = Fraction(text) * experts
-    assert parse_keep(text).of(experts) == math.ceil(exact)
-    assert parse_keep(text).count is None
-
-
-def test_no_ratio_of_two_digits_suffers_from_binary_fractions() -> None:
-    # 0.28 * 25 is 7.000000000000001 in floating point
-    for hundredths, experts in itertools.product(range(1, 101), range(1, 65)):
-        text = f"{hundredths / 100:.2f}"
-        assert parse_keep(text).of(experts) == math.ceil(Fraction(text) * experts), (text, experts)
-
-
-@given(st.integers(1, 64).flatmap(lambda experts: st.tuples(st.just(experts), st.integers(1, experts))))
-def test_a_ratio_that_means_a_whole_number_gives_it(case: tuple[int, int]) -> None:
-    experts, kept = case
-    assert parse_keep(repr(kept / experts) if kept < experts else "1.0").of(experts) == kept
-
-
-@given(st.integers(1, 10**4), st.integers(1, 256))
-def test_a_count_is_a_count_whatever_the_block_has(count: int, experts: int) -> None:
-    assert parse_keep(str(count)) == Keep(count=count)
-    assert parse_keep(str(count)).of(experts) == count
-
-
-def test_a_decimal_point_tells_one_from_all() -> None:
-    assert parse_keep("1").of(8) == 1
-    assert parse_keep("1.0").of(8) == 8
-    assert [str(parse_keep(text)) for text in ("4", "0.5", "1.0")] == ["4", "0.5", "1.0"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "half", "0", "-1", "+0", "0.0", "-0.5", "1.5", "8.0", "nan", "inf", "-inf", "--4", "1/2", "50%", "²"],
-)
-def test_what_is_neither_ratio_nor_count_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--keep"):
-        parse_keep(text)
-
-
 @pytest.mark.parametrize("router", ["slice", "ghost"])
 def test_kept_counts_follow_each_block(router: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     uneven = pruned(checkpoint, [(0, 1, 4), range(EXPERTS)], router, tmp_path / "uneven.safetensors")
     assert kept_counts(uneven, Keep(ratio=0.7)) == [3, 4]
     assert kept_counts(uneven, Keep(count=2)) == [2, 2]
     for keep in (4, 5):
-        with pytest.raises(InfeasibleError, match=rf"--keep {keep}: block 0 has only 3 experts"):
+        with pytest.raises(InfeasibleError, match=rf"keep {keep}: block 0 has only 3 experts"):
             kept_counts(uneven, Keep(count=keep))
 
 
 @pytest.mark.parametrize("keep", ["1", "0.1", "0.2"])
 def test_keeping_fewer_than_top_k_is_infeasible(keep: str, checkpoint: Checkpoint) -> None:
-    with pytest.raises(InfeasibleError, match=rf"--keep {keep} leaves 1 of 5 experts in block 0.*top-2"):
+    with pytest.raises(InfeasibleError, match=rf"keep {keep} leaves 1 of 5 experts in block 0.*top-2"):
         kept_counts(checkpoint, parse_keep(keep))
     with pytest.raises(InfeasibleError):
         plan_prune(checkpoint, None, Pruning(parse_keep(keep), "random"))
@@ -183,13 +138,13 @@ def test_an_undecided_plan_has_the_bytes_of_every_decided_one(
 def test_bytes_that_depend_on_the_choice_need_a_decision(tmp_path: Path) -> None:
     pruning = Pruning(Keep(count=2))
     uneven = opened(make_pico(hidden=16, input_size=4, widths=((24, 24, 24), (24, 16, 24))), tmp_path)
-    with pytest.raises(BadInputError, match=r"experts of block 1 differ in size.*--profile"):
+    with pytest.raises(BadInputError, match=r"experts of block 1 differ in size.*profile"):
         undecided_plan(uneven, pruning)
     # rows that share an expert go with it: how many, only the choice tells
     merged = make_pico(hidden=16, input_size=4, widths=((24,) * 3,) * 2, expert_of=((0, 1, 2, -1), (0, 0, 1, 2)))
     source = open_checkpoint(merged.save(tmp_path / "merged.safetensors"))
     assert blocks_of(undecided_plan(source, pruning)) == (BlockPlan((0, 1), "ghost"),) * 2
-    with pytest.raises(BadInputError, match=r"router rows of block 1.*--profile"):
+    with pytest.raises(BadInputError, match=r"router rows of block 1.*profile"):
         undecided_plan(source, replace(pruning, router="slice"))
 
 
@@ -207,7 +162,7 @@ def test_an_expert_stored_in_another_dtype_needs_a_decision(tmp_path: Path) -> N
     ids=str,
 )
 def test_what_is_replayed_needs_a_decision(more: dict[str, Any], said: str, checkpoint: Checkpoint) -> None:
-    with pytest.raises(BadInputError, match=rf"{said}.*--profile"):
+    with pytest.raises(BadInputError, match=rf"{said}.*profile"):
         undecided_plan(checkpoint, replace(Pruning(Keep(count=2)), **more))
 
 
@@ -228,7 +183,7 @@ def test_what_is_packed_is_refused_before_a_profile_is_made(
 def test_a_rank_above_the_width_is_refused(checkpoint: Checkpoint) -> None:
     width = checkpoint.config.hidden_size
     check_pruning(checkpoint, Pruning(Keep(count=2), constants=True, rank=width))
-    with pytest.raises(UsageError, match=rf"--residual-rank {width + 1}.*{width}"):
+    with pytest.raises(UsageError, match=rf"residual_rank {width + 1}.*{width}"):
         check_pruning(checkpoint, Pruning(Keep(count=2), constants=True, rank=width + 1))
 
 

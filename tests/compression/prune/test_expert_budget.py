@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditmoe_cli.compression.prune.allocation import allocate
+from ditmoe_cli.compression.prune.expert_budget import allocate
 from ditmoe_cli.errors import InfeasibleError
 
 tables = st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=5), min_size=1, max_size=4)

@@ -1,4 +1,4 @@
-"""How many experts each block keeps, so that the sum of measured errors is least. Torch-free."""
+"""One budget of experts, spread over the blocks so that the sum of measured errors is least. Torch-free."""
 
 from __future__ import annotations
 

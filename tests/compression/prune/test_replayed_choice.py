@@ -10,9 +10,10 @@ import pytest
 from compressing import applied, blocks_of, network, no_bar, opened, profile_of
 from conftest import make_pico
 
+from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, RouterMode
-from ditmoe_cli.compression.prune.pruning import Keep, Pruning, plan_prune, plan_replayed
+from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune, plan_replayed
 from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens, replay_error
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.moe import SparseMoE

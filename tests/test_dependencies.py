@@ -1,0 +1,60 @@
+"""Every third-party import of the package is declared in pyproject.toml, also those inside functions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "ditmoe_cli"
+FOR_DEVELOPERS = ("test", "lint", "peers")  # extras that the package itself must not rest on
+ALIASES = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The top-level names of all modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "find_spec")):
+            first = node.args[0]
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield first.value.split(".")[0]
+
+
+def third_party() -> dict[str, str]:
+    """Third-party modules that the package imports, each with a file that does."""
+    found = {name: str(file) for file in sorted(PACKAGE.rglob("*.py")) for name in imported(file)}
+    return {name: file for name, file in found.items() if name not in sys.stdlib_module_names | {"ditmoe_cli"}}
+
+
+def plain(name: str) -> str:
+    """The name of a distribution, as registries compare them."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared() -> set[str]:
+    """The distributions that pyproject.toml declares for users: dependencies and extras."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in extras.keys() - {*FOR_DEVELOPERS} for line in extras[name])]
+    return {plain(re.split(r"[\s\[<>=!~;]", line)[0]) for line in lines}
+
+
+def test_imports_inside_functions_are_seen() -> None:
+    assert {"torch", "numpy", "scipy", "typer", "matplotlib", "bitsandbytes"} <= third_party().keys()
+
+
+@pytest.mark.parametrize("module", third_party())
+def test_every_third_party_import_is_declared(module: str) -> None:
+    distributions = {ALIASES.get(module, module), *packages_distributions().get(module, ())}
+    assert {plain(name) for name in distributions} & declared(), f"{module} is imported by {third_party()[module]}"
