@@ -78,7 +78,7 @@ def apply(
         return Applied(_write(checkpoint, planned, output, bar), Measured())
     check_target(output.path, output.force, [checkpoint.path])
     with TemporaryDirectory(prefix="ditmoe-") as folder:
-        computing = Computing(checkpoint, _profile_of(plan, profile), Spool(Path(folder)), device, bar)
+        computing = Computing(checkpoint, _profile_of(plan, profile), device, bar, Spool(Path(folder)))
         (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
         measured = _compute(computing, stage)
         return Applied(_write(checkpoint, planned, output, bar, computing.spool), measured)
@@ -110,9 +110,9 @@ def _compute(computing: Computing, stage: PlanStage) -> Measured:
             differencing.encode(computing, stage)
             return Measured()
         case Formats() if stage.rounding is not None:
-            from ditmoe_cli.compression.rounding.gptq_blocks import encode
+            from ditmoe_cli.compression.rounding.gptq_blocks import round_blocks
 
-            rounded = encode(computing, stage)
+            rounded = round_blocks(computing, stage)
             return Measured(prediction_error=rounded.error, top_k_agreement=rounded.agreement)
         case Formats():
             from ditmoe_cli.compression.replay.neuron_order import encode_ordered

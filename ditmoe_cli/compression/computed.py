@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.compression.block_layout import BlockLayout
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.model.opened import Checkpoint
-from ditmoe_cli.progress import ProgressBar
-from ditmoe_cli.routing.profile import RoutingProfile
 
 if TYPE_CHECKING:
     import torch
@@ -51,22 +50,14 @@ class Spool:
 
 
 @dataclass(frozen=True)
-class Computing:
-    """The checkpoint that weights are computed from, and the means to do so.
+class Computing(Calibrated):
+    """The checkpoint that weights are computed from, with the profile that the plan was made with, and the spool.
 
     Attributes:
-        checkpoint: the original.
-        profile: the routing profile that the plan was made with, which holds the calibration states.
         spool: where computed weights wait for the writer.
-        device: where they are computed.
-        bar: shows progress.
     """
 
-    checkpoint: Checkpoint
-    profile: RoutingProfile
     spool: Spool
-    device: str
-    bar: ProgressBar
 
 
 def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

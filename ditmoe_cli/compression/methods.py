@@ -11,11 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ditmoe_cli.compression.calibrated import Calibrated
     from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
     from ditmoe_cli.compression.plan import RouterMode
-    from ditmoe_cli.compression.precision.budget import Choice
-    from ditmoe_cli.compression.precision.task import Task
-    from ditmoe_cli.compression.replay.subsets import BlockTokens
+    from ditmoe_cli.compression.precision.mix import Mix
+    from ditmoe_cli.compression.precision.mix_request import MixRequest
+    from ditmoe_cli.compression.replay.tokens import BlockTokens
     from ditmoe_cli.model.expert_weights import ExpertWeights
     from ditmoe_cli.model.moe import SparseMoE
     from ditmoe_cli.routing.profile import RoutingTables
@@ -65,9 +66,9 @@ class MergeMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class MixMethod(Method):
-    """A way to mix precisions: `choose(task)` returns formats within the task's budget."""
+    """A way to mix precisions: `choose(request, calibrated)` returns formats within the request's limit."""
 
-    choose: Callable[[Task], Choice]
+    choose: Callable[[MixRequest, Calibrated], Mix]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.computed import expert_map_bytes, source_dtype
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats
-from ditmoe_cli.compression.replay.ordered import is_ordered
-from ditmoe_cli.compression.rounding.smoothed import is_smoothed
+from ditmoe_cli.compression.replay.neuron_order import is_ordered
+from ditmoe_cli.compression.rounding.smooth import is_smoothed
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name

@@ -18,8 +18,8 @@ from ditmoe_cli.compression.new_mixture import Source, expert_map, new_weights, 
 from ditmoe_cli.compression.plan import Experts, Repair
 from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
-from ditmoe_cli.compression.replay.states import calibration_states
-from ditmoe_cli.compression.replay.stream import Stream, Tokens
+from ditmoe_cli.compression.replay.states import fitting_states
+from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
@@ -28,10 +28,8 @@ from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.routing.calibration_settings import profiled_spec
 
 TOKENS_PER_UNKNOWN = 32
-FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536
 
 
 def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
@@ -45,7 +43,7 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     errors = []
     title = f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
-    with torch.inference_mode(), resident_blocks(model, computing.bar, title) as blocks:
+    with resident_blocks(model, computing.bar, title) as blocks:
         stream = _stream(computing, stage, layouts, model) if needs_tokens(stage) else None
         for (index, block), layout in zip(blocks, layouts, strict=True):
             seen = stream.attend(block) if stream else None
@@ -75,23 +73,20 @@ def needs_tokens(stage: Experts) -> bool:
     return stage.repair is not None or fitted or any(b.constants or b.shared_width for b in stage.blocks)
 
 
-def _stream(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout], model: OffloadedDiTMoE) -> Stream:
-    checkpoint, profile = computing.checkpoint, computing.profile
-    spec = profiled_spec(profile.calibration, checkpoint)
-    return Stream(model, calibration_states(profile, spec, _wanted(checkpoint.config, layouts, stage.repair)))
+def _stream(
+    computing: Computing, stage: Experts, layouts: Sequence[BlockLayout], model: OffloadedDiTMoE
+) -> CalibrationStream:
+    """Return the calibration states in front of the first block, enough for the unknowns of an output of any block."""
+    width = computing.checkpoint.config.hidden_size
+    unknowns = max(sum(layout.config.expert_widths) + layout.config.shared_width + width for layout in layouts)
+    tokens = stage.repair.tokens if stage.repair else 0
+    return CalibrationStream(model, fitting_states(computing, unknowns, TOKENS_PER_UNKNOWN, tokens))
 
 
 def _as_stored(stored: Mapping[str, Tensor], config: DiTMoEConfig, layout: BlockLayout, device: str) -> SparseMoE:
     """Return a mixture with its weights rounded as they are written."""
     rounded = {name: tensor.to(device, torch.float32) for name, tensor in stored.items() if name != EXPERT_OF}
     return mixture_of({**rounded, **expert_map(layout, device)}, config, layout.config)
-
-
-def _wanted(config: DiTMoEConfig, layouts: Sequence[BlockLayout], repair: Repair | None) -> int:
-    """Return how many states to fit on: enough tokens for the number of unknowns of an output."""
-    unknowns = max(sum(b.config.expert_widths) + b.config.shared_width + config.hidden_size for b in layouts)
-    tokens = (repair.tokens if repair else 0) or min(max(TOKENS_PER_UNKNOWN * unknowns, FEWEST_TOKENS), MOST_TOKENS)
-    return max(tokens // config.num_patches, 16)
 
 
 def mixture_of(weights: Mapping[str, Tensor], config: DiTMoEConfig, block: BlockConfig) -> SparseMoE:

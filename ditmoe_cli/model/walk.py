@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 
+import torch
+
 from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, resident_block
 from ditmoe_cli.progress import Progress, ProgressBar, silent_bar
@@ -22,16 +24,14 @@ def resident_blocks(
             for index, block in blocks:
                 ...
 
-    Leaving the context, by an exception too, frees the block and closes the bar.
+    No gradients are recorded within the context. Leaving it, by an exception too, frees the block and closes the bar.
     """
     total = model.config.depth
-    with bar(title, total) as progress, closing(_one_by_one(model, total, progress)) as blocks:
+    with torch.inference_mode(), bar(title, total) as progress, closing(_walk(model, total, progress)) as blocks:
         yield blocks
 
 
-def _one_by_one(
-    model: DiTMoE | OffloadedDiTMoE, total: int, progress: Progress
-) -> Generator[tuple[int, Block], None, None]:
+def _walk(model: DiTMoE | OffloadedDiTMoE, total: int, progress: Progress) -> Generator[tuple[int, Block], None, None]:
     for index in range(total):
         with resident_block(model, index) as block:
             yield index, block

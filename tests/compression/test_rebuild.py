@@ -25,6 +25,7 @@ from compressing import (
     stored,
 )
 from conftest import Pico, make_pico
+from replaying import error_by_hand
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -35,8 +36,9 @@ from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, parse_plan
 from ditmoe_cli.compression.precision.uniform import plan_uniform
+from ditmoe_cli.compression.replay import states as state_budget
 from ditmoe_cli.compression.replay.states import calibration_states
-from ditmoe_cli.compression.replay.subsets import block_tokens, replay_error
+from ditmoe_cli.compression.replay.tokens import reservoir_tokens
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.moe import MoEEvent
@@ -54,7 +56,7 @@ THOROUGH = Repair(tokens=4096)
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for the few unknowns here."""
-    monkeypatch.setattr(rebuilding, "FEWEST_TOKENS", 512)
+    monkeypatch.setattr(state_budget, "FEWEST_TOKENS", 512)
     monkeypatch.setattr(rebuilding, "TOKENS_PER_UNKNOWN", 1)
 
 
@@ -184,7 +186,7 @@ def test_refitted_blocks_are_nearer_to_the_original(router: str, made: Made, tmp
     plain = applied(checkpoint, planned(checkpoint, block), tmp_path / "plain.safetensors")
     apply(checkpoint, planned(checkpoint, block, repair=THOROUGH), Output(tmp_path / "r.safetensors"), profile=profile)
     errors = [
-        replay_error(block_tokens(profile, 0), *(network(c).blocks[0].moe for c in (checkpoint, other)))
+        error_by_hand(reservoir_tokens(profile, 0), *(network(c).blocks[0].moe for c in (checkpoint, other)))
         for other in (plain, open_checkpoint(tmp_path / "r.safetensors"))
     ]
     assert errors[1] < 0.8 * errors[0]

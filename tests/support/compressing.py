@@ -7,19 +7,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import Pico
 from torch import Tensor, nn
 
 from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
+from ditmoe_cli.compression.replay import amplification, guided
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import Observer
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -192,3 +196,14 @@ def naive_outputs(pico: Pico, softmax_over: Sequence[Sequence[int]], select_from
     for i, block in enumerate(model.blocks):
         block.moe = NaiveMixture(pico.state, i, pico.config.top_k, softmax_over[i], select_from[i])
     return outputs(model)
+
+
+def calibrated(checkpoint: Checkpoint, profile: RoutingProfile) -> Calibrated:
+    """A checkpoint and its profile, to compute on without a bar."""
+    return Calibrated(checkpoint, profile, "cpu", silent_bar)
+
+
+def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """As many for the streams that carry errors as for what is replayed, so that both see the same."""
+    monkeypatch.setattr(guided, "MEASURED_TOKENS", tokens)
+    monkeypatch.setattr(amplification, "SENT_TOKENS", tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.plan import RouterMode
-from ditmoe_cli.compression.replay.subsets import BlockTokens
+from ditmoe_cli.compression.replay.tokens import BlockTokens
 from ditmoe_cli.model.config import GHOST, BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
 

@@ -19,7 +19,7 @@ from ditmoe_cli.compression.delta.delta_sizes import delta_tensors, rank_of_rati
 from ditmoe_cli.compression.delta.expert_base import base_of, difference
 from ditmoe_cli.compression.new_mixture import expert_weights, named
 from ditmoe_cli.compression.plan import Differences
-from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens
+from ditmoe_cli.compression.replay.tokens import BlockTokens, reservoir_tokens
 from ditmoe_cli.files.names import BASE, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.differences import SvdDifference, TernaryDifference
@@ -44,7 +44,7 @@ def encode(computing: Computing, stage: Differences) -> None:
     dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, stage)}
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     title = f"taking the differences of {checkpoint.path.name}"
-    with torch.inference_mode(), resident_blocks(model, computing.bar, title) as blocks:
+    with resident_blocks(model, computing.bar, title) as blocks:
         for index, block in blocks:
             encoded = _encoded(block.moe, index, stage, profile, dtypes)
             stored = {name: as_stored(checkpoint, name, tensor, dtypes[name]) for name, tensor in encoded}
@@ -80,7 +80,7 @@ def _packed(name: str, matrix: Tensor, stage: Differences, covariance: Tensor | 
 
 
 def _tokens(profile: RoutingProfile, index: int) -> BlockTokens | None:
-    return block_tokens(profile, index) if "reservoir.inputs" in profile.header.tensors else None
+    return reservoir_tokens(profile, index) if "reservoir.inputs" in profile.header.tensors else None
 
 
 def _covariances(moe: SparseMoE, expert: int, order: Sequence[int], tokens: BlockTokens) -> Covariances:

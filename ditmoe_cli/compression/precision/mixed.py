@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
-from ditmoe_cli.compression.plan import CompressionPlan, Rounding
+from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work
-from ditmoe_cli.compression.precision.budget import Budget, budget_bytes, check_budget, plan_mixed
-from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
-from ditmoe_cli.compression.precision.task import Task
+from ditmoe_cli.compression.precision.budget import Budget
+from ditmoe_cli.compression.precision.candidates import Candidates, format_counts
+from ditmoe_cli.compression.precision.mix import Mix, least_bytes
+from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -38,31 +41,20 @@ class MixedPrecision(Planner):
 
     def check(self, work: Work) -> None:
         """Refuse checkpoints that are quantised already, and a budget that nothing fits."""
-        formats = candidate_formats(work.checkpoint, self.candidates)
-        check_budget(work.checkpoint, formats, self.candidates, self._limit(work), work.output)
+        least_bytes(self._request(work))
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Choose formats by the method, and try them where the method has not."""
-        from ditmoe_cli.compression.precision.trial import trial
+        from ditmoe_cli.compression.precision.trial import try_formats
 
         assert profile is not None
-        checkpoint, device = work.checkpoint, work.device()
-        task = Task(
-            checkpoint=checkpoint,
-            profile=profile,
-            candidates=self.candidates,
-            formats=candidate_formats(checkpoint, self.candidates),
-            limit=self._limit(work),
-            output=work.output,
-            device=device,
-            bar=work.bar,
-        )
-        choice = MIXES[self.method].choose(task)
-        tried = choice.tried
-        if tried is None:
-            tried = trial(checkpoint, profile, choice.formats, device, work.bar).error
-        options = {"method": self.method, **self.budget.options(), "tried_error": tried}
-        return plan_mixed(checkpoint, profile.digest, choice, options, self.rounding)
+        calibrated = Calibrated(work.checkpoint, profile, work.device(), work.bar)
+        mix = MIXES[self.method].choose(self._request(work), calibrated)
+        tried_error = mix.tried_error
+        if tried_error is None:
+            tried_error = try_formats(calibrated, mix.formats).error
+        options = {"method": self.method, **self.budget.options(), "tried_error": tried_error}
+        return plan_mix(calibrated, mix, options, self.rounding)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""
@@ -74,6 +66,18 @@ class MixedPrecision(Planner):
         names = ("method", "predicted_error", "tried_error", "gap", "solver")
         return {**format_counts(plan), **{name: plan.options[name] for name in names if name in plan.options}}
 
-    def _limit(self, work: Work) -> int:
-        """Return the bytes that the file may take."""
-        return budget_bytes(work.checkpoint, self.budget, self.candidates, work.output)
+    def _request(self, work: Work) -> MixRequest:
+        return mix_request(work.checkpoint, self.candidates, self.budget, work.output)
+
+
+def plan_mix(
+    calibrated: Calibrated, mix: Mix, options: Mapping[str, Any], rounding: Rounding | None
+) -> CompressionPlan:
+    """Return the plan that stores weights in the formats of a mix; `options` are noted beside the mix's own."""
+    return CompressionPlan(
+        "quantize",
+        calibrated.checkpoint.fingerprint,
+        calibrated.profile.digest,
+        {**options, **mix.options},
+        stages=(Formats(mix.formats, rounding, mix.ordering),),
+    )

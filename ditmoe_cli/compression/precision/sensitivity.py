@@ -1,15 +1,15 @@
-"""What each number format of each weight would cost, in squared error of the guided prediction.
+"""The sensitivity of the guided prediction to each number format of each weight, as a squared error.
 
 Calibration states run through the original blocks. In each block the error of a format is replayed on the tokens at
 hand, where it enters the residual stream: after γ, routed by the original router, on guided pairs (see
-`compression.replay.subsets`). How much of an error that enters there arrives in the prediction is measured, for
+`compression.replay.tokens`). How much of an error that enters there arrives in the prediction is measured, for
 each block and kind of weight, by sending states with a known error through the rest of the model:
 
     error(W, format) = a_bk Σ_pairs ‖s γ_c e_c - (s - 1) γ_u e_u‖² / pairs
 
-with the amplification a_bk of block b and kind k (`ditmoe_cli.compression.replay.amplification`). Weights outside the
-blocks are measured by the prediction alone. Errors of a plan are taken to add up;
-`ditmoe_cli.compression.precision.trial` tells how nearly they do.
+with the amplification a_bk of block b and kind k (`compression.replay.amplification`). Weights outside the blocks are
+measured by the prediction alone. Errors of a plan are taken to add up; `compression.precision.trial` measures how
+nearly they do.
 
 One block's weights are in memory at a time, beside the streams.
 """
@@ -18,34 +18,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditmoe_cli.compression.replay.amplification import (
-    Amplification,
-    Probes,
-    Stream,
-    embedded,
-    kind_of,
-    measured_states,
-)
-from ditmoe_cli.compression.replay.guided import Conditions, relative_error, slices
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.replay.amplification import Amplification, ErrorStreams, kind_of, relative_error
+from ditmoe_cli.compression.replay.guided import GuidedStates, measured_states
 from ditmoe_cli.compression.replay.rounded_layers import linear, nearest, require_range, rounded
-from ditmoe_cli.compression.replay.subsets import BlockTokens
+from ditmoe_cli.compression.replay.stream import Stream, embedded
+from ditmoe_cli.compression.replay.tokens import BlockTokens, attended_tokens
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert, split_name
-from ditmoe_cli.model.dit import Attended, Block
+from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
+from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import ProgressBar
-from ditmoe_cli.routing.profile import RoutingProfile
 
-Formats = Mapping[str, Sequence[str]]
+Tried = Mapping[str, Sequence[str]]
+"""The formats to try for each weight."""
 Errors = dict[str, dict[str, float]]
+"""The error of each weight in each format."""
 
 REFERENCE = "int3-g64"  # the format whose error is sent through the model
 EXPERT_TOKENS = 2_048  # most guided tokens of one expert
@@ -53,7 +49,7 @@ EXPERT_TOKENS = 2_048  # most guided tokens of one expert
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What was measured.
+    """Measured errors of formats.
 
     Attributes:
         errors: of each weight and format, in relative squared error of the guided prediction.
@@ -66,8 +62,8 @@ class Sensitivities:
     def at(self, amplification: Amplification) -> Sensitivities:
         """Return the errors with amplifications measured anew; where one was not (0), the old one stays."""
         new = tuple(
-            {kind: found.get(kind) or known for kind, known in old.items()}
-            for old, found in zip(self.amplification, amplification, strict=True)
+            {kind: measured.get(kind) or known for kind, known in old.items()}
+            for old, measured in zip(self.amplification, amplification, strict=True)
         )
         return Sensitivities({name: self._scaled(name, new) for name in self.errors}, new)
 
@@ -80,125 +76,120 @@ class Sensitivities:
         return {fmt: error / old * new if old else error for fmt, error in errors.items()}
 
 
-def measure(
-    checkpoint: Checkpoint, profile: RoutingProfile, formats: Formats, device: str, bar: ProgressBar
-) -> Sensitivities:
+class _StreamError(NamedTuple):
+    """The error that a format of a weight, named within its block, gives to the stream."""
+
+    name: str
+    format: str
+    error: float
+
+
+def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivities:
     """Measure every weight that `formats` names, in each of its formats.
 
     Raises `BadInputError` for a profile without states, and for values that are not finite.
     """
-    model = OffloadedDiTMoE(checkpoint, torch.device(device))
-    with torch.inference_mode(), resident_blocks(model, bar, f"measuring {checkpoint.path.name}") as blocks:
-        found = _Measurement(model, measured_states(checkpoint, profile, model), formats)
+    checkpoint = calibrated.checkpoint
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    with resident_blocks(model, calibrated.bar, f"measuring {checkpoint.path.name}") as blocks:
+        measurement = _Measurement(model, measured_states(calibrated, model), formats)
         for index, block in blocks:
-            found.block(index, block)
-        return found.result(checkpoint)
+            measurement.pass_through(index, block)
+        return measurement.result(checkpoint)
 
 
 class _Measurement:
-    """States on their way through the blocks, and what they tell."""
+    """States on their way through the blocks, and the errors that are measured there."""
 
-    def __init__(self, model: OffloadedDiTMoE, states: Conditions, formats: Formats) -> None:
+    def __init__(self, model: OffloadedDiTMoE, states: GuidedStates, formats: Tried) -> None:
         self.model, self.states = model, states
         self.formats = {name: fmts for name, fmts in formats.items() if fmts}
-        self.stream = Stream(*embedded(model, states))
-        self.probes = Probes(model, states)
-        self.local: dict[int, list[tuple[str, str, str, float]]] = {}
+        self.stream = embedded(model, states)
+        self.error_streams = ErrorStreams(model, states)
+        self.stream_errors: dict[int, list[_StreamError]] = {}
         for name in self.formats:
             if split_name(name).block is None:
                 require_range(model.linear(name).weight, name)
-        self.early = dict(self._embedders())
+        self.of_embedders = dict(self._embedder_streams())
 
-    def _embedders(self) -> Iterator[tuple[tuple[str, str], Stream]]:
-        """Yield streams of states that were embedded by rounded weights."""
+    def _embedder_streams(self) -> Iterator[tuple[tuple[str, str], Stream]]:
+        """Yield streams of states that were embedded by rounded weights, by (weight, format)."""
         for name in self.formats:
             if split_name(name).block is None and name.startswith("t_embedder."):
                 layer = self.model.linear(name)
                 for fmt in self.formats[name]:
                     with rounded({layer: fmt}):
-                        yield (name, fmt), Stream(*embedded(self.model, self.probes.states))
+                        yield (name, fmt), embedded(self.model, self.error_streams.states)
 
-    def block(self, index: int, block: Block) -> None:
+    def pass_through(self, index: int, block: Block) -> None:
         """Measure a block's weights, and let all streams pass it."""
-        named = {
-            n.removeprefix(in_block(index, "")): fmts
-            for n, fmts in self.formats.items()
-            if split_name(n).block == index
+        formats = {
+            name.removeprefix(in_block(index, "")): fmts
+            for name, fmts in self.formats.items()
+            if split_name(name).block == index
         }
-        for name in named:
+        for name in formats:
             require_range(linear(block, name).weight, in_block(index, name))
-        after = self.probes.base.through(block)
-        for stream in self.early.values():
+        after = self.error_streams.original.through(block)
+        for stream in self.of_embedders.values():
             stream.x = stream.through(block)
-        seen = [block.attend(self.stream.x[rows], self.stream.c[rows]) for rows in slices(len(self.stream.x))]
-        of_mixture = self._of_mixture(index, block, named, block_tokens_of(seen, self.states))
-        self.local[index] = [*self._of_streams(index, block, named, after), *of_mixture]
-        self.probes.pass_through(index, block, dict.fromkeys(named, REFERENCE), after)
-        self.stream.x = torch.cat([block.mix(part, index, None) for part in seen])
+        attended = self.stream.attended(block)
+        of_mixture = mixture_errors(block, attended_tokens(attended, self.states), formats)
+        self.stream_errors[index] = [*self._dense_errors(block, formats, after), *of_mixture]
+        self.error_streams.pass_through(index, block, dict.fromkeys(formats, REFERENCE), after)
+        self.stream.x = torch.cat([block.mix(part, index, None) for part in attended])
 
-    def _of_streams(
-        self, index: int, block: Block, named: Formats, after: Tensor
-    ) -> Iterator[tuple[str, str, str, float]]:
-        """Yield (kind, weight, format, error of the stream) of attention and modulation."""
-        for name, formats in named.items():
+    def _dense_errors(self, block: Block, formats: Tried, after: Tensor) -> Iterator[_StreamError]:
+        """Yield the errors of attention and modulation, from the original's tokens behind the block."""
+        streams = self.error_streams
+        for name, fmts in formats.items():
             if kind_of(name) == "mixture":
                 continue
-            for fmt in formats:
+            for fmt in fmts:
                 with rounded({linear(block, name): fmt}):
-                    error = self.probes.states.energy(self.probes.base.through(block) - after)
-                yield kind_of(name), in_block(index, name), fmt, error
-
-    def _of_mixture(
-        self, index: int, block: Block, named: Formats, tokens: BlockTokens
-    ) -> Iterator[tuple[str, str, str, float]]:
-        """Yield the same of experts and the shared expert, replayed on this block's tokens."""
-        routing = block.moe.gate(tokens.inputs)
-        for e, expert in enumerate(block.moe.experts):
-            gates = routing.gate_of(e)
-            matrices = {
-                f"{m}.weight": named.get(in_expert(0, e, f"{m}.weight").removeprefix(in_block(0, "")), ())
-                for m in MATRICES
-            }
-            for matrix, fmt, error in expert_errors(expert, tokens, gates, matrices):
-                yield "mixture", in_expert(index, e, matrix), fmt, error
-        everyone = torch.ones_like(gates)
-        matrices = {f"{m}.weight": named.get(f"{SHARED}.{m}.weight", ()) for m in MATRICES}
-        for matrix, fmt, error in expert_errors(block.moe.shared_experts, tokens, everyone, matrices):
-            yield "mixture", in_block(index, f"{SHARED}.{matrix}"), fmt, error
+                    error = streams.states.energy(streams.original.through(block) - after)
+                yield _StreamError(name, fmt, error)
 
     def result(self, checkpoint: Checkpoint) -> Sensitivities:
-        """Compare what arrived, and measure what stands after the blocks."""
-        probes, errors = self.probes, Errors()
-        wanted, amplification = probes.predicted(probes.base), probes.amplification()
-        for index, entries in self.local.items():
-            for kind, name, fmt, local in entries:
-                errors.setdefault(name, {})[fmt] = local * amplification[index][kind]
-        for (name, fmt), stream in self.early.items():
-            errors.setdefault(name, {})[fmt] = relative_error(probes.predicted(stream), wanted)
-        for name, formats in self.formats.items():
+        """Compare the predictions, and measure the weights behind the blocks."""
+        streams, errors = self.error_streams, Errors()
+        expected, amplification = streams.predicted(streams.original), streams.amplification()
+        for index, measured in self.stream_errors.items():
+            for name, fmt, error in measured:
+                errors.setdefault(in_block(index, name), {})[fmt] = error * amplification[index][kind_of(name)]
+        for (name, fmt), stream in self.of_embedders.items():
+            errors.setdefault(name, {})[fmt] = relative_error(streams.predicted(stream), expected)
+        for name, fmts in self.formats.items():
             if name.startswith("final_layer."):
-                for fmt in formats:
+                for fmt in fmts:
                     with rounded({self.model.linear(name): fmt}):
-                        errors.setdefault(name, {})[fmt] = relative_error(probes.predicted(probes.base), wanted)
-        for name, found in errors.items():
-            if not all(torch.tensor(list(found.values())).isfinite()):
+                        prediction = streams.predicted(streams.original)
+                        errors.setdefault(name, {})[fmt] = relative_error(prediction, expected)
+        for name, of_formats in errors.items():
+            if not all(torch.tensor(list(of_formats.values())).isfinite()):
                 raise BadInputError(f"{checkpoint.path}: the error of rounding {name!r} is not finite")
         return Sensitivities(errors, amplification)
 
 
-def block_tokens_of(seen: Sequence[Attended], states: Conditions) -> BlockTokens:
-    """Return the tokens that a block's mixture is given, in guided pairs."""
-    inputs = torch.cat([part.inputs for part in seen])
-    patches = inputs.shape[1]
-    gamma = torch.cat([part.gamma for part in seen]).repeat_interleave(patches, dim=0)
-    each = inputs.shape[0] * patches // states.branches
-    coefficients = torch.tensor(states.coefficients, device=inputs.device).repeat_interleave(each)
-    bins = torch.zeros(len(coefficients), dtype=torch.int64, device=inputs.device)
-    return BlockTokens(inputs.flatten(0, 1), gamma, coefficients, bins, states.branches)
+def mixture_errors(block: Block, tokens: BlockTokens, formats: Tried) -> Iterator[_StreamError]:
+    """Yield the errors of a block's experts, the shared one last, replayed on the tokens of its mixture."""
+    routing = block.moe.gate(tokens.inputs)
+    for e, expert in enumerate(block.moe.experts):
+        yield from _of_expert(f"moe.experts.{e}", expert, tokens, routing.gate_of(e), formats)
+    every_token = torch.ones_like(routing.gate_of(0))
+    yield from _of_expert(SHARED, block.moe.shared_experts, tokens, every_token, formats)
+
+
+def _of_expert(
+    stem: str, expert: nn.Module, tokens: BlockTokens, gates: Tensor, formats: Tried
+) -> Iterator[_StreamError]:
+    of_matrices = {f"{matrix}.weight": formats.get(f"{stem}.{matrix}.weight", ()) for matrix in MATRICES}
+    for matrix, fmt, error in expert_errors(expert, tokens, gates, of_matrices):
+        yield _StreamError(f"{stem}.{matrix}", fmt, error)
 
 
 def expert_errors(
-    expert: nn.Module, tokens: BlockTokens, gates: Tensor, formats: Formats
+    expert: nn.Module, tokens: BlockTokens, gates: Tensor, formats: Tried
 ) -> Iterator[tuple[str, str, float]]:
     """Yield (matrix, format, Σ ‖guided error‖² / pairs) of rounding one matrix of an expert at a time.
 

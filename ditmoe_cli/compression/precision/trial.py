@@ -7,24 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from ditmoe_cli.compression.replay.amplification import Amplification, Probes, Stream, embedded, measured_states
-from ditmoe_cli.compression.replay.guided import relative_error
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.replay.amplification import Amplification, ErrorStreams, relative_error
+from ditmoe_cli.compression.replay.guided import measured_states
 from ditmoe_cli.compression.replay.neuron_order import Orders, reorder
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
+from ditmoe_cli.compression.replay.stream import embedded
 from ditmoe_cli.files.names import in_block, split_name
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import ProgressBar
-from ditmoe_cli.routing.profile import RoutingProfile
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a mix does.
+    """The errors of a mix that was tried.
 
     Attributes:
-        error: relative squared error of the guided prediction, on the states that were measured on.
+        error: relative squared error of the guided prediction, on the states that errors are measured on.
         amplification: of each block and kind of weight, with errors of this mix's size.
     """
 
@@ -32,37 +31,28 @@ class Trial:
     amplification: Amplification
 
 
-def trial(
-    checkpoint: Checkpoint,
-    profile: RoutingProfile,
-    formats: Mapping[str, str],
-    device: str,
-    bar: ProgressBar,
-    orders: Sequence[Orders] = (),
-) -> Trial:
-    """Round every weight to its format and see what that does to the prediction.
+def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders] = ()) -> Trial:
+    """Round every weight to its format, and measure the error of the prediction.
 
-    With `orders`, one mapping a block, the neurons of experts are put in order first.
+    With `orders`, one mapping a block, the neurons of experts are put in order first. Raises `BadInputError` for a
+    profile without states.
     """
-    model = OffloadedDiTMoE(checkpoint, torch.device(device))
-    with torch.inference_mode(), resident_blocks(model, bar, f"trying the plan for {checkpoint.path.name}") as blocks:
-        probes = Probes(model, measured_states(checkpoint, profile, model))
+    checkpoint = calibrated.checkpoint
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    with resident_blocks(model, calibrated.bar, f"trying the plan for {checkpoint.path.name}") as blocks:
+        streams = ErrorStreams(model, measured_states(calibrated, model))
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
         with rounded(outside):
-            changed = Stream(*embedded(model, probes.states))
+            changed = embedded(model, streams.states)
         for index, block in blocks:
-            own_formats = {n: fmt for n, fmt in formats.items() if split_name(n).block == index}
+            own_formats = {name: fmt for name, fmt in formats.items() if split_name(name).block == index}
             if orders:
                 reorder(block, index, orders[index])
-            probes.pass_through(
-                index,
-                block,
-                {n.removeprefix(in_block(index, "")): fmt for n, fmt in own_formats.items()},
-                probes.base.through(block),
-            )
+            within_block = {name.removeprefix(in_block(index, "")): fmt for name, fmt in own_formats.items()}
+            streams.pass_through(index, block, within_block, streams.original.through(block))
             with rounded(layers_of(block, index, own_formats)):
                 changed.x = changed.through(block)
-        wanted = probes.predicted(probes.base)
+        expected = streams.predicted(streams.original)
         with rounded(outside):
-            found = probes.predicted(changed)
-        return Trial(relative_error(found, wanted), probes.amplification())
+            prediction = streams.predicted(changed)
+        return Trial(relative_error(prediction, expected), streams.amplification())

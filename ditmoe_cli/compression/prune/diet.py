@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ditmoe_cli.compression.plan import RouterMode
 from ditmoe_cli.compression.prune.subset_search import Subset, best_subset
-from ditmoe_cli.compression.replay.subsets import BlockTokens, contributions, kept_experts, ranked_chunks
+from ditmoe_cli.compression.replay.subsets import contributions, kept_experts, ranked_chunks
+from ditmoe_cli.compression.replay.tokens import BlockTokens
 from ditmoe_cli.model.moe import SparseMoE
 
 

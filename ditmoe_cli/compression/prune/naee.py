@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ditmoe_cli.compression.plan import RouterMode
 from ditmoe_cli.compression.prune.subset_search import Subset, best_subset
-from ditmoe_cli.compression.replay.subsets import BlockTokens, SubsetReplay
+from ditmoe_cli.compression.replay.subsets import SubsetReplay
+from ditmoe_cli.compression.replay.tokens import BlockTokens
 from ditmoe_cli.model.moe import SparseMoE
 
 

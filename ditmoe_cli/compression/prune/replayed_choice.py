@@ -16,7 +16,8 @@ from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import RouterMode
 from ditmoe_cli.compression.prune.expert_budget import allocate
 from ditmoe_cli.compression.prune.naee import least_error_subset
-from ditmoe_cli.compression.replay.subsets import SubsetReplay, block_tokens
+from ditmoe_cli.compression.replay.subsets import SubsetReplay
+from ditmoe_cli.compression.replay.tokens import reservoir_tokens
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
@@ -71,10 +72,10 @@ def choose_replayed(
     """
     model = OffloadedDiTMoE(checkpoint, torch.device(device))
     top_k, choices = checkpoint.config.top_k, []
-    with torch.inference_mode(), resident_blocks(model, bar, f"replaying {checkpoint.path.name}") as blocks:
+    with resident_blocks(model, bar, f"replaying {checkpoint.path.name}") as blocks:
         errors = []
         for index, block in blocks:
-            replay = SubsetReplay(block_tokens(profile, index), block.moe)
+            replay = SubsetReplay(reservoir_tokens(profile, index), block.moe)
             subset_of = _chooser(profile, criterion, index, block.moe, replay)
             sizes = range(top_k, len(block.moe.experts) + 1) if criterion.shared_budget else (counts[index],)
             subsets = tuple(subset_of(size) for size in sizes)
@@ -96,7 +97,7 @@ def _chooser(
     if criterion.method == "naee":  # shares the replay that errors are taken from
         return lambda size: least_error_subset(replay, len(moe.experts), size, mode)
     if criterion.method in SEARCHES:
-        tokens = block_tokens(profile, index)
+        tokens = reservoir_tokens(profile, index)
         return lambda size: SEARCHES[criterion.method].choose(tokens, moe, size, mode)
     scores = SALIENCIES[criterion.method].score(profile.tables, criterion.seed)[index]
     order = sorted(range(len(scores)), key=lambda e: (-scores[e], e))

@@ -1,26 +1,36 @@
-"""States as a model is given them, and errors as they count under guidance."""
+"""Calibration states in all guidance branches, as a model is given them, and errors as they count under guidance."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ditmoe_cli.compression.replay.states import States
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.replay.states import FEWEST_STATES, States, calibration_states
 from ditmoe_cli.diffusion.guidance import combine
-from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.routing.calibration_settings import profiled_spec
 
-_ROWS = 64  # images that go through a block at once
+MEASURED_TOKENS = 16_384  # that errors are measured on, of all branches
+_IMAGES = 64  # that go through a block at once
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """States as a model is given them, all branches, conditional first."""
+class GuidedStates:
+    """States in all branches, the conditional one first: N states take N or, under guidance, 2 N rows.
+
+    Attributes:
+        z: (rows, C, S, S) noisy images.
+        t: (rows,) times.
+        labels: (rows,) classes, the null class in the unconditional branch.
+        branches: 2 under guidance, else 1.
+        cfg: guidance scale s.
+        sampler: sampler family, which decides what guidance does.
+    """
 
     z: Tensor
     t: Tensor
@@ -31,16 +41,19 @@ class Conditions:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """What each branch weighs in the guided sum: s and -(s - 1)."""
+        """The factor of each branch in the guided sum: s and -(s - 1); 1 without guidance."""
         return (1.0,) if self.branches == 1 else (self.cfg, 1.0 - self.cfg)
 
-    def first(self, states: int) -> Conditions:
-        """Return the first `states` of them."""
-        z, t, labels = (_rows_of(part, self.branches, states) for part in (self.z, self.t, self.labels))
-        return Conditions(z, t, labels, self.branches, self.cfg, self.sampler)
+    def first(self, states: int) -> GuidedStates:
+        """Return the first `states` states, in every branch."""
+        z, t, labels = (_first_rows(part, self.branches, states) for part in (self.z, self.t, self.labels))
+        return GuidedStates(z, t, labels, self.branches, self.cfg, self.sampler)
 
     def guided(self, output: Tensor) -> Tensor:
-        """Return the guided prediction (N, C, S, S), without a learned variance, of both branches' outputs."""
+        """Return the guided prediction (N, C, S, S) from a model's outputs of all branches (rows, ...).
+
+        A learned variance is left out.
+        """
         output = output[:, : self.z.shape[1]].float()
         if self.branches == 1:
             return output
@@ -48,39 +61,47 @@ class Conditions:
         return combine(cond, uncond, self.cfg, self.sampler)
 
     def predicted(self, model: OffloadedDiTMoE, x: Tensor, c: Tensor) -> Tensor:
-        """Return the guided prediction for tokens x (N, P, D) that have passed all blocks under conditions c (N, D)."""
-        return self.guided(torch.cat([model.unembed(x[rows], c[rows]) for rows in slices(len(x))]))
+        """Return the guided prediction from tokens x (rows, P, D) behind all blocks and conditions c (rows, D)."""
+        return self.guided(torch.cat([model.unembed(x[rows], c[rows]) for rows in image_slices(len(x))]))
 
-    def energy(self, stream: Tensor) -> float:
-        """Return Σ ‖s x_c - (s - 1) x_u‖² over the guided tokens of a stream's difference (N, P, D), a token."""
-        parts = zip(self.coefficients, stream.chunk(self.branches), strict=True)
+    def energy(self, difference: Tensor) -> float:
+        """Return Σ ‖s d_c - (s - 1) d_u‖² over the guided tokens of a stream's difference d (rows, P, D), a token."""
+        parts = zip(self.coefficients, difference.chunk(self.branches), strict=True)
         total: Tensor = sum((scale * part for scale, part in parts), start=torch.zeros(()))
         return float(total.double().square().sum()) / (total.shape[0] * total.shape[1])
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return Σ ‖found - wanted‖² / Σ ‖wanted‖²; 0 where nothing differs, also of a model that predicts 0."""
-    error, scale = (float(part.double().square().sum()) for part in (found - wanted, wanted))
-    if scale:
-        return error / scale
-    return math.inf if error else 0.0
-
-
-def _rows_of(part: Tensor, branches: int, states: int) -> Tensor:
-    """Return the rows of the first `states` states in every branch."""
-    return torch.cat([each[:states] for each in part.chunk(branches)])
-
-
-def conditions(model: OffloadedDiTMoE, states: States, spec: SampleSpec) -> Conditions:
-    """Return states in all branches that `spec` samples with."""
-    branches = len(states.branch_weights)
+def in_branches(states: States, model: OffloadedDiTMoE) -> GuidedStates:
+    """Return states in all branches that they are sampled with, on the model's device."""
     null = torch.full_like(states.labels, model.config.num_classes)
-    labels = torch.cat([states.labels, null][:branches])
-    z, t = (torch.cat([part] * branches) for part in (states.z, states.t))
-    device = model.device
-    return Conditions(z.to(device), t.to(device), labels.to(device), branches, spec.cfg, model.config.sampler)
+    labels = torch.cat([states.labels, null][: states.branches])
+    z, t = (torch.cat([part] * states.branches) for part in (states.z, states.t))
+    return GuidedStates(
+        z=z.to(model.device),
+        t=t.to(model.device),
+        labels=labels.to(model.device),
+        branches=states.branches,
+        cfg=states.cfg,
+        sampler=model.config.sampler,
+    )
 
 
-def slices(total: int) -> Iterator[slice]:
-    """Yield slices of some images at a time."""
-    return (slice(start, min(start + _ROWS, total)) for start in range(0, total, _ROWS))
+def measured_states(calibrated: Calibrated, model: OffloadedDiTMoE) -> GuidedStates:
+    """Return the states that errors are measured on: about `MEASURED_TOKENS` tokens of all branches.
+
+    Raises `BadInputError` for a profile without states.
+    """
+    config = calibrated.checkpoint.config
+    spec = profiled_spec(calibrated.profile.calibration, calibrated.checkpoint)
+    branches = 1 if spec.cfg == 1.0 else 2
+    wanted = max(MEASURED_TOKENS // (config.num_patches * branches), FEWEST_STATES)
+    return in_branches(calibration_states(calibrated.profile, spec, wanted), model)
+
+
+def image_slices(total: int) -> Iterator[slice]:
+    """Yield slices of `total` images, as many as go through a block at once."""
+    return (slice(start, min(start + _IMAGES, total)) for start in range(0, total, _IMAGES))
+
+
+def _first_rows(part: Tensor, branches: int, states: int) -> Tensor:
+    return torch.cat([each[:states] for each in part.chunk(branches)])

@@ -1,7 +1,7 @@
-"""What compressed blocks are fitted on: states (z_t, t, y) that the model meets while it samples.
+"""Calibration states (z_t, t, y): inputs that the model meets while it samples, for blocks to be fitted on.
 
-A profile keeps a state for each of its images and step bins, and where each image ended. Where more are wanted, the
-images are noised anew to the sampler's times, as the forward process would: no further sampling is needed.
+A profile keeps a state for each of its images and step bins, and each final image. Where more states are wanted, the
+final images are noised anew to the sampler's times by the forward process: no further sampling is needed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sampling_times
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
 PURPOSE = "refit"
 HELD_OUT = 8  # every eighth image
+FEWEST_STATES = 16
+FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # to fit on, where no number is given
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class States:
         t: (N,) times, as the model is given them.
         labels: (N,) classes.
         images: (N,) the image that each belongs to.
-        held: (N,) whether the state is held out, for choosing the strength of a fit; whole images are.
-        branch_weights: error weight of the conditional branch and, under guidance, of the unconditional one.
+        held: (N,) whether the state is held out, to choose the strength of a fit; all states of an image are, or none.
+        cfg: guidance scale s.
     """
 
     z: Tensor
@@ -38,10 +42,23 @@ class States:
     labels: Tensor
     images: Tensor
     held: Tensor
-    branch_weights: tuple[float, ...]
+    cfg: float
 
     def __len__(self) -> int:
         return len(self.z)
+
+    @property
+    def branches(self) -> int:
+        """2 under guidance, else 1."""
+        return len(self.branch_weights)
+
+    @property
+    def branch_weights(self) -> tuple[float, ...]:
+        """The weights s² and (s - 1)² that the branches' squared errors have in the guided one, if unrelated.
+
+        Without guidance the one branch weighs 1.
+        """
+        return (1.0,) if self.cfg == 1.0 else (self.cfg**2, (self.cfg - 1.0) ** 2)
 
 
 def calibration_states(profile: RoutingProfile, spec: SampleSpec, wanted: int) -> States:
@@ -60,7 +77,24 @@ def calibration_states(profile: RoutingProfile, spec: SampleSpec, wanted: int) -
     parts = [(z[kept], t[kept], labels[kept].long(), images[kept].long()), *([fresh] if fresh else [])]
     z, t, labels, images = (torch.cat(columns) for columns in zip(*parts, strict=True))
     held = images % HELD_OUT == HELD_OUT - 1 if int(images.max()) >= HELD_OUT - 1 else images == images.max()
-    return States(z, t, labels, images, held, _branch_weights(spec.cfg))
+    return States(z, t, labels, images, held, spec.cfg)
+
+
+def fitting_states(calibrated: Calibrated, unknowns: int, tokens_per_unknown: int, tokens: int = 0) -> States:
+    """Return the states to fit a block on.
+
+    Args:
+        calibrated: the checkpoint and its profile.
+        unknowns: most unknowns of any one output.
+        tokens_per_unknown: tokens for each unknown, with at least `FEWEST_TOKENS` and at most `MOST_TOKENS` in all.
+        tokens: number of tokens instead; 0 for that default.
+
+    Raises `BadInputError` for a profile without states.
+    """
+    tokens = tokens or min(max(tokens_per_unknown * unknowns, FEWEST_TOKENS), MOST_TOKENS)
+    wanted = max(tokens // calibrated.checkpoint.config.num_patches, FEWEST_STATES)
+    spec = profiled_spec(calibrated.profile.calibration, calibrated.checkpoint)
+    return calibration_states(calibrated.profile, spec, wanted)
 
 
 def _noised(profile: RoutingProfile, spec: SampleSpec, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -84,8 +118,3 @@ def _noised(profile: RoutingProfile, spec: SampleSpec, count: int) -> tuple[Tens
     )
     t = torch.tensor([times[int(s)].t for s in steps], dtype=torch.float32)
     return z, t, labels, images
-
-
-def _branch_weights(cfg: float) -> tuple[float, ...]:
-    """Return s² and (s - 1)²: what the squared errors of both branches weigh in the guided one, if unrelated."""
-    return (1.0,) if cfg == 1.0 else (cfg**2, (cfg - 1.0) ** 2)

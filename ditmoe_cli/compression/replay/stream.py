@@ -1,23 +1,43 @@
-"""The student stream: calibration states on their way through blocks that are compressed one after the other.
+"""Streams: calibration states on their way through a model's blocks, as tokens x (N, P, D) under conditions c (N, D).
 
-Each block is given what the already compressed blocks below make of the states, so that it can be fitted to what it
-will meet. One block's weights are in memory at a time, beside the tokens of all states.
+One block's weights are in memory at a time, beside the tokens of all states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.replay.guided import GuidedStates, image_slices, in_branches
 from ditmoe_cli.compression.replay.states import States
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 
-_ROWS = 64  # images that go through a block at once
+
+@dataclass
+class Stream:
+    """States between two blocks, all branches: tokens x (N, P, D) and conditions c (N, D)."""
+
+    x: Tensor
+    c: Tensor
+
+    def through(self, block: Block) -> Tensor:
+        """Return the tokens behind a block, (N, P, D)."""
+        return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in image_slices(len(self.x))])
+
+    def attended(self, block: Block) -> list[Attended]:
+        """Run a block's attention on all states, some images at a time."""
+        return [block.attend(self.x[rows], self.c[rows]) for rows in image_slices(len(self.x))]
+
+
+def embedded(model: OffloadedDiTMoE, states: GuidedStates) -> Stream:
+    """Return states in front of the first block."""
+    parts = [model.embed(states.z[rows], states.t[rows], states.labels[rows]) for rows in image_slices(len(states.z))]
+    x, c = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Stream(x, c)
 
 
 @dataclass(frozen=True)
@@ -35,48 +55,48 @@ class Tokens:
     held: Tensor
 
 
-class Stream:
-    """States between two blocks: tokens x (N, P, D) of all branches, and their conditions c (N, D)."""
+class CalibrationStream(Stream):
+    """A stream through blocks that are compressed one after the other.
+
+    Each block is given what the already compressed blocks below make of the states, and so is fitted to what it will
+    meet.
+    """
 
     def __init__(self, model: OffloadedDiTMoE, states: States) -> None:
-        branches = len(states.branch_weights)
-        null = torch.full_like(states.labels, model.config.num_classes)
-        labels = torch.cat([states.labels, null][:branches])
-        labels = labels.to(model.device)
-        z, t = (torch.cat([part] * branches).to(model.device) for part in (states.z, states.t))
-        parts = [model.embed(*(part[rows] for part in (z, t, labels))) for rows in _slices(len(z))]
-        self.x, self.c = (torch.cat(column) for column in zip(*parts, strict=True))
-        self._held = states.held.repeat(branches)
+        start = embedded(model, in_branches(states, model))
+        super().__init__(start.x, start.c)
+        self._held = states.held.repeat(states.branches)
         self._weights = torch.tensor(states.branch_weights).repeat_interleave(len(states))
 
     def attend(self, block: Block) -> Attended:
         """Run a block's attention on all states."""
-        parts = [block.attend(self.x[rows], self.c[rows]) for rows in _slices(len(self.x))]
-        columns = ([part.residual for part in parts], [part.inputs for part in parts], [part.gamma for part in parts])
-        return Attended(*(torch.cat(column) for column in columns))
-
-    def tokens(self, seen: Attended) -> Tokens:
-        """Return the tokens that a block's mixture is given."""
-        patches = seen.inputs.shape[1]
-        weights = (seen.gamma.float().square().mean(dim=1) * self._weights.to(seen.gamma.device)).repeat_interleave(
-            patches
+        parts = self.attended(block)
+        return Attended(
+            residual=torch.cat([part.residual for part in parts]),
+            inputs=torch.cat([part.inputs for part in parts]),
+            gamma=torch.cat([part.gamma for part in parts]),
         )
+
+    def tokens(self, attended: Attended) -> Tokens:
+        """Return the tokens that a block's mixture is given."""
+        patches = attended.inputs.shape[1]
+        branch_weights = self._weights.to(attended.gamma.device)
+        weights = (attended.gamma.float().square().mean(dim=1) * branch_weights).repeat_interleave(patches)
         weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return Tokens(seen.inputs.flatten(0, 1), weights, self._held.repeat_interleave(patches).to(weights.device))
+        return Tokens(attended.inputs.flatten(0, 1), weights, self._held.repeat_interleave(patches).to(weights.device))
 
     def of_rows(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return, of `rows` rows, as many an image: whether each is held out, and its branch's weight; both (rows,)."""
-        each = rows // len(self._held)
-        held, weights = (part.repeat_interleave(each).to(self.x.device) for part in (self._held, self._weights))
+        """Return whether each of `rows` rows is held out, and its branch's weight, both (rows,).
+
+        Every image has the same number of rows, one after the other.
+        """
+        of_image = rows // len(self._held)
+        held, weights = (part.repeat_interleave(of_image).to(self.x.device) for part in (self._held, self._weights))
         return held, weights
 
-    def advance(self, seen: Attended, moe: SparseMoE) -> None:
-        """Add what a block's mixture makes of its inputs: the stream now stands behind the block."""
-        self.x = seen.residual
-        for rows in _slices(len(self.x)):
-            mixed = moe(seen.inputs[rows], 0, seen.gamma[rows], None)
-            self.x[rows] += seen.gamma[rows].unsqueeze(1) * mixed
-
-
-def _slices(total: int) -> Iterator[slice]:
-    return (slice(start, min(start + _ROWS, total)) for start in range(0, total, _ROWS))
+    def advance(self, attended: Attended, moe: SparseMoE) -> None:
+        """Add what a block's mixture makes of its inputs: the stream then stands behind the block."""
+        self.x = attended.residual
+        for rows in image_slices(len(self.x)):
+            mixed = moe(attended.inputs[rows], 0, attended.gamma[rows], None)
+            self.x[rows] += attended.gamma[rows].unsqueeze(1) * mixed

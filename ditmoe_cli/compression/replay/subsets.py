@@ -1,9 +1,6 @@
-"""The exact error of a change to one block's mixture, replayed on the tokens that a profile keeps.
+"""The exact error of keeping a subset of a block's experts, replayed on tokens that are routed anew.
 
-A block adds γ ⊙ y to the residual stream, y its routed plus shared output. Under guidance s an error e of y reaches the
-guided output as s γ_c ⊙ e_c - (s - 1) γ_u ⊙ e_u, of the conditional and the unconditional token of one image, step and
-position. An error is the squared norm of that, summed over all such pairs, relative to the same of the original
-routed output.
+Errors are those of `compression.replay.tokens`, relative to the energy of the original routed output.
 
 Symbols: T tokens in n pairs of B = 2 branches (without guidance n = T and B = 1), D width, E experts, R router rows
 that select something, k = top-k, C candidates: sets of physical experts that stay.
@@ -11,7 +8,6 @@ that select something, k = top-k, C candidates: sets of physical experts that st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,125 +15,14 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.plan import RouterMode
-from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.compression.replay.tokens import BlockTokens, ratio
+from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.config import GHOST
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.routing.profile import RoutingProfile
 
 _OUTPUTS = 2**23  # elements of the outputs that are held at once
 _GATES = 2**20  # elements of the gates that are compared at once: few enough for a processor's cache
 _TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class BlockTokens:
-    """Tokens of one block's reservoir: the conditional ones first, then their unconditional partners in the same order.
-
-    Attributes:
-        inputs: (T, D) mixture inputs u, fp32.
-        gamma: (T, D) residual gate γ.
-        coefficients: (T,) s of conditional tokens and -(s - 1) of unconditional ones; 1 without guidance.
-        bins: (T,) step bin.
-        branches: 2 where guidance ran, else 1.
-    """
-
-    inputs: Tensor
-    gamma: Tensor
-    coefficients: Tensor
-    bins: Tensor
-    branches: int
-
-    @property
-    def pairs(self) -> int:
-        """The number n of guided tokens: pairs, or single tokens without guidance."""
-        return len(self.inputs) // self.branches
-
-    def paired(self, values: Tensor) -> Tensor:
-        """Return values of tokens (T, ...) as (n, B, ...)."""
-        return values.reshape(self.branches, self.pairs, *values.shape[1:]).transpose(0, 1)
-
-    def weighed(self, values: Tensor) -> Tensor:
-        """Return what outputs (T, ..., D) add to the guided output: times γ and their branch's coefficient."""
-        scale = self.coefficients.unsqueeze(1) * self.gamma
-        return values * scale.reshape(len(scale), *(1,) * (values.ndim - 2), -1)
-
-    def energy(self, values: Tensor) -> float:
-        """Return Σ ‖s γ_c ⊙ v_c - (s - 1) γ_u ⊙ v_u‖² over the pairs of outputs v (T, D)."""
-        return float(self.paired(self.weighed(values)).sum(dim=1).double().square().sum())
-
-    def chunks(self, pairs: int, device: torch.device) -> Iterator[BlockTokens]:
-        """Yield at most `pairs` pairs at a time, on `device`."""
-        for start in range(0, self.pairs, pairs):
-            columns = (self.inputs, self.gamma, self.coefficients, self.bins)
-            parts = [self.paired(column)[start : start + pairs].transpose(0, 1) for column in columns]
-            inputs, gamma, coefficients, bins = (part.flatten(0, 1).to(device) for part in parts)
-            yield BlockTokens(inputs, gamma, coefficients, bins, self.branches)
-
-
-def block_tokens(profile: RoutingProfile, block: int) -> BlockTokens:
-    """Read one block's tokens. Raises `BadInputError` where the profile keeps none."""
-    if "reservoir.inputs" not in profile.header.tensors:
-        option = "without --fast" if profile.calibration.get("fast") else "with a larger --reservoir"
-        raise BadInputError(f"{profile.path}: keeps no tokens to replay; profile {option}")
-    branch, state = (profile.tensor(f"reservoir.{name}").long() for name in ("branch", "state"))
-    order = branch.argsort(stable=True)
-    branch, state = branch[order], state[order]
-    cfg = float(profile.calibration["cfg"])
-    return BlockTokens(
-        inputs=profile.block_tensor("reservoir.inputs", block).float()[order],
-        gamma=profile.block_tensor("reservoir.gamma", block)[state, branch],
-        coefficients=torch.tensor([cfg, 1.0 - cfg])[branch],
-        bins=profile.tensor("states.bin").long()[state],
-        branches=int(branch.max()) + 1,
-    )
-
-
-def relative_error(tokens: BlockTokens, difference: Tensor, routed: Tensor) -> float:
-    """Return the guided error of a difference of outputs (T, D), relative to the original routed output (T, D)."""
-    return _ratio(tokens.energy(difference), tokens.energy(routed))
-
-
-def _ratio(error: float, reference: float) -> float:
-    """Return error / reference; of a block that adds nothing, 0 where it still does."""
-    if reference:
-        return error / reference
-    return math.inf if error else 0.0
-
-
-@torch.no_grad()
-def replay_error(tokens: BlockTokens, original: SparseMoE, changed: SparseMoE) -> float:
-    """Return the error of `changed` in the place of `original`, whatever the change: in experts, routing or format.
-
-    Routed plus shared outputs are compared, relative to the original routed output.
-    """
-    error = reference = 0.0
-    for part in _chunks(tokens, original):
-        before, after = _output(original, part), _output(changed, part)
-        error += part.energy(after - before)
-        reference += part.energy(before - _shared(original, part))
-    return _ratio(error, reference)
-
-
-def _inputs(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
-    return tokens.inputs.to(moe.gate.weight.dtype)
-
-
-def _output(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
-    """Return routed plus shared output (T, D) in fp32."""
-    out: Tensor = moe(_inputs(moe, tokens).unsqueeze(0), 0, tokens.gamma, None)
-    return out.squeeze(0).float()
-
-
-def _shared(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
-    """Return the shared expert's output (T, D) in fp32."""
-    out: Tensor = moe.shared_experts(_inputs(moe, tokens))
-    return out.float()
-
-
-def _chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[BlockTokens]:
-    """Yield so many tokens at a time that the outputs of all router rows fit into `_OUTPUTS`."""
-    weight = moe.gate.weight  # (R, D)
-    return tokens.chunks(max(_OUTPUTS // (tokens.branches * weight.numel()), 1), weight.device)
 
 
 @dataclass(frozen=True)
@@ -251,7 +136,7 @@ class SubsetReplay:
             rows = contributions(part, moe, ranking, len(ranking.targets))
             gram = (rows @ rows.mT).reshape(part.pairs, *(part.branches, len(ranking.targets)) * 2)
             self._parts.append((ranking, gram))
-            self.reference += part.energy(_output(moe, part) - _shared(moe, part))
+            self.reference += part.energy(_routed_output(moe, part))
 
     def errors(self, subsets: Sequence[Sequence[int]], mode: RouterMode) -> Tensor:
         """Return each subset's error relative to the original routed output, (C,) in float64.
@@ -260,7 +145,7 @@ class SubsetReplay:
         """
         keep = kept_experts(subsets, self._experts, self._device)
         total = sum((_part_errors(*part, keep, mode) for part in self._parts), torch.zeros(len(keep)).double())
-        return torch.tensor([_ratio(error, self.reference) for error in total.tolist()], dtype=torch.float64)
+        return torch.tensor([ratio(error, self.reference) for error in total.tolist()], dtype=torch.float64)
 
 
 def _part_errors(ranking: Ranking, gram: Tensor, keep: Tensor, mode: RouterMode) -> Tensor:
@@ -277,11 +162,19 @@ def _energies(gram: Tensor, gates: Tensor) -> Tensor:
     return ((matrix @ columns) * columns).sum(dim=(0, 1), dtype=torch.float64).clamp_min(0)
 
 
-def fixed_gate_errors(gram: Tensor, subsets: Sequence[Sequence[int]]) -> Tensor:
-    """Return Σ_{i,j dropped} A_ij of a gated Gram A (E, E), (C,) in float64: a cheap first look at subsets to keep.
+def _inputs(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
+    return tokens.inputs.to(moe.gate.weight.dtype)
 
-    With A_ij = Σ ⟨g_i f_i, g_j f_j⟩ over outputs as they reach the guided output, that is the error of subsets, times
-    the energy of the routed output, if no token were routed anew.
-    """
-    dropped = (~kept_experts(subsets, len(gram), gram.device)).double()
-    return ((dropped @ gram.double()) * dropped).sum(dim=1)
+
+def _routed_output(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
+    """Return the routed output (T, D) in fp32: all of the mixture's but the shared expert's."""
+    inputs = _inputs(moe, tokens)
+    both: Tensor = moe(inputs.unsqueeze(0), 0, tokens.gamma, None)
+    shared: Tensor = moe.shared_experts(inputs)
+    return both.squeeze(0).float() - shared.float()
+
+
+def _chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[BlockTokens]:
+    """Yield so many tokens at a time that the outputs of all router rows fit into `_OUTPUTS`."""
+    weight = moe.gate.weight  # (R, D)
+    return tokens.chunks(max(_OUTPUTS // (tokens.branches * weight.numel()), 1), weight.device)

@@ -6,13 +6,13 @@ their routing weight, all else its branch's weight. An expert's Hessian is shrun
 block when few chose it. Layers outside the blocks are rounded to the nearest values. Where a matrix is cut into pieces
 its neurons are put in order first; all its columns then pass their errors on, across pieces too.
 
-The original model's states run along, so that it can be told how far the rounded one is from it.
+The original model's states run along, to measure how far the rounded one is from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ditmoe_cli.compression.computed import Computing, as_stored
 from ditmoe_cli.compression.plan import Formats
-from ditmoe_cli.compression.replay.guided import conditions, relative_error
+from ditmoe_cli.compression.replay.amplification import relative_error
+from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.neuron_order import planned_orders, reorder, unrounded
 from ditmoe_cli.compression.replay.rounded_layers import linear, rounded
-from ditmoe_cli.compression.replay.states import calibration_states
-from ditmoe_cli.compression.replay.stream import Stream, Tokens
+from ditmoe_cli.compression.replay.states import fitting_states
+from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
 from ditmoe_cli.compression.rounding.gptq import Hessian, best_rounding, hessian_of, shrunk
-from ditmoe_cli.compression.rounding.smooth import block_scales, smooth_inputs
-from ditmoe_cli.compression.rounding.smoothed import smoothed_names
+from ditmoe_cli.compression.rounding.smooth import block_scales, smooth_inputs, smoothed_names
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
@@ -37,16 +37,14 @@ from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.routing.calibration_settings import profiled_spec
-from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
+from ditmoe_cli.routing.profile import require_profile_of
 
 TOKENS_PER_INPUT = 8
-FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536
 POOLED_TOKENS = 4_096  # of a block, that stand in for those of an expert that few chose
 
 
 @dataclass(frozen=True)
-class Encoded:
+class RoundedModel:
     """How far the rounded model is from the original on the calibration states.
 
     Attributes:
@@ -58,52 +56,53 @@ class Encoded:
     agreement: tuple[float, ...]
 
 
-def encode(computing: Computing, stage: Formats) -> Encoded:
+def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
     """Round the weights of all blocks that have formats into the spool.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
-    checkpoint, profile = computing.checkpoint, computing.profile
-    require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    checkpoint = computing.checkpoint
+    require_profile_of(computing.profile, checkpoint.fingerprint, checkpoint.path)
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
-    spec = profiled_spec(profile.calibration, checkpoint)
-    states = calibration_states(profile, spec, _wanted(checkpoint, stage))
+    widest = max((checkpoint.weights[name].info.shape[1] for name in stage.formats), default=1)
+    states = fitting_states(computing, widest, TOKENS_PER_INPUT, stage.rounding.tokens if stage.rounding else 0)
     outside = {model.linear(n): fmt for n, fmt in stage.formats.items() if split_name(n).block is None}
     orders = planned_orders(computing, stage)
     agreement = []
-    with torch.inference_mode(), resident_blocks(model, computing.bar, f"rounding {checkpoint.path.name}") as blocks:
-        teacher = Stream(model, states)
+    with resident_blocks(model, computing.bar, f"rounding {checkpoint.path.name}") as blocks:
+        original = CalibrationStream(model, states)
         with rounded(outside):
-            student = Stream(model, states)
+            student = CalibrationStream(model, states)
         for index, block in blocks:
-            formats = {n: fmt for n, fmt in stage.formats.items() if split_name(n).block == index}
-            seen = teacher.attend(block)
-            chosen = block.moe.gate(seen.inputs.flatten(0, 1)).rows
-            teacher.advance(seen, block.moe)
-            del seen
+            selected = _advanced(original, block)
             reorder(block, index, orders[index])
             members = unrounded(checkpoint, stage, index, orders[index])
-            members |= _smoothed(checkpoint, stage, profile, index, block)
+            members |= _smoothed(computing, stage, index, block)
             rounding = _BlockRounding(checkpoint, index, block, student)
+            formats = {name: fmt for name, fmt in stage.formats.items() if split_name(name).block == index}
             members |= rounding.before_mixture(formats)
-            seen = student.attend(block)
-            members |= rounding.mixture(formats, student.tokens(seen))
-            agreement.append(_agreement(chosen, block.moe.gate(seen.inputs.flatten(0, 1)).rows))
-            student.advance(seen, block.moe)
-            del seen
-            computing.spool.write(index, members)
-        probe = conditions(model, states, spec)
-        wanted = probe.predicted(model, teacher.x, teacher.c)
+            of_mixture, selected_by_student = rounding.advanced(formats)
+            agreement.append(_agreement(selected, selected_by_student))
+            computing.spool.write(index, members | of_mixture)
+        guided = in_branches(states, model)
+        expected = guided.predicted(model, original.x, original.c)
         with rounded(outside):
-            found = probe.predicted(model, student.x, student.c)
-        error = relative_error(found, wanted)
-    return Encoded(error, tuple(agreement))
+            prediction = guided.predicted(model, student.x, student.c)
+        error = relative_error(prediction, expected)
+    return RoundedModel(error, tuple(agreement))
 
 
-def _smoothed(
-    checkpoint: Checkpoint, stage: Formats, profile: RoutingProfile, index: int, block: Block
-) -> dict[str, Tensor]:
-    """Smooth a block's inputs in place, where that is asked for; return what of it is written as plain weights."""
+def _advanced(stream: CalibrationStream, block: Block) -> Tensor:
+    """Let a stream pass a block; return the router rows (T, k) that its tokens select."""
+    attended = stream.attend(block)
+    rows: Tensor = block.moe.gate(attended.inputs.flatten(0, 1)).rows
+    stream.advance(attended, block.moe)
+    return rows
+
+
+def _smoothed(computing: Computing, stage: Formats, index: int, block: Block) -> dict[str, Tensor]:
+    """Smooth a block's inputs in place, where the stage does so; return the weights that change and get no format."""
+    checkpoint, profile = computing.checkpoint, computing.profile
     names = smoothed_names(checkpoint, stage, index)
     if not names:
         return {}
@@ -117,29 +116,21 @@ def _smoothed(
     return {name: as_stored(checkpoint, name, tensors[name], dtypes[name]) for name in names}
 
 
-def _wanted(checkpoint: Checkpoint, stage: Formats) -> int:
-    """Return how many states to fit on: enough tokens for the number of inputs of the widest layer."""
-    inputs = max((checkpoint.weights[name].info.shape[1] for name in stage.formats), default=1)
-    asked = stage.rounding.tokens if stage.rounding else 0
-    tokens = asked or min(max(TOKENS_PER_INPUT * inputs, FEWEST_TOKENS), MOST_TOKENS)
-    return max(tokens // checkpoint.config.num_patches, 16)
-
-
-def _agreement(chosen: Tensor, others: Tensor) -> float:
+def _agreement(rows: Tensor, others: Tensor) -> float:
     """Return the share of selections (T, k) that both have."""
-    return float((chosen.unsqueeze(2) == others.unsqueeze(1)).any(dim=2).double().mean())
+    return float((rows.unsqueeze(2) == others.unsqueeze(1)).any(dim=2).double().mean())
 
 
 class _BlockRounding:
     """One block whose layers are rounded in place."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, block: Block, stream: Stream) -> None:
+    def __init__(self, checkpoint: Checkpoint, index: int, block: Block, stream: CalibrationStream) -> None:
         self.checkpoint, self.index, self.block, self.stream = checkpoint, index, block, stream
 
     def before_mixture(self, formats: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that store modulation and attention, in the order in which they are rounded."""
         early = [name for name in formats if ".adaLN_modulation." in name]
-        # what leaves attention is seen once what enters it is rounded
+        # the outputs of attention are those of its rounded first layer
         early += sorted((name for name in formats if ".attn." in name), key=lambda name: "qkv" not in name)
         for name in early:
             layer = linear(self.block, name.removeprefix(in_block(self.index, "")))
@@ -148,18 +139,29 @@ class _BlockRounding:
                     self.stream.attend(self.block)
                 else:
                     self.block.adaLN_modulation(self.stream.c)
-            found = torch.cat(inputs)
-            held, weights = self.stream.of_rows(len(found))
-            own, rest = (hessian_of(found[side], weights[side]) for side in (~held, held))
-            yield from self._rounded(name, formats[name], layer, own, own, rest)
+            rows = torch.cat(inputs)
+            held, weights = self.stream.of_rows(len(rows))
+            own, held_out = (hessian_of(rows[side], weights[side]) for side in (~held, held))
+            yield from self._rounded(name, formats[name], layer, own, own, held_out)
 
-    def mixture(self, formats: Mapping[str, str], tokens: Tokens) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that store the experts and the shared one, rounded on what they are given."""
+    def advanced(self, formats: Mapping[str, str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Round the mixture, and let the stream pass the block.
+
+        Returns the tensors that store the experts and the shared one, and the router rows (T, k) that tokens select.
+        """
+        attended = self.stream.attend(self.block)
+        members = dict(self._mixture(formats, self.stream.tokens(attended)))
+        rows: Tensor = self.block.moe.gate(attended.inputs.flatten(0, 1)).rows
+        self.stream.advance(attended, self.block.moe)
+        return members, rows
+
+    def _mixture(self, formats: Mapping[str, str], tokens: Tokens) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that store the experts and the shared one, rounded on their inputs."""
         routing = self.block.moe.gate(tokens.inputs)
         for e, expert in enumerate(self.block.moe.experts):
             yield from self._expert(formats, f"moe.experts.{e}", expert, tokens, routing.gate_of(e))
-        everyone = torch.ones_like(tokens.weights)
-        yield from self._expert(formats, SHARED, self.block.moe.shared_experts, tokens, everyone)
+        every_token = torch.ones_like(tokens.weights)
+        yield from self._expert(formats, SHARED, self.block.moe.shared_experts, tokens, every_token)
 
     def _expert(
         self, formats: Mapping[str, str], stem: str, expert: nn.Module, tokens: Tokens, gates: Tensor
@@ -200,9 +202,7 @@ class _BlockRounding:
 
 @contextmanager
 def _inputs_of(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """Collect what a layer is given, a row each."""
+    """Collect a layer's inputs, a row each."""
     inputs: list[Tensor] = []
-    with ExitStack() as stack:
-        hook = layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, -2)))
-        stack.callback(hook.remove)
+    with layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, -2))):
         yield inputs

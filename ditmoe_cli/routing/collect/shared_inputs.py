@@ -47,7 +47,7 @@ def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor
     cells = tensors["reservoir.branch"].long() * bins + bin_of
     experts = model.config.num_experts
     results = []
-    with torch.inference_mode(), resident_blocks(model) as blocks:
+    with resident_blocks(model) as blocks:
         for (_, block), inputs in zip(blocks, tensors["reservoir.inputs"], strict=True):
             results.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
     shape = (len(results), BRANCHES, bins, experts, model.config.hidden_size)

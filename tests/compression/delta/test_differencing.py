@@ -30,6 +30,7 @@ from compressing import (
 from conftest import REPOSITORY, Pico, make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replaying import error_by_hand
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -46,7 +47,7 @@ from ditmoe_cli.compression.plan import (
     plan_difference,
 )
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.compression.replay.subsets import block_tokens, replay_error
+from ditmoe_cli.compression.replay.tokens import reservoir_tokens
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.writer import Output
@@ -233,8 +234,10 @@ def test_factors_are_the_nearest_on_the_profiles_tokens(tmp_path: Path) -> None:
     blind = encoded(checkpoint, delta, tmp_path / "blind.safetensors", profile_of(checkpoint, fast=True))
     original = network(checkpoint)
     for block in range(DEPTH):
-        tokens = block_tokens(profile, block)
-        errors = [replay_error(tokens, original.blocks[block].moe, network(c).blocks[block].moe) for c in (seen, blind)]
+        tokens = reservoir_tokens(profile, block)
+        errors = [
+            error_by_hand(tokens, original.blocks[block].moe, network(c).blocks[block].moe) for c in (seen, blind)
+        ]
         assert errors[0] < 0.8 * errors[1]
 
 

@@ -12,25 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import applied, network, opened, profile_of, quantising
+from compressing import applied, calibrated, measure_few_tokens, network, opened, profile_of, quantising
 from conftest import Pico, make_pico
-from replaying import WIDTH, mixture, output, plain, some_tokens
+from replaying import WIDTH, error_by_hand, mixture, output, plain, some_tokens
 from rounding import guided_by_hand, relative, states_for, with_rounded
 from torch import Tensor
 
 from ditmoe_cli.compression.precision import sensitivity
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
-from ditmoe_cli.compression.precision.sensitivity import REFERENCE, Sensitivities, expert_errors, measure
-from ditmoe_cli.compression.precision.trial import trial
-from ditmoe_cli.compression.replay import amplification as probes
+from ditmoe_cli.compression.precision.sensitivity import REFERENCE, Sensitivities, expert_errors, measured_sensitivities
+from ditmoe_cli.compression.precision.trial import try_formats
+from ditmoe_cli.compression.replay import amplification
 from ditmoe_cli.compression.replay.rounded_layers import nearest
-from ditmoe_cli.compression.replay.subsets import BlockTokens, replay_error
+from ditmoe_cli.compression.replay.tokens import BlockTokens
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.opened import Checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 256
@@ -41,9 +40,7 @@ SMALL: dict[str, Any] = {"hidden": 32, "input_size": 4, "experts": 3}
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many for the streams as for what is replayed, so that both see the same."""
-    monkeypatch.setattr(probes, "TOKENS", TOKENS)
-    monkeypatch.setattr(probes, "PROBED_TOKENS", TOKENS)
+    measure_few_tokens(monkeypatch, TOKENS)
 
 
 # one expert at a time
@@ -63,7 +60,7 @@ def replayed(tokens: BlockTokens, moe: SparseMoE, stem: str, matrix: str, fmt: s
     layer = changed.get_submodule(f"{stem}.{matrix.removesuffix('.weight')}")
     layer.weight.copy_(nearest(layer.weight, fmt))  # type: ignore[operator, arg-type]
     reference = tokens.energy(output(moe, tokens) - moe.shared_experts(tokens.inputs))
-    return replay_error(tokens, moe, changed) * reference / tokens.pairs
+    return error_by_hand(tokens, moe, changed) * reference / tokens.pairs
 
 
 @pytest.mark.parametrize(("branches", "cfg"), [(1, 1.0), (2, 0.0), (2, 4.0)])
@@ -168,7 +165,7 @@ Case = tuple[Checkpoint, RoutingProfile]
 
 
 def measured(case: Case, formats: Mapping[str, Sequence[str]]) -> Sensitivities:
-    return measure(*case, formats, "cpu", silent_bar)
+    return measured_sensitivities(calibrated(*case), formats)
 
 
 def end_to_end(case: Case, formats: Mapping[str, str]) -> float:
@@ -263,7 +260,7 @@ def test_errors_fall_with_the_bits_and_are_finite(case: Case) -> None:
 def test_small_errors_add_up(case: Case) -> None:
     formats = planned(case[0], "8")
     found = measured(case, formats).errors
-    together = trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar).error
+    together = try_formats(calibrated(*case), {name: fmts[0] for name, fmts in formats.items()}).error
     # within 1.5 but for tokens that rounding tips to other experts, whose error falls more slowly than the square
     assert together / 2 < sum(error for errors in found.values() for error in errors.values()) < 2 * together
 
@@ -277,7 +274,7 @@ def test_a_trial_is_the_error_of_the_file(allowed: str, case: Case, tmp_path: Pa
     states, cfg = states_for(checkpoint, profile, TOKENS)
     predicted = (guided_by_hand(network(each), states, cfg) for each in (written, checkpoint))
     expected = relative(*predicted)
-    assert trial(*case, formats, "cpu", silent_bar).error == pytest.approx(
+    assert try_formats(calibrated(*case), formats).error == pytest.approx(
         expected, rel=2e-3 if checkpoint_fp32(case) else 0.1
     )
 
@@ -287,7 +284,7 @@ def checkpoint_fp32(case: Case) -> bool:
 
 
 def test_nothing_rounded_is_no_error_and_nothing_changed(case: Case) -> None:
-    assert trial(*case, {}, "cpu", silent_bar).error == 0
+    assert try_formats(calibrated(*case), {}).error == 0
     found = measured(case, {})
     assert found.errors == {} and found.amplification == ({}, {})
     name = "final_layer.linear.weight"
@@ -300,7 +297,7 @@ def test_fewer_states_are_sent_than_replayed(case: Case, monkeypatch: pytest.Mon
     """The numbers stay alike where the streams that carry errors hold a quarter of the states."""
     formats = planned(case[0], "4")
     everything = measured(case, formats).errors
-    monkeypatch.setattr(probes, "PROBED_TOKENS", TOKENS // 4)
+    monkeypatch.setattr(amplification, "SENT_TOKENS", TOKENS // 4)
     some = measured(case, formats).errors
     total, others = (sum(sum(e.values()) for e in errors.values()) for errors in (everything, some))
     assert others == pytest.approx(total, rel=0.6) and others != total
@@ -329,7 +326,7 @@ def test_broken_weights_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=name):
         measured((broken, profile), planned(broken, "4"))
     with pytest.raises(BadInputError, match=name):
-        trial(broken, profile, {}, "cpu", silent_bar)
+        try_formats(calibrated(broken, profile), {})
 
 
 def test_values_beyond_fp16_are_refused_by_name(tmp_path: Path) -> None:
@@ -352,7 +349,7 @@ def test_a_model_that_predicts_nothing_loses_nothing(tmp_path: Path) -> None:
     formats = planned(case[0], "3")
     found = measured(case, formats).errors
     assert {error for errors in found.values() for error in errors.values()} == {0.0}
-    assert trial(*case, {name: fmts[0] for name, fmts in formats.items()}, "cpu", silent_bar).error == 0.0
+    assert try_formats(calibrated(*case), {name: fmts[0] for name, fmts in formats.items()}).error == 0.0
 
 
 def test_errors_follow_amplifications_measured_anew() -> None:
@@ -366,7 +363,7 @@ def test_errors_follow_amplifications_measured_anew() -> None:
 
 def test_a_trial_amplifies_what_it_rounds_and_nothing_else(case: Case) -> None:
     formats = {name: "int3-g32" for name in planned(case[0], "3") if name.startswith("blocks.1.attn.")}
-    found = trial(*case, formats, "cpu", silent_bar)
+    found = try_formats(calibrated(*case), formats)
     assert found.amplification[0] == {} and found.amplification[1].keys() == {"attention"}
     assert found.amplification[1]["attention"] > 0
     assert found.error == pytest.approx(end_to_end(case, formats), rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from compressing import FORMATS, applied, formats_of, network, opened, outputs, 
 from conftest import make_pico
 
 from ditmoe_cli.compression.plan import CompressionPlan, Formats
-from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.compression.precision.uniform import format_named, plan_uniform
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.opened import Checkpoint
 
 WIDTH, INNER = 256, 512
@@ -140,3 +141,40 @@ def test_a_pruned_checkpoint_is_packed_as_any_other(bits: int, tmp_path: Path) -
     for block in range(2):
         name = f"blocks.{block}.moe.gate.expert_of"
         assert torch.equal(state(packed)[name], state(small)[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "found"),
+    [
+        (None, 4, "nf4"),
+        (None, 8, "int8"),
+        (None, 3, "int3-g64"),
+        (None, 1.58, "ternary-g64"),
+        ("int", 4, "int4-g64"),
+        ("int", 8, "int8-g64"),
+        ("fp4", None, "fp4"),
+        ("ternary", None, "ternary-g64"),
+    ],
+)
+def test_formats_by_kind_and_width(kind: str | None, bits: float | None, found: str) -> None:
+    assert format_named(kind, bits, 64, False, False) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((None, None, 64, False, False), "--bits is missing"),
+        (("hqq", 4, 64, False, False), "--format hqq"),
+        (("nf4", 3, 64, False, False), "4 bits, not --bits 3"),
+        (("int", 7, 64, False, False), "--bits 7"),
+        (("int", None, 64, False, False), "--bits None"),
+        (("nf4", 4, 64, True, False), "--symmetric"),
+        (("int", 4, 64, False, True), "--double-quant"),
+        (("int", 4, 48, False, False), "--group-size 48"),
+        (("nf4", 4, 32, False, False), "--group-size 32"),
+    ],
+    ids=str,
+)
+def test_formats_that_do_not_exist_are_refused(words: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        format_named(*words)

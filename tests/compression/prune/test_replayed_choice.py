@@ -9,12 +9,13 @@ from typing import get_args
 import pytest
 from compressing import applied, blocks_of, network, no_bar, opened, profile_of
 from conftest import make_pico
+from replaying import error_by_hand
 
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, RouterMode
 from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune, plan_replayed
-from ditmoe_cli.compression.replay.subsets import BlockTokens, block_tokens, replay_error
+from ditmoe_cli.compression.replay.tokens import BlockTokens, reservoir_tokens
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.opened import Checkpoint
@@ -38,14 +39,14 @@ def errors(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[i
     checkpoint, profile = made
     where, found = tmp_path_factory.mktemp("subsets"), {}
     subsets = [s for n in (2, 3, 4) for s in itertools.combinations(range(EXPERTS), n)]
-    tokens = [block_tokens(profile, index) for index in range(3)]
+    tokens = [reservoir_tokens(profile, index) for index in range(3)]
     original = network(checkpoint)
     for number, (subset, mode) in enumerate(itertools.product(subsets, MODES)):
         plan = CompressionPlan("prune", checkpoint.fingerprint, stages=(Experts((BlockPlan(subset, mode),) * 3),))
         changed = network(applied(checkpoint, plan, where / f"{number}.safetensors"))
         for index in range(3):
             pair = (original.blocks[index].moe, changed.blocks[index].moe)
-            found[index, subset, mode] = replay_error(tokens[index], *pair) * reference(tokens[index], pair[0])
+            found[index, subset, mode] = error_by_hand(tokens[index], *pair) * reference(tokens[index], pair[0])
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import applied, network, opened, outputs, profile_of, pruning, stored
+from compressing import applied, calibrated, measure_few_tokens, network, opened, outputs, profile_of, pruning, stored
 from conftest import make_pico
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
@@ -19,12 +19,11 @@ from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Differences, Experts, Formats, Rounding, parse_plan
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
-from ditmoe_cli.compression.precision.trial import trial
+from ditmoe_cli.compression.precision.trial import try_formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.compression.replay import amplification as probes
 from ditmoe_cli.compression.replay import neuron_order as order
-from ditmoe_cli.compression.replay.neuron_order import block_energies, falling, neuron_energies, reorder
-from ditmoe_cli.compression.replay.ordered import expert_stem, is_ordered
+from ditmoe_cli.compression.replay.neuron_energies import block_energies, measured_energies
+from ditmoe_cli.compression.replay.neuron_order import expert_stem, falling, is_ordered, reorder
 from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert, split_name
@@ -37,7 +36,6 @@ from ditmoe_cli.model.expert_weights import read_weight
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 512
@@ -47,8 +45,7 @@ Given = tuple[Checkpoint, RoutingProfile]
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "TOKENS", TOKENS)
-    monkeypatch.setattr(probes, "PROBED_TOKENS", TOKENS)
+    measure_few_tokens(monkeypatch, TOKENS)
 
 
 def made(folder: Path, **settings: Any) -> Given:
@@ -145,7 +142,7 @@ def test_energies_are_those_of_a_count(asked: Given) -> None:
         model(
             *(torch.cat([part] * 2) for part in (states.z, states.t)), torch.cat([states.labels, null]), events.append
         )
-        found = neuron_energies(checkpoint, profile, "cpu", silent_bar)
+        found = measured_energies(calibrated(checkpoint, profile))
         for b, event in enumerate(events):
             gamma = event.gamma.double().square().mean(dim=0)
             moe = model.blocks[b].moe
@@ -206,7 +203,7 @@ def test_what_is_written_is_the_nearest_to_reordered_weights(asked: Given, tmp_p
     checkpoint, profile = asked
     formats = cut(checkpoint)
     written = written_by(asked, planned(asked, formats, ordering="camera"), tmp_path / "out.safetensors")
-    energies = {n: e for block in neuron_energies(checkpoint, profile, "cpu", silent_bar) for n, e in block.items()}
+    energies = {n: e for block in measured_energies(calibrated(checkpoint, profile)) for n, e in block.items()}
     for name, weight in written.weights.items():
         before, stem = checkpoint.reader.tensor(name), expert_stem(name)
         if name not in formats:
@@ -302,14 +299,14 @@ def test_errors_are_passed_on_across_pieces() -> None:
 def test_a_trial_tells_the_error_of_the_nearest_values(asked: Given, tmp_path: Path) -> None:
     checkpoint, profile = asked
     formats = cut(checkpoint)
-    orders = order.orders_of(neuron_energies(checkpoint, profile, "cpu", silent_bar), formats)
+    orders = order.orders_of(measured_energies(calibrated(checkpoint, profile)), formats)
     assert [len(mine) for mine in orders] == [4, 3], "40 neurons are too few to be cut"
-    tried = trial(checkpoint, profile, formats, "cpu", silent_bar, orders=orders)
+    tried = try_formats(calibrated(checkpoint, profile), formats, orders)
     written = written_by(asked, planned(asked, formats, ordering="camera"), tmp_path / "out.safetensors")
     states, cfg = states_for(checkpoint, profile, TOKENS)
     error = relative(*(guided_by_hand(network(each), states, cfg) for each in (written, checkpoint)))
     assert tried.error == pytest.approx(error, rel=0.02)
-    assert trial(checkpoint, profile, formats, "cpu", silent_bar).error != pytest.approx(error, rel=0.02)
+    assert try_formats(calibrated(checkpoint, profile), formats).error != pytest.approx(error, rel=0.02)
 
 
 # what becomes of such files

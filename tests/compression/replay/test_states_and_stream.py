@@ -10,7 +10,7 @@ import torch
 from conftest import Pico, make_pico
 
 from ditmoe_cli.compression.replay.states import States, calibration_states
-from ditmoe_cli.compression.replay.stream import Stream
+from ditmoe_cli.compression.replay.stream import CalibrationStream
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec
@@ -142,12 +142,12 @@ def test_an_eighth_of_the_images_or_the_last_is_held_out(images: int, held: set[
 def test_with_unchanged_mixtures_the_stream_is_the_model(case: tuple[Checkpoint, RoutingProfile]) -> None:
     checkpoint, _ = case
     states = states_of(case, 70)  # more than go through a block at once
-    model = OffloadedDiTMoE(checkpoint, torch.device("cpu"), 1, 1)
+    model = OffloadedDiTMoE(checkpoint, torch.device("cpu"))
     branches = len(states.branch_weights)
     null = torch.full_like(states.labels, checkpoint.config.num_classes)
     labels = torch.cat([states.labels, null][:branches])
     with torch.inference_mode():
-        stream = Stream(model, states)
+        stream = CalibrationStream(model, states)
         x, c = model.embed(states.z.repeat(branches, 1, 1, 1), states.t.repeat(branches), labels)
         for index in range(checkpoint.config.depth):
             with model.resident(index) as block:

@@ -28,7 +28,8 @@ from ditmoe_cli.compression.plan import (
     parse_plan,
 )
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
-from ditmoe_cli.compression.replay.states import States
+from ditmoe_cli.compression.replay import states as states_of_fits
+from ditmoe_cli.compression.replay.states import States, calibration_states
 from ditmoe_cli.compression.rounding import gptq_blocks as encoding
 from ditmoe_cli.compression.rounding.gptq import Hessian, Rounded, best_rounding
 from ditmoe_cli.errors import BadInputError
@@ -369,14 +370,20 @@ def test_what_an_expert_is_given_decides_how_it_is_rounded(tmp_path: Path) -> No
         assert (found[f"{names[0]}_packed"][2] == found[f"{names[1]}_packed"][2]) == equal
 
 
-def test_tokens_may_be_given(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = planned(small[0], all_at(small[0], "int4-g64"), Rounding(tokens=400))
-    patches = small[0].config.num_patches
-    assert encoding._wanted(small[0], plan) == 400 // patches
-    assert encoding._wanted(small[0], planned(small[0], formats_of(plan), Rounding())) == 20_480 // patches
-    monkeypatch.setattr(encoding, "FEWEST_TOKENS", 0)
-    # 8 tokens for each of the 256 inputs of the time embedding
-    assert encoding._wanted(small[0], planned(small[0], formats_of(plan), Rounding())) == 8 * 256 // patches
+def test_tokens_may_be_given(small: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patches, taken = small[0].config.num_patches, []
+
+    def watched(*args: Any) -> States:
+        states = calibration_states(*args)
+        taken.append(args[2])
+        return states
+
+    monkeypatch.setattr(states_of_fits, "calibration_states", watched)
+    monkeypatch.setattr(states_of_fits, "FEWEST_TOKENS", 0)
+    formats = {"t_embedder.mlp.0.weight": "int4-g64"}
+    for tokens, wanted in ((400, 400 // patches), (0, 8 * 256 // patches)):  # 8 for each input of the time embedding
+        encoded(small, planned(small[0], formats, Rounding(tokens=tokens)), tmp_path / f"{tokens}.safetensors")
+        assert taken.pop() == wanted
 
 
 # what is refused

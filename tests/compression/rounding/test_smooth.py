@@ -14,8 +14,7 @@ from torch.testing import assert_close
 
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Rounding
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.compression.rounding.smooth import block_scales, channel_scales, smooth_inputs
-from ditmoe_cli.compression.rounding.smoothed import smoothed_names
+from ditmoe_cli.compression.rounding.smooth import block_scales, channel_scales, smooth_inputs, smoothed_names
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.dit import Block
 

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditmoe_cli.compression.precision.budget import Choice
-from ditmoe_cli.compression.precision.task import Task, settle, widened
-from ditmoe_cli.compression.replay.visit import visit
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.precision.few_widths import settle, widened
+from ditmoe_cli.compression.precision.mix import Mix
+from ditmoe_cli.compression.precision.mix_request import MixRequest
+from ditmoe_cli.compression.replay.original_blocks import original_blocks
 from ditmoe_cli.files.names import split_name
-from ditmoe_cli.model.dit import Attended, Block
 
 
 def cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -29,26 +30,22 @@ def cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts)
 
 
-def scores(task: Task) -> list[float]:
-    """Return each block's cosine."""
-
-    def look(index: int, block: Block, seen: Sequence[Attended], after: Sequence[Tensor]) -> float:
-        del index, block
-        return cosine([part.residual for part in seen], after)
-
-    return visit(task, look)
+def scores(calibrated: Calibrated) -> list[float]:
+    """Return each block's cosine. Raises `BadInputError` for a profile without states."""
+    with original_blocks(calibrated) as blocks:
+        return [cosine([part.residual for part in each.attended], each.outputs) for each in blocks]
 
 
-def choose(task: Task) -> Choice:
+def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
     """Return formats: of two adjacent widths, blocks of the lowest cosine get the wider one.
 
-    Raises `InfeasibleError` where the narrowest do not fit.
+    Raises `InfeasibleError` where the narrowest do not fit, and `BadInputError` for a profile without states.
     """
-    fixed, names = settle(task)
+    fixed, names = settle(request)
     units: dict[int, list[str]] = {}
     for name in names:
         block = split_name(name).block
         assert block is not None  # attention, shared and routed experts are all in blocks
         units.setdefault(block, []).append(name)
-    measured = scores(task)
-    return widened(task, fixed, [units[block] for block in sorted(units, key=measured.__getitem__)])
+    measured = scores(calibrated)
+    return widened(request, fixed, [units[block] for block in sorted(units, key=measured.__getitem__)])

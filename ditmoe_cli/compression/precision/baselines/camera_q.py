@@ -5,10 +5,10 @@ of a block's routed and shared experts by their energy (`compression.algebra.neu
 of them 8 bits, the next 30 % 4 bits and the others 2 bits. So rows and columns of one matrix have different widths; to
 store them in consecutive pieces, an expert's neurons are put in the order of their energy first.
 
-Budget: the last group has the widest width b that all neurons can have, the other two the next two of `Task.widths`
-below 16 bits. The first two groups together have a share s of a block's neurons, a quarter of it the first, as in the
-paper, where s is 40 %. s is the same in all blocks but for one step, and as large as the budget allows; its steps are
-those of single units.
+Budget: the last group has the widest width b that all neurons can have, the other two the next two of
+`MixRequest.widths` below 16 bits. The first two groups together have a share s of a block's neurons, a quarter of it
+the first, as in the paper, where s is 40 %. s is the same in all blocks but for one step, and as large as the budget
+allows; its steps are those of single units.
 
 Units: columns of down that share a scale should share a width too, or pieces would take more scales than the whole. So
 an expert's neurons, best first, are cut into units of the group size, the last of which takes the rest; units are
@@ -26,11 +26,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ditmoe_cli.compression.precision.budget import UNTOUCHED, Choice
-from ditmoe_cli.compression.precision.task import Task, most_that_fits, settle, widest_that_fits
-from ditmoe_cli.compression.precision.trial import trial
-from ditmoe_cli.compression.replay.neuron_order import neuron_energies, orders_of
-from ditmoe_cli.compression.replay.ordered import expert_stem, has_pieces
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.precision.few_widths import most_that_fits, settle, widest_that_fits
+from ditmoe_cli.compression.precision.mix import UNTOUCHED, Mix
+from ditmoe_cli.compression.precision.mix_request import MixRequest
+from ditmoe_cli.compression.precision.trial import try_formats
+from ditmoe_cli.compression.replay.neuron_energies import measured_energies
+from ditmoe_cli.compression.replay.neuron_order import expert_stem, has_pieces, orders_of
 from ditmoe_cli.formats.pieces import Pieces, neuron_axis
 from ditmoe_cli.formats.registry import parse_format
 
@@ -56,21 +58,21 @@ class Step:
     expert: str
 
 
-def choose(task: Task) -> Choice:
+def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
     """Return formats: in each block the same share of neurons, those of highest energy, gets wider ones.
 
     Raises `InfeasibleError` where the narrowest do not fit, and `BadInputError` for a profile without states.
     """
-    fixed, names = settle(task, ("attn",))
-    widths = tuple(width for width in task.widths if width != UNTOUCHED)
-    index = widest_that_fits(task, fixed, names)
+    fixed, names = settle(request, ("attn",))
+    widths = tuple(width for width in request.widths if width != UNTOUCHED)
+    index = widest_that_fits(request, fixed, names)
     if index >= len(widths) - 1:
-        return Choice({**fixed, **task.at(names, (widths or task.widths)[-1])})
+        return Mix({**fixed, **request.formats_at(names, (widths or request.widths)[-1])})
     widths = widths[index : index + 3]
     pool = {name: expert for name in names if (expert := expert_stem(name)) is not None}
-    fixed = {**fixed, **task.at([name for name in names if name not in pool], widths[0])}
-    energies = neuron_energies(task.checkpoint, task.profile, task.device, task.bar)
-    ranked, size = set(pool.values()), task.candidates.group_size
+    fixed = {**fixed, **request.formats_at([name for name in names if name not in pool], widths[0])}
+    energies = measured_energies(calibrated)
+    ranked, size = set(pool.values()), request.candidates.group_size
     blocks = [
         [unit for expert, each in block.items() if expert in ranked for unit in units_of(expert, each, size)]
         for block in energies
@@ -79,15 +81,13 @@ def choose(task: Task) -> Choice:
 
     def formats(n: int) -> dict[str, str]:
         groups = grouped(blocks, taken[:n])
-        found = {name: matrix_format(task, name, groups[expert], widths) for name, expert in pool.items()}
-        return {**fixed, **{name: fmt for name, fmt in found.items() if fmt is not None}}
+        chosen = {name: matrix_format(request, name, groups[expert], widths) for name, expert in pool.items()}
+        return {**fixed, **{name: fmt for name, fmt in chosen.items() if fmt is not None}}
 
-    chosen = most_that_fits(task, formats, len(taken) + 1)
-    tried = trial(
-        task.checkpoint, task.profile, chosen, task.device, task.bar, orders=orders_of(energies, chosen)
-    ).error
+    chosen = most_that_fits(request, formats, len(taken) + 1)
+    tried_error = try_formats(calibrated, chosen, orders_of(energies, chosen)).error
     cut = any(has_pieces(chosen, expert) for expert in pool.values())
-    return Choice(chosen, tried=tried, ordering="camera" if cut else None)
+    return Mix(chosen, tried_error=tried_error, ordering="camera" if cut else None)
 
 
 def units_of(expert: str, energies: Tensor, size: int) -> list[Unit]:
@@ -107,16 +107,16 @@ def steps(blocks: Sequence[Sequence[Unit]], groups: int) -> list[Step]:
     A unit whose middle lies at the share m of a block's neurons, ranked by energy, enters the second group where s
     exceeds m, and the widest of three where s / 4 does. None is above s = 1.
     """
-    found = []
+    moves = []
     for block, units in enumerate(blocks):
         ranked = sorted(units, key=lambda unit: -unit.energy)
         total, before = sum(unit.neurons for unit in units), 0
         for unit in ranked:
             middle = (before + unit.neurons / 2) / total
             shares = (middle, middle / FIRST_OF_WIDER)[: groups - 1]
-            found += [Step(share, block, g, unit.expert) for g, share in enumerate(shares, 1) if share <= 1]
+            moves += [Step(share, block, g, unit.expert) for g, share in enumerate(shares, 1) if share <= 1]
             before += unit.neurons
-    return sorted(found, key=lambda step: (step.share, step.block, step.group))
+    return sorted(moves, key=lambda step: (step.share, step.block, step.group))
 
 
 def grouped(blocks: Sequence[Sequence[Unit]], taken: Sequence[Step]) -> dict[str, list[tuple[int, int]]]:
@@ -130,19 +130,21 @@ def grouped(blocks: Sequence[Sequence[Unit]], taken: Sequence[Step]) -> dict[str
     moved: dict[str, dict[int, int]] = {expert: {} for expert in sizes}
     for step in taken:
         moved[step.expert][step.group] = moved[step.expert].get(step.group, 0) + 1
-    found = {}
-    for expert, mine in sizes.items():
-        group = [sum(i < units for units in moved[expert].values()) for i in range(len(mine))]
-        runs = itertools.groupby(zip(group, mine, strict=True), key=lambda pair: pair[0])
-        found[expert] = [(g, sum(neurons for _, neurons in run)) for g, run in runs]
-    return found
+    neurons_of_groups = {}
+    for expert, units in sizes.items():
+        group = [sum(i < moves for moves in moved[expert].values()) for i in range(len(units))]
+        runs = itertools.groupby(zip(group, units, strict=True), key=lambda pair: pair[0])
+        neurons_of_groups[expert] = [(g, sum(neurons for _, neurons in run)) for g, run in runs]
+    return neurons_of_groups
 
 
-def matrix_format(task: Task, name: str, groups: Sequence[tuple[int, int]], widths: Sequence[str]) -> str | None:
+def matrix_format(
+    request: MixRequest, name: str, groups: Sequence[tuple[int, int]], widths: Sequence[str]
+) -> str | None:
     """Return the format of a matrix whose neurons are in `groups`: of pieces, unless all get the same; None of none."""
     counts: dict[str | None, int] = {}
     for group, neurons in groups:
-        fmt = task.format_at(name, widths[group])
+        fmt = request.format_at(name, widths[group])
         counts[fmt] = counts.get(fmt, 0) + neurons
     formats = tuple(fmt for fmt in counts if fmt is not None)
     if len(counts) == 1 or not formats:

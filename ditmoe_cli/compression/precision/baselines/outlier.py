@@ -4,16 +4,18 @@ Li et al. 2024, https://arxiv.org/abs/2406.08155. The score of a linear layer W 
 
     max_j  max_i |W_ij| / mean_i |W_ij|,
 
-over input columns j. Matrices, or those that are tied together, are ranked by it: see `task.widened`. No data is used.
+over input columns j. Matrices, or those that are tied together, are ranked by it: see `widened`. No data is used.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ditmoe_cli.compression.precision.budget import Choice
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.precision.candidates import ties
-from ditmoe_cli.compression.precision.task import Task, settle, widened
+from ditmoe_cli.compression.precision.few_widths import settle, widened
+from ditmoe_cli.compression.precision.mix import Mix
+from ditmoe_cli.compression.precision.mix_request import MixRequest
 
 
 def outlier_score(weight: Tensor) -> float:
@@ -23,19 +25,19 @@ def outlier_score(weight: Tensor) -> float:
     return float((size.amax(dim=0) / mean).where(mean > 0, 0.0).max())
 
 
-def choose(task: Task) -> Choice:
+def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
     """Return formats: of two adjacent widths, matrices of the highest scores get the wider one.
 
     Raises `InfeasibleError` where the narrowest do not fit, `BadInputError` for weights that are not finite.
     """
-    fixed, names = settle(task)
+    fixed, names = settle(request)
     scores: dict[str, float] = {}
     units: dict[str, list[str]] = {}
-    decided = ties(names, task.candidates.tied)
-    with task.bar(f"looking for outliers in {task.checkpoint.path.name}", len(names)) as progress:
+    decided = ties(names, request.candidates.tied)
+    with calibrated.bar(f"looking for outliers in {request.checkpoint.path.name}", len(names)) as progress:
         for name in names:
-            score = outlier_score(task.checkpoint.finite_tensor(name))
+            score = outlier_score(request.checkpoint.finite_tensor(name))
             units.setdefault(decided[name], []).append(name)
             scores[decided[name]] = max(score, scores.get(decided[name], 0.0))
             progress(1)
-    return widened(task, fixed, [units[unit] for unit in sorted(units, key=scores.__getitem__, reverse=True)])
+    return widened(request, fixed, [units[unit] for unit in sorted(units, key=scores.__getitem__, reverse=True)])

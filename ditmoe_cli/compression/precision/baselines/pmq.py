@@ -27,15 +27,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.compression.precision.budget import Choice, fitted, weight_bytes
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.precision.few_widths import DENSE, DENSE_WIDTH, widest_that_fits
+from ditmoe_cli.compression.precision.mix import Mix, fitted
+from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve
 from ditmoe_cli.compression.precision.sensitivity import EXPERT_TOKENS
-from ditmoe_cli.compression.precision.task import DENSE, DENSE_WIDTH, Task, widest_that_fits
+from ditmoe_cli.compression.replay.original_blocks import OriginalBlock, original_blocks
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
-from ditmoe_cli.compression.replay.visit import visit
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import in_expert, split_name
-from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.routing.profile import RoutingTables
 
@@ -47,37 +48,40 @@ Members = Mapping[Expert, Sequence[str]]
 Changes = Mapping[Expert, Mapping[str, float]]  # ε by width
 
 
-def choose(task: Task) -> Choice:
-    """Return formats: in each block those of least Σ φ^α w^β ε^γ. Raises `InfeasibleError` where none fit."""
-    members = _members(task)
-    fixed, experts = task.at(task.named(*DENSE), DENSE_WIDTH), task.named("experts")
-    fits = widest_that_fits(task, fixed, experts)
+def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
+    """Return formats: in each block those of least Σ φ^α w^β ε^γ.
+
+    Raises `InfeasibleError` where none fit, and `BadInputError` for a profile without states.
+    """
+    members = _members(request)
+    fixed, experts = request.formats_at(request.weights_of(*DENSE), DENSE_WIDTH), request.weights_of("experts")
+    fits = widest_that_fits(request, fixed, experts)
     if not members:
-        return Choice(fixed)
-    widths = offered(task.widths, fits)
-    blocks = _groups(task, members, widths, _costs(task, members, widths))
+        return Mix(fixed)
+    widths = offered(request.widths, fits)
+    blocks = _groups(request, members, widths, _costs(request, calibrated, members, widths))
     order = list(members)
 
     def formats_of(budget: int) -> dict[str, str]:
         budgets = shares(blocks, budget)
-        chosen = [block_choice(groups, mine, widths) for groups, mine in zip(blocks, budgets, strict=True)]
+        chosen = [block_choice(groups, own, widths) for groups, own in zip(blocks, budgets, strict=True)]
         taken = [widths[o] for choice in chosen for o in choice]
-        parts = (task.at(members[expert], width) for expert, width in zip(order, taken, strict=True))
+        parts = (request.formats_at(members[expert], width) for expert, width in zip(order, taken, strict=True))
         return {**fixed, **{name: fmt for part in parts for name, fmt in part.items()}}
 
-    narrowest = task.size(fixed, task.at(experts, widths[0]))
-    budget = task.limit - narrowest + sum(group.options[0].bytes for groups in blocks for group in groups)
-    return Choice(fitted(budget, task.limit, formats_of, task.size))
+    narrowest = request.size(fixed, request.formats_at(experts, widths[0]))
+    budget = request.limit - narrowest + sum(group.options[0].bytes for groups in blocks for group in groups)
+    return Mix(fitted(budget, request.limit, formats_of, request.size))
 
 
-def _members(task: Task) -> dict[Expert, list[str]]:
+def _members(request: MixRequest) -> dict[Expert, list[str]]:
     """Return the matrices of each expert, block by block."""
-    found: dict[Expert, list[str]] = {}
-    for name in task.named("experts"):
+    members: dict[Expert, list[str]] = {}
+    for name in request.weights_of("experts"):
         parts = split_name(name)
         assert parts.block is not None and parts.expert is not None
-        found.setdefault((parts.block, parts.expert), []).append(name)
-    return dict(sorted(found.items()))
+        members.setdefault((parts.block, parts.expert), []).append(name)
+    return dict(sorted(members.items()))
 
 
 def offered(widths: Sequence[str], fits: int) -> tuple[str, ...]:
@@ -99,33 +103,40 @@ def usage(tables: RoutingTables, tokens: int) -> dict[Expert, tuple[float, float
     }
 
 
-def _costs(task: Task, members: Members, widths: Sequence[str]) -> dict[Expert, list[float]]:
+def _costs(
+    request: MixRequest, calibrated: Calibrated, members: Members, widths: Sequence[str]
+) -> dict[Expert, list[float]]:
     """Return φ^α w^β ε^γ of each expert at each width."""
-    used = usage(task.profile.tables, int(task.profile.tensor("tokens").sum()))
-    changes = output_changes(task, members, widths)
+    profile = calibrated.profile
+    used = usage(profile.tables, int(profile.tensor("tokens").sum()))
+    changes = output_changes(request, calibrated, members, widths)
     return {
         expert: [used[expert][0] ** ALPHA * used[expert][1] ** BETA * changes[expert][w] ** GAMMA for w in widths]
         for expert in members
     }
 
 
-def output_changes(task: Task, members: Members, widths: Sequence[str]) -> Changes:
-    """Return ε of each expert in `members` at each width."""
+def output_changes(request: MixRequest, calibrated: Calibrated, members: Members, widths: Sequence[str]) -> Changes:
+    """Return ε of each expert in `members` at each width. Raises `BadInputError` for a profile without states."""
+    with original_blocks(calibrated) as blocks:
+        return {expert: change for each in blocks for expert, change in _block_changes(each, request, members, widths)}
 
-    def look(index: int, block: Block, seen: Sequence[Attended], after: Sequence[Tensor]) -> Changes:
-        del after
-        u = torch.cat([part.inputs.flatten(0, 1) for part in seen])
-        routing = block.moe.gate(u)
-        found = {}
-        for expert in (expert for expert in members if expert[0] == index):
-            choices = [layers_of(block, index, task.at(members[expert], width)) for width in widths]
-            module = block.moe.experts[expert[1]]
-            assert isinstance(module, SwiGLU)
-            errors = changes_of(module, u, routing.gate_of(expert[1]), choices)
-            found[expert] = dict(zip(widths, errors, strict=True))
-        return found
 
-    return {expert: change for found in visit(task, look) for expert, change in found.items()}
+def _block_changes(
+    original: OriginalBlock, request: MixRequest, members: Members, widths: Sequence[str]
+) -> Iterator[tuple[Expert, dict[str, float]]]:
+    """Yield ε of one block's experts at each width."""
+    u = torch.cat([part.inputs.flatten(0, 1) for part in original.attended])
+    moe = original.block.moe
+    routing = moe.gate(u)
+    for expert in (expert for expert in members if expert[0] == original.index):
+        choices = [
+            layers_of(original.block, original.index, request.formats_at(members[expert], width)) for width in widths
+        ]
+        module = moe.experts[expert[1]]
+        assert isinstance(module, SwiGLU)
+        changes = changes_of(module, u, routing.gate_of(expert[1]), choices)
+        yield expert, dict(zip(widths, changes, strict=True))
 
 
 def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mapping[nn.Linear, str]]) -> Iterator[float]:
@@ -145,13 +156,13 @@ def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mappi
 
 
 def _groups(
-    task: Task, members: Members, widths: Sequence[str], costs: Mapping[Expert, Sequence[float]]
+    request: MixRequest, members: Members, widths: Sequence[str], costs: Mapping[Expert, Sequence[float]]
 ) -> list[list[Group]]:
     """Return the decisions of each block: an expert each, with its widths as options."""
     blocks: dict[int, list[Group]] = {}
     for expert, names in members.items():
         options = tuple(
-            Option(w, sum(weight_bytes(task.checkpoint, n, task.format_at(n, w)) for n in names), cost)
+            Option(w, sum(request.sizes.of_weight(n, request.format_at(n, w)) for n in names), cost)
             for w, cost in zip(widths, costs[expert], strict=True)
         )
         blocks.setdefault(expert[0], []).append(Group(in_expert(*expert, "")[:-1], options))

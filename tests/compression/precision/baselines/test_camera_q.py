@@ -8,24 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import opened, profile_of
+from compressing import calibrated, measure_few_tokens, opened, profile_of
 from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.compression.plan import Formats
-from ditmoe_cli.compression.precision.baselines import camera_q
 from ditmoe_cli.compression.precision.baselines.camera_q import Step, Unit, choose, grouped, steps, units_of
-from ditmoe_cli.compression.precision.budget import Budget, Choice, budget_bytes, plan_mixed
+from ditmoe_cli.compression.precision.budget import Budget, FileSizes
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
-from ditmoe_cli.compression.precision.task import Task, settle
-from ditmoe_cli.compression.replay import amplification as probes
+from ditmoe_cli.compression.precision.few_widths import settle
+from ditmoe_cli.compression.precision.mix import Mix
+from ditmoe_cli.compression.precision.mix_request import MixRequest
+from ditmoe_cli.compression.precision.mixed import plan_mix
+from ditmoe_cli.compression.replay.neuron_energies import measured_energies
+from ditmoe_cli.compression.replay.neuron_order import orders_of
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import parse_format, parse_pieces
 from ditmoe_cli.model.opened import Checkpoint, weight_group
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 WHERE = Output(Path("/nowhere/out.safetensors"))
@@ -35,8 +37,7 @@ Pool = list[list[Unit]]
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "TOKENS", 512)
-    monkeypatch.setattr(probes, "PROBED_TOKENS", 512)
+    measure_few_tokens(monkeypatch, 512)
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +49,29 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return checkpoint, profile_of(checkpoint)
 
 
-def task_of(asked: Given, limit: int = 10**9, **fields: Any) -> Task:
-    checkpoint, profile = asked
+def request_for(asked: Given, limit: int = 10**9, **fields: Any) -> MixRequest:
+    checkpoint, _ = asked
     candidates = Candidates(**{"group_size": 32, **fields})
     formats = candidate_formats(checkpoint, candidates)
-    return Task(checkpoint, profile, candidates, formats, limit, WHERE, "cpu", silent_bar)
+    return MixRequest(checkpoint, candidates, formats, limit, FileSizes(checkpoint, WHERE))
 
 
-def within(asked: Given, bits: float, **fields: Any) -> Task:
-    return task_of(
-        asked, budget_bytes(asked[0], Budget(bits=bits), Candidates(**{"group_size": 32, **fields}), WHERE), **fields
-    )
+def within(asked: Given, bits: float, **fields: Any) -> MixRequest:
+    candidates = Candidates(**{"group_size": 32, **fields})
+    return request_for(asked, Budget(bits=bits).limit(FileSizes(asked[0], WHERE), candidates), **fields)
 
 
-def between(asked: Given, share: float, **fields: Any) -> Task:
+def chosen(asked: Given, request: MixRequest) -> Mix:
+    return choose(request, calibrated(*asked))
+
+
+def between(asked: Given, share: float, **fields: Any) -> MixRequest:
     """As many bytes as the narrowest formats take, and a share of what the widest below 16 bits take more."""
-    free = task_of(asked, **fields)
+    free = request_for(asked, **fields)
     fixed, names = settle(free, ("attn",))
     widths = [width for width in free.widths if width != "16"]
-    least, most = (free.size(fixed, free.at(names, width)) for width in (widths[0], widths[-1]))
-    return task_of(asked, int(least + share * (most - least)), **fields)
+    least, most = (free.size(fixed, free.formats_at(names, width)) for width in (widths[0], widths[-1]))
+    return request_for(asked, int(least + share * (most - least)), **fields)
 
 
 def bits_of(formats: dict[str, str], name: str, neurons: int) -> list[int]:
@@ -159,22 +163,21 @@ def test_forty_percent_are_the_published_groups() -> None:
 @pytest.mark.parametrize("bits", [2.3, 2.8, 3, 3.6, 4.5, 6.5])
 @pytest.mark.parametrize("fields", [{}, {"allowed": ("2", "4", "8")}, {"symmetric": True, "group_size": 64}], ids=str)
 def test_the_budget_is_kept_and_used(bits: float, fields: dict[str, Any], asked: Given) -> None:
-    task = within(asked, bits, **fields)
-    if settle(task, ("attn",))[0] == {}:
+    request = within(asked, bits, **fields)
+    if settle(request, ("attn",))[0] == {}:
         return
-    choice = choose(task)
-    size = task.size(choice.formats)
-    assert size <= task.limit
+    choice = chosen(asked, request)
+    size = request.size(choice.formats)
+    assert size <= request.limit
     # a step is a unit of three matrices; a new piece costs its tensors' headers too
-    assert task.limit - size < 3 * 63 * 32 * 4 // 8 + 3 * 4 * 250
-    assert choice.tried is not None and 0 < choice.tried < 2
+    assert request.limit - size < 3 * 63 * 32 * 4 // 8 + 3 * 4 * 250
+    assert choice.tried_error is not None and 0 < choice.tried_error < 2
     assert choice.ordering == ("camera" if any(":" in fmt for fmt in choice.formats.values()) else None)
 
 
 def test_all_blocks_give_the_same_share_of_their_best_neurons_more(asked: Given) -> None:
-    checkpoint, profile = asked
-    formats = dict(choose(between(asked, 0.25, allowed=("2", "4", "8", "16"), floors={"shared": 2})).formats)
-    energies = camera_q.neuron_energies(checkpoint, profile, "cpu", silent_bar)
+    formats = dict(chosen(asked, between(asked, 0.25, allowed=("2", "4", "8", "16"), floors={"shared": 2})).formats)
+    energies = measured_energies(calibrated(*asked))
     shares = []
     for block in energies:
         units: list[tuple[float, int, int]] = []
@@ -198,7 +201,7 @@ def test_all_blocks_give_the_same_share_of_their_best_neurons_more(asked: Given)
 
 
 def test_too_few_neurons_are_not_cut(asked: Given) -> None:
-    formats = dict(choose(within(asked, 3)).formats)
+    formats = dict(chosen(asked, within(asked, 3)).formats)
     for expert in (1, 2):  # 40 and 16 neurons
         gate, up = (formats[in_expert(1, expert, f"{m}_proj.weight")] for m in ("gate", "up"))
         assert gate == up and parse_pieces(gate) is None
@@ -207,7 +210,7 @@ def test_too_few_neurons_are_not_cut(asked: Given) -> None:
 
 
 def test_floors_hold_within_pieces(asked: Given) -> None:
-    formats = dict(choose(between(asked, 0.3, floors={"shared": 4, "experts": 3})).formats)
+    formats = dict(chosen(asked, between(asked, 0.3, floors={"shared": 4, "experts": 3})).formats)
     for name, fmt in formats.items():
         least = 4 if SHARED in name else 3
         cut = parse_pieces(fmt)
@@ -215,7 +218,7 @@ def test_floors_hold_within_pieces(asked: Given) -> None:
 
 
 def test_attention_gets_4_bits_and_all_else_stays(asked: Given) -> None:
-    formats = dict(choose(within(asked, 3)).formats)
+    formats = dict(chosen(asked, within(asked, 3)).formats)
     groups = {name: weight_group(asked[0].weights[name].info) for name in formats}
     assert set(groups.values()) == {"attn", "shared", "experts"}
     assert {formats[name] for name, group in groups.items() if group == "attn"} == {"int4-g32"}
@@ -223,33 +226,34 @@ def test_attention_gets_4_bits_and_all_else_stays(asked: Given) -> None:
 
 def test_attention_gets_what_the_others_begin_with_where_that_leaves_too_little(asked: Given) -> None:
     floors = {"attn": 2.0, "shared": 2.0}
-    free = task_of(asked, floors=floors)
+    free = request_for(asked, floors=floors)
     fixed, names = settle(free, ("attn",))
-    limit = free.size(fixed, free.at(names, "2"))
-    assert settle(task_of(asked, limit, floors=floors), ("attn",)) == (fixed, names)
-    task = task_of(asked, limit - 1, floors=floors)
-    formats = dict(choose(task).formats)
-    assert task.size(formats) < limit
+    limit = free.size(fixed, free.formats_at(names, "2"))
+    assert settle(request_for(asked, limit, floors=floors), ("attn",)) == (fixed, names)
+    request = request_for(asked, limit - 1, floors=floors)
+    formats = dict(chosen(asked, request).formats)
+    assert request.size(formats) < limit
     assert {fmt for name, fmt in formats.items() if ".attn." in name} == {"int2-g32"}
 
 
 def test_protected_groups_are_not_ranked(asked: Given) -> None:
-    formats = dict(choose(between(asked, 0.3, protected=("shared",))).formats)
+    formats = dict(chosen(asked, between(asked, 0.3, protected=("shared",))).formats)
     assert formats and not any(SHARED in name for name in formats)
-    with_all = dict(choose(task_of(asked)).formats)
+    with_all = dict(chosen(asked, request_for(asked)).formats)
     assert {fmt for name, fmt in with_all.items() if ".attn." not in name} == {"int8-g32"}, "16 bits are no group"
 
 
 def test_ties_and_unused_profiles(asked: Given, tmp_path: Path) -> None:
-    task = within(asked, 3)
-    first, second = choose(task), choose(task)
+    request = within(asked, 3)
+    first, second = chosen(asked, request), chosen(asked, request)
     assert first == second
-    plan = plan_mixed(asked[0], asked[1].digest, first, {}, None)
+    plan = plan_mix(calibrated(*asked), first, {}, None)
     assert plan.stage(Formats) == Formats(first.formats, ordering="camera")
-    assert plan_mixed(asked[0], asked[1].digest, Choice({}), {}, None).stage(Formats) == Formats()
+    assert plan_mix(calibrated(*asked), Mix({}), {}, None).stage(Formats) == Formats()
     checkpoint = opened(make_pico(hidden=32, input_size=4), tmp_path)
+    stateless = (checkpoint, profile_of(checkpoint, fast=True))
     with pytest.raises(BadInputError, match="keeps no states"):
-        choose(within((checkpoint, profile_of(checkpoint, fast=True)), 3))
+        chosen(stateless, within(stateless, 3))
 
 
 def test_neurons_that_matter_get_the_bits(tmp_path: Path) -> None:
@@ -264,11 +268,11 @@ def test_neurons_that_matter_get_the_bits(tmp_path: Path) -> None:
         changes[name] = weight
     checkpoint = opened(pico.with_state(**changes), tmp_path)
     found = (checkpoint, profile_of(checkpoint))
-    formats = dict(choose(between(found, 0.2, allowed=("2", "4", "8"), floors={"shared": 2})).formats)
+    formats = dict(chosen(found, between(found, 0.2, allowed=("2", "4", "8"), floors={"shared": 2})).formats)
     for b in range(2):
         name = in_block(b, f"{SHARED}.down_proj.weight")
         assert bits_of(formats, name, 128)[:32] == [max(bits_of(formats, name, 128))] * 32
-        orders = camera_q.orders_of(camera_q.neuron_energies(*found, "cpu", silent_bar), formats)
+        orders = orders_of(measured_energies(calibrated(*found)), formats)
         assert set(orders[b][in_block(b, SHARED)][:32].tolist()) == set(strong.tolist())
         assert bits_of(formats, name, 128)[-1] == 2
     assert all(f"{in_block(0, SHARED)}.{matrix}.weight" in formats for matrix in MATRICES)

@@ -1,0 +1,133 @@
+"""Mixes of formats: as a method chose them, or as the program of least error solves them. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ditmoe_cli.compression.plan import Ordering
+from ditmoe_cli.compression.precision.mix_request import MixRequest
+from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve
+from ditmoe_cli.errors import InfeasibleError, UsageError
+
+UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
+_SECONDS = 30.0  # of a solver: a few weights of awkward sizes may take it longer than thousands do
+_ROUNDS = 8  # in which the budget of the weights is adjusted to that of the file
+
+T = TypeVar("T")
+Errors = Mapping[str, Mapping[str, float]]
+"""The error of each weight in each format."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A mix of formats.
+
+    Attributes:
+        formats: the format of each weight that gets one.
+        tried_error: error of the guided prediction with all weights rounded at once; None where it was not tried.
+        ordering: how neurons are put in order first (`Formats.ordering` of the plan).
+    """
+
+    formats: Mapping[str, str]
+    tried_error: float | None = field(default=None, kw_only=True)
+    ordering: Ordering | None = field(default=None, kw_only=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is known of the choice itself, for the options of a plan."""
+        return {}
+
+
+@dataclass(frozen=True)
+class SolvedMix(Mix):
+    """A mix that a program was solved for: the solution, and the bytes of the file."""
+
+    solution: Solution
+    size: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The predicted error, and how far from the least it may be."""
+        solution = self.solution
+        return {
+            "predicted_error": solution.error,
+            "bound": solution.bound,
+            "gap": solution.gap,
+            "solver": solution.solver,
+        }
+
+
+def least_bytes(request: MixRequest) -> int:
+    """Return the bytes of the file with the narrowest formats.
+
+    Raises `InfeasibleError` where that is above the limit, and `UsageError` where no format suits all weights of a tie.
+    """
+    no_errors = {name: dict.fromkeys(filter(None, fmts), 0.0) for name, fmts in request.formats.items()}
+    groups = decisions(request, no_errors)
+    least = request.size(_formats(request, groups, _narrowest(groups)))
+    if least > request.limit:
+        raise InfeasibleError(
+            f"the budget is {request.limit:,} bytes, and the narrowest formats take {least:,}; give more"
+        )
+    return least
+
+
+def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
+    """Return the mix of least error whose file takes at most the limit; `least` is what `least_bytes` returns."""
+    groups = decisions(request, errors)
+    narrowest = sum(group.options[o].bytes for group, o in zip(groups, _narrowest(groups), strict=True))
+
+    def mix_within(budget: int) -> SolvedMix:
+        solution = solve(groups, budget, time_limit=_SECONDS)
+        formats = _formats(request, groups, solution.choice)
+        return SolvedMix(formats, solution, request.size(formats))
+
+    return fitted(request.limit - least + narrowest, request.limit, mix_within, lambda mix: mix.size)
+
+
+def fitted(budget: int, limit: int, choose: Callable[[int], T], size: Callable[[T], int]) -> T:
+    """Return what `choose` makes of a budget of the weights' bytes, lowered until the file takes at most `limit` bytes.
+
+    Only headers of other lengths make a difference, so a few rounds do. Raises `InfeasibleError` where they do not.
+    """
+    for _ in range(_ROUNDS):
+        chosen = choose(budget)
+        above = size(chosen) - limit
+        if above <= 0:
+            return chosen
+        budget -= above
+    raise InfeasibleError(f"no mix of formats was found that fits {limit:,} bytes; give more")
+
+
+def decisions(request: MixRequest, errors: Errors) -> list[Group]:
+    """Return the groups of the program, one a decision, with the formats that suit all of its weights as options."""
+    formats = request.formats
+    groups = []
+    for decision, names in request.decisions.items():
+        shared = [fmt for fmt in formats[names[0]] if all(fmt in formats[name] for name in names)]
+        if not shared:
+            raise UsageError(f"--tie {','.join(request.candidates.tied)}: no format suits all of {', '.join(names)}")
+        options = tuple(
+            Option(
+                fmt or UNTOUCHED,
+                sum(request.sizes.of_weight(name, fmt) for name in names),
+                sum(errors[name][fmt] if fmt else 0.0 for name in names),
+            )
+            for fmt in shared
+        )
+        groups.append(Group(decision, options))
+    return groups
+
+
+def _narrowest(groups: Sequence[Group]) -> list[int]:
+    sizes = ([option.bytes for option in group.options] for group in groups)
+    return [each.index(min(each)) for each in sizes]
+
+
+def _formats(request: MixRequest, groups: Sequence[Group], choice: Sequence[int]) -> dict[str, str]:
+    """Return the format of each weight that gets one."""
+    of_decision = {group.name: group.options[o].format for group, o in zip(groups, choice, strict=True)}
+    of_weight = {name: of_decision[decision] for decision, names in request.decisions.items() for name in names}
+    return {name: of_weight[name] for name in request.formats if of_weight[name] != UNTOUCHED}

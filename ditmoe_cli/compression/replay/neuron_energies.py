@@ -1,0 +1,68 @@
+"""CAMERA energies of experts' neurons, all taken on the same calibration tokens.
+
+So those of routed and shared neurons compare, unlike a profile's sums, which know routed neurons only and are over more
+tokens. The energy itself is defined in `compression.algebra.neurons`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.algebra.neurons import DEFAULT_ALPHA, energies
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.replay.original_blocks import original_blocks
+from ditmoe_cli.files.names import SHARED, in_block
+from ditmoe_cli.model.dit import Attended, Block
+from ditmoe_cli.model.moe import SwiGLU
+
+Energies = Mapping[str, Tensor]
+"""(H,) of each expert of a block, by its full name without a matrix."""
+
+
+def measured_energies(calibrated: Calibrated) -> list[dict[str, Tensor]]:
+    """Return the energies (H,) of the neurons of each block's routed and shared experts, in fp64.
+
+    Raises `BadInputError` for a profile without states.
+    """
+    with original_blocks(calibrated) as blocks:
+        return [
+            {in_block(each.index, name): energy for name, energy in block_energies(each.block, each.attended).items()}
+            for each in blocks
+        ]
+
+
+def block_energies(block: Block, attended: Sequence[Attended]) -> dict[str, Tensor]:
+    """Return the energies (H,) of a block's experts by their names within it, on the inputs of its mixture.
+
+    Branches count alike; the shared expert's routing weight is 1.
+    """
+    images = sum(len(part.gamma) for part in attended)
+    gamma = torch.stack([part.gamma.double().square().sum(dim=0) for part in attended]).sum(dim=0) / images
+    sums: dict[str, Tensor] = {}
+    largest: dict[str, Tensor] = {}
+    for part in attended:
+        for name, squares in _squares(block, part.inputs.flatten(0, 1)):
+            most = squares.amax(dim=0) if len(squares) else squares.new_zeros(squares.shape[1])
+            sums[name] = sums.get(name, 0.0) + squares.double().sum(dim=0)
+            largest[name] = torch.maximum(largest[name], most) if name in largest else most
+    downs = {name: expert.down_proj.weight for name, expert in _experts(block)}
+    return {name: energies(downs[name], sums[name], largest[name], gamma, DEFAULT_ALPHA).cpu() for name in sums}
+
+
+def _experts(block: Block) -> Iterator[tuple[str, SwiGLU]]:
+    """Yield a block's experts by their names, the shared one last."""
+    for e, expert in enumerate([*block.moe.experts, block.moe.shared_experts]):
+        assert isinstance(expert, SwiGLU)
+        yield (f"moe.experts.{e}" if e < len(block.moe.experts) else SHARED), expert
+
+
+def _squares(block: Block, u: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield (g φ)² of each expert's neurons (n, H), for the n of the tokens u (T, D) that select it."""
+    routing = block.moe.gate(u)
+    for e, (name, expert) in enumerate(_experts(block)):
+        gates = torch.ones_like(u[:, 0]) if name == SHARED else routing.gate_of(e)
+        used = gates.nonzero().squeeze(1)
+        yield name, (expert.neurons(u[used]) * gates[used].unsqueeze(1)).square()

@@ -1,0 +1,56 @@
+"""Calibration states on their way through the original blocks, for methods that look at one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.replay.guided import measured_states
+from ditmoe_cli.compression.replay.stream import embedded
+from ditmoe_cli.model.dit import Attended, Block
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.walk import resident_blocks
+
+
+@dataclass(frozen=True)
+class OriginalBlock:
+    """A block with its weights in memory, and calibration states inside and behind it.
+
+    Attributes:
+        index: index of the block.
+        block: the block.
+        attended: the states between attention and mixture, some images at a time, all branches.
+        outputs: (N, P, D) the same images' tokens behind the block.
+    """
+
+    index: int
+    block: Block
+    attended: Sequence[Attended]
+    outputs: Sequence[Tensor]
+
+
+@contextmanager
+def original_blocks(calibrated: Calibrated) -> Iterator[Iterator[OriginalBlock]]:
+    """Yield an iterator over a checkpoint's blocks, as `resident_blocks` does, with the states that errors are
+    measured on.
+
+    Raises `BadInputError` for a profile without states.
+    """
+    checkpoint = calibrated.checkpoint
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    with resident_blocks(model, calibrated.bar, f"measuring {checkpoint.path.name}") as blocks:
+        stream = embedded(model, measured_states(calibrated, model))
+
+        def steps() -> Iterator[OriginalBlock]:
+            for index, block in blocks:
+                attended = stream.attended(block)
+                outputs = [block.mix(part, index, None) for part in attended]
+                yield OriginalBlock(index, block, attended, outputs)
+                stream.x = torch.cat(outputs)
+
+        yield steps()

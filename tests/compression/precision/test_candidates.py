@@ -1,0 +1,68 @@
+"""Candidates of a mix: which weights may take which formats, floors, ties and protected groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compressing import opened, quantised
+from conftest import make_pico
+
+from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, ties
+from ditmoe_cli.compression.precision.uniform import plan_uniform
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.model.opened import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    pico = make_pico(hidden=64, heads=2, input_size=4, widths=((64, 32, 64, 96), (64,) * 4))
+    return opened(pico, tmp_path_factory.mktemp("planner"))
+
+
+def test_ties_name_decisions_of_their_own() -> None:
+    names = [f"blocks.0.moe.experts.{e}.{m}_proj.weight" for e in (0, 1) for m in ("gate", "up", "down")]
+    assert len(set(ties(names, ("gate", "up")).values())) == 4
+    assert len(set(ties(names, ("gate", "up", "down")).values())) == 2
+    assert ties(names, ()) == {name: name for name in names}
+    attention = "blocks.0.attn.qkv.weight"
+    assert ties([attention], ("gate", "up")) == {attention: attention}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"allowed": ("2", "7")}, "--allow 7"),
+        ({"floors": {"router": 8}}, "--floor router"),
+        ({"protected": ("gate",)}, "--protect gate"),
+        ({"tied": ("gate", "side")}, "--tie side"),
+        ({"tied": ("gate",)}, "at least two"),
+        ({"group_size": 48}, "--group-size 48"),
+    ],
+    ids=str,
+)
+def test_unknown_names_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        replace(Candidates(), **fields)
+
+
+def test_floors_that_leave_nothing_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="attn=8"):
+        candidate_formats(checkpoint, Candidates(allowed=("2", "3"), floors={"attn": 8}))
+
+
+def test_what_is_packed_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    packed = quantised(checkpoint, 8, tmp_path / "packed.safetensors")
+    with pytest.raises(BadInputError, match="is int8 already"):
+        candidate_formats(packed, Candidates())
+    with pytest.raises(BadInputError, match="is int8 already"):
+        plan_uniform(packed, "nf4")
+
+
+def test_router_norms_and_tables_are_never_planned(checkpoint: Checkpoint) -> None:
+    planned = candidate_formats(checkpoint, Candidates())
+    left = {name.split(".")[-2] for name in checkpoint.weights if name not in planned and name.endswith(".weight")}
+    assert left == {"gate", "proj", "embedding_table"}  # router, patch embedding, label table
+    assert "blocks.0.moe.gate.weight" not in planned and "x_embedder.proj.weight" not in planned
