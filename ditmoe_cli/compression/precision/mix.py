@@ -84,20 +84,27 @@ def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
         formats = _formats(request, groups, solution.choice)
         return SolvedMix(formats, solution, request.size(formats))
 
-    return fitted(request.limit - least + narrowest, request.limit, mix_within, lambda mix: mix.size)
+    return fitted(mix_within, lambda mix: mix.size, request.limit, narrowest, request.limit - least)
 
 
-def fitted(budget: int, limit: int, choose: Callable[[int], T], size: Callable[[T], int]) -> T:
-    """Return what `choose` makes of a budget of the weights' bytes, lowered until the file takes at most `limit` bytes.
+def fitted(choose: Callable[[int], T], size: Callable[[T], int], limit: int, narrowest: int, room: int) -> T:
+    """Return the choice for a budget of the weights' bytes, lowered until the file takes at most `limit` bytes.
+
+    Args:
+        choose: returns the choice for a budget.
+        size: returns the bytes of a choice's file.
+        limit: bytes of the largest file allowed.
+        narrowest: bytes of the weights in their narrowest formats, which fit: the budget is never lowered below.
+        room: bytes that the file with the narrowest formats leaves.
 
     Only headers of other lengths make a difference, so a few rounds do. Raises `InfeasibleError` where they do not.
     """
     for _ in range(_ROUNDS):
-        chosen = choose(budget)
+        chosen = choose(narrowest + room)
         above = size(chosen) - limit
         if above <= 0:
             return chosen
-        budget -= above
+        room = max(room - above, 0)
     raise InfeasibleError(f"no mix of formats was found that fits {limit:,} bytes; give more")
 
 

@@ -69,9 +69,9 @@ def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
         parts = (request.formats_at(members[expert], width) for expert, width in zip(order, taken, strict=True))
         return {**fixed, **{name: fmt for part in parts for name, fmt in part.items()}}
 
-    narrowest = request.size(fixed, request.formats_at(experts, widths[0]))
-    budget = request.limit - narrowest + sum(group.options[0].bytes for groups in blocks for group in groups)
-    return Mix(fitted(budget, request.limit, formats_of, request.size))
+    room = request.limit - request.size(fixed, request.formats_at(experts, widths[0]))
+    narrowest = sum(group.options[0].bytes for groups in blocks for group in groups)
+    return Mix(fitted(formats_of, request.size, request.limit, narrowest, room))
 
 
 def _members(request: MixRequest) -> dict[Expert, list[str]]:
