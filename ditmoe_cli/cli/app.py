@@ -48,6 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+INTERRUPTED = 130  # the exit code of SIGINT
+
 # typer carries its own click; its public BadParameter leads to the base of everything click raises
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -105,12 +107,13 @@ def main() -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process; under torchrun at once, without taking the interpreter apart.
+    """End the process; under torchrun and after an interrupt at once, without taking the interpreter apart.
 
     A thread of the process group that frees a tensor while the interpreter is taken apart now and then aborts the
-    process ("terminate called without an active exception"), though all of its work is done.
+    process ("terminate called without an active exception"), though all of its work is done. And where an interrupt
+    passed through `exec`, as it does while a dataclass is made, Python ends with the signal instead of the exit code.
     """
-    if under_torchrun():
+    if under_torchrun() or code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -145,7 +148,7 @@ def _invoke(arguments: list[str]) -> int:
     except _ClickException as error:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except MemoryError:
         return _fail("out of memory; try a smaller --batch", 1)
     except OSError:

@@ -125,6 +125,17 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return checked
 
 
+def known(*names: str) -> Callable[[str], str]:
+    """Return a callback that refuses names that are none of those known, of which there are many."""
+
+    def checked(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"unknown; choose {', '.join(names)}")
+        return value
+
+    return checked
+
+
 def ending(*endings: str) -> Callable[[Path], Path]:
     """Return a callback that refuses paths with other endings."""
 

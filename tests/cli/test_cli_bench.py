@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import contents, here, outside, shell, terminal
+from cli_helpers import contents, here, on_terminal, outside, piped
 from conftest import make_pico
 
 from ditmoe_cli.evaluation import bench as benching
@@ -110,14 +110,16 @@ def test_experts_that_are_gone_take_no_memory(folder: Path) -> None:
 
 
 def test_the_envelope_through_a_pipe(folder: Path) -> None:
-    piped = shell("ditmoe quantize a.safetensors --uniform --bits 8 -o q.safetensors | ditmoe bench --batch 2", folder)
+    through = piped(
+        "ditmoe quantize a.safetensors --uniform --bits 8 -o q.safetensors | ditmoe bench --batch 2", folder
+    )
     given = here("bench", "q.safetensors", "--batch", 2, cwd=folder)
-    assert piped.envelope["checkpoint"] == str(folder / "q.safetensors")
-    assert piped.envelope["original"] == str(folder / "a.safetensors")
-    assert [step["command"] for step in piped.envelope["history"]] == ["quantize", "bench"]
-    assert piped.result["bytes"] == given.result["bytes"]
-    again = here("inspect", cwd=folder, stdin=piped.out)
-    assert again.envelope["checkpoint"] == piped.envelope["checkpoint"], "it hands its checkpoint on"
+    assert through.envelope["checkpoint"] == str(folder / "q.safetensors")
+    assert through.envelope["original"] == str(folder / "a.safetensors")
+    assert [step["command"] for step in through.envelope["history"]] == ["quantize", "bench"]
+    assert through.result["bytes"] == given.result["bytes"]
+    again = here("inspect", cwd=folder, stdin=through.out)
+    assert again.envelope["checkpoint"] == through.envelope["checkpoint"], "it hands its checkpoint on"
 
 
 def test_the_gate_prints_first(folder: Path) -> None:
@@ -159,7 +161,7 @@ def test_out_of_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_terminal_gets_a_table(folder: Path) -> None:
-    code, text = terminal("bench", "nf4.safetensors", *SETTINGS, cwd=folder, NO_COLOR="1", columns=40)
+    code, text = on_terminal("bench", "nf4.safetensors", *SETTINGS, cwd=folder, NO_COLOR="1")
     assert code == 0
     for line in (
         r"weights +\d+\.\d\d kB, 0\.\d{3} of fp32$",
@@ -172,7 +174,7 @@ def test_a_terminal_gets_a_table(folder: Path) -> None:
     ):
         assert re.search(line, text, re.MULTILINE), (line, text)
     assert "{" not in text
-    code, text = terminal("bench", "nf4.safetensors", *SETTINGS, "--json", cwd=folder, columns=400, NO_COLOR="1")
+    code, text = on_terminal("bench", "nf4.safetensors", *SETTINGS, "--json", cwd=folder)
     assert json.loads(text[text.index("{") :])["result"]["conditions"]["batch"] == 2
 
 

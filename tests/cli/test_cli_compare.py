@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import contents, here, shell, tensor_shapes, terminal
+from cli_helpers import contents, here, on_terminal, piped, tensor_shapes
 from conftest import make_pico
 from PIL import Image
 
@@ -57,12 +57,12 @@ def test_two_arguments(folder: Path) -> None:
 def test_a_pipe_compares_its_original_with_its_checkpoint(folder: Path) -> None:
     words = " ".join(map(str, SETTINGS))
     script = f"ditmoe quantize a.safetensors --uniform --bits 8 -o q.safetensors | ditmoe compare {words}"
-    piped = shell(script, folder)
+    through = piped(script, folder)
     given = here("compare", "a.safetensors", "q.safetensors", *SETTINGS, cwd=folder)
-    assert piped.result == given.result
-    assert piped.envelope["original"] == str(folder / "a.safetensors")
-    assert [step["command"] for step in piped.envelope["history"]] == ["quantize", "compare"]
-    assert 0 < piped.result["prediction"]["relative_error"] < 0.01
+    assert through.result == given.result
+    assert through.envelope["original"] == str(folder / "a.safetensors")
+    assert [step["command"] for step in through.envelope["history"]] == ["quantize", "compare"]
+    assert 0 < through.result["prediction"]["relative_error"] < 0.01
 
 
 def test_a_checkpoint_and_itself(folder: Path) -> None:
@@ -184,7 +184,7 @@ def test_one_argument_is_not_taken_for_half_of_a_pipe(folder: Path) -> None:
 
 def test_a_terminal_gets_a_table(folder: Path) -> None:
     words = ("compare", "a.safetensors", "fewer.safetensors", *SETTINGS)
-    code, text = terminal(*words, cwd=folder, NO_COLOR="1", columns=40)
+    code, text = on_terminal(*words, cwd=folder, NO_COLOR="1")
     assert code == 0
     for line in (
         r"velocity error +relative \d\.\d+, mse ",

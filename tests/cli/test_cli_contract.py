@@ -429,11 +429,12 @@ def test_paths_are_never_wrapped(folder: Path) -> None:
     deep = folder / ("a-folder-with-a-long-name-" * 4)
     deep.mkdir(exist_ok=True)
     target = deep / "out.safetensors"
-    code, text = terminal("convert", "a.safetensors", "-o", target, cwd=folder, columns=40, NO_COLOR="1")
+    words = ("convert", "a.safetensors", "-o", target)
+    code, text = terminal(*words, cwd=folder, columns=40, NO_COLOR="1", DITMOE_PROGRESS="1")
     assert code == 0
     assert str(target) in text
     assert "\033[1m" not in text and "\033[3" not in text, "a bar may move the cursor, but without colour"
-    code, text = terminal("convert", "a.safetensors", "-o", target, cwd=folder, columns=40)
+    code, text = terminal(*words, cwd=folder, columns=40)
     assert code == 5
     assert f"ditmoe: error: {target}: exists already" in text
 

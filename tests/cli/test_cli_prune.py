@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_helpers import Outcome, bytes_of, command, contents, environment, here, shell, tensor_shapes
+from cli_helpers import Outcome, bytes_of, command, contents, environment, here, piped, tensor_shapes
 from conftest import heed_interrupts, make_pico
 
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
@@ -119,7 +119,7 @@ def test_what_replays_is_chosen_by_the_profile_alone(folder: Path) -> None:
 
 
 def test_a_pipe_of_all_stages(folder: Path) -> None:
-    outcome = shell(
+    outcome = piped(
         "ditmoe profile-experts a.safetensors --images 4 --steps 2 --bins 2 "
         "| ditmoe prune --keep 2 --method naee --router mass --neurons 0.5 --refit-tokens 64 "
         "| ditmoe quantize --uniform --bits 8 | ditmoe inspect",

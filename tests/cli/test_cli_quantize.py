@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import Outcome, bytes_of, contents, here, outside, series, shell, tensor_shapes
+from cli_helpers import Outcome, bytes_of, contents, here, outside, piped, series, tensor_shapes
 from conftest import make_pico
 
 from ditmoe_cli.compression.replay import amplification as probes
@@ -222,10 +222,10 @@ def wide(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("rounding", [FEW, ("--rounding", "nearest")], ids=["gptq", "nearest"])
 def test_experts_in_pieces_from_end_to_end(rounding: tuple[object, ...], wide: Path) -> None:
-    """As programs, in a pipe of their own: what is written is as large as predicted, runs, and may go on."""
+    """The file is as large as predicted, is sampled by a process that never quantised, and goes on through others."""
     words, folder = (*CUT, *rounding), wide
-    predicted = outside(*words, "--dry-run", cwd=folder)
-    written = outside(*words, cwd=folder)
+    predicted = here(*words, "--dry-run", cwd=folder)
+    written = here(*words, cwd=folder)
     assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
     plan = predicted.result["plan"]
     assert plan["ordering"] == "camera" and written.path.name == "wide.quantize-bits3.5-camera-q.safetensors"
@@ -369,7 +369,7 @@ def test_a_saved_plan_gives_the_same_bytes(words: tuple[object, ...], folder: Pa
 
 
 def test_a_pipe_of_all_stages(folder: Path) -> None:
-    outcome = shell(
+    outcome = piped(
         "ditmoe profile-experts a.safetensors --images 4 --steps 2 --bins 2 "
         "| ditmoe quantize --bits 3 --allow 3,8 --tokens 256 | ditmoe inspect",
         folder,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_helpers import FIELDS, contents, here, terminal
+from cli_helpers import FIELDS, contents, here, on_terminal
 from conftest import make_pico
 from safetensors.torch import load_file, save_file
 
@@ -48,7 +48,7 @@ def test_a_profile_comes_through_a_pipe(folder: Path) -> None:
 
 
 def test_a_terminal_shows_a_table(folder: Path) -> None:
-    code, shown = terminal("report", "profile", "p.safetensors", *QUICK, cwd=folder, NO_COLOR="1")
+    code, shown = on_terminal("report", "profile", "p.safetensors", *QUICK, cwd=folder, NO_COLOR="1")
     assert code == 0
     assert "Specialisation by position fades with depth: " in shown
     assert "top-k mass" in shown

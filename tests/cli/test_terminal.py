@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import terminal
+from cli_helpers import on_terminal
 from conftest import make_pico
 
 from ditmoe_cli.cli import terminal as output
@@ -147,7 +147,7 @@ def test_tables_tell_solver_and_nfe(tmp_path: Path) -> None:
         ("compare", "a.safetensors", "a.safetensors", *settings, "--bins", 1),
         ("fid", "a.safetensors", "--ref", "a.safetensors", "--extractor", "pixels", *settings),
     ):
-        code, text = terminal(*words, cwd=tmp_path, NO_COLOR="1")
+        code, text = on_terminal(*words, cwd=tmp_path, NO_COLOR="1")
         assert code == 0, text
         (line,) = (line for line in text.splitlines() if line.startswith("solver"))
         assert line.split(None, 1)[1] == "ab2, 3 steps, cfg 2, 6 NFE an image"

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from conftest import REPOSITORY
 
@@ -118,6 +119,42 @@ def here(*args: object, cwd: Path, stdin: str | None = None) -> Outcome:
     finally:
         sys.stdin = before
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def piped(line: str, cwd: Path) -> Outcome:
+    """Run the commands of a pipe one after the other in this process: each reads what the one before printed.
+
+    Ends at the first command that fails. What the commands say on stderr is put together.
+    """
+    stdin, err = None, ""
+    for stage in line.split("|"):
+        program, *words = shlex.split(stage)
+        assert program == "ditmoe"
+        outcome = here(*words, cwd=cwd, stdin=stdin)
+        stdin, err = outcome.out, err + outcome.err
+        if outcome.code:
+            break
+    return Outcome(outcome.code, outcome.out, err)
+
+
+class _Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(*args: object, cwd: Path, **env: str) -> tuple[int, str]:
+    """Run a command in this process on streams that say they are a terminal; return exit code and text."""
+    screen = _Terminal()
+    with (
+        mock.patch.dict(os.environ, env),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(screen),
+        contextlib.redirect_stderr(screen),
+    ):
+        code = run_program([str(arg) for arg in args])
+    return code, screen.getvalue()
 
 
 def command(*args: object) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ditmoe_cli.cli.groups import one_of
+from ditmoe_cli.cli.groups import known, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
@@ -31,7 +31,13 @@ class Grouping:
         ),
     ] = None
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="How experts are grouped and merged; see --list-methods.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            callback=known(*MERGES),
+            help="How experts are grouped and merged; see --list-methods.",
+        ),
     ] = "m-smoe"
     router: Annotated[
         str,
@@ -43,6 +49,13 @@ class Grouping:
             "(loads upstream).",
         ),
     ] = "map"
+
+
+def delta_ratio(ratio: float) -> float:
+    """Return a ratio that is above 0 and at most 1. Raises `ValueError` for any other."""
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError("give a number above 0 and at most 1.0")
+    return ratio
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class DeltaOptions:
         typer.Option(
             "--delta-ratio",
             metavar="R",
+            callback=delta_ratio,
             help="svd: size of a difference's two factors over that of its matrix; ternary: share of entries that are "
             "not 0. [default: 0.25 for svd, 0.5 for ternary]",
         ),
@@ -93,8 +107,6 @@ def merging_of(grouping: Grouping, refitting: Refitting) -> Merging:
     groups, method, router = grouping.groups, grouping.method, grouping.router
     if groups is None:
         raise UsageError("--groups is missing: give a ratio such as 0.5 or a count such as 4, or --delta in its place")
-    if method not in MERGES:
-        raise UsageError(f"--method {method}: unknown; choose {', '.join(MERGES)}")
     keep = parse_keep(groups, "groups")
     return Merging(keep, method, "slice" if router == "slice" else "ghost", refitting.repair(router))
 
@@ -108,7 +120,4 @@ def differencing_of(options: DeltaOptions, groups: str | None) -> Differencing |
     if groups is not None:
         raise UsageError("--groups and --delta exclude each other: differences leave every expert in its place")
     kind, ratio = cast(DeltaFormat, options.delta), options.delta_ratio
-    chosen = DEFAULT_RATIOS[kind] if ratio is None else ratio
-    if not 0.0 < chosen <= 1.0:
-        raise UsageError(f"--delta-ratio {chosen}: give a number above 0 and at most 1.0")
-    return Differencing(Differences(kind, chosen))
+    return Differencing(Differences(kind, DEFAULT_RATIOS[kind] if ratio is None else ratio))

@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from ditmoe_cli.cli.groups import at_least, one_of
+from ditmoe_cli.cli.groups import at_least, known, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
@@ -33,7 +33,13 @@ class Dropping:
         ),
     ] = None
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="Saliency of experts; see --list-methods.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            callback=known(*METHODS["prune"]),
+            help="Saliency or search by which experts are chosen; see --list-methods.",
+        ),
     ] = "reap"
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --method random.")] = 0
     router: Annotated[
@@ -126,8 +132,6 @@ def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -
         raise UsageError(
             "--keep is missing: give a ratio such as 0.5 or a count such as 4, or --neurons to narrow only"
         )
-    if dropping.method not in METHODS["prune"]:
-        raise UsageError(f"--method {dropping.method}: unknown; choose {', '.join(METHODS['prune'])}")
     widths_of_ratio(narrowing.multiple, narrowing.neurons, narrowing.multiple)  # refuses what is out of range
     return Pruning(
         keep=parse_keep(keep),
