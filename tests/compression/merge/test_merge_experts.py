@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import HIDDEN, WIDTH, moved, tokens_for
@@ -332,21 +329,3 @@ def test_the_scale_of_tokens_weights_does_not_matter(scale: float) -> None:
     experts, shares, tokens = members(2), [0.75, 0.25], tokens_for(2)
     scaled = replace(tokens, weights=tokens.weights * scale)
     assert_same(mergemoe.merge(experts, shares, scaled), mergemoe.merge(experts, shares, tokens), 1e-4)
-
-
-# the table
-
-
-def test_the_table_is_light() -> None:
-    code = """
-import sys
-from ditmoe_cli.compression.merge import inputs
-from ditmoe_cli.compression.methods import MERGES
-print(*MERGES, *(name for name in ("torch", "numpy", "scipy", "sklearn") if name in sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.stdout.split() == list(MERGES)
-
-
-def test_every_method_says_what_it_does_and_where_it_comes_from() -> None:
-    assert all(method.summary and method.source.startswith("arXiv ") for method in MERGES.values())

@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from replaying import error_by_hand, guided_by_hand, output, plain, reduced, some_tokens
 from torch.testing import assert_close
 
-from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
+from ditmoe_cli.compression.methods import SEARCHES
 from ditmoe_cli.compression.plan import RouterMode
 from ditmoe_cli.compression.prune import diet
 from ditmoe_cli.compression.prune import subset_search as search
@@ -153,12 +150,3 @@ def test_all_experts_may_be_kept_and_too_few_may_not(name: str) -> None:
     assert SEARCHES[name].choose(tokens, moe, 3, "ghost") == (0, 1, 2)
     with pytest.raises(InfeasibleError):
         SEARCHES[name].choose(tokens, moe, 2, "ghost")
-
-
-def test_the_tables_are_light_and_share_no_names() -> None:
-    assert not SALIENCIES.keys() & SEARCHES.keys()
-    assert all(method.summary and method.source for method in SEARCHES.values())
-    script = "import ditmoe_cli.compression.methods, sys; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(REPOSITORY)})
-    assert done.stdout.strip() == "[]"
