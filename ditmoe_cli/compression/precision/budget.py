@@ -32,9 +32,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.size is None):
-            raise UsageError("give either --bits, as 3.25, or --size, as 2.5GiB")
+            raise UsageError("give either ⟨bits⟩, as 3.25, or ⟨size⟩, as 2.5GiB")
         if self.bits is not None and not INTEGER_BITS[0] <= self.bits <= INTEGER_BITS[-1]:
-            raise UsageError(f"--bits {self.bits:g}: choose from {INTEGER_BITS[0]} to {INTEGER_BITS[-1]}")
+            raise UsageError(f"⟨bits⟩ {self.bits:g}: choose from {INTEGER_BITS[0]} to {INTEGER_BITS[-1]}")
 
     def options(self) -> dict[str, float]:
         """Return the value that is given, by its name, for the options of a plan."""

@@ -43,17 +43,17 @@ class Candidates:
 
     def __post_init__(self) -> None:
         for what, values, known in (
-            ("--allow", self.allowed, WIDTHS),
-            ("--floor", tuple(self.floors), GROUPS),
-            ("--protect", self.protected, GROUPS),
-            ("--tie", self.tied, tuple(matrix.removesuffix("_proj") for matrix in MATRICES)),
-            ("--group-size", (self.group_size,), GROUP_SIZES),
+            ("⟨allow⟩", self.allowed, WIDTHS),
+            ("⟨floor⟩", tuple(self.floors), GROUPS),
+            ("⟨protect⟩", self.protected, GROUPS),
+            ("⟨tie⟩", self.tied, tuple(matrix.removesuffix("_proj") for matrix in MATRICES)),
+            ("⟨group_size⟩", (self.group_size,), GROUP_SIZES),
         ):
             unknown = next((value for value in values if value not in known), None)
             if unknown is not None:
                 raise UsageError(f"{what} {unknown}: choose from {', '.join(map(str, known))}")
         if len(self.tied) == 1:
-            raise UsageError(f"--tie {self.tied[0]}: name at least two matrices, as gate,up")
+            raise UsageError(f"⟨tie⟩ {self.tied[0]}: name at least two matrices, as gate,up")
 
     def format_of(self, width: str) -> str | None:
         """Return the format of a width; None for 16, which is none."""
@@ -79,13 +79,13 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
         widths = [width for width in WIDTHS if width in candidates.allowed and float(width) >= floor]
         if not widths:
             raise UsageError(
-                f"--allow {','.join(candidates.allowed)} and --floor {group}={floor:g} leave nothing; allow a wider "
-                f"one, or --protect {group}"
+                f"⟨allow⟩ {','.join(candidates.allowed)} and ⟨floor⟩ {group}={floor:g} leave nothing; allow a wider "
+                f"one, or ⟨protect⟩ {group}"
             )
         formats = (candidates.format_of(width) for width in widths)
         found[name] = tuple(fmt for fmt in formats if fmt is None or is_quantizable(weight.info, fmt))
     if candidates.protected and not found:
-        raise UsageError(f"--protect {','.join(candidates.protected)}: leaves nothing to quantise")
+        raise UsageError(f"⟨protect⟩ {','.join(candidates.protected)}: leaves nothing to quantise")
     if not any(any(formats) for formats in found.values()):
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be quantised")
     return {name: formats or (None,) for name, formats in found.items()}

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ditmoe_cli.compression.plan import Ordering
+from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix_request import MixRequest
-from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve
+from ditmoe_cli.compression.precision.program import Solution, solve
 from ditmoe_cli.errors import InfeasibleError, UsageError
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
@@ -115,7 +116,7 @@ def decisions(request: MixRequest, errors: Errors) -> list[Group]:
     for decision, names in request.decisions.items():
         shared = [fmt for fmt in formats[names[0]] if all(fmt in formats[name] for name in names)]
         if not shared:
-            raise UsageError(f"--tie {','.join(request.candidates.tied)}: no format suits all of {', '.join(names)}")
+            raise UsageError(f"⟨tie⟩ {','.join(request.candidates.tied)}: no format suits all of {', '.join(names)}")
         options = tuple(
             Option(
                 fmt or UNTOUCHED,

@@ -58,7 +58,7 @@ class MixedPrecision(Planner):
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""
-        raise BadInputError(f"{checkpoint.path}: which mix is best rests on measured errors; give a --profile")
+        raise BadInputError(f"{checkpoint.path}: which mix is best rests on measured errors; give a ⟨profile⟩")
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
         """Return how many weights get each format, and the errors that are expected."""

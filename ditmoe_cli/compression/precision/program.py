@@ -20,21 +20,17 @@ from typing import Any, Literal
 from ditmoe_cli.compression.precision.knapsack import exact
 from ditmoe_cli.compression.precision.lagrange import (
     Group,
-    Option,
     bytes_of,
     check,
     dual,
     error_of,
     improve,
-    lagrange,
     reduced_costs,
     relax,
     undominated,
     usable,
 )
-from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
-
-__all__ = ["Group", "Option", "Solution", "Tied", "lagrange", "solve", "tie", "undominated"]
+from ditmoe_cli.errors import InfeasibleError, UsageError
 
 Solver = Literal["auto", "highs", "cbc", "lagrange"]
 _PROGRAMS: dict[str, tuple[str, ...]] = {
@@ -70,49 +66,6 @@ class Solution:
     bound: float
     gap: float
     solver: str
-
-
-@dataclass(frozen=True)
-class Tied:
-    """Groups that were merged, and the way back.
-
-    groups: one for each set of tied groups. members: for each original group the index of its merged one, and its own
-    option's index for each option of that.
-    """
-
-    groups: tuple[Group, ...]
-    members: tuple[tuple[int, tuple[int, ...]], ...]
-
-    def spread(self, choice: Sequence[int]) -> tuple[int, ...]:
-        """Return the option index of each original group, given one per merged group."""
-        return tuple(options[choice[g]] for g, options in self.members)
-
-
-def tie(groups: Sequence[Group], names: Mapping[str, str]) -> Tied:
-    """Merge the groups to which `names` gives one name; those that it leaves out keep their own.
-
-    Options are matched by format, in the order of the first member: those that all members have, with bytes and errors
-    added up. Merged groups stand where their first members did. Raises `BadInputError` where `names` speaks of no
-    group, two groups have one name, a group has a format twice, or tied groups have no format in common.
-    """
-    taken = {group.name: group for group in groups}
-    if len(taken) < len(groups):
-        twice = next(name for name in taken if sum(group.name == name for group in groups) > 1)
-        raise BadInputError(f"group {twice}: it is there twice; give each its own name")
-    missing = next((name for name in names if name not in taken), None)
-    if missing is not None:
-        raise BadInputError(f"group {missing}: it is to be tied to {names[missing]}, but is not there")
-    merged: dict[str, list[Group]] = {}
-    for group in groups:
-        merged.setdefault(names.get(group.name, group.name), []).append(group)
-    index = {name: g for g, name in enumerate(merged)}
-    formats = {name: _common_formats(name, members) for name, members in merged.items()}
-    back: list[tuple[int, tuple[int, ...]]] = []
-    for group in groups:
-        name = names.get(group.name, group.name)
-        own = _by_format(group)
-        back.append((index[name], tuple(own[each] for each in formats[name])))
-    return Tied(tuple(_merge(name, members, formats[name]) for name, members in merged.items()), tuple(back))
 
 
 def solve(
@@ -181,36 +134,6 @@ def solve(
     raise InfeasibleError(
         f"the formats could not be chosen ({'; '.join(ended)}): the best choice found may be {fallback.gap:.2g} of its "
         f"error from the optimum, more than {max(gap, FALLBACK_GAP):.2g}; give more time or another solver"
-    )
-
-
-def _by_format(group: Group) -> dict[str, int]:
-    """Return the option index of each format."""
-    found = {option.format: o for o, option in enumerate(group.options)}
-    if len(found) < len(group.options):
-        raise BadInputError(f"group {group.name}: it has a format twice, so it cannot be tied by formats")
-    return found
-
-
-def _common_formats(name: str, members: Sequence[Group]) -> tuple[str, ...]:
-    """Return the formats that all members have, in the first member's order."""
-    own = [_by_format(member) for member in members]
-    common = tuple(each for each in own[0] if all(each in other for other in own))
-    if not common:
-        listed = ", ".join(member.name for member in members)
-        raise BadInputError(f"group {name}: {listed} have no format in common, and cannot be tied")
-    return common
-
-
-def _merge(name: str, members: Sequence[Group], formats: Sequence[str]) -> Group:
-    """Return the members as one group, bytes and errors added up."""
-    found = [[member.options[_by_format(member)[each]] for member in members] for each in formats]
-    return Group(
-        name,
-        tuple(
-            Option(each, sum(option.bytes for option in same), math.fsum(option.error for option in same))
-            for each, same in zip(formats, found, strict=True)
-        ),
     )
 
 

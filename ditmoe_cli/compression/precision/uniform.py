@@ -72,21 +72,21 @@ def format_named(kind: str | None, bits: float | None, group_size: int, symmetri
         default = {4.0: "nf4", 8.0: "int8", _TERNARY_BITS: "ternary"}
         kind = default.get(bits, "int") if bits is not None else None
     if kind not in KINDS:
-        what = "--bits is missing: give a width, or a --format" if kind is None else f"--format {kind}: unknown"
+        what = "⟨bits⟩ is missing: give a width, or a ⟨format⟩" if kind is None else f"⟨format⟩ {kind}: unknown"
         raise UsageError(f"{what}; choose from {', '.join(KINDS)}")
     if group_size not in GROUP_SIZES:
-        raise UsageError(f"--group-size {group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
+        raise UsageError(f"⟨group_size⟩ {group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
     if double and kind not in ("nf4", "fp4"):
-        raise UsageError(f"--double-quant: only nf4 and fp4 have it, not {kind}")
+        raise UsageError(f"⟨double_quant⟩: only nf4 and fp4 have it, not {kind}")
     if symmetric and kind != "int":
-        raise UsageError(f"--symmetric: only --format int has it, not {kind}")
+        raise UsageError(f"⟨symmetric⟩: only ⟨format⟩ int has it, not {kind}")
     if kind in ("nf4", "fp4", "int8") and group_size != DEFAULT_GROUP_SIZE:
-        raise UsageError(f"--group-size {group_size}: {kind} has its own; only int and ternary have groups to choose")
+        raise UsageError(f"⟨group_size⟩ {group_size}: {kind} has its own; only int and ternary have groups to choose")
     fixed = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0, "ternary": _TERNARY_BITS}.get(kind)
     if fixed is not None and bits not in (None, fixed):
-        raise UsageError(f"--format {kind}: has {fixed:g} bits, not --bits {bits:g}")
+        raise UsageError(f"⟨format⟩ {kind}: has {fixed:g} bits, not ⟨bits⟩ {bits:g}")
     if kind == "int" and bits not in INTEGER_BITS:
-        raise UsageError(f"--bits {bits}: with --uniform choose from {', '.join(map(str, INTEGER_BITS))}")
+        raise UsageError(f"⟨bits⟩ {bits}: with ⟨uniform⟩ choose from {', '.join(map(str, INTEGER_BITS))}")
     if kind == "int":
         return f"int{bits:g}-g{group_size}{'-sym' if symmetric else ''}"
     return f"ternary-g{group_size}" if kind == "ternary" else f"{kind}{'-dq' if double else ''}"

@@ -68,8 +68,8 @@ def calibration_states(profile: RoutingProfile, spec: SampleSpec, wanted: int) -
     """
     if "states.z" not in profile.header.tensors or "image.final" not in profile.header.tensors:
         raise BadInputError(
-            f"{profile.path}: keeps no states to fit on; profile again without --fast and with a --reservoir, or do "
-            "without them: --no-refit, or quantize --uniform --rounding nearest"
+            f"{profile.path}: keeps no states to fit on; profile again without ⟨fast⟩ and with a ⟨reservoir⟩, or do "
+            "without them: ⟨no_refit⟩, or quantize ⟨uniform⟩ ⟨rounding⟩ nearest"
         )
     z, t, labels, images = (profile.tensor(f"states.{name}") for name in ("z", "t", "label", "image"))
     kept = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:wanted].sort().values

@@ -68,7 +68,7 @@ class BlockTokens:
 def reservoir_tokens(profile: RoutingProfile, block: int) -> BlockTokens:
     """Return the tokens of one block that a profile keeps. Raises `BadInputError` where it keeps none."""
     if "reservoir.inputs" not in profile.header.tensors:
-        option = "without --fast" if profile.calibration.get("fast") else "with a larger --reservoir"
+        option = "without ⟨fast⟩" if profile.calibration.get("fast") else "with a larger ⟨reservoir⟩"
         raise BadInputError(f"{profile.path}: keeps no tokens to replay; profile {option}")
     branch, state = (profile.tensor(f"reservoir.{name}").long() for name in ("branch", "state"))
     order = branch.argsort(stable=True)

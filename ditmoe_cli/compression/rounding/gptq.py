@@ -119,27 +119,21 @@ def plain(weight: Tensor, round: Rounding) -> Tensor:
 
 def gptq(
     weight: Tensor, hessian: Tensor, round: Rounding, damping: float, act_order: bool = True, block: int = 128
-) -> Tensor:
+) -> tuple[Tensor, float | None]:
     """Return Ŵ (out, in) on the grid, such that tr((Ŵ - W) H (Ŵ - W)ᵀ) is small, for W fp32 and H (in, in).
+
+    Returns also the damping that H was factored with: None where it has no factor, and all columns are rounded plainly.
 
     Column by column, with U the upper Cholesky factor of (H + δ mean(diag H) I)⁻¹ = Uᵀ U, δ the `damping` (`factor`):
         ŵ_i = round(w_i),  e = (w_i - ŵ_i) / U_ii,  w_j -= e U_ij for all j > i.
-    Since U⁻¹ = R of `factor`, what column i has been moved by when its turn comes is
+    Since U⁻¹ = R of `factor`, column i has been moved, when its turn comes, by
         Σ_{k<i} (w_k - ŵ_k) R_ki / R_ii
     with w as they were at first, so that nothing need be inverted. Sums over earlier blocks are taken for `block`
     columns at a time. With `act_order` columns go by descending diag H, equal ones by index, else in their own order.
 
     Columns whose diagonal is 0 (inputs that are always 0) are rounded plainly, pass on no error, and count in no mean.
-    Where H has no factor all columns are rounded plainly; `best_rounding` tells. Raises `BadInputError` where W or H
-    holds NaN or infinity.
+    Raises `BadInputError` where W or H holds NaN or infinity.
     """
-    return solve(weight, hessian, round, damping, act_order, block)[0]
-
-
-def solve(
-    weight: Tensor, hessian: Tensor, round: Rounding, damping: float, act_order: bool = True, block: int = 128
-) -> tuple[Tensor, float | None]:
-    """Return what `gptq` does, and the damping that H was factored with: None where it has no factor."""
     refuse(~weight.isfinite().all(dim=1), "GPTQ: row {} of the weight holds NaN or infinity")
     refuse(~hessian.isfinite().all(dim=1), "GPTQ: row {} of the Hessian holds NaN or infinity")
     diagonal = hessian.diagonal()
@@ -181,8 +175,8 @@ def output_error(difference: Tensor, moment: Tensor) -> float:
 class Rounded:
     """A weight (out, in) on its grid.
 
-    `damping` is what GPTQ found it with, None where plain rounding was kept; `error` is its held-out error over that of
-    plain rounding, at most 1.
+    `damping` is that of GPTQ, None where plain rounding was kept; `error` is the held-out error over that of plain
+    rounding, at most 1.
     """
 
     weight: Tensor
@@ -203,7 +197,7 @@ def best_rounding(
     The error is tr((Ŵ - W) M (Ŵ - W)ᵀ) for `held`, the second moment M (in, in) of held-out inputs at any scale. So the
     result is never worse on them than plain rounding, which is kept where all are equal.
 
-    Where nothing was held out (M = 0) nobody can tell whether a Hessian generalises: plain rounding is kept, unless
+    Where nothing was held out (M = 0) it is unknown whether a Hessian generalises: plain rounding is kept, unless
     `tokens`, the effective number of tokens that chose the expert, is `in` at least; then the first damping is tried,
     and the error is that under `hessian` itself. Raises `BadInputError` where a matrix holds NaN or infinity.
     """
@@ -215,7 +209,7 @@ def best_rounding(
     best, chosen = plain(weight, round), None
     least = baseline = output_error(best - weight, moment)
     for damping in dampings:
-        candidate, used = solve(weight, hessian, round, damping)
+        candidate, used = gptq(weight, hessian, round, damping)
         error = output_error(candidate - weight, moment)
         if error < least:
             best, chosen, least = candidate, used, error

@@ -107,7 +107,7 @@ def _smoothed(computing: Computing, stage: Formats, index: int, block: Block) ->
     if not names:
         return {}
     if "input.max" not in profile.header.tensors:
-        raise BadInputError(f"{profile.path}: the profile has no 'input.max'; profile again without --fast")
+        raise BadInputError(f"{profile.path}: the profile has no 'input.max'; profile again without ⟨fast⟩")
     assert stage.rounding is not None
     largest = profile.block_tensor("input.max", index).to(block.moe.gate.weight.device)
     smooth_inputs(block, block_scales(block, largest, stage.rounding.smoothing))

@@ -68,5 +68,5 @@ def test_between_two_widths_the_budget_is_between_theirs(checkpoint: Checkpoint)
     "given", [{}, {"bits": 3, "size": 5}, {"bits": 1.5}, {"bits": 9}, {"bits": float("nan")}], ids=str
 )
 def test_budgets_out_of_range_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--bits"):
+    with pytest.raises(UsageError, match="bits"):
         Budget(**given)

@@ -34,12 +34,12 @@ def test_ties_name_decisions_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"allowed": ("2", "7")}, "--allow 7"),
-        ({"floors": {"router": 8}}, "--floor router"),
-        ({"protected": ("gate",)}, "--protect gate"),
-        ({"tied": ("gate", "side")}, "--tie side"),
+        ({"allowed": ("2", "7")}, "allow 7"),
+        ({"floors": {"router": 8}}, "floor router"),
+        ({"protected": ("gate",)}, "protect gate"),
+        ({"tied": ("gate", "side")}, "tie side"),
         ({"tied": ("gate",)}, "at least two"),
-        ({"group_size": 48}, "--group-size 48"),
+        ({"group_size": 48}, "group_size 48"),
     ],
     ids=str,
 )

@@ -25,7 +25,9 @@ from mixing import (
 )
 
 from ditmoe_cli.cli.app import run as run_program
+from ditmoe_cli.compression import output
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
+from ditmoe_cli.compression.output import check_plan
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.opened import weight_group
 
@@ -121,6 +123,21 @@ def test_dry_runs_tell_the_bytes(
     assert options["method"] == result["method"] == name
     assert 0 < options["tried_error"] == result["tried_error"] < 1
     assert ("predicted_error" in options) == ("predicted_error" in result) == (name == "replay")
+
+
+def test_a_run_lays_its_file_out_once(
+    quantize: Callable[..., tuple[int, dict[str, Any], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets and mixes are compared by the sizes of files alone."""
+    layouts: list[object] = []
+
+    def counted(*arguments: Any) -> None:
+        layouts.append(arguments)
+        check_plan(*arguments)
+
+    monkeypatch.setattr(output, "check_plan", counted)
+    code, _, _ = quantize("--bits", 3, "--rounding", "nearest", "-o", tmp_path / "out.safetensors")
+    assert code == 0 and len(layouts) == 1
 
 
 def test_methods_are_listed_without_torch() -> None:

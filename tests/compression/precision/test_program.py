@@ -17,8 +17,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ditmoe_cli.compression.precision import program as ilp
-from ditmoe_cli.compression.precision.lagrange import bytes_of, dual, error_of, improve, lagrange, relax, usable
-from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve, tie, undominated
+from ditmoe_cli.compression.precision.lagrange import (
+    Group,
+    Option,
+    bytes_of,
+    dual,
+    error_of,
+    improve,
+    lagrange,
+    relax,
+    undominated,
+    usable,
+)
+from ditmoe_cli.compression.precision.program import Solution, solve
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 
 HAS_HIGHS = importlib.util.find_spec("highspy") is not None
@@ -326,7 +337,8 @@ def test_importing_costs_nothing() -> None:
         "import ditmoe_cli.compression.precision.program as ilp\n"
         "heavy = {'torch', 'numpy', 'pulp', 'highspy'}\n"
         "assert not heavy & sys.modules.keys()\n"
-        "ilp.solve([ilp.Group('g', (ilp.Option('a', 1, 1.0),))], 1, solver='lagrange')\n"
+        "from ditmoe_cli.compression.precision.lagrange import Group, Option\n"
+        "ilp.solve([Group('g', (Option('a', 1, 1.0),))], 1, solver='lagrange')\n"
         "assert not heavy & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -491,74 +503,3 @@ def test_groups_without_options_and_negative_bytes_are_refused() -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         solve(*HALF, **arguments)  # type: ignore[arg-type]
-
-
-# ---- ties
-
-
-def test_tied_groups_take_one_format() -> None:
-    groups = [
-        Group("up", (Option("int4", 5, 2.0), Option("int8", 9, 0.5), Option("int2", 3, 8.0))),
-        Group("other", (Option("int4", 1, 1.0),)),
-        Group("gate", (Option("int8", 10, 0.25), Option("int3", 4, 3.0), Option("int4", 6, 1.0))),
-    ]
-    tied = tie(groups, {"up": "mlp", "gate": "mlp"})
-    assert tied.groups == (
-        Group("mlp", (Option("int4", 11, 3.0), Option("int8", 19, 0.75))),
-        Group("other", (Option("int4", 1, 1.0),)),
-    )
-    assert tied.spread((1, 0)) == (1, 0, 0)
-    assert tied.spread((0, 0)) == (0, 0, 2)
-    joined = tie(groups, {"up": "gate"})
-    assert [group.name for group in joined.groups] == ["gate", "other"], "tied to a group by its own name"
-    assert joined.groups[0].options == tied.groups[0].options
-
-
-def test_without_names_nothing_is_tied() -> None:
-    groups = random_groups(0, 5, [64])
-    tied = tie(groups, {})
-    assert tied.groups == tuple(groups)
-    assert tied.spread((0, 1, 2, 3, 4)) == (0, 1, 2, 3, 4)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.lists(
-        st.lists(options, min_size=1, max_size=4, unique_by=lambda option: option.format).map(tuple),
-        min_size=2,
-        max_size=5,
-    ),
-    st.lists(st.sampled_from(["p", "q"]), min_size=5, max_size=5),
-    st.integers(0, 120),
-)
-def test_the_optimum_with_ties_is_that_of_the_choices_that_keep_them(
-    several: list[tuple[Option, ...]], ties: list[str], budget: int
-) -> None:
-    groups = [Group(f"g{i}", each) for i, each in enumerate(several)]
-    names = {group.name: name for group, name in zip(groups, ties, strict=False)}
-
-    def keeps(choice: Sequence[int]) -> bool:
-        taken = {(names[g.name], g.options[o].format) for g, o in zip(groups, choice, strict=True)}
-        return len(taken) == len(set(names.values()))
-
-    possible = [choice for choice in all_choices(groups, budget) if keeps(choice)]
-    assume(possible)
-    tied = tie(groups, names)
-    solution = solve(tied.groups, budget, gap=0.0)
-    choice = tied.spread(solution.choice)
-    assert keeps(choice)
-    assert bytes_of(groups, choice) == solution.bytes <= budget
-    assert error_of(groups, choice) == pytest.approx(solution.error, rel=NEAR)
-    assert solution.error == pytest.approx(min(error_of(groups, each) for each in possible), rel=1e-6)
-
-
-def test_ties_that_cannot_be_are_refused() -> None:
-    a, b = Group("a", (Option("int4", 1, 1.0),)), Group("b", (Option("int8", 1, 1.0),))
-    with pytest.raises(BadInputError, match=r"^group t: a, b have no format in common"):
-        tie([a, b], {"a": "t", "b": "t"})
-    with pytest.raises(BadInputError, match=r"^group c: it is to be tied to t, but is not there"):
-        tie([a, b], {"c": "t"})
-    with pytest.raises(BadInputError, match=r"^group a: it is there twice"):
-        tie([a, b, a], {})
-    with pytest.raises(BadInputError, match=r"^group a: it has a format twice"):
-        tie([Group("a", (*a.options, *a.options))], {})

@@ -113,7 +113,7 @@ def test_planning_twice_is_planning_once(made: Made) -> None:
 def test_replaying_takes_a_reservoir_of_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
     checkpoint = opened(PICO, tmp_path)
     pruning = Pruning(Keep(count=3), "naee")
-    for more, said in (({"fast": True}, "without --fast"), ({"reservoir": 0}, "with a larger --reservoir")):
+    for more, said in (({"fast": True}, "without fast"), ({"reservoir": 0}, "with a larger reservoir")):
         profile = profile_of(checkpoint, said.split()[-1].strip("-"), **more)  # type: ignore[arg-type]
         with pytest.raises(BadInputError, match=rf"{profile.path.name}: keeps no tokens.*{said}"):
             plan_replayed(checkpoint, profile, pruning, "cpu", no_bar)

@@ -285,12 +285,12 @@ def test_errors_are_passed_on_across_pieces() -> None:
     x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
     hessian = x.T @ x / len(x)
     grid = grid_of(weight, "columns:int2-g32*32+int4-g64*64")
-    together = gptq(weight, hessian, grid.round, 0.01, act_order=False)
+    together = gptq(weight, hessian, grid.round, 0.01, act_order=False)[0]
     apart = plain(weight, grid.round)
     first, rest = slice(0, 32), slice(32, 96)
     for here, fmt in ((first, "int2-g32"), (rest, "int4-g64")):
         own = grid_of(weight[:, here], fmt)
-        apart[:, here] = gptq(weight[:, here], hessian[here, here], own.round, 0.01, act_order=False)
+        apart[:, here] = gptq(weight[:, here], hessian[here, here], own.round, 0.01, act_order=False)[0]
     assert output_error(together - weight, hessian) < 0.7 * output_error(apart - weight, hessian)
     every = torch.arange(96)
     assert torch.equal(grid.round(together, every), together), "on its grids"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import Pico, make_pico
 
-from ditmoe_cli.compression.replay.states import States, calibration_states
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.replay import states as states_of_fits
+from ditmoe_cli.compression.replay.states import States, calibration_states, fitting_states
 from ditmoe_cli.compression.replay.stream import CalibrationStream
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
@@ -91,13 +93,13 @@ def test_whole_images_are_held_out(case: tuple[Checkpoint, RoutingProfile]) -> N
 
 def test_a_profile_without_states_says_what_to_do(tmp_path: Path) -> None:
     checkpoint, profile = profiled(make_pico(sampler="rf", in_channels=1), "euler", 1.0, tmp_path, fast=True)
-    with pytest.raises(BadInputError, match="without --fast"):
+    with pytest.raises(BadInputError, match="without fast"):
         calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
 
 
 def test_a_profile_without_a_reservoir_says_so_too(tmp_path: Path) -> None:
     checkpoint, profile = profiled(make_pico(sampler="rf", in_channels=1), "euler", 1.0, tmp_path, reservoir=0)
-    with pytest.raises(BadInputError, match="with a --reservoir"):
+    with pytest.raises(BadInputError, match="with a reservoir"):
         calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
 
 
@@ -137,6 +139,22 @@ def test_an_eighth_of_the_images_or_the_last_is_held_out(images: int, held: set[
     states = calibration_states(profile, spec, 3 * images)
     assert set(states.images[states.held].tolist()) == held
     assert set(states.images[~states.held].tolist()) == set(range(images)) - held
+
+
+@pytest.mark.parametrize(
+    ("unknowns", "tokens", "taken"),
+    [(10, 0, 20_480), (1_000, 0, 32_000), (10_000, 0, 65_536), (10_000, 512, 512), (1, 1, 16 * 4)],
+)
+def test_fits_take_tokens_for_their_unknowns(
+    unknowns: int, tokens: int, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 for each here, within bounds, or as many as are asked for; never fewer than 16 states."""
+    checkpoint, profile = profiled(make_pico(sampler="rf", in_channels=1, input_size=4), "euler", 1.0, tmp_path)
+    assert checkpoint.config.num_patches == 4
+    wanted = []
+    monkeypatch.setattr(states_of_fits, "calibration_states", lambda *arguments: wanted.append(arguments[2]))
+    fitting_states(Calibrated(checkpoint, profile, "cpu", silent_bar), unknowns, 32, tokens)
+    assert wanted == [taken // 4]
 
 
 def test_with_unchanged_mixtures_the_stream_is_the_model(case: tuple[Checkpoint, RoutingProfile]) -> None:

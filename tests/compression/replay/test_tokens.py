@@ -95,9 +95,9 @@ def test_a_profiles_tokens_come_in_pairs(cfg: float, profiled: Callable[..., Rou
 
 
 def test_a_profile_without_tokens_is_refused(profiled: Callable[..., RoutingProfile]) -> None:
-    with pytest.raises(BadInputError, match=r"p\.safetensors: .*profile without --fast"):
+    with pytest.raises(BadInputError, match=r"p\.safetensors: .*profile without fast"):
         reservoir_tokens(profiled(fast=True), 0)
-    with pytest.raises(BadInputError, match="larger --reservoir"):
+    with pytest.raises(BadInputError, match="larger reservoir"):
         reservoir_tokens(profiled(reservoir=0), 0)
 
 

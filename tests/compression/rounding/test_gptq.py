@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ from ditmoe_cli.errors import BadInputError
 seeds = st.integers(0, 9999)
 orders = st.booleans()
 STEP = 0.5
+
+
+def solved(*arguments: Any, **settings: Any) -> Tensor:
+    """The rounded weight, without its damping."""
+    return gptq(*arguments, **settings)[0]
 
 
 def to_step(values: Tensor, columns: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def test_it_is_the_recursion_of_the_paper_whatever_the_block(
 ) -> None:
     weight, hessian = normal(seed, 5, 24), moment(seed + 7, 24)
     wanted = textbook(weight, hessian, to_step, damping, order_of(hessian, act_order))
-    assert_close(gptq(weight, hessian, to_step, damping, act_order, block), wanted)
+    assert_close(solved(weight, hessian, to_step, damping, act_order, block), wanted)
 
 
 @given(seeds, orders)
@@ -103,7 +109,7 @@ def test_each_column_takes_the_value_that_leaves_the_least_to_the_columns_after_
     width = 5
     weight, hessian = normal(seed, 1, width), moment(seed + 3, width)
     order = order_of(hessian, act_order).tolist()
-    chosen = gptq(weight, hessian, to_step, 0.0, act_order)[0]
+    chosen = solved(weight, hessian, to_step, 0.0, act_order)[0]
     for position, column in enumerate(order):
         done, rest = order[:position], order[position + 1 :]
 
@@ -126,7 +132,7 @@ def test_tiny_problems_lie_between_the_optimum_and_the_bound(
 ) -> None:
     weight, hessian = normal(seed, 1, width), moment(seed + 5, width)
     system = damped(hessian, damping)
-    found = gptq(weight, hessian, to_step, damping, act_order)
+    found = solved(weight, hessian, to_step, damping, act_order)
     error = output_error(found - weight, system)
     centre = (weight / STEP).round()
     shifts = torch.tensor(list(itertools.product(range(-6, 7), repeat=width)), dtype=torch.float64)
@@ -145,7 +151,7 @@ def test_the_error_is_at_most_a_quarter_step_squared_per_pivot(
     system = damped(hessian, damping)
     # 1 / U_ii² is what is left of H_ii once all columns after i may follow it.
     pivots = torch.linalg.cholesky(torch.linalg.inv(system[order][:, order]), upper=True).diagonal() ** -2
-    errors = gptq(weight, hessian, to_step, damping, act_order) - weight
+    errors = solved(weight, hessian, to_step, damping, act_order) - weight
     assert all(output_error(row, system) <= STEP**2 / 4 * pivots.sum() * (1 + 1e-9) for row in errors.unsqueeze(1))
 
 
@@ -153,29 +159,29 @@ def test_the_error_is_at_most_a_quarter_step_squared_per_pivot(
 def test_correlated_inputs_lose_less_than_with_plain_rounding(seed: int, act_order: bool, outputs: int) -> None:
     weight, hessian = normal(seed, outputs, 48), moment(seed + 9, 48)
     for round in (to_step, min_max(weight, group=16)):
-        found = gptq(weight, hessian, round, 0.01, act_order)
+        found = solved(weight, hessian, round, 0.01, act_order)
         assert output_error(found - weight, hessian) < output_error(plain(weight, round) - weight, hessian)
 
 
 @given(seeds, orders, st.integers(1, 40))
 def test_a_diagonal_hessian_leaves_plain_rounding(seed: int, act_order: bool, width: int) -> None:
     weight, scales = normal(seed, 6, width), normal(seed + 1, width).square()
-    assert torch.equal(gptq(weight, scales.diag(), to_step, 0.01, act_order), plain(weight, to_step))
+    assert torch.equal(solved(weight, scales.diag(), to_step, 0.01, act_order), plain(weight, to_step))
 
 
 @given(seeds, orders, st.integers(1, 40))
 def test_weights_on_the_grid_stay(seed: int, act_order: bool, width: int) -> None:
     weight, hessian = normal(seed, 6, width), moment(seed + 1, width)
-    assert torch.equal(gptq(weight, hessian, keep, 0.01, act_order, 8), weight)
+    assert torch.equal(solved(weight, hessian, keep, 0.01, act_order, 8), weight)
     there = plain(weight, to_step)
-    assert torch.equal(gptq(there, hessian, to_step, 0.01, act_order, 8), there)
+    assert torch.equal(solved(there, hessian, to_step, 0.01, act_order, 8), there)
 
 
 @given(seeds, orders)
 def test_every_entry_is_on_the_grid_of_its_column_also_in_fp32(seed: int, act_order: bool) -> None:
     weight = normal(seed, 7, 32).float()
     round = min_max(weight, bits=2, group=8)
-    found = gptq(weight, moment(seed + 1, 32).float(), round, 0.01, act_order, 8)
+    found = solved(weight, moment(seed + 1, 32).float(), round, 0.01, act_order, 8)
     assert found.dtype == torch.float32
     assert_close(round(found, torch.arange(32)), found)
 
@@ -192,15 +198,15 @@ def test_permuting_columns_permutes_the_result_with_act_order(seed: int) -> None
     def round_permuted(values: Tensor, columns: Tensor) -> Tensor:
         return round(values, permuted[columns])
 
-    found = gptq(weight[:, permuted], hessian[permuted][:, permuted], round_permuted, 0.01)
-    assert_close(found, gptq(weight, hessian, round, 0.01)[:, permuted])
+    found = solved(weight[:, permuted], hessian[permuted][:, permuted], round_permuted, 0.01)
+    assert_close(found, solved(weight, hessian, round, 0.01)[:, permuted])
 
 
 @given(seeds, st.floats(1e-6, 1e6), orders)
 def test_the_scale_of_the_hessian_does_not_matter(seed: int, scale: float, act_order: bool) -> None:
     weight, hessian = normal(seed, 6, 20), moment(seed + 1, 20)
-    wanted = gptq(weight, hessian, to_step, 0.01, act_order)
-    assert_close(gptq(weight, scale * hessian, to_step, 0.01, act_order), wanted)
+    wanted = solved(weight, hessian, to_step, 0.01, act_order)
+    assert_close(solved(weight, scale * hessian, to_step, 0.01, act_order), wanted)
 
 
 @given(seeds, orders, st.sets(st.integers(0, 19)))
@@ -212,10 +218,10 @@ def test_columns_of_zero_inputs_are_rounded_plainly_and_alter_no_other(
     hessian = inner.clone()
     hessian[unused] = 0
     hessian[:, unused] = 0
-    found = gptq(weight, hessian, to_step, 0.01, act_order, 8)
+    found = solved(weight, hessian, to_step, 0.01, act_order, 8)
     assert torch.equal(found[:, unused], plain(weight[:, unused], to_step))
     if used:
-        assert_close(found[:, used], gptq(weight[:, used], inner[used][:, used], to_step, 0.01, act_order, 8))
+        assert_close(found[:, used], solved(weight[:, used], inner[used][:, used], to_step, 0.01, act_order, 8))
 
 
 @given(seeds, orders, st.integers(1, 10), st.sampled_from([0.0, 0.01]))
@@ -224,7 +230,7 @@ def test_singular_hessians_are_damped_until_they_factor(
 ) -> None:
     weight, inputs = normal(seed, 6, 40).float(), normal(seed + 1, tokens, 40).float()
     hessian = hessian_of(inputs, torch.ones(tokens)).normalised()
-    found = gptq(weight, hessian, to_step, damping, act_order)
+    found = solved(weight, hessian, to_step, damping, act_order)
     assert_close(plain(found, to_step), found)
     assert output_error(found - weight, hessian) < output_error(plain(weight, to_step) - weight, hessian)
 
@@ -255,7 +261,7 @@ def test_what_no_damping_mends_is_rounded_plainly_and_said_so() -> None:
     hessian = torch.tensor([[1.0, 200.0], [200.0, 1.0]])
     weight = normal(0, 3, 2).float()
     assert factor(hessian, 0.01) is None
-    assert torch.equal(gptq(weight, hessian, to_step, 0.01), plain(weight, to_step))
+    assert torch.equal(solved(weight, hessian, to_step, 0.01), plain(weight, to_step))
     kept = best_rounding(weight, hessian, to_step, torch.eye(2))
     assert (kept.damping, kept.error) == (None, 1.0)
     assert torch.equal(kept.weight, plain(weight, to_step))
@@ -311,9 +317,9 @@ def test_nan_and_infinity_are_refused_where_they_stand(bad: float) -> None:
     spoilt = torch.eye(3)
     spoilt[1, 2] = bad
     with pytest.raises(BadInputError, match="row 1 of the Hessian"):
-        gptq(torch.ones(2, 3), spoilt, to_step, 0.01)
+        solved(torch.ones(2, 3), spoilt, to_step, 0.01)
     with pytest.raises(BadInputError, match="row 1 of the weight"):
-        gptq(spoilt, torch.eye(3), to_step, 0.01)
+        solved(spoilt, torch.eye(3), to_step, 0.01)
     with pytest.raises(BadInputError, match="row 1 of the held-out"):
         best_rounding(torch.ones(2, 3), torch.eye(3), to_step, spoilt)
 
@@ -345,7 +351,7 @@ def test_the_best_is_the_least_on_held_out_tokens(seed: int, tokens: int, other:
     held = hessian_of(normal(seed + 3, other, 16).float() @ mix, torch.ones(other))
     best = best_rounding(weight, train, to_step, held, dampings)
     base = output_error(plain(weight, to_step) - weight, held.matrix)
-    tried = [output_error(gptq(weight, train, to_step, d) - weight, held.matrix) for d in dampings]
+    tried = [output_error(solved(weight, train, to_step, d) - weight, held.matrix) for d in dampings]
     assert output_error(best.weight - weight, held.matrix) == min([base, *tried])
     assert best.error == min([base, *tried]) / base
     assert (best.damping is None) == (best.error == 1.0) == torch.equal(best.weight, plain(weight, to_step))
@@ -365,7 +371,7 @@ def test_without_held_out_tokens_gptq_needs_as_many_as_inputs() -> None:
             assert torch.equal(kept.weight, plain(weight, to_step))
         taken = best_rounding(weight, train.normalised(), to_step, held, (0.1, 0.01), tokens=train.tokens)
         assert taken.damping == 0.1
-        assert torch.equal(taken.weight, gptq(weight, train.normalised(), to_step, 0.1))
+        assert torch.equal(taken.weight, solved(weight, train.normalised(), to_step, 0.1))
         assert taken.error < 1
 
 
@@ -401,7 +407,7 @@ class Planted:
 
     def ratio(self, hessian: Tensor, damping: float = 0.01, act_order: bool = True) -> float:
         """Held-out error of GPTQ over that of plain rounding."""
-        return self.error(gptq(self.weight, hessian, self.round, damping, act_order)) / self.base
+        return self.error(solved(self.weight, hessian, self.round, damping, act_order)) / self.base
 
 
 @pytest.mark.parametrize("seed", [0, 1000, 2000])

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.precision.few_widths import DENSE, DENSE_WIDTH, widest_that_fits
+from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix import Mix, fitted
 from ditmoe_cli.compression.precision.mix_request import MixRequest
-from ditmoe_cli.compression.precision.program import Group, Option, Solution, solve
+from ditmoe_cli.compression.precision.program import Solution, solve
 from ditmoe_cli.compression.precision.sensitivity import EXPERT_TOKENS
 from ditmoe_cli.compression.replay.original_blocks import OriginalBlock, original_blocks
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded

@@ -28,8 +28,8 @@ from torch import nn
 
 from ditmoe_cli.compression.precision.baselines import pmq
 from ditmoe_cli.compression.precision.few_widths import settle
+from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix_request import MixRequest
-from ditmoe_cli.compression.precision.program import Group, Option
 from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.model.moe import SwiGLU
