@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from cli_helpers import Outcome, bytes_of, contents, here, outside, piped, series, tensor_shapes
+from compressing import measure_few_tokens
 from conftest import make_pico
 
-from ditmoe_cli.compression.replay import amplification as probes
 from ditmoe_cli.formats.base import NumberFormat
 from ditmoe_cli.formats.integer import Integer
 from ditmoe_cli.formats.pieces import Pieces
@@ -50,8 +50,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """For commands in this process."""
-    monkeypatch.setattr(probes, "TOKENS", 512)
-    monkeypatch.setattr(probes, "PROBED_TOKENS", 256)
+    measure_few_tokens(monkeypatch, 512)
 
 
 def carried_out(words: tuple[object, ...], folder: Path) -> tuple[Outcome, dict[str, Any]]:
