@@ -181,7 +181,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Planning:
-    """What a plan is made from."""
+    """Profile and device that a plan is made with, or the list of methods instead."""
 
     profile: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""What commands print: the result on stdout, everything else on stderr.
+"""Printing of commands: the result on stdout, everything else on stderr.
 
 On a terminal a result is a short table; off a terminal, or with ``--json``, one JSON document; with ``-q`` the bare
 path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's processes only the first

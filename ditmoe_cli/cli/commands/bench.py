@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What is measured, and where."""
+    """The forward passes to measure, and their device."""
 
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images per forward pass.")] = 8
     repeats: Annotated[

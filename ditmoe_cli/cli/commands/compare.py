@@ -57,7 +57,7 @@ class Pair(Overrides):
 
 @dataclass(frozen=True)
 class Comparing:
-    """What is measured beside the errors, and what is not to be exceeded."""
+    """Step bins of the measured errors, and the largest error allowed."""
 
     bins: Annotated[int, typer.Option("--bins", metavar="N", help="Bins of steps, from noise to image.")] = 10
     max_error: Annotated[

@@ -53,7 +53,7 @@ def enough_resamples(count: int) -> int:
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared with what."""
+    """The subject, and what it is compared with."""
 
     subject: Annotated[
         str | None,

@@ -52,7 +52,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def loads_upstream(checkpoint: Checkpoint) -> bool:
-    """Tell whether upstream's code can hold these tensors: plain weights, and blocks alike in experts and widths."""
+    """Return whether upstream's code loads these tensors: plain weights, and blocks alike in experts and widths."""
     blocks = checkpoint.config.blocks
     alike = len({(block.expert_widths, block.shared_width) for block in blocks}) == 1
     widths = len(set(blocks[0].expert_widths)) == 1

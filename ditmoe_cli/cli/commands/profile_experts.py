@@ -42,7 +42,7 @@ class Calibrating(SamplingOptions):
 
 @dataclass(frozen=True)
 class Profiling:
-    """What is counted, from what, and where."""
+    """Counters, images and device of a calibration run."""
 
     data: Annotated[
         Path | None,

@@ -81,7 +81,7 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Replacing(Refitting):
-    """What replaces dropped experts."""
+    """Repairs and replacements of dropped experts."""
 
     scale: Annotated[
         bool, typer.Option("--scale", help="Fit one factor for the output of each kept expert, instead of refitting.")

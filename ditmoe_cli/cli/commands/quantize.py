@@ -72,7 +72,7 @@ class Grids:
 
 @dataclass(frozen=True)
 class Mixing:
-    """What a planned mix may consist of."""
+    """Formats that a planned mix may choose from."""
 
     allow: Annotated[
         tuple[str, ...],

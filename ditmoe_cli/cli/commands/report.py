@@ -27,7 +27,7 @@ KINDS = ("profile",)
 
 @dataclass(frozen=True)
 class Reporting:
-    """What is reported on, and how closely."""
+    """The profile to report on, and the bootstrap of its intervals."""
 
     kind: Annotated[str, typer.Argument(metavar="WHAT", help="Kind of file to report on: profile.")]
     file: Annotated[
@@ -142,7 +142,7 @@ def check_outputs(to: ReportFiles, profile: Path) -> None:
 
 
 def replaceable(folder: Path, force: bool) -> bool:
-    """Tell whether `folder` is one of PNG files alone that may be replaced. Raises `OutputExistsError` for others."""
+    """Return whether `folder` holds PNG files alone and may be replaced. Raises `OutputExistsError` for other files."""
     if not force or folder.is_symlink() or not folder.is_dir():
         return False
     foreign = next((f for f in sorted(folder.iterdir()) if f.suffix != ".png" or not f.is_file()), None)
