@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ditmoe_cli.model.checkpoint import open_checkpoint
     from ditmoe_cli.model.loading import load_model
-    from ditmoe_cli.model.opened import open_checkpoint
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model", "open_checkpoint"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> object:
 
         return load_model
     if name == "open_checkpoint":
-        from ditmoe_cli.model.opened import open_checkpoint
+        from ditmoe_cli.model.checkpoint import open_checkpoint
 
         return open_checkpoint
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,8 @@ from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
-from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.embedders import sincos_position_embedding
 
 GREY_LEVELS = 16
 CLASS_DROPOUT = 0.1

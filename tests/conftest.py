@@ -24,7 +24,8 @@ from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
-from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.embedders import sincos_position_embedding
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent

@@ -17,7 +17,7 @@ from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
 from ditmoe_cli.routing.profile import RoutingProfile
 

@@ -20,8 +20,8 @@ from ditmoe_cli.diffusion.schedule import (
     choose_solver,
 )
 from ditmoe_cli.errors import UsageError
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
-from ditmoe_cli.model.opened import Checkpoint
 
 
 def parse_interval(text: str) -> Interval:

@@ -16,8 +16,8 @@ from typing import Any
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import STAGE_SCHEMA
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.processes import under_torchrun
 
 _PATHS = ("checkpoint", "original", "profile", "samples")

@@ -18,7 +18,7 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import pack
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import ProgressBar, silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import BlockPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import GHOST, BlockConfig
-from ditmoe_cli.model.opened import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 

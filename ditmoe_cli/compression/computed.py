@@ -11,7 +11,7 @@ from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -21,8 +21,9 @@ from ditmoe_cli.files.provenance import Provenance, Step
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.registry import Format, is_quantizable, quantized_members
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, mixture_shapes
-from ditmoe_cli.model.opened import Checkpoint, is_compressible
+from ditmoe_cli.model.parameters import is_compressible
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.provenance import STAGE_SCHEMA, canonical_json, check_schema, digest
+from ditmoe_cli.files.fingerprint import canonical_json, digest
+from ditmoe_cli.files.provenance import STAGE_SCHEMA, check_schema
 from ditmoe_cli.formats.differences import DeltaFormat
 from ditmoe_cli.formats.registry import Format, parse_format
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 

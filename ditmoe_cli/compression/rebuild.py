@@ -22,11 +22,11 @@ from ditmoe_cli.compression.replay.states import fitting_states
 from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.reader import torch_dtype
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
 
 TOKENS_PER_UNKNOWN = 32

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError, BrokenImageError
+from ditmoe_cli.files.fingerprint import fingerprint
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
-from ditmoe_cli.files.provenance import fingerprint
 
 if TYPE_CHECKING:
     import torch

@@ -22,10 +22,10 @@ from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.names import SHARED, split_name
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 
 KINDS = ("packed", "scales", "plain")

@@ -33,7 +33,7 @@ from ditmoe_cli.evaluation.scores.ssim import ssim
 from ditmoe_cli.files.arrays import write_arrays
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import Progress, ProgressBar
 
 if TYPE_CHECKING:

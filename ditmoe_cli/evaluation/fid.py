@@ -41,7 +41,7 @@ from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
 from ditmoe_cli.evaluation.scores.requested import Request
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.cache import cache_folder
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share, process_group
 from ditmoe_cli.progress import ProgressBar
 

@@ -26,10 +26,11 @@ from ditmoe_cli.evaluation.mosaic import write_png
 from ditmoe_cli.evaluation.sample_files import PNG_FILES, sample_grid, write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.arrays import read_document, write_arrays
+from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import read_safetensors_header
-from ditmoe_cli.files.provenance import Card, canonical_json, parse_card
+from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_target
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share, process_group
 from ditmoe_cli.progress import ProgressBar
 

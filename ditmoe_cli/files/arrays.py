@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import FileHeader, StoredTensor, TensorInfo, read_safetensors_header
-from ditmoe_cli.files.provenance import canonical_json, check_schema
+from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.writer import write_safetensors
 

@@ -8,15 +8,11 @@ the ``transformer`` folder of a diffusers pipeline. EMA weights are preferred.
 from __future__ import annotations
 
 import json
-from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ditmoe_cli.errors import BadInputError
 
-_STATE_KEYS = ("ema", "model", "module", "state_dict")
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -27,15 +23,6 @@ class Located:
     layout: str
     shards: tuple[Path, ...] = ()
     pickle: Path | None = None
-
-
-@dataclass(frozen=True)
-class StateDict:
-    """A state dict found in a pickle, the layout it was in, and what the pickle said beside it."""
-
-    tensors: Mapping[str, Any]
-    layout: str
-    hints: Mapping[str, Any] = field(default_factory=dict)
 
 
 def locate(path: Path) -> Located:
@@ -97,38 +84,3 @@ def _sharded(index: Path) -> Located:
     if missing is not None:
         raise BadInputError(f"{index}: shard {missing.name} is missing beside it")
     return Located("safetensors shards", shards=shards)
-
-
-def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
-    """Find the state dict in an unpickled object, EMA first.
-
-    `is_tensor(value)` tells tensors apart, so that this module needs no torch.
-    """
-
-    def tensors_of(value: object) -> dict[str, Any]:
-        """Return the tensors of what may be a state dict, plain numbers beside them (an EMA's decay) left out."""
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            return {}
-        tensors = {key: entry for key, entry in value.items() if is_tensor(entry)}
-        rest = [entry for key, entry in value.items() if key not in tensors]
-        return tensors if all(isinstance(entry, int | float) for entry in rest) else {}
-
-    if tensors_of(loaded):
-        return StateDict(tensors_of(loaded), "bare state dict")
-    if not isinstance(loaded, Mapping):
-        raise BadInputError(f"{where}: holds a {type(loaded).__name__}, not a state dict")
-    if loaded.get("ema") and not tensors_of(loaded["ema"]):
-        raise BadInputError(f"{where}: 'ema' holds more than tensors and numbers; save its state dict alone")
-    key = next((k for k in _STATE_KEYS if tensors_of(loaded.get(k))), None)
-    if key is None:
-        found = ", ".join(sorted(map(str, loaded)))[:80]
-        raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {found}")
-    others = sorted(str(k) for k in loaded if k in (*_STATE_KEYS, "opt", "args"))
-    return StateDict(tensors_of(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
-
-
-def _hints(args: object) -> dict[str, Any]:
-    """Return train.py's arguments (an argparse.Namespace or a dictionary) as a dictionary; nothing of anything else."""
-    if isinstance(args, Namespace):
-        return dict(vars(args))
-    return dict(args) if isinstance(args, Mapping) else {}

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.fingerprint import canonical_json
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
 STAGE_SCHEMA = "ditmoe.stage/1"
-
-
-def canonical_json(value: object) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def digest(value: object) -> str:
-    """Return the SHA-256 of a JSON value's canonical text."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of the names and digests of the files in it."""
-    if path.is_dir():
-        return digest([[file.name, file_digest(file)] for file in sorted(path.iterdir()) if file.is_file()])
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
@@ -110,15 +90,3 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
-
-
-def fingerprint(tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors and the configuration.
-
-    It does not depend on container, sharding or tensor order. `raw(name)` returns a tensor's bytes.
-    """
-    entries = [
-        [info.name, info.dtype, list(info.shape), hashlib.sha256(raw(info.name)).hexdigest()]
-        for info in sorted(tensors, key=lambda info: info.name)
-    ]
-    return digest({"tensors": entries, "config": dict(config)})

@@ -7,8 +7,6 @@ Pickles are opened weights-only and memory-mapped, which takes torch at once.
 from __future__ import annotations
 
 import mmap
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.containers import Located, StateDict, find_state_dict, locate
+from ditmoe_cli.files.containers import Located, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.names import natural_key, unwrapped
+from ditmoe_cli.files.pickles import read_state_dict
 from ditmoe_cli.files.provenance import Provenance, read_provenance
 
 if TYPE_CHECKING:
@@ -110,40 +109,12 @@ class SafetensorsReader:
 
 def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
     assert located.pickle is not None
-    found = _unpickle(located.pickle)
+    found = read_state_dict(located.pickle)
     layout = found.layout if located.layout == "pickle" else f"{located.layout}, {found.layout}"
     named = unwrapped(sorted(found.tensors, key=natural_key))
     reader = PickleReader({name: found.tensors[original] for name, original in named.items()})
     infos = {name: _pickled_info(located.pickle, name, value) for name, value in reader.state.items()}
     return CheckpointHeader(path, layout, infos, located.pickle.stat().st_size, found.hints), reader
-
-
-def _unpickle(path: Path) -> StateDict:
-    """Open a pickle with weights only, an argparse.Namespace of plain values being the one addition."""
-    import argparse
-    import pickle
-
-    import torch
-
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickle protocols that it then refuses
-            try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, ValueError) as error:
-                if "mmap" not in str(error):
-                    raise
-                loaded = torch.load(path, map_location="cpu", weights_only=True)  # older, unzipped pickles
-    except pickle.UnpicklingError as error:
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
-        raise BadInputError(f"{path}: {what}; ditmoe opens pickles of plain tensors only") from None
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # bytes that are no pickle break torch's unpickler in many ways
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise BadInputError(f"{path}: cannot be read as a checkpoint ({reason})") from None
-    return find_state_dict(loaded, path, torch.is_tensor)
 
 
 def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,55 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.model.attention import NORM_EPS, Attention
-from ditmoe_cli.model.config import FREQUENCIES, BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from ditmoe_cli.model.moe import MoEEvent, Observer, SparseMoE
-
-_MAX_PERIOD = 10_000.0
-
-
-class PatchEmbed(nn.Module):
-    """Images (N, C, H, W) to tokens (N, patches, width), row by row."""
-
-    def __init__(self, config: DiTMoEConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed patches, as a matrix product: a convolution may run in TF32 on a GPU, and tip top-k."""
-        n, channels, height, width = x.shape
-        patch = self.proj.kernel_size[0]
-        grid = x.reshape(n, channels, height // patch, patch, width // patch, patch)
-        patches = torch.einsum("nchpwq->nhwcpq", grid).reshape(n, -1, channels * patch * patch)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-class TimestepEmbedder(nn.Module):
-    """t (N,) to (N, width): cosines and sines of 128 frequencies, then an MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed times; angles are computed in fp32 whatever the model's dtype."""
-        half = FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) / half * steps)
-        out: Tensor = self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
-        return out
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (N,) to (N, width); the last row is the null class."""
-
-    def __init__(self, config: DiTMoEConfig) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Embed labels."""
-        out: Tensor = self.embedding_table(y)
-        return out
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -209,16 +162,3 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None, /) -> Tensor:
         """Predict for x (N, C, H, W), t (N,), y (N,)."""
-
-
-def sincos_position_embedding(width: int, side: int) -> Tensor:
-    """Return the fixed 2-D embedding (1, side², width): half the channels for columns, half for rows.
-
-    Each half is sine then cosine of position / 10000^(i / (width/4)), as MAE and DiT build it.
-    """
-    omega = 1.0 / _MAX_PERIOD ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    line = torch.cat((angles.sin(), angles.cos()), dim=1)
-    columns = line[None, :, :].expand(side, side, -1)
-    rows = line[:, None, :].expand(side, side, -1)
-    return torch.cat((columns, rows), dim=-1).reshape(1, side * side, width).float()

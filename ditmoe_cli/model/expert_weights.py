@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ditmoe_cli.files.names import MATRICES, in_expert
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

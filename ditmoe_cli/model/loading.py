@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.layers import PackedLinear
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
-from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.embedders import sincos_position_embedding
 
 
 def load_model(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.loading import assign, empty_model, finish
 from ditmoe_cli.model.moe import Observer
-from ditmoe_cli.model.opened import Checkpoint
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.provenance import file_digest
+from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.model.config import DiTMoEConfig
 
 if TYPE_CHECKING:

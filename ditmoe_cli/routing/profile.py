@@ -61,8 +61,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.fingerprint import canonical_json, file_digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
-from ditmoe_cli.files.provenance import canonical_json, check_schema, file_digest
+from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.reader import SafetensorsReader, dtype_code, tensor_bytes, torch_dtype
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.writer import write_safetensors

@@ -17,9 +17,9 @@ import torch
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.schedule import SOLVERS, Solver
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.dit import Denoiser
 from ditmoe_cli.model.loading import build_model
-from ditmoe_cli.model.opened import open_checkpoint
 
 STEPS = (5, 8, 10, 12, 16, 20, 30, 50)
 

@@ -18,7 +18,8 @@ from ditmoe_cli.formats.integer import Integer
 from ditmoe_cli.formats.pieces import Pieces
 from ditmoe_cli.formats.registry import format_label, parse_format
 from ditmoe_cli.formats.ternary import Ternary
-from ditmoe_cli.model.opened import open_checkpoint, weight_group
+from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.routing import calibration_settings
 
 SETTINGS = ("--images", 4, "--steps", 2)

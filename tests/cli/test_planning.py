@@ -16,7 +16,7 @@ from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.errors import InfeasibleError, OutputExistsError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 

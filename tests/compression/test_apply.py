@@ -44,8 +44,8 @@ from ditmoe_cli.files.header import TensorInfo, encode_header
 from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import Format
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import BlockConfig, expected_weights
-from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.progress import Progress, ProgressBar
 
 EXPERTS, TOP_K = 5, 2
@@ -427,7 +427,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.model.checkpoint import open_checkpoint
 
 source, target, *allowances = sys.argv[1:]
 checkpoint = open_checkpoint(source)

@@ -17,8 +17,8 @@ from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.computed import expert_map_bytes
 from ditmoe_cli.compression.plan import BlockPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, parse_expert_map
-from ditmoe_cli.model.opened import Checkpoint
 
 EXPERTS = 5
 ROWS = 5

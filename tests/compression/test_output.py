@@ -14,7 +14,7 @@ from conftest import REPOSITORY, make_pico
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows, planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Differences, Experts, Formats, PlanStage, Rounding
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 EXPERTS = 5
 SMALL = make_pico(hidden=16, experts=EXPERTS, widths=((24,) * EXPERTS,) * 2, input_size=4)
@@ -157,7 +157,7 @@ TORCH_FREE = """
 import sys
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Differences, Experts, Formats, Rounding
-from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.model.checkpoint import open_checkpoint
 checkpoint = open_checkpoint("demo:digits")
 block = BlockPlan((0, 1, 2, 3), "ghost", constants=True)
 name = "blocks.0.attn.qkv.weight"

@@ -41,8 +41,8 @@ from ditmoe_cli.compression.replay.states import calibration_states
 from ditmoe_cli.compression.replay.tokens import reservoir_tokens
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 

@@ -37,10 +37,10 @@ from ditmoe_cli.evaluation.bench import (
 )
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.registry import pack
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import expected_weights
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 
 FORMATS = ("nf4", "fp4", "nf4-dq", "int8", "int4-g32", "int3-g64-sym", "ternary-g64")
 CPU = torch.device("cpu")

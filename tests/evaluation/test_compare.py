@@ -39,8 +39,8 @@ from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.evaluation.scores.frechet import frechet_of_features
 from ditmoe_cli.evaluation.scores.intervals import bootstrap_frechet
 from ditmoe_cli.files.provenance import Card, Provenance
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 
 DOWN = "blocks.{}.moe.experts.{}.down_proj.weight"
 GREY_LEVELS = 16

@@ -32,8 +32,8 @@ from ditmoe_cli.evaluation.samples import (
     write_samples,
 )
 from ditmoe_cli.evaluation.workspace import Workspace
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.loading import build_model
-from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.processes import WHOLE, Share
 
 IMAGES = 7

@@ -14,18 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.provenance import (
-    CHECKPOINT_SCHEMA,
-    Card,
-    Provenance,
-    Step,
-    canonical_json,
-    check_schema,
-    digest,
-    fingerprint,
-    read_provenance,
-)
-from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.files.fingerprint import canonical_json, digest, fingerprint
+from ditmoe_cli.files.provenance import CHECKPOINT_SCHEMA, Card, Provenance, Step, check_schema, read_provenance
+from ditmoe_cli.model.checkpoint import open_checkpoint
 
 TEXT = st.text(max_size=8)
 PROVENANCES = st.builds(

@@ -17,9 +17,10 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.reader import CheckpointHeader, PickleReader, tensor_bytes
 from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, Given, Inferred, expected_weights, infer_config
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.opened import Checkpoint, count_parameters
+from ditmoe_cli.model.parameters import count_parameters
 
 NOTHING_GIVEN = Given()
 

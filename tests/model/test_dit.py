@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.model.attention import Attention
-from ditmoe_cli.model.dit import DiTMoE, TimestepEmbedder, modulated_norm, sincos_position_embedding
+from ditmoe_cli.model.dit import DiTMoE, modulated_norm
+from ditmoe_cli.model.embedders import TimestepEmbedder, sincos_position_embedding
 
 
 def inputs(model: DiTMoE, count: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

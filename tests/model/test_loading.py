@@ -18,8 +18,9 @@ from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.reader import dtype_code
 from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.registry import Format, pack
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.opened import count_parameters, is_compressible, open_checkpoint
+from ditmoe_cli.model.parameters import count_parameters, is_compressible
 
 
 def output(model: DiTMoE) -> torch.Tensor:

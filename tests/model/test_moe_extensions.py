@@ -14,10 +14,10 @@ from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import MoEEvent, SparseMoE
-from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.model.router import Router, Routing
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.collector import PURPOSE, collect

@@ -14,10 +14,12 @@ from conftest import Oracle, load_oracle, oracle_folders
 
 from ditmoe_cli.diffusion import ddpm, rectified_flow
 from ditmoe_cli.diffusion.guidance import guided_predictor
-from ditmoe_cli.model.dit import DiTMoE, sincos_position_embedding
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.embedders import sincos_position_embedding
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.model.opened import Checkpoint, count_parameters, open_checkpoint
+from ditmoe_cli.model.parameters import count_parameters
 
 TOLERANCE = 1e-5
 FOLDERS = oracle_folders()

@@ -14,10 +14,10 @@ from conftest import Pico
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.model.walk import resident_blocks
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing import calibration_settings
 from ditmoe_cli.routing.calibrate import Run, calibrate, usable_profile, valid_profile
 from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration

@@ -23,7 +23,7 @@ from torch import Tensor
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.header import read_safetensors_header
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import (
@@ -109,7 +109,7 @@ import sys
 from pathlib import Path
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
-from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.routing.profile import read_profile
 profile = read_profile(Path(sys.argv[1]))
 plan = plan_prune(open_checkpoint(sys.argv[2]), profile, Pruning(Keep(count=2)))

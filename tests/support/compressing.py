@@ -19,10 +19,10 @@ from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.replay import amplification, guided
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import Observer
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration

@@ -18,8 +18,8 @@ from ditmoe_cli.compression.precision.candidates import Candidates, candidate_fo
 from ditmoe_cli.compression.precision.mix import Mix
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 WHERE = Output(Path("/nowhere/out.safetensors"))

@@ -13,7 +13,7 @@ from conftest import Pico
 from torch import Tensor
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, visit_noised
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.collect.collector import PURPOSE
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.compression.replay.states import States, calibration_states
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 

@@ -20,8 +20,8 @@ from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.conventions import PRECISIONS
 from ditmoe_cli.evaluation.scores.requested import DEFAULT_CONVENTION, Request, parse_scores
 from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
-from ditmoe_cli.model.opened import Checkpoint, resolve_path
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.fid import Comparison, Item, Measure

@@ -9,7 +9,8 @@ from ditmoe_cli.cli.options import Source
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, with_options
 from ditmoe_cli.formats.registry import format_label
-from ditmoe_cli.model.opened import Checkpoint, count_parameters
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import count_parameters
 
 
 def run(source: Source, printing: JsonPrinting) -> None:

@@ -15,7 +15,7 @@ from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
 from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration

@@ -15,8 +15,8 @@ from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, progress
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.staging import check_target, staged
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import Given
-from ditmoe_cli.model.opened import open_checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan, Differences
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.formats.differences import DeltaFormat
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 # bytes of ternary codes do not depend on the density: the default is near the least error on bell-shaped differences

@@ -12,7 +12,7 @@ from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.formats.differences import base_name, difference_format
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 
 def rank_of_ratio(rows: int, columns: int, ratio: float) -> int:

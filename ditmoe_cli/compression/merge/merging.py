@@ -13,7 +13,7 @@ from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.errors import BadInputError, InfeasibleError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 

@@ -18,7 +18,7 @@ from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance, Step
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import quantized_members
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 _NO_DIGEST = "0" * 64  # as long as that of any plan
 

@@ -11,7 +11,8 @@ from ditmoe_cli.compression.plan import CompressionPlan, Formats
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.formats.registry import format_label, is_quantizable
-from ditmoe_cli.model.opened import Checkpoint, WeightGroup, weight_group
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import WeightGroup, weight_group
 
 WIDTHS = ("1.58", "2", "3", "4", "5", "6", "8", "16")
 GROUP_SIZES = (32, 64, 128)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ditmoe_cli.compression.precision.mix import Mix
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.errors import InfeasibleError
-from ditmoe_cli.model.opened import WeightGroup
+from ditmoe_cli.model.parameters import WeightGroup
 
 DENSE: tuple[WeightGroup, ...] = ("attn", "shared")  # weights that every token uses
 DENSE_WIDTH = "4"  # their width in MC-MoE

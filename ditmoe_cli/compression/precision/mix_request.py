@@ -9,7 +9,8 @@ from functools import cached_property
 from ditmoe_cli.compression.precision.budget import Budget, FileSizes
 from ditmoe_cli.compression.precision.candidates import WIDTHS, Candidates, candidate_formats, ties
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint, WeightGroup, weight_group
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import WeightGroup, weight_group
 
 Offered = Mapping[str, tuple[str | None, ...]]
 """The formats that each weight may take, narrowest first; None leaves it as it is."""

@@ -15,7 +15,7 @@ from ditmoe_cli.compression.precision.candidates import Candidates, format_count
 from ditmoe_cli.compression.precision.mix import Mix, least_bytes
 from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 

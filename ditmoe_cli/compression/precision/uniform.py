@@ -15,7 +15,8 @@ from ditmoe_cli.compression.precision.candidates import (
 )
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.formats.registry import is_quantizable
-from ditmoe_cli.model.opened import Checkpoint, weight_group
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.routing.profile import RoutingProfile
 
 UNIFORM_GROUPS = ("experts", "shared", "attn")

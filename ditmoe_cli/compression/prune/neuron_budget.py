@@ -17,8 +17,8 @@ from torch import Tensor
 from ditmoe_cli.compression.algebra.neurons import profiled_energies
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import in_expert
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.expert_weights import read_weight
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 

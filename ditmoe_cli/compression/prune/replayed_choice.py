@@ -18,9 +18,9 @@ from ditmoe_cli.compression.prune.expert_budget import allocate
 from ditmoe_cli.compression.prune.naee import least_error_subset
 from ditmoe_cli.compression.replay.subsets import SubsetReplay
 from ditmoe_cli.compression.replay.tokens import reservoir_tokens
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile

@@ -15,7 +15,7 @@ from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.formats.pieces import neuron_axis
 from ditmoe_cli.formats.registry import parse_pieces
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor

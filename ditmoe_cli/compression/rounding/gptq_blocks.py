@@ -32,10 +32,10 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.registry import grid_of
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.routing.profile import require_profile_of
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.files.names import CONSTANTS_DOWN, RESIDUAL_LINEAR, ROUTER, SHARED, split_name
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -30,8 +30,9 @@ from ditmoe_cli.evaluation.images import ImageSet, Kind, kind_of, read_images
 from ditmoe_cli.evaluation.samples import SAMPLES, Runtime, Sampling, Say, fill, image_set, read_origin
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.workspace import Workspace
-from ditmoe_cli.files.provenance import Card, canonical_json, file_digest
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.files.fingerprint import canonical_json, file_digest
+from ditmoe_cli.files.provenance import Card
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import Share
 from ditmoe_cli.progress import ProgressBar
 

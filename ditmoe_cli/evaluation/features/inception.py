@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.scores.conventions import PREPROCESSINGS
 from ditmoe_cli.files.cache import cache_folder
-from ditmoe_cli.files.provenance import file_digest
+from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.files.staging import staged
 

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics
 from ditmoe_cli.files.arrays import map_tensor, read_document, read_npz, write_arrays, write_npz
+from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import read_safetensors_header
-from ditmoe_cli.files.provenance import canonical_json, check_schema
+from ditmoe_cli.files.provenance import check_schema
 
 STATISTICS_SCHEMA = "ditmoe.statistics/1"
 

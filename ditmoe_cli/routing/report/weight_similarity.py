@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.expert_weights import ExpertWeights, read_expert
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.measures import matched_weight_cosine
 

@@ -17,7 +17,7 @@ from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 EXPERTS = 6

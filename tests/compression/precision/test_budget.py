@@ -16,7 +16,7 @@ from ditmoe_cli.compression.precision.candidates import Candidates, candidate_fo
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 WHERE = Output(Path("/nowhere/out.safetensors"))
 

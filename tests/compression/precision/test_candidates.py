@@ -13,7 +13,7 @@ from conftest import make_pico
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, ties
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

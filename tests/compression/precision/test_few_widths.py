@@ -20,7 +20,7 @@ from mixing import (
 from ditmoe_cli.compression.methods import MIXES
 from ditmoe_cli.compression.precision.few_widths import settle, widened
 from ditmoe_cli.files.names import in_expert
-from ditmoe_cli.model.opened import weight_group
+from ditmoe_cli.model.parameters import weight_group
 
 
 @pytest.fixture(autouse=True)

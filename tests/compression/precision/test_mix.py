@@ -21,7 +21,8 @@ from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import parse_format
-from ditmoe_cli.model.opened import Checkpoint, weight_group
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import weight_group
 
 WHERE = Output(Path("/nowhere/out.safetensors"))
 Errors = dict[str, dict[str, float]]

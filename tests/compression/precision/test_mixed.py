@@ -29,7 +29,7 @@ from ditmoe_cli.compression import output
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.output import check_plan
 from ditmoe_cli.errors import BadInputError, InfeasibleError
-from ditmoe_cli.model.opened import weight_group
+from ditmoe_cli.model.parameters import weight_group
 
 BASELINES = [name for name in MIXES if name != DEFAULT_METHODS["quantize"]]
 

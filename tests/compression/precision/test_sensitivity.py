@@ -27,9 +27,9 @@ from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.compression.replay.tokens import BlockTokens
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.registry import parse_format
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 256

@@ -15,7 +15,7 @@ from conftest import make_pico
 from ditmoe_cli.compression.plan import CompressionPlan, Formats
 from ditmoe_cli.compression.precision.uniform import format_named, plan_uniform
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 WIDTH, INNER = 256, 512
 BITS = (4, 8)

@@ -19,7 +19,7 @@ from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.prune.neuron_budget import pooled_widths
 from ditmoe_cli.compression.prune.pruning import Pruning, check_pruning, plan_prune, plan_replayed
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
-from ditmoe_cli.model.opened import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Made = tuple[Checkpoint, RoutingProfile]

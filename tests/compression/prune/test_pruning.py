@@ -27,7 +27,7 @@ from ditmoe_cli.compression.prune.pruning import (
 )
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.profile import empty_tables
 
 EXPERTS = 5

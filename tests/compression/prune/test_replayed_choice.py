@@ -17,8 +17,8 @@ from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Rou
 from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune, plan_replayed
 from ditmoe_cli.compression.replay.tokens import BlockTokens, reservoir_tokens
 from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.model.opened import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 EXPERTS = 4

@@ -31,11 +31,11 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.pieces import Pieces, neuron_axis
 from ditmoe_cli.formats.registry import parse_format, parse_pieces
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import Attended
 from ditmoe_cli.model.expert_weights import read_weight
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 512

@@ -39,9 +39,9 @@ from ditmoe_cli.formats.base import Grid
 from ditmoe_cli.formats.grouped import GroupedFormat
 from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.registry import parse_format, quantized_members
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.model.opened import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
 TOKENS = 512

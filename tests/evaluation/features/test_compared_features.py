@@ -21,7 +21,7 @@ from ditmoe_cli.evaluation.features.compared_features import Lab, featured, samp
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor
 from ditmoe_cli.evaluation.samples import Runtime, Sampling
 from ditmoe_cli.evaluation.workspace import Workspace
-from ditmoe_cli.model.opened import open_checkpoint
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.processes import WHOLE, Share
 
 

@@ -27,7 +27,8 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, in_expert
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import parse_format, parse_pieces
-from ditmoe_cli.model.opened import Checkpoint, weight_group
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.routing.profile import RoutingProfile
 
 WHERE = Output(Path("/nowhere/out.safetensors"))

@@ -16,8 +16,9 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import SafetensorsReader
+from ditmoe_cli.model.checkpoint import resolve_path
 from ditmoe_cli.model.config import expected_weights
-from ditmoe_cli.model.opened import is_compressible, resolve_path, weight_group
+from ditmoe_cli.model.parameters import is_compressible, weight_group
 
 
 def test_our_files_need_no_assumptions(tmp_path: Path, pico: Callable[..., Pico]) -> None:

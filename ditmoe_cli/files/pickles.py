@@ -1,0 +1,90 @@
+"""State dicts in pickles: opened weights-only, EMA weights preferred.
+
+A pickle holds a bare state dict, ``{ema|model|module|state_dict: ...}``, or train.py's dictionary with an
+``argparse.Namespace``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditmoe_cli.errors import BadInputError
+
+_STATE_KEYS = ("ema", "model", "module", "state_dict")
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """A state dict found in a pickle, the layout it was in, and what the pickle said beside it."""
+
+    tensors: Mapping[str, Any]
+    layout: str
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Open a pickle with weights only, an argparse.Namespace of plain values being the one addition."""
+    import pickle
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickle protocols that it then refuses
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, ValueError) as error:
+                if "mmap" not in str(error):
+                    raise
+                loaded = torch.load(path, map_location="cpu", weights_only=True)  # older, unzipped pickles
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
+        raise BadInputError(f"{path}: {what}; ditmoe opens pickles of plain tensors only") from None
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # bytes that are no pickle break torch's unpickler in many ways
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise BadInputError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+    return find_state_dict(loaded, path, torch.is_tensor)
+
+
+def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
+    """Find the state dict in an unpickled object, EMA first.
+
+    `is_tensor(value)` tells tensors apart, so that this module needs no torch.
+    """
+
+    def tensors_of(value: object) -> dict[str, Any]:
+        """Return the tensors of what may be a state dict, plain numbers beside them (an EMA's decay) left out."""
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            return {}
+        tensors = {key: entry for key, entry in value.items() if is_tensor(entry)}
+        rest = [entry for key, entry in value.items() if key not in tensors]
+        return tensors if all(isinstance(entry, int | float) for entry in rest) else {}
+
+    if tensors_of(loaded):
+        return StateDict(tensors_of(loaded), "bare state dict")
+    if not isinstance(loaded, Mapping):
+        raise BadInputError(f"{where}: holds a {type(loaded).__name__}, not a state dict")
+    if loaded.get("ema") and not tensors_of(loaded["ema"]):
+        raise BadInputError(f"{where}: 'ema' holds more than tensors and numbers; save its state dict alone")
+    key = next((k for k in _STATE_KEYS if tensors_of(loaded.get(k))), None)
+    if key is None:
+        found = ", ".join(sorted(map(str, loaded)))[:80]
+        raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {found}")
+    others = sorted(str(k) for k in loaded if k in (*_STATE_KEYS, "opt", "args"))
+    return StateDict(tensors_of(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
+
+
+def _hints(args: object) -> dict[str, Any]:
+    """Return train.py's arguments (an argparse.Namespace or a dictionary) as a dictionary; nothing of anything else."""
+    if isinstance(args, Namespace):
+        return dict(vars(args))
+    return dict(args) if isinstance(args, Mapping) else {}

@@ -1,0 +1,63 @@
+"""Parameters of a checkpoint: how many there are, and which group of weights each tensor belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ditmoe_cli.files.header import FLOATING, TensorInfo
+from ditmoe_cli.files.names import SHARED, split_name
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+WeightGroup = Literal["experts", "shared", "attn", "modulation", "embedders"]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters in all, touched per token, and in routed experts."""
+
+    total: int
+    activated: int
+    routed: int
+
+
+def count_parameters(checkpoint: Checkpoint) -> ParameterCounts:
+    """Count parameters by the logical shapes of the weights.
+
+    Activated is everything but the routed experts, plus the top-k experts of each block (the widest, where
+    widths differ). The label table counts whole, as in the paper's table 1.
+    """
+    config = checkpoint.config
+    floating = [w.info for w in checkpoint.weights.values() if w.info.dtype in FLOATING]
+    total = sum(info.numel for info in floating)
+    routed = sum(info.numel for info in floating if split_name(info.name).expert is not None)
+    used = sum(
+        3 * config.hidden_size * width
+        for block in config.blocks
+        for width in sorted(block.expert_widths)[-config.top_k :]
+    )
+    return ParameterCounts(total, total - routed + used, routed)
+
+
+def weight_group(info: TensorInfo) -> WeightGroup | None:
+    """Return what kind of matrix a weight is, of those that quantisation may touch; None for all others.
+
+    Router, patch, label and position embedding, norms and biases stay as they are.
+    """
+    parts = split_name(info.name)
+    if len(info.shape) != 2 or not parts.rest.endswith(".weight"):
+        return None
+    if parts.expert is not None:
+        return "experts"
+    groups: Mapping[str, WeightGroup]
+    if parts.block is None:
+        groups = {"t_embedder.mlp.": "embedders", "final_layer.linear.": "embedders", "final_layer.adaLN": "modulation"}
+    else:
+        groups = {f"{SHARED}.": "shared", "attn.": "attn", "adaLN_modulation.": "modulation"}
+    return next((group for start, group in groups.items() if parts.rest.startswith(start)), None)
+
+
+def is_compressible(info: TensorInfo) -> bool:
+    """Tell whether quantisation plans may touch a weight."""
+    return weight_group(info) is not None
