@@ -10,7 +10,7 @@ import typer
 
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import Overrides, Running
-from ditmoe_cli.cli.sampling import UpstreamSampling, solver_row
+from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, progress
 from ditmoe_cli.errors import BadInputError, GateError, UsageError

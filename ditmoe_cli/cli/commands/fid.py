@@ -11,7 +11,7 @@ import typer
 
 from ditmoe_cli.cli.groups import ending, one_of
 from ditmoe_cli.cli.options import Overrides, Running
-from ditmoe_cli.cli.sampling import ImageSampling, solver_row
+from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
 from ditmoe_cli.diffusion.sampling import SampleSpec

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
-from ditmoe_cli.cli.sampling import SamplingOptions
+from ditmoe_cli.cli.sampling_options import SamplingOptions
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
 from ditmoe_cli.diffusion.sampling import SampleSpec

@@ -10,7 +10,7 @@ import typer
 
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import FileDestination, Running, Source
-from ditmoe_cli.cli.sampling import ImageSampling, solver_row
+from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note, progress
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from ditmoe_cli.errors import InfeasibleError, UsageError
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
 _SECONDS = 30.0  # of a solver: a few weights of awkward sizes may take it longer than thousands do
-_ROUNDS = 8  # in which the budget of the weights is adjusted to that of the file
+_ROUNDS = 8  # in which the budget of the weights is lowered by as much as the file is too large
 
 T = TypeVar("T")
 Errors = Mapping[str, Mapping[str, float]]
@@ -98,15 +99,20 @@ def fitted(choose: Callable[[int], T], size: Callable[[T], int], limit: int, nar
         narrowest: bytes of the weights in their narrowest formats, which fit: the budget is never lowered below.
         room: bytes that the file with the narrowest formats leaves.
 
-    Only headers of other lengths make a difference, so a few rounds do. Raises `InfeasibleError` where they do not.
+    Only headers of other lengths make a difference, so a few rounds do. Where a choice leaves bytes of its budget, the
+    next budget may give it again: after `_ROUNDS` rounds budgets fall twice as fast each time. Raises `InfeasibleError`
+    where not even the narrowest choice fits.
     """
-    for _ in range(_ROUNDS):
+    above = 0
+    for round in itertools.count():
         chosen = choose(narrowest + room)
         above = size(chosen) - limit
         if above <= 0:
             return chosen
-        room = max(room - above, 0)
-    raise InfeasibleError(f"no mix of formats was found that fits {limit:,} bytes; give more")
+        if room == 0:
+            break
+        room = max(room - above * 2 ** max(round - _ROUNDS, 0), 0)
+    raise InfeasibleError(f"no mix of formats was found that fits {limit:,} bytes; give {above:,} more")
 
 
 def decisions(request: MixRequest, errors: Errors) -> list[Group]:

@@ -16,7 +16,7 @@ from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding, parse_plan
 from ditmoe_cli.compression.precision.budget import Budget, FileSizes
 from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, Candidates, candidate_formats
-from ditmoe_cli.compression.precision.mix import Mix, SolvedMix, least_bytes, solve_mix
+from ditmoe_cli.compression.precision.mix import Mix, SolvedMix, fitted, least_bytes, solve_mix
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.writer import Output
@@ -152,3 +152,26 @@ def test_a_plan_survives_being_written(rounding: Rounding | None, checkpoint: Ch
     plan = plan_of(checkpoint, mix, {"bits": 3}, rounding=rounding)
     assert parse_plan(plan.to_json(), "here") == plan
     assert plan.options["gap"] <= 1e-4 and plan.options["bound"] <= plan.options["predicted_error"]
+
+
+@pytest.mark.parametrize("slack", [0, 40, 47, 3_000])
+def test_a_choice_that_leaves_bytes_does_not_use_up_the_rounds(slack: int) -> None:
+    """A step to a wider format takes 1,000 bytes and lengthens the header by 8; the file has room for `slack` more."""
+    asked: list[int] = []
+
+    def choose(budget: int) -> int:
+        asked.append(budget)
+        return (budget - 10_000) // 1_000
+
+    def size(steps: int) -> int:
+        return 10_000 + 1_000 * steps + 8 * steps
+
+    chosen = fitted(choose, size, limit=16_000 + slack, narrowest=10_000, room=6_000 + slack)
+    assert chosen == 5 + slack // 1_000
+    assert size(chosen) <= 16_000 + slack < size(chosen + 1)
+    assert asked == sorted(asked, reverse=True)
+
+
+def test_not_even_the_narrowest_choice_fits() -> None:
+    with pytest.raises(InfeasibleError, match="no mix of formats"):
+        fitted(lambda budget: budget, lambda choice: choice + 9, limit=100, narrowest=100, room=0)
