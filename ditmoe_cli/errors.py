@@ -1,17 +1,17 @@
-"""Everything ditmoe raises on purpose, with the exit code each error ends in.
+"""The exceptions that ditmoe raises deliberately, and the exit code of each.
 
 ::
 
-    DitmoeError            1  the system failed us (disk full, out of memory)
-    ├── UsageError         2  option values out of range, unknown names
-    ├── BadInputError      3  paths, files, envelopes or extras that are not what they should be
-    │   └── BrokenImageError  one image of a batch holds NaN
+    DitmoeError            1  a failure of the system (disk full, out of memory)
+    ├── UsageError         2  an option value out of range, an unknown name
+    ├── BadInputError      3  a missing, damaged or unsuitable path, file, envelope or extra
+    │   └── BrokenImageError  an image of a batch holds NaN or infinite values
     ├── InfeasibleError    4  a request that cannot be met (keep below top-k, budget too small)
-    ├── OutputExistsError  5  the output is there already, or writing to it would be unsafe
+    ├── OutputExistsError  5  the output exists, or writing to it would be unsafe
     └── GateError          6  a threshold that the user set was not met
 
-Each message is one line: what is wrong, where, and what to do next. It names a setting as ``⟨group_size⟩``; a Python
-caller reads ``group_size``, and the command line turns it into ``--group-size`` (`named`).
+Each message is one line with the problem, its place and the remedy. It names a setting as ``⟨group_size⟩``, which `str`
+shows as ``group_size`` and the command line as ``--group-size`` (`named`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,24 @@ _SETTING = re.compile("⟨([a-z_]+)⟩")
 
 
 def named(message: str, name_of: Callable[[str], str] = str) -> str:
-    """Return a message with each ``⟨setting⟩`` replaced by what `name_of` calls the setting."""
+    """Return a message with each ``⟨setting⟩`` replaced by ``name_of(setting)``."""
     return _SETTING.sub(lambda match: name_of(match[1]), message)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 160 characters; the error's type where it has no message."""
+    lines = str(error).splitlines()
+    return lines[0][:160] if lines and lines[0] else type(error).__name__
+
+
 class DitmoeError(Exception):
-    """Base of all deliberate errors; ends the command with exit code 1."""
+    """Base class of all deliberate errors; exit code 1."""
 
     exit_code = 1
 
     @property
     def message(self) -> str:
-        """The message as it was raised, its settings marked."""
+        """The message with its settings marked."""
         return super().__str__()
 
     def __str__(self) -> str:
@@ -48,39 +54,39 @@ class UsageError(DitmoeError):
 
 
 class BadInputError(DitmoeError):
-    """An input is missing, damaged, or not what it should be."""
+    """An input is missing, damaged or of another kind than expected."""
 
     exit_code = 3
 
 
 class BrokenImageError(BadInputError):
-    """An image of a batch holds NaN or infinite values: its `index` there, and what is the `matter`."""
+    """An image holds NaN or infinite values: `index` is its index in the batch, `problem` the rest of the message."""
 
-    def __init__(self, index: int, matter: str) -> None:
-        super().__init__(f"image {index} of the batch holds {matter}")
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(f"image {index} of the batch holds {problem}")
         self.index = index
-        self.matter = matter
+        self.problem = problem
 
 
 class InfeasibleError(DitmoeError):
-    """What was asked for cannot be met by this checkpoint."""
+    """A request cannot be met with this checkpoint."""
 
     exit_code = 4
 
 
 class OutputExistsError(DitmoeError):
-    """The output exists, or is no place to write to."""
+    """The output exists, or writing to it would be unsafe."""
 
     exit_code = 5
 
 
 class GateError(DitmoeError):
-    """A gate such as ``fid --max`` was not passed."""
+    """A threshold that the user set was exceeded."""
 
     exit_code = 6
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out: Python's, a GPU's, or torch's on the CPU."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)  # how torch words it
+    """Return whether an error means that memory ran out: Python's, a GPU's, or torch's on the CPU."""
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_type or "DefaultCPUAllocator: can't allocate memory" in str(error)  # raised as a RuntimeError

@@ -1,6 +1,6 @@
-"""Several processes on one job, as ``torchrun`` starts them: who does what, and waiting for each other.
+"""Several processes on one job, as ``torchrun`` starts them: each one's share of the work, and synchronisation.
 
-Work is dealt out by image index. What is merged lies on the CPU, whatever the device, so the group is gloo's.
+Batches are divided by their index. Exchanged values are on the CPU, whatever the device, so the backend is gloo.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import TypeVar
 
 from ditmoe_cli.errors import DitmoeError
 
-_PATIENCE = timedelta(days=2)  # a rank may be slow; a dead one is torchrun's to notice
+_TIMEOUT = timedelta(days=2)  # a process may be slow; torchrun itself notices one that has ended
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 def under_torchrun() -> bool:
-    """Tell whether this process was started by torchrun."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's share of the work: every `world`-th batch, from batch `rank` on."""
+    """This process's share of the work: every `world`-th batch, starting with batch `rank`."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
     def of(self, batches: Sequence[Item]) -> list[Item]:
@@ -42,23 +42,25 @@ class Share:
         return list(batches[self.rank :: self.world])
 
     def wait(self) -> None:
-        """Return once all processes are here. Raises `DitmoeError` where one of them has ended."""
+        """Wait for all processes. Raises `DitmoeError` where one of them has ended."""
         if self.world > 1:
-            _meet()
+            _barrier()
 
-    def told(self, find: Callable[[], Found]) -> Found:
-        """Return what `find` finds on the first process, on all of them.
+    def from_first(self, compute: Callable[[], Value]) -> Value:
+        """Return, in every process, the value that the first process computes.
 
-        Each looking for itself might see another state of a folder.
+        Values that depend on a folder could differ between processes that each compute them at their own time.
+
+        Raises `DitmoeError` where another process has ended.
         """
         if self.world == 1:
-            return find()
+            return compute()
         import torch.distributed as dist
 
-        held = [find() if self.first else None]
-        with _one_for_all():
-            dist.broadcast_object_list(held)
-        return held[0]  # type: ignore[return-value]
+        values = [compute() if self.first else None]
+        with _ended_processes_reported():
+            dist.broadcast_object_list(values)
+        return values[0]  # type: ignore[return-value]
 
 
 WHOLE = Share()
@@ -66,30 +68,30 @@ WHOLE = Share()
 
 @contextmanager
 def process_group() -> Iterator[Share]:
-    """Join the group that torchrun started, and leave it after; a share of everything where there is none."""
+    """Join torchrun's processes and yield this one's share; the whole work where there are no others."""
     if not under_torchrun() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield WHOLE
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield Share(dist.get_rank(), dist.get_world_size())
-        _meet()  # nobody leaves while another's last message is under way
+        _barrier()  # a process that left earlier would cut off the last message of another
     finally:
         dist.destroy_process_group()
 
 
-def _meet() -> None:
-    """Return once all processes are here. Raises `DitmoeError` where one of them has ended."""
+def _barrier() -> None:
     import torch.distributed as dist
 
-    with _one_for_all():
+    with _ended_processes_reported():
         dist.barrier()
 
 
 @contextmanager
-def _one_for_all() -> Iterator[None]:
+def _ended_processes_reported() -> Iterator[None]:
+    """Raise `DitmoeError` instead of the RuntimeError of a collective operation that another process left."""
     try:
         yield
     except RuntimeError:
@@ -97,5 +99,5 @@ def _one_for_all() -> Iterator[None]:
 
 
 def own_device(device: str) -> str:
-    """Return the device of this process: its own GPU, where several share a machine and none was numbered."""
+    """Return the device of this process: under torchrun, ``cuda`` is the GPU of its local rank."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and under_torchrun() else device

@@ -1,4 +1,4 @@
-"""The form of a progress bar: what long work reports to, without knowing whether or where anything is shown."""
+"""The interface of progress bars: long work reports to one, whether or not anything is shown."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 Progress = Callable[[int], None]
-"""Takes how much more is done."""
+"""Advance a bar by a number of units."""
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
-"""Takes a title and the total, and is open while the work runs."""
+"""Open a bar with a title and a total number of units; it is closed when the context ends."""
 
 
 @contextmanager
 def silent_bar(title: str, total: int) -> Iterator[Progress]:
-    """Show nothing."""
+    """Yield a `Progress` that shows nothing."""
     del title, total
     yield lambda _: None

@@ -1,1 +1,1 @@
-"""From noise to images: schedules, guidance, solvers."""
+"""Sampling: schedules, solvers, guidance, noise, the sampling loop, the VAE."""

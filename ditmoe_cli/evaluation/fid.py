@@ -179,7 +179,7 @@ class _Comparing:
         wanted = self.measure.wanted(extractor)
         if not isinstance(extractor, NamedExtractor):
             check_wanted(extractor, wanted)
-        salt = "" if getattr(extractor, "stable", True) else self.share.told(lambda: token_hex(6))
+        salt = "" if getattr(extractor, "stable", True) else self.share.from_first(lambda: token_hex(6))
         batch = min(self.runtime.batch, BATCH)
         return Lab(extractor, grey_levels, wanted, salt, base, cache_folder("statistics"), batch, self.say)
 
@@ -344,7 +344,7 @@ class _Comparing:
             plain = path == reference != subject and side.spec is None and side.statistics is None and statistics_do
             with self._holding(lab.workspace(side.identity, len(side.images))):
                 kept = kept_statistics(side, lab) if plain and self.share.first else None
-                if self.share.told(lambda kept=kept: kept is not None):  # type: ignore[misc]
+                if self.share.from_first(lambda kept=kept: kept is not None):  # type: ignore[misc]
                     found = kept
                     self.say(f"using the statistics of {side.path} that an earlier run kept")
                     continue

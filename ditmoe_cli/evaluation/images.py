@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ditmoe_cli.errors import BadInputError, BrokenImageError
-from ditmoe_cli.files.arrays import first_line, map_tensor, npz_names, read_document, read_npz, write_arrays
+from ditmoe_cli.errors import BadInputError, BrokenImageError, first_line
+from ditmoe_cli.files.arrays import map_tensor, npz_names, read_document, read_npz, write_arrays
 from ditmoe_cli.files.header import read_safetensors_header
 
 if TYPE_CHECKING:

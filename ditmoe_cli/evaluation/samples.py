@@ -166,7 +166,7 @@ def fill(
 
     if share.first:
         work.create(SAMPLES, what.shape, np.uint8 if what.images else np.float32)
-    left = share.told(lambda: work.missing([SAMPLES], runtime.batch))
+    left = share.from_first(lambda: work.missing([SAMPLES], runtime.batch))
     remaining = sum(map(len, left))
     if share.first and 0 < remaining < work.rows:
         say(f"going on with {work.rows - remaining} of {work.rows} images that an earlier run left")
@@ -228,7 +228,7 @@ def sampled(model: Denoiser, what: Sampling, indices: Sequence[int]) -> Batch:
     try:
         return to_uint8(latents if what.decoder is None else what.decoder.decode(latents))
     except BrokenImageError as error:
-        raise BadInputError(f"image {indices[error.index]} (seed {what.spec.seed}): {error.matter}") from None
+        raise BadInputError(f"image {indices[error.index]} (seed {what.spec.seed}): {error.problem}") from None
 
 
 def check_targets(what: Sampling, targets: Targets, will_decode: bool = False) -> None:

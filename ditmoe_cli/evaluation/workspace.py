@@ -21,8 +21,7 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
-from ditmoe_cli.errors import BadInputError, DitmoeError
-from ditmoe_cli.files.arrays import first_line
+from ditmoe_cli.errors import BadInputError, DitmoeError, first_line
 
 _MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
 

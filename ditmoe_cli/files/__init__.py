@@ -1,1 +1,1 @@
-"""Bytes on disk: headers, names, containers, the reader, the writer, metadata."""
+"""Files on disk: headers, tensor names, containers, pickles, reader, writer, staging, provenance, fingerprints."""

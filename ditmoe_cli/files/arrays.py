@@ -1,4 +1,4 @@
-"""Arrays on disk: named arrays in safetensors and npz, read without copying where the file allows it."""
+"""Named arrays in safetensors and npz files; those of safetensors are mapped, not copied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import FileHeader, StoredTensor, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.provenance import check_schema
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 _NUMPY_DTYPES: Mapping[str, str] = {"U8": "|u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
 _CODES: Mapping[str, str] = {dtype: code for code, dtype in _NUMPY_DTYPES.items()}
-# zipfile's RuntimeErrors are for encrypted members and for compression that it does not know.
+# zipfile raises RuntimeError for encrypted members and for unknown compression.
 _ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def npz_names(path: Path) -> set[str]:
-    """Return the names of the arrays in a zip archive; a torch pickle, which is a zip too, has none."""
+    """Return the names of the arrays in an npz; none for other files, torch's zipped pickles included."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
@@ -36,7 +36,7 @@ def npz_names(path: Path) -> set[str]:
 
 
 def map_tensor(stored: StoredTensor) -> NDArray[Any]:
-    """Return a tensor of a safetensors file as a read-only array that maps the file."""
+    """Map a tensor of a safetensors file as a read-only array. Raises `BadInputError` for dtypes that numpy lacks."""
     import numpy as np
 
     info = stored.info
@@ -50,7 +50,10 @@ def map_tensor(stored: StoredTensor) -> NDArray[Any]:
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """Return those arrays of `names` that the npz at `path` holds; pickled objects are refused."""
+    """Return those arrays of `names` that the npz at `path` holds.
+
+    Raises `BadInputError` for damaged files and for pickled objects.
+    """
     import numpy as np
 
     if not zipfile.is_zipfile(path):
@@ -63,13 +66,16 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """Return those arrays of `names` that the safetensors file at `path` holds, mapped read-only."""
+    """Map those arrays of `names` that the safetensors file at `path` holds, read-only."""
     tensors = read_safetensors_header(path).tensors
     return {name: map_tensor(tensors[name]) for name in names if name in tensors}
 
 
 def read_document(header: FileHeader, schema: str, path: Path) -> dict[str, Any] | None:
-    """Return the JSON under ``ditmoe`` in a file's metadata, checked against `schema`; None where there is none."""
+    """Return the JSON object under ``ditmoe`` in a file's metadata; None where there is none.
+
+    Raises `BadInputError` where it is malformed or not of `schema`.
+    """
     text = header.metadata.get("ditmoe")
     if text is None:
         return None
@@ -87,7 +93,7 @@ def write_arrays(
     force: bool = False,
     inputs: Iterable[Path] = (),
 ) -> int:
-    """Write arrays as safetensors, whole or not at all, with `document` under ``ditmoe``; return the size."""
+    """Write arrays as safetensors, atomically, with `document` as JSON under ``ditmoe``; return the file's bytes."""
     import numpy as np
 
     ordered = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
@@ -103,16 +109,10 @@ def write_arrays(
 
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]], force: bool = False, inputs: Iterable[Path] = ()) -> int:
-    """Write arrays as an uncompressed npz, whole or not at all; return the size."""
+    """Write arrays as an uncompressed npz, atomically; return the file's bytes."""
     import numpy as np
 
     with staged(path, force, inputs) as staging:
         with staging.open("wb") as file:
             np.savez(file, allow_pickle=False, **dict(arrays))
         return staging.stat().st_size
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, shortened, for use inside one of ours."""
-    lines = str(error).splitlines()
-    return lines[0][:160] if lines and lines[0] else type(error).__name__

@@ -1,8 +1,8 @@
-"""The containers that DiT-MoE checkpoints come in, told apart by their files and keys.
+"""The files of a checkpoint in each of its containers.
 
-Pickles: a bare state dict; ``{ema|model|module|state_dict: ...}``; train.py's dictionary with an
-``argparse.Namespace``; a DeepSpeed folder. safetensors: one file, or shards with an index, in a folder or in
-the ``transformer`` folder of a diffusers pipeline. EMA weights are preferred.
+- safetensors: one file; or shards with an index, in a folder or in the ``transformer`` folder of a diffusers pipeline
+- pickle: one file (its state dict is chosen in `ditmoe_cli.files.pickles`)
+- DeepSpeed: a folder with ``mp_rank_00_model_states.pt``, or with ``latest``, which names the folder of a step
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class Located:
-    """The files that hold a checkpoint: safetensors shards, or one pickle, and the name of the layout."""
+    """The files of a checkpoint, safetensors shards or one pickle, and the name of their layout."""
 
     layout: str
     shards: tuple[Path, ...] = ()
@@ -26,12 +26,15 @@ class Located:
 
 
 def locate(path: Path) -> Located:
-    """Find the files of the checkpoint at `path`. Raises `BadInputError` where there are none."""
+    """Find the files of the checkpoint at `path`.
+
+    Raises `BadInputError` where there are none, a shard is missing, or a folder holds several checkpoints.
+    """
     try:
-        found = path.exists()
-    except OSError as error:  # a name that no file can have
+        exists = path.exists()
+    except OSError as error:  # a name that the file system does not allow
         raise BadInputError(f"{path}: {error.strerror}") from None
-    if not found:
+    if not exists:
         raise BadInputError(f"{path}: no such file or folder")
     if path.is_dir():
         return _locate_in_folder(path)

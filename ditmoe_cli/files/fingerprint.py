@@ -1,4 +1,4 @@
-"""Fingerprints of checkpoints, and digests of files and JSON values: SHA-256 of text that equal content gives."""
+"""SHA-256 fingerprints of checkpoints, and digests of files and JSON values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditmoe_cli.files.header import TensorInfo
 
 
 def canonical_json(value: object) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    """Return JSON with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -22,7 +22,7 @@ def digest(value: object) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of the names and digests of the files in it."""
+    """Return the SHA-256 of a file's bytes; for a folder, of the names and digests of its files."""
     if path.is_dir():
         return digest([[file.name, file_digest(file)] for file in sorted(path.iterdir()) if file.is_file()])
     with path.open("rb") as opened:
@@ -30,9 +30,9 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors and the configuration.
+    """Return the SHA-256 over all tensors' sorted (name, dtype, shape, SHA-256 of the bytes) and the configuration.
 
-    It does not depend on container, sharding or tensor order. `raw(name)` returns a tensor's bytes.
+    It does not depend on container, sharding or tensor order. ``raw(name)`` returns a tensor's bytes.
     """
     entries = [
         [info.name, info.dtype, list(info.shape), hashlib.sha256(raw(info.name)).hexdigest()]

@@ -1,4 +1,4 @@
-"""The safetensors header, read without torch or numpy.
+"""The safetensors header, read and written without torch or numpy.
 
 A safetensors file is an 8-byte little-endian length, a JSON object of that length, and the tensors' bytes.
 Format: https://huggingface.co/docs/safetensors/index#format
@@ -39,7 +39,7 @@ _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, safetensors dtype code and shape of one tensor."""
+    """Name, safetensors dtype code and shape of a tensor."""
 
     name: str
     dtype: str
@@ -47,18 +47,18 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, without any header."""
+        """The bytes of the elements."""
         return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and where its bytes lie: file, first byte and one past the last."""
+    """A tensor in a file: its bytes are those from `start` up to, without, `end`."""
 
     info: TensorInfo
     path: Path
@@ -68,7 +68,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What one safetensors file says of itself."""
+    """The header of a safetensors file: its tensors by name, and its metadata."""
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int, size: in
 
 
 def read_safetensors_header(path: Path) -> FileHeader:
-    """Read and check the header of the safetensors file at `path`.
+    """Return the header of the safetensors file at `path`.
 
     Raises `BadInputError` where the file is truncated or its header does not describe its bytes.
     """
@@ -126,7 +126,7 @@ def read_safetensors_header(path: Path) -> FileHeader:
 
 
 def _check_tiling(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
-    """Tensors must follow each other without gap or overlap up to the end of the file."""
+    """Raise `BadInputError` unless tensors fill the file to its end, without gap or overlap."""
     position = data_start
     for tensor in sorted(tensors, key=lambda t: (t.start, t.end)):
         if tensor.start != position:
@@ -137,10 +137,10 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], data_start: int, size
 
 
 def encode_header(tensors: list[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Return the header bytes (length prefix included) of a file that holds `tensors` in the given order.
+    """Return the header bytes, length prefix included, of a file that holds `tensors` in the given order.
 
-    Keys are sorted inside each object and the JSON is padded with spaces to a multiple of eight bytes, so
-    equal content gives equal bytes. The library's own writer orders metadata at random.
+    The keys of each object are sorted, and the JSON is padded with spaces to a multiple of eight bytes, so that equal
+    content gives equal bytes. The safetensors library orders metadata at random.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0

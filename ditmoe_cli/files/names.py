@@ -1,7 +1,4 @@
-"""Upstream tensor names: taking them apart and putting them together.
-
-Names are those of feizc/DiT-MoE and stay as they are on disk.
-"""
+"""Tensor names, parsed and composed. They are those of feizc/DiT-MoE, on disk as well."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ RESIDUAL_LINEAR = "moe.residual_linear"
 
 @dataclass(frozen=True)
 class NameParts:
-    """A tensor name taken apart: block and expert are None where the name has none; `rest` is what remains.
+    """The parts of a tensor name; block and expert are None where it has none, `rest` is the remainder.
 
     ``blocks.3.moe.experts.10.up_proj.weight`` is block 3, expert 10, rest ``up_proj.weight``.
     """
@@ -38,7 +35,7 @@ class NameParts:
 
 
 def split_name(name: str) -> NameParts:
-    """Take a tensor name apart into block, expert and rest."""
+    """Return the block, the expert and the rest of a tensor name."""
     block = _BLOCK.match(name)
     if block is None:
         return NameParts(None, None, name)
@@ -49,19 +46,19 @@ def split_name(name: str) -> NameParts:
 
 
 def in_block(block: int, rest: str) -> str:
-    """Name of the tensor `rest` of a block."""
+    """Return the name of the tensor `rest` of a block."""
     return f"blocks.{block}.{rest}"
 
 
 def in_expert(block: int, expert: int, rest: str) -> str:
-    """Name of the tensor `rest` of a routed expert."""
+    """Return the name of the tensor `rest` of a routed expert."""
     return f"blocks.{block}.moe.experts.{expert}.{rest}"
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Map upstream names to the names as stored, with wrappers such as ``module.`` taken off.
+    """Map upstream names to the stored names, which may have wrappers such as ``module.`` before them.
 
-    A wrapper is taken off only where all names carry it, so a tensor of that name survives.
+    Only wrappers that all names carry are removed, so a tensor that is itself called ``model.x`` keeps its name.
     """
     result = {name: name for name in names}
     while result:
@@ -73,5 +70,5 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts ``experts.2`` before ``experts.10``."""
+    """Return a sort key that puts ``experts.2`` before ``experts.10``."""
     return tuple((0, int(p)) if p.isdecimal() else (1, p) for p in name.split("."))

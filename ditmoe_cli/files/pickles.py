@@ -1,7 +1,7 @@
-"""State dicts in pickles: opened weights-only, EMA weights preferred.
+"""State dicts in pickles, which are opened weights-only; EMA weights are preferred.
 
-A pickle holds a bare state dict, ``{ema|model|module|state_dict: ...}``, or train.py's dictionary with an
-``argparse.Namespace``.
+A pickle holds a bare state dict, ``{ema|model|module|state_dict: ...}``, or train.py's dictionary with its arguments in
+an ``argparse.Namespace``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, first_line
 
-_STATE_KEYS = ("ema", "model", "module", "state_dict")
+_STATE_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict found in a pickle, the layout it was in, and what the pickle said beside it."""
+    """A state dict of a pickle, the name of its layout, and `hints`, the training arguments beside it."""
 
     tensors: Mapping[str, Any]
     layout: str
@@ -29,40 +29,45 @@ class StateDict:
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Open a pickle with weights only, an argparse.Namespace of plain values being the one addition."""
+    """Open a pickle, memory-mapped where torch can, and return its state dict.
+
+    Only tensors, plain values and ``argparse.Namespace`` are unpickled. Raises `BadInputError` for everything else.
+    """
     import pickle
 
     import torch
 
     try:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickle protocols that it then refuses
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
             try:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except (RuntimeError, ValueError) as error:
                 if "mmap" not in str(error):
                     raise
-                loaded = torch.load(path, map_location="cpu", weights_only=True)  # older, unzipped pickles
+                loaded = torch.load(
+                    path, map_location="cpu", weights_only=True
+                )  # pickles from before torch 1.6 are no zip archives
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
-        raise BadInputError(f"{path}: {what}; ditmoe opens pickles of plain tensors only") from None
+        problem = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
+        raise BadInputError(f"{path}: {problem}; ditmoe opens pickles of plain tensors only") from None
     except (MemoryError, PermissionError):
         raise
-    except Exception as error:  # bytes that are no pickle break torch's unpickler in many ways
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise BadInputError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+    except Exception as error:  # torch's unpickler raises all kinds of errors for bytes that are no pickle
+        raise BadInputError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
     return find_state_dict(loaded, path, torch.is_tensor)
 
 
 def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
-    """Find the state dict in an unpickled object, EMA first.
+    """Return the state dict of an unpickled object: itself, or the first of ``ema|model|module|state_dict``.
 
-    `is_tensor(value)` tells tensors apart, so that this module needs no torch.
+    `is_tensor(value)` recognises tensors. Raises `BadInputError` where there is no state dict, and where ``ema`` holds
+    more than tensors and numbers.
     """
 
     def tensors_of(value: object) -> dict[str, Any]:
-        """Return the tensors of what may be a state dict, plain numbers beside them (an EMA's decay) left out."""
+        """Return the tensors of a state dict without the numbers beside them (an EMA's decay); {} for anything else."""
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             return {}
         tensors = {key: entry for key, entry in value.items() if is_tensor(entry)}
@@ -77,14 +82,14 @@ def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
         raise BadInputError(f"{where}: 'ema' holds more than tensors and numbers; save its state dict alone")
     key = next((k for k in _STATE_KEYS if tensors_of(loaded.get(k))), None)
     if key is None:
-        found = ", ".join(sorted(map(str, loaded)))[:80]
-        raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {found}")
+        keys = ", ".join(sorted(map(str, loaded)))[:80]
+        raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {keys}")
     others = sorted(str(k) for k in loaded if k in (*_STATE_KEYS, "opt", "args"))
     return StateDict(tensors_of(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
 
 
 def _hints(args: object) -> dict[str, Any]:
-    """Return train.py's arguments (an argparse.Namespace or a dictionary) as a dictionary; nothing of anything else."""
+    """Return train.py's arguments, an argparse.Namespace or a mapping, as a dictionary; {} for anything else."""
     if isinstance(args, Namespace):
         return dict(vars(args))
     return dict(args) if isinstance(args, Mapping) else {}

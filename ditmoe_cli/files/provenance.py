@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: the ``ditmoe`` metadata of our files, digests and fingerprints."""
+"""The provenance of a checkpoint: its configuration, history and card, in the ``ditmoe`` metadata of the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Step:
-    """One step in a checkpoint's history: the command, the fingerprint of what it was given, its plan's digest."""
+    """A step of a checkpoint's history: the command, the fingerprint of its input, the digest of its plan."""
 
     command: str
     source: str
@@ -34,9 +34,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says about its own images.
+    """How a checkpoint's images are scored and read.
 
-    `extractor` names the features to score it by; pixel values v in [-1, 1] mean grey level
+    `extractor` names the features to score them by; a pixel value v in [-1, 1] means the grey level
     (v + 1) / 2 * `grey_levels`.
     """
 
@@ -46,7 +46,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The ``ditmoe`` metadata: configuration, history and card. Hashes of the tensors join them on disk."""
+    """Configuration, history and card of a checkpoint; on disk, the hashes of its tensors stand beside them."""
 
     config: Mapping[str, Any]
     history: tuple[Step, ...] = ()
@@ -54,11 +54,11 @@ class Provenance:
 
     @property
     def ancestors(self) -> tuple[str, ...]:
-        """Fingerprints of the checkpoints that this one was made from, oldest first."""
+        """Fingerprints of the checkpoints that this one was computed from, oldest first."""
         return tuple(step.source for step in self.history)
 
     def to_metadata(self, hashes: Mapping[str, str]) -> dict[str, str]:
-        """Return the safetensors metadata, without times or paths, so that equal work gives equal bytes."""
+        """Return the safetensors metadata. It holds no times or paths, so that equal work gives equal bytes."""
         document = {
             "schema": CHECKPOINT_SCHEMA,
             "config": dict(self.config),
@@ -78,7 +78,7 @@ def parse_card(document: Mapping[str, Any]) -> Card:
 
 
 def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
-    """Read the ``ditmoe`` metadata of a file; None where it has none."""
+    """Return the provenance in a file's metadata, None without any. Raises `BadInputError` where it is malformed."""
     if "ditmoe" not in metadata:
         return None
     try:

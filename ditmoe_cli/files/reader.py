@@ -1,7 +1,7 @@
 """Lazy readers: tensors by upstream name, one at a time, from any container.
 
-Opening a safetensors checkpoint needs neither torch nor numpy; torch comes in with the first tensor.
-Pickles are opened weights-only and memory-mapped, which takes torch at once.
+Opening a safetensors checkpoint imports neither torch nor numpy; reading its first tensor imports torch. Opening a
+pickle imports torch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 
 class TensorReader(Protocol):
-    """Reads tensors by their upstream names."""
+    """Read tensors by their upstream names."""
 
     def raw(self, name: str) -> memoryview:
         """Return the bytes of a tensor."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor as stored, on the CPU; it may share memory with the file and must not be written."""
+        """Return a tensor as stored, on the CPU. It may share memory with the file and must not be changed."""
 
 
 @dataclass(frozen=True)
 class CheckpointHeader:
-    """What a checkpoint holds, before any tensor is read.
+    """The contents of a checkpoint as known before any tensor is read.
 
-    `tensors` are in natural order under upstream names; `hints` are the training arguments found in a pickle;
-    `provenance` is our own metadata, where the file has it.
+    `tensors` are in natural order under upstream names, `hints` the training arguments of a pickle, `provenance` the
+    ``ditmoe`` metadata of files that ditmoe wrote.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class CheckpointHeader:
 
 
 def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
-    """Open the checkpoint at `path`, whatever its layout. Raises `BadInputError`."""
+    """Open the checkpoint at `path`, of any layout. Raises `BadInputError` where it is missing or damaged."""
     located = locate(path)
     try:
         return _open_pickle(path, located) if located.pickle else _open_safetensors(path, located)
@@ -82,7 +82,7 @@ def _renamed(info: TensorInfo, name: str) -> TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsReader:
-    """Reads from memory-mapped safetensors files."""
+    """Read from memory-mapped safetensors files."""
 
     stored: Mapping[str, StoredTensor]
 
@@ -91,7 +91,7 @@ class SafetensorsReader:
         return {}
 
     def raw(self, name: str) -> memoryview:
-        """Return the bytes of a tensor, as a view of the mapped file."""
+        """Return the bytes of a tensor as a view of the mapped file."""
         tensor = self.stored[name]
         if tensor.path not in self._maps:
             with tensor.path.open("rb") as file:
@@ -109,12 +109,12 @@ class SafetensorsReader:
 
 def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
     assert located.pickle is not None
-    found = read_state_dict(located.pickle)
-    layout = found.layout if located.layout == "pickle" else f"{located.layout}, {found.layout}"
-    named = unwrapped(sorted(found.tensors, key=natural_key))
-    reader = PickleReader({name: found.tensors[original] for name, original in named.items()})
+    pickled = read_state_dict(located.pickle)
+    layout = pickled.layout if located.layout == "pickle" else f"{located.layout}, {pickled.layout}"
+    named = unwrapped(sorted(pickled.tensors, key=natural_key))
+    reader = PickleReader({name: pickled.tensors[original] for name, original in named.items()})
     infos = {name: _pickled_info(located.pickle, name, value) for name, value in reader.state.items()}
-    return CheckpointHeader(path, layout, infos, located.pickle.stat().st_size, found.hints), reader
+    return CheckpointHeader(path, layout, infos, located.pickle.stat().st_size, pickled.hints), reader
 
 
 def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:
@@ -127,7 +127,7 @@ def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:
 
 @dataclass(frozen=True)
 class PickleReader:
-    """Reads from an opened (memory-mapped) state dict."""
+    """Read from a state dict, which is memory-mapped where torch can map its pickle."""
 
     state: Mapping[str, torch.Tensor]
 
@@ -155,7 +155,7 @@ def _dtype_names() -> dict[str, str]:
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """Return the torch dtype of a safetensors dtype code."""
+    """Return the torch dtype of a safetensors dtype code. Raises `BadInputError` for codes that torch lacks."""
     import torch
 
     names = _dtype_names()
@@ -166,7 +166,7 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def dtype_code(dtype: torch.dtype, where: str) -> str:
-    """Return the safetensors code of a torch dtype; `where` names the tensor in the error."""
+    """Return the safetensors code of a torch dtype. Raises `BadInputError`, naming `where`, for other dtypes."""
     name = str(dtype).removeprefix("torch.")
     for code, candidate in _dtype_names().items():
         if candidate == name:

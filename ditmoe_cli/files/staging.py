@@ -1,7 +1,7 @@
-"""Outputs that appear whole or not at all.
+"""Atomic outputs: a target is replaced by a whole output, or left as it was.
 
-An output is written beside its target under a hidden name, flushed to disk and renamed once. Whatever happens
-before the rename leaves the target as it was: absent, or the old one.
+An output is written beside its target under a hidden name, flushed to disk and renamed. A failure before the rename
+leaves the target absent, or the old one in place.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ CHECKPOINT_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetens
 def check_target(
     target: Path, force: bool, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
 ) -> None:
-    """Refuse a target that exists (without `force`), is an input, or is no plain file or folder.
+    """Check that an output may be written to `target`; a folder is replaced only where all its files match `contents`.
 
-    `contents` matches the names of the files that a folder may hold to be replaced.
-
-    Raises `OutputExistsError`, and `BadInputError` where the folder to write into is missing.
+    Raises `OutputExistsError` where the target exists (without `force`), is an input or a folder around one, or is a
+    link or a special file; `BadInputError` where the folder to write into is missing.
     """
     if target.is_symlink():
         raise OutputExistsError(f"{target}: is a symbolic link; name the file itself as output")
@@ -44,7 +43,7 @@ def check_target(
 
 
 def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str]) -> None:
-    """A folder is replaced as a whole, so it must hold nothing but what we write into one."""
+    """Raise `OutputExistsError` where a folder, which is replaced as a whole, holds files of others."""
     foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not contents.fullmatch(c.name)), None)
     if foreign is not None:
         raise OutputExistsError(
@@ -54,7 +53,7 @@ def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str]) -> None:
 
 
 def _holds(target: Path, source: Path) -> bool:
-    """Tell whether writing `target` would touch `source`: the same file, or a folder around it."""
+    """Return whether writing `target` would touch `source`: it is the same file or folder, or one lies in the other."""
     target, source = target.resolve(), source.resolve()
     same_file = target.exists() and source.exists() and target.samefile(source)
     return same_file or target in source.parents or (source.is_dir() and source in target.parents)
@@ -64,17 +63,15 @@ def _holds(target: Path, source: Path) -> bool:
 def staged(
     target: Path, force: bool = False, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
 ) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or folder at; on success it becomes `target`.
+    """Yield a path beside `target` to write a file or folder at; on success it is renamed to `target`.
 
-    `contents` matches the names of the files that a folder may hold to be replaced.
-
-    Raises `OutputExistsError` before anything is written, and again should the target appear meanwhile.
+    Raises as `check_target` does, before anything is written and again before the rename.
     """
     inputs = tuple(inputs)
     target = target.absolute()
     check_target(target, force, inputs, contents)
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    _remove(staging)  # of a killed run with our process number, as in containers
+    _remove(staging)  # of a killed run with this process id, as happens in containers
     try:
         yield staging
         _flush(staging)
@@ -101,7 +98,7 @@ def _sync(path: Path) -> None:
 
 
 def _rename(staging: Path, target: Path) -> None:
-    """Put `staging` in place. A folder in the way is moved aside first and removed after."""
+    """Rename `staging` to `target`. An existing folder is moved aside first and removed afterwards."""
     if not target.exists() or (target.is_file() and staging.is_file()):
         staging.replace(target)
         return

@@ -1,7 +1,7 @@
-"""Streaming safetensors writers: one tensor in memory at a time, byte-identical for equal content.
+"""Streaming safetensors writers: one tensor in memory at a time, equal bytes for equal content.
 
-The header is laid out before the first tensor arrives. Its metadata holds a SHA-256 of each tensor, whose
-length is known, so the header is written with zeros in their place and filled in at the end.
+The metadata holds the SHA-256 of each tensor. Its length is known, so the header is written first with zeros in place
+of the hashes, and again at the end.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Content = Callable[[TensorInfo], memoryview]
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of an output: its name and its tensors in order."""
+    """A file of an output: its name, and its tensors in order."""
 
     name: str
     tensors: tuple[TensorInfo, ...]
 
 
 def aligned_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """Return tensors in an order that leaves each aligned to its element size, as readers that map files need.
+    """Return tensors in an order that aligns each to its element size, as readers that map files need.
 
-    Tensors of a multiple of eight bytes keep their order; the others follow, wide elements first.
+    Tensors whose bytes are a multiple of eight keep their order; the others follow, wide elements first.
     """
     listed = list(tensors)
     rest = sorted((t for t in listed if t.nbytes % 8), key=lambda t: -DTYPE_BYTES[t.dtype])
@@ -44,13 +44,13 @@ def aligned_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def file_bytes(tensors: Sequence[TensorInfo], metadata: Metadata) -> int:
-    """Return the exact size of the safetensors file that would hold `tensors`."""
+    """Return the exact bytes of the safetensors file of `tensors`, its header included."""
     placeholder = metadata({info.name: _NO_HASH for info in tensors})
     return len(encode_header(aligned_order(tensors), placeholder)) + sum(info.nbytes for info in tensors)
 
 
 def plan_shards(tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[Shard]:
-    """Divide tensors, in order, over files of at most `shard_bytes` of tensor bytes (one tensor at least)."""
+    """Divide tensors, in order, over files of at most `shard_bytes` of tensors, but at least one tensor."""
     groups: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in tensors:
@@ -70,7 +70,7 @@ def plan_shards(tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_
 
 @dataclass(frozen=True)
 class Output:
-    """Where a checkpoint goes: one ``.safetensors`` file, or a folder in diffusers' layout."""
+    """The destination of a checkpoint: one ``.safetensors`` file, or a folder in diffusers' layout."""
 
     path: Path
     force: bool = False
@@ -85,7 +85,7 @@ class Output:
         return [Shard(self.path.name, tuple(tensors))] if self.is_file else plan_shards(tensors, self.shard_bytes)
 
     def predicted_bytes(self, tensors: Sequence[TensorInfo], provenance: Provenance) -> int:
-        """Return the exact size of all files that `write` would write."""
+        """Return the exact bytes of all files that `write` would write."""
         shards = self._shards(tensors)
         size = sum(file_bytes(shard.tensors, provenance.to_metadata) for shard in shards)
         return size if self.is_file else size + sum(map(len, _folder_texts(shards, provenance).values()))
@@ -93,7 +93,7 @@ class Output:
     def write(
         self, tensors: Sequence[TensorInfo], content: Content, provenance: Provenance, inputs: Iterable[Path]
     ) -> int:
-        """Write the checkpoint and return its bytes on disk; `content(info)` returns a tensor's bytes."""
+        """Write the checkpoint and return its bytes on disk; ``content(info)`` returns a tensor's bytes."""
         shards = self._shards(tensors)
         with staged(self.path, self.force, inputs) as staging:
             if self.is_file:
@@ -124,7 +124,7 @@ def _pretty(document: object) -> bytes:
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorInfo], content: Content, metadata: Metadata) -> int:
-    """Write one safetensors file, asking `content` for each tensor's bytes in turn, and return its size."""
+    """Write a safetensors file and return its bytes; ``content(info)`` returns the bytes of one tensor at a time."""
     ordered = aligned_order(tensors)
     hashes = {info.name: _NO_HASH for info in ordered}
     with path.open("wb") as file:

@@ -1,1 +1,1 @@
-"""The DiT-MoE itself: configuration, network, loading."""
+"""The DiT-MoE: configuration, opened checkpoints, network, loading, offloading."""

@@ -103,11 +103,6 @@ class DiTMoEConfig:
         return self.in_channels in (1, 3)
 
     @property
-    def learn_sigma(self) -> bool:
-        """Whether the output carries a second half beside the prediction."""
-        return self.out_channels == 2 * self.in_channels
-
-    @property
     def num_experts(self) -> int:
         """Routed experts of a block; the most of any block where they differ."""
         return max(len(block.expert_widths) for block in self.blocks)

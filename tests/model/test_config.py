@@ -98,7 +98,7 @@ def test_the_network_has_the_tensors_that_are_expected(config: DiTMoEConfig) -> 
 
 def test_derived_values(pico: Callable[..., Pico]) -> None:
     config = pico(widths=((8, 16, 24), (8, 8)), learn_sigma=False, patch=4, input_size=16).config
-    assert (config.num_patches, config.head_dim, config.learn_sigma) == (16, 16, False)
+    assert (config.num_patches, config.head_dim, config.out_channels) == (16, 16, config.in_channels)
     assert config.num_experts == 3
     document = config.to_json()
     assert document["num_experts"] == [3, 2]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import Oracle, load_oracle, oracle_folders
 
-from ditmoe_cli.diffusion import ddpm, rectified_flow
 from ditmoe_cli.diffusion.guidance import guided_predictor
+from ditmoe_cli.diffusion.solvers import integrate
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
@@ -69,14 +69,14 @@ def guided(oracle: Oracle, model: DiTMoE) -> np.ndarray:
 def euler(scale: float) -> Callable[[Oracle, DiTMoE], np.ndarray]:
     def compute(oracle: Oracle, model: DiTMoE) -> np.ndarray:
         predict = guided_predictor(model, tensor(oracle, "y_cond"), scale, "rf")
-        return rectified_flow.euler(predict, tensor(oracle, "z"), 10).numpy()
+        return integrate("euler", 10, predict, tensor(oracle, "z"), torch.randn_like).numpy()
 
     return compute
 
 
 def ddim(oracle: Oracle, model: DiTMoE) -> np.ndarray:
     predict = guided_predictor(model, tensor(oracle, "y_cond"), 1.5, "ddpm")
-    return ddpm.ddim(predict, tensor(oracle, "z"), 10).numpy()
+    return integrate("ddim", 10, predict, tensor(oracle, "z"), torch.randn_like).numpy()
 
 
 def ancestral(oracle: Oracle, model: DiTMoE) -> np.ndarray:
@@ -86,7 +86,7 @@ def ancestral(oracle: Oracle, model: DiTMoE) -> np.ndarray:
         return torch.randn(2 * len(z), *z.shape[1:], generator=generator)[: len(z)]
 
     predict = guided_predictor(model, tensor(oracle, "y_cond"), 1.5, "ddpm")
-    return ddpm.ancestral(predict, tensor(oracle, "z"), 10, noise).numpy()
+    return integrate("ddpm", 10, predict, tensor(oracle, "z"), noise).numpy()
 
 
 COMPUTED: dict[str, Callable[[Oracle, DiTMoE], np.ndarray]] = {
@@ -155,7 +155,7 @@ def test_configuration_is_inferred(name: str) -> None:
     assert {key: getattr(config, key) for key in same_names} == {key: about[key] for key in same_names}
     assert config.top_k == about["num_experts_per_tok"]
     assert config.attention == ("flash" if about.get("use_flash_attn") else "timm")
-    assert config.learn_sigma == about.get("learn_sigma", True)
+    assert (config.out_channels == 2 * config.in_channels) == about.get("learn_sigma", True)
     experts = (about["hidden_size"] * about["mlp_ratio"],) * about["num_experts"]
     assert all(block.expert_widths == experts and not block.mapped for block in config.blocks)
     assert all(block.shared_width == 2 * about["hidden_size"] for block in config.blocks)

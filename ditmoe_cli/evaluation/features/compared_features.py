@@ -225,7 +225,7 @@ def with_features(side: Side, work: Workspace, lab: Lab, share: Share, bar: Prog
     assert side.images is not None
     names = lab.names()
     share.wait()  # what is stored beside another process's sampling is there
-    left = share.told(lambda: work.missing(tuple(names.values()), lab.batch))
+    left = share.from_first(lambda: work.missing(tuple(names.values()), lab.batch))
     mine = share.of(left)
     if mine:
         with bar(f"{lab.extractor.name} features of {Path(side.path).name}", sum(map(len, mine))) as progress:

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.errors import BadInputError, UsageError, first_line
 from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.evaluation.scores.conventions import PRECISIONS, PREPROCESSINGS
 from ditmoe_cli.evaluation.scores.feature_statistics import Array
-from ditmoe_cli.files.arrays import first_line
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.features.inception import Inception
