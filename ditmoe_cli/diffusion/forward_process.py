@@ -1,7 +1,7 @@
-"""How images are noised, in both families of weights.
+"""The forward process, by which images are noised, of both families of weights.
 
 Rectified flow: z_t = (1 - t) x + t ε, velocity v = ε - x, t in (0, 1] unscaled (https://arxiv.org/abs/2209.03003).
-DDPM: z_t = √ᾱ x + √(1 - ᾱ) ε, linear betas, 1,000 training steps (https://arxiv.org/abs/2006.11239). Schedules are
+DDPM: z_t = √ᾱ x + √(1 - ᾱ) ε, linear betas, 1,000 training steps (https://arxiv.org/abs/2006.11239). Its schedules are
 float64, as in guided-diffusion.
 """
 
@@ -22,7 +22,7 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
-    """Return ε - x, which rectified-flow models are trained to predict."""
+    """Return the velocity ε - x, the training target of rectified flow."""
     return noise - x
 
 
@@ -59,5 +59,5 @@ def noised(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def predicted_x0(z: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return x₀ = z / √ᾱ - √(1/ᾱ - 1) ε, z without the predicted noise."""
+    """Return x₀ = z / √ᾱ - √(1/ᾱ - 1) ε, the image in z without the predicted noise ε."""
     return z / float(alpha_bar.sqrt()) - eps * float((1 / alpha_bar - 1).sqrt())

@@ -1,6 +1,6 @@
-"""Noise that belongs to an image: a function of (seed, image index) alone.
+"""Noise of images, a function of seed and image index alone.
 
-Each image has its own CPU generator, so batch size, device and number of processes change nothing.
+Each image has its own generator on the CPU, so noise does not depend on batch size, device or number of processes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def image_seed(seed: int, index: int, purpose: str = "image") -> int:
-    """Return the 63-bit seed of image `index`; `purpose` separates independent uses."""
+    """Return the 63-bit seed of image `index`; each `purpose` has independent seeds."""
     text = f"ditmoe:{purpose}:{seed}:{index}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
 @dataclass(frozen=True)
 class ImageNoise:
-    """Generators of a batch of images; every draw advances each image's own stream."""
+    """The generators of a batch of images; each draw advances all of them."""
 
     generators: tuple[torch.Generator, ...]
     device: torch.device
@@ -33,6 +33,6 @@ class ImageNoise:
 
 
 def image_noise(seed: int, indices: Sequence[int], device: torch.device, purpose: str = "image") -> ImageNoise:
-    """Return fresh noise streams for the images `indices`."""
+    """Return the generators of the images `indices`, at their start."""
     generators = tuple(torch.Generator().manual_seed(image_seed(seed, i, purpose)) for i in indices)
     return ImageNoise(generators, device)

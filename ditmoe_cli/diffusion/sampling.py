@@ -1,4 +1,4 @@
-"""Images from a checkpoint: what to sample, as data, and the loop that does it."""
+"""Sampling images: the specification, and the loop over batches, steps and guidance."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ditmoe_cli.diffusion.schedule import (
     flow_times,
     is_guided,
 )
+from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.config import Sampler
 
@@ -25,17 +26,14 @@ if TYPE_CHECKING:
 
     from ditmoe_cli.diffusion.guidance import Predictor
     from ditmoe_cli.model.dit import Denoiser
-    from ditmoe_cli.model.moe import Observer
-
-StepWatcher = Callable[["Tensor", float], None]
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Everything that decides which images come out, batch size and device left aside.
+    """The settings that determine sampled images; batch size and device do not.
 
-    Image i has noise from (seed, i) and label ``classes[i mod len(classes)]``. Guidance holds at noise levels (0 image,
-    1 noise) inside `interval`.
+    Image i has the noise of (seed, i) and the label ``classes[i mod len(classes)]``. Guidance of scale `cfg` applies at
+    noise levels (0 image, 1 noise) inside `interval`.
     """
 
     images: int
@@ -48,7 +46,7 @@ class SampleSpec:
 
     @property
     def family(self) -> Sampler:
-        """The family of weights that the solver is for."""
+        """The family of weights that the solver integrates."""
         return SOLVERS[self.solver].family
 
     def labels(self, indices: Sequence[int]) -> list[int]:
@@ -57,13 +55,13 @@ class SampleSpec:
 
     def conditions(self) -> dict[str, Any]:
         """Return the spec as JSON; classes 0 to n are written as ``"0-n"``."""
-        everything = self.classes == tuple(range(len(self.classes)))
-        classes = f"0-{len(self.classes) - 1}" if everything else list(self.classes)
+        is_range = self.classes == tuple(range(len(self.classes)))
+        classes = f"0-{len(self.classes) - 1}" if is_range else list(self.classes)
         return {**asdict(self), "classes": classes, "interval": list(self.interval)}
 
     @property
     def nfe(self) -> int:
-        """Model evaluations per image (both guidance branches counted)."""
+        """The number of model evaluations per image, both guidance branches counted."""
         times = evaluation_times(self.solver, self.steps)
         return sum(2 if is_guided(t, self.cfg, self.family, self.interval) else 1 for t in times)
 
@@ -88,7 +86,7 @@ def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
 
 
 def check_followable(spec: SampleSpec) -> SampleSpec:
-    """Return `spec`, or raise `UsageError` where its steps cannot be followed one by one, each with equal branches."""
+    """Return `spec`, or raise `UsageError` where steps differ in their number of model evaluations."""
     if len(evaluation_times(spec.solver, spec.steps)) != spec.steps:
         raise UsageError(
             f"⟨solver⟩ {spec.solver}: evaluates the model twice a step, which profiles and comparisons by step do not "
@@ -122,16 +120,14 @@ def sample_batch(
     model: Denoiser,
     spec: SampleSpec,
     indices: Sequence[int],
-    observer: Observer | None = None,
-    on_step: StepWatcher | None = None,
+    watchers: Watchers = UNWATCHED,
     purpose: str = "image",
 ) -> Tensor:
-    """Sample the images `indices`; return final latents (or pixel values in [-1, 1]) (N, C, S, S) in fp32.
+    """Sample the images `indices`; return latents, or pixel values in [-1, 1], (N, C, S, S) in fp32.
 
-    `observer` is shown every block's mixture, `on_step` what the model is about to be fed; `purpose` separates
-    noise of equal seeds.
+    Each `purpose` has noise of its own for equal seeds.
 
-    Raises `BadInputError` where the model produces NaN or infinite values, naming image, seed and step.
+    Raises `BadInputError` where the model produces NaN or infinite values, naming image, seed and evaluation.
     """
     import torch
 
@@ -143,7 +139,7 @@ def sample_batch(
     shape = (config.in_channels, config.input_size, config.input_size)
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = guided_predictor(model, labels, spec.cfg, spec.family, observer, on_step, spec.interval)
+    predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, watchers)
     with torch.inference_mode():
         finite = _finite(predict, spec, indices)
         return integrate(spec.solver, spec.steps, finite, stream.draw(shape), lambda _: stream.draw(shape))
@@ -154,15 +150,15 @@ def _finite(predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> Pre
     evaluations = itertools.count(1)
 
     def checked(x: Tensor, t: float) -> Tensor:
-        found, number = predict(x, t), next(evaluations)
-        if not bool(found.isfinite().all()):
-            first = int((~found.isfinite().flatten(1).all(dim=1)).nonzero()[0])
+        output, number = predict(x, t), next(evaluations)
+        if not bool(output.isfinite().all()):
+            first = int((~output.isfinite().flatten(1).all(dim=1)).nonzero()[0])
             raise BadInputError(
                 f"sampling produced NaN or infinite values in image {indices[first]} (seed {spec.seed}) at evaluation "
                 f"{number} of {len(evaluation_times(spec.solver, spec.steps))}; is ⟨sampler⟩ {spec.family} right for "
                 "these weights?"
             )
-        return found
+        return output
 
     return checked
 
@@ -172,14 +168,13 @@ def visit_noised(
     spec: SampleSpec,
     indices: Sequence[int],
     clean: Tensor,
-    observer: Observer | None = None,
-    on_step: StepWatcher | None = None,
+    watchers: Watchers = UNWATCHED,
     purpose: str = "image",
 ) -> None:
-    """Show the model the images `clean` (N, C, S, S) in [-1, 1], noised to each of the times that `spec` samples at.
+    """Evaluate the model on images `clean` (N, C, S, S) in [-1, 1], noised to each of the times that `spec` samples at.
 
-    The other way to meet a model's inputs: along the forward process from data instead of along its own trajectories.
-    Noise belongs to the image and stays the same at all times.
+    Watchers so see inputs of the forward process from data, not of the model's own trajectories. Each image has the
+    same noise at all times.
     """
     import torch
 
@@ -189,22 +184,22 @@ def visit_noised(
     clean = clean.to(model.device)
     noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = guided_predictor(model, labels, spec.cfg, spec.family, observer, on_step)
+    predict = guided_predictor(model, labels, spec.cfg, spec.family, watchers=watchers)
     with torch.inference_mode():
         for time in sampling_times(spec):
             predict(time.noised(clean, noise), time.t)
 
 
 @dataclass(frozen=True)
-class NoisedTo:
-    """A time that a sampler stops at: `t` as the model is given it, and images noised to there."""
+class SamplingTime:
+    """The time `t` of a model evaluation, and the forward process ``noised(clean, noise)`` to that time."""
 
     t: float
     noised: Callable[[Tensor, Tensor], Tensor]
 
 
-def sampling_times(spec: SampleSpec) -> list[NoisedTo]:
-    """Return the times of all steps, from noise on; ``noised(clean, noise)`` is the forward process to each."""
+def sampling_times(spec: SampleSpec) -> list[SamplingTime]:
+    """Return the times of all steps, beginning with noise. Raises `UsageError` as `check_followable` does."""
     from ditmoe_cli.diffusion.forward_process import noised, sampling_schedule
 
     check_followable(spec)
@@ -212,13 +207,15 @@ def sampling_times(spec: SampleSpec) -> list[NoisedTo]:
         return [_rectified(t) for t in flow_times(spec.steps)]
     schedule = sampling_schedule(spec.solver, spec.steps)
 
-    def at(step: int) -> NoisedTo:
-        return NoisedTo(schedule.timesteps[step], lambda clean, noise: noised(clean, noise, schedule.alphas_bar[step]))
+    def at(step: int) -> SamplingTime:
+        return SamplingTime(
+            schedule.timesteps[step], lambda clean, noise: noised(clean, noise, schedule.alphas_bar[step])
+        )
 
     return [at(step) for step in reversed(range(spec.steps))]
 
 
-def _rectified(t: float) -> NoisedTo:
+def _rectified(t: float) -> SamplingTime:
     from ditmoe_cli.diffusion.forward_process import interpolate
 
-    return NoisedTo(t, lambda clean, noise: interpolate(clean, noise, clean.new_full((len(clean),), t)))
+    return SamplingTime(t, lambda clean, noise: interpolate(clean, noise, clean.new_full((len(clean),), t)))

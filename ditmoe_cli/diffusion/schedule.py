@@ -1,6 +1,6 @@
-"""Solvers by name, the family of weights that each integrates, and the times at which it asks the model. Torch-free.
+"""Solvers by name, with the family of weights and the times of model evaluations of each. Torch-free.
 
-Rectified-flow models are asked at t in (0, 1], 1 being noise; DDPM models at timesteps 0 to 999, 999 being noise.
+Rectified-flow models are evaluated at t in (0, 1], 1 being noise; DDPM models at timesteps 0 to 999, 999 being noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SOLVERS: Mapping[Solver, SolverInfo] = {
     "ddpm": SolverInfo("ddpm", "ddpm", "ancestral sampling"),
     "ddpm-dpmpp-2m": SolverInfo("ddpm", "dpmpp-2m", "DPM-Solver++(2M)"),
 }
-# The cheapest solver that matched 50 Euler steps of upstream's when measured; no DDPM weights were at hand for that.
+# The cheapest solver that matched 50 Euler steps of upstream's when measured; DDPM weights were not measured.
 DEFAULT_SOLVER: Mapping[Sampler, Solver] = {"rf": "ab2", "ddpm": "ddim"}
 DEFAULT_STEPS: Mapping[Sampler, int] = {"rf": 16, "ddpm": 20}
 CALIBRATION_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim"}
@@ -76,7 +76,7 @@ def ancestral_timesteps(steps: int) -> list[int]:
     """Return `steps` timesteps from 0 to 999, evenly spaced and rounded (upstream's spacing ``"N"``).
 
     Positions are summed up as upstream sums them: near a half, i * stride would round otherwise. A single step is at
-    999, not at 0 as upstream has it: there the model would take noise for an image and return it.
+    999, not at 0 as upstream has it: the model would take noise at timestep 0 for an image and return it.
     """
     if steps == 1:
         return [TRAINING_STEPS - 1]

@@ -1,4 +1,4 @@
-"""All solvers side by side: pure functions of a predictor, noise z (N, C, H, W) and the times to step along.
+"""Solvers: pure functions of a predictor, noise z (N, C, H, W) and the times to step along.
 
 Solvers of rectified-flow weights integrate dz/dt = v(z, t) from t = 1 to 0. Their `times` are those at which equal
 steps start, as `schedule.flow_times` gives them; the step is h = 1 / len(times). Solvers of DDPM weights step along a

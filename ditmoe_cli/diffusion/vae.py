@@ -1,8 +1,7 @@
-"""Latents to pixels: the decoder of an AutoencoderKL (https://arxiv.org/abs/2112.10752), as diffusers stores it.
+"""The VAE: decoding latents with an AutoencoderKL (https://arxiv.org/abs/2112.10752), as diffusers stores it.
 
-A model on latents is trained on z = scale · (encoded − shift), so pixels are decode(z / scale + shift). Upstream
-DiT-MoE takes Stable Diffusion's VAE at 0.18215 throughout; here both numbers are those of the VAE's own config, whose
-defaults are 0.18215 and no shift.
+A model on latents is trained on z = scale · (encoded − shift), so pixels are decode(z / scale + shift). Scale and shift
+are those of the VAE's config, by default 0.18215 and 0. Upstream DiT-MoE always uses Stable Diffusion's VAE at 0.18215.
 """
 
 from __future__ import annotations
@@ -31,29 +30,43 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 VAE_CLASS = "AutoencoderKL"
 UPSTREAM_SCALE = 0.18215
 TILED_FROM = 512  # pixels a side from which images are decoded in tiles
-SMALLEST_TILE = 256  # pixels a side, whatever size the config names: its default, 32, would be all seams
+SMALLEST_TILE = 256  # pixels a side; the default sample size of configs, 32, would give tiny tiles
 PIXEL_CHANNELS = 3
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# the parts that decoding reads, and the settings beside the weights that decide what comes out
+# the tensors and the settings that determine decoded pixels, and so the digest
 _DECODING = ("decoder.", "post_quant_conv.")
-_DECISIVE = (
-    *("act_fn", "block_out_channels", "latent_channels", "layers_per_block", "mid_block_add_attention"),
-    *("norm_num_groups", "out_channels", "sample_size", "scaling_factor", "shift_factor", "up_block_types"),
+_DECODING_SETTINGS = (
+    "act_fn",
+    "block_out_channels",
+    "latent_channels",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "norm_num_groups",
+    "out_channels",
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+    "up_block_types",
     "use_post_quant_conv",
 )
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """An opened VAE.
+    """An opened VAE, ready to decode.
 
-    `module` is diffusers' AutoencoderKL on its device, `name` the hub name or the folder's, `scale` and `shift` what
-    latents are divided by and then moved by, `channels` those of the latents, `upsampling` pixels per latent, `tile`
-    the side of a tile in latents, and `tiled_from` the side in pixels from which images are decoded in tiles.
-
-    `digest` is SHA-256 over the sorted (name, dtype, shape, bytes) of the tensors that decoding reads and the settings
-    that matter. Tensors count as fp32 and under diffusers' current names, whatever precision they are run in.
+    Attributes:
+        module: diffusers' AutoencoderKL, on its device.
+        name: hub name, or name of the folder.
+        digest: SHA-256 over the sorted (name, dtype, shape, bytes) of the tensors that decoding reads, in fp32 and
+            under diffusers' current names, and the settings of `_DECODING_SETTINGS`; not over the precision.
+        scale: divisor of latents.
+        shift: added to latents after the division.
+        channels: of latents.
+        upsampling: pixels per latent along a side.
+        tile: side of a tile, in latents.
+        tiled_from: side, in pixels, from which images are decoded in tiles.
     """
 
     module: Any
@@ -67,7 +80,7 @@ class Decoder:
     tiled_from: int = TILED_FROM
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decided the pixels, as JSON; the precision stands in ``dtype``."""
+        """Return the settings that determine decoded pixels, as JSON; ``dtype`` is the precision."""
         dtype = str(self.module.dtype).removeprefix("torch.")
         values = {"name": self.name, "digest": self.digest, "scale": self.scale, "shift": self.shift, "dtype": dtype}
         return {**values, "tile": self.tile * self.upsampling, "tiled_from": self.tiled_from}
@@ -75,11 +88,11 @@ class Decoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels (N, 3, H, W) in about [-1, 1], fp32, of latents (N, C, S, S), H being S · `upsampling`.
 
-        Images of `tiled_from` pixels a side or more, and larger than one tile, are decoded in overlapping tiles that
-        are blended: memory then stays that of a tile, and values differ a little from those of the whole, since norms
-        and attention see a tile alone.
+        Images of at least `tiled_from` pixels a side that are larger than a tile are decoded in overlapping tiles,
+        which are blended. Memory is then that of one tile, and values differ a little from those of whole images, as
+        norms and attention see only a tile.
 
-        Raises `BrokenImageError` where an image holds NaN or infinite values, with its index in the batch.
+        Raises `BrokenImageError`, with the index in the batch, where an image holds NaN or infinite values.
         """
         import torch
 
@@ -103,7 +116,7 @@ class Decoder:
 
 
 def check_fits(decoder: Decoder, in_channels: int, path: Path) -> None:
-    """Raise `BadInputError` where the checkpoint at `path`, of `in_channels`, makes no latents of this VAE."""
+    """Raise `BadInputError` where a checkpoint's latents do not have the channels of the VAE's."""
     if decoder.channels != in_channels:
         raise BadInputError(
             f"{path}: makes latents of {in_channels} channels, but the VAE {decoder.name} decodes {decoder.channels}; "
@@ -112,14 +125,14 @@ def check_fits(decoder: Decoder, in_channels: int, path: Path) -> None:
 
 
 def open_vae(where: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
-    """Open the VAE at `where` for decoding on `device` in `dtype` (fp32 unless told).
+    """Open the VAE at `where` for decoding on `device` in `dtype` (fp32 by default).
 
-    `where` is a folder in diffusers' layout (the VAE's own or a pipeline's, with ``vae/``), or else a hub name such as
-    ``stabilityai/sd-vae-ft-mse``, which is fetched once. Weights are read from safetensors alone, and every tensor must
-    be there: diffusers itself would leave missing ones at random values.
+    `where` is a folder in diffusers' layout (the VAE's or a pipeline's, with ``vae/``), or a hub name such as
+    ``stabilityai/sd-vae-ft-mse``, which is downloaded once. Weights are read from safetensors only. All tensors must be
+    in the file, since diffusers leaves missing ones at random values.
 
-    Raises `BadInputError`, which names the place: nothing there, hub out of reach, another class, damaged or incomplete
-    weights, or diffusers not installed.
+    Raises `BadInputError` where there is no VAE, the hub cannot be reached, the class is another, weights are damaged
+    or incomplete, or diffusers is not installed.
     """
     import torch
 
@@ -129,7 +142,7 @@ def open_vae(where: str, device: str = "cpu", dtype: torch.dtype | None = None) 
     _check_weights_file(folder)
     module = _load(folder, where)
     settings = dict(module.config)
-    digest = _digest(module, settings)  # before it is rounded to `dtype`
+    digest = _digest(module, settings)  # before the weights are rounded to `dtype`
     return Decoder(
         module=_placed(module, device, torch.float32 if dtype is None else dtype),
         name=_name(where),
@@ -148,7 +161,7 @@ def _name(where: str) -> str:
 
 
 def _vae_folder(where: str) -> Path:
-    """Return the local folder that holds the VAE's config, fetching a hub name if nothing of that name is here."""
+    """Return the folder with the VAE's config; a hub name is downloaded unless a folder has that name."""
     given = Path(where).expanduser()
     if given.is_file():
         raise BadInputError(f"{where}: is a file; give the VAE's folder, with {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -165,8 +178,8 @@ def _vae_folder(where: str) -> Path:
 
 
 def _fetched(name: str) -> Path:
-    """Return the folder that a hub name's files are in, after fetching those that the cache lacks."""
-    if find_spec("diffusers") is None:  # found out before the download, not after
+    """Return the folder of a hub name's files, downloading those that the cache lacks."""
+    if find_spec("diffusers") is None:  # checked before the download, not after
         raise _extra_missing(name, ModuleNotFoundError(name="diffusers"))
     try:
         from huggingface_hub import snapshot_download
@@ -176,7 +189,7 @@ def _fetched(name: str) -> Path:
     try:
         with _quiet():
             return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # of the HTTP library, the hub, the file system: all mean that it is not to be had
+    except Exception as error:  # the HTTP library, the hub and the file system all raise errors of their own
         raise BadInputError(
             f"{name}: no such folder, and fetching it from the hub failed ({_reason(error, lines=1)}); fetch it "
             "elsewhere and give its folder"
@@ -184,21 +197,21 @@ def _fetched(name: str) -> Path:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Return a VAE's config. Raises `BadInputError` for what decoding as an AutoencoderKL would get wrong."""
+    """Return a VAE's config. Raises `BadInputError` where its VAE is none that `Decoder` can decode with."""
     try:
         config: Any = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{file}: cannot be read as JSON ({_reason(error)})") from None
-    found = config.get("_class_name") if isinstance(config, dict) else None
-    if found != VAE_CLASS:
-        raise BadInputError(f"{file}: describes {found or 'no class'}, not {VAE_CLASS}; give the VAE's folder")
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if class_name != VAE_CLASS:
+        raise BadInputError(f"{file}: describes {class_name or 'no class'}, not {VAE_CLASS}; give the VAE's folder")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise BadInputError(f"{file}: normalises latents by channel (latents_mean), as no DiT-MoE's VAE does")
     return dict(config)
 
 
 def _scaling(config: Mapping[str, Any], file: Path) -> tuple[float, float]:
-    """Return the scale and the shift that a config names, with diffusers' defaults."""
+    """Return scale and shift of a config, by default diffusers'."""
     scale, shift = config.get("scaling_factor", UPSTREAM_SCALE), config.get("shift_factor")
     if not _is_number(scale) or scale <= 0:
         raise BadInputError(f"{file}: scaling_factor is {scale!r}; it must be a positive number")
@@ -220,29 +233,29 @@ def _check_weights_file(folder: Path) -> None:
 
 
 def _load(folder: Path, where: str) -> Any:
-    """Return the AutoencoderKL of a folder in fp32 on the CPU, ready for decoding, every tensor of it from the file."""
+    """Return the AutoencoderKL of a folder in fp32 on the CPU; all its tensors are from the file."""
     import torch
 
     with _quiet():
         try:
             from diffusers import AutoencoderKL
-        except (ImportError, RuntimeError) as error:  # it imports lazily, and words what fails as RuntimeError
+        except (ImportError, RuntimeError) as error:  # failures of its lazy imports are RuntimeErrors
             raise _extra_missing(where, error) from None
         try:
-            module, found = AutoencoderKL.from_pretrained(
+            module, loading = AutoencoderKL.from_pretrained(
                 str(folder),
                 use_safetensors=True,
                 local_files_only=True,
-                low_cpu_mem_usage=False,  # what it wants otherwise, accelerate, is not needed
+                low_cpu_mem_usage=False,  # else accelerate would be required
                 output_loading_info=True,
                 torch_dtype=torch.float32,
             )
             _set_tiles(module)
-        except Exception as error:  # a config can hold anything, so its constructor can raise anything
+        except Exception as error:  # constructors raise all kinds of errors for malformed configs
             raise BadInputError(f"{folder}: cannot be loaded as {VAE_CLASS} ({_reason(error)})") from None
     for kind, problem in (("missing_keys", "is missing"), ("unexpected_keys", f"has no place in an {VAE_CLASS}")):
-        if found[kind]:
-            names = sorted(found[kind])
+        if loading[kind]:
+            names = sorted(loading[kind])
             raise BadInputError(f"{folder / WEIGHTS_NAME}: tensor {names[0]!r} {problem} ({len(names)} such)")
     channels = module.config["out_channels"]
     if channels != PIXEL_CHANNELS:
@@ -251,10 +264,10 @@ def _load(folder: Path, where: str) -> Any:
 
 
 def _set_tiles(module: Any) -> None:
-    """Give tiles the size that the VAE was trained on, at least 256 pixels.
+    """Set the side of tiles to the size that the VAE was trained on, at least 256 pixels.
 
-    diffusers keeps the side in latents and in pixels apart and takes a list for neither; a side in latents that is a
-    multiple of four lets its overlap, a quarter, come out whole in both.
+    diffusers has one side in latents and one in pixels, and computes with lists in neither. A multiple of four latents
+    makes the overlap, a quarter, a whole number in both.
     """
     size = module.config["sample_size"]
     side = max(SMALLEST_TILE, *size) if isinstance(size, list | tuple) else max(SMALLEST_TILE, size)
@@ -264,7 +277,7 @@ def _set_tiles(module: Any) -> None:
 
 
 def _upsampling(config: Mapping[str, Any]) -> int:
-    """Pixels per latent along a side: all blocks of the decoder but the last double it."""
+    """Return the pixels per latent along a side: each block of the decoder but the last doubles it."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
@@ -273,11 +286,13 @@ def _digest(module: Any, settings: Mapping[str, Any]) -> str:
 
     tensors = {name: value for name, value in module.state_dict().items() if name.startswith(_DECODING)}
     infos = [TensorInfo(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
-    return fingerprint(infos, lambda name: tensor_bytes(tensors[name]), {key: settings[key] for key in _DECISIVE})
+    return fingerprint(
+        infos, lambda name: tensor_bytes(tensors[name]), {key: settings[key] for key in _DECODING_SETTINGS}
+    )
 
 
 def _placed(module: Any, device: str, dtype: torch.dtype) -> Any:
-    with _quiet():  # diffusers warns of a change of dtype, naming no module that it would harm
+    with _quiet():  # diffusers warns of any change of dtype
         return module.to(device=device, dtype=dtype)
 
 
@@ -289,7 +304,7 @@ def _extra_missing(where: str, error: BaseException) -> BadInputError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the log messages of libraries off stderr: what matters of them is raised."""
+    """Silence the log messages of libraries; problems are raised as errors."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -299,6 +314,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException, lines: int | None = None) -> str:
-    """Return an error's message, or its first `lines`, on one line and shortened."""
+    """Return an error's message, or its first `lines`, on one line of at most 160 characters."""
     words = " ".join(str(error).splitlines()[:lines]).split()
     return " ".join(words)[:160] or type(error).__name__

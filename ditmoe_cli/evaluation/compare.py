@@ -22,6 +22,7 @@ from ditmoe_cli.diffusion.sampling import (
     sample_batch,
     steps_of_bins,
 )
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
 from ditmoe_cli.evaluation.images import to_uint8
@@ -418,7 +419,7 @@ def follow(
         predictions.append([*predicted, v_a.numel()])
         progress(len(indices))
 
-    final_a = sample_batch(a, spec, indices, on_step=watch)
+    final_a = sample_batch(a, spec, indices, Watchers(on_step=watch))
     try:
         final_b = sample_batch(b, spec, indices)
     except BadInputError as error:

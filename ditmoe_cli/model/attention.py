@@ -1,4 +1,4 @@
-"""Self-attention, one implementation for both upstream layouts."""
+"""Self-attention in both of upstream's layouts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NORM_EPS = 1e-6
 class Attention(nn.Module):
     """Multi-head attention over a packed (3, heads, head_dim) projection.
 
-    The timm layout names its layers ``qkv`` and ``proj``; the flash layout ``Wqkv`` and ``out_proj``, and
-    normalises queries and keys per head with LayerNorm. Both are the same matrices.
+    The timm layout names its layers ``qkv`` and ``proj``. The flash layout has the same matrices as ``Wqkv`` and
+    ``out_proj``, and normalises queries and keys per head with LayerNorm.
     """
 
     def __init__(self, config: DiTMoEConfig) -> None:
@@ -30,7 +30,7 @@ class Attention(nn.Module):
             self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend; x and the result are (N, tokens, width)."""
+        """Map tokens x (N, tokens, width) to (N, tokens, width)."""
         n, tokens, width = x.shape
         packed = (self.Wqkv if self.flash_layout else self.qkv)(x)
         q, k, v = packed.reshape(n, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: header, configuration, and its weights one at a time."""
+"""Opening a checkpoint: its header and configuration at once, its tensors one at a time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Nothing but headers is in memory; tensors are read when asked for.
+    """An opened checkpoint: headers in memory, tensors read on demand.
 
-    `weights` groups stored tensors into the weights that the model sees (quantised ones have several members).
+    `weights` maps the names of the model's weights to their stored tensors; a quantised weight has several.
     """
 
     header: CheckpointHeader
@@ -37,7 +37,7 @@ class Checkpoint:
     config: DiTMoEConfig
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
-    _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # tensors that were checked already
+    _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # names of tensors that were checked
 
     @property
     def path(self) -> Path:
@@ -46,17 +46,17 @@ class Checkpoint:
 
     @property
     def card(self) -> Card:
-        """What the checkpoint says of its images."""
+        """How the checkpoint's images are scored and read."""
         return self.header.provenance.card if self.header.provenance else Card()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all tensors and the configuration; reads every byte once, without torch for safetensors."""
+        """SHA-256 of all tensors and the configuration. Reads every byte once, without torch for safetensors."""
         return fingerprint(self.header.tensors.values(), self.reader.raw, self.config.to_json())
 
     @property
     def ancestors(self) -> tuple[str, ...]:
-        """Fingerprints of the checkpoints that this one was made from, oldest first."""
+        """Fingerprints of the checkpoints that this one was computed from, oldest first."""
         return self.header.provenance.ancestors if self.header.provenance else ()
 
     def provenance(self) -> Provenance:
@@ -66,7 +66,7 @@ class Checkpoint:
         return Provenance(config, old.history, old.card) if old else Provenance(config)
 
     def finite_tensor(self, name: str) -> torch.Tensor:
-        """Read a stored tensor, refusing NaN and infinity by the tensor's name (`BadInputError`)."""
+        """Return a stored tensor. Raises `BadInputError` where it holds NaN or infinite values."""
         tensor = self.reader.tensor(name)
         if name in self._finite:
             return tensor
@@ -76,7 +76,10 @@ class Checkpoint:
         return tensor
 
     def expert_map(self, block: int) -> tuple[int, ...]:
-        """Return what each router row of a block selects: an expert, -1 for nothing, -2 - k for constant k."""
+        """Return what each router row of a block selects: an expert e >= 0, nothing (-1), or constant k (-2 - k).
+
+        Raises `BadInputError` where a row selects an expert or constant that the block lacks.
+        """
         config = self.config.blocks[block]
         if not config.mapped:
             return tuple(range(config.router_rows))
@@ -91,15 +94,18 @@ class Checkpoint:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Return the file that a checkpoint argument names; ``demo:NAME`` names an embedded one."""
+    """Return the path of a checkpoint; ``demo:NAME`` is an embedded one.
+
+    Raises `BadInputError` for an unknown demo.
+    """
     text = str(path)
     if not text.startswith(DEMO_PREFIX):
         return Path(path)
-    found = _DEMO_FOLDER / f"{text.removeprefix(DEMO_PREFIX)}.safetensors"
-    if found.parent != _DEMO_FOLDER or not found.is_file():
-        known = ", ".join(sorted(f"{DEMO_PREFIX}{file.stem}" for file in _DEMO_FOLDER.glob("*.safetensors")))
+    file = _DEMO_FOLDER / f"{text.removeprefix(DEMO_PREFIX)}.safetensors"
+    if file.parent != _DEMO_FOLDER or not file.is_file():
+        known = ", ".join(sorted(f"{DEMO_PREFIX}{demo.stem}" for demo in _DEMO_FOLDER.glob("*.safetensors")))
         raise BadInputError(f"{text}: no such demo checkpoint; there is {known}")
-    return found
+    return file
 
 
 def open_checkpoint(
@@ -109,13 +115,13 @@ def open_checkpoint(
     top_k: int | None = None,
     sampler: Sampler | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint of any layout without reading its weights.
+    """Open a checkpoint of any layout, without reading its weights.
 
     Args:
         path: a file, a folder, or ``demo:digits``.
         num_heads: attention heads, for timm layouts of unusual width.
-        top_k: experts per token; by default what the file says, else 2.
-        sampler: ``"rf"`` or ``"ddpm"``; by default what the file says or its final layer shows.
+        top_k: experts per token; by default that of the file, else 2.
+        sampler: ``"rf"`` or ``"ddpm"``; by default that of the file, else that which its final layer shows.
 
     Raises:
         BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.

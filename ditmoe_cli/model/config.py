@@ -1,15 +1,15 @@
 """The configuration of a DiT-MoE, inferred from the names and shapes of its tensors.
 
-What no shape tells (top-k, the head count of timm layouts, the sampler family) comes from what the user gave,
-else from hints in the file, else from a default that is reported as an assumption. An unknown head count is
-refused, since a wrong one is silent garbage.
+Settings that no shape shows (top-k, the head count of timm layouts, the sampler family) come from the user, else from
+hints in the file, else from a default that is reported as an assumption. An unknown head count is refused, since a
+wrong one would produce garbage without an error.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from ditmoe_cli.errors import BadInputError
@@ -33,7 +33,7 @@ Sampler = Literal["rf", "ddpm"]
 Attention = Literal["timm", "flash"]
 
 FREQUENCIES = 256
-GHOST = -1  # in a router map: the row counts in the softmax and is never selected; below it stand constants
+GHOST = -1  # in a router map: the row counts in the softmax and is never selected; lower values select constants
 DEFAULT_TOP_K = 2
 _HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
 _ATTENTION_NAMES: Mapping[Attention, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
@@ -41,13 +41,18 @@ _ATTENTION_NAMES: Mapping[Attention, tuple[str, str]] = {"timm": ("qkv", "proj")
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """The shapes of one block's mixture: router rows, width of each routed expert, width of the shared one.
+    """The shapes of one block's mixture.
 
-    `mapped` tells that ``expert_of`` stands beside the router; without it row e selects expert e. `mass` tells that
-    selected routing weights are rescaled to the sum that the top-k of all rows would have. `constants` is the number
-    of constants that rows select instead of experts, `rank` that of the linear maps beside them; `residual_constant`
-    and `residual_linear` tell whether the routing mass that selected rows do not carry is given a constant and a
-    linear map.
+    Attributes:
+        router_rows: rows of the router.
+        expert_widths: neurons of each routed expert.
+        shared_width: neurons of the shared expert.
+        mapped: whether the router has a map, ``expert_of``; without it row e selects expert e.
+        mass: whether selected routing weights are rescaled to the sum that the top-k of all rows has.
+        constants: number of constants that rows select instead of experts.
+        rank: rank of the linear maps beside the constants; 0 without them.
+        residual_constant: whether the routing mass that selected rows do not carry is multiplied by a constant.
+        residual_linear: whether it is multiplied by a linear map of the token.
     """
 
     router_rows: int
@@ -62,16 +67,16 @@ class BlockConfig:
 
     @property
     def upstream(self) -> bool:
-        """Whether upstream's code has a word for everything that the block holds."""
+        """Whether upstream's code can run the block, apart from differing widths."""
         return not (self.mapped or self.mass or self.constants or self.residual_constant or self.residual_linear)
 
 
 @dataclass(frozen=True)
 class DiTMoEConfig:
-    """A DiT-MoE's configuration in the field's words.
+    """The configuration of a DiT-MoE.
 
-    `input_size` is the side of the (latent) image; `num_classes` leaves out the null class, whose label is
-    `num_classes`; `out_channels` is twice `in_channels` where sigma is learned.
+    `input_size` is the side of the latent, or of the image in pixel space. `num_classes` does not count the null class,
+    whose label it is. `out_channels` is twice `in_channels` where sigma is learned.
     """
 
     input_size: int
@@ -99,16 +104,16 @@ class DiTMoEConfig:
 
     @property
     def pixel_space(self) -> bool:
-        """Whether the model makes pixels (grey or RGB), not latents."""
+        """Whether the model predicts pixels (grey or RGB), not latents."""
         return self.in_channels in (1, 3)
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of a block; the most of any block where they differ."""
+        """Routed experts of a block; the largest number where blocks differ."""
         return max(len(block.expert_widths) for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the configuration as JSON, values that all blocks share written once."""
+        """Return the configuration as JSON; values that all blocks share are written once."""
         document = asdict(replace(self, blocks=()))
         del document["blocks"]
         document["num_experts"] = _shared_value([len(b.expert_widths) for b in self.blocks])
@@ -120,13 +125,13 @@ class DiTMoEConfig:
 
 
 def _shared_value(values: list[Any]) -> Any:
-    """Return the one value that all entries have, or the list itself."""
+    """Return the value that all entries share, or the list itself where they differ."""
     return values[0] if values and all(value == values[0] for value in values) else values
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says of a checkpoint; None where nothing was said."""
+    """Settings of a checkpoint that the user gave; None where not given."""
 
     num_heads: int | None = None
     top_k: int | None = None
@@ -135,7 +140,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Inferred:
-    """A configuration, the assumptions it rests on, and warnings about hints that were ignored."""
+    """An inferred configuration, its assumptions, and warnings about hints that were ignored."""
 
     config: DiTMoEConfig
     assumptions: tuple[str, ...] = ()
@@ -149,58 +154,60 @@ def infer_config(
     given: Given,
     where: str,
 ) -> Inferred:
-    """Infer the configuration of the weights of a checkpoint.
+    """Infer a configuration from the weights of a checkpoint.
 
-    `weights` are logical dtypes and shapes; `raw(name)` returns a tensor's bytes (the final layer is looked at
-    to tell rectified flow from DDPM); `hints` are training arguments or a configuration in the file's metadata;
-    `where` names the file in errors. Raises `BadInputError` where the tensors are not a DiT-MoE's, contradict
-    each other or leave the head count open, or where `given` contradicts them.
+    Args:
+        weights: dtype and shape of each weight, as the model sees it.
+        raw: ``raw(name)`` returns a tensor's bytes; rectified flow and DDPM differ in those of the final layer.
+        hints: training arguments, or the configuration in the file's metadata.
+        given: settings of the user.
+        where: name of the file in errors.
+
+    Raises:
+        BadInputError: the weights are not a DiT-MoE's, contradict each other or `given`, or leave the head count open.
     """
-    shapes = _Shapes(weights, where)
-    _require_dit_moe(shapes)
-    notes = _Notes()
-    hidden, channels, patch, _ = shapes.of("x_embedder.proj.weight", 4)
-    out_channels = _out_channels(shapes, channels, patch)
+    evidence = _Evidence(weights, raw, hints, given, where)
+    _require_dit_moe(evidence)
+    hidden, channels, patch, _ = evidence.shape("x_embedder.proj.weight", 4)
+    out_channels = _out_channels(evidence, channels, patch)
     attention: Attention = "flash" if in_block(0, "attn.Wqkv.weight") in weights else "timm"
-    table_rows, _ = shapes.of("y_embedder.embedding_table.weight", 2)
-    depth = _depth(shapes)
-    modes = _router_modes(hints, depth, where)
-    blocks = tuple(_block(shapes, i, modes[i]) for i in range(depth))
+    table_rows, _ = evidence.shape("y_embedder.embedding_table.weight", 2)
+    depth = _depth(evidence)
+    modes = _router_modes(evidence, depth)
+    blocks = tuple(_block(evidence, i, modes[i]) for i in range(depth))
     config = DiTMoEConfig(
-        input_size=_input_size(shapes, patch, hints, notes),
+        input_size=_input_size(evidence, patch),
         patch_size=patch,
         in_channels=channels,
         out_channels=out_channels,
         hidden_size=hidden,
         depth=depth,
-        num_heads=_num_heads(shapes, hidden, attention, hints, given, notes),
+        num_heads=_num_heads(evidence, hidden, attention),
         num_classes=table_rows - 1,
-        top_k=_top_k(_selectable_rows(shapes, raw, blocks), hints, given, notes, where),
+        top_k=_top_k(evidence, _selectable_rows(evidence, blocks)),
         attention=attention,
-        sampler=_sampler(shapes, raw, channels, out_channels, hints, given, notes),
+        sampler=_sampler(evidence, channels, out_channels),
         blocks=blocks,
     )
-    _check_shapes(config, weights, where)
-    _warn_of_contradictions(config, hints, notes)
-    return Inferred(config, tuple(notes.assumptions), tuple(notes.warnings))
-
-
-class _Notes:
-    """Assumptions and warnings gathered on the way."""
-
-    def __init__(self) -> None:
-        self.assumptions: list[str] = []
-        self.warnings: list[str] = []
+    _check_shapes(config, evidence)
+    _warn_of_contradictions(config, evidence)
+    return Inferred(config, tuple(evidence.assumptions), tuple(evidence.warnings))
 
 
 @dataclass(frozen=True)
-class _Shapes:
-    """Shapes by name, with errors that name file and tensor."""
+class _Evidence:
+    """The arguments of `infer_config`, and lists that collect assumptions and warnings."""
 
     weights: Mapping[str, TensorInfo]
+    raw: Callable[[str], memoryview]
+    hints: Mapping[str, Any]
+    given: Given
     where: str
+    assumptions: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
-    def of(self, name: str, rank: int) -> tuple[int, ...]:
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """Return a weight's shape. Raises `BadInputError` where it is missing, empty or not of `rank` dimensions."""
         if name not in self.weights:
             raise BadInputError(f"{self.where}: tensor {name!r} is missing; this is not a whole DiT-MoE checkpoint")
         shape = self.weights[name].shape
@@ -209,49 +216,51 @@ class _Shapes:
         return shape
 
 
-def _require_dit_moe(shapes: _Shapes) -> None:
-    names = shapes.weights
+def _require_dit_moe(evidence: _Evidence) -> None:
+    names = evidence.weights
     if any(name.endswith(ROUTER) for name in names):
         return
     if any(name.startswith("blocks.") and ".mlp." in name for name in names):
         raise BadInputError(
-            f"{shapes.where}: not a DiT-MoE: its blocks hold dense MLPs (blocks.*.mlp) and no router ({ROUTER})"
+            f"{evidence.where}: not a DiT-MoE: its blocks hold dense MLPs (blocks.*.mlp) and no router ({ROUTER})"
         )
     some = ", ".join(list(names)[:3])
-    raise BadInputError(f"{shapes.where}: not a DiT-MoE: no tensor blocks.*.{ROUTER} (it holds {some}, ...)")
+    raise BadInputError(f"{evidence.where}: not a DiT-MoE: no tensor blocks.*.{ROUTER} (it holds {some}, ...)")
 
 
-def _depth(shapes: _Shapes) -> int:
-    return 1 + max(parts.block for parts in map(split_name, shapes.weights) if parts.block is not None)
+def _depth(evidence: _Evidence) -> int:
+    return 1 + max(parts.block for parts in map(split_name, evidence.weights) if parts.block is not None)
 
 
-def _router_modes(hints: Mapping[str, Any], depth: int, where: str) -> list[str]:
-    """Return each block's router mode, which the metadata of files that we write tell."""
-    hint = hints.get("router_mode", "plain")
+def _router_modes(evidence: _Evidence, depth: int) -> list[str]:
+    """Return the router mode of each block, plain unless the metadata of a file of ditmoe's names another."""
+    hint = evidence.hints.get("router_mode", "plain")
     modes = [hint] * depth if isinstance(hint, str) else hint
     if not isinstance(modes, list) or len(modes) != depth or not all(mode in ("plain", "mass") for mode in modes):
-        raise BadInputError(f"{where}: the router mode in the metadata is {hint!r}; expected plain or mass a block")
+        raise BadInputError(
+            f"{evidence.where}: the router mode in the metadata is {hint!r}; expected plain or mass a block"
+        )
     return modes
 
 
-def _block(shapes: _Shapes, block: int, mode: str) -> BlockConfig:
+def _block(evidence: _Evidence, block: int, mode: str) -> BlockConfig:
     prefix = in_block(block, "moe.experts.")
-    # a stray name such as experts.x. would not parse as an expert and is found by _check_shapes
-    found = {
+    # a name such as experts.x. does not parse as an expert, and is refused by _check_shapes
+    experts = {
         parts.expert
-        for parts in (split_name(name) for name in shapes.weights if name.startswith(prefix))
+        for parts in (split_name(name) for name in evidence.weights if name.startswith(prefix))
         if parts.expert is not None
     }
-    rows, _ = shapes.of(in_block(block, ROUTER), 2)
-    widths = tuple(shapes.of(in_expert(block, e, "gate_proj.weight"), 2)[0] for e in range(len(found)))
-    shared, _ = shapes.of(in_block(block, f"{SHARED}.gate_proj.weight"), 2)
-    mapped = in_block(block, EXPERT_OF) in shapes.weights
-    if mapped and not found:
-        raise BadInputError(f"{shapes.where}: block {block} holds no routed experts")
-    if not mapped and rows != len(found):
+    rows, _ = evidence.shape(in_block(block, ROUTER), 2)
+    widths = tuple(evidence.shape(in_expert(block, e, "gate_proj.weight"), 2)[0] for e in range(len(experts)))
+    shared, _ = evidence.shape(in_block(block, f"{SHARED}.gate_proj.weight"), 2)
+    mapped = in_block(block, EXPERT_OF) in evidence.weights
+    if mapped and not experts:
+        raise BadInputError(f"{evidence.where}: block {block} holds no routed experts")
+    if not mapped and rows != len(experts):
         raise BadInputError(
-            f"{shapes.where}: tensor {in_block(block, ROUTER)!r} has {rows} rows, but the block holds "
-            f"{len(found)} experts"
+            f"{evidence.where}: tensor {in_block(block, ROUTER)!r} has {rows} rows, but the block holds "
+            f"{len(experts)} experts"
         )
     return BlockConfig(
         router_rows=rows,
@@ -259,64 +268,63 @@ def _block(shapes: _Shapes, block: int, mode: str) -> BlockConfig:
         shared_width=shared,
         mapped=mapped,
         mass=mode == "mass",
-        constants=shapes.of(in_block(block, CONSTANTS), 2)[0] if in_block(block, CONSTANTS) in shapes.weights else 0,
-        rank=shapes.of(in_block(block, CONSTANTS_UP), 3)[2] if in_block(block, CONSTANTS_UP) in shapes.weights else 0,
-        residual_constant=in_block(block, RESIDUAL_CONSTANT) in shapes.weights,
-        residual_linear=in_block(block, RESIDUAL_LINEAR) in shapes.weights,
+        constants=evidence.shape(in_block(block, CONSTANTS), 2)[0]
+        if in_block(block, CONSTANTS) in evidence.weights
+        else 0,
+        rank=evidence.shape(in_block(block, CONSTANTS_UP), 3)[2]
+        if in_block(block, CONSTANTS_UP) in evidence.weights
+        else 0,
+        residual_constant=in_block(block, RESIDUAL_CONSTANT) in evidence.weights,
+        residual_linear=in_block(block, RESIDUAL_LINEAR) in evidence.weights,
     )
 
 
-def _out_channels(shapes: _Shapes, channels: int, patch: int) -> int:
-    rows, _ = shapes.of("final_layer.linear.weight", 2)
+def _out_channels(evidence: _Evidence, channels: int, patch: int) -> int:
+    rows, _ = evidence.shape("final_layer.linear.weight", 2)
     for out_channels in (channels, 2 * channels):
         if rows == patch * patch * out_channels:
             return out_channels
     raise BadInputError(
-        f"{shapes.where}: tensor 'final_layer.linear.weight' has {rows} rows; with {channels} channels and patch "
+        f"{evidence.where}: tensor 'final_layer.linear.weight' has {rows} rows; with {channels} channels and patch "
         f"{patch} expected {patch * patch * channels} or {2 * patch * patch * channels}"
     )
 
 
-def _input_size(shapes: _Shapes, patch: int, hints: Mapping[str, Any], notes: _Notes) -> int:
-    if "pos_embed" in shapes.weights:
-        _, tokens, _ = shapes.of("pos_embed", 3)
+def _input_size(evidence: _Evidence, patch: int) -> int:
+    if "pos_embed" in evidence.weights:
+        _, tokens, _ = evidence.shape("pos_embed", 3)
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise BadInputError(f"{shapes.where}: tensor 'pos_embed' holds {tokens} positions, not a square")
+            raise BadInputError(f"{evidence.where}: tensor 'pos_embed' holds {tokens} positions, not a square")
         return side * patch
+    hints = evidence.hints
     hinted = _whole(hints.get("input_size")) or _whole(hints.get("image_size")) // 8
     if hinted > 0 and hinted % patch == 0:
         return hinted
-    notes.assumptions.append("input size 32 (256 px): pos_embed is absent and is rebuilt")
+    evidence.assumptions.append("input size 32 (256 px): pos_embed is absent and is rebuilt")
     return 32
 
 
 def _whole(value: object) -> int:
-    """Return a hint that is a positive whole number, else 0: hints may be anything."""
+    """Return a hint that is a positive integer; 0 for any other value."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _num_heads(
-    shapes: _Shapes,
-    hidden: int,
-    attention: Attention,
-    hints: Mapping[str, Any],
-    given: Given,
-    notes: _Notes,
-) -> int:
+def _num_heads(evidence: _Evidence, hidden: int, attention: Attention) -> int:
+    given, hints = evidence.given, evidence.hints
     measured = None
     if attention == "flash":
-        (head_dim,) = shapes.of(in_block(0, "attn.q_norm.weight"), 1)
+        (head_dim,) = evidence.shape(in_block(0, "attn.q_norm.weight"), 1)
         if hidden % head_dim:
             raise BadInputError(
-                f"{shapes.where}: tensor {in_block(0, 'attn.q_norm.weight')!r} has length {head_dim}, which does not "
+                f"{evidence.where}: tensor {in_block(0, 'attn.q_norm.weight')!r} has length {head_dim}, which does not "
                 f"divide the width {hidden}"
             )
         measured = hidden // head_dim
     if given.num_heads is not None:
         if given.num_heads < 1 or hidden % given.num_heads or measured not in (None, given.num_heads):
             expected = f"it is {measured}" if measured else f"it must divide the width {hidden}"
-            raise BadInputError(f"{shapes.where}: ⟨heads⟩ {given.num_heads} contradicts the shapes: {expected}")
+            raise BadInputError(f"{evidence.where}: ⟨heads⟩ {given.num_heads} contradicts the shapes: {expected}")
         return given.num_heads
     if measured is not None:
         return measured
@@ -325,35 +333,36 @@ def _num_heads(
         return hinted
     if hidden in _HEADS_BY_WIDTH:
         heads = _HEADS_BY_WIDTH[hidden]
-        notes.assumptions.append(f"{heads} attention heads, as upstream models of width {hidden} have")
+        evidence.assumptions.append(f"{heads} attention heads, as upstream models of width {hidden} have")
         return heads
     raise BadInputError(
-        f"{shapes.where}: the number of attention heads cannot be told from timm tensors of width {hidden}; "
+        f"{evidence.where}: the number of attention heads cannot be told from timm tensors of width {hidden}; "
         "give it with ⟨heads⟩ (num_heads= in Python)"
     )
 
 
-def _selectable_rows(shapes: _Shapes, raw: Callable[[str], memoryview], blocks: tuple[BlockConfig, ...]) -> int:
-    """Return how many router rows top-k can choose from, in the block that has the fewest.
+def _selectable_rows(evidence: _Evidence, blocks: tuple[BlockConfig, ...]) -> int:
+    """Return the number of router rows that top-k can select, in the block that has the fewest.
 
     Rows that share a merged expert each take a slot; ghost rows take none.
     """
     counts = []
     for i, block in enumerate(blocks):
         if block.mapped:
-            shapes.of(in_block(i, EXPERT_OF), 1)
-            counts.append(sum(row != GHOST for row in parse_expert_map(raw(in_block(i, EXPERT_OF)))))
+            evidence.shape(in_block(i, EXPERT_OF), 1)
+            counts.append(sum(row != GHOST for row in parse_expert_map(evidence.raw(in_block(i, EXPERT_OF)))))
         else:
             counts.append(block.router_rows)
     return min(counts)
 
 
 def parse_expert_map(data: memoryview) -> tuple[int, ...]:
-    """Return the router map that an ``expert_of`` tensor's bytes hold (int32)."""
+    """Return the router map in the bytes of an ``expert_of`` tensor (int32, little-endian)."""
     return tuple(int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, data.nbytes, 4))
 
 
-def _top_k(fewest: int, hints: Mapping[str, Any], given: Given, notes: _Notes, where: str) -> int:
+def _top_k(evidence: _Evidence, fewest: int) -> int:
+    given, hints, where = evidence.given, evidence.hints, evidence.where
     if fewest < 1:
         raise BadInputError(f"{where}: a block's router map {EXPERT_OF!r} selects no expert at all")
     if given.top_k is not None:
@@ -366,44 +375,37 @@ def _top_k(fewest: int, hints: Mapping[str, Any], given: Given, notes: _Notes, w
     if 1 <= hinted <= fewest:
         return hinted
     top_k = min(DEFAULT_TOP_K, fewest)
-    notes.assumptions.append(f"top-{top_k} routing: the file does not tell (give ⟨top_k⟩)")
+    evidence.assumptions.append(f"top-{top_k} routing: the file does not tell (give ⟨top_k⟩)")
     return top_k
 
 
-def _sampler(
-    shapes: _Shapes,
-    raw: Callable[[str], memoryview],
-    channels: int,
-    out_channels: int,
-    hints: Mapping[str, Any],
-    given: Given,
-    notes: _Notes,
-) -> Sampler:
-    """Tell rectified flow from DDPM.
+def _sampler(evidence: _Evidence, channels: int, out_channels: int) -> Sampler:
+    """Return the sampler family of the weights.
 
     Under rectified flow the sigma rows of the final layer (r mod 2C >= C) get no gradient and keep their zeros.
     """
+    given, hints, assumptions = evidence.given, evidence.hints, evidence.assumptions
     if given.sampler is not None:
         return given.sampler
     if hints.get("sampler") in ("rf", "ddpm"):
         return "rf" if hints["sampler"] == "rf" else "ddpm"
     if isinstance(hints.get("rf"), bool):
         sampler: Sampler = "rf" if hints["rf"] else "ddpm"
-        notes.assumptions.append(f"sampler {sampler}: the training arguments say rf={hints['rf']}")
+        assumptions.append(f"sampler {sampler}: the training arguments say rf={hints['rf']}")
         return sampler
     if out_channels == channels:
-        notes.assumptions.append("sampler rf: no sigma is learned and nothing tells (give ⟨sampler⟩)")
+        assumptions.append("sampler rf: no sigma is learned and nothing tells (give ⟨sampler⟩)")
         return "rf"
-    used = _sigma_rows_used(shapes, raw, channels)
+    used = _sigma_rows_used(evidence, channels)
     reason = "are not all zero" if used else "are all zero"
     sampler = "ddpm" if used else "rf"
-    notes.assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give ⟨sampler⟩)")
+    assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give ⟨sampler⟩)")
     return sampler
 
 
-def _sigma_rows_used(shapes: _Shapes, raw: Callable[[str], memoryview], channels: int) -> bool:
+def _sigma_rows_used(evidence: _Evidence, channels: int) -> bool:
     for name, rank in (("final_layer.linear.weight", 2), ("final_layer.linear.bias", 1)):
-        rows, data = shapes.of(name, rank)[0], raw(name)
+        rows, data = evidence.shape(name, rank)[0], evidence.raw(name)
         step = data.nbytes // rows
         if any(any(data[r * step : (r + 1) * step]) for r in range(rows) if r % (2 * channels) >= channels):
             return True
@@ -411,7 +413,7 @@ def _sigma_rows_used(shapes: _Shapes, raw: Callable[[str], memoryview], channels
 
 
 def expected_weights(config: DiTMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return every tensor name of a model of this configuration with its shape (``pos_embed`` included)."""
+    """Return the name and shape of every weight of a model, ``pos_embed`` included."""
     width, rows = config.hidden_size, config.patch_size**2 * config.out_channels
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, config.num_patches, width),
@@ -451,7 +453,7 @@ def _block_shapes(config: DiTMoEConfig, block: BlockConfig) -> dict[str, tuple[i
 
 
 def mixture_shapes(width: int, block: BlockConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a block's mixture, by their names within the block."""
+    """Return the shapes of the weights of a block's mixture, by their names within the block."""
     shapes = {ROUTER: (block.router_rows, width), **extension_shapes(width, block)}
     stems = [(f"moe.experts.{e}", inner) for e, inner in enumerate(block.expert_widths)]
     for stem, inner in [*stems, (SHARED, block.shared_width)]:
@@ -461,7 +463,7 @@ def mixture_shapes(width: int, block: BlockConfig) -> dict[str, tuple[int, ...]]
 
 
 def extension_shapes(width: int, block: BlockConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a block that upstream has no word for."""
+    """Return the shapes of the weights that only compressed blocks have, by their names within the block."""
     shapes: dict[str, tuple[int, ...]] = {}
     if block.mapped:
         shapes[EXPERT_OF] = (block.router_rows,)
@@ -477,8 +479,9 @@ def extension_shapes(width: int, block: BlockConfig) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _check_shapes(config: DiTMoEConfig, weights: Mapping[str, TensorInfo], where: str) -> None:
-    """Hold every tensor against the configuration: none missing, none left over, all of one logic."""
+def _check_shapes(config: DiTMoEConfig, evidence: _Evidence) -> None:
+    """Raise `BadInputError` for a weight that is missing, unexpected, or of another shape or kind of dtype."""
+    weights, where = evidence.weights, evidence.where
     expected = expected_weights(config)
     for name, shape in expected.items():
         if name not in weights:
@@ -516,22 +519,23 @@ _HINTED_FIELDS = {
 _UPSTREAM_MODELS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 28), "G": (1408, 40)}
 
 
-def _warn_of_contradictions(config: DiTMoEConfig, hints: Mapping[str, Any], notes: _Notes) -> None:
+def _warn_of_contradictions(config: DiTMoEConfig, evidence: _Evidence) -> None:
+    hints, warnings = evidence.hints, evidence.warnings
     for hint, name in _HINTED_FIELDS.items():
         value, actual = hints.get(hint), getattr(config, name)
         if isinstance(value, int) and value != actual:
-            notes.warnings.append(f"the file's hint {hint}={value} is ignored: it is {actual}")
+            warnings.append(f"the file's hint {hint}={value} is ignored: it is {actual}")
     size, _, patch = str(hints.get("model", "")).removeprefix("DiT-").partition("/")
     if size in _UPSTREAM_MODELS and patch.isdigit():
         width, depth = _UPSTREAM_MODELS[size]
         if (width, depth, int(patch)) != (config.hidden_size, config.depth, config.patch_size):
-            notes.warnings.append(
+            warnings.append(
                 f"the file's hint model={hints['model']} is ignored: the shapes say width {config.hidden_size}, "
                 f"depth {config.depth}, patch {config.patch_size}"
             )
     image_size = hints.get("image_size")
     if isinstance(image_size, int) and config.in_channels == 4 and image_size != 8 * config.input_size:
-        notes.warnings.append(
+        warnings.append(
             f"the file's hint image_size={image_size} is ignored: the shapes say {config.input_size} latents "
             f"({8 * config.input_size} px)"
         )

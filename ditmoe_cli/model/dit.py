@@ -16,7 +16,7 @@ from ditmoe_cli.model.moe import MoEEvent, Observer, SparseMoE
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then x (1 + scale) + shift, one vector per image."""
+    """Return LayerNorm(x) (1 + scale) + shift for x (N, tokens, width); scale and shift are (N, width)."""
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
@@ -28,12 +28,12 @@ def modulation(width: int, parts: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Attended:
-    """A block between attention and mixture, for N images.
+    """The state of a block between its attention and its mixture, for N images.
 
     Attributes:
-        residual: (N, tokens, width) stream that the mixture adds to.
-        inputs: (N, tokens, width) what the mixture is given.
-        gamma: (N, width) residual gate of the mixture.
+        residual: (N, tokens, width) the stream that the mixture adds to.
+        inputs: (N, tokens, width) the inputs of the mixture.
+        gamma: (N, width) the residual gate of the mixture.
     """
 
     residual: Tensor
@@ -42,7 +42,7 @@ class Attended:
 
 
 class Block(nn.Module):
-    """x + gate ⊙ attention, then x + γ ⊙ (routed + shared)."""
+    """A block: x + gate ⊙ attention, then x + γ ⊙ (routed + shared)."""
 
     def __init__(self, config: DiTMoEConfig, block: BlockConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(config.hidden_size, 6)
 
     def attend(self, x: Tensor, c: Tensor) -> Attended:
-        """Run attention on x (N, tokens, width) under conditions c (N, width), up to what the mixture is given."""
+        """Return the state after attention on x (N, tokens, width) under conditions c (N, width)."""
         shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate.unsqueeze(1) * self.attn(modulated_norm(x, shift_a, scale_a))
         return Attended(x, modulated_norm(x, shift_m, scale_m), gamma)
@@ -60,15 +60,15 @@ class Block(nn.Module):
         """Map tokens x (N, tokens, width) under conditions c (N, width)."""
         return self.mix(self.attend(x, c), index, observer)
 
-    def mix(self, seen: Attended, index: int, observer: Observer | None) -> Tensor:
-        """Return what the block returns, from what stands between its attention and its mixture."""
-        mixed = self.moe(seen.inputs, index, seen.gamma, observer, seen.residual)
-        out: Tensor = seen.residual + seen.gamma.unsqueeze(1) * mixed
+    def mix(self, attended: Attended, index: int, observer: Observer | None) -> Tensor:
+        """Return the output of the block (N, tokens, width) from its state after attention."""
+        mixed = self.moe(attended.inputs, index, attended.gamma, observer, attended.residual)
+        out: Tensor = attended.residual + attended.gamma.unsqueeze(1) * mixed
         return out
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches of the output."""
+    """Map tokens to patches of the output."""
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
@@ -83,11 +83,10 @@ class FinalLayer(nn.Module):
 
 
 class DiTMoE(nn.Module):
-    """ε, or velocity, of noisy images: ``model(x, t, y) -> output``.
+    """Predict the noise, or the velocity, of noisy images: ``model(x, t, y)``.
 
-    Call with x (N, C, H, W), t (N,) and integer labels y (N,); the null class is ``config.num_classes``. The
-    output has ``config.out_channels`` channels. Time is what the sampler family uses: 0..999 for DDPM, (0, 1]
-    unscaled for rectified flow.
+    x is (N, C, H, W), t (N,), and y (N,) holds integer labels; the null class is ``config.num_classes``. The output
+    has ``config.out_channels`` channels. Times are 0 to 999 for DDPM, in (0, 1] for rectified flow.
     """
 
     def __init__(self, config: DiTMoEConfig) -> None:
@@ -102,12 +101,12 @@ class DiTMoE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that activations are computed in."""
+        """The dtype of activations."""
         return self.pos_embed.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.pos_embed.device
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None) -> Tensor:
@@ -118,12 +117,12 @@ class DiTMoE(nn.Module):
         return self.unembed(tokens, c)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the first block is given: tokens (N, patches, width) of images x, and conditions c (N, width)."""
+        """Return the inputs of the first block: tokens (N, patches, width) of images x, and conditions c (N, width)."""
         tokens = self.x_embedder(x.to(self.dtype)) + self.pos_embed
         return tokens, self.t_embedder(t, self.dtype) + self.y_embedder(y)
 
     def unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Return the output (N, out_channels, H, W) for the tokens that the last block returned."""
+        """Return the output (N, out_channels, H, W) from the tokens that the last block returned."""
         return self._unpatchify(self.final_layer(tokens, c))
 
     def forward_with_balance_loss(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +149,7 @@ class DiTMoE(nn.Module):
 
 
 class Denoiser(Protocol):
-    """What samplers need of a model: `DiTMoE`, or one that keeps its weights elsewhere."""
+    """A model as samplers use it: `DiTMoE`, or one that keeps its weights elsewhere."""
 
     @property
     def config(self) -> DiTMoEConfig:
@@ -158,7 +157,7 @@ class Denoiser(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of inputs."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None, /) -> Tensor:
         """Predict for x (N, C, H, W), t (N,), y (N,)."""

@@ -1,4 +1,4 @@
-"""Embedders of patches, times, labels and positions."""
+"""Embedders of patches, times and labels, and the position embedding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_PERIOD = 10_000.0
 
 
 class PatchEmbed(nn.Module):
-    """Images (N, C, H, W) to tokens (N, patches, width), row by row."""
+    """Map images (N, C, H, W) to tokens (N, patches, width), row by row."""
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed patches, as a matrix product: a convolution may run in TF32 on a GPU, and tip top-k."""
+        """Embed patches of x by a matrix product: in TF32, as GPUs may convolve, near-ties of top-k would change."""
         n, channels, height, width = x.shape
         patch = self.proj.kernel_size[0]
         grid = x.reshape(n, channels, height // patch, patch, width // patch, patch)
@@ -30,14 +30,14 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (N,) to (N, width): cosines and sines of 128 frequencies, then an MLP."""
+    """Map times (N,) to (N, width): cosines and sines of 128 frequencies, then an MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed times; angles are computed in fp32 whatever the model's dtype."""
+        """Embed times t (N,); angles are computed in fp32, whatever the model's dtype."""
         half = FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) / half * steps)
@@ -46,22 +46,22 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (N,) to (N, width); the last row is the null class."""
+    """Map labels (N,) to (N, width); the last row of the table is the null class."""
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Embed labels."""
+        """Embed labels y (N,)."""
         out: Tensor = self.embedding_table(y)
         return out
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:
-    """Return the fixed 2-D embedding (1, side², width): half the channels for columns, half for rows.
+    """Return the fixed 2-D position embedding (1, side², width): half the channels for columns, half for rows.
 
-    Each half is sine then cosine of position / 10000^(i / (width/4)), as MAE and DiT build it.
+    Each half is sine, then cosine, of position / 10000^(i / (width/4)), as in MAE and DiT.
     """
     omega = 1.0 / _MAX_PERIOD ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega

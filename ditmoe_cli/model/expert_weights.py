@@ -1,4 +1,4 @@
-"""The weights of single experts, read from a checkpoint in any format."""
+"""The weights of single experts, read from a checkpoint in any number format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ditmoe_cli.files.names import MATRICES, in_expert
+from ditmoe_cli.files.names import in_expert
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 
@@ -20,12 +20,15 @@ class ExpertWeights:
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return a weight as the model sees it, whatever it is stored as. Raises `BadInputError` for NaN and infinity."""
+    """Return a weight, unpacked from any number format. Raises `BadInputError` for NaN and infinite values."""
     weight = checkpoint.weights[name]
     return weight.unpack({member: checkpoint.finite_tensor(member) for member in weight.members})
 
 
 def read_expert(checkpoint: Checkpoint, block: int, expert: int) -> ExpertWeights:
     """Return the weights of a routed expert in fp32."""
-    names = (in_expert(block, expert, f"{matrix}.weight") for matrix in MATRICES)
-    return ExpertWeights(*(read_weight(checkpoint, name).float() for name in names))
+
+    def matrix(name: str) -> Tensor:
+        return read_weight(checkpoint, in_expert(block, expert, f"{name}.weight")).float()
+
+    return ExpertWeights(gate=matrix("gate_proj"), up=matrix("up_proj"), down=matrix("down_proj"))

@@ -1,4 +1,4 @@
-"""A checkpoint's weights, put into a model."""
+"""Loading: the weights of a checkpoint, put into a model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def load_model(
 ) -> DiTMoE:
     """Load any checkpoint that ditmoe reads or writes, ready to predict.
 
-    Quantised weights stay packed in memory; experts that are stored as differences are put together and take the memory
-    of whole ones.
+    Quantised weights stay packed in memory. Experts that are stored as differences are rebuilt, and take the memory of
+    whole ones.
 
     Args:
         path: a file, a folder, or ``demo:digits``.
-        device: where the weights go.
-        dtype: what activations, and weights that are not quantised, are computed in.
+        device: of the weights.
+        dtype: of activations, and of weights that are not quantised.
         num_heads, top_k, sampler: as for `open_checkpoint`.
 
     Raises:
@@ -53,13 +53,13 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 
 
 def empty_model(checkpoint: Checkpoint) -> DiTMoE:
-    """Return a model of the checkpoint's configuration whose weights take no memory and hold nothing."""
+    """Return a model of the checkpoint's configuration whose weights are on torch's meta device, without memory."""
     with torch.device("meta"):
         return DiTMoE(checkpoint.config)
 
 
 def finish(model: DiTMoE, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Rebuild the position embedding where the file has none, and set the model to inference."""
+    """Set a model to inference, and rebuild its position embedding where the checkpoint has none."""
     if "pos_embed" not in checkpoint.weights:
         side = checkpoint.config.input_size // checkpoint.config.patch_size
         embedding = sincos_position_embedding(checkpoint.config.hidden_size, side)
@@ -68,7 +68,10 @@ def finish(model: DiTMoE, checkpoint: Checkpoint, device: torch.device, dtype: t
 
 
 def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
-    """Read one weight and put it in its place, replacing a linear layer where it is quantised."""
+    """Read one weight into a model; a linear layer of quantised weights is replaced by a `PackedLinear`.
+
+    Raises `BadInputError` where the weight holds NaN or infinite values, or is quantised but not of a linear layer.
+    """
     members = {name: checkpoint.finite_tensor(name).to(device) for name in weight.members}
     name = weight.info.name
     if not weight.quantized:
@@ -90,7 +93,7 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer, whatever device or dtype stood there."""
+    """Replace a parameter or buffer; device and dtype become those of `value`."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if leaf in owner._buffers:

@@ -23,15 +23,15 @@ from ditmoe_cli.model.router import Router, Routing
 
 @dataclass(frozen=True)
 class MoEEvent:
-    """What one block's mixture saw and did in one forward pass, for those who watch.
+    """The inputs, routing and outputs of one block's mixture in a forward pass, as observers are shown them.
 
     Attributes:
         block: index of the block.
-        inputs: (T, width) tokens u, images one after the other.
-        routing: where they went.
-        outputs: (T, k, width) output of each selected expert, before its routing weight.
+        inputs: (T, width) tokens u, image after image.
+        routing: the experts and routing weights of the tokens.
+        outputs: (T, k, width) output of each selected expert, before its routing weight is applied.
         gamma: (N, width) residual gate of each image: the block adds gamma * (routed + shared).
-        residual: (N, tokens, width) residual stream that the block adds to; None where a mixture is called alone.
+        residual: (N, tokens, width) the stream that the block adds to; None where a mixture is called alone.
     """
 
     block: int
@@ -43,22 +43,22 @@ class MoEEvent:
 
 
 class Observer(Protocol):
-    """Watches mixtures during a forward pass; must not change what it is shown."""
+    """Observe mixtures during a forward pass; an observer must not change the event."""
 
     def __call__(self, event: MoEEvent) -> None:
-        """Take note of one block's event."""
+        """Process one block's event."""
 
 
 @runtime_checkable
 class NeuronObserver(Observer, Protocol):
-    """An observer that is shown experts' neurons too, before each event."""
+    """An observer that is also shown experts' neurons, before each event."""
 
     def neurons(self, block: int, expert: int, weights: Tensor, activations: Tensor) -> None:
-        """Take note of one expert's neurons: routing weights (n,) and activations φ (n, inner) of its tokens."""
+        """Process one expert's neurons: routing weights (n,) and activations φ (n, inner) of its tokens."""
 
 
 class SwiGLU(nn.Module):
-    """f(u) = W_down (SiLU(W_gate u) * W_up u), without biases."""
+    """An expert f(u) = W_down (SiLU(W_gate u) * W_up u), without biases."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ NeuronWatcher = Callable[[int, Tensor, Tensor], None]
 
 
 def _watcher(observer: Observer | None, block: int, routing: Routing) -> NeuronWatcher | None:
-    """Return what shows experts' neurons to an observer, if it wants to see them."""
+    """Return a function that shows experts' neurons to a `NeuronObserver`; None for other observers."""
     if not isinstance(observer, NeuronObserver):
         return None
     weights = routing.weights.reshape(-1)
@@ -89,12 +89,14 @@ def _watcher(observer: Observer | None, block: int, routing: Routing) -> NeuronW
 
 
 class SparseMoE(nn.Module):
-    """Routed experts, of any widths and formats, plus the always-on shared expert.
+    """Routed experts, of any widths and number formats, plus the shared expert, which takes every token.
 
-    What compression adds, where the block has it: ``constants`` (n, D) that rows select instead of experts, with linear
-    maps ``constants_up`` (n, D, r) ``constants_down`` (n, r, D) of u beside them; and for the routing mass
-    1 - Σ g that the selected rows do not carry ``residual_constant`` c (D,) and ``residual_linear`` L (D, D):
-    (1 - Σ g) (c + L u) is added.
+    Compressed blocks may have, too:
+
+    - ``constants`` (n, D), which router rows select instead of experts, with linear maps of u beside them,
+      ``constants_up`` (n, D, r) ``constants_down`` (n, r, D)
+    - ``residual_constant`` c (D,) and ``residual_linear`` L (D, D): (1 - Σ g) (c + L u) is added for the routing mass
+      that selected rows do not carry
     """
 
     constants: Tensor | None
@@ -113,9 +115,9 @@ class SparseMoE(nn.Module):
             self.register_buffer(name.removeprefix("moe."), torch.empty(shapes[name]) if name in shapes else None)
 
     def expert_outputs(self, u: Tensor, experts: Tensor, watch: NeuronWatcher | None = None) -> Tensor:
-        """Return f_e(u) for each token and slot, (T, k, width): tokens sorted by expert, each expert run once.
+        """Return f_e(u) for each token and slot, (T, k, width). Tokens are sorted by expert; each expert runs once.
 
-        `watch(expert, slots, φ)` is shown each expert's neurons, `slots` indexing the flattened (T, k).
+        ``watch(expert, slots, φ)`` is shown each expert's neurons; `slots` are indices into the flattened (T, k).
         """
         slots = experts.reshape(-1)
         order = slots.argsort(stable=True)
@@ -136,18 +138,18 @@ class SparseMoE(nn.Module):
         return torch.cat(parts)[inverse].reshape(*experts.shape, u.shape[-1])
 
     def _constant_outputs(self, u: Tensor, chosen: Tensor) -> Tensor:
-        """Return v_j + A_j B_j u for tokens (n, width) and the constants j (n,) that they chose."""
+        """Return v_j + A_j B_j u for tokens u (n, width) and the constants j (n,) that they selected."""
         if self.constants is None:
             return u[:0]
         outputs = self.constants[chosen]
         if self.constants_up is not None and self.constants_down is not None:
             for j in sorted(set(chosen.tolist())):
-                mine = chosen == j
-                outputs[mine] += u[mine] @ self.constants_down[j].T @ self.constants_up[j].T
+                tokens = chosen == j
+                outputs[tokens] += u[tokens] @ self.constants_down[j].T @ self.constants_up[j].T
         return outputs
 
     def left_over(self, u: Tensor, weights: Tensor) -> Tensor | None:
-        """Return (1 - Σ g) (c + L u) for tokens (T, width) and selected weights (T, k); None where nothing is added."""
+        """Return (1 - Σ g) (c + L u) for tokens (T, width) and selected weights (T, k); None without either."""
         if self.residual_constant is None and self.residual_linear is None:
             return None
         added = u @ self.residual_linear.T if self.residual_linear is not None else torch.zeros_like(u)
@@ -158,7 +160,7 @@ class SparseMoE(nn.Module):
     def forward(
         self, u: Tensor, block: int, gamma: Tensor, observer: Observer | None, residual: Tensor | None = None
     ) -> Tensor:
-        """Return routed plus shared output for u (N, tokens, width); the rest is for the observer."""
+        """Return the routed plus the shared output for u (N, tokens, width); other arguments are for the observer."""
         flat = u.reshape(-1, u.shape[-1])
         routing: Routing = self.gate(flat)
         outputs = self.expert_outputs(flat, routing.experts, _watcher(observer, block, routing))

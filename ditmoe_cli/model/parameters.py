@@ -1,4 +1,4 @@
-"""Parameters of a checkpoint: how many there are, and which group of weights each tensor belongs to."""
+"""The parameters of a checkpoint: their count, and the group that each weight belongs to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WeightGroup = Literal["experts", "shared", "attn", "modulation", "embedders"]
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters in all, touched per token, and in routed experts."""
+    """The number of parameters: in total, used per token (activated), and in routed experts."""
 
     total: int
     activated: int
@@ -25,8 +25,8 @@ class ParameterCounts:
 def count_parameters(checkpoint: Checkpoint) -> ParameterCounts:
     """Count parameters by the logical shapes of the weights.
 
-    Activated is everything but the routed experts, plus the top-k experts of each block (the widest, where
-    widths differ). The label table counts whole, as in the paper's table 1.
+    Activated parameters are all but those of routed experts, plus those of the top-k experts of each block (the widest,
+    where widths differ). The label table counts whole, as in the paper's table 1.
     """
     config = checkpoint.config
     floating = [w.info for w in checkpoint.weights.values() if w.info.dtype in FLOATING]
@@ -41,9 +41,9 @@ def count_parameters(checkpoint: Checkpoint) -> ParameterCounts:
 
 
 def weight_group(info: TensorInfo) -> WeightGroup | None:
-    """Return what kind of matrix a weight is, of those that quantisation may touch; None for all others.
+    """Return the group of a weight that quantisation may change; None for other weights.
 
-    Router, patch, label and position embedding, norms and biases stay as they are.
+    Router, patch, label and position embedding, norms and biases are never quantised.
     """
     parts = split_name(info.name)
     if len(info.shape) != 2 or not parts.rest.endswith(".weight"):
@@ -59,5 +59,5 @@ def weight_group(info: TensorInfo) -> WeightGroup | None:
 
 
 def is_compressible(info: TensorInfo) -> bool:
-    """Tell whether quantisation plans may touch a weight."""
+    """Return whether quantisation may change a weight."""
     return weight_group(info) is not None

@@ -1,4 +1,4 @@
-"""Top-k routing as DiT-MoE does it: softmax over all rows, the k largest kept, not renormalised."""
+"""Top-k routing: softmax over all router rows, of which the k largest are kept, not renormalised."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ditmoe_cli.model.config import GHOST, BlockConfig
 
 @dataclass(frozen=True)
 class Routing:
-    """Where tokens go.
+    """The selected experts of T tokens and their routing weights.
 
     Attributes:
-        experts: (T, k) physical expert of each slot, best first; -2 - j where the slot went to constant j.
+        experts: (T, k) the expert of each slot, best first; -2 - j where the row selects constant j.
         weights: (T, k) routing weights: probabilities over all rows, not renormalised.
-        rows: (T, k) router rows that were selected; the experts themselves where no map stands between.
+        rows: (T, k) selected router rows; equal to `experts` where the router has no map.
         probabilities: (T, R) softmax over all router rows, fp32.
-        logits: (T, R) what the softmax is of, fp32.
+        logits: (T, R) router outputs before the softmax, fp32.
     """
 
     experts: Tensor
@@ -30,21 +30,21 @@ class Routing:
     logits: Tensor
 
     def gate_of(self, expert: int) -> Tensor:
-        """Return an expert's routing weight where a token selected it, else 0, (T,); of rows that share it, the sum."""
+        """Return an expert's routing weight for each token (T,), summed over rows that share it, else 0."""
         return (self.weights * (self.experts == expert)).sum(dim=1)
 
     def chosen(self, experts: int) -> Tensor:
-        """Return choices of the first `experts` as zeros and ones, (T, k, experts); a constant's slot is all 0."""
+        """Return the selections of the first `experts` one-hot, (T, k, experts); slots of constants are all 0."""
         return F.one_hot(self.experts.clamp_min(-1) + 1, experts + 1)[..., 1:]
 
 
 class Router(nn.Module):
-    """p = softmax(W u) over R rows; top-k over the rows that select something.
+    """p = softmax(W u) over R rows; top-k over the rows that are no ghosts.
 
-    ``expert_of`` (R,) says what a row selects: an expert p >= 0, a constant -2 - j, or -1 for a *ghost*, which counts
-    in the softmax but is never selected. Rows that share an expert each take a slot, so their weights add. Without
-    a map row e selects expert e. With `mass` the selected weights are rescaled to the sum of the k largest
-    probabilities of all rows.
+    The map ``expert_of`` (R,) gives what each row selects: p >= 0 an expert, -2 - j a constant, -1 nothing; such a
+    *ghost* counts in the softmax but is never selected. Rows that share an expert each take a slot, so their weights
+    add. Without a map, row e selects expert e. With `mass`, the selected weights are rescaled to the sum of the k
+    largest probabilities of all rows.
     """
 
     expert_of: Tensor | None
@@ -57,7 +57,7 @@ class Router(nn.Module):
 
     def forward(self, u: Tensor) -> Routing:
         """Route tokens u (T, width)."""
-        # in fp32 whatever the model's dtype: half precision would tip near-ties of the top-k
+        # in fp32, whatever the model's dtype: half precision would change near-ties of the top-k
         logits = u.float() @ self.weight.float().T
         probabilities = logits.softmax(dim=-1)
         if self.expert_of is None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.diffusion.guidance import combine, guided_predictor
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.moe import MoEEvent
 
@@ -89,7 +90,8 @@ def test_watchers_see_every_block_and_step(pico: Callable[..., Pico], scale: flo
     def observer(event: MoEEvent) -> None:
         seen.append((len(steps), event.block, len(event.gamma)))
 
-    predict = guided_predictor(model, labels, scale, "ddpm", observer, lambda x, t: steps.append((x, t)))
+    watchers = Watchers(observer, lambda x, t: steps.append((x, t)))
+    predict = guided_predictor(model, labels, scale, "ddpm", watchers=watchers)
     predict(x, 7)
     predict(x + 1, 3)
     images = 2 if scale == 1.0 else 4

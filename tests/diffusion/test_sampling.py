@@ -27,6 +27,7 @@ from ditmoe_cli.diffusion.sampling import (
     visit_noised,
 )
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, SOLVERS, UPSTREAM, choose_solver
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 
 SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))
@@ -161,7 +162,7 @@ def test_specs_in_range_pass() -> None:
 def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], change: dict[str, object], nfe: int) -> None:
     model, rows = pico(depth=1, widths=((8, 8),), sampler="rf").model(), []
     spec = replace(SPEC, **change)  # type: ignore[arg-type]
-    sample_batch(model, spec, [0], lambda event: rows.append(len(event.gamma)))
+    sample_batch(model, spec, [0], Watchers(lambda event: rows.append(len(event.gamma))))
     assert sum(rows) == spec.nfe == nfe
 
 
@@ -237,10 +238,10 @@ def test_sampling_times_are_those_that_a_sampler_asks_at(
     monkeypatch.setattr(model, "forward", lambda x, *_: x.repeat(1, 2, 1, 1) * 0.1)
     spec = replace(SPEC, solver=solver, steps=steps, cfg=1.0)
     asked: list[float] = []
-    sample_batch(model, spec, [0], None, lambda _, t: asked.append(t))
+    sample_batch(model, spec, [0], Watchers(on_step=lambda _, t: asked.append(t)))
     assert [time.t for time in sampling_times(spec)] == asked
     shown: list[float] = []
-    visit_noised(model, spec, [0], torch.ones(1, 4, 8, 8), None, lambda _, t: shown.append(t))
+    visit_noised(model, spec, [0], torch.ones(1, 4, 8, 8), Watchers(on_step=lambda _, t: shown.append(t)))
     assert shown == asked
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.compare import (
     Divergence,
@@ -196,13 +197,17 @@ def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) 
     found = compared(a, b, tmp_path, spec, bins=3, batch=2).arrays()
     one, other, everyone = a.model(), b.model(), range(spec.images)
     states: list[tuple[torch.Tensor, float]] = []
-    final = sample_batch(one, spec, everyone, on_step=lambda z, t: states.append((z.clone(), t)))
+    final = sample_batch(one, spec, everyone, Watchers(on_step=lambda z, t: states.append((z.clone(), t))))
     labels = torch.tensor(spec.labels(everyone))
     for step, (z, t) in enumerate(states):
         told_a, told_b = Told(one), Told(other)
         with torch.no_grad():
-            v_a = guided_predictor(one, labels, cfg, a.config.sampler, told_a.event)(z, t)[:, :4].double()
-            v_b = guided_predictor(other, labels, cfg, a.config.sampler, told_b.event)(z, t)[:, :4].double()
+            v_a = guided_predictor(one, labels, cfg, a.config.sampler, watchers=Watchers(told_a.event))(z, t)[
+                :, :4
+            ].double()
+            v_b = guided_predictor(other, labels, cfg, a.config.sampler, watchers=Watchers(told_b.event))(z, t)[
+                :, :4
+            ].double()
             alone = [other.blocks[i](*told_a.inputs[i], i, None) for i in range(2)]
         told_a.close(), told_b.close()
         error = float((v_b - v_a).square().sum() / v_a.square().sum())
@@ -297,7 +302,7 @@ def test_the_overlap_of_ghosted_experts_in_the_first_block(tmp_path: Path) -> No
         a.model(),
         spec,
         range(5),
-        lambda event: counts.append((event.routing.rows != 3).sum(1).double().mean().item() / 2),
+        Watchers(lambda event: counts.append((event.routing.rows != 3).sum(1).double().mean().item() / 2)),
     )
     found = compared(a, Pico(config, state), tmp_path, spec).to_json()["routing"]
     assert found["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
@@ -319,7 +324,7 @@ def test_deleted_rows_are_found_by_the_weights_of_those_that_remain(tmp_path: Pa
         counts.append((event.routing.rows % 2 == 1).sum(1).double().mean().item() / 2)
 
     spec = spec_for(a)
-    sample_batch(a.model(), spec, range(5), count)
+    sample_batch(a.model(), spec, range(5), Watchers(count))
     b = Pico(pixels(depth=1, widths=((64,) * 2,)).config, state)
     found = compared(a, b, tmp_path, spec).to_json()["routing"]
     assert found["note"] is None

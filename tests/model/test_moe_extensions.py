@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import BlockConfig
@@ -207,7 +208,7 @@ def test_profiling_counts_no_expert_where_a_slot_went_to_a_constant(fast: bool) 
         constants[event.block] += (event.routing.experts < 0).sum()
 
     found = collect(pico.model(), Calibration(SPEC, 3, 100, 2, fast=fast), lambda _: None)
-    sample_batch(pico.model(), SPEC, range(3), count, None, PURPOSE)
+    sample_batch(pico.model(), SPEC, range(3), Watchers(count), PURPOSE)
     assert (constants > 0).all() and (constants < slots).all()
     assert found["selected"].shape[-1] == 2
     assert torch.equal(found["selected"].sum(dim=(1, 2, 3)).float(), slots - constants)

@@ -13,6 +13,7 @@ from conftest import Pico
 from torch import Tensor
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, visit_noised
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.collect.collector import PURPOSE
 
@@ -118,11 +119,11 @@ def trajectory(pico: Pico, spec: SampleSpec, clean: Tensor | None = None) -> Tra
         z.append(x.clone())
         times.append(t)
 
-    everything = range(spec.images)
+    everything, watchers = range(spec.images), Watchers(on_step=on_step)
     if clean is None:
-        sample_batch(pico.model(), spec, everything, None, on_step, PURPOSE)
+        sample_batch(pico.model(), spec, everything, watchers, PURPOSE)
     else:
-        visit_noised(pico.model(), spec, everything, clean, None, on_step, PURPOSE)
+        visit_noised(pico.model(), spec, everything, clean, watchers, PURPOSE)
     return Trajectory(tuple(z), tuple(times))
 
 

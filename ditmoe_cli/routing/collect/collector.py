@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch, step_bin, visit_noised
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
@@ -157,11 +158,12 @@ def watch_batch(
         collector.begin_step(z, t)
         progress(len(z))
 
+    watchers = Watchers(collector, on_step)
     if clean is None:
-        collector.final[indices] = sample_batch(model, collector.spec, indices, collector, on_step, PURPOSE).cpu()
+        collector.final[indices] = sample_batch(model, collector.spec, indices, watchers, PURPOSE).cpu()
     else:
         final = clean[indices.start : indices.stop]
-        visit_noised(model, collector.spec, indices, final, collector, on_step, PURPOSE)
+        visit_noised(model, collector.spec, indices, final, watchers, PURPOSE)
         collector.final[indices] = final
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.routing.calibration_settings import Calibration
@@ -62,9 +63,8 @@ def run(request: pytest.FixtureRequest, pico: Callable[..., Pico]) -> Run:
     spec = SampleSpec(3, 4, cfg, 5, solver, (0, 1))
     steps: list[list[MoEEvent]] = []
     with torch.inference_mode():
-        sample_batch(
-            model, spec, range(3), lambda event: steps[-1].append(event), lambda *_: steps.append([]), purpose=PURPOSE
-        )
+        watchers = Watchers(lambda event: steps[-1].append(event), lambda *_: steps.append([]))
+        sample_batch(model, spec, range(3), watchers, PURPOSE)
     return Run(model, spec, collect(model, Calibration(spec, BINS, 48, 3), lambda _: None), steps)
 
 
