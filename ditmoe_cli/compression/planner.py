@@ -1,6 +1,6 @@
 """The contract between planners and the command line. Torch-free.
 
-A planner is a frozen dataclass that holds what is asked for, such as `Pruning`, and turns it into a `CompressionPlan`.
+A planner is a frozen dataclass that holds a request, such as `Pruning`, and turns it into a `CompressionPlan`.
 The command line serves all planners alike: it checks, finds or makes the profile, plans, and then previews or writes.
 """
 

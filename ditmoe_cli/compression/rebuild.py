@@ -46,8 +46,8 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
     with resident_blocks(model, computing.bar, title) as blocks:
         stream = _stream(computing, stage, layouts, model) if needs_tokens(stage) else None
         for (index, block), layout in zip(blocks, layouts, strict=True):
-            seen = stream.attend(block) if stream else None
-            tokens = stream.tokens(seen) if stream and seen else None
+            attended = stream.attend(block) if stream else None
+            tokens = stream.tokens(attended) if stream and attended else None
             source = Source(block.moe, index, layout, stage, tokens, computing.profile)
             changed = mixture_of(new_weights(source), config, layout.config)
             if stage.repair is not None:
@@ -55,8 +55,8 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
             release(block)  # its new weights take its place before the next block is read
             stored = _stored(checkpoint, index, layout, weights_of(changed))
             computing.spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
-            if stream and seen:
-                stream.advance(seen, _as_stored(stored, config, layout, computing.device))
+            if stream and attended:
+                stream.advance(attended, _as_stored(stored, config, layout, computing.device))
     return tuple(errors)
 
 

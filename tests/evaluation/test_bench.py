@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,15 +39,10 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import expected_weights
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
+from ditmoe_cli.progress import silent_bar
 
 FORMATS = ("nf4", "fp4", "nf4-dq", "int8", "int4-g32", "int3-g64-sym", "ternary-g64")
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def no_bar(_: str, __: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that nobody sees."""
-    yield lambda _: None
 
 
 def packed(pico: Pico, fmt: str, part: str = ".moe.") -> Pico:
@@ -212,7 +205,7 @@ def test_a_pass_holds_both_branches_at_the_middle_time(
 
     monkeypatch.setattr(DiTMoE, "forward", watched)
     load = Load(batch=5, repeats=2, cfg=cfg)
-    found = bench(checkpoint, load, no_bar)
+    found = bench(checkpoint, load, silent_bar)
     assert len(seen) == WARM_UPS + 2 and len(found.seconds) == 2
     for x, times, labels in seen:
         assert torch.equal(x, seen[0][0])
@@ -233,7 +226,7 @@ def test_noise_belongs_to_seed_and_image(tmp_path: Path) -> None:
 
 def test_what_does_not_depend_on_the_machine_is_equal_twice(tmp_path: Path) -> None:
     checkpoint = saved(packed(make_pico(), "nf4"), tmp_path)
-    one, two = (bench(checkpoint, Load(batch=2, repeats=1), no_bar).to_json() for _ in range(2))
+    one, two = (bench(checkpoint, Load(batch=2, repeats=1), silent_bar).to_json() for _ in range(2))
     assert one["bytes"] == two["bytes"]
     assert one["conditions"] == two["conditions"]
 
@@ -257,7 +250,7 @@ def test_values_out_of_range(load: Load) -> None:
 def test_broken_weights_are_refused(tmp_path: Path) -> None:
     broken = make_pico().with_state(final_layer__linear__bias=torch.full((32,), math.nan))
     with pytest.raises(BadInputError, match=r"final_layer\.linear\.bias"):
-        bench(saved(broken, tmp_path), Load(), no_bar)
+        bench(saved(broken, tmp_path), Load(), silent_bar)
 
 
 # memory
@@ -286,7 +279,7 @@ def test_needed_is_never_below_weights_and_buffer(
 
 def test_a_system_without_proc_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "resident_bytes", lambda: None)
-    found = bench(saved(make_pico(), tmp_path), Load(repeats=1), no_bar)
+    found = bench(saved(make_pico(), tmp_path), Load(repeats=1), silent_bar)
     assert found.memory == Memory(None, None, None)
     assert found.needed == found.footprint.least
     assert found.to_json()["memory"]["beyond"] is None

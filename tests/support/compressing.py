@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,13 +73,6 @@ def applied(
     return open_checkpoint(path)
 
 
-@contextmanager
-def no_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Stand in for a progress bar."""
-    del title, total
-    yield lambda _: None
-
-
 def profile_of(
     checkpoint: Checkpoint,
     name: str = "profile",
@@ -95,7 +88,7 @@ def profile_of(
     solver = "euler" if checkpoint.config.sampler == "rf" else "ddim"
     spec = SampleSpec(images, steps, cfg, 1, solver, tuple(range(checkpoint.config.num_classes)))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}.{name}.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), Run("cpu", no_bar), path)
+    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), Run("cpu", silent_bar), path)
     assert found is not None
     return found
 

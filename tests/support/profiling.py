@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,10 +171,3 @@ def reap_by_hand(counted: Counted, cfg: float) -> Tensor:
 
 def opened(pico: Pico, folder: Path, name: str = "original.safetensors") -> Checkpoint:
     return open_checkpoint(pico.save(folder / name))
-
-
-@contextmanager
-def no_bar(title: str, total: int) -> Iterator[object]:
-    """Stand in for a progress bar."""
-    del title, total
-    yield lambda _: None

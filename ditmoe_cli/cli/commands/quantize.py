@@ -185,7 +185,13 @@ def uniform_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Rou
     refuse_mixing(mixing)
     if precision.size is not None:
         raise UsageError("--size plans a mix; give --bits with --uniform")
-    name = format_named(precision.format, precision.bits, grids.group_size, grids.symmetric, grids.double_quant)
+    name = format_named(
+        precision.format,
+        precision.bits,
+        group_size=grids.group_size,
+        symmetric=grids.symmetric,
+        double_quant=grids.double_quant,
+    )
     label = f"bits{precision.bits:g}" if precision.format is None and precision.bits is not None else name
     return UniformPrecision(name, rounding, f"quantize-{label}")
 

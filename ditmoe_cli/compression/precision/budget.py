@@ -1,7 +1,7 @@
-"""The budget of a mix of formats: how large the file may be, and how large it is with any formats. Torch-free.
+"""The budget of a mix of formats in bytes of the file, and the size of the file with any formats. Torch-free.
 
-A budget is that of a file. Where it is given in bits it is the size of the same checkpoint with all routed, shared and
-attention matrices at that width, everything else left as it is; between two widths it is interpolated.
+A budget in bits is the size of the file with all routed, shared and attention matrices at that width, and everything
+else as it is; between two widths it is interpolated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_DIGEST = "0" * 64  # as long as that of any plan
 
 @dataclass(frozen=True)
 class Budget:
-    """How large the file may be: as with all matrices at `bits`, or `size` bytes."""
+    """The largest file allowed: as large as with all matrices at `bits`, or `size` bytes."""
 
     bits: float | None = None
     size: int | None = None
@@ -37,7 +37,7 @@ class Budget:
             raise UsageError(f"⟨bits⟩ {self.bits:g}: choose from {INTEGER_BITS[0]} to {INTEGER_BITS[-1]}")
 
     def options(self) -> dict[str, float]:
-        """Return the value that is given, by its name, for the options of a plan."""
+        """Return the given value by its name, for the options of a plan."""
         return {name: value for name, value in (("bits", self.bits), ("size", self.size)) if value is not None}
 
     def limit(self, sizes: FileSizes, candidates: Candidates) -> int:
@@ -55,10 +55,9 @@ class Budget:
 
 
 class FileSizes:
-    """The sizes of a checkpoint's file with its weights in any formats, and all else left as it is.
+    """The sizes of a checkpoint's file with its weights in any formats, and everything else as it is.
 
-    A plan's output has that size to the byte (`compression.output.planned_output`), which lays out far more than is
-    needed to compare formats.
+    They equal the size of the plan's output (`compression.output.planned_output`) to the byte, and take less work.
     """
 
     def __init__(self, checkpoint: Checkpoint, output: Output) -> None:
@@ -68,7 +67,7 @@ class FileSizes:
         self._provenance = Provenance(checkpoint.config.to_json(), history, base.card)
 
     def of(self, formats: Mapping[str, str]) -> int:
-        """Return the bytes of the file in which weights have `formats`."""
+        """Return the bytes of the file with weights in `formats`."""
         tensors = {info.name: info for info in self._tensors(formats)}  # bases are members of several weights
         ordered = sorted(tensors.values(), key=lambda info: natural_key(info.name))
         return self._output.predicted_bytes(ordered, self._provenance)

@@ -1,4 +1,4 @@
-"""Which weights a mix of precisions is planned over, and which formats each may take. Torch-free."""
+"""The weights that a mix of precisions covers, and the formats that each may take. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_FLOORS: Mapping[str, float] = {"shared": 3, "attn": 3, "modulation": 4, 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a planner may choose from.
+    """The formats that a planner may choose from.
 
     Attributes:
         allowed: widths in bits, of `WIDTHS`; 16 leaves a weight as it is.
@@ -43,7 +43,7 @@ class Candidates:
     tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, values, known in (
+        for setting, values, known in (
             ("⟨allow⟩", self.allowed, WIDTHS),
             ("⟨floor⟩", tuple(self.floors), GROUPS),
             ("⟨protect⟩", self.protected, GROUPS),
@@ -52,12 +52,12 @@ class Candidates:
         ):
             unknown = next((value for value in values if value not in known), None)
             if unknown is not None:
-                raise UsageError(f"{what} {unknown}: choose from {', '.join(map(str, known))}")
+                raise UsageError(f"{setting} {unknown}: choose from {', '.join(map(str, known))}")
         if len(self.tied) == 1:
             raise UsageError(f"⟨tie⟩ {self.tied[0]}: name at least two matrices, as gate,up")
 
     def format_of(self, width: str) -> str | None:
-        """Return the format of a width; None for 16, which is none."""
+        """Return the format of a width; None for 16, which leaves a weight as it is."""
         if width == "16":
             return None
         stem = "ternary" if width == "1.58" else f"int{width}"
@@ -66,12 +66,12 @@ class Candidates:
 
 
 def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[str, tuple[str | None, ...]]:
-    """Return the formats that each planned weight may take, narrowest first; None is to be left as it is.
+    """Return the formats that each planned weight may take, narrowest first; None leaves it as it is.
 
-    Raises `BadInputError` where weights are quantised already, and `UsageError` where a group is left no format.
+    Raises `BadInputError` where weights are quantised already, and `UsageError` where no format remains for a group.
     """
     require_unquantised(checkpoint)
-    found: dict[str, tuple[str | None, ...]] = {}
+    offered: dict[str, tuple[str | None, ...]] = {}
     for name, weight in checkpoint.weights.items():
         group = weight_group(weight.info)
         if group is None or group in candidates.protected or not is_quantizable(weight.info):
@@ -84,12 +84,12 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
                 f"one, or ⟨protect⟩ {group}"
             )
         formats = (candidates.format_of(width) for width in widths)
-        found[name] = tuple(fmt for fmt in formats if fmt is None or is_quantizable(weight.info, fmt))
-    if candidates.protected and not found:
+        offered[name] = tuple(fmt for fmt in formats if fmt is None or is_quantizable(weight.info, fmt))
+    if candidates.protected and not offered:
         raise UsageError(f"⟨protect⟩ {','.join(candidates.protected)}: leaves nothing to quantise")
-    if not any(any(formats) for formats in found.values()):
+    if not any(any(formats) for formats in offered.values()):
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be quantised")
-    return {name: formats or (None,) for name, formats in found.items()}
+    return {name: formats or (None,) for name, formats in offered.items()}
 
 
 def require_unquantised(checkpoint: Checkpoint) -> None:
@@ -103,18 +103,18 @@ def require_unquantised(checkpoint: Checkpoint) -> None:
 
 
 def ties(names: Sequence[str], tied: Sequence[str]) -> dict[str, str]:
-    """Return, for each weight, the name of the decision that it shares."""
-    found = {}
+    """Return, for each weight, the name of its decision, which tied weights share."""
+    decisions = {}
     for name in names:
         parts = split_name(name)
         matrix = name.removesuffix("_proj.weight").rpartition(".")[2]
-        mine = matrix in tied and (parts.expert is not None or ".shared_experts." in name)
-        found[name] = name.replace(f".{matrix}_proj.", f".{'+'.join(tied)}.") if mine else name
-    return found
+        is_tied = matrix in tied and (parts.expert is not None or ".shared_experts." in name)
+        decisions[name] = name.replace(f".{matrix}_proj.", f".{'+'.join(tied)}.") if is_tied else name
+    return decisions
 
 
 def format_counts(plan: CompressionPlan) -> dict[str, Any]:
-    """Return how many weights get a format, and how many of them each format, for a command's result."""
+    """Return the number of weights that get a format, in all and by format, for a command's result."""
     formats = plan.stage(Formats).formats
     counts = Counter(map(format_label, formats.values()))
     return {"weights": len(formats), "formats": dict(sorted(counts.items()))}

@@ -1,4 +1,4 @@
-"""Steps that methods with few widths share: what is settled first, and the most that the budget allows. Torch-free."""
+"""Steps that methods of few widths share: dense weights first, then the widest that the budget allows. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DENSE_WIDTH = "4"  # their width in MC-MoE
 
 
 def widest_that_fits(request: MixRequest, fixed: Mapping[str, str], names: Sequence[str]) -> int:
-    """Return the index in `MixRequest.widths` of the widest width that all of `names` can have beside `fixed`.
+    """Return the index in `MixRequest.widths` of the widest width that fits for all of `names`, beside `fixed`.
 
-    Raises `InfeasibleError` with the least bytes where none fits.
+    Raises `InfeasibleError` with the least bytes where no width fits.
     """
     size = 0
     for index in reversed(range(len(request.widths))):
@@ -29,10 +29,10 @@ def widest_that_fits(request: MixRequest, fixed: Mapping[str, str], names: Seque
 
 
 def settle(request: MixRequest, settled: Sequence[WeightGroup] = DENSE) -> tuple[dict[str, str], list[str]]:
-    """Return formats that stand from the start, and the weights that are left to decide.
+    """Return the formats that are fixed from the start, and the weights that remain to be decided.
 
-    The groups of `settled`, of attention and the shared expert, get `DENSE_WIDTH`, as in MC-MoE; where even the
-    narrowest formats of the others do not fit beside that, they are left to decide too.
+    The groups `settled` get `DENSE_WIDTH`, as attention and the shared expert do in MC-MoE. Where even the narrowest
+    formats of the others do not fit beside that, nothing is fixed.
     """
     dense = request.weights_of(*settled)
     rest = request.weights_of("experts", *(group for group in DENSE if group not in settled))
@@ -43,10 +43,10 @@ def settle(request: MixRequest, settled: Sequence[WeightGroup] = DENSE) -> tuple
 
 
 def widened(request: MixRequest, fixed: Mapping[str, str], units: Sequence[Sequence[str]]) -> Mix:
-    """Give the first n units of weights, most important first, the wider of two widths, and the rest the narrower.
+    """Return the mix that gives the first n units of weights the wider of two widths, and the rest the narrower.
 
-    The narrower is the widest that all can have within the budget, the wider the next one of `MixRequest.widths`; n is
-    the largest that the budget allows. Files grow with n.
+    Units come most important first. The narrower width is the widest that fits for all, the wider is the next one of
+    `MixRequest.widths`; n is the largest that the budget allows. Files grow with n.
     """
     names = [name for unit in units for name in unit]
     index = widest_that_fits(request, fixed, names)
@@ -63,7 +63,7 @@ def widened(request: MixRequest, fixed: Mapping[str, str], units: Sequence[Seque
 
 
 def most_that_fits(request: MixRequest, formats: Callable[[int], dict[str, str]], too_many: int) -> dict[str, str]:
-    """Return ``formats(n)`` of the largest n below `too_many` whose file the budget allows, else of 0.
+    """Return ``formats(n)`` of the largest n below `too_many` whose file fits the budget, else ``formats(0)``.
 
     Files grow with n.
     """

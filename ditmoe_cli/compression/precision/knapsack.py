@@ -1,14 +1,14 @@
-"""The multiple-choice knapsack solved exactly, for programs that a solver gave no proof of. Torch-free.
+"""The multiple-choice knapsack solved exactly, for programs that no solver proved. Torch-free.
 
-Group after group, all sums (bytes, error) that choices of the groups so far may have are listed. Of these
+Group after group, the sums (bytes, error) of all choices of the groups so far are listed. A sum is dropped
 
-  - one that takes no fewer bytes and has no less error than another goes (Nemhauser & Ullmann 1969,
+  - where another takes no more bytes and has no more error (Nemhauser & Ullmann 1969,
     https://doi.org/10.1287/mnsc.15.9.494),
-  - one that leaves too little for the fewest bytes of the groups to come goes,
-  - and so does one whose reduced costs (`lagrange.reduced_costs`) add up to more than the gap: no choice that goes on
-    from it is better than the one that is known.
+  - where it leaves too little for the fewest bytes of the groups to come,
+  - where its reduced costs (`lagrange.reduced_costs`) add up to more than the gap: no choice that continues it is
+    better than the known one.
 
-How many remain depends on the numbers; the list is given up where it grows too long.
+The number of sums depends on the sizes and errors; `exact` returns None where there are too many.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from typing import NamedTuple
 
 from ditmoe_cli.compression.precision.lagrange import Group, reduced_costs
 
-MOST_SUMS = 100_000  # at a time: a second of work or so
+MOST_SUMS = 100_000  # at a time: about a second of work
 
 
 class _Sum(NamedTuple):
-    """What a choice of the groups so far takes and costs; what of the group before it follows, and its option."""
+    """The sums of a choice of the groups so far.
+
+    Attributes:
+        bytes: sum of bytes above each group's fewest.
+        error: sum of errors.
+        reduced: sum of reduced costs.
+        before: index of the sum that it continues, in the list of the group before.
+        option: the last group's option.
+    """
 
     bytes: int
     error: float
@@ -42,24 +50,24 @@ def exact(
     """Return the choice of least error that fits `budget`, or None where more than `most` sums would be listed.
 
     Args:
-        groups: of which each takes one option.
-        options: those of each group that may be taken, at least one.
+        groups: the groups, each of which takes one option.
+        options: indices of each group's options that may be taken, at least one.
         budget: bytes.
         multiplier: λ, in error per byte, by which costs are reduced.
-        gap: known error less the bound at λ; None is returned too where nothing lies within it.
-        most: sums at a time.
+        gap: known error less the bound at λ; None is returned too where no choice lies within it.
+        most: largest number of sums in a list.
     """
-    least = [min(group.options[o].bytes for o in mine) for group, mine in zip(groups, options, strict=True)]
+    least = [min(group.options[o].bytes for o in allowed) for group, allowed in zip(groups, options, strict=True)]
     room = budget - sum(least)
     sums = [_Sum(0, 0.0, 0.0, -1, -1)]
     lists: list[list[_Sum]] = []
-    for group, mine, fewest in zip(groups, options, least, strict=True):
+    for group, allowed, fewest in zip(groups, options, least, strict=True):
         costs = reduced_costs(group, multiplier)
-        # a hair more than the gap, as where options are ruled out
+        # slightly more than the gap, as where options are ruled out
         longer = sorted(
             _Sum(each.bytes + group.options[o].bytes - fewest, each.error + group.options[o].error, reduced, i, o)
             for i, each in enumerate(sums)
-            for o in mine
+            for o in allowed
             if each.bytes + group.options[o].bytes - fewest <= room
             and (reduced := each.reduced + costs[o]) <= gap * (1 + 1e-9)
         )

@@ -1,10 +1,10 @@
-"""One option for each group under a budget of bytes, by Lagrangian relaxation. Needs neither torch nor numpy.
+"""One option for each group under a budget of bytes, by Lagrangian relaxation. Torch- and numpy-free.
 
 The multiple-choice knapsack: group g takes exactly one option o, of b_go bytes and error e_go >= 0. With B the budget,
 
     minimise Σ_g e_g,o(g)   subject to   Σ_g b_g,o(g) <= B.
 
-Paying λ >= 0 per byte instead of minding the budget parts the groups, and gives a bound from below for every λ:
+A price λ >= 0 per byte instead of the budget separates the groups, and gives a lower bound for every λ:
 
     L(λ) = Σ_g min_o (e_go + λ b_go) - λ B  <=  optimum.
 
@@ -23,17 +23,17 @@ from dataclasses import dataclass
 
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 
-# Exchanges tried after the greedy fill. Each takes a pass over all options, and later ones win little.
+# Exchanges tried after the greedy fill. Each takes a pass over all options, and later ones gain little.
 _EXCHANGES = 32
-# What an exchange must win, relative to the errors it moves: less could be rounding, and go round in circles.
+# Least gain of an exchange, relative to the errors it moves: a smaller one could be rounding, and repeat for ever.
 _NOISE = 1e-12
-# Errors beyond this, times bytes, could overflow.
+# Larger errors, times bytes, could overflow.
 _LARGEST = 1e200
 
 
 @dataclass(frozen=True)
 class Option:
-    """A number format for a group: what it takes in bytes, and the error that it causes, in any one unit."""
+    """A number format for a group, its bytes, and the error that it causes, in any one unit."""
 
     format: str
     bytes: int
@@ -49,7 +49,11 @@ class Group:
 
 
 def check(groups: Sequence[Group], budget: int) -> None:
-    """Raise `BadInputError` where an option makes no sense, `InfeasibleError` where the least bytes exceed `budget`."""
+    """Check groups and budget.
+
+    Raises `BadInputError` for groups without options and for errors or bytes out of range, `InfeasibleError` where the
+    least bytes exceed `budget`.
+    """
     for group in groups:
         if not group.options:
             raise BadInputError(f"group {group.name}: it has no options; give it one format or more")
@@ -73,7 +77,8 @@ def check(groups: Sequence[Group], budget: int) -> None:
 def undominated(group: Group) -> tuple[int, ...]:
     """Return the indices of the options worth taking, by rising bytes and strictly falling error.
 
-    An option goes where another takes no more bytes and has no more error. Of options equal in both the first stays.
+    An option is left out where another takes no more bytes and has no more error. Of options equal in both the first
+    remains.
     """
     kept: list[int] = []
     order = sorted(range(len(group.options)), key=lambda o: (group.options[o].bytes, group.options[o].error, o))
@@ -94,10 +99,10 @@ def bytes_of(groups: Sequence[Group], choice: Sequence[int]) -> int:
 
 
 def usable(groups: Sequence[Group], budget: int) -> int:
-    """Return the part of `budget` that can be spent: the least bytes, and whole multiples of all options' common step.
+    """Return the part of `budget` that can be spent: the least bytes, plus a multiple of all options' common step.
 
-    No choice without dominated options takes more, so that a bound at this budget holds for the whole one. Where groups
-    are equally large it is much tighter.
+    No choice of `undominated` options takes more, so a bound at this budget holds for the whole one. Where groups are
+    equally large the bound is much tighter.
     """
     worthwhile = [[group.options[o].bytes for o in undominated(group)] for group in groups]
     least = sum(sizes[0] for sizes in worthwhile)
@@ -106,9 +111,9 @@ def usable(groups: Sequence[Group], budget: int) -> int:
 
 
 def reduced_costs(group: Group, multiplier: float) -> tuple[float, ...]:
-    """Return r_o = e_o + λ b_o - min_o' (e_o' + λ b_o') >= 0: what taking option o adds to the bound at least.
+    """Return r_o = e_o + λ b_o - min_o' (e_o' + λ b_o') >= 0, the least that option o adds to the bound.
 
-    Bytes are taken above the group's least, which changes nothing but the rounding.
+    Bytes are taken above the group's least, which changes the rounding only.
     """
     least = min(option.bytes for option in group.options)
     costs = [option.error + multiplier * (option.bytes - least) for option in group.options]
@@ -117,7 +122,7 @@ def reduced_costs(group: Group, multiplier: float) -> tuple[float, ...]:
 
 
 def dual(groups: Sequence[Group], budget: int, multiplier: float) -> float:
-    """Return L(λ) of the module's head, lowered by what rounding may add to it, and 0 where that is negative."""
+    """Return L(λ) as defined above, lowered by the largest rounding error, and 0 where that is negative."""
     room = budget
     costs: list[float] = []
     for group in groups:
@@ -132,10 +137,11 @@ def dual(groups: Sequence[Group], budget: int, multiplier: float) -> float:
 
 
 def relax(groups: Sequence[Group], budget: int) -> tuple[tuple[int, ...], float]:
-    """Return (choice, λ): the linear relaxation without its one fraction, and the λ that makes L largest.
+    """Return (choice, λ): the linear relaxation without its one fractional group, and the λ that maximises L.
 
-    All groups start at their fewest bytes and go along their lower convex hull, the steepest steps of all first (error
-    saved per byte; of equal ones the first group's), until one does not fit: its slope is λ. Where all fit, λ = 0.
+    All groups start at their fewest bytes and step along their lower convex hull, the steepest steps of all groups
+    first (error saved per byte; of equal ones the first group's), until a step does not fit: its slope is λ. Where all
+    fit, λ = 0.
     Takes O(n log n) for n options.
     """
     hulls = [_hull(group) for group in groups]
@@ -168,11 +174,10 @@ def lagrange(groups: Sequence[Group], budget: int) -> tuple[tuple[int, ...], flo
 
 
 def improve(groups: Sequence[Group], budget: int, choice: Sequence[int]) -> tuple[int, ...]:
-    """Return `choice`, which fits `budget`, made better until nothing simple helps.
+    """Return a choice of no more error than `choice`, which fits `budget`.
 
-    What is left over goes to the option that saves most error per byte of those that fit, again and again. Then the
-    best exchange is made, one group giving bytes and another taking them, and so on. Of equals the first group's goes
-    first.
+    Remaining bytes are spent on the option that saves most error per byte, as long as one fits. Then the best exchange
+    is made, one group giving bytes to another, and so on in turns. Of equal ones the first group's is taken.
     """
     better = list(choice)
     worthwhile = [undominated(group) for group in groups]
@@ -185,7 +190,7 @@ def improve(groups: Sequence[Group], budget: int, choice: Sequence[int]) -> tupl
 
 
 def _slope(small: Option, large: Option) -> float:
-    """Return the error that the larger option saves per byte that it takes more."""
+    """Return the error that the larger option saves per additional byte."""
     return (small.error - large.error) / (large.bytes - small.bytes)
 
 
@@ -201,7 +206,7 @@ def _hull(group: Group) -> list[int]:
 
 
 def _fill(groups: Sequence[Group], budget: int, choice: list[int], worthwhile: Sequence[Sequence[int]]) -> None:
-    """Spend what `choice` leaves of `budget` on the options that save most per byte."""
+    """Spend the bytes that `choice` leaves of `budget` on the options that save most error per byte, in place."""
     room = budget - bytes_of(groups, choice)
 
     def upgrades(g: int) -> list[tuple[float, int, int, int]]:
@@ -218,7 +223,7 @@ def _fill(groups: Sequence[Group], budget: int, choice: list[int], worthwhile: S
     while heap:
         _, g, o, before = heapq.heappop(heap)
         more = groups[g].options[o].bytes - groups[g].options[before].bytes
-        # the room only shrinks: what does not fit now never will from the same option
+        # the room only shrinks: a step that does not fit now never will from the same option
         if choice[g] == before and more <= room:
             choice[g] = o
             room -= more
@@ -231,7 +236,7 @@ _Move = tuple[int, float, int, int]
 
 
 def _exchange(groups: Sequence[Group], budget: int, choice: list[int], worthwhile: Sequence[Sequence[int]]) -> bool:
-    """Make the exchange between two groups that saves most, if one saves anything; return whether."""
+    """Make the exchange between two groups that saves most error, in place; return whether any saves error."""
     room = budget - bytes_of(groups, choice)
     moves: list[_Move] = []
     for g, group in enumerate(groups):
@@ -239,7 +244,7 @@ def _exchange(groups: Sequence[Group], budget: int, choice: list[int], worthwhil
         moves += [(group.options[o].bytes - now.bytes, group.options[o].error - now.error, g, o) for o in worthwhile[g]]
     takes = sorted(move for move in moves if move[0] > 0)
     sizes = [take[0] for take in takes]
-    # the best of the first 1, 2, ... moves, and the best of another group beside it
+    # of the first 1, 2, ... moves: the best, and the best of another group
     best: list[tuple[_Move, _Move | None]] = []
     for take in takes:
         first, second = best[-1] if best else (take, None)
@@ -248,17 +253,17 @@ def _exchange(groups: Sequence[Group], budget: int, choice: list[int], worthwhil
         elif take[2] != first[2] and (second is None or take[1] < second[1]):
             second = take
         best.append((first, second))
-    found: tuple[float, _Move, _Move] | None = None
+    exchange: tuple[float, _Move, _Move] | None = None
     for give in moves:
         fitting = bisect_right(sizes, room - give[0]) if give[0] < 0 else 0
         for other in best[fitting - 1] if fitting else ():
             if other is None or other[2] == give[2]:
                 continue
             saved = other[1] + give[1]
-            if saved < -_NOISE * abs(give[1]) and (found is None or saved < found[0]):
-                found = saved, give, other
-    if found is None:
+            if saved < -_NOISE * abs(give[1]) and (exchange is None or saved < exchange[0]):
+                exchange = saved, give, other
+    if exchange is None:
         return False
-    for _, _, g, o in found[1:]:
+    for _, _, g, o in exchange[1:]:
         choice[g] = o
     return True

@@ -1,8 +1,8 @@
 """The method ``replay``: the formats of least measured error of the guided prediction, all weights sharing one budget.
 
-Amplifications are measured with one width everywhere first. The mix that this gives has errors of other sizes, with
-other amplifications (`compression.replay.amplification`); so it is tried, and solved again with the amplifications
-that the trial measured. Of both mixes the one of less tried error is taken.
+Amplifications are first measured with one width everywhere. The mix solved with them has errors of other sizes, and so
+other amplifications (`compression.replay.amplification`): a trial measures these, and the program is solved again. Of
+both mixes the one of less tried error is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ditmoe_cli.compression.precision.trial import try_formats
 def choose(request: MixRequest, calibrated: Calibrated) -> SolvedMix:
     """Return the mix of least error.
 
-    Raises `InfeasibleError` where the narrowest formats do not fit, before anything is measured.
+    Raises `InfeasibleError` before any measurement where the narrowest formats do not fit.
     """
     least = least_bytes(request)
     rounded = {name: tuple(fmt for fmt in formats if fmt) for name, formats in request.formats.items()}

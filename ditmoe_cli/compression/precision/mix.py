@@ -1,4 +1,4 @@
-"""Mixes of formats: as a method chose them, or as the program of least error solves them. Torch-free."""
+"""Mixes of formats: the choice of a method, or the solution of the program of least error. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ditmoe_cli.compression.precision.program import Solution, solve
 from ditmoe_cli.errors import InfeasibleError, UsageError
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
-_SECONDS = 30.0  # of a solver: a few weights of awkward sizes may take it longer than thousands do
-_ROUNDS = 8  # in which the budget of the weights is lowered by as much as the file is too large
+_SECONDS = 30.0  # time limit of a solver: a few weights of awkward sizes may take longer than thousands do
+_ROUNDS = 8  # rounds that lower the budget of the weights by the excess of the file
 
 T = TypeVar("T")
 Errors = Mapping[str, Mapping[str, float]]
@@ -28,8 +28,8 @@ class Mix:
 
     Attributes:
         formats: the format of each weight that gets one.
-        tried_error: error of the guided prediction with all weights rounded at once; None where it was not tried.
-        ordering: how neurons are put in order first (`Formats.ordering` of the plan).
+        tried_error: error of the guided prediction with all weights rounded at once; None where it was not measured.
+        ordering: the order that neurons are put in first (`Formats.ordering` of the plan).
     """
 
     formats: Mapping[str, str]
@@ -38,20 +38,20 @@ class Mix:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is known of the choice itself, for the options of a plan."""
+        """Figures of the choice itself, for the options of a plan."""
         return {}
 
 
 @dataclass(frozen=True)
 class SolvedMix(Mix):
-    """A mix that a program was solved for: the solution, and the bytes of the file."""
+    """A mix that solves the program of least error: the solution, and the bytes of the file."""
 
     solution: Solution
     size: int
 
     @property
     def options(self) -> dict[str, Any]:
-        """The predicted error, and how far from the least it may be."""
+        """The predicted error, its bound and gap, and the solver."""
         solution = self.solution
         return {
             "predicted_error": solution.error,
@@ -64,7 +64,7 @@ class SolvedMix(Mix):
 def least_bytes(request: MixRequest) -> int:
     """Return the bytes of the file with the narrowest formats.
 
-    Raises `InfeasibleError` where that is above the limit, and `UsageError` where no format suits all weights of a tie.
+    Raises `InfeasibleError` where they exceed the limit, and `UsageError` where no format suits all weights of a tie.
     """
     no_errors = {name: dict.fromkeys(filter(None, fmts), 0.0) for name, fmts in request.formats.items()}
     groups = decisions(request, no_errors)
@@ -77,7 +77,7 @@ def least_bytes(request: MixRequest) -> int:
 
 
 def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
-    """Return the mix of least error whose file takes at most the limit; `least` is what `least_bytes` returns."""
+    """Return the mix of least error whose file takes at most the limit; `least` is the result of `least_bytes`."""
     groups = decisions(request, errors)
     narrowest = sum(group.options[o].bytes for group, o in zip(groups, _narrowest(groups), strict=True))
 
@@ -96,12 +96,12 @@ def fitted(choose: Callable[[int], T], size: Callable[[T], int], limit: int, nar
         choose: returns the choice for a budget.
         size: returns the bytes of a choice's file.
         limit: bytes of the largest file allowed.
-        narrowest: bytes of the weights in their narrowest formats, which fit: the budget is never lowered below.
-        room: bytes that the file with the narrowest formats leaves.
+        narrowest: bytes of the weights in their narrowest formats, which fit: the lowest budget.
+        room: limit less the bytes of the file with the narrowest formats.
 
-    Only headers of other lengths make a difference, so a few rounds do. Where a choice leaves bytes of its budget, the
-    next budget may give it again: after `_ROUNDS` rounds budgets fall twice as fast each time. Raises `InfeasibleError`
-    where not even the narrowest choice fits.
+    Only lengths of headers keep both budgets apart, so a few rounds suffice. Where a choice does not use up its budget,
+    the next budget may give the same choice: after `_ROUNDS` rounds budgets fall twice as fast each time. Raises
+    `InfeasibleError` where not even the narrowest choice fits.
     """
     above = 0
     for round in itertools.count():
@@ -116,7 +116,10 @@ def fitted(choose: Callable[[int], T], size: Callable[[T], int], limit: int, nar
 
 
 def decisions(request: MixRequest, errors: Errors) -> list[Group]:
-    """Return the groups of the program, one a decision, with the formats that suit all of its weights as options."""
+    """Return the groups of the program: one for each decision, with the formats that suit all its weights as options.
+
+    Raises `UsageError` where no format does.
+    """
     formats = request.formats
     groups = []
     for decision, names in request.decisions.items():
@@ -136,8 +139,9 @@ def decisions(request: MixRequest, errors: Errors) -> list[Group]:
 
 
 def _narrowest(groups: Sequence[Group]) -> list[int]:
+    """Return the index of each group's option of fewest bytes."""
     sizes = ([option.bytes for option in group.options] for group in groups)
-    return [each.index(min(each)) for each in sizes]
+    return [of_group.index(min(of_group)) for of_group in sizes]
 
 
 def _formats(request: MixRequest, groups: Sequence[Group], choice: Sequence[int]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The request that a method of mixed precision is given: formats to choose from, and the bytes allowed. Torch-free."""
+"""The request for a mix of precisions: formats to choose from, and the bytes allowed. Torch-free."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ class MixRequest:
         return members
 
     def weights_of(self, *groups: WeightGroup) -> list[str]:
-        """Return the weights of some groups that may be quantised."""
+        """Return the weights of `groups` that may be quantised."""
         return [name for name in self.formats if weight_group(self.checkpoint.weights[name].info) in groups]
 
     def format_at(self, name: str, width: str) -> str | None:
-        """Return a weight's format at a width, or at the next wider that it may take, else at its widest."""
+        """Return a weight's format at a width, else at the next wider one that it may take, else at its widest."""
         wider = (self.candidates.format_of(each) for each in WIDTHS[WIDTHS.index(width) :])
         return next((fmt for fmt in wider if fmt in self.formats[name]), self.formats[name][-1])
 
     def formats_at(self, names: Sequence[str], width: str) -> dict[str, str]:
-        """Return weights' formats at a width, without the weights that it leaves as they are."""
+        """Return weights' formats at a width; weights that stay as they are have none."""
         formats = ((name, self.format_at(name, width)) for name in names)
         return {name: fmt for name, fmt in formats if fmt is not None}
 
     def size(self, *formats: Mapping[str, str]) -> int:
-        """Return the bytes of the file with some formats, and all else left as it is."""
+        """Return the bytes of the file with weights in `formats`, and everything else as it is."""
         return self.sizes.of({name: fmt for part in formats for name, fmt in part.items()})
 
 

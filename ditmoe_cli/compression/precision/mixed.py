@@ -24,10 +24,10 @@ class MixedPrecision(Planner):
     """The planner of a mix of formats.
 
     Attributes:
-        budget: how large the file may be.
+        budget: the largest file allowed.
         candidates: the formats to choose from.
-        method: by which formats are chosen, of `MIXES`.
-        rounding: how weights are rounded to their formats; None for the nearest values.
+        method: name of the method that chooses formats, of `MIXES`.
+        rounding: method that rounds weights to their formats; None for the nearest values.
         label: ending of the default output's name.
     """
 
@@ -40,11 +40,11 @@ class MixedPrecision(Planner):
     needs_profile: ClassVar[bool] = True
 
     def check(self, work: Work) -> None:
-        """Refuse checkpoints that are quantised already, and a budget that nothing fits."""
+        """Raise the errors of quantised checkpoints, and of a budget below the narrowest formats."""
         least_bytes(self._request(work))
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
-        """Choose formats by the method, and try them where the method has not."""
+        """Return the plan of the method's mix, with the error of rounding all its weights at once."""
         from ditmoe_cli.compression.precision.trial import try_formats
 
         assert profile is not None
@@ -61,7 +61,7 @@ class MixedPrecision(Planner):
         raise BadInputError(f"{checkpoint.path}: which mix is best rests on measured errors; give a ⟨profile⟩")
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
-        """Return how many weights get each format, and the errors that are expected."""
+        """Return the number of weights of each format, and the expected errors."""
         del checkpoint
         names = ("method", "predicted_error", "tried_error", "gap", "solver")
         return {**format_counts(plan), **{name: plan.options[name] for name in names if name in plan.options}}
@@ -73,7 +73,7 @@ class MixedPrecision(Planner):
 def plan_mix(
     calibrated: Calibrated, mix: Mix, options: Mapping[str, Any], rounding: Rounding | None
 ) -> CompressionPlan:
-    """Return the plan that stores weights in the formats of a mix; `options` are noted beside the mix's own."""
+    """Return the plan that stores weights in the formats of a mix, with `options` beside the mix's own."""
     return CompressionPlan(
         "quantize",
         calibrated.checkpoint.fingerprint,

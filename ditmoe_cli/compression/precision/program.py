@@ -1,4 +1,4 @@
-"""Which number format each weight gets, as a binary program under a budget of bytes. Needs neither torch nor numpy.
+"""The choice of a number format for each weight, as a binary program under a budget of bytes. Torch- and numpy-free.
 
 With x_go = 1 where group g takes option o, of b_go bytes and error e_go:
 
@@ -44,7 +44,7 @@ _PROGRAMS: dict[str, tuple[str, ...]] = {
 FALLBACK_GAP = 5e-2
 # A relative gap that rounding alone may cause.
 _ROUNDING = 1e-12
-# Solvers compare with absolute tolerances of about 1e-6. The largest cost that they are shown is brought near this.
+# Solvers compare with absolute tolerances of about 1e-6, so costs are scaled until the largest is near this.
 _COST_SCALE = 1024.0
 # How far a solver's proof may be off, in those costs.
 _TOLERANCE = 1e-4
@@ -52,12 +52,17 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Solution:
-    """What each group takes, and how far from the optimum that may be.
+    """One option for each group, and how far from the optimum the choice may be.
 
-    choice: an option index per group. error, bytes: their sums over groups. bound: no choice that fits the budget has
-    less error; the Lagrangian's, or the solver's where its proof is tighter. gap: (error - bound) / error, 0 where
-    error is 0. solver: whose answer it is, ``highs`` or ``cbc`` where that ended with a proof or with the better
-    choice, ``exact`` where they did not and all sums were listed (`knapsack`), else ``lagrange``.
+    Attributes:
+        choice: an option index per group.
+        error: sum of the groups' errors.
+        bytes: sum of the groups' bytes.
+        bound: no choice that fits the budget has less error; the Lagrangian's bound, or the solver's where that is
+            tighter.
+        gap: (error - bound) / error, 0 where error is 0.
+        solver: ``highs`` or ``cbc`` where that solver proved its choice or had the better one, ``exact`` where none did
+            and all sums were listed (`knapsack`), else ``lagrange``.
     """
 
     choice: tuple[int, ...]
@@ -74,24 +79,25 @@ def solve(
     """Return the choice of least error that fits `budget` bytes, to within the relative `gap`.
 
     1. The Lagrangian gives a choice of error U, a bound L, and λ. A choice with option o in group g has an error of at
-       least L + r_go (`reduced_costs`), so options with r_go > U - L cannot make U better, and go. Where none remains
-       but the choice, or U - L is mere rounding, that is the optimum, and no program is run.
-    2. The rest is a binary program. Costs are taken above the least of each group and scaled by a power of two, bytes
-       are taken above the least and divided by their common divisor, and the gap allowed is absolute, `gap` L / 2, so
-       that neither the errors' unit nor the groups that are settled make a difference to a solver. The other half is
-       for its tolerances.
-    3. The solver's choice, put through `improve`, or the Lagrangian's: of less error, then of fewer bytes, then the
-       lexicographically first.
+       least L + r_go (`reduced_costs`), so options with r_go > U - L cannot lower U and are dropped. Where only the
+       choice itself remains, or U - L is mere rounding, it is the optimum, and no program is run.
+    2. The options left make a binary program. Costs are taken above the least of each group and scaled by a power of
+       two, bytes are taken above the least and divided by their common divisor, and the gap allowed is absolute,
+       `gap` L / 2. So neither the errors' unit nor the settled groups make a difference to a solver. The other half of
+       the gap is for its tolerances.
+    3. The result is the solver's choice after `improve`, or the Lagrangian's: the one of less error, then of fewer
+       bytes, then the lexicographically first.
 
     ``auto`` runs HiGHS if it is installed, and CBC if HiGHS is missing, fails or ends without a proof. `time_limit` is
-    in seconds: HiGHS then gets half, and CBC what is left. Without a proof the best of the choices stands if its gap is
-    at most `FALLBACK_GAP` (or `gap`, if larger); else ``auto`` lists all sums of bytes and errors, if they are not too
-    many (`knapsack.exact`). ``lagrange`` runs nothing, and its choice always stands. One thread
-    and fixed seeds make equal input give equal choices, unless a program is cut off by the clock. Options that another
-    makes pointless (`undominated`) are never taken.
+    in seconds: HiGHS then gets half, and CBC the remaining time. Without a proof the best choice is returned if its gap
+    is at most `FALLBACK_GAP` (or `gap`, if larger); else ``auto`` lists all sums of bytes and errors, if they are not
+    too many (`knapsack.exact`). ``lagrange`` runs no program and always returns its choice. One thread and fixed seeds
+    make equal input give equal choices, unless the time limit ends a program. Dominated options (`undominated`) are
+    never taken.
 
-    Raises `InfeasibleError` where the least bytes exceed the budget or no answer is good enough, `BadInputError` for
-    errors or bytes that make no sense, `UsageError` for arguments that do not.
+    Raises `InfeasibleError` where the least bytes exceed the budget or no choice is good enough, `BadInputError` for
+    errors or bytes that are negative or not finite, `UsageError` for an unknown solver, a gap or a time limit out of
+    range.
     """
     if solver not in _PROGRAMS:
         raise UsageError(f"solver {solver}: unknown; there are {', '.join(_PROGRAMS)}")
@@ -109,18 +115,17 @@ def solve(
         return _solution(groups, incumbent, upper, "lagrange")
     if solver == "lagrange" or fallback.gap <= _ROUNDING:
         return fallback
-    ended: list[str] = []
+    statuses: list[str] = []
     names, started = _PROGRAMS[solver], time.monotonic()
     for n, name in enumerate(names):
-        left = time_limit - (time.monotonic() - started)
-        outcome = _run(
-            name, groups, core, budget, gap * bound / 2, max(time_limit / len(names), left / (len(names) - n))
-        )
-        ended.append(f"{name}: {outcome.status}")
+        remaining = time_limit - (time.monotonic() - started)
+        seconds = max(time_limit / len(names), remaining / (len(names) - n))
+        outcome = _run(name, groups, core, budget, gap * bound / 2, seconds)
+        statuses.append(f"{name}: {outcome.status}")
         if outcome.choice is None:
             continue
-        theirs = improve(groups, budget, outcome.choice)
-        choice = min((theirs, incumbent), key=lambda each: (error_of(groups, each), bytes_of(groups, each), each))
+        improved = improve(groups, budget, outcome.choice)
+        choice = min((improved, incumbent), key=lambda each: (error_of(groups, each), bytes_of(groups, each), each))
         if outcome.proved:
             return _solution(groups, choice, max(bound, error_of(groups, outcome.choice) - outcome.slack), name)
         if choice != incumbent:
@@ -132,8 +137,8 @@ def solve(
         choice = min((best, incumbent), key=lambda each: error_of(groups, each))
         return _solution(groups, choice, error_of(groups, choice) * (1 - _ROUNDING), "exact")
     raise InfeasibleError(
-        f"the formats could not be chosen ({'; '.join(ended)}): the best choice found may be {fallback.gap:.2g} of its "
-        f"error from the optimum, more than {max(gap, FALLBACK_GAP):.2g}; give more time or another solver"
+        f"the formats could not be chosen ({'; '.join(statuses)}): the best choice found may be {fallback.gap:.2g} of "
+        f"its error from the optimum, more than {max(gap, FALLBACK_GAP):.2g}; give more time or another solver"
     )
 
 
@@ -142,7 +147,7 @@ def _core(groups: Sequence[Group], incumbent: Sequence[int], multiplier: float, 
     core: list[list[int]] = []
     for group, own in zip(groups, incumbent, strict=True):
         costs = reduced_costs(group, multiplier)
-        # a hair more than the gap: the bound is lowered by its rounding, but may equal the error
+        # slightly more than the gap: the bound is lowered by its rounding, but may equal the error
         core.append([o for o in undominated(group) if o == own or costs[o] <= open_gap * (1 + 1e-9)])
     return core
 
@@ -156,9 +161,13 @@ def _solution(groups: Sequence[Group], choice: tuple[int, ...], bound: float, so
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a program.
+    """The outcome of a program.
 
-    choice: None if there is none. status: how it ended. proved: no choice is better by more than slack.
+    Attributes:
+        choice: an option index per group; None if the program gave none.
+        status: how the program ended.
+        proved: whether no choice is better by more than `slack`.
+        slack: absolute, in the errors' unit.
     """
 
     choice: tuple[int, ...] | None
@@ -194,7 +203,7 @@ def _run(
             )
     except ImportError:
         return _Outcome(None, "not installed")
-    except Exception as error:  # whatever goes wrong in a solver, the Lagrangian's answer is still there
+    except Exception as error:  # whatever fails in a solver, the Lagrangian's choice remains
         return _Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0])
     choice = [options[0] for options in core]
     for g, o in taken:

@@ -3,13 +3,13 @@
 Calibration states run through the original blocks. In each block the error of a format is replayed on the tokens at
 hand, where it enters the residual stream: after γ, routed by the original router, on guided pairs (see
 `compression.replay.tokens`). How much of an error that enters there arrives in the prediction is measured, for
-each block and kind of weight, by sending states with a known error through the rest of the model:
+each block and kind of weight, by running states with a known error through the rest of the model:
 
     error(W, format) = a_bk Σ_pairs ‖s γ_c e_c - (s - 1) γ_u e_u‖² / pairs
 
 with the amplification a_bk of block b and kind k (`compression.replay.amplification`). Weights outside the blocks are
-measured by the prediction alone. Errors of a plan are taken to add up; `compression.precision.trial` measures how
-nearly they do.
+measured by the prediction alone. Errors of a plan are assumed to add up; `compression.precision.trial` measures the
+error of all together.
 
 One block's weights are in memory at a time, beside the streams.
 """
@@ -43,8 +43,8 @@ Tried = Mapping[str, Sequence[str]]
 Errors = dict[str, dict[str, float]]
 """The error of each weight in each format."""
 
-REFERENCE = "int3-g64"  # the format whose error is sent through the model
-EXPERT_TOKENS = 2_048  # most guided tokens of one expert
+REFERENCE = "int3-g64"  # the format whose error runs through the model
+EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sensitivities:
     """Measured errors of formats.
 
     Attributes:
-        errors: of each weight and format, in relative squared error of the guided prediction.
+        errors: relative squared error of the guided prediction, by weight and format.
         amplification: of each block, by kind of weight: prediction error over error of the stream.
     """
 
@@ -60,7 +60,7 @@ class Sensitivities:
     amplification: Amplification
 
     def at(self, amplification: Amplification) -> Sensitivities:
-        """Return the errors with amplifications measured anew; where one was not (0), the old one stays."""
+        """Return the errors at other amplifications; an amplification of 0 was not measured, and the old one stays."""
         new = tuple(
             {kind: measured.get(kind) or known for kind, known in old.items()}
             for old, measured in zip(self.amplification, amplification, strict=True)
@@ -68,6 +68,7 @@ class Sensitivities:
         return Sensitivities({name: self._scaled(name, new) for name in self.errors}, new)
 
     def _scaled(self, name: str, amplification: Amplification) -> dict[str, float]:
+        """Return the errors of one weight at another amplification."""
         block, errors = split_name(name).block, self.errors[name]
         if block is None:
             return errors
@@ -77,7 +78,7 @@ class Sensitivities:
 
 
 class _StreamError(NamedTuple):
-    """The error that a format of a weight, named within its block, gives to the stream."""
+    """The error of the stream that a format of a weight, named within its block, causes."""
 
     name: str
     format: str
@@ -85,7 +86,7 @@ class _StreamError(NamedTuple):
 
 
 def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivities:
-    """Measure every weight that `formats` names, in each of its formats.
+    """Return the errors of every weight that `formats` names, in each of its formats.
 
     Raises `BadInputError` for a profile without states, and for values that are not finite.
     """
@@ -99,7 +100,7 @@ def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivit
 
 
 class _Measurement:
-    """States on their way through the blocks, and the errors that are measured there."""
+    """States that pass the blocks, and the errors measured there."""
 
     def __init__(self, model: OffloadedDiTMoE, states: GuidedStates, formats: Tried) -> None:
         self.model, self.states = model, states
@@ -122,7 +123,7 @@ class _Measurement:
                         yield (name, fmt), embedded(self.model, self.error_streams.states)
 
     def pass_through(self, index: int, block: Block) -> None:
-        """Measure a block's weights, and let all streams pass it."""
+        """Measure a block's weights, and let all streams pass the block."""
         formats = {
             name.removeprefix(in_block(index, "")): fmts
             for name, fmts in self.formats.items()
@@ -151,7 +152,7 @@ class _Measurement:
                 yield _StreamError(name, fmt, error)
 
     def result(self, checkpoint: Checkpoint) -> Sensitivities:
-        """Compare the predictions, and measure the weights behind the blocks."""
+        """Return all errors of the prediction, those of weights behind the blocks included."""
         streams, errors = self.error_streams, Errors()
         expected, amplification = streams.predicted(streams.original), streams.amplification()
         for index, measured in self.stream_errors.items():
@@ -172,7 +173,7 @@ class _Measurement:
 
 
 def mixture_errors(block: Block, tokens: BlockTokens, formats: Tried) -> Iterator[_StreamError]:
-    """Yield the errors of a block's experts, the shared one last, replayed on the tokens of its mixture."""
+    """Yield the errors of a block's experts, then of its shared expert, replayed on the tokens of its mixture."""
     routing = block.moe.gate(tokens.inputs)
     for e, expert in enumerate(block.moe.experts):
         yield from _of_expert(f"moe.experts.{e}", expert, tokens, routing.gate_of(e), formats)
@@ -183,6 +184,7 @@ def mixture_errors(block: Block, tokens: BlockTokens, formats: Tried) -> Iterato
 def _of_expert(
     stem: str, expert: nn.Module, tokens: BlockTokens, gates: Tensor, formats: Tried
 ) -> Iterator[_StreamError]:
+    """Yield the errors of one expert's matrices."""
     of_matrices = {f"{matrix}.weight": formats.get(f"{stem}.{matrix}.weight", ()) for matrix in MATRICES}
     for matrix, fmt, error in expert_errors(expert, tokens, gates, of_matrices):
         yield _StreamError(f"{stem}.{matrix}", fmt, error)
@@ -193,15 +195,15 @@ def expert_errors(
 ) -> Iterator[tuple[str, str, float]]:
     """Yield (matrix, format, Σ ‖guided error‖² / pairs) of rounding one matrix of an expert at a time.
 
-    `gates` (T,) is its routing weight, 0 for tokens that went elsewhere. Of more than `EXPERT_TOKENS` guided tokens
-    evenly spaced ones stand for all.
+    `gates` (T,) is its routing weight, 0 for tokens that did not select it. Where more than `EXPERT_TOKENS` guided
+    tokens selected it, evenly spaced ones are taken.
     """
     assert isinstance(expert, SwiGLU)
     used = tokens.paired(gates).ne(0).any(dim=1).nonzero().squeeze(1)
     if not len(used):
         yield from ((matrix, fmt, 0.0) for matrix, fmts in formats.items() for fmt in fmts)
         return
-    stride = -(-len(used) // EXPERT_TOKENS) | 1  # odd, or of 16 × 16 patches a few columns would stand for all
+    stride = -(-len(used) // EXPERT_TOKENS) | 1  # odd, an even one would take a few columns of 16 × 16 patches only
     pairs = used[::stride].contiguous()
     rows = torch.cat([pairs + branch * tokens.pairs for branch in range(tokens.branches)])
     rows = rows[gates[rows] != 0]

@@ -1,4 +1,4 @@
-"""A mix of formats tried out: all weights rounded to the nearest at once, and each block's errors on their own."""
+"""Trials of a mix of formats: all weights rounded to the nearest at once, and the errors of each block alone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ditmoe_cli.model.walk import resident_blocks
 
 @dataclass(frozen=True)
 class Trial:
-    """The errors of a mix that was tried.
+    """The measured errors of a mix.
 
     Attributes:
-        error: relative squared error of the guided prediction, on the states that errors are measured on.
-        amplification: of each block and kind of weight, with errors of this mix's size.
+        error: relative squared error of the guided prediction, on `measured_states`.
+        amplification: amplification of each block and kind of weight, at errors of this mix's size.
     """
 
     error: float
@@ -32,9 +32,9 @@ class Trial:
 
 
 def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders] = ()) -> Trial:
-    """Round every weight to its format, and measure the error of the prediction.
+    """Return the errors of rounding every weight to its format.
 
-    With `orders`, one mapping a block, the neurons of experts are put in order first. Raises `BadInputError` for a
+    With `orders`, one mapping per block, the neurons of experts are put in order first. Raises `BadInputError` for a
     profile without states.
     """
     checkpoint = calibrated.checkpoint

@@ -31,7 +31,7 @@ class UniformPrecision(Planner):
 
     Attributes:
         format: the format.
-        rounding: how weights are rounded to it; None for the nearest values, which takes no profile.
+        rounding: method that rounds weights to it; None for the nearest values, which need no profile.
         label: ending of the default output's name.
     """
 
@@ -46,11 +46,11 @@ class UniformPrecision(Planner):
         return self.rounding is not None
 
     def check(self, work: Work) -> None:
-        """Refuse checkpoints that are quantised already."""
+        """Raise `BadInputError` where weights are quantised already."""
         require_unquantised(work.checkpoint)
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
-        """Return the plan; see `plan_uniform`."""
+        """Return the plan of `plan_uniform`."""
         return plan_uniform(work.checkpoint, self.format, self.rounding, profile.digest if profile else None)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
@@ -58,26 +58,42 @@ class UniformPrecision(Planner):
         return plan_uniform(checkpoint, self.format, self.rounding)
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> dict[str, Any]:
-        """Return how many weights get the format."""
+        """Return the number of weights that get the format."""
         del checkpoint
         return format_counts(plan)
 
 
-def format_named(kind: str | None, bits: float | None, group_size: int, symmetric: bool, double: bool) -> str:
-    """Return the format of a kind and width; what is not given follows from the other.
+def format_named(
+    kind: str | None,
+    bits: float | None,
+    *,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    symmetric: bool = False,
+    double_quant: bool = False,
+) -> str:
+    """Return the name of the format of a kind, of `KINDS`, and a width.
 
-    4 bits are NF4 and 8 are bitsandbytes' int8 unless another kind is named, all other widths are uniform integers.
-    Raises `UsageError` for what does not go together.
+    Without a kind 4 bits are NF4, 8 are bitsandbytes' int8, 1.58 are ternary, and all other widths are uniform
+    integers. Without a width the kind's own is taken.
+
+    Args:
+        kind: kind of format.
+        bits: width.
+        group_size: weights that share a scale, in integers and ternary formats.
+        symmetric: whether integers have ranges symmetric about 0.
+        double_quant: whether scales of NF4 and FP4 are quantised too.
+
+    Raises `UsageError` for unknown values and for combinations that no format has.
     """
     if kind is None:
         default = {4.0: "nf4", 8.0: "int8", _TERNARY_BITS: "ternary"}
         kind = default.get(bits, "int") if bits is not None else None
     if kind not in KINDS:
-        what = "⟨bits⟩ is missing: give a width, or a ⟨format⟩" if kind is None else f"⟨format⟩ {kind}: unknown"
-        raise UsageError(f"{what}; choose from {', '.join(KINDS)}")
+        problem = "⟨bits⟩ is missing: give a width, or a ⟨format⟩" if kind is None else f"⟨format⟩ {kind}: unknown"
+        raise UsageError(f"{problem}; choose from {', '.join(KINDS)}")
     if group_size not in GROUP_SIZES:
         raise UsageError(f"⟨group_size⟩ {group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
-    if double and kind not in ("nf4", "fp4"):
+    if double_quant and kind not in ("nf4", "fp4"):
         raise UsageError(f"⟨double_quant⟩: only nf4 and fp4 have it, not {kind}")
     if symmetric and kind != "int":
         raise UsageError(f"⟨symmetric⟩: only ⟨format⟩ int has it, not {kind}")
@@ -90,7 +106,7 @@ def format_named(kind: str | None, bits: float | None, group_size: int, symmetri
         raise UsageError(f"⟨bits⟩ {bits}: with ⟨uniform⟩ choose from {', '.join(map(str, INTEGER_BITS))}")
     if kind == "int":
         return f"int{bits:g}-g{group_size}{'-sym' if symmetric else ''}"
-    return f"ternary-g{group_size}" if kind == "ternary" else f"{kind}{'-dq' if double else ''}"
+    return f"ternary-g{group_size}" if kind == "ternary" else f"{kind}{'-dq' if double_quant else ''}"
 
 
 def uniform_formats(checkpoint: Checkpoint, fmt: str) -> dict[str, str]:
@@ -105,10 +121,10 @@ def uniform_formats(checkpoint: Checkpoint, fmt: str) -> dict[str, str]:
 def plan_uniform(
     checkpoint: Checkpoint, fmt: str, rounding: Rounding | None = None, profile: str | None = None
 ) -> CompressionPlan:
-    """Plan to store all routed, shared and attention matrices in one format.
+    """Return the plan that stores all routed, shared and attention matrices in one format, and the rest as it is.
 
-    All else stays as it is. `profile` is the digest of the one that weights are rounded with. Raises `BadInputError`
-    where weights are quantised already, and where none can be.
+    `profile` is the digest of the profile that weights are rounded with. Raises `BadInputError` where weights are
+    quantised already, and where none can be.
     """
     require_unquantised(checkpoint)
     formats = uniform_formats(checkpoint, fmt)

@@ -1,12 +1,12 @@
-"""Amplification of errors: how much of an error in a block arrives in the prediction.
+"""Amplification of errors: the share of an error in a block that arrives in the prediction.
 
-For each block b and kind k of weight (mixture, attention, modulation) a stream of states is given the error of rounding
-all of a block's weights of that kind, and goes through the rest of the model. Its amplification is
+For each block b and kind k of weight (mixture, attention, modulation) a stream of states gets the error of rounding all
+of the block's weights of that kind, and passes the rest of the model. Its amplification is
 
     a_bk = (Σ ‖Δ prediction‖² / Σ ‖prediction‖²) / (Σ ‖Δ stream‖² / guided tokens).
 
 It depends on the size of the error: a small one tips tokens to other experts too, and such a token's error is not
-small. So it has to be measured with errors of the size that matters.
+small. So it is measured with errors of the size of interest.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ditmoe_cli.compression.replay.tokens import ratio
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 
-SENT_TOKENS = 4_096  # of each stream that carries an error to the end
+SENT_TOKENS = 4_096  # tokens of each stream that carries an error to the prediction
 
 Amplification = tuple[Mapping[str, float], ...]
-"""Of each block, by kind of weight."""
+"""The amplification of each block, by kind of weight."""
 
 
 class ErrorStreams:
@@ -42,7 +42,7 @@ class ErrorStreams:
     def pass_through(self, index: int, block: Block, formats: Mapping[str, str], after: Tensor) -> None:
         """Let all streams pass a block, and start one for each kind of the weights that are rounded.
 
-        `formats` are by names within the block; `after` are the original's tokens behind it.
+        `formats` are by weights' names within the block; `after` are the original's tokens behind the block.
         """
         for stream, _ in self._changed.values():
             stream.x = stream.through(block)
@@ -57,12 +57,12 @@ class ErrorStreams:
         return self.states.predicted(self.model, stream.x, stream.c)
 
     def amplification(self) -> Amplification:
-        """Return the error that arrived of each stream over the one that it was given; 0 of none."""
+        """Return the error of each stream's prediction over the error that it started with; 0 where that is 0."""
         expected = self.predicted(self.original)
         factors = [dict[str, float]() for _ in range(self.model.config.depth)]
-        for (index, kind), (stream, given) in self._changed.items():
+        for (index, kind), (stream, error) in self._changed.items():
             arrived = relative_error(self.predicted(stream), expected)
-            factors[index][kind] = arrived / given if given else 0.0
+            factors[index][kind] = arrived / error if error else 0.0
         return tuple(factors)
 
 
@@ -74,6 +74,6 @@ def kind_of(name: str) -> str:
 
 
 def relative_error(prediction: Tensor, expected: Tensor) -> float:
-    """Return Σ ‖prediction - expected‖² / Σ ‖expected‖²; 0 where nothing differs, also from a prediction of 0."""
+    """Return Σ ‖prediction - expected‖² / Σ ‖expected‖²; 0 where both are equal, also where both are 0."""
     error, reference = (float(part.double().square().sum()) for part in (prediction - expected, expected))
     return ratio(error, reference)

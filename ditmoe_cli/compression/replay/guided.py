@@ -1,4 +1,4 @@
-"""Calibration states in all guidance branches, as a model is given them, and errors as they count under guidance."""
+"""Calibration states in all guidance branches, and errors of the guided prediction."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 
-MEASURED_TOKENS = 16_384  # that errors are measured on, of all branches
-_IMAGES = 64  # that go through a block at once
+MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
+_IMAGES = 64  # images that pass a block at a time
 
 
 @dataclass(frozen=True)
 class GuidedStates:
-    """States in all branches, the conditional one first: N states take N or, under guidance, 2 N rows.
+    """States in all branches, the conditional one first: N states have N rows or, under guidance, 2 N.
 
     Attributes:
         z: (rows, C, S, S) noisy images.
@@ -29,7 +29,7 @@ class GuidedStates:
         labels: (rows,) classes, the null class in the unconditional branch.
         branches: 2 under guidance, else 1.
         cfg: guidance scale s.
-        sampler: sampler family, which decides what guidance does.
+        sampler: sampler family, which decides the channels that are guided.
     """
 
     z: Tensor
@@ -45,7 +45,7 @@ class GuidedStates:
         return (1.0,) if self.branches == 1 else (self.cfg, 1.0 - self.cfg)
 
     def first(self, states: int) -> GuidedStates:
-        """Return the first `states` states, in every branch."""
+        """Return the first `states` states in all branches."""
         z, t, labels = (_first_rows(part, self.branches, states) for part in (self.z, self.t, self.labels))
         return GuidedStates(z, t, labels, self.branches, self.cfg, self.sampler)
 
@@ -65,14 +65,14 @@ class GuidedStates:
         return self.guided(torch.cat([model.unembed(x[rows], c[rows]) for rows in image_slices(len(x))]))
 
     def energy(self, difference: Tensor) -> float:
-        """Return Σ ‖s d_c - (s - 1) d_u‖² over the guided tokens of a stream's difference d (rows, P, D), a token."""
+        """Return the mean of ‖s d_c - (s - 1) d_u‖² over the guided tokens of a stream's difference d (rows, P, D)."""
         parts = zip(self.coefficients, difference.chunk(self.branches), strict=True)
         total: Tensor = sum((scale * part for scale, part in parts), start=torch.zeros(()))
         return float(total.double().square().sum()) / (total.shape[0] * total.shape[1])
 
 
 def in_branches(states: States, model: OffloadedDiTMoE) -> GuidedStates:
-    """Return states in all branches that they are sampled with, on the model's device."""
+    """Return states in all their branches, on the model's device."""
     null = torch.full_like(states.labels, model.config.num_classes)
     labels = torch.cat([states.labels, null][: states.branches])
     z, t = (torch.cat([part] * states.branches) for part in (states.z, states.t))
@@ -87,7 +87,7 @@ def in_branches(states: States, model: OffloadedDiTMoE) -> GuidedStates:
 
 
 def measured_states(calibrated: Calibrated, model: OffloadedDiTMoE) -> GuidedStates:
-    """Return the states that errors are measured on: about `MEASURED_TOKENS` tokens of all branches.
+    """Return the states that errors are measured on, about `MEASURED_TOKENS` tokens in all branches together.
 
     Raises `BadInputError` for a profile without states.
     """
@@ -99,9 +99,10 @@ def measured_states(calibrated: Calibrated, model: OffloadedDiTMoE) -> GuidedSta
 
 
 def image_slices(total: int) -> Iterator[slice]:
-    """Yield slices of `total` images, as many as go through a block at once."""
+    """Yield slices of `total` images, as many as pass a block at a time."""
     return (slice(start, min(start + _IMAGES, total)) for start in range(0, total, _IMAGES))
 
 
 def _first_rows(part: Tensor, branches: int, states: int) -> Tensor:
+    """Return the first `states` rows of each branch."""
     return torch.cat([each[:states] for each in part.chunk(branches)])

@@ -1,7 +1,7 @@
-"""CAMERA energies of experts' neurons, all taken on the same calibration tokens.
+"""CAMERA energies of experts' neurons, all measured on the same calibration tokens.
 
-So those of routed and shared neurons compare, unlike a profile's sums, which know routed neurons only and are over more
-tokens. The energy itself is defined in `compression.algebra.neurons`.
+So energies of routed and shared neurons can be compared; a profile's sums cover routed neurons only, and more tokens.
+The energy itself is defined in `compression.algebra.neurons`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
 
 Energies = Mapping[str, Tensor]
-"""(H,) of each expert of a block, by its full name without a matrix."""
+"""The energies (H,) of each expert of a block, by the expert's full name."""
 
 
 def measured_energies(calibrated: Calibrated) -> list[dict[str, Tensor]]:
@@ -35,9 +35,9 @@ def measured_energies(calibrated: Calibrated) -> list[dict[str, Tensor]]:
 
 
 def block_energies(block: Block, attended: Sequence[Attended]) -> dict[str, Tensor]:
-    """Return the energies (H,) of a block's experts by their names within it, on the inputs of its mixture.
+    """Return the energies (H,) of a block's experts by their names within the block, on its mixture's inputs.
 
-    Branches count alike; the shared expert's routing weight is 1.
+    Branches have equal weight; the shared expert's routing weight is 1.
     """
     images = sum(len(part.gamma) for part in attended)
     gamma = torch.stack([part.gamma.double().square().sum(dim=0) for part in attended]).sum(dim=0) / images
@@ -53,7 +53,7 @@ def block_energies(block: Block, attended: Sequence[Attended]) -> dict[str, Tens
 
 
 def _experts(block: Block) -> Iterator[tuple[str, SwiGLU]]:
-    """Yield a block's experts by their names, the shared one last."""
+    """Yield the names of a block's experts and the experts, the shared one last."""
     for e, expert in enumerate([*block.moe.experts, block.moe.shared_experts]):
         assert isinstance(expert, SwiGLU)
         yield (f"moe.experts.{e}" if e < len(block.moe.experts) else SHARED), expert

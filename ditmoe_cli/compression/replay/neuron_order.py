@@ -1,9 +1,9 @@
-"""Neurons of experts in the order of their CAMERA energy, so that pieces of a matrix hold neurons that matter alike.
+"""Neurons of experts in the order of their CAMERA energy, so that a piece of a matrix holds neurons of like energy.
 
-An expert's output is a sum over its neurons, so that rows of gate and up and columns of down may be put in any common
-order without changing it.
+An expert's output is a sum over its neurons, so any common order of the rows of gate and up and the columns of down
+leaves it unchanged.
 
-Which weights are reordered is known from headers: torch is imported only where neurons are moved.
+The names of reordered weights are known from headers, so torch is imported only where neurons are moved.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.dit import Block
 
 Orders = Mapping[str, "Tensor"]
-"""(H,) the old number of the neuron at each place, of each expert of a block, by its full name without a matrix."""
+"""The order (H,) of each expert of a block, the old index of the neuron at each place, by the expert's full name."""
 
 
 def expert_stem(name: str) -> str | None:
     """Return the name of the expert, routed or shared, that a weight is a matrix of; None for all other weights."""
     parts = split_name(name)
     stem, _, matrix = name.removesuffix(".weight").rpartition(".")
-    known = parts.expert is not None or (parts.block is not None and stem.endswith(f".{SHARED}"))
-    return stem if known and matrix in MATRICES and name.endswith(".weight") else None
+    of_expert = parts.expert is not None or (parts.block is not None and stem.endswith(f".{SHARED}"))
+    return stem if of_expert and matrix in MATRICES and name.endswith(".weight") else None
 
 
 def has_pieces(formats: Mapping[str, str], stem: str) -> bool:
-    """Return whether formats cut a matrix of an expert into pieces."""
+    """Return whether any matrix of an expert is cut into pieces."""
     own = (formats.get(f"{stem}.{matrix}.weight") for matrix in MATRICES)
     return any(fmt is not None and parse_pieces(fmt) is not None for fmt in own)
 
 
 def is_ordered(stage: Formats, name: str) -> bool:
-    """Return whether a weight's neurons are reordered: it is a matrix of an expert that has one in pieces."""
+    """Return whether a weight's neurons are reordered, as in all matrices of an expert with one in pieces."""
     stem = expert_stem(name) if stage.ordering is not None else None
     return stem is not None and has_pieces(stage.formats, stem)
 
 
 def falling(energy: Tensor) -> Tensor:
-    """Return the numbers of neurons by falling energy (H,); equal ones keep their order."""
+    """Return the indices of neurons by falling energy (H,); equal ones keep their order."""
     return energy.argsort(descending=True, stable=True)
 
 
@@ -62,7 +62,7 @@ def orders_of(energies: Sequence[Energies], formats: Mapping[str, str]) -> list[
 
 
 def planned_orders(calibrated: Calibrated, stage: Formats) -> list[dict[str, Tensor]]:
-    """Return, for each block, the orders that a stage gives to its experts; empty where it has none."""
+    """Return, for each block, the orders of its experts in a stage; empty where the stage has no ordering."""
     from ditmoe_cli.compression.replay.neuron_energies import measured_energies
 
     if stage.ordering is None:
@@ -71,7 +71,7 @@ def planned_orders(calibrated: Calibrated, stage: Formats) -> list[dict[str, Ten
 
 
 def reorder(block: Block, index: int, orders: Orders) -> None:
-    """Put the neurons of experts of block `index` in order, in place."""
+    """Reorder the neurons of experts of block `index`, in place."""
     for stem, order in orders.items():
         expert = block.get_submodule(stem.removeprefix(in_block(index, "")))
         for matrix in MATRICES:
@@ -80,12 +80,12 @@ def reorder(block: Block, index: int, orders: Orders) -> None:
 
 
 def in_order(weight: Tensor, name: str, order: Tensor) -> Tensor:
-    """Return the matrix `name` of an expert with its neurons in an order (H,)."""
+    """Return the matrix `name` of an expert with its neurons in the given order (H,)."""
     return weight.index_select(neuron_axis(name), order.to(weight.device))
 
 
 def unrounded(checkpoint: Checkpoint, stage: Formats, index: int, orders: Orders) -> dict[str, Tensor]:
-    """Return the reordered matrices of a block that get no format, and so keep their dtype."""
+    """Return the reordered matrices of a block that get no format, in their dtype."""
     return {
         name: in_order(checkpoint.finite_tensor(name), name, order)
         for name, order in _ordered(checkpoint, stage, index, orders)
@@ -94,14 +94,14 @@ def unrounded(checkpoint: Checkpoint, stage: Formats, index: int, orders: Orders
 
 
 def _ordered(checkpoint: Checkpoint, stage: Formats, index: int, orders: Orders) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices of a block that are reordered, and their orders."""
+    """Yield the names of a block's reordered matrices, and their orders."""
     for name in checkpoint.weights:
         if split_name(name).block == index and is_ordered(stage, name):
             yield name, orders[expert_stem(name) or ""]
 
 
 def encode_ordered(computing: Computing, stage: Formats) -> None:
-    """Put experts' neurons in order and round their matrices to the nearest values, into the spool.
+    """Reorder experts' neurons, round their matrices to the nearest values, and write them to the spool.
 
     Raises `BadInputError` for a profile without states, and for values that are not finite.
     """

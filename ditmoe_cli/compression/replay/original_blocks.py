@@ -1,4 +1,4 @@
-"""Calibration states on their way through the original blocks, for methods that look at one block at a time."""
+"""Calibration states that pass the original blocks, for methods that measure one block at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OriginalBlock:
         index: index of the block.
         block: the block.
         attended: the states between attention and mixture, some images at a time, all branches.
-        outputs: (N, P, D) the same images' tokens behind the block.
+        outputs: tokens behind the block, (N, P, D) for the same images.
     """
 
     index: int
@@ -36,8 +36,7 @@ class OriginalBlock:
 
 @contextmanager
 def original_blocks(calibrated: Calibrated) -> Iterator[Iterator[OriginalBlock]]:
-    """Yield an iterator over a checkpoint's blocks, as `resident_blocks` does, with the states that errors are
-    measured on.
+    """Yield an iterator over a checkpoint's blocks, as `resident_blocks` does, with `measured_states` in them.
 
     Raises `BadInputError` for a profile without states.
     """

@@ -1,4 +1,4 @@
-"""What a mixture makes of tokens, and how far two mixtures' outputs are apart."""
+"""Outputs of a mixture, and the squared error between those of two mixtures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.model.moe import SparseMoE
 
-_TOKENS = 4096  # at a time
+_TOKENS = 4096  # that are run at a time
 
 
 def chunks(total: int) -> Iterator[slice]:
-    """Yield slices of some tokens at a time."""
+    """Yield slices of `total` tokens, some at a time."""
     return (slice(start, min(start + _TOKENS, total)) for start in range(0, total, _TOKENS))
 
 
@@ -24,10 +24,10 @@ def output_of(moe: SparseMoE, inputs: Tensor) -> Tensor:
 
 
 def held_error(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> float:
-    """Return Σ w ‖y - y'‖² over held-out tokens."""
+    """Return Σ w ‖y - y'‖² over held-out tokens, y and y' the outputs of both mixtures."""
     inputs, weights = tokens.inputs[tokens.held], tokens.weights[tokens.held]
     error = 0.0
     for rows in chunks(len(inputs)):
-        rest = output_of(original, inputs[rows]) - output_of(changed, inputs[rows])
-        error += float((rest.double().square().sum(dim=1) * weights[rows]).sum())
+        difference = output_of(original, inputs[rows]) - output_of(changed, inputs[rows])
+        error += float((difference.double().square().sum(dim=1) * weights[rows]).sum())
     return error

@@ -1,4 +1,4 @@
-"""Layers rounded to the nearest values of a format, for a while."""
+"""Layers temporarily rounded to the nearest values of a format."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def nearest(weight: Tensor, fmt: str) -> Tensor:
 
 
 def require_range(weight: Tensor, name: str) -> None:
-    """Raise `BadInputError` where a weight holds values that fp16 scales cannot tell, which formats of a mix have."""
+    """Raise `BadInputError` where a weight holds values beyond the fp16 scales of a mix's formats."""
     if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
         raise BadInputError(f"tensor {name!r} holds values above fp16's range, which scales are stored in; protect it")
 
 
 @contextmanager
 def rounded(layers: Mapping[nn.Linear, str]) -> Iterator[None]:
-    """Round linear layers to formats for a while."""
+    """Round linear layers to formats, and restore them at the end."""
     kept = {layer: layer.weight.data for layer in layers}
     for layer, fmt in layers.items():
         layer.weight.data = nearest(kept[layer], fmt).to(kept[layer].dtype)
@@ -41,19 +41,19 @@ def rounded(layers: Mapping[nn.Linear, str]) -> Iterator[None]:
 
 def linear(block: Block, name: str) -> nn.Linear:
     """Return the layer of a weight, named within its block."""
-    found = block.get_submodule(name.removesuffix(".weight"))
-    assert isinstance(found, nn.Linear)
-    return found
+    layer = block.get_submodule(name.removesuffix(".weight"))
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def layers_of(block: Block, index: int, formats: Mapping[str, str]) -> dict[nn.Linear, str]:
-    """Return formats by the layers of block `index`, given by its weights' names.
+    """Return the formats of block `index` by layer, from those by the names of its weights.
 
-    Raises `BadInputError` for values that scales cannot tell.
+    Raises `BadInputError` where `require_range` does.
     """
-    found = {}
+    of_layers = {}
     for name, fmt in formats.items():
         layer = linear(block, name.removeprefix(in_block(index, "")))
         require_range(layer.weight, name)
-        found[layer] = fmt
-    return found
+        of_layers[layer] = fmt
+    return of_layers

@@ -1,7 +1,7 @@
-"""Calibration states (z_t, t, y): inputs that the model meets while it samples, for blocks to be fitted on.
+"""Calibration states (z_t, t, y): inputs of the model during sampling, to fit blocks on and to measure errors on.
 
-A profile keeps a state for each of its images and step bins, and each final image. Where more states are wanted, the
-final images are noised anew to the sampler's times by the forward process: no further sampling is needed.
+A profile keeps a state for each of its images and step bins, and each final image. For more states the forward process
+noises the final images anew to the sampler's times: no further sampling is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ditmoe_cli.routing.profile import RoutingProfile
 PURPOSE = "refit"
 HELD_OUT = 8  # every eighth image
 FEWEST_STATES = 16
-FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # to fit on, where no number is given
+FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # bounds of the default number of tokens to fit on
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class States:
         z: (N, C, S, S) noisy images, fp32.
         t: (N,) times, as the model is given them.
         labels: (N,) classes.
-        images: (N,) the image that each belongs to.
-        held: (N,) whether the state is held out, to choose the strength of a fit; all states of an image are, or none.
+        images: (N,) index of each state's image.
+        held: (N,) whether a state is held out, to choose the strength of a fit; the same for all states of an image.
         cfg: guidance scale s.
     """
 
@@ -54,17 +54,17 @@ class States:
 
     @property
     def branch_weights(self) -> tuple[float, ...]:
-        """The weights s² and (s - 1)² that the branches' squared errors have in the guided one, if unrelated.
+        """The weights s² and (s - 1)² of the branches' squared errors in the guided one, if errors are uncorrelated.
 
-        Without guidance the one branch weighs 1.
+        1 for the one branch without guidance.
         """
         return (1.0,) if self.cfg == 1.0 else (self.cfg**2, (self.cfg - 1.0) ** 2)
 
 
 def calibration_states(profile: RoutingProfile, spec: SampleSpec, wanted: int) -> States:
-    """Return about `wanted` states: those that the profile keeps, and its images noised anew for the rest.
+    """Return about `wanted` states: those that the profile keeps, then its final images noised anew.
 
-    `spec` is the profile's. Raises `BadInputError` for a profile without states.
+    `spec` is the profile's own. Raises `BadInputError` for a profile without states.
     """
     if "states.z" not in profile.header.tensors or "image.final" not in profile.header.tensors:
         raise BadInputError(
@@ -85,9 +85,9 @@ def fitting_states(calibrated: Calibrated, unknowns: int, tokens_per_unknown: in
 
     Args:
         calibrated: the checkpoint and its profile.
-        unknowns: most unknowns of any one output.
-        tokens_per_unknown: tokens for each unknown, with at least `FEWEST_TOKENS` and at most `MOST_TOKENS` in all.
-        tokens: number of tokens instead; 0 for that default.
+        unknowns: largest number of unknowns of one output.
+        tokens_per_unknown: tokens for each unknown, within `FEWEST_TOKENS` and `MOST_TOKENS` in all.
+        tokens: number of tokens in all; 0 for that default.
 
     Raises `BadInputError` for a profile without states.
     """
@@ -98,16 +98,15 @@ def fitting_states(calibrated: Calibrated, unknowns: int, tokens_per_unknown: in
 
 
 def _noised(profile: RoutingProfile, spec: SampleSpec, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return `count` states (z, t, label, image): images in turn, and with each round of images another step."""
+    """Return `count` states (z, t, label, image): images in turn, each round of images at another step."""
     if count <= 0:
         return None
     final = profile.tensor("image.final")
-    drawn = range(count)
-    noise = image_noise(spec.seed, drawn, torch.device("cpu"), PURPOSE).draw(final.shape[1:])
+    noise = image_noise(spec.seed, range(count), torch.device("cpu"), PURPOSE).draw(final.shape[1:])
     images = torch.arange(count) % len(final)
     times = sampling_times(spec)
     rounds = torch.arange(count) // len(final)
-    # neighbouring images at distant steps, so that a partial round covers all of them
+    # neighbouring images at distant steps, so that a partial round covers all steps
     steps = (rounds + images * max(len(times) // 3, 1)) % len(times)
     labels = torch.tensor(spec.labels(images.tolist()))
     z = torch.stack(

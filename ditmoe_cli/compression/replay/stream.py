@@ -1,4 +1,4 @@
-"""Streams: calibration states on their way through a model's blocks, as tokens x (N, P, D) under conditions c (N, D).
+"""Streams: calibration states that pass a model's blocks, as tokens x (N, P, D) under conditions c (N, D).
 
 One block's weights are in memory at a time, beside the tokens of all states.
 """
@@ -19,7 +19,7 @@ from ditmoe_cli.model.offload import OffloadedDiTMoE
 
 @dataclass
 class Stream:
-    """States between two blocks, all branches: tokens x (N, P, D) and conditions c (N, D)."""
+    """States of all branches between two blocks: tokens x (N, P, D) and conditions c (N, D)."""
 
     x: Tensor
     c: Tensor
@@ -29,12 +29,12 @@ class Stream:
         return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in image_slices(len(self.x))])
 
     def attended(self, block: Block) -> list[Attended]:
-        """Run a block's attention on all states, some images at a time."""
+        """Return the states between a block's attention and its mixture, some images at a time."""
         return [block.attend(self.x[rows], self.c[rows]) for rows in image_slices(len(self.x))]
 
 
 def embedded(model: OffloadedDiTMoE, states: GuidedStates) -> Stream:
-    """Return states in front of the first block."""
+    """Return the stream of states before the first block."""
     parts = [model.embed(states.z[rows], states.t[rows], states.labels[rows]) for rows in image_slices(len(states.z))]
     x, c = (torch.cat(column) for column in zip(*parts, strict=True))
     return Stream(x, c)
@@ -42,12 +42,12 @@ def embedded(model: OffloadedDiTMoE, states: GuidedStates) -> Stream:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one block, and how much their errors matter.
+    """Tokens of one block, and the weights of their errors.
 
     Attributes:
         inputs: (T, D) mixture inputs u.
         weights: (T,) mean of γ² over channels, times the branch's weight, scaled to a mean of 1.
-        held: (T,) whether held out.
+        held: (T,) whether a token is held out.
     """
 
     inputs: Tensor
@@ -58,8 +58,7 @@ class Tokens:
 class CalibrationStream(Stream):
     """A stream through blocks that are compressed one after the other.
 
-    Each block is given what the already compressed blocks below make of the states, and so is fitted to what it will
-    meet.
+    Each block's inputs come from the already compressed blocks before it, as they will when the model runs.
     """
 
     def __init__(self, model: OffloadedDiTMoE, states: States) -> None:
@@ -69,7 +68,7 @@ class CalibrationStream(Stream):
         self._weights = torch.tensor(states.branch_weights).repeat_interleave(len(states))
 
     def attend(self, block: Block) -> Attended:
-        """Run a block's attention on all states."""
+        """Return all states between a block's attention and its mixture."""
         parts = self.attended(block)
         return Attended(
             residual=torch.cat([part.residual for part in parts]),
@@ -78,7 +77,7 @@ class CalibrationStream(Stream):
         )
 
     def tokens(self, attended: Attended) -> Tokens:
-        """Return the tokens that a block's mixture is given."""
+        """Return the input tokens of a block's mixture."""
         patches = attended.inputs.shape[1]
         branch_weights = self._weights.to(attended.gamma.device)
         weights = (attended.gamma.float().square().mean(dim=1) * branch_weights).repeat_interleave(patches)
@@ -86,16 +85,16 @@ class CalibrationStream(Stream):
         return Tokens(attended.inputs.flatten(0, 1), weights, self._held.repeat_interleave(patches).to(weights.device))
 
     def of_rows(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return whether each of `rows` rows is held out, and its branch's weight, both (rows,).
+        """Return whether each row is held out, and its branch's weight, both (rows,).
 
-        Every image has the same number of rows, one after the other.
+        Rows come image by image, the same number for each.
         """
         of_image = rows // len(self._held)
         held, weights = (part.repeat_interleave(of_image).to(self.x.device) for part in (self._held, self._weights))
         return held, weights
 
     def advance(self, attended: Attended, moe: SparseMoE) -> None:
-        """Add what a block's mixture makes of its inputs: the stream then stands behind the block."""
+        """Add the output of a block's mixture, so that the stream is behind the block."""
         self.x = attended.residual
         for rows in image_slices(len(self.x)):
             mixed = moe(attended.inputs[rows], 0, attended.gamma[rows], None)

@@ -1,9 +1,9 @@
-"""The exact error of keeping a subset of a block's experts, replayed on tokens that are routed anew.
+"""The exact error of keeping a subset of a block's experts, replayed on tokens that are routed again.
 
 Errors are those of `compression.replay.tokens`, relative to the energy of the original routed output.
 
 Symbols: T tokens in n pairs of B = 2 branches (without guidance n = T and B = 1), D width, E experts, R router rows
-that select something, k = top-k, C candidates: sets of physical experts that stay.
+that select an expert or a constant, k = top-k, C candidates: sets of physical experts that are kept.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.config import GHOST
 from ditmoe_cli.model.moe import SparseMoE
 
-_OUTPUTS = 2**23  # elements of the outputs that are held at once
-_GATES = 2**20  # elements of the gates that are compared at once: few enough for a processor's cache
+_OUTPUTS = 2**23  # elements of the outputs in memory at a time
+_GATES = 2**20  # elements of the gates compared at a time: few enough for a processor's cache
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -32,10 +32,10 @@ class Ranking:
     Attributes:
         order: (n, B, R) row at each rank.
         probabilities: (n, B, R) probability at each rank, of a softmax over all rows.
-        gates: (n, B, k) routing weights of the k best as the block has them.
+        gates: (n, B, k) routing weights of the k best rows in the block as it is.
         whole: (n, B) sum of the k largest probabilities of all rows, selectable or not.
-        targets: (R,) what each row selects: an expert e >= 0, or a constant below.
-        mass: whether the block's gates are scaled to `whole` already, as they then stay.
+        targets: (R,) target of each row: an expert e >= 0, or a constant below 0.
+        mass: whether the block scales its gates to `whole` already, which it then always does.
     """
 
     order: Tensor
@@ -46,29 +46,29 @@ class Ranking:
     mass: bool
 
     def experts(self, ranks: int) -> Tensor:
-        """Return what the rows of the best ranks select, (T, ranks)."""
+        """Return the targets of the rows at the best ranks, (T, ranks)."""
         return self.targets[self.order[..., :ranks]].transpose(0, 1).flatten(0, 1)
 
     def changes(self, keep: Tensor, mode: RouterMode) -> Tensor:
-        """Return by how much gates change at each rank if only the experts `keep` (C, E) stay, (n, B, ranks, C).
+        """Return the change of gates at each rank if only the experts `keep` (C, E) are kept, (n, B, ranks, C).
 
-        The k best of the rows that stay are selected: with the gates p they have (``ghost``), with p over the sum of p
-        of the rows that stay (``slice``), or with p scaled per token so that their sum is that of the k largest p of
+        The k best of the kept rows are selected: with their probabilities p as gates (``ghost``), with p over the sum
+        of p of the kept rows (``slice``), or with p scaled per token so that their sum is that of the k largest p of
         all rows (``mass``). Ranks that no candidate can select are left out. Raises `InfeasibleError` where fewer than
-        k rows stay.
+        k rows are kept.
         """
-        stays = keep[:, self.targets.clamp_min(0)] | (self.targets < 0)  # constants always stay
+        kept = keep[:, self.targets.clamp_min(0)] | (self.targets < 0)  # constants are always kept
         k = self.gates.shape[-1]
-        fewest = int(stays.sum(dim=1).min())
+        fewest = int(kept.sum(dim=1).min())
         if fewest < k:
             raise InfeasibleError(f"{fewest} router rows would stay, fewer than top-{k} routing needs")
         ranks = k + len(self.targets) - fewest
         order, probabilities = self.order[..., :ranks], self.probabilities[..., :ranks].unsqueeze(-1)
-        left = stays.T.to(torch.uint8)[order]
-        gates = (left * (left.cumsum(dim=2, dtype=torch.int16) <= k)) * probabilities
+        kept_ranks = kept.T.to(torch.uint8)[order]
+        gates = (kept_ranks * (kept_ranks.cumsum(dim=2, dtype=torch.int16) <= k)) * probabilities
         if mode == "slice":
             remaining = torch.zeros_like(self.probabilities).scatter_(-1, self.order, self.probabilities)
-            gates /= (remaining @ stays.T.float()).clamp_min(_TINY).unsqueeze(2)
+            gates /= (remaining @ kept.T.float()).clamp_min(_TINY).unsqueeze(2)
         elif mode == "mass" or self.mass:
             gates *= (self.whole.unsqueeze(-1) / gates.sum(dim=2).clamp_min(_TINY)).unsqueeze(2)
         gates[:, :, :k] -= self.gates.unsqueeze(-1)
@@ -76,7 +76,7 @@ class Ranking:
 
 
 def rank(tokens: BlockTokens, moe: SparseMoE) -> Ranking:
-    """Route tokens, and rank the rows that each may select."""
+    """Return the ranking of the rows that each token may select."""
     routing = moe.gate(_inputs(moe, tokens))
     everything = torch.arange(routing.probabilities.shape[-1], device=routing.probabilities.device)
     expert_of = everything if moe.gate.expert_of is None else moe.gate.expert_of.long()
@@ -93,10 +93,10 @@ def rank(tokens: BlockTokens, moe: SparseMoE) -> Ranking:
 
 
 def contributions(tokens: BlockTokens, moe: SparseMoE, ranking: Ranking, ranks: int) -> Tensor:
-    """Return what each rank adds to the guided output per unit of its gate, (n, B ranks, D).
+    """Return the contribution of each rank to the guided output per unit of its gate, (n, B ranks, D).
 
-    That is c γ ⊙ (f - r): c the branch's coefficient, f the output of what the row selects, and r what a refitted block
-    adds per unit of routing mass that is left over, otherwise 0.
+    That is c γ ⊙ (f - r): c the branch's coefficient, f the output of the row's target, and r the output of a refitted
+    block per unit of unselected routing mass, 0 in other blocks.
     """
     u = _inputs(moe, tokens)
     outputs = moe.expert_outputs(u, ranking.experts(ranks))
@@ -107,12 +107,12 @@ def contributions(tokens: BlockTokens, moe: SparseMoE, ranking: Ranking, ranks: 
 
 
 def ranked_chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[tuple[BlockTokens, Ranking]]:
-    """Yield some tokens at a time, and their ranking."""
+    """Yield tokens and their ranking, some pairs at a time."""
     return ((part, rank(part, moe)) for part in _chunks(tokens, moe))
 
 
 def kept_experts(subsets: Sequence[Sequence[int]], experts: int, device: torch.device) -> Tensor:
-    """Return which experts each subset keeps, (C, E)."""
+    """Return whether each subset keeps each expert, (C, E)."""
     keep = torch.zeros(len(subsets), experts, dtype=torch.bool)
     for row, subset in zip(keep, subsets, strict=True):
         row[list(subset)] = True
@@ -120,11 +120,11 @@ def kept_experts(subsets: Sequence[Sequence[int]], experts: int, device: torch.d
 
 
 class SubsetReplay:
-    """The exact error of keeping any subset of a block's experts, tokens routed anew: Δgᵀ K Δg over all pairs.
+    """The exact error of keeping any subset of a block's experts, tokens routed again: Σ Δgᵀ K Δg over all pairs.
 
-    K (B R, B R) is the Gram of what each row can add to a pair's guided output, in the order of the pair's ranks; it is
-    computed once. Δg is the change of the gates. Memory is n (B R)² numbers. `reference` is the energy of the original
-    routed output, which errors are relative to.
+    K (B R, B R) is the Gram matrix of the rows' contributions to a pair's guided output, in the order of the pair's
+    ranks; it is computed once. Δg is the change of the gates. Memory is n (B R)² numbers. Errors are relative to
+    `reference`, the energy of the original routed output.
     """
 
     @torch.no_grad()
@@ -141,15 +141,16 @@ class SubsetReplay:
     def errors(self, subsets: Sequence[Sequence[int]], mode: RouterMode) -> Tensor:
         """Return each subset's error relative to the original routed output, (C,) in float64.
 
-        `subsets` list the physical experts that stay. Raises `InfeasibleError` where fewer than top-k rows would.
+        `subsets` list the physical experts that are kept. Raises `InfeasibleError` where fewer than top-k rows are.
         """
         keep = kept_experts(subsets, self._experts, self._device)
-        total = sum((_part_errors(*part, keep, mode) for part in self._parts), torch.zeros(len(keep)).double())
+        errors = (_part_errors(ranking, gram, keep, mode) for ranking, gram in self._parts)
+        total = sum(errors, torch.zeros(len(keep)).double())
         return torch.tensor([ratio(error, self.reference) for error in total.tolist()], dtype=torch.float64)
 
 
 def _part_errors(ranking: Ranking, gram: Tensor, keep: Tensor, mode: RouterMode) -> Tensor:
-    """Return Σ Δgᵀ K Δg of each candidate (C, E) over some pairs, (C,), some candidates at a time."""
+    """Return Σ Δgᵀ K Δg of each candidate `keep` (C, E) over a part's pairs, (C,), some candidates at a time."""
     size = max(_GATES // ranking.order.numel(), 1)
     return torch.cat([_energies(gram, ranking.changes(some, mode)) for some in torch.split(keep, size)]).cpu()
 
@@ -167,7 +168,7 @@ def _inputs(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
 
 
 def _routed_output(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
-    """Return the routed output (T, D) in fp32: all of the mixture's but the shared expert's."""
+    """Return the routed output (T, D) in fp32: the mixture's less the shared expert's."""
     inputs = _inputs(moe, tokens)
     both: Tensor = moe(inputs.unsqueeze(0), 0, tokens.gamma, None)
     shared: Tensor = moe.shared_experts(inputs)
@@ -175,6 +176,6 @@ def _routed_output(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
 
 
 def _chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[BlockTokens]:
-    """Yield so many tokens at a time that the outputs of all router rows fit into `_OUTPUTS`."""
+    """Yield as many tokens at a time as keep the outputs of all router rows within `_OUTPUTS`."""
     weight = moe.gate.weight  # (R, D)
     return tokens.chunks(max(_OUTPUTS // (tokens.branches * weight.numel()), 1), weight.device)

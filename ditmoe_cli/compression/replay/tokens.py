@@ -1,8 +1,8 @@
-"""Tokens of one block in guided pairs, and the error that a change to the block's mixture makes on them.
+"""Tokens of one block in guided pairs, and the error that a change to the block's mixture causes on them.
 
-A block adds γ ⊙ y to the residual stream, y its routed plus shared output. Under guidance s an error e of y reaches the
-guided output as s γ_c ⊙ e_c - (s - 1) γ_u ⊙ e_u, of the conditional and the unconditional token of one image, step and
-position. Its energy is the squared norm of that, summed over all such pairs.
+A block adds γ ⊙ y to the residual stream, y its routed plus shared output. Under guidance s an error e of y changes the
+guided output by s γ_c ⊙ e_c - (s - 1) γ_u ⊙ e_u, with the conditional and the unconditional token of one image, step
+and position. The energy of e is the squared norm of that change, summed over all such pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BlockTokens:
         gamma: (T, D) residual gate γ.
         coefficients: (T,) s of conditional tokens and -(s - 1) of unconditional ones; 1 without guidance.
         bins: (T,) step bin.
-        branches: 2 where guidance ran, else 1.
+        branches: 2 under guidance, else 1.
     """
 
     inputs: Tensor
@@ -48,7 +48,7 @@ class BlockTokens:
         return values.reshape(self.branches, self.pairs, *values.shape[1:]).transpose(0, 1)
 
     def weighed(self, values: Tensor) -> Tensor:
-        """Return what outputs (T, ..., D) add to the guided output: times γ and their branch's coefficient."""
+        """Return the part of outputs (T, ..., D) in the guided output: times γ and their branch's coefficient."""
         scale = self.coefficients.unsqueeze(1) * self.gamma
         return values * scale.reshape(len(scale), *(1,) * (values.ndim - 2), -1)
 
@@ -66,10 +66,10 @@ class BlockTokens:
 
 
 def reservoir_tokens(profile: RoutingProfile, block: int) -> BlockTokens:
-    """Return the tokens of one block that a profile keeps. Raises `BadInputError` where it keeps none."""
+    """Return the tokens of one block in a profile's reservoir. Raises `BadInputError` where it is empty."""
     if "reservoir.inputs" not in profile.header.tensors:
-        option = "without ⟨fast⟩" if profile.calibration.get("fast") else "with a larger ⟨reservoir⟩"
-        raise BadInputError(f"{profile.path}: keeps no tokens to replay; profile {option}")
+        setting = "without ⟨fast⟩" if profile.calibration.get("fast") else "with a larger ⟨reservoir⟩"
+        raise BadInputError(f"{profile.path}: keeps no tokens to replay; profile {setting}")
     branch, state = (profile.tensor(f"reservoir.{name}").long() for name in ("branch", "state"))
     order = branch.argsort(stable=True)
     branch, state = branch[order], state[order]
@@ -84,7 +84,7 @@ def reservoir_tokens(profile: RoutingProfile, block: int) -> BlockTokens:
 
 
 def attended_tokens(parts: Sequence[Attended], states: GuidedStates) -> BlockTokens:
-    """Return the tokens that `states` give to a block's mixture, from what its attention returned, part by part."""
+    """Return the input tokens of a block's mixture for `states`, from the parts that its attention returned."""
     inputs = torch.cat([part.inputs for part in parts])
     patches = inputs.shape[1]
     gamma = torch.cat([part.gamma for part in parts]).repeat_interleave(patches, dim=0)
@@ -95,7 +95,7 @@ def attended_tokens(parts: Sequence[Attended], states: GuidedStates) -> BlockTok
 
 
 def ratio(error: float, reference: float) -> float:
-    """Return error / reference; where the reference is 0, 0 without an error and infinity with one."""
+    """Return error / reference; where the reference is 0, 0 for no error and infinity for any other."""
     if reference:
         return error / reference
     return math.inf if error else 0.0

@@ -1,12 +1,12 @@
-"""Weights rounded by GPTQ, block after block, on what the already rounded blocks below make of calibration states.
+"""Weights rounded by GPTQ, block after block, on calibration states that come from the rounded blocks before.
 
 Within a block: modulation, then attention's two layers, then every expert's gate and up on the tokens that chose it,
-and its down on the neurons of the rounded two. A mixture's tokens weigh γ², their branch's weight and the square of
-their routing weight, all else its branch's weight. An expert's Hessian is shrunk towards that of all tokens of its
-block when few chose it. Layers outside the blocks are rounded to the nearest values. Where a matrix is cut into pieces
-its neurons are put in order first; all its columns then pass their errors on, across pieces too.
+and its down on the neurons of the rounded two. A mixture's tokens are weighted by γ² times their branch's weight times
+their squared routing weight, other layers' inputs by their branch's weight. An expert's Hessian is shrunk towards that
+of all tokens of its block when few chose it. Layers outside the blocks are rounded to the nearest values. Where a
+matrix is cut into pieces its neurons are put in order first, and columns pass their errors on across pieces.
 
-The original model's states run along, to measure how far the rounded one is from it.
+The original model's states run alongside, to measure the error of the rounded model.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.routing.profile import require_profile_of
 
 TOKENS_PER_INPUT = 8
-POOLED_TOKENS = 4_096  # of a block, that stand in for those of an expert that few chose
+POOLED_TOKENS = 4_096  # tokens of a block in the Hessian that those of its experts are shrunk towards
 
 
 @dataclass(frozen=True)
 class RoundedModel:
-    """How far the rounded model is from the original on the calibration states.
+    """The distance of the rounded model from the original on the calibration states.
 
     Attributes:
         error: Σ ‖Δ prediction‖² / Σ ‖prediction‖², guided.
-        agreement: of each block, the share of selected experts that both models select.
+        agreement: of each block, the share of selections that both models make.
     """
 
     error: float
@@ -57,7 +57,7 @@ class RoundedModel:
 
 
 def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
-    """Round the weights of all blocks that have formats into the spool.
+    """Round the weights that a stage gives formats, and write those of each block to the spool.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
@@ -93,7 +93,7 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
 
 
 def _advanced(stream: CalibrationStream, block: Block) -> Tensor:
-    """Let a stream pass a block; return the router rows (T, k) that its tokens select."""
+    """Let a stream pass a block, and return the router rows (T, k) that its tokens select."""
     attended = stream.attend(block)
     rows: Tensor = block.moe.gate(attended.inputs.flatten(0, 1)).rows
     stream.advance(attended, block.moe)
@@ -101,7 +101,7 @@ def _advanced(stream: CalibrationStream, block: Block) -> Tensor:
 
 
 def _smoothed(computing: Computing, stage: Formats, index: int, block: Block) -> dict[str, Tensor]:
-    """Smooth a block's inputs in place, where the stage does so; return the weights that change and get no format."""
+    """Smooth a block's inputs in place, if the stage does so; return the changed weights that get no format."""
     checkpoint, profile = computing.checkpoint, computing.profile
     names = smoothed_names(checkpoint, stage, index)
     if not names:
@@ -130,7 +130,7 @@ class _BlockRounding:
     def before_mixture(self, formats: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that store modulation and attention, in the order in which they are rounded."""
         early = [name for name in formats if ".adaLN_modulation." in name]
-        # the outputs of attention are those of its rounded first layer
+        # first layers first, since the second's inputs come from the rounded first layer
         early += sorted((name for name in formats if ".attn." in name), key=lambda name: "qkv" not in name)
         for name in early:
             layer = linear(self.block, name.removeprefix(in_block(self.index, "")))
@@ -147,7 +147,7 @@ class _BlockRounding:
     def advanced(self, formats: Mapping[str, str]) -> tuple[dict[str, Tensor], Tensor]:
         """Round the mixture, and let the stream pass the block.
 
-        Returns the tensors that store the experts and the shared one, and the router rows (T, k) that tokens select.
+        Returns the tensors that store the experts and the shared expert, and the router rows (T, k) that tokens select.
         """
         attended = self.stream.attend(self.block)
         members = dict(self._mixture(formats, self.stream.tokens(attended)))
@@ -156,7 +156,7 @@ class _BlockRounding:
         return members, rows
 
     def _mixture(self, formats: Mapping[str, str], tokens: Tokens) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that store the experts and the shared one, rounded on their inputs."""
+        """Yield the tensors that store the experts and the shared expert, rounded on their inputs."""
         routing = self.block.moe.gate(tokens.inputs)
         for e, expert in enumerate(self.block.moe.experts):
             yield from self._expert(formats, f"moe.experts.{e}", expert, tokens, routing.gate_of(e))
@@ -169,9 +169,9 @@ class _BlockRounding:
         """Yield the members of an expert: gate and up on its inputs, down on the neurons of the rounded two."""
         assert isinstance(expert, SwiGLU)
         weights = tokens.weights * gates.square()
-        stride = len(gates) // POOLED_TOKENS | 1  # odd, or of 16 × 16 patches a few columns would stand for all
-        some = torch.arange(0, len(gates), stride, device=gates.device)
-        fitted = some[~tokens.held[some]]
+        stride = len(gates) // POOLED_TOKENS | 1  # odd: an even one would take a few columns of 16 × 16 patches only
+        spaced = torch.arange(0, len(gates), stride, device=gates.device)
+        fitted = spaced[~tokens.held[spaced]]
         for matrices, neurons in ((MATRICES[:2], False), (MATRICES[2:], True)):
             names = {f"{in_block(self.index, stem)}.{m}.weight": getattr(expert, m) for m in matrices}
             if not any(name in formats for name in names):
@@ -202,7 +202,7 @@ class _BlockRounding:
 
 @contextmanager
 def _inputs_of(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """Collect a layer's inputs, a row each."""
+    """Yield a list that the layer's inputs (rows, in) are added to, call by call."""
     inputs: list[Tensor] = []
-    with layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, -2))):
+    with layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, -2))):
         yield inputs

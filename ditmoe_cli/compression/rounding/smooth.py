@@ -1,15 +1,15 @@
 """Smoothing as in EAQuant (https://arxiv.org/abs/2506.13329): input channels of a mixture scaled before rounding.
 
-A channel whose inputs are large is multiplied into the weights that read it, so that rounding spares it, and divided
-out of the inputs. Here that is exact and free: the mixture's inputs are LayerNorm(x) (1 + s) + b with s and b from
-adaLN and no affine of their own, so for scales σ (D,)
+The inputs of a channel are divided by its scale and the weights that read it multiplied by it, so that channels of
+large inputs are rounded more finely. Here that is exact and free: the mixture's inputs are LayerNorm(x) (1 + s) + b
+with s and b from adaLN and no affine of their own, so for scales σ (D,)
 
     rows of s:  W / σ, bias (bias + 1) / σ - 1        rows of b:  W / σ, bias / σ
-    columns of router, gate, up and of all else that reads the inputs: W · σ
+    columns of router, gate, up and of any other matrix that reads the inputs: W · σ
 
-leave the mixture's output as it is.
+leave the mixture's output unchanged.
 
-Which weights are changed is known from headers: torch is imported only where they are.
+The names of changed weights are known from headers, so torch is imported only where weights are changed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _READING = ("gate_proj.weight", "up_proj.weight")  # matrices of an expert that 
 
 
 def smoothed_names(checkpoint: Checkpoint, stage: Formats, block: int) -> list[str]:
-    """Return the weights of a block that smoothing changes and that get no format."""
+    """Return the names of a block's weights that smoothing changes and that get no format."""
     of_block = (name for name in checkpoint.weights if split_name(name).block == block)
     return [name for name in of_block if name not in stage.formats and is_smoothed(stage, name)]
 
 
 def is_smoothed(stage: Formats, name: str) -> bool:
-    """Return whether smoothing changes a weight: one that makes a mixture's inputs, or one that reads them."""
+    """Return whether a stage's smoothing changes a weight: one of adaLN, or one that reads a mixture's inputs."""
     if stage.rounding is None or not stage.rounding.smoothing:
         return False
     parts = split_name(name)
@@ -52,11 +52,11 @@ def channel_scales(largest: Sequence[Tensor], weights: Sequence[Tensor], alpha: 
     """Return σ_j = max_e (max |x_j^e|^α / max_i |W_ij^e|^(1 - α)) over layers e, divided by its geometric mean.
 
     Args:
-        largest: max |x_j| (D,) of each layer's inputs; 0 of a layer without any.
+        largest: max |x_j| (D,) of each layer's inputs; 0 for a layer without inputs.
         weights: W (out, D) of each layer.
         alpha: 0 for the weights alone, 1 for the inputs alone.
 
-    Channels without any input or weight keep 1.
+    Channels whose inputs or weights are all 0 get 1.
     """
     import torch
 
@@ -75,9 +75,10 @@ def channel_scales(largest: Sequence[Tensor], weights: Sequence[Tensor], alpha: 
 
 
 def block_scales(block: Block, largest: Tensor, alpha: float) -> Tensor:
-    """Return a block's σ (D,): over its experts and, on any expert's inputs, the shared expert and the router.
+    """Return a block's σ (D,) over its experts, shared expert and router.
 
-    `largest` (E, D) is the largest |u| of each expert's inputs.
+    `largest` (E, D) is the largest |u| of each expert's inputs; the shared expert and the router have the largest over
+    all of them.
     """
     import torch
 
@@ -88,7 +89,10 @@ def block_scales(block: Block, largest: Tensor, alpha: float) -> Tensor:
 
 
 def smooth_inputs(block: Block, sigma: Tensor) -> None:
-    """Fold σ (D,) into a block's adaLN and into all weights that read its mixture's inputs, in place."""
+    """Fold σ (D,) into a block's adaLN and into all weights that read its mixture's inputs, in place.
+
+    Formulas stand at the head of this module.
+    """
     width = len(sigma)
     weight, bias = (block.get_parameter(name) for name in _ADALN)
     for part, offset in ((_SHIFT, 0.0), (_SCALE, 1.0)):

@@ -6,8 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.differences import DeltaFormat
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.expert_weights import read_expert
+from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -84,17 +84,11 @@ def planted(noise: float, shuffled: bool = True) -> Pico:
     return SMALL.with_state(**{name.replace(".", "__"): tensor for name, tensor in changes.items()})
 
 
-@contextmanager
-def no_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    del title, total
-    yield lambda _: None
-
-
 def profile_of(checkpoint: Checkpoint, *, fast: bool = False) -> RoutingProfile:
     """A small profile, kept beside the checkpoint."""
     spec = SampleSpec(images=4, steps=4, cfg=1.5, seed=1, solver="ddim", classes=(0, 1))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}{'.fast' if fast else ''}.profile.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, 2, 64, 4, fast=fast), Run("cpu", no_bar), path, force=True)
+    found = calibrate(checkpoint, Calibration(spec, 2, 64, 4, fast=fast), Run("cpu", silent_bar), path, force=True)
     assert found is not None
     return found
 

@@ -144,7 +144,7 @@ def test_a_pruned_checkpoint_is_packed_as_any_other(bits: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "found"),
+    ("kind", "bits", "fmt"),
     [
         (None, 4, "nf4"),
         (None, 8, "int8"),
@@ -156,25 +156,27 @@ def test_a_pruned_checkpoint_is_packed_as_any_other(bits: int, tmp_path: Path) -
         ("ternary", None, "ternary-g64"),
     ],
 )
-def test_formats_by_kind_and_width(kind: str | None, bits: float | None, found: str) -> None:
-    assert format_named(kind, bits, 64, False, False) == found
+def test_formats_by_kind_and_width(kind: str | None, bits: float | None, fmt: str) -> None:
+    assert format_named(kind, bits) == fmt
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("kind", "bits", "settings", "message"),
     [
-        ((None, None, 64, False, False), "bits is missing"),
-        (("hqq", 4, 64, False, False), "format hqq"),
-        (("nf4", 3, 64, False, False), "4 bits, not bits 3"),
-        (("int", 7, 64, False, False), "bits 7"),
-        (("int", None, 64, False, False), "bits None"),
-        (("nf4", 4, 64, True, False), "symmetric"),
-        (("int", 4, 64, False, True), "double_quant"),
-        (("int", 4, 48, False, False), "group_size 48"),
-        (("nf4", 4, 32, False, False), "group_size 32"),
+        (None, None, {}, "bits is missing"),
+        ("hqq", 4, {}, "format hqq"),
+        ("nf4", 3, {}, "4 bits, not bits 3"),
+        ("int", 7, {}, "bits 7"),
+        ("int", None, {}, "bits None"),
+        ("nf4", 4, {"symmetric": True}, "symmetric"),
+        ("int", 4, {"double_quant": True}, "double_quant"),
+        ("int", 4, {"group_size": 48}, "group_size 48"),
+        ("nf4", 4, {"group_size": 32}, "group_size 32"),
     ],
     ids=str,
 )
-def test_formats_that_do_not_exist_are_refused(words: tuple[Any, ...], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        format_named(*words)
+def test_formats_that_do_not_exist_are_refused(
+    kind: str | None, bits: float | None, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        format_named(kind, bits, **settings)

@@ -22,7 +22,7 @@ from ditmoe_cli.compression.precision.candidates import Candidates, candidate_fo
 from ditmoe_cli.compression.precision.trial import try_formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.replay import neuron_order as order
-from ditmoe_cli.compression.replay.neuron_energies import block_energies, measured_energies
+from ditmoe_cli.compression.replay.neuron_energies import measured_energies
 from ditmoe_cli.compression.replay.neuron_order import expert_stem, falling, is_ordered, reorder
 from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.errors import BadInputError
@@ -32,9 +32,7 @@ from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.pieces import Pieces, neuron_axis
 from ditmoe_cli.formats.registry import parse_format, parse_pieces
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
-from ditmoe_cli.model.dit import Attended
 from ditmoe_cli.model.expert_weights import read_weight
-from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -128,56 +126,7 @@ def test_all_matrices_of_an_expert_with_pieces_are_reordered(asked: Given) -> No
     assert not any(is_ordered(replace(plan.stage(Formats), ordering=None), name) for name in mine)
 
 
-# energies
-
-
-def test_energies_are_those_of_a_count(asked: Given) -> None:
-    """Σ_h E[γ_h²] W_hi² (0.1 Σ a² + 0.9 max a²), a token and a slot at a time."""
-    checkpoint, profile = asked
-    model = network(checkpoint)
-    states, _ = states_for(checkpoint, profile, TOKENS)
-    null = torch.full_like(states.labels, model.config.num_classes)
-    events: list[MoEEvent] = []
-    with torch.no_grad():
-        model(
-            *(torch.cat([part] * 2) for part in (states.z, states.t)), torch.cat([states.labels, null]), events.append
-        )
-        found = measured_energies(calibrated(checkpoint, profile))
-        for b, event in enumerate(events):
-            gamma = event.gamma.double().square().mean(dim=0)
-            moe = model.blocks[b].moe
-            assert set(found[b]) == {in_block(b, f"moe.experts.{e}") for e in range(3)} | {in_block(b, SHARED)}
-            for name, energy in found[b].items():
-                e = split_name(f"{name}.x").expert
-                expert = moe.shared_experts if e is None else moe.experts[e]
-                phi = expert.neurons(event.inputs).double()
-                chosen = torch.ones(len(phi), 1)
-                if e is not None:
-                    chosen = (event.routing.weights * (event.routing.experts == e)).sum(dim=1, keepdim=True)
-                squares = (phi * chosen).square()
-                reach = (expert.down_proj.weight.double().square() * gamma[:, None]).sum(dim=0)
-                expected = reach * (0.1 * squares.sum(dim=0) + 0.9 * squares.amax(dim=0))
-                assert torch.allclose(energy, expected, rtol=1e-3), name
-
-
-def test_parts_of_the_images_add_up(asked: Given) -> None:
-    block = network(asked[0]).blocks[0]
-    generator = torch.Generator().manual_seed(3)
-    residual, inputs = (torch.randn(6, 4, 32, generator=generator) for _ in range(2))
-    gamma = torch.randn(6, 32, generator=generator)
-    whole = block_energies(block, [Attended(residual, inputs, gamma)])
-    rows = [slice(0, 1), slice(1, 4), slice(4, 6)]
-    parts = block_energies(block, [Attended(residual[r], inputs[r], gamma[r]) for r in rows])
-    assert all(torch.allclose(parts[name], whole[name], rtol=1e-4) for name in whole)
-
-
-def test_an_expert_that_no_token_chose_has_no_energy(tmp_path: Path) -> None:
-    pico = make_pico(hidden=32, input_size=4, expert_of=((0, 1, 0), (1, 1, 0)), widths=((64,) * 2,) * 2)
-    block = network(opened(pico, tmp_path)).blocks[0]
-    block.moe.gate.expert_of = torch.zeros(3, dtype=torch.int32)
-    inputs = torch.randn(2, 4, 32)
-    found = block_energies(block, [Attended(inputs, inputs, torch.ones(2, 32))])
-    assert float(found["moe.experts.1"].abs().max()) == 0 < float(found["moe.experts.0"].min())
+# orders
 
 
 def test_energies_fall_and_equal_ones_keep_their_order() -> None:

@@ -5,8 +5,8 @@ x + γ ⊙ y what it leaves, the block's score is the mean over tokens of
 
     cos(x, x + γ ⊙ y);
 
-low scores mean importance. The paper trains a predictor of this cosine; here it is measured, on calibration states
-that run through the original blocks, both guidance branches alike.
+a low score means an important block. The paper trains a predictor of this cosine; here it is measured on calibration
+states that run through the original blocks, both guidance branches alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ditmoe_cli.files.names import split_name
 
 
 def cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the mean cosine of tokens (N, P, D) before and after, over all N and P of some parts."""
+    """Return the mean cosine of tokens before and after, parts of (N, P, D) each, over all N and P."""
     parts = [F.cosine_similarity(b.double(), a.double(), dim=-1) for b, a in zip(before, after, strict=True)]
     return sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts)
 
@@ -37,15 +37,15 @@ def scores(calibrated: Calibrated) -> list[float]:
 
 
 def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
-    """Return formats: of two adjacent widths, blocks of the lowest cosine get the wider one.
+    """Return a mix of two adjacent widths that gives blocks of the lowest cosine the wider one.
 
-    Raises `InfeasibleError` where the narrowest do not fit, and `BadInputError` for a profile without states.
+    Raises `InfeasibleError` where the narrowest formats do not fit, and `BadInputError` for a profile without states.
     """
     fixed, names = settle(request)
     units: dict[int, list[str]] = {}
     for name in names:
         block = split_name(name).block
-        assert block is not None  # attention, shared and routed experts are all in blocks
+        assert block is not None  # attention, shared expert and experts are all in blocks
         units.setdefault(block, []).append(name)
     measured = scores(calibrated)
     return widened(request, fixed, [units[block] for block in sorted(units, key=measured.__getitem__)])

@@ -1,19 +1,19 @@
-"""CAMERA-Q: neurons of experts in bit groups by their energy (Xu et al. 2025, https://arxiv.org/abs/2508.02322).
+"""CAMERA-Q: neurons of experts in groups of widths by their energy (Xu et al. 2025, https://arxiv.org/abs/2508.02322).
 
 A neuron with its row of W_gate and W_up and its column of W_down is a micro-expert. The paper ranks all micro-experts
-of a block's routed and shared experts by their energy (`compression.algebra.neurons`) and gives the first 10 %
-of them 8 bits, the next 30 % 4 bits and the others 2 bits. So rows and columns of one matrix have different widths; to
-store them in consecutive pieces, an expert's neurons are put in the order of their energy first.
+of a block's routed and shared experts by their energy (`compression.algebra.neurons`) and gives the first 10 % 8 bits,
+the next 30 % 4 bits and the others 2 bits. So rows and columns of one matrix have different widths; to store them in
+consecutive pieces, an expert's neurons are put in the order of their energy first.
 
-Budget: the last group has the widest width b that all neurons can have, the other two the next two of
-`MixRequest.widths` below 16 bits. The first two groups together have a share s of a block's neurons, a quarter of it
-the first, as in the paper, where s is 40 %. s is the same in all blocks but for one step, and as large as the budget
-allows; its steps are those of single units.
+Budget: the last group has the widest width b that fits for all neurons, the other two the next two of
+`MixRequest.widths` below 16 bits. The first two groups together have a share s of a block's neurons, the first a
+quarter of that, as in the paper, where s is 40 %. s is as large as the budget allows, in steps of single units, and
+the same in all blocks up to one step.
 
 Units: columns of down that share a scale should share a width too, or pieces would take more scales than the whole. So
-an expert's neurons, best first, are cut into units of the group size, the last of which takes the rest; units are
-ranked by their mean energy, and one belongs to the group that its middle falls into. Experts of a single unit have one
-width.
+an expert's neurons, highest energy first, are cut into units of the group size, the last of which takes the rest; units
+are ranked by their mean energy, and a unit belongs to the group that its middle falls into. Experts of a single unit
+have one width.
 
 Attention gets 4 bits, as in the other baselines here, or b where that leaves too little; all else stays as it is.
 """
@@ -41,7 +41,7 @@ FIRST_OF_WIDER = 0.25  # 10 % of 40 %
 
 @dataclass(frozen=True)
 class Unit:
-    """Neurons of an expert that share a width: how many, and their mean energy."""
+    """Neurons of one expert that share a width: their number, and their mean energy."""
 
     expert: str
     neurons: int
@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Step:
-    """A unit's move into the next wider group, at a share s of neurons in the wider groups."""
+    """The move of a unit into the next wider group, at the share s of neurons in the wider groups."""
 
     share: float
     block: int
@@ -59,9 +59,9 @@ class Step:
 
 
 def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
-    """Return formats: in each block the same share of neurons, those of highest energy, gets wider ones.
+    """Return a mix that gives the same share of each block's neurons, those of highest energy, wider formats.
 
-    Raises `InfeasibleError` where the narrowest do not fit, and `BadInputError` for a profile without states.
+    Raises `InfeasibleError` where the narrowest formats do not fit, and `BadInputError` for a profile without states.
     """
     fixed, names = settle(request, ("attn",))
     widths = tuple(width for width in request.widths if width != UNTOUCHED)
@@ -91,9 +91,9 @@ def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
 
 
 def units_of(expert: str, energies: Tensor, size: int) -> list[Unit]:
-    """Return an expert's neurons (H,) in units of `size`, those of highest energy first; the last is up to twice that.
+    """Return an expert's neurons (H,) in units of `size`, those of highest energy first.
 
-    Fewer than two times `size` are a single unit.
+    The last unit takes the rest, up to twice `size`; fewer neurons than that are a single unit.
     """
     ranked = energies.double().sort(descending=True).values
     count = max(len(ranked) // size, 1)
@@ -102,10 +102,10 @@ def units_of(expert: str, energies: Tensor, size: int) -> list[Unit]:
 
 
 def steps(blocks: Sequence[Sequence[Unit]], groups: int) -> list[Step]:
-    """Return the moves of all blocks' units from the narrowest of `groups` groups to wider ones, by their share s.
+    """Return the moves of all blocks' units from the narrowest of `groups` groups to wider ones, by rising share s.
 
     A unit whose middle lies at the share m of a block's neurons, ranked by energy, enters the second group where s
-    exceeds m, and the widest of three where s / 4 does. None is above s = 1.
+    exceeds m, and the widest of three where s / 4 does. Moves above s = 1 are left out.
     """
     moves = []
     for block, units in enumerate(blocks):
@@ -120,9 +120,9 @@ def steps(blocks: Sequence[Sequence[Unit]], groups: int) -> list[Step]:
 
 
 def grouped(blocks: Sequence[Sequence[Unit]], taken: Sequence[Step]) -> dict[str, list[tuple[int, int]]]:
-    """Return, for each expert, how many neurons each of its groups has as (group, neurons), the widest first.
+    """Return, for each expert, its groups as (group, number of neurons), the widest first.
 
-    Steps of an expert concern its units from the first on.
+    The steps of an expert move its units in their order, from the first on.
     """
     sizes: dict[str, list[int]] = {}
     for unit in itertools.chain.from_iterable(blocks):
@@ -141,7 +141,10 @@ def grouped(blocks: Sequence[Sequence[Unit]], taken: Sequence[Step]) -> dict[str
 def matrix_format(
     request: MixRequest, name: str, groups: Sequence[tuple[int, int]], widths: Sequence[str]
 ) -> str | None:
-    """Return the format of a matrix whose neurons are in `groups`: of pieces, unless all get the same; None of none."""
+    """Return the format of a matrix whose neurons are in `groups`: in pieces unless all neurons get the same format.
+
+    None where the matrix stays as it is.
+    """
     counts: dict[str | None, int] = {}
     for group, neurons in groups:
         fmt = request.format_at(name, widths[group])
@@ -149,5 +152,5 @@ def matrix_format(
     formats = tuple(fmt for fmt in counts if fmt is not None)
     if len(counts) == 1 or not formats:
         return next(iter(counts))
-    assert len(formats) == len(counts)  # widths below 16 bits all suit a weight, or none does
+    assert len(formats) == len(counts)  # either all widths below 16 bits suit a weight, or none does
     return Pieces(neuron_axis(name), tuple(map(parse_format, formats)), tuple(counts.values())).name

@@ -4,7 +4,7 @@ Li et al. 2024, https://arxiv.org/abs/2406.08155. The score of a linear layer W 
 
     max_j  max_i |W_ij| / mean_i |W_ij|,
 
-over input columns j. Matrices, or those that are tied together, are ranked by it: see `widened`. No data is used.
+over input columns j. Matrices, or groups of tied ones, are ranked by it (`widened`). No calibration data is used.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ditmoe_cli.compression.precision.mix_request import MixRequest
 
 
 def outlier_score(weight: Tensor) -> float:
-    """Return max_j max_i |W_ij| / mean_i |W_ij| of a weight (out, in): 1 to out, or 0 where all is 0."""
+    """Return max_j max_i |W_ij| / mean_i |W_ij| of a weight (out, in): 1 to out, or 0 where all entries are 0."""
     size = weight.double().abs()
     mean = size.mean(dim=0)
     return float((size.amax(dim=0) / mean).where(mean > 0, 0.0).max())
 
 
 def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
-    """Return formats: of two adjacent widths, matrices of the highest scores get the wider one.
+    """Return a mix of two adjacent widths that gives matrices of the highest scores the wider one.
 
-    Raises `InfeasibleError` where the narrowest do not fit, `BadInputError` for weights that are not finite.
+    Raises `InfeasibleError` where the narrowest formats do not fit, `BadInputError` for weights that are not finite.
     """
     fixed, names = settle(request)
     scores: dict[str, float] = {}
     units: dict[str, list[str]] = {}
-    decided = ties(names, request.candidates.tied)
+    decisions = ties(names, request.candidates.tied)
     with calibrated.bar(f"looking for outliers in {request.checkpoint.path.name}", len(names)) as progress:
         for name in names:
             score = outlier_score(request.checkpoint.finite_tensor(name))
-            units.setdefault(decided[name], []).append(name)
-            scores[decided[name]] = max(score, scores.get(decided[name], 0.0))
+            units.setdefault(decisions[name], []).append(name)
+            scores[decisions[name]] = max(score, scores.get(decisions[name], 0.0))
             progress(1)
     return widened(request, fixed, [units[unit] for unit in sorted(units, key=scores.__getitem__, reverse=True)])

@@ -1,22 +1,22 @@
-"""PMQ, the pre-loading mixed-precision quantisation of MC-MoE: bits by an expert's use and its own rounding error.
+"""PMQ, the pre-loading mixed-precision quantisation of MC-MoE: bits by an expert's use and rounding error.
 
-Huang et al. 2024, https://arxiv.org/abs/2410.06270. Each block has a budget of its own. An expert e is one decision:
-its matrices share a width b, and the sum over experts is least of
+Huang et al. 2024, https://arxiv.org/abs/2410.06270. Each block has a budget of its own. An expert e is one decision,
+since its matrices share a width b. The widths of a block minimise the sum over its experts of
 
     φ_e^α w_e^β ε_eb^γ        α = β = 1, γ = 2
     φ_e   share of tokens that select e
-    w_e   Σ_t g_te / tokens, g the routing weight, 0 of tokens that do not select e
+    w_e   Σ_t g_te / tokens, g the routing weight, 0 for tokens that do not select e
     ε_eb  ‖F(u) - F_eb(u)‖_F, of the mixture's output when e alone is rounded to b bits
 
-at calibration tokens u, each counting the same: neither γ of the block nor guidance enters. Where a block's budget
-allows, at least one expert gets the widest and one the second-widest width. Attention and the shared expert get 4
-bits, all else stays as it is.
+at calibration tokens u, all of equal weight: neither γ of the block nor guidance enters. Where a block's budget allows,
+at least one expert gets the widest and one the second-widest width. Attention and the shared expert get 4 bits,
+everything else stays as it is.
 
-The paper's widths are 1, 2 and 3 bits at 1.57 to 2.54 bits an expert. Likewise three adjacent ones of those allowed are
-offered here: the first above what all experts could have, and two below, or one below and two above where there are no
-two. Budgets are bytes, of which each block is given the same share of what separates its narrowest from its widest
-formats; for blocks of one shape that is the same number of bits. Weights are rounded to the nearest values of their
-formats, whose ranges are searched for, as all methods here do, where the paper takes the ranges of the values.
+The paper's widths are 1, 2 and 3 bits at 1.57 to 2.54 bits per expert. Here three adjacent ones of the allowed widths
+are offered: the first that does not fit for all experts, and the two below it, or the three narrowest where there are
+no two below. Budgets are in bytes, and each block gets the same share of the difference between its narrowest and its
+widest formats; for blocks of one shape that is the same number of bits. As with all methods here, weights are rounded
+to the nearest values of formats whose ranges are searched for; the paper takes the ranges of the values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.routing.profile import RoutingTables
 
 ALPHA, BETA, GAMMA = 1.0, 1.0, 2.0
-OFFERED = 3  # widths that an expert may have
+OFFERED = 3  # number of widths that an expert may have
 
 Expert = tuple[int, int]  # block, expert
 Members = Mapping[Expert, Sequence[str]]
@@ -50,9 +50,9 @@ Changes = Mapping[Expert, Mapping[str, float]]  # ε by width
 
 
 def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
-    """Return formats: in each block those of least Σ φ^α w^β ε^γ.
+    """Return the mix of least Σ φ^α w^β ε^γ in each block.
 
-    Raises `InfeasibleError` where none fit, and `BadInputError` for a profile without states.
+    Raises `InfeasibleError` where no formats fit, and `BadInputError` for a profile without states.
     """
     members = _members(request)
     fixed, experts = request.formats_at(request.weights_of(*DENSE), DENSE_WIDTH), request.weights_of("experts")
@@ -66,8 +66,8 @@ def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
     def formats_of(budget: int) -> dict[str, str]:
         budgets = shares(blocks, budget)
         chosen = [block_choice(groups, own, widths) for groups, own in zip(blocks, budgets, strict=True)]
-        taken = [widths[o] for choice in chosen for o in choice]
-        parts = (request.formats_at(members[expert], width) for expert, width in zip(order, taken, strict=True))
+        chosen_widths = [widths[o] for choice in chosen for o in choice]
+        parts = (request.formats_at(members[expert], width) for expert, width in zip(order, chosen_widths, strict=True))
         return {**fixed, **{name: fmt for part in parts for name, fmt in part.items()}}
 
     room = request.limit - request.size(fixed, request.formats_at(experts, widths[0]))
@@ -86,7 +86,7 @@ def _members(request: MixRequest) -> dict[Expert, list[str]]:
 
 
 def offered(widths: Sequence[str], fits: int) -> tuple[str, ...]:
-    """Return three adjacent widths, fewer where there are fewer: the one after index `fits`, and two below it."""
+    """Return three adjacent widths: the one after index `fits` and the two below it; fewer where there are fewer."""
     start = max(min(fits + 1, len(widths) - 1) - (OFFERED - 1), 0)
     return tuple(widths[start : start + OFFERED])
 
@@ -143,8 +143,8 @@ def _block_changes(
 def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mapping[nn.Linear, str]]) -> Iterator[float]:
     """Yield ‖g ⊙ (f(u) - f'(u))‖_F of an expert with its layers rounded to each choice of formats.
 
-    `gates` g (T,) is its routing weight at tokens u (T, D), 0 where it was not selected. Of more than `EXPERT_TOKENS`
-    tokens that selected it evenly spaced ones stand for all.
+    `gates` g (T,) is its routing weight at tokens u (T, D), 0 where it was not selected. Where more than
+    `EXPERT_TOKENS` tokens selected it, evenly spaced ones are taken.
     """
     used = gates.nonzero().squeeze(1)
     some = used[:: max(-(-len(used) // EXPERT_TOKENS), 1)]
@@ -159,19 +159,19 @@ def changes_of(expert: SwiGLU, u: Tensor, gates: Tensor, choices: Iterable[Mappi
 def _groups(
     request: MixRequest, members: Members, widths: Sequence[str], costs: Mapping[Expert, Sequence[float]]
 ) -> list[list[Group]]:
-    """Return the decisions of each block: an expert each, with its widths as options."""
+    """Return the groups of each block's program: one per expert, with its widths as options."""
     blocks: dict[int, list[Group]] = {}
     for expert, names in members.items():
         options = tuple(
-            Option(w, sum(request.sizes.of_weight(n, request.format_at(n, w)) for n in names), cost)
-            for w, cost in zip(widths, costs[expert], strict=True)
+            Option(width, sum(request.sizes.of_weight(n, request.format_at(n, width)) for n in names), cost)
+            for width, cost in zip(widths, costs[expert], strict=True)
         )
         blocks.setdefault(expert[0], []).append(Group(in_expert(*expert, "")[:-1], options))
     return list(blocks.values())
 
 
 def shares(blocks: Sequence[Sequence[Group]], budget: int) -> list[int]:
-    """Return each block's part of a budget: least + (budget - Σ least) (most - least) / Σ (most - least)."""
+    """Return each block's share of a budget, in bytes: least + (budget - Σ least) (most - least) / Σ (most - least)."""
     least = [sum(min(option.bytes for option in group.options) for group in groups) for groups in blocks]
     most = [sum(max(option.bytes for option in group.options) for group in groups) for groups in blocks]
     room = max(sum(most) - sum(least), 1)
@@ -182,26 +182,26 @@ def shares(blocks: Sequence[Sequence[Group]], budget: int) -> list[int]:
 def block_choice(groups: Sequence[Group], budget: int, widths: Sequence[str]) -> tuple[int, ...]:
     """Return the width of each of a block's experts, of least cost within `budget` bytes, as indices of `widths`.
 
-    The two widest are each given to at least one expert, unless that does not fit or there are too few experts.
+    Each of the two widest is given to at least one expert, unless that does not fit or there is one expert only.
     """
     demands = range(len(widths))[-2:] if len(groups) > 1 else ()
     return (_least(groups, budget, demands, {}) or solve(groups, budget)).choice
 
 
-def _least(groups: Sequence[Group], budget: int, demands: Sequence[int], made: Mapping[int, int]) -> Solution | None:
-    """Return the solution of least error in which some group takes each option of `demands`; None where none fits.
+def _least(groups: Sequence[Group], budget: int, demands: Sequence[int], fixed: Mapping[int, int]) -> Solution | None:
+    """Return the solution of least error in which each option of `demands` is taken by a group; None where none fits.
 
-    Groups in `made` take the option that it says. Where the solution lacks a demand, each other group is made to take
-    it in turn.
+    `fixed` holds the options of groups that have no choice. Where the solution lacks a demand, it is fixed for each
+    other group in turn.
     """
-    options = [group.options if g not in made else (group.options[made[g]],) for g, group in enumerate(groups)]
+    options = [group.options if g not in fixed else (group.options[fixed[g]],) for g, group in enumerate(groups)]
     try:
-        free = solve([replace(group, options=mine) for group, mine in zip(groups, options, strict=True)], budget)
+        solution = solve([replace(group, options=own) for group, own in zip(groups, options, strict=True)], budget)
     except InfeasibleError:
         return None
-    free = replace(free, choice=tuple(made.get(g, o) for g, o in enumerate(free.choice)))
-    missing = next((option for option in demands if option not in free.choice), None)
+    solution = replace(solution, choice=tuple(fixed.get(g, o) for g, o in enumerate(solution.choice)))
+    missing = next((option for option in demands if option not in solution.choice), None)
     if missing is None:
-        return free
-    tried = (_least(groups, budget, demands, {**made, g: missing}) for g in range(len(groups)) if g not in made)
-    return min(filter(None, tried), key=lambda found: (found.error, found.bytes), default=None)
+        return solution
+    tried = (_least(groups, budget, demands, {**fixed, g: missing}) for g in range(len(groups)) if g not in fixed)
+    return min(filter(None, tried), key=lambda each: (each.error, each.bytes), default=None)

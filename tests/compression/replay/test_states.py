@@ -1,56 +1,33 @@
-"""What blocks are fitted on: states from a profile, and their way through the blocks."""
+"""States from a profile: those that it keeps, and its images noised anew."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import Pico, make_pico
+from calibration_states import IMAGES, KINDS, STEPS, Given, profiled, profiled_kind, states_of
+from conftest import make_pico
 
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.replay import states as states_of_fits
-from ditmoe_cli.compression.replay.states import States, calibration_states, fitting_states
-from ditmoe_cli.compression.replay.stream import CalibrationStream
+from ditmoe_cli.compression.replay.states import calibration_states, fitting_states
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
-from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration, profiled_spec
-from ditmoe_cli.routing.profile import RoutingProfile
-
-IMAGES, STEPS, BINS = 9, 4, 2
-KINDS: dict[str, tuple[dict[str, Any], str, float]] = {
-    "rf": ({"sampler": "rf", "in_channels": 1}, "euler", 1.0),
-    "guided ddpm": ({"sampler": "ddpm", "in_channels": 4}, "ddim", 2.0),
-}
 
 
-def profiled(pico: Pico, solver: Any, cfg: float, folder: Path, **more: Any) -> tuple[Checkpoint, RoutingProfile]:
-    checkpoint = open_checkpoint(pico.save(folder / "a.safetensors"))
-    settings = Calibration(SampleSpec(IMAGES, STEPS, cfg, 3, solver, (0, 1)), BINS, **{"reservoir": 200, **more})
-    profile = calibrate(checkpoint, settings, Run("cpu", silent_bar), folder / "p.safetensors", force=True)
-    assert profile is not None
-    return checkpoint, profile
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    return profiled_kind(request.param, tmp_path_factory.mktemp("states"))
 
 
-@pytest.fixture(params=KINDS)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Checkpoint, RoutingProfile]:
-    options, solver, cfg = KINDS[request.param]
-    return profiled(make_pico(**options), solver, cfg, tmp_path)
-
-
-def states_of(case: tuple[Checkpoint, RoutingProfile], wanted: int) -> States:
-    checkpoint, profile = case
-    return calibration_states(profile, profiled_spec(profile.calibration, checkpoint), wanted)
-
-
-def test_stored_states_come_first_and_few_are_a_choice_of_them(case: tuple[Checkpoint, RoutingProfile]) -> None:
+def test_stored_states_come_first_and_few_are_a_choice_of_them(case: Given) -> None:
     stored = case[1].tensor("states.z")
     everything = states_of(case, len(stored))
     assert torch.equal(everything.z, stored)
@@ -59,7 +36,7 @@ def test_stored_states_come_first_and_few_are_a_choice_of_them(case: tuple[Check
     assert all(any(torch.equal(z, other) for other in stored) for z in few.z)
 
 
-def test_further_states_are_the_images_noised_to_the_samplers_times(case: tuple[Checkpoint, RoutingProfile]) -> None:
+def test_further_states_are_the_images_noised_to_the_samplers_times(case: Given) -> None:
     checkpoint, profile = case
     stored, count = len(profile.tensor("states.z")), 3 * IMAGES * STEPS
     states = states_of(case, stored + count)
@@ -84,7 +61,7 @@ def test_further_states_are_the_images_noised_to_the_samplers_times(case: tuple[
     assert len(seen) == IMAGES * STEPS, "every image at every time"
 
 
-def test_whole_images_are_held_out(case: tuple[Checkpoint, RoutingProfile]) -> None:
+def test_whole_images_are_held_out(case: Given) -> None:
     states = states_of(case, 150)
     held, others = (set(states.images[mine].tolist()) for mine in (states.held, ~states.held))
     assert held == {7} and not held & others
@@ -103,7 +80,7 @@ def test_a_profile_without_a_reservoir_says_so_too(tmp_path: Path) -> None:
         calibration_states(profile, profiled_spec(profile.calibration, checkpoint), 10)
 
 
-def test_noise_of_states_is_their_own(case: tuple[Checkpoint, RoutingProfile]) -> None:
+def test_noise_of_states_is_their_own(case: Given) -> None:
     """Neither that of calibration nor that of evaluated images, and no state has that of another."""
     profile = case[1]
     stored, count = len(profile.tensor("states.z")), IMAGES * STEPS
@@ -120,7 +97,7 @@ def test_noise_of_states_is_their_own(case: tuple[Checkpoint, RoutingProfile]) -
     assert float(alike.abs().max()) < 0.9
 
 
-def test_all_that_follows_from_the_profile_is_the_same_again(case: tuple[Checkpoint, RoutingProfile]) -> None:
+def test_all_that_follows_from_the_profile_is_the_same_again(case: Given) -> None:
     torch.manual_seed(1)
     first = states_of(case, 90)
     torch.manual_seed(2)
@@ -155,29 +132,3 @@ def test_fits_take_tokens_for_their_unknowns(
     monkeypatch.setattr(states_of_fits, "calibration_states", lambda *arguments: wanted.append(arguments[2]))
     fitting_states(Calibrated(checkpoint, profile, "cpu", silent_bar), unknowns, 32, tokens)
     assert wanted == [taken // 4]
-
-
-def test_with_unchanged_mixtures_the_stream_is_the_model(case: tuple[Checkpoint, RoutingProfile]) -> None:
-    checkpoint, _ = case
-    states = states_of(case, 70)  # more than go through a block at once
-    model = OffloadedDiTMoE(checkpoint, torch.device("cpu"))
-    branches = len(states.branch_weights)
-    null = torch.full_like(states.labels, checkpoint.config.num_classes)
-    labels = torch.cat([states.labels, null][:branches])
-    with torch.inference_mode():
-        stream = CalibrationStream(model, states)
-        x, c = model.embed(states.z.repeat(branches, 1, 1, 1), states.t.repeat(branches), labels)
-        for index in range(checkpoint.config.depth):
-            with model.resident(index) as block:
-                expected = block(x, c, index, None)
-                seen = stream.attend(block)
-                tokens = stream.tokens(seen)
-                stream.advance(seen, block.moe)
-            assert len(tokens.inputs) == len(tokens.weights) == len(tokens.held) == x.shape[0] * x.shape[1]
-            assert float(tokens.weights.mean()) == pytest.approx(1.0, rel=1e-4)
-            gamma = seen.gamma.square().mean(dim=1)
-            gamma[len(states) :] *= states.branch_weights[-1]
-            gamma[: len(states)] *= states.branch_weights[0]
-            torch.testing.assert_close(tokens.weights, (gamma / gamma.mean()).repeat_interleave(x.shape[1]))
-            torch.testing.assert_close(stream.x, expected, rtol=1e-4, atol=1e-5)
-            x = expected
