@@ -11,7 +11,7 @@
     └── GateError          6  a threshold that the user set was not met
 
 Each message is one line with the problem, its place and the remedy. It names a setting as ``⟨group_size⟩``, which `str`
-shows as ``group_size`` and the command line as ``--group-size`` (`named`).
+shows as ``group_size`` and the command line as the option of that name (`named`).
 """
 
 from __future__ import annotations

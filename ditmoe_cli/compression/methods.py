@@ -1,4 +1,4 @@
-"""The registry of methods: everything that ``--method`` of prune, merge and quantize may name, with its source.
+"""The registry of methods: every method that prune, merge and quantize offer by name, with its source.
 
 Reading it imports neither torch nor numpy: the functions of a method are imported when they are first called.
 """
