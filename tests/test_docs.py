@@ -26,6 +26,12 @@ COMMANDS = (
     "compare",
     "bench",
 )
+PACKAGE = ROOT / "ditmoe_cli"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+_OF_OTHERS = {"vae/", "zero_to_fp32.py"}  # files and folders that are not ours
+_PATH = re.compile(r"`([\w./-]+(?:\.py|/))`|\b((?:ditmoe_cli|tests|examples)/[\w./-]*\w)")
+_MODULE = re.compile(r"\bditmoe_cli(?:\.[a-z_]+)+")
+_BRANCH = re.compile(r"^( +)([\w./]+(?:, [\w./]+)*)(?:  +.*)?$")
 _BLOCK = re.compile(r"## Options\n\n(?:@@HELP@@|```text\n.*?\n```)\n", re.S)
 
 
@@ -61,7 +67,7 @@ def test_every_command_has_a_page_and_stands_in_the_readme() -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in PAGES:
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
             linked = (page.parent / target).resolve() if target else page
             assert linked.exists(), f"{page.name} links to {target}"
@@ -70,9 +76,61 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
 
 
+def exists(path: str) -> bool:
+    """Whether a path is there: below the repository, the package or docs; a single name may stand in any folder."""
+    if any((base / path).exists() for base in (ROOT, PACKAGE, ROOT / "docs")):
+        return True
+    return "/" not in path.rstrip("/") and any(
+        any((ROOT / folder).rglob(path)) for folder in ("ditmoe_cli", "tests", "examples")
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    """A name in capitals, as NAME.py, stands for a file to be made."""
+    text = page.read_text()
+    paths = {one or other for one, other in _PATH.findall(text)} - _OF_OTHERS
+    missing = {path for path in paths if not exists(path) and "NAME" not in path and not path.startswith("/")}
+    modules = {match[0].replace(".", "/") for match in _MODULE.finditer(text)}
+    missing |= {m for m in modules if not any((ROOT / f"{part}").exists() for part in (m, f"{m}.py", up(m)))}
+    assert not missing
+
+
+def up(module: str) -> str:
+    """The file of the module that a dotted name stands in."""
+    return f"{module.rpartition('/')[0]}.py"
+
+
+def drawn_tree() -> list[str]:
+    """The paths of the tree in design.md; those of folders end in a slash."""
+    block = (ROOT / "docs" / "design.md").read_text().partition("    ditmoe_cli/\n")[2].partition("\n\n")[0]
+    paths: list[str] = []
+    folders: list[tuple[int, str]] = []
+    for line in block.splitlines():
+        branch = _BRANCH.match(line)
+        assert branch, f"not a line of the tree: {line!r}"
+        indent = len(branch[1])
+        folders = [(depth, name) for depth, name in folders if depth < indent]
+        above = "".join(name for _, name in folders)
+        paths += [above + name for name in branch[2].split(", ")]
+        folders.append((indent, branch[2]))
+    return paths
+
+
+def test_the_tree_in_design_is_the_package() -> None:
+    drawn = drawn_tree()
+    assert not [path for path in drawn if not (PACKAGE / path).exists()]
+    folders = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("*.py")} - {"./"}
+    assert not folders - set(drawn), "enter new folders into the tree"
+
+
+def test_whoever_comes_next_finds_the_tour() -> None:
+    assert "docs/contributing.md" in (ROOT / "README.md").read_text()
+    assert "contributing.md" in (ROOT / "docs" / "design.md").read_text()
+
+
 def test_no_page_holds_a_gap_to_be_filled() -> None:
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
-    assert not [page.name for page in pages if re.search("@@|TODO|FIXME", page.read_text())]
+    assert not [page.name for page in PAGES if re.search("@@|TODO|FIXME", page.read_text())]
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
