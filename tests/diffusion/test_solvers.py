@@ -1,23 +1,31 @@
-"""Solvers on a flow whose solution is known: data drawn from a Gaussian, N(MEAN, SPREAD²) in every value."""
+"""Solvers of both families where the solution is known: data from N(MEAN, SPREAD²) in every value, or at one point."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.diffusion.forward_process import respaced_schedule, sampling_schedule
-from ditmoe_cli.diffusion.schedule import SOLVERS, Solver, evaluation_times, flow_times, is_guided, noise_level
+from ditmoe_cli.diffusion.schedule import (
+    SOLVERS,
+    Solver,
+    ancestral_timesteps,
+    ddim_timesteps,
+    evaluation_times,
+    flow_times,
+)
 from ditmoe_cli.diffusion.solvers import (
     ADAMS_COEFFICIENTS,
     adams_bashforth,
     adams_slope,
+    ancestral,
     ddim,
     ddpm_dpmpp_2m,
     dpmpp_2m,
@@ -159,16 +167,6 @@ def test_one_step_of_dpm_solver_is_ddims() -> None:
     torch.testing.assert_close(found, 0.8 * clean + 0.6 * eps)
 
 
-@given(steps=st.integers(1, 60), solver=st.sampled_from(sorted(SOLVERS)))
-def test_evaluation_times_fall_and_are_as_many_as_said(steps: int, solver: str) -> None:
-    times = evaluation_times(solver, steps)  # type: ignore[arg-type]
-    assert len(times) == (2 * steps - 1 if solver == "heun" else steps)
-    assert all(np.diff(times) <= 0)
-    family = SOLVERS[solver].family  # type: ignore[index]
-    levels = [noise_level(t, family) for t in times]
-    assert min(levels) >= 0 and max(levels) <= 1
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_evaluation_times_are_those_that_a_solver_asks_at(solver: Solver, steps: int) -> None:
@@ -182,8 +180,134 @@ def test_evaluation_times_are_those_that_a_solver_asks_at(solver: Solver, steps:
     assert asked == evaluation_times(solver, steps)
 
 
-def test_guidance_holds_inside_its_interval_alone() -> None:
-    assert not is_guided(0.5, 1.0, "rf")
-    assert is_guided(0.5, 2.0, "rf")
-    assert [is_guided(t, 2.0, "rf", (0.2, 0.6)) for t in (0.1, 0.2, 0.4, 0.6, 0.7)] == [False, True, True, True, False]
-    assert [is_guided(t, 2.0, "ddpm", (0.2, 0.6)) for t in (100, 500, 700)] == [False, True, False]
+# ------------------------------------------------------------------ DDPM
+
+Predict = Callable[[Tensor, float], Tensor]
+SHAPE = (2, 3, 4, 4)
+ALPHAS_BAR = list(itertools.accumulate((1 - (1e-4 + (2e-2 - 1e-4) * i / 999) for i in range(1000)), operator.mul))
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def point_eps(z: Tensor, t: float) -> Tensor:
+    """The noise in z if all images are MEAN everywhere."""
+    a = ALPHAS_BAR[int(t)]
+    return (z - math.sqrt(a) * MEAN) / math.sqrt(1 - a)
+
+
+def gaussian_eps(z: Tensor, t: float) -> Tensor:
+    """E[noise | z] for images N(MEAN, SPREAD²)."""
+    a = ALPHAS_BAR[int(t)]
+    return math.sqrt(1 - a) * (z - math.sqrt(a) * MEAN) / (a * SPREAD**2 + 1 - a)
+
+
+def by_ddim(predict: Predict, z: Tensor, steps: int) -> Tensor:
+    return ddim(predict, z, sampling_schedule("ddim", steps))
+
+
+def by_ancestral(predict: Predict, z: Tensor, steps: int, fresh: Callable[[Tensor], Tensor]) -> Tensor:
+    return ancestral(predict, z, sampling_schedule("ddpm", steps), fresh)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("mean", [0.0, MEAN])
+def test_one_step_moves_from_noise_to_the_data(solver: str, mean: float) -> None:
+    """For images N(mean, 1) the noise in z is √(1 - ᾱ) (z - √ᾱ mean), and their mean is nearly all that z tells."""
+
+    def predict(z: Tensor, t: float) -> Tensor:
+        a = ALPHAS_BAR[int(t)]
+        return math.sqrt(1 - a) * (z - math.sqrt(a) * mean)
+
+    z = noise()
+    found = by_ddim(predict, z, 1) if solver == "ddim" else by_ancestral(predict, z, 1, torch.ones_like)
+    a = ALPHAS_BAR[999]
+    torch.testing.assert_close(found, mean + math.sqrt(a) * (z - math.sqrt(a) * mean))
+    assert float((found - mean).norm()) < 0.01 * float((z - mean).norm())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 60])
+def test_ddim_is_exact_where_the_noise_is_known(steps: int) -> None:
+    found = by_ddim(point_eps, noise(), steps)
+    torch.testing.assert_close(found, torch.full(SHAPE, MEAN, dtype=torch.float64))
+
+
+def test_ddim_follows_the_probability_flow_of_a_gaussian() -> None:
+    """The flow is affine: z maps to MEAN + SPREAD (z - sqrt(a) MEAN) / sqrt(a SPREAD² + 1 - a)."""
+    z, errors = noise(), []
+    for steps in (50, 100, 200, 1000):
+        a = ALPHAS_BAR[ddim_timesteps(steps)[-1]]
+        exact = MEAN + SPREAD * (z - math.sqrt(a) * MEAN) / math.sqrt(a * SPREAD**2 + 1 - a)
+        errors.append(float((by_ddim(gaussian_eps, z, steps) - exact).norm() / exact.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01
+    assert 1.6 < errors[0] / errors[1] < 2.4, "first order"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 60])
+@pytest.mark.parametrize("sigma", [False, True])
+def test_the_last_step_adds_no_noise(steps: int, sigma: bool) -> None:
+    """With the noise known, x0 is MEAN at every step, and the last step returns it."""
+
+    def predict(z: Tensor, t: float) -> Tensor:
+        return torch.cat((point_eps(z, t), torch.zeros_like(z)), dim=1) if sigma else point_eps(z, t)
+
+    found = by_ancestral(predict, noise(), steps, lambda z: torch.full_like(z, 100.0))
+    torch.testing.assert_close(found, torch.full(SHAPE, MEAN, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 250])
+def test_means_multiply_by_the_root_of_alpha(steps: int) -> None:
+    """For images N(0, 1) the noise is sqrt(1 - a) z, and each posterior mean sqrt(alpha) z."""
+
+    def predict(z: Tensor, t: float) -> Tensor:
+        return math.sqrt(1 - ALPHAS_BAR[int(t)]) * z
+
+    found = by_ancestral(predict, noise(), steps, torch.zeros_like)
+    a = ALPHAS_BAR[ancestral_timesteps(steps)[-1]]
+    torch.testing.assert_close(found, math.sqrt(a) * noise())
+
+
+@pytest.mark.parametrize("v", [-1.0, -0.5, 0.0, 1.0])
+def test_the_learned_variance_lies_between_its_bounds(v: float) -> None:
+    """v = -1 is the posterior's variance, v = 1 is beta, geometric in between."""
+    steps, schedule = 3, respaced_schedule(ancestral_timesteps(3))
+
+    def predict(z: Tensor, _: float) -> Tensor:
+        return torch.cat((torch.zeros_like(z), torch.full_like(z, v)), dim=1)
+
+    drawn = iter([torch.ones(SHAPE, dtype=torch.float64)] + [torch.zeros(SHAPE, dtype=torch.float64)] * 2)
+    moved = by_ancestral(predict, noise(), steps, lambda _: next(drawn))
+    still = by_ancestral(predict, noise(), steps, torch.zeros_like)
+    beta = float(schedule.betas[2])
+    posterior = beta * float((1 - schedule.alphas_bar[1]) / (1 - schedule.alphas_bar[2]))
+    sigma = math.sqrt(beta ** ((v + 1) / 2) * posterior ** ((1 - v) / 2))
+    # without predicted noise the rest of the way divides by sqrt(a_1)
+    expected = torch.full(SHAPE, sigma / math.sqrt(float(schedule.alphas_bar[1])), dtype=torch.float64)
+    torch.testing.assert_close(moved - still, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_learned_variance_the_posteriors_is_used() -> None:
+    def learned(z: Tensor, t: float) -> Tensor:
+        return torch.cat((gaussian_eps(z, t), torch.full_like(z, -1.0)), dim=1)
+
+    def fixed(seed: int) -> Callable[[Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda z: torch.randn(z.shape, generator=generator, dtype=z.dtype)
+
+    found = by_ancestral(gaussian_eps, noise(), 20, fixed(1))
+    torch.testing.assert_close(found, by_ancestral(learned, noise(), 20, fixed(1)))
+
+
+def test_ancestral_samples_have_the_distribution_of_the_images() -> None:
+    """With variance beta the chain keeps N(0, 1) exactly: sqrt(alpha)² + beta = 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def predict(z: Tensor, t: float) -> Tensor:
+        return torch.cat((math.sqrt(1 - ALPHAS_BAR[int(t)]) * z, torch.ones_like(z)), dim=1)
+
+    z = torch.randn(200, 1, 10, 10, generator=generator)
+    found = by_ancestral(predict, z, 50, lambda z: torch.randn(z.shape, generator=generator))
+    assert abs(float(found.std()) - 1) < 0.02
+    assert abs(float(found.mean())) < 0.03

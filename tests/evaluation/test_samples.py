@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
+from ditmoe_cli.errors import BadInputError, BrokenImageError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation import samples
 from ditmoe_cli.evaluation.samples import (
     SAMPLES,
@@ -609,16 +609,3 @@ def test_what_is_read_is_no_target(pixels: Sampling, tmp_path: Path) -> None:
             check_targets(pixels, replace(targets, force=True, inputs=(vae,)))
     with pytest.raises(OutputExistsError, match="is the input itself"):
         check_targets(pixels, Targets(pixels.checkpoint.path, force=True))
-
-
-# other processes
-
-
-def test_a_process_that_ended_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
-        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
-
-    monkeypatch.setattr("torch.distributed.barrier", broken)
-    with pytest.raises(DitmoeError, match="another process of this job has ended"):
-        Share(0, 2).wait()
-    WHOLE.wait()

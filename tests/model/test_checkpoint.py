@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,10 @@ from conftest import Pico
 
 from ditmoe_cli import open_checkpoint
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import SafetensorsReader
 from ditmoe_cli.model.checkpoint import resolve_path
 from ditmoe_cli.model.config import expected_weights
-from ditmoe_cli.model.parameters import is_compressible, weight_group
 
 
 def test_our_files_need_no_assumptions(tmp_path: Path, pico: Callable[..., Pico]) -> None:
@@ -110,26 +107,6 @@ def test_broken_values_are_refused_by_name_when_read(tmp_path: Path, pico: Calla
     checkpoint.finite_tensor("pos_embed")
     with pytest.raises(BadInputError, match=rf"x\.safetensors: tensor '{name}' holds NaN or infinite"):
         checkpoint.finite_tensor(name)
-
-
-def test_what_quantisation_may_touch(pico: Callable[..., Pico]) -> None:
-    model = pico(attention="flash")
-    groups = {info.name: weight_group(info) for info in model.infos()}
-    found = {name for name in groups if groups[name]}
-    assert Counter(groups[name] for name in found) == {
-        "experts": 2 * 4 * 3,
-        "shared": 2 * 3,
-        "attn": 2 * 2,
-        "modulation": 2 + 1,
-        "embedders": 2 + 1,
-    }
-    assert groups["t_embedder.mlp.0.weight"] == groups["final_layer.linear.weight"] == "embedders"
-    assert groups["final_layer.adaLN_modulation.1.weight"] == "modulation"
-    assert not any(name.endswith("bias") or "norm" in name for name in found)
-    left = {"blocks.0.moe.gate.weight", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"}
-    assert left <= groups.keys() - found
-    assert all(is_compressible(info) == (info.name in found) for info in model.infos())
-    assert not is_compressible(TensorInfo("blocks.0.attn.q_norm.weight", "F32", (4,)))
 
 
 def test_the_order_is_natural_and_whole(tmp_path: Path, pico: Callable[..., Pico]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +22,16 @@ from ditmoe_cli.model.walk import resident_blocks
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[None, "int3-g64", "nf4"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, pico: Callable[..., Pico]) -> Checkpoint:
-    plain = open_checkpoint(pico(depth=3).save(tmp_path / "plain.safetensors"))
+@pytest.fixture(scope="module", params=[None, "nf4"])
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pico: Callable[..., Pico]
+) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("walk")
+    plain = open_checkpoint(pico(depth=3).save(folder / "plain.safetensors"))
     if request.param is None:
         return plain
-    apply(plain, plan_uniform(plain, request.param), Output(tmp_path / "packed.safetensors"))
-    return open_checkpoint(tmp_path / "packed.safetensors")
+    apply(plain, plan_uniform(plain, request.param), Output(folder / "packed.safetensors"))
+    return open_checkpoint(folder / "packed.safetensors")
 
 
 def tensors(block: Block) -> list[torch.Tensor]:

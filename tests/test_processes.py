@@ -1,0 +1,46 @@
+"""Shares of the work under torchrun, and processes that end early."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ditmoe_cli.errors import DitmoeError
+from ditmoe_cli.processes import WHOLE, Share, own_device, process_group
+
+
+def test_shares_divide_batches_without_gap_or_overlap() -> None:
+    batches = list(range(11))
+    shares = [Share(rank, 3).of(batches) for rank in range(3)]
+    assert shares[0] == [0, 3, 6, 9]
+    assert sorted(batch for share in shares for batch in share) == batches
+    assert WHOLE.of(batches) == batches
+    assert [Share(rank, 3).first for rank in range(3)] == [True, False, False]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with process_group() as share:
+        assert share == WHOLE
+        assert share.from_first(lambda: 3) == 3
+        share.wait()
+    assert own_device("cuda") == "cuda"
+
+
+def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "2")
+    assert [own_device(device) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:2", "cuda:0", "cpu"]
+
+
+def test_a_process_that_ended_is_reported_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+    monkeypatch.setattr("torch.distributed.barrier", broken)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broken)
+    with pytest.raises(DitmoeError, match="another process of this job has ended"):
+        Share(0, 2).wait()
+    with pytest.raises(DitmoeError, match="another process of this job has ended"):
+        Share(1, 2).from_first(lambda: 3)
