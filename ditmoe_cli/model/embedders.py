@@ -45,12 +45,21 @@ class TimestepEmbedder(nn.Module):
         return out
 
 
+class _Table(nn.Embedding):
+    """An embedding that draws no values on the meta device, where torch would import its compiler to do so."""
+
+    def reset_parameters(self) -> None:
+        """Draw values from N(0, 1)."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class LabelEmbedder(nn.Module):
     """Map labels (N,) to (N, width); the last row of the table is the null class."""
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = _Table(config.num_classes + 1, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         """Embed labels y (N,)."""

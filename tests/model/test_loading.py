@@ -20,6 +20,7 @@ from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.registry import Format, pack
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.loading import empty_model
 from ditmoe_cli.model.parameters import count_parameters, is_compressible
 
 
@@ -177,3 +178,16 @@ def test_other_quantised_linear_layers_of_others_load(tmp_path: Path, pico: Call
     path = quantized(model, dict.fromkeys(names, "int8")).save(tmp_path / "x.safetensors")
     loaded, expected = output(load_model(path)), output(model.model())
     assert (loaded - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_empty_model_draws_nothing(
+    pico: Callable[..., Pico], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normal values on the meta device make torch import its compiler, which takes seconds."""
+
+    def drawn(*_: Any, **__: Any) -> None:
+        raise AssertionError("values are drawn")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+    model = empty_model(open_checkpoint(pico().save(tmp_path / "a.safetensors")))
+    assert all(parameter.is_meta for parameter in model.parameters())
