@@ -450,7 +450,7 @@ for (what, plan), allowed in zip(plans.items(), allowances, strict=True):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits private memory as Linux counts it")
 def test_memory_follows_one_tensor_and_not_the_checkpoint(tmp_path: Path) -> None:
-    config = replace(SMALL.config, hidden_size=512, num_heads=8, depth=1, blocks=(BlockConfig(16, (2048,) * 16, 1024),))
+    config = replace(SMALL.config, hidden_size=256, num_heads=8, depth=1, blocks=(BlockConfig(16, (2048,) * 16, 1024),))
     infos = [TensorInfo(name, "F32", shape) for name, shape in expected_weights(config).items()]
     path, target = tmp_path / "large.safetensors", tmp_path / "out.safetensors"
     total = sum(info.nbytes for info in infos)

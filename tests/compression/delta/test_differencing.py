@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import here
 from compressing import (
     blocks_of,
     folder,
@@ -460,13 +461,13 @@ def test_a_malformed_delta_is_refused(delta: object) -> None:
 
 
 @pytest.fixture
-def cli(run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., dict[str, Any]]:
+def cli(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Run a command that must succeed, and return its envelope."""
 
     def run(*arguments: object, stdin: str | None = None) -> dict[str, Any]:
-        done = run_cli(*arguments, stdin=stdin)
-        assert done.returncode == 0, done.stderr
-        document = json.loads(done.stdout)
+        outcome = here(*arguments, cwd=tmp_path, stdin=stdin)
+        assert outcome.code == 0, outcome.err
+        document = json.loads(outcome.out)
         assert isinstance(document, dict)
         return document
 
@@ -511,16 +512,10 @@ def test_a_dry_run_a_saved_plan_and_a_pipe_agree(
         ((), 2, "or --delta"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(
-    options: tuple[str, ...],
-    code: int,
-    message: str,
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-) -> None:
-    done = run_cli("merge", "demo:digits", *options)
-    assert done.returncode == code
-    assert message in done.stderr.splitlines()[-1]
+def test_options_that_do_not_fit_are_refused(options: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+    outcome = here("merge", "demo:digits", *options, cwd=tmp_path)
+    assert outcome.code == code
+    assert message in outcome.err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 

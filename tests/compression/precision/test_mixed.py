@@ -28,6 +28,7 @@ from ditmoe_cli.cli.app import run as run_program
 from ditmoe_cli.compression import output
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.output import check_plan
+from ditmoe_cli.compression.plan import parse_plan
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.parameters import weight_group
 
@@ -83,12 +84,6 @@ def test_profiles_without_states_are_refused(name: str, tmp_path: Path) -> None:
         chosen(MIXES[name], asked, within(asked, 4))
 
 
-@pytest.mark.parametrize("name", MIXES)
-def test_equal_input_gives_equal_choices(name: str, small: Given) -> None:
-    request = within(small, 3.5)
-    assert chosen(MIXES[name], small, request) == chosen(MIXES[name], small, request)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return profiled(make_pico(**SMALL), tmp_path_factory.mktemp("files"))
@@ -109,35 +104,43 @@ def quantize(files: Given, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 @pytest.mark.parametrize(
     ("name", "rounding"), [*((name, ("nearest",)) for name in MIXES), ("pmq", ("gptq", "--tokens", 256))], ids=str
 )
-def test_dry_runs_tell_the_bytes(
-    name: str, rounding: tuple[object, ...], quantize: Callable[..., tuple[int, dict[str, Any], str]], tmp_path: Path
+def test_dry_runs_tell_the_plan_and_its_bytes(
+    name: str,
+    rounding: tuple[object, ...],
+    quantize: Callable[..., tuple[int, dict[str, Any], str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target = tmp_path / "out.safetensors"
-    words = ("--bits", 3.5, "--method", name, "--rounding", *rounding, "-o", target)
-    code, planned, _ = quantize(*words, "--dry-run")
-    assert code == 0 and not target.exists()
-    code, result, _ = quantize(*words)
-    assert code == 0 and result["bytes"] == target.stat().st_size == planned["bytes"]
-    assert result["plan_digest"]
-    options = planned["plan"]["options"]
-    assert options["method"] == result["method"] == name
-    assert 0 < options["tried_error"] == result["tried_error"] < 1
-    assert ("predicted_error" in options) == ("predicted_error" in result) == (name == "replay")
-
-
-def test_a_run_lays_its_file_out_once(
-    quantize: Callable[..., tuple[int, dict[str, Any], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Budgets and mixes are compared by the sizes of files alone."""
+    """Equal input gives equal plans; a run lays its file out once, since mixes are compared by sizes of files alone."""
     layouts: list[object] = []
 
     def counted(*arguments: Any) -> None:
         layouts.append(arguments)
         check_plan(*arguments)
 
+    monkeypatch.chdir(tmp_path)
+    method = () if name == DEFAULT_METHODS["quantize"] else ("--method", name)
+    words = ("--bits", 3.5, *method, "--allow", "2,3,4,6", "--rounding", *rounding)
+    code, planned, _ = quantize(*words, "--dry-run")
+    assert code == 0 and not list(tmp_path.iterdir())
     monkeypatch.setattr(output, "check_plan", counted)
-    code, _, _ = quantize("--bits", 3, "--rounding", "nearest", "-o", tmp_path / "out.safetensors")
+    code, result, _ = quantize(*words)
     assert code == 0 and len(layouts) == 1
+    target = tmp_path / f"original.quantize-bits3.5{f'-{name}' if method else ''}.safetensors"
+    assert list(tmp_path.iterdir()) == [target]
+    assert result["bytes"] == target.stat().st_size == planned["bytes"]
+    assert result["plan_digest"] == parse_plan(planned["plan"], "plan").digest
+    assert {fmt.split("-")[0].rpartition(":")[2] for fmt in result["formats"]} <= {
+        "int2",
+        "int3",
+        "int4",
+        "int6",
+        "pieces",
+    }
+    options = planned["plan"]["options"]
+    assert options["method"] == result["method"] == name
+    assert 0 < options["tried_error"] == result["tried_error"] < 1
+    assert ("predicted_error" in options) == ("predicted_error" in result) == (name == "replay")
 
 
 def test_methods_are_listed_without_torch() -> None:
@@ -165,14 +168,3 @@ def test_unknown_methods_are_refused(
 ) -> None:
     code, _, err = quantize(*words)
     assert code == 2 and said in err
-
-
-def test_the_outputs_name_tells_the_method(
-    quantize: Callable[..., tuple[int, dict[str, Any], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for words in (("--method", "outlier"), ()):
-        code, result, _ = quantize("--bits", 4, "--allow", "2,3,4,6", "--rounding", "nearest", *words)
-        assert code == 0 and set(result["formats"]) <= {"int2-g64", "int3-g64", "int4-g64", "int6-g64"}
-    written = {file.name for file in tmp_path.iterdir()}
-    assert written == {"original.quantize-bits4-outlier.safetensors", "original.quantize-bits4.safetensors"}

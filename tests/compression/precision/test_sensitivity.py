@@ -63,8 +63,9 @@ def replayed(tokens: BlockTokens, moe: SparseMoE, stem: str, matrix: str, fmt: s
     return error_by_hand(tokens, moe, changed) * reference / tokens.pairs
 
 
-@pytest.mark.parametrize(("branches", "cfg"), [(1, 1.0), (2, 0.0), (2, 4.0)])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    ("name", "branches", "cfg"), [("plain", 1, 1.0), ("plain", 2, 0.0), *((name, 2, 4.0) for name in MIXTURES)]
+)
 def test_errors_of_experts_are_those_of_rebuilt_mixtures(name: str, branches: int, cfg: float) -> None:
     moe, tokens = MIXTURES[name], some_tokens(30, branches, cfg)
     routing = moe.gate(tokens.inputs)
@@ -184,7 +185,7 @@ def planned(checkpoint: Checkpoint, *bits: str) -> dict[str, tuple[str, ...]]:
 def test_layers_outside_the_blocks_are_measured_exactly(case: Case) -> None:
     names = [name for name in planned(case[0], "4") if not name.startswith("blocks.")]
     assert len(names) == 4
-    formats = ("int2-g64", "int4-g32", "int8")
+    formats = ("int2-g64", "int8")
     found = measured(case, dict.fromkeys(names, formats)).errors
     assert found.keys() == set(names)
     for name in names:
@@ -196,12 +197,11 @@ def test_the_reference_format_alone_is_measured_exactly(case: Case) -> None:
     """One weight of each kind in each block: what is sent through the model is that weight's own error."""
     attention = [name for name in planned(case[0], "4") if ".attn." in name]
     for block in range(2):
+        of_experts = ("experts.1.down_proj", "experts.0.gate_proj") if block == 0 else ("shared_experts.up_proj",)
         for name in (
             next(name for name in attention if name.startswith(f"blocks.{block}.")),
             f"blocks.{block}.adaLN_modulation.1.weight",
-            f"blocks.{block}.moe.experts.1.down_proj.weight",
-            f"blocks.{block}.moe.experts.0.gate_proj.weight",
-            f"blocks.{block}.moe.shared_experts.up_proj.weight",
+            *(f"blocks.{block}.moe.{matrix}.weight" for matrix in of_experts),
         ):
             found = measured(case, {name: (REFERENCE, "int6-g64")})
             expected = end_to_end(case, {name: REFERENCE})
@@ -239,7 +239,7 @@ def stream_by_hand(model: Any, states: Any, cfg: float) -> Tensor:
 
 
 def test_errors_fall_with_the_bits_and_are_finite(case: Case) -> None:
-    formats = planned(case[0], "2", "3", "4", "5", "6", "8")
+    formats = planned(case[0], "2", "3", "5", "8")
     found = measured(case, formats)
     assert found.errors.keys() == formats.keys()
     sums = dict.fromkeys(next(iter(formats.values())), 0.0)
@@ -265,10 +265,10 @@ def test_small_errors_add_up(case: Case) -> None:
     assert together / 2 < sum(error for errors in found.values() for error in errors.values()) < 2 * together
 
 
-@pytest.mark.parametrize("allowed", ["2", "8"])
-def test_a_trial_is_the_error_of_the_file(allowed: str, case: Case, tmp_path: Path) -> None:
+def test_a_trial_is_the_error_of_the_file(case: Case, tmp_path: Path) -> None:
     checkpoint, profile = case
-    formats = {name: fmts[0] for name, fmts in planned(checkpoint, allowed).items()}
+    widths = [planned(checkpoint, bits) for bits in ("2", "8")]
+    formats = {name: widths[i % 2][name][0] for i, name in enumerate(widths[0])}
     plan = quantising(checkpoint, formats)
     written = applied(checkpoint, plan, tmp_path / "out.safetensors")
     states, cfg = states_for(checkpoint, profile, TOKENS)
@@ -288,8 +288,9 @@ def test_nothing_rounded_is_no_error_and_nothing_changed(case: Case) -> None:
     found = measured(case, {})
     assert found.errors == {} and found.amplification == ({}, {})
     name = "final_layer.linear.weight"
-    first = measured(case, planned(case[0], "3"))
-    assert first == measured(case, planned(case[0], "3")), "equal work, equal numbers"
+    some = {each: fmts for i, (each, fmts) in enumerate(planned(case[0], "3").items()) if i % 3 == 0 or each == name}
+    first = measured(case, some)
+    assert first == measured(case, some), "equal work, equal numbers"
     assert measured(case, {name: ("int3-g64",)}).errors[name] == first.errors[name], "rounded layers are put back"
 
 

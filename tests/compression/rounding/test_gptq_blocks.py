@@ -80,6 +80,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return made(make_pico(**SMALL), tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(scope="module")
+def small_rounded(small: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Applied]:
+    """The small model rounded to assorted formats, whole in one file."""
+    torch.manual_seed(1)
+    return encoded(small, planned(small[0], assorted(small[0])), tmp_path_factory.mktemp("rounded") / "o.safetensors")
+
+
 def made(pico: Pico, where: Path, cfg: float = 1.5) -> Case:
     checkpoint = opened(pico, where)
     return checkpoint, profile_of(checkpoint, images=8, cfg=cfg)
@@ -229,24 +236,21 @@ def test_layers_outside_the_blocks_are_rounded_to_the_nearest_values(small: Case
     assert done.measured.prediction_error == pytest.approx(error_by_hand(small, plain), rel=1e-3)
 
 
-def test_equal_work_gives_equal_bytes(small: Case, tmp_path: Path) -> None:
-    plan = planned(small[0], assorted(small[0]))
-    torch.manual_seed(1)
-    first = encoded(small, plan, tmp_path / "first.safetensors")
+def test_equal_work_gives_equal_bytes(small: Case, small_rounded: tuple[Checkpoint, Applied], tmp_path: Path) -> None:
     torch.manual_seed(2)
-    turned = {name: formats_of(plan)[name] for name in reversed(list(formats_of(plan)))}
-    second = encoded(small, parse_plan(planned(small[0], turned).to_json(), "plan"), tmp_path / "second.safetensors")
-    assert first[0].path.read_bytes() == second[0].path.read_bytes()
-    assert first[1] == second[1]
+    formats = assorted(small[0])
+    turned = {name: formats[name] for name in reversed(list(formats))}
+    again = encoded(small, parse_plan(planned(small[0], turned).to_json(), "plan"), tmp_path / "again.safetensors")
+    assert again[0].path.read_bytes() == small_rounded[0].path.read_bytes()
+    assert again[1] == small_rounded[1]
 
 
-def test_sharded_outputs_hold_the_same(small: Case, tmp_path: Path) -> None:
+def test_sharded_outputs_hold_the_same(small: Case, small_rounded: tuple[Checkpoint, Applied], tmp_path: Path) -> None:
     plan = planned(small[0], assorted(small[0]))
-    whole = encoded(small, plan, tmp_path / "whole.safetensors")[0]
     output = Output(tmp_path / "shards", shard_bytes=20_000)
     done = apply(small[0], plan, output, profile=small[1])
     assert done.bytes == planned_output(small[0], plan).predicted_bytes(output)
-    assert stored(open_checkpoint(output.path)) == stored(whole)
+    assert stored(open_checkpoint(output.path)) == stored(small_rounded[0])
 
 
 def test_a_pruned_checkpoint_is_rounded_as_any_other(small: Case, tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_a_pruned_checkpoint_is_rounded_as_any_other(small: Case, tmp_path: Path
 def test_it_beats_the_nearest_values(tmp_path: Path) -> None:
     """At 3 bits, on the states that were rounded on and on others."""
     gains: dict[str, list[float]] = {"same": [], "fresh": []}
-    for seed in range(3):
+    for seed in range(2):
         (tmp_path / f"{seed}").mkdir()
         case = made(make_pico(**{**SMALL, "hidden": 64, "depth": 1, "seed": seed}), tmp_path / f"{seed}", 1.5)
         formats = all_at(case[0], "int3-g64")
