@@ -17,7 +17,7 @@ from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.processes import own_device
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.samples import Runtime
+    from ditmoe_cli.evaluation.worker import Runtime
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -174,7 +174,7 @@ class Running:
     @property
     def runtime(self) -> Runtime:
         """Device and batch as samplers take them. Raises `UsageError` for a device that is not there."""
-        from ditmoe_cli.evaluation.samples import Runtime
+        from ditmoe_cli.evaluation.worker import Runtime
 
         return Runtime(checked_device(self.device), self.batch)
 

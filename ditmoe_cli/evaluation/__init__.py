@@ -1,1 +1,1 @@
-"""Samples turned into numbers: features, statistics, distances."""
+"""Evaluation of checkpoints: samples, features, distances and other scores, comparison step by step, benchmark."""

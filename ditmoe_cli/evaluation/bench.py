@@ -1,7 +1,7 @@
-"""What running a checkpoint takes: bytes of its weights in memory, working memory, and the time of a denoising step.
+"""Benchmark of a checkpoint: bytes of its weights in memory, working memory, and seconds of a denoising step.
 
-Counted are the tensors of the model as it was loaded. Measured is memory that belongs to the process alone: on the CPU
-RssAnon of /proc/self/status, which leaves out mapped files, on CUDA what torch's allocator handed out.
+Weights are counted from the tensors of the loaded model. Memory is measured as the process's private bytes: on the CPU
+RssAnon of /proc/self/status, which leaves out mapped files, on CUDA the bytes that torch's allocator has handed out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ditmoe_cli.progress import ProgressBar
 
 KINDS = ("packed", "scales", "plain")
 GROUPS = ("experts", "shared", "attention", "rest")
-WARM_UPS = 2  # passes that are watched and not timed; the first one makes the allocator's and the kernels' own buffers
+WARM_UPS = 2  # passes that memory is measured in; the first also allocates buffers of kernels and allocator
 _FLOAT_BYTES = 4  # packed weights are unpacked to fp32
 _STATUS = Path("/proc/self/status")
 _POLL_SECONDS = 0.001
@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Load:
-    """What to run: `batch` images in one pass (twice as many rows where `cfg` is not 1), timed `repeats` times."""
+    """The work to time: `batch` images in one pass (twice as many rows where `cfg` is not 1), `repeats` times."""
 
     batch: int = 8
     repeats: int = 3
@@ -48,16 +48,16 @@ class Load:
 
     @property
     def rows(self) -> int:
-        """Images that one forward pass is given, both guidance branches counted."""
+        """Rows of one forward pass: images times guidance branches."""
         return self.batch * (1 if self.cfg == 1.0 else 2)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parameters and buffers, in all, by `KINDS` and by `GROUPS`.
+    """Bytes of a model's parameters and buffers, in total, by `KINDS` and by `GROUPS`.
 
-    `packed` are the codes of quantised weights, `scales` what is kept beside them (scales, zero points, tables of
-    codes), `plain` everything else.
+    `packed` are the codes of quantised weights, `scales` their scales, zero points and tables of codes, `plain` all
+    other tensors.
     """
 
     total: int
@@ -67,7 +67,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Buffer:
-    """The largest packed matrix, unpacked to fp32 to be multiplied with: its bytes and name; 0 and None without any."""
+    """Bytes and name of the largest packed matrix once it is unpacked to fp32; 0 and None without packed ones."""
 
     bytes: int
     name: str | None
@@ -75,13 +75,13 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What is known of a loaded model without running it, in bytes.
+    """Bytes of a model that are known without running it.
 
     Attributes:
         file: the checkpoint on disk.
-        weights: the model as it lies in memory.
-        fp32: a model of the same shapes with all weights plain, in fp32.
-        buffer: what is unpacked at a time.
+        weights: the loaded model.
+        fp32: a model of the same shapes with all weights in fp32.
+        buffer: the largest matrix that is unpacked at a time.
     """
 
     file: int
@@ -91,18 +91,18 @@ class Footprint:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the weights over those of the fp32 model."""
+        """Ratio of the weights' bytes to those of the fp32 model."""
         return self.weights.total / self.fp32.total
 
     @property
     def least(self) -> int:
-        """Bytes that no run can do without: weights and buffer."""
+        """Bytes of weights and buffer, which every run needs."""
         return self.weights.total + self.buffer.bytes
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Private memory in bytes before and after loading, and its peak in forward passes; None where it is not known."""
+    """Private memory in bytes before and after loading, and its peak in forward passes; None where unknown."""
 
     before: int | None
     loaded: int | None
@@ -110,7 +110,7 @@ class Memory:
 
     @property
     def growth(self) -> int | None:
-        """What loading and running added, at the peak."""
+        """Bytes that loading and running added, at the peak."""
         return None if self.before is None or self.peak is None else self.peak - self.before
 
 
@@ -126,14 +126,14 @@ class Bench:
 
     @property
     def needed(self) -> int:
-        """Bytes of weights and working memory: what was measured, but at least what was counted.
+        """Bytes of weights and working memory: the measured growth, but at least the counted bytes.
 
-        Weights of a mapped pickle lie in the file's pages and add no private memory, though running takes them.
+        Weights of a mapped pickle are pages of the file, which are needed but are no private memory.
         """
         return max(self.footprint.least, self.memory.growth or 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON."""
+        """Return bytes, memory, seconds and conditions as JSON."""
         footprint, growth, least = self.footprint, self.memory.growth, min(self.seconds)
         return {
             "bytes": {
@@ -168,14 +168,14 @@ def check_load(load: Load) -> Load:
 def bench(checkpoint: Checkpoint, load: Load, bar: ProgressBar) -> Bench:
     """Load a checkpoint and run denoising steps on noise at a time in the middle of its family's range.
 
-    Memory is watched in `WARM_UPS` passes, which are not timed, so that watching slows nothing that is.
+    Memory is measured in `WARM_UPS` passes that are not timed, since measuring slows them.
 
     Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded.
     """
     check_load(load)
     device = torch.device(load.device)
     with bar(f"measuring {checkpoint.path.name}", 1 + WARM_UPS + load.repeats) as progress:
-        empty = empty_model(checkpoint)  # first, since it makes torch import much that is no weight
+        empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
         before = private_bytes(device)
         model = build_model(checkpoint, device)
         loaded = private_bytes(device)
@@ -187,8 +187,13 @@ def bench(checkpoint: Checkpoint, load: Load, bar: ProgressBar) -> Bench:
 
         peak = peak_during(device, lambda: run(WARM_UPS))
         seconds = tuple(run(load.repeats))
-    found = Memory(before, loaded, peak)
-    return Bench(load, middle(model.config.sampler), footprint(checkpoint, model, empty), found, seconds)
+    return Bench(
+        load=load,
+        time=middle(model.config.sampler),
+        footprint=footprint(checkpoint, model, empty),
+        memory=Memory(before, loaded, peak),
+        seconds=seconds,
+    )
 
 
 def middle(family: Sampler) -> float:
@@ -197,7 +202,7 @@ def middle(family: Sampler) -> float:
 
 
 def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
-    """Return what predicts once for noise (N, C, S, S); image i has noise from (seed, i), and label i mod classes."""
+    """Return a function that predicts once from noise (N, C, S, S): that of (seed, i), with label i mod classes."""
     config = model.config
     x = image_noise(load.seed, range(load.batch), model.device).draw(
         (config.in_channels, config.input_size, config.input_size)
@@ -213,7 +218,7 @@ def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
 
 
 def _timed(step: Callable[[], Tensor], device: torch.device, progress: Callable[[int], None]) -> float:
-    """Return the seconds that a step takes, to the end of its work on the device."""
+    """Return the seconds of a step, until its work on the device ends."""
     _finish(device)
     start = time.perf_counter()
     step()
@@ -243,13 +248,13 @@ def footprint(checkpoint: Checkpoint, model: nn.Module, empty: nn.Module) -> Foo
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter and buffer once, also where modules share it."""
+    """Yield each parameter and buffer once, even if modules share it."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def sizes(tensors: Iterable[tuple[str, Tensor]], packed: set[str]) -> Sizes:
-    """Sum up the bytes of named tensors; `packed` are the names of layers whose weight is packed."""
+    """Return the bytes of named tensors; `packed` are the names of layers whose weight is packed."""
     kinds, groups = dict.fromkeys(KINDS, 0), dict.fromkeys(GROUPS, 0)
     for name, tensor in tensors:
         kinds[kind_of(name, packed)] += tensor.nbytes
@@ -258,15 +263,15 @@ def sizes(tensors: Iterable[tuple[str, Tensor]], packed: set[str]) -> Sizes:
 
 
 def kind_of(name: str, packed: set[str]) -> str:
-    """Return which of `KINDS` a tensor is, by its layer and its own name in it."""
+    """Return the kind of a tensor, one of `KINDS`, by its layer and its name in the layer."""
     layer, _, leaf = name.rpartition(".")
     if layer not in packed or leaf == "bias":
         return "plain"
-    return "packed" if leaf.startswith("packed") else "scales"  # numbered in layers whose weight is in pieces
+    return "packed" if leaf.startswith("packed") else "scales"  # with a number where the weight is in pieces
 
 
 def group_of(name: str) -> str:
-    """Return which of `GROUPS` a tensor belongs to: routed experts, shared experts, attention, or anything else."""
+    """Return the group of a tensor, one of `GROUPS`: routed experts, shared experts, attention, or the rest."""
     parts = split_name(name)
     if parts.expert is not None:
         return "experts"
@@ -275,7 +280,7 @@ def group_of(name: str) -> str:
 
 
 def largest_unpacked(checkpoint: Checkpoint) -> Buffer:
-    """Return the largest of the weights that stay packed in memory, unpacked; the first of equal ones."""
+    """Return the buffer of the largest weight that stays packed in memory; the first of equal ones."""
     packed = [weight.info for weight in checkpoint.weights.values() if weight.quantized]
     largest = max(packed, key=lambda info: info.numel, default=None)
     return Buffer(_FLOAT_BYTES * largest.numel, largest.name) if largest else Buffer(0, None)
@@ -285,15 +290,15 @@ def largest_unpacked(checkpoint: Checkpoint) -> Buffer:
 
 
 def private_bytes(device: torch.device) -> int | None:
-    """Return the private memory in use now, on the CPU or on a GPU; None on systems without /proc.
+    """Return the private memory in use, of the process or on its GPU; None on systems without /proc.
 
-    The kernel adds up each core's share now and then only, so the CPU's is off by up to some hundred kilobytes a core.
+    Linux adds up each core's share now and then only, so the process's is off by up to some hundred kilobytes a core.
     """
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def resident_bytes(status: Path = _STATUS) -> int | None:
-    """Return RssAnon, resident memory that no file backs, of a process's status; None where that is not told."""
+    """Return RssAnon, resident memory that no file backs, of a process's status in bytes; None where it is missing."""
     try:
         text = status.read_text()
     except OSError:
@@ -303,7 +308,7 @@ def resident_bytes(status: Path = _STATUS) -> int | None:
 
 
 def peak_during(device: torch.device, work: Callable[[], object]) -> int | None:
-    """Do `work` and return the most private memory that was in use meanwhile; None where it is not known."""
+    """Call `work` and return the peak of private memory meanwhile; None where it is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -315,9 +320,9 @@ def peak_during(device: torch.device, work: Callable[[], object]) -> int | None:
 
 @contextmanager
 def polled(read: Callable[[], int | None]) -> Iterator[Callable[[], int | None]]:
-    """Read a value each millisecond from a thread of its own; yield a function that returns the largest so far.
+    """Read a value each millisecond in a thread; yield a function that returns the largest so far.
 
-    The value is read first and last in any case. None where the first reading is.
+    The value is read first and last in any case. The function returns None where the first reading is None.
     """
     first = read()
     if first is None:
@@ -325,13 +330,13 @@ def polled(read: Callable[[], int | None]) -> Iterator[Callable[[], int | None]]
         return
     largest, ended = first, threading.Event()
 
-    def note() -> None:
+    def update() -> None:
         nonlocal largest
         largest = max(largest, read() or 0)
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
-            note()
+            update()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -340,4 +345,4 @@ def polled(read: Callable[[], int | None]) -> Iterator[Callable[[], int | None]]
     finally:
         ended.set()
         thread.join()
-        note()
+        update()

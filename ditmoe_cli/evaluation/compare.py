@@ -1,8 +1,8 @@
-"""How far checkpoint B strays from checkpoint A: same seeds, same labels, step by step and block by block.
+"""Comparison of checkpoint B with checkpoint A on the same seeds and labels, step by step and block by block.
 
-Both models are shown the states z of A's own sampling trajectories, so that what they predict differs by B's weights
-alone. Where each model follows its own trajectory, errors pile up: that is what the final images tell. Under guidance
-predictions are the guided ones; blocks and routing are seen on both branches.
+Both models predict from the states z of A's sampling trajectories, so that predictions differ by B's weights alone.
+Final latents and images come from each model's own trajectory, where errors accumulate. Under guidance predictions are
+the guided ones; blocks and routing are compared on both branches.
 """
 
 from __future__ import annotations
@@ -15,22 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.diffusion.sampling import (
-    SampleSpec,
-    batches,
-    check_followable,
-    sample_batch,
-    steps_of_bins,
-)
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch, steps_of_bins
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
+from ditmoe_cli.evaluation.image_grids import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8
-from ditmoe_cli.evaluation.mosaic import pair_grid, write_png
-from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.evaluation.scores.intervals import Interval, bootstrap, bootstrap_frechet, interval_of
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.ssim import ssim
+from ditmoe_cli.evaluation.worker import Runtime
 from ditmoe_cli.files.arrays import write_arrays
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
@@ -38,7 +32,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import Progress, ProgressBar
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ditmoe_cli.model.dit import DiTMoE
@@ -53,12 +46,37 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class CheckpointPair:
+    """Checkpoints A and B to compare, the spec that samples both, and the step bins of the results."""
+
+    a: Checkpoint
+    b: Checkpoint
+    spec: SampleSpec
+    bins: int
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """Paths of A and B."""
+        return self.a.path, self.b.path
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Models A and B, their paths, and for each block which of A's router rows each of B's is (None if unknown)."""
+
+    a: DiTMoE
+    b: DiTMoE
+    paths: tuple[Path, Path]
+    rows: tuple[RowMap, ...]
+
+
+@dataclass(frozen=True)
 class Sums:
-    """Sums over images and values, for every step: all that the numbers are made of.
+    """Sums over images and values for each step, from which all results are computed.
 
     Attributes:
         times: (steps,) time that the models were given.
-        prediction: (steps, 3) ‖v_B - v_A‖², ‖v_A‖², and how many values.
+        prediction: (steps, 3) ‖v_B - v_A‖², ‖v_A‖², and number of values.
         blocks: (steps, depth, 6) for each block f on A's stream x and B's own stream x':
             ‖f_B(x) - f_A(x)‖², ‖f_A(x) - x‖², ‖f_B(x') - f_A(x)‖², ‖f_A(x)‖², router rows that both selected, slots.
     """
@@ -72,7 +90,7 @@ class Sums:
         return Sums(self.times, self.prediction + other.prediction, self.blocks + other.blocks)
 
     def binned(self, bins: int) -> Sums:
-        """Return sums over the steps of each bin; times are the first steps'."""
+        """Return sums over the steps of each bin, with the time of its first step."""
         first = [steps[0] for steps in steps_of_bins(len(self.times), bins)]
         prediction, blocks = (np.add.reduceat(part, first, axis=0) for part in (self.prediction, self.blocks))
         return Sums(self.times[first], prediction, blocks)
@@ -92,18 +110,18 @@ class ImageErrors:
 
 @dataclass(frozen=True)
 class Divergence:
-    """What a comparison found.
+    """The results of a comparison.
 
     Attributes:
         sums: along A's trajectories.
-        bins: step bins that results are reported in.
-        kind: what the models predict, ``"velocity"`` or ``"noise"``.
-        latents: (3,) ‖z_B - z_A‖², ‖z_A‖² and how many values, of each model's own final latents.
-        error: Σ‖z_B - z_A‖² / Σ‖z_A‖² of them with its interval over images; None for a single image.
+        bins: step bins of the results.
+        kind: of the prediction, ``"velocity"`` or ``"noise"``.
+        latents: (3,) ‖z_B - z_A‖², ‖z_A‖² and number of values, of the final latents of each model's own trajectory.
+        error: Σ‖z_B - z_A‖² / Σ‖z_A‖² with its interval over images; None for a single image.
         quick: Fréchet distance of the final images of the same seeds with its interval; None for a single image.
-        images: errors between final images; None where they are latents.
+        images: errors between final images; None for latents.
         note: why routing overlap is unknown in some blocks; None where it is known in all.
-        conditions: both sides and how they were sampled.
+        conditions: both checkpoints and the sampling.
     """
 
     sums: Sums
@@ -122,10 +140,10 @@ class Divergence:
         return float(relative(self.sums.prediction.sum(axis=0)))
 
     def arrays(self) -> dict[str, Array]:
-        """Return the numbers by name; NaN stands for what is unknown, infinity for errors relative to nothing."""
+        """Return the numbers by name: NaN where unknown, infinity for an error relative to zero."""
         binned = self.sums.binned(self.bins)
-        everything = self.sums.blocks.sum(axis=0)
-        found = {
+        blocks = self.sums.blocks.sum(axis=0)
+        numbers = {
             "prediction.relative_error": np.asarray(self.relative_error),
             "prediction.mse": np.asarray(mean_square(self.sums.prediction.sum(axis=0))),
             "prediction.steps.t": self.sums.times,
@@ -140,21 +158,21 @@ class Divergence:
             "quick.frechet": np.asarray(self.quick.estimate if self.quick else np.nan),
             "quick.low": np.asarray(self.quick.low if self.quick else np.nan),
             "quick.high": np.asarray(self.quick.high if self.quick else np.nan),
-            "depth.added": added(everything),
-            "depth.cumulative": cumulative(everything),
+            "depth.added": added(blocks),
+            "depth.cumulative": cumulative(blocks),
             "depth.bins.added": added(binned.blocks),
             "depth.bins.cumulative": cumulative(binned.blocks),
-            "routing.overlap": np.asarray(overlap(everything.sum(axis=0))),
-            "routing.blocks.overlap": overlap(everything),
+            "routing.overlap": np.asarray(overlap(blocks.sum(axis=0))),
+            "routing.blocks.overlap": overlap(blocks),
             "routing.bins.overlap": overlap(binned.blocks),
         }
         if self.images is not None:
             values = {name: np.nan if value is None else value for name, value in self.images.to_json().items()}
-            found |= {f"images.{name}": np.asarray(value) for name, value in values.items()}
-        return {name: np.asarray(value, dtype=np.float64) for name, value in found.items()}
+            numbers |= {f"images.{name}": np.asarray(value) for name, value in values.items()}
+        return {name: np.asarray(value, dtype=np.float64) for name, value in numbers.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers nested by their names, null for what is unknown or infinite, with note and conditions."""
+        """Return the numbers nested by their names, null where unknown or infinite, with note and conditions."""
         document: dict[str, Any] = {"conditions": self.conditions, "images": None}
         for name, values in self.arrays().items():
             if name.startswith(("images.", "quick.")):
@@ -172,7 +190,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What to write: the numbers, and a picture of image pairs."""
+    """Files to write: the numbers as safetensors, and a grid of image pairs as PNG."""
 
     numbers: Path | None = None
     grid: Path | None = None
@@ -180,7 +198,7 @@ class Outputs:
 
 
 def relative(sums: Array) -> Array:
-    """Return error / reference of sums (..., error, reference, …): 0 where there is no error, infinite over nothing."""
+    """Return error / reference of sums (..., error, reference, …): 0 for no error, infinity for a reference of 0."""
     error, reference = sums[..., 0], sums[..., 1]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(error == 0, 0.0, error / reference)
@@ -188,12 +206,12 @@ def relative(sums: Array) -> Array:
 
 def mean_square(sums: Array) -> Array:
     """Return the mean squared error of sums (..., error, reference, count)."""
-    found: Array = sums[..., 0] / sums[..., 2]
-    return found
+    mean: Array = sums[..., 0] / sums[..., 2]
+    return mean
 
 
 def added(blocks: Array) -> Array:
-    """Return what each block alone adds, ‖f_B(x) - f_A(x)‖ / ‖f_A(x) - x‖, of block sums (..., 6)."""
+    """Return the error that each block alone adds, ‖f_B(x) - f_A(x)‖ / ‖f_A(x) - x‖, of block sums (..., 6)."""
     return np.sqrt(relative(blocks[..., 0:2]))
 
 
@@ -203,20 +221,20 @@ def cumulative(blocks: Array) -> Array:
 
 
 def overlap(blocks: Array) -> Array:
-    """Return the mean of |A_k ∩ B_k| / k of block sums (..., 6); NaN where rows could not be compared."""
+    """Return the mean of |A_k ∩ B_k| / k of block sums (..., 6); NaN where rows are unknown."""
     with np.errstate(invalid="ignore"):
         return blocks[..., 4] / blocks[..., 5]
 
 
 def finite_json(values: Any) -> Any:
-    """Return nested lists of numbers with None for NaN and infinity, which JSON has no word for."""
+    """Return nested lists of numbers with None for NaN and infinity, which JSON lacks."""
     if isinstance(values, list):
         return [finite_json(value) for value in values]
     return values if np.isfinite(values) else None
 
 
 def require_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
-    """Raise `BadInputError` where B's blocks cannot be run on A's states; experts may differ in any way."""
+    """Raise `BadInputError` where B's blocks cannot run on A's states; experts may differ in any way."""
     pairs = [(name, getattr(a.config, name), getattr(b.config, name)) for name in _SAME_ARCHITECTURE]
     differing = ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)
     if differing:
@@ -226,10 +244,10 @@ def require_same_architecture(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def matching_rows(a: Checkpoint, b: Checkpoint) -> tuple[RowMap, ...]:
-    """Return for each block which of A's router rows each of B's is, (R_B,); None where that cannot be told.
+    """Return for each block which of A's router rows each of B's is, (R_B,); None where that is unknown.
 
-    Ghosted and quantised files keep all rows, and with them their numbers. Where rows were deleted, those that remain
-    are found by their weights.
+    Files with ghosts or quantised weights keep all rows and their order. Where rows were deleted, the remaining ones
+    are recognised by equal weights.
     """
     return tuple(_matching_rows(a, b, block) for block in range(a.config.depth))
 
@@ -252,46 +270,48 @@ def rows_note(rows: Sequence[RowMap]) -> str | None:
     return f"unknown where router rows were deleted and the others changed: blocks {unknown}" if unknown else None
 
 
-def diverge(
-    a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, runtime: Runtime, outputs: Outputs, bar: ProgressBar
-) -> Divergence:
-    """Compare B with A and write what was asked for; what can be refused is refused before anything is sampled.
+def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs, bar: ProgressBar) -> Divergence:
+    """Compare B with A and write the outputs; settings are checked before anything is sampled.
 
-    Raises `BadInputError` where the checkpoints differ in architecture, a model makes NaN, or a grid of latents is
+    Raises `BadInputError` where the checkpoints differ in architecture, a model gives NaN, or a grid of latents is
     asked for, and `UsageError` for more bins than steps.
     """
+    import torch
+
     from ditmoe_cli.model.loading import build_model
 
-    _check(a, b, spec, bins, outputs)
-    chunks = list(batches(spec.images, runtime.batch))
+    _check(pair, outputs)
+    a, b, spec = pair.a, pair.b, pair.spec
+    device = torch.device(runtime.device)
     rows = matching_rows(a, b)
-    models = build_model(a, _device(runtime)), build_model(b, _device(runtime))
-    parts = []
+    models = ModelPair(build_model(a, device), build_model(b, device), pair.paths, rows)
     with bar(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps) as progress:
-        for indices in chunks:
-            parts.append(follow(*models, rows, spec, indices, (a.path, b.path), progress))
-    sums = parts[0][0]
+        parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
+    sums = parts[0].sums
     for part in parts[1:]:
-        sums += part[0]
-    finals = [np.concatenate([part[1][side] for part in parts]) for side in (0, 1)]
-    pairs = _images(finals) if a.config.pixel_space else None
-    found = Divergence(
+        sums += part.sums
+    final_a, final_b = (np.concatenate(finals) for finals in zip(*(part.finals for part in parts), strict=True))
+    images = [_images(final) for final in (final_a, final_b)] if a.config.pixel_space else None
+    features_a, features_b = (_features(a, final) for final in (images or (final_a, final_b)))
+    result = Divergence(
         sums=sums,
-        bins=bins,
+        bins=pair.bins,
         kind="velocity" if a.config.sampler == "rf" else "noise",
-        latents=_difference(finals[0], finals[1]),
-        error=latent_error(finals[0], finals[1]),
-        quick=quick_score(*(_features(a, final) for final in (pairs or finals))),
-        images=image_errors(*pairs, a.card.grey_levels) if pairs else None,
+        latents=_difference(final_a, final_b),
+        error=latent_error(final_a, final_b),
+        quick=quick_score(features_a, features_b),
+        images=image_errors(images[0], images[1], a.card.grey_levels) if images else None,
         note=rows_note(rows),
-        conditions=_conditions(a, b, spec, bins),
+        conditions=_conditions(pair),
     )
-    _write(found, pairs, outputs, (a.path, b.path))
-    return found
+    grid = pair_grid(images[0], images[1]) if images and outputs.grid else None
+    _write(result, grid, outputs, pair.paths)
+    return result
 
 
-def _check(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, outputs: Outputs) -> None:
-    require_same_architecture(a, b)
+def _check(pair: CheckpointPair, outputs: Outputs) -> None:
+    a, spec, bins = pair.a, pair.spec, pair.bins
+    require_same_architecture(a, pair.b)
     check_followable(spec)
     if not 1 <= bins <= spec.steps:
         raise UsageError(f"⟨bins⟩ {bins}: must be between 1 and the {spec.steps} steps")
@@ -302,49 +322,37 @@ def _check(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int, outputs: O
         )
     for target in (outputs.numbers, outputs.grid):
         if target is not None:
-            check_target(target.absolute(), outputs.force, (a.path, b.path))
+            check_target(target.absolute(), outputs.force, pair.paths)
 
 
-def _device(runtime: Runtime) -> torch.device:
-    import torch
-
-    return torch.device(runtime.device)
-
-
-def _conditions(a: Checkpoint, b: Checkpoint, spec: SampleSpec, bins: int) -> dict[str, Any]:
-    sides = {name: {"path": str(c.path), "identity": c.fingerprint} for name, c in (("a", a), ("b", b))}
+def _conditions(pair: CheckpointPair) -> dict[str, Any]:
     return {
-        **sides,
-        "sampling": {**spec.conditions(), "nfe": spec.nfe},
-        "bins": bins,
-        "grey_levels": a.card.grey_levels,
+        "a": {"path": str(pair.a.path), "identity": pair.a.fingerprint},
+        "b": {"path": str(pair.b.path), "identity": pair.b.fingerprint},
+        "sampling": {**pair.spec.conditions(), "nfe": pair.spec.nfe},
+        "bins": pair.bins,
+        "grey_levels": pair.a.card.grey_levels,
     }
 
 
-def _write(
-    found: Divergence,
-    pairs: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None,
-    outputs: Outputs,
-    inputs: Sequence[Path],
-) -> None:
-    if outputs.grid is not None and pairs is not None:
-        write_png(outputs.grid, pair_grid(*pairs), outputs.force, inputs)
+def _write(result: Divergence, grid: NDArray[np.uint8] | None, outputs: Outputs, inputs: Sequence[Path]) -> None:
+    if outputs.grid is not None and grid is not None:
+        write_png(outputs.grid, grid, outputs.force, inputs)
     if outputs.numbers is not None:
-        document = {"schema": COMPARISON_SCHEMA, "kind": found.kind, "note": found.note, "conditions": found.conditions}
-        write_arrays(outputs.numbers, found.arrays(), document, outputs.force, inputs)
+        document = {"kind": result.kind, "note": result.note, "conditions": result.conditions}
+        write_arrays(outputs.numbers, result.arrays(), {"schema": COMPARISON_SCHEMA, **document}, outputs.force, inputs)
 
 
-def _images(finals: Sequence[Array]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _images(final: NDArray[np.float32]) -> NDArray[np.uint8]:
     import torch
 
-    a, b = (to_uint8(torch.from_numpy(final)) for final in finals)
-    return a, b
+    return to_uint8(torch.from_numpy(final))
 
 
 def image_errors(a: NDArray[np.uint8], b: NDArray[np.uint8], grey_levels: int) -> ImageErrors:
     """Return the errors of images b against a, uint8 (N, H, W, C); MSE on the scale 0..grey_levels.
 
-    SSIM's constants scale with the range of the data, so that grey levels and bytes give the same.
+    SSIM is the same on either scale, since its constants scale with the range of the data.
     """
     return ImageErrors(paired_error(b, a, grey_levels), float(ssim(a, b, 255.0).mean()))
 
@@ -352,19 +360,18 @@ def image_errors(a: NDArray[np.uint8], b: NDArray[np.uint8], grey_levels: int) -
 def quick_score(a: Array, b: Array) -> Interval | None:
     """Return the Fréchet distance of features a and b (N, D) of images of the same seeds, with its 95 % interval.
 
-    Of all scores that were tried it ranks compressed models best by few images (docs/results.md, Few images): what both
-    sets owe to their noise is the same. The interval is that of `bootstrap_frechet` over pairs. None for a single pair.
+    Of all scores tried it ranks compressed models best by few images (docs/results.md, Few images), since both sets
+    share their noise. The interval is that of `bootstrap_frechet` over pairs. None for a single pair.
     """
     if len(a) < 2:
         return None
-    if np.array_equal(a, b):  # in every resample too, where rounding would leave a trace
+    if np.array_equal(a, b):  # exactly 0 in every resample too, where rounding would not give that
         return interval_of(0.0, [0.0, 0.0], 0.95, "centred")
     return bootstrap_frechet(a, b, paired=True)
 
 
 def _features(checkpoint: Checkpoint, final: NDArray[Any]) -> Array:
-    """Return the grey levels of images uint8 (N, H, W, C) as the extractor ``pixels`` does, or latents (N, C, S, S)
-    averaged in the same way, (N, D)."""
+    """Return features (N, D) of images uint8 (N, H, W, C) as ``pixels`` does, of latents (N, C, S, S) likewise."""
     if final.dtype == np.uint8:
         return PixelExtractor(checkpoint.card.grey_levels)(final)
     return averaged(final.transpose(0, 2, 3, 1).astype(np.float64))
@@ -385,37 +392,39 @@ def latent_error(a: NDArray[Any], b: NDArray[Any]) -> Interval | None:
 
 
 def _difference(a: NDArray[Any], b: NDArray[Any]) -> Array:
+    """Return ‖b - a‖², ‖a‖² and the number of values, (3,)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return np.asarray([((b - a) ** 2).sum(), (a**2).sum(), a.size], dtype=np.float64)
 
 
-def follow(
-    a: DiTMoE,
-    b: DiTMoE,
-    rows: Sequence[RowMap],
-    spec: SampleSpec,
-    indices: Sequence[int],
-    names: tuple[Path, Path],
-    progress: Progress,
-) -> tuple[Sums, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Sample the images `indices` with A, showing both models each state; then sample them with B.
+@dataclass(frozen=True)
+class Followed:
+    """Sums along A's trajectories, and the final latents (N, C, S, S) of A and of B."""
 
-    Returns the sums along A's trajectories and both models' final latents (N, C, S, S); `progress` is told of each
-    image's steps along them. Raises `BadInputError` where a model makes NaN or infinite values, naming its file, the
-    block and the step.
+    sums: Sums
+    finals: tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress: Progress) -> Followed:
+    """Sample the images `indices` with A, running both models on each state, then sample them with B.
+
+    `progress` is called with the number of images after each step of A. Raises `BadInputError` for NaN and infinite
+    values, naming the checkpoint, the block and the step.
     """
     import torch
 
+    a, b = models.a, models.b
     labels = torch.tensor(spec.labels(indices), device=a.device)
     times, predictions, blocks = [], [], []
 
     def watch(z: Tensor, t: float) -> None:
-        v_a, v_b, by_block = walk(a, b, rows, *_branches(z, t, labels, a.config.num_classes, spec.cfg))
+        x, times_of_rows, y = _branches(z, t, labels, a.config.num_classes, spec.cfg)
+        v_a, v_b, by_block = run_blocks(models, x, times_of_rows, y)
         v_a, v_b = (_guided(v, spec)[:, : z.shape[1]].double() for v in (v_a, v_b))
         predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
         times.append(float(t))
         blocks.append(by_block.cpu().numpy())
-        _require_finite(blocks[-1], predicted, names, f"step {len(times)} of {spec.steps}")
+        _require_finite(blocks[-1], predicted, models.paths, f"step {len(times)} of {spec.steps}")
         predictions.append([*predicted, v_a.numel()])
         progress(len(indices))
 
@@ -423,13 +432,13 @@ def follow(
     try:
         final_b = sample_batch(b, spec, indices)
     except BadInputError as error:
-        raise BadInputError(f"{names[1]}: {error}") from None
+        raise BadInputError(f"{models.paths[1]}: {error}") from None
     sums = Sums(np.asarray(times), np.asarray(predictions, dtype=np.float64), np.stack(blocks))
-    return sums, (final_a.cpu().numpy(), final_b.cpu().numpy())
+    return Followed(sums, (final_a.cpu().numpy(), final_b.cpu().numpy()))
 
 
 def _branches(z: Tensor, t: float, labels: Tensor, null: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, t and y of what guidance evaluates: at scale 1 the conditional branch, else it, then the other."""
+    """Return x, t and y of the guidance branches: at scale 1 the conditional one, else both, the conditional first."""
     import torch
 
     times = torch.full((len(z),), t, device=z.device)
@@ -439,6 +448,7 @@ def _branches(z: Tensor, t: float, labels: Tensor, null: int, scale: float) -> t
 
 
 def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
+    """Return the guided prediction from the output of the branches, in fp32."""
     from ditmoe_cli.diffusion.guidance import combine
 
     if spec.cfg == 1.0:
@@ -447,33 +457,32 @@ def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
     return combine(cond, uncond, spec.cfg, spec.family)
 
 
-def walk(
-    a: DiTMoE, b: DiTMoE, rows: Sequence[RowMap], x: Tensor, t: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run both models on the same input, and each of B's blocks on A's stream under A's conditions too.
+def run_blocks(models: ModelPair, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run both models on the same input, and each of B's blocks on A's stream and conditioning too.
 
-    Returns both outputs (N, out_channels, H, W), and the sums of each block as `Sums` has them, (depth, 6) in fp64.
+    Returns both outputs (N, out_channels, H, W), and each block's sums as in `Sums`, (depth, 6) in fp64.
     """
     import torch
 
+    a, b = models.a, models.b
     stream_a, c_a = a.embed(x, t, y)
     stream_b, c_b = b.embed(x, t, y)
     sums = []
-    for index, row_of in enumerate(rows):
+    for index, row_of in enumerate(models.rows):
         after, rows_a = _run_block(a, index, stream_a, c_a)
         alone, _ = _run_block(b, index, stream_a, c_a)
         stream_b, rows_b = _run_block(b, index, stream_b, c_b)
         errors = (alone - after, after - stream_a, stream_b - after, after)
         squares = torch.stack([error.double().square().sum() for error in errors])
-        none = torch.zeros_like(squares[:2])
-        shared = none if row_of is None else shared_rows(rows_a, row_of.to(rows_b.device)[rows_b])
+        unknown = torch.zeros_like(squares[:2])
+        shared = unknown if row_of is None else shared_rows(rows_a, row_of.to(rows_b.device)[rows_b])
         sums.append(torch.cat((squares, shared)))
         stream_a = after
     return a.unembed(stream_a, c_a), b.unembed(stream_b, c_b), torch.stack(sums)
 
 
 def shared_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Return Σ|A_k ∩ B_k| and Σk of selected rows (T, k), as (2,) in fp64; k is the larger where they differ."""
+    """Return Σ|A_k ∩ B_k| and Σk of selected rows (T, k), as (2,) in fp64; k is the larger of both."""
     import torch
 
     shared = (a.unsqueeze(2) == b.unsqueeze(1)).any(dim=-1).sum()
@@ -483,21 +492,21 @@ def shared_rows(a: Tensor, b: Tensor) -> Tensor:
 
 def _run_block(model: DiTMoE, index: int, stream: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Return a block's output and the router rows (T, k) that it selected."""
-    seen: list[Tensor] = []
+    selected: list[Tensor] = []
 
     def watch(event: MoEEvent) -> None:
-        seen.append(event.routing.rows)
+        selected.append(event.routing.rows)
 
-    return model.blocks[index](stream, c, index, watch), seen[0]
+    return model.blocks[index](stream, c, index, watch), selected[0]
 
 
-def _require_finite(blocks: Array, predicted: Array, names: tuple[Path, Path], step: str) -> None:
-    """Raise `BadInputError` for the first block, else the final layer, whose sums are not finite."""
+def _require_finite(blocks: Array, predicted: Array, paths: tuple[Path, Path], step: str) -> None:
+    """Raise `BadInputError` for the first block, else for the final layer, where sums are not finite."""
     broken = np.flatnonzero(~np.isfinite(blocks).all(axis=1))
     if broken.size:
         block = int(broken[0])
-        name = names[0] if not np.isfinite(blocks[block, [1, 3]]).all() else names[1]
+        name = paths[0] if not np.isfinite(blocks[block, [1, 3]]).all() else paths[1]
         raise BadInputError(f"{name}: block {block} makes NaN or infinite values at {step}; are its weights whole?")
     if not np.isfinite(predicted).all():
-        name = names[1] if np.isfinite(predicted[1]) else names[0]
+        name = paths[1] if np.isfinite(predicted[1]) else paths[0]
         raise BadInputError(f"{name}: the final layer makes NaN or infinite values at {step}; are its weights whole?")

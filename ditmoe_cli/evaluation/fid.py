@@ -1,4 +1,7 @@
-"""Comparing two of: checkpoints, samples, statistics, images; everything that can be refused is refused first."""
+"""The ``fid`` command's comparison of two sides: each is a checkpoint, samples, images or statistics.
+
+Inputs are read and checked first; then checkpoints are sampled, features are taken, and the sides are scored.
+"""
 
 from __future__ import annotations
 
@@ -7,82 +10,59 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.features.compared_features import (
-    Lab,
-    Side,
-    card_of,
-    check_statistics,
-    featured,
-    keep_statistics,
-    kept_statistics,
-    sampled_side,
-    statistics_of,
-    stored_side,
-)
+from ditmoe_cli.evaluation.features.extraction import Extraction, cached_statistics, keep_statistics
 from ditmoe_cli.evaluation.features.extractors import (
     BATCH,
     EXTRACTORS,
     Extractor,
     NamedExtractor,
-    check_wanted,
+    check_extras,
     make_extractor,
 )
 from ditmoe_cli.evaluation.features.inception import cached_weights, will_fetch
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, write_statistics
-from ditmoe_cli.evaluation.fid_score import Score, score
-from ditmoe_cli.evaluation.samples import Runtime, Sampling, Say, decoded_by, require_images
+from ditmoe_cli.evaluation.fid_checks import Inputs, check_inputs
+from ditmoe_cli.evaluation.fid_score import Score, ScoredSides, score
+from ditmoe_cli.evaluation.fid_sides import (
+    Comparison,
+    Side,
+    card_of,
+    read_side,
+    sampled_side,
+    statistics_of,
+    with_features,
+)
+from ditmoe_cli.evaluation.samples import Sampling, open_decoder, require_images
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS
-from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
-from ditmoe_cli.evaluation.scores.requested import Request
+from ditmoe_cli.evaluation.scores.metrics import Request
+from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.cache import cache_folder
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.processes import Share, process_group
+from ditmoe_cli.processes import process_group
 from ditmoe_cli.progress import ProgressBar
 
-_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
+SpecOf = Callable[[Checkpoint], SampleSpec]
 
 
 @dataclass(frozen=True)
-class Item:
-    """Something to compare, before it is sampled or read: its path, and the checkpoint if it is one."""
-
-    path: Path
-    checkpoint: Checkpoint | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A subject, the reference that its distance is taken to, and the original that its paired error is against."""
-
-    subject: Item
-    reference: Item
-    original: Item
-
-    @property
-    def items(self) -> tuple[Item, Item, Item]:
-        """Subject, reference and original."""
-        return self.subject, self.reference, self.original
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How to compare.
+class FidSettings:
+    """Settings of a comparison.
 
     Attributes:
-        extractor: its name; None for what the sides name.
-        weights: Inception's, where they are named.
-        anyway: whether settings, sizes and channels of images may differ.
+        extractor: its name; None for the one that the sides' metadata name.
+        weights: of Inception; None for the cached ones.
+        anyway: whether sampling settings, sizes and channels of images may differ.
         request: scores beside the distance.
         precision: of Inception.
         vae: decodes latents.
-        work: folder for what a run has under way; None for the cache.
-        statistics: where the subject's statistics go, if anywhere; with spatial ones where the convention has them.
+        work: folder of workspaces; None for the cache.
+        statistics: file to write the subject's statistics to, with spatial ones where the convention has sFID.
+        force: whether that file is replaced.
     """
 
     extractor: str | None = None
@@ -95,284 +75,239 @@ class Measure:
     statistics: Path | None = None
     force: bool = False
 
-    def wanted(self, extractor: Extractor) -> tuple[str, ...]:
-        """Return the activations beside features that are to be taken."""
-        spatial = self.statistics and extractor.name == "inception" and CONVENTIONS[self.request.convention].spatial
-        return tuple(dict.fromkeys((*self.request.wanted, *(("spatial",) if spatial else ()))))
+    def extras(self, extractor: Extractor) -> tuple[str, ...]:
+        """Return the activations to take beside features."""
+        convention = CONVENTIONS[self.request.convention]
+        spatial = self.statistics and extractor.name == "inception" and convention.spatial
+        return tuple(dict.fromkeys((*self.request.activations, *(("spatial",) if spatial else ()))))
 
 
-def compare(
+def measure_distance(
     comparison: Comparison,
-    spec_of: Callable[[Checkpoint], SampleSpec],
-    measure: Measure,
+    spec_of: SpecOf,
+    settings: FidSettings,
     runtime: Runtime,
     bar: ProgressBar,
-    say: Say,
+    notify: Notify,
 ) -> Score | None:
-    """Sample or read all sides and score them; what can be refused is refused before anything is sampled.
+    """Sample or read all sides and score them; inputs are checked before anything is sampled.
 
-    `spec_of(checkpoint)` says how to sample the subject; its spec rules the other sides. Under torchrun the work is
-    shared, and all ranks but the first return None. Raises `BadInputError` where sides do not fit together, and
-    `UsageError` for an extractor that leads nowhere, or one that lacks what a score takes.
+    `spec_of` returns the subject's spec, which the other sides follow. Under torchrun the work is shared, and all ranks
+    but the first return None. Raises `BadInputError` where sides do not fit together, and `UsageError` for an extractor
+    that cannot be imported, or that lacks activations which a score needs.
     """
     with process_group() as share:
-        return _Comparing(comparison, spec_of, measure, runtime, bar, say, share).run()
-
-
-class _Comparing:
-    """One comparison, on one process."""
-
-    def __init__(
-        self,
-        comparison: Comparison,
-        spec_of: Callable[[Checkpoint], SampleSpec],
-        measure: Measure,
-        runtime: Runtime,
-        bar: ProgressBar,
-        say: Say,
-        share: Share,
-    ) -> None:
-        self.comparison, self.spec_of, self.measure, self.runtime = comparison, spec_of, measure, runtime
-        self.bar, self.share = bar, share
-        self.say: Say = say if share.first else lambda _: None
-        self.done: dict[Path, Side] = {}
-
-    def run(self) -> Score | None:
-        """Check everything, make all sides, and score them on the first process."""
-        subject, reference, original = self.comparison.items
-        self.done = {item.path: stored_side(item.path) for item in self.comparison.items if item.checkpoint is None}
-        lab = self._lab()
-        spec = self._subject_spec()
-        samplings = self._samplings(spec)
-        self._check(lab, samplings, spec)
-        if spec is None and original.path not in (subject.path, reference.path):
-            samplings.pop(original.path, None)  # nothing to pair it with
-        for path, what in samplings.items():
-            with self._holding(lab.workspace(what.key, what.spec.images)):
-                self.done[path] = sampled_side(what, self.runtime, lab, self.share, self.bar, self.say)
-        stored = self._features(lab)
-        if not self.share.first:
+        worker = Worker(runtime, share, bar, notify if share.first else _drop_message)
+        stored = {item.path: read_side(item.path) for item in comparison.items if item.checkpoint is None}
+        extraction = _make_extraction(comparison, stored, settings, worker)
+        inputs = _plan_samplings(comparison, stored, spec_of, settings, runtime.device)
+        check_inputs(inputs, extraction, settings.request, settings.anyway)
+        sides, statistics = _take_features(inputs, extraction, settings.request, worker)
+        if not share.first:
             return None
-        sides = [self.done.get(item.path) for item in (subject, reference, original)]
-        assert sides[0] is not None and sides[1] is not None
-        paired = sides[2] if sides[2] is not None and sides[0].paired_with(sides[2]) else None
-        if sides[2] is not None and paired is None and original.path != reference.path:
-            self.say(f"{original.path}: pairs with nothing, since it has other seeds, settings or sizes")
-        found = score(sides[0], sides[1], paired, stored, lab, self.measure.request, self.bar, self.say)
-        if self.measure.statistics is not None:
-            inputs = [item.path for item in self.comparison.items]
-            write_statistics(self.measure.statistics, statistics_of(sides[0], lab), self.measure.force, inputs)
-        for path, side in self.done.items():
-            if side.images is not None:
-                identity = samplings[path].key if path in samplings else side.identity
-                lab.workspace(identity, len(side.images)).discard()
-        return found
+        return _score(inputs, sides, statistics, extraction, settings, worker)
 
-    def _lab(self) -> Lab:
-        """Return what features are taken with; the first process fetches weights before the others look for them."""
-        base = self.measure.work or cache_folder("work")
-        if not self.share.first:
-            self.share.wait()
-        extractor, grey_levels = self._extractor()
-        if self.share.first:
-            self.share.wait()
-        wanted = self.measure.wanted(extractor)
-        if not isinstance(extractor, NamedExtractor):
-            check_wanted(extractor, wanted)
-        salt = "" if getattr(extractor, "stable", True) else self.share.from_first(lambda: token_hex(6))
-        batch = min(self.runtime.batch, BATCH)
-        return Lab(extractor, grey_levels, wanted, salt, base, cache_folder("statistics"), batch, self.say)
 
-    def _extractor(self) -> tuple[Extractor, int]:
-        """Return the extractor and the grey levels: what was asked for, else what the sides' own metadata name.
+def _drop_message(_: str) -> None:
+    """Drop a message that the first process shows."""
 
-        A file's metadata may name our own extractors only: naming others would let a file run code.
-        """
-        measure = self.measure
-        if self._statistics_alone():
-            return self._named(), 255
-        cards = [card for item in self.comparison.items[:2] if (card := card_of(item.path, item.checkpoint))]
-        grey_levels = cards[0].grey_levels if cards else 255
-        named = next((card.extractor for card in cards if card.extractor), "inception")
-        if measure.extractor is None and named not in EXTRACTORS:
-            raise BadInputError(
-                f"{self.comparison.subject.path}: names the extractor {named!r}, which is code outside ditmoe; give "
-                f"⟨extractor⟩ {named} to run it, or ⟨extractor⟩ pixels"
-            )
-        name = measure.extractor or named
-        if name == "inception" and will_fetch(measure.weights):
-            self.say(f"fetching the Inception weights (96 MB) into {cached_weights()}")
-        made = make_extractor(
-            name,
-            grey_levels=grey_levels,
-            weights=measure.weights,
-            device=self.runtime.device,
-            preprocessing=CONVENTIONS[measure.request.convention].preprocessing,
-            precision=measure.precision,
+
+# ------------------------------------------------------------------ the extractor
+
+
+def _make_extraction(
+    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings, worker: Worker
+) -> Extraction:
+    """Return the extraction; the first process downloads weights before the others look for them."""
+    if not worker.share.first:
+        worker.share.wait()
+    extractor, grey_levels = _choose_extractor(comparison, stored, settings, worker)
+    if worker.share.first:
+        worker.share.wait()
+    extras = settings.extras(extractor)
+    if not isinstance(extractor, NamedExtractor):
+        check_extras(extractor, extras)
+    return Extraction(
+        extractor=extractor,
+        grey_levels=grey_levels,
+        extras=extras,
+        salt="" if getattr(extractor, "stable", True) else worker.share.from_first(lambda: token_hex(6)),
+        folder=settings.work or cache_folder("work"),
+        cache=cache_folder("statistics"),
+        batch=min(worker.runtime.batch, BATCH),
+    )
+
+
+def _choose_extractor(
+    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings, worker: Worker
+) -> tuple[Extractor, int]:
+    """Return the extractor and the grey levels: those of the settings, else those that the sides' metadata name.
+
+    Metadata may name our own extractors only: naming others would let a file run code.
+    """
+    pair = comparison.subject, comparison.reference
+    stored_pair = [stored.get(item.path) for item in pair]
+    if not (settings.request.needs_subject_features or settings.request.needs_reference_features):
+        statistics = [side.statistics for side in stored_pair if side is not None and side.statistics is not None]
+        if len(statistics) == len(pair):
+            return _named_extractor(statistics, settings.extractor), 255  # no image is looked at
+    cards = [card for item in pair if (card := card_of(item.path, item.checkpoint))]
+    grey_levels = cards[0].grey_levels if cards else 255
+    by_metadata = next((card.extractor for card in cards if card.extractor), "inception")
+    if settings.extractor is None and by_metadata not in EXTRACTORS:
+        raise BadInputError(
+            f"{comparison.subject.path}: names the extractor {by_metadata!r}, which is code outside ditmoe; give "
+            f"⟨extractor⟩ {by_metadata} to run it, or ⟨extractor⟩ pixels"
         )
-        return made, grey_levels
-
-    def _statistics_alone(self) -> bool:
-        """Whether statistics are compared with statistics, so that no image is looked at."""
-        request = self.measure.request
-        sides = [self.done.get(item.path) for item in self.comparison.items[:2]]
-        takers = request.of_subject_features or request.of_reference_features
-        return not takers and all(side is not None and side.statistics is not None for side in sides)
-
-    def _named(self) -> NamedExtractor:
-        """Return what the features of statistics are called: what was said, else what one of their files says."""
-        sides = [self.done[item.path].statistics for item in self.comparison.items[:2]]
-        told = next((side.extractor for side in sides if side is not None and side.extractor), None)
-        name = self.measure.extractor
-        if told is not None and name in (None, told["name"]):
-            return NamedExtractor(told["name"], told["digest"], told["preprocessing"])
-        return NamedExtractor(name or "unknown", "unknown", "unknown")
-
-    def _subject_spec(self) -> SampleSpec | None:
-        """Return how the subject is, or was, sampled; None for images of others and statistics."""
-        subject = self.comparison.subject
-        return self.spec_of(subject.checkpoint) if subject.checkpoint is not None else self.done[subject.path].spec
-
-    def _samplings(self, spec: SampleSpec | None) -> dict[Path, Sampling]:
-        """Return what is to be sampled, by path; one VAE serves all."""
-        found: dict[Path, Sampling] = {}
-        for item in self.comparison.items:
-            if item.checkpoint is None or item.path in found:
-                continue
-            own = followed(spec, item.checkpoint) if spec else self.spec_of(item.checkpoint)
-            decoder = next((what.decoder for what in found.values() if what.decoder), None)
-            if decoder is None:
-                decoder = decoded_by(item.checkpoint, self.measure.vae, self.runtime.device)
-            elif not item.checkpoint.config.pixel_space:
-                from ditmoe_cli.diffusion.vae import check_fits
-
-                check_fits(decoder, item.checkpoint.config.in_channels, item.path)
-            found[item.path] = Sampling(item.checkpoint, own, decoder)
-            require_images(found[item.path])
-        if self.measure.vae is not None and not found:
-            raise UsageError(f"⟨vae⟩ {self.measure.vae}: no side is a checkpoint whose latents it could decode")
-        return found
-
-    def _check(self, lab: Lab, samplings: dict[Path, Sampling], spec: SampleSpec | None) -> None:
-        """Refuse sides that do not fit together."""
-        subject, reference, original = self.comparison.items
-        self._check_counts(subject.path, samplings, lab, self.measure.request.of_subject_features)
-        self._check_counts(reference.path, samplings, lab, self.measure.request.of_reference_features)
-        for item, other in ((subject, reference), (reference, subject)):
-            if item.path in self.done and other.path in samplings:
-                check_statistics(self.done[item.path], samplings[other.path], lab)
-        if self.measure.anyway:
-            return
-        one = self._shape(subject.path, samplings)
-        for path in (reference.path, *([original.path] if self._pairs(original.path, spec) else [])):
-            two = self._shape(path, samplings)
-            if one is not None and two is not None and one != two:
-                told = f"{subject.path} has images of {_by(one)}, {path} has images of {_by(two)}"
-                raise BadInputError(f"sizes or channels differ: {told}; make both alike, or give ⟨anyway⟩")
-        theirs, ours = (self._source(path, samplings) for path in (reference.path, subject.path))
-        if theirs is not None and ours is not None:
-            _check_settings(reference.path, theirs, ours)
-
-    def _source(self, path: Path, samplings: dict[Path, Sampling]) -> dict[str, Any] | None:
-        """Return how the images of a side are, or were, sampled; None where that is not known."""
-        if path in samplings:
-            what = samplings[path]
-            vae = what.origin.vae
-            return {"sampling": what.spec.conditions(), "vae": vae}
-        source = self.done[path].source
-        return source if source is not None and source["sampling"] is not None else None
-
-    def _pairs(self, path: Path, spec: SampleSpec | None) -> bool:
-        """Tell whether an original is, or will be, sampled as the subject is."""
-        stored = self.done.get(path)
-        return spec is not None and (stored is None or stored.spec == spec)
-
-    def _shape(self, path: Path, samplings: dict[Path, Sampling]) -> tuple[int, ...] | None:
-        return samplings[path].shape if path in samplings else self.done[path].shape
-
-    def _check_counts(self, path: Path, samplings: dict[Path, Sampling], lab: Lab, options: tuple[str, ...]) -> None:
-        """Refuse a side that has no images, or too few, for its distance and the scores that `options` ask for."""
-        request, side = self.measure.request, self.done.get(path)
-        if (
-            request.resamples
-            and path == self.comparison.subject.path
-            and side is not None
-            and side.statistics is not None
-        ):
-            raise BadInputError(f"{path}: holds statistics, and ⟨bootstrap⟩ needs images alone")
-        if side is not None and side.images is None:
-            if options:
-                raise BadInputError(f"{path}: holds statistics, and {options[0]} needs images")
-            if "sfid" in request.scores and side.statistics is not None and side.statistics.spatial is None:
-                raise BadInputError(f"{path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images")
-            return
-        count = len(side.images) if side is not None and side.images is not None else samplings[path].spec.images
-        if count < 2:
-            raise BadInputError(f"{path}: a distance needs at least 2 images, got {count}")
-        for option, least in request.fewest:
-            if option in options and count < least:
-                raise BadInputError(f"{path}: {option} takes at least {least} images, got {count}")
-        if "⟨metrics⟩ fid-inf" in options:
-            try:
-                sizes_for(count, lab.probe(self._shape(path, samplings) or ()).features.shape[1])
-            except BadInputError as error:
-                raise BadInputError(f"{path}: ⟨metrics⟩ fid-inf: {error}") from None
-
-    @contextmanager
-    def _holding(self, work: Workspace) -> Iterator[None]:
-        """Hold a workspace while it is filled, and until all processes have opened what is in it.
-
-        No longer, and one at a time: other runs may want the same reference, and must never wait for each other.
-        """
-        with work.held(self.say) if self.share.first else nullcontext():
-            self.share.wait()
-            yield
-            self.share.wait()
-
-    def _features(self, lab: Lab) -> StoredStatistics | None:
-        """Take the features of stored images, and return the reference's statistics where these are at hand."""
-        request, reference = self.measure.request, self.comparison.reference.path
-        subject, found = self.comparison.subject.path, None
-        takers = {reference: request.of_reference_features, subject: request.of_subject_features}
-        for path, side in list(self.done.items()):
-            if side.images is None or side.activations is not None:
-                continue
-            if side.statistics is not None and not takers.get(path):
-                continue
-            # resamples draw from both sides' images, so that kept statistics would give another interval
-            statistics_do = not request.of_reference_features and not request.resamples
-            plain = path == reference != subject and side.spec is None and side.statistics is None and statistics_do
-            with self._holding(lab.workspace(side.identity, len(side.images))):
-                kept = kept_statistics(side, lab) if plain and self.share.first else None
-                if self.share.from_first(lambda kept=kept: kept is not None):  # type: ignore[misc]
-                    found = kept
-                    self.say(f"using the statistics of {side.path} that an earlier run kept")
-                    continue
-                self.done[path] = featured(side, lab, self.share, self.bar)
-                if plain and self.share.first:
-                    found = statistics_of(self.done[path], lab)
-                    keep_statistics(side, lab, found, self.say)
-        return found
+    name = settings.extractor or by_metadata
+    if name == "inception" and will_fetch(settings.weights):
+        worker.notify(f"fetching the Inception weights (96 MB) into {cached_weights()}")
+    extractor = make_extractor(
+        name,
+        grey_levels=grey_levels,
+        weights=settings.weights,
+        device=worker.runtime.device,
+        preprocessing=CONVENTIONS[settings.request.convention].preprocessing,
+        precision=settings.precision,
+    )
+    return extractor, grey_levels
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+def _named_extractor(statistics: list[StoredStatistics], name: str | None) -> NamedExtractor:
+    """Return the extractor that statistics record, unless another `name` is given."""
+    recorded = next((each.extractor for each in statistics if each.extractor), None)
+    if recorded is not None and name in (None, recorded["name"]):
+        return NamedExtractor(recorded["name"], recorded["digest"], recorded["preprocessing"])
+    return NamedExtractor(name or "unknown", "unknown", "unknown")
 
 
-def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Refuse a reference that was made under other settings; another seed or number of images is no matter."""
-    pairs = [(name, theirs["sampling"].get(name), ours["sampling"].get(name)) for name in _MUST_AGREE]
-    there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
-    pairs.append(("VAE", there, here))
-    told = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)
-    if told:
-        raise BadInputError(f"{path}: was sampled under other settings ({told}); give the same, or ⟨anyway⟩")
+# ------------------------------------------------------------------ what is sampled
 
 
-def followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
-    """Return the subject's spec, or raise `BadInputError` where another checkpoint cannot be sampled by it."""
+def _plan_samplings(
+    comparison: Comparison, stored: Mapping[Path, Side], spec_of: SpecOf, settings: FidSettings, device: str
+) -> Inputs:
+    """Return the inputs with a sampling for each checkpoint; all use one VAE.
+
+    Raises `BadInputError` for checkpoints that cannot be sampled as the subject is or need a VAE, `UsageError` for a
+    VAE without a checkpoint.
+    """
+    subject = comparison.subject
+    spec = spec_of(subject.checkpoint) if subject.checkpoint is not None else stored[subject.path].spec
+    samplings: dict[Path, Sampling] = {}
+    for item in comparison.items:
+        if item.checkpoint is None or item.path in samplings:
+            continue
+        own_spec = _followed(spec, item.checkpoint) if spec else spec_of(item.checkpoint)
+        decoder = next((sampling.decoder for sampling in samplings.values() if sampling.decoder), None)
+        if decoder is None:
+            decoder = open_decoder(item.checkpoint, settings.vae, device)
+        elif not item.checkpoint.config.pixel_space:
+            from ditmoe_cli.diffusion.vae import check_fits
+
+            check_fits(decoder, item.checkpoint.config.in_channels, item.path)
+        samplings[item.path] = Sampling(item.checkpoint, own_spec, decoder)
+        require_images(samplings[item.path])
+    if settings.vae is not None and not samplings:
+        raise UsageError(f"⟨vae⟩ {settings.vae}: no side is a checkpoint whose latents it could decode")
+    return Inputs(comparison, stored, samplings, spec)
+
+
+def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
+    """Return the subject's spec. Raises `BadInputError` where another checkpoint cannot be sampled by it."""
     try:
         choose_solver(spec.solver, checkpoint.config.sampler)
         return check_spec(spec, checkpoint.config.num_classes)
     except UsageError as error:
         raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error}") from None
+
+
+# ------------------------------------------------------------------ sampling and features
+
+
+def _take_features(
+    inputs: Inputs, extraction: Extraction, request: Request, worker: Worker
+) -> tuple[dict[Path, Side], StoredStatistics | None]:
+    """Return all sides with the features that the request needs, and the reference's statistics where kept.
+
+    An original that pairs with nothing, since the subject's spec is unknown, is not sampled.
+    """
+    subject, reference, original = (item.path for item in inputs.comparison.items)
+    sides = dict(inputs.sides)
+    for path, sampling in inputs.samplings.items():
+        if inputs.spec is None and path == original and original not in (subject, reference):
+            continue
+        with _locked(extraction.workspace(sampling.key, sampling.spec.images), worker):
+            sides[path] = sampled_side(sampling, extraction, worker)
+    needs = {reference: request.needs_reference_features, subject: request.needs_subject_features}
+    # resamples draw from both sides' images, so that statistics alone would give another interval
+    statistics_do = not request.needs_reference_features and not request.resamples
+    kept: StoredStatistics | None = None
+    for path, side in inputs.sides.items():
+        if side.images is None or (side.statistics is not None and not needs.get(path)):
+            continue
+        with _locked(extraction.workspace(side.identity, len(side.images)), worker):
+            if path == reference != subject and side.spec is None and side.statistics is None and statistics_do:
+                sides[path], kept = _reference_features(side, extraction, worker)
+            else:
+                sides[path] = with_features(side, extraction, worker)
+    return sides, kept
+
+
+def _reference_features(side: Side, extraction: Extraction, worker: Worker) -> tuple[Side, StoredStatistics | None]:
+    """Return a reference's statistics from the cache, else its features with statistics that are kept for other runs.
+
+    Processes but the first return None for the statistics.
+    """
+    first = worker.share.first
+    cached = cached_statistics(side.identity, extraction) if first else None
+    if worker.share.from_first(lambda: cached is not None):
+        worker.notify(f"using the statistics of {side.path} that an earlier run kept")
+        return side, cached
+    side = with_features(side, extraction, worker)
+    if not first:
+        return side, None
+    statistics = statistics_of(side, extraction)
+    keep_statistics(side.identity, side.path, statistics, extraction, worker.notify)
+    return side, statistics
+
+
+@contextmanager
+def _locked(work: Workspace, worker: Worker) -> Iterator[None]:
+    """Lock a workspace while it is filled, until all processes have opened its arrays.
+
+    One at a time and no longer, since other runs may use the same reference, and must never wait for each other.
+    """
+    with work.locked(worker.notify) if worker.share.first else nullcontext():
+        worker.share.wait()
+        yield
+        worker.share.wait()
+
+
+# ------------------------------------------------------------------ the score
+
+
+def _score(
+    inputs: Inputs,
+    sides: Mapping[Path, Side],
+    reference_statistics: StoredStatistics | None,
+    extraction: Extraction,
+    settings: FidSettings,
+    worker: Worker,
+) -> Score:
+    """Score the sides, write the subject's statistics where asked for, and delete the workspaces."""
+    comparison = inputs.comparison
+    subject, original = sides[comparison.subject.path], sides.get(comparison.original.path)
+    paired = original if original is not None and subject.paired_with(original) else None
+    if original is not None and paired is None and comparison.original.path != comparison.reference.path:
+        worker.notify(f"{comparison.original.path}: pairs with nothing, since it has other seeds, settings or sizes")
+    scored = ScoredSides(subject, sides[comparison.reference.path], paired, reference_statistics)
+    result = score(scored, extraction, settings.request, worker.bar, worker.notify)
+    if settings.statistics is not None:
+        paths = [item.path for item in comparison.items]
+        write_statistics(settings.statistics, statistics_of(subject, extraction), settings.force, paths)
+    for path, side in sides.items():
+        if side.images is not None:
+            identity = inputs.samplings[path].key if path in inputs.samplings else side.identity
+            extraction.workspace(identity, len(side.images)).discard()
+    return result

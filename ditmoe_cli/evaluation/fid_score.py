@@ -1,33 +1,34 @@
-"""Scoring: the distance of one set of images to another, under stated conditions, beside the paired error.
+"""The score that ``fid`` reports: a distance between two sides, scores beside it, and errors of paired images.
 
 A distance over Inception features is called ``fid``, over any other ``frechet``. Since a distance is not monotone in
-damage, the mean squared error against the original's images of the same seeds stands beside it wherever the original is
-known. Other scores are taken on request from the same features, the way that one program takes them (`conventions`).
+damage, the mean squared error against the original's images of the same seeds is reported wherever the original is
+known. Scores beside the distance come from the same features and follow one program's convention (`conventions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.evaluation.features.compared_features import Lab, Side, statistics_of
+from ditmoe_cli.evaluation.features.extraction import Extraction
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable
-from ditmoe_cli.evaluation.samples import Say
+from ditmoe_cli.evaluation.fid_sides import Side, statistics_of
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, Convention
 from ditmoe_cli.evaluation.scores.extrapolation import frechet_infinity
 from ditmoe_cli.evaluation.scores.feature_statistics import Array, FeatureStatistics
 from ditmoe_cli.evaluation.scores.frechet import frechet_distance, frechet_of_features
 from ditmoe_cli.evaluation.scores.inception_score import inception_score
-from ditmoe_cli.evaluation.scores.intervals import Interval, bootstrap, bootstrap_frechet
+from ditmoe_cli.evaluation.scores.intervals import FRECHET_RESAMPLING, Interval, bootstrap, bootstrap_frechet
 from ditmoe_cli.evaluation.scores.kernel_distance import kernel_distance
+from ditmoe_cli.evaluation.scores.metrics import Request
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
-from ditmoe_cli.evaluation.scores.requested import Request
+from ditmoe_cli.evaluation.worker import Notify
 from ditmoe_cli.files.arrays import write_arrays
 from ditmoe_cli.progress import ProgressBar
 
@@ -40,9 +41,17 @@ FEW_IMAGES = 2048
 
 @dataclass(frozen=True)
 class Score:
-    """A distance with its interval, other scores by name, their conditions, and the paired errors where there are any.
+    """A distance with its interval, scores beside it, and conditions.
 
-    `paired_features` is the mean of ‖f(aᵢ) - f(bᵢ)‖² over pairs of images of the same seed, with its interval.
+    Attributes:
+        metric: ``fid`` or ``frechet``.
+        value: the distance.
+        images, reference_images: numbers of images; None where statistics do not record them.
+        paired: error against the original's images of the same seeds.
+        paired_features: mean of ‖f(aᵢ) - f(bᵢ)‖² over these pairs, with its interval.
+        interval: of the distance.
+        scores: scores beside the distance, by name.
+        conditions: extractor, convention, resampling, and how each side was made.
     """
 
     metric: str
@@ -56,7 +65,7 @@ class Score:
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON; the distance stands under its own name."""
+        """Return the score as JSON; the distance is keyed by the metric's name."""
         return {
             self.metric: self.value,
             "metric": self.metric,
@@ -70,40 +79,68 @@ class Score:
         }
 
 
-def score(
-    subject: Side,
-    reference: Side,
-    original: Side | None,
-    stored: StoredStatistics | None,
-    lab: Lab,
-    request: Request,
-    bar: ProgressBar,
-    say: Say,
-) -> Score:
-    """Return the distance of `subject` to `reference`, what else is asked for, and paired errors against `original`.
+@dataclass(frozen=True)
+class ScoredSides:
+    """Sides to score: subject, reference, and the original that the subject's images pair with, if any.
 
-    `stored` are the reference's statistics where its features were not taken. Raises `BadInputError` where statistics
-    come from other features, or images are too few for a score.
+    `reference_statistics` are the reference's where its features were not taken.
     """
-    here, there = statistics_of(subject, lab), stored or statistics_of(reference, lab)
+
+    subject: Side
+    reference: Side
+    original: Side | None = None
+    reference_statistics: StoredStatistics | None = None
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Subject and reference with their statistics, and the convention of the scores over them."""
+
+    subject: Side
+    reference: Side
+    subject_statistics: StoredStatistics
+    reference_statistics: StoredStatistics
+    convention: Convention
+    inception: bool
+
+    @property
+    def both_drawn(self) -> bool:
+        """Whether a resample draws from the reference's images too, not only from the subject's."""
+        return self.reference.activations is not None and self.reference.statistics is None
+
+
+def score(sides: ScoredSides, extraction: Extraction, request: Request, bar: ProgressBar, notify: Notify) -> Score:
+    """Return the distance of the subject to the reference, the requested scores, and errors against the original.
+
+    Raises `BadInputError` where statistics come from other features, or images are too few for a score.
+    """
+    subject, reference, original = sides.subject, sides.reference, sides.original
+    compared = _Compared(
+        subject,
+        reference,
+        subject_statistics=statistics_of(subject, extraction),
+        reference_statistics=sides.reference_statistics or statistics_of(reference, extraction),
+        convention=CONVENTIONS[request.convention],
+        inception=extraction.extractor.name == "inception",
+    )
+    here, there = compared.subject_statistics, compared.reference_statistics
     check_comparable(here, there, subject.path, reference.path)
     counts = here.statistics.n, there.statistics.n
-    _warn(counts, lab.extractor, say)
-    paired, features = _paired(subject, original, lab)
-    inception = lab.extractor.name == "inception"
+    _warn(counts, extraction.extractor, notify)
+    paired, features = _paired(subject, original, extraction)
     return Score(
-        metric="fid" if inception else "frechet",
-        value=_distance(subject, reference, here.statistics, there.statistics),
+        metric="fid" if compared.inception else "frechet",
+        value=_distance(compared, here.statistics, there.statistics, "features"),
         images=counts[0],
         reference_images=counts[1],
         paired=paired,
         paired_features=features,
-        interval=_interval(subject, reference, there, request.resamples, bar) if request.resamples else None,
-        scores=_scores(subject, reference, here, there, request, inception),
+        interval=_interval(compared, request.resamples, bar) if request.resamples else None,
+        scores={key: value for name in request.scores for key, value in _SCORES[name](compared).items()},
         conditions={
-            "extractor": lab.described,
-            "convention": request.convention if inception or request.scores else None,
-            "bootstrap": _resampling(subject, reference, request),
+            "extractor": extraction.description,
+            "convention": request.convention if compared.inception or request.scores else None,
+            "bootstrap": _resampling(compared, request.resamples),
             "subject": subject.conditions(),
             "reference": reference.conditions(),
             "original": original.conditions() if original else None,
@@ -111,38 +148,36 @@ def score(
     )
 
 
-def _warn(counts: tuple[int | None, int | None], extractor: Extractor, say: Say) -> None:
+def _warn(counts: tuple[int | None, int | None], extractor: Extractor, notify: Notify) -> None:
     from ditmoe_cli.evaluation.features.extractors import NamedExtractor
     from ditmoe_cli.evaluation.features.inception import WEIGHTS_DIGEST
 
-    few = min((n for n in counts if n is not None), default=FEW_IMAGES)
-    if few < FEW_IMAGES:
-        say(f"warning: only {few} images; distances are biased upwards, and comparable at equal counts alone")
-    known = not isinstance(extractor, NamedExtractor)
-    if extractor.name == "inception" and known and not extractor.digest.startswith(WEIGHTS_DIGEST):
-        say("warning: these are not the weights that FID is defined by; compare the value with its like only")
+    fewest = min((n for n in counts if n is not None), default=FEW_IMAGES)
+    if fewest < FEW_IMAGES:
+        notify(f"warning: only {fewest} images; distances are biased upwards, and comparable at equal counts alone")
+    has_weights = not isinstance(extractor, NamedExtractor)
+    if extractor.name == "inception" and has_weights and not extractor.digest.startswith(WEIGHTS_DIGEST):
+        notify("warning: these are not the weights that FID is defined by; compare the value with its like only")
 
 
 def _distance(
-    subject: Side,
-    reference: Side,
-    here: FeatureStatistics,
-    there: FeatureStatistics,
-    kind: Literal["features", "spatial"] = "features",
+    compared: _Compared, here: FeatureStatistics, there: FeatureStatistics, kind: Literal["features", "spatial"]
 ) -> float:
-    """Return the Fréchet distance of two sides' statistics, or, exactly, of their features where these are few."""
-    given = subject.statistics is not None or reference.statistics is not None
-    a, b = (getattr(side.activations, kind, None) for side in (subject, reference))
-    if not given and a is not None and b is not None and min(len(a), len(b)) <= here.dimension:
+    """Return the Fréchet distance of statistics, or, exactly, of features where there are no more images than these."""
+    sides = compared.subject, compared.reference
+    stored = any(side.statistics is not None for side in sides)
+    a, b = (getattr(side.activations, kind, None) for side in sides)
+    if not stored and a is not None and b is not None and min(len(a), len(b)) <= here.dimension:
         return frechet_of_features(a, b)
     return frechet_distance(here, there)
 
 
-def _paired(subject: Side, original: Side | None, lab: Lab) -> tuple[PairedError | None, Interval | None]:
+def _paired(subject: Side, original: Side | None, extraction: Extraction) -> tuple[PairedError | None, Interval | None]:
+    """Return the errors of pixels and of features between images of the same seeds."""
     if original is None or subject.images is None or original.images is None:
         return None, None
     try:
-        error = paired_error(subject.images.images, original.images.images, lab.grey_levels)
+        error = paired_error(subject.images.images, original.images.images, extraction.grey_levels)
     except BadInputError as problem:
         raise BadInputError(f"{subject.path} against {original.path}: {problem}") from None
     if subject.activations is None or original.activations is None:
@@ -151,97 +186,102 @@ def _paired(subject: Side, original: Side | None, lab: Lab) -> tuple[PairedError
 
 
 def paired_distance(a: Array, b: Array) -> Interval:
-    """Return the mean of ‖aᵢ - bᵢ‖² over rows of a and b (N, D), with a 95 % bootstrap interval over images."""
+    """Return the mean of ‖aᵢ - bᵢ‖² over rows of a and b (N, D), with its 95 % bootstrap interval over images."""
     distances = ((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2).sum(axis=1)
     return bootstrap(lambda values: float(values.mean()), [distances])
 
 
-def _resampling(subject: Side, reference: Side, request: Request) -> dict[str, Any] | None:
-    """Return what the interval of the distance is over."""
-    if not request.resamples:
+def _resampling(compared: _Compared, resamples: int) -> dict[str, Any] | None:
+    """Return how the interval of the distance is resampled, as JSON."""
+    if not resamples:
         return None
-    both = reference.activations is not None and reference.statistics is None
-    return {"resamples": request.resamples, "reference": both, "paired": both and subject.paired_with(reference)}
+    paired = compared.both_drawn and compared.subject.paired_with(compared.reference)
+    return {"resamples": resamples, "reference": compared.both_drawn, "paired": paired}
 
 
-def _interval(
-    subject: Side, reference: Side, there: StoredStatistics, resamples: int, bar: ProgressBar
-) -> Interval | None:
+def _interval(compared: _Compared, resamples: int, bar: ProgressBar) -> Interval:
+    subject, reference = compared.subject, compared.reference
     if subject.activations is None:
         raise BadInputError(f"{subject.path}: holds statistics, and ⟨bootstrap⟩ needs images")
-    features = subject.activations.features
+    features, resampling = subject.activations.features, replace(FRECHET_RESAMPLING, resamples=resamples)
     with bar("resampling", resamples) as progress:
         if reference.activations is None or reference.statistics is not None:
-            return bootstrap_frechet(features, there.statistics, resamples=resamples, progress=progress)
+            statistics = compared.reference_statistics.statistics
+            return bootstrap_frechet(features, statistics, resampling=resampling, progress=progress)
         return bootstrap_frechet(
-            *(features, reference.activations.features),
+            features,
+            reference.activations.features,
             paired=subject.paired_with(reference),
-            resamples=resamples,
+            resampling=resampling,
             progress=progress,
         )
 
 
-def _scores(
-    subject: Side, reference: Side, here: StoredStatistics, there: StoredStatistics, request: Request, inception: bool
-) -> dict[str, Any]:
-    """Return the scores that were asked for beside the distance, by name."""
-    convention = CONVENTIONS[request.convention]
-    found: dict[str, Any] = {}
-    for name in request.scores:
-        if name == "sfid":
-            if here.spatial is None or there.spatial is None:
-                side = subject if here.spatial is None else reference
-                raise BadInputError(
-                    f"{side.path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images"
-                )
-            found["sfid"] = _distance(subject, reference, here.spatial, there.spatial, "spatial")
-        elif name == "is":
-            found["inception_score"] = _inception_score(subject, convention)
-        elif name == "pr":
-            assert convention.neighbours is not None
-            both = precision_recall(
-                _features(subject, "pr"), _features(reference, "pr"), neighbours=convention.neighbours
-            )
-            found |= {"precision": both.precision, "recall": both.recall}
-        elif name == "kid":
-            found["kid" if inception else "kernel_distance"] = _kernel_distance(subject, reference, convention)
-        else:
-            line = frechet_infinity(_features(subject, "fid-inf"), there.statistics)
-            found["fid_infinity" if inception else "frechet_infinity"] = asdict(line)
-    return found
+# ------------------------------------------------------------------ scores beside the distance
 
 
-def _inception_score(subject: Side, convention: Convention) -> dict[str, float]:
-    parts = convention.inception
+def _spatial_distance(compared: _Compared) -> dict[str, Any]:
+    here, there = compared.subject_statistics.spatial, compared.reference_statistics.spatial
+    if here is None or there is None:
+        side = compared.subject if here is None else compared.reference
+        raise BadInputError(f"{side.path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images")
+    return {"sfid": _distance(compared, here, there, "spatial")}
+
+
+def _inception_score(compared: _Compared) -> dict[str, Any]:
+    subject, parts = compared.subject, compared.convention.inception
     if subject.activations is None or subject.activations.logits is None or parts is None:
         raise BadInputError(f"{subject.path}: holds statistics, and an Inception score needs images")
-    found = inception_score(subject.activations.logits, parts=parts.parts, chunk=parts.chunk, seed=parts.seed)
-    return {"mean": found.mean, "deviation": found.deviation, "parts": len(found.parts)}
+    result = inception_score(subject.activations.logits, parts=parts.parts, chunk=parts.chunk, seed=parts.seed)
+    return {"inception_score": {"mean": result.mean, "deviation": result.deviation, "parts": len(result.parts)}}
 
 
-def _kernel_distance(subject: Side, reference: Side, convention: Convention) -> dict[str, float]:
-    subsets = convention.kernel
-    assert subsets is not None
-    found = kernel_distance(
-        *(_features(subject, "kid"), _features(reference, "kid")),
-        subsets=subsets.subsets,
-        size=subsets.size,
-        degree=subsets.degree,
-        coefficient=subsets.coefficient,
-        seed=subsets.seed,
-        shrink=subsets.shrink,
-    )
-    return {"mean": found.mean, "deviation": found.deviation, "subsets": len(found.values), "size": found.size}
+def _precision_recall(compared: _Compared) -> dict[str, Any]:
+    neighbours = compared.convention.neighbours
+    assert neighbours is not None
+    subject, reference = (_features(side, "pr") for side in (compared.subject, compared.reference))
+    result = precision_recall(subject, reference, neighbours=neighbours)
+    return {"precision": result.precision, "recall": result.recall}
 
 
-def _features(side: Side, score: str) -> Array:
+def _kernel_distance(compared: _Compared) -> dict[str, Any]:
+    assert compared.convention.kernel is not None
+    subject, reference = (_features(side, "kid") for side in (compared.subject, compared.reference))
+    result = kernel_distance(subject, reference, compared.convention.kernel)
+    values = {
+        "mean": result.mean,
+        "deviation": result.deviation,
+        "subsets": len(result.values),
+        "size": result.size,
+    }
+    return {"kid" if compared.inception else "kernel_distance": values}
+
+
+def _infinite_distance(compared: _Compared) -> dict[str, Any]:
+    line = frechet_infinity(_features(compared.subject, "fid-inf"), compared.reference_statistics.statistics)
+    return {"fid_infinity" if compared.inception else "frechet_infinity": asdict(line)}
+
+
+_SCORES: Mapping[str, Callable[[_Compared], dict[str, Any]]] = {
+    "sfid": _spatial_distance,
+    "is": _inception_score,
+    "pr": _precision_recall,
+    "kid": _kernel_distance,
+    "fid-inf": _infinite_distance,
+}
+
+
+def _features(side: Side, metric: str) -> Array:
     if side.activations is None:
-        raise BadInputError(f"{side.path}: holds statistics, and ⟨metrics⟩ {score} needs images")
+        raise BadInputError(f"{side.path}: holds statistics, and ⟨metrics⟩ {metric} needs images")
     return side.activations.features
 
 
+# ------------------------------------------------------------------ writing
+
+
 def write_score(path: Path, result: Score, force: bool, inputs: Iterable[Path] = ()) -> int:
-    """Write a score as safetensors: numbers as tensors, everything else as metadata; return the bytes."""
+    """Write a score as safetensors, numbers as tensors and everything else as metadata; return the bytes."""
     numbers = {result.metric: result.value, **_flat(result.scores)}
     if result.paired is not None:
         numbers["paired_mse"] = result.paired.mse
@@ -250,8 +290,8 @@ def write_score(path: Path, result: Score, force: bool, inputs: Iterable[Path] =
 
 
 def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested numbers under names joined by dots."""
-    found: dict[str, Any] = {}
+    """Return nested numbers by names joined by dots."""
+    numbers: dict[str, Any] = {}
     for name, value in scores.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        numbers |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return numbers

@@ -1,6 +1,6 @@
-"""Image sets on disk: our safetensors, ADM's npz, folders of PNG; and telling them from other inputs.
+"""Image sets on disk: our safetensors, ADM's npz, folders of PNG; and whether a path holds images at all.
 
-Images are uint8 (N, H, W, C), C being 1 (grey) or 3 (RGB). Only lossless containers are read: storing samples
+Images are uint8 (N, H, W, C), C being 1 (grey) or 3 (RGB). Only lossless containers are read, since storing samples
 as JPEG changes FID (https://arxiv.org/abs/2104.11222).
 """
 
@@ -29,14 +29,14 @@ _OTHER_IMAGES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".t
 _IMAGES = _OTHER_IMAGES | {".png"}
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "transformer/*.safetensors", "mp_rank_*")
 _GREY_MODES = ("1", "L")
-_DEEP_MODES = ("I", "F")  # I;16, I;16B and the like begin so too
+_DEEP_MODES = ("I", "F")  # also how I;16 and I;16B begin
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images uint8 (N, H, W, C) with C 1 or 3, and their class labels int64 (N,) where they are known.
+    """Images uint8 (N, H, W, C) with C 1 or 3, and their class labels int64 (N,) where these are known.
 
-    Raises `BadInputError` where the arrays are anything else.
+    Raises `BadInputError` for arrays of another dtype or shape.
     """
 
     images: NDArray[np.uint8]
@@ -51,18 +51,20 @@ class ImageSet:
         if 0 in shape:
             raise BadInputError(f"images have shape {shape}, which holds no pixel")
         if self.labels is not None and (self.labels.shape != shape[:1] or self.labels.dtype.kind not in "iu"):
-            found = f"{self.labels.dtype.name} {self.labels.shape}"
-            raise BadInputError(f"labels are {found}; they must be one integer for each of {shape[0]} images")
+            raise BadInputError(
+                f"labels are {self.labels.dtype.name} {self.labels.shape}; "
+                f"they must be one integer for each of {shape[0]} images"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 def kind_of(path: Path) -> Kind:
-    """Tell by content what stands at `path`, reading no more than headers, without torch or numpy.
+    """Return the kind of input at `path`, from headers alone, without torch or numpy.
 
-    What is neither images nor statistics is called a checkpoint, whose reader knows the many forms of those.
-    Raises `BadInputError` where nothing stands there, or where a safetensors header is damaged.
+    Anything but images and statistics counts as a checkpoint: its reader knows the many forms of those.
+    Raises `BadInputError` where the path does not exist, or where a safetensors header is damaged.
     """
     if path.is_dir():
         return "images" if _is_image_folder(path) else "checkpoint"
@@ -90,7 +92,7 @@ def _is_image_folder(folder: Path) -> bool:
 
 
 def read_images(path: Path) -> ImageSet:
-    """Read the image set at `path`: safetensors of ours, an npz (`arr_0` or `images`), or a folder of PNG.
+    """Read the image set at `path`: our safetensors, an npz (`arr_0` or `images`), or a folder of PNG.
 
     Labels of an npz are `labels`, or `arr_1` where it holds one integer for each image. Safetensors are memory-mapped.
     Raises `BadInputError`, which names the file.
@@ -127,20 +129,20 @@ def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     images, labels, second = arrays.get("arr_0", arrays.get("images")), arrays.get("labels"), arrays.get("arr_1")
     if images is None:
         raise BadInputError(f"{path}: has neither an array 'arr_0' nor 'images'; name an npz of images")
-    # ADM's name for labels; but whatever was saved without a name is called so too
+    # ADM names labels so, but numpy does the same with any second array that was saved without a name
     if labels is None and second is not None and second.dtype.kind in "iu" and second.shape == images.shape[:1]:
         labels = second
     return images, labels
 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts ``img_2.png`` before ``img_10.png``."""
+    """Return a sort key that puts ``img_2.png`` before ``img_10.png``."""
     parts = re.split(r"([0-9]+)", name)
     return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
 
 
 def _read_folder(folder: Path) -> ImageSet:
-    """Read all PNG of a folder in natural order; grey ones become RGB where the folder holds both."""
+    """Read all PNG of a folder in natural order; grey ones are repeated to RGB where the folder holds both."""
     import numpy as np
 
     visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
@@ -185,33 +187,32 @@ def _read_png(file: Path) -> NDArray[np.uint8]:
 
 def write_images(
     path: Path,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64] | None,
+    image_set: ImageSet,
     seeds: Sequence[int] | NDArray[np.int64],
     metadata: Mapping[str, Any],
     force: bool = False,
     inputs: Iterable[Path] = (),
 ) -> int:
-    """Write images, labels and the seed of each image as safetensors; equal content gives equal bytes.
+    """Write images, labels and the seed of each image as safetensors; return the bytes. Equal content, equal bytes.
 
-    `metadata` goes in as JSON under ``ditmoe``, with the schema added. Returns the size of the file.
+    `metadata` and the schema are stored as JSON under ``ditmoe``. Raises `BadInputError` unless there is one seed for
+    each image.
     """
     import numpy as np
 
-    checked = ImageSet(images, labels)
     seed = np.asarray(seeds, dtype=np.int64)
-    if seed.shape != (len(checked),):
-        raise BadInputError(f"{path}: {seed.size} seeds for {len(checked)} images; each image needs one")
-    arrays: dict[str, NDArray[Any]] = {"images": images, "seed": seed}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels, dtype=np.int64)
+    if seed.shape != (len(image_set),):
+        raise BadInputError(f"{path}: {seed.size} seeds for {len(image_set)} images; each image needs one")
+    arrays: dict[str, NDArray[Any]] = {"images": image_set.images, "seed": seed}
+    if image_set.labels is not None:
+        arrays["labels"] = np.asarray(image_set.labels, dtype=np.int64)
     return write_arrays(path, arrays, {**metadata, "schema": SAMPLES_SCHEMA}, force, inputs)
 
 
 def to_uint8(pixels: torch.Tensor) -> NDArray[np.uint8]:
-    """Turn pixels (N, C, H, W) in [-1, 1] into uint8 (N, H, W, C): clamp, (v + 1) · 127.5, round.
+    """Return pixels (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C): clamp, (v + 1) · 127.5, round.
 
-    Raises `BrokenImageError` for NaN, which would become an arbitrary pixel unseen.
+    Raises `BrokenImageError` for NaN, which would silently become an arbitrary pixel.
     """
     import torch
 

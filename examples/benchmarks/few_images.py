@@ -19,7 +19,7 @@ from measuring import ditmoe, real_digits
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from ditmoe_cli.evaluation.features.extractors import extract, make_extractor
+from ditmoe_cli.evaluation.features.extractors import activations, make_extractor
 from ditmoe_cli.evaluation.images import ImageSet, read_images
 from ditmoe_cli.evaluation.scores.feature_statistics import feature_statistics
 from ditmoe_cli.evaluation.scores.frechet import frechet_distance
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         real = read_images(options.real or real_digits(Path(name) / "real.npz"))
         for extractor in options.extractor:
             taken = make_extractor(extractor, grey_levels=options.grey_levels)
-            features = [extract(taken, ImageSet(each), 256) for each in images]
-            table(extractor, images, features, extract(taken, real, 256), options)
+            features = [activations(taken, ImageSet(each), batch=256).features for each in images]
+            table(extractor, images, features, activations(taken, real, batch=256).features, options)
 
 
 def table(

@@ -75,7 +75,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def sampled(*_: Any) -> NDArray[Any]:
         raise AssertionError("something was sampled")
 
-    monkeypatch.setattr(samples, "sampled", sampled)
+    monkeypatch.setattr(samples, "sample", sampled)
 
 
 def images_of(path: Path) -> NDArray[np.uint8]:
@@ -112,7 +112,7 @@ def test_scores_are_those_of_the_library(sides: tuple[str, str], folder: Path, m
     outcome = here(*words, "--convention", "torch-fidelity", "-o", "score.safetensors", cwd=folder)
     result, scores = outcome.result, outcome.result["scores"]
     a, b = features_of(folder / "a-many.safetensors"), features_of(folder / "b-many.safetensors")
-    kernel = kernel_distance(a, b, subsets=4, size=40, degree=3, coefficient=1.0, seed=2020)
+    kernel = kernel_distance(a, b, subsets)
     both, line = precision_recall(a, b, neighbours=3), frechet_infinity(a, feature_statistics(b))
     near: dict[str, Any] = {
         "rel": 1e-6 if sides[0] == "a.safetensors" else 1e-12
@@ -480,14 +480,14 @@ def test_nothing_stays_in_the_cache(form: str, folder: Path) -> None:
 
 def test_other_runs_are_kept_from_what_is_being_filled_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from the reference, which they may want too, while the other side is sampled."""
-    work, sampled, seen = folder / "work", samples.sampled, []
+    work, sampled, seen = folder / "work", samples.sample, []
 
     def watched(*args: Any) -> NDArray[Any]:
         seen.append([path.stem for path in work.glob("*.lock")])
         assert (work / seen[-1][0] / "samples.npy").is_file()
         return sampled(*args)
 
-    monkeypatch.setattr(samples, "sampled", watched)
+    monkeypatch.setattr(samples, "sample", watched)
     words = ("fid", "a.safetensors", "--ref", "r.npz", "--original", "b.safetensors", *SETTINGS, *PIXELS)
     assert here(*words, "--work", "work", cwd=folder).result["paired"]["n"] == 6
     assert [len(locked) for locked in seen] == [1, 1] and seen[0] != seen[1]
@@ -498,7 +498,7 @@ def test_a_failure_with_nothing_done_leaves_nothing(folder: Path, monkeypatch: p
     def sampled(*_: Any) -> NDArray[Any]:
         raise MemoryError
 
-    monkeypatch.setattr(samples, "sampled", sampled)
+    monkeypatch.setattr(samples, "sample", sampled)
     words = ("fid", "a.safetensors", "--ref", "r.npz", *SETTINGS, *PIXELS, "--batch", 1, "--work", "work")
     assert "out of memory" in here(*words, cwd=folder).error(1)
     assert list((folder / "work").iterdir()) == []

@@ -21,8 +21,8 @@ from conftest import make_pico
 from PIL import Image
 from safetensors.numpy import load_file
 
+from ditmoe_cli.evaluation.image_grids import sample_grid
 from ditmoe_cli.evaluation.images import read_images
-from ditmoe_cli.evaluation.sample_files import sample_grid
 from ditmoe_cli.evaluation.samples import read_origin
 
 SETTINGS = ("--images", 5, "--steps", 2)

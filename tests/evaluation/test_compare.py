@@ -20,12 +20,13 @@ from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.compare import (
+    CheckpointPair,
     Divergence,
     Outputs,
     Sums,
     added,
+    compare_checkpoints,
     cumulative,
-    diverge,
     finite_json,
     image_errors,
     latent_error,
@@ -36,9 +37,9 @@ from ditmoe_cli.evaluation.compare import (
     shared_rows,
 )
 from ditmoe_cli.evaluation.features.extractors import averaged
-from ditmoe_cli.evaluation.samples import Runtime
 from ditmoe_cli.evaluation.scores.frechet import frechet_of_features
 from ditmoe_cli.evaluation.scores.intervals import bootstrap_frechet
+from ditmoe_cli.evaluation.worker import Runtime
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
@@ -67,7 +68,8 @@ def compared(
     a: Pico, b: Pico, folder: Path, spec: SampleSpec | None = None, bins: int = 2, batch: int = 3, **outputs: Any
 ) -> Divergence:
     one, other = saved(a, folder / "a.safetensors"), saved(b, folder / "b.safetensors")
-    return diverge(one, other, spec or spec_for(a), bins, Runtime(batch=batch), Outputs(**outputs), silent)
+    pair = CheckpointPair(one, other, spec or spec_for(a), bins)
+    return compare_checkpoints(pair, Runtime(batch=batch), Outputs(**outputs), silent)
 
 
 def pixels(**options: Any) -> Pico:

@@ -30,7 +30,7 @@ def save_png(path, pixels, **options):
 def test_what_is_written_is_read_back(tmp_path, channels):
     images, labels = noise_images(c=channels), np.array([7, 0, -1])
     path = tmp_path / "samples.safetensors"
-    size = write_images(path, images, labels, [2, 3, 5], {"cfg": 1.5})
+    size = write_images(path, ImageSet(images, labels), [2, 3, 5], {"cfg": 1.5})
     assert size == path.stat().st_size
     got = read_images(path)
     assert np.array_equal(got.images, images)
@@ -40,7 +40,7 @@ def test_what_is_written_is_read_back(tmp_path, channels):
 
 def test_the_file_opens_elsewhere_and_carries_seeds_and_conditions(tmp_path):
     path = tmp_path / "samples.safetensors"
-    write_images(path, noise_images(), np.arange(3), [2, 3, 5], {"cfg": 1.5})
+    write_images(path, ImageSet(noise_images(), np.arange(3)), [2, 3, 5], {"cfg": 1.5})
     assert load_file(path)["seed"].tolist() == [2, 3, 5]
     header = path.read_bytes()
     metadata = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
@@ -51,26 +51,26 @@ def test_the_file_opens_elsewhere_and_carries_seeds_and_conditions(tmp_path):
 def test_equal_content_gives_equal_bytes_whatever_the_memory_layout(tmp_path):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     images = noise_images()
-    write_images(a, images, np.arange(3), [0, 1, 2], {"x": 1, "y": 2})
-    write_images(b, np.asfortranarray(images), np.arange(3), np.arange(3), {"y": 2, "x": 1})
+    write_images(a, ImageSet(images, np.arange(3)), [0, 1, 2], {"x": 1, "y": 2})
+    write_images(b, ImageSet(np.asfortranarray(images), np.arange(3)), np.arange(3), {"y": 2, "x": 1})
     assert a.read_bytes() == b.read_bytes()
 
 
 def test_labels_are_optional_and_seeds_are_not(tmp_path):
     path = tmp_path / "samples.safetensors"
-    write_images(path, noise_images(), None, [0, 1, 2], {})
+    write_images(path, ImageSet(noise_images()), [0, 1, 2], {})
     assert read_images(path).labels is None
     with pytest.raises(BadInputError, match="2 seeds for 3 images"):
-        write_images(tmp_path / "other.safetensors", noise_images(), None, [0, 1], {})
+        write_images(tmp_path / "other.safetensors", ImageSet(noise_images()), [0, 1], {})
 
 
 def test_existing_files_are_kept_unless_forced(tmp_path):
     path = tmp_path / "samples.safetensors"
-    write_images(path, noise_images(seed=1), None, [0, 1, 2], {})
+    write_images(path, ImageSet(noise_images(seed=1)), [0, 1, 2], {})
     with pytest.raises(OutputExistsError, match="force"):
-        write_images(path, noise_images(seed=2), None, [0, 1, 2], {})
+        write_images(path, ImageSet(noise_images(seed=2)), [0, 1, 2], {})
     assert np.array_equal(read_images(path).images, noise_images(seed=1))
-    write_images(path, noise_images(seed=2), None, [0, 1, 2], {}, force=True)
+    write_images(path, ImageSet(noise_images(seed=2)), [0, 1, 2], {}, force=True)
     assert np.array_equal(read_images(path).images, noise_images(seed=2))
 
 
@@ -175,7 +175,7 @@ def test_truncated_files_are_named(tmp_path, name, share):
     if file.suffix == ".npz":
         np.savez(file, arr_0=images)
     elif file.suffix == ".safetensors":
-        write_images(file, images, None, range(4), {})
+        write_images(file, ImageSet(images), range(4), {})
     else:
         save_png(file, images[0])
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
@@ -247,7 +247,7 @@ def kinds(folder: Path) -> dict[str, str]:
     n, moments = noise_images(), {"mu": np.ones(2), "sigma": np.eye(2)}
     np.savez(folder / "adm.npz", arr_0=n)
     np.savez(folder / "moments.npz", arr_0=n, mu_s=np.ones(1), **moments)
-    write_images(folder / "samples.safetensors", n, None, [0, 1, 2], {})
+    write_images(folder / "samples.safetensors", ImageSet(n), [0, 1, 2], {})
     save_file(moments, folder / "moments.safetensors")
     save_file({"blocks.0.w": np.ones(2)}, folder / "model.safetensors")
     torch.save({"w": torch.ones(2)}, folder / "model.pt")

@@ -22,15 +22,14 @@ from ditmoe_cli.errors import BadInputError, BrokenImageError, OutputExistsError
 from ditmoe_cli.evaluation import samples
 from ditmoe_cli.evaluation.samples import (
     SAMPLES,
-    Runtime,
     Sampling,
     Targets,
     check_targets,
     fill,
     read_origin,
-    split,
     write_samples,
 )
+from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.loading import build_model
@@ -72,6 +71,11 @@ def pixels(folder: Path) -> Sampling:
     return Sampling(open_checkpoint(folder / "pixels.safetensors"), SPEC)
 
 
+def worker(batch: int, share: Share = WHOLE, notify: Notify = silent) -> Worker:
+    """A process on the CPU that shows no progress."""
+    return Worker(Runtime(batch=batch), share, bar, notify)
+
+
 def whole(what: Sampling) -> NDArray[Any]:
     """All samples at once, without any workspace."""
     return _sampled(build_model(what.checkpoint, torch.device("cpu")), what, range(what.spec.images))
@@ -102,14 +106,14 @@ class Watch:
         return _sampled(model, what, indices)
 
 
-_sampled = samples.sampled
+_sampled = samples.sample
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """What `fill` makes of images."""
     found = Watch()
-    monkeypatch.setattr(samples, "sampled", found)
+    monkeypatch.setattr(samples, "sample", found)
     return found
 
 
@@ -120,7 +124,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 def test_batch_size_changes_nothing(what: Sampling, batch: int, tmp_path: Path) -> None:
     work = Workspace(tmp_path / "w", IMAGES)
     after: dict[int, NDArray[Any]] = {}
-    fill(work, what, Runtime(batch=batch), WHOLE, bar, silent, after.__setitem__)
+    fill(work, what, worker(batch), after.__setitem__)
     assert_equal_but_rounding(work.array(SAMPLES), whole(what))
     assert sorted(after) == list(range(0, IMAGES, batch))
     assert all(np.array_equal(values, work.array(SAMPLES)[first : first + batch]) for first, values in after.items())
@@ -141,11 +145,11 @@ def together(work: Workspace, what: Sampling, batch: int, world: int, monkeypatc
         return found
 
     monkeypatch.setattr(Share, "wait", lambda self: barrier.wait() if self.world > 1 else None)
-    monkeypatch.setattr(Share, "told", tell)
+    monkeypatch.setattr(Share, "from_first", tell)
 
     def run(rank: int) -> None:
         try:
-            fill(work, what, Runtime(batch=batch), Share(rank, world), bar, silent)
+            fill(work, what, worker(batch, Share(rank, world)))
             assert work.done(SAMPLES).all(), "nobody returns before all is done"
         except BaseException as error:
             errors.append(error)
@@ -174,15 +178,15 @@ def test_a_restart_makes_only_what_is_missing(what: Sampling, again: int, tmp_pa
     work = Workspace(tmp_path / "w", IMAGES)
     said: list[str] = []
     watch.fail_at = 4
-    with pytest.raises(BadInputError, match="told to fail"), work.held(silent):
-        fill(work, what, Runtime(batch=2), WHOLE, bar, silent)
+    with pytest.raises(BadInputError, match="told to fail"), work.locked(silent):
+        fill(work, what, worker(2))
     assert watch.made == [0, 1, 2, 3] and work.done(SAMPLES).sum() == 4
     watch.fail_at, watch.made = None, []
-    fill(work, what, Runtime(batch=again), WHOLE, bar, said.append)
+    fill(work, what, worker(again, notify=said.append))
     assert watch.made == [4, 5, 6]
     assert said == ["going on with 4 of 7 images that an earlier run left"]
     assert_equal_but_rounding(work.array(SAMPLES), whole(what))
-    fill(work, what, Runtime(batch=again), WHOLE, bar, said.append)
+    fill(work, what, worker(again, notify=said.append))
     assert watch.made == [4, 5, 6] and len(said) == 1, "a third finds all done"
 
 
@@ -232,7 +236,7 @@ def test_batches_are_halved_where_memory_runs_out(
     work = Workspace(tmp_path / "w", IMAGES)
     said: list[str] = []
     expected, sizes = whole(what), tight(2, error, monkeypatch)
-    fill(work, what, Runtime(batch=5), WHOLE, bar, said.append)
+    fill(work, what, worker(5, notify=said.append))
     assert said == ["out of memory with 5 images at a time; going on with 2"]
     assert [size for size in sizes if size > 2] == [5], "once is enough"
     assert_equal_but_rounding(work.array(SAMPLES), expected)
@@ -242,7 +246,7 @@ def test_halving_goes_on_as_far_as_one(pixels: Sampling, tmp_path: Path, monkeyp
     work = Workspace(tmp_path / "w", IMAGES)
     said: list[str] = []
     tight(1, MemoryError(), monkeypatch)
-    fill(work, pixels, Runtime(batch=64), WHOLE, bar, said.append)
+    fill(work, pixels, worker(64, notify=said.append))
     assert [line.split(";")[0].split("with ")[1] for line in said] == ["7 images at a time", "3 images at a time"]
     assert_equal_but_rounding(work.array(SAMPLES), whole(pixels))
 
@@ -262,13 +266,8 @@ def test_other_failures_are_not_taken_for_memory(
 ) -> None:
     sizes = tight(0, RuntimeError("the size of tensor a must match"), monkeypatch)
     with pytest.raises(RuntimeError, match="must match"):
-        fill(Workspace(tmp_path / "w", IMAGES), pixels, Runtime(batch=4), WHOLE, bar, silent)
+        fill(Workspace(tmp_path / "w", IMAGES), pixels, worker(4))
     assert sizes == [4]
-
-
-def test_a_batch_in_parts() -> None:
-    assert split(range(3, 10), 3) == [range(3, 6), range(6, 9), range(9, 10)]
-    assert split(range(3, 5), 8) == [range(3, 5)]
 
 
 # NaN
@@ -535,7 +534,7 @@ def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
         except OutputExistsError as error:
             errors.append(error)
 
-    monkeypatch.setattr(samples, "sampled", slow)
+    monkeypatch.setattr(samples, "sample", slow)
     threads = [threading.Thread(target=run, args=(pixels, file)), threading.Thread(target=second)]
     threads[0].start()
     assert first.wait(timeout=30)
@@ -548,15 +547,15 @@ def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
 
 
 def test_files_from_before_vaes_and_intervals_are_read(pixels: Sampling, tmp_path: Path) -> None:
-    from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, write_images
+    from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, write_images
 
     origin = pixels.origin.to_json()
     del origin["vae"], origin["spec"]["interval"]
-    write_images(tmp_path / "old.safetensors", whole(pixels), None, range(IMAGES), origin)
+    write_images(tmp_path / "old.safetensors", ImageSet(whole(pixels)), range(IMAGES), origin)
     assert read_origin(tmp_path / "old.safetensors") == pixels.origin
     for part in ({"vae": "sd"}, {"spec": {**origin["spec"], "interval": [0.5]}}, {"spec": {"solver": "euler"}}):
         document = {**origin, **part, "schema": SAMPLES_SCHEMA}
-        write_images(tmp_path / "bad.safetensors", whole(pixels), None, range(IMAGES), document, force=True)
+        write_images(tmp_path / "bad.safetensors", ImageSet(whole(pixels)), range(IMAGES), document, force=True)
         with pytest.raises(BadInputError, match=r"bad\.safetensors: the samples' metadata is malformed"):
             read_origin(tmp_path / "bad.safetensors")
 

@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, DitmoeError
 from ditmoe_cli.evaluation.workspace import Workspace
 
 Spans = list[tuple[int, int]]
@@ -184,7 +184,7 @@ def test_a_creation_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
 
 
 def test_nothing_done_leaves_nothing(work: Workspace) -> None:
-    with work.held(silent):
+    with work.locked(silent):
         assert work.folder.is_dir()
     assert list(work.folder.parent.iterdir()) == []
 
@@ -192,7 +192,7 @@ def test_nothing_done_leaves_nothing(work: Workspace) -> None:
 @pytest.mark.parametrize("error", [BadInputError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("done", [0, 2])
 def test_a_failure_keeps_what_was_done_and_nothing_else(work: Workspace, error: type[BaseException], done: int) -> None:
-    with pytest.raises(error), work.held(silent):
+    with pytest.raises(error), work.locked(silent):
         if done:
             work.put("a", 0, values(done))
         raise error
@@ -203,7 +203,7 @@ def test_a_failure_keeps_what_was_done_and_nothing_else(work: Workspace, error: 
 def test_a_workspace_may_be_held_again_and_made_in_a_new_folder(tmp_path: Path) -> None:
     work = Workspace(tmp_path / "new" / "deep" / "work", 2)
     for _ in range(2):
-        with work.held(silent):
+        with work.locked(silent):
             work.create("a", (), np.int64)
             work.put("a", 0, np.zeros(2))
             work.remove()
@@ -212,9 +212,9 @@ def test_a_workspace_may_be_held_again_and_made_in_a_new_folder(tmp_path: Path) 
 
 def test_what_another_run_has_is_not_deleted(work: Workspace) -> None:
     work.put("a", 0, values(10))
-    with Workspace(work.folder, 10).held(silent):
+    with Workspace(work.folder, 10).locked(silent):
         work.discard()
-        with pytest.raises(BlockingIOError), work.held(None):
+        with pytest.raises(BlockingIOError), work.locked(None):
             raise AssertionError("inside twice")
         assert work.done("a").all()
     found = work.array("a")
@@ -232,7 +232,7 @@ def test_one_at_a_time(work: Workspace) -> None:
     counting = threading.Lock()
 
     def hold() -> None:
-        with Workspace(work.folder, 10).held(said.append):
+        with Workspace(work.folder, 10).locked(said.append):
             with counting:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
@@ -256,7 +256,7 @@ from pathlib import Path
 import numpy as np
 from ditmoe_cli.evaluation.workspace import Workspace
 work = Workspace(Path(sys.argv[1]), 10)
-with work.held(lambda text: None):
+with work.locked(lambda text: None):
     work.create("a", (2, 3), np.float32)
     work.put("a", 0, np.ones((3, 2, 3), dtype=np.float32))
     print("held", flush=True)
@@ -278,7 +278,7 @@ def test_another_process_is_waited_for_until_it_ends(number: signal.Signals, tmp
     entered: list[float] = []
 
     def wait() -> None:
-        with work.held(said.append):
+        with work.locked(said.append):
             entered.append(time.monotonic())
 
     thread = threading.Thread(target=wait)
@@ -297,3 +297,13 @@ def test_another_process_is_waited_for_until_it_ends(number: signal.Signals, tmp
         thread.join(timeout=30)
     assert work.done("a").sum() == 3, "and its rows stay"
     assert [file.name for file in tmp_path.iterdir()] == ["work"]
+
+
+def test_a_row_that_is_missing_is_named(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "w", 3)
+    work.create("x", (2,), np.float64)
+    work.put("x", 0, np.zeros((2, 2)))
+    with pytest.raises(DitmoeError, match="rows 2 to 2 were not made"):
+        work.require_whole(["x"])
+    work.put("x", 2, np.zeros((1, 2)))
+    work.require_whole(["x"])

@@ -127,9 +127,10 @@ def run(
     stage = pair.stage()
     a, b = open_stage(stage, stage.original), open_stage(stage)
     spec = sampling.spec(a)
-    from ditmoe_cli.evaluation.compare import diverge
+    from ditmoe_cli.evaluation.compare import CheckpointPair, compare_checkpoints
 
-    result = diverge(a, b, spec, comparing.bins, running.runtime, to.outputs, progress)
+    checkpoints = CheckpointPair(a, b, spec, comparing.bins)
+    result = compare_checkpoints(checkpoints, running.runtime, to.outputs, progress)
     emit(printing, stage.done("compare", {}).to_json(result.to_json()), rows(result), to.path)
     limit = comparing.max_error
     if limit is not None and not result.relative_error <= limit:

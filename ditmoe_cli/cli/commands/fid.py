@@ -18,16 +18,17 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.conventions import PRECISIONS
-from ditmoe_cli.evaluation.scores.requested import DEFAULT_CONVENTION, Request, parse_scores
+from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION, Request, parse_scores
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.fid import Comparison, Item, Measure
+    from ditmoe_cli.evaluation.fid import FidSettings
     from ditmoe_cli.evaluation.fid_score import Score
-    from ditmoe_cli.evaluation.samples import Runtime
+    from ditmoe_cli.evaluation.fid_sides import Comparison, Item
     from ditmoe_cli.evaluation.scores.intervals import Interval
+    from ditmoe_cli.evaluation.worker import Runtime
 
 
 def enough_images(count: int) -> int:
@@ -184,14 +185,14 @@ class Scoring:
         """Return the scores that are asked for. Raises `UsageError` for unknown names."""
         return Request(parse_scores(self.metrics, self.convention), self.convention, self.resamples)
 
-    def measure(self, anyway: bool, vae: str | None, force: bool) -> Measure:
+    def settings(self, anyway: bool, vae: str | None, force: bool) -> FidSettings:
         """Return how to compare. Raises `UsageError` for an unknown extractor."""
         from ditmoe_cli.evaluation.features.extractors import check_extractor_name
-        from ditmoe_cli.evaluation.fid import Measure
+        from ditmoe_cli.evaluation.fid import FidSettings
 
         if self.extractor is not None:
             check_extractor_name(self.extractor)
-        return Measure(
+        return FidSettings(
             extractor=self.extractor,
             weights=self.weights,
             anyway=anyway,
@@ -241,14 +242,14 @@ def run(
     """
     stage = compared.stage(overrides.given)
     check_outputs(scoring, to)
-    measure = scoring.measure(compared.anyway, sampling.vae, to.force)
+    settings = scoring.settings(compared.anyway, sampling.vae, to.force)
     if scoring.statistics and scoring.limit is not None and not compared.has_reference(stage):
         raise UsageError("--max: there is nothing to be near to; give --ref")
     runtime, comparison = (
         running.runtime,
         comparison_of(stage, compared, overrides.given, alone=scoring.statistics is not None),
     )
-    result = score(comparison, sampling.spec, measure, runtime, to)
+    result = score(comparison, sampling.spec, settings, runtime, to)
     if result is None:
         return  # another rank prints
     document = stage.done("fid", {}).to_json(result.to_json())
@@ -266,20 +267,20 @@ def check_outputs(scoring: Scoring, to: ScoreFile) -> None:
 def score(
     comparison: Comparison,
     spec_of: Callable[[Checkpoint], SampleSpec],
-    measure: Measure,
+    settings: FidSettings,
     runtime: Runtime,
     to: ScoreFile,
 ) -> Score | None:
     """Compare, and write the score where that was asked for; outputs are refused before anything is sampled."""
-    from ditmoe_cli.evaluation.fid import compare
+    from ditmoe_cli.evaluation.fid import measure_distance
     from ditmoe_cli.evaluation.fid_score import write_score
 
-    inputs = [item.path for item in comparison.items] + ([measure.weights] if measure.weights else [])
-    inputs += [Path(measure.vae).expanduser()] if measure.vae else []
-    for target in (to.output, measure.statistics):
+    inputs = [item.path for item in comparison.items] + ([settings.weights] if settings.weights else [])
+    inputs += [Path(settings.vae).expanduser()] if settings.vae else []
+    for target in (to.output, settings.statistics):
         if target is not None:
             check_target(target.absolute(), to.force, inputs)
-    result = compare(comparison, spec_of, measure, runtime, progress, note)
+    result = measure_distance(comparison, spec_of, settings, runtime, progress, note)
     if to.output is not None and result is not None:
         write_score(to.output, result, to.force, inputs)
     return result
@@ -292,7 +293,7 @@ def comparison_of(stage: Stage, compared: Compared, given: Given, alone: bool = 
     either it is the reference. Without --ref the reference is the original, or the subject itself if that may stand
     `alone`.
     """
-    from ditmoe_cli.evaluation.fid import Comparison, Item
+    from ditmoe_cli.evaluation.fid_sides import Comparison, Item
 
     def item(path: str, overrides: Given | None) -> Item:
         file = resolve_path(path).absolute()

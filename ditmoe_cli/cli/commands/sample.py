@@ -50,7 +50,8 @@ class ImageFiles(FileDestination):
         """Return the same as the sampler takes them; `inputs` must not be written over."""
         from ditmoe_cli.evaluation.samples import Targets
 
-        return Targets(self.at(checkpoint, "samples"), self.png, self.npz, self.grid, self.force, inputs)
+        file = self.at(checkpoint, "samples")
+        return Targets(file, png=self.png, npz=self.npz, grid=self.grid, force=self.force, inputs=inputs)
 
 
 def run(sampling: Images, running: Running, source: Source, to: ImageFiles, printing: Printing) -> None:
@@ -63,12 +64,12 @@ def run(sampling: Images, running: Running, source: Source, to: ImageFiles, prin
     stage = source.stage(shared=True)
     opened = open_stage(stage)
     spec = sampling.spec(opened)
-    from ditmoe_cli.evaluation.samples import Sampling, check_targets, decoded_by, write_samples
+    from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder, write_samples
 
     vae, runtime = sampling.vae, running.runtime
     targets = to.targets(opened.path, (Path(vae).expanduser(),) if vae is not None else ())
     check_targets(Sampling(opened, spec), targets, will_decode=vae is not None)
-    images = Sampling(opened, spec, decoded_by(opened, vae, runtime.device))
+    images = Sampling(opened, spec, open_decoder(opened, vae, runtime.device))
     size = write_samples(images, runtime, targets, progress, note)
     if size is None:
         return  # another rank writes and prints
@@ -79,10 +80,10 @@ def run(sampling: Images, running: Running, source: Source, to: ImageFiles, prin
 
 def result(sampling: Sampling, targets: Targets, size: int) -> dict[str, Any]:
     """Return the size, spec, NFE, VAE and files of the samples as JSON."""
-    views = {name: getattr(targets, name) for name in ("png", "npz", "grid")}
-    also = {name: str(path.absolute()) if path else None for name, path in views.items()}
+    exports = {name: getattr(targets, name) for name in ("png", "npz", "grid")}
+    paths = {name: str(path.absolute()) if path else None for name, path in exports.items()}
     vae = sampling.decoder.to_json() if sampling.decoder else None
-    return {"bytes": size, "spec": sampling.spec.conditions(), "nfe": sampling.spec.nfe, "vae": vae, **also}
+    return {"bytes": size, "spec": sampling.spec.conditions(), "nfe": sampling.spec.nfe, "vae": vae, **paths}
 
 
 def rows(sampling: Sampling, targets: Targets, size: int) -> list[Row]:
@@ -91,7 +92,7 @@ def rows(sampling: Sampling, targets: Targets, size: int) -> list[Row]:
     kind = "images" if sampling.images else "latents"
     return [
         ("wrote", f"{targets.file.absolute()} ({human_bytes(size)})"),
-        *(("wrote", path.absolute()) for path in targets.views.values()),
+        *(("wrote", path.absolute()) for path in targets.exports.values()),
         (kind, f"{spec.images} of {' x '.join(map(str, sampling.shape))}"),
         solver_row({**spec.conditions(), "nfe": spec.nfe}),
     ]

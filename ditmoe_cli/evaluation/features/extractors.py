@@ -1,7 +1,7 @@
-"""Feature extractors: what a Fréchet distance is taken over.
+"""Feature extractors, from images to the features that distances compare.
 
-``pixels`` needs no weights, ``inception`` is FID's own network, and ``package.module:factory`` names any other:
-the factory is called without arguments and returns a callable from uint8 images (N, H, W, C) to an array (N, D).
+``pixels`` needs no weights, ``inception`` is the network of FID, and ``package.module:factory`` names any other: the
+factory is called without arguments and returns a callable from uint8 images (N, H, W, C) to an array (N, D).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.features.inception import Inception
 
 EXTRACTORS = ("pixels", "inception")
-# What only Inception gives beside features, and the score that wants it.
+# activations that only Inception has beside features, and the score that needs them
 EXTRAS = {"spatial": "sFID", "logits": "the Inception score", "biased_logits": "the Inception score with bias"}
 GRID = 8
 BATCH = 64
@@ -39,19 +39,19 @@ Images = NDArray[np.uint8]
 
 
 class Extractor(Protocol):
-    """Maps uint8 images (N, H, W, C) to float64 features (N, D); name, digest and preprocessing identify it."""
+    """A map from uint8 images (N, H, W, C) to float64 features (N, D); name, digest and preprocessing identify it."""
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """Name that the user gives."""
 
     @property
     def digest(self) -> str:
-        """Text that differs where the features differ: a hash of weights, or the parameters."""
+        """Hash of the weights, or the parameters: differs where the features differ."""
 
     @property
     def preprocessing(self) -> str:
-        """What is done to the images first, in words."""
+        """Preprocessing of the images, in words."""
 
     def __call__(self, images: Images) -> Array:
         """Return the features of `images`."""
@@ -59,28 +59,28 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class PixelExtractor:
-    """Grey levels of the image, area-averaged to at most 8x8 a channel."""
+    """Grey levels of the image, area-averaged to at most 8x8 per channel."""
 
     grey_levels: int
     name: str = field(default="pixels", init=False)
 
     @property
     def digest(self) -> str:
-        """The parameters."""
+        """Size of the grid and grey levels."""
         return f"pixels-{GRID}x{GRID}-levels{self.grey_levels}"
 
     @property
     def preprocessing(self) -> str:
-        """What is done to the images first, in words."""
+        """Preprocessing of the images, in words."""
         return f"area average to at most {GRID}x{GRID}, grey levels 0..{self.grey_levels}"
 
     def __call__(self, images: Images) -> Array:
-        """Return features (N, h·w·C), h and w being the sides of the image or 8, whichever is less."""
+        """Return features (N, h·w·C), h and w being the sides of the image, at most 8."""
         return averaged(images.astype(np.float64) * (self.grey_levels / 255))
 
 
 def averaged(values: Array) -> Array:
-    """Return values (N, H, W, C) area-averaged to at most 8 x 8 a channel, (N, h·w·C)."""
+    """Return values (N, H, W, C) area-averaged to at most 8 x 8 per channel, (N, h·w·C)."""
     rows, columns = (area_weights(side, min(side, GRID)) for side in values.shape[1:3])
     cells = np.einsum("ih,nhwc,jw->nijc", rows, values, columns, optimize=True)
     return np.ascontiguousarray(cells).reshape(len(values), -1)
@@ -101,7 +101,7 @@ def area_weights(length: int, cells: int) -> Array:
 
 @dataclass(frozen=True)
 class Activations:
-    """What one pass over N images gives: features (N, D); where asked for, spatial (N, 2023) and logits (N, 1008)."""
+    """Activations of N images: features (N, D), and where asked for spatial (N, 2023) and logits (N, 1008)."""
 
     features: Array
     spatial: Array | None = None
@@ -129,31 +129,31 @@ class InceptionExtractor:
 
     @property
     def preprocessing(self) -> str:
-        """What is done to the images first, in words; and the precision where it is not fp32."""
+        """Preprocessing of the images, in words, and the precision where it is not fp32."""
         return PREPROCESSINGS[self.recipe] + ("" if self.precision == "fp32" else f"; {self.precision}")
 
     def __call__(self, images: Images) -> Array:
         """Return features (N, 2048)."""
         return self.activations(images).features
 
-    def activations(self, images: Images, wanted: Collection[str] = ()) -> Activations:
-        """Return features, and what of `EXTRAS` is in `wanted`. Raises `UsageError` as `check_wanted` does."""
+    def activations(self, images: Images, extras: Collection[str] = ()) -> Activations:
+        """Return features and the `extras`, names of `EXTRAS`. Raises `UsageError` as `check_extras` does."""
         import torch
 
-        check_wanted(self, wanted)
+        check_extras(self, extras)
         pools, spatials, logits = [], [], []
         autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
         with torch.inference_mode():
             for start in range(0, len(images), self.batch):
-                # A copy: torch may not wrap arrays that map a file read-only.
+                # a copy, since torch must not wrap arrays that are mapped read-only
                 part = torch.from_numpy(images[start : start + self.batch].copy()).to(self.device)
                 with autocast:
                     pool, spatial = self.module.pool_and_spatial(part, self.recipe)
                 pools.append(pool.double().cpu().numpy())
-                if "spatial" in wanted:
+                if "spatial" in extras:
                     spatials.append(spatial.double().cpu().numpy())
-                if "logits" in wanted or "biased_logits" in wanted:
-                    logits.append(self.module.logits(pool, "biased_logits" in wanted).double().cpu().numpy())
+                if "logits" in extras or "biased_logits" in extras:
+                    logits.append(self.module.logits(pool, "biased_logits" in extras).double().cpu().numpy())
         return Activations(np.concatenate(pools), _joined(spatials), _joined(logits))
 
 
@@ -165,8 +165,8 @@ def _joined(parts: list[Array]) -> Array | None:
 class CustomExtractor:
     """A user's own callable, whose output is checked.
 
-    `stable` tells whether equal digests mean equal features: where the function brings its own digest. A hash of its
-    source knows nothing of the weights that it loads.
+    `stable` is True where equal digests mean equal features, that is, where the function has a digest of its own: a
+    hash of its source does not cover the weights that it loads.
     """
 
     name: str
@@ -176,14 +176,13 @@ class CustomExtractor:
     stable: bool = False
 
     def __call__(self, images: Images) -> Array:
-        """Return its features (N, D). Raises `BadInputError` where it fails or returns anything else."""
+        """Return its features (N, D). Raises `BadInputError` where it fails or returns another shape or NaN."""
         try:
             features = np.asarray(self.function(images), dtype=np.float64)
         except Exception as error:
             raise BadInputError(f"extractor {self.name} failed: {_described(error)}") from error
         if features.ndim != 2 or len(features) != len(images) or not features.size:
-            expected = f"({len(images)}, D)"
-            raise BadInputError(f"extractor {self.name} returned shape {features.shape}, expected {expected}")
+            raise BadInputError(f"extractor {self.name} returned shape {features.shape}, expected ({len(images)}, D)")
         if not np.isfinite(features).all():
             raise BadInputError(f"extractor {self.name} returned NaN or infinite features")
         return features
@@ -191,19 +190,19 @@ class CustomExtractor:
 
 @dataclass(frozen=True)
 class NamedExtractor:
-    """What statistics say of their features, where no image is looked at."""
+    """The extractor that statistics record, where no features are taken."""
 
     name: str
     digest: str
     preprocessing: str
 
     def __call__(self, images: Images) -> Array:
-        """Raise `UsageError`: there is nothing behind the name."""
+        """Raise `UsageError`, since only the name is known."""
         raise UsageError(f"{len(images)} images, but the features {self.name!r} are known by statistics only")
 
 
 def check_extractor_name(spec: str) -> None:
-    """Refuse what is neither a known extractor nor ``package.module:factory``. Raises `UsageError`."""
+    """Raise `UsageError` for names that are neither an extractor nor ``package.module:factory``."""
     if spec not in EXTRACTORS and not _CUSTOM.match(spec):
         raise UsageError(f"unknown extractor {spec!r}; choose {', '.join(EXTRACTORS)} or package.module:factory")
 
@@ -220,12 +219,15 @@ def make_extractor(
     """Return the extractor that `spec` names.
 
     `grey_levels` is for ``pixels``; `weights`, `device`, `preprocessing` and `precision` are for ``inception``. Raises
-    `UsageError` for names that lead nowhere, `BadInputError` where weights are missing or a factory fails.
+    `UsageError` for unknown names and modules, `BadInputError` where weights are missing or a factory fails.
     """
     check_extractor_name(spec)
-    for what, value, known in (("preprocessing", preprocessing, PREPROCESSINGS), ("precision", precision, PRECISIONS)):
+    for setting, value, known in (
+        ("preprocessing", preprocessing, PREPROCESSINGS),
+        ("precision", precision, PRECISIONS),
+    ):
         if value not in known:
-            raise UsageError(f"unknown {what} {value!r}; choose {', '.join(known)}")
+            raise UsageError(f"unknown {setting} {value!r}; choose {', '.join(known)}")
     if spec == "pixels":
         return PixelExtractor(grey_levels)
     if spec == "inception":
@@ -254,16 +256,16 @@ def _custom(spec: str) -> CustomExtractor:
     digest = getattr(function, "digest", None)
     preprocessing = getattr(function, "preprocessing", None)
     return CustomExtractor(
-        spec,
-        digest if isinstance(digest, str) else _source_digest(module, spec),
-        preprocessing if isinstance(preprocessing, str) else "its own",
-        function,
-        isinstance(digest, str),
+        name=spec,
+        digest=digest if isinstance(digest, str) else _source_digest(module, spec),
+        preprocessing=preprocessing if isinstance(preprocessing, str) else "its own",
+        function=function,
+        stable=isinstance(digest, str),
     )
 
 
 def _import(spec: str, module_name: str) -> ModuleType:
-    """Import a module, from the working directory too, where a console script does not look by itself."""
+    """Import a module, also from the working directory, which is not on a console script's path."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -274,7 +276,7 @@ def _import(spec: str, module_name: str) -> ModuleType:
 
 
 def _source_digest(module: ModuleType, spec: str) -> str:
-    """SHA-256 of the module's source file; of the name itself where a module has no file."""
+    """Return the SHA-256 of the module's source file; of `spec` where a module has no file."""
     source = getattr(module, "__file__", None)
     return hashlib.sha256(Path(source).read_bytes() if source else spec.encode()).hexdigest()
 
@@ -284,7 +286,7 @@ def _described(error: Exception) -> str:
 
 
 def describe_extractor(extractor: Extractor, grey_levels: int) -> dict[str, Any]:
-    """Return what statistics say about the features that they were taken from."""
+    """Return the description of an extractor that statistics carry, as JSON."""
     return {
         "name": extractor.name,
         "digest": extractor.digest,
@@ -293,19 +295,19 @@ def describe_extractor(extractor: Extractor, grey_levels: int) -> dict[str, Any]
     }
 
 
-def check_wanted(extractor: Extractor, wanted: Collection[str]) -> None:
-    """Refuse what `extractor` does not give beside features.
+def check_extras(extractor: Extractor, extras: Collection[str]) -> None:
+    """Raise `UsageError`, which names the score, for extras that `extractor` does not have.
 
-    `wanted` holds names of `EXTRAS`; ``features`` may stand among them. Raises `UsageError`, which names the score.
+    `extras` holds names of `EXTRAS`.
     """
-    unknown = [name for name in wanted if name not in EXTRAS and name != "features"]
+    unknown = [name for name in extras if name not in EXTRAS]
     if unknown:
         raise UsageError(f"unknown activations {', '.join(unknown)}; choose {', '.join(EXTRAS)}")
-    if "logits" in wanted and "biased_logits" in wanted:
+    if "logits" in extras and "biased_logits" in extras:
         raise UsageError("logits are taken with the bias or without it; choose logits or biased_logits")
     if isinstance(extractor, InceptionExtractor):
         return
-    score = next((score for name, score in EXTRAS.items() if name in wanted), None)
+    score = next((score for name, score in EXTRAS.items() if name in extras), None)
     if score is not None:
         raise UsageError(f"{score} needs ⟨extractor⟩ inception; {extractor.name} gives features only")
 
@@ -313,41 +315,27 @@ def check_wanted(extractor: Extractor, wanted: Collection[str]) -> None:
 def activations(
     extractor: Extractor,
     image_set: ImageSet,
-    wanted: Collection[str] = (),
+    extras: Collection[str] = (),
     batch: int = BATCH,
-    progress: Callable[[int], None] | None = None,
 ) -> Activations:
-    """Return features of all images, and what of `EXTRAS` is in `wanted`, in one pass of `batch` images at a time.
+    """Return features of all images and the `extras`, names of `EXTRAS`, in one pass of `batch` images at a time.
 
-    `progress` is told how many images each step did. Raises `UsageError` where the extractor does not give what is
-    wanted (the message names the score), `BadInputError` where the width of the features changes between batches.
+    Raises `UsageError` as `check_extras` does, `BadInputError` where the width of the features changes between batches.
     """
-    check_wanted(extractor, wanted)
+    check_extras(extractor, extras)
     parts: list[Activations] = []
     for start in range(0, len(image_set), batch):
         images = image_set.images[start : start + batch]
         if isinstance(extractor, InceptionExtractor):
-            part = extractor.activations(images, wanted)
+            part = extractor.activations(images, extras)
         else:
             part = Activations(extractor(images))
         if parts and part.features.shape[1] != parts[0].features.shape[1]:
             widths = f"{parts[0].features.shape[1]}, then {part.features.shape[1]}"
             raise BadInputError(f"extractor {extractor.name} returned features of width {widths}")
         parts.append(part)
-        if progress is not None:
-            progress(len(part))
     return Activations(
         np.concatenate([part.features for part in parts]),
         _joined([part.spatial for part in parts if part.spatial is not None]),
         _joined([part.logits for part in parts if part.logits is not None]),
     )
-
-
-def extract(
-    extractor: Extractor,
-    image_set: ImageSet,
-    batch: int = BATCH,
-    progress: Callable[[int], None] | None = None,
-) -> Array:
-    """Return features (N, D) of all images, as `activations` does."""
-    return activations(extractor, image_set, (), batch, progress).features

@@ -27,7 +27,6 @@ from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.files.staging import staged
 
-FEATURES = 2048
 SIDE = 299
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d, at 17 x 17: ADM's spatial features
@@ -69,7 +68,7 @@ Branch = tuple[Step, ...]
 
 
 def _average(x: Tensor) -> Tensor:
-    """3x3 mean over the image alone: TensorFlow does not count the padding."""
+    """Return 3x3 means without the padding, as TensorFlow computes them."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -82,7 +81,7 @@ def _halve(x: Tensor) -> Tensor:
 
 
 def _block_35(pool_outputs: int) -> tuple[Branch, ...]:
-    """Branches of a block at 35x35."""
+    """Return the branches of a block at 35x35."""
     return (
         (Conv("branch1x1", 64),),
         (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
@@ -96,7 +95,7 @@ def _block_35(pool_outputs: int) -> tuple[Branch, ...]:
 
 
 def _block_17(inner: int) -> tuple[Branch, ...]:
-    """Branches of a block at 17x17, with `inner` channels between its 7x1 and 1x7 convolutions."""
+    """Return the branches of a block at 17x17, with `inner` channels between its 7x1 and 1x7 convolutions."""
     row, column = (1, 7), (7, 1)
     return (
         (Conv("branch1x1", 192),),
@@ -113,7 +112,7 @@ def _block_17(inner: int) -> tuple[Branch, ...]:
 
 
 def _block_8(pool: Pool) -> tuple[Branch, ...]:
-    """Branches of a block at 8x8, two of which fork at the end."""
+    """Return the branches of a block at 8x8, two of which fork at the end."""
     row, column = (1, 3), (3, 1)
     return (
         (Conv("branch1x1", 320),),
@@ -248,9 +247,9 @@ def _convs(step: Step) -> tuple[Conv, ...]:
 
 
 class Inception(Branches):
-    """uint8 images (N, H, W, C), C being 1 or 3, to the features of the last pool (N, 2048), and what lies beside them.
+    """The network from uint8 images (N, H, W, C), C 1 or 3, to features (N, 2048), spatial features and logits.
 
-    `fc` takes part in the logits alone.
+    `fc` is used by the logits alone.
     """
 
     def __init__(self) -> None:
@@ -271,11 +270,11 @@ class Inception(Branches):
 
         Spatial features, those of sFID (https://arxiv.org/abs/2103.03841), are the first 7 channels of TensorFlow's
         ``mixed_6/conv``, which is Mixed_6d.branch1x1 after its ReLU, at 17 x 17. They are flattened row by row with the
-        channel running fastest, as TensorFlow lays them out: stored `mu_s` and `sigma_s` count them so.
+        channel running fastest, as in TensorFlow and in stored `mu_s` and `sigma_s`.
         """
         x = preprocess(images, preprocessing).contiguous(memory_format=torch.channels_last)
         spatial = x
-        # TF32, which cuDNN takes by default, would move features by 1e-3.
+        # TF32, cuDNN's default, would change features by 1e-3.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = super().forward(x)
             for name in _BLOCKS:
@@ -290,7 +289,7 @@ class Inception(Branches):
 
 
 def preprocess(images: Tensor, preprocessing: str = "tf1") -> Tensor:
-    """Turn uint8 (N, H, W, C) into fp32 (N, 3, 299, 299) as one of `PREPROCESSINGS` does; grey is repeated.
+    """Return uint8 images (N, H, W, C) as fp32 (N, 3, 299, 299), by one of `PREPROCESSINGS`; grey is repeated.
 
     - ``tf1``: TensorFlow 1's bilinear resize, then (x - 128) / 128.
     - ``pytorch-fid``: torch's bilinear resize of x / 255 at half-pixel centres and without antialiasing, then 2x - 1.
@@ -315,7 +314,7 @@ def preprocess(images: Tensor, preprocessing: str = "tf1") -> Tensor:
 def resize_clean(x: Tensor, side: int) -> Tensor:
     """Resize uint8 (N, C, H, W) to fp32 (N, C, side, side) by PIL's bicubic of each channel in float, cut to 0..255.
 
-    PIL widens the filter where it shrinks. Its results are not rounded to whole grey levels.
+    PIL widens the filter where it shrinks. Results are not rounded to whole grey levels.
     """
     from PIL import Image
 
@@ -330,8 +329,8 @@ def resize_clean(x: Tensor, side: int) -> Tensor:
 def resize_tf1(x: Tensor, side: int) -> Tensor:
     """Resize fp32 (N, C, H, W) to (N, C, side, side) as TensorFlow 1's bilinear resize does.
 
-    Output i reads position i · length / side: corners as origin and no antialiasing, unlike torch and PIL. The
-    positions are taken in fp32, as the original does.
+    Output i reads position i · length / side: aligned at the corner and without antialiasing, unlike torch
+    and PIL. Positions are computed in fp32, as in the original.
     """
     return _resize_axis(_resize_axis(x, 3, side), 2, side)
 
@@ -348,10 +347,10 @@ def _resize_axis(x: Tensor, axis: int, side: int) -> Tensor:
 
 
 def load_inception(weights: Path | None = None) -> tuple[Inception, str]:
-    """Return the network with its weights, and the SHA-256 of the file that they came from.
+    """Return the network with its weights, and the SHA-256 of their file.
 
-    The file is `weights`, else what the variable DITMOE_INCEPTION names, else the cached one, else it is
-    downloaded once. Raises `BadInputError` where there is none, or where it holds something else.
+    The file is `weights`, else the one that the variable DITMOE_INCEPTION names, else the cached one, else it is
+    downloaded once. Raises `BadInputError` where there is none, or where it holds other tensors.
     """
     path = find_weights(weights)
     digest = file_digest(path)
@@ -368,7 +367,7 @@ def _load(path: Path) -> Inception:
 
 
 def _read_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """Read the module's tensors from the file, in fp32; the first that is missing or misshapen is named."""
+    """Return the module's tensors from the file, in fp32. Raises `BadInputError` for missing or misshapen ones."""
     header, reader = open_reader(path)
     advice = f"give the FID weights {WEIGHTS_NAME} with ⟨weights⟩ PATH"
     state = {}
@@ -377,26 +376,28 @@ def _read_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
             raise BadInputError(f"{path}: not the Inception of FID: tensor {name!r} is missing; {advice}")
         shape = header.tensors[name].shape
         if shape != tuple(expected.shape):
-            found = f"tensor {name!r} is {shape}, expected {tuple(expected.shape)}"
-            raise BadInputError(f"{path}: not the Inception of FID: {found}; {advice}")
+            raise BadInputError(
+                f"{path}: not the Inception of FID: tensor {name!r} is {shape}, expected {tuple(expected.shape)}; "
+                f"{advice}"
+            )
         tensor = reader.tensor(name).float()
-        # Kernels in the layout of the images make convolutions on a CPU faster by a quarter.
+        # kernels in the layout of the images make convolutions on a CPU a quarter faster
         state[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
     return state
 
 
 def cached_weights() -> Path:
-    """Return where the downloaded weights are kept."""
+    """Return the path of the downloaded weights in the cache."""
     return cache_folder() / WEIGHTS_NAME
 
 
 def will_fetch(weights: Path | None = None) -> bool:
-    """Tell whether `find_weights` would have to download."""
+    """Return whether `find_weights` would download."""
     return weights is None and not os.environ.get(WEIGHTS_VARIABLE) and not cached_weights().is_file()
 
 
 def find_weights(weights: Path | None = None) -> Path:
-    """Return the file of weights, downloading it if need be. Raises `BadInputError` where there is none."""
+    """Return the file of weights, downloaded if necessary. Raises `BadInputError` where there is none."""
     if weights is not None:
         return _existing(weights, "⟨weights⟩")
     named = os.environ.get(WEIGHTS_VARIABLE)
@@ -415,7 +416,7 @@ def _existing(path: Path, source: str) -> Path:
 
 
 def _download(target: Path) -> None:
-    """Fetch the weights to `target`, whole and of the right digest or not at all."""
+    """Download the weights to `target`, whole and with the right digest or not at all."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (

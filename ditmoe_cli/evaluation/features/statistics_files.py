@@ -1,9 +1,9 @@
-"""Statistics of features on disk: safetensors of ours, and the npz of pytorch-fid and ADM.
+"""Statistics of features on disk: our safetensors, and the npz of pytorch-fid and ADM.
 
-A safetensors file holds `mu` (D,) and `sigma` (D, D) in float64, `n` where it is known, and says which extractor
-the features came from. An npz holds `mu` and `sigma`, as the others write and read it; ours add `n` and the JSON
-``ditmoe``, which the others pass over. Either may hold `mu_s` and `sigma_s` too, those of the spatial features that
-ADM's reference batches carry for sFID. (ADM's hold reference images as `arr_0` besides; `read_images` reads these.)
+A safetensors file holds `mu` (D,) and `sigma` (D, D) in float64, `n` where it is known, and the extractor in its
+metadata. An npz holds `mu` and `sigma`, as the other programs write and read it; ours add `n` and the JSON ``ditmoe``,
+which the others ignore. Either may hold `mu_s` and `sigma_s` too, those of spatial features, which ADM's reference
+batches have for sFID. (ADM's hold reference images as `arr_0` besides, which `read_images` reads.)
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from ditmoe_cli.files.provenance import check_schema
 STATISTICS_SCHEMA = "ditmoe.statistics/1"
 
 _ARRAYS = ("mu", "sigma", "n", "mu_s", "sigma_s")
-_IDENTITY = ("name", "digest", "preprocessing")  # what makes features comparable
-_ASYMMETRY = 1e-6  # of the largest entry: what float32 storage may leave
+_IDENTITY = ("name", "digest", "preprocessing")  # equal in comparable features
+_ASYMMETRY = 1e-6  # of the largest entry, from storage as float32
 
 
 @dataclass(frozen=True)
 class StoredStatistics:
-    """Statistics, and the extractor's name, digest, preprocessing and grey levels where the file tells them.
+    """Statistics of features, with what a file records of extractor and images.
 
-    `spatial` are those of Inception's spatial features for sFID, where the file has them, of the same images. `source`
-    is what our files say of the images: what they were, how they were sampled, and their shape (H, W, C).
+    Attributes:
+        statistics: of the features.
+        extractor: its name, digest, preprocessing and grey levels; None where they are not recorded.
+        spatial: statistics of the same images' spatial features, for sFID.
+        source: kind, path, sampling and shape (H, W, C) of the images; only our files record them.
     """
 
     statistics: FeatureStatistics
@@ -46,7 +49,7 @@ class StoredStatistics:
 
 
 def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, inputs: Iterable[Path] = ()) -> int:
-    """Write statistics as ``.safetensors`` or ``.npz``; equal content gives equal bytes. Returns the size.
+    """Write statistics as ``.safetensors`` or ``.npz``; return the bytes. Equal content, equal bytes.
 
     Raises `UsageError` for any other suffix.
     """
@@ -70,9 +73,9 @@ def write_statistics(path: Path, stored: StoredStatistics, force: bool = False, 
 
 
 def read_statistics(path: Path) -> StoredStatistics:
-    """Read the statistics at `path`, spatial ones where it has both `mu_s` and `sigma_s`.
+    """Read the statistics at `path`, with spatial ones where it has both `mu_s` and `sigma_s`.
 
-    Raises `BadInputError` where they are not mean and covariance.
+    Raises `BadInputError` where they are no mean and covariance.
     """
     if not path.is_file():
         raise BadInputError(f"{path}: no such file")
@@ -156,28 +159,28 @@ def _source(path: Path, document: Mapping[str, Any] | None) -> dict[str, Any] | 
         return None
     shape = source.get("shape") if isinstance(source, dict) else None
     sampling, vae = (source.get(key) for key in ("sampling", "vae")) if isinstance(source, dict) else (0, 0)
-    whole = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
-    if not whole or not all(part is None or isinstance(part, dict) for part in (sampling, vae)):
+    has_shape = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    if not has_shape or not all(part is None or isinstance(part, dict) for part in (sampling, vae)):
         raise BadInputError(f"{path}: what its metadata says of the images is malformed")
     return dict(source)
 
 
 def check_comparable(a: StoredStatistics, b: StoredStatistics, a_name: str, b_name: str) -> None:
-    """Raise `BadInputError` where the two were taken from features that differ in extractor or width.
+    """Raise `BadInputError` where the features of two statistics differ in extractor or width.
 
-    Statistics that do not tell their extractor (npz of others) are checked for the width alone.
+    Statistics without a recorded extractor (npz of other programs) are checked for the width alone.
     """
     if a.extractor is not None and b.extractor is not None:
         for key in _IDENTITY:
             if a.extractor.get(key) != b.extractor.get(key):
-                found = f"{a_name} has {a.extractor.get(key)!r}, {b_name} has {b.extractor.get(key)!r}"
-                raise BadInputError(f"statistics of different extractors: {key} differs, {found}; make both with one")
+                values = f"{a_name} has {a.extractor.get(key)!r}, {b_name} has {b.extractor.get(key)!r}"
+                raise BadInputError(f"statistics of different extractors: {key} differs, {values}; make both with one")
     _check_widths(a.statistics, b.statistics, "features", a_name, b_name)
     if a.spatial is not None and b.spatial is not None:
         _check_widths(a.spatial, b.spatial, "spatial features", a_name, b_name)
 
 
-def _check_widths(a: FeatureStatistics, b: FeatureStatistics, what: str, a_name: str, b_name: str) -> None:
+def _check_widths(a: FeatureStatistics, b: FeatureStatistics, kind: str, a_name: str, b_name: str) -> None:
     if a.dimension != b.dimension:
-        widths = f"{a_name} has {a.dimension} {what}, {b_name} has {b.dimension}"
+        widths = f"{a_name} has {a.dimension} {kind}, {b_name} has {b.dimension}"
         raise BadInputError(f"statistics of different widths: {widths}; make both with one extractor")

@@ -1,1 +1,1 @@
-"""Scores of images: one a file, each as the program that defines it takes it."""
+"""Scores of images: one a file, each computed as the program that defines it does."""

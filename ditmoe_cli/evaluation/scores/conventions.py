@@ -1,7 +1,7 @@
-"""What the programs that report FID do differently, as data: preprocessing, and how each score is taken.
+"""Conventions of the programs that report FID, as data: preprocessing, and the settings of each score.
 
-Scores of one set of images differ between conventions, so a number is worth something only beside its convention's
-name. Facts are those of each program's source: ADM's evaluator (https://github.com/openai/guided-diffusion, folder
+Scores of the same images differ between conventions, so a number means something only together with its convention.
+Settings are those of each program's source: ADM's evaluator (https://github.com/openai/guided-diffusion, folder
 ``evaluations``), torch-fidelity 0.4.0, pytorch-fid 0.3.0 and clean-fid 0.1.35.
 """
 
@@ -22,10 +22,10 @@ PREPROCESSINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class InceptionParts:
-    """How an Inception score divides its images: into `parts` equal ones, or into chunks of `chunk` in a row.
+    """Division of images for an Inception score: into `parts` equal ones, or into chunks of `chunk` in a row.
 
-    Exactly one of both is given. Images are shuffled with `seed` first, or not at all where it is None. `bias` tells
-    whether the classifier's bias is added to the logits.
+    Exactly one of both is given. Images are shuffled with `seed` first, or not at all where it is None. With `bias` the
+    classifier's bias is added to the logits.
     """
 
     parts: int | None = None
@@ -36,11 +36,10 @@ class InceptionParts:
 
 @dataclass(frozen=True)
 class KernelSubsets:
-    """How a kernel distance is taken: the mean over `subsets` draws of `size` images, with kernel (γ x·y + c)^degree.
+    """Settings of a kernel distance: the mean over `subsets` draws of `size` images, with kernel (γ x·y + c)^degree.
 
-    γ is one over the number of features, c is `coefficient`. With `shrink` fewer images than `size` make subsets of all
-    of them, otherwise they are refused. A convention whose program draws from an unseeded generator has `seeded` False:
-    its numbers can be met within their deviation only, and `seed` is ours.
+    γ is one over the number of features, c is `coefficient`. Fewer images than `size` are refused, or with `shrink` all
+    of them are drawn. `seed` is that of the draws.
     """
 
     subsets: int = 100
@@ -49,15 +48,19 @@ class KernelSubsets:
     coefficient: float = 1.0
     seed: int = 2020
     shrink: bool = False
-    seeded: bool = True
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How one program scores; None stands for a score that it does not have.
+    """Settings of one program's scores; None for a score that it does not have.
 
-    `inception` is the Inception score, `kernel` the kernel distance (KID), `neighbours` the k of improved precision and
-    recall over pool features, `spatial` tells whether sFID is given. FID over pool features is common to all.
+    Attributes:
+        name: of the convention.
+        preprocessing: one of `PREPROCESSINGS`.
+        inception: of the Inception score.
+        kernel: of the kernel distance (KID).
+        neighbours: k of improved precision and recall over pool features.
+        spatial: whether the program has sFID. All have FID over pool features.
     """
 
     name: str
@@ -66,14 +69,6 @@ class Convention:
     kernel: KernelSubsets | None = None
     neighbours: int | None = None
     spatial: bool = False
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Activations beside features that all scores of the convention take."""
-        spatial = ("spatial",) if self.spatial else ()
-        if self.inception is None:
-            return spatial
-        return (*spatial, "biased_logits" if self.inception.bias else "logits")
 
 
 CONVENTIONS: Mapping[str, Convention] = {
@@ -86,7 +81,8 @@ CONVENTIONS: Mapping[str, Convention] = {
         neighbours=3,
     ),
     "pytorch-fid": Convention("pytorch-fid", "pytorch-fid"),
-    "clean-fid": Convention("clean-fid", "clean-fid", kernel=KernelSubsets(shrink=True, seeded=False)),
+    # clean-fid itself draws from an unseeded generator: its numbers agree with ours within their deviation only
+    "clean-fid": Convention("clean-fid", "clean-fid", kernel=KernelSubsets(shrink=True)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Distances at infinitely many images (https://arxiv.org/abs/1911.07023): a line through values at several N."""
+"""Fréchet distance at infinitely many images (https://arxiv.org/abs/1911.07023): a line through values at several N."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def extrapolate(sizes: Sequence[int], values: Sequence[float]) -> Extrapolation:
     """Fit values yⱼ at sizes Nⱼ by yⱼ = intercept + slope / Nⱼ, by least squares.
 
     The standard error is the ordinary one, s √(1/m + x̄² / Σ (xⱼ - x̄)²) with x = 1/N, m sizes and
-    s² = Σ residual² / (m - 2). It holds for independent yⱼ: where sizes share images, as those of `frechet_infinity`
-    do, it tells how straight the line is, and is too small for an error of the intercept.
+    s² = Σ residual² / (m - 2). It assumes independent yⱼ: where sizes share images, as those of `frechet_infinity`
+    do, it measures how straight the line is, and is too small for an error of the intercept.
 
     Raises `UsageError` for fewer than three sizes, or sizes that are all equal or below one.
     """
@@ -50,7 +50,7 @@ def extrapolate(sizes: Sequence[int], values: Sequence[float]) -> Extrapolation:
 
 
 def sizes_for(images: int, dimension: int, points: int = SIZES) -> tuple[int, ...]:
-    """Return `points` sizes, evenly spaced from max(⌈images / 10⌉, dimension + 1) to `images`.
+    """Return `points` numbers of images, evenly spaced from max(⌈images / 10⌉, dimension + 1) to `images`.
 
     Below dimension + 1 images a covariance is singular, and the bias of the distance is no longer a line in 1/N. Raises
     `BadInputError` for fewer than 2 (dimension + 1) images, `UsageError` for fewer than three points.
@@ -73,12 +73,12 @@ def frechet_infinity(
     """Return the Fréchet distance of `features` (N, D) to `reference` at infinitely many images (FID_∞).
 
     The distance of n images is biased upwards by about b/n, where b depends on the model, so the order of two models at
-    few images may not be their true one. It is computed at `points` sizes (`sizes_for`) and a line in 1/n is drawn to
-    1/n = 0. Subsets are nested: the first n images, after a permutation by ``numpy.random.default_rng(seed)``, or as
-    they come where `seed` is None (which is wrong for images that are sorted by class).
+    few images may not be their true one. It is computed at `points` sizes (`sizes_for`), and a line in 1/n is extended
+    to 1/n = 0. Subsets are nested: the first n images after a permutation by ``numpy.random.default_rng(seed)``, or in
+    their order where `seed` is None (which is wrong for images that are sorted by class).
 
-    Only the bias of `features` goes; the reference keeps that of its own number of images. Raises `BadInputError` for
-    too few images (`sizes_for`) and differing widths.
+    Only the bias of `features` is removed; the reference keeps that of its own number of images. Raises `BadInputError`
+    for too few images (`sizes_for`) and differing widths.
     """
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2:

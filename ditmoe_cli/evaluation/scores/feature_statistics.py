@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 class FeatureStatistics:
     """Mean `mu` (D,) and covariance `sigma` (D, D, divisor n - 1) of the features of `n` images.
 
-    `n` is None for statistics from elsewhere that do not tell it.
+    `n` is None for statistics of other programs, which may not record it.
     """
 
     mu: Array
@@ -59,7 +59,7 @@ class FeatureSums:
 
 
 def feature_sums(features: Array) -> FeatureSums:
-    """Return the sums of features (n, D) about their own mean."""
+    """Return the sums of features (n, D) about their own mean. Raises `BadInputError` for other shapes and NaN."""
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or not len(features):
         raise BadInputError(f"features must be (images, width) with at least one image, got {features.shape}")
@@ -71,5 +71,5 @@ def feature_sums(features: Array) -> FeatureSums:
 
 
 def feature_statistics(features: Array) -> FeatureStatistics:
-    """Return mean and covariance of features (n, D)."""
+    """Return mean and covariance of features (n, D). Raises `BadInputError` as `feature_sums` does."""
     return feature_sums(features).statistics()

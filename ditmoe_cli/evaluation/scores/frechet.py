@@ -29,7 +29,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def frechet_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
-    """Return the function that gives the `frechet_distance` of other statistics to `reference`, whose root it keeps."""
+    """Return a function from statistics to their `frechet_distance` to `reference`, whose root is computed once."""
     roots: list[Array] = []
 
     def distance(other: FeatureStatistics) -> float:
@@ -43,7 +43,7 @@ def frechet_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], fl
         inner = roots[0] @ other.sigma @ roots[0]
         values = np.linalg.eigvalsh((inner + inner.T) / 2)
         cross = float(np.sqrt(values.clip(min=0.0)).sum())
-        return _assembled(reference.mu - other.mu, np.trace(reference.sigma) + np.trace(other.sigma), cross)
+        return _distance(reference.mu - other.mu, np.trace(reference.sigma) + np.trace(other.sigma), cross)
 
     return distance
 
@@ -52,8 +52,8 @@ def frechet_of_features(a: Array, b: Array) -> float:
     """Return the `frechet_distance` of features a (n, D) and b (m, D).
 
     Where a side has no more images than features, tr (Σa Σb)^½ is the nuclear norm (the sum of the singular values) of
-    A Bᵀ, A and B being the centred features over √(n - 1) and √(m - 1): exact, without the D x D eigenproblem, whose
-    zero eigenvalues rounding would turn into √rounding each. Otherwise it goes by mean and covariance.
+    A Bᵀ, A and B being the centred features over √(n - 1) and √(m - 1): exact, without the D x D eigenproblem,
+    whose zero eigenvalues rounding would turn into √rounding each. Otherwise mean and covariance are compared.
 
     Raises `BadInputError` where features are not finite and (images, D) with at least two images, or widths differ.
     """
@@ -67,10 +67,10 @@ def frechet_of_features(a: Array, b: Array) -> float:
     means = [side.mean(axis=0) for side in (a, b)]
     left, right = ((side - mean) / np.sqrt(len(side) - 1) for side, mean in zip((a, b), means, strict=True))
     cross = float(np.linalg.svd(left @ right.T, compute_uv=False).sum())
-    return _assembled(means[0] - means[1], (left**2).sum() + (right**2).sum(), cross)
+    return _distance(means[0] - means[1], (left**2).sum() + (right**2).sum(), cross)
 
 
-def _assembled(difference: Array, traces: float, cross: float) -> float:
+def _distance(difference: Array, traces: float, cross: float) -> float:
     """Return ‖difference‖² + traces - 2 cross; rounding below zero is clipped."""
     return max(float((difference**2).sum() + traces - 2 * cross), 0.0)
 

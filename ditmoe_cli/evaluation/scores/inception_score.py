@@ -1,4 +1,4 @@
-"""The Inception score (https://arxiv.org/abs/1606.03498): how sure a classifier is, and of how many classes."""
+"""The Inception score (https://arxiv.org/abs/1606.03498): how certain a classifier is, and over how many classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditmoe_cli.evaluation.scores.feature_statistics import Array
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """Mean over the parts, their standard deviation (divisor: their number), and the score of each part."""
+    """Mean over the parts, standard deviation (divisor: number of parts), and the score of each part."""
 
     mean: float
     deviation: float
@@ -27,8 +27,8 @@ def inception_score(
 
     `logits` are (N, K); pᵢ = softmax of row i, p̄ the mean of the pᵢ of a part, n its images, KL in nats. A score lies
     between 1 and K. The images are divided into `parts` equal ones (part j holds images ⌊jN/parts⌋ to ⌊(j+1)N/parts⌋,
-    as torch-fidelity has it), or into chunks of `chunk` in a row, of which the last may be shorter and counts the same
-    (as ADM has it). With `seed` images are first permuted by ``numpy.random.RandomState(seed)``.
+    as in torch-fidelity), or into chunks of `chunk` in a row, of which the last may be shorter and weighs the same (as
+    in ADM). With `seed` images are first permuted by ``numpy.random.RandomState(seed)``.
 
     Raises `UsageError` unless exactly one of `parts` and `chunk` is given and positive, `BadInputError` where logits
     are not finite and (N, K), or are fewer than the parts.
@@ -57,6 +57,6 @@ def _part_score(logits: Array) -> float:
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
     mean = p.mean(axis=0)
-    # A class that no image has at all (p = 0 by underflow) adds nothing, and must not add 0 · log 0.
+    # A class of probability 0 in every image (by underflow) must add 0, not 0 · log 0.
     log_mean = np.log(mean, out=np.zeros_like(mean), where=mean > 0)
     return float(np.exp((p * (log_p - log_mean)).sum(axis=1).mean()))

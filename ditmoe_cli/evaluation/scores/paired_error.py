@@ -1,4 +1,4 @@
-"""Errors between images made from the same seeds: what a change to the weights did to each picture."""
+"""Errors between images of the same seeds, which a change to the weights alone makes differ."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def paired_error(a: NDArray[np.uint8], b: NDArray[np.uint8], grey_levels: int) -
     """Return MSE = mean (a - b)² on the scale 0..grey_levels, and PSNR = 10 log₁₀(grey_levels² / MSE).
 
     a and b are uint8 (N, H, W, C). The squares are summed as integers, so the result is exact whatever the order.
-    Raises `BadInputError` where they are not that, or differ in shape.
+    Raises `BadInputError` for other arrays, and for differing shapes.
     """
     for name, images in (("first", a), ("second", b)):
         if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-            found = f"{images.dtype} {images.shape}"
-            raise BadInputError(f"the {name} images are {found}; they must be uint8 (N, H, W, C)")
+            raise BadInputError(f"the {name} images are {images.dtype} {images.shape}; they must be uint8 (N, H, W, C)")
     if a.shape != b.shape:
         raise BadInputError(f"images of shape {a.shape} and {b.shape} cannot be paired; sample both with one spec")
     squares, largest = 0, 0

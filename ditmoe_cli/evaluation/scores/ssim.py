@@ -19,8 +19,8 @@ def ssim(a: NDArray[Any], b: NDArray[Any], data_range: float) -> NDArray[np.floa
     """Return the structural similarity of each pair of images a and b (N, H, W, C), as (N,).
 
     SSIM = (2 μ_a μ_b + C₁)(2 σ_ab + C₂) / ((μ_a² + μ_b² + C₁)(σ_a² + σ_b² + C₂)), C_i = (K_i · data_range)², moments
-    under a Gaussian window; the mean over all places where the window fits, and over channels. 1 for equal images.
-    Raises `BadInputError` where the shapes differ or hold no pixel.
+    under a Gaussian window; the mean over all positions of the window inside the image, and over channels. 1 for equal
+    images. Raises `BadInputError` where the shapes differ or hold no pixel.
     """
     if a.shape != b.shape or a.ndim != 4 or not a.size:
         raise BadInputError(f"images of shape {a.shape} and {b.shape}: SSIM needs pairs of equal shape (N, H, W, C)")
@@ -41,12 +41,12 @@ def _ssim(a: NDArray[Any], b: NDArray[Any], data_range: float) -> NDArray[np.flo
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
     above = (2 * (mean_a * mean_b) + c1) * (2 * covariance + c2)
     below = (mean_a * mean_a + mean_b * mean_b + c1) * (var_a + var_b + c2)
-    found: NDArray[np.float64] = (above / below).mean(axis=(1, 2, 3))
-    return found
+    similarity: NDArray[np.float64] = (above / below).mean(axis=(1, 2, 3))
+    return similarity
 
 
 def window_size(side: int) -> int:
-    """Return the window's side: 11, or the largest odd number that an image of `side` pixels has room for."""
+    """Return the window's side: 11, or the largest odd number up to `side`, the smaller side of the image."""
     return min(WINDOW, side - (side + 1) % 2)
 
 
@@ -59,7 +59,7 @@ def gaussian_window(size: int) -> NDArray[np.float64]:
 
 
 def smooth(images: NDArray[np.float64], window: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return images (N, H, W, C) averaged under window ⊗ window, where it fits: (N, H - w + 1, W - w + 1, C)."""
+    """Return images (N, H, W, C) averaged under window ⊗ window, without padding: (N, H - w + 1, W - w + 1, C)."""
     for axis in (1, 2):
         ahead = np.moveaxis(images, axis, 0)
         fits = len(ahead) - len(window) + 1

@@ -18,9 +18,8 @@ from ditmoe_cli.evaluation.features.extractors import (
     activations,
     area_weights,
     check_extractor_name,
-    check_wanted,
+    check_extras,
     describe_extractor,
-    extract,
     make_extractor,
 )
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable
@@ -112,26 +111,25 @@ def test_inception_prepares_and_computes_as_told(precision):
 
 
 def test_all_activations_come_from_one_pass():
-    images, steps = noise_images(n=7, c=3), []
+    images = noise_images(n=7, c=3)
     module = MeanColour()
     extractor = InceptionExtractor(module, "d", "cpu", batch=2)
-    got = activations(extractor, ImageSet(images), ["spatial", "logits"], batch=3, progress=steps.append)
+    got = activations(extractor, ImageSet(images), ["spatial", "logits"], batch=3)
     assert module.batches == [2, 1, 2, 1, 1]
-    assert steps == [3, 3, 1]
     mean = images.mean(axis=(1, 2))
     assert np.allclose(got.features, mean, rtol=1e-6)
     assert np.allclose(got.logits, 2 * mean, rtol=1e-6)
     assert np.array_equal(got.spatial, images[:, 0].reshape(7, -1))
     assert {array.dtype.name for array in (got.features, got.spatial, got.logits)} == {"float64"}
-    biased = activations(extractor, ImageSet(images), ["features", "biased_logits"])
+    biased = activations(extractor, ImageSet(images), ["biased_logits"])
     assert np.allclose(biased.logits, 2 * mean + 1, rtol=1e-6)
     assert biased.spatial is None
-    assert np.array_equal(extract(extractor, ImageSet(images)), biased.features)
+    assert np.array_equal(activations(extractor, ImageSet(images)).features, biased.features)
 
 
 def test_other_extractors_give_features_only():
     image_set = ImageSet(noise_images())
-    got = activations(PixelExtractor(16), image_set, ["features"])
+    got = activations(PixelExtractor(16), image_set)
     assert np.array_equal(got.features, PixelExtractor(16)(image_set.images))
     assert (got.spatial, got.logits) == (None, None)
     for wanted, score in (("spatial", "sFID"), ("logits", "the Inception score"), ("biased_logits", "Inception score")):
@@ -140,7 +138,7 @@ def test_other_extractors_give_features_only():
     with pytest.raises(UsageError, match="unknown activations pool; choose spatial, logits"):
         activations(PixelExtractor(16), image_set, ["pool"])
     with pytest.raises(UsageError, match="with the bias or without"):
-        check_wanted(InceptionExtractor(MeanColour(), "d", "cpu"), ["logits", "biased_logits"])
+        check_extras(InceptionExtractor(MeanColour(), "d", "cpu"), ["logits", "biased_logits"])
 
 
 def test_preprocessing_and_precision_show_in_the_description_and_part_statistics():
@@ -169,11 +167,9 @@ def test_unknown_preprocessing_and_precision_are_refused():
         make_extractor("inception", precision="fp16")
 
 
-def test_extract_in_batches_equals_one_call_and_tells_progress():
+def test_features_in_batches_equal_those_of_one_call():
     image_set = ImageSet(noise_images(n=7))
-    steps = []
-    got = extract(PixelExtractor(16), image_set, batch=3, progress=steps.append)
-    assert steps == [3, 3, 1]
+    got = activations(PixelExtractor(16), image_set, batch=3).features
     assert np.allclose(got, PixelExtractor(16)(image_set.images), rtol=1e-14)
 
 
@@ -200,7 +196,7 @@ def test_an_extractor_of_ones_own(own_module, tmp_path):
     name = own_module(text)
     extractor = make_extractor(f"{name}:factory")
     images = noise_images()
-    assert np.array_equal(extract(extractor, ImageSet(images), batch=2), images.reshape(5, -1)[:, :3])
+    assert np.array_equal(activations(extractor, ImageSet(images), batch=2).features, images.reshape(5, -1)[:, :3])
     assert extractor.name == f"{name}:factory"
     assert extractor.digest == hashlib.sha256(text.encode()).hexdigest()
     assert (tmp_path / f"{name}.py").exists()
@@ -259,7 +255,7 @@ def test_features_that_are_refused(own_module, expression, message):
 def test_a_width_that_changes_is_refused(own_module):
     name = own_module("import numpy as np\ndef factory():\n    return lambda x: np.ones((len(x), len(x)))\n")
     with pytest.raises(BadInputError, match="features of width 3, then 2"):
-        extract(make_extractor(f"{name}:factory"), ImageSet(noise_images()), batch=3)
+        activations(make_extractor(f"{name}:factory"), ImageSet(noise_images()), batch=3)
 
 
 @pytest.mark.parametrize("name", ["pixels", "inception", "a:b", "pkg.mod:make"])

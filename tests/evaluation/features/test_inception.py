@@ -109,7 +109,7 @@ def bilinear_by_loops(image, side):
     return result
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (320, 300)])
+@pytest.mark.parametrize("shape", [(5, 3), (320, 300)])
 def test_preprocessing_of_pytorch_fid(shape):
     batch = noise(1, *shape, c=1)
     got = preprocess(batch, "pytorch-fid")[0].numpy()
@@ -327,7 +327,7 @@ def peer(weights):
         yield torch_fidelity_network(weights)
 
 
-@pytest.mark.parametrize("side", [32, 299, 320])
+@pytest.mark.parametrize("side", [32, 320])
 def test_features_equal_those_of_torch_fidelity(peer, loaded, side):
     module, _ = loaded
     batch = noise(2, side, side, seed=side)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ditmoe_cli.evaluation.features.extractors import activations, make_extractor
 from ditmoe_cli.evaluation.features.inception import load_inception, preprocess, resize_clean
 from ditmoe_cli.evaluation.images import ImageSet
-from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS
+from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, KernelSubsets
 from ditmoe_cli.evaluation.scores.feature_statistics import feature_statistics
 from ditmoe_cli.evaluation.scores.frechet import frechet_distance, frechet_of_features
 from ditmoe_cli.evaluation.scores.inception_score import inception_score
@@ -60,7 +60,7 @@ class Images(Dataset):
 def test_all_scores_equal_those_of_torch_fidelity(weights):
     """From images to scores, by its own entry point."""
     fidelity = imported("torch_fidelity")
-    subject, reference = smooth(14), smooth(16, seed=2, contrast=0.7)
+    subject, reference = smooth(10), smooth(12, seed=2, contrast=0.7)
     convention = CONVENTIONS["torch-fidelity"]
     kernel = replace(convention.kernel, subsets=10, size=9)
     theirs = fidelity.calculate_metrics(
@@ -77,7 +77,7 @@ def test_all_scores_equal_those_of_torch_fidelity(weights):
         verbose=False,
     )
     extractor = make_extractor("inception", weights=weights, preprocessing=convention.preprocessing)
-    ours = [activations(extractor, ImageSet(images), convention.wanted) for images in (subject, reference)]
+    ours = [activations(extractor, ImageSet(images), ["logits"]) for images in (subject, reference)]
     features = [one.features for one in ours]
 
     score = inception_score(ours[0].logits, parts=convention.inception.parts, seed=convention.inception.seed)
@@ -88,7 +88,7 @@ def test_all_scores_equal_those_of_torch_fidelity(weights):
     fid = theirs["frechet_inception_distance"]
     assert frechet_of_features(*features) == pytest.approx(fid, rel=1e-4)
 
-    distance = kernel_distance(*features, subsets=kernel.subsets, size=kernel.size, seed=kernel.seed)
+    distance = kernel_distance(*features, kernel)
     assert distance.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert distance.deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
 
@@ -96,7 +96,6 @@ def test_all_scores_equal_those_of_torch_fidelity(weights):
     assert shares.precision == pytest.approx(theirs["precision"], rel=1e-6)
     assert shares.recall == pytest.approx(theirs["recall"], rel=1e-6)
     assert 0 < shares.recall < shares.precision < 1
-    assert shares.f_score == pytest.approx(theirs["f_score"], rel=1e-6)
 
 
 def test_scores_of_given_features_equal_those_of_torch_fidelity():
@@ -120,7 +119,7 @@ def test_scores_of_given_features_equal_those_of_torch_fidelity():
     assert (score.mean, score.deviation) == pytest.approx(
         (theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-10
     )
-    distance = kernel_distance(a, b, subsets=20, size=100)
+    distance = kernel_distance(a, b, KernelSubsets(20, 100))
     assert (distance.mean, distance.deviation) == pytest.approx(
         (theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]), rel=1e-9
     )
@@ -145,7 +144,7 @@ def as_pytorch_fid_reads(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-@pytest.mark.parametrize("side", [32, 299, 320])
+@pytest.mark.parametrize("side", [32, 320])
 def test_features_equal_those_of_pytorch_fid(weights, monkeypatch, side):
     imported("torch_fidelity")  # whose blocks stand in where torchvision is missing
     peer = pytorch_fid_network(seeded_state(), monkeypatch)
@@ -165,7 +164,7 @@ def test_fid_equals_that_of_pytorch_fid(weights, monkeypatch):
     imported("torch_fidelity")
     peer = pytorch_fid_network(seeded_state(), monkeypatch)
     peer_fid = imported("pytorch_fid.fid_score").calculate_frechet_distance
-    sets = [smooth(9, seed=2), smooth(10, seed=3, contrast=0.7)]
+    sets = [smooth(7, seed=2), smooth(8, seed=3, contrast=0.7)]
     theirs = []
     with torch.inference_mode():
         for images in sets:
@@ -195,13 +194,12 @@ def test_scores_of_given_features_equal_those_of_clean_fid():
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(60, 8)), 0.3 + generator.normal(size=(90, 8))
     kernel = CONVENTIONS["clean-fid"].kernel
-    options = {"subsets": kernel.subsets, "seed": kernel.seed, "shrink": kernel.shrink}
     for size in (kernel.size, 40):
         state = np.random.get_state()
         np.random.seed(kernel.seed)  # its generator is numpy's global one
         expected = fid.kernel_distance(b, a, num_subsets=kernel.subsets, max_subset_size=size)
         np.random.set_state(state)
-        assert kernel_distance(a, b, size=size, **options).mean == pytest.approx(expected, rel=1e-10)
+        assert kernel_distance(a, b, replace(kernel, size=size)).mean == pytest.approx(expected, rel=1e-10)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert frechet_of_features(a, b) == pytest.approx(fid.fid_from_feats(a, b), rel=1e-8)

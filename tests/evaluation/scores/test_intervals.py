@@ -12,6 +12,7 @@ from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, f
 from ditmoe_cli.evaluation.scores.frechet import frechet_distance, frechet_of_features
 from ditmoe_cli.evaluation.scores.intervals import (
     METHODS,
+    Resampling,
     bootstrap,
     bootstrap_frechet,
     interval_of,
@@ -36,7 +37,7 @@ def test_intervals_of_a_mean_hold_the_truth_as_often_as_they_say(method):
     draws = generator.exponential(size=(300, 60))
     hits = 0
     for index, draw in enumerate(draws):
-        got = bootstrap(np.mean, [draw], resamples=200, level=0.9, seed=index, method=method)
+        got = bootstrap(np.mean, [draw], resampling=Resampling(100, method, 0.9, seed=index))
         hits += got.low <= 1 <= got.high
     # 300 trials of 0.9 have a deviation of 0.017; small skewed samples lose a few hundredths.
     assert 0.83 <= hits / 300 <= 0.95
@@ -44,7 +45,7 @@ def test_intervals_of_a_mean_hold_the_truth_as_often_as_they_say(method):
 
 def test_standard_error_is_that_of_the_mean():
     x = np.random.default_rng(0).normal(size=400)
-    got = bootstrap(np.mean, [x], resamples=2000)
+    got = bootstrap(np.mean, [x], resampling=Resampling(2000))
     assert got.estimate == x.mean()
     assert got.deviation == pytest.approx(x.std() / 20, rel=0.05)
     assert abs(got.bias) < 0.1 * got.deviation
@@ -58,7 +59,7 @@ def test_pairing_cancels_what_both_sides_share():
     def gap(x, y):
         return float(y.mean() - x.mean())
 
-    paired, apart = (bootstrap(gap, [a, b], paired=paired, resamples=400) for paired in (True, False))
+    paired, apart = (bootstrap(gap, [a, b], paired=paired, resampling=Resampling(400)) for paired in (True, False))
     assert paired.estimate == apart.estimate
     assert paired.deviation == pytest.approx((b - a).std() / np.sqrt(200), rel=0.15)
     assert apart.deviation > 5 * paired.deviation
@@ -73,10 +74,10 @@ def test_resamples_keep_rows_together_and_repeat_with_their_seed():
         seen.append(x)
         return float(x[:, 0].mean())
 
-    first = bootstrap(statistic, [rows], resamples=5, seed=3)
+    first = bootstrap(statistic, [rows], resampling=Resampling(5, seed=3))
     assert all((x[:, 0] == -x[:, 1]).all() and len(x) == 20 for x in seen)
-    assert bootstrap(statistic, [rows], resamples=5, seed=3) == first
-    assert bootstrap(statistic, [rows], resamples=5, seed=4) != first
+    assert bootstrap(statistic, [rows], resampling=Resampling(5, seed=3)) == first
+    assert bootstrap(statistic, [rows], resampling=Resampling(5, seed=4)) != first
 
 
 @given(st.integers(0, 10_000))
@@ -100,7 +101,7 @@ def test_resampled_distances_are_those_of_copied_features(n, m, width, paired):
     a, b = 3 + generator.normal(size=(n, width)), 3.3 + 1.5 * generator.normal(size=(m, width))
     resampled = []
     got = bootstrap_frechet(
-        a, b, paired=paired, resamples=5, seed=9, level=0.5, method="percentile", progress=resampled.append
+        a, b, paired=paired, resampling=Resampling(5, "percentile", 0.5, seed=9), progress=resampled.append
     )
     draws = np.random.default_rng(9)
     expected = []
@@ -120,7 +121,7 @@ def test_statistics_are_not_resampled():
     generator = np.random.default_rng(0)
     a = generator.normal(size=(50, 4))
     reference = FeatureStatistics(np.full(4, 0.5), np.diag([1.0, 2.0, 3.0, 4.0]), None)
-    got = bootstrap_frechet(a, reference, resamples=4, seed=1)
+    got = bootstrap_frechet(a, reference, resampling=Resampling(4, "centred", seed=1))
     draws = np.random.default_rng(1)
     expected = [frechet_distance(feature_statistics(a[draws.integers(50, size=50)]), reference) for _ in range(4)]
     assert got.deviation == pytest.approx(np.std(expected, ddof=1), rel=1e-6)
@@ -135,8 +136,8 @@ def test_the_bias_of_a_bootstrapped_distance_is_as_its_docstring_says():
     for trial in range(12):
         a, b = generator.normal(size=(2, 400, 10))
         values.append(frechet_of_features(a, b))
-        centred.append(bootstrap_frechet(a, b, resamples=60, seed=trial))
-        basic.append(bootstrap_frechet(a, b, resamples=60, seed=trial, method="basic"))
+        centred.append(bootstrap_frechet(a, b, resampling=Resampling(60, "centred", seed=trial)))
+        basic.append(bootstrap_frechet(a, b, resampling=Resampling(60, "basic", seed=trial)))
     expected = np.mean(values)
     assert np.mean([interval.bias for interval in centred]) == pytest.approx(expected, rel=0.15)
     # Percentiles would miss even the distance at hand.
@@ -148,10 +149,10 @@ def test_the_bias_of_a_bootstrapped_distance_is_as_its_docstring_says():
 def test_what_is_refused():
     x = np.arange(5.0)
     with pytest.raises(UsageError, match="unknown interval 'bca'; choose percentile, centred, basic"):
-        bootstrap(np.mean, [x], method="bca")
+        bootstrap(np.mean, [x], resampling=Resampling(method="bca"))
     for options in ({"level": 1.0}, {"level": 0.0}, {"resamples": 1}):
         with pytest.raises(UsageError, match=r"level in 0\.\.1 and at least 2 resamples"):
-            bootstrap(np.mean, [x], **options)
+            bootstrap(np.mean, [x], resampling=Resampling(**options))
     with pytest.raises(UsageError, match="at least one array"):
         bootstrap(np.mean, [])
     with pytest.raises(BadInputError, match="at least 2 images, got 1"):

@@ -1,4 +1,4 @@
-"""Pairs side by side: where each image goes, how large it is, and that the file is whole."""
+"""Grids of images: the place and size of each image, and the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import pytest
 from PIL import Image
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
-from ditmoe_cli.evaluation.mosaic import INNER, MOST_PAIRS, OUTER, enlarged, pair_grid, write_png
+from ditmoe_cli.evaluation.image_grids import (
+    INNER,
+    MOST_IN_GRID,
+    MOST_PAIRS,
+    OUTER,
+    enlarged,
+    pair_grid,
+    sample_grid,
+    write_png,
+)
 
 
 def numbered(count: int, side: int = 8, channels: int = 1, offset: int = 0) -> np.ndarray:
@@ -73,3 +82,30 @@ def test_what_makes_no_pairs() -> None:
     for a, b in ((images, images[:1]), (images[0], images[0]), (images[:0], images[:0])):
         with pytest.raises(BadInputError, match="make no pairs"):
             pair_grid(a, b)
+
+
+@pytest.mark.parametrize(("count", "channels"), [(1, 3), (2, 1), (5, 1), (9, 3), (70, 1)])
+def test_samples_stand_in_reading_order_on_white(count: int, channels: int) -> None:
+    images = np.random.default_rng(count).integers(0, 256, (count, 16, 32, channels), dtype=np.uint8)
+    picture = sample_grid(images)
+    shown = min(count, MOST_IN_GRID)
+    across = (picture.shape[1] - INNER) // (128 + INNER)
+    down = (picture.shape[0] - INNER) // (64 + INNER)
+    assert picture.shape == (down * (64 + INNER) + INNER, across * (128 + INNER) + INNER, channels)
+    assert 0 <= across - down <= 1
+    assert across * (down - 1) < shown <= across * down
+    outside = np.ones(picture.shape[:2], dtype=bool)
+    for index in range(shown):
+        top, left = (INNER + index // across * (64 + INNER)), (INNER + index % across * (128 + INNER))
+        cell = (slice(top, top + 64), slice(left, left + 128))
+        assert (picture[cell] == images[index].repeat(4, axis=0).repeat(4, axis=1)).all()
+        outside[cell] = False
+    assert (picture[outside] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 4, 4)), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
+)
+def test_a_grid_of_other_arrays_is_refused(images: np.ndarray) -> None:
+    with pytest.raises(BadInputError):
+        sample_grid(images)

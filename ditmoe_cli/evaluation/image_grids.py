@@ -1,4 +1,4 @@
-"""Many images in one picture: pairs side by side, and the mosaic that all such pictures are."""
+"""Grids of images in one PNG: samples in reading order, and pairs side by side."""
 
 from __future__ import annotations
 
@@ -10,40 +10,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.files.staging import staged
 
+MOST_IN_GRID = 64
 MOST_PAIRS = 64
 SMALLEST_SIDE = 64
 INNER, OUTER = 4, 12  # white pixels within a pair, and around it
 _WHITE = 255
 
 
+def sample_grid(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a grid (H', W', C) of the first 64 images uint8 (N, H, W, C), enlarged to at least 64 pixels a side.
+
+    It has as many columns as rows, or one more. Raises `BadInputError` for other arrays.
+    """
+    return tiled(enlarged(ImageSet(images).images[:MOST_IN_GRID]), INNER)
+
+
 def enlarged(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return images (N, H, W, C) blown up by the smallest whole factor that makes each side at least 64 pixels."""
+    """Return images (N, H, W, C) repeated by the smallest whole factor that makes each side at least 64 pixels."""
     factor = math.ceil(SMALLEST_SIDE / min(images.shape[1:3]))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def pair_grid(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return a picture (H', W', C) of the first 64 pairs of a and b (N, H, W, C): a left, b right, in reading order.
+    """Return a grid (H', W', C) of the first 64 pairs of a and b (N, H, W, C): a left, b right, in reading order.
 
-    There are as many pairs in a row as rows, or one more. Raises `BadInputError` where the shapes differ or are empty.
+    It has as many columns as rows, or one more. Raises `BadInputError` where the shapes differ or are empty.
     """
     if a.shape != b.shape or a.ndim != 4 or not a.size:
         raise BadInputError(f"images of shape {a.shape} and {b.shape} make no pairs; they must be equal (N, H, W, C)")
     a, b = enlarged(a[:MOST_PAIRS]), enlarged(b[:MOST_PAIRS])
     between = np.full((*a.shape[:2], INNER, a.shape[3]), _WHITE, dtype=np.uint8)
-    return mosaic(np.concatenate([a, between, b], axis=2), squarish(len(a)), OUTER)
+    return tiled(np.concatenate([a, between, b], axis=2), OUTER)
 
 
-def squarish(count: int) -> int:
-    """Return the columns that `count` cells take in as many rows, or one row less."""
-    return math.ceil(math.sqrt(count))
+def tiled(cells: NDArray[np.uint8], margin: int) -> NDArray[np.uint8]:
+    """Return a grid (H', W', C) of cells (N, H, W, C) in reading order, with a white margin around each.
 
-
-def mosaic(cells: NDArray[np.uint8], across: int, margin: int) -> NDArray[np.uint8]:
-    """Return a picture (H', W', C) of cells (N, H, W, C) in reading order, `across` to a row, white around each."""
+    It has as many columns as rows, or one more.
+    """
     count, height, width, channels = cells.shape
+    across = math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
     step_down, step_across = height + margin, width + margin
     picture = np.full((down * step_down + margin, across * step_across + margin, channels), _WHITE, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Sides of a comparison: features of several processes over restarts, and what is kept for later."""
+"""Sides of a comparison: their features by several processes, over restarts and where memory runs out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from conftest import make_pico
 from numpy.typing import NDArray
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.errors import DitmoeError
-from ditmoe_cli.evaluation.features import compared_features as sides
-from ditmoe_cli.evaluation.features.compared_features import Lab, featured, sampled_side, stored_side
+from ditmoe_cli.evaluation import fid_sides
+from ditmoe_cli.evaluation.features.extraction import Extraction
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor
-from ditmoe_cli.evaluation.samples import Runtime, Sampling
+from ditmoe_cli.evaluation.fid_sides import read_side, sampled_side, with_features
+from ditmoe_cli.evaluation.samples import Sampling
+from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.processes import WHOLE, Share
@@ -30,9 +31,14 @@ def bar(_: str, __: int) -> Iterator[Callable[[int], None]]:
     yield lambda _: None
 
 
-def lab(folder: Path, **changes: Any) -> Lab:
-    given = {"salt": "", "batch": 1, "say": lambda _: None, **changes}
-    return Lab(PixelExtractor(255), 255, (), folder=folder / "work", kept=folder / "kept", **given)
+def pixels(folder: Path, batch: int = 1) -> Extraction:
+    return Extraction(
+        PixelExtractor(255), 255, (), salt="", folder=folder / "work", cache=folder / "cache", batch=batch
+    )
+
+
+def worker(share: Share = WHOLE, notify: Notify = lambda _: None) -> Worker:
+    return Worker(Runtime(batch=1), share, bar, notify)
 
 
 def sampling(folder: Path) -> Sampling:
@@ -55,15 +61,15 @@ def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process still stores features of its last batch when the other looks for what is missing."""
-    what, here = sampling(tmp_path), lab(tmp_path)
-    whole = sampled_side(what, Runtime(batch=1), here, WHOLE, bar, lambda _: None)
+    what, here = sampling(tmp_path), pixels(tmp_path)
+    whole = sampled_side(what, here, worker())
     assert whole.activations is not None
     truth = np.array(whole.activations.features)
-    work, name = here.workspace(what.key, 7), here.names()["features"]
+    work, name = here.workspace(what.key, 7), here.array_names()["features"]
     lose(work, "samples", (3, 5))
     lose(work, name, (3, 5, 6))
     barrier, told, found = threading.Barrier(2, timeout=60), [], {}
-    late, store = threading.Event(), sides._store
+    late, store = threading.Event(), fid_sides.store_activations
 
     def tell(self: Share, find: Callable[[], Any]) -> Any:
         if self.first:
@@ -73,17 +79,17 @@ def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
         barrier.wait()
         return answer
 
-    def slow(work: Workspace, lab: Lab, first: int, images: NDArray[np.uint8]) -> None:
+    def slow(work: Workspace, extraction: Extraction, first: int, images: NDArray[np.uint8], notify: Notify) -> None:
         if first == 5:
-            late.wait(0.5)
-        store(work, lab, first, images)
+            late.wait(0.2)
+        store(work, extraction, first, images, notify)
 
     monkeypatch.setattr(Share, "wait", lambda _: barrier.wait())
-    monkeypatch.setattr(Share, "told", tell)
-    monkeypatch.setattr(sides, "_store", slow)
+    monkeypatch.setattr(Share, "from_first", tell)
+    monkeypatch.setattr(fid_sides, "store_activations", slow)
 
     def run(rank: int) -> None:
-        found[rank] = sampled_side(what, Runtime(batch=1), here, Share(rank, 2), bar, lambda _: None)
+        found[rank] = sampled_side(what, here, worker(Share(rank, 2)))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -93,16 +99,6 @@ def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
     for side in found.values():
         np.testing.assert_array_equal(side.activations.features, truth)
     assert len(found) == 2 and work.done(name).all()
-
-
-def test_a_row_that_nobody_made_is_noticed(tmp_path: Path) -> None:
-    work = Workspace(tmp_path / "w", 3)
-    work.create("x", (2,), np.float64)
-    work.put("x", 0, np.zeros((2, 2)))
-    with pytest.raises(DitmoeError, match="rows 2 to 2 were not made"):
-        work.require_whole(["x"])
-    work.put("x", 2, np.zeros((1, 2)))
-    work.require_whole(["x"])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no more")])
@@ -120,7 +116,7 @@ def test_features_that_do_not_fit_are_taken_in_halves(
         return plain(self, images)
 
     monkeypatch.setattr(PixelExtractor, "__call__", small)
-    side = featured(stored_side(tmp_path / "r.npz"), lab(tmp_path, batch=10, say=said.append), WHOLE, bar)
+    side = with_features(read_side(tmp_path / "r.npz"), pixels(tmp_path, batch=10), worker(notify=said.append))
     assert side.activations is not None
     np.testing.assert_array_equal(side.activations.features, plain(PixelExtractor(255), images))
     assert max(took) <= 3 and sum(took[1:]) == 10, "the first is the probe of two"

@@ -1,4 +1,4 @@
-"""Images for others: they come back as they were, whole or not at all, and never over what is not ours."""
+"""Exported images read back as they were, are written whole or not at all, and never over other files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
+from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.evaluation.image_exports import write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.images import read_images
-from ditmoe_cli.evaluation.mosaic import INNER, write_png
-from ditmoe_cli.evaluation.sample_files import sample_grid, write_adm_npz, write_png_folder
 
 
 def random(count: int, channels: int = 3, height: int = 5, width: int = 7) -> NDArray[np.uint8]:
@@ -42,22 +39,6 @@ def test_a_folder_comes_back_as_it_was(tmp_path: Path, channels: int, mode: str)
     for file in (tmp_path / "out").iterdir():
         with Image.open(file) as image:
             assert (image.format, image.mode) == ("PNG", mode)
-
-
-@pytest.mark.parametrize(
-    ("first", "expected"),
-    [
-        (7, ["000007.png", "000008.png"]),
-        (999_998, ["999998.png", "999999.png"]),
-        (999_999, ["0999999.png", "1000000.png"]),
-    ],
-)
-def test_names_count_from_the_first_and_sort_in_order(tmp_path: Path, first: int, expected: list[str]) -> None:
-    images = random(2)
-    write_png_folder(tmp_path / "out", images, first)
-    assert names(tmp_path / "out") == expected
-    for name, image in zip(expected, images, strict=True):
-        assert (np.asarray(Image.open(tmp_path / "out" / name)) == image).all()
 
 
 def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:
@@ -207,7 +188,7 @@ def test_an_npz_cut_off_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 Writer = Callable[[Path, Any], Any]
 
 
-@pytest.mark.parametrize("write", [write_png_folder, write_adm_npz, lambda _, images: sample_grid(images)])
+@pytest.mark.parametrize("write", [write_png_folder, write_adm_npz])
 @pytest.mark.parametrize(
     "images", [np.zeros((2, 4, 4)), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
 )
@@ -220,47 +201,3 @@ def test_other_arrays_are_refused(tmp_path: Path, write: Writer, images: NDArray
 def test_labels_must_be_one_for_each(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="labels"):
         write_adm_npz(tmp_path / "a.npz", random(3), np.arange(2, dtype=np.int64))
-
-
-# ------------------------------------------------------------------ grids
-
-
-@given(
-    count=st.integers(1, 20),
-    columns=st.none() | st.integers(1, 24),
-    most=st.integers(1, 24),
-    channels=st.sampled_from([1, 3]),
-)
-def test_each_image_stands_in_its_place(count: int, columns: int | None, most: int, channels: int) -> None:
-    images = random(count, channels, 16, 32)
-    picture = sample_grid(images, columns, most)
-    shown = min(count, most)
-    across = (picture.shape[1] - INNER) // (128 + INNER)
-    down = (picture.shape[0] - INNER) // (64 + INNER)
-    assert picture.shape == (down * (64 + INNER) + INNER, across * (128 + INNER) + INNER, channels)
-    if columns is None:
-        assert 0 <= across - down <= 1
-    else:
-        assert across == min(columns, shown)
-    assert across * (down - 1) < shown <= across * down
-    outside = np.ones(picture.shape[:2], dtype=bool)
-    for index in range(shown):
-        top, left = (INNER + index // across * (64 + INNER)), (INNER + index % across * (128 + INNER))
-        cell = (slice(top, top + 64), slice(left, left + 128))
-        assert (picture[cell][::4, ::4] == images[index]).all()
-        assert (picture[cell] == images[index].repeat(4, axis=0).repeat(4, axis=1)).all()
-        outside[cell] = False
-    assert (picture[outside] == 255).all()
-
-
-def test_a_grid_shows_64_unless_told(tmp_path: Path) -> None:
-    picture = sample_grid(random(100, 1, 64, 64))
-    assert picture.shape == (8 * 68 + INNER, 8 * 68 + INNER, 1)
-    write_png(tmp_path / "grid.png", picture)
-    assert (np.asarray(Image.open(tmp_path / "grid.png")) == picture[:, :, 0]).all()
-
-
-@pytest.mark.parametrize(("columns", "most"), [(0, 4), (-1, 4), (None, 0)])
-def test_a_grid_of_nothing(columns: int | None, most: int) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
-        sample_grid(random(2), columns, most)

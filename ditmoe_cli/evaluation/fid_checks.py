@@ -1,0 +1,121 @@
+"""Checks of a ``fid`` comparison: sides that do not fit together are refused before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.evaluation.features.extraction import Extraction
+from ditmoe_cli.evaluation.fid_sides import Comparison, Side, check_statistics
+from ditmoe_cli.evaluation.samples import Sampling
+from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
+from ditmoe_cli.evaluation.scores.metrics import Request
+
+_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A comparison before anything is sampled.
+
+    Attributes:
+        comparison: its items.
+        sides: sides that are read from disk, by path.
+        samplings: samplings of checkpoints, by path.
+        spec: of the subject's images; None for statistics and images of other programs.
+    """
+
+    comparison: Comparison
+    sides: Mapping[Path, Side]
+    samplings: Mapping[Path, Sampling]
+    spec: SampleSpec | None
+
+    def shape(self, path: Path) -> tuple[int, ...] | None:
+        """Return the shape (H, W, C) of a side's images; None where it is not known."""
+        return self.samplings[path].shape if path in self.samplings else self.sides[path].shape
+
+    def source(self, path: Path) -> dict[str, Any] | None:
+        """Return the sampling and the VAE of a side's images; None where these are not known."""
+        if path in self.samplings:
+            sampling = self.samplings[path]
+            return {"sampling": sampling.spec.conditions(), "vae": sampling.origin.vae}
+        source = self.sides[path].source
+        return source if source is not None and source["sampling"] is not None else None
+
+    def original_pairs(self) -> bool:
+        """Return whether the original is sampled as the subject is."""
+        side = self.sides.get(self.comparison.original.path)
+        return self.spec is not None and (side is None or side.spec == self.spec)
+
+
+def check_inputs(inputs: Inputs, extraction: Extraction, request: Request, anyway: bool) -> None:
+    """Raise `BadInputError` where a side lacks images, or sides differ in extractor, size or settings.
+
+    `anyway` lets differing sizes and settings through.
+    """
+    subject, reference = inputs.comparison.subject, inputs.comparison.reference
+    side = inputs.sides.get(subject.path)
+    if request.resamples and side is not None and side.statistics is not None:
+        raise BadInputError(f"{subject.path}: holds statistics, and ⟨bootstrap⟩ needs images alone")
+    _check_images(inputs, subject.path, request.needs_subject_features, extraction, request)
+    _check_images(inputs, reference.path, request.needs_reference_features, extraction, request)
+    for item, other in ((subject, reference), (reference, subject)):
+        if item.path in inputs.sides and other.path in inputs.samplings:
+            check_statistics(inputs.sides[item.path], inputs.samplings[other.path], extraction)
+    if not anyway:
+        _check_shapes(inputs)
+        theirs, ours = inputs.source(reference.path), inputs.source(subject.path)
+        if theirs is not None and ours is not None:
+            _check_settings(reference.path, theirs, ours)
+
+
+def _check_images(
+    inputs: Inputs, path: Path, settings: tuple[str, ...], extraction: Extraction, request: Request
+) -> None:
+    """Raise where a side has no images, or too few, for its distance and for the `settings` that need features."""
+    side = inputs.sides.get(path)
+    if side is not None and side.images is None:
+        if settings:
+            raise BadInputError(f"{path}: holds statistics, and {settings[0]} needs images")
+        if "sfid" in request.scores and side.statistics is not None and side.statistics.spatial is None:
+            raise BadInputError(f"{path}: has no spatial statistics (mu_s, sigma_s); sFID needs them, or images")
+        return
+    count = len(side.images) if side is not None and side.images is not None else inputs.samplings[path].spec.images
+    if count < 2:
+        raise BadInputError(f"{path}: a distance needs at least 2 images, got {count}")
+    for setting, fewest in request.fewest:
+        if setting in settings and count < fewest:
+            raise BadInputError(f"{path}: {setting} takes at least {fewest} images, got {count}")
+    if "⟨metrics⟩ fid-inf" in settings:
+        try:
+            sizes_for(count, extraction.probe(inputs.shape(path) or ()).features.shape[1])
+        except BadInputError as error:
+            raise BadInputError(f"{path}: ⟨metrics⟩ fid-inf: {error}") from None
+
+
+def _check_shapes(inputs: Inputs) -> None:
+    subject, reference, original = (item.path for item in inputs.comparison.items)
+    shape = inputs.shape(subject)
+    for path in (reference, *([original] if inputs.original_pairs() else [])):
+        other = inputs.shape(path)
+        if shape is not None and other is not None and shape != other:
+            sizes = f"{subject} has images of {_by(shape)}, {path} has images of {_by(other)}"
+            raise BadInputError(f"sizes or channels differ: {sizes}; make both alike, or give ⟨anyway⟩")
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise for a reference of other sampling settings; another seed or number of images is allowed."""
+    pairs = [(name, theirs["sampling"].get(name), ours["sampling"].get(name)) for name in _MUST_AGREE]
+    there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
+    pairs.append(("VAE", there, here))
+    differing = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)
+    if differing:
+        raise BadInputError(f"{path}: was sampled under other settings ({differing}); give the same, or ⟨anyway⟩")

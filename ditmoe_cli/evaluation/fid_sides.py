@@ -1,0 +1,207 @@
+"""Sides of a ``fid`` comparison: checkpoints, samples, images or statistics, with the features of their images.
+
+Sampled images and all features go through a workspace on disk: several processes fill it, and an interrupted run
+continues from it. Features of sampled images are taken while the next batch is sampled.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.evaluation.features.extraction import (
+    Extraction,
+    background,
+    create_arrays,
+    extract_missing,
+    store_activations,
+)
+from ditmoe_cli.evaluation.features.extractors import Activations
+from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable, read_statistics
+from ditmoe_cli.evaluation.images import ImageSet, Kind, kind_of, read_images
+from ditmoe_cli.evaluation.samples import SAMPLES, Sampling, fill, read_origin
+from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
+from ditmoe_cli.evaluation.worker import Worker
+from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.files.provenance import Card
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Item:
+    """A side before it is read or sampled: its path, and the opened checkpoint if it is one."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The subject, the reference of its distance, and the original of its paired error."""
+
+    subject: Item
+    reference: Item
+    original: Item
+
+    @property
+    def items(self) -> tuple[Item, Item, Item]:
+        """Subject, reference and original."""
+        return self.subject, self.reference, self.original
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        path, kind: its path, and the kind of input there.
+        identity: a checkpoint's fingerprint, or the digest of a file.
+        images: its images; None for statistics without any.
+        statistics: statistics that its file holds.
+        spec, vae: how its images were sampled; None for images of other programs.
+        activations: features of the images, once taken.
+    """
+
+    path: str
+    kind: Kind
+    identity: str
+    images: ImageSet | None = None
+    statistics: StoredStatistics | None = None
+    spec: SampleSpec | None = None
+    vae: Mapping[str, Any] | None = None
+    activations: Activations | None = None
+
+    def conditions(self) -> dict[str, Any]:
+        """Return kind, path, identity, sampling and VAE as JSON."""
+        sampling = {**self.spec.conditions(), "nfe": self.spec.nfe} if self.spec else None
+        vae = dict(self.vae) if self.vae else None
+        return {"kind": self.kind, "path": self.path, "identity": self.identity, "sampling": sampling, "vae": vae}
+
+    def paired_with(self, other: Side) -> bool:
+        """Return whether image i of both has the same noise, label, sampling settings and size."""
+        same_sampling = self.spec is not None and self.spec == other.spec
+        return same_sampling and _identity_of_vae(self.vae) == _identity_of_vae(other.vae) and self.shape == other.shape
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """(H, W, C) of its images; None for statistics that do not record it."""
+        if self.images is None:
+            return tuple(self.source["shape"]) if self.source else None
+        return self.images.images.shape[1:]
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """Conditions and shape of its images; of statistics those that their file records, if any."""
+        if self.statistics is not None:
+            return self.statistics.source
+        return {**self.conditions(), "shape": list(self.shape or ())}
+
+
+def _identity_of_vae(vae: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what identifies a VAE; the name that it was opened under does not."""
+    return None if vae is None else {key: value for key, value in vae.items() if key != "name"}
+
+
+def card_of(path: Path, checkpoint: Checkpoint | None) -> Card | None:
+    """Return the extractor and grey levels that a side's metadata records; None where it records none."""
+    if checkpoint is not None:
+        return checkpoint.card
+    origin = read_origin(path) if path.suffix == ".safetensors" and kind_of(path) == "images" else None
+    return origin.card if origin else None
+
+
+def read_side(path: Path) -> Side:
+    """Return the side of images or statistics on disk. Raises `BadInputError` for malformed files."""
+    kind = kind_of(path)
+    if kind == "statistics":
+        images = read_images(path) if _holds_images(path) else None
+        return Side(
+            path=str(path), kind=kind, identity=file_digest(path), images=images, statistics=read_statistics(path)
+        )
+    origin = read_origin(path)
+    return Side(
+        path=str(path),
+        kind=kind,
+        identity=file_digest(path),
+        images=read_images(path),
+        spec=origin.spec if origin else None,
+        vae=origin.vae if origin else None,
+    )
+
+
+def _holds_images(path: Path) -> bool:
+    """Return whether a file of statistics holds reference images too, as ADM's do."""
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "arr_0.npy" in archive.namelist()
+
+
+def check_statistics(side: Side, other: Sampling, extraction: Extraction) -> None:
+    """Raise `BadInputError` where a side's statistics have another extractor or width than features of `other` get.
+
+    The width is taken from a probe, so that nothing is sampled in vain.
+    """
+    if side.statistics is None:
+        return
+    width = extraction.probe(other.shape).features.shape[1]
+    expected = FeatureStatistics(np.zeros(width), np.zeros((width, width)), None)
+    check_comparable(
+        StoredStatistics(expected, extraction.description),
+        side.statistics,
+        str(other.checkpoint.path),
+        side.path,
+    )
+
+
+def sampled_side(sampling: Sampling, extraction: Extraction, worker: Worker) -> Side:
+    """Sample a checkpoint, and take the features of each batch while the next is sampled."""
+    work = extraction.workspace(sampling.key, sampling.spec.images)
+    create_arrays(work, extraction, sampling.shape, worker.share)
+    with background(
+        lambda first, images: store_activations(work, extraction, first, images, worker.notify)
+    ) as extract_batch:
+        fill(work, sampling, worker, extract_batch)
+    images = ImageSet(work.array(SAMPLES), sampling.labels)
+    path = sampling.checkpoint.path
+    return Side(
+        path=str(path),
+        kind="checkpoint",
+        identity=sampling.checkpoint.fingerprint,
+        images=images,
+        spec=sampling.spec,
+        vae=sampling.origin.vae,
+        activations=extract_missing(work, extraction, images.images, path.name, worker),
+    )
+
+
+def with_features(side: Side, extraction: Extraction, worker: Worker) -> Side:
+    """Return a side with the features of its images. Raises `BadInputError` for fewer than two images."""
+    if side.activations is not None or side.images is None:
+        return side
+    images = side.images.images
+    if len(images) < 2:
+        raise BadInputError(f"{side.path}: a distance needs at least 2 images, got {len(images)}")
+    work = extraction.workspace(side.identity, len(images))
+    create_arrays(work, extraction, images.shape[1:], worker.share)
+    return replace(side, activations=extract_missing(work, extraction, images, Path(side.path).name, worker))
+
+
+def statistics_of(side: Side, extraction: Extraction) -> StoredStatistics:
+    """Return the statistics that a side's file holds, else those of its features.
+
+    The file's come first, since ADM's hold statistics of far more images than they hold images.
+    """
+    if side.statistics is not None:
+        return side.statistics
+    activations = side.activations
+    assert activations is not None
+    spatial = feature_statistics(activations.spatial) if activations.spatial is not None else None
+    return StoredStatistics(feature_statistics(activations.features), extraction.description, spatial, side.source)

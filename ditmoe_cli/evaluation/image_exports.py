@@ -1,0 +1,65 @@
+"""Images as other programs read them: folders of PNG and ADM's npz."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe_cli.evaluation.images import ImageSet
+from ditmoe_cli.files.arrays import write_npz
+from ditmoe_cli.files.staging import staged
+
+DIGITS = 6
+
+PNG_FILES = re.compile(rf"[0-9]{{{DIGITS},}}\.png")
+_NO_FILES = re.compile(r"(?!)")
+
+
+def write_png_folder(folder: Path, images: NDArray[np.uint8], force: bool = False, inputs: Iterable[Path] = ()) -> int:
+    """Write images uint8 (N, H, W, C), C 1 or 3, as ``000000.png`` and on, whole or not at all; return the bytes.
+
+    Names have six digits, or as many as the last one takes, so that they sort in order. Grey images have mode L. An
+    empty folder is filled; a folder of such PNG is replaced as a whole, with `force` only.
+
+    Raises `OutputExistsError` where the folder holds anything else or is one of `inputs`, and `BadInputError` for other
+    arrays.
+    """
+    from PIL import Image
+
+    checked = ImageSet(images)
+    digits = max(DIGITS, len(str(len(checked) - 1)))
+    empty = folder.is_dir() and not any(folder.iterdir())
+    # without force, files that another process puts into the empty folder meanwhile are not replaced
+    contents = PNG_FILES if force or not empty else _NO_FILES
+    with staged(folder, force or empty, inputs, contents) as staging:
+        staging.mkdir()
+        for number, image in enumerate(checked.images):
+            pixels = image[:, :, 0] if image.shape[2] == 1 else image
+            Image.fromarray(pixels).save(staging / f"{number:0{digits}}.png", format="PNG")
+        return sum(file.stat().st_size for file in staging.iterdir())
+
+
+def write_adm_npz(
+    path: Path,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None = None,
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+) -> int:
+    """Write images as the npz that ADM's evaluator reads, whole or not at all; return the bytes.
+
+    ``arr_0`` is uint8 (N, H, W, 3), ``arr_1`` int64 (N,) where labels are known; nothing is compressed. Grey images are
+    repeated to three equal channels, which that evaluator requires (https://github.com/openai/guided-diffusion).
+
+    Raises `OutputExistsError` where the file exists without `force` or is one of `inputs`, and `BadInputError` for
+    other arrays.
+    """
+    checked = ImageSet(images, labels)
+    arrays = {"arr_0": images.repeat(3, axis=3) if images.shape[3] == 1 else images}
+    if checked.labels is not None:
+        arrays["arr_1"] = checked.labels.astype(np.int64)
+    return write_npz(path, arrays, force, inputs)

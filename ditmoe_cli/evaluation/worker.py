@@ -1,0 +1,30 @@
+"""One process that samples or extracts: its device, its share of the images, and where it reports to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ditmoe_cli.processes import Share
+from ditmoe_cli.progress import ProgressBar
+
+Notify = Callable[[str], None]
+"""Takes a message for the user."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device and images a batch; neither changes an image beyond rounding."""
+
+    device: str = "cpu"
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process at work: runtime, share of the images, progress bar and messages."""
+
+    runtime: Runtime
+    share: Share
+    bar: ProgressBar
+    notify: Notify
