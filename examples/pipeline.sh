@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline, first through a pipe, then stage by stage with explicit files.
-# Usage: examples/pipeline.sh [CHECKPOINT] [IMAGES]      works in a folder of its own and leaves nothing behind
+# Usage: examples/pipeline.sh [CHECKPOINT] [IMAGES]      works in a temporary folder, which it removes
 set -euo pipefail
 checkpoint=${1:-demo:digits}
 images=${2:-2048}

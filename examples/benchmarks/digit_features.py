@@ -1,7 +1,7 @@
 """Features of 8 x 8 digits from a small classifier: an extractor for ``--extractor digit_features:classifier``.
 
 A perceptron of two hidden layers is trained on scikit-learn's digits, always from the same seed; the features are the
-activations of its last hidden layer. It stands in for Inception where images are digits.
+activations of its last hidden layer. It takes Inception's place where images are digits.
 """
 
 from __future__ import annotations

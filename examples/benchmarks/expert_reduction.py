@@ -1,4 +1,4 @@
-"""Fewer experts, by every method: what each costs in image error, bytes and time.
+"""Compare all methods of fewer experts by image error, bytes and time.
 
     python examples/benchmarks/expert_reduction.py demo:digits --keep 4 --images 1797 --calibrations 3
     python examples/benchmarks/expert_reduction.py cifar10.pt --keep 4 --images 400 --steps 15 --real images.npz --short
@@ -31,7 +31,7 @@ def merge(groups: str, method: str, *more: str) -> Variant:
 
 
 def narrow(share: str, *more: str) -> Variant:
-    """Return a row of all experts, narrowed to a share of their neurons."""
+    """Return a row with all experts narrowed to a share of their neurons."""
     return Variant(" ".join(("prune --neurons", share, *more)), ("prune", "--neurons", share, *more))
 
 
@@ -89,7 +89,7 @@ def table(made: Bench, rows: Sequence[Variant], seeds: Sequence[int]) -> list[st
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table."""
     found = parser(__doc__.splitlines()[0])
-    found.add_argument("--keep", default="4", help="experts that each block is left with")
+    found.add_argument("--keep", default="4", help="experts to keep in each block")
     options = found.parse_args(arguments)
     rows = chosen(variants(options.keep, options.short), options)
     with bench(options) as made:

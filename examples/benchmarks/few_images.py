@@ -1,10 +1,11 @@
-"""How few images rank compressed models as many would.
+"""Compare how few images rank compressed models with how many do.
 
     python examples/benchmarks/few_images.py demo:digits variants/*.safetensors --images 20000 --steps 10
 
 Samples the original and each variant from the same seeds, and prints how scores of few images rank the variants, beside
 the Fréchet distance of all of them: Kendall's and Spearman's rank correlation, and the share of pairs that are ordered
-alike. Features are those of `--extractor`. With `--samples` the files given are samples already, the original's first.
+alike. Features are those of `--extractor`. With `--samples` the files are samples, not checkpoints, the original's
+first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Array = NDArray[np.float64]
 
 
 def sampled(checkpoint: str, options: argparse.Namespace, folder: Path) -> Path:
-    """Sample a checkpoint into the folder, unless that was done before; return the file."""
+    """Sample a checkpoint into the folder, unless the samples are there; return the file."""
     path = folder / f"{Path(checkpoint).stem.replace(':', '-')}.samples.safetensors"
     if not path.exists():
         words = ("--images", str(options.images), "--steps", str(options.steps), "--batch", "256", "-q")
@@ -65,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--few", type=int, nargs="+", default=[256, 1000, 5000])
     parser.add_argument("--extractor", nargs="+", default=["pixels", "digit_features:classifier"])
     parser.add_argument("--grey-levels", type=int, default=16)
-    parser.add_argument("--real", type=Path, help="real images; scikit-learn's digits unless told")
-    parser.add_argument("--samples", action="store_true", help="files are samples already")
-    parser.add_argument("--folder", type=Path, help="where samples stay, for another run")
+    parser.add_argument("--real", type=Path, help="real images; scikit-learn's digits by default")
+    parser.add_argument("--samples", action="store_true", help="the files are samples, not checkpoints")
+    parser.add_argument("--folder", type=Path, help="where samples are kept for another run")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = (options.folder or Path(name)).resolve()

@@ -1,8 +1,8 @@
-"""Images per second of FID's Inception: ours in fp32 and bf16, torch-fidelity's and pytorch-fid's, on the same images.
+"""Measure images per second of FID's Inception: ours in fp32 and bf16, torch-fidelity's and pytorch-fid's.
 
-All networks hold the same seeded weights, and turn uint8 images into features, resizing included; each peer is handed
-images in the layout of its own loader. Rounds alternate between the networks, so that a busy machine slows all alike;
-the best round of each counts. Peers that cannot be imported are named and left out.
+All networks hold the same seeded weights, and turn the same uint8 images into features, resizing included; each peer
+gets them in the layout of its own loader. Rounds alternate between the networks, so that a busy machine slows all
+alike; the best round of each counts. Peers that cannot be imported are named and left out.
 
     python examples/benchmarks/inception_speed.py --images 32 --rounds 3
 """
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "evaluation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 from peers import noise, pytorch_fid_network, seeded_state, torch_fidelity_network, torchvision_at_hand
 
 from ditmoe_cli.evaluation.features.extractors import make_extractor
@@ -45,7 +45,7 @@ def our_networks(weights: Path) -> dict[str, Network]:
 
 
 def peer_networks(weights: Path) -> dict[str, Network]:
-    """Return the peers that can be imported, and say which cannot."""
+    """Return the peers that can be imported; print the names of the others."""
     networks: dict[str, Network] = {}
     try:
         fidelity = torch_fidelity_network(weights)

@@ -1,4 +1,4 @@
-"""What the benchmarks of compression share: making variants of a checkpoint, sampling and scoring them.
+"""Steps that the benchmarks of compression share: making variants of a checkpoint, sampling and scoring them.
 
 A variant is scored by the mean squared pixel error of images paired by their seeds, and by the Fréchet distance to the
 original's samples and to real images, over raw pixels (averaged to 8 x 8 where images are larger).
@@ -24,7 +24,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: its label and the command that makes it, less checkpoint, profile and output."""
+    """A row of the table: its label, and the command that makes it without checkpoint, profile and output."""
 
     label: str
     words: tuple[str, ...]
@@ -60,7 +60,7 @@ class Bench:
     keep: bool
 
     def prepare(self, seeds: Sequence[int], steps: str) -> None:
-        """Sample the original, and profile it once for each calibration seed; what the folder holds already is kept."""
+        """Sample the original, and profile it once for each calibration seed; files that are there are kept."""
         if not (self.folder / "original.safetensors").exists():
             ditmoe("sample", self.checkpoint, *self.sampling, "-o", "original.safetensors", folder=self.folder)
         for name, seed in ((f"profile{seed}.safetensors", seed) for seed in seeds):
@@ -71,7 +71,7 @@ class Bench:
     def measure(self, variant: Variant, seed: int) -> Measured:
         """Make a row's checkpoint with the profile of a seed, sample it, and score the samples.
 
-        A run that the folder holds whole is not made again.
+        A run whose files are all in the folder is not made again.
         """
         stem = f"{re.sub('[^a-z0-9.]+', '-', variant.label)}.{seed}"
         record = self.folder / f"{stem}.json"
@@ -82,7 +82,7 @@ class Bench:
     def _measured(self, variant: Variant, seed: int, stem: str) -> Measured:
         checkpoint, samples = f"{stem}.safetensors", f"{stem}.samples.safetensors"
         words = (*variant.words, "--profile", f"profile{seed}.safetensors", "-o", checkpoint, "--force")
-        seeded = ("--seed", str(seed)) if "random" in variant.words else ()  # draws are what it has instead of noise
+        seeded = ("--seed", str(seed)) if "random" in variant.words else ()  # it draws experts
         start = time.perf_counter()
         made = ditmoe(words[0], self.checkpoint, *words[1:], *seeded, folder=self.folder)
         seconds = time.perf_counter() - start
@@ -105,7 +105,7 @@ def real_digits(path: Path) -> Path:
 
 
 def parser(description: str, images: str = "1797") -> argparse.ArgumentParser:
-    """Return the options that all of them have."""
+    """Return a parser of the options that all benchmarks have."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("checkpoint", help="a file, a folder or demo:digits")
     found.add_argument("--images", default=images)
@@ -114,7 +114,7 @@ def parser(description: str, images: str = "1797") -> argparse.ArgumentParser:
     found.add_argument("--real", type=Path, help="npz of real images; for demo:digits scikit-learn's")
     found.add_argument("--short", action="store_true", help="eight rows at most")
     found.add_argument("--only", action="append", help="the row of this label, and no other; can be repeated")
-    found.add_argument("--folder", type=Path, help="where all files stay, for a later run to go on with")
+    found.add_argument("--folder", type=Path, help="where all files are kept, so that a later run continues")
     return found
 
 

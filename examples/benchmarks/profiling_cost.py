@@ -1,4 +1,4 @@
-"""What profiling costs: the time of profile-experts over that of plain sampling of the same images.
+"""Measure the time of profile-experts over that of plain sampling of the same images.
 
     python examples/benchmarks/profiling_cost.py --images 4 --steps 4
 

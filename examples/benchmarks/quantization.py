@@ -1,4 +1,4 @@
-"""Fewer bits, by every method: what each costs in image error, bytes and time.
+"""Compare all methods of fewer bits by image error, bytes and time.
 
     python examples/benchmarks/quantization.py demo:digits --images 1797 --calibrations 1
     python examples/benchmarks/quantization.py cifar10.pt --images 400 --steps 15 --real images.npz --short

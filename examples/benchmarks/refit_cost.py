@@ -1,4 +1,4 @@
-"""What refitting one block costs at the shapes of a large model: seconds and peak memory on random weights.
+"""Measure seconds and peak memory of refitting one block of a large model's shapes, on random weights.
 
 python examples/benchmarks/refit_cost.py --width 1152 --experts 8 --keep 4 --tokens 20480
 """
@@ -18,7 +18,7 @@ from ditmoe_cli.model.config import BlockConfig, mixture_shapes
 
 
 def random_weights(width: int, block: BlockConfig) -> dict[str, torch.Tensor]:
-    """Return a mixture's weights on the scale of trained ones, and a router map that ghosts what is not kept."""
+    """Return a mixture's weights on the scale of trained ones, and a router map with ghosts for dropped experts."""
     shapes = mixture_shapes(width, block)
     return {
         name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items() if not name.endswith("expert_of")
@@ -26,7 +26,7 @@ def random_weights(width: int, block: BlockConfig) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Refit one block and print what it took."""
+    """Refit one block; print seconds and peak memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=1152)
     parser.add_argument("--experts", type=int, default=8)

@@ -1,10 +1,11 @@
-"""Which solver reaches the flow's solution in fewest evaluations.
+"""Compare how near solvers come to the flow's solution in few steps.
 
     python examples/benchmarks/solvers.py demo:digits --images 256
     python examples/benchmarks/solvers.py cifar10.pt --images 32 --cfg 1.5
 
 Prints a Markdown table of relative squared errors ‖z - z*‖² / ‖z*‖² of final images by solver and steps, z* being those
-of Adams-Bashforth of order 4 in `--reference` steps. What matches upstream's 50 Euler steps is marked with a star.
+of Adams-Bashforth of order 4 in `--reference` steps. A star marks errors
+no larger than that of upstream's 50 Euler steps.
 """
 
 from __future__ import annotations
