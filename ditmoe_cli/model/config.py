@@ -30,13 +30,13 @@ from ditmoe_cli.files.names import (
 )
 
 Sampler = Literal["rf", "ddpm"]
-Attention = Literal["timm", "flash"]
+AttentionLayout = Literal["timm", "flash"]
 
 FREQUENCIES = 256
 GHOST = -1  # in a router map: the row counts in the softmax and is never selected; lower values select constants
 DEFAULT_TOP_K = 2
 _HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
-_ATTENTION_NAMES: Mapping[Attention, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
+_ATTENTION_NAMES: Mapping[AttentionLayout, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class DiTMoEConfig:
     num_heads: int
     num_classes: int
     top_k: int
-    attention: Attention
+    attention: AttentionLayout
     sampler: Sampler
     blocks: tuple[BlockConfig, ...]
 
@@ -170,7 +170,7 @@ def infer_config(
     _require_dit_moe(evidence)
     hidden, channels, patch, _ = evidence.shape("x_embedder.proj.weight", 4)
     out_channels = _out_channels(evidence, channels, patch)
-    attention: Attention = "flash" if in_block(0, "attn.Wqkv.weight") in weights else "timm"
+    attention: AttentionLayout = "flash" if in_block(0, "attn.Wqkv.weight") in weights else "timm"
     table_rows, _ = evidence.shape("y_embedder.embedding_table.weight", 2)
     depth = _depth(evidence)
     modes = _router_modes(evidence, depth)
@@ -310,7 +310,7 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _num_heads(evidence: _Evidence, hidden: int, attention: Attention) -> int:
+def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout) -> int:
     given, hints = evidence.given, evidence.hints
     measured = None
     if attention == "flash":
