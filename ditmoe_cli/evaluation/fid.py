@@ -228,7 +228,7 @@ def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
 def _take_features(
     inputs: Inputs, extraction: Extraction, request: Request, worker: Worker
 ) -> tuple[dict[Path, Side], StoredStatistics | None]:
-    """Return all sides with the features that the request needs, and the reference's statistics where kept.
+    """Return all sides with the features that the request needs, and the reference's statistics from the cache.
 
     An original that pairs with nothing, since the subject's spec is unknown, is not sampled.
     """
@@ -242,16 +242,16 @@ def _take_features(
     needs = {reference: request.needs_reference_features, subject: request.needs_subject_features}
     # resamples draw from both sides' images, so that statistics alone would give another interval
     statistics_do = not request.needs_reference_features and not request.resamples
-    kept: StoredStatistics | None = None
+    reference_statistics: StoredStatistics | None = None
     for path, side in inputs.sides.items():
         if side.images is None or (side.statistics is not None and not needs.get(path)):
             continue
         with _locked(extraction.workspace(side.identity, len(side.images)), worker):
             if path == reference != subject and side.spec is None and side.statistics is None and statistics_do:
-                sides[path], kept = _reference_features(side, extraction, worker)
+                sides[path], reference_statistics = _reference_features(side, extraction, worker)
             else:
                 sides[path] = with_features(side, extraction, worker)
-    return sides, kept
+    return sides, reference_statistics
 
 
 def _reference_features(side: Side, extraction: Extraction, worker: Worker) -> tuple[Side, StoredStatistics | None]:

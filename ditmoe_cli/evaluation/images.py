@@ -161,8 +161,8 @@ def _read_folder(folder: Path) -> ImageSet:
     for index, file in enumerate(files):
         image = _read_png(file)
         if image.shape[:2] != first.shape[:2]:
-            sizes = "{1}x{0}, but {3}x{2}".format(*image.shape[:2], *first.shape[:2])
-            raise BadInputError(f"{file}: is {sizes} in {files[0].name}; all images must have one size")
+            size, expected = (f"{width}x{height}" for height, width, _ in (image.shape, first.shape))
+            raise BadInputError(f"{file}: is {size}, but {expected} in {files[0].name}; all images must have one size")
         if image.shape[2] > images.shape[3]:
             images = np.repeat(images, 3, axis=3)
         images[index] = image

@@ -289,7 +289,7 @@ def write_samples(
     work = _work(sampling, targets)
     with process_group() as share, work.locked(notify) if share.first else nullcontext():
         if share.first:
-            check_targets(sampling, targets)  # the run that held the lock may have written them
+            check_targets(sampling, targets)  # another run may have written them before this one got the lock
         fill(work, sampling, Worker(runtime, share, bar, notify))
         if not share.first:
             return None
@@ -299,7 +299,7 @@ def write_samples(
 
 
 def _write(sampling: Sampling, targets: Targets, work: Workspace) -> int:
-    """Write all targets and return the bytes of the safetensors file, which is written last and so stands for all.
+    """Write all targets, the safetensors file last, so that it shows that all are written; return its bytes.
 
     Each export is marked in the workspace once it is whole, and not written again by the run that continues.
     """

@@ -1,4 +1,4 @@
-"""What running takes: bytes by closed forms, memory within what is known of it, and a step as sampling makes it."""
+"""The benchmark: bytes by closed forms, memory within known bounds, and a step equal to that of sampling."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 
 
 def packed(pico: Pico, fmt: str, part: str = ".moe.") -> Pico:
-    """The pico with all expert matrices (or others whose name holds `part`) stored in a format."""
+    """Return the pico with all expert matrices (or those whose name contains `part`) stored in a format."""
     state: dict[str, Tensor] = {}
     for name, tensor in pico.state.items():
         chosen = part in name and name.endswith("_proj.weight" if part == ".moe." else ".weight")
@@ -63,7 +63,7 @@ def counted(checkpoint: Checkpoint) -> Footprint:
 
 
 def by_hand(pico: Pico) -> dict[str, int]:
-    """Bytes of a plain fp32 model by group, from the widths of its layers."""
+    """Return the bytes of a plain fp32 model by group, from the widths of its layers."""
     config, width = pico.config, pico.config.hidden_size
     weights = sum(math.prod(shape) for name, shape in expected_weights(config).items() if "expert_of" not in name)
     maps = sum(block.router_rows for block in config.blocks if block.mapped)
@@ -94,20 +94,20 @@ PLAIN = {
 def test_plain_weights_take_four_bytes_each(name: str, tmp_path: Path) -> None:
     pico = PLAIN[name]
     checkpoint = saved(pico, tmp_path)
-    found = counted(checkpoint)
-    assert found.weights.groups == by_hand(pico)
-    assert found.weights.kinds == {"packed": 0, "scales": 0, "plain": sum(by_hand(pico).values())}
-    assert found.weights == found.fp32
-    assert found.ratio == 1
-    assert found.buffer == Buffer(0, None)
-    assert found.least == found.weights.total
-    assert found.file == (tmp_path / "a.safetensors").stat().st_size
+    result = counted(checkpoint)
+    assert result.weights.groups == by_hand(pico)
+    assert result.weights.kinds == {"packed": 0, "scales": 0, "plain": sum(by_hand(pico).values())}
+    assert result.weights == result.fp32
+    assert result.ratio == 1
+    assert result.buffer == Buffer(0, None)
+    assert result.least == result.weights.total
+    assert result.file == (tmp_path / "a.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_packed_weights_take_what_the_file_holds_of_them(fmt: str, tmp_path: Path) -> None:
     plain = make_pico()
-    found = counted(saved(packed(plain, fmt), tmp_path))
+    result = counted(saved(packed(plain, fmt), tmp_path))
     matrices = [tensor for name, tensor in plain.state.items() if name.endswith("_proj.weight")]
     weights = sum(matrix.numel() for matrix in matrices)
     rows = sum(len(matrix) for matrix in matrices)
@@ -131,15 +131,15 @@ def test_packed_weights_take_what_the_file_holds_of_them(fmt: str, tmp_path: Pat
         "int3-g64-sym": rows * 2,
         "ternary-g64": rows * 2,
     }
-    assert found.weights.kinds["packed"] == exact[fmt]
-    assert found.weights.kinds["scales"] == scales[fmt]
-    assert found.weights.kinds["plain"] == found.fp32.total - 4 * weights
-    assert found.fp32.groups == by_hand(plain)
-    assert {g: found.weights.groups[g] for g in ("attention", "rest")} == {
-        g: found.fp32.groups[g] for g in ("attention", "rest")
+    assert result.weights.kinds["packed"] == exact[fmt]
+    assert result.weights.kinds["scales"] == scales[fmt]
+    assert result.weights.kinds["plain"] == result.fp32.total - 4 * weights
+    assert result.fp32.groups == by_hand(plain)
+    assert {g: result.weights.groups[g] for g in ("attention", "rest")} == {
+        g: result.fp32.groups[g] for g in ("attention", "rest")
     }
-    assert sum(found.weights.groups.values()) == sum(found.weights.kinds.values()) == found.weights.total
-    assert found.ratio == found.weights.total / found.fp32.total
+    assert sum(result.weights.groups.values()) == sum(result.weights.kinds.values()) == result.weights.total
+    assert result.ratio == result.weights.total / result.fp32.total
 
 
 def test_pieces_count_as_the_layers_that_they_are(tmp_path: Path) -> None:
@@ -150,12 +150,12 @@ def test_pieces_count_as_the_layers_that_they_are(tmp_path: Path) -> None:
     for name, axis in zip(names, ("rows", "columns"), strict=True):
         fmt = f"{axis}:int8-g32*{inner // 2}+int4-g32*{inner // 2}"
         state |= pack(state.pop(name), TensorInfo(name, "F32", tuple(plain.state[name].shape)), fmt)
-    found = counted(saved(Pico(plain.config, state), tmp_path))
+    result = counted(saved(Pico(plain.config, state), tmp_path))
     assert width == 32 and inner == 64, "a piece is one group, and its zero points take whole words"
-    assert found.weights.kinds["packed"] == 2 * width * inner // 2 * (8 + 4) // 8
-    assert found.weights.kinds["scales"] == 2 * (inner + 2 * width) + 2 * 4 * (32 * 8 // 32 + 32 * 4 // 32)
-    assert found.weights.kinds["plain"] == found.fp32.total - 2 * 4 * width * inner
-    assert found.buffer == Buffer(4 * width * inner, names[1])
+    assert result.weights.kinds["packed"] == 2 * width * inner // 2 * (8 + 4) // 8
+    assert result.weights.kinds["scales"] == 2 * (inner + 2 * width) + 2 * 4 * (32 * 8 // 32 + 32 * 4 // 32)
+    assert result.weights.kinds["plain"] == result.fp32.total - 2 * 4 * width * inner
+    assert result.buffer == Buffer(4 * width * inner, names[1])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -168,12 +168,12 @@ def test_the_sums_are_those_of_the_state_dict(fmt: str, tmp_path: Path) -> None:
 
 def test_the_bias_of_a_packed_layer_is_plain(tmp_path: Path) -> None:
     pico = make_pico()
-    found = counted(saved(packed(pico, "int8", ".attn.qkv"), tmp_path))
+    result = counted(saved(packed(pico, "int8", ".attn.qkv"), tmp_path))
     width, depth = pico.config.hidden_size, pico.config.depth
-    assert found.weights.kinds["packed"] == depth * 3 * width * width
-    assert found.weights.kinds["scales"] == depth * 4 * 3 * width
+    assert result.weights.kinds["packed"] == depth * 3 * width * width
+    assert result.weights.kinds["scales"] == depth * 4 * 3 * width
     saved_bytes = depth * (3 * 3 * width * width - 4 * 3 * width)  # three of four bytes, less a scale a row
-    assert found.weights.groups["attention"] == by_hand(pico)["attention"] - saved_bytes
+    assert result.weights.groups["attention"] == by_hand(pico)["attention"] - saved_bytes
     assert kind_of("blocks.0.attn.qkv.bias", {"blocks.0.attn.qkv"}) == "plain"
 
 
@@ -205,14 +205,14 @@ def test_a_pass_holds_both_branches_at_the_middle_time(
 
     monkeypatch.setattr(DiTMoE, "forward", watched)
     load = Load(batch=5, repeats=2, cfg=cfg)
-    found = bench(checkpoint, load, silent_bar)
-    assert len(seen) == WARM_UPS + 2 and len(found.seconds) == 2
+    result = bench(checkpoint, load, silent_bar)
+    assert len(seen) == WARM_UPS + 2 and len(result.seconds) == 2
     for x, times, labels in seen:
         assert torch.equal(x, seen[0][0])
         assert len(x) == load.rows == (5 if cfg == 1 else 10)
         assert (times == t).all()
         assert labels.tolist() == [0, 1, 2, 0, 1] + ([] if cfg == 1 else [3] * 5)
-    assert found.to_json()["conditions"]["t"] == t
+    assert result.to_json()["conditions"]["t"] == t
 
 
 def test_noise_belongs_to_seed_and_image(tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_what_does_not_depend_on_the_machine_is_equal_twice(tmp_path: Path) -> N
 
 def test_the_least_time_counts() -> None:
     sizes = Sizes(10, dict.fromkeys(KINDS, 0), dict.fromkeys(GROUPS, 0))
-    found = Bench(Load(batch=6), 0.5, Footprint(1, sizes, sizes, Buffer(0, None)), Memory(1, 2, 3), (0.5, 0.25, 2.0))
-    document = found.to_json()
+    result = Bench(Load(batch=6), 0.5, Footprint(1, sizes, sizes, Buffer(0, None)), Memory(1, 2, 3), (0.5, 0.25, 2.0))
+    document = result.to_json()
     assert document["seconds"] == 0.25
     assert document["images_per_second"] == 24
 
@@ -272,17 +272,17 @@ def footed(weights: int, buffer: int) -> Footprint:
 def test_needed_is_never_below_weights_and_buffer(
     memory: Memory, growth: int | None, beyond: int | None, needed: int
 ) -> None:
-    found = Bench(Load(), 0.5, footed(80, 30), memory, (1.0,))
-    document = found.to_json()["memory"]
+    result = Bench(Load(), 0.5, footed(80, 30), memory, (1.0,))
+    document = result.to_json()["memory"]
     assert (document["growth"], document["beyond"], document["needed"]) == (growth, beyond, needed)
 
 
 def test_a_system_without_proc_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "resident_bytes", lambda: None)
-    found = bench(saved(make_pico(), tmp_path), Load(repeats=1), silent_bar)
-    assert found.memory == Memory(None, None, None)
-    assert found.needed == found.footprint.least
-    assert found.to_json()["memory"]["beyond"] is None
+    result = bench(saved(make_pico(), tmp_path), Load(repeats=1), silent_bar)
+    assert result.memory == Memory(None, None, None)
+    assert result.needed == result.footprint.least
+    assert result.to_json()["memory"]["beyond"] is None
 
 
 def test_the_status_of_a_process(tmp_path: Path) -> None:
@@ -335,9 +335,9 @@ def test_memory_that_is_let_go_again_counts_in_the_peak() -> None:
     assert before is not None
 
     def work() -> None:
-        held = torch.ones(size // 4)
+        block = torch.ones(size // 4)
         time.sleep(0.05)
-        del held
+        del block
 
     peak, after = peak_during(CPU, work), resident_bytes()
     assert peak is not None and after is not None

@@ -1,10 +1,8 @@
-"""Comparing two checkpoints: exact zeros, errors planted in one place, and everything computed a second, plain way."""
+"""Comparison of two checkpoints: exact zeros, errors planted in one place, and all numbers computed a second way."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,15 +41,10 @@ from ditmoe_cli.evaluation.worker import Runtime
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.progress import silent_bar
 
 DOWN = "blocks.{}.moe.experts.{}.down_proj.weight"
 GREY_LEVELS = 16
-
-
-@contextmanager
-def silent(_: str, __: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that nobody sees."""
-    yield lambda _: None
 
 
 def saved(pico: Pico, path: Path) -> Checkpoint:
@@ -69,7 +62,7 @@ def compared(
 ) -> Divergence:
     one, other = saved(a, folder / "a.safetensors"), saved(b, folder / "b.safetensors")
     pair = CheckpointPair(one, other, spec or spec_for(a), bins)
-    return compare_checkpoints(pair, Runtime(batch=batch), Outputs(**outputs), silent)
+    return compare_checkpoints(pair, Runtime(batch=batch), Outputs(**outputs), silent_bar)
 
 
 def pixels(**options: Any) -> Pico:
@@ -90,8 +83,8 @@ def changed(pico: Pico, name: str, scale: float = 0.1) -> Pico:
 @pytest.mark.parametrize("sampler", ["rf", "ddpm"])
 def test_an_unchanged_model_scores_exactly_nothing(sampler: str, cfg: float, tmp_path: Path) -> None:
     pico = pixels(sampler=sampler)
-    found = compared(pico, pico, tmp_path, spec_for(pico, cfg))
-    for name, values in found.arrays().items():
+    results = compared(pico, pico, tmp_path, spec_for(pico, cfg))
+    for name, values in results.arrays().items():
         if "overlap" in name or name == "images.ssim":
             assert (values == 1).all(), name
         elif name.endswith((".t", ".n")):
@@ -100,7 +93,7 @@ def test_an_unchanged_model_scores_exactly_nothing(sampler: str, cfg: float, tmp
             assert np.isnan(values)
         else:
             assert (values == 0).all(), name
-    result = found.to_json()
+    result = results.to_json()
     assert result["prediction"]["kind"] == ("velocity" if sampler == "rf" else "noise")
     assert result["routing"]["note"] is None
     assert result["images"] == {"mse": 0.0, "psnr": None, "max_abs": 0.0, "n": 5, "ssim": 1.0}
@@ -110,9 +103,9 @@ def test_ghosting_nobody_and_ghosting_the_unused_change_nothing(tmp_path: Path) 
     """A map that is the identity has the same rows, so all experts are known and shared."""
     mapped = pixels(expert_of=((0, 1, 2, 3),) * 3)
     plain = replace(pixels(), state={n: t for n, t in mapped.state.items() if "expert_of" not in n})
-    found = compared(plain, mapped, tmp_path)
-    assert found.relative_error == 0
-    assert found.to_json()["routing"]["overlap"] == 1
+    results = compared(plain, mapped, tmp_path)
+    assert results.relative_error == 0
+    assert results.to_json()["routing"]["overlap"] == 1
 
 
 # errors planted in one place
@@ -123,15 +116,15 @@ def test_an_error_is_born_in_the_block_that_changed(tmp_path: Path) -> None:
     b = a
     for expert in range(4):
         b = changed(b, DOWN.format(1, expert))
-    found = compared(a, b, tmp_path).arrays()
-    born, total = found["depth.added"], found["depth.cumulative"]
+    results = compared(a, b, tmp_path).arrays()
+    born, total = results["depth.added"], results["depth.cumulative"]
     assert born[0] == born[2] == total[0] == 0, "block 2 is given the same inputs as A's"
     assert 0 < born[1] < 0.2
     assert total[1] > 0 and total[2] > 0
-    assert (found["depth.bins.added"][:, 1] > 0).all()
-    assert found["routing.blocks.overlap"][:2].tolist() == [1, 1], "up to there nothing has changed"
-    assert found["prediction.relative_error"] > 0
-    assert found["latents.relative_error"] > 0
+    assert (results["depth.bins.added"][:, 1] > 0).all()
+    assert results["routing.blocks.overlap"][:2].tolist() == [1, 1], "up to there nothing has changed"
+    assert results["prediction.relative_error"] > 0
+    assert results["latents.relative_error"] > 0
 
 
 def test_a_block_that_is_switched_off_adds_the_whole_of_itself(tmp_path: Path) -> None:
@@ -143,15 +136,15 @@ def test_a_block_that_is_switched_off_adds_the_whole_of_itself(tmp_path: Path) -
 
 
 def test_a_final_layer_twice_as_large(tmp_path: Path) -> None:
-    """v_B = 2 v_A: a relative error of 1, an MSE of A's power; no block is to blame."""
+    """v_B = 2 v_A: a relative error of 1, an MSE of A's power; no block adds an error."""
     a = pixels(learn_sigma=False)
     names = [f"final_layer.linear.{kind}" for kind in ("weight", "bias")]
     b = replace(a, state={**a.state, **{name: 2 * a.state[name] for name in names}})
-    found = compared(a, b, tmp_path)
-    arrays = found.arrays()
+    results = compared(a, b, tmp_path)
+    arrays = results.arrays()
     np.testing.assert_allclose(arrays["prediction.steps.relative_error"], 1, rtol=1e-6)
     np.testing.assert_allclose(arrays["prediction.bins.relative_error"], 1, rtol=1e-6)
-    power = found.sums.prediction[:, 1] / found.sums.prediction[:, 2]
+    power = results.sums.prediction[:, 1] / results.sums.prediction[:, 2]
     np.testing.assert_allclose(arrays["prediction.steps.mse"], power, rtol=1e-6)
     assert not arrays["depth.added"].any() and not arrays["depth.cumulative"].any()
     assert (arrays["routing.bins.overlap"] == 1).all()
@@ -159,14 +152,14 @@ def test_a_final_layer_twice_as_large(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("solver", "blind"), [("ddim", True), ("ddpm", False)])
 def test_the_learned_variance_is_no_part_of_the_prediction(solver: str, blind: bool, tmp_path: Path) -> None:
-    """It changes images of the solver that uses it, and no prediction error before the trajectories part."""
+    """It changes the images of the solver that uses it, and no prediction along A's trajectory."""
     a = make_pico(in_channels=1, learn_sigma=True)
     weight = a.state["final_layer.linear.weight"].clone()
     weight[1::2] *= 3  # rows are (patch, patch, channel), channels being noise and variance
     b = a.with_state(final_layer__linear__weight=weight)
-    found = compared(a, b, tmp_path, replace(spec_for(a), solver=solver))  # type: ignore[arg-type]
-    assert found.relative_error == 0
-    assert (found.arrays()["latents.mse"] == 0) == blind
+    results = compared(a, b, tmp_path, replace(spec_for(a), solver=solver))  # type: ignore[arg-type]
+    assert results.relative_error == 0
+    assert (results.arrays()["latents.mse"] == 0) == blind
 
 
 def test_under_guidance_the_fourth_channel_of_noise_is_the_conditional_one(tmp_path: Path) -> None:
@@ -175,12 +168,12 @@ def test_under_guidance_the_fourth_channel_of_noise_is_the_conditional_one(tmp_p
     table[-1] += 1  # the null class
     b = a.with_state(y_embedder__embedding_table__weight=table)
     assert compared(a, b, tmp_path, spec_for(a, 1.0)).relative_error == 0, "never asked for"
-    found = compared(a, b, tmp_path, spec_for(a, 3.0))
-    assert found.relative_error > 0
-    assert found.images is None and found.to_json()["images"] is None
+    results = compared(a, b, tmp_path, spec_for(a, 3.0))
+    assert results.relative_error > 0
+    assert results.images is None and results.to_json()["images"] is None
 
 
-# everything a second way
+# all numbers computed a second way
 
 
 @pytest.mark.parametrize(("sampler", "cfg"), [("rf", 1.0), ("rf", 3.0), ("ddpm", 1.0), ("ddpm", 2.0)])
@@ -196,7 +189,7 @@ def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) 
     ):
         b = changed(b, name, 0.3)
     spec = spec_for(a, cfg)
-    found = compared(a, b, tmp_path, spec, bins=3, batch=2).arrays()
+    results = compared(a, b, tmp_path, spec, bins=3, batch=2).arrays()
     one, other, everyone = a.model(), b.model(), range(spec.images)
     states: list[tuple[torch.Tensor, float]] = []
     final = sample_batch(one, spec, everyone, Watchers(on_step=lambda z, t: states.append((z.clone(), t))))
@@ -213,30 +206,30 @@ def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) 
             alone = [other.blocks[i](*told_a.inputs[i], i, None) for i in range(2)]
         told_a.close(), told_b.close()
         error = float((v_b - v_a).square().sum() / v_a.square().sum())
-        assert found["prediction.steps.relative_error"][step] == pytest.approx(error, rel=1e-4)
-        assert found["prediction.steps.mse"][step] == pytest.approx(float((v_b - v_a).square().mean()), rel=1e-4)
-        assert found["prediction.steps.t"][step] == pytest.approx(t)
+        assert results["prediction.steps.relative_error"][step] == pytest.approx(error, rel=1e-4)
+        assert results["prediction.steps.mse"][step] == pytest.approx(float((v_b - v_a).square().mean()), rel=1e-4)
+        assert results["prediction.steps.t"][step] == pytest.approx(t)
         for i in range(2):
             x, y_a, y_b = told_a.inputs[i][0], told_a.outputs[i], told_b.outputs[i]
-            assert found["depth.bins.added"][step, i] == pytest.approx(
+            assert results["depth.bins.added"][step, i] == pytest.approx(
                 float((alone[i] - y_a).norm() / (y_a - x).norm()), rel=1e-3
             )
-            assert found["depth.bins.cumulative"][step, i] == pytest.approx(
+            assert results["depth.bins.cumulative"][step, i] == pytest.approx(
                 float((y_b - y_a).norm() / y_a.norm()), rel=1e-3
             )
             pairs = zip(told_a.rows[i].tolist(), told_b.rows[i].tolist(), strict=True)
             share = np.mean([len(set(p) & set(q)) / 2 for p, q in pairs])
-            assert found["routing.bins.overlap"][step, i] == pytest.approx(share, abs=0.02)
+            assert results["routing.bins.overlap"][step, i] == pytest.approx(share, abs=0.02)
     theirs = sample_batch(other, spec, everyone)
-    assert found["latents.mse"] == pytest.approx(float((theirs - final).square().mean()), rel=1e-3)
+    assert results["latents.mse"] == pytest.approx(float((theirs - final).square().mean()), rel=1e-3)
     ratio = float((theirs - final).square().sum() / final.square().sum())
-    assert found["latents.relative_error"] == pytest.approx(ratio, rel=1e-3)
-    assert found["latents.low"] <= found["latents.relative_error"] <= found["latents.high"]
-    assert found["quick.frechet"] > 0
+    assert results["latents.relative_error"] == pytest.approx(ratio, rel=1e-3)
+    assert results["latents.low"] <= results["latents.relative_error"] <= results["latents.high"]
+    assert results["quick.frechet"] > 0
 
 
 class Told:
-    """Hooks that keep each block's inputs, outputs and rows of one prediction."""
+    """Hooks that record each block's inputs, outputs and rows of one prediction."""
 
     def __init__(self, model: Any) -> None:
         self.inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -272,7 +265,7 @@ def test_batches_and_bins_sum_to_the_same(tmp_path: Path) -> None:
 
 
 def retrained_router(pico: Pico) -> Pico:
-    """Return a model whose first router has no row of anyone else's."""
+    """Return a model whose first router shares no row with any other."""
     name = "blocks.0.moe.gate.weight"
     return Pico(pico.config, {**pico.state, name: pico.state[name] * 1.5})
 
@@ -281,15 +274,15 @@ def retrained_router(pico: Pico) -> Pico:
 def test_ghosts_keep_their_rows_and_deleted_rows_are_unknown(sampler: str, tmp_path: Path) -> None:
     a = pixels(sampler=sampler, depth=2)
     ghost = pixels(sampler=sampler, depth=2, expert_of=((0, -1, 1, -1), (0, 1, 2, 3)), widths=((64,) * 2, (64,) * 4))
-    found = compared(a, ghost, tmp_path).to_json()["routing"]
-    assert found["note"] is None
-    assert 0 < found["blocks"]["overlap"][0] < 1
+    results = compared(a, ghost, tmp_path).to_json()["routing"]
+    assert results["note"] is None
+    assert 0 < results["blocks"]["overlap"][0] < 1
     sliced = retrained_router(pixels(sampler=sampler, depth=2, widths=((64,) * 2, (64,) * 4)))
-    found = compared(a, sliced, tmp_path).to_json()["routing"]
-    assert found["note"].endswith("the others changed: blocks 0")
-    assert found["blocks"]["overlap"][0] is None
-    assert found["overlap"] == found["blocks"]["overlap"][1], "over the blocks that are known"
-    assert [row[0] for row in found["bins"]["overlap"]] == [None, None]
+    results = compared(a, sliced, tmp_path).to_json()["routing"]
+    assert results["note"].endswith("the others changed: blocks 0")
+    assert results["blocks"]["overlap"][0] is None
+    assert results["overlap"] == results["blocks"]["overlap"][1], "over the blocks that are known"
+    assert [row[0] for row in results["bins"]["overlap"]] == [None, None]
 
 
 def test_the_overlap_of_ghosted_experts_in_the_first_block(tmp_path: Path) -> None:
@@ -306,8 +299,8 @@ def test_the_overlap_of_ghosted_experts_in_the_first_block(tmp_path: Path) -> No
         range(5),
         Watchers(lambda event: counts.append((event.routing.rows != 3).sum(1).double().mean().item() / 2)),
     )
-    found = compared(a, Pico(config, state), tmp_path, spec).to_json()["routing"]
-    assert found["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
+    results = compared(a, Pico(config, state), tmp_path, spec).to_json()["routing"]
+    assert results["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
 
 
 def test_deleted_rows_are_found_by_the_weights_of_those_that_remain(tmp_path: Path) -> None:
@@ -328,9 +321,9 @@ def test_deleted_rows_are_found_by_the_weights_of_those_that_remain(tmp_path: Pa
     spec = spec_for(a)
     sample_batch(a.model(), spec, range(5), Watchers(count))
     b = Pico(pixels(depth=1, widths=((64,) * 2,)).config, state)
-    found = compared(a, b, tmp_path, spec).to_json()["routing"]
-    assert found["note"] is None
-    assert found["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
+    results = compared(a, b, tmp_path, spec).to_json()["routing"]
+    assert results["note"] is None
+    assert results["overlap"] == pytest.approx(np.mean(counts), abs=0.01)
 
 
 def test_shared_rows_count_regardless_of_order() -> None:
@@ -367,21 +360,21 @@ def test_the_latent_error_is_the_ratio_of_sums_within_its_interval() -> None:
     generator = np.random.default_rng(0)
     a = generator.normal(size=(60, 1, 4, 4))
     b = a + generator.normal(size=a.shape) * generator.uniform(0.1, 0.5, size=(60, 1, 1, 1))
-    found = latent_error(a, b)
-    assert found is not None
-    assert found.estimate == pytest.approx(((b - a) ** 2).sum() / (a**2).sum())
-    assert found.low < found.estimate < found.high
-    assert found.deviation == pytest.approx((found.high - found.low) / 3.92, rel=0.2)
+    results = latent_error(a, b)
+    assert results is not None
+    assert results.estimate == pytest.approx(((b - a) ** 2).sum() / (a**2).sum())
+    assert results.low < results.estimate < results.high
+    assert results.deviation == pytest.approx((results.high - results.low) / 3.92, rel=0.2)
     doubled = latent_error(2 * a, 2 * b)
     assert doubled is not None
-    assert (doubled.low, doubled.high) == pytest.approx((found.low, found.high)), "it has no unit"
+    assert (doubled.low, doubled.high) == pytest.approx((results.low, results.high)), "it has no unit"
 
 
 def test_the_latent_error_of_equal_pairs_is_nothing_and_one_pair_has_none() -> None:
     a = np.ones((3, 1, 2, 2))
-    found = latent_error(a, a)
-    assert found is not None
-    assert (found.estimate, found.low, found.high) == (0, 0, 0)
+    results = latent_error(a, a)
+    assert results is not None
+    assert (results.estimate, results.low, results.high) == (0, 0, 0)
     assert latent_error(a[:1], a[:1]) is None
 
 
@@ -407,9 +400,9 @@ def test_latents_are_averaged_as_pixels_are() -> None:
 
 def test_image_errors_are_on_the_scale_of_grey_levels() -> None:
     a, b = np.zeros((2, 8, 8, 1), np.uint8), np.full((2, 8, 8, 1), 255, np.uint8)
-    found = image_errors(a, b, GREY_LEVELS)
-    assert found.paired.mse == 256
-    assert found.ssim == pytest.approx(1e-4 / (1 + 1e-4), rel=1e-6)
+    results = image_errors(a, b, GREY_LEVELS)
+    assert results.paired.mse == 256
+    assert results.ssim == pytest.approx(1e-4 / (1 + 1e-4), rel=1e-6)
 
 
 # what is written
@@ -419,17 +412,17 @@ def test_numbers_and_grid_are_written(tmp_path: Path) -> None:
     a = pixels(depth=2)
     b = retrained_router(pixels(depth=2, widths=((64,) * 3, (64,) * 4)))
     outputs = {"numbers": tmp_path / "c.safetensors", "grid": tmp_path / "g.png"}
-    found = compared(a, b, tmp_path, **outputs)
+    results = compared(a, b, tmp_path, **outputs)
     first = {name: path.read_bytes() for name, path in outputs.items()}
     with safe_open(outputs["numbers"], "np") as file:
         document = json.loads(file.metadata()["ditmoe"])
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert document["schema"] == "ditmoe.comparison/1"
-    assert document["conditions"] == found.conditions
+    assert document["conditions"] == results.conditions
     assert document["conditions"]["sampling"]["seed"] == 7
     assert document["note"].endswith("blocks 0")
-    assert stored.keys() == found.arrays().keys()
-    for name, values in found.arrays().items():
+    assert stored.keys() == results.arrays().keys()
+    for name, values in results.arrays().items():
         np.testing.assert_array_equal(stored[name], values, err_msg=name)
     assert stored["depth.bins.added"].shape == (2, 2)
     assert np.isnan(stored["routing.blocks.overlap"][0]) and stored["routing.blocks.overlap"][1] > 0
@@ -441,7 +434,7 @@ def test_numbers_and_grid_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"depth": 2}, "depth 2 instead of 3"),
         ({"hidden": 48}, "hidden_size 48 instead of 32"),
@@ -453,8 +446,8 @@ def test_numbers_and_grid_are_written(tmp_path: Path) -> None:
         ({"depth": 1, "num_classes": 4}, "depth 1 instead of 3, num_classes 4 instead of 3"),
     ],
 )
-def test_other_architectures(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match=said) as refusal:
+def test_other_architectures(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message) as refusal:
         compared(pixels(), pixels(**options), tmp_path)
     assert "a.safetensors" in str(refusal.value) and "b.safetensors" in str(refusal.value)
 

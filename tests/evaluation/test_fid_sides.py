@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,7 @@ from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.processes import WHOLE, Share
-
-
-@contextmanager
-def bar(_: str, __: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
+from ditmoe_cli.progress import silent_bar
 
 
 def pixels(folder: Path, batch: int = 1) -> Extraction:
@@ -38,7 +33,7 @@ def pixels(folder: Path, batch: int = 1) -> Extraction:
 
 
 def worker(share: Share = WHOLE, notify: Notify = lambda _: None) -> Worker:
-    return Worker(Runtime(batch=1), share, bar, notify)
+    return Worker(Runtime(batch=1), share, silent_bar, notify)
 
 
 def sampling(folder: Path) -> Sampling:
@@ -47,7 +42,7 @@ def sampling(folder: Path) -> Sampling:
 
 
 def lose(work: Workspace, name: str, rows: tuple[int, ...]) -> None:
-    """Take rows of an array back, as if they had never been written."""
+    """Undo rows of an array, as if they had never been written."""
     array = work.array(name)
     assert isinstance(array, np.memmap)
     for row in rows:
@@ -68,14 +63,14 @@ def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
     work, name = here.workspace(what.key, 7), here.array_names()["features"]
     lose(work, "samples", (3, 5))
     lose(work, name, (3, 5, 6))
-    barrier, told, found = threading.Barrier(2, timeout=60), [], {}
+    barrier, answers, sides = threading.Barrier(2, timeout=60), [], {}
     late, store = threading.Event(), fid_sides.store_activations
 
-    def tell(self: Share, find: Callable[[], Any]) -> Any:
+    def answer_all(self: Share, find: Callable[[], Any]) -> Any:
         if self.first:
-            told.append(find())
+            answers.append(find())
         barrier.wait()
-        answer = told[-1]
+        answer = answers[-1]
         barrier.wait()
         return answer
 
@@ -85,20 +80,20 @@ def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
         store(work, extraction, first, images, notify)
 
     monkeypatch.setattr(Share, "wait", lambda _: barrier.wait())
-    monkeypatch.setattr(Share, "from_first", tell)
+    monkeypatch.setattr(Share, "from_first", answer_all)
     monkeypatch.setattr(fid_sides, "store_activations", slow)
 
     def run(rank: int) -> None:
-        found[rank] = sampled_side(what, here, worker(Share(rank, 2)))
+        sides[rank] = sampled_side(what, here, worker(Share(rank, 2)))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    for side in found.values():
+    for side in sides.values():
         np.testing.assert_array_equal(side.activations.features, truth)
-    assert len(found) == 2 and work.done(name).all()
+    assert len(sides) == 2 and work.done(name).all()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no more")])
@@ -107,7 +102,7 @@ def test_features_that_do_not_fit_are_taken_in_halves(
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "r.npz", arr_0=images)
-    took, said, plain = [], [], PixelExtractor.__call__
+    took, messages, plain = [], [], PixelExtractor.__call__
 
     def small(self: PixelExtractor, images: NDArray[np.uint8]) -> Any:
         if len(images) > 3:
@@ -116,8 +111,8 @@ def test_features_that_do_not_fit_are_taken_in_halves(
         return plain(self, images)
 
     monkeypatch.setattr(PixelExtractor, "__call__", small)
-    side = with_features(read_side(tmp_path / "r.npz"), pixels(tmp_path, batch=10), worker(notify=said.append))
+    side = with_features(read_side(tmp_path / "r.npz"), pixels(tmp_path, batch=10), worker(notify=messages.append))
     assert side.activations is not None
     np.testing.assert_array_equal(side.activations.features, plain(PixelExtractor(255), images))
     assert max(took) <= 3 and sum(took[1:]) == 10, "the first is the probe of two"
-    assert any("out of memory with the features of 10 images" in line for line in said)
+    assert any("out of memory with the features of 10 images" in line for line in messages)

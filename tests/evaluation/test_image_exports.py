@@ -67,7 +67,7 @@ def test_a_folder_of_other_things_stays(tmp_path: Path, other: str, force: bool)
     if other.endswith("/"):
         (out / other).mkdir()
     else:
-        (out / other).write_text("mine")
+        (out / other).write_text("other")
     before = names(out)
     with pytest.raises(OutputExistsError, match=other.strip("/") if force else "force"):
         write_png_folder(out, random(2), force=force)
@@ -164,12 +164,12 @@ def test_npz_without_labels(tmp_path: Path) -> None:
 
 def test_npz_over_something(tmp_path: Path) -> None:
     target = tmp_path / "a.npz"
-    target.write_bytes(b"mine")
+    target.write_bytes(b"other")
     with pytest.raises(OutputExistsError, match="force"):
         write_adm_npz(target, random(2))
     with pytest.raises(OutputExistsError, match="is the input itself"):
         write_adm_npz(target, random(2), force=True, inputs=[target])
-    assert target.read_bytes() == b"mine"
+    assert target.read_bytes() == b"other"
     write_adm_npz(target, random(2), force=True)
     assert (read_images(target).images == random(2)).all()
 

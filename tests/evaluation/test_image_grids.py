@@ -22,7 +22,7 @@ from ditmoe_cli.evaluation.image_grids import (
 
 
 def numbered(count: int, side: int = 8, channels: int = 1, offset: int = 0) -> np.ndarray:
-    """Images of one grey each, by index."""
+    """Return images of one grey each, by index."""
     grey = (np.arange(count) * 2 + offset).astype(np.uint8)
     return np.broadcast_to(grey[:, None, None, None], (count, side, side, channels)).copy()
 
@@ -67,12 +67,12 @@ def test_the_file_is_png_and_equal_for_equal_images(channels: int, mode: str, tm
 
 def test_what_is_there_stays_without_force(tmp_path: Path) -> None:
     target, picture = tmp_path / "a.png", pair_grid(numbered(1), numbered(1))
-    target.write_bytes(b"mine")
+    target.write_bytes(b"other")
     with pytest.raises(OutputExistsError):
         write_png(target, picture)
     with pytest.raises(OutputExistsError, match="is the input itself"):
         write_png(target, picture, force=True, inputs=[target])
-    assert target.read_bytes() == b"mine"
+    assert target.read_bytes() == b"other"
     write_png(target, picture, force=True)
     assert target.read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""Image sets: what is written is read back; everything else is refused by name."""
+"""Image sets are read back as written; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def test_labels_of_adm_are_its_second_array(tmp_path):
         ({"arr_1": labels[:, None]}, None),
     ):
         np.savez(tmp_path / "a.npz", arr_0=noise_images(), **arrays)
-        found = read_images(tmp_path / "a.npz")
-        assert np.array_equal(found.images, noise_images())
-        assert (found.labels is None) == (expected is None)
-        assert expected is None or (found.labels.dtype == np.int64 and np.array_equal(found.labels, expected))
+        result = read_images(tmp_path / "a.npz")
+        assert np.array_equal(result.images, noise_images())
+        assert (result.labels is None) == (expected is None)
+        assert expected is None or (result.labels.dtype == np.int64 and np.array_equal(result.labels, expected))
 
 
 def test_npz_is_written_the_same_each_time(tmp_path):
@@ -243,7 +243,7 @@ def test_an_image_set_checks_itself():
 
 
 def kinds(folder: Path) -> dict[str, str]:
-    """Make one of each kind of input in `folder`; the name tells what it should be called."""
+    """Write one of each kind of input to `folder`, under the name of its kind."""
     n, moments = noise_images(), {"mu": np.ones(2), "sigma": np.eye(2)}
     np.savez(folder / "adm.npz", arr_0=n)
     np.savez(folder / "moments.npz", arr_0=n, mu_s=np.ones(1), **moments)

@@ -1,11 +1,10 @@
-"""Samples through a workspace: batch size, processes and restarts change no image, and what is done stays done."""
+"""Samples through a workspace: batch size, processes and restarts change no image, and finished rows are kept."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,75 +33,70 @@ from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.processes import WHOLE, Share
+from ditmoe_cli.progress import silent_bar
 
 IMAGES = 7
 SPEC = SampleSpec(images=IMAGES, steps=3, cfg=1.0, seed=5, solver="euler", classes=(0, 2, 1))
 Change = Callable[[Any], None]
 
 
-@contextmanager
-def bar(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
-    """Show nothing."""
-    yield lambda _: None
-
-
 def silent(_: str) -> None:
-    """Say nothing."""
+    """Drop the message."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model on pixels and one on latents; not to be written to."""
-    made = tmp_path_factory.mktemp("models")
-    make_pico(sampler="rf", in_channels=1).save(made / "pixels.safetensors")
-    make_pico(sampler="rf").save(made / "latents.safetensors")
-    return made
+    """Return a folder with a model of pixels and one of latents; tests do not write to it."""
+    sampled = tmp_path_factory.mktemp("models")
+    make_pico(sampler="rf", in_channels=1).save(sampled / "pixels.safetensors")
+    make_pico(sampler="rf").save(sampled / "latents.safetensors")
+    return sampled
 
 
 @pytest.fixture(params=["pixels", "latents"])
 def what(request: pytest.FixtureRequest, folder: Path) -> Sampling:
-    """Seven images, or latents."""
+    """Return a sampling of seven images, or latents."""
     return Sampling(open_checkpoint(folder / f"{request.param}.safetensors"), SPEC)
 
 
 @pytest.fixture
 def pixels(folder: Path) -> Sampling:
-    """Seven images."""
+    """Return a sampling of seven images."""
     return Sampling(open_checkpoint(folder / "pixels.safetensors"), SPEC)
 
 
 def worker(batch: int, share: Share = WHOLE, notify: Notify = silent) -> Worker:
-    """A process on the CPU that shows no progress."""
-    return Worker(Runtime(batch=batch), share, bar, notify)
+    """Return a process on the CPU that shows no progress."""
+    return Worker(Runtime(batch=batch), share, silent_bar, notify)
 
 
 def whole(what: Sampling) -> NDArray[Any]:
-    """All samples at once, without any workspace."""
+    """Return all samples at once, without a workspace."""
     return _sampled(build_model(what.checkpoint, torch.device("cpu")), what, range(what.spec.images))
 
 
-def assert_equal_but_rounding(found: NDArray[Any], expected: NDArray[Any]) -> None:
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if found.dtype == np.uint8:
-        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-        assert found.std() > 10, "else there is nothing to see"
+def assert_equal_but_rounding(result: NDArray[Any], expected: NDArray[Any]) -> None:
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    if result.dtype == np.uint8:
+        assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
+        assert result.std() > 10, "else there is nothing to see"
     else:
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @dataclass
 class Watch:
-    """Counts the images that are made, and fails where it is told to."""
+    """Counts sampled images, and fails at the image `fail_at`."""
 
-    made: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
     fail_at: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, model: Any, what: Sampling, indices: Any) -> NDArray[Any]:
         if self.fail_at is not None and self.fail_at in indices:
-            raise BadInputError("told to fail")
+            raise BadInputError("failed on purpose")
         with self.lock:
-            self.made += list(indices)
+            self.sampled += list(indices)
         return _sampled(model, what, indices)
 
 
@@ -111,10 +105,10 @@ _sampled = samples.sample
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """What `fill` makes of images."""
-    found = Watch()
-    monkeypatch.setattr(samples, "sample", found)
-    return found
+    """Return the record of the images that `fill` samples."""
+    result = Watch()
+    monkeypatch.setattr(samples, "sample", result)
+    return result
 
 
 # batches, processes, restarts
@@ -134,18 +128,18 @@ def test_batch_size_changes_nothing(what: Sampling, batch: int, tmp_path: Path) 
 def together(work: Workspace, what: Sampling, batch: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill a workspace by `world` threads that wait for each other as processes do."""
     barrier, errors = threading.Barrier(world, timeout=60), []
-    told: list[Any] = []
+    answers: list[Any] = []
 
-    def tell(self: Share, find: Callable[[], Any]) -> Any:
+    def answer_all(self: Share, find: Callable[[], Any]) -> Any:
         if self.first:
-            told.append(find())
+            answers.append(find())
         barrier.wait()
-        found = told[-1]
+        result = answers[-1]
         barrier.wait()
-        return found
+        return result
 
     monkeypatch.setattr(Share, "wait", lambda self: barrier.wait() if self.world > 1 else None)
-    monkeypatch.setattr(Share, "from_first", tell)
+    monkeypatch.setattr(Share, "from_first", answer_all)
 
     def run(rank: int) -> None:
         try:
@@ -169,25 +163,25 @@ def test_the_number_of_processes_changes_nothing(
 ) -> None:
     work = Workspace(tmp_path / "w", IMAGES)
     together(work, what, batch, world, monkeypatch)
-    assert sorted(watch.made) == list(range(IMAGES)), "each image is made once"
+    assert sorted(watch.sampled) == list(range(IMAGES)), "each image is sampled once"
     assert_equal_but_rounding(work.array(SAMPLES), whole(what))
 
 
 @pytest.mark.parametrize("again", [1, 2, 5])
 def test_a_restart_makes_only_what_is_missing(what: Sampling, again: int, tmp_path: Path, watch: Watch) -> None:
     work = Workspace(tmp_path / "w", IMAGES)
-    said: list[str] = []
+    messages: list[str] = []
     watch.fail_at = 4
-    with pytest.raises(BadInputError, match="told to fail"), work.locked(silent):
+    with pytest.raises(BadInputError, match="failed on purpose"), work.locked(silent):
         fill(work, what, worker(2))
-    assert watch.made == [0, 1, 2, 3] and work.done(SAMPLES).sum() == 4
-    watch.fail_at, watch.made = None, []
-    fill(work, what, worker(again, notify=said.append))
-    assert watch.made == [4, 5, 6]
-    assert said == ["going on with 4 of 7 images that an earlier run left"]
+    assert watch.sampled == [0, 1, 2, 3] and work.done(SAMPLES).sum() == 4
+    watch.fail_at, watch.sampled = None, []
+    fill(work, what, worker(again, notify=messages.append))
+    assert watch.sampled == [4, 5, 6]
+    assert messages == ["going on with 4 of 7 images that an earlier run left"]
     assert_equal_but_rounding(work.array(SAMPLES), whole(what))
-    fill(work, what, worker(again, notify=said.append))
-    assert watch.made == [4, 5, 6] and len(said) == 1, "a third finds all done"
+    fill(work, what, worker(again, notify=messages.append))
+    assert watch.sampled == [4, 5, 6] and len(messages) == 1, "a third run has nothing to do"
 
 
 def test_several_processes_go_on_where_one_stopped(
@@ -197,7 +191,7 @@ def test_several_processes_go_on_where_one_stopped(
     work.create(SAMPLES, pixels.shape, np.uint8)
     work.put(SAMPLES, 2, whole(pixels)[2:4])
     together(work, pixels, 1, 3, monkeypatch)
-    assert sorted(watch.made) == [0, 1, 4, 5, 6]
+    assert sorted(watch.sampled) == [0, 1, 4, 5, 6]
     assert_equal_but_rounding(work.array(SAMPLES), whole(pixels))
 
 
@@ -205,7 +199,7 @@ def test_several_processes_go_on_where_one_stopped(
 
 
 def tight(most: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let models raise `error` for more than `most` images; return the list of the sizes that they were fed."""
+    """Let models raise `error` for more than `most` images; return the list of the sizes that they are called with."""
     sizes: list[int] = []
 
     def hook(_module: Any, inputs: tuple[Any, ...]) -> None:
@@ -234,20 +228,20 @@ def test_batches_are_halved_where_memory_runs_out(
     what: Sampling, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Workspace(tmp_path / "w", IMAGES)
-    said: list[str] = []
+    messages: list[str] = []
     expected, sizes = whole(what), tight(2, error, monkeypatch)
-    fill(work, what, worker(5, notify=said.append))
-    assert said == ["out of memory with 5 images at a time; going on with 2"]
+    fill(work, what, worker(5, notify=messages.append))
+    assert messages == ["out of memory with 5 images at a time; going on with 2"]
     assert [size for size in sizes if size > 2] == [5], "once is enough"
     assert_equal_but_rounding(work.array(SAMPLES), expected)
 
 
 def test_halving_goes_on_as_far_as_one(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Workspace(tmp_path / "w", IMAGES)
-    said: list[str] = []
+    messages: list[str] = []
     tight(1, MemoryError(), monkeypatch)
-    fill(work, pixels, worker(64, notify=said.append))
-    assert [line.split(";")[0].split("with ")[1] for line in said] == ["7 images at a time", "3 images at a time"]
+    fill(work, pixels, worker(64, notify=messages.append))
+    assert [line.split(";")[0].split("with ")[1] for line in messages] == ["7 images at a time", "3 images at a time"]
     assert_equal_but_rounding(work.array(SAMPLES), whole(pixels))
 
 
@@ -257,7 +251,7 @@ def test_one_image_that_does_not_fit_ends_in_its_error(
 ) -> None:
     tight(0, error, monkeypatch)
     with pytest.raises(type(error)):
-        write_samples(pixels, Runtime(batch=4), Targets(tmp_path / "s.safetensors"), bar, silent)
+        write_samples(pixels, Runtime(batch=4), Targets(tmp_path / "s.safetensors"), silent_bar, silent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,7 +268,7 @@ def test_other_failures_are_not_taken_for_memory(
 
 
 def poisoned(image: int, evaluation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the model answer NaN for an image, told by its noise, from an evaluation of its batch on."""
+    """Let the model return NaN for an image, recognised by its noise, from an evaluation of its batch on."""
     from ditmoe_cli.diffusion.noise import image_noise
 
     noise = image_noise(SPEC.seed, [image], torch.device("cpu"), "image").draw((1, 8, 8))[0]
@@ -305,7 +299,7 @@ def test_nan_names_image_seed_and_evaluation(
 ) -> None:
     poisoned(image, evaluation, monkeypatch)
     with pytest.raises(BadInputError) as caught:
-        write_samples(pixels, Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), bar, silent)
+        write_samples(pixels, Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), silent_bar, silent)
     assert f"in image {image} (seed 5) at evaluation {evaluation} of 3" in str(caught.value)
     left = list(tmp_path.iterdir())
     if image < batch:
@@ -318,7 +312,7 @@ def test_nan_names_image_seed_and_evaluation(
 
 @dataclass
 class Fragile:
-    """A decoder of latents to four times their channels' mean, that breaks a picture told by its latents."""
+    """A decoder of latents to their channels' mean that breaks one image, recognised by its latents."""
 
     broken: torch.Tensor
     upsampling: int = 1
@@ -340,25 +334,33 @@ def test_an_image_that_breaks_in_decoding_is_named_by_its_own_number(folder: Pat
     decoder: Any = Fragile(torch.from_numpy(whole(latents)[5]))
     with pytest.raises(BadInputError, match=r"^image 5 \(seed 5\): NaN or infinite values after decoding by vae-small"):
         write_samples(
-            replace(latents, decoder=decoder), Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), bar, silent
+            replace(latents, decoder=decoder),
+            Runtime(batch=batch),
+            Targets(tmp_path / "s.safetensors"),
+            silent_bar,
+            silent,
         )
 
 
 # whole runs
 
 
-def run(what: Sampling, file: Path, batch: int = 64, said: list[str] | None = None, **targets: Any) -> NDArray[Any]:
+def run(what: Sampling, file: Path, batch: int = 64, messages: list[str] | None = None, **targets: Any) -> NDArray[Any]:
     """Write samples and read them back."""
     size = write_samples(
-        what, Runtime(batch=batch), Targets(file, **targets), bar, silent if said is None else said.append
+        what,
+        Runtime(batch=batch),
+        Targets(file, **targets),
+        silent_bar,
+        silent if messages is None else messages.append,
     )
     assert size == file.stat().st_size
     return load_file(file)["images" if what.images else "latents"]
 
 
 def test_a_success_leaves_the_file_alone(what: Sampling, tmp_path: Path) -> None:
-    found = run(what, tmp_path / "s.safetensors", 3)
-    assert_equal_but_rounding(found, whole(what))
+    result = run(what, tmp_path / "s.safetensors", 3)
+    assert_equal_but_rounding(result, whole(what))
     assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
     origin = read_origin(tmp_path / "s.safetensors")
     assert origin == what.origin
@@ -366,18 +368,18 @@ def test_a_success_leaves_the_file_alone(what: Sampling, tmp_path: Path) -> None
 
 def test_a_run_that_failed_is_gone_on_with(what: Sampling, tmp_path: Path, watch: Watch) -> None:
     file = tmp_path / "s.safetensors"
-    said: list[str] = []
+    messages: list[str] = []
     watch.fail_at = 5
-    with pytest.raises(BadInputError, match="told to fail"):
+    with pytest.raises(BadInputError, match="failed on purpose"):
         run(what, file, 1)
     (kept,) = tmp_path.iterdir()
     assert kept.is_dir() and kept.name.startswith(".s.safetensors.")
-    watch.fail_at, watch.made = None, []
-    found = run(what, file, 1, said)
-    assert watch.made == [5, 6] and said == ["going on with 5 of 7 images that an earlier run left"]
+    watch.fail_at, watch.sampled = None, []
+    result = run(what, file, 1, messages)
+    assert watch.sampled == [5, 6] and messages == ["going on with 5 of 7 images that an earlier run left"]
     assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
     straight = run(what, tmp_path / "straight.safetensors", 1)
-    assert np.array_equal(found, straight)
+    assert np.array_equal(result, straight)
     assert file.read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
 
 
@@ -391,11 +393,11 @@ def test_another_request_does_not_go_on_with_it(
     watch.fail_at = 3
     with pytest.raises(BadInputError):
         run(pixels, file, 1)
-    watch.fail_at, watch.made = None, []
+    watch.fail_at, watch.sampled = None, []
     other = replace(pixels, spec=replace(SPEC, **change))
     assert other.key != pixels.key
     run(other, file, 1)
-    assert watch.made == list(range(other.spec.images))
+    assert watch.sampled == list(range(other.spec.images))
 
 
 def test_a_failure_to_write_does_not_cost_the_images(
@@ -410,14 +412,14 @@ def test_a_failure_to_write_does_not_cost_the_images(
         patched.setattr(samples, "write_images", full)
         with pytest.raises(OSError, match="No space"):
             run(pixels, file)
-    watch.made = []
+    watch.sampled = []
     run(pixels, file)
-    assert watch.made == []
+    assert watch.sampled == []
     assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def failing(name: str, monkeypatch: pytest.MonkeyPatch, what: Sampling, file: Path, **targets: Any) -> None:
-    """Run into a disk that is full when `samples` calls its function `name`."""
+    """Run on a disk that is full when `samples` calls its function `name`."""
 
     def full(*_: Any, **__: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -444,16 +446,16 @@ def test_a_failure_between_the_targets_is_gone_on_with(
         (tmp_path / "png").mkdir()
     failing(failed, monkeypatch, pixels, file, **views(tmp_path))
     assert not file.exists() and len(list((tmp_path / "png").iterdir())) == IMAGES
-    watch.made = []
+    watch.sampled = []
     run(pixels, file, **views(tmp_path))
-    assert watch.made == []
+    assert watch.sampled == []
     assert sorted(child.name for child in tmp_path.iterdir()) == ["a.npz", "g.png", "png", file.name, "straight"]
-    for made in (path for path in straight.rglob("*") if path.is_file()):
-        assert made.read_bytes() == (tmp_path / made.relative_to(straight)).read_bytes(), made.name
+    for sampled in (path for path in straight.rglob("*") if path.is_file()):
+        assert sampled.read_bytes() == (tmp_path / sampled.relative_to(straight)).read_bytes(), sampled.name
 
 
 def test_it_is_known_before_the_decoder_is(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `sample --vae` asks before it opens the VAE, when the key is not known."""
+    """As `sample --vae` checks before it opens the VAE, when the key is not known."""
     targets = Targets(tmp_path / "s.safetensors", **views(tmp_path))
     failing("write_images", monkeypatch, pixels, targets.file, **views(tmp_path))
     other = replace(pixels, spec=replace(SPEC, seed=6))
@@ -463,11 +465,11 @@ def test_it_is_known_before_the_decoder_is(pixels: Sampling, tmp_path: Path, mon
 
 
 def added(folder: Path) -> None:
-    (folder / "png" / "000099.png").write_bytes(b"mine")
+    (folder / "png" / "000099.png").write_bytes(b"other")
 
 
 def rewritten(folder: Path) -> None:
-    """The same bytes at another time: somebody else's."""
+    """Write the same bytes at another time, as another program might."""
     content = (folder / "a.npz").read_bytes()
     (folder / "a.npz").unlink()
     (folder / "a.npz").write_bytes(content)
@@ -475,7 +477,7 @@ def rewritten(folder: Path) -> None:
 
 
 def replaced(folder: Path) -> None:
-    (folder / "g.png").write_bytes(b"mine")
+    (folder / "g.png").write_bytes(b"other")
 
 
 def linked(folder: Path) -> None:
@@ -502,12 +504,12 @@ def test_what_other_work_wrote_is_refused(
 ) -> None:
     file = tmp_path / "s.safetensors"
     failing("write_images", monkeypatch, pixels, file, npz=tmp_path / "a.npz")
-    watch.made = []
+    watch.sampled = []
     with pytest.raises(OutputExistsError, match=r"a\.npz: exists already"):
         run(replace(pixels, spec=replace(SPEC, **change)), file, npz=tmp_path / "a.npz")
     with pytest.raises(OutputExistsError, match=r"a\.npz: exists already"):
         run(pixels, tmp_path / "t.safetensors", npz=tmp_path / "a.npz")
-    assert watch.made == []
+    assert watch.sampled == []
 
 
 def test_a_picture_is_no_folder_of_pictures(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,7 +532,7 @@ def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
 
     def second() -> None:
         try:
-            run(pixels, file, said=[])
+            run(pixels, file, messages=[])
         except OutputExistsError as error:
             errors.append(error)
 
@@ -542,7 +544,7 @@ def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
     go.set()
     for thread in threads:
         thread.join(timeout=30)
-    assert len(errors) == 1 and watch.made == list(range(IMAGES))
+    assert len(errors) == 1 and watch.sampled == list(range(IMAGES))
     assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
 
 

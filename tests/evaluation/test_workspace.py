@@ -1,4 +1,4 @@
-"""Workspaces: rows come back, what is missing is known, others wait, and nothing stays that holds nothing."""
+"""Workspaces: rows are read back, missing ones are listed, other runs wait, and empty workspaces are deleted."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Spans = list[tuple[int, int]]
 
 
 def silent(_: str) -> None:
-    """Say nothing."""
+    """Drop the message."""
 
 
 def values(count: int, first: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Rows (count, 2, 3), each telling its number."""
+    """Return rows (count, 2, 3), each filled with its number."""
     return np.arange(6 * first, 6 * (first + count), dtype=np.float32).reshape(count, 2, 3)
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> Workspace:
-    """A workspace of ten rows with one array."""
-    made = Workspace(tmp_path / "work", 10)
-    made.create("a", (2, 3), np.float32)
-    return made
+    """Return a workspace of ten rows with one array."""
+    created = Workspace(tmp_path / "work", 10)
+    created.create("a", (2, 3), np.float32)
+    return created
 
 
 # rows
@@ -49,10 +49,10 @@ def work(tmp_path: Path) -> Workspace:
 def test_rows_come_back(work: Workspace) -> None:
     for first, count in ((4, 3), (0, 4), (7, 3)):
         work.put("a", first, values(count, first))
-    found = work.array("a")
-    assert np.array_equal(found, values(10)) and found.dtype == np.float32
+    result = work.array("a")
+    assert np.array_equal(result, values(10)) and result.dtype == np.float32
     assert np.array_equal(np.load(work.folder / "a.npy"), values(10)), "as anyone reads it"
-    assert not found.flags.writeable
+    assert not result.flags.writeable
     assert work.done("a").all() and work.missing(["a"], 4) == []
 
 
@@ -217,22 +217,22 @@ def test_what_another_run_has_is_not_deleted(work: Workspace) -> None:
         with pytest.raises(BlockingIOError), work.locked(None):
             raise AssertionError("inside twice")
         assert work.done("a").all()
-    found = work.array("a")
+    result = work.array("a")
     work.discard()
     assert list(work.folder.parent.iterdir()) == []
-    assert np.array_equal(found, values(10)), "what is open stays readable"
+    assert np.array_equal(result, values(10)), "what is open stays readable"
     work.discard()
     assert list(work.folder.parent.iterdir()) == [], "and there may be nothing"
 
 
 def test_one_at_a_time(work: Workspace) -> None:
-    """Six threads, each with a lock of its own: no two are inside at once, and those that wait say so."""
+    """Six threads, each with a lock of its own: no two are inside at once, and those that wait notify."""
     inside, most = [0], [0]
-    said: list[str] = []
+    messages: list[str] = []
     counting = threading.Lock()
 
     def hold() -> None:
-        with Workspace(work.folder, 10).locked(said.append):
+        with Workspace(work.folder, 10).locked(messages.append):
             with counting:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
@@ -246,7 +246,7 @@ def test_one_at_a_time(work: Workspace) -> None:
     for thread in threads:
         thread.join(timeout=30)
     assert most == [1] and inside == [0]
-    assert said and all("waiting for another run" in line for line in said)
+    assert messages and all("waiting for another run" in line for line in messages)
     assert list(work.folder.parent.iterdir()) == []
 
 
@@ -274,11 +274,11 @@ def test_another_process_is_waited_for_until_it_ends(number: signal.Signals, tmp
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    said: list[str] = []
+    messages: list[str] = []
     entered: list[float] = []
 
     def wait() -> None:
-        with work.locked(said.append):
+        with work.locked(messages.append):
             entered.append(time.monotonic())
 
     thread = threading.Thread(target=wait)
@@ -286,7 +286,7 @@ def test_another_process_is_waited_for_until_it_ends(number: signal.Signals, tmp
         assert child.stdout is not None and child.stdout.readline() == b"held\n"
         thread.start()
         time.sleep(0.2)
-        assert entered == [] and len(said) == 1 and "work.lock" in said[0]
+        assert entered == [] and len(messages) == 1 and "work.lock" in messages[0]
         left = time.monotonic()
         child.send_signal(number)
         thread.join(timeout=30)

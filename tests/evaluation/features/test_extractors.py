@@ -1,4 +1,4 @@
-"""Extractors: pixels by hand, inception's batching, and the contract of a user's own."""
+"""Extractors: pixels by hand, inception's batching, and the contract of a user's own extractor."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_preprocessing_and_precision_show_in_the_description_and_part_statistics
                 continue
             with pytest.raises(BadInputError, match="preprocessing differs"):
                 check_comparable(a, b, "a", "b")
-    # Statistics that were stored before there was a choice stay comparable.
+    # Statistics stored before preprocessing was a setting stay comparable.
     assert stored().extractor["preprocessing"] == "TF1 bilinear to 299x299, (x - 128) / 128"
     assert stored(precision="bf16").extractor["preprocessing"].endswith("; bf16")
 

@@ -160,7 +160,7 @@ def test_features_equal_those_of_pytorch_fid(weights, monkeypatch, side):
 
 
 def test_fid_equals_that_of_pytorch_fid(weights, monkeypatch):
-    """Over the first 6 features, for its matrix root takes many seconds over all."""
+    """Over the first 6 features, since its matrix root over all takes many seconds."""
     imported("torch_fidelity")
     peer = pytorch_fid_network(seeded_state(), monkeypatch)
     peer_fid = imported("pytorch_fid.fid_score").calculate_frechet_distance
@@ -185,7 +185,7 @@ def test_resizing_equals_that_of_clean_fid(height, width):
     batch = noise(2, height, width, seed=height)
     expected = np.stack([resize(image) for image in batch.numpy()]).transpose(0, 3, 1, 2)
     assert np.array_equal(resize_clean(batch.permute(0, 3, 1, 2), 299).numpy(), expected)
-    # What its network does with it, which is no part of the package.
+    # Its network scales the result, which is not part of the package.
     assert np.allclose(preprocess(batch, "clean-fid").numpy(), (expected - 128) / 128, rtol=0, atol=1e-6)
 
 
@@ -206,7 +206,7 @@ def test_scores_of_given_features_equal_those_of_clean_fid():
 
 
 def test_the_network_itself_is_the_same_under_clean_fid(weights):
-    """Its weights cannot be had, but preprocessing and network compose: features are those of the prepared images."""
+    """Its weights are not published, but features equal those of the network on preprocessed images."""
     module, _ = load_inception(weights)
     batch = noise(2)
     got = make_extractor("inception", weights=weights, preprocessing="clean-fid")(batch.numpy())

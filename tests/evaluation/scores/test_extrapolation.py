@@ -44,7 +44,7 @@ def test_standard_error_is_the_spread_of_intercepts():
 
 
 def test_gaussians_of_a_known_distance():
-    """FID at 3,000 images is biased upwards by more than half; the line takes nearly all of it off."""
+    """FID at 3,000 images is biased upwards by more than half; the line removes nearly all of it."""
     generator = np.random.default_rng(0)
     dimension = 40
     reference = FeatureStatistics(np.zeros(dimension), np.eye(dimension), None)

@@ -1,4 +1,4 @@
-"""Statistics of features: they agree with numpy, merge, and refuse what is no features."""
+"""Statistics of features agree with numpy, merge, and refuse other arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Inception score: closed forms, invariants, and ADM's way of taking it."""
+"""The Inception score: closed forms, invariants, and ADM's own computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_sure_predictions_of_all_classes_score_their_number(height):
     # At 10,000 the other classes underflow to zero altogether.
     logits = height * np.eye(8)
     assert inception_score(logits, parts=1).mean == pytest.approx(8, rel=1e-12)
-    # One class alone: sure, but nothing varied.
+    # One class alone: certain, without variety.
     assert inception_score(np.tile(logits[:1], (8, 1)), parts=1).mean == pytest.approx(1, rel=1e-12)
     # Half of the classes in each half of the images.
     halves = inception_score(logits, parts=2)

@@ -140,7 +140,7 @@ def test_the_bias_of_a_bootstrapped_distance_is_as_its_docstring_says():
         basic.append(bootstrap_frechet(a, b, resampling=Resampling(60, "basic", seed=trial)))
     expected = np.mean(values)
     assert np.mean([interval.bias for interval in centred]) == pytest.approx(expected, rel=0.15)
-    # Percentiles would miss even the distance at hand.
+    # Percentiles would miss even the distance of the given images.
     assert all(interval.low + interval.bias > interval.estimate for interval in centred)
     assert sum(interval.low <= expected <= interval.high for interval in centred) >= 9
     assert np.mean([(interval.low + interval.high) / 2 for interval in basic]) == pytest.approx(0, abs=0.25 * expected)

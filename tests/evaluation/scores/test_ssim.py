@@ -65,17 +65,17 @@ def test_the_definition_window_by_window(shape: tuple[int, ...]) -> None:
 
 def test_it_is_symmetric_and_independent_of_batch_and_scale() -> None:
     a, b = random_images((40, 9, 9, 1), 1), random_images((40, 9, 9, 1), 2)
-    found = ssim(a, b, 255)
-    np.testing.assert_allclose(ssim(b, a, 255), found, rtol=1e-13)
-    assert (np.concatenate([ssim(a[i : i + 1], b[i : i + 1], 255) for i in range(40)]) == found).all()
-    np.testing.assert_allclose(ssim(a * (16 / 255), b * (16 / 255), 16), found, rtol=1e-10)
-    assert (found < 0.5).all(), "noise against noise has little in common"
+    result = ssim(a, b, 255)
+    np.testing.assert_allclose(ssim(b, a, 255), result, rtol=1e-13)
+    assert (np.concatenate([ssim(a[i : i + 1], b[i : i + 1], 255) for i in range(40)]) == result).all()
+    np.testing.assert_allclose(ssim(a * (16 / 255), b * (16 / 255), 16), result, rtol=1e-10)
+    assert (result < 0.5).all(), "noise against noise has little in common"
 
 
 def test_more_noise_is_less_similar() -> None:
     clean, noise = random_images((4, 32, 32, 1), 0).astype(float), np.random.default_rng(1).normal(size=(4, 32, 32, 1))
-    found = [float(ssim(clean, clean + scale * noise, 255).mean()) for scale in (0, 1, 10, 50)]
-    assert found == sorted(found, reverse=True)
+    result = [float(ssim(clean, clean + scale * noise, 255).mean()) for scale in (0, 1, 10, 50)]
+    assert result == sorted(result, reverse=True)
 
 
 @pytest.mark.parametrize(("side", "window"), [(1, 1), (2, 1), (3, 3), (8, 7), (10, 9), (11, 11), (12, 11), (256, 11)])
