@@ -22,7 +22,7 @@ from ditmoe_cli.model.walk import resident_blocks
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=[None, "nf4"])
+@pytest.fixture(scope="module", params=[None, "int3-g64", "nf4"])
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pico: Callable[..., Pico]
 ) -> Checkpoint:
