@@ -101,6 +101,15 @@ def up(module: str) -> str:
     return f"{module.rpartition('/')[0]}.py"
 
 
+@pytest.mark.parametrize("name", ["contributing.md", "design.md"])
+def test_names_in_pages_about_the_code_are_in_the_code(name: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "docs" / name).read_text(), flags=re.S)
+    named = set(re.findall(r"`([A-Za-z_]\w+)(?:\([^`]*\))?`", text))
+    files = [file for folder in ("ditmoe_cli", "tests", "examples") for file in (ROOT / folder).rglob("*.py")]
+    words = {word for file in (*files, ROOT / "pyproject.toml") for word in re.findall(r"\w+", file.read_text())}
+    assert named and not named - words
+
+
 def drawn_tree() -> list[str]:
     """The paths of the tree in design.md; those of folders end in a slash."""
     block = (ROOT / "docs" / "design.md").read_text().partition("    ditmoe_cli/\n")[2].partition("\n\n")[0]
