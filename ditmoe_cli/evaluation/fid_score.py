@@ -136,7 +136,7 @@ def score(sides: ScoredSides, extraction: Extraction, request: Request, bar: Pro
         paired=paired,
         paired_features=features,
         interval=_interval(compared, request.resamples, bar) if request.resamples else None,
-        scores={key: value for name in request.scores for key, value in _SCORES[name](compared).items()},
+        scores={key: value for name in request.scores for key, value in SCORES[name](compared).items()},
         conditions={
             "extractor": extraction.description,
             "convention": request.convention if compared.inception or request.scores else None,
@@ -262,7 +262,7 @@ def _infinite_distance(compared: _Compared) -> dict[str, Any]:
     return {"fid_infinity" if compared.inception else "frechet_infinity": asdict(line)}
 
 
-_SCORES: Mapping[str, Callable[[_Compared], dict[str, Any]]] = {
+SCORES: Mapping[str, Callable[[_Compared], dict[str, Any]]] = {
     "sfid": _spatial_distance,
     "is": _inception_score,
     "pr": _precision_recall,

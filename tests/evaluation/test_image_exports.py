@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.evaluation import image_exports
 from ditmoe_cli.evaluation.image_exports import write_adm_npz, write_png_folder
 from ditmoe_cli.evaluation.images import read_images
 
@@ -39,6 +40,15 @@ def test_a_folder_comes_back_as_it_was(tmp_path: Path, channels: int, mode: str)
     for file in (tmp_path / "out").iterdir():
         with Image.open(file) as image:
             assert (image.format, image.mode) == ("PNG", mode)
+
+
+def test_names_take_the_digits_of_the_last_one_so_that_they_sort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_exports, "DIGITS", 1)
+    write_png_folder(tmp_path / "out", random(11))
+    assert names(tmp_path / "out") == [f"{i:02d}.png" for i in range(11)]
+    assert (read_images(tmp_path / "out").images == random(11)).all()
 
 
 def test_an_empty_folder_is_written_into(tmp_path: Path) -> None:

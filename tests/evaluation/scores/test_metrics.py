@@ -9,13 +9,13 @@ import pytest
 
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.evaluation.features.extractors import EXTRAS
-from ditmoe_cli.evaluation.fid_score import _SCORES
+from ditmoe_cli.evaluation.fid_score import SCORES
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS
 from ditmoe_cli.evaluation.scores.metrics import METRICS, Request, offered_by, parse_scores
 
 
 def test_every_metric_is_computed_and_takes_activations_that_there_are() -> None:
-    assert METRICS.keys() == _SCORES.keys()
+    assert METRICS.keys() == SCORES.keys()
     for convention in CONVENTIONS.values():
         kinds = [kind for metric in METRICS.values() for kind in metric.activations(convention)]
         assert set(kinds) <= set(EXTRAS)
