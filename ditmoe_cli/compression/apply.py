@@ -1,7 +1,7 @@
-"""Plans carried out: the one function that writes compressed checkpoints.
+"""Application of plans: the one function that writes compressed checkpoints.
 
-Weights that rest on calibration data are computed first, a block at a time, into a temporary folder. Then the output,
-which is known from headers (`planned_output`), is written, one tensor in memory at a time.
+Weights that depend on calibration data are computed first, a block at a time, into a temporary folder. Then the output,
+whose layout is known from headers (`planned_output`), is written with one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SMALL = 256  # bytes
 
 @dataclass(frozen=True)
 class Measured:
-    """Errors that were measured while weights were computed.
+    """Errors measured while weights were computed.
 
     Attributes:
         refit_error: each block's held-out error after refitting over that before; empty where none was refitted.
@@ -40,7 +40,7 @@ class Measured:
     top_k_agreement: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, float | list[float]]:
-        """Return the errors that were measured, by name."""
+        """Return the measured errors by name."""
         result: dict[str, float | list[float]] = {}
         if self.refit_error:
             result["refit_error"] = list(self.refit_error)
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Applied:
-    """The bytes that were written, and the errors that were measured."""
+    """The number of bytes written, and the measured errors."""
 
     bytes: int
     measured: Measured
@@ -65,11 +65,11 @@ def apply(
     profile: RoutingProfile | None = None,
     device: str = "cpu",
 ) -> Applied:
-    """Write the result of applying `plan` to `checkpoint` (None: a copy in safetensors).
+    """Write the result of applying `plan` to `checkpoint`; without a plan, a copy in safetensors.
 
-    One weight is in memory at a time; where weights are computed, one block's and the calibration tokens, on
-    `device`. `profile` is the one that such a plan was made with. Raises what `planned_output` raises, `BadInputError`
-    for NaN or infinite weights and for a profile that is missing or another one, and `OutputExistsError`.
+    One weight is in memory at a time; where weights are computed, the weights of one block and the calibration tokens,
+    on `device`. A plan that computes weights needs the `profile` that it was made with. Raises what `planned_output`
+    raises, `BadInputError` for NaN or infinite weights and for a missing or different profile, and `OutputExistsError`.
     """
     if plan is not None and not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
@@ -136,7 +136,7 @@ def _write(
 
 
 class _Contents:
-    """The bytes of a planned output, produced one tensor at a time."""
+    """The contents of a planned output, one tensor at a time."""
 
     def __init__(self, checkpoint: Checkpoint, planned: PlannedOutput, spool: Spool | None) -> None:
         self.checkpoint, self.spool = checkpoint, spool
@@ -161,7 +161,7 @@ class _Contents:
                 return self.spool.read(name)
 
     def _member(self, name: str, packed: Packed) -> memoryview:
-        """Return a member of a quantised weight; all are packed when the first is asked for."""
+        """Return a member of a quantised weight; the first call packs all its members."""
         from ditmoe_cli.files.reader import tensor_bytes
 
         if name not in self.waiting:

@@ -1,4 +1,4 @@
-"""How many experts a block keeps: a ratio or a count. Torch-free."""
+"""The number of experts that a block keeps, as a ratio or a count. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ditmoe_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Keep:
-    """How many experts a block keeps: a ratio of those it has, a count, or (neither) those that keep neurons."""
+    """The number of experts that a block keeps: a ratio of its experts, a count, or (neither) all that keep neurons."""
 
     ratio: float | None = None
     count: int | None = None
 
     @property
     def auto(self) -> bool:
-        """Whether experts go that are left without neurons, and no others."""
+        """Whether only experts without remaining neurons are dropped."""
         return self.ratio is None and self.count is None
 
     def of(self, experts: int) -> int:
-        """Return the number kept out of `experts`, before neurons are; a ratio is rounded up."""
+        """Return the number kept of `experts`, before any are dropped for lack of neurons; a ratio is rounded up."""
         if self.count is not None:
             return self.count
         return math.ceil((1.0 if self.ratio is None else self.ratio) * experts - 1e-9)

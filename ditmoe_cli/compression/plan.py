@@ -72,14 +72,14 @@ _BLOCK_DEFAULTS = ("shared_width", "constants", "rank")
 
 @dataclass(frozen=True)
 class Repair:
-    """How the weights that stay are fitted, block after block, to the original mixture's output.
+    """The refitting of kept weights, block after block, to the original mixture's output.
 
     Attributes:
-        scale: fit nothing but a factor for each kept expert's output.
-        shared: solve the shared expert's down projection anew, beside those of the routed experts.
+        scale: fit only a factor for each kept expert's output.
+        shared: solve the shared expert's down projection too, beside those of the experts.
         constant: fit a constant to the routing mass that selected rows do not carry.
-        linear: fit a linear map to it, too.
-        tokens: to fit on; 0 for a number that suits the size of the system.
+        linear: fit a linear map to that mass too.
+        tokens: number of tokens to fit on; 0 for a number that suits the size of the system.
     """
 
     scale: bool = False
@@ -91,12 +91,12 @@ class Repair:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights are rounded to their formats: by GPTQ, on calibration states that ran through the blocks below.
+    """The rounding of weights to their formats: by GPTQ, on calibration states that ran through the blocks before.
 
     Attributes:
         method: ``gptq``.
-        tokens: to fit on; 0 for a number that suits the widths.
-        smoothing: if above 0, the channels that enter a mixture are scaled first, by that power of their largest input.
+        tokens: number of tokens to fit on; 0 for a number that suits the widths.
+        smoothing: if above 0, a mixture's input channels are scaled first, by that power of their largest input.
     """
 
     method: Literal["gptq"] = "gptq"
@@ -111,7 +111,7 @@ class Experts:
     Attributes:
         blocks: one entry per block.
         merging: the method by which experts are merged, where some are.
-        repair: how weights are refitted after; None where they are not.
+        repair: refitting of the weights afterwards; None for none.
     """
 
     blocks: tuple[BlockPlan, ...] = ()

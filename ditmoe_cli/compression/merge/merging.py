@@ -20,7 +20,14 @@ from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 @dataclass(frozen=True)
 class Merging(Planner):
-    """What to merge: how many experts each block is left with, how, what becomes of the rows, and the repair."""
+    """The planner of merging.
+
+    Attributes:
+        groups: number of experts that each block keeps.
+        method: name of the method.
+        router: router mode for the rows of merged experts.
+        repair: refitting of the merged weights; None for none.
+    """
 
     groups: Keep
     method: str = DEFAULT_METHODS["merge"]
@@ -35,12 +42,12 @@ class Merging(Planner):
         return f"merge-groups{self.groups}"
 
     def check(self, work: Work) -> None:
-        """Refuse numbers of groups that cannot be, and packed experts, whose weights cannot be computed."""
+        """Raise the errors of impossible numbers of groups, and of packed experts, whose weights cannot be computed."""
         group_counts(work.checkpoint, self)
         require_plain(work.checkpoint)
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
-        """Plan by the profile; see `plan_merge`."""
+        """Return the plan of `plan_merge`."""
         assert profile is not None
         return plan_merge(work.checkpoint, profile, self, work.bar)
 

@@ -25,7 +25,7 @@ from ditmoe_cli.routing.profile import RoutingProfile
 
 @dataclass(frozen=True)
 class NeuronBudget:
-    """How many neurons stay.
+    """The number of neurons to keep.
 
     Attributes:
         ratio: share of all experts' neurons.

@@ -39,21 +39,21 @@ def kept_counts(checkpoint: Checkpoint, keep: Keep) -> list[int]:
 
 @dataclass(frozen=True)
 class Pruning(Planner):
-    """What to prune.
+    """The planner of pruning.
 
     Attributes:
-        keep: experts that stay in each block; with `shared_budget` on average.
-        method: by which the experts are chosen.
-        router: what becomes of the other rows; None for each block's mode of least replayed error.
-        seed: of random choices.
+        keep: experts to keep in each block; with `shared_budget` on average.
+        method: name of the method that chooses experts.
+        router: router mode for the rows of dropped experts; None for each block's mode of least replayed error.
+        seed: seed of random choices.
         shared_budget: spread experts over the blocks by their replayed errors, and neurons over all experts of all
             blocks by their energies.
-        neurons: share of the neurons of experts that stays.
-        multiple: what narrowed widths are multiples of.
+        neurons: share of the experts' neurons to keep.
+        multiple: number that narrowed widths are multiples of.
         narrow_shared: narrow the shared expert too.
         constants: let rows of dropped experts select constants in their place.
-        rank: of the linear maps beside these constants.
-        repair: how what stays is refitted, None for not at all.
+        rank: rank of the linear maps beside these constants.
+        repair: refitting of the kept weights; None for none.
         label: ending of the default output's name.
     """
 

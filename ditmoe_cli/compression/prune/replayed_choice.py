@@ -38,13 +38,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Criterion:
-    """How experts are chosen.
+    """The criterion that chooses experts.
 
     Attributes:
         method: name of the method.
-        router: what becomes of the other rows; None for each block's mode of least replayed error.
+        router: router mode for the rows of dropped experts; None for each block's mode of least replayed error.
         shared_budget: whether blocks share the sum of their counts, so that the sum of their errors is least.
-        seed: of random choices.
+        seed: seed of random choices.
     """
 
     method: str

@@ -46,11 +46,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Refitted:
-    """How a fit went.
+    """The result of a fit.
 
     Attributes:
-        error: error on held-out tokens of a fit to the others, over that of no fit; 1 where nothing was better. Of
-            terms solved one after the other, the product.
+        error: error on held-out tokens of a fit to the others, over that without a fit; 1 where no fit is better. The
+            product of these for terms solved one after the other.
         strengths: ridge strength of each system that was solved.
     """
 
@@ -59,35 +59,34 @@ class Refitted:
 
 
 def refit(original: SparseMoE, changed: SparseMoE, tokens: Tokens, shared: bool) -> Refitted:
-    """Fit `changed` to the output of `original` on `tokens`, in place; `shared`: the shared expert's too.
+    """Fit `changed` to the output of `original` on `tokens`, in place; with `shared` the shared expert too.
 
-    A residual constant and linear map are fitted where `changed` has them. Never worse than before on the held-out
-    tokens.
+    A residual constant and linear map are fitted where `changed` has them. The error on held-out tokens never grows.
     """
     rest = _residuals(original, changed, tokens)
     groups = _groups(_terms(changed, shared))
     fits = [_solve(changed, terms, tokens, rest) for _ in range(SWEEPS if len(groups) > 1 else 1) for terms in groups]
-    made = [found for found in fits if found is not None]
-    return Refitted(math.prod(found.error for found in made), tuple(found.strength for found in made))
+    taken = [each for each in fits if each is not None]
+    return Refitted(math.prod(each.error for each in taken), tuple(each.strength for each in taken))
 
 
 def _solve(moe: SparseMoE, terms: Sequence[Term], tokens: Tokens, rest: Tensor) -> Fit | None:
-    """Fit some terms to what is left (T, D), take their change off it, and return the fit; None for no change."""
+    """Fit terms to the residuals `rest` (T, D), subtract their change from it, and return the fit; None for no fit."""
     size = sum(term.size for term in terms)
     train, held = (Normal.empty(size, rest.shape[1], rest.device) for _ in range(2))
     for rows in chunks(len(rest)):
         parts, out = _features(moe, terms, tokens.inputs[rows]), tokens.held[rows]
-        for sums, mine in ((train, ~out), (held, out)):
-            sums.add([part[mine] for part in parts], rest[rows][mine], tokens.weights[rows][mine])
-    found = fit(train, held)
-    if found is None:
+        for sums, side in ((train, ~out), (held, out)):
+            sums.add([part[side] for part in parts], rest[rows][side], tokens.weights[rows][side])
+    fitted = fit(train, held)
+    if fitted is None:
         return None
-    solution = found.solution.float()
+    solution = fitted.solution.float()
     for rows in chunks(len(rest)):
         rest[rows] -= torch.cat(_features(moe, terms, tokens.inputs[rows]), dim=1) @ solution
     for term, part in zip(terms, torch.split(solution, [term.size for term in terms]), strict=True):
         term.add(part)
-    return found
+    return fitted
 
 
 def _features(moe: SparseMoE, terms: Sequence[Term], inputs: Tensor) -> list[Tensor]:
@@ -127,10 +126,10 @@ def _swiglus(experts: nn.ModuleList) -> Iterator[SwiGLU]:
 def _expert_term(expert: SwiGLU, index: int) -> Term:
     def features(u: Tensor, routing: Routing) -> Tensor:
         gates = routing.gate_of(index)
-        mine = gates > 0
-        found = u.new_zeros(len(u), expert.down_proj.in_features)
-        found[mine] = expert.neurons(u[mine]) * gates[mine].unsqueeze(1)
-        return found
+        selected = gates > 0
+        neurons = u.new_zeros(len(u), expert.down_proj.in_features)
+        neurons[selected] = expert.neurons(u[selected]) * gates[selected].unsqueeze(1)
+        return neurons
 
     return Term(expert.down_proj.in_features, features, _down_adder(expert))
 
