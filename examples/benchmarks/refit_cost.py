@@ -25,6 +25,18 @@ def random_weights(width: int, block: BlockConfig) -> dict[str, torch.Tensor]:
     }
 
 
+def on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory used so far: of the device's allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+
+
 def main() -> None:
     """Refit one block; print seconds and peak memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,8 +44,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--keep", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=20480)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.manual_seed(0)
+    device = torch.device(options.device)
     width, inner = options.width, 4 * options.width
     whole = BlockConfig(options.experts, (inner,) * options.experts, 2 * width)
     kept = BlockConfig(
@@ -46,16 +60,19 @@ def main() -> None:
     blank = {f"moe.residual_{name}": torch.zeros(shapes[f"moe.residual_{name}"]) for name in ("constant", "linear")}
     pruned = {name: tensor for name, tensor in weights.items() if name in shapes}
     tokens = Tokens(
-        torch.randn(options.tokens, width), torch.ones(options.tokens), torch.arange(options.tokens) % 8 == 7
+        torch.randn(options.tokens, width).to(device),
+        torch.ones(options.tokens, device=device),
+        torch.arange(options.tokens, device=device) % 8 == 7,
     )
     with torch.inference_mode():
-        original = mixture_of(weights, config, whole)  # type: ignore[arg-type]
-        changed = mixture_of({**pruned, **blank, "moe.gate.expert_of": selects}, config, kept)  # type: ignore[arg-type]
+        original = mixture_of(on(device, weights), config, whole)  # type: ignore[arg-type]
+        reduced = {**pruned, **blank, "moe.gate.expert_of": selects}
+        changed = mixture_of(on(device, reduced), config, kept)  # type: ignore[arg-type]
         start = time.perf_counter()
-        found = refit(original, changed, tokens, shared=True)
-    seconds, systems = time.perf_counter() - start, len(found.strengths)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{seconds:.0f} s, peak {peak:.1f} GiB, {systems} systems, error {found.error:.3f}")
+        refitted = refit(original, changed, tokens, shared=True)
+        error = refitted.error  # a number: the device is done by then
+    seconds, systems = time.perf_counter() - start, len(refitted.strengths)
+    print(f"{seconds:.1f} s, peak {peak_bytes(device) / 2**30:.1f} GiB, {systems} systems, error {error:.3f}")
 
 
 if __name__ == "__main__":
