@@ -10,10 +10,14 @@ where highspy is installed and its own CBC otherwise; no solver sees more than t
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -235,10 +239,30 @@ def _solved(
     for g, row in rows.items():
         program += pulp.LpAffineExpression(dict.fromkeys(row, 1)) == 1, f"one_{g}"
     program += pulp.LpAffineExpression({taken[cell]: size for cell, size in sizes.items()}) <= room, "budget"
-    program.solve(_program(pulp, name, allowed, time_limit))
+    with _stdout_as_stderr() if name == "highs" else nullcontext():
+        program.solve(_program(pulp, name, allowed, time_limit))
     status = str(pulp.LpSolution[program.sol_status])
     cells = [cell for cell, variable in taken.items() if (variable.varValue or 0) > 0.5]
     return cells, status, program.sol_status == pulp.LpSolutionOptimal
+
+
+@contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """Send what a library prints to stdout to stderr for a while: stdout holds a command's result alone.
+
+    HiGHS prints a banner from C++ when it is made, before it can be silenced. The C library's buffer is emptied too.
+    """
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None
+    sys.stdout.flush()
+    flush(None)
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _program(pulp: Any, name: str, allowed: float, time_limit: float) -> Any:

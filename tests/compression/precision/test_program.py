@@ -517,3 +517,20 @@ def test_groups_without_options_and_negative_bytes_are_refused() -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         solve(*HALF, **arguments)  # type: ignore[arg-type]
+
+
+_PRINTED = """
+from ditmoe_cli.compression.precision.lagrange import Group, Option
+from ditmoe_cli.compression.precision.program import solve
+
+groups = [Group(name, (Option("low", 0, 1.0), Option("high", size, 0.0))) for name, size in (("a", 10), ("b", 7))]
+print(solve(groups, 12, solver=NAME, time_limit=60.0).solver)
+"""
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_solver_prints_nothing_on_stdout(name: ilp.Solver) -> None:
+    """There only a command's result may stand; HiGHS announces itself even where it is silenced."""
+    script = _PRINTED.replace("NAME", repr(name))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{name}\n"
