@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Pico
+from reading import assert_holds
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.reader import open_reader
@@ -21,15 +22,6 @@ CONTAINERS = ["bare", "ema", "model", "module", "state_dict", "train", "deepspee
 @pytest.fixture(scope="module")
 def model(pico: Callable[..., Pico]) -> Pico:
     return pico(experts=12, hidden=16)
-
-
-def assert_holds(path: Path, model: Pico) -> None:
-    header, reader = open_reader(path)
-    assert set(header.tensors) == set(model.state)
-    for name, value in model.state.items():
-        found = reader.tensor(name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

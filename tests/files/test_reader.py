@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import REPOSITORY, Pico
+from reading import assert_holds
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.reader import dtype_code, open_reader, tensor_bytes, torch_dtype
@@ -153,15 +154,6 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 @pytest.fixture(scope="module")
 def model(pico: Callable[..., Pico]) -> Pico:
     return pico(experts=12, hidden=16)
-
-
-def assert_holds(path: Path, model: Pico) -> None:
-    header, reader = open_reader(path)
-    assert set(header.tensors) == set(model.state)
-    for name, value in model.state.items():
-        found = reader.tensor(name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
