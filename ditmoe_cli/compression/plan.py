@@ -191,6 +191,7 @@ _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order
     "rounding": None,
     "ordering": None,
 }
+_SETTINGS = ("repair", "delta", "rounding")  # fields whose values have names of their own
 _COMPARED = ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding", "ordering")
 
 
@@ -420,9 +421,13 @@ def read_plan(path: Path) -> CompressionPlan:
 
 
 def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
-    """Return the lines in which two plans differ, fields as in their JSON; none where they would do the same."""
+    """Return the lines in which two plans differ, field by field of their JSON; none where they would do the same."""
     left, right = a.to_json(), b.to_json()
-    lines = [f"{name}: {left[name]} | {right[name]}" for name in _COMPARED if left[name] != right[name]]
+    lines = [
+        f"{name}: {_shown(name, left[name])} | {_shown(name, right[name])}"
+        for name in _COMPARED
+        if left[name] != right[name]
+    ]
     if len(left["blocks"]) != len(right["blocks"]):
         lines.append(f"blocks: {len(left['blocks'])} | {len(right['blocks'])}")
     pairs = enumerate(zip(left["blocks"], right["blocks"], strict=False))
@@ -433,3 +438,10 @@ def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
         for name in sorted(x.keys() | y.keys())
         if x.get(name) != y.get(name)
     ]
+
+
+def _shown(name: str, value: Any) -> str:
+    """Return a field of a plan's JSON for reading: settings as ``Repair(scale=False, tokens=0)``."""
+    if name not in _SETTINGS or value is None:
+        return str(value)
+    return f"{name.capitalize()}({', '.join(f'{key}={each!r}' for key, each in value.items())})"

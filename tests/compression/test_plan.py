@@ -183,8 +183,8 @@ def test_the_difference_names_what_differs_on_both_sides() -> None:
     assert plan_difference(EXAMPLE, shorter) == ["blocks: 2 | 1"]
     repaired = replace(EXAMPLE, stages=(replace(PRUNED, repair=Repair()), Differences("svd", 0.5), QUANTISED))
     assert plan_difference(EXAMPLE, repaired) == [
-        f"repair: None | {asdict(Repair())}",
-        "delta: None | {'kind': 'svd', 'ratio': 0.5}",
+        f"repair: None | {Repair()}",
+        "delta: None | Delta(kind='svd', ratio=0.5)",
     ]
 
 
