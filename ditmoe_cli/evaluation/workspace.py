@@ -143,9 +143,10 @@ def _acquired(path: Path, notify: Callable[[str], None] | None) -> BaseFileLock:
     """Return the acquired lock of the file at `path`. Raises `BlockingIOError` if taken and `notify` is None."""
     lock = FileLock(path)
     try:
-        return lock.acquire(blocking=False).lock
+        lock.acquire(blocking=False)
     except Timeout:
         if notify is None:
             raise BlockingIOError(f"{path}: another run has the lock") from None
-    notify(f"waiting for another run that has {path}")
-    return lock.acquire().lock
+        notify(f"waiting for another run that has {path}")
+        lock.acquire()
+    return lock
