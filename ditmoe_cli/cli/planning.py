@@ -92,7 +92,7 @@ def preview(job: Job, plan: CompressionPlan | None) -> None:
     result["dry_run"] = True
     result["plan"] = plan.to_json() if plan is not None and plan.decided else None
     rows = [("would write", output.path), *_size_rows(result)]
-    emit(job.printing, job.stage.to_json(result), rows, str(output.path))
+    emit(job.printing, job.stage.to_json(result), rows, str(output.path), editable=True)
 
 
 def write(

@@ -1,8 +1,8 @@
 """Printing of commands: the result on stdout, everything else on stderr.
 
-On a terminal a result is a short table; off a terminal, or with ``--json``, one JSON document; with ``-q`` the bare
-path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's processes only the first
-shows it, and with DITMOE_PROGRESS=0 none does.
+On a terminal, or with ``--text``, a result is a short table; off a terminal, or with ``--json``, one JSON document;
+with ``-q`` the bare path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's
+processes only the first shows it, and with DITMOE_PROGRESS=0 none does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from ditmoe_cli.errors import named
+from ditmoe_cli.errors import UsageError, named
 from ditmoe_cli.processes import under_torchrun
 
 Row = tuple[str, object]
@@ -31,7 +31,17 @@ class JsonPrinting:
     """How a command prints that writes no file."""
 
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on a terminal too.")] = False
+    as_text: Annotated[bool, typer.Option("--text", help="Print tables off a terminal too.")] = False
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.as_json and self.as_text:
+            raise UsageError("--json and --text exclude each other: a result is printed once")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether results are printed for people: with ``--text``, and on a terminal without ``--json``."""
+        return self.as_text or (sys.stdout.isatty() and not self.as_json)
 
 
 @dataclass(frozen=True)
@@ -55,14 +65,19 @@ def with_options(message: str) -> str:
     return named(message, lambda setting: "--" + setting.replace("_", "-"))
 
 
-def emit(printing: JsonPrinting, document: dict[str, Any], rows: Sequence[Row], path: str | None) -> None:
-    """Print a command's result: `document` for programs, `rows` for people, `path` under ``-q``."""
+def emit(
+    printing: JsonPrinting, document: dict[str, Any], rows: Sequence[Row], path: str | None, editable: bool = False
+) -> None:
+    """Print a command's result: `document` for programs, `rows` for people, `path` under ``-q``.
+
+    A document that may be edited, as a plan, is indented; others take one line.
+    """
     if printing.quiet:
         text = path or ""
-    elif printing.as_json or not sys.stdout.isatty():
-        text = json.dumps(document, sort_keys=True)
-    else:
+    elif printing.is_text:
         text = _table(rows)
+    else:
+        text = indented(document) if editable else json.dumps(document, sort_keys=True)
     if text:
         print(text, flush=True)
 
@@ -72,6 +87,22 @@ def _table(rows: Sequence[Row]) -> str:
     width = max((len(label) for label, _ in rows), default=0)
     bold, plain = ("\033[1m", "\033[0m") if _uses_colour(sys.stdout) else ("", "")
     return "\n".join(f"{bold}{label:<{width}}{plain}  {value}" for label, value in rows)
+
+
+def indented(value: object, depth: int = 0, room: int = 100) -> str:
+    """Return JSON for an editor, keys sorted: on one line what fits `room` characters or is a list of plain values."""
+    line = json.dumps(value, sort_keys=True)
+    is_plain_list = isinstance(value, list) and not any(isinstance(each, dict | list) for each in value)
+    if not isinstance(value, dict | list) or is_plain_list or len(line) <= room - 2 * depth:
+        return line
+    inner = "  " * (depth + 1)
+    if isinstance(value, dict):
+        entries = [f"{json.dumps(name)}: {indented(value[name], depth + 1, room)}" for name in sorted(value)]
+        opening, closing = "{}"
+    else:
+        entries = [indented(each, depth + 1, room) for each in value]
+        opening, closing = "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(entries) + f"\n{'  ' * depth}{closing}"
 
 
 def human_bytes(count: float) -> str:

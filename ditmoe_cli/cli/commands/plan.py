@@ -38,7 +38,8 @@ def run(plans: Plans, printing: JsonPrinting) -> None:
     """
     plan, stage = read_plan(plans.file), Stage()
     if plans.other is None:
-        return emit(printing, stage.to_json({"plan": plan.to_json(), "digest": plan.digest}), rows(plan), None)
+        document = stage.to_json({"plan": plan.to_json(), "digest": plan.digest})
+        return emit(printing, document, rows(plan), None, editable=True)
     lines = plan_difference(plan, read_plan(plans.other))
     result = {"same": not lines, "differences": lines}
     return emit(printing, stage.to_json(result), [("differs", line) for line in lines] or [("same", "yes")], None)

@@ -167,8 +167,8 @@ def write(report: ProfileReport, to: ReportFiles, profile: Path) -> None:
 
 
 def show(printing: Printing, document: dict[str, Any], report: ProfileReport, to: ReportFiles) -> None:
-    """Print the essentials: tables on a terminal, else the envelope."""
-    if printing.quiet or printing.as_json or not sys.stdout.isatty():
+    """Print the essentials: tables for people, else the envelope."""
+    if printing.quiet or not printing.is_text:
         emit(printing, document, (), to.path)
         return
     from rich.console import Console
