@@ -47,7 +47,7 @@ def run_planner(planner: Planner, planning: Planning, source: Source, to: Destin
     checkpoint = open_stage(stage)
     output = to.at(checkpoint.path, planner.label)
     job = Job(planner.command, stage, checkpoint, output, printing)
-    work = Work(checkpoint, output, lambda: checked_device(planning.device), progress)
+    work = Work(checkpoint, output, lambda: checked_device(planning.device), progress, note)
     plan, profile = choose(planner, work, planning.profile_for(stage), to.dry_run)
     if to.dry_run:
         return preview(job, plan)

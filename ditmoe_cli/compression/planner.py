@@ -26,12 +26,14 @@ class Work:
         output: where the result will be written.
         device: returns the device to measure on, checked; only planners that measure call it, since it takes torch.
         bar: shows progress.
+        note: tells the user what a plan would not show.
     """
 
     checkpoint: Checkpoint
     output: Output
     device: Callable[[], str]
     bar: ProgressBar
+    note: Callable[[str], None] = lambda _: None
 
 
 class Planner(Protocol):

@@ -28,6 +28,7 @@ def choose(request: MixRequest, calibrated: Calibrated) -> SolvedMix:
     first_trial = try_formats(calibrated, first.formats)
     second = solve_mix(request, sensitivities.at(first_trial.amplification).errors, least)
     second_trial = try_formats(calibrated, second.formats)
+    failures = tuple(dict.fromkeys((*first.failures, *second.failures)))
     if second_trial.error <= first_trial.error:
-        return replace(second, tried_error=second_trial.error)
-    return replace(first, tried_error=first_trial.error)
+        return replace(second, tried_error=second_trial.error, failures=failures)
+    return replace(first, tried_error=first_trial.error, failures=failures)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ditmoe_cli.compression.plan import Ordering
 from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix_request import MixRequest
-from ditmoe_cli.compression.precision.program import Solution, solve
+from ditmoe_cli.compression.precision.program import Solution, solve, solver_named
 from ditmoe_cli.errors import InfeasibleError, UsageError
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
@@ -30,16 +30,18 @@ class Mix:
         formats: the format of each weight that gets one.
         tried_error: error of the guided prediction with all weights rounded at once; None where it was not measured.
         ordering: the order that neurons are put in first (`Formats.ordering` of the plan).
+        failures: solvers that gave no proof (`Solution.failures`).
     """
 
     formats: Mapping[str, str]
     tried_error: float | None = field(default=None, kw_only=True)
     ordering: Ordering | None = field(default=None, kw_only=True)
+    failures: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def options(self) -> dict[str, Any]:
         """Figures of the choice itself, for the options of a plan."""
-        return {}
+        return {"solver": solver_named("fallback", self.failures)} if self.failures else {}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class SolvedMix(Mix):
             "predicted_error": solution.error,
             "bound": solution.bound,
             "gap": solution.gap,
-            "solver": solution.solver,
+            "solver": solver_named(solution.solver, self.failures),
         }
 
 
@@ -84,7 +86,7 @@ def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
     def mix_within(budget: int) -> SolvedMix:
         solution = solve(groups, budget, time_limit=_SECONDS)
         formats = _formats(request, groups, solution.choice)
-        return SolvedMix(formats, solution, request.size(formats))
+        return SolvedMix(formats, solution, request.size(formats), failures=solution.failures)
 
     return fitted(mix_within, lambda mix: mix.size, request.limit, narrowest, request.limit - least)
 

@@ -50,6 +50,8 @@ class MixedPrecision(Planner):
         assert profile is not None
         calibrated = Calibrated(work.checkpoint, profile, work.device(), work.bar)
         mix = MIXES[self.method].choose(self._request(work), calibrated)
+        for failure in mix.failures:
+            work.note(f"warning: a solver of the mix gave no proof ({failure}); the plan names it beside its gap")
         tried_error = mix.tried_error
         if tried_error is None:
             tried_error = try_formats(calibrated, mix.formats).error

@@ -13,12 +13,16 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from ditmoe_cli.compression.precision.knapsack import exact
@@ -52,6 +56,7 @@ _ROUNDING = 1e-12
 _COST_SCALE = 1024.0
 # How far a solver's proof may be off, in those costs.
 _TOLERANCE = 1e-4
+_MISSING = "not installed"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Solution:
         gap: (error - bound) / error, 0 where error is 0.
         solver: ``highs`` or ``cbc`` where that solver proved its choice or had the better one, ``exact`` where none did
             and all sums were listed (`knapsack`), else ``lagrange``.
+        failures: solvers that gave no proof, each with its reason, as ``cbc: PermissionError: ...``. HiGHS that is not
+            installed is no failure.
     """
 
     choice: tuple[int, ...]
@@ -75,6 +82,16 @@ class Solution:
     bound: float
     gap: float
     solver: str
+    failures: tuple[str, ...] = ()
+
+
+def solver_named(solver: str, failures: Sequence[str]) -> str:
+    """Return a solver's name for plans, with the solvers that failed before it and the kinds of their failures.
+
+    Only kinds are named, since messages hold the paths of a machine, and plans of equal work should be equal.
+    """
+    kinds = ", ".join(": ".join(failure.split(": ")[:2]) for failure in failures)
+    return f"{solver} (no proof by {kinds})" if failures else solver
 
 
 def solve(
@@ -120,26 +137,31 @@ def solve(
     if solver == "lagrange" or fallback.gap <= _ROUNDING:
         return fallback
     statuses: list[str] = []
+    failures: list[str] = []
     names, started = _PROGRAMS[solver], time.monotonic()
     for n, name in enumerate(names):
         remaining = time_limit - (time.monotonic() - started)
         seconds = max(time_limit / len(names), remaining / (len(names) - n))
         outcome = _run(name, groups, core, budget, gap * bound / 2, seconds)
         statuses.append(f"{name}: {outcome.status}")
+        if not outcome.proved and (name, outcome.status) != ("highs", _MISSING):
+            failures.append(statuses[-1])
         if outcome.choice is None:
             continue
         improved = improve(groups, budget, outcome.choice)
         choice = min((improved, incumbent), key=lambda each: (error_of(groups, each), bytes_of(groups, each), each))
         if outcome.proved:
-            return _solution(groups, choice, max(bound, error_of(groups, outcome.choice) - outcome.slack), name)
+            proved = max(bound, error_of(groups, outcome.choice) - outcome.slack)
+            return replace(_solution(groups, choice, proved, name), failures=tuple(failures))
         if choice != incumbent:
             incumbent, fallback = choice, _solution(groups, choice, bound, name)
     if fallback.gap <= max(gap, FALLBACK_GAP):
-        return fallback
+        return replace(fallback, failures=tuple(failures))
     best = exact(groups, core, budget, multiplier, upper - bound) if solver == "auto" else None
     if best is not None:
         choice = min((best, incumbent), key=lambda each: error_of(groups, each))
-        return _solution(groups, choice, error_of(groups, choice) * (1 - _ROUNDING), "exact")
+        listed = _solution(groups, choice, error_of(groups, choice) * (1 - _ROUNDING), "exact")
+        return replace(listed, failures=tuple(failures))
     raise InfeasibleError(
         f"the formats could not be chosen ({'; '.join(statuses)}): the best choice found may be {fallback.gap:.2g} of "
         f"its error from the optimum, more than {max(gap, FALLBACK_GAP):.2g}; give more time or another solver"
@@ -205,8 +227,8 @@ def _run(
                 math.ldexp(allowed, power),
                 time_limit,
             )
-    except ImportError:
-        return _Outcome(None, "not installed")
+    except ModuleNotFoundError:
+        return _Outcome(None, _MISSING)
     except Exception as error:  # whatever fails in a solver, the Lagrangian's choice remains
         return _Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0])
     choice = [options[0] for options in core]
@@ -239,8 +261,11 @@ def _solved(
     for g, row in rows.items():
         program += pulp.LpAffineExpression(dict.fromkeys(row, 1)) == 1, f"one_{g}"
     program += pulp.LpAffineExpression({taken[cell]: size for cell, size in sizes.items()}) <= room, "budget"
-    with _stdout_as_stderr() if name == "highs" else nullcontext():
-        program.solve(_program(pulp, name, allowed, time_limit))
+    if name == "highs":
+        with _stdout_as_stderr():
+            program.solve(_program(pulp, name, allowed, time_limit))
+    else:
+        _run_cbc(program, _program(pulp, name, allowed, time_limit))
     status = str(pulp.LpSolution[program.sol_status])
     cells = [cell for cell, variable in taken.items() if (variable.varValue or 0) > 0.5]
     return cells, status, program.sol_status == pulp.LpSolutionOptimal
@@ -276,5 +301,39 @@ def _program(pulp: Any, name: str, allowed: float, time_limit: float) -> Any:
         limits = {"gapRel": 0.0, "gapAbs": allowed, "timeLimit": time_limit}
         program = pulp.PULP_CBC_CMD(msg=False, threads=1, options=seeds, **limits)
     if not program.available():
-        raise ImportError(f"{name} is not installed")
+        raise _unavailable(name, program)
     return program
+
+
+def _unavailable(name: str, program: Any) -> Exception:
+    """Return the error of a solver that cannot run: `ModuleNotFoundError` where it is not installed."""
+    if name == "highs" and find_spec("highspy") is not None:
+        try:
+            import_module("highspy")
+        except Exception as error:  # a library that does not load, whatever it raises
+            return error
+    if name == "cbc" and os.path.exists(program.path):
+        return PermissionError(f"{program.path} is not executable")
+    return ModuleNotFoundError(name)
+
+
+def _run_cbc(program: Any, solver: Any) -> None:
+    """Run CBC on a program and assign the values that it finds to the program's variables.
+
+    PuLP would split the command at blanks, and so at those of a temporary folder. Here CBC works inside a folder of its
+    own, and its files have names without one. Raises `OSError` where it does not run or ends without an answer.
+    """
+    with TemporaryDirectory(prefix="ditmoe-") as folder:
+        model, answer = (os.path.join(folder, name) for name in ("model.mps", "answer.sol"))
+        variables, names, rows, _ = program.writeMPS(model, rename=1)
+        options = " ".join(f"-{option}" for option in [*solver.options, *solver.getOptions()]).split()
+        words = ["model.mps", "-sec", str(solver.timeLimit), *options]
+        words += ["-solve", "-printingOptions", "all", "-solution", "answer.sol"]
+        command = [os.path.abspath(solver.path), *words]
+        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode or not os.path.exists(answer):
+            told = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+            raise OSError(f"cbc ended with code {done.returncode}: {told[-1][:160] if told else 'it said nothing'}")
+        status, values, _, _, _, ended = solver.readsol_MPS(answer, program, variables, names, rows)
+        program.assignVarsVals(values)
+        program.assignStatus(status, ended)

@@ -8,9 +8,12 @@ import math
 import random
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +33,7 @@ from ditmoe_cli.compression.precision.lagrange import (
     undominated,
     usable,
 )
-from ditmoe_cli.compression.precision.program import Solution, solve
+from ditmoe_cli.compression.precision.program import Solution, solve, solver_named
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 
 HAS_HIGHS = importlib.util.find_spec("highspy") is not None
@@ -371,7 +374,8 @@ def test_a_failing_solver_leaves_the_lagrangian_choice(monkeypatch: pytest.Monke
     names = program_that(monkeypatch, crash)
     solution = solve(groups, budget)
     assert names == ["highs", "cbc"]
-    assert solution == solve(groups, budget, solver="lagrange")
+    assert solution.failures == tuple(f"{name}: OSError: cannot execute" for name in names)
+    assert replace(solution, failures=()) == solve(groups, budget, solver="lagrange")
     assert 0 < solution.gap <= ilp.FALLBACK_GAP
     assert solution.bound <= optimum_by_table(groups, budget) <= solution.error
 
@@ -390,6 +394,7 @@ def test_a_solver_that_ends_without_a_proof_leaves_time_for_the_next(monkeypatch
     assert given[0][1] == pytest.approx(4.0, abs=0.5)
     assert given[1][1] == pytest.approx(8.0, abs=0.5), "of which highs took nothing"
     assert (solution.choice, solution.solver) == ((0, 1), "cbc")
+    assert solution.failures == ("highs: Solution Found",)
     assert solution.gap <= 1e-4
 
 
@@ -449,6 +454,71 @@ def test_without_highspy_auto_takes_cbc(monkeypatch: pytest.MonkeyPatch) -> None
     assert solution.solver == "cbc" and solution == solve(*HALF, time_limit=PATIENT, solver="cbc")
     with pytest.raises(InfeasibleError, match="highs: not installed"):
         solve(*HALF, solver="highs")
+
+
+ODD = (random_groups(4, 60, None, largest=150), between(random_groups(4, 60, None, largest=150), 0.5))
+
+
+@pytest.mark.parametrize("name", ["a folder", "it's", "-x -y", "ünï"])
+def test_cbc_runs_whatever_the_temporary_folder_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    plain = solve(*ODD, time_limit=PATIENT, solver="cbc")
+    for variable in ("TMPDIR", "TMP"):
+        monkeypatch.setenv(variable, str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert solve(*ODD, time_limit=PATIENT, solver="cbc") == plain
+    assert (plain.solver, plain.failures) == ("cbc", ())
+    assert not list(folder.iterdir()), "nothing is left there"
+
+
+def cbc_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PuLP's CBC be the file `path`."""
+    import pulp
+
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", str(path))
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "kind"),
+    [
+        (None, 0, "not installed"),
+        ("#!/bin/sh\n", 0o644, "PermissionError"),
+        ("#!/bin/sh\necho broken >&2\nexit 3\n", 0o755, "OSError"),
+        ("#!/bin/sh\n", 0o755, "OSError"),
+        ("#!/no/such/shell\n", 0o755, "FileNotFoundError"),
+    ],
+    ids=["missing", "not executable", "failing", "silent", "without interpreter"],
+)
+def test_a_solver_that_cannot_run_is_named(
+    script: str | None, mode: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is not None:
+        (tmp_path / "cbc").write_text(script)
+        (tmp_path / "cbc").chmod(mode)
+    if not HAS_HIGHS or kind == "not installed":
+        monkeypatch.setattr(ilp, "_PROGRAMS", {**ilp._PROGRAMS, "auto": ("cbc",)})
+    cbc_at(tmp_path / "cbc", monkeypatch)
+    found = solve(*ODD, time_limit=PATIENT, solver="cbc")
+    (failure,) = found.failures
+    assert failure.startswith(f"cbc: {kind}")
+    assert (found.solver, solver_named(found.solver, found.failures)) == (
+        "lagrange",
+        f"lagrange (no proof by cbc: {kind})",
+    ), "no path of this machine"
+
+
+@pytest.mark.skipif(HAS_HIGHS, reason="highspy is installed")
+def test_a_highs_that_does_not_load_is_named_and_one_that_is_missing_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert solve(*HALF, time_limit=PATIENT).failures == ()
+    (tmp_path / "highspy.py").write_text("raise ImportError('libhighs.so: wrong ELF class')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = solve(*HALF, time_limit=PATIENT)
+    assert (found.solver, found.failures) == ("cbc", ("highs: ImportError: libhighs.so: wrong ELF class",))
 
 
 @pytest.mark.skipif(not HAS_HIGHS, reason="highspy is not installed")

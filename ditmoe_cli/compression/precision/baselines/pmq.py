@@ -63,16 +63,18 @@ def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
     blocks = _groups(request, members, widths, _costs(request, calibrated, members, widths))
     order = list(members)
 
-    def formats_of(budget: int) -> dict[str, str]:
+    def mix_of(budget: int) -> Mix:
         budgets = shares(blocks, budget)
         chosen = [block_choice(groups, own, widths) for groups, own in zip(blocks, budgets, strict=True)]
-        chosen_widths = [widths[o] for choice in chosen for o in choice]
+        chosen_widths = [widths[o] for solution in chosen for o in solution.choice]
         parts = (request.formats_at(members[expert], width) for expert, width in zip(order, chosen_widths, strict=True))
-        return {**fixed, **{name: fmt for part in parts for name, fmt in part.items()}}
+        formats = {**fixed, **{name: fmt for part in parts for name, fmt in part.items()}}
+        failures = dict.fromkeys(failure for solution in chosen for failure in solution.failures)
+        return Mix(formats, failures=tuple(failures))
 
     room = request.limit - request.size(fixed, request.formats_at(experts, widths[0]))
     narrowest = sum(group.options[0].bytes for groups in blocks for group in groups)
-    return Mix(fitted(formats_of, request.size, request.limit, narrowest, room))
+    return fitted(mix_of, lambda mix: request.size(mix.formats), request.limit, narrowest, room)
 
 
 def _members(request: MixRequest) -> dict[Expert, list[str]]:
@@ -179,13 +181,13 @@ def shares(blocks: Sequence[Sequence[Group]], budget: int) -> list[int]:
     return [low + spare * (high - low) // room for low, high in zip(least, most, strict=True)]
 
 
-def block_choice(groups: Sequence[Group], budget: int, widths: Sequence[str]) -> tuple[int, ...]:
-    """Return the width of each of a block's experts, of least cost within `budget` bytes, as indices of `widths`.
+def block_choice(groups: Sequence[Group], budget: int, widths: Sequence[str]) -> Solution:
+    """Return the widths of a block's experts, of least cost within `budget` bytes, as indices of `widths`.
 
     Each of the two widest is given to at least one expert, unless that does not fit or there is one expert only.
     """
     demands = range(len(widths))[-2:] if len(groups) > 1 else ()
-    return (_least(groups, budget, demands, {}) or solve(groups, budget)).choice
+    return _least(groups, budget, demands, {}) or solve(groups, budget)
 
 
 def _least(groups: Sequence[Group], budget: int, demands: Sequence[int], fixed: Mapping[int, int]) -> Solution | None:

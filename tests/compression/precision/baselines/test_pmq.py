@@ -142,7 +142,7 @@ def test_a_blocks_choice_is_the_best_that_meets_the_demands(experts: int, seed: 
     groups = drawn_groups(experts, seed)
     least = sum(group.options[0].bytes for group in groups)
     budget = least + int(2 * least * share)
-    chosen = pmq.block_choice(groups, budget, ("1", "2", "3"))
+    chosen = pmq.block_choice(groups, budget, ("1", "2", "3")).choice
 
     def sums(choice: tuple[int, ...]) -> tuple[float, int]:
         taken = [group.options[o] for group, o in zip(groups, choice, strict=True)]
