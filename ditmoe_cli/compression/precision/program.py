@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -312,7 +313,7 @@ def _unavailable(name: str, program: Any) -> Exception:
             import_module("highspy")
         except Exception as error:  # a library that does not load, whatever it raises
             return error
-    if name == "cbc" and os.path.exists(program.path):
+    if name == "cbc" and Path(program.path).exists():
         return PermissionError(f"{program.path} is not executable")
     return ModuleNotFoundError(name)
 
@@ -324,16 +325,16 @@ def _run_cbc(program: Any, solver: Any) -> None:
     own, and its files have names without one. Raises `OSError` where it does not run or ends without an answer.
     """
     with TemporaryDirectory(prefix="ditmoe-") as folder:
-        model, answer = (os.path.join(folder, name) for name in ("model.mps", "answer.sol"))
-        variables, names, rows, _ = program.writeMPS(model, rename=1)
+        model, answer = Path(folder, "model.mps"), Path(folder, "answer.sol")
+        variables, names, rows, _ = program.writeMPS(str(model), rename=1)
         options = " ".join(f"-{option}" for option in [*solver.options, *solver.getOptions()]).split()
-        words = ["model.mps", "-sec", str(solver.timeLimit), *options]
-        words += ["-solve", "-printingOptions", "all", "-solution", "answer.sol"]
-        command = [os.path.abspath(solver.path), *words]
+        words = [model.name, "-sec", str(solver.timeLimit), *options]
+        words += ["-solve", "-printingOptions", "all", "-solution", answer.name]
+        command = [str(Path(solver.path).absolute()), *words]
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        if done.returncode or not os.path.exists(answer):
+        if done.returncode or not answer.exists():
             told = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
             raise OSError(f"cbc ended with code {done.returncode}: {told[-1][:160] if told else 'it said nothing'}")
-        status, values, _, _, _, ended = solver.readsol_MPS(answer, program, variables, names, rows)
+        status, values, _, _, _, ended = solver.readsol_MPS(str(answer), program, variables, names, rows)
         program.assignVarsVals(values)
         program.assignStatus(status, ended)
