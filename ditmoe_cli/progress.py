@@ -1,19 +1,108 @@
-"""The interface of progress bars: long work reports to one, whether or not anything is shown."""
+"""Progress of long work: code announces its phases, and whoever watches shows them.
+
+A function that may take seconds says so, however far below the command it stands::
+
+    with phase(f"measuring {path.name}", config.depth, "blocks") as progress:
+        for block in blocks:
+            with phase("rounding", len(matrices), "matrices", share=0.8) as inner:
+                for matrix in matrices:
+                    ...
+                    inner(1)
+            progress(1)
+
+A phase within a phase is a part of it: the watcher is told of the outer one, and reads the parts off it. Nobody watches
+until `watched_by` says who, nor in other threads; then a step costs an addition.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 
-Progress = Callable[[int], None]
-"""Advance a bar by a number of units."""
+BYTES = "bytes"
+"""The unit of phases that read or write; shown as kB, MB and GB."""
 
-ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
-"""Open a bar with a title and a total number of units; it is closed when the context ends."""
+
+@dataclass
+class Phase:
+    """Work under way. Called with a number of units, it counts them as done.
+
+    Attributes:
+        title: what is done to what, such as ``measuring x.pt``.
+        total: how many units there are; 0 where nobody knows.
+        unit: what is counted, in the plural.
+        start: how many of them an earlier run had done.
+        share: for a part: how much of one unit of the phase around it is this part, 0 (unknown) to 1.
+        done: how many are done, `start` included.
+        inner: the part under way.
+        behind: the shares of the parts of the current unit that are behind.
+    """
+
+    title: str
+    total: int = 0
+    unit: str = ""
+    start: int = 0
+    share: float = 0.0
+    done: int = 0
+    inner: Phase | None = None
+    behind: float = 0.0
+
+    def __call__(self, done: int) -> None:
+        """Count `done` more units as done."""
+        self.done += done
+        self.behind = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How much is done, from 0 to 1: (done + shares of the parts behind + share of the part under way) / total."""
+        if not self.total:
+            return 0.0
+        inner = self.inner
+        within = self.behind + (inner.share * inner.fraction if inner else 0.0)
+        return min(1.0, (self.done + min(1.0, within)) / self.total)
+
+
+Watcher = Callable[[Phase], AbstractContextManager[None]]
+"""Show a phase while the context lasts; an exception that ends it is the phase's."""
+
+
+def _nobody(_: Phase) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+_watcher: ContextVar[Watcher] = ContextVar("watcher", default=_nobody)
+_current: ContextVar[Phase | None] = ContextVar("current", default=None)
 
 
 @contextmanager
-def silent_bar(title: str, total: int) -> Iterator[Progress]:
-    """Yield a `Progress` that shows nothing."""
-    del title, total
-    yield lambda _: None
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Have `watcher` show the phases of this thread while the context lasts."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+@contextmanager
+def phase(title: str, total: int = 0, unit: str = "", *, start: int = 0, share: float = 0.0) -> Iterator[Phase]:
+    """Announce a phase, or a part of the one under way, that lasts as long as the context; see `Phase`."""
+    outer, new = _current.get(), Phase(title, total, unit, start, share, done=start)
+    token = _current.set(new)
+    try:
+        with _watcher.get()(new) if outer is None else _part(outer, new):
+            yield new
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def _part(outer: Phase, part: Phase) -> Iterator[None]:
+    outer.inner = part
+    try:
+        yield
+    finally:
+        outer.inner = None
+        outer.behind += part.share

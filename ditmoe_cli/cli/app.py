@@ -18,9 +18,11 @@ from typer.core import TyperCommand
 
 from ditmoe_cli import __version__
 from ditmoe_cli.cli.groups import spliced
+from ditmoe_cli.cli.progress_display import shown
 from ditmoe_cli.cli.terminal import with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.processes import under_torchrun
+from ditmoe_cli.progress import watched_by
 
 # each is a module of `ditmoe_cli.cli.commands`
 COMMANDS = {
@@ -123,7 +125,8 @@ def _leave(code: int) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run the program on arguments and return its exit code; errors become one line on stderr."""
     try:
-        code = _invoke(arguments)
+        with watched_by(shown):
+            code = _invoke(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:

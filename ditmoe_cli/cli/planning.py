@@ -9,7 +9,7 @@ from typing import Any
 
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.stage import Stage, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note, progress
+from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.compression.output import planned_output
@@ -47,7 +47,7 @@ def run_planner(planner: Planner, planning: Planning, source: Source, to: Destin
     checkpoint = open_stage(stage)
     output = to.at(checkpoint.path, planner.label)
     job = Job(planner.command, stage, checkpoint, output, printing)
-    work = Work(checkpoint, output, lambda: checked_device(planning.device), progress, note)
+    work = Work(checkpoint, output, lambda: checked_device(planning.device), note)
     plan, profile = choose(planner, work, planning.profile_for(stage), to.dry_run)
     if to.dry_run:
         return preview(job, plan)
@@ -78,7 +78,7 @@ def _valid_profile(work: Work, given: Path | None) -> RoutingProfile:
     """Return a valid profile, making one beside the output where none is given; refuses a bad output before that."""
     path = work.output.path
     check_target(path, work.output.force, [work.checkpoint.path, *([given] if given and given.is_file() else [])])
-    return valid_profile(work.checkpoint, given, path.parent, work.device, work.bar, note)
+    return valid_profile(work.checkpoint, given, path.parent, work.device, note)
 
 
 def preview(job: Job, plan: CompressionPlan | None) -> None:
@@ -104,7 +104,7 @@ def write(
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
     place = device() if plan is not None and plan.computes else "cpu"
-    applied = apply(job.checkpoint, plan, job.output, progress, profile, place)
+    applied = apply(job.checkpoint, plan, job.output, profile, place)
     sizes = _sizes(job.checkpoint, applied.bytes)
     digest = plan.digest if plan else None
     result = {**sizes, **(details or {}), "plan_digest": digest, **applied.measured.to_json()}

@@ -1,8 +1,7 @@
 """Printing of commands: the result on stdout, everything else on stderr.
 
 On a terminal, or with ``--text``, a result is a short table; off a terminal, or with ``--json``, one JSON document;
-with ``-q`` the bare path of the output. Progress is a bar on a terminal, and a line a minute off one; of torchrun's
-processes only the first shows it, and with DITMOE_PROGRESS=0 none does.
+with ``-q`` the bare path of the output.
 """
 
 from __future__ import annotations
@@ -10,20 +9,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from ditmoe_cli.errors import UsageError, named
-from ditmoe_cli.processes import under_torchrun
 
 Row = tuple[str, object]
-_LEAST_SECONDS = 5  # of a job whose end is worth a line
-_SECONDS_BETWEEN = 60  # lines of a job that lasts
 
 
 @dataclass(frozen=True)
@@ -51,13 +45,15 @@ class Printing(JsonPrinting):
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the path of the output.")] = False
 
 
-def _uses_colour(stream: TextIO) -> bool:
+def uses_colour(stream: TextIO) -> bool:
+    """Return whether to print a stream in colour and bold."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def note(message: str) -> None:
     """Print a note on stderr, in one line that is never wrapped."""
-    print(f"ditmoe: {with_options(message)}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"ditmoe: {with_options(message)}\n")  # at once, whatever a thread writes meanwhile
+    sys.stderr.flush()
 
 
 def with_options(message: str) -> str:
@@ -85,7 +81,7 @@ def emit(
 def _table(rows: Sequence[Row]) -> str:
     """Return labels and values in two columns; values are never wrapped or cut."""
     width = max((len(label) for label, _ in rows), default=0)
-    bold, plain = ("\033[1m", "\033[0m") if _uses_colour(sys.stdout) else ("", "")
+    bold, plain = ("\033[1m", "\033[0m") if uses_colour(sys.stdout) else ("", "")
     return "\n".join(f"{bold}{label:<{width}}{plain}  {value}" for label, value in rows)
 
 
@@ -124,74 +120,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-class _Lines:
-    """Progress of a job of `total` steps in lines: one a minute, and one at its end if the job took seconds."""
-
-    def __init__(self, job: str, total: int) -> None:
-        self.job, self.total, self.done = job, total, 0
-        self.start = self.last = time.monotonic()
-
-    def step(self, done: int) -> None:
-        """Count steps that were done; print how many once a minute."""
-        self.done += done
-        now = time.monotonic()
-        if now - self.last < _SECONDS_BETWEEN or not 0 < self.done < self.total:
-            return
-        self.last, speed = now, self.done / (now - self.start)
-        left = duration((self.total - self.done) / speed)
-        note(f"{self.job}: {self.done:,} of {self.total:,}, {rate(speed)}, {left} left")
-
-    def end(self) -> None:
-        """Print how long the job took."""
-        passed = time.monotonic() - self.start
-        if passed > _LEAST_SECONDS:
-            note(f"{self.job}: done in {duration(passed)} ({rate(self.done / passed)})")
-
-
-def _is_silent() -> bool:
-    """Return whether to show no progress: it is switched off, or this is not the first of torchrun's processes."""
-    is_off = os.environ.get("DITMOE_PROGRESS") == "0"
-    return is_off or (under_torchrun() and os.environ.get("RANK", "0") != "0")
-
-
-@contextmanager
-def progress(job: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes how many more of `total` steps are done; show count, rate and time left on stderr.
-
-    Progress is a bar on a terminal, else a line a minute.
-    """
-    if _is_silent():
-        yield lambda _: None
-        return
-    if not sys.stderr.isatty():
-        lines = _Lines(job, total)
-        yield lines.step
-        lines.end()
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        """Steps a second."""
-
-        def render(self, task: Task) -> Text:
-            """Return the rate so far; nothing before the first step."""
-            speed = task.finished_speed or task.speed
-            return Text(rate(speed) if speed else "")
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    console = Console(stderr=True, no_color=not _uses_colour(sys.stderr))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(job, total=total)
-        yield lambda done: bar.advance(task, done)

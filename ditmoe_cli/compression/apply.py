@@ -19,7 +19,7 @@ from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import ProgressBar, silent_bar
+from ditmoe_cli.progress import BYTES, phase
 from ditmoe_cli.routing.profile import RoutingProfile
 
 _SMALL = 256  # bytes
@@ -61,7 +61,6 @@ def apply(
     checkpoint: Checkpoint,
     plan: CompressionPlan | None,
     output: Output,
-    bar: ProgressBar = silent_bar,
     profile: RoutingProfile | None = None,
     device: str = "cpu",
 ) -> Applied:
@@ -75,13 +74,13 @@ def apply(
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
     planned = planned_output(checkpoint, plan)
     if plan is None or not plan.computes:
-        return Applied(_write(checkpoint, planned, output, bar), Measured())
+        return Applied(_write(checkpoint, planned, output), Measured())
     check_target(output.path, output.force, [checkpoint.path])
     with TemporaryDirectory(prefix="ditmoe-") as folder:
-        computing = Computing(checkpoint, _profile_of(plan, profile), device, bar, Spool(Path(folder)))
+        computing = Computing(checkpoint, _profile_of(plan, profile), device, Spool(Path(folder)))
         (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
         measured = _compute(computing, stage)
-        return Applied(_write(checkpoint, planned, output, bar, computing.spool), measured)
+        return Applied(_write(checkpoint, planned, output, computing.spool), measured)
 
 
 def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> RoutingProfile:
@@ -121,11 +120,9 @@ def _compute(computing: Computing, stage: PlanStage) -> Measured:
             return Measured()
 
 
-def _write(
-    checkpoint: Checkpoint, planned: PlannedOutput, output: Output, bar: ProgressBar, spool: Spool | None = None
-) -> int:
+def _write(checkpoint: Checkpoint, planned: PlannedOutput, output: Output, spool: Spool | None = None) -> int:
     contents = _Contents(checkpoint, planned, spool)
-    with bar(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos)) as progress:
+    with phase(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos), BYTES) as progress:
 
         def content(info: TensorInfo) -> memoryview:
             data = contents.of(info.name)

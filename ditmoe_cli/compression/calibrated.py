@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -17,10 +16,8 @@ class Calibrated:
         checkpoint: the checkpoint.
         profile: a routing profile of it, or of an ancestor.
         device: the device to compute on.
-        bar: shows progress.
     """
 
     checkpoint: Checkpoint
     profile: RoutingProfile
     device: str
-    bar: ProgressBar

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -25,14 +24,12 @@ class Work:
         checkpoint: the checkpoint to compress.
         output: where the result will be written.
         device: returns the device to measure on, checked; only planners that measure call it, since it takes torch.
-        bar: shows progress.
         note: tells the user what a plan would not show.
     """
 
     checkpoint: Checkpoint
     output: Output
     device: Callable[[], str]
-    bar: ProgressBar
     note: Callable[[str], None] = lambda _: None
 
 

@@ -43,7 +43,7 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     errors = []
     title = f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
-    with resident_blocks(model, computing.bar, title) as blocks:
+    with resident_blocks(model, title) as blocks:
         stream = _stream(computing, stage, layouts, model) if needs_tokens(stage) else None
         for (index, block), layout in zip(blocks, layouts, strict=True):
             attended = stream.attend(block) if stream else None

@@ -26,7 +26,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 
 KINDS = ("packed", "scales", "plain")
 GROUPS = ("experts", "shared", "attention", "rest")
@@ -165,7 +165,7 @@ def check_load(load: Load) -> Load:
     return load
 
 
-def bench(checkpoint: Checkpoint, load: Load, bar: ProgressBar) -> Bench:
+def bench(checkpoint: Checkpoint, load: Load) -> Bench:
     """Load a checkpoint and run denoising steps on noise at a time in the middle of its family's range.
 
     Memory is measured in `WARM_UPS` passes that are not timed, since measuring slows them.
@@ -174,7 +174,7 @@ def bench(checkpoint: Checkpoint, load: Load, bar: ProgressBar) -> Bench:
     """
     check_load(load)
     device = torch.device(load.device)
-    with bar(f"measuring {checkpoint.path.name}", 1 + WARM_UPS + load.repeats) as progress:
+    with phase(f"measuring {checkpoint.path.name}", 1 + WARM_UPS + load.repeats, "passes") as progress:
         empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
         before = private_bytes(device)
         model = build_model(checkpoint, device)

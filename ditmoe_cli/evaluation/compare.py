@@ -29,7 +29,7 @@ from ditmoe_cli.files.arrays import write_arrays
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import Progress, ProgressBar
+from ditmoe_cli.progress import Phase, phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -270,7 +270,7 @@ def rows_note(rows: Sequence[RowMap]) -> str | None:
     return f"unknown where router rows were deleted and the others changed: blocks {unknown}" if unknown else None
 
 
-def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs, bar: ProgressBar) -> Divergence:
+def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs) -> Divergence:
     """Compare B with A and write the outputs; settings are checked before anything is sampled.
 
     Raises `BadInputError` where the checkpoints differ in architecture, a model gives NaN, or a grid of latents is
@@ -285,7 +285,7 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     device = torch.device(runtime.device)
     rows = matching_rows(a, b)
     models = ModelPair(build_model(a, device), build_model(b, device), pair.paths, rows)
-    with bar(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps) as progress:
+    with phase(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
     sums = parts[0].sums
     for part in parts[1:]:
@@ -405,7 +405,7 @@ class Followed:
     finals: tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress: Progress) -> Followed:
+def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress: Phase) -> Followed:
     """Sample the images `indices` with A, running both models on each state, then sample them with B.
 
     `progress` is called with the number of images after each step of A. Raises `BadInputError` for NaN and infinite

@@ -44,7 +44,6 @@ from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.cache import cache_folder
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
-from ditmoe_cli.progress import ProgressBar
 
 SpecOf = Callable[[Checkpoint], SampleSpec]
 
@@ -87,7 +86,6 @@ def measure_distance(
     spec_of: SpecOf,
     settings: FidSettings,
     runtime: Runtime,
-    bar: ProgressBar,
     notify: Notify,
 ) -> Score | None:
     """Sample or read all sides and score them; inputs are checked before anything is sampled.
@@ -97,7 +95,7 @@ def measure_distance(
     that cannot be imported, or that lacks activations which a score needs.
     """
     with process_group() as share:
-        worker = Worker(runtime, share, bar, notify if share.first else _drop_message)
+        worker = Worker(runtime, share, notify if share.first else _drop_message)
         stored = {item.path: read_side(item.path) for item in comparison.items if item.checkpoint is None}
         extraction = _make_extraction(comparison, stored, settings, worker)
         inputs = _plan_samplings(comparison, stored, spec_of, settings, runtime.device)
@@ -302,7 +300,7 @@ def _score(
     if original is not None and paired is None and comparison.original.path != comparison.reference.path:
         worker.notify(f"{comparison.original.path}: pairs with nothing, since it has other seeds, settings or sizes")
     scored = ScoredSides(subject, sides[comparison.reference.path], paired, reference_statistics)
-    result = score(scored, extraction, settings.request, worker.bar, worker.notify)
+    result = score(scored, extraction, settings.request, worker.notify)
     if settings.statistics is not None:
         paths = [item.path for item in comparison.items]
         write_statistics(settings.statistics, statistics_of(subject, extraction), settings.force, paths)

@@ -30,7 +30,7 @@ from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 from ditmoe_cli.evaluation.worker import Notify
 from ditmoe_cli.files.arrays import write_arrays
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.features.extractors import Extractor
@@ -109,7 +109,7 @@ class _Compared:
         return self.reference.activations is not None and self.reference.statistics is None
 
 
-def score(sides: ScoredSides, extraction: Extraction, request: Request, bar: ProgressBar, notify: Notify) -> Score:
+def score(sides: ScoredSides, extraction: Extraction, request: Request, notify: Notify) -> Score:
     """Return the distance of the subject to the reference, the requested scores, and errors against the original.
 
     Raises `BadInputError` where statistics come from other features, or images are too few for a score.
@@ -135,7 +135,7 @@ def score(sides: ScoredSides, extraction: Extraction, request: Request, bar: Pro
         reference_images=counts[1],
         paired=paired,
         paired_features=features,
-        interval=_interval(compared, request.resamples, bar) if request.resamples else None,
+        interval=_interval(compared, request.resamples) if request.resamples else None,
         scores={key: value for name in request.scores for key, value in SCORES[name](compared).items()},
         conditions={
             "extractor": extraction.description,
@@ -199,12 +199,12 @@ def _resampling(compared: _Compared, resamples: int) -> dict[str, Any] | None:
     return {"resamples": resamples, "reference": compared.both_drawn, "paired": paired}
 
 
-def _interval(compared: _Compared, resamples: int, bar: ProgressBar) -> Interval:
+def _interval(compared: _Compared, resamples: int) -> Interval:
     subject, reference = compared.subject, compared.reference
     if subject.activations is None:
         raise BadInputError(f"{subject.path}: holds statistics, and ⟨bootstrap⟩ needs images")
     features, resampling = subject.activations.features, replace(FRECHET_RESAMPLING, resamples=resamples)
-    with bar("resampling", resamples) as progress:
+    with phase("resampling the distance", resamples, "resamples") as progress:
         if reference.activations is None or reference.statistics is not None:
             statistics = compared.reference_statistics.statistics
             return bootstrap_frechet(features, statistics, resampling=resampling, progress=progress)

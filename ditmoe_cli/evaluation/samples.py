@@ -33,7 +33,7 @@ from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 
 if TYPE_CHECKING:
     from ditmoe_cli.diffusion.vae import Decoder
@@ -183,7 +183,7 @@ def fill(
             worker.notify(f"out of memory with {size} images at a time; going on with {half}")
             _release_cache(model)
 
-        with worker.bar(f"sampling {sampling.checkpoint.path.name}", sum(map(len, batches))) as progress:
+        with phase(f"sampling {sampling.checkpoint.path.name}", sum(map(len, batches)), "images") as progress:
             for indices, values in computed_batches(lambda part: sample(model, sampling, part), batches, halved):
                 work.put(SAMPLES, indices.start, values)
                 progress(len(indices))
@@ -277,9 +277,7 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
-def write_samples(
-    sampling: Sampling, runtime: Runtime, targets: Targets, bar: ProgressBar, notify: Notify
-) -> int | None:
+def write_samples(sampling: Sampling, runtime: Runtime, targets: Targets, notify: Notify) -> int | None:
     """Sample and write `images` uint8, or `latents` fp32 (N, C, S, S); return the bytes of the safetensors file.
 
     Under torchrun the work is shared; rank 0 writes, and the others return None. An interrupted run leaves its samples
@@ -290,7 +288,7 @@ def write_samples(
     with process_group() as share, work.locked(notify) if share.first else nullcontext():
         if share.first:
             check_targets(sampling, targets)  # another run may have written them before this one got the lock
-        fill(work, sampling, Worker(runtime, share, bar, notify))
+        fill(work, sampling, Worker(runtime, share, notify))
         if not share.first:
             return None
         size = _write(sampling, targets, work)

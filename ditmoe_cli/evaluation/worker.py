@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ditmoe_cli.processes import Share
-from ditmoe_cli.progress import ProgressBar
 
 Notify = Callable[[str], None]
 """Takes a message for the user."""
@@ -22,9 +21,8 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Worker:
-    """A process at work: runtime, share of the images, progress bar and messages."""
+    """A process at work: runtime, share of the images, and messages."""
 
     runtime: Runtime
     share: Share
-    bar: ProgressBar
     notify: Notify

@@ -9,30 +9,33 @@ import torch
 
 from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.progress import Progress, ProgressBar, silent_bar
+from ditmoe_cli.progress import Phase, phase
 
 
 @contextmanager
 def resident_blocks(
-    model: DiTMoE | OffloadedDiTMoE, bar: ProgressBar = silent_bar, title: str = ""
+    model: DiTMoE | OffloadedDiTMoE, title: str = "walking the blocks"
 ) -> Iterator[Iterator[tuple[int, Block]]]:
-    """Yield an iterator over (index, block), in order, and advance a bar of that `title` after each block.
+    """Yield an iterator over (index, block), in order: a phase of that `title`, which counts blocks.
 
     The weights of an offloaded block are freed before the next block is read, even if the caller keeps the block::
 
-        with resident_blocks(model, bar, f"measuring {path.name}") as blocks:
+        with resident_blocks(model, f"measuring {path.name}") as blocks:
             for index, block in blocks:
                 ...
 
-    No gradients are recorded within the context. Its end, by an exception too, frees the block and closes the bar.
+    No gradients are recorded within the context. Its end, by an exception too, frees the block and ends the phase.
     """
-    total = model.config.depth
-    with torch.inference_mode(), bar(title, total) as progress, closing(_walk(model, total, progress)) as blocks:
+    with (
+        torch.inference_mode(),
+        phase(title, model.config.depth, "blocks") as progress,
+        closing(_walk(model, progress)) as blocks,
+    ):
         yield blocks
 
 
-def _walk(model: DiTMoE | OffloadedDiTMoE, total: int, progress: Progress) -> Generator[tuple[int, Block], None, None]:
-    for index in range(total):
+def _walk(model: DiTMoE | OffloadedDiTMoE, progress: Phase) -> Generator[tuple[int, Block], None, None]:
+    for index in range(progress.total):
         with _resident(model, index) as block:
             yield index, block
         progress(1)

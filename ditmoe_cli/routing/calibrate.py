@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
 
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """How a calibration runs: on which device, under which progress bar, with all blocks in memory or one at a time."""
+    """How a calibration runs: on which device, and with all blocks in memory or one at a time."""
 
     device: str
-    bar: ProgressBar
     offload: bool = False
 
 
@@ -61,7 +60,7 @@ def calibrate(
             if run.offload
             else build_model(checkpoint, device)
         )
-        with run.bar(f"profiling {checkpoint.path.name}", spec.images * spec.steps // share.world) as progress:
+        with phase(f"profiling {checkpoint.path.name}", spec.images * spec.steps // share.world, "steps") as progress:
             tensors = collect(model, settings, progress, clean=data.clean if data else None, share=share)
     if tensors is None:
         return None
@@ -86,7 +85,6 @@ def valid_profile(
     given: Path | None,
     beside: Path,
     device: Callable[[], str],
-    bar: ProgressBar,
     note: Callable[[str], None],
 ) -> RoutingProfile:
     """Return a profile that is valid for `checkpoint`, making one where there is none.
@@ -109,6 +107,6 @@ def valid_profile(
             return profile
     reason = "the profile is of an ancestor of it" if ancestor else "no profile was given"
     note(f"profiling {checkpoint.path.name} into {cached}: {reason}")
-    new = calibrate(checkpoint, settings, Run(device(), bar), cached, force=True)
+    new = calibrate(checkpoint, settings, Run(device()), cached, force=True)
     assert new is not None  # planners run in one process
     return new

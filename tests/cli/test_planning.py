@@ -17,7 +17,6 @@ from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.errors import InfeasibleError, OutputExistsError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -61,7 +60,7 @@ def device() -> str:
 @pytest.fixture
 def work(tmp_path: Path) -> Work:
     (tmp_path / "out").mkdir()
-    return Work(opened(make_pico(), tmp_path), Output(tmp_path / "out" / "o.safetensors"), device, silent_bar)
+    return Work(opened(make_pico(), tmp_path), Output(tmp_path / "out" / "o.safetensors"), device)
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

@@ -1,11 +1,8 @@
-"""Progress off a terminal and under torchrun, numbers for reading, and rows that tell the cost of sampling."""
+"""Numbers for reading, and rows that tell the cost of sampling."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,108 +11,9 @@ from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditmoe_cli.cli import terminal as output
 from ditmoe_cli.cli.commands.fid import rows
-from ditmoe_cli.cli.terminal import duration, indented, progress, rate
+from ditmoe_cli.cli.terminal import duration, indented, rate
 from ditmoe_cli.evaluation.fid_score import Score
-
-
-@pytest.fixture(autouse=True)
-def with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DITMOE_PROGRESS")
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(output, "time", found)
-    return found
-
-
-def told(clock: Clock, total: int, step: int, seconds: float) -> list[str]:
-    """What a job says on stderr that takes `seconds` for every `step` of its `total`."""
-    with contextlib.redirect_stderr(io.StringIO()) as err, progress("sampling x", total) as done:
-        for start in range(0, total, step):
-            clock.now += seconds
-            done(min(step, total - start))
-    return err.getvalue().splitlines()
-
-
-def test_a_long_job_tells_how_far_it_is_once_a_minute(clock: Clock) -> None:
-    """60 images in 2 s are 30 a second: 50,000 take 28 minutes, and every minute does 1,800."""
-    lines = told(clock, 50_000, 60, 2.0)
-    assert lines[0] == "ditmoe: sampling x: 1,800 of 50,000, 30/s, 27 min left"
-    assert lines[1] == "ditmoe: sampling x: 3,600 of 50,000, 30/s, 26 min left"
-    assert lines[-2] == "ditmoe: sampling x: 48,600 of 50,000, 30/s, 47 s left"
-    assert lines[-1] == "ditmoe: sampling x: done in 28 min (30/s)"
-    assert len(lines) == 27 + 1
-
-
-def test_steps_that_take_longer_than_a_minute_are_told_one_by_one(clock: Clock) -> None:
-    lines = told(clock, 3, 1, 100.0)
-    assert [line.split(": ")[2] for line in lines] == [
-        "1 of 3, 0.01/s, 3 min left",
-        "2 of 3, 0.01/s, 2 min left",
-        "done in 5 min (0.01/s)",
-    ]
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(1.0, []), (12.0, ["ditmoe: sampling x: done in 48 s (0.167/s)"])])
-def test_jobs_of_less_than_a_minute_tell_their_end_at_most(clock: Clock, seconds: float, said: list[str]) -> None:
-    assert told(clock, 8, 2, seconds) == said
-
-
-def test_a_job_that_fails_does_not_say_that_it_is_done(clock: Clock) -> None:
-    with (
-        contextlib.redirect_stderr(io.StringIO()) as err,
-        pytest.raises(ValueError, match="broken"),
-        progress("sampling x", 10),
-    ):
-        clock.now += 3600
-        raise ValueError("broken")
-    assert err.getvalue() == ""
-
-
-@pytest.mark.parametrize(("rank", "lines"), [("0", 28), ("1", 0), ("7", 0)])
-def test_of_several_processes_the_first_tells(
-    rank: str, lines: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", rank)
-    assert len(told(clock, 50_000, 60, 2.0)) == 28, "a rank without torchrun is somebody else's variable"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert len(told(clock, 50_000, 60, 2.0)) == lines
-
-
-@pytest.mark.parametrize(("switch", "lines"), [("0", 0), ("1", 28), ("", 28)])
-def test_progress_can_be_switched_off(switch: str, lines: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DITMOE_PROGRESS", switch)
-    assert len(told(clock, 50_000, 60, 2.0)) == lines
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
-def test_of_several_processes_the_first_draws(rank: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(sys, "stderr", stream := Terminal())
-    with progress("sampling x", 2) as done:
-        done(2)
-    assert bool(stream.getvalue()) is shown
 
 
 def test_numbers_for_reading() -> None:

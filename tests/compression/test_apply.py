@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from compressing import (
 from conftest import REPOSITORY, Pico, make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeing import Seen
 from torch.testing import assert_close
 
 from ditmoe_cli.compression.apply import apply
@@ -46,7 +46,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import BlockConfig, expected_weights
-from ditmoe_cli.progress import Progress, ProgressBar
+from ditmoe_cli.progress import watched_by
 
 EXPERTS, TOP_K = 5, 2
 SMALL = make_pico(hidden=16, experts=EXPERTS, widths=((24,) * EXPERTS,) * 2, input_size=4)
@@ -57,17 +57,6 @@ FEW = 12  # each example writes files and flushes them
 keep_sets = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K).map(lambda keep: tuple(sorted(keep)))
 two_keeps = st.tuples(keep_sets, keep_sets)
 two_modes = st.tuples(st.sampled_from(MODES), st.sampled_from(MODES))
-
-
-def telling(told: list[int]) -> ProgressBar:
-    """A progress bar that appends what it is told."""
-
-    @contextmanager
-    def bar(title: str, total: int) -> Iterator[Progress]:
-        del title, total
-        yield told.append
-
-    return bar
 
 
 def rows(keeps: Sequence[Sequence[int]], modes: Sequence[str], experts: int = EXPERTS) -> list[Sequence[int]]:
@@ -98,11 +87,11 @@ def test_bytes_are_predicted_to_the_last_one(
         path = where / ("out" if shard_bytes else "out.safetensors")
         output = Output(path, shard_bytes=shard_bytes or 1)
         planned = planned_output(checkpoint, plan)
-        told: list[int] = []
-        written = apply(checkpoint, plan, output, telling(told)).bytes
+        with watched_by(seen := Seen()):
+            written = apply(checkpoint, plan, output).bytes
         files = [path] if path.is_file() else list(path.iterdir())
         assert written == planned.predicted_bytes(output) == sum(file.stat().st_size for file in files)
-        assert sum(told) == sum(info.nbytes for info in planned.infos)
+        assert seen.phase("writing").done == sum(info.nbytes for info in planned.infos)
         again = open_checkpoint(path)
         assert again.config == planned.config
         assert again.assumptions == again.warnings == ()

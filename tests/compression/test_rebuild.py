@@ -26,6 +26,7 @@ from compressing import (
 )
 from conftest import Pico, make_pico
 from replaying import error_by_hand
+from seeing import Seen
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -43,6 +44,7 @@ from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.progress import watched_by
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -488,14 +490,9 @@ def test_weights_that_outgrow_their_dtype_are_named(temporary: Path) -> None:
 def test_an_existing_output_is_refused_before_anything_is_computed(made: Made, tmp_path: Path) -> None:
     checkpoint, profile = made
     (tmp_path / "out.safetensors").write_text("mine")
-
-    def bar(title: str, total: int) -> Any:
-        raise AssertionError(f"{title} was begun ({total})")
-
-    with pytest.raises(OutputExistsError):
-        apply(
-            checkpoint, plan_called("ghost, refitted", checkpoint), Output(tmp_path / "out.safetensors"), bar, profile
-        )
+    with watched_by(seen := Seen()), pytest.raises(OutputExistsError):
+        apply(checkpoint, plan_called("ghost, refitted", checkpoint), Output(tmp_path / "out.safetensors"), profile)
+    assert seen.phases == []
 
 
 WRONG: dict[str, tuple[BlockPlan, str | None, str]] = {

@@ -39,7 +39,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import expected_weights
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
-from ditmoe_cli.progress import silent_bar
 
 FORMATS = ("nf4", "fp4", "nf4-dq", "int8", "int4-g32", "int3-g64-sym", "ternary-g64")
 CPU = torch.device("cpu")
@@ -205,7 +204,7 @@ def test_a_pass_holds_both_branches_at_the_middle_time(
 
     monkeypatch.setattr(DiTMoE, "forward", watched)
     load = Load(batch=5, repeats=2, cfg=cfg)
-    result = bench(checkpoint, load, silent_bar)
+    result = bench(checkpoint, load)
     assert len(seen) == WARM_UPS + 2 and len(result.seconds) == 2
     for x, times, labels in seen:
         assert torch.equal(x, seen[0][0])
@@ -226,7 +225,7 @@ def test_noise_belongs_to_seed_and_image(tmp_path: Path) -> None:
 
 def test_what_does_not_depend_on_the_machine_is_equal_twice(tmp_path: Path) -> None:
     checkpoint = saved(packed(make_pico(), "nf4"), tmp_path)
-    one, two = (bench(checkpoint, Load(batch=2, repeats=1), silent_bar).to_json() for _ in range(2))
+    one, two = (bench(checkpoint, Load(batch=2, repeats=1)).to_json() for _ in range(2))
     assert one["bytes"] == two["bytes"]
     assert one["conditions"] == two["conditions"]
 
@@ -250,7 +249,7 @@ def test_values_out_of_range(load: Load) -> None:
 def test_broken_weights_are_refused(tmp_path: Path) -> None:
     broken = make_pico().with_state(final_layer__linear__bias=torch.full((32,), math.nan))
     with pytest.raises(BadInputError, match=r"final_layer\.linear\.bias"):
-        bench(saved(broken, tmp_path), Load(), silent_bar)
+        bench(saved(broken, tmp_path), Load())
 
 
 # memory
@@ -279,7 +278,7 @@ def test_needed_is_never_below_weights_and_buffer(
 
 def test_a_system_without_proc_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "resident_bytes", lambda: None)
-    result = bench(saved(make_pico(), tmp_path), Load(repeats=1), silent_bar)
+    result = bench(saved(make_pico(), tmp_path), Load(repeats=1))
     assert result.memory == Memory(None, None, None)
     assert result.needed == result.footprint.least
     assert result.to_json()["memory"]["beyond"] is None

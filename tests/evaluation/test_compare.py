@@ -41,7 +41,6 @@ from ditmoe_cli.evaluation.worker import Runtime
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.moe import MoEEvent
-from ditmoe_cli.progress import silent_bar
 
 DOWN = "blocks.{}.moe.experts.{}.down_proj.weight"
 GREY_LEVELS = 16
@@ -62,7 +61,7 @@ def compared(
 ) -> Divergence:
     one, other = saved(a, folder / "a.safetensors"), saved(b, folder / "b.safetensors")
     pair = CheckpointPair(one, other, spec or spec_for(a), bins)
-    return compare_checkpoints(pair, Runtime(batch=batch), Outputs(**outputs), silent_bar)
+    return compare_checkpoints(pair, Runtime(batch=batch), Outputs(**outputs))
 
 
 def pixels(**options: Any) -> Pico:

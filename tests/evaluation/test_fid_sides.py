@@ -23,7 +23,6 @@ from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.processes import WHOLE, Share
-from ditmoe_cli.progress import silent_bar
 
 
 def pixels(folder: Path, batch: int = 1) -> Extraction:
@@ -33,7 +32,7 @@ def pixels(folder: Path, batch: int = 1) -> Extraction:
 
 
 def worker(share: Share = WHOLE, notify: Notify = lambda _: None) -> Worker:
-    return Worker(Runtime(batch=1), share, silent_bar, notify)
+    return Worker(Runtime(batch=1), share, notify)
 
 
 def sampling(folder: Path) -> Sampling:

@@ -33,7 +33,6 @@ from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.processes import WHOLE, Share
-from ditmoe_cli.progress import silent_bar
 
 IMAGES = 7
 SPEC = SampleSpec(images=IMAGES, steps=3, cfg=1.0, seed=5, solver="euler", classes=(0, 2, 1))
@@ -67,7 +66,7 @@ def pixels(folder: Path) -> Sampling:
 
 def worker(batch: int, share: Share = WHOLE, notify: Notify = silent) -> Worker:
     """Return a process on the CPU that shows no progress."""
-    return Worker(Runtime(batch=batch), share, silent_bar, notify)
+    return Worker(Runtime(batch=batch), share, notify)
 
 
 def whole(what: Sampling) -> NDArray[Any]:
@@ -251,7 +250,7 @@ def test_one_image_that_does_not_fit_ends_in_its_error(
 ) -> None:
     tight(0, error, monkeypatch)
     with pytest.raises(type(error)):
-        write_samples(pixels, Runtime(batch=4), Targets(tmp_path / "s.safetensors"), silent_bar, silent)
+        write_samples(pixels, Runtime(batch=4), Targets(tmp_path / "s.safetensors"), silent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,7 +298,7 @@ def test_nan_names_image_seed_and_evaluation(
 ) -> None:
     poisoned(image, evaluation, monkeypatch)
     with pytest.raises(BadInputError) as caught:
-        write_samples(pixels, Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), silent_bar, silent)
+        write_samples(pixels, Runtime(batch=batch), Targets(tmp_path / "s.safetensors"), silent)
     assert f"in image {image} (seed 5) at evaluation {evaluation} of 3" in str(caught.value)
     left = list(tmp_path.iterdir())
     if image < batch:
@@ -337,7 +336,6 @@ def test_an_image_that_breaks_in_decoding_is_named_by_its_own_number(folder: Pat
             replace(latents, decoder=decoder),
             Runtime(batch=batch),
             Targets(tmp_path / "s.safetensors"),
-            silent_bar,
             silent,
         )
 
@@ -351,7 +349,6 @@ def run(what: Sampling, file: Path, batch: int = 64, messages: list[str] | None 
         what,
         Runtime(batch=batch),
         Targets(file, **targets),
-        silent_bar,
         silent if messages is None else messages.append,
     )
     assert size == file.stat().st_size

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import Pico
+from seeing import Seen
 
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.precision.uniform import plan_uniform
@@ -18,6 +18,7 @@ from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
 from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import watched_by
 
 CPU = torch.device("cpu")
 
@@ -81,23 +82,19 @@ def test_results_that_share_weights_outlive_the_block(checkpoint: Checkpoint) ->
 
 
 def test_progress_counts_blocks_and_ends_with_an_error(checkpoint: Checkpoint) -> None:
-    seen: list[object] = []
-
-    @contextmanager
-    def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-        seen.append((title, total))
-        try:
-            yield seen.append
-        finally:
-            seen.append("closed")
-
     model = OffloadedDiTMoE(checkpoint, CPU)
-    with pytest.raises(ValueError, match="in the second"), resident_blocks(model, bar, "walking") as blocks:
+    with (
+        watched_by(seen := Seen()),
+        pytest.raises(ValueError, match="in the second"),
+        resident_blocks(model, "walking") as blocks,
+    ):
         for index, block in blocks:
             last = block
             if index == 1:
                 raise ValueError("in the second")
-    assert seen == [("walking", 3), 1, "closed"]
+    (walked,) = seen.phases
+    assert (walked.title, walked.total, walked.unit, walked.done) == ("walking", 3, "blocks", 1)
+    assert seen.ended == ["walking"]
     assert all(tensor.is_meta for tensor in tensors(last)), "freed though the error was raised within the step"
 
 

@@ -20,7 +20,6 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing import calibration_settings
 from ditmoe_cli.routing.calibrate import Run, calibrate, usable_profile, valid_profile
 from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
@@ -54,9 +53,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     original = opened(PICO, folder)
     child = ghosted(original, (0, 1, 3), folder / "child.safetensors")
     grandchild = ghosted(child, (0, 2), folder / "grandchild.safetensors")
-    return Family(
-        original, child, grandchild, calibrate(original, SETTINGS, Run("cpu", silent_bar), folder / "p.safetensors")
-    )
+    return Family(original, child, grandchild, calibrate(original, SETTINGS, Run("cpu"), folder / "p.safetensors"))
 
 
 @dataclass
@@ -72,7 +69,7 @@ class Finder:
         return "cpu"
 
     def find(self, checkpoint: Checkpoint, given_profile: Path | None) -> RoutingProfile:
-        return valid_profile(checkpoint, given_profile, self.beside, self.device, silent_bar, self.notes.append)
+        return valid_profile(checkpoint, given_profile, self.beside, self.device, self.notes.append)
 
 
 @pytest.fixture
@@ -97,7 +94,7 @@ def test_a_profile_holds_its_settings(family: Family) -> None:
 
 
 def test_equal_runs_write_equal_files(family: Family, tmp_path: Path) -> None:
-    again = calibrate(family.original, SETTINGS, Run("cpu", silent_bar), tmp_path / "again.safetensors")
+    again = calibrate(family.original, SETTINGS, Run("cpu"), tmp_path / "again.safetensors")
     assert again.path.read_bytes() == family.profile.path.read_bytes()
 
 
@@ -105,9 +102,9 @@ def test_an_output_that_is_in_the_way_is_refused_before_any_work(family: Family,
     (tmp_path / "there.safetensors").write_bytes(b"old")
     for path, force in ((tmp_path / "there.safetensors", False), (family.original.path, True)):
         with pytest.raises(OutputExistsError):
-            calibrate(family.original, SETTINGS, Run("nonsense", silent_bar), path, force)
+            calibrate(family.original, SETTINGS, Run("nonsense"), path, force)
     with pytest.raises(UsageError, match="bins 5"):
-        calibrate(family.original, replace(SETTINGS, bins=5), Run("nonsense", silent_bar), tmp_path / "p.safetensors")
+        calibrate(family.original, replace(SETTINGS, bins=5), Run("nonsense"), tmp_path / "p.safetensors")
 
 
 def test_its_own_profile_is_used_as_it_is(family: Family, finder: Finder) -> None:
@@ -135,7 +132,7 @@ def test_with_an_ancestors_profile_the_checkpoint_is_profiled_alike(
     assert str(found.path) in finder.notes[0]
     assert found.path.parent == finder.beside
     assert checkpoint.fingerprint[:12] in found.path.name
-    directly = calibrate(checkpoint, SETTINGS, Run("cpu", silent_bar), finder.beside / "direct.safetensors")
+    directly = calibrate(checkpoint, SETTINGS, Run("cpu"), finder.beside / "direct.safetensors")
     assert directly.path.read_bytes() == found.path.read_bytes()
 
 
@@ -153,7 +150,7 @@ def test_the_second_search_finds_what_the_first_made(family: Family, finder: Fin
 def test_other_settings_are_profiled_anew(family: Family, finder: Finder) -> None:
     first = finder.find(family.child, family.profile.path)
     others = replace(SETTINGS, spec=replace(SPEC, seed=12))
-    elsewhere = calibrate(family.original, others, Run("cpu", silent_bar), finder.beside / "others.safetensors")
+    elsewhere = calibrate(family.original, others, Run("cpu"), finder.beside / "others.safetensors")
     second = finder.find(family.child, elsewhere.path)
     assert finder.runs == 2
     assert second.calibration["seed"] == 12
@@ -189,7 +186,7 @@ def test_the_profile_of_an_unrelated_checkpoint_is_refused(
     folder = tmp_path / "strangers"
     folder.mkdir()
     stranger = opened(make_pico(hidden=16, input_size=4, seed=4), folder)
-    child_profile = calibrate(family.child, SETTINGS, Run("cpu", silent_bar), folder / "child.safetensors")
+    child_profile = calibrate(family.child, SETTINGS, Run("cpu"), folder / "child.safetensors")
     calls: dict[str, Callable[[Checkpoint, Path], Any]] = {"usable": usable_profile, "valid": finder.find}
     # neither an unrelated checkpoint's, nor a descendant's
     for checkpoint, path in ((stranger, family.profile.path), (family.original, child_profile.path)):

@@ -24,7 +24,6 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import (
@@ -61,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("profiles")
     pico = make_pico(hidden=16, input_size=4, widths=((24, 24, 24), (8, 16, 32, 24, 8)))
     checkpoint = opened(pico, folder)
-    profile = calibrate(checkpoint, SETTINGS, Run("cpu", silent_bar), folder / "profile.safetensors")
+    profile = calibrate(checkpoint, SETTINGS, Run("cpu"), folder / "profile.safetensors")
     document = json.loads(read_safetensors_header(profile.path).metadata["ditmoe"])
     return Made(checkpoint, profile, load_file(profile.path), document)
 

@@ -10,7 +10,6 @@ from conftest import Pico, make_pico
 from ditmoe_cli.compression.replay.states import States, calibration_states
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration, profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -26,7 +25,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, float]] = {
 def profiled(pico: Pico, solver: Any, cfg: float, folder: Path, **more: Any) -> Given:
     checkpoint = open_checkpoint(pico.save(folder / "a.safetensors"))
     settings = Calibration(SampleSpec(IMAGES, STEPS, cfg, 3, solver, (0, 1)), BINS, **{"reservoir": 200, **more})
-    profile = calibrate(checkpoint, settings, Run("cpu", silent_bar), folder / "p.safetensors", force=True)
+    profile = calibrate(checkpoint, settings, Run("cpu"), folder / "p.safetensors", force=True)
     assert profile is not None
     return checkpoint, profile
 

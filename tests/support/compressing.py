@@ -23,7 +23,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import Observer
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -88,7 +87,7 @@ def profile_of(
     solver = "euler" if checkpoint.config.sampler == "rf" else "ddim"
     spec = SampleSpec(images, steps, cfg, 1, solver, tuple(range(checkpoint.config.num_classes)))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}.{name}.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), Run("cpu", silent_bar), path)
+    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), Run("cpu"), path)
     assert found is not None
     return found
 
@@ -193,7 +192,7 @@ def naive_outputs(pico: Pico, softmax_over: Sequence[Sequence[int]], select_from
 
 def calibrated(checkpoint: Checkpoint, profile: RoutingProfile) -> Calibrated:
     """A checkpoint and its profile, to compute on without a bar."""
-    return Calibrated(checkpoint, profile, "cpu", silent_bar)
+    return Calibrated(checkpoint, profile, "cpu")
 
 
 def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, write_profile
 from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.contents import ProfileReport
@@ -119,7 +118,7 @@ def by_class(**sizes: int) -> np.ndarray:
 
 def report_of(folder: Path, planted: Planted) -> ProfileReport:
     """Return the report of a hand-made profile, which is written into `folder`."""
-    return build_report(planted.save(folder / "p.safetensors"), 20, 0, silent_bar)
+    return build_report(planted.save(folder / "p.safetensors"), 20, 0)
 
 
 def full_report(folder: Path) -> ProfileReport:

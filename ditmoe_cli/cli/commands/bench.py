@@ -9,7 +9,7 @@ import typer
 
 from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, parse_size
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, progress
+from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes
 from ditmoe_cli.errors import GateError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(measuring: Measuring, source: Source, printing: BenchPrinting) -> None:
     from ditmoe_cli.evaluation.bench import Load, bench, check_load
 
     load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, checked_device(measuring.device))
-    result = bench(opened, check_load(load), progress)
+    result = bench(opened, check_load(load))
     emit(printing, stage.done("bench", {}).to_json(result.to_json()), rows(result), "")
     limit = measuring.max_memory
     if limit is not None and result.needed > limit.bytes:

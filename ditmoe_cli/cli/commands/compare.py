@@ -12,7 +12,7 @@ from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import Overrides, Running
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, progress
+from ditmoe_cli.cli.terminal import Printing, Row, emit
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def run(
     from ditmoe_cli.evaluation.compare import CheckpointPair, compare_checkpoints
 
     checkpoints = CheckpointPair(a, b, spec, comparing.bins)
-    result = compare_checkpoints(checkpoints, running.runtime, to.outputs, progress)
+    result = compare_checkpoints(checkpoints, running.runtime, to.outputs)
     emit(printing, stage.done("compare", {}).to_json(result.to_json()), rows(result), to.path)
     limit = comparing.max_error
     if limit is not None and not result.relative_error <= limit:

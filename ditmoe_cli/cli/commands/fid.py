@@ -13,7 +13,7 @@ from ditmoe_cli.cli.groups import ending, one_of
 from ditmoe_cli.cli.options import Overrides, Running
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
+from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
@@ -280,7 +280,7 @@ def score(
     for target in (to.output, settings.statistics):
         if target is not None:
             check_target(target.absolute(), to.force, inputs)
-    result = measure_distance(comparison, spec_of, settings, runtime, progress, note)
+    result = measure_distance(comparison, spec_of, settings, runtime, note)
     if to.output is not None and result is not None:
         write_score(to.output, result, to.force, inputs)
     return result

@@ -11,7 +11,7 @@ import typer
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
 from ditmoe_cli.cli.sampling_options import SamplingOptions
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, note, progress
+from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
@@ -97,7 +97,7 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
         spec = replace(spec, images=len(data.labels), classes=data.labels)
     settings = profiling.settings(spec, data.digest if data else None)
     target = to.at(opened.path, "profile")
-    run = Run(checked_device(profiling.device), progress, profiling.offload)
+    run = Run(checked_device(profiling.device), profiling.offload)
     profile = calibrate(opened, settings, run, target, to.force, data)
     if profile is None:
         return  # another rank writes and prints

@@ -12,7 +12,7 @@ import typer
 
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.stage import Stage, incoming
-from ditmoe_cli.cli.terminal import Printing, emit, progress
+from ditmoe_cli.cli.terminal import Printing, emit
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.staging import check_target, staged
 from ditmoe_cli.model.checkpoint import open_checkpoint
@@ -111,7 +111,7 @@ def run(reporting: Reporting, to: ReportFiles, printing: Printing) -> None:
     check_outputs(to, file)
     profile = read_profile(file)
     similarities = weight_cosines(profile, reporting.weights) if reporting.weights else None
-    report = build_report(profile, reporting.replicates, reporting.seed, progress, similarities)
+    report = build_report(profile, reporting.replicates, reporting.seed, similarities)
     write(report, to, file)
     options = {"what": reporting.kind, "replicates": reporting.replicates, "seed": reporting.seed}
     show(printing, stage.done("report", options).to_json({**report.to_json(), **to.to_json()}), report, to)
@@ -123,7 +123,7 @@ def weight_cosines(profile: RoutingProfile, weights: str) -> list[Any]:
 
     checkpoint = open_checkpoint(weights)
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
-    return weight_similarities(checkpoint, progress)
+    return weight_similarities(checkpoint)
 
 
 def check_outputs(to: ReportFiles, profile: Path) -> None:

@@ -12,7 +12,7 @@ from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import FileDestination, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note, progress
+from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.samples import Sampling, Targets
@@ -70,7 +70,7 @@ def run(sampling: Images, running: Running, source: Source, to: ImageFiles, prin
     targets = to.targets(opened.path, (Path(vae).expanduser(),) if vae is not None else ())
     check_targets(Sampling(opened, spec), targets, will_decode=vae is not None)
     images = Sampling(opened, spec, open_decoder(opened, vae, runtime.device))
-    size = write_samples(images, runtime, targets, progress, note)
+    size = write_samples(images, runtime, targets, note)
     if size is None:
         return  # another rank writes and prints
     done = stage.done("sample", spec.conditions(), samples=targets.file)

@@ -44,7 +44,7 @@ def encode(computing: Computing, stage: Differences) -> None:
     dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, stage)}
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     title = f"taking the differences of {checkpoint.path.name}"
-    with resident_blocks(model, computing.bar, title) as blocks:
+    with resident_blocks(model, title) as blocks:
         for index, block in blocks:
             encoded = _encoded(block.moe, index, stage, profile, dtypes)
             stored = {name: as_stored(checkpoint, name, tensor, dtypes[name]) for name, tensor in encoded}

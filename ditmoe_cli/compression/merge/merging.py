@@ -14,7 +14,7 @@ from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Rep
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 
@@ -49,7 +49,7 @@ class Merging(Planner):
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of `plan_merge`."""
         assert profile is not None
-        return plan_merge(work.checkpoint, profile, self, work.bar)
+        return plan_merge(work.checkpoint, profile, self)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Return a plan of the right size; see `undecided_merge`."""
@@ -103,7 +103,7 @@ def _require_alike(checkpoint: Checkpoint, index: int) -> None:
         raise BadInputError(f"{checkpoint.path}: the experts of block {index} differ in width and cannot be merged")
 
 
-def plan_merge(checkpoint: Checkpoint, profile: RoutingProfile, merging: Merging, bar: ProgressBar) -> CompressionPlan:
+def plan_merge(checkpoint: Checkpoint, profile: RoutingProfile, merging: Merging) -> CompressionPlan:
     """Plan to merge every block's experts within groups. The member that was selected most gives a group its place.
 
     Raises `InfeasibleError` for numbers that cannot be, and `BadInputError` for a profile of another checkpoint or one
@@ -111,7 +111,7 @@ def plan_merge(checkpoint: Checkpoint, profile: RoutingProfile, merging: Merging
     """
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     blocks = []
-    with bar(f"grouping the experts of {checkpoint.path.name}", checkpoint.config.depth) as progress:
+    with phase(f"grouping the experts of {checkpoint.path.name}", checkpoint.config.depth, "blocks") as progress:
         for index, count in enumerate(group_counts(checkpoint, merging)):
             inputs = _inputs(checkpoint, profile, merging.method, index)
             groups = MERGES[merging.method].group(inputs, count)

@@ -48,7 +48,7 @@ class MixedPrecision(Planner):
         from ditmoe_cli.compression.precision.trial import try_formats
 
         assert profile is not None
-        calibrated = Calibrated(work.checkpoint, profile, work.device(), work.bar)
+        calibrated = Calibrated(work.checkpoint, profile, work.device())
         mix = MIXES[self.method].choose(self._request(work), calibrated)
         for failure in mix.failures:
             work.note(f"warning: a solver of the mix gave no proof ({failure}); the plan names it beside its gap")

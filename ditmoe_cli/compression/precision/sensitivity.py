@@ -92,7 +92,7 @@ def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivit
     """
     checkpoint = calibrated.checkpoint
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
-    with resident_blocks(model, calibrated.bar, f"measuring {checkpoint.path.name}") as blocks:
+    with resident_blocks(model, f"measuring {checkpoint.path.name}") as blocks:
         measurement = _Measurement(model, measured_states(calibrated, model), formats)
         for index, block in blocks:
             measurement.pass_through(index, block)

@@ -39,7 +39,7 @@ def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequ
     """
     checkpoint = calibrated.checkpoint
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
-    with resident_blocks(model, calibrated.bar, f"trying the plan for {checkpoint.path.name}") as blocks:
+    with resident_blocks(model, f"trying the plan for {checkpoint.path.name}") as blocks:
         streams = ErrorStreams(model, measured_states(calibrated, model))
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
         with rounded(outside):

@@ -19,7 +19,7 @@ from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import in_expert
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.expert_weights import read_weight
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -43,7 +43,6 @@ def shared_widths(
     profile: RoutingProfile,
     keeps: Sequence[tuple[int, ...]],
     budget: NeuronBudget,
-    bar: ProgressBar,
 ) -> list[dict[int, int]]:
     """Return, for each block, the width of each expert that stays.
 
@@ -54,7 +53,7 @@ def shared_widths(
     """
     pool: list[Tensor] = []
     least: list[int] = []
-    with bar(f"ranking neurons of {checkpoint.path.name}", len(keeps)) as progress:
+    with phase(f"ranking neurons of {checkpoint.path.name}", len(keeps), "ratios") as progress:
         for block, keep in enumerate(keeps):
             downs = [(e, read_weight(checkpoint, in_expert(block, e, "down_proj.weight")).float()) for e in keep]
             energies = profiled_energies(profile, block, downs)

@@ -16,7 +16,6 @@ from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_profile_of
 from ditmoe_cli.routing.saliency import Scores
 
@@ -110,7 +109,7 @@ class Pruning(Planner):
         if not self.replays:
             return plan_prune(work.checkpoint, profile, self)
         assert profile is not None
-        return plan_replayed(work.checkpoint, profile, self, work.device(), work.bar)
+        return plan_replayed(work.checkpoint, profile, self, work.device())
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Return a plan of the right size; see `undecided_plan`."""
@@ -163,9 +162,7 @@ def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: 
     return _plan(checkpoint, profile, pruning, blocks)
 
 
-def plan_replayed(
-    checkpoint: Checkpoint, profile: RoutingProfile, pruning: Pruning, device: str, bar: ProgressBar
-) -> CompressionPlan:
+def plan_replayed(checkpoint: Checkpoint, profile: RoutingProfile, pruning: Pruning, device: str) -> CompressionPlan:
     """Plan by replayed errors on `device`, and by energies of neurons where these are shared.
 
     Raises what `plan_prune` does, and `BadInputError` where the profile has no reservoir or no energies.
@@ -179,12 +176,12 @@ def plan_replayed(
     routers: list[RouterMode] = [pruning.router or "ghost"] * len(counts)
     if counts != [len(block.expert_widths) for block in checkpoint.config.blocks]:
         criterion = Criterion(pruning.method, pruning.router, pruning.shared_budget, pruning.seed)
-        choices = choose_replayed(checkpoint, profile, criterion, counts, device, bar)
+        choices = choose_replayed(checkpoint, profile, criterion, counts, device)
         keeps, routers = [choice.keep for choice in choices], [choice.router for choice in choices]
     widths: Sequence[Mapping[int, int] | None] = [None] * len(keeps)
     if pruning.shared_budget and pruning.neurons < 1.0:
         budget = NeuronBudget(pruning.neurons, pruning.multiple, experts_may_go=pruning.keep.auto)
-        widths = shared_widths(checkpoint, profile, keeps, budget, bar)
+        widths = shared_widths(checkpoint, profile, keeps, budget)
         keeps = [tuple(each) for each in widths]
     blocks = [
         _block_plan(checkpoint, pruning, i, keep, router, wide)

@@ -22,7 +22,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import ProgressBar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Subset = tuple[int, ...]
@@ -64,7 +63,6 @@ def choose_replayed(
     criterion: Criterion,
     counts: Sequence[int],
     device: str,
-    bar: ProgressBar,
 ) -> list[Choice]:
     """Return the choice of every block; `counts` is how many experts each keeps, before they share a budget.
 
@@ -72,7 +70,7 @@ def choose_replayed(
     """
     model = OffloadedDiTMoE(checkpoint, torch.device(device))
     top_k, choices = checkpoint.config.top_k, []
-    with resident_blocks(model, bar, f"replaying {checkpoint.path.name}") as blocks:
+    with resident_blocks(model, f"replaying {checkpoint.path.name}") as blocks:
         errors = []
         for index, block in blocks:
             replay = SubsetReplay(reservoir_tokens(profile, index), block.moe)

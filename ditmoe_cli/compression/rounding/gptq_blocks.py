@@ -69,7 +69,7 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
     outside = {model.linear(n): fmt for n, fmt in stage.formats.items() if split_name(n).block is None}
     orders = planned_orders(computing, stage)
     agreement = []
-    with resident_blocks(model, computing.bar, f"rounding {checkpoint.path.name}") as blocks:
+    with resident_blocks(model, f"rounding {checkpoint.path.name}") as blocks:
         original = CalibrationStream(model, states)
         with rounded(outside):
             student = CalibrationStream(model, states)

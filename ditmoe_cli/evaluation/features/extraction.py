@@ -22,6 +22,7 @@ from ditmoe_cli.evaluation.worker import Notify, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.processes import Share
+from ditmoe_cli.progress import phase
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ def extract_missing(
 ) -> Activations:
     """Take this process's share of the activations that a workspace lacks; return those of all images.
 
-    `title` names the images in the progress bar.
+    `title` names the images where progress is shown.
     """
     share, names = worker.share, tuple(extraction.array_names().values())
     share.wait()  # until rows that other processes store beside their sampling are done
     batches = share.of(share.from_first(lambda: work.missing(names, extraction.batch)))
     if batches:
-        with worker.bar(f"{extraction.extractor.name} features of {title}", sum(map(len, batches))) as progress:
+        with phase(f"{extraction.extractor.name} features of {title}", sum(map(len, batches)), "images") as progress:
             for indices in batches:
                 store_activations(work, extraction, indices.start, images[indices.start : indices.stop], worker.notify)
                 progress(len(indices))

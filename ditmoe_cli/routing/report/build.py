@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing import measures
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.report.claims import Estimate, Evidence, judge
@@ -29,7 +29,7 @@ FULL_ONLY = ("easy_ep", "output.gram", "output.all_token_mean", "output.cka")
 
 
 def build_report(
-    profile: RoutingProfile, replicates: int, seed: int, bar: ProgressBar, weights: Sequence[Array] | None = None
+    profile: RoutingProfile, replicates: int, seed: int, weights: Sequence[Array] | None = None
 ) -> ProfileReport:
     """Derive a report; `weights` are cosines of the experts' weights (E, E) of each block, where they are known.
 
@@ -38,7 +38,7 @@ def build_report(
     if replicates < 20 or seed < 0:
         raise UsageError("an interval needs ⟨replicates⟩ of at least 20, and a ⟨seed⟩ of at least 0")
     bootstrap, tables = Bootstrap(replicates, seed), read_tables(profile)
-    with bar("deriving statistics", len(profile.experts)) as advance:
+    with phase(f"resampling {profile.path.name}", len(profile.experts), "blocks") as advance:
         blocks = []
         position = []
         for block, experts in enumerate(profile.experts):

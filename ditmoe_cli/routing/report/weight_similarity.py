@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.expert_weights import ExpertWeights, read_expert
-from ditmoe_cli.progress import ProgressBar
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.measures import matched_weight_cosine
 
 
-def weight_similarities(checkpoint: Checkpoint, bar: ProgressBar) -> list[NDArray[np.float64]]:
+def weight_similarities(checkpoint: Checkpoint) -> list[NDArray[np.float64]]:
     """Return the cosine of each pair of experts' weights after matching their neurons, (E, E) for each block."""
     sizes = [len(block.expert_widths) for block in checkpoint.config.blocks]
     pairs = sum(size * (size - 1) // 2 for size in sizes)
     result = []
-    with bar("matching experts' neurons", pairs) as progress:
+    with phase("matching experts' neurons", pairs, "pairs") as progress:
         for block, size in enumerate(sizes):
             experts = [_arrays(read_expert(checkpoint, block, e)) for e in range(size)]
             cosines = np.eye(size)

@@ -54,7 +54,6 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.differences import DeltaFormat
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.expert_weights import read_expert
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -89,7 +88,7 @@ def profile_of(checkpoint: Checkpoint, *, fast: bool = False) -> RoutingProfile:
     """A small profile, kept beside the checkpoint."""
     spec = SampleSpec(images=4, steps=4, cfg=1.5, seed=1, solver="ddim", classes=(0, 1))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}{'.fast' if fast else ''}.profile.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, 2, 64, 4, fast=fast), Run("cpu", silent_bar), path, force=True)
+    found = calibrate(checkpoint, Calibration(spec, 2, 64, 4, fast=fast), Run("cpu"), path, force=True)
     assert found is not None
     return found
 

@@ -18,7 +18,6 @@ from ditmoe_cli.compression.plan import CompressionPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 EXPERTS = 6
@@ -42,13 +41,13 @@ def test_a_plan_merges_every_expert_into_the_most_selected_of_its_group(
     merging = Merging(parse_keep(groups, "groups"), method, router, Repair())  # type: ignore[arg-type]
     if (groups, router) == ("1", "slice"):
         with pytest.raises(InfeasibleError, match="left with 2 to 6"):
-            plan_merge(checkpoint, profile, merging, silent_bar)
+            plan_merge(checkpoint, profile, merging)
         return
-    plan = plan_merge(checkpoint, profile, merging, silent_bar)
+    plan = plan_merge(checkpoint, profile, merging)
     assert (plan.command, plan.source, plan.profile) == ("merge", checkpoint.fingerprint, profile.digest)
     experts = plan.stage(Experts)
     assert experts.merging == method and experts.repair == Repair() and plan.decided
-    assert plan == plan_merge(checkpoint, profile, merging, silent_bar)
+    assert plan == plan_merge(checkpoint, profile, merging)
     wanted = 3 if groups == "0.5" else int(groups)
     selected = profile.tensor("selected").sum(dim=(1, 2))
     for index, block in enumerate(blocks_of(plan)):
@@ -83,7 +82,7 @@ def test_an_undecided_plan_has_the_bytes_of_the_decided_one(
             keeps = [(0, 1, 3, 4, 6, 7), range(EXPERTS)]
             checkpoint = pruned(opened(more, where, "more.safetensors"), keeps, "ghost", where / "ghosted.safetensors")
         undecided = undecided_merge(checkpoint, merging)
-        decided = plan_merge(checkpoint, profile_of(checkpoint), merging, silent_bar)
+        decided = plan_merge(checkpoint, profile_of(checkpoint), merging)
         assert not undecided.decided and decided.decided
         assert size(checkpoint, undecided) == size(checkpoint, decided)
 
@@ -118,13 +117,13 @@ def test_a_fast_profile_is_enough_for_what_needs_no_outputs(method: str, tmp_pat
     fast, merging = profile_of(checkpoint, fast=True), Merging(Keep(count=3), method)
     if MERGES[method].needs_means:
         with pytest.raises(BadInputError, match=rf"method {method} .*without fast"):
-            plan_merge(checkpoint, fast, merging, silent_bar)
+            plan_merge(checkpoint, fast, merging)
     else:
-        whole = plan_merge(checkpoint, profile_of(checkpoint, "whole"), merging, silent_bar)
-        assert blocks_of(plan_merge(checkpoint, fast, merging, silent_bar)) == blocks_of(whole)
+        whole = plan_merge(checkpoint, profile_of(checkpoint, "whole"), merging)
+        assert blocks_of(plan_merge(checkpoint, fast, merging)) == blocks_of(whole)
 
 
 def test_the_profile_of_another_checkpoint_is_refused(made: Made, tmp_path: Path) -> None:
     other = opened(make_pico(hidden=16, input_size=4, widths=((24,) * EXPERTS,) * 2, seed=1), tmp_path)
     with pytest.raises(BadInputError, match="profile of another checkpoint"):
-        plan_merge(other, made[1], Merging(Keep(count=3)), silent_bar)
+        plan_merge(other, made[1], Merging(Keep(count=3)))

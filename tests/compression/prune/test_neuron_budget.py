@@ -20,7 +20,6 @@ from ditmoe_cli.compression.prune.neuron_budget import pooled_widths
 from ditmoe_cli.compression.prune.pruning import Pruning, check_pruning, plan_prune, plan_replayed
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.profile import RoutingProfile
 
 Made = tuple[Checkpoint, RoutingProfile]
@@ -50,7 +49,7 @@ def ranked(made: Made) -> list[tuple[float, int, int]]:
 
 
 def planned(made: Made, pruning: Pruning) -> CompressionPlan:
-    return plan_replayed(*made, pruning, "cpu", silent_bar)
+    return plan_replayed(*made, pruning, "cpu")
 
 
 def test_the_pool_spans_blocks_and_holds_the_highest_energies(made: Made) -> None:

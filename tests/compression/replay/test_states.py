@@ -17,7 +17,6 @@ from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import open_checkpoint
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration, profiled_spec
 
@@ -109,9 +108,7 @@ def test_all_that_follows_from_the_profile_is_the_same_again(case: Given) -> Non
 def test_an_eighth_of_the_images_or_the_last_is_held_out(images: int, held: set[int], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_pico(sampler="rf", in_channels=1, depth=1).save(tmp_path / "a.safetensors"))
     spec = SampleSpec(images, 2, 1.0, 3, "euler", (0, 1))
-    profile = calibrate(
-        checkpoint, Calibration(spec, 1, 10**4), Run("cpu", silent_bar), tmp_path / "p.safetensors", force=True
-    )
+    profile = calibrate(checkpoint, Calibration(spec, 1, 10**4), Run("cpu"), tmp_path / "p.safetensors", force=True)
     assert profile is not None
     states = calibration_states(profile, spec, 3 * images)
     assert set(states.images[states.held].tolist()) == held
@@ -130,5 +127,5 @@ def test_fits_take_tokens_for_their_unknowns(
     assert checkpoint.config.num_patches == 4
     wanted = []
     monkeypatch.setattr(states_of_fits, "calibration_states", lambda *arguments: wanted.append(arguments[2]))
-    fitting_states(Calibrated(checkpoint, profile, "cpu", silent_bar), unknowns, 32, tokens)
+    fitting_states(Calibrated(checkpoint, profile, "cpu"), unknowns, 32, tokens)
     assert wanted == [taken // 4]

@@ -17,7 +17,6 @@ from replaying import guided_by_hand, some_tokens
 from ditmoe_cli.compression.replay.tokens import BlockTokens, ratio, reservoir_tokens
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -66,7 +65,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RoutingP
     def profile(cfg: float = 1.5, reservoir: int = 30, fast: bool = False) -> RoutingProfile:
         spec = SampleSpec(images=3, steps=4, cfg=cfg, seed=1, solver="ddim", classes=(0, 1))
         settings = Calibration(spec, bins=2, reservoir=reservoir, batch=2, fast=fast)
-        found = calibrate(checkpoint, settings, Run("cpu", silent_bar), where / "p.safetensors", force=True)
+        found = calibrate(checkpoint, settings, Run("cpu"), where / "p.safetensors", force=True)
         assert found is not None
         return found
 

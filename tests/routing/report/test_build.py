@@ -12,14 +12,13 @@ from reporting import Planted, by_class, by_position, by_step, even
 
 from ditmoe_cli.compression.methods import SALIENCIES
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.contents import ProfileReport
 from ditmoe_cli.routing.report.tables import CRITERIA
 
 
 def report_of(planted: Planted, folder: Path, replicates: int = 60, seed: int = 0) -> ProfileReport:
-    return build_report(planted.save(folder / "p.safetensors"), replicates, seed, silent_bar)
+    return build_report(planted.save(folder / "p.safetensors"), replicates, seed)
 
 
 def verdicts(chances: np.ndarray, folder: Path) -> list[str]:
@@ -82,7 +81,7 @@ def test_load_and_saliency_match_direct_computation(tmp_path: Path) -> None:
 def test_reports_and_planners_agree_on_every_saliency(cfg: float, tmp_path: Path) -> None:
     """The branches' selections differ, so that a saliency which weights them differs from one that does not."""
     profile = Planted(by_step(), cfg=cfg, fast=False).save(tmp_path / "p.safetensors")
-    blocks = build_report(profile, 20, 0, silent_bar).blocks
+    blocks = build_report(profile, 20, 0).blocks
     scored = {name.replace("-", " "): method for name, method in SALIENCIES.items() if name != "random"}
     reported = {name.lower().replace("-", " "): [block.saliency[name] for block in blocks] for name in CRITERIA}
     assert reported.keys() == scored.keys()
@@ -146,14 +145,14 @@ def test_equal_seeds_give_equal_reports(tmp_path: Path) -> None:
 
 def test_listed_classes_label_images_in_turn(tmp_path: Path) -> None:
     profile = Planted(by_class(blocks=1), images=10).save(tmp_path / "p.safetensors", classes=[7, 3, 5, 1, 0])
-    assert build_report(profile, 20, 0, silent_bar).classes == (0, 1, 3, 5, 7)
+    assert build_report(profile, 20, 0).classes == (0, 1, 3, 5, 7)
 
 
 def test_damaged_profiles_and_useless_settings_are_refused(tmp_path: Path) -> None:
     profile = Planted(even(blocks=1)).save(tmp_path / "p.safetensors", classes=[])
     with pytest.raises(BadInputError, match="calibration settings"):
-        build_report(profile, 20, 0, silent_bar)
+        build_report(profile, 20, 0)
     good = Planted(even(blocks=1)).save(tmp_path / "p.safetensors")
     for replicates, seed in ((5, 0), (20, -1)):
         with pytest.raises(UsageError, match="replicates"):
-            build_report(good, replicates, seed, silent_bar)
+            build_report(good, replicates, seed)

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from reporting import Planted, by_position, by_step
 
-from ditmoe_cli.progress import silent_bar
 from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.figures import draw
 from ditmoe_cli.routing.report.page import page
@@ -39,7 +38,7 @@ pytestmark = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     planted = Planted(by_step(blocks=2) * by_position(fading=True, blocks=2), images=10, fast=False)
-    found = build_report(planted.save(folder / "p.safetensors"), 20, 0, silent_bar)
+    found = build_report(planted.save(folder / "p.safetensors"), 20, 0)
     (folder / "report.html").write_text(page(found, tuple(draw(found))).replace("</body>", MEASURE + "</body>"))
     return folder / "report.html"
 

@@ -16,6 +16,7 @@ from ditmoe_cli.compression.precision.candidates import ties
 from ditmoe_cli.compression.precision.few_widths import settle, widened
 from ditmoe_cli.compression.precision.mix import Mix
 from ditmoe_cli.compression.precision.mix_request import MixRequest
+from ditmoe_cli.progress import phase
 
 
 def outlier_score(weight: Tensor) -> float:
@@ -25,7 +26,7 @@ def outlier_score(weight: Tensor) -> float:
     return float((size.amax(dim=0) / mean).where(mean > 0, 0.0).max())
 
 
-def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
+def choose(request: MixRequest, calibrated: Calibrated) -> Mix:  # noqa: ARG001
     """Return a mix of two adjacent widths that gives matrices of the highest scores the wider one.
 
     Raises `InfeasibleError` where the narrowest formats do not fit, `BadInputError` for weights that are not finite.
@@ -34,7 +35,7 @@ def choose(request: MixRequest, calibrated: Calibrated) -> Mix:
     scores: dict[str, float] = {}
     units: dict[str, list[str]] = {}
     decisions = ties(names, request.candidates.tied)
-    with calibrated.bar(f"looking for outliers in {request.checkpoint.path.name}", len(names)) as progress:
+    with phase(f"looking for outliers in {request.checkpoint.path.name}", len(names), "matrices") as progress:
         for name in names:
             score = outlier_score(request.checkpoint.finite_tensor(name))
             units.setdefault(decisions[name], []).append(name)
