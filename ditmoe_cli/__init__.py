@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ditmoe_cli.version import __version__
+
 if TYPE_CHECKING:
     from ditmoe_cli.model.checkpoint import open_checkpoint
     from ditmoe_cli.model.loading import load_model
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_model", "open_checkpoint"]
 
 

@@ -19,7 +19,8 @@ ALLOWED = {
     "processes": {"errors"},
     "progress": set(),
     "demo": set(),
-    "files": {"progress", "errors"},
+    "version": set(),
+    "files": {"version", "progress", "errors"},
     "formats": {"files", "progress", "errors"},
     "model": {"formats", "files", "progress", "errors"},
     "diffusion": {"model", "files", "progress", "errors"},
@@ -31,7 +32,7 @@ ALLOWED = {
         *("errors", ""),
     },
     "__main__": {"cli"},
-    "": {"model"},  # the package itself: its lazy public interface
+    "": {"model", "version"},  # the package itself: its lazy public interface
 }
 # rooms of compression whose methods share other rooms, and never import from each other
 WALLED = {f"{NAME}.compression.{name}" for name in ("prune", "merge", "delta", "repair", "precision", "rounding")}

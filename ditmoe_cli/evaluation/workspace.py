@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, first_line
+from ditmoe_cli.files.locks import locked
 
 _MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
 
@@ -117,14 +117,12 @@ class Workspace:
         """
         path = self.folder.with_name(f"{self.folder.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquired(path, notify)
-        try:
-            yield
-        finally:
-            if not any(self.folder.glob("*.done")):
-                self.remove()
-            path.unlink(missing_ok=True)
-            lock.release()
+        with locked(path, notify):
+            try:
+                yield
+            finally:
+                if not any(self.folder.glob("*.done")):
+                    self.remove()
 
     def discard(self) -> None:
         """Delete the workspace unless another run uses it, which will delete it itself.
@@ -137,16 +135,3 @@ class Workspace:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
-
-
-def _acquired(path: Path, notify: Callable[[str], None] | None) -> BaseFileLock:
-    """Return the acquired lock of the file at `path`. Raises `BlockingIOError` if taken and `notify` is None."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if notify is None:
-            raise BlockingIOError(f"{path}: another run has the lock") from None
-        notify(f"waiting for another run that has {path}")
-        lock.acquire()
-    return lock

@@ -1,35 +1,56 @@
 """Atomic outputs: a target is replaced by a whole output, or left as it was.
 
 An output is written beside its target under a hidden name, flushed to disk and renamed. A failure before the rename
-leaves the target absent, or the old one in place.
+leaves the target absent, or the old one in place. What a killed run leaves under hidden names is deleted by the next
+one in that folder.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
-from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
+from ditmoe_cli.files.locks import is_abandoned, locked
 
 CHECKPOINT_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
+_LEFTOVER = re.compile(r"(?P<hidden>\..+)\.(tmp|old)-(?P<run>(?P<process>\d+)(-\d+)?)(\.lock)?", re.DOTALL)
+_LONGEST_NAME = 200  # bytes, of 255 that most file systems allow: hidden names are longer than their target's
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(
     target: Path, force: bool, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
 ) -> None:
-    """Check that an output may be written to `target`; a folder is replaced only where all its files match `contents`.
+    """Check that an output may and can be written to `target`, before any work.
 
-    Raises `OutputExistsError` where the target exists (without `force`), is an input or a folder around one, or is a
-    link or a special file; `BadInputError` where the folder to write into is missing.
+    A folder is replaced only where all its files match `contents`. Raises `OutputExistsError` where the target exists
+    (without `force`), is an input or a folder around one, or is a link or a special file; `BadInputError` where the
+    folder to write into is missing, or cannot be written.
     """
-    if target.is_symlink():
+    _refuse(target, force, inputs, contents)
+    _require_writable(target)
+
+
+def _refuse(target: Path, force: bool, inputs: Iterable[Path], contents: re.Pattern[str]) -> None:
+    """Raise where an output may not be written to `target`; see `check_target`."""
+    try:
+        is_link = target.is_symlink()
+    except OSError as error:  # a name that is too long
+        raise BadInputError(f"{target}: cannot be written ({error.strerror}); name another output") from None
+    if is_link:
         raise OutputExistsError(f"{target}: is a symbolic link; name the file itself as output")
     if not target.parent.is_dir():
-        raise BadInputError(f"{target.parent}: no such folder to write {target.name} into")
+        what = "is a file, and no folder" if target.parent.is_file() else "no such folder"
+        raise BadInputError(f"{target.parent}: {what} to write {target.name} into")
     if any(_holds(target, source) for source in inputs):
         raise OutputExistsError(f"{target}: is the input itself; name another output")
     if not target.exists():
@@ -59,27 +80,174 @@ def _holds(target: Path, source: Path) -> bool:
     return same_file or target in source.parents or (source.is_dir() and source in target.parents)
 
 
+def _require_writable(target: Path) -> None:
+    """Raise `BadInputError` where no file can be made beside `target`, or the target cannot be replaced."""
+    probe = hidden_beside(target, f".tmp-{os.getpid()}")
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        probe.unlink()
+    except FileExistsError:  # of a killed run, or of a process with the same number in another container
+        pass
+    except OSError as error:
+        reason = "no place for files" if error.errno == errno.ENOENT else error.strerror  # as /proc says
+        raise BadInputError(f"{target}: cannot be written there ({reason}); name an output elsewhere") from None
+    if target.exists() and not _may_be_replaced(target):
+        raise BadInputError(f"{target}: belongs to another user and cannot be replaced; name another output")
+
+
+def _may_be_replaced(target: Path) -> bool:
+    """Return whether this user may rename something to `target`: in sticky folders such as /tmp only over their own."""
+    folder = target.parent.stat()
+    is_sticky = bool(folder.st_mode & stat.S_ISVTX)
+    return not is_sticky or os.geteuid() in (0, target.stat().st_uid, folder.st_uid)
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise `DitmoeError` where fewer than `needed` bytes are free for an output at `target`, before any work."""
+    try:
+        disk = os.statvfs(target.parent)
+    except OSError:
+        return
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and needed > free:  # some file systems tell no size
+        raise DitmoeError(
+            f"{target}: needs {_readable(needed)}, and {target.parent} has {_readable(free)} free; "
+            "make room there, or name an output elsewhere"
+        )
+
+
+def _readable(count: float) -> str:
+    """Return a number of bytes in the largest unit of which it has one."""
+    power = max((power for power in range(5) if count >= 1000**power), default=0)
+    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def hidden_beside(target: Path, ending: str) -> Path:
+    """Return the path of a hidden file or folder beside `target`, named after it; long names are cut and hashed."""
+    name = os.fsencode(target.name)
+    if len(name) <= _LONGEST_NAME:
+        return target.with_name(f".{target.name}{ending}")
+    return target.with_name(f".{target.name[:32]}~{sha256(name).hexdigest()[:16]}{ending}")
+
+
 @contextmanager
 def staged(
     target: Path, force: bool = False, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
 ) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder at; on success it is renamed to `target`.
 
-    Raises as `check_target` does, before anything is written and again before the rename.
+    Raises as `check_target` does, before anything is written and again before the rename. `OSError` of a full disk
+    names the target.
     """
     inputs = tuple(inputs)
     target = target.absolute()
     check_target(target, force, inputs, contents)
-    staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    _remove(staging)  # of a killed run with this process id, as happens in containers
-    try:
-        yield staging
-        _flush(staging)
-        check_target(target, force, inputs, contents)
-        _rename(staging, target)
-        _sync(target.parent)
-    finally:
+    clean_leftovers(target)
+    with _own_staging(target) as staging, _naming(target, staging):
+        try:
+            yield staging
+            _flush(staging)
+            _refuse(target, force, inputs, contents)
+            _rename(staging, target)
+            _sync(target.parent)
+        finally:
+            _remove(staging)
+
+
+@contextmanager
+def replaced_whole(path: Path, named: Path) -> Iterator[Path]:
+    """Yield a path to write a file at, which then takes the place of `path`, on disk before it does.
+
+    For files within a folder that only this process writes to. Errors of a full disk name the folder `named`.
+    """
+    new = path.with_name(f"{path.name}.new")
+    with _naming(named, new):
+        try:
+            yield new
+            _sync(new)
+            new.replace(path)
+            _sync(path.parent)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
+def _own_staging(target: Path) -> Iterator[Path]:
+    """Yield a hidden path beside `target` that no other run has, also where containers give several one process id.
+
+    The lock beside it shows others that this run lives.
+    """
+    with ExitStack() as stack:
+        for attempt in itertools.count():
+            staging = hidden_beside(target, f".tmp-{os.getpid()}" + (f"-{attempt}" if attempt else ""))
+            with suppress(BlockingIOError):
+                stack.enter_context(locked(staging.with_name(f"{staging.name}.lock")))
+                break
         _remove(staging)
+        yield staging
+
+
+@contextmanager
+def _naming(target: Path, hidden: Path) -> Iterator[None]:
+    """Let errors of the system name `target` in the place of a hidden file, and where they name none."""
+    try:
+        yield
+    except OSError as error:
+        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        is_ours = named is not None and (named == str(hidden) or named.startswith(f"{hidden}{os.sep}"))
+        if is_ours or (named is None and error.errno in _FULL):
+            error.filename, error.filename2 = str(target), None
+        raise
+
+
+def clean_leftovers(target: Path) -> None:
+    """Delete what killed runs left half-written in the folder of `target`; runs that live keep theirs.
+
+    Where a run was killed while it replaced the folder `target`, which then is missing, the old one is put back.
+    """
+    target = target.absolute()
+    with suppress(OSError):
+        for path in list(target.parent.glob(".*")):
+            found = _LEFTOVER.fullmatch(path.name)
+            if found and _is_left(path, found, target):
+                _clean(path, found, target)
+
+
+def _is_left(path: Path, found: re.Match[str], target: Path) -> bool:
+    """Return whether the process that a hidden file belongs to has ended.
+
+    Its lock tells. Without one, as earlier versions left them, it is cleaned for its own target only, and if no process
+    has its number.
+    """
+    lock = path.with_name(f"{found['hidden']}.tmp-{found['run']}.lock")
+    if lock.exists():
+        return is_abandoned(lock)
+    return path != lock and _is_of(found, target) and not _is_running(int(found["process"]))
+
+
+def _is_of(found: re.Match[str], target: Path) -> bool:
+    return found["hidden"] == hidden_beside(target, "").name
+
+
+def _clean(path: Path, found: re.Match[str], target: Path) -> None:
+    """Delete what a killed run left; an old folder only where the new one is in its place."""
+    for kind in ("tmp", "old"):
+        left = path.with_name(f"{found['hidden']}.{kind}-{found['run']}")
+        replaced = path.with_name(found["hidden"].removeprefix("."))
+        if kind == "tmp" or replaced.exists():
+            _remove(left)
+        elif left.exists() and _is_of(found, target):
+            left.rename(target)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _flush(path: Path) -> None:
@@ -102,7 +270,7 @@ def _rename(staging: Path, target: Path) -> None:
     if not target.exists() or (target.is_file() and staging.is_file()):
         staging.replace(target)
         return
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    aside = hidden_beside(target, f".old-{staging.name.rpartition('.tmp-')[2]}")
     _remove(aside)
     target.rename(aside)
     try:

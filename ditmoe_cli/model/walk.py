@@ -14,9 +14,9 @@ from ditmoe_cli.progress import Phase, phase
 
 @contextmanager
 def resident_blocks(
-    model: DiTMoE | OffloadedDiTMoE, title: str = "walking the blocks"
+    model: DiTMoE | OffloadedDiTMoE, title: str = "walking the blocks", start: int = 0
 ) -> Iterator[Iterator[tuple[int, Block]]]:
-    """Yield an iterator over (index, block), in order: a phase of that `title`, which counts blocks.
+    """Yield an iterator over (index, block), in order from `start`: a phase of that `title`, which counts blocks.
 
     The weights of an offloaded block are freed before the next block is read, even if the caller keeps the block::
 
@@ -28,14 +28,14 @@ def resident_blocks(
     """
     with (
         torch.inference_mode(),
-        phase(title, model.config.depth, "blocks") as progress,
+        phase(title, model.config.depth, "blocks", start=start) as progress,
         closing(_walk(model, progress)) as blocks,
     ):
         yield blocks
 
 
 def _walk(model: DiTMoE | OffloadedDiTMoE, progress: Phase) -> Generator[tuple[int, Block], None, None]:
-    for index in range(progress.total):
+    for index in range(progress.start, progress.total):
         with _resident(model, index) as block:
             yield index, block
         progress(1)

@@ -258,7 +258,7 @@ def test_unreadable(name: str, folder: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(folder: Path) -> None:
     (folder / "locked").mkdir(mode=0o500)
-    message = here("convert", "good.safetensors", "-o", "locked/x.safetensors", cwd=folder).error(1)
+    message = here("convert", "good.safetensors", "-o", "locked/x.safetensors", cwd=folder).error(3)
     assert "locked" in message and "ermission denied" in message
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,8 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, heed_interrupts
 
-from ditmoe_cli.errors import BadInputError, OutputExistsError
-from ditmoe_cli.files.staging import check_target, staged
+from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
+from ditmoe_cli.files.locks import locked
+from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers, staged
 
 
 def write(target: Path, text: str = "new", force: bool = False, inputs: tuple[Path, ...] = ()) -> None:
@@ -148,9 +151,74 @@ def test_devices_and_pipes_are_no_targets(tmp_path: Path) -> None:
 
 def test_the_folder_to_write_into_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for parent in ("absent", "file"):
-        with pytest.raises(BadInputError, match=f"{parent}: no such folder"):
+    for parent, what in {"absent": "no such folder", "file": "is a file, and no folder"}.items():
+        with pytest.raises(BadInputError, match=f"{parent}: {what} to write x into"):
             write(tmp_path / parent / "x")
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/sys", "locked"])
+def test_a_folder_that_takes_no_files_is_refused_before_anything(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the target, not a hidden file; the superuser is told so by /proc only."""
+    target = Path(folder) / "x" if folder.startswith("/") else tmp_path / folder / "x"
+    if folder == "locked":
+        target.parent.mkdir(mode=0o500)
+        monkeypatch.setattr(os, "open", _denied_in(target.parent, os.open))
+    with pytest.raises(BadInputError) as caught:
+        check_target(target, force=False)
+    assert str(caught.value).startswith(f"{target}: cannot be written there (")
+    assert ".tmp" not in str(caught.value)
+
+
+def _denied_in(folder: Path, real: Callable[..., int]) -> Callable[..., int]:
+    """What `os.open` does for a user who may not write to a folder."""
+
+    def denied(path: Path, flags: int, *args: int) -> int:
+        if flags & os.O_CREAT and Path(path).parent == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, flags, *args)
+
+    return denied
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="File name too long"):
+        check_target(tmp_path / ("x" * 256), force=False)
+    write(tmp_path / ("x" * 255))
+    assert names(tmp_path) == ["x" * 255], "the longest name that there can be"
+
+
+def test_names_that_are_no_text_are_targets(tmp_path: Path) -> None:
+    target = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
+    write(target)
+    assert target.read_text() == "new"
+    assert names(tmp_path) == [target.name]
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_target(tmp_path / "x", force=False)
+    assert names(tmp_path) == []
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    check_space(tmp_path / "x", 0)
+    with pytest.raises(DitmoeError, match=r"x: needs .* TB, and .* has .* free; make room") as caught:
+        check_space(tmp_path / "x", 2 * disk.f_blocks * disk.f_frsize + 10**15)
+    assert caught.value.exit_code == 1
+
+
+def test_a_full_disk_names_the_target(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / 'x'}'")),
+        staged(tmp_path / "x"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=re.escape(f"'{tmp_path / 'x'}'")), staged(tmp_path / "x") as staging:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(staging / "shard"))
+    with pytest.raises(OSError, match="'of another'"), staged(tmp_path / "x"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "of another")
 
 
 def input_itself(folder: Path) -> tuple[Path, Path]:
@@ -253,6 +321,56 @@ def test_leftovers_of_a_killed_run_with_our_number_do_not_hinder(tmp_path: Path)
     assert names(tmp_path) == ["x"]
 
 
+def test_a_live_process_with_our_number_keeps_its_files(tmp_path: Path) -> None:
+    """As two containers with one folder have it."""
+    other = tmp_path / f".x.tmp-{os.getpid()}"
+    other.write_text("of the other")
+    with locked(tmp_path / f".x.tmp-{os.getpid()}.lock"):
+        write(tmp_path / "x")
+        assert other.read_text() == "of the other"
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def ended_process() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    return child.pid
+
+
+def test_what_killed_runs_left_is_cleaned_by_the_next_run_in_the_folder(tmp_path: Path) -> None:
+    run = ended_process()
+    for left in (f".x.tmp-{run}", f".x.tmp-{run}-1", f".y.tmp-{run}"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "shard").write_text("half")
+    (tmp_path / f".y.tmp-{run}.lock").touch()
+    (tmp_path / f".z.tmp-{run}.lock").touch()
+    write(tmp_path / "x")
+    assert names(tmp_path) == ["x"]
+
+
+def test_what_may_belong_to_a_live_run_is_kept(tmp_path: Path) -> None:
+    run = ended_process()
+    kept = {f".x.tmp-{os.getppid()}", f".y.tmp-{run}", f".y.tmp-{os.getppid()}", ".x.tmp-me", ".note"}
+    for name in kept:
+        (tmp_path / name).write_text("half")
+    write(tmp_path / "x")
+    assert set(names(tmp_path)) == {"x", *kept}
+
+
+def test_an_old_folder_whose_replacement_was_killed_is_put_back(tmp_path: Path) -> None:
+    old = tmp_path / f".x.old-{ended_process()}"
+    old.mkdir()
+    (old / "config.json").write_text("old")
+    clean_leftovers(tmp_path / "x")
+    assert (tmp_path / "x" / "config.json").read_text() == "old"
+    old.mkdir()
+    (old / "config.json").write_text("older")
+    clean_leftovers(tmp_path / "x")
+    assert (tmp_path / "x" / "config.json").read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
     old = os.umask(mask)
@@ -309,3 +427,5 @@ def test_a_killed_writer_leaves_the_old_or_nothing(tmp_path: Path, how: signal.S
     assert not old or target.read_text() == "old"
     if how == signal.SIGINT:
         assert names(tmp_path) == ([name] if old else [])
+    write(tmp_path / "y")
+    assert names(tmp_path) == sorted([name, "y"] if old else ["y"]), "the next run cleans"

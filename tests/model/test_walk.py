@@ -50,6 +50,12 @@ def test_blocks_come_in_order_and_whole(checkpoint: Checkpoint) -> None:
     assert expected == 2
 
 
+def test_a_walk_may_start_at_any_block(checkpoint: Checkpoint) -> None:
+    for start in range(4):
+        with resident_blocks(OffloadedDiTMoE(checkpoint, CPU), start=start) as blocks:
+            assert [index for index, _ in blocks] == list(range(start, 3))
+
+
 def test_one_block_is_in_memory_though_the_caller_holds_them_all(checkpoint: Checkpoint) -> None:
     model = OffloadedDiTMoE(checkpoint, CPU)
     held: list[Block] = []
