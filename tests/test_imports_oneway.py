@@ -18,6 +18,7 @@ ALLOWED = {
     "errors": set(),
     "processes": {"errors"},
     "progress": set(),
+    "threads": set(),
     "demo": set(),
     "version": set(),
     "files": {"version", "progress", "errors"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "compression": {"routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},
     "cli": {
         *("processes", "compression", "evaluation", "routing", "diffusion", "model", "formats", "files", "progress"),
-        *("errors", ""),
+        *("threads", "errors", ""),
     },
     "__main__": {"cli"},
     "": {"model", "version"},  # the package itself: its lazy public interface

@@ -6,23 +6,26 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 # plain help and one-line usage errors: rich would wrap long paths, and costs start-up time
 os.environ.setdefault("TYPER_USE_RICH", "0")
 
 import typer
-from typer.core import TyperCommand
 
-from ditmoe_cli import __version__
+from ditmoe_cli.cli.completion import DETECTED, VARIABLE, answer, installed, script
 from ditmoe_cli.cli.groups import spliced
+from ditmoe_cli.cli.help_texts import Program, SectionedCommand
+from ditmoe_cli.cli.machine import Threads, versions
 from ditmoe_cli.cli.progress_display import shown
 from ditmoe_cli.cli.terminal import with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.processes import under_torchrun
 from ditmoe_cli.progress import watched_by
+from ditmoe_cli.threads import prepare_threads, usable_cores
 
 # each is a module of `ditmoe_cli.cli.commands`
 COMMANDS = {
@@ -41,8 +44,20 @@ COMMANDS = {
     "bench": "Measure memory and time of a checkpoint.",
 }
 
+_COMPLETION = ("--install-completion", "--show-completion")
+
+
+class RootProgram(Program):
+    """The program, where an option of completion that stands last means the shell that runs it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return the words after the program's own options."""
+        return super().parse_args(ctx, [*args, DETECTED] if args and args[-1] in _COMPLETION else args)
+
+
 app = typer.Typer(
     name="ditmoe",
+    cls=RootProgram,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,15 +71,48 @@ INTERRUPTED = 130  # the exit code of SIGINT
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-def _version(show: bool) -> None:
-    if show:
-        print(f"ditmoe {__version__}")
-        raise typer.Exit
+def _printing(text_of: Callable[[Any], str]) -> Callable[[Any], None]:
+    """Return the callback of an option that prints a text and ends the program."""
+
+    def callback(given: Any) -> None:
+        if given:
+            print(text_of(given))
+            raise typer.Exit
+
+    return callback
 
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_printing(lambda _: versions()),
+            is_eager=True,
+            help="Print the versions of ditmoe, torch and the GPU's driver.",
+        ),
+    ] = False,
+    install: Annotated[
+        str | None,
+        typer.Option(
+            "--install-completion",
+            metavar="[SHELL]",
+            callback=_printing(installed),
+            is_eager=True,
+            help="Make bash, zsh or fish complete commands, options and their values.",
+        ),
+    ] = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            "--show-completion",
+            metavar="[SHELL]",
+            callback=_printing(script),
+            is_eager=True,
+            help="Print what --install-completion would write.",
+        ),
+    ] = None,
 ) -> None:
     """Compress and analyse pretrained DiT-MoE checkpoints.
 
@@ -74,7 +122,7 @@ def root(
     """
 
 
-class LazyCommand(TyperCommand):
+class LazyCommand(SectionedCommand):
     """A command whose module is imported when it is called. ``ditmoe --help`` needs only its one line of help."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -87,8 +135,11 @@ def load_command(name: str) -> Any:
     """Return the command that `run` in the module of its name is, such as ``profile-experts`` in `profile_experts`."""
     module = import_module(f"ditmoe_cli.cli.commands.{name.replace('-', '_')}")
     program = typer.Typer(add_completion=False, rich_markup_mode=None)
-    program.command(name)(spliced(module.run))
-    return typer.main.get_command(program)
+    program.command(name, cls=SectionedCommand)(spliced(module.run, Threads))
+    command = typer.main.get_command(program)
+    assert isinstance(command, SectionedCommand)
+    command.examples = module.EXAMPLES
+    return command
 
 
 def load_program() -> Any:
@@ -102,9 +153,13 @@ def load_program() -> Any:
 def main() -> NoReturn:
     """Run the program and end the process with the exit code of its outcome."""
     signal.signal(signal.SIGTERM, _terminate)
+    prepare_threads(os.environ, usable_cores())
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell (>&-): its number must not go to a file that we open
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if request := os.environ.get(VARIABLE):
+        print(answer(load_program(), request))
+        _leave(0)
     _leave(run(sys.argv[1:]))
 
 

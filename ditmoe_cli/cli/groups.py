@@ -7,7 +7,8 @@ the option is required. A command is a plain function of groups::
 
 `spliced` turns it into the function that typer reads, with one parameter for every option. Where a command needs
 another default or help text, it subclasses the group and declares that field anew. A field that is declared without an
-option is a constant of the group.
+option is a constant of the group. The group's `panel` is the title of the section in which help shows its options;
+an option that belongs elsewhere names another one as its ``rich_help_panel``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typer.models import ParameterInfo
 
 from ditmoe_cli.errors import UsageError
 
+_SETUP = "setup"  # no parameter of a command has this name
+
 
 @dataclass(frozen=True)
 class _Option:
@@ -32,11 +35,14 @@ class _Option:
     type: Any
     info: ParameterInfo
     default: Any
+    panel: str | None
 
     def parameter(self) -> Parameter:
         """Return the parameter that typer reads; an option with a parser is text there, and None by default."""
         info, is_text = copy(self.info), self.info.parser is not None
         info.parser = info.callback = None
+        info.rich_help_panel = info.rich_help_panel or self.panel
+        info.autocompletion = info.autocompletion or _completion(self.info.callback)
         return Parameter(
             self.name,
             Parameter.KEYWORD_ONLY,
@@ -64,11 +70,17 @@ class _Option:
         return next(name for name in names if isinstance(name, str) and name.startswith("--"))
 
 
+def _completion(check: Callable[..., Any] | None) -> Callable[[str], list[str]] | None:
+    """Return the function that completes a word, where the check of an option knows all its values."""
+    choices: tuple[str, ...] = getattr(check, "choices", ())
+    return completing(*choices) if choices else None
+
+
 def _options(group: type[Any]) -> list[_Option]:
     """Return the options of a group in the order of its fields."""
     hints = get_type_hints(group, include_extras=True)
     return [
-        _Option(field.name, get_args(hints[field.name])[0], info, _default(field))
+        _Option(field.name, get_args(hints[field.name])[0], info, _default(field), getattr(group, "panel", None))
         for field in fields(group)
         for info in get_args(hints[field.name])[1:]
         if isinstance(info, ParameterInfo)
@@ -79,14 +91,18 @@ def _default(field: Field[Any]) -> Any:
     return Parameter.empty if field.default is MISSING else field.default
 
 
-def spliced(run: Callable[..., None]) -> Callable[..., None]:
+def spliced(run: Callable[..., None], setup: type[Any] | None = None) -> Callable[..., None]:
     """Return the function of all options of the groups that `run` takes, in the order of its parameters.
 
+    `setup` is a group of every command, whose method `apply` is called before the command runs.
+
     The parser or callback of an option is a function of the value that returns it, or raises `ValueError` with a hint;
-    users read ``--option value: hint``.
+    users read ``--option value: hint``. A callback with a tuple `choices` completes them in shells.
     """
     groups = get_type_hints(run)
     del groups["return"]
+    if setup is not None:
+        groups[_SETUP] = setup
     options = {name: _options(group) for name, group in groups.items()}
     parameters = [option.parameter() for members in options.values() for option in members]
 
@@ -95,7 +111,10 @@ def spliced(run: Callable[..., None]) -> Callable[..., None]:
             name: {option.name: option.value(given[option.name]) for option in members}
             for name, members in options.items()
         }
-        run(**{name: group(**values[name]) for name, group in groups.items()})
+        made = {name: group(**values[name]) for name, group in groups.items()}
+        if setup is not None:
+            made.pop(_SETUP).apply()
+        run(**made)
 
     command.__doc__ = run.__doc__
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -122,7 +141,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
             raise ValueError(f"choose {' or '.join(choices) if len(choices) == 2 else ', '.join(choices)}")
         return value
 
-    return checked
+    return _completing(checked, choices)
 
 
 def known(*names: str) -> Callable[[str], str]:
@@ -133,7 +152,18 @@ def known(*names: str) -> Callable[[str], str]:
             raise ValueError(f"unknown; choose {', '.join(names)}")
         return value
 
-    return checked
+    return _completing(checked, names)
+
+
+def completing(*words: str) -> Callable[[str], list[str]]:
+    """Return the function that completes one of these words, for options whose value is checked later."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def _completing(check: Callable[[str], str], choices: tuple[str, ...]) -> Callable[[str], str]:
+    """Return a check with the words that it lets pass, which shells complete."""
+    check.choices = choices  # type: ignore[attr-defined]
+    return check
 
 
 def ending(*endings: str) -> Callable[[Path], Path]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
 from ditmoe_cli.cli.groups import at_least, ending, one_of
 from ditmoe_cli.cli.stage import Stage, default_output, incoming
+from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.plan import Repair
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.errors import UsageError, first_line
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.processes import own_device
@@ -19,6 +23,7 @@ from ditmoe_cli.processes import own_device
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.worker import Runtime
 
+_DEMO = "demo:digits"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -43,12 +48,36 @@ def parse_size(text: str) -> Size:
     return Size(text, size)
 
 
-DeviceOpt = Annotated[str, typer.Option("--device", metavar="NAME", help="Device: cpu, cuda or cuda:N.")]
+def complete_device(incomplete: str) -> list[str]:
+    """Return the names of devices that begin so."""
+    return [name for name in ("auto", "cpu", "cuda") if name.startswith(incomplete)]
+
+
+def complete_checkpoint(incomplete: str) -> list[str]:
+    """Return the name of the embedded checkpoint where it begins so and no file does, which shells complete."""
+    with suppress(OSError):
+        if any(file.name.startswith(incomplete) for file in Path().iterdir()):
+            return []
+    return [_DEMO] if incomplete and _DEMO.startswith(incomplete) else []
+
+
+DeviceOpt = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        rich_help_panel="Machine",
+        autocompletion=complete_device,
+        help="auto, cpu, cuda or cuda:N; auto is cuda where it can be used, else cpu.",
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Overrides:
     """Overrides of a checkpoint's configuration, for what its file cannot tell."""
+
+    panel: ClassVar[str] = "Checkpoint"
 
     heads: Annotated[
         int | None,
@@ -89,6 +118,7 @@ class Source(Overrides):
         str | None,
         typer.Argument(
             metavar="CHECKPOINT",
+            autocompletion=complete_checkpoint,
             help="A file, a folder or demo:digits. [default: the one that the pipe names]",
         ),
     ] = None
@@ -109,6 +139,8 @@ def checkpoint_path(path: Path) -> Path:
 @dataclass(frozen=True)
 class Destination:
     """Where a checkpoint goes."""
+
+    panel: ClassVar[str] = "Output"
 
     output: Annotated[
         Path | None,
@@ -144,6 +176,8 @@ class Destination:
 class FileDestination:
     """Where a single safetensors file goes."""
 
+    panel: ClassVar[str] = "Output"
+
     output: Annotated[
         Path | None,
         typer.Option(
@@ -165,11 +199,13 @@ class FileDestination:
 class Running:
     """Where a model runs, and on how many images at a time."""
 
+    panel: ClassVar[str] = "Machine"
+
     batch: Annotated[
         int,
         typer.Option("--batch", metavar="N", callback=at_least(1), help="Images at a time; no image depends on it."),
     ] = 64
-    device: DeviceOpt = "cpu"
+    device: DeviceOpt = "auto"
 
     @property
     def runtime(self) -> Runtime:
@@ -183,6 +219,8 @@ class Running:
 class Planning:
     """Profile and device that a plan is made with, or the list of methods instead."""
 
+    panel: ClassVar[str] = "Plan"
+
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -194,7 +232,7 @@ class Planning:
     list_methods: Annotated[
         bool, typer.Option("--list-methods", help="Print all methods with their sources, and exit.")
     ] = False
-    device: DeviceOpt = "cpu"
+    device: DeviceOpt = "auto"
 
     def profile_for(self, stage: Stage) -> Path | None:
         """Return the profile that is given, else the envelope's."""
@@ -204,6 +242,8 @@ class Planning:
 @dataclass(frozen=True)
 class Refitting:
     """How the remaining experts are fitted to the original output."""
+
+    panel: ClassVar[str] = "Refitting"
 
     refit: Annotated[
         bool,
@@ -233,15 +273,36 @@ class Refitting:
 
 
 def checked_device(name: str) -> str:
-    """Return the name of a device. Raises `UsageError` where it is neither cpu nor a GPU of this machine."""
+    """Return the name of a device, for ``auto`` the one to use. Raises `UsageError` where it cannot be used here."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are fp32, in every thread
+    if name == "auto":
+        return best_device()
     try:
         device = torch.device(own_device(name))
         if device.type not in ("cpu", "cuda"):
-            raise ValueError("choose cpu, cuda or cuda:N")
+            raise ValueError("choose auto, cpu, cuda or cuda:N")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0][:100]})") from None
     return str(device)
+
+
+@cache
+def best_device() -> str:
+    """Return ``cuda`` where torch can compute on it, else ``cpu``; say which where there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    device = own_device("cuda")
+    try:
+        torch.empty(1, device=device)
+        name = torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError) as error:
+        note(f"the GPU cannot be used ({first_line(error)[:100]}); computing on the cpu")
+        return "cpu"
+    if os.environ.get("RANK", "0") == "0":
+        note(f"computing on {device} ({name})")
+    return device

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.terminal import Row
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import (
     ALWAYS,
     DEFAULT_SOLVER,
     DEFAULT_STEPS,
+    SOLVERS,
     UPSTREAM,
     Interval,
     Solver,
@@ -41,12 +43,16 @@ def parse_classes(text: str) -> tuple[int, ...]:
         raise ValueError("give class numbers separated by commas, as 0,3,7") from None
 
 
+complete_solver = completing(*dict.fromkeys(solver.name for solver in SOLVERS.values()))
+
 ImagesOpt = Annotated[int, typer.Option("--images", metavar="N", help="Images to sample of each checkpoint.")]
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """Options of every command that follows a sampler step by step."""
+
+    panel: ClassVar[str] = "Sampling"
 
     images: ImagesOpt = 64
     steps: Annotated[
@@ -62,6 +68,7 @@ class SamplingOptions:
         typer.Option(
             "--solver",
             metavar="NAME",
+            autocompletion=complete_solver,
             help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
             "[default: ab2 for rf, ddim for ddpm]",
         ),
@@ -128,6 +135,7 @@ class ImageSampling(UpstreamSampling):
         typer.Option(
             "--solver",
             metavar="NAME",
+            autocompletion=complete_solver,
             help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
             "[default: ab2 for rf, ddim for ddpm]",
         ),

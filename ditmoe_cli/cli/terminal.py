@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, ClassVar, TextIO
 
 import typer
 
@@ -23,6 +23,8 @@ Row = tuple[str, object]
 @dataclass(frozen=True)
 class JsonPrinting:
     """How a command prints that writes no file."""
+
+    panel: ClassVar[str] = "Printing"
 
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on a terminal too.")] = False
     as_text: Annotated[bool, typer.Option("--text", help="Print tables off a terminal too.")] = False

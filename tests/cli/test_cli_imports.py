@@ -145,15 +145,18 @@ def imported(*words: str, cwd: Path) -> tuple[int, set[str]]:
     return int(count), {name.removeprefix("ditmoe_cli.") for name in own}
 
 
-HELP = {"cli", "cli.app", "cli.groups", "cli.terminal", "errors", "processes"}
+HELP = {
+    *("cli", "cli.app", "cli.completion", "cli.groups", "cli.help_texts", "cli.machine", "cli.terminal"),
+    *("errors", "processes", "threads"),
+}
 
 
-@pytest.mark.parametrize("words", [("--help",), ("--version",)])
-def test_the_program_alone_imports_no_command(words: tuple[str, ...], tmp_path: Path) -> None:
-    """Modules are counted instead of seconds, which a busy machine stretches: 160 of them take 0.2 s."""
-    count, own = imported(*words, cwd=tmp_path)
+@pytest.mark.parametrize(("word", "most"), [("--help", 200), ("--version", 240)])
+def test_the_program_alone_imports_no_command(word: str, most: int, tmp_path: Path) -> None:
+    """Modules are counted instead of seconds, which a busy machine stretches: 160 of them take 0.1 s."""
+    count, own = imported(word, cwd=tmp_path)
     assert own == HELP
-    assert count < 200
+    assert count < most
 
 
 @pytest.mark.parametrize("command", COMMANDS)

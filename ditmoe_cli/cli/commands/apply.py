@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -15,10 +15,17 @@ from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.plan import read_plan
 from ditmoe_cli.routing.profile import read_profile
 
+EXAMPLES = (
+    "ditmoe apply ckpt.pt --plan plan.json",
+    "ditmoe apply ckpt.pt --plan plan.json --profile ckpt.profile.safetensors -o small.safetensors",
+)
+
 
 @dataclass(frozen=True)
 class Planned:
     """The plan, and what carrying it out takes."""
+
+    panel: ClassVar[str] = "Plan"
 
     plan: Annotated[
         Path, typer.Option("--plan", metavar="FILE", help="The plan, or the output of a planner's --dry-run.")
@@ -32,7 +39,7 @@ class Planned:
             "[default: the one that the pipe names]",
         ),
     ] = None
-    device: DeviceOpt = "cpu"
+    device: DeviceOpt = "auto"
 
 
 def run(planned: Planned, source: Source, to: Destination, printing: Printing) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.bench import Bench, Sizes
 
 
+EXAMPLES = (
+    "ditmoe bench small.safetensors",
+    "ditmoe quantize ckpt.pt --bits 4 --uniform | ditmoe bench --batch 32 --cfg 1.5 --max-memory 8GiB",
+)
+
+
 @dataclass(frozen=True)
 class Measuring:
     """The forward passes to measure, and their device."""
+
+    panel: ClassVar[str] = "Measuring"
 
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images per forward pass.")] = 8
     repeats: Annotated[
@@ -28,7 +36,7 @@ class Measuring:
         float, typer.Option("--cfg", metavar="S", help="Scale of classifier-free guidance; 1 is no guidance.")
     ] = 1.0
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")] = 0
-    device: DeviceOpt = "cpu"
+    device: DeviceOpt = "auto"
     max_memory: Annotated[
         Size | None,
         typer.Option(

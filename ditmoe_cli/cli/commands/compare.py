@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from ditmoe_cli.cli.groups import ending
-from ditmoe_cli.cli.options import Overrides, Running
+from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
@@ -17,6 +17,12 @@ from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.compare import Divergence, Outputs
+
+
+EXAMPLES = (
+    "ditmoe compare ckpt.pt small.safetensors --grid pairs.png",
+    "ditmoe quantize ckpt.pt --bits 4 | ditmoe compare --max-error 0.1",
+)
 
 
 def positive_error(value: float) -> float:
@@ -32,11 +38,19 @@ class Pair(Overrides):
 
     a: Annotated[
         str | None,
-        typer.Argument(metavar="A", help="Checkpoint to measure from. Without A and B, the original of the pipe."),
+        typer.Argument(
+            metavar="A",
+            autocompletion=complete_checkpoint,
+            help="Checkpoint to measure from. Without A and B, the original of the pipe.",
+        ),
     ] = None
     b: Annotated[
         str | None,
-        typer.Argument(metavar="B", help="Checkpoint to measure. Without A and B, the result of the pipe."),
+        typer.Argument(
+            metavar="B",
+            autocompletion=complete_checkpoint,
+            help="Checkpoint to measure. Without A and B, the result of the pipe.",
+        ),
     ] = None
 
     def stage(self) -> Stage:
@@ -59,6 +73,8 @@ class Pair(Overrides):
 class Comparing:
     """Step bins of the measured errors, and the largest error allowed."""
 
+    panel: ClassVar[str] = "Comparing"
+
     bins: Annotated[int, typer.Option("--bins", metavar="N", help="Bins of steps, from noise to image.")] = 10
     max_error: Annotated[
         float | None,
@@ -74,6 +90,8 @@ class Comparing:
 @dataclass(frozen=True)
 class ComparisonFiles:
     """The files that a comparison writes, each where it is asked for."""
+
+    panel: ClassVar[str] = "Output"
 
     grid: Annotated[
         Path | None,

@@ -7,6 +7,11 @@ from ditmoe_cli.cli.planning import Job, preview, write
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing
 
+EXAMPLES = (
+    "ditmoe convert ckpt.pt -o ckpt.safetensors",
+    "ditmoe convert run/checkpoints -o shards --max-shard-size 5GB",
+)
+
 
 def run(source: Source, to: Destination, printing: Printing) -> None:
     """Write a checkpoint of any layout as safetensors.

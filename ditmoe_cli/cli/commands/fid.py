@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.groups import ending, one_of
-from ditmoe_cli.cli.options import Overrides, Running
+from ditmoe_cli.cli.groups import completing, ending, one_of
+from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
-from ditmoe_cli.evaluation.scores.conventions import PRECISIONS
+from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, PRECISIONS
 from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION, Request, parse_scores
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.fid_sides import Comparison, Item
     from ditmoe_cli.evaluation.scores.intervals import Interval
     from ditmoe_cli.evaluation.worker import Runtime
+
+
+EXAMPLES = (
+    "ditmoe fid small.safetensors --ref ckpt.pt",
+    "ditmoe fid samples.safetensors --ref images --extractor pixels --metrics all",
+    "ditmoe prune ckpt.pt --keep 0.5 | ditmoe fid --max 10",
+)
 
 
 def enough_images(count: int) -> int:
@@ -56,10 +63,13 @@ def enough_resamples(count: int) -> int:
 class Compared:
     """The subject, and what it is compared with."""
 
+    panel: ClassVar[str] = "Comparing"
+
     subject: Annotated[
         str | None,
         typer.Argument(
             metavar="A",
+            autocompletion=complete_checkpoint,
             help="Checkpoint, samples, statistics or images to score. Without it, the result of the pipe.",
         ),
     ] = None
@@ -68,6 +78,7 @@ class Compared:
         typer.Option(
             "--ref",
             metavar="B",
+            autocompletion=complete_checkpoint,
             help="Checkpoint, samples, statistics or images to compare with. "
             "[default: the original's samples of the same seeds]",
         ),
@@ -77,6 +88,7 @@ class Compared:
         typer.Option(
             "--original",
             metavar="C",
+            autocompletion=complete_checkpoint,
             help="Checkpoint or samples that the paired error is against. [default: the original of the pipe, else B]",
         ),
     ] = None
@@ -110,11 +122,14 @@ class Images(ImageSampling):
 class Scoring:
     """How images are scored."""
 
+    panel: ClassVar[str] = "Scoring"
+
     extractor: Annotated[
         str | None,
         typer.Option(
             "--extractor",
             metavar="NAME",
+            autocompletion=completing("inception", "pixels"),
             help="Features to compare: inception, pixels or package.module:factory. "
             "[default: what the metadata of A or B name, else inception]",
         ),
@@ -139,6 +154,7 @@ class Scoring:
         typer.Option(
             "--convention",
             metavar="NAME",
+            autocompletion=completing(*CONVENTIONS),
             help="Program whose resizing and scores to follow: adm, torch-fidelity, pytorch-fid or clean-fid.",
         ),
     ] = DEFAULT_CONVENTION
@@ -208,6 +224,8 @@ class Scoring:
 @dataclass(frozen=True)
 class ScoreFile:
     """Where the score is written beside stdout."""
+
+    panel: ClassVar[str] = "Output"
 
     output: Annotated[
         Path | None,

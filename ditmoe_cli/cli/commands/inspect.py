@@ -12,6 +12,11 @@ from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.parameters import count_parameters
 
+EXAMPLES = (
+    "ditmoe inspect ckpt.pt",
+    "ditmoe inspect demo:digits --json",
+)
+
 
 def run(source: Source, printing: JsonPrinting) -> None:
     """Print what a checkpoint is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, ClassVar, cast
 
 import typer
 
@@ -19,10 +19,17 @@ from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.formats.differences import DeltaFormat
 
+EXAMPLES = (
+    "ditmoe merge ckpt.pt --groups 4",
+    "ditmoe merge ckpt.pt --delta svd --delta-ratio 0.25",
+)
+
 
 @dataclass(frozen=True)
 class Grouping:
     """How experts are merged."""
+
+    panel: ClassVar[str] = "Merging"
 
     groups: Annotated[
         str | None,
@@ -61,6 +68,8 @@ def delta_ratio(ratio: float) -> float:
 @dataclass(frozen=True)
 class DeltaOptions:
     """How experts are stored as differences."""
+
+    panel: ClassVar[str] = "Differences"
 
     delta: Annotated[
         str | None,

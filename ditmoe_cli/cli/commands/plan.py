@@ -22,6 +22,12 @@ from ditmoe_cli.compression.plan import (
 )
 from ditmoe_cli.formats.registry import format_label
 
+EXAMPLES = (
+    "ditmoe prune ckpt.pt --keep 0.5 --dry-run > plan.json",
+    "ditmoe plan plan.json",
+    "ditmoe plan plan.json other.json",
+)
+
 
 @dataclass(frozen=True)
 class Plans:

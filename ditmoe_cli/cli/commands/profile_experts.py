@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
-from ditmoe_cli.cli.sampling_options import SamplingOptions
+from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.diffusion.sampling import SampleSpec
@@ -21,6 +21,12 @@ from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
 from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
+
+EXAMPLES = (
+    "ditmoe profile-experts ckpt.pt",
+    "ditmoe profile-experts ckpt.pt --images 256 --cfg 1.5 -o ckpt.profile.safetensors",
+    "torchrun --nproc-per-node 8 -m ditmoe_cli profile-experts ckpt.pt --device cuda",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Calibrating(SamplingOptions):
         typer.Option(
             "--solver",
             metavar="NAME",
+            autocompletion=complete_solver,
             help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
             "[default: euler for rf, ddim for ddpm]",
         ),
@@ -43,6 +50,8 @@ class Calibrating(SamplingOptions):
 @dataclass(frozen=True)
 class Profiling:
     """Counters, images and device of a calibration run."""
+
+    panel: ClassVar[str] = "Profiling"
 
     data: Annotated[
         Path | None,
@@ -61,12 +70,20 @@ class Profiling:
     ] = Calibration.reservoir
     fast: Annotated[bool, typer.Option("--fast", help="Keep counters only: no moments, no reservoir.")] = False
     offload: Annotated[
-        bool, typer.Option("--offload", help="Keep one block in memory at a time; reads the file at every step.")
+        bool,
+        typer.Option(
+            "--offload",
+            rich_help_panel="Machine",
+            help="Keep one block in memory at a time; reads the file at every step.",
+        ),
     ] = False
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images at a time; rounding may depend on it.")] = (
-        Calibration.batch
-    )
-    device: DeviceOpt = "cpu"
+    batch: Annotated[
+        int,
+        typer.Option(
+            "--batch", metavar="N", rich_help_panel="Machine", help="Images at a time; rounding may depend on it."
+        ),
+    ] = Calibration.batch
+    device: DeviceOpt = "auto"
 
     def settings(self, spec: SampleSpec, digest: str | None) -> Calibration:
         """Return the settings of the calibration; `digest` is that of the images to add noise to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, cast, get_args
+from typing import Annotated, ClassVar, cast, get_args
 
 import typer
 
@@ -18,10 +18,18 @@ from ditmoe_cli.compression.prune.pruning import Pruning
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import UsageError
 
+EXAMPLES = (
+    "ditmoe prune ckpt.pt --keep 0.5",
+    "ditmoe prune ckpt.pt --keep 4 --router slice -o sliced.safetensors",
+    "ditmoe prune ckpt.pt --neurons 0.5 --allocate global --dry-run",
+)
+
 
 @dataclass(frozen=True)
 class Dropping:
     """Which experts are kept, and how routers go on."""
+
+    panel: ClassVar[str] = "Choice of experts"
 
     keep: Annotated[
         str | None,
@@ -68,6 +76,8 @@ class Dropping:
 @dataclass(frozen=True)
 class Narrowing:
     """How kept experts are narrowed."""
+
+    panel: ClassVar[str] = "Narrowing"
 
     neurons: Annotated[
         float,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.groups import one_of
+from ditmoe_cli.cli.groups import completing, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Size, Source, parse_size
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
@@ -17,8 +17,14 @@ from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.compression.precision.mixed import MixedPrecision
-from ditmoe_cli.compression.precision.uniform import UniformPrecision, format_named
+from ditmoe_cli.compression.precision.uniform import KINDS, UniformPrecision, format_named
 from ditmoe_cli.errors import UsageError
+
+EXAMPLES = (
+    "ditmoe quantize ckpt.pt --bits 3.25",
+    "ditmoe quantize ckpt.pt --size 2.5GiB --floor attn=4 --dry-run",
+    "ditmoe quantize ckpt.pt --uniform --format nf4",
+)
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -29,6 +35,8 @@ def parse_names(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Precision:
     """How precise weights stay: the size to meet, by one format or a planned mix."""
+
+    panel: ClassVar[str] = "Precision"
 
     bits: Annotated[
         float | None,
@@ -46,13 +54,22 @@ class Precision:
         ),
     ] = None
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="How the mix is planned; see --list-methods.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            autocompletion=completing(*MIXES),
+            help="How the mix is planned; see --list-methods.",
+        ),
     ] = DEFAULT_METHODS["quantize"]
     uniform: Annotated[bool, typer.Option("--uniform", help="Give all weights one format instead of a mix.")] = False
     format: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="nf4|fp4|int8|int|ternary", help="Format of --uniform. [default: chosen by --bits]"
+            "--format",
+            metavar="nf4|fp4|int8|int|ternary",
+            autocompletion=completing(*KINDS),
+            help="Format of --uniform. [default: chosen by --bits]",
         ),
     ] = None
 
@@ -61,9 +78,17 @@ class Precision:
 class Grids:
     """The grids that weights are rounded to."""
 
+    panel: ClassVar[str] = "Grids"
+
     double_quant: Annotated[bool, typer.Option("--double-quant", help="Quantise the scales of nf4 or fp4 too.")] = False
     group_size: Annotated[
-        int, typer.Option("--group-size", metavar="32|64|128", help="Number of weights that share a scale.")
+        int,
+        typer.Option(
+            "--group-size",
+            metavar="32|64|128",
+            autocompletion=completing("32", "64", "128"),
+            help="Number of weights that share a scale.",
+        ),
     ] = DEFAULT_GROUP_SIZE
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Use ranges symmetric about 0, without zero points.")
@@ -73,6 +98,8 @@ class Grids:
 @dataclass(frozen=True)
 class Mixing:
     """Formats that a planned mix may choose from."""
+
+    panel: ClassVar[str] = "Formats of a mix"
 
     allow: Annotated[
         tuple[str, ...],
@@ -108,6 +135,8 @@ class Mixing:
 @dataclass(frozen=True)
 class RoundingOptions:
     """How weights are rounded."""
+
+    panel: ClassVar[str] = "Rounding"
 
     rounding: Annotated[
         str | None,

@@ -6,11 +6,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.groups import ending
+from ditmoe_cli.cli.groups import completing, ending
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
@@ -22,6 +22,12 @@ from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_pro
 if TYPE_CHECKING:
     from ditmoe_cli.routing.report.contents import ProfileReport
 
+EXAMPLES = (
+    "ditmoe report profile ckpt.profile.safetensors -o report.html",
+    "ditmoe profile-experts ckpt.pt | ditmoe report profile --png figures",
+)
+
+
 KINDS = ("profile",)
 
 
@@ -29,7 +35,12 @@ KINDS = ("profile",)
 class Reporting:
     """The profile to report on, and the bootstrap of its intervals."""
 
-    kind: Annotated[str, typer.Argument(metavar="WHAT", help="Kind of file to report on: profile.")]
+    panel: ClassVar[str] = "Report"
+
+    kind: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", autocompletion=completing(*KINDS), help="Kind of file to report on: profile."),
+    ]
     file: Annotated[
         Path | None,
         typer.Argument(
@@ -66,6 +77,8 @@ class Reporting:
 @dataclass(frozen=True)
 class ReportFiles:
     """Where a report goes."""
+
+    panel: ClassVar[str] = "Output"
 
     page: Annotated[
         Path | None,

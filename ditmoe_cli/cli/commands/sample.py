@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.samples import Sampling, Targets
 
 
+EXAMPLES = (
+    "ditmoe sample ckpt.pt --images 64 --cfg 4 --grid grid.png",
+    "ditmoe sample ckpt.pt --vae stabilityai/sd-vae-ft-mse --png images",
+    "torchrun --nproc-per-node 8 -m ditmoe_cli sample ckpt.pt --images 50000 --npz samples.npz",
+)
+
+
 @dataclass(frozen=True)
 class Images(ImageSampling):
     """Sampling for images."""
