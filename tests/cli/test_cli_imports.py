@@ -147,7 +147,8 @@ def imported(*words: str, cwd: Path) -> tuple[int, set[str]]:
 
 HELP = {
     *("cli", "cli.app", "cli.completion", "cli.groups", "cli.help_texts", "cli.machine", "cli.terminal"),
-    *("errors", "processes", "threads"),
+    "cli.progress_display",
+    *("errors", "processes", "progress", "threads"),
 }
 
 
