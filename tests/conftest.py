@@ -145,6 +145,7 @@ def make_pico(
     input_size: int = 8,
     learn_sigma: bool = True,
     num_classes: int = 3,
+    null_class: bool = True,
     widths: tuple[tuple[int, ...], ...] | None = None,
     shared_width: int | None = None,
     expert_of: tuple[tuple[int, ...], ...] | None = None,
@@ -175,6 +176,7 @@ def make_pico(
             BlockConfig(r, w, shared, expert_of is not None, **(extras or {}))
             for r, w in zip(rows, per_block, strict=True)
         ),
+        null_class=null_class,
     )
     generator = torch.Generator().manual_seed(seed)
     state = {name: _random(name, shape, generator) for name, shape in expected_weights(config).items()}

@@ -104,10 +104,21 @@ class Overrides:
         ),
     ] = None
 
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-classes",
+            metavar="N",
+            callback=at_least(1),
+            help="Classes without the null class; as many as label rows where there is none. [default: what the file "
+            "says, else one less than label rows]",
+        ),
+    ] = None
+
     @property
     def given(self) -> Given:
         """The overrides as the model's configuration takes them."""
-        return Given(self.heads, self.top_k, cast(Sampler | None, self.sampler))
+        return Given(self.heads, self.top_k, cast(Sampler | None, self.sampler), self.num_classes)
 
 
 @dataclass(frozen=True)

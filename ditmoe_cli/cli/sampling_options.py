@@ -102,7 +102,7 @@ class SamplingOptions:
             classes=tuple(range(config.num_classes)) if self.classes is None else self.classes,
             interval=self.interval,
         )
-        return check_spec(spec, config.num_classes)
+        return check_spec(spec, config)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class Stage:
         original: the checkpoint that the pipeline began with.
         profile: the routing profile of either.
         samples: images of the checkpoint.
-        given: the overrides (heads, top-k, sampler) that the original was opened with; files that we write carry their
-            whole configuration and need none.
+        given: the overrides (heads, top-k, sampler, classes) that the original was opened with; files that we write
+            carry their whole configuration and need none.
         history: the commands that ran, with their options and the paths that they wrote.
         piped: whether the stage came through a pipe; not part of the envelope.
     """
@@ -115,9 +115,9 @@ def _are_overrides(given: object) -> bool:
     """Return whether an envelope's `given` holds fields of `Given`, or nothing."""
     if given is None:
         return True
-    if not isinstance(given, dict) or not set(given) <= {"num_heads", "top_k", "sampler"}:
+    if not isinstance(given, dict) or not set(given) <= {"num_heads", "top_k", "sampler", "num_classes"}:
         return False
-    counts = (given.get("num_heads"), given.get("top_k"))
+    counts = (given.get("num_heads"), given.get("top_k"), given.get("num_classes"))
     whole = all(count is None or (type(count) is int and count > 0) for count in counts)
     return whole and given.get("sampler") in (None, "rf", "ddpm")
 

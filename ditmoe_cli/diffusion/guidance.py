@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.schedule import ALWAYS, Interval, is_guided
+from ditmoe_cli.diffusion.schedule import ALWAYS, Interval, check_guidance, is_guided
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Denoiser
@@ -45,8 +45,9 @@ def guided_predictor(
     """Return a predictor for images with `labels` (N,).
 
     At scale 1, and at noise levels outside `interval` (https://arxiv.org/abs/2404.07724), only the conditional branch
-    is computed; otherwise both run in one batch, conditional first.
+    is computed; otherwise both run in one batch, conditional first. Raises `UsageError` as `check_guidance` does.
     """
+    check_guidance(scale, model.config)
     null = torch.full_like(labels, model.config.num_classes)
 
     def predict(x: Tensor, t: float) -> Tensor:

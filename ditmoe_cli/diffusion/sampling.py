@@ -13,13 +13,14 @@ from ditmoe_cli.diffusion.schedule import (
     TRAINING_STEPS,
     Interval,
     Solver,
+    check_guidance,
     evaluation_times,
     flow_times,
     is_guided,
 )
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,22 +67,25 @@ class SampleSpec:
         return sum(2 if is_guided(t, self.cfg, self.family, self.interval) else 1 for t in times)
 
 
-def check_spec(spec: SampleSpec, num_classes: int) -> SampleSpec:
-    """Return `spec`, or raise `UsageError` where a value is out of range."""
+def check_spec(spec: SampleSpec, config: DiTMoEConfig, allow_null: bool = False) -> SampleSpec:
+    """Return `spec`, or raise `UsageError` where a value is out of range for a model of `config`.
+
+    With `allow_null`, the null class is a label as others are, where the model has one.
+    """
     limit = TRAINING_STEPS if spec.family == "ddpm" else 100_000
     if spec.solver == "ddpm-dpmpp-2m":
         limit -= 1  # its timesteps leave out 0
     for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
         if not low <= value <= high:
             raise UsageError(f"⟨{name}⟩ {value}: must be between {low} and {high}")
-    if not 0.0 <= spec.cfg < float("inf"):
-        raise UsageError(f"⟨cfg⟩ {spec.cfg}: must be a finite guidance scale of at least 0")
+    check_guidance(spec.cfg, config)
     low_noise, high_noise = spec.interval
     if not 0.0 <= low_noise < high_noise <= 1.0:
         raise UsageError(f"⟨cfg_interval⟩ {low_noise:g},{high_noise:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
-    bad = next((c for c in spec.classes if not 0 <= c < num_classes), None)
+    labels = config.label_rows if allow_null else config.num_classes
+    bad = next((c for c in spec.classes if not 0 <= c < labels), None)
     if bad is not None or not spec.classes:
-        raise UsageError(f"⟨classes⟩ {bad}: the checkpoint has classes 0 to {num_classes - 1}")
+        raise UsageError(f"⟨classes⟩ {bad}: the checkpoint has classes 0 to {config.num_classes - 1}")
     return spec
 
 

@@ -11,7 +11,7 @@ from itertools import accumulate, repeat
 from typing import Literal
 
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 
 Solver = Literal["euler", "heun", "ab2", "ab4", "dpmpp-2m", "ddim", "ddpm", "ddpm-dpmpp-2m"]
 Interval = tuple[float, float]
@@ -128,6 +128,17 @@ def evaluation_times(solver: Solver, steps: int) -> list[float]:
 def noise_level(t: float, family: Sampler) -> float:
     """Return a time on the scale 0 (image) to 1 (noise)."""
     return t if family == "rf" else t / (TRAINING_STEPS - 1)
+
+
+def check_guidance(scale: float, config: DiTMoEConfig) -> None:
+    """Raise `UsageError` for a scale that is negative or not finite, and for one that needs a missing null class."""
+    if not 0.0 <= scale < float("inf"):
+        raise UsageError(f"⟨cfg⟩ {scale}: must be a finite guidance scale of at least 0")
+    if scale != 1.0 and not config.null_class:
+        raise UsageError(
+            f"⟨cfg⟩ {scale:g}: the checkpoint was trained without class dropout and has no null class to guide away "
+            "from; only ⟨cfg⟩ 1 is possible"
+        )
 
 
 def is_guided(t: float, scale: float, family: Sampler, interval: Interval = ALWAYS) -> bool:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
+from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, check_guidance
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.names import SHARED, split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model, empty_model
 from ditmoe_cli.progress import phase
@@ -155,13 +155,12 @@ class Bench:
         }
 
 
-def check_load(load: Load) -> Load:
-    """Return `load`, or raise `UsageError` where a value is out of range."""
+def check_load(load: Load, config: DiTMoEConfig) -> Load:
+    """Return `load`, or raise `UsageError` where a value is out of range for a model of `config`."""
     for name, value in (("batch", load.batch), ("repeats", load.repeats)):
         if value < 1:
             raise UsageError(f"⟨{name}⟩ {value}: must be at least 1")
-    if not 0.0 <= load.cfg < float("inf"):
-        raise UsageError(f"⟨cfg⟩ {load.cfg}: must be a finite guidance scale of at least 0")
+    check_guidance(load.cfg, config)
     return load
 
 
@@ -172,7 +171,7 @@ def bench(checkpoint: Checkpoint, load: Load) -> Bench:
 
     Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded.
     """
-    check_load(load)
+    check_load(load, checkpoint.config)
     device = torch.device(load.device)
     with phase(f"measuring {checkpoint.path.name}", 1 + WARM_UPS + load.repeats, "passes") as progress:
         empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules

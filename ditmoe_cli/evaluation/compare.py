@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     RowMap = Tensor | None
 
 COMPARISON_SCHEMA = "ditmoe.comparison/1"
-_SAME_ARCHITECTURE = ("sampler", "depth", "hidden_size", "patch_size", "input_size", "in_channels", "num_classes")
+_SAME_ARCHITECTURE = (
+    *("sampler", "depth", "hidden_size", "patch_size", "input_size", "in_channels", "num_classes"),
+    "null_class",
+)
 
 Array = NDArray[np.float64]
 

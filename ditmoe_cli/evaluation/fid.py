@@ -215,7 +215,7 @@ def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
     """Return the subject's spec. Raises `BadInputError` where another checkpoint cannot be sampled by it."""
     try:
         choose_solver(spec.solver, checkpoint.config.sampler)
-        return check_spec(spec, checkpoint.config.num_classes)
+        return check_spec(spec, checkpoint.config)
     except UsageError as error:
         raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error}") from None
 

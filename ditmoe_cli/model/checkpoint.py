@@ -114,6 +114,8 @@ def open_checkpoint(
     num_heads: int | None = None,
     top_k: int | None = None,
     sampler: Sampler | None = None,
+    num_classes: int | None = None,
+    allow_unknown: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint of any layout, without reading its weights.
 
@@ -122,6 +124,8 @@ def open_checkpoint(
         num_heads: attention heads, for timm layouts of unusual width.
         top_k: experts per token; by default that of the file, else 2.
         sampler: ``"rf"`` or ``"ddpm"``; by default that of the file, else that which its final layer shows.
+        num_classes: classes without the null class; as many as the label table has rows where there is none.
+        allow_unknown: whether to open a file that leaves its head count open, with 0 heads, to look at but not to run.
 
     Raises:
         BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.
@@ -133,7 +137,12 @@ def open_checkpoint(
         raise BadInputError(f"{path}: {error}") from None
     infos = {name: weight.info for name, weight in weights.items()}
     hints: Mapping[str, Any] = header.provenance.config if header.provenance else header.hints
-    inferred = infer_config(infos, reader.raw, hints, Given(num_heads, top_k, sampler), str(path))
+
+    def plain(name: str) -> memoryview:
+        return memoryview(b"") if weights[name].quantized else reader.raw(name)
+
+    given = Given(num_heads, top_k, sampler, num_classes)
+    inferred = infer_config(infos, plain, hints, given, str(path), allow_unknown)
     checkpoint = Checkpoint(header, reader, weights, inferred.config, inferred.assumptions, inferred.warnings)
     for block in range(inferred.config.depth):
         checkpoint.expert_map(block)

@@ -1,8 +1,8 @@
 """The configuration of a DiT-MoE, inferred from the names and shapes of its tensors.
 
-Settings that no shape shows (top-k, the head count of timm layouts, the sampler family) come from the user, else from
-hints in the file, else from a default that is reported as an assumption. An unknown head count is refused, since a
-wrong one would produce garbage without an error.
+Settings that no shape shows (top-k, the head count of timm layouts, the sampler family, whether the last label is the
+null class) come from the user, else from hints in the file, else from a default that is reported as an assumption. An
+unknown head count is refused, since a wrong one would produce garbage without an error.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from ditmoe_cli.files.names import (
     in_expert,
     split_name,
 )
+from ditmoe_cli.model.hints import Hints, is_whole, read_hints
 
 Sampler = Literal["rf", "ddpm"]
 AttentionLayout = Literal["timm", "flash"]
 
 FREQUENCIES = 256
 GHOST = -1  # in a router map: the row counts in the softmax and is never selected; lower values select constants
+UNKNOWN = 0  # heads, where their number cannot be told
 DEFAULT_TOP_K = 2
+_UPSTREAM_CLASSES = 1000
 _HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
 _ATTENTION_NAMES: Mapping[AttentionLayout, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
 
@@ -76,7 +79,8 @@ class DiTMoEConfig:
     """The configuration of a DiT-MoE.
 
     `input_size` is the side of the latent, or of the image in pixel space. `num_classes` does not count the null class,
-    whose label it is. `out_channels` is twice `in_channels` where sigma is learned.
+    whose label it is; models that were trained without class dropout have none. `out_channels` is twice `in_channels`
+    where sigma is learned. `num_heads` is 0 where it is unknown, which only `infer_config` with `allow_unknown` leaves.
     """
 
     input_size: int
@@ -91,6 +95,12 @@ class DiTMoEConfig:
     attention: AttentionLayout
     sampler: Sampler
     blocks: tuple[BlockConfig, ...]
+    null_class: bool = True
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table."""
+        return self.num_classes + self.null_class
 
     @property
     def num_patches(self) -> int:
@@ -116,6 +126,8 @@ class DiTMoEConfig:
         """Return the configuration as JSON; values that all blocks share are written once."""
         document = asdict(replace(self, blocks=()))
         del document["blocks"]
+        if self.null_class:
+            del document["null_class"]  # what most models have is not written, as before there were others
         document["num_experts"] = _shared_value([len(b.expert_widths) for b in self.blocks])
         document["expert_width"] = _shared_value([_shared_value(list(b.expert_widths)) for b in self.blocks])
         document["shared_width"] = _shared_value([b.shared_width for b in self.blocks])
@@ -136,6 +148,7 @@ class Given:
     num_heads: int | None = None
     top_k: int | None = None
     sampler: Sampler | None = None
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,25 +166,30 @@ def infer_config(
     hints: Mapping[str, Any],
     given: Given,
     where: str,
+    allow_unknown: bool = False,
 ) -> Inferred:
     """Infer a configuration from the weights of a checkpoint.
 
     Args:
         weights: dtype and shape of each weight, as the model sees it.
-        raw: ``raw(name)`` returns a tensor's bytes; rectified flow and DDPM differ in those of the final layer.
+        raw: ``raw(name)`` returns a tensor's bytes, none for a quantised weight; rectified flow and DDPM differ in
+            those of the final layer.
         hints: training arguments, or the configuration in the file's metadata.
         given: settings of the user.
         where: name of the file in errors.
+        allow_unknown: whether to return a configuration of 0 heads where their number cannot be told.
 
     Raises:
         BadInputError: the weights are not a DiT-MoE's, contradict each other or `given`, or leave the head count open.
     """
-    evidence = _Evidence(weights, raw, hints, given, where)
+    evidence = _Evidence(weights, raw, read_hints(hints), given, where)
+    evidence.warnings.extend(evidence.hints.warnings)
     _require_dit_moe(evidence)
     hidden, channels, patch, _ = evidence.shape("x_embedder.proj.weight", 4)
     out_channels = _out_channels(evidence, channels, patch)
     attention: AttentionLayout = "flash" if in_block(0, "attn.Wqkv.weight") in weights else "timm"
     table_rows, _ = evidence.shape("y_embedder.embedding_table.weight", 2)
+    num_classes, null_class = _classes(evidence, table_rows)
     depth = _depth(evidence)
     modes = _router_modes(evidence, depth)
     blocks = tuple(_block(evidence, i, modes[i]) for i in range(depth))
@@ -182,12 +200,13 @@ def infer_config(
         out_channels=out_channels,
         hidden_size=hidden,
         depth=depth,
-        num_heads=_num_heads(evidence, hidden, attention),
-        num_classes=table_rows - 1,
+        num_heads=_num_heads(evidence, hidden, attention, allow_unknown),
+        num_classes=num_classes,
         top_k=_top_k(evidence, _selectable_rows(evidence, blocks)),
         attention=attention,
         sampler=_sampler(evidence, channels, out_channels),
         blocks=blocks,
+        null_class=null_class,
     )
     _check_shapes(config, evidence)
     _warn_of_contradictions(config, evidence)
@@ -200,7 +219,7 @@ class _Evidence:
 
     weights: Mapping[str, TensorInfo]
     raw: Callable[[str], memoryview]
-    hints: Mapping[str, Any]
+    hints: Hints
     given: Given
     where: str
     assumptions: list[str] = field(default_factory=list)
@@ -234,7 +253,7 @@ def _depth(evidence: _Evidence) -> int:
 
 def _router_modes(evidence: _Evidence, depth: int) -> list[str]:
     """Return the router mode of each block, plain unless the metadata of a file of ditmoe's names another."""
-    hint = evidence.hints.get("router_mode", "plain")
+    hint = evidence.hints.values.get("router_mode", "plain")
     modes = [hint] * depth if isinstance(hint, str) else hint
     if not isinstance(modes, list) or len(modes) != depth or not all(mode in ("plain", "mass") for mode in modes):
         raise BadInputError(
@@ -298,19 +317,55 @@ def _input_size(evidence: _Evidence, patch: int) -> int:
             raise BadInputError(f"{evidence.where}: tensor 'pos_embed' holds {tokens} positions, not a square")
         return side * patch
     hints = evidence.hints
-    hinted = _whole(hints.get("input_size")) or _whole(hints.get("image_size")) // 8
+    hinted = hints.whole("input_size") or hints.whole("image_size") // 8
     if hinted > 0 and hinted % patch == 0:
         return hinted
     evidence.assumptions.append("input size 32 (256 px): pos_embed is absent and is rebuilt")
     return 32
 
 
-def _whole(value: object) -> int:
-    """Return a hint that is a positive integer; 0 for any other value."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+def _classes(evidence: _Evidence, rows: int) -> tuple[int, bool]:
+    """Return the number of classes, and whether a null class stands behind them in the label table of `rows` rows."""
+    given, hints = evidence.given.num_classes, evidence.hints
+    if given is not None:
+        if given < 1 or given not in (rows, rows - 1):
+            raise BadInputError(
+                f"{evidence.where}: ⟨num_classes⟩ {given} contradicts the label table of {rows} rows: give {rows}"
+                + (f", or {rows - 1} where the last is the null class" if rows > 1 else "")
+            )
+        return given, given < rows
+    dropout, hinted = hints.number("class_dropout"), hints.whole("num_classes")
+    if rows == 1:
+        return 1, False
+    if hinted == rows:
+        if dropout:
+            evidence.warnings.append(
+                f"the file's hint {hints.find('class_dropout')} is ignored: the label table has a row for each of the "
+                f"{rows} classes, and none for the null class"
+            )
+        return rows, False
+    if hinted == rows - 1:
+        if dropout == 0:
+            evidence.warnings.append(
+                f"the file's hint {hints.find('class_dropout')} says that the null class was not trained, but the "
+                "label table has a row for it; guidance takes it as it is"
+            )
+        return rows - 1, True
+    if dropout is not None:
+        return (rows, False) if dropout == 0 else (rows - 1, True)
+    if rows == _UPSTREAM_CLASSES:
+        evidence.assumptions.append(
+            f"{rows} classes and no null class: the label table has {rows} rows (or give ⟨num_classes⟩)"
+        )
+        return rows, False
+    if rows != _UPSTREAM_CLASSES + 1:
+        evidence.assumptions.append(
+            f"{rows - 1} classes and a null class: the label table has {rows} rows (or give ⟨num_classes⟩)"
+        )
+    return rows - 1, True
 
 
-def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout) -> int:
+def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout, allow_unknown: bool) -> int:
     given, hints = evidence.given, evidence.hints
     measured = None
     if attention == "flash":
@@ -328,13 +383,17 @@ def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout) -> 
         return given.num_heads
     if measured is not None:
         return measured
-    hinted = _whole(hints.get("num_heads"))
-    if hinted and hidden % hinted == 0 and _whole(hints.get("hidden_size", hidden)) == hidden:
+    head_dim = hints.whole("head_dim")
+    hinted = hints.whole("num_heads") or (hidden // head_dim if head_dim and hidden % head_dim == 0 else 0)
+    width = hints.find("hidden_size")
+    if hinted and hidden % hinted == 0 and (width is None or hints.whole("hidden_size") == hidden):
         return hinted
     if hidden in _HEADS_BY_WIDTH:
         heads = _HEADS_BY_WIDTH[hidden]
         evidence.assumptions.append(f"{heads} attention heads, as upstream models of width {hidden} have")
         return heads
+    if allow_unknown:
+        return UNKNOWN
     raise BadInputError(
         f"{evidence.where}: the number of attention heads cannot be told from timm tensors of width {hidden}; "
         "give it with ⟨heads⟩ (num_heads= in Python)"
@@ -371,7 +430,8 @@ def _top_k(evidence: _Evidence, fewest: int) -> int:
                 f"{where}: ⟨top_k⟩ {given.top_k} is not between 1 and the {fewest} experts that a block can choose from"
             )
         return given.top_k
-    hinted = _whole(hints.get("top_k")) or _whole(hints.get("num_experts_per_tok"))
+    name = hints.model_name
+    hinted = hints.whole("top_k") or (name.top_k if name and name.top_k else 0)
     if 1 <= hinted <= fewest:
         return hinted
     top_k = min(DEFAULT_TOP_K, fewest)
@@ -387,18 +447,26 @@ def _sampler(evidence: _Evidence, channels: int, out_channels: int) -> Sampler:
     given, hints, assumptions = evidence.given, evidence.hints, evidence.assumptions
     if given.sampler is not None:
         return given.sampler
-    if hints.get("sampler") in ("rf", "ddpm"):
-        return "rf" if hints["sampler"] == "rf" else "ddpm"
-    if isinstance(hints.get("rf"), bool):
-        sampler: Sampler = "rf" if hints["rf"] else "ddpm"
-        assumptions.append(f"sampler {sampler}: the training arguments say rf={hints['rf']}")
+    named = hints.values.get("sampler")
+    if named in ("rf", "ddpm"):
+        return "rf" if named == "rf" else "ddpm"
+    used = None if out_channels == channels else _sigma_rows_used(evidence, channels)
+    shown: Sampler = "ddpm" if used else "rf"
+    reason = "are not all zero" if used else "are all zero"
+    flag = hints.flag("rf")
+    if flag is not None:
+        sampler: Sampler = "rf" if flag else "ddpm"
+        if used is not None and sampler != shown:
+            evidence.warnings.append(
+                f"the file says {hints.find('rf')}, but the sigma rows of the final layer {reason}, as "
+                f"{shown} training leaves them; ⟨sampler⟩ {shown} may be right"
+            )
+        assumptions.append(f"sampler {sampler}: the file says {hints.find('rf')}")
         return sampler
-    if out_channels == channels:
+    if used is None:
         assumptions.append("sampler rf: no sigma is learned and nothing tells (give ⟨sampler⟩)")
         return "rf"
-    used = _sigma_rows_used(evidence, channels)
-    reason = "are not all zero" if used else "are all zero"
-    sampler = "ddpm" if used else "rf"
+    sampler = shown
     assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give ⟨sampler⟩)")
     return sampler
 
@@ -406,7 +474,7 @@ def _sampler(evidence: _Evidence, channels: int, out_channels: int) -> Sampler:
 def _sigma_rows_used(evidence: _Evidence, channels: int) -> bool:
     for name, rank in (("final_layer.linear.weight", 2), ("final_layer.linear.bias", 1)):
         rows, data = evidence.shape(name, rank)[0], evidence.raw(name)
-        step = data.nbytes // rows
+        step = data.nbytes // rows  # 0 where the weight is quantised: then the bias tells
         if any(any(data[r * step : (r + 1) * step]) for r in range(rows) if r % (2 * channels) >= channels):
             return True
     return False
@@ -423,7 +491,7 @@ def expected_weights(config: DiTMoEConfig) -> dict[str, tuple[int, ...]]:
         "t_embedder.mlp.0.bias": (width,),
         "t_embedder.mlp.2.weight": (width, width),
         "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (config.num_classes + 1, width),
+        "y_embedder.embedding_table.weight": (config.label_rows, width),
     }
     for i, block in enumerate(config.blocks):
         shapes.update({in_block(i, rest): shape for rest, shape in _block_shapes(config, block).items()})
@@ -504,37 +572,33 @@ def _check_shapes(config: DiTMoEConfig, evidence: _Evidence) -> None:
         )
 
 
-_HINTED_FIELDS = {
-    "input_size": "input_size",
-    "patch_size": "patch_size",
-    "in_channels": "in_channels",
-    "hidden_size": "hidden_size",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "num_classes": "num_classes",
-    "num_experts": "num_experts",
-    "top_k": "top_k",
-    "num_experts_per_tok": "top_k",
-}
+_COMPARED = (
+    *("input_size", "patch_size", "in_channels", "out_channels", "hidden_size", "depth", "num_heads", "num_classes"),
+    *("num_experts", "top_k"),
+)
 _UPSTREAM_MODELS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 28), "G": (1408, 40)}
 
 
 def _warn_of_contradictions(config: DiTMoEConfig, evidence: _Evidence) -> None:
     hints, warnings = evidence.hints, evidence.warnings
-    for hint, name in _HINTED_FIELDS.items():
-        value, actual = hints.get(hint), getattr(config, name)
-        if isinstance(value, int) and value != actual:
-            warnings.append(f"the file's hint {hint}={value} is ignored: it is {actual}")
-    size, _, patch = str(hints.get("model", "")).removeprefix("DiT-").partition("/")
-    if size in _UPSTREAM_MODELS and patch.isdigit():
-        width, depth = _UPSTREAM_MODELS[size]
-        if (width, depth, int(patch)) != (config.hidden_size, config.depth, config.patch_size):
+    for name in _COMPARED:
+        hint, actual = hints.find(name), getattr(config, name)
+        if hint is None or hint.value == actual or not isinstance(hint.value, int | float | str):
+            continue  # our own files list what blocks do not share
+        if isinstance(hint.value, int) and actual != UNKNOWN:
+            warnings.append(f"the file's hint {hint} is ignored: it is {actual}")
+        elif not is_whole(hint.value):
+            warnings.append(f"the file's hint {hint.spelling}={hint.value!r} is ignored: it is no whole number")
+    model = hints.model_name
+    if model is not None and model.size in _UPSTREAM_MODELS:
+        width, depth = _UPSTREAM_MODELS[model.size]
+        if (width, depth, model.patch) != (config.hidden_size, config.depth, config.patch_size):
             warnings.append(
-                f"the file's hint model={hints['model']} is ignored: the shapes say width {config.hidden_size}, "
+                f"the file's hint model={hints.values['model']} is ignored: the shapes say width {config.hidden_size}, "
                 f"depth {config.depth}, patch {config.patch_size}"
             )
-    image_size = hints.get("image_size")
-    if isinstance(image_size, int) and config.in_channels == 4 and image_size != 8 * config.input_size:
+    image_size = hints.whole("image_size")
+    if image_size and config.in_channels == 4 and image_size != 8 * config.input_size:
         warnings.append(
             f"the file's hint image_size={image_size} is ignored: the shapes say {config.input_size} latents "
             f"({8 * config.input_size} px)"

@@ -85,8 +85,9 @@ class FinalLayer(nn.Module):
 class DiTMoE(nn.Module):
     """Predict the noise, or the velocity, of noisy images: ``model(x, t, y)``.
 
-    x is (N, C, H, W), t (N,), and y (N,) holds integer labels; the null class is ``config.num_classes``. The output
-    has ``config.out_channels`` channels. Times are 0 to 999 for DDPM, in (0, 1] for rectified flow.
+    x is (N, C, H, W), t (N,), and y (N,) holds integer labels; the null class, where there is one, is
+    ``config.num_classes``. The output has ``config.out_channels`` channels. Times are 0 to 999 for DDPM, in (0, 1] for
+    rectified flow.
     """
 
     def __init__(self, config: DiTMoEConfig) -> None:

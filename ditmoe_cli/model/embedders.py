@@ -55,11 +55,11 @@ class _Table(nn.Embedding):
 
 
 class LabelEmbedder(nn.Module):
-    """Map labels (N,) to (N, width); the last row of the table is the null class."""
+    """Map labels (N,) to (N, width); the last row of the table is the null class, where there is one."""
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
-        self.embedding_table = _Table(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = _Table(config.label_rows, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         """Embed labels y (N,)."""

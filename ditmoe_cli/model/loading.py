@@ -24,6 +24,7 @@ def load_model(
     num_heads: int | None = None,
     top_k: int | None = None,
     sampler: Sampler | None = None,
+    num_classes: int | None = None,
 ) -> DiTMoE:
     """Load any checkpoint that ditmoe reads or writes, ready to predict.
 
@@ -34,12 +35,12 @@ def load_model(
         path: a file, a folder, or ``demo:digits``.
         device: of the weights.
         dtype: of activations, and of weights that are not quantised.
-        num_heads, top_k, sampler: as for `open_checkpoint`.
+        num_heads, top_k, sampler, num_classes: as for `open_checkpoint`.
 
     Raises:
         BadInputError: the checkpoint is missing, damaged, not a DiT-MoE, or holds NaN or infinite weights.
     """
-    checkpoint = open_checkpoint(path, num_heads=num_heads, top_k=top_k, sampler=sampler)
+    checkpoint = open_checkpoint(path, num_heads=num_heads, top_k=top_k, sampler=sampler, num_classes=num_classes)
     return build_model(checkpoint, torch.device(device), dtype)
 
 

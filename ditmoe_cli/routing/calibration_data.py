@@ -29,8 +29,8 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
 
     Images are uint8 values v (a folder of PNG, npz with `arr_0`, samples of ours) and become v / 127.5 - 1. Latents are
     `latents` of a safetensors file, as ``ditmoe sample`` writes them. Labels are `labels` beside them; without labels
-    all are of the null class. Raises `BadInputError` where images are missing or of another size than the model's, and
-    for labels that the model does not have.
+    all are of the null class. Raises `BadInputError` where images are missing or of another size than the model's, for
+    labels that the model does not have, and for images without labels where it has no null class.
     """
     import torch
 
@@ -57,11 +57,14 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
         raise BadInputError(f"{path}: labels are {labels.dtype} of {labels.shape}; expected one integer for each image")
     if not len(clean):
         raise BadInputError(f"{path}: holds no image")
+    if labels is None and not config.null_class:
+        raise BadInputError(
+            f"{path}: holds no labels, and the model has no null class for images without; store labels beside them"
+        )
     given = labels if labels is not None else [config.num_classes] * len(clean)
     chosen = tuple(int(label) for label in given[:images])
-    bad = next((label for label in chosen if not 0 <= label <= config.num_classes), None)
+    bad = next((label for label in chosen if not 0 <= label < config.label_rows), None)
     if bad is not None:
-        raise BadInputError(
-            f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}, and the null class after"
-        )
+        null = ", and the null class after" if config.null_class else ""
+        raise BadInputError(f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}{null}")
     return CalibrationData(path, clean, chosen, file_digest(path))

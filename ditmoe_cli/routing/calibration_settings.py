@@ -85,7 +85,7 @@ def profiled_spec(document: Mapping[str, Any], checkpoint: Checkpoint) -> Sample
             solver=choose_solver(document["solver"], checkpoint.config.sampler),
             classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(map(int, classes)),
         )
-        return check_spec(spec, checkpoint.config.num_classes + (document.get("data") is not None))
+        return check_spec(spec, checkpoint.config, allow_null=document.get("data") is not None)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise _malformed(error) from None
 

@@ -94,7 +94,7 @@ def test_stdout_is_one_envelope(name: str, ran: dict[str, Outcome], folder: Path
     field, made = MADE[name]
     assert paths[field] == str(folder / made)
     assert envelope["result"]
-    assert envelope["given"] == {"num_heads": None, "top_k": None, "sampler": None}
+    assert envelope["given"] == {"num_heads": None, "top_k": None, "sampler": None, "num_classes": None}
     steps = [step["command"] for step in envelope["history"]]
     # apply carries out what prune planned
     assert steps == ([] if name == "inspect" else [name])
@@ -180,6 +180,7 @@ def test_a_broken_envelope_is_bad_input(name: str, stdin: str, said: str, folder
         ("given", {"heads": 2}),
         ("given", {"sampler": "flow"}),
         ("given", {"top_k": 0}),
+        ("given", {"num_classes": -1}),
         ("history", ["prune"]),
     ],
 )

@@ -81,7 +81,7 @@ def test_overrides_reach_every_later_stage(tmp_path: Path) -> None:
         ("fid", *SETTINGS, "--extractor", "pixels"),
     ):
         outcome = here(*words, cwd=tmp_path, stdin=outcome.out)
-        assert outcome.envelope["given"] == {"num_heads": 4, "top_k": 1, "sampler": None}
+        assert outcome.envelope["given"] == {"num_heads": 4, "top_k": 1, "sampler": None, "num_classes": None}
     assert outcome.envelope["original"] == str(tmp_path / "m.pt")
     assert outcome.result["paired"]["mse"] > 0
     config = here("inspect", outcome.path, cwd=tmp_path).result["config"]

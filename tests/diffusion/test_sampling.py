@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Pico
+from conftest import Pico, make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
+from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.sampling import (
     SampleSpec,
     batches,
@@ -31,6 +32,7 @@ from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 
 SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))
+CONFIG = make_pico(sampler="rf", depth=1).config  # of three classes
 NAN, INF = float("nan"), float("inf")
 
 
@@ -139,13 +141,39 @@ def test_batches_of_nothing_are_refused(batch: int) -> None:
 )
 def test_specs_out_of_range_are_refused_by_option(change: dict[str, object], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        check_spec(replace(SPEC, **change), num_classes=3)  # type: ignore[arg-type]
+        check_spec(replace(SPEC, **change), CONFIG)  # type: ignore[arg-type]
 
 
 def test_specs_in_range_pass() -> None:
     for change in ({}, {"steps": 1}, {"cfg": 0.0}, {"steps": 1000, "solver": "ddpm"}, {"classes": (2, 2)}):
         spec = replace(SPEC, **change)  # type: ignore[arg-type]
-        assert check_spec(spec, 3) is spec
+        assert check_spec(spec, CONFIG) is spec
+
+
+def test_a_model_without_a_null_class_is_not_guided() -> None:
+    config = replace(CONFIG, null_class=False)
+    unguided = replace(SPEC, cfg=1.0)
+    assert check_spec(unguided, config) is unguided
+    for scale in (0.0, 1.5, 4.0):
+        with pytest.raises(UsageError, match=rf"cfg {scale:g}: .* no null class"):
+            check_spec(replace(SPEC, cfg=scale), config)
+
+
+def test_the_null_class_is_a_label_only_where_it_is_asked_for_and_there_is_one() -> None:
+    spec = replace(SPEC, cfg=1.0, classes=(3,))
+    assert check_spec(spec, CONFIG, allow_null=True) is spec
+    for config, allowed in ((CONFIG, False), (replace(CONFIG, null_class=False), True)):
+        with pytest.raises(UsageError, match="classes 0 to 2"):
+            check_spec(spec, config, allow_null=allowed)
+
+
+def test_predictors_refuse_guidance_without_a_null_class(pico: Callable[..., Pico]) -> None:
+    model = pico(sampler="rf", null_class=False).model()
+    labels = torch.tensor([0, 2])
+    plain = guided_predictor(model, labels, 1.0, "rf")(torch.zeros(2, 4, 8, 8), 0.5)
+    assert plain.isfinite().all()
+    with pytest.raises(UsageError, match="no null class"):
+        guided_predictor(model, labels, 1.5, "rf")
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,14 @@ def test_the_least_time_counts() -> None:
 )
 def test_values_out_of_range(load: Load) -> None:
     with pytest.raises(UsageError, match=r"(batch 0|repeats 0|cfg)"):
-        check_load(load)
+        check_load(load, make_pico().config)
+
+
+def test_a_model_without_a_null_class_is_timed_without_guidance() -> None:
+    config = make_pico(null_class=False).config
+    assert check_load(Load(cfg=1.0), config) == Load(cfg=1.0)
+    with pytest.raises(UsageError, match="no null class"):
+        check_load(Load(cfg=1.5), config)
 
 
 def test_broken_weights_are_refused(tmp_path: Path) -> None:

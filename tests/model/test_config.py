@@ -62,12 +62,13 @@ def configs(draw: st.DrawFn) -> DiTMoEConfig:
         attention=draw(st.sampled_from(["timm", "flash"])),
         sampler=draw(st.sampled_from(["rf", "ddpm"])),
         blocks=tuple(blocks),
+        null_class=draw(st.booleans()),
     )
 
 
 @given(config=configs())
 def test_any_configuration_is_inferred_from_its_tensors(config: DiTMoEConfig) -> None:
-    weights, given_ = infos_of(config), Given(config.num_heads, config.top_k, config.sampler)
+    weights, given_ = infos_of(config), Given(config.num_heads, config.top_k, config.sampler, config.num_classes)
     found = infer(weights, given=given_)
     assert found == Inferred(config)
     if config.attention == "flash":
@@ -129,6 +130,26 @@ def test_senseless_hints_of_heads_are_not_taken(pico: Callable[..., Pico], hint:
         infer(infos_of(pico().config), hints={"num_heads": hint})
 
 
+@pytest.mark.parametrize(
+    "hints", [{"num_attention_heads": 4}, {"attention_head_dim": 8}, {"model": {"params": {"num_heads": 4}}}], ids=str
+)
+def test_heads_in_the_spelling_of_other_programs(pico: Callable[..., Pico], hints: dict[str, Any]) -> None:
+    assert infer(infos_of(pico().config), hints).config.num_heads == 4
+
+
+def test_unknown_heads_are_left_open_where_that_is_allowed(pico: Callable[..., Pico]) -> None:
+    weights = infos_of(pico().config)
+    found = infer_config(weights, lambda name: memoryview(bytes(weights[name].nbytes)), {}, Given(), "x", True)
+    assert found.config.num_heads == 0
+    assert found.config.blocks == pico().config.blocks
+
+
+def test_hints_that_are_no_numbers_are_named(pico: Callable[..., Pico]) -> None:
+    found = infer(infos_of(pico().config), {"top_k": "1", "num_classes": 3}, Given(2, sampler="ddpm"))
+    assert found.config.top_k == 2
+    assert found.warnings == ("the file's hint top_k='1' is ignored: it is no whole number",)
+
+
 def test_heads_of_another_width_are_not_taken(pico: Callable[..., Pico]) -> None:
     with pytest.raises(BadInputError, match="heads"):
         infer(infos_of(pico().config), hints={"num_heads": 4, "hidden_size": 64})
@@ -173,7 +194,14 @@ def test_top_k_out_of_bounds(pico: Callable[..., Pico], top_k: int) -> None:
     assert infer(weights, given=Given(2, 3)).config.top_k == 3
 
 
-@pytest.mark.parametrize("hint", ["top_k", "num_experts_per_tok"])
+def test_top_k_from_the_name_of_an_upstream_model() -> None:
+    weights = infos_of(upstream(12, 384, 6, 8, "timm"))
+    found = infer(weights, {"model": "DiT-S/2-8E3A"})
+    assert found.config.top_k == 3
+    assert not any("top-" in assumption for assumption in found.assumptions)
+
+
+@pytest.mark.parametrize("hint", ["top_k", "num_experts_per_tok", "experts_per_token"])
 def test_top_k_from_hints(pico: Callable[..., Pico], hint: str) -> None:
     weights = infos_of(pico().config)
     found = infer(weights, hints={hint: 3}, given=Given(2))
@@ -196,6 +224,59 @@ def test_top_k_counts_router_rows_where_experts_were_merged(pico: Callable[..., 
     raw[name.format(0)] = struct.pack("<4i", -1, 0, -1, -1)
     with pytest.raises(BadInputError, match="top_k 2"):
         infer(weights, given=Given(2, 2), raw=raw)
+
+
+# ------------------------------------------------------------------ classes
+
+NO_DROPOUT = [{"class_dropout_prob": 0.0}, {"class_dropout_prob": 0}, {"num_classes": 4}, {"model": {"class_num": 4}}]
+
+
+@pytest.mark.parametrize("hints", NO_DROPOUT, ids=str)
+def test_a_table_without_a_null_row_is_told_by_hints(pico: Callable[..., Pico], hints: dict[str, Any]) -> None:
+    """Upstream's table has num_classes rows where class_dropout_prob is 0, and one more otherwise."""
+    found = infer(infos_of(pico().config), hints, Given(2, 2, "ddpm"))  # four rows
+    assert (found.config.num_classes, found.config.null_class) == (4, False)
+    assert found.assumptions == found.warnings == ()
+    assert found.config.to_json()["null_class"] is False
+
+
+@pytest.mark.parametrize("hints", [{"class_dropout_prob": 0.1}, {"num_classes": 3}, {"label_dropout": 0.5}], ids=str)
+def test_a_table_with_a_null_row_is_told_by_hints(pico: Callable[..., Pico], hints: dict[str, Any]) -> None:
+    found = infer(infos_of(pico().config), hints, Given(2, 2, "ddpm"))
+    assert found == Inferred(pico().config)
+    assert "null_class" not in found.config.to_json()
+
+
+def test_the_null_row_is_an_assumption_where_nothing_tells(pico: Callable[..., Pico]) -> None:
+    found = infer(infos_of(pico().config), given=Given(2, 2, "ddpm"))
+    assert found.config == pico().config
+    assert [a for a in found.assumptions if "3 classes and a null class" in a and "4 rows" in a]
+
+
+@pytest.mark.parametrize(("rows", "classes", "assumed"), [(1001, 1000, False), (1000, 1000, True), (1, 1, False)])
+def test_tables_of_usual_lengths(pico: Callable[..., Pico], rows: int, classes: int, assumed: bool) -> None:
+    found = infer(infos_of(pico(num_classes=rows, null_class=False).config), given=Given(2, 2, "ddpm"))
+    assert (found.config.num_classes, found.config.null_class) == (classes, rows > classes)
+    assert any("label table" in a for a in found.assumptions) == assumed
+
+
+def test_given_classes_overrule_hints(pico: Callable[..., Pico]) -> None:
+    weights = infos_of(pico().config)
+    assert infer(weights, {"num_classes": 3}, Given(2, num_classes=4)).config.null_class is False
+    assert infer(weights, {"num_classes": 4}, Given(2, num_classes=3)).config.null_class is True
+    for wrong in (0, 2, 5):
+        with pytest.raises(BadInputError, match=f"num_classes {wrong} contradicts the label table of 4 rows"):
+            infer(weights, given=Given(2, num_classes=wrong))
+
+
+def test_hints_of_classes_that_contradict_each_other_are_named(pico: Callable[..., Pico]) -> None:
+    weights = infos_of(pico().config)
+    full = infer(weights, {"num_classes": 4, "class_dropout_prob": 0.1}, Given(2))
+    assert full.config.null_class is False
+    assert any("class_dropout_prob=0.1 is ignored" in warning for warning in full.warnings)
+    untrained = infer(weights, {"num_classes": 3, "class_dropout_prob": 0.0}, Given(2))
+    assert untrained.config.null_class is True
+    assert any("null class was not trained" in warning for warning in untrained.warnings)
 
 
 # ------------------------------------------------------------------ sampler family
@@ -237,6 +318,23 @@ def test_what_is_given_or_written_down_overrules_the_detector(pico: Callable[...
     assert infer(weights, hints={"sampler": ["rf"]}, given=Given(2), raw=raw).config.sampler == "ddpm"
 
 
+@pytest.mark.parametrize(("family", "flag"), [("rf", False), ("ddpm", True), ("rf", True), ("ddpm", "False")])
+def test_a_flag_that_the_sigma_rows_contradict_is_named(pico: Callable[..., Pico], family: str, flag: object) -> None:
+    """Upstream's --rf is of type bool, so that ``--rf False`` is stored as True."""
+    model = pico(sampler=family)
+    found = infer({i.name: i for i in model.infos()}, {"rf": flag, "num_classes": 3}, Given(2, 2), final_layer(model))
+    said = "rf" if flag is True else "ddpm"
+    assert found.config.sampler == said
+    assert any(f"rf={flag}" in warning for warning in found.warnings) == (said != family)
+
+
+def test_a_quantised_final_layer_is_told_by_its_bias(pico: Callable[..., Pico]) -> None:
+    for family in ("rf", "ddpm"):
+        model = pico(sampler=family)
+        raw = {**final_layer(model), "final_layer.linear.weight": b""}
+        assert infer({i.name: i for i in model.infos()}, given=Given(2), raw=raw).config.sampler == family
+
+
 def test_without_sigma_the_family_is_an_assumption(pico: Callable[..., Pico]) -> None:
     found = infer(infos_of(pico(learn_sigma=False).config), given=Given(2))
     assert found.config.sampler == "rf"
@@ -261,7 +359,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("hint", CONTRADICTIONS)
 def test_contradicting_hints_warn_and_are_ignored(pico: Callable[..., Pico], hint: str) -> None:
     config, value = pico().config, CONTRADICTIONS[hint]
-    found = infer(infos_of(config), hints={hint: value}, given=Given(2, 2, "ddpm"))
+    found = infer(infos_of(config), hints={hint: value}, given=Given(2, 2, "ddpm", 3))
     assert found.config == config
     assert len(found.warnings) == 1
     assert f"{hint}={value} is ignored" in found.warnings[0]

@@ -93,3 +93,12 @@ def test_missing_data_and_pixels_for_a_latent_model_are_refused(tmp_path: Path, 
     save_file({"images": np.zeros((2, 8, 8, 3), np.uint8)}, pixels)
     with pytest.raises(BadInputError, match="holds no latents"):
         read_data(pixels, config, 4)
+
+
+def test_a_model_without_a_null_class_needs_labels(tmp_path: Path, pico: PicoFactory) -> None:
+    config = pico(in_channels=1, input_size=8, null_class=False).config
+    assert read_data(images_npz(tmp_path / "a.npz"), config, 6).labels == (2, 0, 1, 2, 0, 1)
+    with pytest.raises(BadInputError, match="no labels.*no null class"):
+        read_data(images_npz(tmp_path / "b.npz", labels=None), config, 6)
+    with pytest.raises(BadInputError, match="label 3; the model has classes 0 to 2$"):
+        read_data(images_npz(tmp_path / "c.npz", labels=np.full(6, 3)), config, 6)

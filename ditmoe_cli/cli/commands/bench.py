@@ -66,7 +66,7 @@ def run(measuring: Measuring, source: Source, printing: BenchPrinting) -> None:
     from ditmoe_cli.evaluation.bench import Load, bench, check_load
 
     load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, checked_device(measuring.device))
-    result = bench(opened, check_load(load))
+    result = bench(opened, check_load(load, opened.config))
     emit(printing, stage.done("bench", {}).to_json(result.to_json()), rows(result), "")
     limit = measuring.max_memory
     if limit is not None and result.needed > limit.bytes:
