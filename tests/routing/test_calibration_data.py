@@ -98,7 +98,7 @@ def test_missing_data_and_pixels_for_a_latent_model_are_refused(tmp_path: Path, 
 def test_a_model_without_a_null_class_needs_labels(tmp_path: Path, pico: PicoFactory) -> None:
     config = pico(in_channels=1, input_size=8, null_class=False).config
     assert read_data(images_npz(tmp_path / "a.npz"), config, 6).labels == (2, 0, 1, 2, 0, 1)
-    with pytest.raises(BadInputError, match="no labels.*no null class"):
+    with pytest.raises(BadInputError, match=r"no labels.*no null class"):
         read_data(images_npz(tmp_path / "b.npz", labels=None), config, 6)
-    with pytest.raises(BadInputError, match="label 3; the model has classes 0 to 2$"):
+    with pytest.raises(BadInputError, match=r"label 3; the model has classes 0 to 2$"):
         read_data(images_npz(tmp_path / "c.npz", labels=np.full(6, 3)), config, 6)
