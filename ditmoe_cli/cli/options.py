@@ -103,7 +103,6 @@ class Overrides:
             help="Family of the model, rectified flow or DDPM. [default: what the file says or its final layer shows]",
         ),
     ] = None
-
     num_classes: Annotated[
         int | None,
         typer.Option(
