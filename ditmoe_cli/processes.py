@@ -25,6 +25,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def first_process() -> bool:
+    """Return whether this is the process that prints: torchrun's first one, or the only one."""
+    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class Share:
     """This process's share of the work: every `world`-th batch, starting with batch `rank`."""

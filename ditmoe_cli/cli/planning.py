@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
@@ -18,8 +19,9 @@ from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.routing.calibrate import usable_profile, valid_profile
+from ditmoe_cli.routing.calibrate import made_profile
 from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.profile_search import ProfileRequest, search
 
 
 def print_methods(command: str, printing: Printing) -> None:
@@ -41,44 +43,53 @@ class Job:
     printing: Printing
 
 
-def run_planner(planner: Planner, planning: Planning, source: Source, to: Destination, printing: Printing) -> None:
+def run_planner(
+    planner: Planner,
+    planning: Planning,
+    automatic: AutomaticProfile,
+    source: Source,
+    to: Destination,
+    printing: Printing,
+) -> None:
     """Plan for the source, and then preview or write the result."""
     stage = source.stage()
     checkpoint = open_stage(stage)
     output = to.at(checkpoint.path, planner.label)
     job = Job(planner.command, stage, checkpoint, output, printing)
     work = Work(checkpoint, output, lambda: checked_device(planning.device), note)
-    plan, profile = choose(planner, work, planning.profile_for(stage), to.dry_run)
+    request = automatic.request(stage, checkpoint, planning.profile_for(stage), output.path.parent)
+    plan, profile = choose(planner, work, request, to.dry_run)
     if to.dry_run:
         return preview(job, plan)
     return write(job, plan, profile, work.device, planner.details(checkpoint, plan))
 
 
 def choose(
-    planner: Planner, work: Work, given: Path | None, dry_run: bool
+    planner: Planner, work: Work, request: ProfileRequest, dry_run: bool
 ) -> tuple[CompressionPlan, RoutingProfile | None]:
     """Return the plan and the profile that it rests on, profiling the checkpoint where that is needed.
 
     What cannot be done is refused before the first expensive step. A dry run never profiles: without a profile its
     plan is undecided.
     """
-    planner.check(work)
     if not planner.needs_profile:
+        request.refuse_settings(f"{planner.command} as asked for")
+        planner.check(work)
         return planner.plan(work, None), None
+    found = cache(lambda: search(work.checkpoint, request, note))
+    work = replace(work, calibration=lambda: found().settings)
+    planner.check(work)
+    basis = found()
     if dry_run:
-        usable = usable_profile(work.checkpoint, given)
-        return (planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)), usable
-    profile = _valid_profile(work, given)
+        usable = basis.profile
+        plan = planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)
+        return replace(plan, calibration=basis.settings), usable
+    target, inputs = work.output.path, [work.checkpoint.path, *([basis.profile.path] if basis.profile else [])]
+    check_target(target, work.output.force, inputs)
+    profile = made_profile(work.checkpoint, basis, work.device, note)
     for warning in planner.warnings(profile):
         note(f"warning: {warning}")
-    return planner.plan(work, profile), profile
-
-
-def _valid_profile(work: Work, given: Path | None) -> RoutingProfile:
-    """Return a valid profile, making one beside the output where none is given; refuses a bad output before that."""
-    path = work.output.path
-    check_target(path, work.output.force, [work.checkpoint.path, *([given] if given and given.is_file() else [])])
-    return valid_profile(work.checkpoint, given, path.parent, work.device, note)
+    return replace(planner.plan(work, profile), calibration=profile.calibration), profile
 
 
 def preview(job: Job, plan: CompressionPlan | None) -> None:

@@ -114,7 +114,7 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     tensors = draft.tensors + [tensor for kept in draft.weights for tensor in _moved(checkpoint, kept)]
     once = {tensor.info.name: tensor for tensor in tensors}  # bases are members of several weights
     config = replace(checkpoint.config, blocks=draft.blocks)
-    history = (*base.history, Step(plan.command, plan.source, plan.digest))
+    history = (*base.history, Step(plan.command, plan.source, plan.digest, plan.calibration))
     return PlannedOutput(
         tensors=tuple(sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))),
         config=config,

@@ -192,7 +192,18 @@ _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order
     "ordering": None,
 }
 _SETTINGS = ("repair", "delta", "rounding")  # fields whose values have names of their own
-_COMPARED = ("command", "source", "profile", "options", "merging", "repair", "delta", "rounding", "ordering")
+_COMPARED = (
+    "command",
+    "source",
+    "profile",
+    "calibration",
+    "options",
+    "merging",
+    "repair",
+    "delta",
+    "rounding",
+    "ordering",
+)
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,7 @@ class CompressionPlan:
         source: fingerprint of the checkpoint that the plan is for.
         profile: digest of the profile that the choice rests on, if any.
         options: the options that led here, for the reader.
+        calibration: settings of that profile's calibration, which the result's history keeps.
         stages: the changes, in order. JSON of this schema has a place for one stage of each type, in the order
             `Experts`, `Differences`, `Formats`; others raise `ValueError`.
     """
@@ -213,6 +225,7 @@ class CompressionPlan:
     profile: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[PlanStage, ...] = ()
+    calibration: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         places = [_ORDER.index(type(stage)) for stage in self.stages]
@@ -251,6 +264,7 @@ class CompressionPlan:
             "command": self.command,
             "source": self.source,
             "profile": self.profile,
+            **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
             "options": dict(self.options),
             **fields,
         }
@@ -278,12 +292,13 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         ordering=_one_of(fields.get("ordering"), (None, *get_args(Ordering)), f"{where}: field 'ordering'"),
     )
     stages = (experts, _parsed(fields, "delta", _parse_differences, where), quantised)
+    calibration = None if fields.get("calibration") is None else _field(fields, "calibration", dict, where)
     present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
-    plan = CompressionPlan(command, source, profile, options, present)
+    plan = CompressionPlan(command, source, profile, options, present, calibration=calibration)
     try:
         canonical_json(plan.to_json())
     except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know
-        raise BadInputError(f"{where}: field 'options' is not JSON ({error})") from None
+        raise BadInputError(f"{where}: field 'options' or 'calibration' is not JSON ({error})") from None
     return plan
 
 
@@ -424,9 +439,9 @@ def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
     """Return the lines in which two plans differ, field by field of their JSON; none where they would do the same."""
     left, right = a.to_json(), b.to_json()
     lines = [
-        f"{name}: {_shown(name, left[name])} | {_shown(name, right[name])}"
+        f"{name}: {_shown(name, left.get(name))} | {_shown(name, right.get(name))}"
         for name in _COMPARED
-        if left[name] != right[name]
+        if left.get(name) != right.get(name)
     ]
     if len(left["blocks"]) != len(right["blocks"]):
         lines.append(f"blocks: {len(left['blocks'])} | {len(right['blocks'])}")

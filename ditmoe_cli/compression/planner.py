@@ -25,12 +25,15 @@ class Work:
         output: where the result will be written.
         device: returns the device to measure on, checked; only planners that measure call it, since it takes torch.
         note: tells the user what a plan would not show.
+        calibration: returns the settings of the calibration that the plan will rest on, which its result's history
+            keeps; None where it rests on none.
     """
 
     checkpoint: Checkpoint
     output: Output
     device: Callable[[], str]
     note: Callable[[str], None] = lambda _: None
+    calibration: Callable[[], Mapping[str, Any] | None] = lambda: None
 
 
 class Planner(Protocol):

@@ -25,11 +25,24 @@ def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a checkpoint's history: the command, the fingerprint of its input, the digest of its plan."""
+    """A step of a checkpoint's history.
+
+    Attributes:
+        command: the command.
+        source: fingerprint of its input.
+        plan: digest of its plan.
+        calibration: settings of the calibration that the plan rests on, by which a descendant is profiled alike; None
+            where it rests on none.
+    """
 
     command: str
     source: str
     plan: str
+    calibration: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the step as JSON; `calibration` only where there is one."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,11 @@ class Provenance:
     card: Card = field(default_factory=Card)
 
     @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """Settings of the last calibration in the history; None without any."""
+        return next((step.calibration for step in reversed(self.history) if step.calibration is not None), None)
+
+    @property
     def ancestors(self) -> tuple[str, ...]:
         """Fingerprints of the checkpoints that this one was computed from, oldest first."""
         return tuple(step.source for step in self.history)
@@ -62,7 +80,7 @@ class Provenance:
         document = {
             "schema": CHECKPOINT_SCHEMA,
             "config": dict(self.config),
-            "history": [asdict(step) for step in self.history],
+            "history": [step.to_json() for step in self.history],
             "card": asdict(self.card),
             "tensors": dict(hashes),
         }
@@ -77,6 +95,13 @@ def parse_card(document: Mapping[str, Any]) -> Card:
     return card
 
 
+def _parse_step(document: Mapping[str, Any]) -> Step:
+    step = Step(**document)
+    if not isinstance(step.calibration, dict | None):
+        raise ValueError(f"calibration {step.calibration!r}")
+    return step
+
+
 def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
     """Return the provenance in a file's metadata, None without any. Raises `BadInputError` where it is malformed."""
     if "ditmoe" not in metadata:
@@ -85,7 +110,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
         document = check_schema(json.loads(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
         return Provenance(
             config=dict(document["config"]),
-            history=tuple(Step(**step) for step in document["history"]),
+            history=tuple(_parse_step(step) for step in document["history"]),
             card=parse_card(document["card"]),
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -59,6 +59,11 @@ class Checkpoint:
         """Fingerprints of the checkpoints that this one was computed from, oldest first."""
         return self.header.provenance.ancestors if self.header.provenance else ()
 
+    @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """Settings of the last calibration that an ancestor was profiled with; None where the file names none."""
+        return self.header.provenance.calibration if self.header.provenance else None
+
     def provenance(self) -> Provenance:
         """Return the metadata that a copy of this checkpoint would carry."""
         config = self.config.to_json()

@@ -1,4 +1,4 @@
-"""Run a calibration and write its profile, or find the profile that is valid for a checkpoint."""
+"""Run a calibration and write its profile, also the one that planning rests on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import phase
-from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
-from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of, write_profile
+from ditmoe_cli.routing.calibration_settings import Calibration, check_settings
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile, write_profile
+from ditmoe_cli.routing.profile_search import Basis
 
 if TYPE_CHECKING:
     from ditmoe_cli.routing.calibration_data import CalibrationData
@@ -45,7 +46,7 @@ def calibrate(
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.model.offload import OffloadedDiTMoE
     from ditmoe_cli.processes import process_group
-    from ditmoe_cli.routing.collect.collector import check_settings, collect
+    from ditmoe_cli.routing.collect.collector import collect
 
     inputs = (checkpoint.path, *([data.path] if data else []))
     check_target(path.absolute(), force, inputs)
@@ -69,44 +70,44 @@ def calibrate(
     return read_profile(path)
 
 
-def usable_profile(checkpoint: Checkpoint, given: Path | None) -> RoutingProfile | None:
-    """Return the given profile if it is `checkpoint`'s own; None if there is none, or it is an ancestor's.
+def made_before(checkpoint: Checkpoint, settings: Calibration, path: Path) -> RoutingProfile | None:
+    """Return the profile at `path` where it is of `checkpoint` and these settings, so that none has to be made.
 
-    Raises `BadInputError` for a profile of an unrelated checkpoint.
+    None where there is none, or where another kind of file is in the way. Raises `OutputExistsError` for a profile of
+    another checkpoint or of other settings.
     """
-    profile = read_profile(given) if given is not None else None
-    if profile is None or profile.checkpoint in checkpoint.ancestors:
+    if not path.is_file():
         return None
-    return require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    try:
+        profile = read_profile(path)
+    except BadInputError:
+        return None
+    old, new = dict(profile.calibration), settings.to_json()
+    if profile.checkpoint == checkpoint.fingerprint and old == new:
+        return profile
+    changed = (name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+    differs = next((f"made with {name} {old.get(name)}, not {new.get(name)}" for name in changed), "")
+    if profile.checkpoint != checkpoint.fingerprint:
+        differs = f"of another checkpoint ({profile.checkpoint[:12]})"
+    raise OutputExistsError(
+        f"{path}: exists already, a profile {differs}; give ⟨force⟩ to replace it, or -o for another name"
+    )
 
 
-def valid_profile(
+def made_profile(
     checkpoint: Checkpoint,
-    given: Path | None,
-    beside: Path,
+    basis: Basis,
     device: Callable[[], str],
     note: Callable[[str], None],
 ) -> RoutingProfile:
-    """Return a profile that is valid for `checkpoint`, making one where there is none.
+    """Return the profile that planning rests on, making it where there is none.
 
-    A profile of the checkpoint itself is used. Given one of an ancestor, or none, the checkpoint is profiled with the
-    ancestor's settings, or the default ones. The new profile stays in the folder `beside`, under a name that holds the
-    fingerprint, and is used again there. `device()` names the device only where a calibration has to run; `note` takes
-    a line on what happens. Raises `BadInputError` for a profile of an unrelated checkpoint.
+    `device()` names the device only where a calibration has to run; `note` takes a line on what happens.
     """
-    own = usable_profile(checkpoint, given)
-    if own is not None:
-        return own
-    ancestor = read_profile(given) if given is not None else None
-    settings = parse_calibration(ancestor.calibration, checkpoint) if ancestor else default_calibration(checkpoint)
-    cached = beside / f"{checkpoint.path.stem}.{checkpoint.fingerprint[:12]}.profile.safetensors"
-    if cached.is_file():
-        profile = read_profile(cached)
-        if profile.checkpoint == checkpoint.fingerprint and dict(profile.calibration) == settings.to_json():
-            note(f"using the profile kept in {cached}")
-            return profile
-    reason = "the profile is of an ancestor of it" if ancestor else "no profile was given"
-    note(f"profiling {checkpoint.path.name} into {cached}: {reason}")
-    new = calibrate(checkpoint, settings, Run(device()), cached, force=True)
+    if basis.profile is not None:
+        return basis.profile
+    assert basis.calibration is not None
+    note(f"profiling {checkpoint.path.name} into {basis.path}: {basis.reason}")
+    new = calibrate(checkpoint, basis.calibration, Run(device()), basis.path, force=True, data=basis.data)
     assert new is not None  # planners run in one process
     return new

@@ -1,18 +1,24 @@
-"""Settings of a calibration run as data: those of a profile's JSON, and the defaults of command and planners."""
+"""Settings of a calibration run as data: those of a profile's JSON, those asked for, and the defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_followable, check_spec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 IMAGES = 64
 STEPS = 20
+BINS = 10
+
+
+def default_bins(steps: int) -> int:
+    """Return the number of step bins where none is given: ten, or as many as there are steps."""
+    return min(BINS, steps)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Calibration:
     """
 
     spec: SampleSpec
-    bins: int = 10
+    bins: int = BINS
     reservoir: int = 20_480
     batch: int = 32
     data: str | None = None
@@ -40,6 +46,61 @@ class Calibration:
         """Return the settings as JSON, the sample spec's fields among them."""
         own = {"bins": self.bins, "reservoir": self.reservoir, "batch": self.batch, "fast": self.fast}
         return {**self.spec.conditions(), **own, "source": "data" if self.data else "trajectories", "data": self.data}
+
+
+def check_settings(settings: Calibration) -> None:
+    """Raise `UsageError` for steps that cannot be followed, more bins than steps, or a negative reservoir."""
+    check_followable(settings.spec)
+    if not 1 <= settings.bins <= settings.spec.steps:
+        raise UsageError(f"⟨bins⟩ {settings.bins}: must be between 1 and the {settings.spec.steps} steps")
+    if settings.reservoir < 0:
+        raise UsageError(f"⟨reservoir⟩ {settings.reservoir}: must be at least 0 tokens")
+
+
+@dataclass(frozen=True)
+class WantedCalibration:
+    """Calibration settings that were asked for; None leaves one as an ancestor's profile or the defaults have it.
+
+    ⟨calibration_images⟩ and the like name them in messages.
+    """
+
+    images: int | None = None
+    steps: int | None = None
+    cfg: float | None = None
+    seed: int | None = None
+    classes: tuple[int, ...] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were asked for, by name."""
+        names = ("images", "steps", "cfg", "seed", "classes")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def over(self, base: Calibration, checkpoint: Checkpoint) -> Calibration:
+        """Return `base` with the settings that were asked for. Raises `UsageError` for values out of range."""
+        if not self.given():
+            return base
+        spec = replace(base.spec, **self.given())
+        bins = base.bins if base.bins <= spec.steps else default_bins(spec.steps)
+        try:
+            check_spec(spec, checkpoint.config, allow_null=base.data is not None)
+        except UsageError as error:
+            raise UsageError(named(error.message, lambda name: f"⟨calibration_{name}⟩")) from None
+        return replace(base, spec=spec, bins=bins)
+
+    def unlike(self, document: Mapping[str, Any]) -> str | None:
+        """Return how a profile's settings differ from what was asked for, None where they are as asked."""
+        conditions = SampleSpec(1, 1, 1.0, 0, "euler", self.classes or ()).conditions()
+        asked = {**self.given(), **({"classes": conditions["classes"]} if self.classes else {})}
+        for name, value in asked.items():
+            if document.get(name) != value:
+                return f"⟨calibration_{name}⟩ {value}: the profile was made with {document.get(name)}"
+        return None
+
+
+def told(document: Mapping[str, Any]) -> str:
+    """Return calibration settings in words, as ``cfg 1.5, 20 steps, 64 images``."""
+    given = ", noised from data" if document.get("data") else ""
+    return f"cfg {document['cfg']:g}, {document['steps']} steps, {document['images']} images{given}"
 
 
 def default_calibration(checkpoint: Checkpoint) -> Calibration:
@@ -52,13 +113,11 @@ def default_calibration(checkpoint: Checkpoint) -> Calibration:
 def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Calibration:
     """Read the settings of an ancestor's profile from its JSON, to profile `checkpoint` alike.
 
-    Raises `BadInputError` where they are malformed, or name images that were given then and are not now.
+    Raises `BadInputError` where they are malformed.
     """
-    if document.get("data") is not None:
-        raise BadInputError(
-            f"the profile of an ancestor of {checkpoint.path} was made from ⟨data⟩; profile {checkpoint.path} with the "
-            "same data and give that as ⟨profile⟩"
-        )
+    data = document.get("data")
+    if not isinstance(data, str | None):
+        raise _malformed(ValueError(f"data {data!r}"))
     spec = profiled_spec(document, checkpoint)
     try:
         bins, reservoir, batch = (int(document[name]) for name in ("bins", "reservoir", "batch"))
@@ -66,7 +125,7 @@ def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Ca
             raise ValueError(f"bins {bins}, reservoir {reservoir}, batch {batch}")
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise _malformed(error) from None
-    return Calibration(spec, bins, reservoir, batch, fast=document.get("fast") is True)
+    return Calibration(spec, bins, reservoir, batch, data, document.get("fast") is True)
 
 
 def profiled_spec(document: Mapping[str, Any], checkpoint: Checkpoint) -> SampleSpec:

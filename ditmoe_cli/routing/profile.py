@@ -53,6 +53,7 @@ from __future__ import annotations
 import array
 import json
 import math
+import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -157,6 +158,14 @@ class RoutingProfile:
             nested = [nested[i : i + size] for i in range(0, len(nested), size)]
         result: Table = nested
         return result
+
+    @property
+    def flip_rate(self) -> float | None:
+        """The share of choices that differed between processes with unequal threads; None where none was measured."""
+        if "flip_rate" not in self.header.tensors:
+            return None
+        rate: float = struct.unpack("<d", bytes(self._reader.raw("flip_rate")))[0]
+        return rate
 
     def never_routed(self) -> list[tuple[int, int]]:
         """Return the (block, expert) pairs that no calibration token chose."""

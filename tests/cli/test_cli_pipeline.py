@@ -180,6 +180,7 @@ def test_prune_after_quantize_profiles_what_it_prunes(folder: Path) -> None:
 
 
 def test_without_any_profile_one_is_made_and_kept(folder: Path) -> None:
+    (folder / "a.profile.safetensors").unlink()
     pruned = here("prune", "a.safetensors", "--keep", 2, "--refit-tokens", 64, cwd=folder)
     assert any("no profile was given" in note for note in pruned.notes)
     made = Path(pruned.envelope["profile"])

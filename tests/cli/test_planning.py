@@ -18,6 +18,7 @@ from ditmoe_cli.errors import InfeasibleError, OutputExistsError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.profile_search import ProfileRequest
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,20 @@ def work(tmp_path: Path) -> Work:
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_planner_without_need_gets_no_profile(dry_run: bool, work: Work) -> None:
     planner = Scripted(needs_profile=False)
-    plan, profile = choose(planner, work, Path("nowhere.safetensors"), dry_run)
+    plan, profile = choose(planner, work, ProfileRequest(Path("nowhere.safetensors")), dry_run)
     assert planner.asked == ["check", "plan"] and plan.profile is None and profile is None
 
 
 def test_a_dry_run_without_a_profile_leaves_the_plan_open(work: Work) -> None:
     planner = Scripted()
-    plan, profile = choose(planner, work, None, dry_run=True)
+    plan, profile = choose(planner, work, ProfileRequest(beside=work.output.path.parent), dry_run=True)
     assert planner.asked == ["check", "undecided"] and not plan.decided and profile is None
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_profile_that_is_given_decides(dry_run: bool, work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     planner, given = Scripted(), profile_of(work.checkpoint)
-    plan, profile = choose(planner, work, given.path, dry_run)
+    plan, profile = choose(planner, work, ProfileRequest(given.path), dry_run)
     assert planner.asked == ["check", "plan"] and plan.profile == given.digest
     assert profile is not None and profile.path == given.path
     assert ("warning: mind the gap" in capsys.readouterr().err) is not dry_run
@@ -88,7 +89,7 @@ def test_a_profile_that_is_given_decides(dry_run: bool, work: Work, capsys: pyte
 def test_what_cannot_be_done_is_refused_before_a_profile_is_looked_for(work: Work) -> None:
     planner = Scripted(fails=True)
     with pytest.raises(InfeasibleError, match="it cannot be"):
-        choose(planner, work, Path("nowhere.safetensors"), dry_run=False)
+        choose(planner, work, ProfileRequest(Path("nowhere.safetensors")), dry_run=False)
     assert planner.asked == ["check"]
 
 
@@ -96,5 +97,5 @@ def test_an_output_that_exists_is_refused_before_anything_is_profiled(work: Work
     work.output.path.write_bytes(b"old")
     planner = Scripted()
     with pytest.raises(OutputExistsError):
-        choose(planner, work, None, dry_run=False)
+        choose(planner, work, ProfileRequest(beside=work.output.path.parent), dry_run=False)
     assert planner.asked == ["check"] and [path.name for path in work.output.path.parent.iterdir()] == ["o.safetensors"]

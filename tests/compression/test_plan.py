@@ -82,6 +82,7 @@ plans = st.builds(
     source=names,
     profile=st.none() | names,
     options=st.dictionaries(names, json_values, max_size=4),
+    calibration=st.none() | st.dictionaries(names, json_values, max_size=2),
     stages=st.tuples(  # a stage that does nothing leaves no trace in JSON
         st.none() | experts.filter(lambda stage: stage != Experts()),
         st.none() | differences,
@@ -138,6 +139,7 @@ def test_a_difference_is_found_exactly_where_there_is_one(a: CompressionPlan, b:
         {"source": "c" * 64},
         {"profile": None},
         {"options": {}},
+        {"calibration": {"cfg": 1.5}},
         {"stages": (Experts((BlockPlan((0, 2), "ghost"), BlockPlan((1, 2), "slice"))), QUANTISED)},
         {"stages": (Experts((BlockPlan((0, 2), "slice"), BlockPlan((1, 3), "slice"))), QUANTISED)},
         *(
@@ -221,6 +223,8 @@ def test_a_missing_field_is_named(field: str) -> None:
         ("options", []),
         ("options", "keep"),
         ("options", {"keep": float("nan")}),
+        ("calibration", 5),
+        ("calibration", {"cfg": float("nan")}),
         ("blocks", None),
         ("blocks", {}),
         ("blocks", "01"),

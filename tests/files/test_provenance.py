@@ -13,10 +13,14 @@ from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.provenance import CHECKPOINT_SCHEMA, Card, Provenance, Step, check_schema, read_provenance
 
 TEXT = st.text(max_size=8)
+SETTINGS = st.none() | st.dictionaries(TEXT, st.integers() | TEXT, max_size=3)
 PROVENANCES = st.builds(
     Provenance,
     st.dictionaries(TEXT, st.integers() | TEXT | st.lists(st.integers(), max_size=3), max_size=4),
-    st.lists(st.builds(Step, TEXT, TEXT, TEXT), max_size=3).map(tuple),
+    st.lists(
+        st.builds(Step, TEXT, TEXT, TEXT, SETTINGS),
+        max_size=3,
+    ).map(tuple),
     st.builds(Card, st.none() | TEXT, st.integers(1, 255)),
 )
 
@@ -27,6 +31,13 @@ def test_metadata_round_trips(provenance: Provenance, hashes: dict[str, str]) ->
     assert metadata["format"] == "pt"
     assert read_provenance(metadata, "x") == provenance
     assert json.loads(metadata["ditmoe"])["tensors"] == hashes
+
+
+def test_the_last_calibration_is_that_of_the_newest_step_that_has_one() -> None:
+    steps = (Step("prune", "a", "b", {"cfg": 4.0}), Step("merge", "c", "d", {"cfg": 1.5}), Step("quantize", "e", "f"))
+    assert Provenance({}, steps).calibration == {"cfg": 1.5}
+    assert Provenance({}, steps[2:]).calibration is None
+    assert "calibration" not in steps[2].to_json()
 
 
 def test_other_peoples_files_have_no_provenance() -> None:
@@ -46,6 +57,7 @@ GOOD = json.loads(Provenance({}).to_metadata({})["ditmoe"])
         canonical_json({**GOOD, "config": 5}),
         canonical_json({**GOOD, "history": [{"unknown": 1}]}),
         canonical_json({**GOOD, "history": None}),
+        canonical_json({**GOOD, "history": [{"command": "a", "source": "b", "plan": "c", "calibration": 5}]}),
         canonical_json({**GOOD, "card": {"unknown": 1}}),
         canonical_json({**GOOD, "card": "x"}),
     ],

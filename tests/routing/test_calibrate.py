@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from compressing import blocks_of
@@ -21,9 +19,10 @@ from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing import calibration_settings
-from ditmoe_cli.routing.calibrate import Run, calibrate, usable_profile, valid_profile
+from ditmoe_cli.routing.calibrate import Run, calibrate, made_profile
 from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
 from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.profile_search import ProfileRequest, search
 from ditmoe_cli.routing.saliency import reap
 
 PICO = make_pico(hidden=16, input_size=4, seed=3)
@@ -69,7 +68,8 @@ class Finder:
         return "cpu"
 
     def find(self, checkpoint: Checkpoint, given_profile: Path | None) -> RoutingProfile:
-        return valid_profile(checkpoint, given_profile, self.beside, self.device, self.notes.append)
+        basis = search(checkpoint, ProfileRequest(given_profile, beside=self.beside), self.notes.append)
+        return made_profile(checkpoint, basis, self.device, self.notes.append)
 
 
 @pytest.fixture
@@ -111,9 +111,6 @@ def test_its_own_profile_is_used_as_it_is(family: Family, finder: Finder) -> Non
     found = finder.find(family.original, family.profile.path)
     assert found.path == family.profile.path
     assert (finder.notes, finder.runs, list(finder.beside.iterdir())) == ([], 0, [])
-    used = usable_profile(family.original, family.profile.path)
-    assert used is not None
-    assert used.path == family.profile.path
 
 
 @pytest.mark.parametrize("generation", ["child", "grandchild"])
@@ -121,7 +118,6 @@ def test_with_an_ancestors_profile_the_checkpoint_is_profiled_alike(
     generation: str, family: Family, finder: Finder
 ) -> None:
     checkpoint = getattr(family, generation)
-    assert usable_profile(checkpoint, family.profile.path) is None
     found = finder.find(checkpoint, family.profile.path)
     assert found.checkpoint == checkpoint.fingerprint
     assert dict(found.calibration) == dict(family.profile.calibration)
@@ -170,7 +166,6 @@ def test_without_any_profile_the_default_settings_are_used(
 ) -> None:
     monkeypatch.setattr(calibration_settings, "IMAGES", 3)
     monkeypatch.setattr(calibration_settings, "STEPS", 10)
-    assert usable_profile(family.child, None) is None
     found = finder.find(family.child, None)
     assert dict(found.calibration) == default_calibration(family.child).to_json()
     assert "no profile" in finder.notes[0]
@@ -179,18 +174,14 @@ def test_without_any_profile_the_default_settings_are_used(
     assert finder.runs == 1
 
 
-@pytest.mark.parametrize("call", ["usable", "valid"])
-def test_the_profile_of_an_unrelated_checkpoint_is_refused(
-    call: str, family: Family, finder: Finder, tmp_path: Path
-) -> None:
+def test_the_profile_of_an_unrelated_checkpoint_is_refused(family: Family, finder: Finder, tmp_path: Path) -> None:
     folder = tmp_path / "strangers"
     folder.mkdir()
     stranger = opened(make_pico(hidden=16, input_size=4, seed=4), folder)
     child_profile = calibrate(family.child, SETTINGS, Run("cpu"), folder / "child.safetensors")
-    calls: dict[str, Callable[[Checkpoint, Path], Any]] = {"usable": usable_profile, "valid": finder.find}
     # neither an unrelated checkpoint's, nor a descendant's
     for checkpoint, path in ((stranger, family.profile.path), (family.original, child_profile.path)):
         with pytest.raises(BadInputError, match="profile of another checkpoint"):
-            calls[call](checkpoint, path)
+            finder.find(checkpoint, path)
     assert (finder.notes, finder.runs) == ([], 0)
     assert [path.name for path in finder.beside.iterdir()] == ["strangers"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_pico
@@ -13,9 +14,16 @@ from hypothesis import strategies as st
 from profiling import opened
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.routing.calibration_settings import Calibration, default_calibration, parse_calibration
+from ditmoe_cli.routing.calibration_settings import (
+    Calibration,
+    WantedCalibration,
+    check_settings,
+    default_bins,
+    default_calibration,
+    parse_calibration,
+)
 
 SPEC = SampleSpec(images=3, steps=4, cfg=1.5, seed=11, solver="ddim", classes=(0, 2))
 SETTINGS = Calibration(SPEC, bins=2, reservoir=24, batch=2)
@@ -88,11 +96,55 @@ def test_missing_settings_are_bad_input(name: str, checkpoint: Checkpoint) -> No
         parse_calibration(document, checkpoint)
 
 
-def test_a_calibration_on_given_images_cannot_be_repeated_without_them(checkpoint: Checkpoint) -> None:
-    document = replace(SETTINGS, data="a" * 64).to_json()
-    assert document["source"] == "data"
-    with pytest.raises(BadInputError, match="from data"):
-        parse_calibration(document, checkpoint)
+def test_settings_of_given_images_keep_their_digest_and_may_have_the_null_class(checkpoint: Checkpoint) -> None:
+    settings = replace(SETTINGS, spec=replace(SPEC, classes=(0, 3, 1)), data="a" * 64)
+    assert settings.to_json()["source"] == "data"
+    assert parse_calibration(settings.to_json(), checkpoint) == settings
+    with pytest.raises(BadInputError, match="calibration settings"):
+        parse_calibration({**settings.to_json(), "data": 5}, checkpoint)
+
+
+@pytest.mark.parametrize(("steps", "bins"), [(1, 1), (5, 5), (10, 10), (20, 10)])
+def test_bins_follow_the_steps(steps: int, bins: int) -> None:
+    assert default_bins(steps) == bins
+    check_settings(Calibration(replace(SPEC, steps=steps), bins=default_bins(steps)))
+
+
+def test_what_was_asked_for_goes_over_the_ancestors_settings(checkpoint: Checkpoint) -> None:
+    assert WantedCalibration().over(SETTINGS, checkpoint) is SETTINGS
+    asked = WantedCalibration(images=5, cfg=4.0, classes=(1,))
+    expected = replace(SETTINGS, spec=replace(SPEC, images=5, cfg=4.0, classes=(1,)))
+    assert asked.over(SETTINGS, checkpoint) == expected
+    assert asked.unlike(expected.to_json()) is None
+    assert WantedCalibration(classes=(0, 1)).unlike({**SETTINGS.to_json(), "classes": "0-1"}) is None
+
+
+def test_fewer_steps_than_bins_take_the_default_of_bins(checkpoint: Checkpoint) -> None:
+    base = replace(SETTINGS, spec=replace(SPEC, steps=20), bins=10)
+    assert WantedCalibration(steps=5).over(base, checkpoint).bins == 5
+    assert WantedCalibration(steps=40).over(base, checkpoint).bins == 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (WantedCalibration(cfg=4.0), "calibration_cfg 4.0: the profile was made with 1.5"),
+        (WantedCalibration(steps=8), "calibration_steps 8: the profile was made with 4"),
+        (WantedCalibration(classes=(1,)), "calibration_classes"),
+        (WantedCalibration(seed=0), "calibration_seed 0"),
+    ],
+)
+def test_settings_that_a_profile_was_not_made_with_are_named(asked: WantedCalibration, said: str) -> None:
+    unlike = asked.unlike(SETTINGS.to_json())
+    assert unlike is not None and named(unlike).startswith(said)
+
+
+@pytest.mark.parametrize("asked", [{"cfg": -1.0}, {"images": 0}, {"steps": 0}, {"classes": (7,)}])
+def test_settings_out_of_range_are_refused_under_the_planners_names(
+    asked: dict[str, Any], checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(UsageError, match=f"^calibration_{next(iter(asked))}"):
+        WantedCalibration(**asked).over(SETTINGS, checkpoint)
 
 
 @pytest.mark.parametrize(("sampler", "solver"), [("rf", "euler"), ("ddpm", "ddim")])

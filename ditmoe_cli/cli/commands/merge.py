@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, cast
 
 import typer
 
+from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import known, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
@@ -97,6 +98,7 @@ def run(
     delta: DeltaOptions,
     refitting: Refitting,
     planning: Planning,
+    automatic: AutomaticProfile,
     source: Source,
     to: Destination,
     printing: Printing,
@@ -108,7 +110,7 @@ def run(
     if planning.list_methods:
         return print_methods("merge", printing)
     planner = differencing_of(delta, grouping.groups) or merging_of(grouping, refitting)
-    return run_planner(planner, planning, source, to, printing)
+    return run_planner(planner, planning, automatic, source, to, printing)
 
 
 def merging_of(grouping: Grouping, refitting: Refitting) -> Merging:

@@ -16,9 +16,10 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.routing.calibrate import Run, calibrate
+from ditmoe_cli.processes import first_process
+from ditmoe_cli.routing.calibrate import Run, calibrate, made_before
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
-from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration
+from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration, check_settings, default_bins
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
 
@@ -62,9 +63,12 @@ class Profiling:
             "latents. Images without labels get the null class.",
         ),
     ] = None
-    bins: Annotated[int, typer.Option("--bins", metavar="N", help="Bins of steps, from noise to image.")] = (
-        Calibration.bins
-    )
+    bins: Annotated[
+        int | None,
+        typer.Option(
+            "--bins", metavar="N", help="Bins of steps, from noise to image. [default: 10, or one for each step]"
+        ),
+    ] = None
     reservoir: Annotated[
         int, typer.Option("--reservoir", metavar="N", help="MoE inputs to keep of each block, in tokens.")
     ] = Calibration.reservoir
@@ -87,7 +91,8 @@ class Profiling:
 
     def settings(self, spec: SampleSpec, digest: str | None) -> Calibration:
         """Return the settings of the calibration; `digest` is that of the images to add noise to."""
-        return Calibration(spec, self.bins, self.reservoir, self.batch, digest, self.fast)
+        bins = default_bins(spec.steps) if self.bins is None else self.bins
+        return Calibration(spec, bins, self.reservoir, self.batch, digest, self.fast)
 
     def images(self, checkpoint: Checkpoint, sampling: Calibrating) -> CalibrationData | None:
         """Return the images to add noise to, None where images are sampled. Raises `UsageError` for --classes."""
@@ -113,13 +118,19 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
     if data is not None:
         spec = replace(spec, images=len(data.labels), classes=data.labels)
     settings = profiling.settings(spec, data.digest if data else None)
-    target = to.at(opened.path, "profile")
-    run = Run(checked_device(profiling.device), profiling.offload)
-    profile = calibrate(opened, settings, run, target, to.force, data)
-    if profile is None:
+    check_settings(settings)
+    target = to.at(opened.path, "profile").absolute()
+    profile = None if to.force else made_before(opened, settings, target)
+    if profile is not None:
+        note(f"{target} is up to date")
+    else:
+        run = Run(checked_device(profiling.device), profiling.offload)
+        profile = calibrate(opened, settings, run, target, to.force, data)
+    if profile is None or not first_process():
         return  # another rank writes and prints
     result = summary(profile)
-    done = stage.done("profile-experts", settings.to_json(), profile=target)
+    options = {**settings.to_json(), **({"path": str(data.path.absolute())} if data else {})}
+    done = stage.done("profile-experts", options, profile=target)
     emit(printing, done.to_json(result), rows(profile, result), str(target.absolute()))
 
 
@@ -131,7 +142,7 @@ def summary(profile: RoutingProfile) -> dict[str, Any]:
         "load": frequency(profile.tables),
         "reap": reap(profile.tables),
         "never_routed": [list(pair) for pair in profile.never_routed()],
-        "flip_rate": float(profile.tensor("flip_rate")) if "flip_rate" in profile.header.tensors else None,
+        "flip_rate": profile.flip_rate,
         "bytes": profile.path.stat().st_size,
     }
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, cast, get_args
 
 import typer
 
+from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import at_least, known, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
@@ -122,6 +123,7 @@ def run(
     narrowing: Narrowing,
     replacing: Replacing,
     planning: Planning,
+    automatic: AutomaticProfile,
     source: Source,
     to: Destination,
     printing: Printing,
@@ -132,7 +134,7 @@ def run(
     """
     if planning.list_methods:
         return print_methods("prune", printing)
-    return run_planner(pruning_of(dropping, narrowing, replacing), planning, source, to, printing)
+    return run_planner(pruning_of(dropping, narrowing, replacing), planning, automatic, source, to, printing)
 
 
 def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -> Pruning:

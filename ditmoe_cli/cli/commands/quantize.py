@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import completing, one_of
 from ditmoe_cli.cli.options import Destination, Planning, Size, Source, parse_size
 from ditmoe_cli.cli.planning import print_methods, run_planner
@@ -182,6 +183,7 @@ def run(
     mixing: Mixing,
     rounding: RoundingOptions,
     planning: Planning,
+    automatic: AutomaticProfile,
     source: Source,
     to: Destination,
     printing: Printing,
@@ -197,7 +199,7 @@ def run(
     rounded = rounding.method(precision.uniform)
     planner_of = uniform_of if precision.uniform else mix_of
     planner: Planner = planner_of(precision, grids, mixing, rounded)
-    return run_planner(planner, planning, source, to, printing)
+    return run_planner(planner, planning, automatic, source, to, printing)
 
 
 def known_method(name: str) -> str:

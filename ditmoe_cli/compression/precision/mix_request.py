@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ditmoe_cli.compression.planner import Work
 from ditmoe_cli.compression.precision.budget import Budget, FileSizes
 from ditmoe_cli.compression.precision.candidates import WIDTHS, Candidates, candidate_formats, ties
-from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.parameters import WeightGroup, weight_group
 
@@ -66,8 +66,9 @@ class MixRequest:
         return self.sizes.of({name: fmt for part in formats for name, fmt in part.items()})
 
 
-def mix_request(checkpoint: Checkpoint, candidates: Candidates, budget: Budget, output: Output) -> MixRequest:
+def mix_request(work: Work, candidates: Candidates, budget: Budget) -> MixRequest:
     """Return the request for a mix within a budget. Raises what `candidate_formats` raises."""
-    sizes = FileSizes(checkpoint, output)
+    checkpoint = work.checkpoint
+    sizes = FileSizes(checkpoint, work.output, work.calibration())
     formats = candidate_formats(checkpoint, candidates)
     return MixRequest(checkpoint, candidates, formats, budget.limit(sizes, candidates), sizes)

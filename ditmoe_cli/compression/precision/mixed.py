@@ -69,7 +69,7 @@ class MixedPrecision(Planner):
         return {**format_counts(plan), **{name: plan.options[name] for name in names if name in plan.options}}
 
     def _request(self, work: Work) -> MixRequest:
-        return mix_request(work.checkpoint, self.candidates, self.budget, work.output)
+        return mix_request(work, self.candidates, self.budget)
 
 
 def plan_mix(

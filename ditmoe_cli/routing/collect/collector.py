@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch, step_bin, visit_noised
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
 from ditmoe_cli.diffusion.watchers import Watchers
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -102,15 +102,6 @@ class FullCollector(RoutingCollector):
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
         return {**super().tensors(), **self.moments.tensors()}
-
-
-def check_settings(settings: Calibration) -> None:
-    """Raise `UsageError` for steps that cannot be followed, more bins than steps, or a negative reservoir."""
-    check_followable(settings.spec)
-    if not 1 <= settings.bins <= settings.spec.steps:
-        raise UsageError(f"⟨bins⟩ {settings.bins}: must be between 1 and the {settings.spec.steps} steps")
-    if settings.reservoir < 0:
-        raise UsageError(f"⟨reservoir⟩ {settings.reservoir}: must be at least 0 tokens")
 
 
 def collect(

@@ -1,0 +1,91 @@
+"""Options of the profile that planners make where none is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from ditmoe_cli.cli.sampling_options import parse_classes
+from ditmoe_cli.cli.stage import Stage, default_output
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.routing.calibration_settings import WantedCalibration
+from ditmoe_cli.routing.profile_search import ProfileRequest
+
+
+@dataclass(frozen=True)
+class AutomaticProfile:
+    """How the checkpoint is profiled where no profile of it is at hand."""
+
+    panel: ClassVar[str] = "Profile, where one has to be made"
+
+    calibration_cfg: Annotated[
+        float | None,
+        typer.Option(
+            "--calibration-cfg",
+            metavar="S",
+            help="Guidance scale to profile with. [default: that of the ancestor's profile, else 1]",
+        ),
+    ] = None
+    calibration_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-steps", metavar="N", help="Sampling steps. [default: those of the ancestor's, else 20]"
+        ),
+    ] = None
+    calibration_images: Annotated[
+        int | None,
+        typer.Option("--calibration-images", metavar="N", help="Images. [default: as many as the ancestor's, else 64]"),
+    ] = None
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option("--calibration-data", metavar="PATH", help="Images to add noise to instead of sampling."),
+    ] = None
+    calibration_classes: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            "--calibration-classes",
+            metavar="LIST",
+            parser=parse_classes,
+            help="Labels to cycle through. [default: those of the ancestor's, else all]",
+        ),
+    ] = None
+    calibration_seed: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-seed", metavar="N", help="Seed of the noise. [default: that of the ancestor's, else 0]"
+        ),
+    ] = None
+
+    def request(self, stage: Stage, checkpoint: Checkpoint, given: Path | None, beside: Path) -> ProfileRequest:
+        """Return what is asked of the profile; a new one is kept in the folder `beside`."""
+        wanted = WantedCalibration(
+            images=self.calibration_images,
+            steps=self.calibration_steps,
+            cfg=self.calibration_cfg,
+            seed=self.calibration_seed,
+            classes=self.calibration_classes,
+        )
+        lay = next((s["options"]["path"] for s in reversed(stage.history) if _names_data(s)), None)
+        return ProfileRequest(
+            given=given,
+            wanted=wanted,
+            data=self.calibration_data,
+            piped_data=Path(lay) if lay else None,
+            usual=usual_profiles(checkpoint),
+            beside=beside,
+        )
+
+
+def usual_profiles(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Return where ``ditmoe profile-experts`` puts a checkpoint's profile: the working folder, and beside the file."""
+    name = default_output(checkpoint.path, "profile").name
+    return tuple(dict.fromkeys((Path(name).absolute(), checkpoint.path.absolute().parent / name)))
+
+
+def _names_data(step: object) -> bool:
+    """Return whether a step of a pipe's history names the images that it noised."""
+    options = step.get("options") if isinstance(step, dict) else None
+    return isinstance(options, dict) and isinstance(options.get("path"), str) and bool(options.get("data"))
