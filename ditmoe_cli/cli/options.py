@@ -236,8 +236,8 @@ class Planning:
         typer.Option(
             "--profile",
             metavar="FILE",
-            help="Routing profile of the checkpoint. [default: the one that the pipe names, else NAME.profile.safetensors, "
-            "else a new one]",
+            help="Routing profile of the checkpoint. [default: the one that the pipe names, else "
+            "NAME.profile.safetensors, else a new one]",
         ),
     ] = None
     list_methods: Annotated[
