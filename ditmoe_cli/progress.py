@@ -16,10 +16,13 @@ until `watched_by` says who, nor in other threads; then a step costs an addition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 BYTES = "bytes"
 """The unit of phases that read or write; shown as kB, MB and GB."""
@@ -96,6 +99,14 @@ def phase(title: str, total: int = 0, unit: str = "", *, start: int = 0, share: 
             yield new
     finally:
         _current.reset(token)
+
+
+def each(items: Collection[Item], title: str, unit: str, *, share: float = 0.0) -> Iterator[Item]:
+    """Yield items, each done when the next is asked for: a phase, or a part of one, that counts them."""
+    with phase(title, len(items), unit, share=share) as progress:
+        for item in items:
+            yield item
+            progress(1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from seeing import Seen
 
-from ditmoe_cli.progress import phase, watched_by
+from ditmoe_cli.progress import each, phase, watched_by
 
 
 def test_the_watcher_is_told_of_outer_phases_and_reads_their_parts() -> None:
@@ -74,3 +74,20 @@ def test_phases_of_other_threads_are_nobodys_parts() -> None:
         assert pool.submit(work).result() == 1
         assert outer.inner is None
     assert seen.ended == ["sampling"]
+
+
+def test_each_counts_an_item_as_done_when_the_next_is_asked_for() -> None:
+    done = []
+    with phase("refitting", 1, "blocks") as outer:
+        for item in each("abc", "solving", "systems", share=1.0):
+            assert outer.inner is not None
+            done.append((item, outer.inner.done, outer.fraction))
+    assert done == [("a", 0, 0.0), ("b", 1, pytest.approx(1 / 3)), ("c", 2, pytest.approx(2 / 3))]
+    assert outer.inner is None and outer.fraction == 1.0
+
+
+def test_a_loop_that_is_left_early_ends_its_part() -> None:
+    with phase("choosing", 1) as outer:
+        for _ in each((1, 2, 3), "solving", "strengths"):
+            break
+        assert outer.inner is None

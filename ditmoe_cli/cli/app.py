@@ -16,6 +16,7 @@ os.environ.setdefault("TYPER_USE_RICH", "0")
 
 import typer
 
+from ditmoe_cli.cli.announced_imports import announced_imports
 from ditmoe_cli.cli.completion import DETECTED, VARIABLE, answer, installed, script
 from ditmoe_cli.cli.groups import spliced
 from ditmoe_cli.cli.help_texts import Program, SectionedCommand
@@ -180,7 +181,7 @@ def _leave(code: int) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run the program on arguments and return its exit code; errors become one line on stderr."""
     try:
-        with watched_by(shown):
+        with watched_by(shown), announced_imports():
             code = _invoke(arguments)
         sys.stdout.flush()
         return code

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.progress import BYTES, phase
+
+_CHUNK = 2**20  # bytes read at a time
 
 
 def canonical_json(value: object) -> str:
@@ -25,8 +28,12 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes; for a folder, of the names and digests of its files."""
     if path.is_dir():
         return digest([[file.name, file_digest(file)] for file in sorted(path.iterdir()) if file.is_file()])
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    found, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as opened, phase(f"hashing {path.name}", path.stat().st_size, BYTES) as progress:
+        while count := opened.readinto(buffer):
+            found.update(buffer[:count])
+            progress(count)
+    return found.hexdigest()
 
 
 def fingerprint(tensors: Iterable[TensorInfo], raw: Callable[[str], memoryview], config: Mapping[str, Any]) -> str:

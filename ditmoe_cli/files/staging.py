@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
 from ditmoe_cli.files.locks import is_abandoned, locked
+from ditmoe_cli.progress import phase
 
 CHECKPOINT_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 _LEFTOVER = re.compile(r"(?P<hidden>\..+)\.(tmp|old)-(?P<run>(?P<process>\d+)(-\d+)?)(\.lock)?", re.DOTALL)
@@ -146,7 +147,8 @@ def staged(
     with _own_staging(target) as staging, _naming(target, staging):
         try:
             yield staging
-            _flush(staging)
+            with phase(f"flushing {target.name} to disk"):
+                _flush(staging)
             _refuse(target, force, inputs, contents)
             _rename(staging, target)
             _sync(target.parent)

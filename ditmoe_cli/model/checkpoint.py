@@ -16,6 +16,7 @@ from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.weights import logical_weights
 from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
+from ditmoe_cli.progress import BYTES, phase
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,15 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all tensors and the configuration. Reads every byte once, without torch for safetensors."""
-        return fingerprint(self.header.tensors.values(), self.reader.raw, self.config.to_json())
+        stored = self.header.tensors.values()
+        with phase(f"fingerprinting {self.path.name}", sum(info.nbytes for info in stored), BYTES) as progress:
+
+            def raw(name: str) -> memoryview:
+                data = self.reader.raw(name)
+                progress(data.nbytes)
+                return data
+
+            return fingerprint(stored, raw, self.config.to_json())
 
     @property
     def ancestors(self) -> tuple[str, ...]:
@@ -135,7 +144,13 @@ def open_checkpoint(
     Raises:
         BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.
     """
-    header, reader = open_reader(resolve_path(path))
+    resolved = resolve_path(path)
+    with phase(f"opening {resolved.name}"):
+        return _opened(path, resolved, Given(num_heads, top_k, sampler, num_classes), allow_unknown)
+
+
+def _opened(path: str | Path, resolved: Path, given: Given, allow_unknown: bool) -> Checkpoint:
+    header, reader = open_reader(resolved)
     try:
         weights = logical_weights(header.tensors, lambda name: bytes(reader.raw(name)))
     except BadInputError as error:
@@ -146,7 +161,6 @@ def open_checkpoint(
     def plain(name: str) -> memoryview:
         return memoryview(b"") if weights[name].quantized else reader.raw(name)
 
-    given = Given(num_heads, top_k, sampler, num_classes)
     inferred = infer_config(infos, plain, hints, given, str(path), allow_unknown)
     checkpoint = Checkpoint(header, reader, weights, inferred.config, inferred.assumptions, inferred.warnings)
     for block in range(inferred.config.depth):

@@ -14,6 +14,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
+from ditmoe_cli.progress import BYTES, phase
 
 
 def load_model(
@@ -47,8 +48,11 @@ def load_model(
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> DiTMoE:
     """Put the weights of an opened checkpoint into a model, one tensor at a time."""
     model = empty_model(checkpoint)
-    for weight in checkpoint.weights.values():
-        assign(model, checkpoint, weight, device, dtype)
+    size = sum(info.nbytes for info in checkpoint.header.tensors.values())
+    with phase(f"loading {checkpoint.path.name}", size, BYTES) as progress:
+        for weight in checkpoint.weights.values():
+            assign(model, checkpoint, weight, device, dtype)
+            progress(sum(checkpoint.header.tensors[name].nbytes for name in weight.members))
     finish(model, checkpoint, device, dtype)
     return model
 

@@ -146,7 +146,16 @@ def imported(*words: str, cwd: Path) -> tuple[int, set[str]]:
 
 
 HELP = {
-    *("cli", "cli.app", "cli.completion", "cli.groups", "cli.help_texts", "cli.machine", "cli.terminal"),
+    *(
+        "cli",
+        "cli.announced_imports",
+        "cli.app",
+        "cli.completion",
+        "cli.groups",
+        "cli.help_texts",
+        "cli.machine",
+        "cli.terminal",
+    ),
     "cli.progress_display",
     *("errors", "processes", "progress", "threads"),
 }

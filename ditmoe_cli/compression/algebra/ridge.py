@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditmoe_cli.progress import each
+
 STRENGTHS = tuple(10.0**power for power in range(1, -8, -1))
 
 
@@ -90,7 +92,7 @@ def fit(train: Normal, held: Normal) -> Fit | None:
     held-out error of V = 0; a system that is singular at a strength counts as no better.
     """
     best, least, worse = 0.0, held.energy, 0
-    for strength in STRENGTHS:
+    for strength in each(STRENGTHS, "solving", "strengths", share=0.5):
         error = held.error(train.solve(strength))
         if error < least:
             best, least, worse = strength, error, 0

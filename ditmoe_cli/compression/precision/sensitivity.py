@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import phase
 
 Tried = Mapping[str, Sequence[str]]
 """The formats to try for each weight."""
@@ -136,7 +138,11 @@ class _Measurement:
             stream.x = stream.through(block)
         attended = self.stream.attended(block)
         of_mixture = mixture_errors(block, attended_tokens(attended, self.states), formats)
-        self.stream_errors[index] = [*self._dense_errors(block, formats, after), *of_mixture]
+        errors = self.stream_errors[index] = []
+        with phase("trying formats", sum(map(len, formats.values())), "roundings", share=0.8) as progress:
+            for error in chain(self._dense_errors(block, formats, after), of_mixture):
+                errors.append(error)
+                progress(1)
         self.error_streams.pass_through(index, block, dict.fromkeys(formats, REFERENCE), after)
         self.stream.x = torch.cat([block.mix(part, index, None) for part in attended])
 

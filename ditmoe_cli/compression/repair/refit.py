@@ -30,6 +30,7 @@ from ditmoe_cli.compression.replay.outputs import chunks, output_of
 from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.router import Routing
+from ditmoe_cli.progress import each
 
 LARGEST_SYSTEM = 6144
 SWEEPS = 2
@@ -65,16 +66,17 @@ def refit(original: SparseMoE, changed: SparseMoE, tokens: Tokens, shared: bool)
     """
     rest = _residuals(original, changed, tokens)
     groups = _groups(_terms(changed, shared))
-    fits = [_solve(changed, terms, tokens, rest) for _ in range(SWEEPS if len(groups) > 1 else 1) for terms in groups]
-    taken = [each for each in fits if each is not None]
-    return Refitted(math.prod(each.error for each in taken), tuple(each.strength for each in taken))
+    systems = groups * (SWEEPS if len(groups) > 1 else 1)
+    fits = [_solve(changed, terms, tokens, rest) for terms in each(systems, "refitting", "systems", share=0.8)]
+    taken = [one for one in fits if one is not None]
+    return Refitted(math.prod(one.error for one in taken), tuple(one.strength for one in taken))
 
 
 def _solve(moe: SparseMoE, terms: Sequence[Term], tokens: Tokens, rest: Tensor) -> Fit | None:
     """Fit terms to the residuals `rest` (T, D), subtract their change from it, and return the fit; None for no fit."""
     size = sum(term.size for term in terms)
     train, held = (Normal.empty(size, rest.shape[1], rest.device) for _ in range(2))
-    for rows in chunks(len(rest)):
+    for rows in each(chunks(len(rest)), "summing the system", "batches of tokens", share=0.5):
         parts, out = _features(moe, terms, tokens.inputs[rows]), tokens.held[rows]
         for sums, side in ((train, ~out), (held, out)):
             sums.add([part[side] for part in parts], rest[rows][side], tokens.weights[rows][side])
@@ -98,7 +100,7 @@ def _residuals(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> Tenso
     """Return Y - Y' (T, D)."""
     parts = [
         output_of(original, tokens.inputs[rows]) - output_of(changed, tokens.inputs[rows])
-        for rows in chunks(len(tokens.inputs))
+        for rows in each(chunks(len(tokens.inputs)), "comparing outputs", "batches of tokens", share=0.1)
     ]
     return torch.cat(parts)
 

@@ -22,6 +22,7 @@ from ditmoe_cli.compression.replay.stream import Stream, embedded
 from ditmoe_cli.compression.replay.tokens import ratio
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.progress import each
 
 SENT_TOKENS = 4_096  # tokens of each stream that carries an error to the prediction
 
@@ -44,7 +45,7 @@ class ErrorStreams:
 
         `formats` are by weights' names within the block; `after` are the original's tokens behind the block.
         """
-        for stream, _ in self._changed.values():
+        for stream, _ in each(self._changed.values(), "passing on errors", "streams", share=0.1):
             stream.x = stream.through(block)
         for kind in sorted({kind_of(name) for name in formats}):
             with rounded({linear(block, name): fmt for name, fmt in formats.items() if kind_of(name) == kind}):
@@ -60,7 +61,7 @@ class ErrorStreams:
         """Return the error of each stream's prediction over the error that it started with; 0 where that is 0."""
         expected = self.predicted(self.original)
         factors = [dict[str, float]() for _ in range(self.model.config.depth)]
-        for (index, kind), (stream, error) in self._changed.items():
+        for (index, kind), (stream, error) in each(self._changed.items(), "predicting", "streams"):
             arrived = relative_error(self.predicted(stream), expected)
             factors[index][kind] = arrived / error if error else 0.0
         return tuple(factors)

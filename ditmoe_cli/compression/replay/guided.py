@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +97,9 @@ def measured_states(calibrated: Calibrated, model: OffloadedDiTMoE) -> GuidedSta
     return in_branches(calibration_states(calibrated.profile, spec, wanted), model)
 
 
-def image_slices(total: int) -> Iterator[slice]:
-    """Yield slices of `total` images, as many as pass a block at a time."""
-    return (slice(start, min(start + _IMAGES, total)) for start in range(0, total, _IMAGES))
+def image_slices(total: int) -> list[slice]:
+    """Return slices of `total` images, as many as pass a block at a time."""
+    return [slice(start, min(start + _IMAGES, total)) for start in range(0, total, _IMAGES)]
 
 
 def _first_rows(part: Tensor, branches: int, states: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from ditmoe_cli.compression.replay.stream import Tokens
@@ -12,9 +10,9 @@ from ditmoe_cli.model.moe import SparseMoE
 _TOKENS = 4096  # that are run at a time
 
 
-def chunks(total: int) -> Iterator[slice]:
-    """Yield slices of `total` tokens, some at a time."""
-    return (slice(start, min(start + _TOKENS, total)) for start in range(0, total, _TOKENS))
+def chunks(total: int) -> list[slice]:
+    """Return slices of `total` tokens, some at a time."""
+    return [slice(start, min(start + _TOKENS, total)) for start in range(0, total, _TOKENS)]
 
 
 def output_of(moe: SparseMoE, inputs: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ One block's weights are in memory at a time, beside the tokens of all states.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from ditmoe_cli.compression.replay.states import States
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.progress import each
 
 
 @dataclass
@@ -26,16 +28,23 @@ class Stream:
 
     def through(self, block: Block) -> Tensor:
         """Return the tokens behind a block, (N, P, D)."""
-        return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in image_slices(len(self.x))])
+        return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in _batches(self.x, "passing states")])
 
     def attended(self, block: Block) -> list[Attended]:
         """Return the states between a block's attention and its mixture, some images at a time."""
-        return [block.attend(self.x[rows], self.c[rows]) for rows in image_slices(len(self.x))]
+        return [block.attend(self.x[rows], self.c[rows]) for rows in _batches(self.x, "attending")]
+
+
+def _batches(states: Tensor, title: str) -> Iterator[slice]:
+    return each(image_slices(len(states)), title, "batches of states")
 
 
 def embedded(model: OffloadedDiTMoE, states: GuidedStates) -> Stream:
     """Return the stream of states before the first block."""
-    parts = [model.embed(states.z[rows], states.t[rows], states.labels[rows]) for rows in image_slices(len(states.z))]
+    parts = [
+        model.embed(states.z[rows], states.t[rows], states.labels[rows])
+        for rows in _batches(states.z, "embedding states")
+    ]
     x, c = (torch.cat(column) for column in zip(*parts, strict=True))
     return Stream(x, c)
 
@@ -96,6 +105,6 @@ class CalibrationStream(Stream):
     def advance(self, attended: Attended, moe: SparseMoE) -> None:
         """Add the output of a block's mixture, so that the stream is behind the block."""
         self.x = attended.residual
-        for rows in image_slices(len(self.x)):
+        for rows in _batches(self.x, "mixing"):
             mixed = moe(attended.inputs[rows], 0, attended.gamma[rows], None)
             self.x[rows] += attended.gamma[rows].unsqueeze(1) * mixed

@@ -19,6 +19,7 @@ from ditmoe_cli.compression.replay.tokens import BlockTokens, ratio
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.config import GHOST
 from ditmoe_cli.model.moe import SparseMoE
+from ditmoe_cli.progress import each
 
 _OUTPUTS = 2**23  # elements of the outputs in memory at a time
 _GATES = 2**20  # elements of the gates compared at a time: few enough for a processor's cache
@@ -144,7 +145,10 @@ class SubsetReplay:
         `subsets` list the physical experts that are kept. Raises `InfeasibleError` where fewer than top-k rows are.
         """
         keep = kept_experts(subsets, self._experts, self._device)
-        errors = (_part_errors(ranking, gram, keep, mode) for ranking, gram in self._parts)
+        title = f"replaying {len(subsets):,} subsets"
+        errors = (
+            _part_errors(ranking, gram, keep, mode) for ranking, gram in each(self._parts, title, "batches of tokens")
+        )
         total = sum(errors, torch.zeros(len(keep)).double())
         return torch.tensor([ratio(error, self.reference) for error in total.tolist()], dtype=torch.float64)
 

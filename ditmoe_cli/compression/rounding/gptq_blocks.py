@@ -37,6 +37,7 @@ from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import Phase, phase
 from ditmoe_cli.routing.profile import require_profile_of
 
 TOKENS_PER_INPUT = 8
@@ -78,10 +79,11 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
             reorder(block, index, orders[index])
             members = unrounded(checkpoint, stage, index, orders[index])
             members |= _smoothed(computing, stage, index, block)
-            rounding = _BlockRounding(checkpoint, index, block, student)
             formats = {name: fmt for name, fmt in stage.formats.items() if split_name(name).block == index}
-            members |= rounding.before_mixture(formats)
-            of_mixture, selected_by_student = rounding.advanced(formats)
+            with phase("rounding", len(formats), "matrices", share=0.9) as progress:
+                rounding = _BlockRounding(checkpoint, index, block, student, progress)
+                members |= rounding.before_mixture(formats)
+                of_mixture, selected_by_student = rounding.advanced(formats)
             agreement.append(_agreement(selected, selected_by_student))
             computing.spool.write(index, members | of_mixture)
         guided = in_branches(states, model)
@@ -124,8 +126,11 @@ def _agreement(rows: Tensor, others: Tensor) -> float:
 class _BlockRounding:
     """One block whose layers are rounded in place."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, block: Block, stream: CalibrationStream) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, index: int, block: Block, stream: CalibrationStream, progress: Phase
+    ) -> None:
         self.checkpoint, self.index, self.block, self.stream = checkpoint, index, block, stream
+        self.progress = progress
 
     def before_mixture(self, formats: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that store modulation and attention, in the order in which they are rounded."""
@@ -198,6 +203,7 @@ class _BlockRounding:
         layer.weight.data = best_rounding(weight, hessian, grid.round, held, tokens=own.tokens).weight
         info = self.checkpoint.weights[name].info
         yield from ((n, t.cpu()) for n, t in grid.pack(layer.weight.data, info).items())
+        self.progress(1)
 
 
 @contextmanager
