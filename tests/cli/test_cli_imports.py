@@ -157,7 +157,7 @@ HELP = {
         "cli.terminal",
     ),
     "cli.progress_display",
-    *("errors", "processes", "progress", "threads"),
+    *("errors", "processes", "progress", "threads", "version"),
 }
 
 
