@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -10,6 +11,7 @@ import typer
 
 from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.compression.planner import label_of
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import (
     ALWAYS,
@@ -23,7 +25,9 @@ from ditmoe_cli.diffusion.schedule import (
 )
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+
+_LONGEST = 24  # characters of a list of classes in a name
 
 
 def parse_interval(text: str) -> Interval:
@@ -146,6 +150,29 @@ class ImageSampling(UpstreamSampling):
             "--vae", metavar="PATH", help="AutoencoderKL that decodes latents: a diffusers folder or a hub name."
         ),
     ] = None
+
+
+def samples_label(spec: SampleSpec, options: ImageSampling, config: DiTMoEConfig) -> str:
+    """Return the ending of the name of samples: ``samples``, and all settings that are not the default."""
+    usual, everything = type(options)(), tuple(range(config.num_classes))
+    parts = (
+        "samples",
+        spec.images != usual.images and f"images{spec.images}",
+        spec.solver != DEFAULT_SOLVER[config.sampler] and SOLVERS[spec.solver].name,
+        spec.steps != DEFAULT_STEPS[config.sampler] and f"steps{spec.steps}",
+        spec.cfg != usual.cfg and f"cfg{spec.cfg:g}",
+        spec.interval != usual.interval and "from{:g}to{:g}".format(*spec.interval),
+        spec.classes != everything and f"classes{short_list(spec.classes)}",
+        spec.seed != usual.seed and f"seed{spec.seed}",
+        options.vae is not None and "vae",
+    )
+    return label_of(*parts)
+
+
+def short_list(numbers: Sequence[int]) -> str:
+    """Return numbers as part of a name, such as ``0,3,7``; of long lists how many there are, and a digest."""
+    text = ",".join(map(str, numbers))
+    return text if len(text) <= _LONGEST else f"{len(numbers)}x{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def solver_row(sampling: Mapping[str, Any]) -> Row:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.plan import CompressionPlan, Repair, Rounding
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -34,6 +34,25 @@ class Work:
     device: Callable[[], str]
     note: Callable[[str], None] = lambda _: None
     calibration: Callable[[], Mapping[str, Any] | None] = lambda: None
+
+
+def label_of(*parts: object) -> str:
+    """Return the ending of a default output's name: the parts that there are, joined by hyphens.
+
+    Parts are what was asked for and every other setting that changes the result, where it is not the default: outputs
+    of different commands then have different names.
+    """
+    return "-".join(str(part) for part in parts if part)
+
+
+def repair_label(repair: Repair | None) -> str:
+    """Return how kept weights are refitted, as part of a name; nothing for the default."""
+    return label_of(repair is None and "norefit", repair and repair.scale and "scale", tokens_label(repair))
+
+
+def tokens_label(fitted: Repair | Rounding | None) -> str:
+    """Return the number of calibration tokens that was asked for, as part of a name."""
+    return f"tokens{fitted.tokens}" if fitted and fitted.tokens else ""
 
 
 class Planner(Protocol):

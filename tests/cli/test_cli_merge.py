@@ -45,7 +45,7 @@ def test_every_method_writes_what_it_predicts_and_runs(
     predicted = here(*words, "--dry-run", cwd=folder)
     assert contents(folder) == before
     written = here(*words, cwd=folder)
-    assert written.path == folder / "a.merge-groups2.safetensors"
+    assert written.path.name.startswith("a.merge-groups2-") and written.path.parent == folder
     assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
     for groups in written.result["groups"]:
         assert len(groups) == 2

@@ -66,10 +66,10 @@ writers = pytest.mark.parametrize("words", WRITERS.values(), ids=list(WRITERS))
     ("words", "name"),
     [
         (("convert",), "a.converted.safetensors"),
-        (("prune", "--keep", "0.5", *PLAINLY), "a.prune-keep0.5.safetensors"),
-        (("prune", "--keep", "2", *PLAINLY), "a.prune-keep2.safetensors"),
-        (("quantize", "--uniform", "--bits", "4"), "a.quantize-bits4.safetensors"),
-        (("quantize", "--uniform", "--bits", "8"), "a.quantize-bits8.safetensors"),
+        (("prune", "--keep", "0.5", *PLAINLY), "a.prune-keep0.5-random-norefit.safetensors"),
+        (("prune", "--keep", "2", *PLAINLY), "a.prune-keep2-random-norefit.safetensors"),
+        (("quantize", "--uniform", "--bits", "4"), "a.quantize-nf4.safetensors"),
+        (("quantize", "--uniform", "--bits", "8"), "a.quantize-int8.safetensors"),
     ],
 )
 def test_default_names_are_in_the_working_directory(words: tuple[str, ...], name: str, folder: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_mix_is_no_larger_than_the_uniform_file(bits: float, folder: Path) -> 
         for width in ((3, 4) if bits == 3.5 else (bits, bits))
     )
     assert written.result["bytes"] <= (below + above) / 2
-    assert written.path.name == f"a.quantize-bits{bits:g}.safetensors"
+    assert written.path.name == f"a.quantize-bits{bits:g}-tokens256.safetensors"
     assert (
         plan["options"]["bits"] == bits and plan["rounding"]["method"] == "gptq" and plan["rounding"]["tokens"] == 256
     )
@@ -228,7 +228,7 @@ def test_experts_in_pieces_from_end_to_end(rounding: tuple[object, ...], wide: P
     written = here(*words, cwd=folder)
     assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
     plan = predicted.result["plan"]
-    assert plan["ordering"] == "camera" and written.path.name == "wide.quantize-bits3.5-camera-q.safetensors"
+    assert plan["ordering"] == "camera" and written.path.name.startswith("wide.quantize-bits3.5-camera-q-g32-")
     cut = {name: fmt for name, fmt in plan["formats"].items() if ":" in fmt}
     assert len(cut) >= 6 and all((fmt.split(":")[0] == "columns") == ("down_proj" in name) for name, fmt in cut.items())
     assert written.result["formats"] == Counter(map(format_label, plan["formats"].values()))
@@ -338,7 +338,7 @@ def test_one_format_for_all(fmt: str, folder: Path) -> None:
     assert set(plan["formats"].values()) == {fmt} and written.result["formats"] == {fmt: 28}
     assert by_group(plan, folder).keys() == {"experts", "shared", "attn"}
     assert plan["options"] == {"format": fmt} and "prediction_error" not in written.result
-    assert all(planned((*UNIFORM, *other), folder) == plan for other in others)
+    assert all(planned((*UNIFORM, *other, "-o", "o.safetensors"), folder) == plan for other in others)
 
 
 @pytest.mark.parametrize("fmt", ["nf4-dq", "int8", "int5-g32-sym", "ternary-g64"])
@@ -376,7 +376,7 @@ def test_a_pipe_of_all_stages(folder: Path) -> None:
     )
     assert [step["command"] for step in outcome.envelope["history"]] == ["profile-experts", "quantize"]
     assert outcome.result["history"] == ["quantize"] and outcome.notes == []
-    assert outcome.path == folder / "a.quantize-bits3.safetensors"
+    assert outcome.path == folder / "a.quantize-bits3-allow3,8-tokens256.safetensors"
     assert "blocks.0.moe.experts.0.gate_proj.weight_packed" in tensor_shapes(outcome.path)
 
 

@@ -51,7 +51,7 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     plan = read_plan(planned.plan)
     stage = source.stage()
     opened = open_stage(stage)
-    job = Job("apply", stage, opened, to.at(opened.path, plan.command), printing)
+    job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)
     if to.dry_run:
         return preview(job, plan)
     path = planned.profile or (Path(stage.profile) if stage.profile else None)

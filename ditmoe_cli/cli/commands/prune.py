@@ -157,11 +157,4 @@ def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -
         narrow_shared=narrowing.narrow_shared,
         constants=replacing.constants or replacing.residual_rank > 0,
         rank=replacing.residual_rank,
-        label=label_of(dropping.keep, narrowing.neurons),
     )
-
-
-def label_of(keep: str | None, neurons: float) -> str:
-    """Return the ending of the default output's name, such as ``prune-keep0.5``."""
-    parts = ("prune", f"keep{keep}" if keep is not None else "", f"neurons{neurons}" if neurons != 1.0 else "")
-    return "-".join(filter(None, parts))

@@ -223,8 +223,7 @@ def uniform_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Rou
         symmetric=grids.symmetric,
         double_quant=grids.double_quant,
     )
-    label = f"bits{precision.bits:g}" if precision.format is None and precision.bits is not None else name
-    return UniformPrecision(name, rounding, f"quantize-{label}")
+    return UniformPrecision(name, rounding)
 
 
 def mix_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Rounding | None) -> MixedPrecision:
@@ -245,9 +244,7 @@ def mix_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Roundin
         protected=mixing.protect,
         tied=mixing.tie,
     )
-    label = f"bits{precision.bits:g}" if precision.bits is not None else f"size{size.text if size else ''}"
-    label += "" if method == DEFAULT_METHODS["quantize"] else f"-{method}"
-    return MixedPrecision(budget, candidates, method, rounding, f"quantize-{label}")
+    return MixedPrecision(budget, candidates, method, rounding)
 
 
 def refuse_mixing(mixing: Mixing) -> None:

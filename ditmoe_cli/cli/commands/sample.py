@@ -10,7 +10,7 @@ import typer
 
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import FileDestination, Running, Source
-from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
+from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
 
@@ -53,11 +53,11 @@ class ImageFiles(FileDestination):
         typer.Option("--grid", metavar="FILE", callback=ending(".png"), help="PNG to draw the first 64 images in."),
     ] = None
 
-    def targets(self, checkpoint: Path, inputs: tuple[Path, ...]) -> Targets:
-        """Return the same as the sampler takes them; `inputs` must not be written over."""
+    def targets(self, checkpoint: Path, label: str, inputs: tuple[Path, ...]) -> Targets:
+        """Return the same as the sampler takes them; `label` ends the default name, `inputs` stay as they are."""
         from ditmoe_cli.evaluation.samples import Targets
 
-        file = self.at(checkpoint, "samples")
+        file = self.at(checkpoint, label)
         return Targets(file, png=self.png, npz=self.npz, grid=self.grid, force=self.force, inputs=inputs)
 
 
@@ -74,7 +74,8 @@ def run(sampling: Images, running: Running, source: Source, to: ImageFiles, prin
     from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder, write_samples
 
     vae, runtime = sampling.vae, running.runtime
-    targets = to.targets(opened.path, (Path(vae).expanduser(),) if vae is not None else ())
+    label = samples_label(spec, sampling, opened.config)
+    targets = to.targets(opened.path, label, (Path(vae).expanduser(),) if vae is not None else ())
     check_targets(Sampling(opened, spec), targets, will_decode=vae is not None)
     images = Sampling(opened, spec, open_decoder(opened, vae, runtime.device))
     size = write_samples(images, runtime, targets, note)

@@ -11,7 +11,7 @@ from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
-from ditmoe_cli.compression.planner import Planner, Work
+from ditmoe_cli.compression.planner import Planner, Work, label_of, repair_label
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import phase
@@ -39,7 +39,13 @@ class Merging(Planner):
     @property
     def label(self) -> str:
         """The ending of the default output's name."""
-        return f"merge-groups{self.groups}"
+        plain = Merging(self.groups)
+        return label_of(
+            f"{self.command}-groups{self.groups}",
+            self.method != plain.method and self.method,
+            self.router != plain.router and self.router,
+            repair_label(self.repair),
+        )
 
     def check(self, work: Work) -> None:
         """Raise the errors of impossible numbers of groups, and of packed experts, whose weights cannot be computed."""

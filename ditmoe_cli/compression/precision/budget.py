@@ -21,6 +21,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import quantized_members
 from ditmoe_cli.model.checkpoint import Checkpoint
 
+_UNITS = {"TB": 10**12, "TiB": 2**40, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "KB": 10**3, "KiB": 2**10}
 _NO_DIGEST = "0" * 64  # as long as that of any plan
 
 
@@ -41,6 +42,11 @@ class Budget:
         """Return the given value by its name, for the options of a plan."""
         return {name: value for name, value in (("bits", self.bits), ("size", self.size)) if value is not None}
 
+    @property
+    def label(self) -> str:
+        """The budget as part of a file's name, such as ``bits4`` or ``size2.5GiB``."""
+        return f"bits{self.bits:g}" if self.bits is not None else f"size{_size_label(self.size or 0)}"
+
     def limit(self, sizes: FileSizes, candidates: Candidates) -> int:
         """Return the largest file that the budget allows, in bytes."""
         if self.size is not None:
@@ -53,6 +59,12 @@ class Budget:
             return smaller
         share = (self.bits - below) / (above - below)
         return math.floor(smaller + share * (sizes.uniform(above, candidates) - smaller))
+
+
+def _size_label(size: int) -> str:
+    """Return a number of bytes exactly, in the unit in which it is shortest."""
+    numbers = {f"{size / count:g}{unit}": float(f"{size / count:g}") * count for unit, count in _UNITS.items()}
+    return min((*(text for text, count in numbers.items() if count == size), str(size)), key=len)
 
 
 class FileSizes:

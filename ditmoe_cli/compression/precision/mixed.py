@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
-from ditmoe_cli.compression.planner import Planner, Work
+from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
 from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import Candidates, format_counts
 from ditmoe_cli.compression.precision.mix import Mix, least_bytes
@@ -28,16 +28,33 @@ class MixedPrecision(Planner):
         candidates: the formats to choose from.
         method: name of the method that chooses formats, of `MIXES`.
         rounding: method that rounds weights to their formats; None for the nearest values.
-        label: ending of the default output's name.
     """
 
     budget: Budget
     candidates: Candidates
     method: str = DEFAULT_METHODS["quantize"]
     rounding: Rounding | None = None
-    label: str = "quantize"
     command: ClassVar[str] = "quantize"
     needs_profile: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        chosen, plain = self.candidates, Candidates()
+        floors = [f"{group}{bits:g}" for group, bits in chosen.floors.items() if plain.floors.get(group) != bits]
+        return label_of(
+            f"{self.command}-{self.budget.label}",
+            self.method != DEFAULT_METHODS[self.command] and self.method,
+            chosen.group_size != plain.group_size and f"g{chosen.group_size}",
+            chosen.symmetric and "sym",
+            chosen.allowed != plain.allowed and f"allow{','.join(chosen.allowed)}",
+            floors and f"floor{','.join(floors)}",
+            chosen.protected and f"protect{','.join(chosen.protected)}",
+            chosen.tied and f"tie{','.join(chosen.tied)}",
+            "nearest" if self.rounding is None else "",
+            tokens_label(self.rounding),
+            self.rounding and self.rounding.smoothing and f"smooth{self.rounding.smoothing:g}",
+        )
 
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a budget below the narrowest formats."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
-from ditmoe_cli.compression.planner import Planner, Work
+from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
 from ditmoe_cli.compression.precision.candidates import (
     DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
@@ -32,18 +32,26 @@ class UniformPrecision(Planner):
     Attributes:
         format: the format.
         rounding: method that rounds weights to it; None for the nearest values, which need no profile.
-        label: ending of the default output's name.
     """
 
     format: str
     rounding: Rounding | None = None
-    label: str = "quantize"
     command: ClassVar[str] = "quantize"
 
     @property
     def needs_profile(self) -> bool:
         """Whether weights are rounded on calibration data."""
         return self.rounding is not None
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name; that of a mix has its bits or its size in it."""
+        return label_of(
+            f"{self.command}-{self.format}",
+            self.rounding and self.rounding.method,
+            tokens_label(self.rounding),
+            self.rounding and self.rounding.smoothing and f"smooth{self.rounding.smoothing:g}",
+        )
 
     def check(self, work: Work) -> None:
         """Raise `BadInputError` where weights are quantised already."""

@@ -10,7 +10,7 @@ from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
-from ditmoe_cli.compression.planner import Planner, Work
+from ditmoe_cli.compression.planner import Planner, Work, label_of, repair_label
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
@@ -53,7 +53,6 @@ class Pruning(Planner):
         constants: let rows of dropped experts select constants in their place.
         rank: rank of the linear maps beside these constants.
         repair: refitting of the kept weights; None for none.
-        label: ending of the default output's name.
     """
 
     keep: Keep
@@ -67,13 +66,30 @@ class Pruning(Planner):
     constants: bool = False
     rank: int = 0
     repair: Repair | None = None
-    label: str = "prune"
     command: ClassVar[str] = "prune"
 
     @property
     def replays(self) -> bool:
         """Whether planning takes weights and the profile's reservoir or moments, not its small tables only."""
         return self.method in SEARCHES or self.router is None or self.shared_budget
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        narrows, plain = self.neurons < 1.0, Pruning(self.keep)
+        return label_of(
+            self.command,
+            None if narrows and self.keep.ratio == 1.0 else f"keep{self.keep}",
+            narrows and f"neurons{self.neurons:g}",
+            narrows and self.multiple != plain.multiple and f"multiple{self.multiple}",
+            narrows and self.narrow_shared and "shared",
+            self.method != plain.method and self.method,
+            self.method == "random" and self.seed and f"seed{self.seed}",
+            self.router != plain.router and (self.router or "auto"),
+            self.shared_budget and "global",
+            f"rank{self.rank}" if self.rank else self.constants and "constants",
+            repair_label(self.repair),
+        )
 
     @property
     def computes(self) -> bool:
