@@ -1,21 +1,21 @@
 """Application of plans: the one function that writes compressed checkpoints.
 
-Weights that depend on calibration data are computed first, a block at a time, into a temporary folder. Then the output,
-whose layout is known from headers (`planned_output`), is written with one tensor in memory at a time.
+Weights that depend on calibration data are computed first, a block at a time, into the work folder beside the output,
+from which an interrupted run goes on. Then the output, whose layout is known from headers (`planned_output`), is
+written with one tensor in memory at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from ditmoe_cli.compression.computed import Computing, Spool
+from ditmoe_cli.compression.computed import Computing, kept_weight
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -63,12 +63,14 @@ def apply(
     output: Output,
     profile: RoutingProfile | None = None,
     device: str = "cpu",
+    work: WorkFolder | None = None,
 ) -> Applied:
     """Write the result of applying `plan` to `checkpoint`; without a plan, a copy in safetensors.
 
     One weight is in memory at a time; where weights are computed, the weights of one block and the calibration tokens,
-    on `device`. A plan that computes weights needs the `profile` that it was made with. Raises what `planned_output`
-    raises, `BadInputError` for NaN or infinite weights and for a missing or different profile, and `OutputExistsError`.
+    on `device`. A plan that computes weights needs the `profile` that it was made with, and keeps each block in `work`,
+    by default the work folder of this plan and profile. Raises what `planned_output` raises, `BadInputError` for NaN or
+    infinite weights and for a missing or different profile, and `OutputExistsError`.
     """
     if plan is not None and not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
@@ -76,11 +78,19 @@ def apply(
     if plan is None or not plan.computes:
         return Applied(_write(checkpoint, planned, output), Measured())
     check_target(output.path, output.force, [checkpoint.path])
-    with TemporaryDirectory(prefix="ditmoe-") as folder:
-        computing = Computing(checkpoint, _profile_of(plan, profile), device, Spool(Path(folder)))
-        (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
-        measured = _compute(computing, stage)
-        return Applied(_write(checkpoint, planned, output, computing.spool), measured)
+    profile = _profile_of(plan, profile)
+    if work is None:
+        with open_work(output.path, applying_key(plan, profile, device), lambda _: None) as own:
+            return apply(checkpoint, plan, output, profile, device, own)
+    computing = Computing(checkpoint, profile, device, work, work.loop("block", checkpoint.config.depth))
+    (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
+    measured = _compute(computing, stage)
+    return Applied(_write(checkpoint, planned, output, computing.blocks), measured)
+
+
+def applying_key(plan: CompressionPlan, profile: RoutingProfile, device: str) -> str:
+    """Return the key of carrying a plan out: GPUs round otherwise than CPUs do."""
+    return work_key({"plan": plan.digest, "profile": profile.digest, "device": device.partition(":")[0]})
 
 
 def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> RoutingProfile:
@@ -97,7 +107,7 @@ def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> Routin
 
 
 def _compute(computing: Computing, stage: PlanStage) -> Measured:
-    """Compute the weights of a stage into the spool."""
+    """Compute the weights of a stage, and keep those of each block."""
     match stage:
         case Experts():
             from ditmoe_cli.compression.rebuild import rebuild
@@ -120,8 +130,8 @@ def _compute(computing: Computing, stage: PlanStage) -> Measured:
             return Measured()
 
 
-def _write(checkpoint: Checkpoint, planned: PlannedOutput, output: Output, spool: Spool | None = None) -> int:
-    contents = _Contents(checkpoint, planned, spool)
+def _write(checkpoint: Checkpoint, planned: PlannedOutput, output: Output, blocks: KeptLoop | None = None) -> int:
+    contents = _Contents(checkpoint, planned, blocks)
     with phase(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos), BYTES) as progress:
 
         def content(info: TensorInfo) -> memoryview:
@@ -135,8 +145,8 @@ def _write(checkpoint: Checkpoint, planned: PlannedOutput, output: Output, spool
 class _Contents:
     """The contents of a planned output, one tensor at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, planned: PlannedOutput, spool: Spool | None) -> None:
-        self.checkpoint, self.spool = checkpoint, spool
+    def __init__(self, checkpoint: Checkpoint, planned: PlannedOutput, blocks: KeptLoop | None) -> None:
+        self.checkpoint, self.blocks = checkpoint, blocks
         self.planned = {tensor.info.name: tensor.content for tensor in planned.tensors}
         self.waiting: dict[str, memoryview] = {}
 
@@ -154,8 +164,8 @@ class _Contents:
             case Known(data):
                 return memoryview(data)
             case Computed():
-                assert self.spool is not None
-                return self.spool.read(name)
+                assert self.blocks is not None
+                return kept_weight(self.blocks, name)
 
     def _member(self, name: str, packed: Packed) -> memoryview:
         """Return a member of a quantised weight; the first call packs all its members."""

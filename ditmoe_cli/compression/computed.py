@@ -1,16 +1,16 @@
-"""Computed weights, kept in a file for each block until the writer asks for them in its own order."""
+"""Computed weights, kept block by block until the writer asks for them in its own order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
+from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -19,45 +19,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Spool:
-    """A folder of safetensors files, one for each block."""
-
-    folder: Path
-
-    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a block's tensors under their full names. Raises `OSError` where there is no room."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(block))
-        except SafetensorError as error:
-            raise OSError(f"{self._file(block)}: {error}; let TMPDIR name a folder with more room") from None
-
-    def read(self, name: str) -> memoryview:
-        """Return a tensor's bytes."""
-        from safetensors import safe_open
-
-        from ditmoe_cli.files.reader import tensor_bytes
-
-        block = split_name(name).block
-        assert block is not None
-        with safe_open(self._file(block), "pt") as file:
-            return tensor_bytes(file.get_tensor(name))
-
-    def _file(self, block: int) -> Path:
-        return self.folder / f"{block}.safetensors"
-
-
-@dataclass(frozen=True)
 class Computing(Calibrated):
-    """The checkpoint that weights are computed from, with the profile that the plan was made with, and the spool.
+    """The checkpoint that weights are computed from, with the profile that the plan was made with.
 
     Attributes:
-        spool: where computed weights wait for the writer.
+        work: what an unfinished run has left.
+        blocks: the loop over blocks; each one's weights are kept under their full names, for the writer.
     """
 
-    spool: Spool
+    work: WorkFolder
+    blocks: KeptLoop
+
+
+def kept_weight(blocks: KeptLoop, name: str) -> memoryview:
+    """Return the bytes of a computed weight."""
+    block = split_name(name).block
+    assert block is not None
+    return blocks.result(block).raw(name)
 
 
 def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

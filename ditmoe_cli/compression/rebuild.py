@@ -33,7 +33,7 @@ TOKENS_PER_UNKNOWN = 32
 
 
 def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
-    """Compute every block's new weights into the spool.
+    """Compute and keep every block's new weights, going on behind those that an unfinished run has left.
 
     Returns, where weights are refitted, each block's held-out error over that before. Raises `BadInputError` for a
     profile that lacks what is needed, and where weights overflow their dtype.
@@ -41,23 +41,25 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
     checkpoint, config = computing.checkpoint, computing.checkpoint.config
     layouts = block_layouts(checkpoint, stage)
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
-    errors = []
+    kept = computing.blocks
     title = f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
-    with resident_blocks(model, title) as blocks:
+    with resident_blocks(model, title, kept.start) as blocks:
         stream = _stream(computing, stage, layouts, model) if needs_tokens(stage) else None
-        for (index, block), layout in zip(blocks, layouts, strict=True):
+        for index, block in blocks:
+            layout = layouts[index]
             attended = stream.attend(block) if stream else None
             tokens = stream.tokens(attended) if stream and attended else None
             source = Source(block.moe, index, layout, stage, tokens, computing.profile)
             changed = mixture_of(new_weights(source), config, layout.config)
-            if stage.repair is not None:
-                errors.append(repaired(block.moe, changed, source.known_tokens, stage.repair))
+            repair = stage.repair
+            error = {"error": repaired(block.moe, changed, source.known_tokens, repair)} if repair else {}
             release(block)  # its new weights take its place before the next block is read
             stored = _stored(checkpoint, index, layout, weights_of(changed))
-            computing.spool.write(index, {in_block(index, name): tensor for name, tensor in stored.items()})
             if stream and attended:
                 stream.advance(attended, _as_stored(stored, config, layout, computing.device))
-    return tuple(errors)
+            named = {in_block(index, name): tensor for name, tensor in stored.items()}
+            kept.keep(index, named, error, {"x": stream.x} if stream else None)
+    return tuple(kept.result(index).document["error"] for index in range(kept.total)) if stage.repair else ()
 
 
 def repaired(original: SparseMoE, changed: SparseMoE, tokens: Tokens, repair: Repair) -> float:
@@ -76,11 +78,16 @@ def needs_tokens(stage: Experts) -> bool:
 def _stream(
     computing: Computing, stage: Experts, layouts: Sequence[BlockLayout], model: OffloadedDiTMoE
 ) -> CalibrationStream:
-    """Return the calibration states in front of the first block, enough for the unknowns of an output of any block."""
+    """Return the calibration states in front of the block to start with.
+
+    There are enough for the unknowns of an output of any block.
+    """
     width = computing.checkpoint.config.hidden_size
     unknowns = max(sum(layout.config.expert_widths) + layout.config.shared_width + width for layout in layouts)
     tokens = stage.repair.tokens if stage.repair else 0
-    return CalibrationStream(model, fitting_states(computing, unknowns, TOKENS_PER_UNKNOWN, tokens))
+    stream = CalibrationStream(model, fitting_states(computing, unknowns, TOKENS_PER_UNKNOWN, tokens))
+    stream.go_on(computing.blocks.state, "x")
+    return stream
 
 
 def _as_stored(stored: Mapping[str, Tensor], config: DiTMoEConfig, layout: BlockLayout, device: str) -> SparseMoE:

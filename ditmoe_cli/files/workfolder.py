@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError, UsageError
 from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.locks import locked
@@ -236,8 +236,9 @@ def work_folder(target: Path) -> Path:
 def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
     """Yield the work folder of a target, with what an earlier run with the same key left in it.
 
-    What killed runs left beside the target is cleaned. Where the block ends normally, or nothing is kept, the folder is
-    deleted; otherwise it stays, and `notify` takes a line that says what is kept. Raises `OutputExistsError` where
+    What killed runs left beside the target is cleaned. Where the block ends normally, nothing is kept, or the input or
+    the request is refused, which going on would not change, the folder is deleted; otherwise it stays, and `notify`
+    takes a line that says what is kept. Raises `OutputExistsError` where
     another run is writing the same target, and `BadInputError` where the place is taken by other files.
     """
     folder = work_folder(target)
@@ -253,8 +254,8 @@ def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
         _claim(work)
         try:
             yield work
-        except BaseException:
-            if work.is_empty:
+        except BaseException as error:
+            if work.is_empty or isinstance(error, (UsageError, BadInputError, InfeasibleError)):
                 _delete(folder)
             elif work.kept is not None:
                 notify(work.kept)

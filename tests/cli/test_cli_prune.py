@@ -6,11 +6,11 @@ import json
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Outcome, bytes_of, command, contents, environment, here, piped, tensor_shapes
+from cli_helpers import Outcome, bytes_of, contents, environment, here, piped, tensor_shapes
 from conftest import heed_interrupts, make_pico
 
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
@@ -222,36 +222,45 @@ def test_a_plan_that_computes_takes_its_own_profile(folder: Path) -> None:
     assert bytes_of(piped.path) == planned.result["bytes"], "the profile comes through the pipe"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_refitting_leaves_no_trace(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    (tmp_path / "waiting").mkdir()
-    make_pico(sampler="rf", in_channels=1, hidden=128, widths=((512,) * 4,) * 2).save(tmp_path / "a.safetensors")
-    words = ("profile-experts", "a.safetensors", "--images", 1, "--steps", 1, "--bins", 1, "-o", "p.safetensors")
-    assert here(*words, cwd=tmp_path).code == 0
-    before = contents(tmp_path)
-    child = subprocess.Popen(
-        command("prune", "a.safetensors", "--keep", 3, "--profile", "p.safetensors"),
-        cwd=tmp_path,
-        env=environment(TMPDIR=str(tmp_path / "waiting")),
+STOPPED = """
+import os, sys
+from ditmoe_cli.cli import app
+from ditmoe_cli.files.workfolder import WorkFolder
+write = WorkFolder.write
+def stopping(self, name, *rest):
+    write(self, name, *rest)
+    if name == sys.argv[1]:
+        os.kill(os.getpid(), int(sys.argv[2]))
+WorkFolder.write = stopping
+sys.argv[1:] = sys.argv[3:]
+app.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_while_refitting_loses_no_block(number: signal.Signals, code: int, folder: Path) -> None:
+    whole = here(*PRUNE, "--keep", 2, *FEW, "-o", "whole.safetensors", cwd=folder)
+    before = contents(folder)
+    words = (*PRUNE, "--keep", 2, *FEW, "-o", "x.safetensors")
+    stopped = subprocess.run(
+        [sys.executable, "-c", STOPPED, "block.state.0", str(int(number)), *map(str, words)],
+        cwd=folder,
+        env=environment(),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
+        text=True,
         preexec_fn=heed_interrupts,
+        check=False,
     )
-    try:
-        end = time.monotonic() + 60
-        while not any((tmp_path / "waiting").iterdir()):
-            assert child.poll() is None and time.monotonic() < end, "never began to refit"
-            time.sleep(0.01)
-        time.sleep(0.1)  # until who made the folder knows that it has to be removed
-        child.send_signal(number)
-        out, err = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == code and out == b"", err
-    assert b"Traceback" not in err and err.count(b"\n") <= 1, err
-    assert contents(tmp_path) == before
-    assert not list((tmp_path / "waiting").iterdir())
+    assert stopped.returncode == code and stopped.stdout == "", stopped.stderr
+    kept = "ditmoe: kept 1 of 2 blocks; the same command goes on with block 2"
+    assert (kept in stopped.stderr.splitlines()) == (number != signal.SIGKILL)
+    assert "Traceback" not in stopped.stderr
+    assert {name for name in contents(folder) if not name.startswith(".x.safetensors.work")} == set(before)
+    again = here(*words, cwd=folder)
+    assert f"going on with block 2 of 2 (kept in {folder / '.x.safetensors.work'})" in again.err
+    assert again.path.read_bytes() == whole.path.read_bytes()
+    assert set(contents(folder)) == {*before, "x.safetensors"}
 
 
 # what it is for

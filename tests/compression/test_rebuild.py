@@ -25,6 +25,7 @@ from compressing import (
     stored,
 )
 from conftest import Pico, make_pico
+from interrupting import goes_on_to_the_same_bytes
 from replaying import error_by_hand
 from seeing import Seen
 from torch import Tensor
@@ -104,6 +105,20 @@ PLANS: dict[str, tuple[tuple[BlockPlan, ...], str | None, Repair | None]] = {
 def plan_called(name: str, checkpoint: Checkpoint) -> CompressionPlan:
     blocks, merging, repair = PLANS[name]
     return planned(checkpoint, *blocks, merging=merging, repair=repair)
+
+
+@pytest.mark.parametrize("name", ["ghost, refitted", "merged", "merged by tokens", "constants of rank 3", "narrowed"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(name: str, made: Made, tmp_path: Path) -> None:
+    checkpoint, profile = made
+    plan = plan_called(name, checkpoint)
+    errors = []
+
+    def run(target: Path) -> None:
+        errors.append(apply(checkpoint, plan, Output(target), profile).measured)
+
+    pieces = goes_on_to_the_same_bytes(run, tmp_path)
+    assert pieces == ["block.0", "block.state.0", "block.1", "block.state.1"]
+    assert all(each == errors[0] for each in errors), "errors of blocks that were done before are kept with them"
 
 
 @pytest.mark.parametrize(

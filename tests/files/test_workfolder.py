@@ -15,7 +15,7 @@ import torch
 from conftest import REPOSITORY
 from torch import Tensor
 
-from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError
 from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder, discard_work, open_work, work_folder, work_key
 
 KEY = work_key({"plan": "a"})
@@ -164,6 +164,14 @@ def test_a_kill_between_a_result_and_its_state_takes_the_step_again(tmp_path: Pa
     _, second = run_until(target, -1)
     assert (first, second) == ([0, 1, 2], [2, 3])
     assert target.read_text() == "0 1 3 6"
+
+
+@pytest.mark.parametrize(("error", "stays"), [(BadInputError, False), (InfeasibleError, False), (OSError, True)])
+def test_what_an_error_of_the_input_ends_will_never_go_on(tmp_path: Path, error: type[Exception], stays: bool) -> None:
+    with pytest.raises(error), open_work(tmp_path / "x", KEY, print) as work:
+        work.write("piece", tensors())
+        raise error("on purpose")
+    assert work_folder(tmp_path / "x").exists() == stays
 
 
 def test_another_key_starts_anew_and_says_what_it_deletes(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ Covariances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def encode(computing: Computing, stage: Differences) -> None:
-    """Compute every block's base and differences into the spool.
+    """Compute and keep every block's base and differences, going on behind those that an unfinished run has left.
 
     Factors of ``svd`` are the nearest on the tokens that the profile keeps; of a profile without tokens, the nearest in
     all directions alike. Raises what `delta_tensors` raises, and `BadInputError` for a profile of another checkpoint
@@ -44,11 +44,11 @@ def encode(computing: Computing, stage: Differences) -> None:
     dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, stage)}
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
     title = f"taking the differences of {checkpoint.path.name}"
-    with resident_blocks(model, title) as blocks:
+    with resident_blocks(model, title, computing.blocks.start) as blocks:
         for index, block in blocks:
             encoded = _encoded(block.moe, index, stage, profile, dtypes)
             stored = {name: as_stored(checkpoint, name, tensor, dtypes[name]) for name, tensor in encoded}
-            computing.spool.write(index, stored)
+            computing.blocks.keep(index, stored)
 
 
 def _encoded(

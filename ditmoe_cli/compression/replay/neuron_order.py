@@ -20,11 +20,11 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.compression.calibrated import Calibrated
     from ditmoe_cli.compression.computed import Computing
     from ditmoe_cli.compression.replay.neuron_energies import Energies
     from ditmoe_cli.model.dit import Block
 
+_KEPT = "orders"  # the piece of the work folder that holds the orders of all blocks
 Orders = Mapping[str, "Tensor"]
 """The order (H,) of each expert of a block, the old index of the neuron at each place, by the expert's full name."""
 
@@ -61,13 +61,24 @@ def orders_of(energies: Sequence[Energies], formats: Mapping[str, str]) -> list[
     ]
 
 
-def planned_orders(calibrated: Calibrated, stage: Formats) -> list[dict[str, Tensor]]:
-    """Return, for each block, the orders of its experts in a stage; empty where the stage has no ordering."""
+def planned_orders(computing: Computing, stage: Formats) -> list[dict[str, Tensor]]:
+    """Return, for each block, the orders of its experts in a stage; empty where the stage has no ordering.
+
+    They are measured once, and kept for a run that goes on.
+    """
     from ditmoe_cli.compression.replay.neuron_energies import measured_energies
 
+    depth = computing.checkpoint.config.depth
     if stage.ordering is None:
-        return [{} for _ in range(calibrated.checkpoint.config.depth)]
-    return orders_of(measured_energies(calibrated), stage.formats)
+        return [{} for _ in range(depth)]
+    piece = computing.work.read(_KEPT)
+    if piece is None:
+        orders = orders_of(measured_energies(computing), stage.formats)
+        computing.work.write(_KEPT, {stem: order for block in orders for stem, order in block.items()})
+        return orders
+    return [
+        {stem: piece.tensor(stem) for stem in piece.names if split_name(stem).block == index} for index in range(depth)
+    ]
 
 
 def reorder(block: Block, index: int, orders: Orders) -> None:
@@ -101,17 +112,18 @@ def _ordered(checkpoint: Checkpoint, stage: Formats, index: int, orders: Orders)
 
 
 def encode_ordered(computing: Computing, stage: Formats) -> None:
-    """Reorder experts' neurons, round their matrices to the nearest values, and write them to the spool.
+    """Reorder experts' neurons, round their matrices to the nearest values, and keep them block by block.
 
     Raises `BadInputError` for a profile without states, and for values that are not finite.
     """
     from ditmoe_cli.formats.registry import pack
 
-    checkpoint = computing.checkpoint
-    for index, orders in enumerate(planned_orders(computing, stage)):
-        members = unrounded(checkpoint, stage, index, orders)
-        for name, order in _ordered(checkpoint, stage, index, orders):
+    checkpoint, kept = computing.checkpoint, computing.blocks
+    orders = planned_orders(computing, stage)
+    for index in range(kept.start, kept.total):
+        members = unrounded(checkpoint, stage, index, orders[index])
+        for name, order in _ordered(checkpoint, stage, index, orders[index]):
             if name in stage.formats:
                 weight = in_order(checkpoint.finite_tensor(name), name, order)
                 members |= pack(weight, checkpoint.weights[name].info, stage.formats[name])
-        computing.spool.write(index, members)
+        kept.keep(index, members)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.replay.guided import GuidedStates, image_slices, in_branches
 from ditmoe_cli.compression.replay.states import States
+from ditmoe_cli.files.workfolder import Piece
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -75,6 +76,11 @@ class CalibrationStream(Stream):
         super().__init__(start.x, start.c)
         self._held = states.held.repeat(states.branches)
         self._weights = torch.tensor(states.branch_weights).repeat_interleave(len(states))
+
+    def go_on(self, kept: Piece | None, name: str) -> None:
+        """Move the stream behind the blocks that an unfinished run has done, if any; it kept tokens x as `name`."""
+        if kept is not None:
+            self.x = kept.tensor(name).to(self.x.device)
 
     def attend(self, block: Block) -> Attended:
         """Return all states between a block's attention and its mixture."""

@@ -58,7 +58,7 @@ class RoundedModel:
 
 
 def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
-    """Round the weights that a stage gives formats, and write those of each block to the spool.
+    """Round the weights that a stage gives formats and keep them, going on behind the blocks of an unfinished run.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
@@ -69,11 +69,13 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
     states = fitting_states(computing, widest, TOKENS_PER_INPUT, stage.rounding.tokens if stage.rounding else 0)
     outside = {model.linear(n): fmt for n, fmt in stage.formats.items() if split_name(n).block is None}
     orders = planned_orders(computing, stage)
-    agreement = []
-    with resident_blocks(model, f"rounding {checkpoint.path.name}") as blocks:
+    kept = computing.blocks
+    with resident_blocks(model, f"rounding {checkpoint.path.name}", kept.start) as blocks:
         original = CalibrationStream(model, states)
         with rounded(outside):
             student = CalibrationStream(model, states)
+        original.go_on(kept.state, "original")
+        student.go_on(kept.state, "student")
         for index, block in blocks:
             selected = _advanced(original, block)
             reorder(block, index, orders[index])
@@ -84,14 +86,14 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
                 rounding = _BlockRounding(checkpoint, index, block, student, progress)
                 members |= rounding.before_mixture(formats)
                 of_mixture, selected_by_student = rounding.advanced(formats)
-            agreement.append(_agreement(selected, selected_by_student))
-            computing.spool.write(index, members | of_mixture)
+            agreement = {"agreement": _agreement(selected, selected_by_student)}
+            kept.keep(index, members | of_mixture, agreement, {"original": original.x, "student": student.x})
         guided = in_branches(states, model)
         expected = guided.predicted(model, original.x, original.c)
         with rounded(outside):
             prediction = guided.predicted(model, student.x, student.c)
         error = relative_error(prediction, expected)
-    return RoundedModel(error, tuple(agreement))
+    return RoundedModel(error, tuple(kept.result(index).document["agreement"] for index in range(kept.total)))
 
 
 def _advanced(stream: CalibrationStream, block: Block) -> Tensor:

@@ -30,6 +30,7 @@ from compressing import (
 from conftest import REPOSITORY, Pico, make_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupting import goes_on_to_the_same_bytes
 from replaying import error_by_hand
 from torch import Tensor
 from torch.testing import assert_close
@@ -258,6 +259,15 @@ def test_equal_work_gives_equal_bytes(kind: DeltaFormat, tmp_path: Path) -> None
     for name, one in (("a", plan), ("b", again)):
         apply(checkpoint, one, Output(tmp_path / f"{name}.safetensors"), profile=profile)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(kind: DeltaFormat, tmp_path: Path) -> None:
+    checkpoint = opened(SMALL, tmp_path)
+    profile = profile_of(checkpoint)
+    plan = plan_delta(checkpoint, Differences(kind, 0.3), profile)
+    pieces = goes_on_to_the_same_bytes(lambda target: apply(checkpoint, plan, Output(target), profile), tmp_path)
+    assert pieces == ["block.0", "block.state.0", "block.1", "block.state.1"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

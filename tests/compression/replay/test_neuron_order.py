@@ -12,6 +12,7 @@ import pytest
 import torch
 from compressing import applied, calibrated, measure_few_tokens, network, opened, outputs, profile_of, pruning, stored
 from conftest import make_pico
+from interrupting import goes_on_to_the_same_bytes
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
 
@@ -382,3 +383,14 @@ def test_broken_weights_are_named_and_leave_nothing_behind(tmp_path: Path) -> No
     with pytest.raises(BadInputError, match=rf"'{name}' holds NaN"):
         apply(other, replace(plan, source=other.fingerprint), Output(tmp_path / "out.safetensors"), profile=asked[1])
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("rounding", [None, FEW])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    rounding: Rounding | None, asked: Given, tmp_path: Path
+) -> None:
+    """And measures the order of the neurons once."""
+    checkpoint, profile = asked
+    plan = planned(asked, cut(checkpoint), ordering="camera", rounding=rounding)
+    pieces = goes_on_to_the_same_bytes(lambda target: apply(checkpoint, plan, Output(target), profile), tmp_path)
+    assert pieces == ["orders", "block.0", "block.state.0", "block.1", "block.state.1"]

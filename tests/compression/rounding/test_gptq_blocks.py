@@ -12,6 +12,7 @@ import pytest
 import torch
 from compressing import applied, formats_of, network, opened, profile_of, pruning, stored
 from conftest import Pico, make_pico
+from interrupting import goes_on_to_the_same_bytes
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
 
@@ -465,3 +466,16 @@ def test_a_model_that_predicts_nothing_loses_nothing(tmp_path: Path) -> None:
     case = made(pico.with_state(**{name: torch.zeros_like(pico.state[name]) for name in names}), tmp_path)
     _, done = encoded(case, planned(case[0], all_at(case[0], "int3-g64")), tmp_path / "out.safetensors")
     assert done.measured.prediction_error == 0.0
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(small: Case, tmp_path: Path) -> None:
+    """The errors too, which are measured behind the last block."""
+    checkpoint, profile = small
+    plan = planned(checkpoint, dict.fromkeys(candidate_formats(checkpoint, Candidates()), "int3-g32"))
+    errors = []
+
+    def run(target: Path) -> None:
+        errors.append(apply(checkpoint, plan, Output(target), profile).measured)
+
+    assert goes_on_to_the_same_bytes(run, tmp_path) == ["block.0", "block.state.0", "block.1", "block.state.1"]
+    assert all(each == errors[0] for each in errors)
