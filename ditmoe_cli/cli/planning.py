@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -11,12 +12,13 @@ from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
-from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.apply import apply, applying_key
 from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.workfolder import WorkFolder, open_work
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.calibrate import made_profile
@@ -115,7 +117,8 @@ def write(
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
     place = device() if plan is not None and plan.computes else "cpu"
-    applied = apply(job.checkpoint, plan, job.output, profile, place)
+    with _work_folder(job, plan, profile, place) as work:
+        applied = apply(job.checkpoint, plan, job.output, profile, place, work)
     sizes = _sizes(job.checkpoint, applied.bytes)
     digest = plan.digest if plan else None
     result = {**sizes, **(details or {}), "plan_digest": digest, **applied.measured.to_json()}
@@ -124,6 +127,15 @@ def write(
     stage = job.stage.done(job.command, options, checkpoint=job.output.path, samples=None, **paths)
     rows = [("wrote", job.output.path), *_size_rows(result)]
     emit(job.printing, stage.to_json(result), rows, str(job.output.path))
+
+
+def _work_folder(
+    job: Job, plan: CompressionPlan | None, profile: RoutingProfile | None, device: str
+) -> AbstractContextManager[WorkFolder | None]:
+    """Return the work folder of a plan that computes weights; None for any other."""
+    if plan is None or profile is None or not plan.computes:
+        return nullcontext()
+    return open_work(job.output.path, applying_key(plan, profile, device), note)
 
 
 def _sizes(checkpoint: Checkpoint, size: int) -> dict[str, Any]:

@@ -83,13 +83,13 @@ class WorkFolder:
         folder: the folder.
         key: the digest of what determines the result.
         notify: takes lines about what is kept and gone on with.
-        kept: the line that is said where the run ends early.
+        kept: returns the line that is said where the run ends early; None for none.
     """
 
     folder: Path
     key: str
     notify: Notify
-    kept: str | None = field(default=None, repr=False)
+    kept: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any] | None = None) -> None:
         """Keep a piece: on return it is on disk, and before that absent or as it was.
@@ -125,6 +125,10 @@ class WorkFolder:
             return None
         return piece if is_whole else None
 
+    def has(self, name: str) -> bool:
+        """Return whether a piece is there, whole or damaged."""
+        return self._path(name).exists()
+
     def drop(self, name: str) -> None:
         """Delete a piece that is needed no more."""
         self._path(name).unlink(missing_ok=True)
@@ -140,8 +144,11 @@ class WorkFolder:
             self.notify(f"going on with {first} (kept in {self.folder})")
         return loop
 
-    def tell(self, kept: str) -> None:
-        """Set what is said where the run ends early, as ``kept 12 of 28 blocks; the same command goes on …``."""
+    def tell(self, kept: Callable[[], str | None]) -> None:
+        """Set what is said where the run ends early, as ``kept 12 of 28 blocks; the same command goes on …``.
+
+        It is asked for at the end, since a signal may come between keeping and counting.
+        """
         self.kept = kept
 
     @property
@@ -168,7 +175,7 @@ class KeptLoop:
         self._results: dict[int, Piece] = {}
         self._state: Piece | None = None
         self.start = self._find_start()
-        self._tell(self.start)
+        work.tell(self._told)
 
     def _find_start(self) -> int:
         """Return the step behind the last whole state that all results before it are there for."""
@@ -211,14 +218,14 @@ class KeptLoop:
         self.work.write(self._state_name(step), state or {})
         if step:
             self.work.drop(self._state_name(step - 1))
-        self._tell(step + 1)
 
-    def _tell(self, done: int) -> None:
+    def _told(self) -> str | None:
+        """Return how many steps are kept, and what the next run does."""
+        done = next((step + 1 for step in reversed(range(self.total)) if self.work.has(self._state_name(step))), 0)
         if not done:
-            return
-        kept = f"kept {done} of {self.total} {self.unit}s"
+            return None
         then = f"{self.unit} {done + 1}" if done < self.total else "the writing"
-        self.work.tell(f"{kept}; the same command goes on with {then}")
+        return f"kept {done} of {self.total} {self.unit}s; the same command goes on with {then}"
 
     def _result_name(self, step: int) -> str:
         return f"{self.name}.{step}"
@@ -257,8 +264,8 @@ def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
         except BaseException as error:
             if work.is_empty or isinstance(error, (UsageError, BadInputError, InfeasibleError)):
                 _delete(folder)
-            elif work.kept is not None:
-                notify(work.kept)
+            elif (kept := work.kept()) is not None:
+                notify(kept)
             raise
         _delete(folder)
 

@@ -226,11 +226,11 @@ STOPPED = """
 import os, sys
 from ditmoe_cli.cli import app
 from ditmoe_cli.files.workfolder import WorkFolder
-write = WorkFolder.write
+write, piece, number = WorkFolder.write, sys.argv[1], int(sys.argv[2])
 def stopping(self, name, *rest):
     write(self, name, *rest)
-    if name == sys.argv[1]:
-        os.kill(os.getpid(), int(sys.argv[2]))
+    if name == piece:
+        os.kill(os.getpid(), number)
 WorkFolder.write = stopping
 sys.argv[1:] = sys.argv[3:]
 app.main()
