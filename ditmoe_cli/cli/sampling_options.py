@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -29,6 +30,9 @@ from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 
 _LONGEST = 24  # characters of a list of classes in a name
 
+_CLASSES = re.compile(r"(?P<first>[0-9]+)(?:-(?P<last>[0-9]+))?")
+_MOST_CLASSES = 1_000_000
+
 
 def parse_interval(text: str) -> Interval:
     """Return the two noise levels of an interval such as ``0.2,0.8``. Raises `ValueError`."""
@@ -40,11 +44,14 @@ def parse_interval(text: str) -> Interval:
 
 
 def parse_classes(text: str) -> tuple[int, ...]:
-    """Return the labels of a list such as ``0,3,7``. Raises `ValueError`."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError("give class numbers separated by commas, as 0,3,7") from None
+    """Return the labels of a list of numbers and ranges such as ``0-3,7``. Raises `ValueError`."""
+    parts = [_CLASSES.fullmatch(part.strip()) for part in text.split(",")]
+    ranges = [(int(part["first"]), int(part["last"] or part["first"])) for part in parts if part]
+    if len(ranges) < len(parts) or any(first > last for first, last in ranges):
+        raise ValueError("give class numbers and ranges of them separated by commas, as 0,3,7 or 0-3,7")
+    if any(last >= _MOST_CLASSES for _, last in ranges) or len(ranges) > _MOST_CLASSES:
+        raise ValueError(f"no model has {_MOST_CLASSES:,} classes")
+    return tuple(label for first, last in ranges for label in range(first, last + 1))
 
 
 complete_solver = completing(*dict.fromkeys(solver.name for solver in SOLVERS.values()))
@@ -81,7 +88,10 @@ class SamplingOptions:
     classes: Annotated[
         tuple[int, ...] | None,
         typer.Option(
-            "--classes", metavar="LIST", parser=parse_classes, help="Labels to cycle through, as 0,3,7. [default: all]"
+            "--classes",
+            metavar="LIST",
+            parser=parse_classes,
+            help="Labels to cycle through, as 0,3,7 or 0-3,7. [default: all]",
         ),
     ] = None
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")] = 0

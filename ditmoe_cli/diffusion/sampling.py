@@ -101,6 +101,21 @@ def check_followable(spec: SampleSpec) -> SampleSpec:
     return spec
 
 
+MOST_BINS = 10  # where no number of bins is given
+
+
+def choose_bins(bins: int | None, steps: int) -> int:
+    """Return the number of step bins: `bins`, by default 10, or as many as there are steps where these are fewer.
+
+    Raises `UsageError` for a given number outside 1 to `steps`.
+    """
+    if bins is None:
+        return min(MOST_BINS, steps)
+    if not 1 <= bins <= steps:
+        raise UsageError(f"⟨bins⟩ {bins}: must be between 1 and the {steps} steps")
+    return bins
+
+
 def step_bin(step: int, steps: int, bins: int) -> int:
     """Return the bin ⌊step · bins / steps⌋ of a step; step 0 starts from pure noise."""
     return step * bins // steps

@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch, steps_of_bins
+from ditmoe_cli.diffusion.sampling import (
+    SampleSpec,
+    batches,
+    check_followable,
+    choose_bins,
+    sample_batch,
+    steps_of_bins,
+)
 from ditmoe_cli.diffusion.watchers import Watchers
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
 from ditmoe_cli.evaluation.image_grids import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8
@@ -313,11 +320,10 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
 
 
 def _check(pair: CheckpointPair, outputs: Outputs) -> None:
-    a, spec, bins = pair.a, pair.spec, pair.bins
+    a, spec = pair.a, pair.spec
     require_same_architecture(a, pair.b)
     check_followable(spec)
-    if not 1 <= bins <= spec.steps:
-        raise UsageError(f"⟨bins⟩ {bins}: must be between 1 and the {spec.steps} steps")
+    choose_bins(pair.bins, spec.steps)
     if outputs.grid is not None and not a.config.pixel_space:
         raise BadInputError(
             f"{a.path}: makes latents of {a.config.in_channels} channels, which need a VAE to become images; "

@@ -96,7 +96,8 @@ def measure_distance(
     """
     with process_group() as share:
         worker = Worker(runtime, share, notify if share.first else _drop_message)
-        stored = {item.path: read_side(item.path) for item in comparison.items if item.checkpoint is None}
+        paths = dict.fromkeys(item.path for item in comparison.items if item.checkpoint is None)
+        stored = {path: read_side(path, worker.notify) for path in paths}
         extraction = _make_extraction(comparison, stored, settings, worker)
         inputs = _plan_samplings(comparison, stored, spec_of, settings, runtime.device)
         check_inputs(inputs, extraction, settings.request, settings.anyway)

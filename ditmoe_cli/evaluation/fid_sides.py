@@ -6,7 +6,6 @@ continues from it. Features of sampled images are taken while the next batch is 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,11 @@ from ditmoe_cli.evaluation.features.extraction import (
 )
 from ditmoe_cli.evaluation.features.extractors import Activations
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable, read_statistics
-from ditmoe_cli.evaluation.images import ImageSet, Kind, kind_of, read_images
+from ditmoe_cli.evaluation.images import ImageSet, Kind, images_digest, kind_of, read_images
 from ditmoe_cli.evaluation.samples import SAMPLES, Sampling, fill, read_origin
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
-from ditmoe_cli.evaluation.worker import Worker
-from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.evaluation.worker import Notify, Worker
+from ditmoe_cli.files.arrays import npz_names
 from ditmoe_cli.files.provenance import Card
 from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -113,24 +112,27 @@ def card_of(path: Path, checkpoint: Checkpoint | None) -> Card | None:
     """Return the extractor and grey levels that a side's metadata records; None where it records none."""
     if checkpoint is not None:
         return checkpoint.card
-    origin = read_origin(path) if path.suffix == ".safetensors" and kind_of(path) == "images" else None
+    origin = read_origin(path) if kind_of(path) == "images" else None
     return origin.card if origin else None
 
 
-def read_side(path: Path) -> Side:
-    """Return the side of images or statistics on disk. Raises `BadInputError` for malformed files."""
+def read_side(path: Path, notify: Notify = lambda _: None) -> Side:
+    """Return the side of images or statistics on disk; `notify` takes what a folder has beside images.
+
+    Raises `BadInputError` for malformed files.
+    """
     kind = kind_of(path)
     if kind == "statistics":
         images = read_images(path) if _holds_images(path) else None
         return Side(
-            path=str(path), kind=kind, identity=file_digest(path), images=images, statistics=read_statistics(path)
+            path=str(path), kind=kind, identity=images_digest(path), images=images, statistics=read_statistics(path)
         )
     origin = read_origin(path)
     return Side(
         path=str(path),
         kind=kind,
-        identity=file_digest(path),
-        images=read_images(path),
+        identity=images_digest(path),
+        images=read_images(path, notify),
         spec=origin.spec if origin else None,
         vae=origin.vae if origin else None,
     )
@@ -138,10 +140,7 @@ def read_side(path: Path) -> Side:
 
 def _holds_images(path: Path) -> bool:
     """Return whether a file of statistics holds reference images too, as ADM's do."""
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return "arr_0.npy" in archive.namelist()
+    return "arr_0" in npz_names(path)
 
 
 def check_statistics(side: Side, other: Sampling, extraction: Extraction) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.images import ImageSet
-from ditmoe_cli.files.arrays import write_npz
+from ditmoe_cli.files.arrays import read_npz, write_npz
 from ditmoe_cli.files.staging import staged
 
 DIGITS = 6
@@ -41,6 +42,40 @@ def write_png_folder(folder: Path, images: NDArray[np.uint8], force: bool = Fals
             pixels = image[:, :, 0] if image.shape[2] == 1 else image
             Image.fromarray(pixels).save(staging / f"{number:0{digits}}.png", format="PNG")
         return sum(file.stat().st_size for file in staging.iterdir())
+
+
+def holds_pngs(folder: Path, images: NDArray[np.uint8]) -> bool:
+    """Return whether a folder holds these images uint8 (N, H, W, C) as `write_png_folder` writes them, and no more."""
+    from PIL import Image
+
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    files = sorted(folder.iterdir())
+    digits = max(DIGITS, len(str(len(images) - 1)))
+    if [file.name for file in files] != [f"{number:0{digits}}.png" for number in range(len(images))]:
+        return False
+    for file, image in zip(files, images, strict=True):
+        try:
+            with Image.open(file, formats=["PNG"]) as opened:
+                pixels = np.asarray(opened)
+        except (OSError, SyntaxError, ValueError):
+            return False
+        if not np.array_equal(pixels, image[:, :, 0] if image.shape[2] == 1 else image):
+            return False
+    return True
+
+
+def holds_adm_npz(path: Path, image_set: ImageSet) -> bool:
+    """Return whether a file holds these images as `write_adm_npz` writes them."""
+    try:
+        arrays = read_npz(path, ("arr_0", "arr_1")) if path.is_file() and not path.is_symlink() else {}
+    except BadInputError:
+        return False
+    images, labels = image_set.images, image_set.labels
+    pixels = images.repeat(3, axis=3) if images.shape[3] == 1 else images
+    held = arrays.get("arr_1")
+    same_labels = held is None if labels is None else held is not None and np.array_equal(held, labels)
+    return same_labels and "arr_0" in arrays and np.array_equal(arrays["arr_0"], pixels)
 
 
 def write_adm_npz(

@@ -70,3 +70,17 @@ def write_png(path: Path, picture: NDArray[np.uint8], force: bool = False, input
     with staged(path, force, inputs) as staging:
         image.save(staging, format="PNG")
         return staging.stat().st_size
+
+
+def holds_picture(path: Path, picture: NDArray[np.uint8]) -> bool:
+    """Return whether a file holds a picture (H, W, C), C 1 or 3, as `write_png` writes it."""
+    from PIL import Image
+
+    if not path.is_file() or path.is_symlink():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            pixels = np.asarray(opened)
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return np.array_equal(pixels, picture[:, :, 0] if picture.shape[2] == 1 else picture)

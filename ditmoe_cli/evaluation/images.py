@@ -1,20 +1,21 @@
-"""Image sets on disk: our safetensors, ADM's npz, folders of PNG; and whether a path holds images at all.
+"""Image sets on disk: our safetensors, ADM's npz, folders and zip archives; and whether a path holds images at all.
 
-Images are uint8 (N, H, W, C), C being 1 (grey) or 3 (RGB). Only lossless containers are read, since storing samples
-as JPEG changes FID (https://arxiv.org/abs/2104.11222).
+Images are uint8 (N, H, W, C), C being 1 (grey) or 3 (RGB). Inputs are told apart by their content.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ditmoe_cli.errors import BadInputError, BrokenImageError, first_line
-from ditmoe_cli.files.arrays import map_tensor, npz_names, read_document, read_npz, write_arrays
-from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.errors import BadInputError, BrokenImageError
+from ditmoe_cli.evaluation.features.statistics_spelling import are_statistics
+from ditmoe_cli.evaluation.image_files import format_of, head_of, holds_images, list_images, read_files
+from ditmoe_cli.files.arrays import map_tensor, npz_names, npz_shapes, read_document, read_npz, write_arrays
+from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,11 +26,8 @@ SAMPLES_SCHEMA = "ditmoe.samples/1"
 
 Kind = Literal["images", "statistics", "checkpoint"]
 
-_OTHER_IMAGES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jxl"})
-_IMAGES = _OTHER_IMAGES | {".png"}
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "transformer/*.safetensors", "mp_rank_*")
-_GREY_MODES = ("1", "L")
-_DEEP_MODES = ("I", "F")  # also how I;16 and I;16B begin
+_IMAGES, _LABELS = ("arr_0", "images"), ("labels", "label", "y", "classes")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class ImageSet:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return the kind of input at `path`, from headers alone, without torch or numpy.
+    """Return the kind of input at `path`, from its first bytes and headers alone, without torch or numpy.
 
     Anything but images and statistics counts as a checkpoint: its reader knows the many forms of those.
     Raises `BadInputError` where the path does not exist, or where a safetensors header is damaged.
@@ -70,41 +68,48 @@ def kind_of(path: Path) -> Kind:
         return "images" if _is_image_folder(path) else "checkpoint"
     if not path.is_file():
         raise BadInputError(f"{path}: no such file or folder")
-    if path.suffix == ".safetensors":
-        names = set(read_safetensors_header(path).tensors)
-        return _kind_of_arrays(names) or "checkpoint"
     names = npz_names(path)
     if names or path.suffix == ".npz":
-        return _kind_of_arrays(names) or "images"
-    return "images" if path.suffix.lower() in _IMAGES else "checkpoint"
-
-
-def _kind_of_arrays(names: set[str]) -> Kind | None:
-    if {"mu", "sigma"} <= names:
-        return "statistics"
-    return "images" if "images" in names else None
+        return "statistics" if are_statistics(names) else "images"
+    if format_of(head_of(path)) is not None or holds_images(path):
+        return "images"
+    if not is_safetensors(path) and path.suffix != ".safetensors":
+        return "checkpoint"
+    tensors = set(read_safetensors_header(path).tensors)
+    return "statistics" if are_statistics(tensors) else "images" if "images" in tensors else "checkpoint"
 
 
 def _is_image_folder(folder: Path) -> bool:
     if (folder / "latest").is_file() or any(any(folder.glob(pattern)) for pattern in _CHECKPOINT_FILES):
         return False
-    return any(child.suffix.lower() in _IMAGES for child in folder.iterdir())
+    return holds_images(folder)
 
 
-def read_images(path: Path) -> ImageSet:
-    """Read the image set at `path`: our safetensors, an npz (`arr_0` or `images`), or a folder of PNG.
+def images_digest(path: Path) -> str:
+    """Return the SHA-256 of an image set's file; of a folder, over the names and contents of its images."""
+    return list_images(path).digest if path.is_dir() else file_digest(path)
 
-    Labels of an npz are `labels`, or `arr_1` where it holds one integer for each image. Safetensors are memory-mapped.
-    Raises `BadInputError`, which names the file.
+
+def read_images(path: Path, notify: Callable[[str], None] = lambda _: None) -> ImageSet:
+    """Read the image set at `path`: our safetensors, an npz, a folder of images at any depth, or a zip of them.
+
+    In an npz images are `arr_0`, `images` or the only array uint8 (N, H, W, C); labels are `labels`, or `arr_1` where
+    it holds one integer for each image. In folders labels are those of `Listing.labels`. Safetensors are memory-mapped.
+    `notify` takes what a folder has beside images. Raises `BadInputError`, which names the file.
     """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, notify)
     if not path.is_file():
         raise BadInputError(f"{path}: no such file or folder")
-    if path.suffix.lower() in _IMAGES:
-        raise BadInputError(f"{path}: is a single image; give the folder that holds all of them, as PNG")
-    images, labels = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
-    return _image_set(path, images, labels)
+    if is_safetensors(path):
+        return _image_set(path, *_read_safetensors(path))
+    if format_of(head_of(path)) is not None:
+        raise BadInputError(f"{path}: is a single image; give the folder that holds all of them")
+    if holds_images(path):
+        return _read_folder(path, notify)
+    if npz_names(path) or path.suffix != ".safetensors":
+        return _image_set(path, *_read_npz(path))
+    return _image_set(path, *_read_safetensors(path))
 
 
 def _image_set(path: Path, images: NDArray[Any], labels: NDArray[Any] | None) -> ImageSet:
@@ -125,64 +130,43 @@ def _read_safetensors(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    arrays = read_npz(path, ("arr_0", "arr_1", "images", "labels"))
-    images, labels, second = arrays.get("arr_0", arrays.get("images")), arrays.get("labels"), arrays.get("arr_1")
-    if images is None:
-        raise BadInputError(f"{path}: has neither an array 'arr_0' nor 'images'; name an npz of images")
+    shapes = npz_shapes(path)
+    image_like = [name for name, (dtype, shape) in shapes.items() if dtype == "uint8" and len(shape) == 4]
+    name = next((name for name in _IMAGES if name in shapes), image_like[0] if len(image_like) == 1 else None)
+    if name is None:
+        held = ", ".join(sorted(shapes)) or "nothing"
+        raise BadInputError(f"{path}: has neither an array 'arr_0' nor 'images', but {held}; name an npz of images")
+    arrays = read_npz(path, (name, "arr_1", *_LABELS))
+    images, second = arrays[name], arrays.get("arr_1")
+    labels = next((arrays[label] for label in _LABELS if label in arrays), None)
     # ADM names labels so, but numpy does the same with any second array that was saved without a name
     if labels is None and second is not None and second.dtype.kind in "iu" and second.shape == images.shape[:1]:
         labels = second
     return images, labels
 
 
-def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Return a sort key that puts ``img_2.png`` before ``img_10.png``."""
-    parts = re.split(r"([0-9]+)", name)
-    return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
-
-
-def _read_folder(folder: Path) -> ImageSet:
-    """Read all PNG of a folder in natural order; grey ones are repeated to RGB where the folder holds both."""
+def _read_folder(root: Path, notify: Callable[[str], None]) -> ImageSet:
+    """Read all images of a folder or zip archive in natural order."""
     import numpy as np
 
-    visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
-    other = min((c.name for c in visible if c.suffix.lower() in _OTHER_IMAGES), default=None)
-    if other is not None:
-        raise BadInputError(
-            f"{folder / other}: only PNG is read, for storing images as JPEG or resampled changes FID; "
-            "save the originals as PNG"
+    listing = list_images(root)
+    if listing.left_out:
+        count, first = len(listing.left_out), listing.left_out[0]
+        what = (
+            f"1 other file, {first}, which is no image"
+            if count == 1
+            else (f"{count} other files, which are no images, such as {first}")
         )
-    pngs = (child for child in visible if child.suffix.lower() == ".png")
-    files = sorted(pngs, key=lambda child: _natural(child.name))
-    if not files:
-        raise BadInputError(f"{folder}: holds no PNG images")
-    first = _read_png(files[0])
-    images = np.empty((len(files), *first.shape), dtype=np.uint8)
-    for index, file in enumerate(files):
-        image = _read_png(file)
-        if image.shape[:2] != first.shape[:2]:
-            size, expected = (f"{width}x{height}" for height, width, _ in (image.shape, first.shape))
-            raise BadInputError(f"{file}: is {size}, but {expected} in {files[0].name}; all images must have one size")
-        if image.shape[2] > images.shape[3]:
-            images = np.repeat(images, 3, axis=3)
-        images[index] = image
-    return ImageSet(images)
-
-
-def _read_png(file: Path) -> NDArray[np.uint8]:
-    """Return one PNG as (H, W, 1) where it is grey, else as (H, W, 3)."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            if image.mode.startswith(_DEEP_MODES):
-                raise BadInputError(f"{file}: has more than 8 bits a channel (mode {image.mode}); save it as 8-bit")
-            grey = image.mode in _GREY_MODES
-            pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInputError(f"{file}: cannot be read as PNG ({first_line(error)})") from None
-    return pixels[:, :, None] if grey else pixels
+        notify(f"{root}: leaving out {what}")
+    read, labels = read_files(listing), listing.labels()
+    if labels is None and any("/" in name for name in listing.names):
+        notify(f"{root}: read with all its folders; their names are no class numbers, so the images have no labels")
+    if read.jpeg:
+        notify(
+            f"{root}: {len(read.jpeg)} of {len(listing.names)} images are JPEG; storing images so changes FID "
+            "(https://arxiv.org/abs/2104.11222)"
+        )
+    return ImageSet(read.images, None if labels is None else np.asarray(labels, dtype=np.int64))
 
 
 def write_images(

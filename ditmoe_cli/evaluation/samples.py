@@ -7,9 +7,10 @@ depend on i alone, so batch size, number of processes and restarts change nothin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +20,24 @@ from numpy.typing import NDArray
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS
-from ditmoe_cli.errors import BadInputError, BrokenImageError, UsageError
+from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation.batch_halving import computed_batches
-from ditmoe_cli.evaluation.image_exports import PNG_FILES, write_adm_npz, write_png_folder
-from ditmoe_cli.evaluation.image_grids import sample_grid, write_png
-from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, to_uint8, write_images
+from ditmoe_cli.evaluation.image_exports import (
+    PNG_FILES,
+    holds_adm_npz,
+    holds_pngs,
+    write_adm_npz,
+    write_png_folder,
+)
+from ditmoe_cli.evaluation.image_grids import holds_picture, sample_grid, write_png
+from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_images, to_uint8, write_images
 from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.arrays import read_document, write_arrays
 from ditmoe_cli.files.fingerprint import canonical_json
-from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
 from ditmoe_cli.files.provenance import Card, parse_card
-from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.staging import check_space, check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
 from ditmoe_cli.progress import phase
@@ -79,6 +86,11 @@ class Sampling:
         if self.decoder is not None:
             return (side * self.decoder.upsampling, side * self.decoder.upsampling, 3)
         return (side, side, channels) if self.images else (channels, side, side)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all samples."""
+        return self.spec.images * math.prod(self.shape) * (1 if self.images else 4)
 
     @property
     def origin(self) -> SamplesOrigin:
@@ -183,13 +195,28 @@ def fill(
             worker.notify(f"out of memory with {size} images at a time; going on with {half}")
             _release_cache(model)
 
-        with phase(f"sampling {sampling.checkpoint.path.name}", sum(map(len, batches)), "images") as progress:
+        title = f"sampling {sampling.checkpoint.path.name}"
+        with _kept_on_interrupts(work, worker), phase(title, sum(map(len, batches)), "images") as progress:
             for indices, values in computed_batches(lambda part: sample(model, sampling, part), batches, halved):
                 work.put(SAMPLES, indices.start, values)
                 progress(len(indices))
                 after(indices.start, values)
     share.wait()
     work.require_whole([SAMPLES])
+
+
+@contextmanager
+def _kept_on_interrupts(work: Workspace, worker: Worker) -> Iterator[None]:
+    """Notify how many images are kept where something other than the images themselves ends the sampling."""
+    try:
+        yield
+    except DitmoeError:
+        raise
+    except BaseException:
+        done = int(work.done(SAMPLES).sum())
+        if done and worker.share.first:
+            worker.notify(f"kept {done} of {work.rows} images; the same command goes on from there")
+        raise
 
 
 def _release_cache(model: Denoiser) -> None:
@@ -219,8 +246,9 @@ def sample(model: Denoiser, sampling: Sampling, indices: Sequence[int]) -> Batch
 def check_targets(sampling: Sampling, targets: Targets, will_decode: bool = False) -> None:
     """Raise before sampling where a target cannot be written, or where images of latents are asked for.
 
-    An export that an unfinished run of this sampling wrote does not count as existing. With `will_decode` the VAE is
-    not open yet and the key is unknown; then exports of any unfinished run on the same file are let through.
+    Samples that this sampling made earlier do not count as existing (`is_made`), nor do exports beside them, or those
+    that an unfinished run of it wrote. With `will_decode` the VAE is not open yet and the key is unknown; then samples
+    of any VAE and exports of any unfinished run on the same file are let through.
 
     Raises `UsageError` for targets that meet, `OutputExistsError` for existing ones and inputs, `BadInputError` for
     latents.
@@ -231,17 +259,90 @@ def check_targets(sampling: Sampling, targets: Targets, will_decode: bool = Fals
         require_images(sampling)
     listed = [("file", targets.file), *targets.exports.items()]
     inputs = [sampling.checkpoint.path, *targets.inputs]
+    made = is_made(sampling, targets, undecided)
+    if not made and not targets.force:
+        _refuse_other_samples(sampling, targets.file)
     for kind, target in listed:
         if sum(target.resolve() == other.resolve() for _, other in listed) > 1:
             raise UsageError(f"{target}: named twice; give each output a name of its own")
         if targets.png is not None and targets.png.resolve() in target.resolve().parents:
             raise UsageError(f"{target}: lies in {targets.png}, which holds the PNG alone; name a place beside it")
-        if any(_is_written(kind, target, folder) for folder in folders):
+        if any(_is_written(kind, target, folder) for folder in folders) or (made and target.exists()):
             continue
         if kind == "png":
             check_target(target.absolute(), targets.force or _is_empty(target), inputs, PNG_FILES)
         else:
             check_target(target.absolute(), targets.force, inputs)
+
+
+def is_made(sampling: Sampling, targets: Targets, undecided: bool = False) -> bool:
+    """Return whether the samples file is there, from the same checkpoint and settings; none is to be replaced.
+
+    With `undecided` the VAE is not open yet, and samples that any VAE decoded count.
+    """
+    file = targets.file
+    if targets.force or file.is_symlink() or not file.is_file():
+        return False
+    try:
+        theirs, tensors = read_origin(file), read_safetensors_header(file).tensors
+    except BadInputError:
+        return False
+    if theirs is None:
+        return False
+    ours = sampling.origin
+    if undecided:
+        return canonical_json(replace(theirs, vae=None).to_json()) == canonical_json(ours.to_json())
+    stored = tensors.get("images" if sampling.images else "latents")
+    whole = stored is not None and stored.info.shape == (sampling.spec.images, *sampling.shape)
+    return whole and canonical_json(theirs.to_json()) == canonical_json(ours.to_json())
+
+
+def _refuse_other_samples(sampling: Sampling, file: Path) -> None:
+    """Raise `OutputExistsError` for samples of ours that were made in another way, naming how they differ."""
+    try:
+        theirs = read_origin(file) if file.is_file() and not file.is_symlink() else None
+    except BadInputError:
+        return
+    if theirs is None:
+        return
+    there, here = theirs.to_json(), sampling.origin.to_json()
+    differing = [name for name in ("checkpoint", "vae") if there[name] != here[name]]
+    differing += [f"{name} {there['spec'][name]}" for name in here["spec"] if there["spec"][name] != here["spec"][name]]
+    if differing:
+        raise OutputExistsError(
+            f"{file.absolute()}: exists already, sampled in another way (other {', '.join(differing)[:200]}); give "
+            "⟨force⟩ to replace it, or -o for another name"
+        )
+
+
+def complete_samples(sampling: Sampling, targets: Targets, notify: Notify) -> int:
+    """Write the exports that samples made earlier (`is_made`) lack; return the bytes of the safetensors file.
+
+    Raises `OutputExistsError` for an export that holds other images.
+    """
+    file = targets.file.absolute()
+    if targets.exports:
+        require_images(sampling)
+        made = read_images(file)
+        assert made.labels is not None
+        writers = _writers(sampling, targets, made.images, made.labels)
+        for kind, export in targets.exports.items():
+            if not export.exists():
+                writers[kind](export)
+            elif not _HOLD[kind](export, made):
+                raise OutputExistsError(
+                    f"{export.absolute()}: exists already, and holds other images than {file.name}; give ⟨force⟩ to "
+                    "replace both, or another name"
+                )
+    notify(f"{file}: up to date")
+    return file.stat().st_size
+
+
+_HOLD: Mapping[str, Callable[[Path, ImageSet], bool]] = {
+    "png": lambda path, made: holds_pngs(path, made.images),
+    "npz": lambda path, made: holds_adm_npz(path, made),
+    "grid": lambda path, made: holds_picture(path, sample_grid(made.images)),
+}
 
 
 def _work(sampling: Sampling, targets: Targets) -> Workspace:
@@ -281,19 +382,62 @@ def write_samples(sampling: Sampling, runtime: Runtime, targets: Targets, notify
     """Sample and write `images` uint8, or `latents` fp32 (N, C, S, S); return the bytes of the safetensors file.
 
     Under torchrun the work is shared; rank 0 writes, and the others return None. An interrupted run leaves its samples
-    in a hidden folder beside the target, from which the same command continues.
+    in a hidden folder beside the target, from which the same command continues; folders of runs of other settings on
+    the same target, which never will, are deleted.
     """
     check_targets(sampling, targets)
     work = _work(sampling, targets)
     with process_group() as share, work.locked(notify) if share.first else nullcontext():
         if share.first:
             check_targets(sampling, targets)  # another run may have written them before this one got the lock
+            _check_space(sampling, targets, work)
+            _discard_others(targets.file, work, notify)
+        if share.from_first(lambda: is_made(sampling, targets)):
+            work.remove()
+            return complete_samples(sampling, targets, notify) if share.first else None
         fill(work, sampling, Worker(runtime, share, notify))
         if not share.first:
             return None
         size = _write(sampling, targets, work)
         work.remove()
     return size
+
+
+def _discard_others(file: Path, work: Workspace, notify: Notify) -> None:
+    """Delete the folders of unfinished runs on a samples file but that of `work`, unless a run uses them."""
+    for folder in _unfinished(file):
+        if folder != work.folder:
+            notify(f"{folder.name}: deleting what an interrupted run of other settings left")
+            Workspace(folder, 0).discard()
+
+
+def _check_space(sampling: Sampling, targets: Targets, work: Workspace) -> None:
+    """Raise `DitmoeError` where the samples, their workspace, and their exports do not fit on the disk."""
+    count, nbytes = sampling.spec.images, sampling.nbytes
+    labels = 16 * count
+    made = sum(file.stat().st_size for file in work.folder.glob("*.npy")) if work.folder.is_dir() else 0
+    needed = {targets.file: nbytes + labels + max(0, nbytes - made)}
+    for kind, export in targets.exports.items():
+        height, width, channels = sampling.shape
+        stored = {"png": channels, "npz": 3, "grid": 0}[kind]
+        needed[export] = count * height * width * stored // (2 if kind == "png" else 1)  # PNG packs, by half at best
+    disks: dict[int, list[Path]] = {}
+    for target in needed:
+        disks.setdefault(target.absolute().parent.stat().st_dev, []).append(target)
+    for together in disks.values():
+        check_space(together[0].absolute(), sum(needed[target] for target in together))
+
+
+def _writers(
+    sampling: Sampling, targets: Targets, values: NDArray[Any], labels: NDArray[np.int64]
+) -> Mapping[str, Callable[[Path], int]]:
+    """Return the function that writes each kind of export."""
+    inputs, force = [sampling.checkpoint.path, *targets.inputs], targets.force
+    return {
+        "png": lambda path: write_png_folder(path, values, force=force, inputs=inputs),
+        "npz": lambda path: write_adm_npz(path, values, labels, force, inputs),
+        "grid": lambda path: write_png(path, sample_grid(values), force, inputs),
+    }
 
 
 def _write(sampling: Sampling, targets: Targets, work: Workspace) -> int:
@@ -306,11 +450,7 @@ def _write(sampling: Sampling, targets: Targets, work: Workspace) -> int:
     spec, inputs, force = sampling.spec, [sampling.checkpoint.path, *targets.inputs], targets.force
     seeds = np.asarray([image_seed(spec.seed, i) for i in range(spec.images)], dtype=np.int64)
     labels, values = sampling.labels, work.array(SAMPLES)
-    writers: Mapping[str, Callable[[Path], int]] = {
-        "png": lambda path: write_png_folder(path, values, force=force, inputs=inputs),
-        "npz": lambda path: write_adm_npz(path, values, labels, force, inputs),
-        "grid": lambda path: write_png(path, sample_grid(values), force, inputs),
-    }
+    writers = _writers(sampling, targets, values, labels)
     for kind, export in targets.exports.items():
         if not _is_written(kind, export, work.folder):
             writers[kind](export)
@@ -330,7 +470,7 @@ def read_origin(path: Path) -> SamplesOrigin | None:
 
     Raises `BadInputError` where the metadata is malformed.
     """
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return None
     document = read_document(read_safetensors_header(path), SAMPLES_SCHEMA, path)
     return None if document is None else _parse_origin(document, path)

@@ -35,6 +35,25 @@ def npz_names(path: Path) -> set[str]:
     return {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
 
 
+def npz_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of each array in an npz, from their headers. Raises `BadInputError` for damaged files."""
+    from numpy.lib import format as npy
+
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if not name.endswith(".npy"):
+                    continue
+                with archive.open(name) as member:
+                    read = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
+                    shape, _, dtype = read(member)
+                found[name.removesuffix(".npy")] = dtype.name, shape
+    except _ARCHIVE_ERRORS as error:
+        raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
+    return found
+
+
 def map_tensor(stored: StoredTensor) -> NDArray[Any]:
     """Map a tensor of a safetensors file as a read-only array. Raises `BadInputError` for dtypes that numpy lacks."""
     import numpy as np

@@ -97,6 +97,16 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int, size: in
     return StoredTensor(info, path, data_start + begin, data_start + end)
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors do, whatever its name: a length, and JSON of at most that length."""
+    try:
+        with path.open("rb") as file:
+            length, brace, size = file.read(8), file.read(1), os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    return brace == b"{" and 2 <= int.from_bytes(length, "little") <= min(size - 8, _LONGEST_HEADER)
+
+
 def read_safetensors_header(path: Path) -> FileHeader:
     """Return the header of the safetensors file at `path`.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.model.config import DiTMoEConfig
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     all are of the null class. Raises `BadInputError` where images are missing or of another size than the model's, for
     labels that the model does not have, and for images without labels where it has no null class.
     """
-    from ditmoe_cli.evaluation.images import read_images
+    from ditmoe_cli.evaluation.images import images_digest, read_images
     from ditmoe_cli.files.arrays import read_arrays
 
     if not path.exists() or (path.is_dir() and not config.pixel_space):
@@ -78,4 +77,4 @@ def read_data(path: Path, config: DiTMoEConfig, images: int) -> CalibrationData:
     if bad is not None:
         null = ", and the null class after" if config.null_class else ""
         raise BadInputError(f"{path}: holds label {bad}; the model has classes 0 to {config.num_classes - 1}{null}")
-    return CalibrationData(path, stored, chosen, file_digest(path))
+    return CalibrationData(path, stored, chosen, images_digest(path))

@@ -195,3 +195,9 @@ def test_a_terminal_gets_a_table(folder: Path) -> None:
     ):
         assert re.search(line, text, re.MULTILINE), (line, text)
     assert str(folder / "fewer.safetensors") in text
+
+
+def test_default_bins_follow_few_steps(folder: Path) -> None:
+    result = here("compare", "a.safetensors", "ghost.safetensors", "--images", 2, "--steps", 3, cwd=folder).result
+    assert result["conditions"]["bins"] == 3
+    assert len(result["prediction"]["bins"]["mse"]) == 3

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, contents, here, start
+from cli_helpers import command, contents, here, series, start
 from conftest import make_pico
 from PIL import Image
 from safetensors.numpy import load_file
@@ -349,3 +349,27 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(folder: Path, st
     assert err.count("going on with") == 1, "and one speaks"
     assert listing(folder) - before == {"s.safetensors"}
     assert (folder / "s.safetensors").read_bytes() == straight.read_bytes()
+
+
+def test_a_second_run_is_up_to_date_without_torch(folder: Path) -> None:
+    words = ("sample", "grey.safetensors", *SETTINGS, *VIEWS, "-o", "s.safetensors")
+    first = here(*words, cwd=folder)
+    before = contents(folder)
+    ((again, heavy),) = series([words], folder)
+    assert again.envelope == first.envelope
+    assert again.notes[-1] == f"ditmoe: {folder / 's.safetensors'}: up to date"
+    assert "torch" not in heavy
+    assert contents(folder) == before
+    other = here(*words, "--seed", 1, cwd=folder)
+    assert "s.safetensors: exists already, sampled in another way (other seed 0)" in other.error(5)
+    assert here(*words, "--force", cwd=folder).envelope == first.envelope
+    assert contents(folder) == before
+
+
+def test_decoded_samples_are_up_to_date_by_their_vae(folder: Path, vaes: Path) -> None:
+    words = ("sample", "latent.safetensors", *SETTINGS, "-o", "s.safetensors")
+    first = here(*words, "--vae", vaes / "vae4", cwd=folder)
+    again = here(*words, "--vae", vaes / "vae4", cwd=folder)
+    assert again.envelope == first.envelope
+    assert "up to date" in again.notes[-1]
+    assert "other vae" in here(*words, cwd=folder).error(5)

@@ -21,6 +21,7 @@ from ditmoe_cli.diffusion.sampling import (
     batches,
     check_followable,
     check_spec,
+    choose_bins,
     sample_batch,
     sampling_times,
     step_bin,
@@ -111,6 +112,19 @@ def test_batches_cover_each_image_once(images: int, batch: int) -> None:
     assert all(1 <= len(part) <= batch for part in parts)
     spec = replace(SPEC, classes=(4, 2, 9))
     assert [label for part in parts for label in spec.labels(part)] == spec.labels(range(images))
+
+
+@pytest.mark.parametrize(
+    ("bins", "steps", "chosen"), [(None, 16, 10), (None, 8, 8), (None, 1, 1), (3, 16, 3), (8, 8, 8)]
+)
+def test_bins_follow_the_steps_unless_they_are_given(bins: int | None, steps: int, chosen: int) -> None:
+    assert choose_bins(bins, steps) == chosen
+
+
+@pytest.mark.parametrize(("bins", "steps"), [(9, 8), (0, 8), (-1, 8)])
+def test_given_bins_outside_the_steps_are_refused(bins: int, steps: int) -> None:
+    with pytest.raises(UsageError, match=f"bins {bins}: must be between 1 and the {steps} steps"):
+        choose_bins(bins, steps)
 
 
 @pytest.mark.parametrize("batch", [0, -1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
-from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, to_uint8, write_images
+from ditmoe_cli.evaluation.images import ImageSet, images_digest, kind_of, read_images, to_uint8, write_images
 from ditmoe_cli.files.arrays import write_npz
 
 
@@ -133,7 +135,7 @@ def test_grey_among_colour_becomes_colour(tmp_path, grey_first):
 
 def test_other_modes_become_rgb_and_black_and_white_stays_grey(tmp_path):
     colour = noise_images(1)[0]
-    alpha = np.full((*colour.shape[:2], 1), 40, np.uint8)
+    alpha = np.full((*colour.shape[:2], 1), 255, np.uint8)
     save_png(tmp_path / "0.png", np.concatenate([colour, alpha], axis=2))
     assert np.array_equal(read_images(tmp_path).images[0], colour)
     (tmp_path / "bw").mkdir()
@@ -143,27 +145,215 @@ def test_other_modes_become_rgb_and_black_and_white_stays_grey(tmp_path):
 
 
 def test_folders_that_are_refused(tmp_path):
-    with pytest.raises(BadInputError, match="holds no PNG images"):
+    with pytest.raises(BadInputError, match=r"holds no images \(PNG, JPEG, WebP or BMP\)$"):
         read_images(tmp_path)
     save_png(tmp_path / "0.png", noise_images(1)[0])
     save_png(tmp_path / "1.png", noise_images(1, h=6)[0])
     with pytest.raises(BadInputError, match=r"1\.png: is 4x6, but 4x5 in 0\.png"):
         read_images(tmp_path)
-    save_png(tmp_path / "1.jpg", noise_images(1)[0])
-    with pytest.raises(BadInputError, match=r"1\.jpg: only PNG is read, .* JPEG .* changes FID"):
+    for name, message in (
+        ("2.gif", "GIF is not read; save it as PNG"),
+        ("2.jxl", "JXL is not read"),
+        ("2.tiff", "TIFF is not read"),
+    ):
+        if name.endswith("jxl"):
+            (tmp_path / name).write_bytes(b"\xff\x0a" + bytes(40))
+        else:
+            save_png(tmp_path / name, noise_images(1)[0])
+        with pytest.raises(BadInputError, match=rf"{name}: {message}"):
+            read_images(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def deep_png(file):
+    """Write an RGB PNG of 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = (2).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    rows = zlib.compress((b"\0" + bytes(12)) * 2)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+def transparent(mode, alpha=40):
+    return Image.new(mode, (4, 5), (9, 9, 9, alpha) if mode == "RGBA" else (9, alpha))
+
+
+def keyed(file):
+    """Write a palette PNG in which one colour is transparent."""
+    Image.new("P", (4, 5)).save(file, transparency=0)
+
+
+UNSUITABLE = {
+    "16-bit grey": (
+        lambda file: Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(file),
+        "more than 8 bits a channel",
+    ),
+    "16-bit colour": (deep_png, "more than 8 bits a channel"),
+    "alpha": (lambda file: transparent("RGBA").save(file), "has transparent pixels"),
+    "grey with alpha": (lambda file: transparent("LA").save(file), "has transparent pixels"),
+    "transparent palette": (keyed, "has transparent pixels"),
+    "CMYK": (lambda file: Image.new("CMYK", (4, 5)).save(file, format="JPEG"), "colours of mode CMYK; save it as RGB"),
+    "animated": (
+        lambda file: Image.new("L", (4, 5)).save(
+            file, format="WEBP", save_all=True, append_images=[Image.new("L", (4, 5), 99)]
+        ),
+        "is animated; save each of its 2 frames",
+    ),
+    "empty": (lambda file: file.write_bytes(b""), "cannot be read as an image"),
+    "text": (lambda file: file.write_text("not here"), "cannot be read as an image"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+def test_images_that_are_refused_by_name(tmp_path, kind):
+    write, message = UNSUITABLE[kind]
+    write(tmp_path / "1.png")
+    with pytest.raises(BadInputError, match=rf"1\.png: .*{message}"):
         read_images(tmp_path)
 
 
-def test_pngs_that_are_refused(tmp_path):
-    file = tmp_path / "0.png"
-    save_png(file, noise_images(1)[0], format="JPEG")
-    with pytest.raises(BadInputError, match=r"0\.png: cannot be read as PNG"):
-        read_images(tmp_path)
-    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(file)
-    with pytest.raises(BadInputError, match="more than 8 bits a channel"):
-        read_images(tmp_path)
+def test_a_single_image_is_refused_under_any_name(tmp_path):
+    save_png(tmp_path / "0", noise_images(1)[0], format="PNG")
     with pytest.raises(BadInputError, match="is a single image; give the folder"):
-        read_images(file)
+        read_images(tmp_path / "0")
+    assert kind_of(tmp_path / "0") == "images"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP", "PNG"])
+def test_formats_are_told_by_content(tmp_path, kind):
+    flat = np.full((3, 16, 16, 3), 128, np.uint8)
+    for index, image in enumerate(flat):
+        save_png(tmp_path / f"{index}.png", image, format=kind)
+    save_png(tmp_path / "3", flat[0], format=kind)
+    notes: list[str] = []
+    images = read_images(tmp_path, notes.append).images
+    assert np.array_equal(images, np.full((4, 16, 16, 3), 128, np.uint8))
+    assert [note.partition(": ")[2][:22] for note in notes] == (["4 of 4 images are JPEG"] if kind == "JPEG" else [])
+
+
+def test_grey_jpegs_stay_grey_and_palettes_become_colour(tmp_path):
+    (tmp_path / "grey").mkdir()
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey" / "0.jpg")
+    assert read_images(tmp_path / "grey").images.tolist() == np.full((1, 8, 8, 1), 77).tolist()
+    (tmp_path / "palette").mkdir()
+    Image.new("RGB", (8, 8), (200, 10, 30)).quantize(4).save(tmp_path / "palette" / "0.png")
+    assert read_images(tmp_path / "palette").images[0, 0, 0].tolist() == [200, 10, 30]
+
+
+def test_images_are_turned_as_their_exif_tells(tmp_path):
+    pixels = noise_images(1, h=4, w=6)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns, from the right
+    Image.fromarray(pixels).save(tmp_path / "0.png", exif=exif)
+    assert np.array_equal(read_images(tmp_path).images[0], np.rot90(pixels, -1))
+
+
+def classes(folder, *names):
+    """Write two images to each of the folders, and return them in the order of the names given."""
+    images = noise_images(2 * len(names))
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            save_png(folder / name / f"{i}.png", images[2 * number + i])
+    return images
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("0", "2", "10"), [0, 0, 2, 2, 10, 10]),
+        (("000", "001"), [0, 0, 1, 1]),
+        (("train/0", "train/1"), [0, 0, 1, 1]),
+        (("n01440764", "n01443537"), [0, 0, 1, 1]),
+        (("a", "b"), None),
+        (("0", "b"), None),
+    ],
+)
+def test_class_folders_are_read_with_their_labels(tmp_path, names, labels):
+    images = classes(tmp_path, *names)
+    notes: list[str] = []
+    got = read_images(tmp_path, notes.append)
+    assert np.array_equal(got.images, images)
+    assert (None if got.labels is None else got.labels.tolist()) == labels
+    assert len(notes) == (labels is None)
+    assert kind_of(tmp_path) == "images"
+
+
+def test_images_beside_folders_of_images_are_all_read(tmp_path):
+    images = classes(tmp_path, "0", "1")
+    save_png(tmp_path / "z.png", images[0])
+    got = read_images(tmp_path)
+    assert np.array_equal(got.images, np.concatenate([images, images[:1]]))
+    assert got.labels is None
+
+
+def test_what_is_left_out_is_said_and_clutter_is_not(tmp_path):
+    classes(tmp_path, "0")
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini", "0/Thumbs.db"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".hidden").mkdir()
+    save_png(tmp_path / ".hidden" / "0.png", noise_images(1)[0])
+    digest = images_digest(tmp_path)
+    notes: list[str] = []
+    assert len(read_images(tmp_path, notes.append)) == 2
+    assert notes == []
+    (tmp_path / "labels.txt").write_text("x")
+    read_images(tmp_path, notes.append)
+    assert notes == [f"{tmp_path}: leaving out 1 other file, labels.txt, which is no image"]
+    (tmp_path / "z.txt").write_text("x")
+    read_images(tmp_path, notes.append)
+    assert notes[1:] == [f"{tmp_path}: leaving out 2 other files, which are no images, such as labels.txt"]
+    assert images_digest(tmp_path) == digest
+
+
+def test_folders_that_lead_back_are_read_once(tmp_path):
+    classes(tmp_path, "0")
+    (tmp_path / "0" / "again").symlink_to(tmp_path)
+    assert len(read_images(tmp_path)) == 2
+
+
+def test_the_digest_is_of_all_images_at_any_depth(tmp_path):
+    classes(tmp_path, "0", "1")
+    before = images_digest(tmp_path)
+    (tmp_path / "1" / "1.png").rename(tmp_path / "0" / "2.png")
+    moved = images_digest(tmp_path)
+    save_png(tmp_path / "0" / "2.png", noise_images(1, seed=9)[0])
+    assert len({before, moved, images_digest(tmp_path)}) == 3
+
+
+def test_a_zip_of_images_is_read_as_its_folder_is(tmp_path):
+    images = classes(tmp_path / "folder", "0", "1")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in sorted((tmp_path / "folder").rglob("*.png")):
+            archive.write(file, file.relative_to(tmp_path / "folder"))
+        archive.writestr("__MACOSX/._0.png", b"x")
+    got = read_images(tmp_path / "a.zip")
+    assert np.array_equal(got.images, images)
+    assert got.labels.tolist() == [0, 0, 1, 1]
+    assert kind_of(tmp_path / "a.zip") == "images"
+
+
+def test_containers_are_told_by_content(tmp_path):
+    images = noise_images()
+    write_images(tmp_path / "a.safetensors", ImageSet(images), range(3), {})
+    np.savez(tmp_path / "b.npz", arr_0=images)
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.bin")
+    (tmp_path / "b.npz").rename(tmp_path / "b.safetensors")
+    for name in ("a.bin", "b.safetensors"):
+        assert kind_of(tmp_path / name) == "images"
+        assert np.array_equal(read_images(tmp_path / name).images, images)
+
+
+def test_the_only_array_of_images_is_read_under_any_name(tmp_path):
+    np.savez(tmp_path / "a.npz", samples=noise_images(), y=np.arange(3))
+    got = read_images(tmp_path / "a.npz")
+    assert np.array_equal(got.images, noise_images())
+    assert got.labels.tolist() == [0, 1, 2]
+    np.savez(tmp_path / "a.npz", real=noise_images(), fake=noise_images())
+    with pytest.raises(BadInputError, match="neither an array 'arr_0' nor 'images', but fake, real"):
+        read_images(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.95])
@@ -205,7 +395,7 @@ def test_arrays_that_are_no_images(tmp_path):
         ({"arr_0": good[:0]}, "holds no pixel"),
         ({"arr_0": good, "labels": np.arange(2)}, r"labels are int64 \(2,\).* 3 images"),
         ({"arr_0": good, "labels": np.ones(3)}, "labels are float64"),
-        ({"other": good}, "neither an array 'arr_0' nor 'images'"),
+        ({"other": good[0]}, "neither an array 'arr_0' nor 'images'"),
         ({"arr_0": np.array([{}])}, "cannot be read as npz"),
     ]
     for number, (arrays, message) in enumerate(cases):

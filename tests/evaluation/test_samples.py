@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.errors import BadInputError, BrokenImageError, OutputExistsError, UsageError
+from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation import samples
 from ditmoe_cli.evaluation.samples import (
     SAMPLES,
@@ -509,6 +509,116 @@ def test_what_other_work_wrote_is_refused(
     assert watch.sampled == []
 
 
+# samples that are there
+
+
+def test_samples_that_are_there_are_taken_and_their_exports_completed(
+    pixels: Sampling, tmp_path: Path, watch: Watch
+) -> None:
+    file, messages = tmp_path / "s.safetensors", list[str]()
+    images = run(pixels, file, npz=tmp_path / "a.npz")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    watch.sampled = []
+    assert np.array_equal(run(pixels, file, messages=messages, **views(tmp_path)), images)
+    assert watch.sampled == [] and messages == [f"{file}: up to date"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list((tmp_path / "png").iterdir())) == IMAGES
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    run(pixels, straight / file.name, **views(straight))
+    for made in (path for path in straight.rglob("*") if path.is_file()):
+        assert made.read_bytes() == (tmp_path / made.relative_to(straight)).read_bytes(), made.name
+    run(pixels, file, **views(tmp_path))
+    assert watch.sampled == list(range(IMAGES)), "for the straight run alone"
+
+
+def test_force_samples_anew(pixels: Sampling, tmp_path: Path, watch: Watch) -> None:
+    file = tmp_path / "s.safetensors"
+    run(pixels, file)
+    watch.sampled = []
+    run(pixels, file, force=True)
+    assert watch.sampled == list(range(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["png", "npz", "grid"])
+def test_exports_of_other_images_are_refused(pixels: Sampling, name: str, tmp_path: Path, watch: Watch) -> None:
+    other = replace(pixels, spec=replace(SPEC, seed=6))
+    export = views(tmp_path)[name]
+    run(other, tmp_path / "o.safetensors", **{name: export})
+    run(pixels, tmp_path / "s.safetensors")
+    watch.sampled = []
+    with pytest.raises(OutputExistsError, match=r"holds other images than s\.safetensors"):
+        run(pixels, tmp_path / "s.safetensors", **{name: export})
+    assert watch.sampled == []
+    run(other, tmp_path / "o.safetensors", **{name: export})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 6}, "other seed 5"), ({"steps": 4}, "other steps 3"), ({"images": 4}, "other images 7")],
+)
+def test_samples_made_in_another_way_are_refused_and_the_difference_named(
+    pixels: Sampling, change: dict[str, Any], named: str, tmp_path: Path, watch: Watch
+) -> None:
+    file = tmp_path / "s.safetensors"
+    run(pixels, file)
+    watch.sampled = []
+    with pytest.raises(OutputExistsError, match=named):
+        run(replace(pixels, spec=replace(SPEC, **change)), file)
+    assert watch.sampled == []
+
+
+def test_samples_of_another_checkpoint_are_refused(pixels: Sampling, tmp_path: Path) -> None:
+    file = tmp_path / "s.safetensors"
+    run(pixels, file)
+    other = make_pico(sampler="rf", in_channels=pixels.shape[2], seed=9).save(tmp_path / "other.safetensors")
+    with pytest.raises(OutputExistsError, match="other checkpoint"):
+        run(Sampling(open_checkpoint(other), SPEC), file)
+
+
+def test_a_run_of_other_settings_deletes_what_an_interrupted_one_left(
+    pixels: Sampling, tmp_path: Path, watch: Watch
+) -> None:
+    file, messages = tmp_path / "s.safetensors", list[str]()
+    watch.fail_at = 5
+    with pytest.raises(BadInputError):
+        run(pixels, file, 1)
+    (left,) = tmp_path.iterdir()
+    watch.fail_at = None
+    run(replace(pixels, spec=replace(SPEC, seed=6)), file, messages=messages)
+    assert messages == [f"{left.name}: deleting what an interrupted run of other settings left"]
+    assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(143), OSError(28, "No space left on device")])
+def test_an_interrupt_says_what_is_kept(
+    pixels: Sampling, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    def ended(model: Any, what: Sampling, indices: Any) -> NDArray[Any]:
+        if 4 in indices:
+            raise error
+        return _sampled(model, what, indices)
+
+    messages: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, "sample", ended)
+        with pytest.raises(type(error) if isinstance(error, Exception | SystemExit) else KeyboardInterrupt):
+            run(pixels, tmp_path / "s.safetensors", 2, messages=messages)
+    assert messages == ["kept 4 of 7 images; the same command goes on from there"]
+    run(pixels, tmp_path / "s.safetensors", messages=messages)
+    assert messages[1:] == ["going on with 4 of 7 images that an earlier run left"]
+    assert watch.sampled == [4, 5, 6]
+
+
+def test_samples_that_do_not_fit_on_the_disk_are_refused_before_sampling(
+    pixels: Sampling, tmp_path: Path, watch: Watch
+) -> None:
+    many = replace(pixels, spec=replace(SPEC, images=10**9))
+    with pytest.raises(DitmoeError, match=r"s\.safetensors: needs .* GB, and .* free"):
+        run(many, tmp_path / "s.safetensors")
+    assert watch.sampled == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_picture_is_no_folder_of_pictures(pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "s.safetensors"
     failing("write_images", monkeypatch, pixels, file, grid=tmp_path / "x.png")
@@ -519,7 +629,7 @@ def test_a_picture_is_no_folder_of_pictures(pixels: Sampling, tmp_path: Path, mo
 def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
     pixels: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
 ) -> None:
-    file, first, errors = tmp_path / "s.safetensors", threading.Event(), []
+    file, first, messages = tmp_path / "s.safetensors", threading.Event(), list[str]()
     go = threading.Event()
 
     def slow(model: Any, what: Sampling, indices: Any) -> NDArray[Any]:
@@ -528,10 +638,7 @@ def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
         return watch(model, what, indices)
 
     def second() -> None:
-        try:
-            run(pixels, file, messages=[])
-        except OutputExistsError as error:
-            errors.append(error)
+        run(pixels, file, messages=messages)
 
     monkeypatch.setattr(samples, "sample", slow)
     threads = [threading.Thread(target=run, args=(pixels, file)), threading.Thread(target=second)]
@@ -541,7 +648,7 @@ def test_what_another_run_wrote_meanwhile_is_found_before_sampling(
     go.set()
     for thread in threads:
         thread.join(timeout=30)
-    assert len(errors) == 1 and watch.sampled == list(range(IMAGES))
+    assert messages[-1] == f"{file}: up to date" and watch.sampled == list(range(IMAGES))
     assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
 
 

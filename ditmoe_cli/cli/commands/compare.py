@@ -13,6 +13,7 @@ from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
+from ditmoe_cli.diffusion.sampling import choose_bins
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +76,14 @@ class Comparing:
 
     panel: ClassVar[str] = "Comparing"
 
-    bins: Annotated[int, typer.Option("--bins", metavar="N", help="Bins of steps, from noise to image.")] = 10
+    bins: Annotated[
+        int | None,
+        typer.Option(
+            "--bins",
+            metavar="N",
+            help="Bins of steps, from noise to image. [default: 10, or a bin a step where these are fewer]",
+        ),
+    ] = None
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -147,7 +155,7 @@ def run(
     spec = sampling.spec(a)
     from ditmoe_cli.evaluation.compare import CheckpointPair, compare_checkpoints
 
-    checkpoints = CheckpointPair(a, b, spec, comparing.bins)
+    checkpoints = CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps))
     result = compare_checkpoints(checkpoints, running.runtime, to.outputs)
     emit(printing, stage.done("compare", {}).to_json(result.to_json()), rows(result), to.path)
     limit = comparing.max_error

@@ -13,6 +13,7 @@ from ditmoe_cli.cli.options import FileDestination, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
+from ditmoe_cli.processes import first_process
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.samples import Sampling, Targets
@@ -71,19 +72,34 @@ def run(sampling: Images, running: Running, source: Source, to: ImageFiles, prin
     stage = source.stage(shared=True)
     opened = open_stage(stage)
     spec = sampling.spec(opened)
-    from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder, write_samples
+    from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder
 
-    vae, runtime = sampling.vae, running.runtime
+    vae = sampling.vae
     label = samples_label(spec, sampling, opened.config)
     targets = to.targets(opened.path, label, (Path(vae).expanduser(),) if vae is not None else ())
-    check_targets(Sampling(opened, spec), targets, will_decode=vae is not None)
-    images = Sampling(opened, spec, open_decoder(opened, vae, runtime.device))
-    size = write_samples(images, runtime, targets, note)
+    images = Sampling(opened, spec)
+    check_targets(images, targets, will_decode=vae is not None)
+    if vae is not None:
+        images = Sampling(opened, spec, open_decoder(opened, vae, running.runtime.device))
+    size = write_or_reuse(images, running, targets)
     if size is None:
         return  # another rank writes and prints
     done = stage.done("sample", spec.conditions(), samples=targets.file)
     document = done.to_json(result(images, targets, size))
     emit(printing, document, rows(images, targets, size), str(targets.file.absolute()))
+
+
+def write_or_reuse(images: Sampling, running: Running, targets: Targets) -> int | None:
+    """Return the bytes of the samples file, which an earlier run may have written; None where another rank prints.
+
+    Torch is not imported where samples of pixels are there already.
+    """
+    from ditmoe_cli.evaluation.samples import check_targets, complete_samples, is_made, write_samples
+
+    if not is_made(images, targets):
+        return write_samples(images, running.runtime, targets, note)
+    check_targets(images, targets)
+    return complete_samples(images, targets, note) if first_process() else None
 
 
 def result(sampling: Sampling, targets: Targets, size: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Statistics of features on disk: our safetensors, and the npz of pytorch-fid and ADM.
 
 A safetensors file holds `mu` (D,) and `sigma` (D, D) in float64, `n` where it is known, and the extractor in its
-metadata. An npz holds `mu` and `sigma`, as the other programs write and read it; ours add `n` and the JSON ``ditmoe``,
+metadata. An npz holds `mu` and `sigma`, as the other programs write and read it (others that spell these in other ways
+are read too, see `statistics_spelling`); ours add `n` and the JSON ``ditmoe``,
 which the others ignore. Either may hold `mu_s` and `sigma_s` too, those of spatial features, which ADM's reference
 batches have for sFID. (ADM's hold reference images as `arr_0` besides, which `read_images` reads.)
 """
@@ -18,17 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics
-from ditmoe_cli.files.arrays import map_tensor, read_document, read_npz, write_arrays, write_npz
+from ditmoe_cli.evaluation.features.statistics_spelling import spelled
+from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, check_moments
+from ditmoe_cli.files.arrays import map_tensor, npz_names, read_document, read_npz, write_arrays, write_npz
 from ditmoe_cli.files.fingerprint import canonical_json
-from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
 from ditmoe_cli.files.provenance import check_schema
 
 STATISTICS_SCHEMA = "ditmoe.statistics/1"
 
-_ARRAYS = ("mu", "sigma", "n", "mu_s", "sigma_s")
 _IDENTITY = ("name", "digest", "preprocessing")  # equal in comparable features
-_ASYMMETRY = 1e-6  # of the largest entry, from storage as float32
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_statistics(path: Path) -> StoredStatistics:
     """
     if not path.is_file():
         raise BadInputError(f"{path}: no such file")
-    arrays, document = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
+    arrays, document = _read_safetensors(path) if is_safetensors(path) else _read_npz(path)
     missing = next((name for name in ("mu", "sigma") if name not in arrays), None)
     if missing is not None:
         raise BadInputError(f"{path}: has no array {missing!r}; statistics hold mu and sigma")
@@ -93,19 +93,24 @@ def _moments(
     path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[str, str], n: int | None
 ) -> FeatureStatistics:
     mu, sigma = (_floating(path, name, arrays[name]) for name in names)
-    _check_moments(path, names, mu, sigma)
+    try:
+        check_moments(mu, sigma, names)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from None
     return FeatureStatistics(mu, sigma, n)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
     header = read_safetensors_header(path)
-    arrays = {name: map_tensor(header.tensors[name]) for name in _ARRAYS if name in header.tensors}
+    arrays = {name: map_tensor(header.tensors[stored]) for name, stored in spelled(header.tensors, path).items()}
     return arrays, read_document(header, STATISTICS_SCHEMA, path)
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
-    arrays = read_npz(path, (*_ARRAYS, "ditmoe"))
-    text = arrays.pop("ditmoe", None)
+    spelling = spelled(npz_names(path), path)
+    stored = read_npz(path, (*spelling.values(), "ditmoe"))
+    text = stored.pop("ditmoe", None)
+    arrays = {name: stored[spelled_so] for name, spelled_so in spelling.items()}
     if text is None:
         return arrays, None
     try:
@@ -118,29 +123,12 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | Non
 def _floating(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float64]:
     if array.dtype.kind != "f":
         raise BadInputError(f"{path}: {name} has dtype {array.dtype}; it must be floating point")
-    values = array.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise BadInputError(f"{path}: {name} holds NaN or infinite values")
-    return values
-
-
-def _check_moments(path: Path, names: tuple[str, str], mu: NDArray[np.float64], sigma: NDArray[np.float64]) -> None:
-    mean, covariance = names
-    if mu.ndim != 1 or not mu.size or sigma.shape != (mu.size, mu.size):
-        raise BadInputError(
-            f"{path}: {mean} is {mu.shape} and {covariance} {sigma.shape}; they must be (D,) and (D, D)"
-        )
-    gap, scale = float(np.abs(sigma - sigma.T).max()), float(np.abs(sigma).max())
-    if gap > _ASYMMETRY * scale:
-        raise BadInputError(f"{path}: {covariance} differs from its transpose by {gap:.3g}; it is no covariance")
-    least = float(sigma.diagonal().min())
-    if least < -_ASYMMETRY * scale:
-        raise BadInputError(f"{path}: {covariance} holds the variance {least:.3g}; it is no covariance")
+    return array.astype(np.float64)
 
 
 def _count(path: Path, array: NDArray[Any]) -> int:
-    if array.size != 1 or array.dtype.kind not in "iu" or int(array.reshape(())) < 1:
-        raise BadInputError(f"{path}: n is {array.tolist()!r}; it must be the number of images")
+    if array.size != 1 or array.dtype.kind not in "iu" or int(array.reshape(())) < 2:
+        raise BadInputError(f"{path}: n is {array.tolist()!r}; it must be the number of images, at least 2")
     return int(array.reshape(()))
 
 

@@ -29,6 +29,41 @@ class FeatureStatistics:
         return len(self.mu)
 
 
+ROUNDING = 1e-6  # of a covariance's trace or largest entry, as from storage or sums in float32
+
+
+def check_moments(mu: Array, sigma: Array, names: tuple[str, str] = ("mu", "sigma")) -> None:
+    """Raise `BadInputError` unless `mu` is a mean (D,) and `sigma` a covariance (D, D) of it; `names` name the two.
+
+    A covariance is finite, symmetric and positive semi-definite, each to within rounding: no eigenvalue lies below
+    -1e-6 of the trace, which Σ + 1e-6 tr Σ · I having a Cholesky factor shows.
+    """
+    mean, covariance = names
+    if mu.ndim != 1 or not mu.size or sigma.shape != (mu.size, mu.size):
+        raise BadInputError(f"{mean} is {mu.shape} and {covariance} {sigma.shape}; they must be (D,) and (D, D)")
+    for name, values in ((mean, mu), (covariance, sigma)):
+        if not np.isfinite(values).all():
+            raise BadInputError(f"{name} holds NaN or infinite values")
+    scale = float(np.abs(sigma).max())
+    if not scale:
+        return
+    unit = sigma / scale  # sums of its entries neither overflow nor underflow
+    gap = float(np.abs(unit - unit.T).max())
+    if gap > ROUNDING:
+        raise BadInputError(f"{covariance} differs from its transpose by {gap * scale:.3g}; it is no covariance")
+    least = float(unit.diagonal().min())
+    if least < -ROUNDING:
+        raise BadInputError(f"{covariance} holds the variance {least * scale:.3g}; it is no covariance")
+    slack = ROUNDING * max(1.0, float(np.trace(unit)))
+    try:
+        np.linalg.cholesky((unit + unit.T) / 2 + slack * np.eye(len(mu)))
+    except np.linalg.LinAlgError:
+        lowest = float(np.linalg.eigvalsh((unit + unit.T) / 2)[0]) * scale
+        raise BadInputError(
+            f"{covariance} has the eigenvalue {lowest:.3g}, a variance below 0; it is no covariance"
+        ) from None
+
+
 @dataclass(frozen=True)
 class FeatureSums:
     """n, Σx and Σxxᵀ about a fixed `origin`, which keeps float64 exact where features lie far from zero.

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.evaluation.scores.feature_statistics import Array, FeatureStatistics, feature_statistics
+from ditmoe_cli.evaluation.scores.feature_statistics import (
+    ROUNDING,
+    Array,
+    FeatureStatistics,
+    feature_statistics,
+)
+
+_CROSS_ROUNDING = 1e-3  # roots of eigenvalues that rounding made out of zeros add up
 
 
 def _symmetric_root(matrix: Array) -> Array:
-    """Return the square root of a positive semi-definite matrix; rounding below zero is clipped."""
+    """Return the square root of a covariance; eigenvalues below zero by rounding are clipped.
+
+    Raises `BadInputError` for eigenvalues that are further below zero.
+    """
     values, vectors = np.linalg.eigh(matrix)
+    _require_covariance(values)
     root: Array = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
     return root
 
@@ -23,7 +36,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     The trace of the root is Σ √λ of the symmetric R Σb R, R = Σa^½: eigenvalues of a symmetric matrix, where
     the usual root of the product is neither symmetric nor, for few images, well conditioned.
 
-    Raises `BadInputError` where the dimensions differ.
+    Raises `BadInputError` where the dimensions differ, or a side is no mean and covariance.
     """
     return frechet_to(a)(b)
 
@@ -40,10 +53,16 @@ def frechet_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], fl
             return 0.0
         if not roots:
             roots.append(_symmetric_root(reference.sigma))
-        inner = roots[0] @ other.sigma @ roots[0]
-        values = np.linalg.eigvalsh((inner + inner.T) / 2)
+        with np.errstate(over="ignore", invalid="ignore"):
+            inner = roots[0] @ other.sigma @ roots[0]
+            inner = (inner + inner.T) / 2
+            traces = np.trace(reference.sigma) + np.trace(other.sigma)
+        if not np.isfinite(inner).all():
+            raise BadInputError("the covariances are too large to be multiplied in float64; are the features whole?")
+        values = np.linalg.eigvalsh(inner)
+        _require_covariance(values)
         cross = float(np.sqrt(values.clip(min=0.0)).sum())
-        return _distance(reference.mu - other.mu, np.trace(reference.sigma) + np.trace(other.sigma), cross)
+        return _distance(reference.mu - other.mu, traces, cross)
 
     return distance
 
@@ -71,8 +90,22 @@ def frechet_of_features(a: Array, b: Array) -> float:
 
 
 def _distance(difference: Array, traces: float, cross: float) -> float:
-    """Return ‖difference‖² + traces - 2 cross; rounding below zero is clipped."""
-    return max(float((difference**2).sum() + traces - 2 * cross), 0.0)
+    """Return ‖difference‖² + traces - 2 cross; a distance below zero by rounding is 0.
+
+    Raises `BadInputError` for one that is further below zero, or not finite: such sides are no means and covariances.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        apart = float((difference**2).sum() + traces)
+        distance = apart - 2 * cross
+    if not np.isfinite(distance) or distance < -_CROSS_ROUNDING * apart:
+        raise BadInputError(f"the distance comes out as {distance:.4g}; the sides are no means and covariances")
+    return max(distance, 0.0)
+
+
+def _require_covariance(values: NDArray[np.floating[Any]]) -> None:
+    """Raise `BadInputError` for eigenvalues, ascending, of which the first is below zero by more than rounding."""
+    if values[0] < -ROUNDING * np.abs(values).sum():
+        raise BadInputError(f"a covariance has the eigenvalue {values[0]:.3g}, a variance below 0; it is none")
 
 
 def _checked(features: Array) -> Array:

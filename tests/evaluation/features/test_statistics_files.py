@@ -237,3 +237,59 @@ def test_the_description_of_an_extractor_can_be_stored(tmp_path):
     assert read_statistics(tmp_path / "a.safetensors").extractor == description
     assert description["digest"] == "pixels-8x8-levels16"
     assert description["grey_levels"] == 16
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (np.ones(2), np.array([[1.0, 9.0], [9.0, 1.0]]), r"sigma has the eigenvalue -8, a variance below 0"),
+        (np.ones(2), -np.eye(2), "sigma holds the variance -1"),
+        (np.ones(2), np.array([[1.0, 0.5], [0.4, 1.0]]), "sigma differs from its transpose by 0.1"),
+        (np.ones(2), np.array([[1.0, np.nan], [np.nan, 1.0]]), "sigma holds NaN"),
+        (np.array([1.0, np.inf]), np.eye(2), "mu holds NaN or infinite values"),
+        (np.ones(3), np.eye(2), r"mu is \(3,\) and sigma \(2, 2\)"),
+        (np.ones((2, 1)), np.eye(2), r"mu is \(2, 1\)"),
+        (np.ones(2) * 1e300, np.array([[1e300, 2e300], [2e300, 1e300]]), r"eigenvalue -1e\+300"),
+    ],
+)
+def test_a_mean_and_a_covariance_are_checked_whole(tmp_path, suffix, mu, sigma, message):
+    path = tmp_path / f"bad.{suffix}"
+    (np.savez(path, mu=mu, sigma=sigma) if suffix == "npz" else save_file({"mu": mu, "sigma": sigma}, path))
+    with pytest.raises(BadInputError, match=rf"bad\.{suffix}: .*{message}"):
+        read_statistics(path)
+
+
+def test_complex_moments_are_refused(tmp_path):
+    np.savez(tmp_path / "bad.npz", mu=np.ones(2), sigma=np.eye(2) + 0j)
+    with pytest.raises(BadInputError, match="sigma has dtype complex128"):
+        read_statistics(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("images", [5, 40])
+def test_covariances_that_rounding_alone_makes_indefinite_are_read(tmp_path, images):
+    """Fewer images than features leave eigenvalues of 0, which sums in float32 move to either side."""
+    x = np.random.default_rng(0).normal(3, 1, (images, 64)).astype(np.float32)
+    sigma = np.cov(x, rowvar=False, dtype=np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < 0
+    np.savez(tmp_path / "a.npz", mu=x.mean(0), sigma=sigma)
+    assert read_statistics(tmp_path / "a.npz").statistics.dimension == 64
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance"), [("mean", "cov"), ("ref_mu", "ref_sigma"), ("reference_mu", "reference_sigma")]
+)
+def test_other_spellings_are_read(tmp_path, mean, covariance):
+    path = tmp_path / "a.npz"
+    np.savez(path, **{mean: np.ones(2), covariance: np.eye(2)})
+    assert kind_of(path) == "statistics"
+    assert read_statistics(path).statistics.mu.tolist() == [1, 1]
+
+
+def test_two_spellings_of_others_are_refused_and_the_plain_one_wins(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, ref_mu=np.ones(2), mean=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(BadInputError, match="holds mean and ref_mu; store the one"):
+        read_statistics(path)
+    np.savez(path, mu=np.full(2, 3.0), ref_mu=np.ones(2), mean=np.zeros(2), sigma=np.eye(2))
+    assert read_statistics(path).statistics.mu.tolist() == [3, 3]

@@ -132,3 +132,23 @@ def test_features_that_are_refused():
             frechet_of_features(bad, a)
     with pytest.raises(BadInputError, match="features of 4 and of 3 dimensions"):
         frechet_of_features(a, a[:, :3])
+
+
+INDEFINITE = np.array([[1.0, 9.0], [9.0, 1.0]])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_no_distance_to_what_is_no_covariance(swapped):
+    sides = FeatureStatistics(np.zeros(2), np.eye(2), None), FeatureStatistics(np.ones(2), INDEFINITE, None)
+    with pytest.raises(BadInputError, match="a covariance has the eigenvalue -8"):
+        frechet_distance(*(reversed(sides) if swapped else sides))
+
+
+def test_distances_that_are_not_finite_are_refused():
+    near = FeatureStatistics(np.zeros(2), np.eye(2), None)
+    for far in (
+        FeatureStatistics(np.full(2, 1e200), np.eye(2), None),
+        FeatureStatistics(np.zeros(2), np.eye(2) * np.finfo(float).max, None),
+    ):
+        with pytest.raises(BadInputError, match=r"comes out as|too large"):
+            frechet_distance(near, far)
