@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
+from ditmoe_cli.cli.costs import error_rows, facts, plan_rows
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
@@ -36,13 +39,14 @@ def print_methods(command: str, printing: Printing) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A command at work: its name, the stage it starts from, the opened checkpoint, and where the results go."""
+    """A command at work: its name, the stage it starts from, the opened checkpoint, where the results go, its start."""
 
     command: str
     stage: Stage
     checkpoint: Checkpoint
     output: Output
     printing: Printing
+    started: float = field(default_factory=time.monotonic)
 
 
 def run_planner(
@@ -103,8 +107,9 @@ def preview(job: Job, plan: CompressionPlan | None) -> None:
     check_target(output.path, output.force, [job.checkpoint.path])
     result = _sizes(job.checkpoint, planned_output(job.checkpoint, plan).predicted_bytes(output))
     result["dry_run"] = True
-    result["plan"] = plan.to_json() if plan is not None and plan.decided else None
-    rows = [("would write", output.path), *_size_rows(result)]
+    result["plan"] = plan.document() if plan is not None and plan.decided else None
+    told = plan_rows(plan, job.checkpoint) + error_rows(plan.options) if plan is not None and plan.decided else []
+    rows = [("would write", output.path), *told, *_size_rows(result)]
     emit(job.printing, job.stage.to_json(result), rows, str(output.path), editable=True)
 
 
@@ -119,14 +124,18 @@ def write(
     place = device() if plan is not None and plan.computes else "cpu"
     with _work_folder(job, plan, profile, place) as work:
         applied = apply(job.checkpoint, plan, job.output, profile, place, work)
-    sizes = _sizes(job.checkpoint, applied.bytes)
+    sizes, known = _sizes(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
-    result = {**sizes, **(details or {}), "plan_digest": digest, **applied.measured.to_json()}
+    measured, seconds = applied.measured.to_json(), round(time.monotonic() - job.started, 1)
+    result = {**sizes, **known, **(details or {}), "plan_digest": digest, **measured, "seconds": seconds}
     options = plan.options if plan else {}
     paths = {"profile": profile.path} if profile else {}
     stage = job.stage.done(job.command, options, checkpoint=job.output.path, samples=None, **paths)
-    rows = [("wrote", job.output.path), *_size_rows(result)]
+    costs = [*error_rows(result), *_size_rows(result), ("seconds", f"{seconds:,.1f}")]
+    rows = [("wrote", job.output.path), *(plan_rows(plan, job.checkpoint) if plan else []), *costs]
     emit(job.printing, stage.to_json(result), rows, str(job.output.path))
+    if sys.stderr.isatty() and not (job.printing.is_text or job.printing.quiet):  # as in a pipe on a terminal
+        note(f"{job.command}: " + "; ".join(f"{label} {value}" for label, value in costs))
 
 
 def _work_folder(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ditmoe_cli.compression.computed import Computing, kept_weight
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage
+from ditmoe_cli.compression.recorded import Measured
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import check_target
@@ -23,30 +24,6 @@ from ditmoe_cli.progress import BYTES, phase
 from ditmoe_cli.routing.profile import RoutingProfile
 
 _SMALL = 256  # bytes
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Errors measured while weights were computed.
-
-    Attributes:
-        refit_error: each block's held-out error after refitting over that before; empty where none was refitted.
-        prediction_error: relative squared error of the guided prediction of a rounded model, on the calibration states.
-        top_k_agreement: of each block, the share of selected experts that original and rounded model both select.
-    """
-
-    refit_error: tuple[float, ...] = ()
-    prediction_error: float | None = None
-    top_k_agreement: tuple[float, ...] = ()
-
-    def to_json(self) -> dict[str, float | list[float]]:
-        """Return the measured errors by name."""
-        result: dict[str, float | list[float]] = {}
-        if self.refit_error:
-            result["refit_error"] = list(self.refit_error)
-        if self.prediction_error is not None:
-            result |= {"prediction_error": self.prediction_error, "top_k_agreement": list(self.top_k_agreement)}
-        return result
 
 
 @dataclass(frozen=True)
@@ -85,7 +62,7 @@ def apply(
     computing = Computing(checkpoint, profile, device, work, work.loop("block", checkpoint.config.depth))
     (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
     measured = _compute(computing, stage)
-    return Applied(_write(checkpoint, planned, output, computing.blocks), measured)
+    return Applied(_write(checkpoint, planned.measured(measured), output, computing.blocks), measured)
 
 
 def applying_key(plan: CompressionPlan, profile: RoutingProfile, device: str) -> str:

@@ -12,12 +12,13 @@ from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
 from ditmoe_cli.compression.computed import expert_map_bytes, source_dtype
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats
+from ditmoe_cli.compression.recorded import Measured, planned_step, with_measured
 from ditmoe_cli.compression.replay.neuron_order import is_ordered
 from ditmoe_cli.compression.rounding.smooth import is_smoothed
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
-from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.registry import Format, is_quantizable, quantized_members
@@ -90,6 +91,12 @@ class PlannedOutput:
         """Return the exact bytes that the output will take on disk."""
         return output.predicted_bytes(self.infos, self.provenance)
 
+    def measured(self, measured: Measured) -> PlannedOutput:
+        """Return the output with errors that were measured in the last step of its history; its bytes are as many."""
+        *before, last = self.provenance.history
+        history = (*before, with_measured(last, measured))
+        return replace(self, provenance=replace(self.provenance, history=history))
+
 
 def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> PlannedOutput:
     """Lay out the result of applying `plan` (None: a plain copy) to `checkpoint`.
@@ -114,7 +121,7 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     tensors = draft.tensors + [tensor for kept in draft.weights for tensor in _moved(checkpoint, kept)]
     once = {tensor.info.name: tensor for tensor in tensors}  # bases are members of several weights
     config = replace(checkpoint.config, blocks=draft.blocks)
-    history = (*base.history, Step(plan.command, plan.source, plan.digest, plan.calibration))
+    history = (*base.history, planned_step(plan, checkpoint.config.depth))
     return PlannedOutput(
         tensors=tuple(sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))),
         config=config,

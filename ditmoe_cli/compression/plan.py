@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -87,6 +88,14 @@ class Repair:
     constant: bool = True
     linear: bool = True
     tokens: int = 0
+
+
+def repair_options(repair: Repair | None) -> dict[str, Any]:
+    """Return how weights are refitted, by the names of the options, for those of a plan; defaults are left out."""
+    if repair is None:
+        return {"no_refit": True}
+    scale = {"scale": True} if repair.scale else {}
+    return {**scale, **({"refit_tokens": repair.tokens} if repair.tokens else {})}
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,10 @@ _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order
     "ordering": None,
 }
 _SETTINGS = ("repair", "delta", "rounding")  # fields whose values have names of their own
+FIGURES = ("predicted_error", "tried_error", "bound", "gap", "solver")
+"""Entries of a plan's options that nobody gave: figures of the choice itself."""
+UNDECIDED = "undecided"
+"""The entry in the options of a plan that stands for its size only."""
 _COMPARED = (
     "command",
     "source",
@@ -214,10 +227,11 @@ class CompressionPlan:
         command: the command that planned, such as ``prune``.
         source: fingerprint of the checkpoint that the plan is for.
         profile: digest of the profile that the choice rests on, if any.
-        options: the options that led here, for the reader.
+        options: the options that led here, for the reader, and `FIGURES`.
         calibration: settings of that profile's calibration, which the result's history keeps.
         stages: the changes, in order. JSON of this schema has a place for one stage of each type, in the order
             `Experts`, `Differences`, `Formats`; others raise `ValueError`.
+        written: the digest in the file that the plan was read from, by which planners sign; None where it has none.
     """
 
     command: str
@@ -226,6 +240,7 @@ class CompressionPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[PlanStage, ...] = ()
     calibration: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    written: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         places = [_ORDER.index(type(stage)) for stage in self.stages]
@@ -240,12 +255,17 @@ class CompressionPlan:
     @property
     def decided(self) -> bool:
         """Whether the plan chooses experts; an undecided one stands for its size only."""
-        return "undecided" not in self.options
+        return UNDECIDED not in self.options
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON, that of `to_json`."""
+        return digest(self.to_json())
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the plan's canonical JSON."""
-        return digest(self.to_json())
+    def edited(self) -> bool:
+        """Whether the plan was changed after a planner had written it."""
+        return self.written is not None and self.written != self.digest
 
     def stage(self, kind: type[S]) -> S:
         """Return the stage of a type. Raises `LookupError` where the plan has none."""
@@ -269,10 +289,19 @@ class CompressionPlan:
             **fields,
         }
 
+    def document(self) -> dict[str, Any]:
+        """Return the plan as it is written: its JSON, and the digest that it had when it was planned."""
+        return {**self.to_json(), "digest": self.written or self.digest}
+
 
 def parse_plan(document: object, where: str) -> CompressionPlan:
     """Read a plan from JSON. Raises `BadInputError` that names `where` and the field."""
     fields = check_schema(document, PLAN_SCHEMA, where)
+    unknown = sorted(
+        set(fields) - {"schema", "command", "source", "profile", "options", "calibration", "digest", *_NO_STAGES}
+    )
+    if unknown:
+        raise BadInputError(f"{where}: unknown field {unknown[0]!r}")
     blocks = _field(fields, "blocks", list, where)
     formats = _field(fields, "formats", dict, where)
     command = _field(fields, "command", str, where)
@@ -294,7 +323,8 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     stages = (experts, _parsed(fields, "delta", _parse_differences, where), quantised)
     calibration = None if fields.get("calibration") is None else _field(fields, "calibration", dict, where)
     present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
-    plan = CompressionPlan(command, source, profile, options, present, calibration=calibration)
+    written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None
+    plan = CompressionPlan(command, source, profile, options, present, written=written, calibration=calibration)
     try:
         canonical_json(plan.to_json())
     except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know

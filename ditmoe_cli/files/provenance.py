@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError
@@ -28,9 +28,12 @@ class Step:
     """A step of a checkpoint's history.
 
     Attributes:
-        command: the command.
+        command: the command that was run.
         source: fingerprint of its input.
         plan: digest of its plan.
+        options: the options that were given, by name.
+        measured: errors that were predicted or measured, by name; those of a refit or of routing are one a block.
+        edited: whether the plan was changed after a planner had written it.
         calibration: settings of the calibration that the plan rests on, by which a descendant is profiled alike; None
             where it rests on none.
     """
@@ -38,11 +41,39 @@ class Step:
     command: str
     source: str
     plan: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    edited: bool = False
     calibration: Mapping[str, Any] | None = None
 
+    def with_measured(self, measured: Mapping[str, Sequence[str]]) -> Step:
+        """Return the step with other errors."""
+        return replace(self, measured=measured)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the step as JSON; `calibration` only where there is one."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return the step as JSON, fields at their defaults left out."""
+        document: dict[str, Any] = {"command": self.command, "source": self.source, "plan": self.plan}
+        if self.options:
+            document["options"] = dict(self.options)
+        if self.measured:
+            document["measured"] = {name: list(texts) for name, texts in self.measured.items()}
+        if self.calibration is not None:
+            document["calibration"] = dict(self.calibration)
+        return {**document, "edited": True} if self.edited else document
+
+
+def parse_step(document: Mapping[str, Any]) -> Step:
+    """Read a step from JSON. Raises `ValueError` or `TypeError` where it is malformed."""
+    step = Step(**document)
+    texts = all(isinstance(text, str) for text in (step.command, step.source, step.plan))
+    tables = isinstance(step.options, dict) and isinstance(step.calibration, dict | None)
+    if not texts or not tables or type(step.edited) is not bool:
+        raise ValueError(f"step {dict(document)}")
+    for errors in step.measured.values():
+        if not isinstance(errors, list):
+            raise ValueError(f"step {dict(document)}")
+        list(map(float, errors))
+    return step
 
 
 @dataclass(frozen=True)
@@ -95,13 +126,6 @@ def parse_card(document: Mapping[str, Any]) -> Card:
     return card
 
 
-def _parse_step(document: Mapping[str, Any]) -> Step:
-    step = Step(**document)
-    if not isinstance(step.calibration, dict | None):
-        raise ValueError(f"calibration {step.calibration!r}")
-    return step
-
-
 def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
     """Return the provenance in a file's metadata, None without any. Raises `BadInputError` where it is malformed."""
     if "ditmoe" not in metadata:
@@ -110,8 +134,8 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
         document = check_schema(json.loads(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
         return Provenance(
             config=dict(document["config"]),
-            history=tuple(_parse_step(step) for step in document["history"]),
+            history=tuple(parse_step(step) for step in document["history"]),
             card=parse_card(document["card"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None

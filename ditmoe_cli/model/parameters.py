@@ -45,8 +45,13 @@ def weight_group(info: TensorInfo) -> WeightGroup | None:
 
     Router, patch, label and position embedding, norms and biases are never quantised.
     """
-    parts = split_name(info.name)
-    if len(info.shape) != 2 or not parts.rest.endswith(".weight"):
+    return group_of(info.name) if len(info.shape) == 2 else None
+
+
+def group_of(name: str) -> WeightGroup | None:
+    """Return the group of the matrix `name`; None for weights that are never quantised."""
+    parts = split_name(name)
+    if not parts.rest.endswith(".weight"):
         return None
     if parts.expert is not None:
         return "experts"

@@ -111,7 +111,13 @@ def test_what_replays_is_chosen_by_the_profile_alone(folder: Path) -> None:
     """In the plan the digest of the profile, every option that was given, and blocks of whatever was found best."""
     words = (*PRUNE, "--keep", 3, "--method", "diet", "--router", "auto", "--allocate", "global", *FEW, "--dry-run")
     plan = here(*words, cwd=folder).result["plan"]
-    assert plan["options"] == {"keep": "3", "method": "diet", "router": "auto", "seed": 0, "shared_budget": True}
+    assert plan["options"] == {
+        "keep": "3",
+        "method": "diet",
+        "router": "auto",
+        "allocate": "global",
+        "refit_tokens": 64,
+    }
     assert {block["router"] for block in plan["blocks"]} <= {"slice", "ghost", "mass"}
     assert sum(len(block["keep"]) for block in plan["blocks"]) == 6
     assert plan["repair"]["tokens"] == 64

@@ -24,6 +24,7 @@ from ditmoe_cli.routing import calibration_settings
 
 SETTINGS = ("--images", 4, "--steps", 2)
 FEW = ("--tokens", 256)
+LONGER_HISTORY = 600  # bytes by which the history of a mix may be longer than that of one format
 PROFILE = ("--profile", "p.safetensors")
 MIX = ("quantize", "a.safetensors", *PROFILE, *FEW)
 UNIFORM = ("quantize", "a.safetensors", "--uniform")
@@ -100,7 +101,7 @@ def test_a_mix_is_no_larger_than_the_uniform_file(bits: float, folder: Path) -> 
         here(*UNIFORM, "--format", "int", "--bits", width, "--dry-run", cwd=folder).result["bytes"]
         for width in ((3, 4) if bits == 3.5 else (bits, bits))
     )
-    assert written.result["bytes"] <= (below + above) / 2
+    assert written.result["bytes"] <= (below + above) / 2 + LONGER_HISTORY
     assert written.path.name == f"a.quantize-bits{bits:g}-tokens256.safetensors"
     assert (
         plan["options"]["bits"] == bits and plan["rounding"]["method"] == "gptq" and plan["rounding"]["tokens"] == 256
@@ -337,7 +338,7 @@ def test_one_format_for_all(fmt: str, folder: Path) -> None:
     written, plan = carried_out((*UNIFORM, *options), folder)
     assert set(plan["formats"].values()) == {fmt} and written.result["formats"] == {fmt: 28}
     assert by_group(plan, folder).keys() == {"experts", "shared", "attn"}
-    assert plan["options"] == {"format": fmt} and "prediction_error" not in written.result
+    assert plan["options"] == {"uniform": True, "format": fmt} and "prediction_error" not in written.result
     assert all(planned((*UNIFORM, *other, "-o", "o.safetensors"), folder) == plan for other in others)
 
 
@@ -346,7 +347,8 @@ def test_one_format_rounded_by_gptq(fmt: str, folder: Path) -> None:
     words = (*UNIFORM, *ONE_FORMAT[fmt][0], "--rounding", "gptq", *PROFILE, *FEW)
     written, plan = carried_out(words, folder)
     assert set(plan["formats"].values()) == {fmt} and written.result["formats"] == {fmt: 28}
-    assert plan["options"] == {"format": fmt, "rounding": "gptq"} and plan["profile"] is not None
+    assert plan["options"] == {"uniform": True, "format": fmt, "rounding": "gptq", "tokens": 256}
+    assert plan["profile"] is not None
     assert 0 < written.result["prediction_error"] < 2 and len(written.result["top_k_agreement"]) == 2
 
 

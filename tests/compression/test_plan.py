@@ -115,6 +115,29 @@ def test_a_plan_survives_json_and_an_editor(plan: CompressionPlan) -> None:
 
 
 @given(plans)
+def test_a_plan_is_signed_by_its_planner(plan: CompressionPlan) -> None:
+    again = parse_plan(json.loads(json.dumps(plan.document())), "a plan")
+    assert again == plan and not again.edited
+    assert again.document() == plan.document()
+    unsigned = parse_plan(plan.to_json(), "a plan")
+    assert unsigned == plan and not unsigned.edited
+
+
+@given(plans, plans)
+def test_a_plan_that_was_changed_is_called_edited(plan: CompressionPlan, other: CompressionPlan) -> None:
+    edited = parse_plan({**other.to_json(), "digest": plan.digest}, "a plan")
+    assert edited.edited == (plan.digest != other.digest)
+    assert parse_plan(edited.document(), "a plan").edited == edited.edited, "also after it was printed"
+
+
+def test_fields_that_nobody_knows_are_refused() -> None:
+    with pytest.raises(BadInputError, match=r"^a plan: unknown field 'formts'"):
+        parse_plan(changed(formts={}), "a plan")
+    with pytest.raises(BadInputError, match=r"^a plan: field 'digest' is 7; expected a string"):
+        parse_plan(changed(digest=7), "a plan")
+
+
+@given(plans)
 def test_the_digest_ignores_the_order_in_which_a_plan_was_put_together(plan: CompressionPlan) -> None:
     stages = tuple(
         replace(stage, formats=dict(reversed(stage.formats.items()))) if isinstance(stage, Formats) else stage

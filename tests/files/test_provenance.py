@@ -14,11 +14,12 @@ from ditmoe_cli.files.provenance import CHECKPOINT_SCHEMA, Card, Provenance, Ste
 
 TEXT = st.text(max_size=8)
 SETTINGS = st.none() | st.dictionaries(TEXT, st.integers() | TEXT, max_size=3)
+OPTIONS = st.dictionaries(TEXT, st.integers() | TEXT | st.booleans(), max_size=3)
 PROVENANCES = st.builds(
     Provenance,
     st.dictionaries(TEXT, st.integers() | TEXT | st.lists(st.integers(), max_size=3), max_size=4),
     st.lists(
-        st.builds(Step, TEXT, TEXT, TEXT, SETTINGS),
+        st.builds(Step, TEXT, TEXT, TEXT, OPTIONS, calibration=SETTINGS),
         max_size=3,
     ).map(tuple),
     st.builds(Card, st.none() | TEXT, st.integers(1, 255)),
@@ -34,7 +35,11 @@ def test_metadata_round_trips(provenance: Provenance, hashes: dict[str, str]) ->
 
 
 def test_the_last_calibration_is_that_of_the_newest_step_that_has_one() -> None:
-    steps = (Step("prune", "a", "b", {"cfg": 4.0}), Step("merge", "c", "d", {"cfg": 1.5}), Step("quantize", "e", "f"))
+    steps = (
+        Step("prune", "a", "b", calibration={"cfg": 4.0}),
+        Step("merge", "c", "d", calibration={"cfg": 1.5}),
+        Step("quantize", "e", "f"),
+    )
     assert Provenance({}, steps).calibration == {"cfg": 1.5}
     assert Provenance({}, steps[2:]).calibration is None
     assert "calibration" not in steps[2].to_json()

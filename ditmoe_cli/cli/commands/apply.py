@@ -11,7 +11,7 @@ import typer
 from ditmoe_cli.cli.options import Destination, DeviceOpt, Source, checked_device
 from ditmoe_cli.cli.planning import Job, preview, write
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.cli.terminal import Printing, note
 from ditmoe_cli.compression.plan import read_plan
 from ditmoe_cli.routing.profile import read_profile
 
@@ -49,6 +49,8 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     (by refitting, merging, narrowing or rounding with GPTQ) takes the profile that it was made with.
     """
     plan = read_plan(planned.plan)
+    if plan.edited:
+        note(f"{planned.plan}: the plan was edited since it was planned; the history of the output will say so")
     stage = source.stage()
     opened = open_stage(stage)
     job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ditmoe_cli.cli.costs import step_text
 from ditmoe_cli.cli.options import Source
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, with_options
+from ditmoe_cli.files.provenance import parse_step
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.parameters import count_parameters
@@ -52,6 +54,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "loads_upstream": loads_upstream(checkpoint),
         "extractor": checkpoint.card.extractor,
         "history": [step.command for step in provenance.history] if provenance else [],
+        "steps": [step.to_json() for step in provenance.history] if provenance else [],
         "assumptions": [with_options(text) for text in checkpoint.assumptions],
         "warnings": [with_options(text) for text in checkpoint.warnings],
     }
@@ -98,7 +101,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
         ("layout", result["layout"]),
         ("sampler", config["sampler"]),
         ("loads upstream", "yes" if result["loads_upstream"] else "no"),
-        ("history", " > ".join(result["history"]) or "none"),
+        *(("history", step_text(parse_step(step))) for step in result["steps"] or ()),
+        *(() if result["steps"] else (("history", "none"),)),
         *(("assumed", text) for text in result["assumptions"]),
         *(("warning", text) for text in result["warnings"]),
     ]

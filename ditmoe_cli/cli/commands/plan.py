@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ditmoe_cli.cli.costs import error_rows, plan_rows
 from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit
-from ditmoe_cli.compression.plan import (
-    CompressionPlan,
-    Differences,
-    Experts,
-    Formats,
-    PlanStage,
-    plan_difference,
-    read_plan,
-)
-from ditmoe_cli.formats.registry import format_label
+from ditmoe_cli.compression.plan import FIGURES, CompressionPlan, plan_difference, read_plan
 
 EXAMPLES = (
     "ditmoe prune ckpt.pt --keep 0.5 --dry-run > plan.json",
@@ -44,7 +35,7 @@ def run(plans: Plans, printing: JsonPrinting) -> None:
     """
     plan, stage = read_plan(plans.file), Stage()
     if plans.other is None:
-        document = stage.to_json({"plan": plan.to_json(), "digest": plan.digest})
+        document = stage.to_json({"plan": plan.document(), "digest": plan.digest, "edited": plan.edited})
         return emit(printing, document, rows(plan), None, editable=True)
     lines = plan_difference(plan, read_plan(plans.other))
     result = {"same": not lines, "differences": lines}
@@ -53,24 +44,15 @@ def run(plans: Plans, printing: JsonPrinting) -> None:
 
 def rows(plan: CompressionPlan) -> list[Row]:
     """Return a plan as a table."""
+    figures = error_rows(plan.options)
+    options = {name: value for name, value in plan.options.items() if name not in FIGURES}
     return [
         ("command", plan.command),
         ("for checkpoint", plan.source),
         ("by profile", plan.profile or "none"),
-        ("options", ", ".join(f"{name} {value}" for name, value in plan.options.items()) or "none"),
-        *(row for stage in plan.stages for row in stage_rows(stage)),
+        ("options", ", ".join(f"{name} {value}" for name, value in options.items()) or "none"),
+        *([("edited", f"since it was planned as {plan.written[:12]}")] if plan.edited and plan.written else []),
+        *plan_rows(plan, by_block=True),
+        *figures,
+        ("digest", plan.digest),
     ]
-
-
-def stage_rows(stage: PlanStage) -> list[Row]:
-    """Return a stage of a plan as rows of its table."""
-    match stage:
-        case Experts():
-            blocks = enumerate(stage.blocks)
-            return [(f"block {i}", f"{b.router}, keeps {' '.join(map(str, b.keep))}") for i, b in blocks]
-        case Differences():
-            return [("differences", f"{stage.kind} {stage.ratio:g}")]
-        case Formats():
-            counts = sorted(Counter(map(format_label, stage.formats.values())).items())
-            orders: list[Row] = [("orders neurons", f"by {stage.ordering}")] if stage.ordering else []
-            return orders + [("quantises", f"{count} weights to {name}") for name, count in counts]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
-from ditmoe_cli.compression.plan import CompressionPlan, Differences
+from ditmoe_cli.compression.plan import UNDECIDED, CompressionPlan, Differences
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.formats.differences import DeltaFormat
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -57,10 +57,11 @@ def plan_delta(checkpoint: Checkpoint, stage: Differences, profile: RoutingProfi
     delta_tensors(checkpoint, stage)
     if profile is not None:
         require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    options: dict[str, Any] = {"delta": stage.kind, "delta_ratio": stage.ratio}
     return CompressionPlan(
         command="merge",
         source=checkpoint.fingerprint,
         profile=profile.digest if profile else None,
-        options={"delta": stage.kind, "ratio": stage.ratio} if profile else {"undecided": True},
+        options=options if profile else {**options, UNDECIDED: True},
         stages=(stage,),
     )

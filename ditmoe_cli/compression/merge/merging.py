@@ -10,7 +10,15 @@ from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
+from ditmoe_cli.compression.plan import (
+    UNDECIDED,
+    BlockPlan,
+    CompressionPlan,
+    Experts,
+    Repair,
+    RouterMode,
+    repair_options,
+)
 from ditmoe_cli.compression.planner import Planner, Work, label_of, repair_label
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -75,9 +83,10 @@ class Merging(Planner):
             "router": plan.options["router"],
         }
 
-    def options(self) -> dict[str, str]:
-        """Return what stands in the plan for its reader."""
-        return {"groups": str(self.groups), "method": self.method, "router": self.router}
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for, by the names of the options, for the options of the plan."""
+        given = {"groups": str(self.groups), "method": self.method, "router": self.router}
+        return {**given, **repair_options(self.repair)}
 
 
 def group_counts(checkpoint: Checkpoint, merging: Merging) -> list[int]:
@@ -133,7 +142,7 @@ def undecided_merge(checkpoint: Checkpoint, merging: Merging) -> CompressionPlan
         experts = len(checkpoint.config.blocks[index].expert_widths)
         groups = (*((e,) for e in range(count - 1)), tuple(range(count - 1, experts)))
         blocks.append(_block_plan(groups, (), merging.router))
-    return _plan(checkpoint, merging, blocks, None, {"undecided": True})
+    return _plan(checkpoint, merging, blocks, None, {**merging.options(), UNDECIDED: True})
 
 
 def _plan(

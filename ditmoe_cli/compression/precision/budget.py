@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ditmoe_cli.compression.precision.candidates import Candidates
 from ditmoe_cli.compression.precision.uniform import INTEGER_BITS, uniform_formats
@@ -71,13 +70,13 @@ class FileSizes:
     """The sizes of a checkpoint's file with its weights in any formats, and everything else as it is.
 
     They equal the size of the plan's output (`compression.output.planned_output`) to the byte, and take less work.
-    `calibration` holds the settings of the calibration that the plan rests on.
+    `step` is the one that the plan will add to the history.
     """
 
-    def __init__(self, checkpoint: Checkpoint, output: Output, calibration: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, output: Output, step: Step | None = None) -> None:
         self._checkpoint, self._output = checkpoint, output
         base = checkpoint.provenance()
-        history = (*base.history, Step("quantize", checkpoint.fingerprint, _NO_DIGEST, calibration))
+        history = (*base.history, step or Step("quantize", checkpoint.fingerprint, _NO_DIGEST))
         self._provenance = Provenance(checkpoint.config.to_json(), history, base.card)
 
     def of(self, formats: Mapping[str, str]) -> int:

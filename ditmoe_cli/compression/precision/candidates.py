@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ditmoe_cli.compression.plan import CompressionPlan, Formats
+from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.formats.registry import format_label, is_quantizable
@@ -55,6 +55,17 @@ class Candidates:
                 raise UsageError(f"{setting} {unknown}: choose from {', '.join(map(str, known))}")
         if len(self.tied) == 1:
             raise UsageError(f"⟨tie⟩ {self.tied[0]}: name at least two matrices, as gate,up")
+
+    def options(self) -> dict[str, Any]:
+        """Return what differs from the defaults, by the names of the options, for the options of a plan."""
+        plain = Candidates()
+        given: dict[str, Any] = {"allow": ",".join(self.allowed)} if self.allowed != plain.allowed else {}
+        floors = [f"{group}={bits:g}" for group, bits in self.floors.items() if plain.floors.get(group) != bits]
+        lists = {"floor": floors, "protect": ",".join(self.protected), "tie": ",".join(self.tied)}
+        given |= {name: value for name, value in lists.items() if value}
+        if self.group_size != plain.group_size:
+            given["group_size"] = self.group_size
+        return {**given, "symmetric": True} if self.symmetric else given
 
     def format_of(self, width: str) -> str | None:
         """Return the format of a width; None for 16, which leaves a weight as it is."""
@@ -111,6 +122,15 @@ def ties(names: Sequence[str], tied: Sequence[str]) -> dict[str, str]:
         is_tied = matrix in tied and (parts.expert is not None or ".shared_experts." in name)
         decisions[name] = name.replace(f".{matrix}_proj.", f".{'+'.join(tied)}.") if is_tied else name
     return decisions
+
+
+def rounding_options(rounding: Rounding | None) -> dict[str, Any]:
+    """Return how weights are rounded, by the names of the options; defaults of GPTQ are left out."""
+    if rounding is None:
+        return {"rounding": "nearest"}
+    tokens = {"tokens": rounding.tokens} if rounding.tokens else {}
+    smooth = {"smooth": rounding.smoothing} if rounding.smoothing else {}
+    return {"rounding": rounding.method, **tokens, **smooth}
 
 
 def format_counts(plan: CompressionPlan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from ditmoe_cli.compression.planner import Work
 from ditmoe_cli.compression.precision.budget import Budget, FileSizes
 from ditmoe_cli.compression.precision.candidates import WIDTHS, Candidates, candidate_formats, ties
+from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.parameters import WeightGroup, weight_group
 
@@ -66,9 +67,12 @@ class MixRequest:
         return self.sizes.of({name: fmt for part in formats for name, fmt in part.items()})
 
 
-def mix_request(work: Work, candidates: Candidates, budget: Budget) -> MixRequest:
-    """Return the request for a mix within a budget. Raises what `candidate_formats` raises."""
+def mix_request(work: Work, candidates: Candidates, budget: Budget, step: Step | None = None) -> MixRequest:
+    """Return the request for a mix within a budget. Raises what `candidate_formats` raises.
+
+    `step` is the one that the plan will add to the history of the file, whose bytes count.
+    """
     checkpoint = work.checkpoint
-    sizes = FileSizes(checkpoint, work.output, work.calibration())
+    sizes = FileSizes(checkpoint, work.output, step)
     formats = candidate_formats(checkpoint, candidates)
     return MixRequest(checkpoint, candidates, formats, budget.limit(sizes, candidates), sizes)

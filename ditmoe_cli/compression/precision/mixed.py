@@ -11,9 +11,10 @@ from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
 from ditmoe_cli.compression.precision.budget import Budget
-from ditmoe_cli.compression.precision.candidates import Candidates, format_counts
+from ditmoe_cli.compression.precision.candidates import Candidates, format_counts, rounding_options
 from ditmoe_cli.compression.precision.mix import Mix, least_bytes
 from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
+from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -72,8 +73,12 @@ class MixedPrecision(Planner):
         tried_error = mix.tried_error
         if tried_error is None:
             tried_error = try_formats(calibrated, mix.formats).error
-        options = {"method": self.method, **self.budget.options(), "tried_error": tried_error}
-        return plan_mix(calibrated, mix, options, self.rounding)
+        return plan_mix(calibrated, mix, {**self.options(), "tried_error": tried_error}, self.rounding)
+
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for, by the names of the options, for the options of the plan."""
+        given = {"method": self.method, **self.budget.options(), **self.candidates.options()}
+        return {**given, **rounding_options(self.rounding)}
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""
@@ -86,7 +91,16 @@ class MixedPrecision(Planner):
         return {**format_counts(plan), **{name: plan.options[name] for name in names if name in plan.options}}
 
     def _request(self, work: Work) -> MixRequest:
-        return mix_request(work, self.candidates, self.budget)
+        step = planned_step(self._sized(work), work.checkpoint.config.depth)
+        return mix_request(work, self.candidates, self.budget, step)
+
+    def _sized(self, work: Work) -> CompressionPlan:
+        """Return a plan whose entry in the history of the file is as long as that of the plan to come."""
+        solved = ("predicted_error", "gap") if self.method == DEFAULT_METHODS["quantize"] else ()
+        options = {**self.options(), **dict.fromkeys((*solved, "tried_error"), 0.0)}
+        stages = (Formats({}, self.rounding),)
+        source = work.checkpoint.fingerprint
+        return CompressionPlan("quantize", source, None, options, stages, calibration=work.calibration())
 
 
 def plan_mix(

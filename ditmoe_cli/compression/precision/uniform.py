@@ -12,6 +12,7 @@ from ditmoe_cli.compression.precision.candidates import (
     GROUP_SIZES,
     format_counts,
     require_unquantised,
+    rounding_options,
 )
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.formats.registry import is_quantizable
@@ -138,6 +139,6 @@ def plan_uniform(
     formats = uniform_formats(checkpoint, fmt)
     if not formats:
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be stored as {fmt}")
-    options = {"format": fmt, **({"rounding": rounding.method} if rounding else {})}
+    options = {"uniform": True, "format": fmt, **(rounding_options(rounding) if rounding else {})}
     source = checkpoint.fingerprint
     return CompressionPlan("quantize", source, profile, options, (Formats(formats, rounding),))

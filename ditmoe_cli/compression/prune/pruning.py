@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, SALIENCIES, SEARCHES
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Repair, RouterMode
+from ditmoe_cli.compression.plan import (
+    UNDECIDED,
+    BlockPlan,
+    CompressionPlan,
+    Experts,
+    Repair,
+    RouterMode,
+    repair_options,
+)
 from ditmoe_cli.compression.planner import Planner, Work, label_of, repair_label
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
@@ -103,11 +111,20 @@ class Pruning(Planner):
         return scored or self.replays or self.computes
 
     def options(self) -> dict[str, Any]:
-        """Return what stands in the plan for its reader: what was asked for, defaults left out."""
-        names = ("method", "router", "seed", "shared_budget", "neurons", "narrow_shared", "constants", "rank")
-        plain = Pruning(self.keep)
-        always = {"keep": str(self.keep), "method": self.method, "router": self.router or "auto", "seed": self.seed}
-        return always | {n: getattr(self, n) for n in names[3:] if getattr(self, n) != getattr(plain, n)}
+        """Return what was asked for, by the names of the options, for the options of the plan; defaults are left out.
+
+        Method and router always stand there.
+        """
+        given: dict[str, Any] = {"keep": str(self.keep), "method": self.method, "router": self.router or "auto"}
+        if self.method == "random":
+            given["seed"] = self.seed
+        if self.shared_budget:
+            given["allocate"] = "global"
+        if self.neurons < 1.0:
+            given |= {"neurons": self.neurons, "multiple": self.multiple}
+        switches = ("narrow_shared", "constants") if not self.rank else ("narrow_shared",)
+        given |= {name: True for name in switches if getattr(self, name)}
+        return {**given, **({"residual_rank": self.rank} if self.rank else {}), **repair_options(self.repair)}
 
     def check(self, work: Work) -> None:
         """Refuse what `check_pruning` refuses."""
@@ -271,7 +288,10 @@ def undecided_plan(checkpoint: Checkpoint, pruning: Pruning) -> CompressionPlan:
     keeps = [tuple(range(count)) for count in counts]
     blocks = tuple(_block_plan(checkpoint, pruning, i, keep, pruning.router) for i, keep in enumerate(keeps))
     return CompressionPlan(
-        "prune", checkpoint.fingerprint, options={"undecided": True}, stages=(Experts(blocks, repair=pruning.repair),)
+        "prune",
+        checkpoint.fingerprint,
+        options={**pruning.options(), UNDECIDED: True},
+        stages=(Experts(blocks, repair=pruning.repair),),
     )
 
 

@@ -490,7 +490,8 @@ def test_a_dry_run_a_saved_plan_and_a_pipe_agree(
     pico = make_pico(sampler="rf", in_channels=1, hidden=HIDDEN, widths=((WIDTH,) * EXPERTS,) * DEPTH)
     pico.save(tmp_path / "a.safetensors")
     profiled = cli("profile-experts", "a.safetensors", "--images", 4, "--steps", 2, "--bins", 2, "-o", "p.safetensors")
-    open_plan = cli("merge", "a.safetensors", "--delta", kind, "--dry-run")["result"]
+    settings = ("--calibration-images", 4, "--calibration-steps", 2)  # which the history keeps
+    open_plan = cli("merge", "a.safetensors", "--delta", kind, "--dry-run", *settings)["result"]
     dry = cli("merge", "a.safetensors", "--delta", kind, "--dry-run", "--profile", "p.safetensors")
     (tmp_path / "dry.json").write_text(json.dumps(dry))
     made = cli("merge", "--delta", kind, stdin=json.dumps(profiled))

@@ -14,6 +14,7 @@ from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.precision.budget import Budget, FileSizes
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
+from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -48,13 +49,15 @@ def test_sizes_are_those_of_the_file(fmt: str | None, output: Output, checkpoint
 def test_sizes_of_a_file_with_a_history(checkpoint: Checkpoint, tmp_path: Path) -> None:
     child = pruned(checkpoint, [(0, 1, 2)] * 2, "ghost", tmp_path / "pruned.safetensors")
     plan = plan_uniform(child, "int4-g64")
-    assert FileSizes(child, WHERE).of(formats_of(plan)) == planned_output(child, plan).predicted_bytes(WHERE)
+    sizes = FileSizes(child, WHERE, planned_step(plan, child.config.depth))
+    assert sizes.of(formats_of(plan)) == planned_output(child, plan).predicted_bytes(WHERE)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_a_budget_in_bits_is_the_uniform_files_size(bits: int, checkpoint: Checkpoint) -> None:
     plan = plan_uniform(checkpoint, f"int{bits}-g64")
-    assert Budget(bits=bits).limit(FileSizes(checkpoint, WHERE), Candidates()) == bytes_of(checkpoint, plan)
+    sizes = FileSizes(checkpoint, WHERE, planned_step(plan, checkpoint.config.depth))
+    assert Budget(bits=bits).limit(sizes, Candidates()) == bytes_of(checkpoint, plan)
 
 
 def test_between_two_widths_the_budget_is_between_theirs(checkpoint: Checkpoint) -> None:

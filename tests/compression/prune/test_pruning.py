@@ -83,7 +83,13 @@ def test_the_best_are_kept_and_ties_fall_to_the_lower_number(scores: list[list[f
 def test_a_plan_tells_how_it_was_made(checkpoint: Checkpoint) -> None:
     plan = plan_prune(checkpoint, None, Pruning(parse_keep("0.5"), "random", "slice", seed=7))
     assert (plan.command, plan.source, plan.profile) == ("prune", checkpoint.fingerprint, None)
-    assert plan.options == {"keep": "0.5", "method": "random", "router": "slice", "seed": 7}
+    assert plan.options == {
+        "keep": "0.5",
+        "method": "random",
+        "router": "slice",
+        "seed": 7,
+        "no_refit": True,
+    }
     scores = SALIENCIES["random"].score(empty_tables((EXPERTS, EXPERTS)), 7)
     assert blocks_of(plan) == tuple(BlockPlan(keep, "slice") for keep in best(scores, [3, 3]))
     assert plan.decided
@@ -128,11 +134,12 @@ def test_an_undecided_plan_has_the_bytes_of_every_decided_one(
         more = more if more.get("constants") else {name: value for name, value in more.items() if name != "rank"}
         count = min(count, min(len(block.expert_widths) for block in source.config.blocks))
         pruning = Pruning(Keep(count=count), "random", router, multiple=8, **more)  # type: ignore[arg-type]
-        undecided = undecided_plan(source, pruning)
-        assert not undecided.decided
-        expected = size(source, undecided, shard_bytes)
         for seed in data.draw(st.lists(st.integers(), min_size=3, max_size=3)):
-            assert size(source, plan_prune(source, None, replace(pruning, seed=seed)), shard_bytes) == expected
+            seeded = replace(pruning, seed=seed)
+            undecided = undecided_plan(source, seeded)
+            assert not undecided.decided
+            expected = size(source, undecided, shard_bytes)
+            assert size(source, plan_prune(source, None, seeded), shard_bytes) == expected
 
 
 def test_bytes_that_depend_on_the_choice_need_a_decision(tmp_path: Path) -> None:
@@ -215,9 +222,10 @@ def test_what_a_block_becomes_is_in_its_plan(checkpoint: Checkpoint) -> None:
         "router": "mass",
         "seed": 0,
         "neurons": 0.5,
+        "multiple": 5,
         "narrow_shared": True,
-        "constants": True,
-        "rank": 2,
+        "residual_rank": 2,
+        "refit_tokens": 7,
     }
     everything = plan_prune(checkpoint, None, replace(pruning, keep=Keep(ratio=1.0), constants=True))
     assert not blocks_of(everything)[0].constants and blocks_of(everything)[0].rank == 0, "there is nothing to replace"

@@ -96,7 +96,7 @@ def test_a_shared_budget_is_spread_so_that_the_sum_of_errors_is_least(
     spreads = [spread for spread in itertools.product((2, 3, 4), repeat=3) if sum(spread) == 9]
     least = min(sum(best[index, n] for index, n in enumerate(spread)) for spread in spreads)
     assert sum(errors[i, block.keep, mode] for i, block in enumerate(blocks_of(plan))) == pytest.approx(least, rel=1e-3)
-    assert plan.options["shared_budget"] is True
+    assert plan.options["allocate"] == "global"
 
 
 @pytest.mark.parametrize("method", ["reap", "diet"])

@@ -1,0 +1,238 @@
+"""The rows that tell what a stage does and what it cost: experts, widths, formats, errors, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.compression.plan import (
+    FIGURES,
+    BlockPlan,
+    CompressionPlan,
+    Differences,
+    Experts,
+    Formats,
+    Repair,
+    Rounding,
+)
+from ditmoe_cli.files.names import split_name
+from ditmoe_cli.files.provenance import Step
+from ditmoe_cli.formats.registry import format_label
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.parameters import WeightGroup, group_of, weight_group
+
+GROUPS: Mapping[WeightGroup, str] = {
+    "experts": "routed experts",
+    "shared": "shared experts",
+    "attn": "attention",
+    "modulation": "modulation",
+    "embedders": "embedders",
+}
+_MOST_RUNS = 6  # of widths that are listed; more are told by their range
+
+
+def in_runs(numbers: Iterable[int]) -> str:
+    """Return ascending numbers with runs joined: ``0 2-5 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def widths_text(widths: Sequence[int]) -> str:
+    """Return widths with equal neighbours counted, ``128 x3, 64``; their range where they differ more."""
+    runs = [(width, len(list(same))) for width, same in groupby(widths)]
+    if len(runs) > _MOST_RUNS:
+        return f"{min(widths)} to {max(widths)}, {sum(widths) / len(widths):.0f} on average"
+    return ", ".join(f"{width} x{count}" if count > 1 else f"{width}" for width, count in runs)
+
+
+def number(value: float) -> str:
+    """Return an error or a gap for reading, in three digits."""
+    return f"{value:.3g}"
+
+
+def range_text(values: Sequence[float], worst: int) -> str:
+    """Return values of blocks by their range, and the block of the `worst`."""
+    if min(values) == max(values):
+        return f"{number(values[0])} in each block" if len(values) > 1 else number(values[0])
+    return f"{number(min(values))} to {number(max(values))}, worst in block {worst}"
+
+
+def blockwise(texts: Sequence[str]) -> list[Row]:
+    """Return one row a block, neighbours of the same text joined."""
+    rows: list[Row] = []
+    for text, same in groupby(enumerate(texts), key=lambda pair: pair[1]):
+        first, *others = (index for index, _ in same)
+        rows.append((f"blocks {first}-{others[-1]}" if others else f"block {first}", text))
+    return rows
+
+
+def block_text(block: BlockPlan, experts: int | None) -> str:
+    """Return what becomes of a block's experts; `experts` is how many there were, where that is known."""
+    of = f" of {experts}" if experts is not None else ""
+    everything = experts is not None and len(block.keep) == experts
+    parts = [f"keeps {'all' if everything else in_runs(block.keep)}{of}"]
+    leads = sorted({lead for _, lead in block.merged})
+    parts += [f"merges {in_runs(e for e, into in block.merged if into == lead)} into {lead}" for lead in leads]
+    if block.widths:
+        parts.append(f"widths {widths_text(block.widths)}")
+    if block.shared_width:
+        parts.append(f"shared expert {block.shared_width}")
+    if block.constants:
+        parts.append(f"constants of rank {block.rank}" if block.rank else "constants")
+    if not everything:
+        parts.append(f"router {block.router}")
+    return "; ".join(parts)
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Return counted formats: ``int3-g64 x20, int4-g64 x4``."""
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
+
+
+def formats_by_group(formats: Mapping[str, str], checkpoint: Checkpoint | None) -> dict[WeightGroup, Counter[str]]:
+    """Return how many matrices of each group have which format; with the checkpoint also those without one."""
+    counts: dict[WeightGroup, Counter[str]] = {group: Counter() for group in GROUPS}
+    for name, fmt in formats.items():
+        group = group_of(name)
+        if group is not None:
+            counts[group][format_label(fmt)] += 1
+    for name, weight in checkpoint.weights.items() if checkpoint else ():
+        group = weight_group(weight.info)
+        if group is not None and name not in formats:
+            counts[group][format_label(weight.format or weight.info.dtype)] += 1
+    return {group: counted for group, counted in counts.items() if counted}
+
+
+def group_rows(formats: Mapping[str, str], checkpoint: Checkpoint | None) -> list[Row]:
+    """Return one row for each group of weights, with the formats of its matrices."""
+    found = formats_by_group(formats, checkpoint)
+    return [(GROUPS[group], counts_text(counts)) for group, counts in found.items()]
+
+
+def format_rows(formats: Mapping[str, str]) -> list[Row]:
+    """Return one row for each block, and one for the weights outside of blocks, with the formats by group."""
+    blocks: dict[int | None, dict[str, str]] = {}
+    for name, fmt in formats.items():
+        blocks.setdefault(split_name(name).block, {})[name] = fmt
+    depth = max((block for block in blocks if block is not None), default=-1) + 1
+    texts = [_groups_text(blocks.get(index, {})) for index in range(depth)]
+    outside: list[Row] = [("outside blocks", _groups_text(blocks[None]))] if None in blocks else []
+    return blockwise(texts) + outside
+
+
+def _groups_text(formats: Mapping[str, str]) -> str:
+    found = formats_by_group(formats, None)
+    parts = [f"{GROUPS[group]} {counts_text(counts)}" for group, counts in found.items()]
+    return "; ".join(parts) or "unchanged"
+
+
+def repair_text(repair: Repair | None) -> str:
+    """Return how kept weights are refitted."""
+    if repair is None:
+        return "none"
+    if repair.scale:
+        fitted = "one factor for each expert"
+    else:
+        parts = [name for name, wanted in (("shared expert", repair.shared), ("constant", repair.constant)) if wanted]
+        fitted = ", ".join(["routed experts", *parts, *(["linear map"] if repair.linear else [])])
+    return f"{fitted}, on {f'{repair.tokens:,}' if repair.tokens else 'as many tokens as suit it'}"
+
+
+def rounding_text(rounding: Rounding | None) -> str:
+    """Return how weights are rounded."""
+    if rounding is None:
+        return "to the nearest"
+    tokens = f"{rounding.tokens:,} tokens" if rounding.tokens else "as many tokens as suit it"
+    return f"{rounding.method}, on {tokens}" + (
+        f", inputs smoothed by {rounding.smoothing:g}" * bool(rounding.smoothing)
+    )
+
+
+def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_block: bool = False) -> list[Row]:
+    """Return what a plan does: experts by block, differences, and formats by group, or by block and group."""
+    rows: list[Row] = []
+    for stage in plan.stages:
+        match stage:
+            case Experts():
+                before = [len(b.expert_widths) for b in checkpoint.config.blocks] if checkpoint else None
+                texts = [block_text(b, before[i] if before else None) for i, b in enumerate(stage.blocks)]
+                rows += [("merging", stage.merging)] if stage.merging else []
+                rows += [*blockwise(texts), ("refit", repair_text(stage.repair))]
+            case Differences():
+                rows.append(("differences", f"{stage.kind} {stage.ratio:g}"))
+            case Formats():
+                rows += [("orders neurons", f"by {stage.ordering}")] if stage.ordering else []
+                rows += format_rows(stage.formats) if by_block else group_rows(stage.formats, checkpoint)
+                rows.append(("rounding", rounding_text(stage.rounding)))
+    return rows
+
+
+def facts(plan: CompressionPlan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a plan does to a checkpoint as JSON: the facts that its rows tell."""
+    found: dict[str, Any] = {name: plan.options[name] for name in FIGURES if name in plan.options}
+    for stage in plan.stages:
+        match stage:
+            case Experts():
+                found["experts_before"] = [len(block.expert_widths) for block in checkpoint.config.blocks]
+                found["kept"] = [list(block.keep) for block in stage.blocks]
+                if any(block.widths for block in stage.blocks):
+                    found["widths"] = [list(block.widths) for block in stage.blocks]
+            case Differences():
+                found["delta"] = asdict(stage)
+            case Formats():
+                groups = formats_by_group(stage.formats, checkpoint)
+                found["formats_by_group"] = {group: dict(sorted(counts.items())) for group, counts in groups.items()}
+    return found
+
+
+def error_rows(facts: Mapping[str, Any]) -> list[Row]:
+    """Return the errors among the facts of a stage, and the agreement of routing, as far as they are known."""
+    rows: list[Row] = []
+    refit = facts.get("refit_error")
+    if refit:
+        rows.append(("refit error", f"{range_text(refit, refit.index(max(refit)))} (held out, of that before)"))
+    named = (("predicted", "predicted_error"), ("tried", "tried_error"), ("after rounding", "prediction_error"))
+    errors = [f"{label} {number(facts[name])}" for label, name in named if facts.get(name) is not None]
+    if facts.get("gap") is not None:
+        errors.append(f"gap {number(facts['gap'])} by {facts['solver']}")
+    elif facts.get("solver"):
+        errors.append(f"solver {facts['solver']}")
+    if errors:
+        rows.append(("prediction error", ", ".join(errors)))
+    agreement = facts.get("top_k_agreement")
+    if agreement:
+        rows.append(("top-k agreement", range_text(agreement, agreement.index(min(agreement)))))
+    return rows
+
+
+def step_text(step: Step) -> str:
+    """Return a step of a history in one line: ``prune --keep 0.5 --method reap, refit error 0.03``."""
+    words = [step.command, *(word for name, value in step.options.items() for word in _flag(name, value))]
+    measured = [
+        f"{name.replace('_', ' ')} {_spread(list(map(float, texts)))}"
+        for name, texts in step.measured.items()
+        if texts and name != "gap"
+    ]
+    return ", ".join([" ".join(words), *measured]) + " (by an edited plan)" * step.edited
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _flag(name: str, value: object) -> Iterator[str]:
+    """Yield an option as it is given; switches have no value, and lists are given one by one."""
+    flag = "--" + name.replace("_", "-")
+    for each in value if isinstance(value, list) else [value]:
+        if each is not False and each is not None:
+            yield flag if each is True else f"{flag} {each}"
