@@ -23,7 +23,7 @@ ALLOWED = {
     "version": set(),
     "files": {"version", "progress", "errors"},
     "formats": {"files", "progress", "errors"},
-    "model": {"formats", "files", "progress", "errors"},
+    "model": {"formats", "files", "progress", "threads", "errors"},
     "diffusion": {"model", "files", "progress", "errors"},
     "evaluation": {"processes", "diffusion", "model", "formats", "files", "progress", "errors"},
     "routing": {"processes", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},

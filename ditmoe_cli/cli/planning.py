@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,10 +12,12 @@ from typing import Any
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.costs import error_rows, facts, plan_rows
+from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
 from ditmoe_cli.compression.apply import apply, applying_key
+from ditmoe_cli.compression.estimates import carrying_out, profiling_estimate
 from ditmoe_cli.compression.methods import METHODS
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
@@ -24,6 +26,8 @@ from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.effort import Estimate
+from ditmoe_cli.model.throughput import known_rate, likely_device
 from ditmoe_cli.routing.calibrate import made_profile
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.profile_search import ProfileRequest, search
@@ -64,52 +68,62 @@ def run_planner(
     job = Job(planner.command, stage, checkpoint, output, printing)
     work = Work(checkpoint, output, lambda: checked_device(planning.device), note)
     request = automatic.request(stage, checkpoint, planning.profile_for(stage), output.path.parent)
-    plan, profile = choose(planner, work, request, to.dry_run)
+    plan, profile, before = choose(planner, work, request, to.dry_run)
     if to.dry_run:
-        return preview(job, plan)
+        return preview(job, plan, planning.device, before)
     return write(job, plan, profile, work.device, planner.details(checkpoint, plan))
 
 
 def choose(
     planner: Planner, work: Work, request: ProfileRequest, dry_run: bool
-) -> tuple[CompressionPlan, RoutingProfile | None]:
-    """Return the plan and the profile that it rests on, profiling the checkpoint where that is needed.
+) -> tuple[CompressionPlan, RoutingProfile | None, list[Estimate]]:
+    """Return the plan, the profile that it rests on, and what making both takes, which is told before.
 
-    What cannot be done is refused before the first expensive step. A dry run never profiles: without a profile its
-    plan is undecided.
+    The checkpoint is profiled where that is needed. What cannot be done is refused before the first expensive step. A
+    dry run never profiles: without a profile its plan is undecided.
     """
     if not planner.needs_profile:
         request.refuse_settings(f"{planner.command} as asked for")
         planner.check(work)
-        return planner.plan(work, None), None
+        return planner.plan(work, None), None, []
     found = cache(lambda: search(work.checkpoint, request, note))
     work = replace(work, calibration=lambda: found().settings)
     planner.check(work)
     basis = found()
+    cfg = float(basis.settings["cfg"])
+    profiled = [profiling_estimate(work.checkpoint.config, basis.calibration)] if basis.calibration is not None else []
+    measured = planner.estimates(work, cfg)
     if dry_run:
         usable = basis.profile
+        foretell(measured if usable else [], work.device)
         plan = planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)
-        return replace(plan, calibration=basis.settings), usable
+        return replace(plan, calibration=basis.settings), usable, [*profiled, *measured]
     target, inputs = work.output.path, [work.checkpoint.path, *([basis.profile.path] if basis.profile else [])]
     check_target(target, work.output.force, inputs)
+    foretell([*profiled, *measured], work.device)
     profile = made_profile(work.checkpoint, basis, work.device, note)
     for warning in planner.warnings(profile):
         note(f"warning: {warning}")
-    return replace(planner.plan(work, profile), calibration=profile.calibration), profile
+    plan = replace(planner.plan(work, profile), calibration=profile.calibration)
+    return plan, profile, [*profiled, *measured]
 
 
-def preview(job: Job, plan: CompressionPlan | None) -> None:
-    """Print a plan (None: a plain copy) and the exact bytes that carrying it out would write.
+def preview(job: Job, plan: CompressionPlan | None, device: str = "cpu", before: Sequence[Estimate] = ()) -> None:
+    """Print a plan (None: a plain copy), the exact bytes that carrying it out would write, and what it would take.
 
-    Writes nothing, and refuses what writing would. An undecided plan has the right size only, and is not printed.
+    `before` is what choosing the plan takes. Writes nothing, and refuses what writing would. An undecided plan has the
+    right size only, and is not printed.
     """
     output = job.output
     check_target(output.path, output.force, [job.checkpoint.path])
-    result = _sizes(job.checkpoint, planned_output(job.checkpoint, plan).predicted_bytes(output))
+    size = planned_output(job.checkpoint, plan).predicted_bytes(output)
+    result = _sizes(job.checkpoint, size)
+    estimates, rate = [*before, *carrying_out(job.checkpoint, plan, size)], known_rate(likely_device(device))
+    result["estimate"] = estimate_of(estimates, rate)
     result["dry_run"] = True
     result["plan"] = plan.document() if plan is not None and plan.decided else None
     told = plan_rows(plan, job.checkpoint) + error_rows(plan.options) if plan is not None and plan.decided else []
-    rows = [("would write", output.path), *told, *_size_rows(result)]
+    rows = [("would write", output.path), *told, *_size_rows(result), estimate_row(estimates, rate)]
     emit(job.printing, job.stage.to_json(result), rows, str(output.path), editable=True)
 
 
@@ -122,6 +136,8 @@ def write(
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
     place = device() if plan is not None and plan.computes else "cpu"
+    size = planned_output(job.checkpoint, plan).predicted_bytes(job.output)
+    foretell(carrying_out(job.checkpoint, plan, size), lambda: place)
     with _work_folder(job, plan, profile, place) as work:
         applied = apply(job.checkpoint, plan, job.output, profile, place, work)
     sizes, known = _sizes(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}

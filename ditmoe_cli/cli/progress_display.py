@@ -16,7 +16,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, TextIO
 
 from ditmoe_cli.cli.terminal import duration, human_bytes, uses_colour
-from ditmoe_cli.processes import under_torchrun
+from ditmoe_cli.processes import first_process
 from ditmoe_cli.progress import BYTES, Phase
 
 if TYPE_CHECKING:
@@ -226,8 +226,7 @@ def looking(look: Callable[[], None], every: float) -> Iterator[None]:
 
 def _is_silent() -> bool:
     """Return whether to show nothing: it is switched off, or this is not the first of torchrun's processes."""
-    is_off = os.environ.get("DITMOE_PROGRESS") == "0"
-    return is_off or (under_torchrun() and os.environ.get("RANK", "0") != "0")
+    return os.environ.get("DITMOE_PROGRESS") == "0" or not first_process()
 
 
 def shown(phase: Phase) -> AbstractContextManager[None]:

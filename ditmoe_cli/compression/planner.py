@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ditmoe_cli.compression.plan import CompressionPlan, Repair, Rounding
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -77,6 +78,11 @@ class Planner(Protocol):
         """Return warnings about a profile that is about to be planned with; by default none."""
         del profile
         return ()
+
+    def estimates(self, work: Work, cfg: float) -> list[Estimate]:
+        """Return what planning takes beside profiling, calibrated at a guidance scale; by default next to nothing."""
+        del work, cfg
+        return []
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan. `profile` is None only for planners that need none."""

@@ -20,6 +20,7 @@ from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
 from ditmoe_cli.compression.replay.states import fitting_states
 from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
+from ditmoe_cli.compression.working_sizes import TOKENS_PER_UNKNOWN
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -28,8 +29,6 @@ from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
 from ditmoe_cli.model.walk import resident_blocks
-
-TOKENS_PER_UNKNOWN = 32
 
 
 def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:

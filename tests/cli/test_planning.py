@@ -67,20 +67,20 @@ def work(tmp_path: Path) -> Work:
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_planner_without_need_gets_no_profile(dry_run: bool, work: Work) -> None:
     planner = Scripted(needs_profile=False)
-    plan, profile = choose(planner, work, ProfileRequest(Path("nowhere.safetensors")), dry_run)
+    plan, profile, _ = choose(planner, work, ProfileRequest(Path("nowhere.safetensors")), dry_run)
     assert planner.asked == ["check", "plan"] and plan.profile is None and profile is None
 
 
 def test_a_dry_run_without_a_profile_leaves_the_plan_open(work: Work) -> None:
     planner = Scripted()
-    plan, profile = choose(planner, work, ProfileRequest(beside=work.output.path.parent), dry_run=True)
+    plan, profile, _ = choose(planner, work, ProfileRequest(beside=work.output.path.parent), dry_run=True)
     assert planner.asked == ["check", "undecided"] and not plan.decided and profile is None
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_profile_that_is_given_decides(dry_run: bool, work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     planner, given = Scripted(), profile_of(work.checkpoint)
-    plan, profile = choose(planner, work, ProfileRequest(given.path), dry_run)
+    plan, profile, _ = choose(planner, work, ProfileRequest(given.path), dry_run)
     assert planner.asked == ["check", "plan"] and plan.profile == given.digest
     assert profile is not None and profile.path == given.path
     assert ("warning: mind the gap" in capsys.readouterr().err) is not dry_run

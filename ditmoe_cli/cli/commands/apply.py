@@ -55,7 +55,7 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     opened = open_stage(stage)
     job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)
     if to.dry_run:
-        return preview(job, plan)
+        return preview(job, plan, planned.device)
     path = planned.profile or (Path(stage.profile) if stage.profile else None)
     profile = read_profile(path) if path and plan.computes else None
     device = checked_device(planned.device)

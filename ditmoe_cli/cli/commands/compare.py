@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
@@ -15,6 +16,7 @@ from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
 from ditmoe_cli.diffusion.sampling import choose_bins
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
+from ditmoe_cli.model.effort import sampling_estimate
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.compare import Divergence, Outputs
@@ -156,7 +158,10 @@ def run(
     from ditmoe_cli.evaluation.compare import CheckpointPair, compare_checkpoints
 
     checkpoints = CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps))
-    result = compare_checkpoints(checkpoints, running.runtime, to.outputs)
+    runtime = running.runtime
+    both = [sampling_estimate(each.config, spec.images, spec.nfe, runtime.batch) for each in (a, b)]
+    foretell(both, lambda: runtime.device)
+    result = compare_checkpoints(checkpoints, runtime, to.outputs)
     emit(printing, stage.done("compare", {}).to_json(result.to_json()), rows(result), to.path)
     limit = comparing.max_error
     if limit is not None and not result.relative_error <= limit:

@@ -8,10 +8,12 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
 from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
+from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
@@ -125,6 +127,8 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
         note(f"{target} is up to date")
     else:
         run = Run(checked_device(profiling.device), profiling.offload)
+        if not profiling.offload:
+            foretell([profiling_estimate(opened.config, settings)], lambda: run.device)
         profile = calibrate(opened, settings, run, target, to.force, data)
     if profile is None or not first_process():
         return  # another rank writes and prints

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import FileDestination, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
+from ditmoe_cli.model.effort import sampling_estimate
 from ditmoe_cli.processes import first_process
 
 if TYPE_CHECKING:
@@ -97,7 +99,10 @@ def write_or_reuse(images: Sampling, running: Running, targets: Targets) -> int 
     from ditmoe_cli.evaluation.samples import check_targets, complete_samples, is_made, write_samples
 
     if not is_made(images, targets):
-        return write_samples(images, running.runtime, targets, note)
+        runtime, spec = running.runtime, images.spec
+        expected = sampling_estimate(images.checkpoint.config, spec.images, spec.nfe, runtime.batch)
+        foretell([expected], lambda: runtime.device)
+        return write_samples(images, runtime, targets, note)
     check_targets(images, targets)
     return complete_samples(images, targets, note) if first_process() else None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.estimates import branches_at, measuring_estimate
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
@@ -17,6 +18,7 @@ from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
 from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -60,6 +62,14 @@ class MixedPrecision(Planner):
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a budget below the narrowest formats."""
         least_bytes(self._request(work))
+
+    def estimates(self, work: Work, cfg: float) -> list[Estimate]:
+        """Return what measuring the errors of formats takes, for the method that does so."""
+        if self.method != DEFAULT_METHODS["quantize"]:
+            return []
+        offered = self._request(work).formats
+        counts = {name: sum(fmt is not None for fmt in formats) for name, formats in offered.items()}
+        return [measuring_estimate(work.checkpoint.config, counts, branches_at(cfg))]
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of the method's mix, with the error of rounding all its weights at once."""

@@ -31,6 +31,7 @@ from ditmoe_cli.compression.replay.guided import GuidedStates, measured_states
 from ditmoe_cli.compression.replay.rounded_layers import linear, nearest, require_range, rounded
 from ditmoe_cli.compression.replay.stream import Stream, embedded
 from ditmoe_cli.compression.replay.tokens import BlockTokens, attended_tokens
+from ditmoe_cli.compression.working_sizes import EXPERT_TOKENS
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -46,7 +47,6 @@ Errors = dict[str, dict[str, float]]
 """The error of each weight in each format."""
 
 REFERENCE = "int3-g64"  # the format whose error runs through the model
-EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 from ditmoe_cli.compression.algebra.ridge import Fit, Normal, fit
 from ditmoe_cli.compression.replay.outputs import chunks, output_of
 from ditmoe_cli.compression.replay.stream import Tokens
+from ditmoe_cli.compression.working_sizes import LARGEST_SYSTEM, SWEEPS, systems
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.router import Routing
 from ditmoe_cli.progress import each
-
-LARGEST_SYSTEM = 6144
-SWEEPS = 2
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,10 @@ def refit(original: SparseMoE, changed: SparseMoE, tokens: Tokens, shared: bool)
     A residual constant and linear map are fitted where `changed` has them. The error on held-out tokens never grows.
     """
     rest = _residuals(original, changed, tokens)
-    groups = _groups(_terms(changed, shared))
-    systems = groups * (SWEEPS if len(groups) > 1 else 1)
-    fits = [_solve(changed, terms, tokens, rest) for terms in each(systems, "refitting", "systems", share=0.8)]
+    terms = _terms(changed, shared)
+    groups = systems([term.size for term in terms], LARGEST_SYSTEM)
+    rounds = [terms[group] for group in groups] * (SWEEPS if len(groups) > 1 else 1)
+    fits = [_solve(changed, some, tokens, rest) for some in each(rounds, "refitting", "systems", share=0.8)]
     taken = [one for one in fits if one is not None]
     return Refitted(math.prod(one.error for one in taken), tuple(one.strength for one in taken))
 
@@ -160,13 +159,3 @@ def _adder(moe: SparseMoE, name: str) -> Callable[[Tensor], None]:
 def _missing(routing: Routing) -> Tensor:
     """Return 1 - Σ g of the selected rows, (T, 1)."""
     return 1 - routing.weights.sum(dim=1, keepdim=True)
-
-
-def _groups(terms: Sequence[Term]) -> list[list[Term]]:
-    """Return all terms in one group where the system is small enough, else in as few as possible, in order."""
-    groups: list[list[Term]] = [[]]
-    for term in terms:
-        if groups[-1] and sum(t.size for t in groups[-1]) + term.size > LARGEST_SYSTEM:
-            groups.append([])
-        groups[-1].append(term)
-    return groups

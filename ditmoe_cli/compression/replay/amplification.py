@@ -17,14 +17,12 @@ from torch import Tensor
 
 from ditmoe_cli.compression.replay.guided import GuidedStates
 from ditmoe_cli.compression.replay.rounded_layers import linear, rounded
-from ditmoe_cli.compression.replay.states import FEWEST_STATES
 from ditmoe_cli.compression.replay.stream import Stream, embedded
 from ditmoe_cli.compression.replay.tokens import ratio
+from ditmoe_cli.compression.working_sizes import FEWEST_STATES, SENT_TOKENS
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.progress import each
-
-SENT_TOKENS = 4_096  # tokens of each stream that carries an error to the prediction
 
 Amplification = tuple[Mapping[str, float], ...]
 """The amplification of each block, by kind of weight."""

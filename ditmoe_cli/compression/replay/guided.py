@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.replay.states import FEWEST_STATES, States, calibration_states
+from ditmoe_cli.compression.replay.states import States, calibration_states
+from ditmoe_cli.compression.working_sizes import FEWEST_STATES, MEASURED_TOKENS
 from ditmoe_cli.diffusion.guidance import combine
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 
-MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
 _IMAGES = 64  # images that pass a block at a time
 
 

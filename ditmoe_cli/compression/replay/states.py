@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.working_sizes import FEWEST_STATES, FEWEST_TOKENS, MOST_TOKENS
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sampling_times
 from ditmoe_cli.errors import BadInputError
@@ -20,8 +21,6 @@ from ditmoe_cli.routing.profile import RoutingProfile
 
 PURPOSE = "refit"
 HELD_OUT = 8  # every eighth image
-FEWEST_STATES = 16
-FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # bounds of the default number of tokens to fit on
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.working_sizes import DAMPINGS
 from ditmoe_cli.errors import BadInputError
 
 Rounding = Callable[[Tensor, Tensor], Tensor]
@@ -19,7 +20,6 @@ Rounding = Callable[[Tensor, Tensor], Tensor]
 The grid is fixed beforehand (static groups), so columns may come in any order, one or many at a time.
 """
 
-DAMPINGS = (0.01, 0.1, 1.0)
 CHUNK = 4096  # tokens whose products are summed in one fp32 matmul
 WIDEST_IN_DOUBLE = 2048  # wider sums are in fp32: at 4608 fp64 would take 170 MB
 RAISES, LEAST_RAISED = 4, 1e-6  # how often damping is raised, and its first value above 0

@@ -28,6 +28,7 @@ from ditmoe_cli.compression.replay.states import fitting_states
 from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
 from ditmoe_cli.compression.rounding.gptq import Hessian, best_rounding, hessian_of, shrunk
 from ditmoe_cli.compression.rounding.smooth import block_scales, smooth_inputs, smoothed_names
+from ditmoe_cli.compression.working_sizes import POOLED_TOKENS, TOKENS_PER_INPUT
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
@@ -39,9 +40,6 @@ from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import Phase, phase
 from ditmoe_cli.routing.profile import require_profile_of
-
-TOKENS_PER_INPUT = 8
-POOLED_TOKENS = 4_096  # tokens of a block in the Hessian that those of its experts are shrunk towards
 
 
 @dataclass(frozen=True)

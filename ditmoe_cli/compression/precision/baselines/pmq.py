@@ -33,9 +33,9 @@ from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix import Mix, fitted
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.compression.precision.program import Solution, solve
-from ditmoe_cli.compression.precision.sensitivity import EXPERT_TOKENS
 from ditmoe_cli.compression.replay.original_blocks import OriginalBlock, original_blocks
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
+from ditmoe_cli.compression.working_sizes import EXPERT_TOKENS
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import in_expert, split_name
 from ditmoe_cli.model.moe import SwiGLU

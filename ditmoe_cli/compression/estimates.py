@@ -1,0 +1,209 @@
+"""What each phase of compressing takes, from shapes and numbers of tokens. Torch-free.
+
+The formulas count what grows with the model: products of matrices, factorisations, and the small operations of GPTQ's
+columns. Their constants were measured (docs/design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ditmoe_cli.compression.block_layout import block_layouts
+from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
+from ditmoe_cli.compression.working_sizes import (
+    DAMPINGS,
+    EXPERT_TOKENS,
+    FEWEST_STATES,
+    FEWEST_TOKENS,
+    LARGEST_SYSTEM,
+    MEASURED_TOKENS,
+    MOST_TOKENS,
+    POOLED_TOKENS,
+    SENT_TOKENS,
+    SWEEPS,
+    TOKENS_PER_INPUT,
+    TOKENS_PER_UNKNOWN,
+    systems,
+)
+from ditmoe_cli.files.names import split_name
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.effort import (
+    BASELINE_BYTES,
+    Effort,
+    Estimate,
+    activation_bytes,
+    attention_flops,
+    block_flops,
+    block_steps,
+    block_weights,
+    loading,
+    mixture_flops,
+    model_bytes,
+    passes,
+    total,
+)
+from ditmoe_cli.routing.calibration_settings import Calibration
+
+_STRENGTHS = 6  # that a ridge regression tries, about
+_STEPS_A_COLUMN = 18  # small operations of GPTQ
+_OPERATIONS_OF_ROUNDING = 40  # of each number, to the nearest
+_KINDS = 3  # mixture, attention, modulation
+_TRIALS = 2
+
+
+def profiling_estimate(config: DiTMoEConfig, settings: Calibration) -> Estimate:
+    """Return what a calibration run takes: images × steps evaluations, of both branches under guidance."""
+    spec = settings.spec
+    branches = branches_at(spec.cfg)
+    effort = passes(config, spec.images, spec.steps * branches, settings.batch) + loading(config)
+    reservoir = 0 if settings.fast else 4 * config.depth * settings.reservoir * config.hidden_size
+    held = activation_bytes(config, branches * min(settings.batch, spec.images))
+    memory = BASELINE_BYTES + model_bytes(config) + held + reservoir
+    return Estimate(f"profiling {spec.images:,} images in {spec.steps} steps", effort, memory)
+
+
+def branches_at(cfg: float) -> int:
+    """Return the branches that the model is evaluated in at a guidance scale."""
+    return 1 if cfg == 1.0 else 2
+
+
+def fitted_tokens(unknowns: int, tokens_per_unknown: int, asked: int = 0) -> int:
+    """Return the tokens of one branch that a block is fitted on; `asked` overrides the default."""
+    return asked or min(max(tokens_per_unknown * unknowns, FEWEST_TOKENS), MOST_TOKENS)
+
+
+def system_effort(sizes: Sequence[int], rows: Sequence[float], width: int) -> Effort:
+    """Return the effort of one system of terms with `sizes` f_i and numbers of rows n_i, of D outputs.
+
+    The normal equations take Σ_i 2 n_i f_i (Σ_{j≥i} f_j + D), the features 4 n_i f_i D and their change 2 n_i f_i D;
+    each strength a factorisation F³/3 and two products 2 F² D in double precision, F = Σ f_i.
+    """
+    after = [sum(sizes[i:]) for i in range(len(sizes))]
+    flops = sum(2 * n * f * (rest + width) + 10 * n * f * width for n, f, rest in zip(rows, sizes, after, strict=True))
+    whole = sum(sizes)
+    return Effort(flops=flops, double_flops=(_STRENGTHS + 1) * (whole**3 / 3 + 4 * whole**2 * width), steps=200)
+
+
+def refitting_estimate(config: DiTMoEConfig, kept: Sequence[BlockConfig], branches: int, repair: Repair) -> Estimate:
+    """Return what refitting takes that leaves blocks of the shapes `kept`.
+
+    All tokens pass each block's attention once and its mixtures three times; then each system is solved, twice where
+    there are several.
+    """
+    width = config.hidden_size
+    unknowns = max(sum(block.expert_widths) + block.shared_width + width for block in kept)
+    tokens = _whole_states(config, fitted_tokens(unknowns, TOKENS_PER_UNKNOWN, repair.tokens)) * branches
+    images = tokens / config.num_patches
+    efforts, largest = [], 0
+    for old, block in zip(config.blocks, kept, strict=True):
+        chosen = tokens * config.top_k / max(old.router_rows, 1)
+        terms = [(size, chosen) for size in block.expert_widths]
+        terms += [(block.shared_width, tokens)] if repair.shared else []
+        terms += [(width, tokens)] if block.residual_linear else []
+        sizes, rows = [size for size, _ in terms], [count for _, count in terms]
+        groups = [] if repair.scale else systems(sizes, LARGEST_SYSTEM)
+        streams = images * (attention_flops(config) + 3 * config.num_patches * mixture_flops(config, old))
+        efforts.append(Effort(flops=streams, steps=4 * block_steps(old) * (1 + images / 64)))
+        for group in groups:
+            efforts.append(system_effort(sizes[group], rows[group], width) * (SWEEPS if len(groups) > 1 else 1))
+            largest = max(largest, sum(sizes[group]))
+    weights = max(block_weights(config, block) for block in config.blocks)
+    memory = BASELINE_BYTES + 8 * weights + 4 * tokens * width * 7 + 8 * largest * (5 * largest + 3 * width)
+    return Estimate(f"refitting {_blocks(config.depth)}", total([*efforts, loading(config)]), memory)
+
+
+def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branches: int) -> Estimate:
+    """Return what measuring errors takes, `formats` being how many are tried of each weight, with two trials.
+
+    Of an expert's matrix up to `EXPERT_TOKENS` tokens are computed anew for each format. Formats of all other weights
+    send `SENT_TOKENS` through their block; those of the embedders through all blocks; and so does the error of each
+    block and kind of weight through all later ones, in the measurement and in each trial.
+    """
+    width = config.hidden_size
+    images = _whole_states(config, MEASURED_TOKENS // branches) * branches / config.num_patches
+    sent = max(SENT_TOKENS // (config.num_patches * branches), FEWEST_STATES) * branches
+    embedders = sum(count for name, count in formats.items() if name.startswith("t_embedder."))
+    efforts = []
+    for index, block in enumerate(config.blocks):
+        own = {name: count for name, count in formats.items() if split_name(name).block == index}
+        dense = sum(count for name, count in own.items() if ".moe." not in name)
+        wide = sum(block.expert_widths) / max(len(block.expert_widths), 1)
+        mixed = sum(own.values()) - dense
+        replayed = min(images * config.num_patches * config.top_k / max(block.router_rows, 1), EXPERT_TOKENS * branches)
+        streams = _KINDS * (index + 1)
+        rounds = dense + embedders + streams + 2 + _TRIALS * (streams + 3)
+        efforts.append(Effort(flops=(rounds * sent + 2 * images) * block_flops(config, block)))
+        efforts.append(Effort(flops=mixed * width * wide * (4 * replayed + _OPERATIONS_OF_ROUNDING)))
+        efforts.append(Effort(steps=rounds * block_steps(block) + 50 * mixed))
+    weights = max(block_weights(config, block) for block in config.blocks)
+    streams = _KINDS * config.depth + embedders + 2
+    tokens = images * config.num_patches
+    memory = BASELINE_BYTES + 8 * weights + 4 * width * config.num_patches * sent * streams + 4 * tokens * width * 7
+    what = f"measuring the errors of formats in {_blocks(config.depth)}"
+    return Estimate(what, total([*efforts, loading(config) * (1 + _TRIALS)]), memory)
+
+
+def matrix_rounding(rows: int, columns: int, tokens: float) -> Effort:
+    """Return the effort of GPTQ on a matrix (out, in) = (m, n) with the second moment of its inputs.
+
+    The moment takes 2 (tokens + pooled ones) n²; each damping a factorisation n³/3 in double precision, 3 m n² for
+    columns and error, and some small operations a column.
+    """
+    each = Effort(flops=3 * rows * columns**2, double_flops=columns**3 / 3, steps=_STEPS_A_COLUMN * columns)
+    return each * len(DAMPINGS) + Effort(flops=2 * (tokens + POOLED_TOKENS) * columns**2, steps=100)
+
+
+def rounding_estimate(checkpoint: Checkpoint, stage: Formats, branches: int) -> Estimate:
+    """Return what rounding by GPTQ takes: two streams of tokens, and each matrix."""
+    config = checkpoint.config
+    shapes = {name: checkpoint.weights[name].info.shape for name in stage.formats}
+    asked = stage.rounding.tokens if stage.rounding else 0
+    widest = max((shape[1] for shape in shapes.values()), default=1)
+    tokens = _whole_states(config, fitted_tokens(widest, TOKENS_PER_INPUT, asked)) * branches
+    images = tokens / config.num_patches
+    efforts = [loading(config)]
+    for name, shape in shapes.items():
+        parts = split_name(name)
+        if parts.block is not None:
+            rows = config.blocks[parts.block].router_rows
+            inputs = tokens * config.top_k / rows if parts.expert is not None else tokens
+            efforts.append(matrix_rounding(shape[0], shape[1], inputs if ".adaLN" not in name else images))
+    for block in config.blocks:
+        attention = images * attention_flops(config)  # anew for each of its matrices
+        efforts.append(Effort(flops=2 * images * block_flops(config, block) + 2 * attention, steps=block_steps(block)))
+    weights = max(block_weights(config, block) for block in config.blocks)
+    memory = BASELINE_BYTES + 12 * weights + 4 * tokens * config.hidden_size * 9 + 4 * tokens * widest / 2
+    memory += 8 * widest * widest * 4
+    what = f"rounding {len(shapes):,} matrices in {_blocks(config.depth)}"
+    return Estimate(what, total(efforts), memory)
+
+
+def writing_estimate(size: int) -> Estimate:
+    """Return what writing a checkpoint of `size` bytes takes."""
+    return Estimate("writing", Effort(nbytes=2 * size), BASELINE_BYTES)
+
+
+def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int) -> list[Estimate]:
+    """Return what carrying a plan out (None: a plain copy) takes, phase by phase; `size` is the result's in bytes."""
+    found = []
+    branches = branches_at(float((plan.calibration or {}).get("cfg", 1.0))) if plan else 1
+    for stage in plan.stages if plan else ():
+        match stage:
+            case Experts() if stage.repair is not None:
+                kept = [layout.config for layout in block_layouts(checkpoint, stage)]
+                found.append(refitting_estimate(checkpoint.config, kept, branches, stage.repair))
+            case Formats() if stage.rounding is not None:
+                found.append(rounding_estimate(checkpoint, stage, branches))
+            case _:
+                pass
+    return [*found, writing_estimate(size)]
+
+
+def _whole_states(config: DiTMoEConfig, tokens: int) -> int:
+    """Return the tokens of as many whole states, and at least `FEWEST_STATES`."""
+    return max(tokens // config.num_patches, FEWEST_STATES) * config.num_patches
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"

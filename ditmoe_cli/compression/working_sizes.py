@@ -1,0 +1,38 @@
+"""How many tokens, states and unknowns computing takes: bounds that what computes shares with estimates of it.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# states to fit and to measure on
+FEWEST_STATES = 16
+FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # bounds of the default number of tokens to fit on
+MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
+SENT_TOKENS = 4_096  # tokens of each stream that carries an error to the prediction
+EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert
+
+# refitting
+TOKENS_PER_UNKNOWN = 32
+LARGEST_SYSTEM = 6144  # unknowns of an output that are solved at once
+SWEEPS = 2  # over systems that are solved one after the other
+
+# GPTQ
+TOKENS_PER_INPUT = 8
+POOLED_TOKENS = 4_096  # tokens of a block in the Hessian that those of its experts are shrunk towards
+DAMPINGS = (0.01, 0.1, 1.0)  # that are tried
+
+
+def systems(sizes: Sequence[int], largest: int) -> list[slice]:
+    """Return slices of terms with these sizes that are solved together: few, in order, at most `largest` unknowns each.
+
+    A term larger than that is alone.
+    """
+    groups, start = [], 0
+    for stop in range(1, len(sizes) + 1):
+        if stop == len(sizes) or sum(sizes[start : stop + 1]) > largest:
+            groups.append(slice(start, stop))
+            start = stop
+    return groups
