@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -22,7 +23,7 @@ from ditmoe_cli.cli.groups import spliced
 from ditmoe_cli.cli.help_texts import Program, SectionedCommand
 from ditmoe_cli.cli.machine import Threads, versions
 from ditmoe_cli.cli.progress_display import shown
-from ditmoe_cli.cli.terminal import with_options
+from ditmoe_cli.cli.terminal import print_anything, with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.processes import under_torchrun
 from ditmoe_cli.progress import watched_by
@@ -66,6 +67,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+_OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 INTERRUPTED = 130  # the exit code of SIGINT
 
 # typer carries its own click; its public BadParameter leads to the base of everything click raises
@@ -155,9 +157,10 @@ def main() -> NoReturn:
     """Run the program and end the process with the exit code of its outcome."""
     signal.signal(signal.SIGTERM, _terminate)
     prepare_threads(os.environ, usable_cores())
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell (>&-): its number must not go to a file that we open
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+    print_anything(sys.stdout, sys.stderr)
     if request := os.environ.get(VARIABLE):
         print(answer(load_program(), request))
         _leave(0)
@@ -190,6 +193,8 @@ def run(arguments: list[str]) -> int:
         return 141
     except OSError as error:
         _silence_stdout()
+        if error.filename is None and not _has_working_folder():
+            return _fail("the working directory is not there any more; change into one that is", 3)
         return _fail(_os_error(error), 1)
 
 
@@ -209,13 +214,20 @@ def _invoke(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
     except MemoryError:
-        return _fail("out of memory; try a smaller --batch", 1)
+        return _fail(_OUT_OF_MEMORY, 1)
     except OSError:
         raise
     except Exception as error:
         if os.environ.get("DITMOE_TRACEBACK"):
             raise
         return _fail(_unexpected(error), 1)
+
+
+def _has_working_folder() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
 
 
 def _silence_stdout() -> None:
@@ -251,7 +263,8 @@ def _os_error(error: OSError) -> str:
 
 def _unexpected(error: Exception) -> str:
     if is_out_of_memory(error):
-        return "out of memory; try a smaller --batch"
+        on_gpu = "cuda" in str(error).lower()
+        return "the GPU is out of memory; try a smaller --batch, or --device cpu" if on_gpu else _OUT_OF_MEMORY
     return f"internal error: {type(error).__name__}: {error} (set DITMOE_TRACEBACK=1 for the traceback, and report it)"
 
 

@@ -7,6 +7,8 @@ stdin, to its end, before it imports torch: all commands of a pipe start at once
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -59,11 +61,15 @@ class Stage:
         return replace(self, history=(*self.history, entry), **written)  # type: ignore[arg-type]
 
 
-def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stage:
+NO_CHECKPOINT = "no checkpoint: give a CHECKPOINT (a file, a folder or demo:digits), or pipe in another ditmoe command"
+
+
+def incoming(checkpoint: str | None, given: Given, shared: bool = False, missing: str = NO_CHECKPOINT) -> Stage:
     """Return the stage to work on: that of a named checkpoint, else that of the envelope on stdin.
 
     With a named checkpoint stdin is never read. Raises `UsageError` under torchrun for a command whose work cannot be
-    `shared` between processes: each would write the same file.
+    `shared` between processes: each would write the same file; with the message `missing` where nothing names a
+    checkpoint.
     """
     if under_torchrun() and not shared:
         raise UsageError(
@@ -74,17 +80,43 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False) -> Stag
         return Stage(checkpoint=path, original=path, given=asdict(given))
     if under_torchrun():
         raise UsageError("under torchrun the checkpoint must be given as an argument, not through a pipe")
-    if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("give a CHECKPOINT (a file, a folder or demo:digits), or pipe in another ditmoe command")
-    stage = parse_stage(sys.stdin.buffer.read().decode(errors="replace"))
+    stage = parse_stage(_read_stdin(missing))
     overrides = {name: value for name, value in asdict(given).items() if value is not None}
     return replace(stage, given={**(stage.given or {}), **overrides}, piped=True)
+
+
+def _read_stdin(missing: str) -> str:
+    """Return the text on stdin. Raises `UsageError` with the message `missing` where nobody could write any.
+
+    Nobody could to a terminal, the null device (as in scripts), a closed stdin, a folder or an empty file.
+    """
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        raise UsageError(missing)
+    try:
+        text = sys.stdin.buffer.read().decode(errors="replace")
+    except OSError:  # a folder, or a stream that is open for writing alone
+        raise UsageError(missing) from None
+    if not text.strip() and not _is_pipe():
+        raise UsageError(missing)
+    return text
+
+
+def _is_pipe() -> bool:
+    """Return whether another program may write to stdin. In tests stdin is an object without a number: it counts."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return True
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def parse_stage(text: str) -> Stage:
     """Return the stage of an envelope. Raises `BadInputError` where it is empty, cut short or of another schema."""
     if not text.strip():
-        raise BadInputError("stdin is empty: the command before this one in the pipe failed, see its message")
+        raise BadInputError(
+            "stdin is empty: the command before this one in the pipe failed, see its message; "
+            "without such a command, give a CHECKPOINT"
+        )
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):

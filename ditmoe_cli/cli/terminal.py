@@ -6,6 +6,8 @@ with ``-q`` the bare path of the output.
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import sys
@@ -50,6 +52,27 @@ class Printing(JsonPrinting):
 def uses_colour(stream: TextIO) -> bool:
     """Return whether to print a stream in colour and bold."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def print_anything(*streams: TextIO) -> None:
+    """Let streams print every text: what their encoding lacks as an escape, and names that are no text as they are.
+
+    Names of files may be any bytes. Python keeps those that it cannot read as text in characters that nothing can
+    encode (https://peps.python.org/pep-0383/); the bytes themselves are what a script finds the file by.
+    """
+    codecs.register_error("ditmoe", _as_bytes)
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="ditmoe")
+
+
+def _as_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return the bytes, or else the escapes, of characters that cannot be encoded, and where to go on."""
+    assert isinstance(error, UnicodeEncodeError)
+    one = error.object[error.start]
+    if 0xDC80 <= ord(one) <= 0xDCFF:
+        return bytes([ord(one) - 0xDC00]), error.start + 1
+    return one.encode("ascii", "backslashreplace"), error.start + 1
 
 
 def note(message: str) -> None:

@@ -3,10 +3,88 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+
+from ditmoe_cli.errors import BadInputError
+
+_REMEDY = "set XDG_CACHE_HOME to a folder that can be written"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The folder of the cache, not yet created.
+
+    Attributes:
+        folder: where files are kept.
+        usual: where they are kept by default; the same folder, unless that cannot be written or is not known.
+        problem: why it is another folder, empty where it is not.
+    """
+
+    folder: Path
+    usual: Path | None
+    problem: str = ""
+
+
+def find_cache() -> Cache:
+    """Return the cache: ``$XDG_CACHE_HOME/ditmoe``, by default ``~/.cache/ditmoe``, else a temporary folder.
+
+    It is a temporary one where nobody knows the home folder, or where the usual one cannot be written; a relative
+    XDG_CACHE_HOME counts as none, as its standard says (https://specifications.freedesktop.org/basedir-spec/).
+    Raises `BadInputError` where no folder can be written.
+    """
+    usual = _usual()
+    if usual is not None and _is_writable(usual):
+        return Cache(usual, usual)
+    problem = "there is no home folder" if usual is None else f"{usual} cannot be written"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"ditmoe-{os.getuid()}"
+    except FileNotFoundError:
+        raise BadInputError(f"no folder for the cache: {problem}, and no temporary one; {_REMEDY}") from None
+    if not _is_own(folder):
+        raise BadInputError(f"no folder for the cache: {problem}, and {folder} is somebody else's; {_REMEDY}")
+    return Cache(folder, usual, f"{problem}; the cache is in {folder}")
 
 
 def cache_folder(*parts: str) -> Path:
-    """Return a folder under ``$XDG_CACHE_HOME/ditmoe``, by default ``~/.cache/ditmoe``, without creating it."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache").joinpath("ditmoe", *parts)
+    """Return a folder of the cache, without creating it. Raises `BadInputError` where none can be written."""
+    return find_cache().folder.joinpath(*parts)
+
+
+def cached_file(name: str) -> Path:
+    """Return the path of a file of the cache: in the usual folder where it is there, though that be read-only."""
+    cache = find_cache()
+    if cache.usual is not None and (cache.usual / name).is_file():
+        return cache.usual / name
+    return cache.folder / name
+
+
+def _usual() -> Path | None:
+    """Return the usual folder, None where nobody knows the home folder."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given / "ditmoe"
+    try:
+        home = Path.home()  # $HOME, else that of the user's entry in /etc/passwd
+    except RuntimeError:
+        return None
+    return home / ".cache" / "ditmoe" if home.is_absolute() else None
+
+
+def _is_writable(folder: Path) -> bool:
+    """Return whether files can be written into a folder, or into one that is yet to be made."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except PermissionError:
+        return False
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether a folder may hold what we read again: it is ours and no link, or is not there yet."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return _is_writable(folder)
+    return folder.is_dir() and not folder.is_symlink() and status.st_uid == os.getuid() and _is_writable(folder)

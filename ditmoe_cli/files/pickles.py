@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError, first_line
+from ditmoe_cli.files.file_names import utf8_name
 
 _STATE_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 
@@ -38,15 +39,15 @@ def read_state_dict(path: Path) -> StateDict:
     import torch
 
     try:
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        with utf8_name(path) as name, torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
             try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
             except (RuntimeError, ValueError) as error:
                 if "mmap" not in str(error):
                     raise
                 loaded = torch.load(
-                    path, map_location="cpu", weights_only=True
+                    name, map_location="cpu", weights_only=True
                 )  # pickles from before torch 1.6 are no zip archives
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -19,6 +19,7 @@ from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, PRECISIONS
 from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION, Request, parse_scores
+from ditmoe_cli.files.cache import find_cache
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
@@ -298,6 +299,8 @@ def score(
     for target in (to.output, settings.statistics):
         if target is not None:
             check_target(target.absolute(), to.force, inputs)
+    if settings.work is None and (problem := find_cache().problem):
+        note(problem)
     result = measure_distance(comparison, spec_of, settings, runtime, note)
     if to.output is not None and result is not None:
         write_score(to.output, result, to.force, inputs)

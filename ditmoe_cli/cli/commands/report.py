@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -66,9 +65,8 @@ class Reporting:
         """Return the stage of the profile that is named, else the envelope on stdin, which must name one."""
         if self.file is not None:
             return Stage(profile=str(self.file.absolute()))
-        if sys.stdin is not None and sys.stdin.isatty():
-            raise UsageError("give a profile FILE, or pipe in ditmoe profile-experts")
-        stage = incoming(None, Given())
+        missing = "no profile: give a profile FILE, or pipe in ditmoe profile-experts"
+        stage = incoming(None, Given(), missing=missing)
         if stage.profile is None:
             raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
         return stage

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.scores.conventions import PREPROCESSINGS
-from ditmoe_cli.files.cache import cache_folder
+from ditmoe_cli.files.cache import cached_file
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.files.staging import staged
@@ -388,7 +388,7 @@ def _read_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
 
 def cached_weights() -> Path:
     """Return the path of the downloaded weights in the cache."""
-    return cache_folder() / WEIGHTS_NAME
+    return cached_file(WEIGHTS_NAME)
 
 
 def will_fetch(weights: Path | None = None) -> bool:
