@@ -154,7 +154,7 @@ def test_names_that_are_no_text_pass_through_a_pipe(folder: Path) -> None:
 
 def test_pickles_are_read_by_names_that_are_no_text(folder: Path) -> None:
     described = here("inspect", f"{NO_TEXT}.pt", "--heads", HEADS, cwd=folder).result
-    assert described["layout"] == "ema" and described["config"]["depth"] == 2
+    assert "ema" in described["layout"] and described["config"]["depth"] == 2
 
 
 # streams that are closed, folders that are gone
