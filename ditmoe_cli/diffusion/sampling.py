@@ -160,7 +160,7 @@ def sample_batch(
     labels = torch.tensor(spec.labels(indices), device=model.device)
     predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, watchers)
     with torch.inference_mode():
-        finite = _finite(predict, spec, indices)
+        finite = watchers.through(_finite(predict, spec, indices))
         return integrate(spec.solver, spec.steps, finite, stream.draw(shape), lambda _: stream.draw(shape))
 
 
@@ -203,7 +203,7 @@ def visit_noised(
     clean = clean.to(model.device)
     noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = guided_predictor(model, labels, spec.cfg, spec.family, watchers=watchers)
+    predict = watchers.through(guided_predictor(model, labels, spec.cfg, spec.family, watchers=watchers))
     with torch.inference_mode():
         for time in sampling_times(spec):
             predict(time.noised(clean, noise), time.t)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.diffusion.guidance import Predictor
     from ditmoe_cli.model.moe import Observer
 
 StepWatcher = Callable[["Tensor", float], None]
@@ -16,10 +17,14 @@ StepWatcher = Callable[["Tensor", float], None]
 
 @dataclass(frozen=True)
 class Watchers:
-    """`on_step` is called with (x, t) before each model evaluation, `observer` with each block's event during it."""
+    """`on_step` is called with (x, t) before each model evaluation, `observer` with each block's event during it.
+
+    `through` wraps the guided predictor, to keep predictions and to give kept ones again in place of evaluations.
+    """
 
     observer: Observer | None = None
     on_step: StepWatcher | None = None
+    through: Callable[[Predictor], Predictor] = lambda predict: predict
 
 
 UNWATCHED = Watchers()

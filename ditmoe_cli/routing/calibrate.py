@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.processes import Share
 from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.calibration_settings import Calibration, check_settings
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, write_profile
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """How a calibration runs: on which device, and with all blocks in memory or one at a time."""
+    """How a calibration runs: on which device, with all blocks in memory or one at a time, and whom it tells."""
 
     device: str
     offload: bool = False
+    note: Callable[[str], None] = lambda _: None
 
 
 def calibrate(
@@ -38,11 +40,13 @@ def calibrate(
 
     Under torchrun the work is shared: rank 0 writes and returns the profile, the other ranks return None. Raises
     `OutputExistsError` for a path in the way, without `force`, and for that of an input, and `UsageError` for settings
-    that cannot be followed and for an offloaded model under torchrun.
+    that cannot be followed and for an offloaded model under torchrun. What an interrupted run has done is kept beside
+    `path`, by each process its own, and gone on from.
     """
     import torch
 
     from ditmoe_cli.files.staging import check_target
+    from ditmoe_cli.files.workfolder import open_work, work_key
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.model.offload import OffloadedDiTMoE
     from ditmoe_cli.processes import process_group
@@ -61,13 +65,28 @@ def calibrate(
             if run.offload
             else build_model(checkpoint, device)
         )
-        with phase(f"profiling {checkpoint.path.name}", spec.images * spec.steps // share.world, "steps") as progress:
-            tensors = collect(model, settings, progress, clean=data.clean if data else None, share=share)
-    if tensors is None:
-        return None
-    experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
-    write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
-    return read_profile(path)
+        key = work_key(
+            {
+                "checkpoint": checkpoint.fingerprint,
+                "calibration": settings.to_json(),
+                "run": [device.type, run.offload, share.rank, share.world],
+            }
+        )
+        # all processes keep their work until the profile is written, whichever of them is stopped
+        with open_work(_own_target(path, share), key, run.note) as work:
+            total = spec.images * spec.steps // share.world
+            with phase(f"profiling {checkpoint.path.name}", total, "steps") as progress:
+                tensors = collect(model, settings, progress, data.clean if data else None, share, work)
+            if tensors is not None:
+                experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
+                write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
+            share.wait()
+    return read_profile(path) if share.first else None
+
+
+def _own_target(path: Path, share: Share) -> Path:
+    """Return the path beside which a process keeps its work: the profile's, or one named after it."""
+    return path if share.first else path.with_name(f"{path.name}.rank{share.rank}")
 
 
 def made_before(checkpoint: Checkpoint, settings: Calibration, path: Path) -> RoutingProfile | None:
@@ -108,6 +127,6 @@ def made_profile(
         return basis.profile
     assert basis.calibration is not None
     note(f"profiling {checkpoint.path.name} into {basis.path}: {basis.reason}")
-    new = calibrate(checkpoint, basis.calibration, Run(device()), basis.path, force=True, data=basis.data)
+    new = calibrate(checkpoint, basis.calibration, Run(device(), note=note), basis.path, force=True, data=basis.data)
     assert new is not None  # planners run in one process
     return new

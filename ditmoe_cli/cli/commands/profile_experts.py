@@ -17,6 +17,7 @@ from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
+from ditmoe_cli.files.workfolder import discard_work
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import first_process
 from ditmoe_cli.routing.calibrate import Run, calibrate, made_before
@@ -124,9 +125,10 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
     target = to.at(opened.path, "profile").absolute()
     profile = None if to.force else made_before(opened, settings, target)
     if profile is not None:
+        discard_work(target)
         note(f"{target} is up to date")
     else:
-        run = Run(checked_device(profiling.device), profiling.offload)
+        run = Run(checked_device(profiling.device), profiling.offload, note)
         if not profiling.offload:
             foretell([profiling_estimate(opened.config, settings)], lambda: run.device)
         profile = calibrate(opened, settings, run, target, to.force, data)

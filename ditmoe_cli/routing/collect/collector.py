@@ -15,13 +15,16 @@ from torch import Tensor
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.processes import WHOLE, Share
+from ditmoe_cli.progress import Phase
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.batch_events import BatchEvent, batch_event
 from ditmoe_cli.routing.collect.counters import Counters
+from ditmoe_cli.routing.collect.kept_steps import KeptSteps
 from ditmoe_cli.routing.collect.moments import Moments
 from ditmoe_cli.routing.collect.ranks import gather_merged, rank_of_other_threads
 from ditmoe_cli.routing.collect.reservoir import Reservoir, Selection, select_states
@@ -58,6 +61,15 @@ class RoutingCollector:
         self._batch, self._images, self._step = images, images, -1
         self.counters.begin_batch()
 
+    def live(self) -> dict[str, Tensor]:
+        """Return what every step changes, under the names that profiles store it by."""
+        return {**self.counters.live(), "image.final": self.final}
+
+    def go_on(self, step: int, before: dict[str, Tensor]) -> None:
+        """Take the batch that has begun as far as behind `step` - 1; `before` are the choices there."""
+        self._step = step - 1
+        self.counters.set_before(before)
+
     def begin_step(self, z: Tensor, t: float) -> None:
         """Start a step, at which the model is given z (N, C, H, W) at time t."""
         self._step += 1
@@ -90,6 +102,10 @@ class FullCollector(RoutingCollector):
         super().__init__(model, spec, bins, selection)
         self.moments = Moments(model.config, bins, model.device)
 
+    def live(self) -> dict[str, Tensor]:
+        """Return what every step changes, under the names that profiles store it by."""
+        return {**super().live(), **self.moments.live()}
+
     def neurons(self, block: int, expert: int, weights: Tensor, activations: Tensor) -> None:
         """Add one expert's neurons to the moments."""
         self.moments.add_neurons(block, expert, weights, activations)
@@ -110,20 +126,26 @@ def collect(
     progress: Callable[[int], None],
     clean: Tensor | None = None,
     share: Share = WHOLE,
+    work: WorkFolder | None = None,
 ) -> dict[str, Tensor] | None:
     """Sample the images of `settings`, or noise `clean` ones (N, C, S, S), and return the profile's tensors.
 
     `progress` is called with the number of images of each step. An offloaded model takes all images at once, and
     divides them into micro-batches of its own. Where several processes share the work, rank 0 returns the tensors of
-    all and the others None.
+    all and the others None. What is done is kept in `work`, and gone on from there.
     """
     spec, bins = settings.spec, settings.bins
     selection = select_states(spec, bins, model.config.num_patches, 0 if settings.fast else settings.reservoir)
     collector = (RoutingCollector if settings.fast else FullCollector)(model, spec, bins, selection)
     size = spec.images if isinstance(model, OffloadedDiTMoE) else settings.batch
     dealt = list(batches(spec.images, size))
-    for indices in share.of(dealt):
-        watch_batch(model, collector, indices, progress, clean)
+    own = share.of(dealt)
+    kept = KeptSteps(work, collector, len(own), spec.steps) if work is not None else None
+    for number, indices in enumerate(own):
+        if kept is not None and number < kept.batch:
+            _taken_up(progress, len(indices) * spec.steps)
+            continue
+        watch_batch(model, collector, indices, progress, clean, kept)
     odd_rank = rank_of_other_threads(share)
     tensors = gather_merged(share, collector.tensors())
     if tensors is None:
@@ -132,7 +154,14 @@ def collect(
         again = RoutingCollector(model, spec, bins, Selection({}, {}))
         watch_batch(model, again, dealt[odd_rank], lambda _: None, clean)
         tensors["flip_rate"] = flip_rate(tensors, again.tensors(), dealt[odd_rank])
-    return with_similarities(model, tensors, bins)
+    return with_similarities(model, tensors, bins, work)
+
+
+def _taken_up(progress: Callable[[int], None], units: int) -> None:
+    """Count units that an earlier run had done; the time that is left is told from the others."""
+    progress(units)
+    if isinstance(progress, Phase):
+        progress.start += units
 
 
 def watch_batch(
@@ -141,21 +170,26 @@ def watch_batch(
     indices: range,
     progress: Callable[[int], None],
     clean: Tensor | None,
+    kept: KeptSteps | None = None,
 ) -> None:
     """Let a collector observe the images `indices` being sampled, or their `clean` versions being noised."""
     collector.begin_batch(list(indices))
+    if kept is not None:
+        _taken_up(progress, len(indices) * kept.begin_batch())
 
     def on_step(z: Tensor, t: float) -> None:
         collector.begin_step(z, t)
         progress(len(z))
 
-    watchers = Watchers(collector, on_step)
+    watchers = Watchers(collector, on_step, kept.through) if kept is not None else Watchers(collector, on_step)
     if clean is None:
         collector.final[indices] = sample_batch(model, collector.spec, indices, watchers, PURPOSE).cpu()
     else:
         final = clean[indices.start : indices.stop]
         visit_noised(model, collector.spec, indices, final, watchers, PURPOSE)
         collector.final[indices] = final
+    if kept is not None:
+        kept.end_batch()
 
 
 def flip_rate(merged: dict[str, Tensor], again: dict[str, Tensor], indices: range) -> Tensor:

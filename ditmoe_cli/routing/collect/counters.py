@@ -154,11 +154,10 @@ class Counters:
         self.logit_sum[block, :branches, b, :rows] += logits.sum(dim=1)
         self.logit_gram[block, :branches, b, :rows, :rows] += logits.transpose(1, 2) @ logits
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the counters under the names that profiles store them by, on the CPU."""
-        stored = {
+    def live(self) -> dict[str, Tensor]:
+        """Return the counters themselves, under the names that profiles store them by."""
+        return {
             "counts": self.counts,
-            "selected": self.counts.sum(dim=3),
             "tokens": self.tokens,
             "image.steps": self.image_steps,
             "image.positions": self.image_positions,
@@ -173,7 +172,21 @@ class Counters:
             "router.logit_sum": self.logit_sum,
             "router.logit_gram": self.logit_gram,
         }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the counters under the names that profiles store them by, on the CPU."""
+        stored = {**self.live(), "selected": self.counts.sum(dim=3)}
         return {name: value.cpu().contiguous() for name, value in stored.items()}
+
+    def before(self) -> dict[str, Tensor]:
+        """Return the choices of the step before as bytes, by ``FIRST.BLOCK``: what transitions go on from."""
+        return {f"{first}.{block}": flat.to(torch.uint8) for (first, block), flat in self._previous.items()}
+
+    def set_before(self, choices: dict[str, Tensor]) -> None:
+        """Set the choices of the step before, as `before` returned them."""
+        for name, flat in choices.items():
+            first, block = map(int, name.split("."))
+            self._previous[first, block] = flat.to(self.counts.device, torch.float32)
 
 
 def _flat(selected: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ class Moments:
         sums = _by_branch(batch).double() @ weighted.double().reshape(batch.branches, -1, 1)
         self.easy_ep[batch.event.block, : batch.branches, batch.bin] += sums.squeeze(-1)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the moments under the names that profiles store them by, on the CPU."""
-        stored = {
+    def live(self) -> dict[str, Tensor]:
+        """Return the moments themselves, under the names that profiles store them by."""
+        return {
             "easy_ep": self.easy_ep,
             "output.gram": self.output_gram,
             **self.pairs,
@@ -130,7 +130,10 @@ class Moments:
             "neuron.energy": self.neuron_energy,
             "neuron.max": self.neuron_max,
         }
-        return {name: value.cpu().contiguous() for name, value in stored.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the moments under the names that profiles store them by, on the CPU."""
+        return {name: value.cpu().contiguous() for name, value in self.live().items()}
 
 
 def _by_branch(batch: BatchEvent) -> Tensor:

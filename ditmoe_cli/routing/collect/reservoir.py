@@ -94,6 +94,31 @@ class Reservoir:
             self.inputs[event.block].append(inputs[:, row, positions].bfloat16().cpu())
             self.gamma[event.block].append(gamma[:, row].float().cpu())
 
+    def rows(self, first: int) -> dict[str, Tensor]:
+        """Return the states kept from number `first` on, with their tokens; nothing where there are none."""
+        if len(self.z) <= first:
+            return {}
+        return {
+            "z": torch.stack(self.z[first:]),
+            "t": torch.tensor(self.t[first:], dtype=torch.float64),
+            "image": torch.tensor(self.image[first:]),
+            "bin": torch.tensor(self.bin[first:]),
+            "positions": torch.tensor(self.positions[first:]),
+            "inputs": torch.stack([torch.stack(stored[first:]) for stored in self.inputs]),
+            "gamma": torch.stack([torch.stack(stored[first:]) for stored in self.gamma]),
+        }
+
+    def add_rows(self, rows: dict[str, Tensor]) -> None:
+        """Add states as `rows` returned them."""
+        if not rows:
+            return
+        self.z += rows["z"].unbind()
+        for name in ("t", "image", "bin", "positions"):
+            getattr(self, name).extend(rows[name].tolist())
+        for block in range(self.blocks):
+            self.inputs[block] += rows["inputs"][block].unbind()
+            self.gamma[block] += rows["gamma"][block].unbind()
+
     def tensors(self, spec: SampleSpec) -> dict[str, Tensor]:
         """Return states and tokens in the order of (image, bin), whatever the batches were; empty if none were kept."""
         if not self.z:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -36,10 +37,12 @@ class SharedInputs:
     cka: Tensor
 
 
-def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int) -> dict[str, Tensor]:
+def with_similarities(
+    model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor], bins: int, work: WorkFolder | None = None
+) -> dict[str, Tensor]:
     """Return a profile's tensors with ``output.all_token_mean`` (L, 2, B, E, D) and ``output.cka`` (L, E, E).
 
-    Without a reservoir nothing is added.
+    Without a reservoir nothing is added. Each block's results are kept in `work`, and taken from there.
     """
     if "reservoir.inputs" not in tensors:
         return tensors
@@ -48,8 +51,14 @@ def with_similarities(model: DiTMoE | OffloadedDiTMoE, tensors: dict[str, Tensor
     experts = model.config.num_experts
     results = []
     with resident_blocks(model) as blocks:
-        for (_, block), inputs in zip(blocks, tensors["reservoir.inputs"], strict=True):
+        for (index, block), inputs in zip(blocks, tensors["reservoir.inputs"], strict=True):
+            kept = work.read(f"inputs.{index}") if work is not None else None
+            if kept is not None:
+                results.append(SharedInputs(kept.tensor("means"), kept.tensor("cka")))
+                continue
             results.append(on_shared_inputs(block.moe, inputs, cells, BRANCHES * bins, experts))
+            if work is not None:
+                work.write(f"inputs.{index}", {"means": results[-1].means, "cka": results[-1].cka})
     shape = (len(results), BRANCHES, bins, experts, model.config.hidden_size)
     means = torch.stack([each.means for each in results]).reshape(shape)
     return {**tensors, "output.all_token_mean": means, "output.cka": torch.stack([each.cka for each in results])}
