@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.routing.calibration_settings import Calibration
-from ditmoe_cli.routing.collect.collector import PURPOSE, check_settings, collect
+from ditmoe_cli.routing.calibration_settings import Calibration, check_settings
+from ditmoe_cli.routing.collect.collector import PURPOSE, collect
 from ditmoe_cli.routing.collect.reservoir import select_states
 
 BF16 = {"rtol": 2**-7, "atol": 1e-4}
