@@ -7,24 +7,16 @@ learned variance are those of the conditional branch.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.schedule import ALWAYS, Interval, check_guidance, is_guided
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Denoiser
 
 DDPM_GUIDED_CHANNELS = 3
-
-
-class Predictor(Protocol):
-    """Predict a model's guided output for images x (N, C, H, W), all at time t."""
-
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Return (N, out_channels, H, W), in fp32."""
 
 
 def combine(cond: Tensor, uncond: Tensor, scale: float, sampler: Sampler) -> Tensor:

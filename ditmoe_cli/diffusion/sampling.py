@@ -25,7 +25,7 @@ from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.diffusion.guidance import Predictor
+    from ditmoe_cli.diffusion.predictor import Predictor
     from ditmoe_cli.model.dit import Denoiser
 
 

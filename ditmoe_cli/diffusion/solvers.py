@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.forward_process import Schedule, predicted_x0, sampling_schedule
-from ditmoe_cli.diffusion.guidance import Predictor
+from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.schedule import Solver, flow_times
 
 StepNoise = Callable[[Tensor], Tensor]

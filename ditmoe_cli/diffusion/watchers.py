@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.diffusion.guidance import Predictor
+    from ditmoe_cli.diffusion.predictor import Predictor
     from ditmoe_cli.model.moe import Observer
 
 StepWatcher = Callable[["Tensor", float], None]

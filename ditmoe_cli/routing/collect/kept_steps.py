@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.guidance import Predictor
+from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.files.pacing import Pace
 from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.routing.collect.counters import Counters
