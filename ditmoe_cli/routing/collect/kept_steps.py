@@ -57,6 +57,7 @@ class KeptSteps:
         self._kept: list[Tensor] = []  # predictions of the batch under way
         self._before: dict[str, Tensor] = {}
         self._take_up()
+        work.tell(self._told)
 
     def _take_up(self) -> None:
         """Take up what an earlier run kept, if all of it is there."""
@@ -78,7 +79,6 @@ class KeptSteps:
         self._pieces, self._states = len(whole), len(self.collector.reservoir.z)
         at = self.batch * self.steps + done
         self.work.notify(f"going on with step {at + 1} of {self._total} (kept in {self.work.folder})")
-        self._tell(at)
 
     @property
     def _total(self) -> int:
@@ -130,10 +130,14 @@ class KeptSteps:
             before = {f"{_BEFORE}{name}": choices for name, choices in self.collector.counters.before().items()}
             document = {"pieces": self._pieces, "batch": self.batch, "steps": done}
             self.work.write("sums", _on_cpu({**self.collector.live(), **before}), document)
-        self._tell(self.batch * self.steps + done)
 
-    def _tell(self, done: int) -> None:
-        self.work.tell(f"kept {done} of {self._total} steps; the same command goes on")
+    def _told(self) -> str | None:
+        """Return what is kept, as people read it."""
+        sums = self.work.read("sums")
+        if sums is None:
+            return None
+        done = int(sums.document["batch"]) * self.steps + int(sums.document["steps"])
+        return f"kept {done} of {self._total} steps; the same command goes on"
 
 
 def _part(piece: Piece, prefix: str) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def interrupted(checkpoint: Checkpoint, settings: Calibration, target: Path, aft
 
 def test_it_says_what_is_kept_and_where_it_goes_on(ddpm: Checkpoint, tmp_path: Path) -> None:
     target = tmp_path / "p.safetensors"
-    assert interrupted(ddpm, SETTINGS, target, 9) == ["kept 4 of 6 steps; the same command goes on"]
+    assert interrupted(ddpm, SETTINGS, target, 8) == ["kept 4 of 6 steps; the same command goes on"]
     told: list[str] = []
     calibrate(ddpm, SETTINGS, Run("cpu", note=told.append), target)
     assert told == [f"going on with step 5 of 6 (kept in {tmp_path / '.p.safetensors.work'})"]
