@@ -303,13 +303,15 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     final_a, final_b = (np.concatenate(finals) for finals in zip(*(part.finals for part in parts), strict=True))
     images = [_images(final) for final in (final_a, final_b)] if a.config.pixel_space else None
     features_a, features_b = (_features(a, final) for final in (images or (final_a, final_b)))
+    with phase("comparing features"):
+        quick = quick_score(features_a, features_b)
     result = Divergence(
         sums=sums,
         bins=pair.bins,
         kind="velocity" if a.config.sampler == "rf" else "noise",
         latents=_difference(final_a, final_b),
         error=latent_error(final_a, final_b),
-        quick=quick_score(features_a, features_b),
+        quick=quick,
         images=image_errors(images[0], images[1], a.card.grey_levels) if images else None,
         note=rows_note(rows),
         conditions=_conditions(pair),

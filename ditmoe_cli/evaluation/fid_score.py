@@ -30,7 +30,7 @@ from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 from ditmoe_cli.evaluation.worker import Notify
 from ditmoe_cli.files.arrays import write_arrays
-from ditmoe_cli.progress import phase
+from ditmoe_cli.progress import each, phase
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.features.extractors import Extractor
@@ -128,15 +128,20 @@ def score(sides: ScoredSides, extraction: Extraction, request: Request, notify: 
     counts = here.statistics.n, there.statistics.n
     _warn(counts, extraction.extractor, notify)
     paired, features = _paired(subject, original, extraction)
+    with phase(f"comparing {Path(subject.path).name} with {Path(reference.path).name}"):
+        value = _distance(compared, here.statistics, there.statistics, "features")
+    scores: dict[str, Any] = {}
+    for name in each(request.scores, "scoring", "scores"):
+        scores.update(SCORES[name](compared))
     return Score(
         metric="fid" if compared.inception else "frechet",
-        value=_distance(compared, here.statistics, there.statistics, "features"),
+        value=value,
         images=counts[0],
         reference_images=counts[1],
         paired=paired,
         paired_features=features,
         interval=_interval(compared, request.resamples) if request.resamples else None,
-        scores={key: value for name in request.scores for key, value in SCORES[name](compared).items()},
+        scores=scores,
         conditions={
             "extractor": extraction.description,
             "convention": request.convention if compared.inception or request.scores else None,

@@ -31,6 +31,7 @@ from ditmoe_cli.evaluation.worker import Notify, Worker
 from ditmoe_cli.files.arrays import npz_names
 from ditmoe_cli.files.provenance import Card
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.progress import phase
 
 
 @dataclass(frozen=True)
@@ -202,5 +203,7 @@ def statistics_of(side: Side, extraction: Extraction) -> StoredStatistics:
         return side.statistics
     activations = side.activations
     assert activations is not None
-    spatial = feature_statistics(activations.spatial) if activations.spatial is not None else None
-    return StoredStatistics(feature_statistics(activations.features), extraction.description, spatial, side.source)
+    with phase(f"mean and covariance of {Path(side.path).name}"):
+        spatial = feature_statistics(activations.spatial) if activations.spatial is not None else None
+        features = feature_statistics(activations.features)
+    return StoredStatistics(features, extraction.description, spatial, side.source)

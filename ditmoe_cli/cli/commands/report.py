@@ -16,6 +16,7 @@ from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.staging import check_target, staged
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import Given
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def write(report: ProfileReport, to: ReportFiles, profile: Path) -> None:
     from ditmoe_cli.routing.report.figures import draw, write_figures
     from ditmoe_cli.routing.report.page import page
 
-    drawings = tuple(draw(report, svg=to.page is not None, png=to.png is not None))
+    with phase("drawing figures"):
+        drawings = tuple(draw(report, svg=to.page is not None, png=to.png is not None))
     if to.png is not None:
         write_figures(drawings, to.png, replaceable(to.png, to.force))
     if to.page is not None:

@@ -12,6 +12,7 @@ from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.compression.precision.program import Solution, solve, solver_named
 from ditmoe_cli.errors import InfeasibleError, UsageError
+from ditmoe_cli.progress import phase
 
 UNTOUCHED = "16"  # the name of the option that leaves a weight as it is
 _SECONDS = 30.0  # time limit of a solver: a few weights of awkward sizes may take longer than thousands do
@@ -88,7 +89,8 @@ def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
         formats = _formats(request, groups, solution.choice)
         return SolvedMix(formats, solution, request.size(formats), failures=solution.failures)
 
-    return fitted(mix_within, lambda mix: mix.size, request.limit, narrowest, request.limit - least)
+    with phase(f"choosing formats for {request.checkpoint.path.name}"):
+        return fitted(mix_within, lambda mix: mix.size, request.limit, narrowest, request.limit - least)
 
 
 def fitted(choose: Callable[[int], T], size: Callable[[T], int], limit: int, narrowest: int, room: int) -> T:

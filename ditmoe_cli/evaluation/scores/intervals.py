@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.scores.feature_statistics import Array, FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.scores.frechet import frechet_of_features, frechet_to
+from ditmoe_cli.progress import each
 
 METHODS = ("percentile", "centred", "basic")
 
@@ -102,7 +103,7 @@ def bootstrap(
     _check_counts(counts, paired)
     generator = np.random.default_rng(resampling.seed)
     scores = []
-    for _ in range(resampling.resamples):
+    for _ in each(range(resampling.resamples), "resampling", "resamples"):
         rows = _drawn(generator, counts, paired)
         scores.append(float(statistic(*(array[chosen] for array, chosen in zip(arrays, rows, strict=True)))))
     return interval_of(float(statistic(*arrays)), scores, resampling.level, resampling.method)

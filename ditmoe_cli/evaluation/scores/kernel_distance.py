@@ -9,6 +9,7 @@ import numpy as np
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.scores.conventions import KernelSubsets
 from ditmoe_cli.evaluation.scores.feature_statistics import Array
+from ditmoe_cli.progress import each
 
 DEFAULT_SUBSETS = KernelSubsets()
 
@@ -68,7 +69,7 @@ def kernel_distance(subject: Array, reference: Array, settings: KernelSubsets = 
     size = min(size, fewest)
     generator = np.random.RandomState(settings.seed)
     values = []
-    for _ in range(settings.subsets):
+    for _ in each(range(settings.subsets), "comparing subsets of images", "subsets"):
         rows = [generator.choice(len(side), size, replace=False) for side in (a, b)]
         values.append(squared_mmd(a[rows[0]], b[rows[1]], degree=settings.degree, coefficient=settings.coefficient))
     return KernelDistance(float(np.mean(values)), float(np.std(values)), tuple(values), size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.scores.feature_statistics import Array
+from ditmoe_cli.progress import each
 
 BLOCK = 2048
 
@@ -44,7 +44,7 @@ def precision_recall(subject: Array, reference: Array, neighbours: int = 3, *, b
     a, b = a - centre, b - centre
     a_radii, b_radii = (_radii(side, neighbours, block) for side in (a, b))
     a_inside, b_inside = np.zeros(len(a), dtype=bool), np.zeros(len(b), dtype=bool)
-    for rows in _blocks(len(a), block):
+    for rows in each(_blocks(len(a), block), "comparing images", "blocks of images"):
         for columns in _blocks(len(b), block):
             squares = _squared_distances(a[rows], b[columns])
             a_inside[rows] |= (squares <= b_radii[columns]).any(axis=1)
@@ -58,7 +58,7 @@ def _radii(features: Array, neighbours: int, block: int) -> Array:
     The image itself is the nearest of the k + 1 that are kept; each block of distances serves its rows and columns.
     """
     nearest = np.full((len(features), neighbours + 1), np.inf, dtype=features.dtype)
-    for rows in _blocks(len(features), block):
+    for rows in each(_blocks(len(features), block), "looking for neighbours", "blocks of images"):
         for columns in _blocks(len(features), block):
             if columns.start < rows.start:
                 continue
@@ -85,8 +85,8 @@ def _squared_distances(a: Array, b: Array) -> Array:
     return squares
 
 
-def _blocks(length: int, block: int) -> Iterator[slice]:
-    return (slice(start, min(start + block, length)) for start in range(0, length, block))
+def _blocks(length: int, block: int) -> list[slice]:
+    return [slice(start, min(start + block, length)) for start in range(0, length, block)]
 
 
 def _checked(features: Array, neighbours: int) -> Array:

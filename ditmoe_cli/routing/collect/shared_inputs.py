@@ -50,7 +50,7 @@ def with_similarities(
     cells = tensors["reservoir.branch"].long() * bins + bin_of
     experts = model.config.num_experts
     results = []
-    with resident_blocks(model) as blocks:
+    with resident_blocks(model, "comparing experts on shared inputs") as blocks:
         for (index, block), inputs in zip(blocks, tensors["reservoir.inputs"], strict=True):
             kept = work.read(f"inputs.{index}") if work is not None else None
             if kept is not None:
