@@ -167,8 +167,9 @@ def write(report: ProfileReport, to: ReportFiles, profile: Path) -> None:
     """Write the page and the figures that were asked for."""
     if to.page is None and to.png is None:
         return
-    from ditmoe_cli.routing.report.figures import draw, write_figures
+    from ditmoe_cli.routing.report.figures import draw
     from ditmoe_cli.routing.report.page import page
+    from ditmoe_cli.routing.report.pictures import write_figures
 
     with phase("drawing figures"):
         drawings = tuple(draw(report, svg=to.page is not None, png=to.png is not None))

@@ -13,7 +13,7 @@ from ditmoe_cli.progress import phase
 from ditmoe_cli.routing import measures
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.report.claims import Estimate, Evidence, judge
-from ditmoe_cli.routing.report.contents import VARIABLES, BlockReport, ProfileReport
+from ditmoe_cli.routing.report.contents import VARIABLES, BlockReport, ProfileReport, printable
 from ditmoe_cli.routing.report.information import (
     InformationEstimate,
     class_information,
@@ -29,9 +29,15 @@ FULL_ONLY = ("easy_ep", "output.gram", "output.all_token_mean", "output.cka")
 
 
 def build_report(
-    profile: RoutingProfile, replicates: int, seed: int, weights: Sequence[Array] | None = None
+    profile: RoutingProfile,
+    replicates: int,
+    seed: int,
+    weights: Sequence[Array] | None = None,
+    source: str | None = None,
 ) -> ProfileReport:
     """Derive a report; `weights` are cosines of the experts' weights (E, E) of each block, where they are known.
+
+    `source` is the name of the profiled checkpoint, where it is known.
 
     Raises `UsageError` for settings that give no interval, `BadInputError` for a damaged profile.
     """
@@ -55,6 +61,8 @@ def build_report(
         concentration=tuple(estimate(curves[:, b]) for b in range(curves.shape[1])),
     )
     return ProfileReport(
+        name=printable(profile.path.name),
+        source=printable(source) if source is not None else None,
         checkpoint=profile.checkpoint,
         calibration=profile.calibration,
         replicates=replicates,

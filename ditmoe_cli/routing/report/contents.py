@@ -18,6 +18,11 @@ Array = NDArray[np.float64]
 VARIABLES = ("position", "step", "class", "branch")
 
 
+def printable(name: str) -> str:
+    """Return a file's name for reading: � for bytes that are no UTF-8 and for what cannot be printed."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
+
+
 @dataclass(frozen=True)
 class BlockReport:
     """Numbers of one block with E experts, B step bins, P positions and C classes.
@@ -112,8 +117,17 @@ def _mean_off_diagonal(matrix: Array | None) -> float | None:
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """Everything derived from a profile; `missing` names the tensors that a ``fast`` profile lacks."""
+    """Everything derived from a profile.
 
+    Attributes:
+        name: name of the profile's file, printable.
+        source: name of the checkpoint's file, None where it is not known.
+        checkpoint: fingerprint of the checkpoint.
+        missing: the tensors that the profile lacks, as a ``fast`` one does.
+    """
+
+    name: str
+    source: str | None
     checkpoint: str
     calibration: Mapping[str, Any]
     replicates: int

@@ -10,9 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ditmoe_cli.diffusion.schedule import SOLVERS
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.routing.report.contents import VARIABLES, BlockReport, ProfileReport
-from ditmoe_cli.routing.report.figures import AGREEMENTS, INK, Drawing, agreements
+from ditmoe_cli.routing.report.captions import listed
+from ditmoe_cli.routing.report.figures import agreements
+from ditmoe_cli.routing.report.painters import AGREEMENTS
+from ditmoe_cli.routing.report.pictures import INK, Drawing
 
 _CLASSES = {"holds": "holds", "partly": "partly", "does not hold": "not", "cannot be told": "unknown"}
 # the sections that show figures, and how the names of theirs start
@@ -24,6 +28,7 @@ _SECTIONS = {
     "saliency": ("saliency",),
     "router": ("router",),
 }
+_FAMILIES = {"rf": " (rectified flow)", "ddpm": " (DDPM)"}
 _FULL_ONLY = {
     "easy_ep": "EASY-EP saliency",
     "output.gram": "similarity in the residual stream",
@@ -71,12 +76,13 @@ def page(report: ProfileReport, drawings: Iterable[Drawing]) -> str:
     figures, blocks = tuple(drawings), report.blocks
     return template.render(
         report=report,
-        experts=_span([len(block.load) for block in blocks]),
+        shape=_shape(blocks),
         settings=_settings(report),
+        explained=_explained(report),
         verdicts=_CLASSES,
         figures={name: [d for d in figures if d.name.startswith(starts)] for name, starts in _SECTIONS.items()},
-        inline=lambda drawing: Markup(_inline(drawing)),
-        missing=[_FULL_ONLY[name] for name in report.missing],
+        inline=lambda drawing: Markup(_inline(drawing, report.name)),
+        missing=_missing(report),
         load=_load(blocks),
         information=_information(report),
         agreement=_agreement(report),
@@ -88,22 +94,58 @@ def page(report: ProfileReport, drawings: Iterable[Drawing]) -> str:
 
 def _settings(report: ProfileReport) -> str:
     run = report.calibration
-    classes = f"{len(report.classes)} classes" if len(report.classes) > 1 else "one class"
+    solver = str(run.get("solver", "unknown"))
+    family = next((_FAMILIES[info.family] for key, info in SOLVERS.items() if key == solver), "")
+    images = "given images, noised" if run.get("source") == "data" else "images"
+    parts = [
+        f"{run['images']} {images} of {_count(len(report.classes), 'class', 'classes')}",
+        f"{run['steps']} steps in {_count(int(run['bins']), 'bin')}",
+        f"guidance {float(run['cfg']):g}",
+        f"solver {solver}{family}",
+        *(["counters only (--fast)"] if run.get("fast") is True else []),
+    ]
+    return f"{', '.join(parts)}; intervals from {report.replicates} replicates, seed {report.seed}"
+
+
+def _shape(blocks: Sequence[BlockReport]) -> str:
+    """Return how many blocks and experts there are."""
+    sizes = [len(block.load) for block in blocks]
+    low, high = min(sizes), max(sizes)
+    experts = _count(low, "expert") if low == high else f"{low} to {high} experts"
+    return f"{_count(len(blocks), 'block')}, {experts}"
+
+
+def _count(number: int, one: str, several: str = "") -> str:
+    return f"one {one}" if number == 1 else f"{number} {several or one + 's'}"
+
+
+def _missing(report: ProfileReport) -> str:
+    """Return what the profile lacks and why, "" where nothing."""
+    if not report.missing:
+        return ""
+    names = ", ".join(_FULL_ONLY[name] for name in report.missing)
+    if report.calibration.get("fast") is True:
+        return f"{names}. It was made with --fast; profile without for these."
+    return f"{names}. It was made by an earlier version; profile again for these."
+
+
+def _explained(report: ProfileReport) -> str:
+    """Return the sentence above the table of information."""
+    names = [name for name in VARIABLES if name in report.evidence.information]
+    if not names:
+        return "The profile has one position, one step bin and one class: choices have nothing to depend on."
+    conditional = [name for name in names if name != "branch"]
+    where = f" {listed(conditional).capitalize()} in the conditional branch." if "branch" in names else ""
     return (
-        f"{run['images']} images of {classes}, {run['steps']} steps in {run['bins']} bins, guidance {run['cfg']}, "
-        f"solver {run.get('solver', 'unknown')}; intervals from {report.replicates} replicates, seed {report.seed}"
+        "I(x; expert) / H(expert) in percent: how much of the entropy of expert choices x explains, with the bias of "
+        f"counting taken off, its 95 % interval over images, and what chance reaches (in 95 of 100 shuffles).{where}"
     )
 
 
-def _span(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _inline(drawing: Drawing) -> str:
+def _inline(drawing: Drawing, name: str) -> str:
     """Return a drawing's SVG element in the page's text colour, named for those who cannot see it."""
     picture = drawing.svg.replace(INK, "currentColor")
-    return picture.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.title)}"', 1)
+    return picture.replace("<svg", f'<svg role="img" aria-label="{escape(f"{drawing.title}: {name}")}"', 1)
 
 
 def _information(report: ProfileReport) -> PageTable:

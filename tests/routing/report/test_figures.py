@@ -13,13 +13,8 @@ from reporting import full_report
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.routing.report.contents import ProfileReport
-from ditmoe_cli.routing.report.figures import (
-    LARGEST_DEVIATION,
-    SMALLEST_DEVIATION,
-    draw,
-    require_matplotlib,
-    shared_limit,
-)
+from ditmoe_cli.routing.report.figures import draw, require_matplotlib, shared_limit
+from ditmoe_cli.routing.report.painters import LARGEST_DEVIATION, SMALLEST_DEVIATION
 
 pytest.importorskip("matplotlib")
 
