@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
 from cli_helpers import FIELDS, contents, here, on_terminal
 from conftest import make_pico
+from reporting import Planted, even
 from safetensors.torch import load_file, save_file
 
 PROFILING = ("profile-experts", "a.safetensors", "--images", 6, "--steps", 4, "--bins", 4)
 QUICK = ("--replicates", 20)
+SMALL = Planted(even(blocks=1, bins=1, positions=1, classes=1, branches=1), images=2, cfg=1.0)  # three figures
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +68,8 @@ def test_page_and_figures_are_written(folder: Path, tmp_path: Path) -> None:
     first = contents(tmp_path)
     assert "figures/load.png" in first
     assert "http" not in (tmp_path / "r.html").read_text()
-    here(*words, cwd=tmp_path).error(5)
     (tmp_path / "figures" / "stale.png").write_bytes(b"")
+    here(*words, cwd=tmp_path).error(5)
     figures = (*words[:5], "--png", "figures", "--force")
     assert here(*figures, cwd=tmp_path).result["png"] == str(tmp_path / "figures")
     assert contents(tmp_path) == first
@@ -74,11 +77,104 @@ def test_page_and_figures_are_written(folder: Path, tmp_path: Path) -> None:
     assert "mine.txt" in here(*figures, cwd=tmp_path).error(5)
 
 
+def test_a_report_that_is_there_is_not_made_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    SMALL.save(tmp_path / "p.safetensors")
+    words = ("report", "profile", "p.safetensors", *QUICK)
+    both = (*words, "-o", "r.html", "--png", "figures")
+    first, files = here(*both, cwd=tmp_path), contents(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("ditmoe_cli.routing.report.build.build_report", None)  # nothing is computed
+        again = here(*both, cwd=tmp_path)
+        assert (again.code, again.out) == (0, first.out)
+        assert again.err == "ditmoe: r.html is up to date\nditmoe: figures is up to date\n"
+        told = here(*both, "--text", cwd=tmp_path)
+        assert (told.code, "wrote" in told.out) == (0, False)
+        assert "top-k mass" in told.out
+        assert contents(tmp_path) == files
+        for other in (("--seed", 1), ("--replicates", 21)):
+            assert "exists already" in here(*words, "-o", "r.html", *other, cwd=tmp_path).error(5)
+        fast = folder / "fast.safetensors"
+        assert "exists already" in here("report", "profile", fast, *QUICK, "-o", "r.html", cwd=tmp_path).error(5)
+        patched.setattr("ditmoe_cli.cli.commands.report.__version__", "0")
+        assert "exists already" in here(*words, "-o", "r.html", cwd=tmp_path).error(5)
+    (tmp_path / "r.html").unlink()
+    assert "figures is up to date" in here(*both, cwd=tmp_path).err
+    assert contents(tmp_path) == files, "only what is missing is made, to the same bytes"
+    assert "up to date" not in here(*both, "--force", cwd=tmp_path).err
+    assert contents(tmp_path) == files
+
+
+def test_a_page_in_a_folder_of_figures_is_refused(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("report", "profile", folder / "p.safetensors", *QUICK, "-o", "figures/r.html", "--png", "figures")
+    here(*words, cwd=tmp_path).error(3)
+    (tmp_path / "figures").mkdir()
+    assert "--png figures" in here(*words, "--force", cwd=tmp_path).error(2)
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def test_targets_that_cannot_be_written_are_refused_before_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("ditmoe_cli.routing.report.build.build_report", None)
+    words = ("report", "profile", folder / "p.safetensors", *QUICK)
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "link.html").symlink_to("folder.html")
+    for option, target in (("-o", "no/r.html"), ("-o", "/proc/r.html"), ("--png", "no/figures"), ("--png", "/proc/f")):
+        assert target.split("/")[-2] in here(*words, option, target, cwd=tmp_path).error(3)
+    for target in ("folder.html", "link.html"):
+        assert target in here(*words, "-o", target, cwd=tmp_path).error(5)
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>\"'&.safetensors", "a$\\frac{1$.safetensors", "\udcff\n.safetensors", "图.safetensors"]
+)
+def test_any_file_name_is_reported_on(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    SMALL.save(tmp_path / name)
+    outcome = here("report", "profile", name, *QUICK, "-o", "r.html", "--png", "figures", "-q", cwd=tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    assert f"<h1>Routing profile {escape(shown)}</h1>" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert (tmp_path / "figures" / "load.png").is_file()
+
+
+def test_pruned_checkpoints_with_unequal_blocks_are_reported_on(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pruned = here(
+        "prune",
+        folder / "a.safetensors",
+        "--keep",
+        0.5,
+        "--method",
+        "frequency",
+        "--allocate",
+        "global",
+        "--profile",
+        folder / "p.safetensors",
+        "-o",
+        "b.safetensors",
+        cwd=tmp_path,
+    )
+    assert pruned.code == 0, pruned.err
+    assert here("profile-experts", "b.safetensors", *PROFILING[2:], "-o", "q.safetensors", cwd=tmp_path).code == 0
+    outcome = here(
+        "report", "profile", "q.safetensors", *QUICK, "-o", "r.html", "--weights", "b.safetensors", cwd=tmp_path
+    )
+    assert outcome.code == 0, outcome.err
+    assert "checkpoint b.safetensors" in (tmp_path / "r.html").read_text()
+
+
 def test_weights_of_the_profiled_checkpoint_are_compared(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     words = ("report", "profile", folder / "p.safetensors", *QUICK, "-o", tmp_path / "r.html", "--weights")
     assert here(*words, "a.safetensors", cwd=folder).code == 0
     assert 'id="similarity-weights"' in (tmp_path / "r.html").read_text()
+    assert "exists already" in here(*words[:-1], cwd=folder).error(5), "not the report without weights"
     (tmp_path / "r.html").unlink()
     assert "profile of another checkpoint" in here(*words, "demo:digits", cwd=folder).error(3)
     assert not (tmp_path / "r.html").exists()

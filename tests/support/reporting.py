@@ -74,6 +74,7 @@ class Planted:
             "steps": bins * self.steps_per_bin,
             "bins": bins,
             "cfg": self.cfg,
+            "fast": self.fast,
             "classes": f"0-{classes - 1}",
             **changes,
         }
@@ -126,3 +127,13 @@ def full_report(folder: Path) -> ProfileReport:
     chances = by_step(blocks=2) * by_position(fading=True, blocks=2)
     chances[1, ..., 2] = 0
     return report_of(folder, Planted(chances, images=10, fast=False))
+
+
+def unequal(folder: Path) -> ProfileReport:
+    """Return the report of a profile whose blocks have 4 and 2 experts, as pruned checkpoints do."""
+    chances = even(blocks=2)
+    chances[1, ..., 2:] = 0
+    profile = Planted(chances, images=5).save(folder / "p.safetensors")
+    tensors = {name: profile.tensor(name) for name in profile.header.tensors}
+    write_profile(profile.path, tensors, profile.checkpoint, profile.calibration, (4, 2), True, ())
+    return build_report(read_profile(profile.path), 20, 0)

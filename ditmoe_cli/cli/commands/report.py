@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli import __version__
 from ditmoe_cli.cli.groups import completing, ending
 from ditmoe_cli.cli.stage import Stage, incoming
-from ditmoe_cli.cli.terminal import Printing, emit
+from ditmoe_cli.cli.terminal import Printing, emit, note
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
+from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.staging import check_target, staged
-from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Given
-from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
+from ditmoe_cli.routing.report.claims import VARIABLES
+from ditmoe_cli.routing.report.marks import holds_figures, numbers_of, printable
 
 if TYPE_CHECKING:
     from ditmoe_cli.routing.report.contents import ProfileReport
@@ -95,6 +98,11 @@ class ReportFiles:
     force: Annotated[bool, typer.Option("--force", help="Replace existing to.")] = False
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether anything is to be written."""
+        return self.page is not None or self.png is not None
+
+    @property
     def path(self) -> str:
         """The absolute path that ``-q`` prints."""
         written = self.page or self.png
@@ -112,35 +120,80 @@ def run(reporting: Reporting, to: ReportFiles, printing: Printing) -> None:
     """Report what a profile shows, and whether the paper's claims hold.
 
     Computes load, mutual information with intervals, heat maps, co-activation, similarity, transitions and saliency.
-    Prints the essentials; figures need -o or --png, and matplotlib: pip install 'ditmoe[report]'.
+    Prints the essentials; figures need -o or --png, and matplotlib: pip install 'ditmoe[report]'. A report that is
+    there already, of the same profile and settings, is left as it is.
     """
     if reporting.kind not in KINDS:
         raise UsageError(f"there is no report on {reporting.kind!r}; choose {' or '.join(KINDS)}")
     stage = reporting.stage()
-    file = Path(str(stage.profile))
-    from ditmoe_cli.routing.report.build import build_report
-
-    check_outputs(to, file)
-    profile = read_profile(file)
-    similarities = weight_cosines(profile, reporting.weights) if reporting.weights else None
-    report = build_report(profile, reporting.replicates, reporting.seed, similarities)
-    write(report, to, file)
+    profile = read_profile(Path(str(stage.profile)))
+    profiled = profiled_checkpoint(profile, reporting.weights)
+    source = profiled.path.name if profiled is not None else profiled_name(stage)
+    request = request_of(profile, reporting, source)
+    numbers, left = unmade(to, request)
+    check_outputs(left, (profile.path, *([profiled.path] if profiled else [])))
+    if numbers is None or left.is_wanted:
+        similarities = weight_cosines(profiled) if profiled is not None else None
+        report = build_report_of(profile, reporting, similarities, source)
+        write(report, left, profile.path, request)
+        numbers = report.to_json()
     options = {"what": reporting.kind, "replicates": reporting.replicates, "seed": reporting.seed}
-    show(printing, stage.done("report", options).to_json({**report.to_json(), **to.to_json()}), report, to)
+    show(printing, stage.done("report", options).to_json({**numbers, **to.to_json()}), to, left)
 
 
-def weight_cosines(profile: RoutingProfile, weights: str) -> list[Any]:
-    """Return the similarity of the experts' weights; raises `BadInputError` where `weights` was not profiled."""
-    from ditmoe_cli.routing.report.weight_similarity import weight_similarities
-
+def profiled_checkpoint(profile: RoutingProfile, weights: str | None) -> Checkpoint | None:
+    """Return the checkpoint to compare experts of; raises `BadInputError` where another one was profiled."""
+    if weights is None:
+        return None
     checkpoint = open_checkpoint(weights)
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
+    return checkpoint
+
+
+def profiled_name(stage: Stage) -> str | None:
+    """Return the file name of the checkpoint that was profiled, where a pipe says so."""
+    is_of = stage.history and stage.history[-1].get("command") == "profile-experts"
+    return Path(stage.checkpoint).name if is_of and stage.checkpoint is not None else None
+
+
+def request_of(profile: RoutingProfile, reporting: Reporting, source: str | None) -> str:
+    """Return the digest of all that a report's bytes depend on."""
+    names = [printable(name) for name in (profile.path.name, source or "")]
+    settings = [reporting.replicates, reporting.seed, reporting.weights is not None]
+    return digest([profile.digest, names, settings, __version__])
+
+
+def unmade(to: ReportFiles, request: str) -> tuple[dict[str, Any] | None, ReportFiles]:
+    """Return a report's numbers, where its page keeps them, and those of its outputs that are still to be made."""
+    if to.force:
+        return None, to
+    numbers = numbers_of(to.page, request) if to.page is not None else None
+    has_figures = to.png is not None and holds_figures(to.png, request)
+    for path, is_made in ((to.page, numbers is not None), (to.png, has_figures)):
+        if is_made:
+            note(f"{path} is up to date")
+    return numbers, ReportFiles(None if numbers is not None else to.page, None if has_figures else to.png)
+
+
+def build_report_of(
+    profile: RoutingProfile, reporting: Reporting, similarities: list[Any] | None, source: str | None
+) -> ProfileReport:
+    """Return the report that was asked for."""
+    from ditmoe_cli.routing.report.build import build_report
+
+    return build_report(profile, reporting.replicates, reporting.seed, similarities, source)
+
+
+def weight_cosines(checkpoint: Checkpoint) -> list[Any]:
+    """Return the similarity of the experts' weights, block by block."""
+    from ditmoe_cli.routing.report.weight_similarity import weight_similarities
+
     return weight_similarities(checkpoint)
 
 
-def check_outputs(to: ReportFiles, profile: Path) -> None:
+def check_outputs(to: ReportFiles, inputs: tuple[Path, ...]) -> None:
     """Raise before anything is computed where the outputs cannot be drawn or written."""
-    if to.page is None and to.png is None:
+    if not to.is_wanted:
         return
     from ditmoe_cli.routing.report.figures import require_matplotlib
     from ditmoe_cli.routing.report.page import require_jinja
@@ -148,9 +201,11 @@ def check_outputs(to: ReportFiles, profile: Path) -> None:
     require_matplotlib()
     if to.page is not None:
         require_jinja()
-        check_target(to.page.absolute(), to.force, (profile,))
+        check_target(to.page.absolute(), to.force, inputs)
     if to.png is not None and not replaceable(to.png, to.force):
-        check_target(to.png.absolute(), to.force, (profile,))
+        check_target(to.png.absolute(), to.force, inputs)
+    if to.page is not None and to.png is not None and to.page.absolute().parent == to.png.absolute():
+        raise UsageError(f"⟨png⟩ {to.png}: is replaced as a whole; write the page beside it, not into it")
 
 
 def replaceable(folder: Path, force: bool) -> bool:
@@ -163,49 +218,50 @@ def replaceable(folder: Path, force: bool) -> bool:
     return True
 
 
-def write(report: ProfileReport, to: ReportFiles, profile: Path) -> None:
+def write(report: ProfileReport, to: ReportFiles, profile: Path, request: str) -> None:
     """Write the page and the figures that were asked for."""
-    if to.page is None and to.png is None:
+    if not to.is_wanted:
         return
     from ditmoe_cli.routing.report.figures import draw
     from ditmoe_cli.routing.report.page import page
     from ditmoe_cli.routing.report.pictures import write_figures
 
-    with phase("drawing figures"):
-        drawings = tuple(draw(report, svg=to.page is not None, png=to.png is not None))
+    drawings = tuple(draw(report, to.page is not None, to.png is not None, request))
     if to.png is not None:
         write_figures(drawings, to.png, replaceable(to.png, to.force))
     if to.page is not None:
         with staged(to.page, to.force, (profile,)) as staging:
-            staging.write_text(page(report, drawings), encoding="utf-8")
+            staging.write_text(page(report, drawings, request), encoding="utf-8")
 
 
-def show(printing: Printing, document: dict[str, Any], report: ProfileReport, to: ReportFiles) -> None:
+def show(printing: Printing, document: dict[str, Any], to: ReportFiles, written: ReportFiles) -> None:
     """Print the essentials: tables for people, else the envelope."""
     if printing.quiet or not printing.is_text:
         emit(printing, document, (), to.path)
         return
     from rich.console import Console
 
+    numbers = document["result"]
     console = Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
-    for claim in report.claims:
-        console.print(f"[bold]{claim.statement}: {claim.verdict}[/bold]")
-        console.print(claim.sentence, markup=False)
-    console.print(table(report))
-    for label, pairs in (("dead", report.dead), ("starved", report.starved)):
-        console.print(f"{label}: " + (", ".join(f"block {b} expert {e}" for b, e in pairs) or "none"))
-    for path in filter(None, to.to_json().values()):
+    for claim in numbers["claims"]:
+        console.print(f"[bold]{claim['claim']}: {claim['verdict']}[/bold]")
+        console.print(claim["sentence"], markup=False)
+    console.print(table(numbers))
+    for label in ("dead", "starved"):
+        console.print(f"{label}: " + (", ".join(f"block {b} expert {e}" for b, e in numbers[label]) or "none"))
+    for path in filter(None, written.to_json().values()):
         print(f"wrote {path}")
 
 
-def table(report: ProfileReport) -> Any:
+def table(numbers: dict[str, Any]) -> Any:
     """Return a rich table of the numbers by block."""
     from rich.table import Table
 
-    names = [name for name in report.evidence.information if name != "branch"]
+    names = [name for name in VARIABLES if name != "branch" and name in numbers["evidence"]["information"]]
     result = Table("block", "entropy", *(f"{name} %" for name in names), "top-k mass", box=None, pad_edge=False)
-    for i, block in enumerate(report.blocks):
-        estimates = (block.information[name] for name in names)
-        cells = [f"{100 * e.corrected:.1f} \\[{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in estimates]
-        result.add_row(str(i), f"{block.entropy:.3f}", *cells, f"{block.router['topk_mass'].mean():.2f}")
+    for i, block in enumerate(numbers["blocks"]):
+        estimates = (block["information"][name] for name in names)
+        cells = [f"{100 * e['corrected']:.1f} \\[{100 * e['low']:.1f}, {100 * e['high']:.1f}]" for e in estimates]
+        mass = block["router"]["topk_mass"]
+        result.add_row(str(i), f"{block['normalised_entropy']:.3f}", *cells, f"{sum(mass) / len(mass):.2f}")
     return result

@@ -12,14 +12,15 @@ from ditmoe_cli.errors import UsageError
 from ditmoe_cli.progress import phase
 from ditmoe_cli.routing import measures
 from ditmoe_cli.routing.profile import RoutingProfile
-from ditmoe_cli.routing.report.claims import Estimate, Evidence, judge
-from ditmoe_cli.routing.report.contents import VARIABLES, BlockReport, ProfileReport, printable
+from ditmoe_cli.routing.report.claims import VARIABLES, Estimate, Evidence, judge
+from ditmoe_cli.routing.report.contents import BlockReport, ProfileReport
 from ditmoe_cli.routing.report.information import (
     InformationEstimate,
     class_information,
     information_with_interval,
     normalised_mutual_information,
 )
+from ditmoe_cli.routing.report.marks import printable
 from ditmoe_cli.routing.report.tables import ProfileTables, read_tables
 from ditmoe_cli.routing.report.trends import Bootstrap, bootstrap_curve, estimate, trend
 

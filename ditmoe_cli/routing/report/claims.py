@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+VARIABLES = ("position", "step", "class", "branch")
 NEGLIGIBLE = 0.01
 MINOR = 0.1
 HALF = 0.5

@@ -15,13 +15,6 @@ from ditmoe_cli.routing.report.information import InformationEstimate
 
 Array = NDArray[np.float64]
 
-VARIABLES = ("position", "step", "class", "branch")
-
-
-def printable(name: str) -> str:
-    """Return a file's name for reading: � for bytes that are no UTF-8 and for what cannot be printed."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in name)
-
 
 @dataclass(frozen=True)
 class BlockReport:

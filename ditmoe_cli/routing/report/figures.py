@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from math import isqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.report import captions, painters
 from ditmoe_cli.routing.report.contents import Array, BlockReport, ProfileReport
+from ditmoe_cli.routing.report.marks import description
 from ditmoe_cli.routing.report.painters import AGREEMENTS, LARGEST_DEVIATION, Scale
 from ditmoe_cli.routing.report.pictures import Drawing, png_of, svg_of
 
@@ -39,10 +40,10 @@ def require_matplotlib() -> None:
         raise BadInputError("figures need matplotlib, which is not here; install it: pip install 'ditmoe[report]'")
 
 
-def draw(report: ProfileReport, svg: bool = True, png: bool = False, about: str = "") -> Iterator[Drawing]:
+def draw(report: ProfileReport, svg: bool = True, png: bool = False, request: str = "") -> Iterator[Drawing]:
     """Yield the figures of a report as SVG, PNG or both; a format that is not asked for is empty.
 
-    A PNG has its title and the profile's name in it, and the text `about` as its description. Equal reports give equal
+    A PNG has its title and the profile's name in it, and says which `request` it was made of. Equal reports give equal
     bytes. Raises `BadInputError` where matplotlib is not installed.
     """
     require_matplotlib()
@@ -51,6 +52,7 @@ def draw(report: ProfileReport, svg: bool = True, png: bool = False, about: str 
     style: Any = {**matplotlib.rcParamsDefault, **painters.STYLE}
     style.pop("backend", None)
     figures = tuple(planned(report))
+    about = description(request, [figure.name for figure in figures])
     with matplotlib.rc_context(style), phase("drawing", len(figures), "figures") as advance:
         for figure in figures:
             heading = f"{figure.title}: {report.name}"

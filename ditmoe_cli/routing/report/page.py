@@ -12,9 +12,11 @@ import numpy as np
 
 from ditmoe_cli.diffusion.schedule import SOLVERS
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.routing.report.contents import VARIABLES, BlockReport, ProfileReport
 from ditmoe_cli.routing.report.captions import listed
+from ditmoe_cli.routing.report.claims import VARIABLES
+from ditmoe_cli.routing.report.contents import BlockReport, ProfileReport
 from ditmoe_cli.routing.report.figures import agreements
+from ditmoe_cli.routing.report.marks import numbers_element
 from ditmoe_cli.routing.report.painters import AGREEMENTS
 from ditmoe_cli.routing.report.pictures import INK, Drawing
 
@@ -56,8 +58,8 @@ def require_jinja() -> None:
         raise BadInputError("the page needs jinja2, which is not here; install it: pip install 'ditmoe[report]'")
 
 
-def page(report: ProfileReport, drawings: Iterable[Drawing]) -> str:
-    """Return the page, with those of its figures that are among `drawings`.
+def page(report: ProfileReport, drawings: Iterable[Drawing], request: str = "") -> str:
+    """Return the page, with those of its figures that are among `drawings`; it says which `request` it was made of.
 
     Raises `BadInputError` where jinja2 is not installed.
     """
@@ -76,6 +78,8 @@ def page(report: ProfileReport, drawings: Iterable[Drawing]) -> str:
     figures, blocks = tuple(drawings), report.blocks
     return template.render(
         report=report,
+        request=request,
+        numbers=Markup(numbers_element(report.to_json())),
         shape=_shape(blocks),
         settings=_settings(report),
         explained=_explained(report),
@@ -96,7 +100,7 @@ def _settings(report: ProfileReport) -> str:
     run = report.calibration
     solver = str(run.get("solver", "unknown"))
     family = next((_FAMILIES[info.family] for key, info in SOLVERS.items() if key == solver), "")
-    images = "given images, noised" if run.get("source") == "data" else "images"
+    images = "noised images" if run.get("source") == "data" else "images"
     parts = [
         f"{run['images']} {images} of {_count(len(report.classes), 'class', 'classes')}",
         f"{run['steps']} steps in {_count(int(run['bins']), 'bin')}",

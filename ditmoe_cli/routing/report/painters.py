@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ditmoe_cli.routing.report.contents import VARIABLES, Array, ProfileReport
+from ditmoe_cli.routing.report.claims import VARIABLES
+from ditmoe_cli.routing.report.contents import Array, ProfileReport
 from ditmoe_cli.routing.report.pictures import INK
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Tiling(NamedTuple):
         """Return where the middle of a map is drawn."""
         return cell * self.pitch + self.side * self.zoom / 2 - 0.5
 
-    def border(self, cell: int) -> float:
+    def border(self, cell: float) -> float:
         """Return where the middle of the gap before a map is drawn."""
         return cell * self.pitch - self.gap / 2 - 0.5
 

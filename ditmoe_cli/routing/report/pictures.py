@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.staging import staged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#7f7f7e"
+INK = "#7f7f7e"  # of text and lines; a page replaces it by its own colour
 PIXELS_PER_INCH = 150
-_REQUEST = "ditmoe-request"
+DESCRIPTION = "Description"  # the field of a PNG for what it shows
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,13 @@ def _with_palette(encoded: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def png_of(figure: Figure, about: str) -> bytes:
+def png_of(figure: Figure, about: str = "") -> bytes:
     """Return a figure as PNG with a transparent background, and the text `about` where PNG keeps its description."""
     buffer = io.BytesIO()
-    metadata = {"Software": None, "Description": about}
-    figure.savefig(buffer, format="png", dpi=PIXELS_PER_INCH, metadata=metadata)
+    metadata = {"Software": None, **({DESCRIPTION: about} if about else {})}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # letters that no font here has
+        figure.savefig(buffer, format="png", dpi=PIXELS_PER_INCH, metadata=metadata)
     return buffer.getvalue()
 
 

@@ -11,10 +11,12 @@ import pytest
 from reporting import Planted, even, full_report, report_of
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.routing.report.build import build_report
 from ditmoe_cli.routing.report.claims import Claim
 from ditmoe_cli.routing.report.contents import ProfileReport
 from ditmoe_cli.routing.report.figures import draw
 from ditmoe_cli.routing.report.page import page, require_jinja
+from ditmoe_cli.routing.report.pictures import Drawing
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -30,9 +32,23 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.seen: set[str] = set()
         self.references: list[str] = []
+        self.labels: list[str] = []
+        self.boxes: list[int] = []
+        self.boxed = {"svg": 0, "table": 0}
+        self.title = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["title"] and "svg" not in self.open:
+            self.title += data
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
+        self.labels += [value or "" for name, value in attrs if name == "aria-label"]
+        if tag in self.boxed:
+            assert self.boxes and self.boxes[-1] == len(self.open), f"{tag} outside a box that scrolls"
+            self.boxed[tag] += 1
+        if tag == "div" and ("class", "scroll") in attrs:
+            self.boxes.append(len(self.open) + 1)
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
         if tag not in VOID:
             self.open.append(tag)
@@ -44,6 +60,8 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        if self.boxes and len(self.open) < self.boxes[-1]:
+            self.boxes.pop()
 
 
 def read(text: str) -> Reader:
@@ -74,8 +92,49 @@ def test_the_page_needs_nothing_else(text: str) -> None:
     assert "prefers-color-scheme: dark" in text
     ids = re.findall(r' id="([^"]+)"', text.replace("\n", " "))
     figures = re.findall(r'<figure id="([^"]+)"', text)
-    assert len(figures) == len(set(figures)) == 17
+    assert len(figures) == len(set(figures)) == 16
     assert set(figures) <= set(ids)
+
+
+def test_figures_and_tables_scroll_in_their_own_boxes(text: str) -> None:
+    reader = read(text)
+    assert reader.boxed == {"svg": 16, "table": text.count("<table>")}
+    assert not reader.boxes
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", text)
+    assert re.search(r"svg \{[^}]*min-width: \d+rem", text)
+
+
+def test_titles_name_the_profile(full: ProfileReport, text: str) -> None:
+    assert read(text).title == "p.safetensors: routing profile"
+    assert "<h1>Routing profile p.safetensors</h1>" in text
+    assert text.count("<small>p.safetensors</small></h3>") == 16
+    assert all(label.endswith(": p.safetensors") for label in read(text).labels)
+    named = page(replace(full, source="ckpt.pt"), ())
+    assert read(named).title == "p.safetensors: routing profile of ckpt.pt"
+    assert f"checkpoint ckpt.pt <code>{full.checkpoint}" in named
+
+
+def test_names_that_are_no_utf_8_can_be_written(tmp_path: Path) -> None:
+    planted = Planted(even(blocks=1, bins=1), images=2).save(tmp_path / "p.safetensors")
+    odd = replace(planted, path=tmp_path / "caf\udce9\n.safetensors")
+    text = page(build_report(odd, 20, 0), ())
+    text.encode("utf-8")
+    assert read(text).title.startswith("caf\ufffd\ufffd.safetensors: ")
+
+
+def test_settings_are_told_in_words(full: ProfileReport) -> None:
+    def told(**changes: object) -> str:
+        return page(replace(full, calibration={**full.calibration, **changes}), ())
+
+    assert "10 images of 5 classes, 24 steps in 6 bins, guidance 2, solver ddim (DDPM);" in told(solver="ddim")
+    assert "solver euler (rectified flow)" in told(solver="euler")
+    assert "10 noised images of 5 classes, 24 steps in one bin" in told(source="data", bins=1)
+
+
+def test_a_profile_without_a_tensor_of_today_is_not_called_fast(full: ProfileReport) -> None:
+    text = page(replace(full, missing=("output.cka",)), ())
+    assert "similarity of outputs. It was made by an earlier version; profile again" in text
+    assert "--fast" not in text
 
 
 def test_the_page_says_what_was_found(full: ProfileReport, text: str) -> None:
@@ -92,9 +151,19 @@ def test_equal_reports_give_equal_bytes(full: ProfileReport, text: str) -> None:
 
 def test_text_is_escaped(full: ProfileReport) -> None:
     claim = Claim("<b>", "<script>", "holds", "a & b")
-    hostile = replace(full, checkpoint="<script>", calibration={**full.calibration, "solver": "<i>"}, claims=(claim,))
-    reader = read(page(hostile, ()))
+    hostile = replace(
+        full,
+        name="\"'</title><i>.safetensors",
+        source="<b>&amp;",
+        checkpoint="<script>",
+        calibration={**full.calibration, "solver": "<i>"},
+        claims=(claim,),
+    )
+    drawing = Drawing("load", "Load", "<i>", "<svg></svg>", b"")
+    reader = read(page(hostile, (drawing,)))
     assert not {"script", "i", "b"} & reader.seen
+    assert reader.title == "\"'</title><i>.safetensors: routing profile of <b>&amp;"
+    assert reader.labels == ["Load: \"'</title><i>.safetensors"]
 
 
 def test_a_fast_profile_says_what_it_lacks(tmp_path: Path) -> None:
@@ -118,7 +187,11 @@ def test_figures_adapt(sizes: dict[str, int], tmp_path: Path) -> None:
     report = report_of(tmp_path, Planted(even(**sizes), images=3, cfg=1.0))
     text = page(report, draw(report))
     read(text)
-    assert "unconditional" not in text
+    assert not re.search(r"\bbranch|\bconditional|unconditional", re.sub(r"<template.*?</template>", "", text))
+    if sizes["blocks"] == 1:
+        assert set(re.findall(r'<figure id="([^"]+)"', text)) == {"load", "agreement", "saliency"}
+        assert "choices have nothing to depend on" in text
+        assert "All blocks" not in text
 
 
 def test_a_missing_jinja_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
