@@ -106,7 +106,7 @@ def _settings(report: ProfileReport) -> str:
         f"{run['steps']} steps in {_count(int(run['bins']), 'bin')}",
         f"guidance {float(run['cfg']):g}",
         f"solver {solver}{family}",
-        *(["counters only (--fast)"] if run.get("fast") is True else []),
+        *(["counters alone"] if run.get("fast") is True else []),
     ]
     return f"{', '.join(parts)}; intervals from {report.replicates} replicates, seed {report.seed}"
 
@@ -129,7 +129,7 @@ def _missing(report: ProfileReport) -> str:
         return ""
     names = ", ".join(_FULL_ONLY[name] for name in report.missing)
     if report.calibration.get("fast") is True:
-        return f"{names}. It was made with --fast; profile without for these."
+        return f"{names}. It is a fast profile, of counters alone; a full one has these."
     return f"{names}. It was made by an earlier version; profile again for these."
 
 
