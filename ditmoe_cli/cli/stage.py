@@ -90,11 +90,11 @@ def _read_stdin(missing: str) -> str:
 
     Nobody could to a terminal, the null device (as in scripts), a closed stdin, a folder or an empty file.
     """
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-        raise UsageError(missing)
     try:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError(missing)
         text = sys.stdin.buffer.read().decode(errors="replace")
-    except OSError:  # a folder, or a stream that is open for writing alone
+    except (OSError, ValueError):  # a stream that is open for writing alone, or not at all
         raise UsageError(missing) from None
     if not text.strip() and not _is_pipe():
         raise UsageError(missing)
