@@ -126,6 +126,12 @@ def indented(value: object, depth: int = 0, room: int = 100) -> str:
     return f"{opening}\n{inner}" + f",\n{inner}".join(entries) + f"\n{'  ' * depth}{closing}"
 
 
+def columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of cells with equal columns, aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
 def human_bytes(count: float) -> str:
     """Return a byte count in decimal units, as file managers print it."""
     for unit in ("B", "kB", "MB", "GB"):

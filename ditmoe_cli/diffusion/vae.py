@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError, BrokenImageError
-from ditmoe_cli.files.fingerprint import fingerprint
+from ditmoe_cli.files.fingerprint import digest, file_digest, fingerprint
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
 
 if TYPE_CHECKING:
@@ -142,17 +142,26 @@ def open_vae(where: str, device: str = "cpu", dtype: torch.dtype | None = None) 
     _check_weights_file(folder)
     module = _load(folder, where)
     settings = dict(module.config)
-    digest = _digest(module, settings)  # before the weights are rounded to `dtype`
+    identity = _digest(module, settings)  # before the weights are rounded to `dtype`
     return Decoder(
         module=_placed(module, device, torch.float32 if dtype is None else dtype),
         name=_name(where),
-        digest=digest,
+        digest=identity,
         scale=scale,
         shift=shift,
         channels=int(settings["latent_channels"]),
         upsampling=_upsampling(settings),
         tile=int(module.tile_latent_min_size),
     )
+
+
+def decoding_digest(where: str) -> str | None:
+    """Return the SHA-256 of the files of a VAE on disk; None where it may have to be fetched, or is none."""
+    given = Path(where).expanduser()
+    folder = next((each for each in (given, given / "vae") if (each / CONFIG_NAME).is_file()), None)
+    if folder is None or not (folder / WEIGHTS_NAME).is_file():
+        return None
+    return digest([file_digest(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
 
 
 def _name(where: str) -> str:

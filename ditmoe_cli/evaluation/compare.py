@@ -7,7 +7,8 @@ the guided ones; blocks and routing are compared on both branches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,17 @@ from ditmoe_cli.diffusion.sampling import (
     steps_of_bins,
 )
 from ditmoe_cli.diffusion.watchers import Watchers
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
 from ditmoe_cli.evaluation.image_grids import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8
+from ditmoe_cli.evaluation.kept_results import keep, read_kept, result_key
 from ditmoe_cli.evaluation.scores.intervals import Interval, bootstrap, bootstrap_frechet, interval_of
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.ssim import ssim
-from ditmoe_cli.evaluation.worker import Runtime
+from ditmoe_cli.evaluation.worker import Notify, Runtime
 from ditmoe_cli.files.arrays import write_arrays
+from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
     RowMap = Tensor | None
 
+_BYTES_A_VALUE = 40  # of two final latents in fp32 and their copies and errors in fp64
 COMPARISON_SCHEMA = "ditmoe.comparison/1"
 _SAME_ARCHITECTURE = (
     *("sampler", "depth", "hidden_size", "patch_size", "input_size", "in_channels", "num_classes"),
@@ -206,6 +210,19 @@ class Outputs:
     grid: Path | None = None
     force: bool = False
 
+    @property
+    def named(self) -> dict[str, Path]:
+        """The files that are asked for, by name."""
+        return {name: path for name, path in (("numbers", self.numbers), ("grid", self.grid)) if path is not None}
+
+
+@dataclass(frozen=True)
+class KeptComparison:
+    """The result of a comparison as JSON, and the seconds that it took."""
+
+    result: Mapping[str, Any]
+    seconds: float
+
 
 def relative(sums: Array) -> Array:
     """Return error / reference of sums (..., error, reference, …): 0 for no error, infinity for a reference of 0."""
@@ -290,7 +307,7 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
 
     from ditmoe_cli.model.loading import build_model
 
-    _check(pair, outputs)
+    check_pair(pair, outputs)
     a, b, spec = pair.a, pair.b, pair.spec
     device = torch.device(runtime.device)
     rows = matching_rows(a, b)
@@ -321,11 +338,13 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     return result
 
 
-def _check(pair: CheckpointPair, outputs: Outputs) -> None:
+def check_pair(pair: CheckpointPair, outputs: Outputs) -> None:
+    """Raise where a comparison cannot be made, or its outputs cannot be written; see `compare_checkpoints`."""
     a, spec = pair.a, pair.spec
     require_same_architecture(a, pair.b)
     check_followable(spec)
     choose_bins(pair.bins, spec.steps)
+    _check_memory(pair)
     if outputs.grid is not None and not a.config.pixel_space:
         raise BadInputError(
             f"{a.path}: makes latents of {a.config.in_channels} channels, which need a VAE to become images; "
@@ -334,6 +353,50 @@ def _check(pair: CheckpointPair, outputs: Outputs) -> None:
     for target in (outputs.numbers, outputs.grid):
         if target is not None:
             check_target(target.absolute(), outputs.force, pair.paths)
+
+
+def _check_memory(pair: CheckpointPair) -> None:
+    """Raise `UsageError` where the final latents of both models, and their errors in fp64, exceed this machine."""
+    config, images = pair.a.config, pair.spec.images
+    needed = images * config.in_channels * config.input_size**2 * _BYTES_A_VALUE
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UsageError(
+            f"⟨images⟩ {images}: all final latents are held, which takes {needed / 1e9:,.1f} GB, and this machine has "
+            f"{memory / 1e9:,.1f} GB; give fewer"
+        )
+
+
+def comparison_key(pair: CheckpointPair, device: str) -> str:
+    """Return the key under which the result of a comparison is kept."""
+    conditions = _conditions(pair)
+    for side in ("a", "b"):
+        del conditions[side]["path"]
+    return result_key("compare", {**conditions, "device": device})
+
+
+def kept_comparison(key: str, pair: CheckpointPair, outputs: Outputs) -> KeptComparison | None:
+    """Return what an earlier run kept, with these paths; None where it lacks one of the outputs that are asked for."""
+    document = read_kept(key)
+    try:
+        if document is None or not all(
+            path.is_file() and not path.is_symlink() and file_digest(path) == document["files"].get(name)
+            for name, path in outputs.named.items()
+        ):
+            return None
+        result, seconds = dict(document["result"]), float(document["seconds"])
+        conditions = dict(result["conditions"])
+        for side, path in zip(("a", "b"), pair.paths, strict=True):
+            conditions[side] = {**conditions[side], "path": str(path)}
+        return KeptComparison({**result, "conditions": conditions}, seconds)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def keep_comparison(key: str, kept: KeptComparison, outputs: Outputs, notify: Notify) -> None:
+    """Keep a result, with the digests of the outputs that were written beside it."""
+    files = {name: file_digest(path) for name, path in outputs.named.items()}
+    keep(key, {"result": dict(kept.result), "seconds": kept.seconds, "files": files}, notify)
 
 
 def _conditions(pair: CheckpointPair) -> dict[str, Any]:

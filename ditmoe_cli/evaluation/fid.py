@@ -5,11 +5,13 @@ Inputs are read and checked first; then checkpoints are sampled, features are ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import choose_solver
@@ -23,28 +25,35 @@ from ditmoe_cli.evaluation.features.extractors import (
     check_extras,
     make_extractor,
 )
-from ditmoe_cli.evaluation.features.inception import cached_weights, will_fetch
+from ditmoe_cli.evaluation.features.inception_weights import cached_weights, will_fetch
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, write_statistics
 from ditmoe_cli.evaluation.fid_checks import Inputs, check_inputs
 from ditmoe_cli.evaluation.fid_score import Score, ScoredSides, score
 from ditmoe_cli.evaluation.fid_sides import (
     Comparison,
+    Item,
     Side,
     card_of,
     read_side,
     sampled_side,
     statistics_of,
     with_features,
+    workspace_of,
 )
 from ditmoe_cli.evaluation.samples import Sampling, open_decoder, require_images
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS
 from ditmoe_cli.evaluation.scores.metrics import Request
 from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
-from ditmoe_cli.evaluation.workspace import Workspace
+from ditmoe_cli.evaluation.workspace import Workspace, make_room
 from ditmoe_cli.files.cache import cache_folder
+from ditmoe_cli.files.staging import check_space
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
 
+if TYPE_CHECKING:
+    from ditmoe_cli.diffusion.vae import Decoder
+
+KEPT_BYTES = 2 * 10**9  # of images and features in the cache, after a run
 SpecOf = Callable[[Checkpoint], SampleSpec]
 
 
@@ -81,30 +90,99 @@ class FidSettings:
         return tuple(dict.fromkeys((*self.request.activations, *(("spatial",) if spatial else ()))))
 
 
-def measure_distance(
-    comparison: Comparison,
-    spec_of: SpecOf,
-    settings: FidSettings,
-    runtime: Runtime,
-    notify: Notify,
-) -> Score | None:
-    """Sample or read all sides and score them; inputs are checked before anything is sampled.
+@dataclass(frozen=True)
+class Measured:
+    """A score, and the seconds that it took."""
 
-    `spec_of` returns the subject's spec, which the other sides follow. Under torchrun the work is shared, and all ranks
-    but the first return None. Raises `BadInputError` where sides do not fit together, and `UsageError` for an extractor
+    score: Score
+    seconds: float
+
+
+@dataclass
+class _Shared:
+    """What comparisons of one run share: sides on disk, extractions by extractor and grey levels, and the VAE."""
+
+    sides: dict[Path, Side] = field(default_factory=dict)
+    extractions: dict[tuple[str, int], Extraction] = field(default_factory=dict)
+    decoders: list[Decoder] = field(default_factory=list)
+    used: dict[Path, Workspace] = field(default_factory=dict)
+
+    def read(self, item: Item, notify: Notify) -> Side:
+        """Return the side of an item on disk, read once."""
+        if item.path not in self.sides:
+            self.sides[item.path] = read_side(item.path, notify)
+        return self.sides[item.path]
+
+
+def measure_distances(
+    comparisons: Sequence[Comparison], spec_of: SpecOf, settings: FidSettings, runtime: Runtime, notify: Notify
+) -> Iterator[Measured | None]:
+    """Yield the score of each comparison, once all their inputs are checked; what two share is sampled once.
+
+    `spec_of` returns a subject's spec, which the other sides follow. Under torchrun the work is shared, and all ranks
+    but the first yield None. Raises `BadInputError` where sides do not fit together, and `UsageError` for an extractor
     that cannot be imported, or that lacks activations which a score needs.
     """
     with process_group() as share:
         worker = Worker(runtime, share, notify if share.first else _drop_message)
-        paths = dict.fromkeys(item.path for item in comparison.items if item.checkpoint is None)
-        stored = {path: read_side(path, worker.notify) for path in paths}
-        extraction = _make_extraction(comparison, stored, settings, worker)
-        inputs = _plan_samplings(comparison, stored, spec_of, settings, runtime.device)
-        check_inputs(inputs, extraction, settings.request, settings.anyway)
-        sides, statistics = _take_features(inputs, extraction, settings.request, worker)
-        if not share.first:
-            return None
-        return _score(inputs, sides, statistics, extraction, settings, worker)
+        shared = _Shared()
+        checked: list[tuple[Inputs, Extraction]] = []
+        for comparison in comparisons:
+            paths = dict.fromkeys(item for item in comparison.items if item.checkpoint is None)
+            stored = {item.path: shared.read(item, worker.notify) for item in paths}
+            extraction = _make_extraction(comparison, stored, settings, worker, shared)
+            inputs = _plan_samplings(comparison, stored, spec_of, settings, runtime.device, shared)
+            check_inputs(inputs, extraction, settings.request, settings.anyway)
+            checked.append((inputs, extraction))
+        if share.first:
+            _check_space(checked)
+        for inputs, extraction in checked:
+            start = time.monotonic()
+            sides, statistics = _take_features(inputs, extraction, settings.request, worker, shared)
+            if not share.first:
+                yield None
+                continue
+            result = _score(inputs, sides, statistics, extraction, settings, worker)
+            yield Measured(result, time.monotonic() - start)
+        if share.first:
+            _settle(shared, settings)
+
+
+def measure_distance(
+    comparison: Comparison, spec_of: SpecOf, settings: FidSettings, runtime: Runtime, notify: Notify
+) -> Score | None:
+    """Return the score of one comparison, as `measure_distances` does."""
+    (measured,) = measure_distances([comparison], spec_of, settings, runtime, notify)
+    return measured.score if measured else None
+
+
+def _check_space(checked: Sequence[tuple[Inputs, Extraction]]) -> None:
+    """Raise `DitmoeError` where the images to sample do not fit on the disk of their workspaces."""
+    needed: dict[Path, int] = {}
+    folder: Path | None = None
+    for inputs, extraction in checked:
+        folder = extraction.folder
+        for sampling in inputs.samplings.values():
+            work = workspace_of(sampling, extraction)
+            made = work.nbytes if work.folder.is_dir() else 0
+            needed[work.folder] = max(0, sampling.nbytes - made)
+    if folder is not None:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        check_space(existing / "images and features", sum(needed.values()))
+
+
+def _settle(shared: _Shared, settings: FidSettings) -> None:
+    """Keep the images and features in the cache for other runs, within bounds; delete those of a folder of the user's.
+
+    Features of an extractor that is not known by a digest serve no other run.
+    """
+    passing = settings.work is not None or any(extraction.salt for extraction in shared.extractions.values())
+    if passing:
+        for work in shared.used.values():
+            work.discard()
+    for extraction in shared.extractions.values():
+        if settings.work is None:
+            make_room(extraction.folder, KEPT_BYTES, list(shared.used.values()))
 
 
 def _drop_message(_: str) -> None:
@@ -115,14 +193,25 @@ def _drop_message(_: str) -> None:
 
 
 def _make_extraction(
-    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings, worker: Worker
+    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings, worker: Worker, shared: _Shared
 ) -> Extraction:
     """Return the extraction; the first process downloads weights before the others look for them."""
+    named = _named_by_statistics(comparison, stored, settings)
+    name, grey_levels = (named.name, 255) if named else extractor_name(comparison, settings.extractor)
+    if named is None and (name, grey_levels) in shared.extractions:
+        return shared.extractions[name, grey_levels]
     if not worker.share.first:
         worker.share.wait()
-    extractor, grey_levels = _choose_extractor(comparison, stored, settings, worker)
+    extractor = named or _make(name, grey_levels, settings, worker)
     if worker.share.first:
         worker.share.wait()
+    extraction = _extraction(extractor, grey_levels, settings, worker)
+    if named is None:
+        shared.extractions[name, grey_levels] = extraction
+    return extraction
+
+
+def _extraction(extractor: Extractor, grey_levels: int, settings: FidSettings, worker: Worker) -> Extraction:
     extras = settings.extras(extractor)
     if not isinstance(extractor, NamedExtractor):
         check_extras(extractor, extras)
@@ -137,31 +226,42 @@ def _make_extraction(
     )
 
 
-def _choose_extractor(
-    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings, worker: Worker
-) -> tuple[Extractor, int]:
-    """Return the extractor and the grey levels: those of the settings, else those that the sides' metadata name.
+def _named_by_statistics(
+    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings
+) -> NamedExtractor | None:
+    """Return the extractor that both sides' statistics name, where no image is looked at."""
+    if settings.request.needs_subject_features or settings.request.needs_reference_features:
+        return None
+    pair = [stored.get(item.path) for item in (comparison.subject, comparison.reference)]
+    statistics = [side.statistics for side in pair if side is not None and side.statistics is not None]
+    return _named_extractor(statistics, settings.extractor) if len(statistics) == len(pair) else None
 
-    Metadata may name our own extractors only: naming others would let a file run code.
+
+def extractor_name(comparison: Comparison, given: str | None) -> tuple[str, int]:
+    """Return the extractor's name and the grey levels: those given, else those that the sides' metadata name.
+
+    Metadata may name our own extractors only: naming others would let a file run code. Raises `BadInputError`.
     """
     pair = comparison.subject, comparison.reference
-    stored_pair = [stored.get(item.path) for item in pair]
-    if not (settings.request.needs_subject_features or settings.request.needs_reference_features):
-        statistics = [side.statistics for side in stored_pair if side is not None and side.statistics is not None]
-        if len(statistics) == len(pair):
-            return _named_extractor(statistics, settings.extractor), 255  # no image is looked at
     cards = [card for item in pair if (card := card_of(item.path, item.checkpoint))]
-    grey_levels = cards[0].grey_levels if cards else 255
     by_metadata = next((card.extractor for card in cards if card.extractor), "inception")
-    if settings.extractor is None and by_metadata not in EXTRACTORS:
+    if given is None and by_metadata not in EXTRACTORS:
         raise BadInputError(
             f"{comparison.subject.path}: names the extractor {by_metadata!r}, which is code outside ditmoe; give "
             f"⟨extractor⟩ {by_metadata} to run it, or ⟨extractor⟩ pixels"
         )
-    name = settings.extractor or by_metadata
+    return given or by_metadata, cards[0].grey_levels if cards else 255
+
+
+def _make(name: str, grey_levels: int, settings: FidSettings, worker: Worker) -> Extractor:
+    """Return the extractor of a name. Raises `UsageError` for settings of Inception where it is another."""
+    for setting, given in (("weights", settings.weights is not None), ("precision", settings.precision != "fp32")):
+        if given and name != "inception":
+            value = settings.weights if setting == "weights" else settings.precision
+            raise UsageError(f"⟨{setting}⟩ {value}: is for Inception, and the extractor is {name}; leave it out")
     if name == "inception" and will_fetch(settings.weights):
         worker.notify(f"fetching the Inception weights (96 MB) into {cached_weights()}")
-    extractor = make_extractor(
+    return make_extractor(
         name,
         grey_levels=grey_levels,
         weights=settings.weights,
@@ -169,7 +269,6 @@ def _choose_extractor(
         preprocessing=CONVENTIONS[settings.request.convention].preprocessing,
         precision=settings.precision,
     )
-    return extractor, grey_levels
 
 
 def _named_extractor(statistics: list[StoredStatistics], name: str | None) -> NamedExtractor:
@@ -184,7 +283,12 @@ def _named_extractor(statistics: list[StoredStatistics], name: str | None) -> Na
 
 
 def _plan_samplings(
-    comparison: Comparison, stored: Mapping[Path, Side], spec_of: SpecOf, settings: FidSettings, device: str
+    comparison: Comparison,
+    stored: Mapping[Path, Side],
+    spec_of: SpecOf,
+    settings: FidSettings,
+    device: str,
+    shared: _Shared,
 ) -> Inputs:
     """Return the inputs with a sampling for each checkpoint; all use one VAE.
 
@@ -198,10 +302,11 @@ def _plan_samplings(
         if item.checkpoint is None or item.path in samplings:
             continue
         own_spec = _followed(spec, item.checkpoint) if spec else spec_of(item.checkpoint)
-        decoder = next((sampling.decoder for sampling in samplings.values() if sampling.decoder), None)
-        if decoder is None:
+        decoder = shared.decoders[0] if shared.decoders and not item.checkpoint.config.pixel_space else None
+        if decoder is None and not (item.checkpoint.config.pixel_space and _any_latents(comparison)):
             decoder = open_decoder(item.checkpoint, settings.vae, device)
-        elif not item.checkpoint.config.pixel_space:
+            shared.decoders += [decoder] if decoder else []
+        elif decoder is not None:
             from ditmoe_cli.diffusion.vae import check_fits
 
             check_fits(decoder, item.checkpoint.config.in_channels, item.path)
@@ -210,6 +315,11 @@ def _plan_samplings(
     if settings.vae is not None and not samplings:
         raise UsageError(f"⟨vae⟩ {settings.vae}: no side is a checkpoint whose latents it could decode")
     return Inputs(comparison, stored, samplings, spec)
+
+
+def _any_latents(comparison: Comparison) -> bool:
+    """Return whether a side is a model of latents, which the VAE is for."""
+    return any(item.checkpoint is not None and not item.checkpoint.config.pixel_space for item in comparison.items)
 
 
 def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
@@ -225,7 +335,7 @@ def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
 
 
 def _take_features(
-    inputs: Inputs, extraction: Extraction, request: Request, worker: Worker
+    inputs: Inputs, extraction: Extraction, request: Request, worker: Worker, shared: _Shared
 ) -> tuple[dict[Path, Side], StoredStatistics | None]:
     """Return all sides with the features that the request needs, and the reference's statistics from the cache.
 
@@ -236,7 +346,9 @@ def _take_features(
     for path, sampling in inputs.samplings.items():
         if inputs.spec is None and path == original and original not in (subject, reference):
             continue
-        with _locked(extraction.workspace(sampling.key, sampling.spec.images), worker):
+        work = workspace_of(sampling, extraction)
+        shared.used[work.folder] = work
+        with _locked(work, worker):
             sides[path] = sampled_side(sampling, extraction, worker)
     needs = {reference: request.needs_reference_features, subject: request.needs_subject_features}
     # resamples draw from both sides' images, so that statistics alone would give another interval
@@ -245,7 +357,9 @@ def _take_features(
     for path, side in inputs.sides.items():
         if side.images is None or (side.statistics is not None and not needs.get(path)):
             continue
-        with _locked(extraction.workspace(side.identity, len(side.images)), worker):
+        work = extraction.workspace(side.identity, len(side.images))
+        shared.used[work.folder] = work
+        with _locked(work, worker):
             if path == reference != subject and side.spec is None and side.statistics is None and statistics_do:
                 sides[path], reference_statistics = _reference_features(side, extraction, worker)
             else:
@@ -294,7 +408,7 @@ def _score(
     settings: FidSettings,
     worker: Worker,
 ) -> Score:
-    """Score the sides, write the subject's statistics where asked for, and delete the workspaces."""
+    """Score the sides, and write the subject's statistics where asked for."""
     comparison = inputs.comparison
     subject, original = sides[comparison.subject.path], sides.get(comparison.original.path)
     paired = original if original is not None and subject.paired_with(original) else None
@@ -305,8 +419,4 @@ def _score(
     if settings.statistics is not None:
         paths = [item.path for item in comparison.items]
         write_statistics(settings.statistics, statistics_of(subject, extraction), settings.force, paths)
-    for path, side in sides.items():
-        if side.images is not None:
-            identity = inputs.samplings[path].key if path in inputs.samplings else side.identity
-            extraction.workspace(identity, len(side.images)).discard()
     return result

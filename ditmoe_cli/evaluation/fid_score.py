@@ -7,6 +7,7 @@ known. Scores beside the distance come from the same features and follow one pro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from ditmoe_cli.evaluation.scores.metrics import Request
 from ditmoe_cli.evaluation.scores.paired_error import PairedError, paired_error
 from ditmoe_cli.evaluation.scores.precision_recall import precision_recall
 from ditmoe_cli.evaluation.worker import Notify
-from ditmoe_cli.files.arrays import write_arrays
+from ditmoe_cli.files.arrays import read_document, write_arrays
+from ditmoe_cli.files.fingerprint import canonical_json
+from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
 from ditmoe_cli.progress import each, phase
 
 if TYPE_CHECKING:
@@ -77,6 +80,22 @@ class Score:
             "scores": dict(self.scores),
             "conditions": dict(self.conditions),
         }
+
+
+def parse_score(document: Mapping[str, Any]) -> Score:
+    """Return the score of its JSON. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
+    paired, features, interval = (document[name] for name in ("paired", "paired_features", "interval"))
+    return Score(
+        metric=document["metric"],
+        value=float(document[document["metric"]]),
+        images=document["images"],
+        reference_images=document["reference_images"],
+        paired=PairedError(**paired) if paired else None,
+        paired_features=Interval(**features) if features else None,
+        interval=Interval(**interval) if interval else None,
+        scores=dict(document["scores"]),
+        conditions=dict(document["conditions"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ def score(sides: ScoredSides, extraction: Extraction, request: Request, notify: 
     scores: dict[str, Any] = {}
     for name in each(request.scores, "scoring", "scores"):
         scores.update(SCORES[name](compared))
-    return Score(
+    result = Score(
         metric="fid" if compared.inception else "frechet",
         value=value,
         images=counts[0],
@@ -151,11 +170,21 @@ def score(sides: ScoredSides, extraction: Extraction, request: Request, notify: 
             "original": original.conditions() if original else None,
         },
     )
+    _require_numbers(result, subject.path)
+    return result
+
+
+def _require_numbers(result: Score, path: str) -> None:
+    """Raise `BadInputError` where a score is no finite number, or a distance is below 0."""
+    numbers = {result.metric: result.value, **_flat(result.scores)}
+    for name, value in numbers.items():
+        if not np.isfinite(np.asarray(value, dtype=np.float64)).all():
+            raise BadInputError(f"{path}: {name} comes out as {value}; are images and statistics whole?")
 
 
 def _warn(counts: tuple[int | None, int | None], extractor: Extractor, notify: Notify) -> None:
     from ditmoe_cli.evaluation.features.extractors import NamedExtractor
-    from ditmoe_cli.evaluation.features.inception import WEIGHTS_DIGEST
+    from ditmoe_cli.evaluation.features.inception_weights import WEIGHTS_DIGEST
 
     fewest = min((n for n in counts if n is not None), default=FEW_IMAGES)
     if fewest < FEW_IMAGES:
@@ -292,6 +321,17 @@ def write_score(path: Path, result: Score, force: bool, inputs: Iterable[Path] =
         numbers["paired_mse"] = result.paired.mse
     arrays = {name: np.asarray(value, dtype=np.float64) for name, value in numbers.items()}
     return write_arrays(path, arrays, {**result.to_json(), "schema": SCORE_SCHEMA}, force, inputs)
+
+
+def is_written(path: Path, result: Score) -> bool:
+    """Return whether a file holds a score as `write_score` writes it."""
+    if path.is_symlink() or not is_safetensors(path):
+        return False
+    try:
+        document = read_document(read_safetensors_header(path), SCORE_SCHEMA, path)
+    except BadInputError:
+        return False
+    return document == {**json.loads(canonical_json(result.to_json())), "schema": SCORE_SCHEMA}
 
 
 def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,8 +28,10 @@ from ditmoe_cli.evaluation.images import ImageSet, Kind, images_digest, kind_of,
 from ditmoe_cli.evaluation.samples import SAMPLES, Sampling, fill, read_origin
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.worker import Notify, Worker
+from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.arrays import npz_names
 from ditmoe_cli.files.provenance import Card
+from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import phase
 
@@ -161,9 +163,14 @@ def check_statistics(side: Side, other: Sampling, extraction: Extraction) -> Non
     )
 
 
+def workspace_of(sampling: Sampling, extraction: Extraction) -> Workspace:
+    """Return the workspace of a checkpoint's images and features; another version of this package has another."""
+    return extraction.workspace(work_key({"sampling": sampling.key}), sampling.spec.images)
+
+
 def sampled_side(sampling: Sampling, extraction: Extraction, worker: Worker) -> Side:
     """Sample a checkpoint, and take the features of each batch while the next is sampled."""
-    work = extraction.workspace(sampling.key, sampling.spec.images)
+    work = workspace_of(sampling, extraction)
     create_arrays(work, extraction, sampling.shape, worker.share)
     with background(
         lambda first, images: store_activations(work, extraction, first, images, worker.notify)

@@ -187,6 +187,8 @@ def fill(
     remaining = sum(map(len, missing))
     if share.first and 0 < remaining < work.rows:
         worker.notify(f"going on with {work.rows - remaining} of {work.rows} images that an earlier run left")
+    if share.first and not remaining:
+        worker.notify(f"using the {work.rows} images of {sampling.checkpoint.path.name} that an earlier run kept")
     batches = share.of(missing)
     if batches:
         model = build_model(sampling.checkpoint, torch.device(worker.runtime.device))

@@ -133,5 +133,30 @@ class Workspace:
             with suppress(BlockingIOError), self.locked(None):
                 self.remove()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the folder takes on the disk."""
+        return sum(file.stat().st_blocks * 512 for file in self.folder.glob("*") if file.is_file())
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
+
+
+def make_room(folder: Path, limit: int, used: Sequence[Workspace]) -> None:
+    """Delete workspaces in a folder, those that were used longest ago first, until they take at most `limit` bytes.
+
+    Those in `used` are taken for the latest; others that a run uses are left alone.
+    """
+    if not folder.is_dir():
+        return
+    for work in used:
+        with suppress(OSError):
+            os.utime(work.folder)
+    kept = [Workspace(child, 0) for child in folder.iterdir() if child.is_dir()]
+    sizes = {work: work.nbytes for work in sorted(kept, key=lambda work: work.folder.stat().st_mtime)}
+    total = sum(sizes.values())
+    for work, size in sizes.items():
+        if total <= limit:
+            return
+        work.discard()
+        total -= size

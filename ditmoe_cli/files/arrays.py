@@ -35,6 +35,12 @@ def npz_names(path: Path) -> set[str]:
     return {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
 
 
+def disk_bytes(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder at any depth."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def npz_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of each array in an npz, from their headers. Raises `BadInputError` for damaged files."""
     from numpy.lib import format as npy

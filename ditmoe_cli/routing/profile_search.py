@@ -108,9 +108,9 @@ def _own(profile: RoutingProfile, request: ProfileRequest) -> Basis:
 
 def _unlike(profile: RoutingProfile, request: ProfileRequest) -> str | None:
     """Return how a profile differs from the settings that were asked for; None where it does not."""
-    from ditmoe_cli.files.fingerprint import file_digest
+    from ditmoe_cli.evaluation.images import images_digest
 
-    if request.data is not None and profile.calibration.get("data") != _digest(request.data, file_digest):
+    if request.data is not None and profile.calibration.get("data") != _digest(request.data, images_digest):
         made = "other images" if profile.calibration.get("data") else "images that it sampled"
         return f"⟨calibration_data⟩ {request.data}: the profile was made with {made}"
     return request.wanted.unlike(profile.calibration)
@@ -175,14 +175,14 @@ def _with_data(
     Raises `BadInputError` where an ancestor was profiled on images that are not at hand, `UsageError` for classes of
     images that have labels of their own.
     """
-    from ditmoe_cli.files.fingerprint import file_digest
+    from ditmoe_cli.evaluation.images import images_digest
     from ditmoe_cli.routing.calibration_data import read_data
 
     wanted = settings.data
     path = request.data
     if path is None and wanted is not None:
         lay = request.piped_data
-        if lay is None or not lay.exists() or file_digest(lay) != wanted:
+        if lay is None or not lay.exists() or images_digest(lay) != wanted:
             raise BadInputError(
                 f"an ancestor of {checkpoint.path} was profiled on images that were given (SHA-256 {wanted[:12]}); "
                 "give them as ⟨calibration_data⟩"

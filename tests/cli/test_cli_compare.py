@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import contents, here, on_terminal, piped, tensor_shapes
+from cli_helpers import contents, here, on_terminal, piped, series, tensor_shapes
 from conftest import make_pico
 from PIL import Image
 
@@ -33,7 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `made`, and a cache of one's own beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Path(shutil.copytree(made, tmp_path / "folder"))
 
 
@@ -201,3 +203,59 @@ def test_default_bins_follow_few_steps(folder: Path) -> None:
     result = here("compare", "a.safetensors", "ghost.safetensors", "--images", 2, "--steps", 3, cwd=folder).result
     assert result["conditions"]["bins"] == 3
     assert len(result["prediction"]["bins"]["mse"]) == 3
+
+
+PAIR = ("compare", "a.safetensors", "ghost.safetensors", *SETTINGS)
+
+
+def test_a_second_run_takes_the_kept_result_without_torch(folder: Path) -> None:
+    first = here(*PAIR, cwd=folder)
+    ((again, heavy),) = series([PAIR], folder)
+    assert again.envelope == first.envelope
+    assert "torch" not in heavy
+    assert again.notes[-1] == "ditmoe: the result is kept from an earlier run; --force measures anew"
+    for more in (("--seed", 1), ("--force",)):
+        assert "kept from" not in here(*PAIR, *more, cwd=folder).err
+
+
+def test_outputs_are_up_to_date_or_written_or_refused(folder: Path) -> None:
+    words = (*PAIR, "--grid", "g.png", "-o", "c.safetensors")
+    here(*PAIR, cwd=folder)
+    assert "kept from" not in here(*words, cwd=folder).err, "they are not there yet"
+    before = contents(folder)
+    assert "kept from" in here(*words, cwd=folder).err
+    assert contents(folder) == before
+    assert "exists already" in here(*words, "--seed", 1, cwd=folder).error(5)
+    (folder / "g.png").write_bytes(b"other")
+    assert "exists already" in here(*words, cwd=folder).error(5)
+
+
+def test_several_checkpoints_make_one_table(folder: Path) -> None:
+    names = ("ghost.safetensors", "int8.safetensors")
+    single = [here("compare", "a.safetensors", name, *SETTINGS, cwd=folder).result for name in names]
+    words = ("compare", "a.safetensors", *names, *SETTINGS)
+    outcome = here(*words, "--force", cwd=folder)
+    files = outcome.result["files"]
+    assert [file["path"] for file in files] == [str(folder / name) for name in names]
+    assert [file["bytes"] for file in files] == [(folder / name).stat().st_size for name in names]
+    for file, one in zip(files, single, strict=True):
+        assert {name: file[name] for name in one} == one
+    code, screen = on_terminal(*words, cwd=folder, NO_COLOR="1")
+    assert code == 0 and "2 of 2 results are kept from an earlier run" in screen
+    lines = [line for line in screen.splitlines() if not line.startswith("ditmoe: ")]
+    assert lines[0].split() == ["file", "bytes", "relative", "error", "image", "mse", "quick", "frechet", "seconds"]
+    assert [line.split()[0] for line in lines[1:]] == list(names)
+    assert "ghost.safetensors: velocity relative error" in here(*words, "--max-error", 0, cwd=folder).err
+
+
+def test_one_bad_checkpoint_of_several_is_refused_before_any_work(folder: Path) -> None:
+    words = ("compare", "a.safetensors", "ghost.safetensors", "latent.safetensors", *SETTINGS)
+    assert "latent.safetensors: has sampler" in here(*words, cwd=folder).error(3)
+    assert not (folder.parent / "cache").exists()
+    several = ("compare", "a.safetensors", "ghost.safetensors", "int8.safetensors", *SETTINGS, "--grid", "g.png")
+    assert "g.png: holds one comparison, and 2 checkpoints are given" in here(*several, cwd=folder).error(2)
+
+
+def test_images_that_exceed_memory_are_refused(folder: Path) -> None:
+    words = ("compare", "a.safetensors", "ghost.safetensors", "--images", 10**9)
+    assert "--images 1000000000: all final latents are held" in here(*words, cwd=folder).error(2)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, contents, here, start
+from cli_helpers import command, contents, here, on_terminal, series, start
 from conftest import make_pico
 from numpy.typing import NDArray
 from PIL import Image
@@ -78,17 +78,15 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "sample", sampled)
 
 
+SAMPLE = samples.sample
+
+
 def images_of(path: Path) -> NDArray[np.uint8]:
     return load_file(path)["images"]
 
 
 def features_of(path: Path) -> NDArray[np.float64]:
     return PixelExtractor(255)(images_of(path))
-
-
-def under_way(folder: Path) -> list[str]:
-    """What lies in the work folder of the cache."""
-    return [path.name for path in (folder.parent / "cache" / "ditmoe" / "work").rglob("*")]
 
 
 def png_folder(folder: Path, count: int = 70) -> Path:
@@ -129,7 +127,6 @@ def test_scores_are_those_of_the_library(sides: tuple[str, str], folder: Path, m
     assert set(scores["frechet_infinity"]) == set(asdict(line))
     stored = load_file(folder / "score.safetensors")
     assert stored["precision"] == both.precision and stored["kernel_distance.mean"] == scores["kernel_distance"]["mean"]
-    assert under_way(folder) == []
 
 
 def test_all_are_those_that_the_convention_has(folder: Path) -> None:
@@ -246,7 +243,7 @@ def test_refused_before_anything_is_sampled(words: tuple[object, ...], code: int
     reference = () if "--ref" in words else ("--ref", "b.safetensors")
     line = ("fid", "a.safetensors", *reference, *SETTINGS, *PIXELS, *words, "-o", "score.safetensors")
     assert said in here(*line, cwd=folder).error(code)
-    assert contents(folder) == before and under_way(folder) == []
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -326,7 +323,6 @@ def test_inceptions_scores_are_those_of_the_library(subject: str, folder: Path, 
     assert scores["inception_score"] == pytest.approx({"mean": chunked.mean, "deviation": 0.0, "parts": 1}, rel=1e-6)
     other = here(*words, "is", "--convention", "torch-fidelity", cwd=folder).result["scores"]["inception_score"]
     assert other == pytest.approx({"mean": shuffled.mean, "deviation": shuffled.deviation, "parts": 10}, rel=1e-6)
-    assert under_way(folder) == []
 
 
 @pytest.mark.usefixtures("network")
@@ -392,7 +388,6 @@ def test_latents_are_scored_through_one_vae(folder: Path) -> None:
     assert copied["paired"]["mse"] == 0, "what a VAE is called is no matter"
     weights = "vae/diffusion_pytorch_model.safetensors"
     assert "input itself" in here(*same_words, "-o", weights, "--force", cwd=folder).error(5)
-    assert under_way(folder) == []
 
 
 # statistics that are kept
@@ -400,7 +395,7 @@ def test_latents_are_scored_through_one_vae(folder: Path) -> None:
 
 def test_statistics_of_a_reference_are_kept(folder: Path) -> None:
     png_folder(folder)
-    words = ("fid", "a-many.safetensors", "--ref", "png", *PIXELS)
+    words = ("fid", "a-many.safetensors", "--ref", "png", *PIXELS, "--force")
     first, second = here(*words, cwd=folder), here(*words, cwd=folder)
     assert "kept" not in first.err and f"using the statistics of {folder / 'png'}" in second.err
     assert second.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
@@ -418,7 +413,7 @@ def test_statistics_of_a_reference_are_kept(folder: Path) -> None:
 
 
 def test_kept_statistics_beside_a_stored_original(folder: Path) -> None:
-    words = ("fid", "a-many.safetensors", "--ref", "r70.npz", "--original", "b-many.safetensors", *PIXELS)
+    words = ("fid", "a-many.safetensors", "--ref", "r70.npz", "--original", "b-many.safetensors", *PIXELS, "--force")
     first, second = here(*words, cwd=folder), here(*words, cwd=folder)
     assert "using the statistics" in second.err
     assert second.result["frechet"] == pytest.approx(first.result["frechet"], rel=1e-6)
@@ -435,10 +430,11 @@ def test_features_that_are_asked_for_are_taken_all_the_same(folder: Path) -> Non
 def test_a_cache_that_takes_nothing_costs_no_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder.parent / "full").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "full"))
+    monkeypatch.setattr("tempfile.tempdir", str(folder.parent))
     words = ("fid", "a-many.safetensors", "--ref", "r70.npz", *PIXELS)
-    outcome = here(*words, "--work", "work", cwd=folder)
-    assert outcome.result["frechet"] > 0 and "are not kept" in outcome.err
-    assert "full" in here(*words, cwd=folder).error(1)
+    outcome = here(*words, cwd=folder)
+    assert outcome.result["frechet"] > 0 and "cannot be written; the cache is in" in outcome.err
+    assert "kept from an earlier run" in here(*words, cwd=folder).err
 
 
 def test_a_file_of_statistics_and_images(folder: Path) -> None:
@@ -465,8 +461,8 @@ def test_a_file_of_statistics_and_images(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "pickle"])
-def test_nothing_stays_in_the_cache(form: str, folder: Path) -> None:
-    """Whatever the checkpoint's layout; the same one under two names is sampled once."""
+def test_one_checkpoint_under_two_names_is_sampled_once(form: str, folder: Path) -> None:
+    """Whatever its layout."""
     if form == "pickle":
         make_pico(sampler="rf", in_channels=1).save_pt(folder / "x", "deepspeed", num_heads=2)
     else:
@@ -475,7 +471,8 @@ def test_nothing_stays_in_the_cache(form: str, folder: Path) -> None:
     name = "x.safetensors" if form == "file" else "x"
     result = here("fid", name, "--ref", "a.safetensors", *SETTINGS, *PIXELS, cwd=folder).result
     assert result["frechet"] == 0 and result["paired"]["mse"] == 0
-    assert under_way(folder) == []
+    kept = [path.name for path in (folder.parent / "cache" / "ditmoe" / "work").iterdir()]
+    assert len(kept) == (2 if form == "pickle" else 1)
 
 
 def test_other_runs_are_kept_from_what_is_being_filled_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +501,10 @@ def test_a_failure_with_nothing_done_leaves_nothing(folder: Path, monkeypatch: p
     assert list((folder / "work").iterdir()) == []
 
 
-LONG = ("fid", "a.safetensors", "--ref", "b.safetensors", *PIXELS, "--steps", 20, "--batch", 1, "--images", 24)
+LONG = (
+    *("fid", "a.safetensors", "--ref", "b.safetensors", *PIXELS),
+    *("--steps", 20, "--batch", 1, "--images", 24, "--force"),
+)
 
 
 def numbers(result: Mapping[str, Any]) -> list[float]:
@@ -517,8 +517,8 @@ def numbers(result: Mapping[str, Any]) -> list[float]:
 
 
 def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folder: Path) -> None:
-    straight = here(*LONG, cwd=folder).result
     work = folder / "work"
+    straight = here(*LONG, "--work", "work", cwd=folder).result
     child = start(command(*LONG, "--work", "work"), folder)
     end = time.monotonic() + 60
     while len(list(work.glob("*/samples.*.done"))) < 4:
@@ -537,7 +537,168 @@ def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folde
     assert job.returncode == 0, err
     assert out.count("\n") == 1, "one process prints"
     assert numbers(json.loads(out)["result"]) == pytest.approx(numbers(straight), rel=1e-9)
-    assert list(work.iterdir()) == [] and under_way(folder) == []
+    assert list(work.iterdir()) == []
+
+
+# scores that are kept
+
+
+AGAINST = ("fid", "a.safetensors", "--ref", "b.safetensors", *SETTINGS, *PIXELS)
+
+
+def test_a_second_run_takes_the_kept_score_without_torch(folder: Path) -> None:
+    first = here(*AGAINST, cwd=folder)
+    ((again, heavy),) = series([AGAINST], folder)
+    assert again.envelope == first.envelope
+    assert "torch" not in heavy
+    assert "warning: only 6 images" in again.err
+    assert again.notes[-1] == "ditmoe: the score is kept from an earlier run; --force measures anew"
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(
+    "more", [("--seed", 1), ("--bootstrap", 2), ("--metrics", "fid-inf"), ("--original", "c.safetensors"), ("--force",)]
+)
+def test_what_a_score_depends_on_is_measured_anew(more: tuple[object, ...], folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(samples, "sample", SAMPLE)
+        here(*AGAINST, "--work", "work", cwd=folder)
+    shutil.copy(folder / "large.safetensors", folder / "c.safetensors")
+    assert here(*AGAINST, cwd=folder).code == 0
+    assert here(*AGAINST, *more, "--work", "work", cwd=folder).code != 0
+
+
+def test_a_kept_score_follows_files_that_moved_and_not_files_that_changed(folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
+    first = here(*words, cwd=folder).result
+    (folder / "r.npz").rename(folder / "s.npz")
+    moved = here("fid", "a-many.safetensors", "--ref", "s.npz", *PIXELS, cwd=folder)
+    assert "kept from an earlier run" in moved.err
+    assert moved.result["conditions"]["reference"]["path"] == str(folder / "s.npz")
+    assert moved.result["frechet"] == first["frechet"]
+    shutil.copy(folder / "r70.npz", folder / "s.npz")
+    changed = here("fid", "a-many.safetensors", "--ref", "s.npz", *PIXELS, cwd=folder)
+    assert "kept from an earlier run" not in changed.err
+    assert changed.result["frechet"] != first["frechet"]
+
+
+def test_a_score_file_is_up_to_date_or_completed_or_refused(folder: Path) -> None:
+    here(*AGAINST, cwd=folder)
+    assert here(*AGAINST, "-o", "s.safetensors", cwd=folder).code == 0
+    before = (folder / "s.safetensors").stat().st_mtime_ns
+    assert here(*AGAINST, "-o", "s.safetensors", cwd=folder).code == 0
+    assert (folder / "s.safetensors").stat().st_mtime_ns == before
+    other = here(*AGAINST, "--seed", 1, "-o", "s.safetensors", cwd=folder)
+    assert "s.safetensors: exists already" in other.error(5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"schema": "ditmoe.kept/1"}', b"[]"])
+def test_a_damaged_score_is_measured_anew(damage: bytes, folder: Path) -> None:
+    first = here(*AGAINST, cwd=folder).result
+    (kept,) = (folder.parent / "cache" / "ditmoe" / "results").iterdir()
+    kept.write_bytes(damage)
+    again = here(*AGAINST, cwd=folder)
+    assert again.result == first and "kept from" not in again.err
+
+
+def test_a_result_that_cannot_be_kept_costs_a_note_alone(folder: Path) -> None:
+    (folder.parent / "cache" / "ditmoe").mkdir(parents=True)
+    (folder.parent / "cache" / "ditmoe" / "results").write_text("a file")
+    outcome = here("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS, cwd=folder)
+    assert outcome.code == 0
+    assert "the result is not kept for another run" in outcome.err
+
+
+def test_images_of_a_checkpoint_serve_the_next_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[str] = []
+
+    def counted(model: Any, what: Any, indices: Any) -> NDArray[Any]:
+        sampled.extend(what.checkpoint.path.stem for _ in indices)
+        return SAMPLE(model, what, indices)
+
+    monkeypatch.setattr(samples, "sample", counted)
+    here(*AGAINST, cwd=folder)
+    again = here("fid", "c.safetensors", "--ref", "b.safetensors", *SETTINGS, *PIXELS, cwd=folder)
+    assert again.code == 3 and sampled.count("b") == 6
+    make_pico(sampler="rf", in_channels=1, seed=7).save(folder / "c.safetensors")
+    again = here("fid", "c.safetensors", "--ref", "b.safetensors", *SETTINGS, *PIXELS, cwd=folder)
+    assert "using the 6 images of b.safetensors that an earlier run kept" in again.err
+    assert (sampled.count("b"), sampled.count("c")) == (6, 6)
+
+
+# several files
+
+
+def test_several_files_make_one_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, against = ("a.safetensors", "b.safetensors"), ("--ref", "b.safetensors", *SETTINGS, *PIXELS)
+    one, two = (here("fid", name, *against, "--work", "w", cwd=folder).result for name in names)
+    sampled: list[str] = []
+
+    def counted(model: Any, what: Any, indices: Any) -> NDArray[Any]:
+        sampled.extend(what.checkpoint.path.stem for _ in indices)
+        return SAMPLE(model, what, indices)
+
+    monkeypatch.setattr(samples, "sample", counted)
+    words = ("fid", *names, *against, "--force")
+    outcome = here(*words, cwd=folder)
+    files = outcome.result["files"]
+    assert [file["path"] for file in files] == [str(folder / name) for name in names]
+    assert set(files[0]) == {*one, "path", "bytes", "seconds"}
+    assert [file["frechet"] for file in files] == [one["frechet"], two["frechet"]]
+    assert [file["bytes"] for file in files] == [(folder / name).stat().st_size for name in names]
+    assert sorted(sampled) == ["a"] * 6 + ["b"] * 6, "the reference is sampled once"
+    assert outcome.envelope["checkpoint"] is None
+    code, screen = on_terminal(*words[:-1], cwd=folder, NO_COLOR="1")
+    assert code == 0
+    lines = [line for line in screen.splitlines() if not line.startswith("ditmoe: ")]
+    assert lines[0].split() == ["file", "bytes", "paired", "mse", "frechet", "seconds"]
+    assert [line.split()[0] for line in lines[1:]] == ["a.safetensors", "b.safetensors"]
+    assert "2 of 2 scores are kept from an earlier run" in screen
+
+
+@pytest.mark.usefixtures("idle")
+def test_one_bad_file_of_several_is_refused_before_any_work(folder: Path) -> None:
+    words = ("fid", "a.safetensors", "large.safetensors", "--ref", "b.safetensors", *SETTINGS, *PIXELS)
+    assert "large.safetensors has images of 16 x 16 x 1" in here(*words, cwd=folder).error(3)
+    assert "nowhere.npz" in here("fid", "a.safetensors", "nowhere.npz", *words[3:], cwd=folder).error(3)
+
+
+def test_a_failure_keeps_the_scores_that_are_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pico(sampler="rf", in_channels=1, seed=7).save(folder / "c.safetensors")
+
+    def failing(model: Any, what: Any, indices: Any) -> NDArray[Any]:
+        if what.checkpoint.path.stem == "c":
+            raise OSError(28, "No space left on device")
+        return SAMPLE(model, what, indices)
+
+    words = ("fid", "a.safetensors", "c.safetensors", "--ref", "b.safetensors", *SETTINGS, *PIXELS)
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, "sample", failing)
+        outcome = here(*words, cwd=folder)
+    assert outcome.code == 1
+    assert "kept the scores of 1 of 2 files; the same command goes on from there" in outcome.err
+    assert "1 of 2 scores are kept from an earlier run" in here(*words, cwd=folder).err
+
+
+def test_the_gate_names_the_file_of_several(folder: Path) -> None:
+    words = ("fid", "b.safetensors", "a.safetensors", "--ref", "b.safetensors", *SETTINGS, *PIXELS, "--max", 0)
+    outcome = here(*words, cwd=folder)
+    assert outcome.code == 6
+    assert f"error: {folder / 'a.safetensors'}: frechet" in outcome.err
+
+
+@pytest.mark.parametrize("more", [("-o", "s.safetensors"), ("--save-statistics", "s.npz")])
+def test_a_file_of_one_score_is_refused_for_several(more: tuple[str, str], folder: Path) -> None:
+    words = ("fid", "a.safetensors", "b.safetensors", "--ref", "r.npz", *PIXELS)
+    assert f"{more[1]}: holds the score or the statistics of one file, and 2 are given" in here(
+        *words, *more, cwd=folder
+    ).error(2)
+
+
+@pytest.mark.parametrize("more", [("--weights", "a.safetensors"), ("--precision", "bf16")])
+def test_settings_of_inception_are_refused_for_other_extractors(more: tuple[str, str], folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
+    assert "is for Inception, and the extractor is pixels" in here(*words, *more, cwd=folder).error(2)
 
 
 # statistics for later
@@ -555,8 +716,12 @@ def test_statistics_are_written_and_serve_as_a_reference(suffix: str, folder: Pa
         with np.load(folder / "saved.npz") as saved:
             assert saved["mu"].shape == (64,) and saved["sigma"].shape == (64, 64), "as pytorch-fid reads them"
     again = here(*words, cwd=folder)
-    assert again.code == 5 and f"saved.{suffix}" in again.err
+    assert again.code == 0 and "kept from an earlier run" in again.err
+    others = here(*words, "--bootstrap", 2, cwd=folder)
+    assert others.code == 5 and f"saved.{suffix}" in others.err
     assert here(*words, "--force", cwd=folder).code == 0
+    (folder / f"saved.{suffix}").write_bytes(b"other")
+    assert here(*words, cwd=folder).code == 5
 
 
 def test_statistics_of_pixels_have_no_spatial_ones(folder: Path) -> None:

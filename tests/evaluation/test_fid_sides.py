@@ -17,7 +17,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.evaluation import fid_sides
 from ditmoe_cli.evaluation.features.extraction import Extraction
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor
-from ditmoe_cli.evaluation.fid_sides import read_side, sampled_side, with_features
+from ditmoe_cli.evaluation.fid_sides import read_side, sampled_side, with_features, workspace_of
 from ditmoe_cli.evaluation.samples import Sampling
 from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
@@ -59,7 +59,7 @@ def test_a_restart_near_the_end_of_several_processes_misses_no_feature(
     whole = sampled_side(what, here, worker())
     assert whole.activations is not None
     truth = np.array(whole.activations.features)
-    work, name = here.workspace(what.key, 7), here.array_names()["features"]
+    work, name = workspace_of(what, here), here.array_names()["features"]
     lose(work, "samples", (3, 5))
     lose(work, name, (3, 5, 6))
     barrier, answers, sides = threading.Barrier(2, timeout=60), [], {}

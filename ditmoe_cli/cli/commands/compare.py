@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -13,13 +15,14 @@ from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
 from ditmoe_cli.diffusion.sampling import choose_bins
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
+from ditmoe_cli.files.arrays import disk_bytes
 from ditmoe_cli.model.effort import sampling_estimate
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.compare import Divergence, Outputs
+    from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
 
 
 EXAMPLES = (
@@ -47,23 +50,27 @@ class Pair(Overrides):
             help="Checkpoint to measure from. Without A and B, the original of the pipe.",
         ),
     ] = None
-    b: Annotated[
-        str | None,
+    others: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="B",
+            metavar="B...",
             autocompletion=complete_checkpoint,
-            help="Checkpoint to measure. Without A and B, the result of the pipe.",
+            help="Checkpoints to measure. Without A and B, the result of the pipe.",
         ),
     ] = None
 
-    def stage(self) -> Stage:
-        """Return the stage whose original is A and whose checkpoint is B: of two arguments, else of the envelope.
+    def stages(self) -> list[Stage]:
+        """Return for each B the stage whose original is A and whose checkpoint is B, of arguments or the envelope.
 
         Raises `UsageError` for one argument alone, `BadInputError` where the envelope lacks one of them.
         """
-        if self.a is not None and self.b is None:
+        if self.a is not None and not self.others:
             raise UsageError(f"{self.a} alone has nothing to be compared with: give A and B, or pipe in an envelope")
-        stage = incoming(self.b, self.given)
+        others: Sequence[str | None] = self.others or (None,)
+        return [self._stage(other) for other in others]
+
+    def _stage(self, other: str | None) -> Stage:
+        stage = incoming(other, self.given)
         if stage.checkpoint is None:
             raise BadInputError("stdin: the envelope names no checkpoint")
         original = stage.original if self.a is None else incoming(self.a, self.given).checkpoint
@@ -122,7 +129,9 @@ class ComparisonFiles:
             help="FILE.safetensors to write the numbers to.",
         ),
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing outputs, and measure anew what was kept.")
+    ] = False
 
     @property
     def outputs(self) -> Outputs:
@@ -152,25 +161,108 @@ def run(
     the errors of the final latents and images, the overlap of routing, and the error that each block adds. An unchanged
     model scores exactly 0.
     """
-    stage = pair.stage()
-    a, b = open_stage(stage, stage.original), open_stage(stage)
+    stages = pair.stages()
+    if len(stages) > 1 and to.path:
+        raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
+    a = open_stage(stages[0], stages[0].original)
     spec = sampling.spec(a)
-    from ditmoe_cli.evaluation.compare import CheckpointPair, compare_checkpoints
+    bins = choose_bins(comparing.bins, spec.steps)
+    from ditmoe_cli.evaluation.compare import CheckpointPair
 
-    checkpoints = CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps))
-    runtime = running.runtime
-    both = [sampling_estimate(each.config, spec.images, spec.nfe, runtime.batch) for each in (a, b)]
-    foretell(both, lambda: runtime.device)
-    result = compare_checkpoints(checkpoints, runtime, to.outputs)
-    emit(printing, stage.done("compare", {}).to_json(result.to_json()), rows(result), to.path)
-    limit = comparing.max_error
-    if limit is not None and not result.relative_error <= limit:
-        raise GateError(f"{result.kind} relative error {result.relative_error:.4g} is above --max-error {limit:g}")
+    pairs = [CheckpointPair(a, open_stage(stage), spec, bins) for stage in stages]
+    results = compared(pairs, running, to.outputs)
+    if len(results) == 1:
+        emit(printing, stages[0].done("compare", {}).to_json(results[0].result), rows(results[0].result), to.path)
+    else:
+        files = [file_json(each, result) for each, result in zip(pairs, results, strict=True)]
+        several = replace(stages[0], checkpoint=None)
+        emit(printing, several.done("compare", {}).to_json({"files": files}), table_rows(files), to.path)
+    check_limit(comparing.max_error, [result.result for result in results])
 
 
-def rows(divergence: Divergence) -> list[Row]:
+def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs) -> list[KeptComparison]:
+    """Return the result of each comparison, kept from an earlier run or measured; all are checked before any work.
+
+    Torch is not imported where all were kept.
+    """
+    from ditmoe_cli.evaluation.compare import (
+        KeptComparison,
+        check_pair,
+        compare_checkpoints,
+        comparison_key,
+        keep_comparison,
+        kept_comparison,
+    )
+
+    for pair in pairs:
+        check_pair(pair, replace(outputs, numbers=None, grid=None))
+    keys = [comparison_key(pair, running.device) for pair in pairs]
+    results: list[KeptComparison | None] = [
+        None if outputs.force else kept_comparison(key, pair, outputs) for key, pair in zip(keys, pairs, strict=True)
+    ]
+    todo = [index for index, result in enumerate(results) if result is None]
+    for index in todo:
+        check_pair(pairs[index], outputs)
+    if len(todo) < len(pairs):
+        which = f"{len(pairs) - len(todo)} of {len(pairs)} results are" if len(pairs) > 1 else "the result is"
+        note(f"{which} kept from an earlier run; --force measures anew")
+    runtime = running.runtime if todo else None
+    estimates = [
+        sampling_estimate(each.config, pair.spec.images, pair.spec.nfe, running.batch)
+        for pair in (pairs[index] for index in todo)
+        for each in (pair.a, pair.b)
+    ]
+    if runtime is not None:
+        foretell(estimates, lambda: runtime.device)
+    for index in todo:
+        assert runtime is not None
+        start = time.monotonic()
+        try:
+            measured = compare_checkpoints(pairs[index], runtime, outputs)
+        except BaseException:
+            finished = sum(result is not None for result in results)
+            if finished:
+                note(f"kept the results of {finished} of {len(pairs)} files; the same command goes on from there")
+            raise
+        results[index] = kept = KeptComparison(measured.to_json(), time.monotonic() - start)
+        keep_comparison(keys[index], kept, outputs, note)
+    return [result for result in results if result]
+
+
+def check_limit(limit: float | None, results: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `GateError` where the relative error of a prediction is above the limit, or infinite."""
+    for result in results if limit is not None else ():
+        error, kind = result["prediction"]["relative_error"], result["prediction"]["kind"]
+        if limit is not None and (error is None or error > limit):
+            which = f"{result['conditions']['b']['path']}: " if len(results) > 1 else ""
+            shown = "infinite" if error is None else f"{error:.4g}"
+            raise GateError(f"{which}{kind} relative error {shown} is above --max-error {limit:g}")
+
+
+def file_json(pair: CheckpointPair, result: KeptComparison) -> dict[str, Any]:
+    """Return one of several comparisons as JSON: path, bytes and seconds of B, and what a single comparison has."""
+    return {"path": str(pair.b.path), "bytes": disk_bytes(pair.b.path), "seconds": result.seconds, **result.result}
+
+
+def table_rows(files: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return several comparisons as one table, a row a file."""
+    lines = [("bytes", "relative error", "image mse", "quick frechet", "seconds")]
+    for file in files:
+        images, quick = file["images"], file["quick"]
+        lines.append(
+            (
+                human_bytes(file["bytes"]),
+                number(file["prediction"]["relative_error"]),
+                number(images["mse"]) if images else "n/a",
+                number(quick["estimate"]) if quick else "n/a",
+                f"{file['seconds']:.1f}",
+            )
+        )
+    return list(zip(["file", *(Path(file["path"]).name for file in files)], columns(lines), strict=True))
+
+
+def rows(result: Mapping[str, Any]) -> list[Row]:
     """Return the comparison as a table."""
-    result = divergence.to_json()
     prediction, latents, depth, routing = (result[name] for name in ("prediction", "latents", "depth", "routing"))
     kind = prediction["kind"]
     blocks = zip(depth["added"], depth["cumulative"], routing["blocks"]["overlap"], strict=True)

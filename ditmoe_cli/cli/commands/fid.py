@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -13,23 +13,25 @@ from ditmoe_cli.cli.groups import completing, ending, one_of
 from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, note
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, PRECISIONS
 from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION, Request, parse_scores
+from ditmoe_cli.files.arrays import disk_bytes
 from ditmoe_cli.files.cache import find_cache
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
+from ditmoe_cli.processes import first_process
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.fid import FidSettings
+    from ditmoe_cli.evaluation.fid_reuse import KeptScore
     from ditmoe_cli.evaluation.fid_score import Score
     from ditmoe_cli.evaluation.fid_sides import Comparison, Item
     from ditmoe_cli.evaluation.scores.intervals import Interval
-    from ditmoe_cli.evaluation.worker import Runtime
 
 
 EXAMPLES = (
@@ -66,12 +68,12 @@ class Compared:
 
     panel: ClassVar[str] = "Comparing"
 
-    subject: Annotated[
-        str | None,
+    subjects: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="A",
+            metavar="A...",
             autocompletion=complete_checkpoint,
-            help="Checkpoint, samples, statistics or images to score. Without it, the result of the pipe.",
+            help="Checkpoints, samples, statistics or images to score. Without any, the result of the pipe.",
         ),
     ] = None
     ref: Annotated[
@@ -97,9 +99,13 @@ class Compared:
         bool, typer.Option("--anyway", help="Compare samples although they were made under other settings.")
     ] = False
 
-    def stage(self, given: Given) -> Stage:
-        """Return the stage of the subject, with its path under `samples` where A names images and no checkpoint."""
-        stage = incoming(self.subject, given, shared=True)
+    def stages(self, given: Given) -> list[Stage]:
+        """Return the stage of each subject, with its path under `samples` where A names images and no checkpoint."""
+        subjects: Sequence[str | None] = self.subjects or (None,)
+        return [self._stage(subject, given) for subject in subjects]
+
+    def _stage(self, subject: str | None, given: Given) -> Stage:
+        stage = incoming(subject, given, shared=True)
         if stage.piped or stage.checkpoint is None or kind_of(Path(stage.checkpoint)) != "images":
             return stage
         return replace(stage, samples=stage.checkpoint, checkpoint=None, original=None)
@@ -238,7 +244,9 @@ class ScoreFile:
             help="FILE.safetensors to write the score to.",
         ),
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing outputs, and measure anew what was kept.")
+    ] = False
 
 
 def run(
@@ -259,82 +267,209 @@ def run(
     scores 0. The distance is called fid over Inception features and frechet over any other. Started again, the same
     command continues a run that was interrupted; torchrun's processes share the work.
     """
-    stage = compared.stage(overrides.given)
-    check_outputs(scoring, to)
+    stages = compared.stages(overrides.given)
+    check_outputs(scoring, to, len(stages))
     settings = scoring.settings(compared.anyway, sampling.vae, to.force)
-    if scoring.statistics and scoring.limit is not None and not compared.has_reference(stage):
+    if scoring.statistics and scoring.limit is not None and not compared.has_reference(stages[0]):
         raise UsageError("--max: there is nothing to be near to; give --ref")
-    runtime, comparison = (
-        running.runtime,
-        comparison_of(stage, compared, overrides.given, alone=scoring.statistics is not None),
-    )
-    result = score(comparison, sampling.spec, settings, runtime, to)
-    if result is None:
+    items = Items(overrides.given)
+    comparisons = [items.comparison(stage, compared, alone=scoring.statistics is not None) for stage in stages]
+    results = scores(comparisons, sampling.spec, settings, running, to)
+    if results is None:
         return  # another rank prints
-    document = stage.done("fid", {}).to_json(result.to_json())
-    emit(printing, document, rows(result), str(to.output.absolute()) if to.output else "")
-    if scoring.limit is not None and result.value > scoring.limit:
-        raise GateError(f"{result.metric} {result.value:.4g} is above --max {scoring.limit:g}")
+    path = str(to.output.absolute()) if to.output else ""
+    if len(results) == 1:
+        result = results[0].score
+        emit(printing, stages[0].done("fid", {}).to_json(result.to_json()), rows(result), path)
+    else:
+        files = [file_json(comparison, each) for comparison, each in zip(comparisons, results, strict=True)]
+        several = replace(stages[0], checkpoint=None, original=None, samples=None, given=None)
+        emit(printing, several.done("fid", {}).to_json({"files": files}), table_rows(results, files), path)
+    check_limit(scoring.limit, [each.score for each in results])
 
 
-def check_outputs(scoring: Scoring, to: ScoreFile) -> None:
-    """Raise `UsageError` where score and statistics would be written to one file."""
+def check_limit(limit: float | None, results: Sequence[Score]) -> None:
+    """Raise `GateError` where a distance is above the limit."""
+    above = [result for result in results if limit is not None and result.value > limit]
+    if above:
+        which = f"{above[0].conditions['subject']['path']}: " if len(results) > 1 else ""
+        raise GateError(f"{which}{above[0].metric} {above[0].value:.4g} is above --max {limit:g}")
+
+
+def check_outputs(scoring: Scoring, to: ScoreFile, count: int) -> None:
+    """Raise `UsageError` where score and statistics, or the scores of several files, would be written to one file."""
     if scoring.statistics and to.output and scoring.statistics.resolve() == to.output.resolve():
         raise UsageError(f"{scoring.statistics}: named twice; give each output a name of its own")
+    written = to.output or scoring.statistics
+    if count > 1 and written is not None:
+        raise UsageError(f"{written}: holds the score or the statistics of one file, and {count} are given")
 
 
-def score(
-    comparison: Comparison,
+def scores(
+    comparisons: Sequence[Comparison],
     spec_of: Callable[[Checkpoint], SampleSpec],
     settings: FidSettings,
-    runtime: Runtime,
+    running: Running,
     to: ScoreFile,
-) -> Score | None:
-    """Compare, and write the score where that was asked for; outputs are refused before anything is sampled."""
-    from ditmoe_cli.evaluation.fid import measure_distance
+) -> list[KeptScore] | None:
+    """Return the score of each comparison, kept from an earlier run or measured; None where another rank prints.
+
+    Outputs are refused before anything is sampled. Torch is not imported where all scores were kept.
+    """
+    from ditmoe_cli.evaluation.fid_reuse import kept_score, score_key
     from ditmoe_cli.evaluation.fid_score import write_score
 
-    inputs = [item.path for item in comparison.items] + ([settings.weights] if settings.weights else [])
+    inputs = [item.path for comparison in comparisons for item in comparison.items]
+    inputs += [settings.weights] if settings.weights else []
     inputs += [Path(settings.vae).expanduser()] if settings.vae else []
     for target in (to.output, settings.statistics):
-        if target is not None:
+        if target is not None and not target.is_file():
             check_target(target.absolute(), to.force, inputs)
     if settings.work is None and (problem := find_cache().problem):
         note(problem)
-    result = measure_distance(comparison, spec_of, settings, runtime, note)
-    if to.output is not None and result is not None:
-        write_score(to.output, result, to.force, inputs)
-    return result
+    keys = [score_key(comparison, spec_of, settings, running.device) for comparison in comparisons]
+    kept = [
+        kept_score(key, comparison) if key is not None and not to.force else None
+        for key, comparison in zip(keys, comparisons, strict=True)
+    ]
+    done = [each if each is not None and each.has_statistics(settings.statistics) else None for each in kept]
+    if to.output is not None and to.output.is_file() and not (done[0] and holds_score(to.output, done[0].score)):
+        check_target(to.output.absolute(), to.force, inputs)
+    if settings.statistics is not None and not done[0]:
+        check_target(settings.statistics.absolute(), to.force, inputs)
+    for each in done:
+        for message in each.notes if each else ():
+            note(message)
+    if any(done):
+        reused = sum(each is not None for each in done)
+        which = "the score is" if len(done) == 1 else f"{reused} of {len(done)} scores are"
+        note(f"{which} kept from an earlier run; --force measures anew")
+    if all(done):
+        results = [each for each in done if each]
+        if not first_process():
+            return None
+    else:
+        measured = measure(comparisons, keys, done, spec_of, settings, running)
+        if measured is None:
+            return None
+        results = measured
+    if to.output is not None and not holds_score(to.output, results[0].score):
+        write_score(to.output, results[0].score, to.force, inputs)
+    return results
 
 
-def comparison_of(stage: Stage, compared: Compared, given: Given, alone: bool = False) -> Comparison:
-    """Return what is compared with what.
+def holds_score(path: Path, score: Score) -> bool:
+    """Return whether a file holds a score, as it would be written."""
+    from ditmoe_cli.evaluation.fid_score import is_written
 
-    The subject is the stage's samples or checkpoint. The original is what --original names, else a pipeline's; without
-    either it is the reference. Without --ref the reference is the original, or the subject itself if that may stand
-    `alone`.
-    """
-    from ditmoe_cli.evaluation.fid_sides import Comparison, Item
+    return is_written(path, score)
 
-    def item(path: str, overrides: Given | None) -> Item:
+
+def measure(
+    comparisons: Sequence[Comparison],
+    keys: Sequence[str | None],
+    done: Sequence[KeptScore | None],
+    spec_of: Callable[[Checkpoint], SampleSpec],
+    settings: FidSettings,
+    running: Running,
+) -> list[KeptScore] | None:
+    """Measure what is not done, and keep each score as it comes; return all, or None where another rank prints."""
+    from ditmoe_cli.evaluation.fid import measure_distances
+    from ditmoe_cli.evaluation.fid_reuse import KeptScore, keep_score, score_key
+
+    results = list(done)
+    todo = [index for index, each in enumerate(done) if each is None]
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        note(message)
+
+    measured = measure_distances([comparisons[index] for index in todo], spec_of, settings, running.runtime, say)
+    try:
+        for index, result in zip(todo, measured, strict=True):
+            if result is None:
+                continue
+            warnings = tuple(message for message in said if message.startswith("warning: "))
+            said.clear()
+            results[index] = kept = KeptScore(result.score, result.seconds, warnings)
+            key = keys[index] or score_key(comparisons[index], spec_of, settings, running.device)
+            if key is not None:
+                keep_score(key, kept, settings.statistics, note)
+    except BaseException:
+        finished = sum(each is not None for each in results)
+        if finished and first_process():
+            note(f"kept the scores of {finished} of {len(results)} files; the same command goes on from there")
+        raise
+    return [each for each in results if each] if first_process() else None
+
+
+@dataclass(frozen=True)
+class Items:
+    """The sides of all comparisons, each opened once."""
+
+    given: Given
+    opened: dict[tuple[Path, bool], Item] = field(default_factory=dict)
+
+    def item(self, stage: Stage, path: str, own: bool) -> Item:
+        """Return a side. The overrides of the command line hold for it unless it is the stage's `own` checkpoint."""
+        from ditmoe_cli.evaluation.fid_sides import Item
+
         file = resolve_path(path).absolute()
-        return Item(file, open_stage(stage, str(file), overrides) if kind_of(file) == "checkpoint" else None)
+        if (file, own) not in self.opened:
+            is_checkpoint = kind_of(file) == "checkpoint"
+            checkpoint = open_stage(stage, str(file), None if own else self.given) if is_checkpoint else None
+            self.opened[file, own] = Item(file, checkpoint)
+        return self.opened[file, own]
 
-    ref, original = compared.ref, compared.original or (stage.original if stage.piped else None)
-    subject = stage.samples or stage.checkpoint
-    if subject is None:
-        raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
-    if ref is None and original is None:
-        if not alone:
-            raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
-        ref = subject
-    if stage.samples:
-        note(f"scoring the images in {stage.samples}: sampling options are theirs")
-    scored = item(subject, None)
-    first = item(original, given) if original else None
-    reference = item(ref, given) if ref else first
-    assert reference is not None
-    return Comparison(scored, reference, first or reference)
+    def comparison(self, stage: Stage, compared: Compared, alone: bool = False) -> Comparison:
+        """Return what is compared with what.
+
+        The subject is the stage's samples or checkpoint. The original is what --original names, else a pipeline's;
+        without either it is the reference. Without --ref the reference is the original, or the subject itself if that
+        may stand `alone`.
+        """
+        from ditmoe_cli.evaluation.fid_sides import Comparison
+
+        ref, original = compared.ref, compared.original or (stage.original if stage.piped else None)
+        subject = stage.samples or stage.checkpoint
+        if subject is None:
+            raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
+        if ref is None and original is None:
+            if not alone:
+                raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
+            ref = subject
+        if stage.samples:
+            note(f"scoring the images in {stage.samples}: sampling options are theirs")
+        scored = self.item(stage, subject, own=True)
+        first = self.item(stage, original, own=False) if original else None
+        reference = self.item(stage, ref, own=False) if ref else first
+        assert reference is not None
+        return Comparison(scored, reference, first or reference)
+
+
+def file_json(comparison: Comparison, result: KeptScore) -> dict[str, Any]:
+    """Return one of several scores as JSON: path, bytes and seconds, and what a single score has."""
+    path = comparison.subject.path
+    return {"path": str(path), "bytes": disk_bytes(path), "seconds": result.seconds, **result.score.to_json()}
+
+
+def table_rows(results: Sequence[KeptScore], files: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return several scores as one table, a row a file."""
+    metric = results[0].score.metric
+    lines = [("bytes", "paired mse", metric, "seconds")]
+    for result, file in zip(results, files, strict=True):
+        paired = result.score.paired
+        lines.append(
+            (
+                human_bytes(file["bytes"]),
+                f"{paired.mse:.4g}" if paired else "n/a",
+                f"{result.score.value:.4f}" + interval_row(result.score.interval),
+                f"{result.seconds:.1f}",
+            )
+        )
+    names = ["file", *(Path(file["path"]).name for file in files)]
+    return list(zip(names, columns(lines), strict=True))
 
 
 def rows(result: Score) -> list[Row]:

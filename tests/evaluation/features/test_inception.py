@@ -15,7 +15,7 @@ from peers import noise, seeded_state, torch_fidelity_network, torchvision_at_ha
 from safetensors.torch import save_file
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.features import inception
+from ditmoe_cli.evaluation.features import inception_weights
 from ditmoe_cli.evaluation.features.extractors import activations, make_extractor
 from ditmoe_cli.evaluation.features.inception import Inception, load_inception, preprocess, resize_clean, resize_tf1
 from ditmoe_cli.evaluation.images import ImageSet
@@ -42,7 +42,7 @@ def no_weights_around(monkeypatch, tmp_path):
     """Keep the caller's own weights, and the network, out of the tests."""
     monkeypatch.delenv("DITMOE_INCEPTION", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(inception, "WEIGHTS_URL", (tmp_path / "no-such-server").as_uri())
+    monkeypatch.setattr(inception_weights, "WEIGHTS_URL", (tmp_path / "no-such-server").as_uri())
 
 
 def test_names_and_shapes_are_those_of_the_weight_file():
@@ -284,18 +284,18 @@ def test_without_weights_or_network_the_error_says_what_to_do(tmp_path):
 def serve(monkeypatch, path, content):
     """Let the download come from a local file whose digest is the expected one."""
     path.write_bytes(content)
-    monkeypatch.setattr(inception, "WEIGHTS_URL", path.as_uri())
-    monkeypatch.setattr(inception, "WEIGHTS_DIGEST", hashlib.sha256(content).hexdigest()[:8])
+    monkeypatch.setattr(inception_weights, "WEIGHTS_URL", path.as_uri())
+    monkeypatch.setattr(inception_weights, "WEIGHTS_DIGEST", hashlib.sha256(content).hexdigest()[:8])
 
 
 def test_weights_are_downloaded_once(monkeypatch, tmp_path):
     served = tmp_path / "served"
     serve(monkeypatch, served, b"the weights" * 1000)
-    cached = inception.find_weights()
+    cached = inception_weights.find_weights()
     assert cached == tmp_path / "cache" / "ditmoe" / "pt_inception-2015-12-05-6726825d.pth"
     assert cached.read_bytes() == served.read_bytes()
     served.unlink()
-    assert inception.find_weights() == cached
+    assert inception_weights.find_weights() == cached
     assert [child.name for child in cached.parent.iterdir()] == [cached.name]
 
 
@@ -303,12 +303,12 @@ def test_a_download_of_the_wrong_digest_leaves_nothing(monkeypatch, tmp_path):
     serve(monkeypatch, tmp_path / "served", b"the weights")
     (tmp_path / "served").write_bytes(b"an error page")
     with pytest.raises(BadInputError, match="what arrived has SHA-256"):
-        inception.find_weights()
+        inception_weights.find_weights()
     assert list((tmp_path / "cache" / "ditmoe").iterdir()) == []
 
 
 def test_a_damaged_cache_is_named():
-    cached = inception.cached_weights()
+    cached = inception_weights.cached_weights()
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"cut short")
     with pytest.raises(BadInputError, match=r"6726825d\.pth: SHA-256 is .* delete the file"):
@@ -318,7 +318,7 @@ def test_a_damaged_cache_is_named():
 def test_the_cache_is_in_the_home_folder_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert inception.cached_weights().parent == tmp_path / ".cache" / "ditmoe"
+    assert inception_weights.cached_weights().parent == tmp_path / ".cache" / "ditmoe"
 
 
 @pytest.fixture
