@@ -333,7 +333,7 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
         note=rows_note(rows),
         conditions=_conditions(pair),
     )
-    grid = pair_grid(images[0], images[1]) if images and outputs.grid else None
+    grid = pair_grid(images[0], images[1], spec.labels(range(spec.images))) if images and outputs.grid else None
     _write(result, grid, outputs, pair.paths)
     return result
 

@@ -343,7 +343,7 @@ def complete_samples(sampling: Sampling, targets: Targets, notify: Notify) -> in
 _HOLD: Mapping[str, Callable[[Path, ImageSet], bool]] = {
     "png": lambda path, made: holds_pngs(path, made.images),
     "npz": lambda path, made: holds_adm_npz(path, made),
-    "grid": lambda path, made: holds_picture(path, sample_grid(made.images)),
+    "grid": lambda path, made: holds_picture(path, sample_grid(made.images, made.labels)),
 }
 
 
@@ -438,7 +438,7 @@ def _writers(
     return {
         "png": lambda path: write_png_folder(path, values, force=force, inputs=inputs),
         "npz": lambda path: write_adm_npz(path, values, labels, force, inputs),
-        "grid": lambda path: write_png(path, sample_grid(values), force, inputs),
+        "grid": lambda path: write_png(path, sample_grid(values, labels), force, inputs),
     }
 
 

@@ -93,7 +93,8 @@ def test_pictures_are_the_images(model: str, there: bool, folder: Path) -> None:
     assert np.array_equal(npz.images, np.broadcast_to(images, (5, 8, 8, 3)))
     assert npz.labels is not None and npz.labels.tolist() == arrays["labels"].tolist() == [0, 1, 2, 0, 1]
     with Image.open(folder / "g.png") as grid:
-        assert np.array_equal(np.asarray(grid).reshape(sample_grid(images).shape), sample_grid(images))
+        expected = sample_grid(images, arrays["labels"])
+        assert np.array_equal(np.asarray(grid).reshape(expected.shape), expected)
     result = outcome.result
     told = {name: result[name] for name in ("png", "npz", "grid")}
     assert told == {"png": str(folder / "png"), "npz": str(folder / "a.npz"), "grid": str(folder / "g.png")}

@@ -14,6 +14,8 @@ from ditmoe_cli.evaluation.image_grids import (
     MOST_IN_GRID,
     MOST_PAIRS,
     OUTER,
+    SIDE_STRIP,
+    STRIP,
     enlarged,
     pair_grid,
     sample_grid,
@@ -109,3 +111,40 @@ def test_samples_stand_in_reading_order_on_white(count: int, channels: int) -> N
 def test_a_grid_of_other_arrays_is_refused(images: np.ndarray) -> None:
     with pytest.raises(BadInputError):
         sample_grid(images)
+
+
+def test_classes_in_turn_make_columns_with_marks() -> None:
+    images = np.random.default_rng(0).integers(0, 200, (25, 8, 8, 1), dtype=np.uint8)
+    picture = sample_grid(images, [0, 3, 7] * 8 + [0])
+    across, down, step = 3, 9, 64 + INNER
+    assert picture.shape == (STRIP + down * step + INNER, SIDE_STRIP + across * step + INNER, 1)
+    for index in range(25):
+        top, left = STRIP + INNER + index // across * step, SIDE_STRIP + INNER + index % across * step
+        assert (picture[top : top + 64, left : left + 64] == enlarged(images)[index]).all(), "marks stand beside images"
+    heads = [picture[:STRIP, SIDE_STRIP + INNER + column * step :][:, :64] for column in range(across)]
+    assert all((head < 128).any() for head in heads)
+    assert len({head.tobytes() for head in heads}) == 3
+    sides = [picture[STRIP + INNER + row * step :][:64, :SIDE_STRIP] for row in range(down)]
+    assert len({side.tobytes() for side in sides}) == down, "each row has the number of its first image"
+
+
+def test_other_orders_of_classes_stand_above_each_image() -> None:
+    images = np.random.default_rng(0).integers(0, 200, (9, 8, 8, 3), dtype=np.uint8)
+    picture = sample_grid(images, [5, 1, 900, 4, 4, 2, 0, 3, 11])
+    step_down, step = 64 + STRIP, 64 + INNER
+    assert picture.shape == (3 * step_down + INNER, SIDE_STRIP + 3 * step + INNER, 3)
+    for index in range(9):
+        top, left = STRIP + index // 3 * step_down, SIDE_STRIP + INNER + index % 3 * step
+        assert (picture[top : top + 64, left : left + 64] == enlarged(images)[index]).all()
+        assert (picture[top - STRIP + INNER : top, left : left + 64] < 128).any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pairs_are_marked_beside_their_images(channels: int) -> None:
+    a = np.random.default_rng(0).integers(0, 200, (5, 8, 8, channels), dtype=np.uint8)
+    plain, marked = pair_grid(a, a), pair_grid(a, a, [0, 1, 2, 3, 4])
+    assert plain.shape == marked.shape
+    assert (marked[plain < 200] == plain[plain < 200]).all(), "no mark covers an image"
+    assert (marked[:OUTER, OUTER : OUTER + 64] < 128).any()
+    a_mark, b_mark = (marked[:OUTER, OUTER + side * (64 + INNER) :][:, :64] for side in range(2))
+    assert not np.array_equal(a_mark, b_mark)
