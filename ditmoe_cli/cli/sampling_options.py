@@ -161,6 +161,17 @@ class ImageSampling(UpstreamSampling):
         ),
     ] = None
 
+    def spec(self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> SampleSpec:
+        """Return the spec that the options ask for. Raises `UsageError` for an interval without guidance."""
+        spec = super().spec(checkpoint, solvers)
+        if self.interval != ALWAYS and self.cfg == 1.0:
+            low, high = self.interval
+            raise UsageError(
+                f"--cfg-interval {low:g},{high:g}: nothing is guided at a scale of 1; give a scale with --cfg, "
+                "or leave it out"
+            )
+        return spec
+
 
 def samples_label(spec: SampleSpec, options: ImageSampling, config: DiTMoEConfig) -> str:
     """Return the ending of the name of samples: ``samples``, and all settings that are not the default."""

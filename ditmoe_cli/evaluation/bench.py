@@ -30,6 +30,7 @@ from ditmoe_cli.progress import phase
 
 KINDS = ("packed", "scales", "plain")
 GROUPS = ("experts", "shared", "attention", "rest")
+MOST_IMAGES, MOST_REPEATS = 65_536, 10_000  # of a pass, and of passes
 WARM_UPS = 2  # passes that memory is measured in; the first also allocates buffers of kernels and allocator
 _FLOAT_BYTES = 4  # packed weights are unpacked to fp32
 _STATUS = Path("/proc/self/status")
@@ -157,9 +158,9 @@ class Bench:
 
 def check_load(load: Load, config: DiTMoEConfig) -> Load:
     """Return `load`, or raise `UsageError` where a value is out of range for a model of `config`."""
-    for name, value in (("batch", load.batch), ("repeats", load.repeats)):
-        if value < 1:
-            raise UsageError(f"⟨{name}⟩ {value}: must be at least 1")
+    for name, value, most in (("batch", load.batch, MOST_IMAGES), ("repeats", load.repeats, MOST_REPEATS)):
+        if not 1 <= value <= most:
+            raise UsageError(f"⟨{name}⟩ {value}: must be at least 1, and at most {most}")
     check_guidance(load.cfg, config)
     return load
 

@@ -808,3 +808,8 @@ def test_few_images_score_the_same_on_every_run(folder: Path) -> None:
     words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS)
     first, second = here(*words, cwd=folder), here(*words, cwd=folder)
     assert first.result == second.result and "using the statistics" not in second.err
+
+
+def test_resamples_have_a_bound(folder: Path) -> None:
+    words = ("fid", "a-many.safetensors", "--ref", "r.npz", *PIXELS, "--bootstrap", 10**12)
+    assert "--bootstrap 1000000000000: give at most 1000000" in here(*words, cwd=folder).error(2)

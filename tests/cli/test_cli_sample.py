@@ -178,6 +178,7 @@ THERE = ("s.safetensors", "a.npz", "g.png", "png/000000.png", "photos/cat.png")
         (("grey", "--grid", "nowhere/g.png"), 3, "nowhere: no such folder"),
         (("grey", "--cfg-interval", "0.5"), 2, "--cfg-interval 0.5"),
         (("grey", "--cfg-interval", "0.8,0.2"), 2, "--cfg-interval 0.8,0.2"),
+        (("grey", "--cfg-interval", "0.2,0.8"), 2, "--cfg-interval 0.2,0.8: nothing is guided at a scale of 1"),
         (("grey", "--cfg-interval", "0,1.5"), 2, "--cfg-interval 0,1.5"),
         (("grey", "--cfg-interval", "nan,1"), 2, "--cfg-interval nan,1"),
         (("grey", "--cfg-interval", "a,b"), 2, "--cfg-interval a,b"),

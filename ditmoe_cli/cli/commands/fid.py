@@ -41,6 +41,9 @@ EXAMPLES = (
 )
 
 
+MOST_RESAMPLES = 1_000_000
+
+
 def enough_images(count: int) -> int:
     """Return a number of images of which a distance can be taken. Raises `ValueError`."""
     if count < 2:
@@ -59,6 +62,8 @@ def enough_resamples(count: int) -> int:
     """Return a number of resamples of which an interval can be taken, or 0. Raises `ValueError`."""
     if count < 0 or count == 1:
         raise ValueError("give at least 2 resamples, or 0 for none")
+    if count > MOST_RESAMPLES:
+        raise ValueError(f"give at most {MOST_RESAMPLES}; an interval needs some thousands")
     return count
 
 
