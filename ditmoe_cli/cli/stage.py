@@ -155,7 +155,7 @@ def _are_overrides(given: object) -> bool:
 
 
 def open_stage(stage: Stage, path: str | None = None, given: Given | None = None) -> Checkpoint:
-    """Open the stage's checkpoint, or that of `path` such as its original, and print warnings and assumptions.
+    """Open the stage's checkpoint, or that of `path` such as its original; print notes, warnings and assumptions.
 
     The stage's overrides hold for its checkpoint and its original; `given` are the overrides for any other.
     """
@@ -165,6 +165,8 @@ def open_stage(stage: Stage, path: str | None = None, given: Given | None = None
     own = chosen in (stage.original, stage.checkpoint)
     overrides = dict(stage.given or {}) if own else asdict(given) if given else {}
     checkpoint = open_checkpoint(chosen, **overrides)
+    for message in checkpoint.notes if not stage.piped else ():
+        note(f"{checkpoint.path.name}: {message}")
     for warning in checkpoint.warnings:
         note(f"warning: {warning}")
     for assumption in checkpoint.assumptions if not stage.piped else ():  # the pipe's first command prints them

@@ -1,34 +1,86 @@
 """The files of a checkpoint in each of its containers.
 
-- safetensors: one file; or shards with an index, in a folder or in the ``transformer`` folder of a diffusers pipeline
-- pickle: one file (its state dict is chosen in `ditmoe_cli.files.pickles`)
+- one file, safetensors or pickle, told by its contents (`ditmoe_cli.files.kinds`); a pickle's state dict is chosen in
+  `ditmoe_cli.files.pickles`
+- shards, with an index or numbered ``NAME-00001-of-00002``, in a folder or in the ``transformer`` folder of a diffusers
+  pipeline; variants such as ``NAME.fp16.safetensors`` stand beside the full weights
 - DeepSpeed: a folder with ``mp_rank_00_model_states.pt``, or with ``latest``, which names the folder of a step
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.files.kinds import kind_of_file
+from ditmoe_cli.files.names import ROUTER
+from ditmoe_cli.files.selection import looks_averaged
 
-_INDEX_SUFFIX = ".safetensors.index.json"
+CONFIG = "config.json"
+_INDEX = re.compile(r"(?P<name>.+)\.(safetensors|bin)\.index(?P<variant>\.[\w-]+)?\.json")
+_PICKLE_ENDINGS = ("bin", "pt", "pth", "ckpt")
+# diffusers writes NAME.VARIANT-00001-of-00002, and wrote NAME-00001-of-00002.VARIANT
+_WEIGHTS = re.compile(
+    r"(?P<name>.+?)(?P<variant>\.(?:fp16|bf16|fp32|fp8|int8|non_ema|ema))?(?:-(?P<number>\d+)-of-(?P<count>\d+))?"
+    rf"(?P<late>\.\w+)?\.(?P<ending>safetensors|{'|'.join(_PICKLE_ENDINGS)})"
+)
+_NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args).*|.*_states\.pt")
+_MODEL_FOLDERS = ("transformer_ema", "transformer")  # averaged weights first
+_ZERO = "zero_pp_rank_*_model_states.pt"
 
 
 @dataclass(frozen=True)
 class Located:
-    """The files of a checkpoint, safetensors shards or one pickle, and the name of their layout."""
+    """The files of a checkpoint, all safetensors or all pickles, and the name of their layout.
+
+    Attributes:
+        layout: the name of the layout.
+        shards: safetensors files.
+        pickles: pickles.
+        config: the ``config.json`` beside them, where there is one.
+        notes: which files were taken where there was a choice.
+    """
 
     layout: str
     shards: tuple[Path, ...] = ()
-    pickle: Path | None = None
+    pickles: tuple[Path, ...] = ()
+    config: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Candidate:
+    """Weights in a folder: their name and variant, and either their index or their files by number."""
+
+    name: str
+    variant: str
+    index: Path | None = None
+    count: int = 1
+    files: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The name of the index or of the first file."""
+        return (self.index or self.files[min(self.files)]).name
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether the names say safetensors, which stand before pickles of the same weights."""
+        return ".safetensors" in self.shown
 
 
 def locate(path: Path) -> Located:
     """Find the files of the checkpoint at `path`.
 
-    Raises `BadInputError` where there are none, a shard is missing, or a folder holds several checkpoints.
+    Raises `BadInputError` where there are none, a shard is missing, a folder holds several checkpoints, or the files
+    are of other kinds.
     """
     try:
         exists = path.exists()
@@ -40,50 +92,179 @@ def locate(path: Path) -> Located:
         return _locate_in_folder(path)
     if not path.is_file():
         raise BadInputError(f"{path}: neither a file nor a folder")
-    if path.name.endswith(_INDEX_SUFFIX):
-        return _sharded(path)
-    if path.suffix == ".safetensors":
-        return Located("safetensors", shards=(path,))
-    return Located("pickle", pickle=path)
+    if _INDEX.fullmatch(path.name):
+        return _indexed(path)
+    match = _WEIGHTS.fullmatch(path.name)
+    has_folder_name = match is not None and match["name"] in ("diffusion_pytorch_model", "model", "pytorch_model")
+    return _located((path,), "safetensors", path.parent if has_folder_name else None)
+
+
+def _located(files: tuple[Path, ...], layout: str, folder: Path | None, notes: tuple[str, ...] = ()) -> Located:
+    """Return the files as safetensors or pickles, as their contents are; `layout` is that of safetensors."""
+    kinds = {file: kind_of_file(file) for file in files}
+    first = kinds[files[0]]
+    other = next((file for file, kind in kinds.items() if kind != first), None)
+    if other is not None:
+        raise BadInputError(
+            f"{other}: is a {kinds[other]} beside {files[0].name}, which is a {first}; keep one of both"
+        )
+    config = folder / CONFIG if folder is not None and (folder / CONFIG).is_file() else None
+    if first == "safetensors":
+        return Located(layout, shards=files, config=config, notes=notes)
+    return Located(layout.replace("safetensors", "pickle"), pickles=files, config=config, notes=notes)
 
 
 def _locate_in_folder(folder: Path) -> Located:
-    for root in (folder, folder / "transformer"):
-        indices = sorted(root.glob(f"*{_INDEX_SUFFIX}"))
-        singles = sorted(file for file in root.glob("*.safetensors") if file.is_file())
-        if len(indices) == 1:
-            return _sharded(indices[0])
-        if not indices and len(singles) == 1:
-            return Located("safetensors folder", shards=(singles[0],))
-        if len(indices) > 1 or singles:
-            raise BadInputError(f"{root}: holds {max(len(indices), len(singles))} checkpoints; name one of them")
-    return _locate_deepspeed(folder)
-
-
-def _locate_deepspeed(folder: Path) -> Located:
-    latest = folder / "latest"
-    step = folder / latest.read_text(errors="replace").strip() if latest.is_file() else folder
-    states = sorted(step.glob("mp_rank_*_model_states.pt"))
-    if len(states) > 1:
-        raise BadInputError(f"{step}: holds {len(states)} model-parallel parts; consolidate them first")
-    if not states:
+    subfolders = [folder / name for name in _MODEL_FOLDERS if (folder / name).is_dir()]
+    roots = {root: candidates for root in (folder, *subfolders) if (candidates := _candidates(root))}
+    if not roots:
+        step = _deepspeed_folder(folder)
+        if step is not None:
+            return _locate_deepspeed(folder, step)
+        _refuse_distributed(folder)
         raise BadInputError(
-            f"{folder}: no checkpoint here (looked for *.safetensors, *{_INDEX_SUFFIX}, transformer/ and "
+            f"{folder}: no checkpoint here (looked for *.safetensors, *.bin, *.pt, *.index.json, transformer/ and "
             "DeepSpeed's mp_rank_00_model_states.pt)"
         )
-    return Located("DeepSpeed folder", pickle=states[0])
+    root = next(iter(roots))
+    chosen, notes = _chosen(root, roots[root])
+    if len(roots) > 1 and root.name == _MODEL_FOLDERS[0]:
+        notes = (*notes, f"the averaged weights are read, in {root.name}/, not those in {_MODEL_FOLDERS[1]}/")
+    if chosen.index is not None:
+        return _indexed(chosen.index, notes)
+    if chosen.count == 1:
+        return _located(tuple(chosen.files.values()), "safetensors folder", root, notes)
+    missing = [number for number in range(1, chosen.count + 1) if number not in chosen.files]
+    if missing:
+        raise BadInputError(
+            f"{root}: shards without an index: {len(chosen.files)} of {chosen.count} are here, as {chosen.shown}; "
+            f"number {', '.join(map(str, missing[:5]))} is missing"
+        )
+    files = tuple(chosen.files[number] for number in range(1, chosen.count + 1))
+    return _located(files, "safetensors shards without an index", root, notes)
 
 
-def _sharded(index: Path) -> Located:
+def _candidates(folder: Path) -> list[_Candidate]:
+    """Return the weights in a folder: each index, numbered shards without one, and other files of weights."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = [
+        _Candidate(match["name"], (match["variant"] or "").removeprefix("."), index=file)
+        for file in files
+        if (match := _INDEX.fullmatch(file.name))
+    ]
+    taken = {name for candidate in found if candidate.index for name in _shard_names(candidate.index)}
+    loose: dict[tuple[str, str, str, int], _Candidate] = {}
+    for file in files:
+        match = _WEIGHTS.fullmatch(file.name)
+        if match is None or file.name in taken or _NOT_WEIGHTS.fullmatch(file.name):
+            continue
+        name, variant = match["name"] + (match["late"] or "" if not match["count"] else ""), match["variant"] or ""
+        variant = (variant or (match["late"] or "" if match["count"] else "")).removeprefix(".")
+        count, number = int(match["count"] or 1), int(match["number"] or 1)
+        key = (name, variant, "safetensors" if match["ending"] == "safetensors" else "pickle", count)
+        loose.setdefault(key, _Candidate(name, variant, count=count)).files[number] = file
+    found += loose.values()
+    return found
+
+
+def _with_routers(candidates: list[_Candidate]) -> list[_Candidate]:
+    """Return the safetensors candidates whose headers name a router: samples and profiles of ours have none."""
+
+    def has_router(candidate: _Candidate) -> bool:
+        files: Iterable[Path] = candidate.files.values()
+        if candidate.index is not None:
+            files = (candidate.index.parent / name for name in _shard_names(candidate.index))
+        for file in files:
+            try:
+                if any(name.endswith(ROUTER) for name in read_safetensors_header(file).tensors):
+                    return True
+            except (BadInputError, OSError):
+                return True  # let the reader say what is wrong with it
+        return False
+
+    return [candidate for candidate in candidates if has_router(candidate)]
+
+
+def _chosen(folder: Path, candidates: list[_Candidate]) -> tuple[_Candidate, tuple[str, ...]]:
+    """Return the weights to read, and a note where others stand beside them.
+
+    Safetensors stand before pickles. Of one name, the averaged weights are read, else the full ones, and not their
+    variants.
+    """
+    kept = [candidate for candidate in candidates if candidate.is_safetensors]
+    kept = (kept if len(kept) == 1 else _with_routers(kept) or kept) or candidates
+    names = {candidate.name for candidate in kept}
+    best = (
+        kept[0] if len(kept) == 1 else next((c for variant in ("ema", "") for c in kept if c.variant == variant), None)
+    )
+    if len(names) > 1 or best is None or sum(c.variant == best.variant for c in kept) > 1:
+        listed = ", ".join(candidate.shown for candidate in kept[:3]) + (", …" if len(kept) > 3 else "")
+        raise BadInputError(f"{folder}: holds {len(kept)} checkpoints ({listed}); name one of them")
+    others = [c.shown for c in candidates if c is not best and (c in kept or looks_averaged(c.shown))]
+    return best, (f"{best.shown} is read, not {', '.join(others)} beside it",) if others else ()
+
+
+def _deepspeed_folder(folder: Path) -> Path | None:
+    """Return the folder of a DeepSpeed step: `folder` itself, or the one that ``latest`` names; None for none."""
+    latest = folder / "latest"
+    if latest.is_file():
+        return folder / latest.read_text(errors="replace").strip()
+    has_states = any(folder.glob("mp_rank_*_model_states.pt")) or any(folder.glob(_ZERO))
+    return folder if has_states else None
+
+
+def _locate_deepspeed(folder: Path, step: Path) -> Located:
+    states = sorted(step.glob("mp_rank_*_model_states.pt"))
+    parts = sorted(step.glob(_ZERO))
+    if len(states) > 1:
+        raise BadInputError(f"{step}: holds {len(states)} model-parallel parts; consolidate them first")
+    if parts and not states:
+        raise BadInputError(
+            f"{step}: {len(parts)} ZeRO-3 shards, each with a part of every weight; " + consolidation(step)
+        )
+    if not states:
+        raise BadInputError(f"{folder}: no checkpoint here: {step.name or 'its latest step'} holds no model states")
+    return _located((states[0],), "DeepSpeed folder", folder)
+
+
+def consolidation(step: Path) -> str:
+    """Return the command of DeepSpeed's script that puts the shards of a step together, and what to do next."""
+    run, script = step.parent, step.parent / "zero_to_fp32.py"
+    program = shlex.quote(str(script)) if script.is_file() else "-m deepspeed.utils.zero_to_fp32"
+    whole = f"{run}-fp32"
+    command = f"python {program} {shlex.quote(str(run))} {shlex.quote(whole)} --tag {shlex.quote(step.name)}"
+    return f"put them together first with {command}, and name {whole}"
+
+
+def _refuse_distributed(folder: Path) -> None:
+    """Raise `BadInputError` for the folders of torch's distributed and of DeepSpeed's universal checkpoints."""
+    distributed = next((child for child in (folder, *sorted(folder.iterdir())) if _is_distributed(child)), None)
+    if distributed is not None:
+        raise BadInputError(
+            f"{distributed}: shards of a distributed checkpoint (FSDP); put them together first: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {distributed} {distributed}.pt"
+        )
+
+
+def _is_distributed(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / ".metadata").is_file() or any(folder.glob("*.distcp")))
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Return the names of an index's shards. Raises `BadInputError` where it is malformed."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
+        document: Any = json.loads(index.read_text())
+        names = sorted(set(document["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("weight_map must name files beside the index")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInputError(f"{index}: not an index of safetensors shards ({error})") from None
-    shards = tuple(index.parent / name for name in names)
+        raise BadInputError(f"{index}: not an index of shards ({error})") from None
+    return names
+
+
+def _indexed(index: Path, notes: tuple[str, ...] = ()) -> Located:
+    shards = tuple(index.parent / name for name in _shard_names(index))
     missing = next((shard for shard in shards if not shard.is_file()), None)
     if missing is not None:
         raise BadInputError(f"{index}: shard {missing.name} is missing beside it")
-    return Located("safetensors shards", shards=shards)
+    return _located(shards, "safetensors shards", index.parent, notes)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 @contextmanager
-def utf8_name(path: Path) -> Iterator[str]:
+def utf8_name(path: Path, unlike: str = ".") -> Iterator[str]:
     """Yield a name in UTF-8 of a file that is to be opened for reading while the context lasts.
 
-    It is that of `path`, or else the number under which the system knows the opened file. Raises `OSError` where that
-    cannot be opened.
+    It is that of `path`, or else the number under which the system knows the opened file; so too where the name ends in
+    `unlike`, by which a library would take the file for another kind. Raises `OSError` where that cannot be opened.
     """
-    if _is_utf8(str(path)):
+    if _is_utf8(str(path)) and not str(path).endswith(unlike):
         yield str(path)
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# what DDP and averages, torch.compile, FSDP, activation checkpointing and Lightning's Fabric put into names
+_WRAPPERS = frozenset(
+    (
+        *("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"),
+        *("_forward_module", "_original_module"),
+    )
+)
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^moe\.experts\.(\d+)\.(.+)$")
 
@@ -55,18 +60,14 @@ def in_expert(block: int, expert: int, rest: str) -> str:
     return f"blocks.{block}.moe.experts.{expert}.{rest}"
 
 
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Map upstream names to the stored names, which may have wrappers such as ``module.`` before them.
+def unwrapped(name: str) -> tuple[str, list[int]]:
+    """Return a stored name without the wrappers in it, and the index in the stored name of each part that is left.
 
-    Only wrappers that all names carry are removed, so a tensor that is itself called ``model.x`` keeps its name.
+    ``module.blocks.0._orig_mod.attn.qkv.bias`` is ``blocks.0.attn.qkv.bias``, of parts 1, 2, 4, 5 and 6.
     """
-    result = {name: name for name in names}
-    while result:
-        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in result)), None)
-        if wrapper is None:
-            break
-        result = {name.removeprefix(wrapper): stored for name, stored in result.items()}
-    return result
+    parts = name.split(".")
+    kept = [index for index, part in enumerate(parts) if part not in _WRAPPERS] or list(range(len(parts)))
+    return ".".join(parts[index] for index in kept), kept
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -1,7 +1,7 @@
-"""State dicts in pickles, which are opened weights-only; EMA weights are preferred.
+"""State dicts in pickles, which are opened weights-only; averaged weights are preferred.
 
-A pickle holds a bare state dict, ``{ema|model|module|state_dict: ...}``, or train.py's dictionary with its arguments in
-an ``argparse.Namespace``.
+A pickle holds a bare state dict, or a mapping with one under some key, such as train.py's with its arguments in an
+``argparse.Namespace``. Which tensors are the model's is told by their names (`ditmoe_cli.files.selection`).
 """
 
 from __future__ import annotations
@@ -9,88 +9,247 @@ from __future__ import annotations
 import re
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.file_names import utf8_name
+from ditmoe_cli.files.names import ROUTER, unwrapped
+from ditmoe_cli.files.selection import Entry, Selection, all_of, looks_averaged, select
 
-_STATE_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
+# where state dicts stand that are no DiT-MoE's, and so are not told by their names; in order of preference
+_STATE_KEYS = ("ema", "model", "module", "state_dict")
+_HINT_KEYS = (
+    *("args", "config", "cfg", "hparams", "hyper_parameters", "model_args", "model_config", "model_kwargs"),
+    *("configuration", "opts", "options"),
+)
+_OPTIMIZER = re.compile("opt|optim.*|.*optimizer.*|.*scheduler.*|scaler|.*rng.*", re.IGNORECASE)
+_DEEPEST = 6
+_LISTED = 5
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict of a pickle, the name of its layout, and `hints`, the training arguments beside it."""
+    """A state dict of a pickle.
+
+    Attributes:
+        tensors: the model's tensors by upstream name.
+        layout: the name of the layout.
+        hints: the training arguments beside it.
+        notes, warnings: as of `Selection`.
+        whole: the shapes that DeepSpeed notes of whole tensors, where it does.
+    """
 
     tensors: Mapping[str, Any]
     layout: str
     hints: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_state_dict(path: Path) -> StateDict:
     """Open a pickle, memory-mapped where torch can, and return its state dict.
 
-    Only tensors, plain values and ``argparse.Namespace`` are unpickled. Raises `BadInputError` for everything else.
+    Only tensors, arrays, plain values and ``argparse.Namespace`` are unpickled. Raises `BadInputError` for everything
+    else.
     """
+    return find_state_dict(_load(path), path)
+
+
+def read_shards(paths: tuple[Path, ...]) -> StateDict:
+    """Open the pickles that a state dict is divided over. Raises `BadInputError` where two hold one tensor."""
+    parts = [_load(path) for path in paths]
+    whole: dict[Any, Any] = {}
+    for path, part in zip(paths, parts, strict=True):
+        if not isinstance(part, Mapping):
+            raise BadInputError(f"{path}: holds a {type(part).__name__}, not a part of a state dict")
+        twice = whole.keys() & part.keys()
+        if twice:
+            raise BadInputError(f"{path}: tensor {min(map(str, twice))!r} stands in another shard too")
+        whole.update(part)
+    return find_state_dict(whole, paths[0])
+
+
+def _load(path: Path) -> Any:
     import pickle
 
     import torch
 
     try:
-        with utf8_name(path) as name, torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals(_harmless()),
+            warnings.catch_warnings(),
+            utf8_name(path, unlike=".safetensors") as name,
+        ):
             warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
             try:
-                loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
             except (RuntimeError, ValueError) as error:
                 if "mmap" not in str(error):
                     raise
-                loaded = torch.load(
-                    name, map_location="cpu", weights_only=True
-                )  # pickles from before torch 1.6 are no zip archives
+                # pickles from before torch 1.6 are no zip archives
+                return torch.load(name, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
-        raise BadInputError(f"{path}: {problem}; ditmoe opens pickles of plain tensors only") from None
+        raise BadInputError(
+            f"{path}: {problem}; ditmoe opens pickles of plain tensors only (save the model's state_dict())"
+        ) from None
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # torch's unpickler raises all kinds of errors for bytes that are no pickle
         raise BadInputError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
-    return find_state_dict(loaded, path, torch.is_tensor)
 
 
-def find_state_dict(loaded: object, where: Path, is_tensor: Any) -> StateDict:
-    """Return the state dict of an unpickled object: itself, or the first of ``ema|model|module|state_dict``.
+def _harmless() -> list[Any]:
+    """Return what may be unpickled besides tensors: training arguments, and numpy's arrays and numbers."""
+    import numpy as np
 
-    `is_tensor(value)` recognises tensors. Raises `BadInputError` where there is no state dict, and where ``ema`` holds
-    more than tensors and numbers.
+    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]
+    dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    named: list[Any] = [
+        (getattr(core, name), f"numpy.{module}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for module in ("core", "_core")
+    ]
+    return [Namespace, np.ndarray, np.dtype, *dtypes, *named]
+
+
+def find_state_dict(loaded: object, where: Path) -> StateDict:
+    """Return the state dict of an unpickled object: the model's weights under any key, averaged ones where there are.
+
+    Raises `BadInputError` where there is no state dict.
     """
+    import torch
 
-    def tensors_of(value: object) -> dict[str, Any]:
-        """Return the tensors of a state dict without the numbers beside them (an EMA's decay); {} for anything else."""
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            return {}
-        tensors = {key: entry for key, entry in value.items() if is_tensor(entry)}
-        rest = [entry for key, entry in value.items() if key not in tensors]
-        return tensors if all(isinstance(entry, int | float) for entry in rest) else {}
-
-    if tensors_of(loaded):
-        return StateDict(tensors_of(loaded), "bare state dict")
     if not isinstance(loaded, Mapping):
         raise BadInputError(f"{where}: holds a {type(loaded).__name__}, not a state dict")
-    if loaded.get("ema") and not tensors_of(loaded["ema"]):
-        raise BadInputError(f"{where}: 'ema' holds more than tensors and numbers; save its state dict alone")
-    key = next((k for k in _STATE_KEYS if tensors_of(loaded.get(k))), None)
-    if key is None:
-        keys = ", ".join(sorted(map(str, loaded)))[:80]
-        raise BadInputError(f"{where}: no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {keys}")
-    others = sorted(str(k) for k in loaded if k in (*_STATE_KEYS, "opt", "args"))
-    return StateDict(tensors_of(loaded[key]), f"{key!r} of {{{', '.join(others)}}}", _hints(loaded.get("args")))
+    found = dict(_tensors(loaded, torch.is_tensor))
+    try:
+        selection = select(list(found)) or _by_key(found, loaded)
+    except BadInputError as error:
+        raise BadInputError(f"{where}: {error}") from None
+    taken = {entry.path for entry in selection.entries.values()}
+    keys = next(iter(selection.entries.values())).keys
+    return StateDict(
+        {name: found[entry] for name, entry in selection.entries.items()},
+        _layout(loaded, selection, keys),
+        _hints(loaded),
+        selection.notes,
+        (*selection.warnings, *_no_tensors(loaded, keys, torch.is_tensor), *_unread(loaded, taken | _routers(found))),
+        _whole_shapes(loaded.get("param_shapes")),
+    )
 
 
-def _hints(args: object) -> dict[str, Any]:
-    """Return train.py's arguments, an argparse.Namespace or a mapping, as a dictionary; {} for anything else."""
-    if isinstance(args, Namespace):
-        return dict(vars(args))
-    return dict(args) if isinstance(args, Mapping) else {}
+def _whole_shapes(groups: object) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in DeepSpeed's ``param_shapes``, a mapping for each group of parameters, by upstream name."""
+    mappings = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list | tuple) else []
+    return {unwrapped(str(name))[0]: tuple(shape) for group in mappings for name, shape in group.items()}
+
+
+def _routers(found: Iterable[Entry]) -> set[str]:
+    """Return the paths of all routers: `Selection` tells which sets of weights that have some are read."""
+    return {entry.path for entry in found if unwrapped(entry.path)[0].endswith(ROUTER)}
+
+
+def _tensors(value: Mapping[Any, Any], is_tensor: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[Entry, Any]]:
+    """Yield all tensors of nested mappings, and arrays as tensors; optimizers are passed over."""
+    for key, item in value.items():
+        if not isinstance(key, str):
+            continue
+        tensor = item if is_tensor(item) else _from_array(item)
+        if tensor is not None:
+            yield Entry(keys, key, tuple(tensor.shape)), tensor
+        elif isinstance(item, Mapping) and len(keys) < _DEEPEST and not _OPTIMIZER.fullmatch(key):
+            yield from _tensors(item, is_tensor, (*keys, key))
+
+
+def _from_array(item: object) -> Any:
+    """Return a numpy array as a tensor; None for anything else."""
+    if type(item).__module__ != "numpy" or type(item).__name__ != "ndarray":
+        return None
+    import torch
+
+    try:
+        return torch.from_numpy(item)
+    except TypeError:  # an array of text or objects
+        return None
+
+
+def _by_key(found: Mapping[Entry, Any], loaded: Mapping[Any, Any]) -> Selection:
+    """Return the tensors of the file itself, or under the first of the usual keys, which are no DiT-MoE's."""
+    places = [entries for key in _STATE_KEYS if (entries := [e for e in found if e.keys == (key,)])]
+    bare = [entry for entry in found if not entry.keys]
+    if bare or places:
+        return all_of(bare or places[0])
+    keys = ", ".join(sorted(map(str, loaded)))[:80]
+    raise BadInputError(f"no state dict under any of {', '.join(_STATE_KEYS)}; its keys are {keys}")
+
+
+def _layout(loaded: Mapping[Any, Any], selection: Selection, keys: tuple[str, ...]) -> str:
+    if not keys:
+        return f"state dict, names under {selection.shown!r}" if selection.shown else "bare state dict"
+    listed = sorted(map(str, loaded))
+    others = ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "")
+    return f"{selection.shown or '.'.join(keys)!r} of {{{others}}}"
+
+
+def _no_tensors(loaded: Mapping[Any, Any], keys: tuple[str, ...], is_tensor: Any) -> list[str]:
+    """Return what to say of the entries beside the weights that are no tensors."""
+    mapping: Any = loaded
+    for key in keys:
+        mapping = mapping[key]
+    others = [
+        f"{key!r} ({'None' if value is None else type(value).__name__})"
+        for key, value in mapping.items()
+        if not (is_tensor(value) or _from_array(value) is not None or isinstance(value, Mapping) or key in _HINT_KEYS)
+    ]
+    listed = ", ".join(others[:_LISTED]) + (f" and {len(others) - _LISTED} more" if len(others) > _LISTED else "")
+    return [f"beside the weights, {listed} is no tensor and is left out"] if others else []
+
+
+def _unread(loaded: Mapping[Any, Any], told_of: set[str], keys: tuple[str, ...] = ()) -> list[str]:
+    """Return a warning for each key that looks like averaged weights, and holds no tensor of those `told_of`."""
+    told = []
+    for key, value in loaded.items():
+        path = ".".join((*keys, str(key)))
+        if not isinstance(value, Mapping | list | tuple) or _OPTIMIZER.fullmatch(str(key)):
+            continue
+        known = any(name.startswith(path + ".") for name in told_of)
+        if looks_averaged(path) and not known and _holds_weights(value):
+            told.append(f"{path!r} looks like averaged weights, but holds no DiT-MoE by name, and is not read")
+        elif isinstance(value, Mapping) and len(keys) < _DEEPEST:
+            told += _unread(value, told_of, (*keys, str(key)))
+    return told
+
+
+def _holds_weights(value: object, depth: int = 0) -> bool:
+    """Return whether tensors of any rank but 0 are in a value."""
+    if isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, list | tuple):
+        items = list(value)
+    else:
+        return len(getattr(value, "shape", ())) > 0
+    return depth < _DEEPEST and any(_holds_weights(item, depth + 1) for item in items)
+
+
+def _hints(loaded: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return training arguments, an argparse.Namespace or a mapping, and the plain numbers beside the weights."""
+    plain = {str(key): value for key, value in loaded.items() if isinstance(value, int | float)}
+    found = {key: _mapping_of(loaded[key]) for key in _HINT_KEYS if _mapping_of(loaded.get(key))}
+    if len(found) == 1:
+        (only,) = found.values()
+        return {**plain, **only}
+    return {**plain, **found}
+
+
+def _mapping_of(value: object) -> dict[str, Any]:
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(key): _mapping_of(item) or item for key, item in value.items()}

@@ -6,19 +6,20 @@ pickle imports torch.
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.containers import Located, locate
+from ditmoe_cli.errors import BadInputError, first_line
+from ditmoe_cli.files.containers import Located, consolidation, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
-from ditmoe_cli.files.names import natural_key, unwrapped
-from ditmoe_cli.files.pickles import read_state_dict
+from ditmoe_cli.files.pickles import read_shards, read_state_dict
 from ditmoe_cli.files.provenance import Provenance, read_provenance
+from ditmoe_cli.files.selection import Entry, all_of, select
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,15 @@ class TensorReader(Protocol):
 class CheckpointHeader:
     """The contents of a checkpoint as known before any tensor is read.
 
-    `tensors` are in natural order under upstream names, `hints` the training arguments of a pickle, `provenance` the
-    ``ditmoe`` metadata of files that ditmoe wrote.
+    Attributes:
+        path: the file or folder that was opened.
+        layout: the name of the layout.
+        tensors: descriptions in natural order, by upstream name.
+        file_bytes: the bytes of all files.
+        hints: training arguments of a pickle, and what a ``config.json`` beside the files says.
+        provenance: the ``ditmoe`` metadata of files that ditmoe wrote.
+        notes: which weights were taken, where there was a choice.
+        warnings: what looks like weights, and is not read.
     """
 
     path: Path
@@ -48,32 +56,67 @@ class CheckpointHeader:
     file_bytes: int
     hints: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
     """Open the checkpoint at `path`, of any layout. Raises `BadInputError` where it is missing or damaged."""
-    located = locate(path)
     try:
-        return _open_pickle(path, located) if located.pickle else _open_safetensors(path, located)
+        located = locate(path)
+        header, reader = _open_pickle(path, located) if located.pickles else _open_safetensors(path, located)
+        beside = {} if located.config is None else _read_config(located.config)
     except PermissionError as error:
         raise BadInputError(f"{error.filename}: permission denied") from None
+    own = header.provenance.config if header.provenance else header.hints
+    outvoted = [
+        f"{located.config} says {name}={value!r}, but the weights' own file {own[name]!r}, which holds"
+        for name, value in beside.items()
+        if name in own and own[name] != value
+    ]
+    hints, notes = {**beside, **header.hints}, (*located.notes, *header.notes)
+    return replace(header, hints=hints, notes=notes, warnings=(*header.warnings, *outvoted)), reader
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return what a ``config.json`` says. Raises `BadInputError` where it is no JSON object."""
+    try:
+        document = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: is not JSON ({first_line(error)}); mend or remove it") from None
+    if not isinstance(document, dict):
+        raise BadInputError(f"{path}: is no JSON object; mend or remove it")
+    return document
 
 
 def _open_safetensors(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
     stored: dict[str, StoredTensor] = {}
-    provenance = None
+    provenances: dict[Path, Provenance] = {}
     for shard in located.shards:
         header = read_safetensors_header(shard)
         twice = stored.keys() & header.tensors.keys()
         if twice:
             raise BadInputError(f"{shard}: tensor {min(twice)!r} stands in another shard too")
         stored.update(header.tensors)
-        provenance = provenance or read_provenance(header.metadata, str(shard))
-    named = unwrapped(sorted(stored, key=natural_key))
-    reader = SafetensorsReader({name: stored[original] for name, original in named.items()})
+        provenance = read_provenance(header.metadata, str(shard))
+        if provenance is not None:
+            provenances[shard] = provenance
+    first = next(iter(provenances.values()), None)
+    other = next((shard for shard, provenance in provenances.items() if provenance != first), None)
+    if other is not None:
+        raise BadInputError(
+            f"{other}: is of another checkpoint than the other shards, by its metadata; fetch them anew"
+        )
+    entries = [Entry((), name, tensor.info.shape) for name, tensor in stored.items()]
+    try:
+        selection = select(entries) or all_of(entries)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from None
+    reader = SafetensorsReader({name: stored[entry.name] for name, entry in selection.entries.items()})
     infos = {name: _renamed(tensor.info, name) for name, tensor in reader.stored.items()}
     size = sum(shard.stat().st_size for shard in located.shards)
-    return CheckpointHeader(path, located.layout, infos, size, {}, provenance), reader
+    layout = f"{located.layout}, names under {selection.shown!r}" if selection.shown else located.layout
+    return CheckpointHeader(path, layout, infos, size, {}, first, selection.notes, selection.warnings), reader
 
 
 def _renamed(info: TensorInfo, name: str) -> TensorInfo:
@@ -108,20 +151,27 @@ class SafetensorsReader:
 
 
 def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
-    assert located.pickle is not None
-    pickled = read_state_dict(located.pickle)
+    files = located.pickles
+    pickled = read_state_dict(files[0]) if len(files) == 1 else read_shards(files)
     layout = pickled.layout if located.layout == "pickle" else f"{located.layout}, {pickled.layout}"
-    named = unwrapped(sorted(pickled.tensors, key=natural_key))
-    reader = PickleReader({name: pickled.tensors[original] for name, original in named.items()})
-    infos = {name: _pickled_info(located.pickle, name, value) for name, value in reader.state.items()}
-    return CheckpointHeader(path, layout, infos, located.pickle.stat().st_size, pickled.hints), reader
+    reader = PickleReader(pickled.tensors)
+    for name, value in pickled.tensors.items():
+        if value.numel() == 0 or pickled.whole.get(name, tuple(value.shape)) != tuple(value.shape):
+            part = "empty" if value.numel() == 0 else "a part of the whole"
+            raise BadInputError(
+                f"{files[0]}: tensor {name!r} is {part}, as ZeRO leaves those that it divides over processes; "
+                + consolidation(files[0].parent)
+            )
+    infos = {name: _pickled_info(files[0], name, value) for name, value in reader.state.items()}
+    size = sum(file.stat().st_size for file in files)
+    return CheckpointHeader(path, layout, infos, size, pickled.hints, None, pickled.notes, pickled.warnings), reader
 
 
 def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:
-    if value.numel() == 0:
-        raise BadInputError(f"{path}: tensor {name!r} is an empty ZeRO-3 placeholder; run zero_to_fp32.py first")
-    if str(value.layout) != "torch.strided" or value.is_meta:
-        raise BadInputError(f"{path}: tensor {name!r} is sparse or without data; ditmoe reads dense tensors only")
+    if str(value.layout) != "torch.strided" or value.is_meta or value.is_quantized or value.is_nested:
+        raise BadInputError(
+            f"{path}: tensor {name!r} is sparse, quantised by torch or without data; ditmoe reads dense tensors only"
+        )
     return TensorInfo(name, dtype_code(value.dtype, f"{path}: tensor {name!r}"), tuple(value.shape))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import fingerprint
@@ -44,6 +44,11 @@ class Checkpoint:
     def path(self) -> Path:
         """The file or folder that was opened."""
         return self.header.path
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which weights were read, where the file holds a choice."""
+        return self.header.notes
 
     @property
     def card(self) -> Card:
@@ -156,13 +161,14 @@ def _opened(path: str | Path, resolved: Path, given: Given, allow_unknown: bool)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
     infos = {name: weight.info for name, weight in weights.items()}
-    hints: Mapping[str, Any] = header.provenance.config if header.provenance else header.hints
+    hints = {**header.hints, **(header.provenance.config if header.provenance else {})}
 
     def plain(name: str) -> memoryview:
         return memoryview(b"") if weights[name].quantized else reader.raw(name)
 
     inferred = infer_config(infos, plain, hints, given, str(path), allow_unknown)
-    checkpoint = Checkpoint(header, reader, weights, inferred.config, inferred.assumptions, inferred.warnings)
+    warnings = (*header.warnings, *inferred.warnings)
+    checkpoint = Checkpoint(header, reader, weights, inferred.config, inferred.assumptions, warnings)
     for block in range(inferred.config.depth):
         checkpoint.expert_map(block)
     return checkpoint

@@ -43,17 +43,22 @@ def test_what_is_in_no_block(name: str) -> None:
     assert split_name(name) == NameParts(None, None, name)
 
 
-@given(wrappers=st.lists(st.sampled_from(["module.", "_orig_mod.", "model."]), max_size=3))
-def test_wrappers_come_off_in_any_order(pico: Callable[..., Any], wrappers: list[str]) -> None:
-    names = list(pico().state)
-    prefix = "".join(wrappers)
-    assert unwrapped(prefix + name for name in names) == {name: prefix + name for name in names}
+WRAPPERS = st.lists(st.sampled_from(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]))
 
 
-def test_a_wrapper_that_some_names_lack_stays() -> None:
-    names = ["module.a", "module.b", "c"]
-    assert unwrapped(names) == {name: name for name in names}
-    assert unwrapped([]) == {}
+@given(before=WRAPPERS, inside=WRAPPERS)
+def test_wrappers_come_off_wherever_they_stand(pico: Callable[..., Any], before: list[str], inside: list[str]) -> None:
+    for name in pico().state:
+        first, *rest = name.split(".")
+        stored = [*before, first, *inside, *rest]
+        found, parts = unwrapped(".".join(stored))
+        assert found == name
+        assert [stored[index] for index in parts] == name.split(".")
+
+
+def test_a_name_of_wrappers_alone_stays() -> None:
+    assert unwrapped("module") == ("module", [0])
+    assert unwrapped("model.a")[0] == "model.a"
 
 
 @given(numbers=st.lists(NUMBERS, unique=True))

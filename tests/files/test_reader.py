@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -33,6 +34,11 @@ DTYPES = [
     torch.uint32,
     torch.bool,
 ]
+
+
+@pytest.fixture(scope="module")
+def model(pico: Callable[..., Pico]) -> Pico:
+    return pico(experts=12, hidden=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,10 +124,52 @@ FOREIGN = {
     "zeros": bytes(1000),
     "text": b"hello\n",
     "zip": b"PK\x05\x06" + bytes(18),
+    "cut zip": b"PK\x03\x04" + bytes(100),
+    "bzip2": b"BZh91AY" + bytes(40),
+    "xz": b"\xfd7zXZ\x00" + bytes(40),
+    "zstd": b"\x28\xb5\x2f\xfd" + bytes(40),
+    "tar": bytes(257) + b"ustar" + bytes(250),
+    "json": b'{"weight_map": {}}',
+    "gguf": b"GGUF" + bytes(40),
+    "hdf5": b"\x89HDF\r\n" + bytes(40),
+    "npy": b"\x93NUMPY" + bytes(40),
+    "empty": b"",
+    "one byte": b"x",
     "gzip": b"\x1f\x8b\x08\x00" + bytes(40),
     "numbers": pickle.dumps([1, 2, 3]),
     "endless stack": b"\x80\x02" + b"(" * 500 + b".",
 }
+
+
+SAID = {
+    "web page": "web page",
+    "git-lfs pointer": "git lfs pull",
+    "zeros": "begins with zeros",
+    "gzip": "gzip; unpack",
+    "bzip2": "bzip2; unpack",
+    "xz": "xz; unpack",
+    "zstd": "zstd; unpack",
+    "cut zip": "cut short; fetch it again",
+    "json": "JSON",
+    "gguf": "GGUF",
+    "hdf5": "HDF5",
+    "npy": "numpy array",
+    "empty": "is empty",
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_a_file_is_instead_is_said(tmp_path: Path, kind: str) -> None:
+    for name in ("x.pt", "x.safetensors"):
+        (tmp_path / name).write_bytes(FOREIGN[kind])
+        with pytest.raises(BadInputError, match=SAID[kind]):
+            open_reader(tmp_path / name)
+
+
+def test_an_npz_is_named_as_such(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    with pytest.raises(BadInputError, match="numpy archive"):
+        open_reader(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -134,10 +182,18 @@ def test_files_of_other_kinds(tmp_path: Path, kind: str, suffix: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_safetensors_under_a_pickles_name(tmp_path: Path, pico: Callable[..., Pico]) -> None:
-    path = pico().save(tmp_path / "x.safetensors").rename(tmp_path / "x.pt")
-    with pytest.raises(BadInputError, match=r"x\.pt"):
-        open_reader(path)
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x", "x.safetensors.part"])
+def test_safetensors_under_another_name(tmp_path: Path, model: Pico, name: str) -> None:
+    path = model.save(tmp_path / "x.safetensors").rename(tmp_path / name)
+    assert_holds(path, model)
+    assert open_reader(path)[0].layout == "safetensors"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickles_under_another_name(tmp_path: Path, model: Pico, legacy: bool) -> None:
+    path = model.save_pt(tmp_path / "x.safetensors", "ema", legacy=legacy)
+    assert_holds(path, model)
+    assert open_reader(path)[0].layout == "'ema' of {ema}"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -151,12 +207,9 @@ def test_files_that_may_not_be_read(tmp_path: Path, pico: Callable[..., Pico]) -
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def model(pico: Callable[..., Pico]) -> Pico:
-    return pico(experts=12, hidden=16)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "net.", "model.diffusion_model.", "transformer."]
+)
 def test_wrapped_names_in_pickles_and_safetensors(tmp_path: Path, model: Pico, prefix: str) -> None:
     wrapped = {prefix + name: value for name, value in model.state.items()}
     torch.save({"model": wrapped}, tmp_path / "x.pt")
