@@ -154,17 +154,20 @@ def _are_overrides(given: object) -> bool:
     return whole and given.get("sampler") in (None, "rf", "ddpm")
 
 
-def open_stage(stage: Stage, path: str | None = None, given: Given | None = None) -> Checkpoint:
+def open_stage(
+    stage: Stage, path: str | None = None, given: Given | None = None, allow_unknown: bool = False
+) -> Checkpoint:
     """Open the stage's checkpoint, or that of `path` such as its original; print notes, warnings and assumptions.
 
-    The stage's overrides hold for its checkpoint and its original; `given` are the overrides for any other.
+    The stage's overrides hold for its checkpoint and its original; `given` are the overrides for any other. With
+    `allow_unknown`, a head count that cannot be told is left open.
     """
     chosen = path or stage.checkpoint
     if chosen is None:
         raise BadInputError("stdin: the envelope names no checkpoint")
     own = chosen in (stage.original, stage.checkpoint)
     overrides = dict(stage.given or {}) if own else asdict(given) if given else {}
-    checkpoint = open_checkpoint(chosen, **overrides)
+    checkpoint = open_checkpoint(chosen, allow_unknown=allow_unknown, **overrides)
     for message in checkpoint.notes if not stage.piped else ():
         note(f"{checkpoint.path.name}: {message}")
     for warning in checkpoint.warnings:

@@ -26,7 +26,7 @@ _HINT_KEYS = (
     *("configuration", "opts", "options"),
 )
 _OPTIMIZER = re.compile("opt|optim.*|.*optimizer.*|.*scheduler.*|scaler|.*rng.*", re.IGNORECASE)
-_DEEPEST = 6
+_DEEPEST = 10  # of mappings in mappings: names whose parts are mappings have 8
 _LISTED = 5
 
 

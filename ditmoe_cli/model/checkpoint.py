@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.casting import DTYPES, CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
+from ditmoe_cli.files.header import FLOATING
 from ditmoe_cli.files.names import EXPERT_OF, in_block
-from ditmoe_cli.files.provenance import Card, Provenance
+from ditmoe_cli.files.provenance import Card, Provenance, Step
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.weights import logical_weights
@@ -112,6 +114,35 @@ class Checkpoint:
         return rows
 
 
+def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """Return a checkpoint whose weights are cast to a dtype of `DTYPES` as they are read; quantised ones stay.
+
+    Its history has the step. Reading raises `BadInputError` as `CastReader` does.
+    """
+    code = DTYPES[dtype]
+    plain = {weight.info.name for weight in checkpoint.weights.values() if not weight.quantized}
+    casts = {
+        name: replace(info, dtype=code)
+        for name, info in checkpoint.header.tensors.items()
+        if name in plain and info.dtype in FLOATING and info.dtype != code
+    }
+    if not casts:
+        return checkpoint
+    old = checkpoint.provenance()
+    step = Step("convert", checkpoint.fingerprint, "", {"dtype": dtype})
+    header = replace(
+        checkpoint.header,
+        tensors={**checkpoint.header.tensors, **casts},
+        provenance=Provenance(old.config, (*old.history, step), old.card),
+    )
+    weights = {
+        name: replace(weight, info=casts[name]) if name in casts else weight
+        for name, weight in checkpoint.weights.items()
+    }
+    reader = CastReader(checkpoint.reader, casts, checkpoint.path)
+    return Checkpoint(header, reader, weights, checkpoint.config, checkpoint.assumptions, checkpoint.warnings)
+
+
 def resolve_path(path: str | Path) -> Path:
     """Return the path of a checkpoint; ``demo:NAME`` is an embedded one.
 
@@ -156,6 +187,11 @@ def open_checkpoint(
 
 def _opened(path: str | Path, resolved: Path, given: Given, allow_unknown: bool) -> Checkpoint:
     header, reader = open_reader(resolved)
+    doubles = doubles_as_floats(header.tensors)
+    if doubles:
+        told = f"{len(doubles)} tensors in fp64 are read as fp32"
+        header = replace(header, tensors={**header.tensors, **doubles}, notes=(*header.notes, told))
+        reader = CastReader(reader, doubles, header.path)
     try:
         weights = logical_weights(header.tensors, lambda name: bytes(reader.raw(name)))
     except BadInputError as error:
