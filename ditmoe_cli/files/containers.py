@@ -232,7 +232,7 @@ def consolidation(step: Path) -> str:
     run, script = step.parent, step.parent / "zero_to_fp32.py"
     program = shlex.quote(str(script)) if script.is_file() else "-m deepspeed.utils.zero_to_fp32"
     whole = f"{run}-fp32"
-    command = f"python {program} {shlex.quote(str(run))} {shlex.quote(whole)} --tag {shlex.quote(step.name)}"
+    command = f"python {program} {shlex.quote(str(run))} {shlex.quote(whole)} -t {shlex.quote(step.name)}"
     return f"put them together first with {command}, and name {whole}"
 
 

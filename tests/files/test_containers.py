@@ -221,7 +221,7 @@ def test_zero3_shards_name_the_command_that_puts_them_together(tmp_path: Path, m
     part = step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     torch.save({"module": {name: torch.zeros(0) for name in model.state}}, part)
     run = step.parent
-    command = f"python -m deepspeed.utils.zero_to_fp32 {run} {run}-fp32 --tag global_step1, and name {run}-fp32"
+    command = f"python -m deepspeed.utils.zero_to_fp32 {run} {run}-fp32 -t global_step1, and name {run}-fp32"
     for path in (run, step, part):
         with pytest.raises(BadInputError) as caught:
             open_reader(path)
