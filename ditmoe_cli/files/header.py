@@ -116,6 +116,8 @@ def read_safetensors_header(path: Path) -> FileHeader:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
+            if size == 0:
+                raise BadInputError(f"{path}: is empty; fetch it again")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise BadInputError(f"{path}: not a safetensors file, or cut short inside its header ({size} bytes)")
             text = file.read(length)
