@@ -172,7 +172,9 @@ class Bar:
         from rich.live import Live
 
         console = Console(file=self.stream, no_color=not uses_colour(self.stream))
-        live = Live(get_renderable=self.drawn, console=console, auto_refresh=False, transient=True)
+        live = Live(
+            get_renderable=self.drawn, console=console, auto_refresh=False, transient=True, redirect_stdout=False
+        )
         live.start()
         return live
 

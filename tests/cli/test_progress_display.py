@@ -15,6 +15,7 @@ import pytest
 from ditmoe_cli.cli import progress_display as display
 from ditmoe_cli.cli.app import run
 from ditmoe_cli.cli.progress_display import Pace, bytes_of, clock, counted, looking, paced, parts_of, shown
+from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.progress import BYTES, Phase, phase, watched_by
 
 
@@ -215,6 +216,23 @@ def test_a_bar_shows_the_part_and_is_wiped_off(
             raise ends
     assert screen.getvalue().endswith("\033[2K\033[1A\033[2K") or screen.getvalue().endswith("\033[2K"), "wiped off"
     assert "\033[?25h" in screen.getvalue(), "the cursor shows again"
+
+
+def test_what_is_printed_beside_a_bar_goes_where_it_belongs(time: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes stand on lines of their own above the bar; results stay on stdout, which may be a pipe."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    screen, pipe = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", pipe)
+    with seen(screen, monkeypatch), phase("refitting x", 4, "blocks"):
+        time.wait(2)
+        note("going on with block 2")
+        sys.stdout.write("result\n")
+        time.wait(1)
+    assert pipe.getvalue() == "result\n"
+    (line,) = (line for line in screen.getvalue().splitlines() if "going on with block 2" in line)
+    assert line.split("\033")[-1].split("K")[-1].strip("\r ") == "ditmoe: going on with block 2"
+    assert sys.stderr is screen, "the stream is the same again"
 
 
 # ------------------------------------------------------------------ words
