@@ -43,8 +43,8 @@ def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dt
     stored = tensor.to("cpu", dtype)
     if tensor.is_floating_point() and not bool(stored.isfinite().all()):
         raise BadInputError(
-            f"{checkpoint.path}: the computed {name!r} does not fit into {dtype}; convert the checkpoint to fp32 or "
-            "bf16 first, or give ⟨no_refit⟩"
+            f"{checkpoint.path}: the computed {name!r} does not fit into {dtype}; convert the checkpoint "
+            "with ⟨dtype⟩ fp32 or bf16 first, or give ⟨no_refit⟩"
         )
     return stored
 
