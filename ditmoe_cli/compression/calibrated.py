@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
+
+if TYPE_CHECKING:
+    from ditmoe_cli.compression.replay.kept_measures import KeptMeasures
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,10 @@ class Calibrated:
         checkpoint: the checkpoint.
         profile: a routing profile of it, or of an ancestor.
         device: the device to compute on.
+        kept: measurements that are kept beside the profile; None keeps none.
     """
 
     checkpoint: Checkpoint
     profile: RoutingProfile
     device: str
+    kept: KeptMeasures | None = field(default=None, kw_only=True)

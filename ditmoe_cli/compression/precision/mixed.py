@@ -74,9 +74,11 @@ class MixedPrecision(Planner):
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of the method's mix, with the error of rounding all its weights at once."""
         from ditmoe_cli.compression.precision.trial import try_formats
+        from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
         assert profile is not None
-        calibrated = Calibrated(work.checkpoint, profile, work.device())
+        kept = kept_measures(work.checkpoint, profile, work.device(), work.note)
+        calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
         mix = MIXES[self.method].choose(self._request(work), calibrated)
         for failure in mix.failures:
             work.note(f"warning: a solver of the mix gave no proof ({failure}); the plan names it beside its gap")

@@ -16,6 +16,7 @@ One block's weights are in memory at a time, beside the streams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,12 +29,16 @@ from torch.nn import functional as F
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.replay.amplification import Amplification, ErrorStreams, kind_of, relative_error
 from ditmoe_cli.compression.replay.guided import GuidedStates, measured_states
+from ditmoe_cli.compression.replay.kept_measures import kept_blocks
 from ditmoe_cli.compression.replay.rounded_layers import linear, nearest, require_range, rounded
 from ditmoe_cli.compression.replay.stream import Stream, embedded
 from ditmoe_cli.compression.replay.tokens import BlockTokens, attended_tokens
 from ditmoe_cli.compression.working_sizes import EXPERT_TOKENS
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
+from ditmoe_cli.files.pacing import Pace
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SwiGLU
@@ -90,26 +95,85 @@ class _StreamError(NamedTuple):
 def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivities:
     """Return the errors of every weight that `formats` names, in each of its formats.
 
-    Raises `BadInputError` for a profile without states, and for values that are not finite.
+    What is kept of earlier measurements is used again, and new ones are kept; an interrupted measurement goes on behind
+    its last kept block. Raises `BadInputError` for a profile without states, and for values that are not finite.
     """
+    formats = {name: tuple(fmts) for name, fmts in formats.items() if fmts}
+    kept = calibrated.kept
+    if kept is None:
+        return _combined(_measured(calibrated, formats, True, None), formats)
+    weights = digest(sorted(formats))  # amplifications are of the errors of all of them together
+    known = _Raw(kept.part("errors"), kept.part("amplification").get(weights, ()))
+    missing = {name: tuple(f for f in fmts if f not in known.errors.get(name, {})) for name, fmts in formats.items()}
+    count = sum(map(len, missing.values()))
+    if not count and known.amplification:
+        kept.note(f"using the errors of formats kept in {kept.path}")
+        return _combined(known, formats)
+    if count < sum(map(len, formats.values())):
+        kept.note(f"using the errors of formats kept in {kept.path}; {count} more are measured")
+    with kept.working({"weights": weights, "missing": digest(missing)}) as work:
+        new = _measured(calibrated, missing, not known.amplification, work)
+        names = {*known.errors, *new.errors}
+        raw = {name: {**known.errors.get(name, {}), **new.errors.get(name, {})} for name in names}
+        kept.add("errors", raw)
+        amplification = known.amplification or new.amplification
+        kept.add("amplification", {weights: list(amplification)})
+    return _combined(_Raw(raw, amplification), formats)
+
+
+class _Raw(NamedTuple):
+    """Errors as they are measured: in a block those of the stream there, elsewhere those of the prediction.
+
+    `amplification` is empty where it was not measured.
+    """
+
+    errors: Mapping[str, Mapping[str, float]]
+    amplification: Sequence[Mapping[str, float]]
+
+
+def _combined(raw: _Raw, formats: Tried) -> Sensitivities:
+    """Return the errors of the prediction: those of a block's stream, amplified."""
+    errors: Errors = {}
+    for name, fmts in formats.items():
+        block = split_name(name).block
+        if block is None:
+            errors[name] = {fmt: raw.errors[name][fmt] for fmt in fmts}
+        else:
+            factor = raw.amplification[block][kind_of(name.removeprefix(in_block(block, "")))]
+            errors[name] = {fmt: raw.errors[name][fmt] * factor for fmt in fmts}
+        if not all(map(math.isfinite, errors[name].values())):
+            raise BadInputError(f"the error of rounding {name!r} is not finite")
+    return Sensitivities(errors, tuple(raw.amplification))
+
+
+def _measured(calibrated: Calibrated, formats: Tried, amplifies: bool, work: WorkFolder | None) -> _Raw:
+    """Measure errors of formats and, where `amplifies`, amplifications of all weights that `formats` names."""
     checkpoint = calibrated.checkpoint
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
-    with resident_blocks(model, f"measuring {checkpoint.path.name}") as blocks:
-        measurement = _Measurement(model, measured_states(calibrated, model), formats)
+    with torch.inference_mode():
+        measurement = _Measurement(model, measured_states(calibrated, model), formats, amplifies, checkpoint)
+        start = measurement.take_up(work)
+    pace = Pace()
+    with resident_blocks(model, f"measuring {checkpoint.path.name}", start) as blocks:
         for index, block in blocks:
             measurement.pass_through(index, block)
-        return measurement.result(checkpoint)
+            if work is not None and pace.is_due:
+                with pace.keeping():
+                    measurement.keep(work, index + 1)
+        return measurement.result()
 
 
 class _Measurement:
     """States that pass the blocks, and the errors measured there."""
 
-    def __init__(self, model: OffloadedDiTMoE, states: GuidedStates, formats: Tried) -> None:
-        self.model, self.states = model, states
-        self.formats = {name: fmts for name, fmts in formats.items() if fmts}
+    def __init__(
+        self, model: OffloadedDiTMoE, states: GuidedStates, formats: Tried, amplifies: bool, checkpoint: Checkpoint
+    ) -> None:
+        self.model, self.states, self.formats = model, states, formats
+        self.amplifies, self.checkpoint = amplifies, checkpoint
         self.stream = embedded(model, states)
         self.error_streams = ErrorStreams(model, states)
-        self.stream_errors: dict[int, list[_StreamError]] = {}
+        self.errors: Errors = {}
         for name in self.formats:
             if split_name(name).block is None:
                 require_range(model.linear(name).weight, name)
@@ -138,13 +202,45 @@ class _Measurement:
             stream.x = stream.through(block)
         attended = self.stream.attended(block)
         of_mixture = mixture_errors(block, attended_tokens(attended, self.states), formats)
-        errors = self.stream_errors[index] = []
         with phase("trying formats", sum(map(len, formats.values())), "roundings", share=0.8) as progress:
-            for error in chain(self._dense_errors(block, formats, after), of_mixture):
-                errors.append(error)
+            for name, fmt, error in chain(self._dense_errors(block, formats, after), of_mixture):
+                self._add(in_block(index, name), fmt, error)
                 progress(1)
-        self.error_streams.pass_through(index, block, dict.fromkeys(formats, REFERENCE), after)
+        sent = dict.fromkeys(formats, REFERENCE) if self.amplifies else {}
+        self.error_streams.pass_through(index, block, sent, after)
         self.stream.x = torch.cat([block.mix(part, index, None) for part in attended])
+
+    def _add(self, name: str, fmt: str, error: float) -> None:
+        """Add an error. Raises `BadInputError` where it is not finite."""
+        if not math.isfinite(error):
+            raise BadInputError(f"{self.checkpoint.path}: the error of rounding {name!r} is not finite")
+        self.errors.setdefault(name, {})[fmt] = error
+
+    def keep(self, work: WorkFolder, blocks: int) -> None:
+        """Keep all errors and streams behind the first `blocks` blocks, in place of those kept before."""
+        embedders = {f"embedder.{name}:{fmt}": stream.x.cpu() for (name, fmt), stream in self.of_embedders.items()}
+        state = {"stream": self.stream.x.cpu(), **self.error_streams.state(), **embedders}
+        document = {"blocks": blocks, "errors": self.errors, "started": self.error_streams.errors()}
+        work.write("measured", state, document)
+
+    def take_up(self, work: WorkFolder | None) -> int:
+        """Take up what an earlier run kept; return the number of blocks that it had passed."""
+        if work is None:
+            return 0
+        total = self.model.config.depth
+        work.tell(lambda: kept_blocks(work, "measured", total))
+        piece = work.read("measured")
+        if piece is None:
+            return 0
+        device = self.model.device
+        self.errors = {name: dict(errors) for name, errors in piece.document["errors"].items()}
+        self.stream.x = piece.tensor("stream").to(device)
+        self.error_streams.go_on(piece.tensor, piece.document["started"])
+        for (name, fmt), stream in self.of_embedders.items():
+            stream.x = piece.tensor(f"embedder.{name}:{fmt}").to(device)
+        blocks = int(piece.document["blocks"])
+        work.notify(f"going on behind block {blocks} of {total} (kept in {work.folder})")
+        return blocks
 
     def _dense_errors(self, block: Block, formats: Tried, after: Tensor) -> Iterator[_StreamError]:
         """Yield the errors of attention and modulation, from the original's tokens behind the block."""
@@ -157,25 +253,18 @@ class _Measurement:
                     error = streams.states.energy(streams.original.through(block) - after)
                 yield _StreamError(name, fmt, error)
 
-    def result(self, checkpoint: Checkpoint) -> Sensitivities:
-        """Return all errors of the prediction, those of weights behind the blocks included."""
-        streams, errors = self.error_streams, Errors()
-        expected, amplification = streams.predicted(streams.original), streams.amplification()
-        for index, measured in self.stream_errors.items():
-            for name, fmt, error in measured:
-                errors.setdefault(in_block(index, name), {})[fmt] = error * amplification[index][kind_of(name)]
+    def result(self) -> _Raw:
+        """Return all errors, those of weights outside the blocks included."""
+        streams = self.error_streams
+        expected = streams.predicted(streams.original)
         for (name, fmt), stream in self.of_embedders.items():
-            errors.setdefault(name, {})[fmt] = relative_error(streams.predicted(stream), expected)
+            self._add(name, fmt, relative_error(streams.predicted(stream), expected))
         for name, fmts in self.formats.items():
             if name.startswith("final_layer."):
                 for fmt in fmts:
                     with rounded({self.model.linear(name): fmt}):
-                        prediction = streams.predicted(streams.original)
-                        errors.setdefault(name, {})[fmt] = relative_error(prediction, expected)
-        for name, of_formats in errors.items():
-            if not all(torch.tensor(list(of_formats.values())).isfinite()):
-                raise BadInputError(f"{checkpoint.path}: the error of rounding {name!r} is not finite")
-        return Sensitivities(errors, amplification)
+                        self._add(name, fmt, relative_error(streams.predicted(streams.original), expected))
+        return _Raw(self.errors, streams.amplification() if self.amplifies else ())
 
 
 def mixture_errors(block: Block, tokens: BlockTokens, formats: Tried) -> Iterator[_StreamError]:

@@ -10,10 +10,14 @@ import torch
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.replay.amplification import Amplification, ErrorStreams, relative_error
 from ditmoe_cli.compression.replay.guided import measured_states
+from ditmoe_cli.compression.replay.kept_measures import kept_blocks
 from ditmoe_cli.compression.replay.neuron_order import Orders, reorder
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
-from ditmoe_cli.compression.replay.stream import embedded
+from ditmoe_cli.compression.replay.stream import Stream, embedded
+from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.names import in_block, split_name
+from ditmoe_cli.files.pacing import Pace
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 
@@ -34,16 +38,38 @@ class Trial:
 def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders] = ()) -> Trial:
     """Return the errors of rounding every weight to its format.
 
-    With `orders`, one mapping per block, the neurons of experts are put in order first. Raises `BadInputError` for a
-    profile without states.
+    With `orders`, one mapping per block, the neurons of experts are put in order first; such a trial is not kept.
+    Others are taken from what is kept, and an interrupted one goes on behind its last kept block. Raises
+    `BadInputError` for a profile without states.
     """
+    kept = calibrated.kept
+    if kept is None or orders:
+        return _tried(calibrated, formats, orders, None)
+    name = digest(dict(formats))
+    before = kept.part("trials").get(name)
+    if before is not None:
+        kept.note(f"using the trial of this plan kept in {kept.path}")
+        return Trial(before["error"], tuple(before["amplification"]))
+    with kept.working({"trial": name}) as work:
+        trial = _tried(calibrated, formats, orders, work)
+        kept.add("trials", {name: {"error": trial.error, "amplification": list(trial.amplification)}})
+    return trial
+
+
+def _tried(
+    calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders], work: WorkFolder | None
+) -> Trial:
+    """Return the errors of rounding every weight to its format; the streams behind each block are kept in `work`."""
     checkpoint = calibrated.checkpoint
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
-    with resident_blocks(model, f"trying the plan for {checkpoint.path.name}") as blocks:
+    with torch.inference_mode():
         streams = ErrorStreams(model, measured_states(calibrated, model))
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
         with rounded(outside):
             changed = embedded(model, streams.states)
+        start = _take_up(work, streams, changed, model.config.depth)
+    pace = Pace()
+    with resident_blocks(model, f"trying the plan for {checkpoint.path.name}", start) as blocks:
         for index, block in blocks:
             own_formats = {name: fmt for name, fmt in formats.items() if split_name(name).block == index}
             if orders:
@@ -52,7 +78,26 @@ def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequ
             streams.pass_through(index, block, within_block, streams.original.through(block))
             with rounded(layers_of(block, index, own_formats)):
                 changed.x = changed.through(block)
+            if work is not None and pace.is_due:
+                with pace.keeping():
+                    document = {"blocks": index + 1, "started": streams.errors()}
+                    work.write("tried", {"rounded": changed.x.cpu(), **streams.state()}, document)
         expected = streams.predicted(streams.original)
         with rounded(outside):
             prediction = streams.predicted(changed)
         return Trial(relative_error(prediction, expected), streams.amplification())
+
+
+def _take_up(work: WorkFolder | None, streams: ErrorStreams, changed: Stream, total: int) -> int:
+    """Take up what an earlier run kept; return the number of blocks that it had passed."""
+    if work is None:
+        return 0
+    work.tell(lambda: kept_blocks(work, "tried", total))
+    piece = work.read("tried")
+    if piece is None:
+        return 0
+    changed.x = piece.tensor("rounded").to(changed.x.device)
+    streams.go_on(piece.tensor, piece.document["started"])
+    blocks = int(piece.document["blocks"])
+    work.notify(f"going on behind block {blocks} of {total} (kept in {work.folder})")
+    return blocks

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import (
@@ -142,7 +143,10 @@ class Pruning(Planner):
         if not self.replays:
             return plan_prune(work.checkpoint, profile, self)
         assert profile is not None
-        return plan_replayed(work.checkpoint, profile, self, work.device())
+        from ditmoe_cli.compression.replay.kept_measures import kept_measures
+
+        kept = kept_measures(work.checkpoint, profile, work.device(), work.note)
+        return plan_replayed(Calibrated(work.checkpoint, profile, work.device(), kept=kept), self)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Return a plan of the right size; see `undecided_plan`."""
@@ -195,21 +199,22 @@ def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: 
     return _plan(checkpoint, profile, pruning, blocks)
 
 
-def plan_replayed(checkpoint: Checkpoint, profile: RoutingProfile, pruning: Pruning, device: str) -> CompressionPlan:
-    """Plan by replayed errors on `device`, and by energies of neurons where these are shared.
+def plan_replayed(calibrated: Calibrated, pruning: Pruning) -> CompressionPlan:
+    """Plan by replayed errors, and by energies of neurons where these are shared.
 
     Raises what `plan_prune` does, and `BadInputError` where the profile has no reservoir or no energies.
     """
     from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widths
     from ditmoe_cli.compression.prune.replayed_choice import Criterion, choose_replayed
 
+    checkpoint, profile = calibrated.checkpoint, calibrated.profile
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     counts = kept_counts(checkpoint, pruning.keep)
     keeps = [tuple(range(count)) for count in counts]
     routers: list[RouterMode] = [pruning.router or "ghost"] * len(counts)
     if counts != [len(block.expert_widths) for block in checkpoint.config.blocks]:
         criterion = Criterion(pruning.method, pruning.router, pruning.shared_budget, pruning.seed)
-        choices = choose_replayed(checkpoint, profile, criterion, counts, device)
+        choices = choose_replayed(calibrated, criterion, counts)
         keeps, routers = [choice.keep for choice in choices], [choice.router for choice in choices]
     widths: Sequence[Mapping[int, int] | None] = [None] * len(keeps)
     if pruning.shared_budget and pruning.neurons < 1.0:

@@ -11,7 +11,7 @@ small. So it is measured with errors of the size of interest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -50,6 +50,22 @@ class ErrorStreams:
                 stream = Stream(self.original.through(block), self.original.c)
             self._changed[index, kind] = stream, self.states.energy(stream.x - after)
         self.original.x = after
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tokens of all streams behind the blocks passed so far, on the CPU, by name."""
+        changed = {f"changed.{index}.{kind}": stream.x.cpu() for (index, kind), (stream, _) in self._changed.items()}
+        return {"original": self.original.x.cpu(), **changed}
+
+    def errors(self) -> dict[str, float]:
+        """Return the error that each stream started with, by its name in `state`."""
+        return {f"changed.{index}.{kind}": error for (index, kind), (_, error) in self._changed.items()}
+
+    def go_on(self, state: Callable[[str], Tensor], errors: Mapping[str, float]) -> None:
+        """Take the streams up where `state` and `errors` left them."""
+        self.original.x = state("original").to(self.model.device)
+        for name, error in errors.items():
+            _, index, kind = name.split(".")
+            self._changed[int(index), kind] = Stream(state(name).to(self.model.device), self.original.c), error
 
     def predicted(self, stream: Stream) -> Tensor:
         """Return the guided prediction of states that have passed all blocks."""

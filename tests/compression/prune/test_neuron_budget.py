@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from swiglu import seeded
 from torch import Tensor
 
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.prune.neuron_budget import pooled_widths
@@ -49,7 +50,7 @@ def ranked(made: Made) -> list[tuple[float, int, int]]:
 
 
 def planned(made: Made, pruning: Pruning) -> CompressionPlan:
-    return plan_replayed(*made, pruning, "cpu")
+    return plan_replayed(Calibrated(*made, "cpu"), pruning)
 
 
 def test_the_pool_spans_blocks_and_holds_the_highest_energies(made: Made) -> None:

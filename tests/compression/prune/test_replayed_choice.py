@@ -11,6 +11,7 @@ from compressing import applied, blocks_of, network, opened, profile_of
 from conftest import make_pico
 from replaying import error_by_hand
 
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.counts import Keep
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, RouterMode
@@ -62,7 +63,7 @@ Errors = dict[tuple[int, tuple[int, ...], str], float]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_naee_takes_the_subset_of_least_error(count: int, mode: RouterMode, made: Made, errors: Errors) -> None:
-    plan = plan_replayed(*made, Pruning(Keep(count=count), "naee", mode), "cpu")
+    plan = plan_replayed(Calibrated(*made, "cpu"), Pruning(Keep(count=count), "naee", mode))
     for index, block in enumerate(blocks_of(plan)):
         assert block.router == mode and len(block.keep) == count
         least = min(errors[index, s, mode] for s in itertools.combinations(range(EXPERTS), count))
@@ -71,7 +72,7 @@ def test_naee_takes_the_subset_of_least_error(count: int, mode: RouterMode, made
 
 @pytest.mark.parametrize("method", [*SALIENCIES, *SEARCHES])
 def test_auto_takes_each_blocks_mode_of_least_error(method: str, made: Made, errors: Errors) -> None:
-    plan = plan_replayed(*made, Pruning(Keep(count=2), method, None), "cpu")
+    plan = plan_replayed(Calibrated(*made, "cpu"), Pruning(Keep(count=2), method, None))
     assert plan.options["router"] == "auto"
     for index, block in enumerate(blocks_of(plan)):
         least = min(errors[index, block.keep, mode] for mode in MODES)
@@ -85,7 +86,7 @@ def test_auto_takes_each_blocks_mode_of_least_error(method: str, made: Made, err
 def test_a_shared_budget_is_spread_so_that_the_sum_of_errors_is_least(
     mode: RouterMode, made: Made, errors: Errors
 ) -> None:
-    plan = plan_replayed(*made, Pruning(Keep(count=3), "naee", mode, shared_budget=True), "cpu")
+    plan = plan_replayed(Calibrated(*made, "cpu"), Pruning(Keep(count=3), "naee", mode, shared_budget=True))
     counts = [len(block.keep) for block in blocks_of(plan)]
     assert sum(counts) == 9 and min(counts) >= 2
     best = {
@@ -101,13 +102,13 @@ def test_a_shared_budget_is_spread_so_that_the_sum_of_errors_is_least(
 
 @pytest.mark.parametrize("method", ["reap", "diet"])
 def test_a_budget_of_everything_keeps_everything(method: str, made: Made) -> None:
-    plan = plan_replayed(*made, Pruning(Keep(ratio=1.0), method, shared_budget=True), "cpu")
+    plan = plan_replayed(Calibrated(*made, "cpu"), Pruning(Keep(ratio=1.0), method, shared_budget=True))
     assert [block.keep for block in blocks_of(plan)] == [tuple(range(EXPERTS))] * 3
 
 
 def test_planning_twice_is_planning_once(made: Made) -> None:
     pruning = Pruning(Keep(count=3), "diet", None, shared_budget=True)
-    assert plan_replayed(*made, pruning, "cpu") == plan_replayed(*made, pruning, "cpu")
+    assert plan_replayed(Calibrated(*made, "cpu"), pruning) == plan_replayed(Calibrated(*made, "cpu"), pruning)
 
 
 def test_replaying_takes_a_reservoir_of_the_same_checkpoint(made: Made, tmp_path: Path) -> None:
@@ -116,11 +117,11 @@ def test_replaying_takes_a_reservoir_of_the_same_checkpoint(made: Made, tmp_path
     for more, said in (({"fast": True}, "without fast"), ({"reservoir": 0}, "with a larger reservoir")):
         profile = profile_of(checkpoint, said.split()[-1].strip("-"), **more)  # type: ignore[arg-type]
         with pytest.raises(BadInputError, match=rf"{profile.path.name}: keeps no tokens.*{said}"):
-            plan_replayed(checkpoint, profile, pruning, "cpu")
+            plan_replayed(Calibrated(checkpoint, profile, "cpu"), pruning)
     other = opened(
         make_pico(hidden=16, input_size=4, widths=((24,) * 4,) * 3, depth=3, seed=1), tmp_path, "b.safetensors"
     )
     with pytest.raises(BadInputError, match="another checkpoint"):
-        plan_replayed(other, made[1], pruning, "cpu")
+        plan_replayed(Calibrated(other, made[1], "cpu"), pruning)
     with pytest.raises(InfeasibleError, match="top-2"):
-        plan_replayed(*made, Pruning(Keep(count=1), "naee"), "cpu")
+        plan_replayed(Calibrated(*made, "cpu"), Pruning(Keep(count=1), "naee"))

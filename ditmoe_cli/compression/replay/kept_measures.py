@@ -1,0 +1,103 @@
+"""Measurements that are kept beside the profile that they rest on, and used again by later plans.
+
+``NAME.measured.json`` beside the profile ``NAME.safetensors`` holds JSON by part and name: errors of formats,
+amplifications, trials of mixes, choices of experts. It is bound to a key, the digest of all that measurements depend
+on: checkpoint, profile, this package's version, and how this machine computes. With another key it is begun anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.provenance import check_schema
+from ditmoe_cli.files.staging import replaced_whole
+from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile
+
+MEASURED_SCHEMA = "ditmoe.measured/1"
+
+
+@dataclass(frozen=True)
+class KeptMeasures:
+    """The measurements kept at `path` under `key`; `note` takes lines on what is used again."""
+
+    path: Path
+    key: str
+    note: Callable[[str], None]
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Return the measurements of a part by name; none where the file is absent, damaged or of another key."""
+        part = self._document().get(name, {})
+        return part if isinstance(part, dict) else {}
+
+    def add(self, name: str, measured: Mapping[str, Any]) -> None:
+        """Keep more measurements of a part. Where the folder cannot be written, says so and goes on."""
+        document = self._document()
+        document[name] = {**document.get(name, {}), **measured}
+        content = json.dumps({"schema": MEASURED_SCHEMA, "key": self.key, **document}, indent=1, sort_keys=True)
+        try:
+            with replaced_whole(self.path, named=self.path) as path:
+                path.write_text(content)
+        except OSError as error:
+            self.note(f"measurements are not kept: {error}")
+
+    @contextmanager
+    def working(self, request: Mapping[str, Any]) -> Iterator[WorkFolder | None]:
+        """Yield the work folder of a measurement; None where another run measures, or nothing can be written there."""
+        with ExitStack() as stack:
+            try:
+                key = work_key({"measured": self.key, **request})
+                work = stack.enter_context(open_work(self.path, key, self.note))
+            except (OutputExistsError, OSError) as error:
+                self.note(f"measuring without keeping what is done: {error}")
+                yield None
+                return
+            yield work
+
+    def _document(self) -> dict[str, Any]:
+        try:
+            document = check_schema(json.loads(self.path.read_text()), MEASURED_SCHEMA, str(self.path))
+        except (OSError, ValueError, RecursionError, BadInputError):
+            return {}
+        if document.pop("key", None) != self.key:
+            return {}
+        del document["schema"]
+        return document
+
+
+def kept_blocks(work: WorkFolder, name: str, total: int) -> str | None:
+    """Return what is kept of a walk over the blocks in the piece `name`, as people read it."""
+    piece = work.read(name)
+    return f"kept {piece.document['blocks']} of {total} blocks; the same command goes on" if piece else None
+
+
+def kept_measures(
+    checkpoint: Checkpoint, profile: RoutingProfile, device: str, note: Callable[[str], None]
+) -> KeptMeasures:
+    """Return what was measured of a checkpoint with a profile on this machine."""
+    from ditmoe_cli.version import __version__
+
+    key = {
+        "version": __version__,
+        "checkpoint": checkpoint.fingerprint,
+        "profile": profile.digest,
+        "arithmetic": _arithmetic(device),
+    }
+    return KeptMeasures(profile.path.with_suffix(".measured.json"), digest(key), note)
+
+
+def _arithmetic(device: str) -> dict[str, Any]:
+    """Return what the last bits of results depend on: the device, the number of threads, and torch."""
+    import torch
+
+    kind = torch.device(device)
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
