@@ -112,12 +112,12 @@ def check_space(target: Path, needed: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and needed > free:  # some file systems tell no size
         raise DitmoeError(
-            f"{target}: needs {_readable(needed)}, and {target.parent} has {_readable(free)} free; "
+            f"{target}: needs {readable_bytes(needed)}, and {target.parent} has {readable_bytes(free)} free; "
             "make room there, or name an output elsewhere"
         )
 
 
-def _readable(count: float) -> str:
+def readable_bytes(count: float) -> str:
     """Return a number of bytes in the largest unit of which it has one."""
     power = max((power for power in range(5) if count >= 1000**power), default=0)
     return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -51,10 +51,12 @@ def calibrate(
     from ditmoe_cli.model.offload import OffloadedDiTMoE
     from ditmoe_cli.processes import process_group
     from ditmoe_cli.routing.collect.collector import collect
+    from ditmoe_cli.routing.collect.footprint import check_footprint
 
     inputs = (checkpoint.path, *([data.path] if data else []))
     check_target(path.absolute(), force, inputs)
     check_settings(settings)
+    check_footprint(checkpoint.config, settings, path.absolute())
     spec = settings.spec
     with process_group() as share:
         if run.offload and share.world > 1:

@@ -55,6 +55,8 @@ def check_settings(settings: Calibration) -> None:
         raise UsageError(f"⟨bins⟩ {settings.bins}: must be between 1 and the {settings.spec.steps} steps")
     if settings.reservoir < 0:
         raise UsageError(f"⟨reservoir⟩ {settings.reservoir}: must be at least 0 tokens")
+    if settings.batch < 1:
+        raise UsageError(f"⟨batch⟩ {settings.batch}: must be at least 1")
 
 
 @dataclass(frozen=True)

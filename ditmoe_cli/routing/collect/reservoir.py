@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ class Selection:
     positions: dict[tuple[int, int], list[int]]
 
 
+class ReservoirCounts(NamedTuple):
+    """How many images keep states, and how many tokens of a state enter the reservoir in each branch."""
+
+    images: int
+    per_state: int
+
+
+def reservoir_counts(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> ReservoirCounts:
+    """Return the counts for about `reservoir` tokens per block, over both branches."""
+    branches = 1 if spec.cfg == 1.0 else BRANCHES
+    images = min(spec.images, reservoir // (bins * branches))
+    return ReservoirCounts(images, min(patches, reservoir // max(images * bins * branches, 1)))
+
+
 def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> Selection:
     """Choose states and tokens for about `reservoir` tokens per block, over both branches.
 
@@ -36,9 +51,7 @@ def select_states(spec: SampleSpec, bins: int, patches: int, reservoir: int) -> 
     Labels cycle over images, so classes are covered evenly too. Positions are stratified: the patches are divided into
     as many equal runs as there are tokens, and one position is drawn from each.
     """
-    branches = 1 if spec.cfg == 1.0 else BRANCHES
-    images = min(spec.images, reservoir // (bins * branches))
-    per_state = min(patches, reservoir // max(images * bins * branches, 1))
+    images, per_state = reservoir_counts(spec, bins, patches, reservoir)
     step_of, positions = {}, {}
     for image in range(images):
         for b, steps in enumerate(steps_of_bins(spec.steps, bins)):
