@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, check_followable, check_spec
+from ditmoe_cli.diffusion.sampling import MOST_BINS, SampleSpec, check_followable, check_spec, choose_bins
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 IMAGES = 64
 STEPS = 20
-BINS = 10
-
-
-def default_bins(steps: int) -> int:
-    """Return the number of step bins where none is given: ten, or as many as there are steps."""
-    return min(BINS, steps)
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Calibration:
     """
 
     spec: SampleSpec
-    bins: int = BINS
+    bins: int = MOST_BINS
     reservoir: int = 20_480
     batch: int = 32
     data: str | None = None
@@ -51,8 +45,7 @@ class Calibration:
 def check_settings(settings: Calibration) -> None:
     """Raise `UsageError` for steps that cannot be followed, more bins than steps, or a negative reservoir."""
     check_followable(settings.spec)
-    if not 1 <= settings.bins <= settings.spec.steps:
-        raise UsageError(f"⟨bins⟩ {settings.bins}: must be between 1 and the {settings.spec.steps} steps")
+    choose_bins(settings.bins, settings.spec.steps)
     if settings.reservoir < 0:
         raise UsageError(f"⟨reservoir⟩ {settings.reservoir}: must be at least 0 tokens")
     if settings.batch < 1:
@@ -82,7 +75,7 @@ class WantedCalibration:
         if not self.given():
             return base
         spec = replace(base.spec, **self.given())
-        bins = base.bins if base.bins <= spec.steps else default_bins(spec.steps)
+        bins = base.bins if base.bins <= spec.steps else choose_bins(None, spec.steps)
         try:
             check_spec(spec, checkpoint.config, allow_null=base.data is not None)
         except UsageError as error:

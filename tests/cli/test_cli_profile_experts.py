@@ -130,3 +130,26 @@ def test_given_images_are_found_again_through_a_pipe_and_asked_for_without(folde
     assert "give them as --calibration-data" in here(*words, cwd=folder).error(3)
     again = here(*words, "--calibration-data", "images.npz", cwd=folder)
     assert again.path.read_bytes() == twice.path.read_bytes()
+
+
+def test_apply_and_report_find_the_profile_under_its_usual_name(folder: Path) -> None:
+    words = ("prune", "models/a.safetensors", "--keep", 2, "--refit-tokens", 64)
+    (folder / "plan.json").write_text(here(*words, "--dry-run", cwd=folder).out)
+    applied = here("apply", "models/a.safetensors", "--plan", "plan.json", "-o", "applied.safetensors", cwd=folder)
+    assert any("a.profile.safetensors, which the plan was made with" in note for note in applied.notes)
+    inspected = here("inspect", "models/a.safetensors", cwd=folder)
+    reported = here("report", "profile", "--replicates", 4, cwd=folder, stdin=inspected.out)
+    assert reported.envelope["profile"] == str(folder / "a.profile.safetensors")
+    (folder / "a.profile.safetensors").unlink()
+    refused = here("report", "profile", cwd=folder, stdin=inspected.out).error(3)
+    assert "the envelope names no profile" in refused
+
+
+def test_what_a_plan_measured_serves_the_next_budget(folder: Path) -> None:
+    words = ("quantize", "models/a.safetensors", "--rounding", "nearest", "--group-size", 32)
+    here(*words, "--bits", 4, "-o", "first.safetensors", cwd=folder)
+    second = here(*words, "--bits", 3, "-o", "second.safetensors", cwd=folder)
+    assert f"ditmoe: using the errors of formats kept in {folder / 'a.profile.measured.json'}" in second.notes
+    (folder / "a.profile.measured.json").unlink()
+    anew = here(*words, "--bits", 3, "-o", "anew.safetensors", cwd=folder)
+    assert anew.path.read_bytes() == second.path.read_bytes()

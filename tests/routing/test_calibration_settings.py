@@ -19,8 +19,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.calibration_settings import (
     Calibration,
     WantedCalibration,
-    check_settings,
-    default_bins,
     default_calibration,
     parse_calibration,
 )
@@ -102,12 +100,6 @@ def test_settings_of_given_images_keep_their_digest_and_may_have_the_null_class(
     assert parse_calibration(settings.to_json(), checkpoint) == settings
     with pytest.raises(BadInputError, match="calibration settings"):
         parse_calibration({**settings.to_json(), "data": 5}, checkpoint)
-
-
-@pytest.mark.parametrize(("steps", "bins"), [(1, 1), (5, 5), (10, 10), (20, 10)])
-def test_bins_follow_the_steps(steps: int, bins: int) -> None:
-    assert default_bins(steps) == bins
-    check_settings(Calibration(replace(SPEC, steps=steps), bins=default_bins(steps)))
 
 
 def test_what_was_asked_for_goes_over_the_ancestors_settings(checkpoint: Checkpoint) -> None:

@@ -8,11 +8,14 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.calibration_options import usual_profiles
 from ditmoe_cli.cli.options import Destination, DeviceOpt, Source, checked_device
 from ditmoe_cli.cli.planning import Job, preview, write
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, note
-from ditmoe_cli.compression.plan import read_plan
+from ditmoe_cli.compression.plan import CompressionPlan, read_plan
+from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import read_profile
 
 EXAMPLES = (
@@ -36,7 +39,7 @@ class Planned:
             "--profile",
             metavar="FILE",
             help="Routing profile that the plan was made with, where weights are computed from it. "
-            "[default: the one that the pipe names]",
+            "[default: the one that the pipe names, else NAME.profile.safetensors]",
         ),
     ] = None
     device: DeviceOpt = "auto"
@@ -56,7 +59,17 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)
     if to.dry_run:
         return preview(job, plan, planned.device)
-    path = planned.profile or (Path(stage.profile) if stage.profile else None)
+    path = planned.profile or (Path(stage.profile) if stage.profile else profile_of_plan(opened, plan))
     profile = read_profile(path) if path and plan.computes else None
     device = checked_device(planned.device)
     return write(job, plan, profile, lambda: device)
+
+
+def profile_of_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> Path | None:
+    """Return the profile under a usual name that the plan was made with; None where none is needed, or there."""
+    if not plan.computes or plan.profile is None:
+        return None
+    path = next((p for p in usual_profiles(checkpoint) if p.is_file() and file_digest(p) == plan.profile), None)
+    if path is not None:
+        note(f"using the profile {path}, which the plan was made with")
+    return path

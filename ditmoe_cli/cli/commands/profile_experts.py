@@ -14,7 +14,7 @@ from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.estimates import profiling_estimate
-from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.workfolder import discard_work
@@ -22,7 +22,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import first_process
 from ditmoe_cli.routing.calibrate import Run, calibrate, made_before
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
-from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration, check_settings, default_bins
+from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration, check_settings
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
 
@@ -94,8 +94,7 @@ class Profiling:
 
     def settings(self, spec: SampleSpec, digest: str | None) -> Calibration:
         """Return the settings of the calibration; `digest` is that of the images to add noise to."""
-        bins = default_bins(spec.steps) if self.bins is None else self.bins
-        return Calibration(spec, bins, self.reservoir, self.batch, digest, self.fast)
+        return Calibration(spec, choose_bins(self.bins, spec.steps), self.reservoir, self.batch, digest, self.fast)
 
     def images(self, checkpoint: Checkpoint, sampling: Calibrating) -> CalibrationData | None:
         """Return the images to add noise to, None where images are sampled. Raises `UsageError` for --classes."""

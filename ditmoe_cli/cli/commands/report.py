@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from ditmoe_cli import __version__
+from ditmoe_cli.cli.calibration_options import usual_profiles
 from ditmoe_cli.cli.groups import completing, ending
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, note
@@ -19,6 +20,7 @@ from ditmoe_cli.files.staging import check_target, staged
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
+from ditmoe_cli.routing.profile_search import own_profile
 from ditmoe_cli.routing.report.claims import VARIABLES
 from ditmoe_cli.routing.report.marks import holds_figures, numbers_of, printable
 
@@ -72,8 +74,18 @@ class Reporting:
         missing = "no profile: give a profile FILE, or pipe in ditmoe profile-experts"
         stage = incoming(None, Given(), missing=missing)
         if stage.profile is None:
-            raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
+            return replace(stage, profile=str(usual_profile(stage)))
         return stage
+
+
+def usual_profile(stage: Stage) -> Path:
+    """Return the profile of the envelope's checkpoint under a usual name. Raises `BadInputError` without one."""
+    checkpoint = open_checkpoint(stage.checkpoint, **dict(stage.given or {})) if stage.checkpoint else None
+    for path in usual_profiles(checkpoint) if checkpoint else ():
+        if checkpoint and own_profile(checkpoint, path, note):
+            note(f"using the profile {path}")
+            return path
+    raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
 
 
 @dataclass(frozen=True)
