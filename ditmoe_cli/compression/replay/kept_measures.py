@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError
-from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.staging import replaced_whole
 from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
@@ -83,15 +82,12 @@ def kept_measures(
     checkpoint: Checkpoint, profile: RoutingProfile, device: str, note: Callable[[str], None]
 ) -> KeptMeasures:
     """Return what was measured of a checkpoint with a profile on this machine."""
-    from ditmoe_cli.version import __version__
-
     key = {
-        "version": __version__,
         "checkpoint": checkpoint.fingerprint,
         "profile": profile.digest,
         "arithmetic": _arithmetic(device),
     }
-    return KeptMeasures(profile.path.with_suffix(".measured.json"), digest(key), note)
+    return KeptMeasures(profile.path.with_suffix(".measured.json"), work_key(key), note)
 
 
 def _arithmetic(device: str) -> dict[str, Any]:

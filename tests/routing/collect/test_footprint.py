@@ -14,6 +14,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
+from ditmoe_cli.routing.collect import footprint
 from ditmoe_cli.routing.collect.footprint import collected_bytes, reservoir_bytes
 
 SPEC = SampleSpec(images=5, steps=4, cfg=1.5, seed=11, solver="ddim", classes=(0, 2))
@@ -39,8 +40,11 @@ def test_the_size_is_that_of_the_tensors(settings: Calibration, tmp_path: Path) 
         lambda: replace(SETTINGS, spec=replace(SPEC, images=10**8), reservoir=10**15),
     ],
 )
-def test_what_no_memory_holds_is_refused_before_any_work(asked: Callable[[], Calibration], tmp_path: Path) -> None:
+def test_what_no_memory_holds_is_refused_before_any_work(
+    asked: Callable[[], Calibration], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footprint.os, "sysconf", {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}.__getitem__)
     checkpoint = opened(make_pico(hidden=16, input_size=4, seed=3), tmp_path)
-    with pytest.raises(InfeasibleError, match=r"takes \d+\.\d TB of memory, and this machine has"):
+    with pytest.raises(InfeasibleError, match=r"takes \d+\.\d GB of memory, and this machine has 4\.3 GB"):
         calibrate(checkpoint, asked(), Run("nonsense"), tmp_path / "p.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["original.safetensors"]
