@@ -138,7 +138,7 @@ def test_apply_and_report_find_the_profile_under_its_usual_name(folder: Path) ->
     applied = here("apply", "models/a.safetensors", "--plan", "plan.json", "-o", "applied.safetensors", cwd=folder)
     assert any("a.profile.safetensors, which the plan was made with" in note for note in applied.notes)
     inspected = here("inspect", "models/a.safetensors", cwd=folder)
-    reported = here("report", "profile", "--replicates", 4, cwd=folder, stdin=inspected.out)
+    reported = here("report", "profile", "--replicates", 20, cwd=folder, stdin=inspected.out)
     assert reported.envelope["profile"] == str(folder / "a.profile.safetensors")
     (folder / "a.profile.safetensors").unlink()
     refused = here("report", "profile", cwd=folder, stdin=inspected.out).error(3)
