@@ -94,14 +94,14 @@ def _default(field: Field[Any]) -> Any:
 def spliced(run: Callable[..., None], setup: type[Any] | None = None) -> Callable[..., None]:
     """Return the function of all options of the groups that `run` takes, in the order of its parameters.
 
-    `setup` is a group of every command, whose method `apply` is called before the command runs.
+    `setup` is a group of every command, though `run` may do without it; its method `apply` is called first.
 
     The parser or callback of an option is a function of the value that returns it, or raises `ValueError` with a hint;
     users read ``--option value: hint``. A callback with a tuple `choices` completes them in shells.
     """
     groups = get_type_hints(run)
     del groups["return"]
-    if setup is not None:
+    if setup is not None and setup not in groups.values():
         groups[_SETUP] = setup
     options = {name: _options(group) for name, group in groups.items()}
     parameters = [option.parameter() for members in options.values() for option in members]
@@ -112,8 +112,10 @@ def spliced(run: Callable[..., None], setup: type[Any] | None = None) -> Callabl
             for name, members in options.items()
         }
         made = {name: group(**values[name]) for name, group in groups.items()}
-        if setup is not None:
-            made.pop(_SETUP).apply()
+        for group in made.values():
+            if setup is not None and isinstance(group, setup):
+                group.apply()
+        made.pop(_SETUP, None)
         run(**made)
 
     command.__doc__ = run.__doc__

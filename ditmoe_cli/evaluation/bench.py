@@ -6,6 +6,7 @@ RssAnon of /proc/self/status, which leaves out mapped files, on CUDA the bytes t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,13 +40,17 @@ _POLL_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Load:
-    """The work to time: `batch` images in one pass (twice as many rows where `cfg` is not 1), `repeats` times."""
+    """The work to time: `batch` images in one pass (twice as many rows where `cfg` is not 1), `repeats` times.
+
+    On the CPU it is timed with each number of `threads`; with none given, with as many as torch uses.
+    """
 
     batch: int = 8
     repeats: int = 3
     cfg: float = 1.0
     seed: int = 0
     device: str = "cpu"
+    threads: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -117,13 +122,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Bench:
-    """A checkpoint's footprint, its memory, and the seconds of each timed pass."""
+    """A checkpoint's footprint, its memory, and the seconds of each timed pass by the number of threads."""
 
     load: Load
     time: float
     footprint: Footprint
     memory: Memory
-    seconds: tuple[float, ...]
+    timed: Mapping[int, tuple[float, ...]]
+
+    @property
+    def threads(self) -> int:
+        """The number of threads of the fastest pass; the smallest of equally fast ones."""
+        return min(sorted(self.timed), key=lambda count: min(self.timed[count]))
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """The seconds of each pass with that number of threads."""
+        return self.timed[self.threads]
 
     @property
     def needed(self) -> int:
@@ -151,8 +166,9 @@ class Bench:
                 "needed": self.needed,
             },
             "seconds": least,
+            "seconds_by_threads": {str(count): min(seconds) for count, seconds in self.timed.items()},
             "images_per_second": self.load.batch / least,
-            "conditions": {**asdict(self.load), "t": self.time, "threads": torch.get_num_threads()},
+            "conditions": {**asdict(self.load), "t": self.time, "threads": self.threads, "waiting": waiting()},
         }
 
 
@@ -174,7 +190,9 @@ def bench(checkpoint: Checkpoint, load: Load) -> Bench:
     """
     check_load(load, checkpoint.config)
     device = torch.device(load.device)
-    with phase(f"measuring {checkpoint.path.name}", 1 + WARM_UPS + load.repeats, "passes") as progress:
+    counts = load.threads if load.threads and device.type == "cpu" else (torch.get_num_threads(),)
+    passes = WARM_UPS - 1 + (1 + load.repeats) * len(counts)
+    with phase(f"measuring {checkpoint.path.name}", 1 + passes, "passes") as progress:
         empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
         before = private_bytes(device)
         model = build_model(checkpoint, device)
@@ -186,14 +204,39 @@ def bench(checkpoint: Checkpoint, load: Load) -> Bench:
             return [_timed(step, device, progress) for _ in range(passes)]
 
         peak = peak_during(device, lambda: run(WARM_UPS))
-        seconds = tuple(run(load.repeats))
+        timed = {}
+        for count in in_turn(counts):
+            if timed:
+                run(1)  # starts the threads, as the first passes above did
+            timed[count] = tuple(run(load.repeats))
     return Bench(
         load=load,
         time=middle(model.config.sampler),
         footprint=footprint(checkpoint, model, empty),
         memory=Memory(before, loaded, peak),
-        seconds=seconds,
+        timed=timed,
     )
+
+
+def thread_counts(most: int) -> tuple[int, ...]:
+    """Return the numbers of threads that are worth a try: `most`, and its halves down to 1."""
+    return tuple(most >> shift for shift in range(most.bit_length()))
+
+
+def in_turn(counts: Iterable[int]) -> Iterator[int]:
+    """Yield numbers of threads, each set for torch while it is the current one, and then set what was set before."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
+
+
+def waiting() -> str:
+    """Return how OpenMP's threads wait for each other: as OMP_WAIT_POLICY says, by default ``active`` for a while."""
+    return os.environ.get("OMP_WAIT_POLICY", "active").lower()
 
 
 def middle(family: Sampler) -> float:

@@ -28,10 +28,12 @@ from ditmoe_cli.evaluation.bench import (
     check_load,
     denoising_step,
     footprint,
+    in_turn,
     kind_of,
     peak_during,
     polled,
     resident_bytes,
+    thread_counts,
 )
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.registry import pack
@@ -232,10 +234,37 @@ def test_what_does_not_depend_on_the_machine_is_equal_twice(tmp_path: Path) -> N
 
 def test_the_least_time_counts() -> None:
     sizes = Sizes(10, dict.fromkeys(KINDS, 0), dict.fromkeys(GROUPS, 0))
-    result = Bench(Load(batch=6), 0.5, Footprint(1, sizes, sizes, Buffer(0, None)), Memory(1, 2, 3), (0.5, 0.25, 2.0))
+    result = Bench(
+        Load(batch=6), 0.5, Footprint(1, sizes, sizes, Buffer(0, None)), Memory(1, 2, 3), {1: (0.5, 0.25, 2.0)}
+    )
     document = result.to_json()
     assert document["seconds"] == 0.25
     assert document["images_per_second"] == 24
+
+
+def test_the_fastest_number_of_threads_counts() -> None:
+    sizes = Sizes(10, dict.fromkeys(KINDS, 0), dict.fromkeys(GROUPS, 0))
+    timed = {4: (0.5, 0.25), 2: (0.125, 2.0), 1: (0.125,)}
+    result = Bench(Load(batch=6), 0.5, Footprint(1, sizes, sizes, Buffer(0, None)), Memory(1, 2, 3), timed)
+    document = result.to_json()
+    assert document["seconds"] == 0.125 and document["conditions"]["threads"] == 1, "of equally fast ones the fewest"
+    assert document["seconds_by_threads"] == {"4": 0.25, "2": 0.125, "1": 0.125}
+
+
+@pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (2, 1)), (6, (6, 3, 1)), (64, (64, 32, 16, 8, 4, 2, 1))])
+def test_a_number_of_threads_and_its_halves_are_tried(most: int, counts: tuple[int, ...]) -> None:
+    assert thread_counts(most) == counts
+
+
+def test_threads_are_tried_in_turn_and_left_as_they_were(tmp_path: Path) -> None:
+    before, seen = torch.get_num_threads(), []
+    for count in in_turn((2, 1)):
+        seen.append((count, torch.get_num_threads()))
+    assert seen == [(2, 2), (1, 1)] and torch.get_num_threads() == before
+    load = Load(batch=1, repeats=2, threads=(2, 1))
+    result = bench(saved(make_pico(), tmp_path), load)
+    assert {count: len(seconds) for count, seconds in result.timed.items()} == {2: 2, 1: 2}
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
@@ -278,7 +307,7 @@ def footed(weights: int, buffer: int) -> Footprint:
 def test_needed_is_never_below_weights_and_buffer(
     memory: Memory, growth: int | None, beyond: int | None, needed: int
 ) -> None:
-    result = Bench(Load(), 0.5, footed(80, 30), memory, (1.0,))
+    result = Bench(Load(), 0.5, footed(80, 30), memory, {1: (1.0,)})
     document = result.to_json()["memory"]
     assert (document["growth"], document["beyond"], document["needed"]) == (growth, beyond, needed)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, parse_size
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes
@@ -55,17 +56,22 @@ class BenchPrinting(Printing):
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; end in an exit code only.")] = False
 
 
-def run(measuring: Measuring, source: Source, printing: BenchPrinting) -> None:
+def run(measuring: Measuring, source: Source, printing: BenchPrinting, threads: Threads) -> None:
     """Measure memory and time of a checkpoint.
 
     Prints the bytes of its weights in memory, private memory before and after loading and at its peak, and the time of
-    one denoising step. Runs on noise; writes nothing.
+    one denoising step. On the CPU the step is timed with as many threads as there are cores, with half of them, and so
+    on down to one, unless --threads is given; the fastest is kept. Runs on noise; writes nothing.
     """
     stage = source.stage()
     opened = open_stage(stage)
-    from ditmoe_cli.evaluation.bench import Load, bench, check_load
+    from torch import get_num_threads
 
-    load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, checked_device(measuring.device))
+    from ditmoe_cli.evaluation.bench import Load, bench, check_load, thread_counts
+
+    device = checked_device(measuring.device)
+    counts = (threads.threads,) if threads.threads is not None else thread_counts(get_num_threads())
+    load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, device, counts)
     result = bench(opened, check_load(load, opened.config))
     emit(printing, stage.done("bench", {}).to_json(result.to_json()), rows(result), "")
     limit = measuring.max_memory
@@ -80,6 +86,9 @@ def rows(result: Bench) -> list[Row]:
     footprint, memory, load = result.footprint, result.memory, result.load
     buffer, least = footprint.buffer, min(result.seconds)
     beyond = "" if memory.growth is None else f", {human(memory.growth - footprint.least)} beyond weights and buffer"
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    place = f"{load.device}, {threads}" if load.device == "cpu" else load.device
+    by_threads = ", ".join(f"{count}: {min(seconds):.4g} s" for count, seconds in result.timed.items())
     branches = "one branch" if load.rows == load.batch else "both branches"
     return [
         ("file", human_bytes(footprint.file)),
@@ -93,7 +102,8 @@ def rows(result: Bench) -> list[Row]:
             f"{human(memory.before)} before loading, {human(memory.loaded)} after, {human(memory.peak)} at its peak",
         ),
         ("needed", f"{human_bytes(result.needed)}{beyond}"),
-        ("step", f"{least:.4g} s for {load.batch} images, {branches}, on {load.device}"),
+        ("step", f"{least:.4g} s for {load.batch} images, {branches}, on {place}"),
+        *([("by threads", by_threads)] if len(result.timed) > 1 else []),
         ("images per second", f"{load.batch / least:.4g}"),
     ]
 
