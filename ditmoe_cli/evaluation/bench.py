@@ -204,7 +204,7 @@ def bench(checkpoint: Checkpoint, load: Load) -> Bench:
             return [_timed(step, device, progress) for _ in range(passes)]
 
         peak = peak_during(device, lambda: run(WARM_UPS))
-        timed = {}
+        timed: dict[int, tuple[float, ...]] = {}
         for count in in_turn(counts):
             if timed:
                 run(1)  # starts the threads, as the first passes above did
