@@ -144,7 +144,7 @@ def repair_text(repair: Repair | None) -> str:
     else:
         parts = [name for name, wanted in (("shared expert", repair.shared), ("constant", repair.constant)) if wanted]
         fitted = ", ".join(["routed experts", *parts, *(["linear map"] if repair.linear else [])])
-    return f"{fitted}, on {f'{repair.tokens:,}' if repair.tokens else 'as many tokens as suit it'}"
+    return f"{fitted}, on {f'{repair.tokens:,} tokens' if repair.tokens else 'as many tokens as suit it'}"
 
 
 def rounding_text(rounding: Rounding | None) -> str:

@@ -18,7 +18,7 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder, open_work, work_key
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.registry import pack
+from ditmoe_cli.formats.registry import pack, parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import BYTES, phase
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -52,6 +52,8 @@ def apply(
     if plan is not None and not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
     planned = planned_output(checkpoint, plan)
+    if plan is not None:
+        check_values(checkpoint, plan)
     if plan is None or not plan.computes:
         return Applied(_write(checkpoint, planned, output), Measured())
     check_target(output.path, output.force, [checkpoint.path])
@@ -63,6 +65,16 @@ def apply(
     (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
     measured = _compute(computing, stage)
     return Applied(_write(checkpoint, planned.measured(measured), output, computing.blocks), measured)
+
+
+def check_values(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
+    """Raise `BadInputError` for weights whose values their format does not hold, before anything is computed."""
+    for stage in plan.stages:
+        if isinstance(stage, Formats) and stage.formats:
+            with phase(f"checking the values of {checkpoint.path.name}", len(stage.formats), "matrices") as progress:
+                for name, fmt in stage.formats.items():
+                    parse_format(fmt).check_values(checkpoint.finite_tensor(name), name)
+                    progress(1)
 
 
 def applying_key(plan: CompressionPlan, profile: RoutingProfile, device: str) -> str:

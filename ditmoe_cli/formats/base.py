@@ -104,8 +104,16 @@ class NumberFormat(StoredFormat):
             name: of the tensor, for errors.
 
         Raises:
-            BadInputError: values exceed fp16, in which the scales of all formats but four-bit ones are stored.
+            BadInputError: the format does not hold the values (`check_values`).
         """
+
+    def check_values(self, weight: Tensor, name: str) -> None:
+        """Raise `BadInputError` that names a weight (out, in) whose values the format does not hold.
+
+        Those are values beyond the range of its scales, and values so small that the rounding of scales alone would
+        change the weight by more than 2^-8 of its norm. Called by `grid`, and before long work.
+        """
+        del weight, name
 
     def pack(self, weight: Tensor, info: TensorInfo, importance: Tensor | None = None) -> dict[str, Tensor]:
         """Quantise a weight (out, in); return its members by name. Raises `BadInputError` as `grid` does."""

@@ -37,19 +37,21 @@ from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, RawBytes, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.formats.bitsandbytes_arithmetic import FourBitGrid
+
 FourBitKind = Literal["nf4", "fp4"]
 BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # absmax that share a scale under double quantisation
 _BLOCKS_READ = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes knows
 _OFFSET_DIGITS = 24  # no fp32 value takes more characters in JSON
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
-_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_CODES = {name: code for code, name in _TORCH_NAMES.items()}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TORCH_NAMES = {**{code: name for name, code in _CODES.items()}, "F64": "float32"}  # fp64 is stored as fp32 would be
 
 
 def fits_bitsandbytes(info: TensorInfo) -> bool:
-    """Return whether a weight can be stored in bitsandbytes' formats: a floating matrix of even size, not fp64."""
-    return len(info.shape) == 2 and info.dtype in FLOATING and info.dtype != "F64" and info.numel % 2 == 0
+    """Return whether a weight can be stored in bitsandbytes' formats: a floating matrix of even size."""
+    return len(info.shape) == 2 and info.dtype in FLOATING and info.numel % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,25 @@ class FourBit(NumberFormat):
         return stored_weight(info, fmt, members.values(), tensors)
 
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:  # noqa: ARG002
-        """Return the grid on which to round a weight (out, in); all columns are of the same importance."""
+        """Return the grid on which to round a weight (out, in); all columns are of the same importance.
+
+        Raises `BadInputError` that names the tensor `name` for values that the format does not hold.
+        """
+        weight = weight.detach()
+        self.check_values(weight, name)
+        return self._grid(weight)
+
+    def _grid(self, weight: Tensor) -> FourBitGrid:
         from ditmoe_cli.formats.bitsandbytes_arithmetic import four_bit_grid
 
         nested_block = NESTED_BLOCK if self.double else 0
-        return four_bit_grid(self, self.kind, weight.detach(), self.state_json, block=BLOCK, nested_block=nested_block)
+        return four_bit_grid(self, self.kind, weight, self.state_json, block=BLOCK, nested_block=nested_block)
+
+    def check_values(self, weight: Tensor, name: str) -> None:
+        """Raise `BadInputError` for values beyond fp32, and for absmax that fp32, or eight bits, do not hold."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import require_absmax
+
+        require_absmax(self._grid(weight), weight, name)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes, absmax, and the pairs of values that bytes stand for."""
@@ -226,11 +242,19 @@ class Int8(NumberFormat):
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:  # noqa: ARG002
         """Return the grid on which to round a weight (out, in); all columns are of the same importance.
 
-        Raises `BadInputError` that names the tensor `name` where values exceed fp16.
+        Raises `BadInputError` that names the tensor `name` for values that the format does not hold.
         """
         from ditmoe_cli.formats.bitsandbytes_arithmetic import int8_grid
 
-        return int8_grid(self, weight.detach(), name)
+        weight = weight.detach()
+        self.check_values(weight, name)
+        return int8_grid(self, weight)
+
+    def check_values(self, weight: Tensor, name: str) -> None:
+        """Raise `BadInputError` for values that fp16 does not hold, to which bitsandbytes rounds them first."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import require_half_values
+
+        require_half_values(weight, name, self.name)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes and scales."""

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
 from ditmoe_cli.formats.bitsandbytes_kernel import FourBitTensors, unpack_fastest
 from ditmoe_cli.formats.packing import row_chunk
-from ditmoe_cli.formats.scaling import HALF_MAX, over_rows, require_half_range
+from ditmoe_cli.formats.scaling import (
+    HALF_MAX,
+    SCALE_ERROR,
+    over_rows,
+    require_half_range,
+    require_small_loss,
+    row_chunks,
+)
 
 NF4_CODES = (
     -1.0,
@@ -45,6 +53,7 @@ FP4_CODES = tuple(
 _FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)  # bitsandbytes has 8, the other 0, above 0
 _CODES = {"nf4": NF4_CODES, "fp4": FP4_CODES}
 _TINY = 1e-38  # the least divisor that bitsandbytes takes
+_NESTED_ERROR = 2.0**-4  # by which double quantisation of scales may change a weight, relative to its norm
 
 
 # ------------------------------------------------------------------ nf4 and fp4
@@ -137,6 +146,28 @@ def four_bit_grid(
     nested = Nested(codes.flatten()[: len(absmax)].to(torch.uint8), largest, float(offset))
     scale = unpack_absmax(nested.codes, nested.absmax, table, nested.offset, nested_block)
     return FourBitGrid(fmt, shape, kind, block, scale, nested, describe)
+
+
+def require_absmax(grid: FourBitGrid, weight: Tensor, name: str) -> None:
+    """Raise `BadInputError` that names a weight with values beyond fp32, or whose absmax are lost.
+
+    Below `_TINY` an absmax does not divide; double quantisation may lose those of an odd distribution. Its own rounding
+    is coarser than that of fp16 scales, and allowed.
+    """
+    loss = energy = 0.0
+    done = 0
+    for blocks in _blocks(weight, grid.block):
+        absmax = blocks.abs().amax(dim=1).double()
+        stored = grid.scale[done : done + len(blocks)].double()
+        if not bool(absmax.isfinite().all()):
+            raise BadInputError(f"tensor {name!r} holds values above fp32's range, which its scales are stored in")
+        lost = torch.where(absmax > 0, stored / absmax - 1, 0.0)
+        lost = torch.where((absmax > 0) & (absmax < _TINY), 1.0, lost)
+        squares = blocks.double().square_().sum(dim=1)
+        loss += float((squares * lost.square()).sum())
+        energy += float(squares.sum())
+        done += len(blocks)
+    require_small_loss(loss, energy, name, grid.format.name, SCALE_ERROR if grid.nested is None else _NESTED_ERROR)
 
 
 def dynamic_map(device: torch.device) -> Tensor:
@@ -239,13 +270,20 @@ class Int8Grid(Grid):
         return {"packed": codes, "scale": self.scale, "form": torch.zeros((), dtype=torch.uint8)}
 
 
-def int8_grid(fmt: NumberFormat, weight: Tensor, name: str) -> Int8Grid:
-    """Return the grid of a weight (out, in).
+def require_half_values(weight: Tensor, name: str, fmt: str) -> None:
+    """Raise `BadInputError` that names a weight whose values fp16 does not hold, or changes too much."""
+    require_half_range(over_rows(weight, lambda part: part.to(torch.float16).float().abs().amax(dim=1)), name)
+    loss = energy = 0.0
+    for part in row_chunks(weight):
+        exact = part.double()
+        loss += float((exact - part.half().double()).square_().sum())
+        energy += float(exact.square_().sum())
+    require_small_loss(loss, energy, name, fmt)
 
-    Raises `BadInputError` that names the tensor `name` for values that fp16 does not hold.
-    """
+
+def int8_grid(fmt: NumberFormat, weight: Tensor) -> Int8Grid:
+    """Return the grid of a weight (out, in) that fp16 holds."""
     scale = over_rows(weight, lambda part: part.to(torch.float16).float().abs().amax(dim=1))
-    require_half_range(scale, name)
     return Int8Grid(fmt, (weight.shape[0], weight.shape[1]), scale)
 
 

@@ -8,8 +8,8 @@ be shorter:
            X.weight_shape                               I32  (2,)            out, in
 
 Nothing else says how it is stored. g follows from the columns of the scales: it is the smallest that fits, and where
-several fit, a row is one group, and they are the same. Rows have at least 32 columns, so that their words show the
-bits.
+several fit, a row is one group, and they are the same. Rows have at least 8 columns: in shorter ones scales would take
+what codes save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.formats.base import NumberFormat, RawBytes
 
 GROUPS = (32, 64, 128)
-FEWEST_COLUMNS = 32
+FEWEST_COLUMNS = 8
 _PARTS = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"})
 
 
@@ -37,7 +37,7 @@ class GroupedFormat(NumberFormat):
     cuttable = True
 
     def accepts(self, info: TensorInfo) -> bool:
-        """Return whether the weight is a floating matrix of at least 32 columns."""
+        """Return whether the weight is a floating matrix of at least 8 columns."""
         return len(info.shape) == 2 and info.dtype in FLOATING and info.shape[1] >= FEWEST_COLUMNS
 
     def groups(self, columns: int) -> int:
@@ -72,9 +72,9 @@ def packed_as_bytes(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 def read_shape_and_group(name: str, tensors: Mapping[str, TensorInfo], raw: RawBytes) -> tuple[TensorInfo, int]:
     """Return the weight `name` and the size of its groups. Raises `BadInputError` that names the tensor at fault."""
     _, scale, shape = (_required(name, part, tensors) for part in ("packed", "scale", "shape"))
-    if (shape.dtype, shape.shape) != ("I32", (2,)):
-        raise BadInputError(f"tensor {shape.name!r} is {shape.dtype} {list(shape.shape)}, expected I32 [2]")
-    rows, columns = struct.unpack("<2i", raw(shape.name))
+    if shape.dtype != "I32" or shape.shape not in ((2,), (3,)):
+        raise BadInputError(f"tensor {shape.name!r} is {shape.dtype} {list(shape.shape)}, expected I32 [2] or [3]")
+    rows, columns = struct.unpack("<2i", raw(shape.name)[:8])
     if rows < 1 or columns < FEWEST_COLUMNS:
         raise BadInputError(
             f"tensor {shape.name!r} says [{rows}, {columns}]; expected at least 1 row and {FEWEST_COLUMNS} columns"

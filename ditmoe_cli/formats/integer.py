@@ -5,11 +5,12 @@ b is 2, 3, 4, 5, 6 or 8 and g 32, 64 or 128. A weight ``X.weight`` of shape (out
            X.weight_packed                              I32  (out, ceil(in*b/32))
            X.weight_scale                               F16  (out, G)        w = (code - zero) * scale
            X.weight_zero_point                          I32  (ceil(out*b/32), G)    absent of -sym: zero = 2^(b-1)
-           X.weight_shape                               I32  (2,)            out, in
+           X.weight_shape                               I32  (2,)            out, in; (3,) if in < 32: out, in, b
 
 Codes and zero points are unsigned and packed without gaps, the lowest bit first. Codes run along the rows: code j of a
 row takes bits b*j to b*j + b - 1 of the row, whose bit k is bit k mod 32 of word k // 32; codes may straddle words, and
-each row begins with a new one. Zero points run down the columns in the same way. b follows from the words of a row.
+each row begins with a new one. Zero points run down the columns in the same way. b follows from the words of a row,
+where rows have at least 32 columns; the words of shorter ones do not tell widths apart, and so the shape names b.
 
 compressed-tensors packs codes and zero points into the same bits (https://github.com/vllm-project/compressed-tensors,
 pack_quantized): all widths since its version 0.18, and 2, 4 and 8 bits in earlier ones, which padded the words of other
@@ -19,8 +20,9 @@ files are not read here: X.weight_shape in I64, and scales in the dtype of the m
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, PackedWeight, RawBytes, Weight, stored_weight
 from ditmoe_cli.formats.grouped import GroupedFormat, grouped_weight_name, packed_as_bytes, read_shape_and_group
-from ditmoe_cli.formats.packed_sizes import packed_words
+from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING, packed_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,8 @@ class Integer(GroupedFormat):
         if not self.symmetric:
             words = (packed_words(info.shape[0], self.bits), self.groups(info.shape[1]))
             members["zero_point"] = TensorInfo(f"{info.name}_zero_point", "I32", words)
+        if info.shape[1] < FEWEST_TELLING:
+            shape = replace(shape, shape=(3,))
         return members | {"shape": shape}
 
     @classmethod
@@ -78,15 +82,24 @@ class Integer(GroupedFormat):
         info, group = read_shape_and_group(weight, tensors, raw)
         rows, columns = info.shape
         packed = tensors[f"{weight}_packed"]
-        bits = next((b for b in BITS if packed.shape == (rows, packed_words(columns, b))), None)
+        told = BITS if columns >= FEWEST_TELLING else _named_bits(weight, raw)
+        bits = next((b for b in told if packed.shape == (rows, packed_words(columns, b))), None)
         if bits is None:
             raise BadInputError(
-                f"tensor {packed.name!r} has shape {list(packed.shape)}, which no {', '.join(map(str, BITS))} bits "
+                f"tensor {packed.name!r} has shape {list(packed.shape)}, which no {', '.join(map(str, told))} bits "
                 f"give for a weight of {[rows, columns]}"
             )
         fmt = cls(group, bits, symmetric=f"{weight}_zero_point" not in tensors)
         fmt._refuse_old_zero_points(info, tensors)
         return stored_weight(info, fmt, fmt.members(info).values(), tensors)
+
+    def check_values(self, weight: Tensor, name: str) -> None:
+        """Raise `BadInputError` for a weight whose scales fp16 does not hold; see `NumberFormat.check_values`."""
+        from ditmoe_cli.formats.scaling import largest_of_rows, require_group_scales, require_half_range
+
+        require_half_range(largest_of_rows(weight), name)
+        steps = 2.0 ** (self.bits - 1) if self.symmetric else 2.0**self.bits - 1
+        require_group_scales(weight, self.group, steps, name, self.name)
 
     def _refuse_old_zero_points(self, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise `BadInputError` for zero points that run along the rows, as development versions packed them.
@@ -106,10 +119,9 @@ class Integer(GroupedFormat):
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
         """Return the grid on which to round a weight (out, in); see `NumberFormat.grid`."""
         from ditmoe_cli.formats.integer_arithmetic import integer_grid
-        from ditmoe_cli.formats.scaling import largest_of_rows, require_half_range
 
         weight = weight.detach()
-        require_half_range(largest_of_rows(weight), name)
+        self.check_values(weight, name)
         return integer_grid(self, weight, importance, bits=self.bits, group=self.group, symmetric=self.symmetric)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
@@ -119,3 +131,10 @@ class Integer(GroupedFormat):
         stored = self.members(info)
         tensors = {part: members[stored[part].name] for part in stored if part != "shape"}
         return PackedWeight(tensors, partial(unpack_integer, shape=info.shape, bits=self.bits, group=self.group))
+
+
+def _named_bits(weight: str, raw: RawBytes) -> tuple[int, ...]:
+    """Return the width that the shape of a weight of short rows names; none where it names none that there is."""
+    values = raw(f"{weight}_shape")
+    bits = struct.unpack("<i", values[8:12])[0] if len(values) == 12 else 0
+    return tuple(b for b in BITS if b == bits)

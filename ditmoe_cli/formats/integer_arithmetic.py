@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
+from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING
 from ditmoe_cli.formats.packing import pack_columns, pack_rows, row_chunk, unpack_columns, unpack_values
 from ditmoe_cli.formats.scaling import grouped, inverse, row_chunks, scale_groups, steps
 
@@ -66,7 +67,7 @@ class IntegerGrid(Grid):
         parts = {
             "packed": torch.cat(packed),
             "scale": self.scale.half(),
-            "shape": torch.tensor(self.shape, dtype=torch.int32),
+            "shape": torch.tensor((*self.shape, *([self.bits] if columns < FEWEST_TELLING else [])), dtype=torch.int32),
         }
         if self.zero is not None:
             parts["zero_point"] = pack_columns(self.zero.int(), self.bits)

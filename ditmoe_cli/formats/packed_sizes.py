@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 WORD_BITS = 32
+FEWEST_TELLING = 32  # values of a row whose number of words tells their width
 TERNARY_PER_BYTE = 5  # 3⁵ = 243 fits a byte
 
 

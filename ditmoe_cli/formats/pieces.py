@@ -105,6 +105,11 @@ class Pieces(NumberFormat):
             _part(part, i): member for i, fmt, piece in self._each(info) for part, member in fmt.members(piece).items()
         }
 
+    def check_values(self, weight: Tensor, name: str) -> None:
+        """Raise `BadInputError` for a weight one of whose pieces does not hold its values."""
+        for fmt, place in zip(self.formats, self.places, strict=True):
+            fmt.check_values(weight[place], name)
+
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
         """Return the grid on which to round a weight (out, in): that of each piece, in its rows or columns."""
         grids = [

@@ -87,8 +87,8 @@ def format_label(name: str) -> str:
 def is_quantizable(info: TensorInfo, fmt: Format | None = None) -> bool:
     """Return whether a weight can be stored in format `fmt`, or in those of bitsandbytes where none is given.
 
-    Those take a floating matrix of even size that is not fp64; integer and ternary formats any floating matrix of at
-    least 32 columns. Pieces take one whose rows or columns, along the axis of its neurons, they add up to.
+    Those take a floating matrix of even size; integer and ternary formats any floating matrix of at least 8 columns.
+    Pieces take one whose rows or columns, along the axis of its neurons, they add up to.
     """
     return fits_bitsandbytes(info) if fmt is None else parse_format(fmt).accepts(info)
 

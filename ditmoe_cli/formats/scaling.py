@@ -12,6 +12,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.packing import row_chunk
 
 HALF_MAX = torch.finfo(torch.float16).max
+SCALE_ERROR = 2.0**-8  # by which the rounding of scales alone may change a weight, relative to its norm: bf16's step
 
 
 def over_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -33,6 +34,32 @@ def require_half_range(largest: Tensor, name: str) -> None:
     """Raise `BadInputError` that names a tensor whose `largest` values exceed fp16, or are NaN."""
     if not bool((largest <= HALF_MAX).all()):
         raise BadInputError(f"tensor {name!r} holds values above fp16's range, which its scales are stored in")
+
+
+def require_group_scales(weight: Tensor, group: int, steps: float, name: str, fmt: str) -> None:
+    """Raise `BadInputError` where rounding the scales of groups to fp16 alone changes a weight (out, in) too much.
+
+    A group's range of `steps` steps takes a scale s = range / steps, stored as ŝ. With groups w_g the change is
+    √(Σ_g ‖w_g‖² ((ŝ - s) / s)²  / ‖w‖²), at most `SCALE_ERROR`. Groups of zeros count for nothing.
+    """
+    parts = []
+    for part in row_chunks(weight):
+        groups = grouped(part.float(), group)
+        low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
+        scale = ((high - low) / steps).double()
+        lost = torch.where(scale > 0, scale.half().double() / scale - 1, 0.0)
+        energy = groups.double().square_().sum(dim=2)
+        parts.append((float((energy * lost.square()).sum()), float(energy.sum())))
+    require_small_loss(sum(loss for loss, _ in parts), sum(energy for _, energy in parts), name, fmt)
+
+
+def require_small_loss(loss: float, energy: float, name: str, fmt: str, most: float = SCALE_ERROR) -> None:
+    """Raise `BadInputError` where a squared loss is more than `most`² of the squared norm `energy` of a weight."""
+    if loss > most**2 * energy:
+        raise BadInputError(
+            f"tensor {name!r} holds values so small that {fmt} would change it by {(loss / energy) ** 0.5:.0%} by the "
+            "rounding of its scales alone; choose a mix, which leaves it as it is, or nf4, whose scales are fp32"
+        )
 
 
 def grouped(values: Tensor, group: int) -> Tensor:

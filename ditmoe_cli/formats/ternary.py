@@ -52,13 +52,19 @@ class Ternary(GroupedFormat):
         fmt = cls(group)
         return stored_weight(info, fmt, fmt.members(info).values(), tensors)
 
+    def check_values(self, weight: Tensor, name: str) -> None:
+        """Raise `BadInputError` for a weight whose scales fp16 does not hold; see `NumberFormat.check_values`."""
+        from ditmoe_cli.formats.scaling import largest_of_rows, require_group_scales, require_half_range
+
+        require_half_range(largest_of_rows(weight), name)
+        require_group_scales(weight, self.group, 2.0, name, self.name)
+
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
         """Return the grid on which to round a weight (out, in); see `NumberFormat.grid`."""
-        from ditmoe_cli.formats.scaling import largest_of_rows, require_half_range
         from ditmoe_cli.formats.ternary_arithmetic import ternary_grid
 
         weight = weight.detach()
-        require_half_range(largest_of_rows(weight), name)
+        self.check_values(weight, name)
         return ternary_grid(self, weight, importance, self.group)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:

@@ -116,7 +116,7 @@ def test_refits_and_errors_are_told_by_their_range_and_worst_block() -> None:
     pruned = CompressionPlan(
         "prune", "a" * 64, stages=(Experts((BlockPlan((0,), "ghost"),), repair=Repair(tokens=64)),)
     )
-    assert plan_rows(pruned)[-1] == ("refit", "routed experts, shared expert, constant, linear map, on 64")
+    assert plan_rows(pruned)[-1] == ("refit", "routed experts, shared expert, constant, linear map, on 64 tokens")
 
 
 def test_a_step_is_told_as_the_command_that_made_it() -> None:

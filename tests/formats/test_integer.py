@@ -113,11 +113,55 @@ def test_constant_groups_are_exact_to_fp16(fmt: Format, value: float) -> None:
 
 
 @given(fmt=grouped, seed=seeds)
-def test_subnormal_scales_round_to_what_fp16_holds(fmt: Format, seed: int) -> None:
-    weight = rough((4, 96), seed) / rough((4, 96), seed).abs().max() * 3e-7
+def test_rows_of_subnormal_scales_beside_others_round_to_what_fp16_holds(fmt: Format, seed: int) -> None:
+    """A few small rows are stored as well as fp16 scales go: they hardly count in the weight."""
+    weight = rough((4, 96), seed) / rough((4, 96), seed).abs().max()
+    weight[1] *= 3e-7
     rounded = through(weight, fmt)
     assert torch.equal(rounded, grid_of(weight, fmt).round(weight, all_columns(weight)))
-    assert (rounded - weight).norm() < weight.norm()
+    assert (rounded - weight)[1].norm() <= weight[1].norm(), "at worst zeros"
+
+
+@pytest.mark.parametrize("fmt", ["int2-g64", "int4-g64", "int8-g64", "int4-g64-sym", "ternary-g64", "int8"])
+@pytest.mark.parametrize("size", [1e-6, 1e-8, 1e-20])
+def test_what_scales_would_lose_is_refused_by_name(fmt: Format, size: float) -> None:
+    weight = random((8, 96), 0) * size
+    if fmt in ("int2-g64", "ternary-g64", "int8") and size == 1e-6:
+        weight = weight * 1e-2
+    with pytest.raises(BadInputError, match=r"^tensor 'x' holds values so small that .* by the rounding of its scales"):
+        grid_of(weight, fmt, name="x")
+    assert (through(weight, "nf4") - weight).norm() < 0.2 * weight.norm(), "whose scales are fp32"
+
+
+@given(fmt=grouped, seed=seeds, exponent=st.floats(-9, 0))
+def test_what_is_stored_is_no_worse_for_being_small(fmt: Format, seed: int, exponent: float) -> None:
+    """Either a weight is refused, or its scales lose no more than 2^-8 of it: it is rounded as at any size."""
+    weight = random((4, 96), seed)
+    usual = (through(weight, fmt) - weight).norm() / weight.norm()
+    small = weight * 10.0**exponent
+    try:
+        error = (through(small, fmt) - small).norm() / small.norm()
+    except BadInputError:
+        return
+    assert error <= usual + 2**-7
+
+
+def test_zeros_are_stored_as_zeros() -> None:
+    for fmt in (*GROUPED, "int8", "nf4", "nf4-dq"):
+        assert not through(torch.zeros(4, 64), fmt).any()
+
+
+@given(fmt=grouped, seed=seeds, rows=st.integers(1, 9), columns=st.integers(8, 31))
+def test_rows_shorter_than_a_group_are_packed_as_one(fmt: Format, seed: int, rows: int, columns: int) -> None:
+    """As a row of 32 columns is whose others are zeros, but in fewer bytes, and less than plain fp16 takes."""
+    weight = random((rows, columns), seed)
+    rounded = through(weight, fmt)
+    assert torch.equal(rounded, grid_of(weight, fmt).round(weight, all_columns(weight)))
+    padded = torch.nn.functional.pad(weight, (0, 32 - columns))
+    assert torch.equal(through(padded, fmt)[:, :columns], rounded)
+    taken = sum(member.nbytes for member in quantized_members(info_of(weight), fmt))
+    if rows > 4:
+        assert taken < 2 * weight.numel() + 12
 
 
 @given(fmt=grouped, seed=seeds)

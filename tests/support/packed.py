@@ -14,6 +14,8 @@ from ditmoe_cli.files.reader import dtype_code
 from ditmoe_cli.formats.base import NumberFormat, Weight
 from ditmoe_cli.formats.bitsandbytes import FourBit
 from ditmoe_cli.formats.grouped import GroupedFormat
+from ditmoe_cli.formats.integer import Integer
+from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING
 from ditmoe_cli.formats.pieces import Pieces
 from ditmoe_cli.formats.registry import FORMATS, Format, pack, parse_format, quantized_members
 from ditmoe_cli.formats.weights import logical_weights
@@ -68,7 +70,9 @@ def described(*weights: tuple[TensorInfo, Format]) -> Callable[[str], bytes]:
         fmt = parse_format(name)
         if isinstance(fmt, FourBit):
             texts[fmt.members(info)["state"].name] = fmt.state_json(info, 0.123456789)
-        texts[f"{info.name}_shape"] = struct.pack("<2i", *info.shape)
+        short = isinstance(fmt, Integer) and info.shape[1] < FEWEST_TELLING
+        numbers = (*info.shape, fmt.bits) if short else info.shape
+        texts[f"{info.name}_shape"] = struct.pack(f"<{len(numbers)}i", *map(int, numbers))
 
     def raw(name: str) -> bytes:
         assert name in texts, f"{name} should not be read"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.header import FLOATING
 from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.formats.registry import format_label, is_quantizable
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -85,7 +86,7 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
     offered: dict[str, tuple[str | None, ...]] = {}
     for name, weight in checkpoint.weights.items():
         group = weight_group(weight.info)
-        if group is None or group in candidates.protected or not is_quantizable(weight.info):
+        if group is None or group in candidates.protected or weight.info.dtype not in FLOATING:
             continue
         floor = candidates.floors.get(group, 0)
         widths = [width for width in WIDTHS if width in candidates.allowed and float(width) >= floor]
@@ -101,6 +102,21 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
     if not any(any(formats) for formats in offered.values()):
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be quantised")
     return {name: formats or (None,) for name, formats in offered.items()}
+
+
+def left_alone(checkpoint: Checkpoint, names: Sequence[str], why: str) -> list[str]:
+    """Return a note for each group of weights among `names` that stay as they are, with their share of the bytes."""
+    notes = []
+    for group in GROUPS:
+        whole = [w.info for w in checkpoint.weights.values() if weight_group(w.info) == group]
+        left = [info for info in whole if info.name in names]
+        if left:
+            share = sum(info.nbytes for info in left) / checkpoint.header.file_bytes
+            notes.append(
+                f"{len(left)} of {len(whole)} matrices of {group} stay as they are, {share:.1%} of the bytes: {why} "
+                f"(the first is {left[0].name!r}, {list(left[0].shape)})"
+            )
+    return notes
 
 
 def require_unquantised(checkpoint: Checkpoint) -> None:

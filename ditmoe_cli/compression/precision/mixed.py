@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.calibrated import Calibrated
@@ -12,13 +12,15 @@ from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
 from ditmoe_cli.compression.precision.budget import Budget
-from ditmoe_cli.compression.precision.candidates import Candidates, format_counts, rounding_options
+from ditmoe_cli.compression.precision.candidates import Candidates, format_counts, left_alone, rounding_options
 from ditmoe_cli.compression.precision.mix import Mix, least_bytes
 from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
 from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.effort import Estimate
+from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -79,7 +81,7 @@ class MixedPrecision(Planner):
         assert profile is not None
         kept = kept_measures(work.checkpoint, profile, work.device(), work.note)
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
-        mix = MIXES[self.method].choose(self._request(work), calibrated)
+        mix = MIXES[self.method].choose(self._held(work, self._request(work)), calibrated)
         for failure in mix.failures:
             work.note(f"warning: a solver of the mix gave no proof ({failure}); the plan names it beside its gap")
         tried_error = mix.tried_error
@@ -106,6 +108,29 @@ class MixedPrecision(Planner):
         step = planned_step(self._sized(work), work.checkpoint.config.depth)
         return mix_request(work, self.candidates, self.budget, step)
 
+    def _held(self, work: Work, request: MixRequest) -> MixRequest:
+        """Return the request without the formats that do not hold a weight's values; notes the weights left without."""
+        narrow = [
+            name for name, formats in request.formats.items() if formats == (None,) and self._asked_for(name, work)
+        ]
+        held = {name: held_formats(work.checkpoint, name, formats) for name, formats in request.formats.items()}
+        lost = [n for n, formats in held.items() if not any(formats) and any(request.formats[n])]
+        for names, why in (
+            (narrow, "their shape does not allow any of the formats"),
+            (lost, "no format holds their values"),
+        ):
+            for each in left_alone(work.checkpoint, names, why):
+                work.note(f"warning: {each}")
+        return replace(request, formats=held)
+
+    def _asked_for(self, name: str, work: Work) -> bool:
+        """Return whether a weight might have had a format if it had another shape."""
+        group = weight_group(work.checkpoint.weights[name].info)
+        return any(
+            width != "16" and float(width) >= self.candidates.floors.get(group or "", 0)
+            for width in self.candidates.allowed
+        )
+
     def _sized(self, work: Work) -> CompressionPlan:
         """Return a plan whose entry in the history of the file is as long as that of the plan to come."""
         solved = ("predicted_error", "gap") if self.method == DEFAULT_METHODS["quantize"] else ()
@@ -113,6 +138,22 @@ class MixedPrecision(Planner):
         stages = (Formats({}, self.rounding),)
         source = work.checkpoint.fingerprint
         return CompressionPlan("quantize", source, None, options, stages, calibration=work.calibration())
+
+
+def held_formats(checkpoint: Checkpoint, name: str, formats: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Return the formats of a weight that hold its values, narrowest first; None alone where none does."""
+    if not any(formats):
+        return formats
+    weight = checkpoint.finite_tensor(name)
+
+    def holds(fmt: str) -> bool:
+        try:
+            parse_format(fmt).check_values(weight, name)
+        except BadInputError:
+            return False
+        return True
+
+    return tuple(fmt for fmt in formats if fmt is None or holds(fmt)) or (None,)
 
 
 def plan_mix(

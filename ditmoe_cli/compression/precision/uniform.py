@@ -11,6 +11,7 @@ from ditmoe_cli.compression.precision.candidates import (
     DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
     format_counts,
+    left_alone,
     require_unquantised,
     rounding_options,
 )
@@ -59,7 +60,12 @@ class UniformPrecision(Planner):
         require_unquantised(work.checkpoint)
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
-        """Return the plan of `plan_uniform`."""
+        """Return the plan of `plan_uniform`; notes which matrices do not take the format."""
+        formats = uniform_formats(work.checkpoint, self.format)
+        weights = work.checkpoint.weights.items()
+        left = [n for n, w in weights if weight_group(w.info) in UNIFORM_GROUPS and n not in formats]
+        for note in left_alone(work.checkpoint, left, f"their shape or dtype does not allow {self.format}"):
+            work.note(f"warning: {note}")
         return plan_uniform(work.checkpoint, self.format, self.rounding, profile.digest if profile else None)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:

@@ -58,7 +58,7 @@ def test_experts_and_attention_are_packed_and_all_else_stays(bits: int, attentio
     assert plan == CompressionPlan(
         "quantize",
         original.fingerprint,
-        options={"format": FORMATS[bits]},
+        options={"uniform": True, "format": FORMATS[bits]},
         stages=(Formats(dict.fromkeys(wanted(original), FORMATS[bits])),),
     )
     packed = applied(original, plan, tmp_path / "packed.safetensors")
