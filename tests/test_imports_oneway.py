@@ -27,7 +27,9 @@ ALLOWED = {
     "diffusion": {"model", "files", "progress", "errors"},
     "evaluation": {"processes", "diffusion", "model", "formats", "files", "progress", "errors"},
     "routing": {"processes", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},
-    "compression": {"routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},
+    "compression": {
+        *("routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "version", "errors"),
+    },
     "cli": {
         *("processes", "compression", "evaluation", "routing", "diffusion", "model", "formats", "files", "progress"),
         *("threads", "errors", ""),

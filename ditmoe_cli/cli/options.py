@@ -14,7 +14,7 @@ import typer
 from ditmoe_cli.cli.groups import at_least, ending, one_of
 from ditmoe_cli.cli.stage import Stage, default_output, incoming
 from ditmoe_cli.cli.terminal import note
-from ditmoe_cli.compression.plan import Repair
+from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
 from ditmoe_cli.errors import UsageError, first_line
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
 from ditmoe_cli.model.config import Given, Sampler
@@ -250,6 +250,13 @@ class Planning:
         return self.profile or (Path(stage.profile) if stage.profile else None)
 
 
+def fitted_tokens(tokens: int) -> int:
+    """Return a number of calibration tokens to fit on, 0 for the default. Raises `ValueError` out of range."""
+    if not 0 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"give at most {MOST_TOKENS}, since all are in memory at once; 0 is the default")
+    return tokens
+
+
 @dataclass(frozen=True)
 class Refitting:
     """How the remaining experts are fitted to the original output."""
@@ -268,7 +275,7 @@ class Refitting:
         typer.Option(
             "--refit-tokens",
             metavar="N",
-            callback=at_least(0),
+            callback=fitted_tokens,
             show_default=False,
             help="Calibration tokens to refit on. [default: 32 for each unknown, at most 65536]",
         ),

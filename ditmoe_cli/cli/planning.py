@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.costs import error_rows, facts, plan_rows
 from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
+from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors, plan_of
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
 from ditmoe_cli.compression.apply import apply, applying_key
 from ditmoe_cli.compression.estimates import carrying_out, profiling_estimate
+from ditmoe_cli.compression.kept_plan import keep_plan, kept_plan
 from ditmoe_cli.compression.methods import METHODS
-from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.output import needed_bytes, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
-from ditmoe_cli.compression.planner import Planner, Work
-from ditmoe_cli.files.staging import check_target
-from ditmoe_cli.files.workfolder import WorkFolder, open_work
+from ditmoe_cli.compression.planner import Planner, Work, request_digest
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.staging import check_space, check_target
+from ditmoe_cli.files.workfolder import WorkFolder, discard_work, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import known_rate, likely_device
 from ditmoe_cli.routing.calibrate import made_profile
 from ditmoe_cli.routing.profile import RoutingProfile
-from ditmoe_cli.routing.profile_search import ProfileRequest, search
+from ditmoe_cli.routing.profile_search import Basis, ProfileRequest, search
 
 
 def print_methods(command: str, printing: Printing) -> None:
@@ -67,45 +71,97 @@ def run_planner(
     output = to.at(checkpoint.path, planner.label)
     job = Job(planner.command, stage, checkpoint, output, printing)
     work = Work(checkpoint, output, lambda: checked_device(planning.device), note)
-    request = automatic.request(stage, checkpoint, planning.profile_for(stage), output.path.parent)
-    plan, profile, before = choose(planner, work, request, to.dry_run)
+    wanted = automatic.request(stage, checkpoint, planning.profile_for(stage), output.path.parent)
+    work, basis = prepared(planner, work, wanted)
     if to.dry_run:
-        return preview(job, plan, planning.device, before)
-    return write(job, plan, profile, work.device, planner.details(checkpoint, plan))
+        return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))
+    request = request_digest(planner, checkpoint.fingerprint, basis.settings if basis else None)
+    made = made_before(output, checkpoint, request)
+    if made is not None:
+        plan = plan_of(made, checkpoint)
+        return reuse(job, made, basis.path if basis else None, plan, planner.details(checkpoint, plan))
+    with chosen(planner, work, basis, request) as choice:
+        return write(job, choice, work.device, planner.details(checkpoint, choice.plan))
 
 
-def choose(
-    planner: Planner, work: Work, request: ProfileRequest, dry_run: bool
-) -> tuple[CompressionPlan, RoutingProfile | None, list[Estimate]]:
-    """Return the plan, the profile that it rests on, and what making both takes, which is told before.
+def prepared(planner: Planner, work: Work, wanted: ProfileRequest) -> tuple[Work, Basis | None]:
+    """Return the work with its calibration, and the profile to plan with or the way to make it; None without need.
 
-    The checkpoint is profiled where that is needed. What cannot be done is refused before the first expensive step. A
-    dry run never profiles: without a profile its plan is undecided.
+    What cannot be done is refused here, before the first expensive step.
     """
     if not planner.needs_profile:
-        request.refuse_settings(f"{planner.command} as asked for")
+        wanted.refuse_settings(f"{planner.command} as asked for")
         planner.check(work)
-        return planner.plan(work, None), None, []
-    found = cache(lambda: search(work.checkpoint, request, note))
+        return work, None
+    found = cache(lambda: search(work.checkpoint, wanted, note))
     work = replace(work, calibration=lambda: found().settings)
     planner.check(work)
-    basis = found()
-    cfg = float(basis.settings["cfg"])
-    profiled = [profiling_estimate(work.checkpoint.config, basis.calibration)] if basis.calibration is not None else []
-    measured = planner.estimates(work, cfg)
-    if dry_run:
-        usable = basis.profile
-        foretell(measured if usable else [], work.device)
-        plan = planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)
-        return replace(plan, calibration=basis.settings), usable, [*profiled, *measured]
-    target, inputs = work.output.path, [work.checkpoint.path, *([basis.profile.path] if basis.profile else [])]
-    check_target(target, work.output.force, inputs)
-    foretell([*profiled, *measured], work.device)
+    return work, found()
+
+
+def foreseen(planner: Planner, work: Work, basis: Basis | None) -> CompressionPlan:
+    """Return the plan of a dry run, which never profiles: without a profile it is undecided."""
+    request = request_digest(planner, work.checkpoint.fingerprint, basis.settings if basis else None)
+    if basis is None:
+        return replace(planner.plan(work, None), request=request)
+    usable = basis.profile
+    foretell(choosing(planner, work, basis) if usable else [], work.device)
+    plan = planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)
+    return replace(plan, calibration=basis.settings, request=request)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, the profile that it rests on, and the work folder that already keeps it."""
+
+    plan: CompressionPlan
+    profile: RoutingProfile | None = None
+    work: WorkFolder | None = None
+
+
+@contextmanager
+def chosen(planner: Planner, work: Work, basis: Basis | None, request: str) -> Iterator[Choice]:
+    """Yield the plan of a request, profiling the checkpoint where that is needed.
+
+    The plan is kept in the work folder, with what carrying it out keeps there, until the block ends.
+    """
+    target, force = work.output.path, work.output.force
+    check_target(target, force, [work.checkpoint.path, *([basis.profile.path] if basis and basis.profile else [])])
+    if basis is None:
+        yield Choice(replace(planner.plan(work, None), request=request))
+        return
+    if basis.profile is None:
+        check_space(target, _least_bytes(planner, work))
+    foretell(choosing(planner, work, basis), work.device)
     profile = made_profile(work.checkpoint, basis, work.device, note)
     for warning in planner.warnings(profile):
         note(f"warning: {warning}")
-    plan = replace(planner.plan(work, profile), calibration=profile.calibration)
-    return plan, profile, [*profiled, *measured]
+    if not planner.measures:  # writing keeps what there is to keep
+        yield Choice(replace(planner.plan(work, profile), calibration=profile.calibration, request=request), profile)
+        return
+    device = work.device().partition(":")[0]
+    with open_work(target, work_key({"request": request, "profile": profile.digest, "device": device}), note) as folder:
+        plan = kept_plan(folder)
+        if plan is None:
+            plan = replace(planner.plan(replace(work, folder=folder), profile), calibration=profile.calibration)
+            keep_plan(folder, plan)
+        yield Choice(replace(plan, request=request), profile, folder)
+
+
+def _least_bytes(planner: Planner, work: Work) -> int:
+    """Return bytes that the result will take at least, as far as they are known without a profile."""
+    try:
+        return planned_output(work.checkpoint, planner.undecided(work.checkpoint)).predicted_bytes(work.output)
+    except BadInputError:  # they rest on the profile
+        return planner.least_bytes(work)
+
+
+def choosing(planner: Planner, work: Work, basis: Basis | None) -> list[Estimate]:
+    """Return what making the profile and the plan takes, as far as they are to be made."""
+    if basis is None:
+        return []
+    made = [profiling_estimate(work.checkpoint.config, basis.calibration)] if basis.calibration is not None else []
+    return [*made, *planner.estimates(work, float(basis.settings["cfg"]))]
 
 
 def preview(job: Job, plan: CompressionPlan | None, device: str = "cpu", before: Sequence[Estimate] = ()) -> None:
@@ -129,16 +185,18 @@ def preview(job: Job, plan: CompressionPlan | None, device: str = "cpu", before:
 
 def write(
     job: Job,
-    plan: CompressionPlan | None,
-    profile: RoutingProfile | None = None,
+    choice: Choice | None,
     device: Callable[[], str] = lambda: "cpu",
     details: Mapping[str, Any] | None = None,
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
+    plan, profile = (choice.plan, choice.profile) if choice else (None, None)
     place = device() if plan is not None and plan.computes else "cpu"
+    check_target(job.output.path, job.output.force, [job.checkpoint.path])
+    check_space(job.output.path, needed_bytes(job.checkpoint, plan, job.output))
     size = planned_output(job.checkpoint, plan).predicted_bytes(job.output)
     foretell(carrying_out(job.checkpoint, plan, size), lambda: place)
-    with _work_folder(job, plan, profile, place) as work:
+    with _work_folder(job, choice, place) as work:
         applied = apply(job.checkpoint, plan, job.output, profile, place, work)
     sizes, known = _sizes(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
@@ -154,13 +212,36 @@ def write(
         note(f"{job.command}: " + "; ".join(f"{label} {value}" for label, value in costs))
 
 
-def _work_folder(
-    job: Job, plan: CompressionPlan | None, profile: RoutingProfile | None, device: str
-) -> AbstractContextManager[WorkFolder | None]:
+def reuse(
+    job: Job,
+    made: Checkpoint,
+    profile: Path | None = None,
+    plan: CompressionPlan | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the result of a stage that was run before, whose output is up to date, as far as the output tells it."""
+    path = job.output.path
+    note(f"{path} is up to date")
+    discard_work(path)
+    step = last_step(made) if plan is not None else None
+    errors = measured_errors(step) if step else {}
+    known = {**(facts(plan, job.checkpoint) if plan else {}), **(details or {}), **errors}
+    size = path.stat().st_size if job.output.is_file else sum(child.stat().st_size for child in path.iterdir())
+    result = {**_sizes(job.checkpoint, size), **known, "plan_digest": step.plan if step else None, "up_to_date": True}
+    paths = {"profile": profile} if profile is not None and profile.is_file() else {}
+    options = plan.options if plan else {}
+    stage = job.stage.done(job.command, options, checkpoint=path, samples=None, **paths)
+    rows = [("up to date", path), *(plan_rows(plan, job.checkpoint) if plan else []), *_size_rows(result)]
+    emit(job.printing, stage.to_json(result), rows, str(path))
+
+
+def _work_folder(job: Job, choice: Choice | None, device: str) -> AbstractContextManager[WorkFolder | None]:
     """Return the work folder of a plan that computes weights; None for any other."""
-    if plan is None or profile is None or not plan.computes:
+    if choice is None or choice.profile is None or not choice.plan.computes:
         return nullcontext()
-    return open_work(job.output.path, applying_key(plan, profile, device), note)
+    if choice.work is not None:
+        return nullcontext(choice.work)
+    return open_work(job.output.path, applying_key(choice.plan, choice.profile, device), note)
 
 
 def _sizes(checkpoint: Checkpoint, size: int) -> dict[str, Any]:

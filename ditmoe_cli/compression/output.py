@@ -121,12 +121,19 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     tensors = draft.tensors + [tensor for kept in draft.weights for tensor in _moved(checkpoint, kept)]
     once = {tensor.info.name: tensor for tensor in tensors}  # bases are members of several weights
     config = replace(checkpoint.config, blocks=draft.blocks)
-    history = (*base.history, planned_step(plan, checkpoint.config.depth))
+    history = (*base.history, planned_step(plan, checkpoint.config.experts))
     return PlannedOutput(
         tensors=tuple(sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))),
         config=config,
         provenance=Provenance(config.to_json(), history, base.card),
     )
+
+
+def needed_bytes(checkpoint: Checkpoint, plan: CompressionPlan | None, output: Output) -> int:
+    """Return the bytes that an output takes on disk while it is made: its own, and those of computed weights."""
+    planned = planned_output(checkpoint, plan)
+    computed = sum(tensor.info.nbytes for tensor in planned.tensors if isinstance(tensor.content, Computed))
+    return planned.predicted_bytes(output) + computed
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from ditmoe_cli.formats.registry import Format, parse_format
 
 PLAN_SCHEMA = "ditmoe.plan/1"
 _JSON_WORDS: Mapping[type, str] = {str: "string", list: "list", dict: "JSON object"}
+MOST_TOKENS = 2**24
+"""The most calibration tokens to fit or round on: all of them are in memory at once, 4 bytes for each channel."""
 RouterMode = Literal["slice", "ghost", "mass"]
 Ordering = Literal["camera"]
 
@@ -201,6 +203,7 @@ _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order
     "ordering": None,
 }
 _SETTINGS = ("repair", "delta", "rounding")  # fields whose values have names of their own
+_SIGNS = ("request", "digest")  # fields by which planners sign
 FIGURES = ("predicted_error", "tried_error", "bound", "gap", "solver")
 """Entries of a plan's options that nobody gave: figures of the choice itself."""
 UNDECIDED = "undecided"
@@ -231,6 +234,7 @@ class CompressionPlan:
         calibration: settings of that profile's calibration, which the result's history keeps.
         stages: the changes, in order. JSON of this schema has a place for one stage of each type, in the order
             `Experts`, `Differences`, `Formats`; others raise `ValueError`.
+        request: digest of what a planner was asked for, which the result's history keeps.
         written: the digest in the file that the plan was read from, by which planners sign; None where it has none.
     """
 
@@ -241,6 +245,7 @@ class CompressionPlan:
     stages: tuple[PlanStage, ...] = ()
     calibration: Mapping[str, Any] | None = field(default=None, kw_only=True)
     written: str | None = field(default=None, compare=False)
+    request: str | None = field(default=None, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         places = [_ORDER.index(type(stage)) for stage in self.stages]
@@ -290,15 +295,16 @@ class CompressionPlan:
         }
 
     def document(self) -> dict[str, Any]:
-        """Return the plan as it is written: its JSON, and the digest that it had when it was planned."""
-        return {**self.to_json(), "digest": self.written or self.digest}
+        """Return the plan as it is written: its JSON, its request, and the digest that it had when it was planned."""
+        request = {} if self.request is None else {"request": self.request}
+        return {**self.to_json(), **request, "digest": self.written or self.digest}
 
 
 def parse_plan(document: object, where: str) -> CompressionPlan:
     """Read a plan from JSON. Raises `BadInputError` that names `where` and the field."""
     fields = check_schema(document, PLAN_SCHEMA, where)
     unknown = sorted(
-        set(fields) - {"schema", "command", "source", "profile", "options", "calibration", "digest", *_NO_STAGES}
+        set(fields) - {"schema", "command", "source", "profile", "options", "calibration", *_SIGNS, *_NO_STAGES}
     )
     if unknown:
         raise BadInputError(f"{where}: unknown field {unknown[0]!r}")
@@ -324,7 +330,9 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     calibration = None if fields.get("calibration") is None else _field(fields, "calibration", dict, where)
     present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
     written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None
-    plan = CompressionPlan(command, source, profile, options, present, written=written, calibration=calibration)
+    request = _field(fields, "request", str, where) if fields.get("request") is not None else None
+    signs = {"written": written, "request": request}
+    plan = CompressionPlan(command, source, profile, options, present, calibration=calibration, **signs)
     try:
         canonical_json(plan.to_json())
     except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know
@@ -417,6 +425,7 @@ def _parse_repair(value: object, where: str) -> Repair:
     for name, default in expected.items():
         if type(value[name]) is not type(default) or value[name] < 0:
             raise BadInputError(f"{where}: field 'repair' has {name} {value[name]!r}; expected as {default!r}")
+    _check_tokens(value["tokens"], f"{where}: field 'repair'")
     return Repair(**value)
 
 
@@ -437,9 +446,15 @@ def _parse_rounding(value: object, where: str) -> Rounding:
     tokens, smoothing = value["tokens"], value["smoothing"]
     if type(tokens) is not int or tokens < 0:
         raise BadInputError(f"{where}: tokens of field 'rounding' are {tokens!r}; expected a whole number")
+    _check_tokens(tokens, f"{where}: field 'rounding'")
     if type(smoothing) not in (int, float) or not 0 <= smoothing <= 1:
         raise BadInputError(f"{where}: smoothing of field 'rounding' is {smoothing!r}; expected a number from 0 to 1")
     return Rounding(method, tokens, float(smoothing))
+
+
+def _check_tokens(tokens: int, what: str) -> None:
+    if tokens > MOST_TOKENS:
+        raise BadInputError(f"{what} has {tokens} tokens; expected at most {MOST_TOKENS}, since all are in memory")
 
 
 def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:

@@ -7,14 +7,17 @@ The command line serves all planners alike: it checks, finds or makes the profil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ditmoe_cli.compression.plan import CompressionPlan, Repair, Rounding
+from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.version import __version__
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Work:
         note: tells the user what a plan would not show.
         calibration: returns the settings of the calibration that the plan will rest on, which its result's history
             keeps; None where it rests on none.
+        folder: keeps what planning has measured, for a run that goes on; None where nothing is kept.
     """
 
     checkpoint: Checkpoint
@@ -35,6 +39,7 @@ class Work:
     device: Callable[[], str]
     note: Callable[[str], None] = lambda _: None
     calibration: Callable[[], Mapping[str, Any] | None] = lambda: None
+    folder: WorkFolder | None = None
 
 
 def label_of(*parts: object) -> str:
@@ -56,6 +61,19 @@ def tokens_label(fitted: Repair | Rounding | None) -> str:
     return f"tokens{fitted.tokens}" if fitted and fitted.tokens else ""
 
 
+def request_digest(planner: Planner, source: str, calibration: Mapping[str, Any] | None) -> str:
+    """Return the digest of what is asked of a planner, by which a result is known to be the same without planning.
+
+    It is of the planner's fields, the fingerprint of the checkpoint `source`, the settings of the calibration that the
+    plan rests on (None for none), and the version of the package.
+    """
+    fields = {name: value for name, value in asdict(planner).items() if name != "label"}  # type: ignore[call-overload]
+    kind = type(planner).__name__
+    return digest(
+        {"version": __version__, "planner": kind, "fields": fields, "source": source, "calibration": calibration}
+    )
+
+
 class Planner(Protocol):
     """A command's request, ready to become a plan."""
 
@@ -70,6 +88,11 @@ class Planner(Protocol):
     @property
     def needs_profile(self) -> bool:
         """Whether planning, or carrying the plan out, takes a routing profile."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether planning takes weights and states, and so long that its plan is kept; by default not."""
+        return False
 
     def check(self, work: Work) -> None:
         """Raise the error of whatever cannot be done to the checkpoint, before anything is profiled."""
@@ -92,6 +115,11 @@ class Planner(Protocol):
 
         Raises `BadInputError` where the size depends on the profile.
         """
+
+    def least_bytes(self, work: Work) -> int:
+        """Return bytes that the result will take at least where its size rests on the profile; by default 0."""
+        del work
+        return 0
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
         """Return what the plan does, for the command's result."""

@@ -6,11 +6,25 @@ Errors are texts of one width each, so that the bytes of a file are known before
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast, get_args
 
-from ditmoe_cli.compression.plan import FIGURES, UNDECIDED, CompressionPlan, Experts, Formats
+from ditmoe_cli.compression.plan import (
+    FIGURES,
+    UNDECIDED,
+    BlockPlan,
+    CompressionPlan,
+    Differences,
+    Experts,
+    Formats,
+    PlanStage,
+    RouterMode,
+)
+from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.provenance import Step
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.version import __version__
 
 _WIDTH = 9  # of 1.234e-05
 _RECORDED = ("predicted_error", "tried_error", "gap")  # figures of a plan that its file keeps
@@ -54,14 +68,83 @@ def fixed(values: Iterable[float]) -> list[str]:
     return [f"{0.0 if value < 1e-99 else math.inf if value > 9e99 else value:.3e}".rjust(_WIDTH) for value in values]
 
 
-def planned_step(plan: CompressionPlan, depth: int) -> Step:
-    """Return the step of a plan for a model of `depth` blocks, with zeros in place of what is yet to be measured."""
+def planned_step(plan: CompressionPlan, experts: Sequence[int]) -> Step:
+    """Return the step of a plan for a model with so many experts in each block.
+
+    Zeros stand in place of what is yet to be measured.
+    """
     options = {name: value for name, value in plan.options.items() if name not in (*FIGURES, UNDECIDED)}
     known = {name: fixed([plan.options[name]]) for name in _RECORDED if name in plan.options}
-    open_figures = _to_be_measured(plan, depth).recorded()
+    open_figures = _to_be_measured(plan, len(experts)).recorded()
     return Step(
-        plan.command, plan.source, plan.digest, options, {**known, **open_figures}, plan.edited, plan.calibration
+        plan.command,
+        plan.source,
+        plan.digest,
+        options,
+        {**known, **open_figures},
+        edited=plan.edited,
+        experts=_experts(plan, experts),
+        request=request_of(plan),
+        calibration=plan.calibration,
     )
+
+
+def request_of(plan: CompressionPlan) -> str:
+    """Return the digest of what a plan's result is asked for by: the planner's request, else the plan itself."""
+    if plan.request is not None and not plan.edited:
+        return plan.request
+    return digest({"version": __version__, "plan": plan.digest})
+
+
+def _experts(plan: CompressionPlan, counts: Sequence[int]) -> tuple[str, ...]:
+    """Return what becomes of each block's experts (`Step.experts`); nothing where the plan has no such stage."""
+    stage = next((stage for stage in plan.stages if isinstance(stage, Experts)), Experts())
+    return tuple(_fates(block, count) for block, count in zip(stage.blocks, counts, strict=False))
+
+
+def _fates(block: BlockPlan, count: int) -> str:
+    leads = {**{e: e for e in block.keep}, **dict(block.merged)}
+    return "".join(str(leads.get(e, "-")).rjust(_digits(count)) for e in range(count))
+
+
+def _digits(count: int) -> int:
+    return len(str(count - 1))
+
+
+def recorded_plan(step: Step, source: Checkpoint, target: Checkpoint) -> CompressionPlan:
+    """Return what the history of `target` tells about the plan by which it was made from `source`.
+
+    Formats and widths are those of its weights; how weights were refitted or rounded is left out.
+    """
+    figures = {name: float(step.measured[name][0]) for name in _RECORDED if name in step.measured}
+    stages: list[PlanStage] = []
+    if step.experts:
+        stages.append(Experts(_recorded_blocks(step, source, target), step.options.get("method")))
+    elif "delta" in step.options:
+        stages.append(Differences(step.options["delta"], step.options["delta_ratio"]))
+    else:
+        stages.append(Formats(_recorded_formats(source, target)))
+    return CompressionPlan(step.command, step.source, None, {**step.options, **figures}, tuple(stages))
+
+
+def _recorded_blocks(step: Step, source: Checkpoint, target: Checkpoint) -> tuple[BlockPlan, ...]:
+    asked = str(step.options.get("router"))
+    router = cast(RouterMode, asked if asked in get_args(RouterMode) else "ghost")
+    blocks = []
+    for text, old, new in zip(step.experts, source.config.blocks, target.config.blocks, strict=True):
+        size = _digits(len(old.expert_widths))
+        fates = [text[i : i + size].strip() for i in range(0, len(text), size)]
+        keep = tuple(e for e, fate in enumerate(fates) if fate == str(e))
+        merged = tuple((e, int(fate)) for e, fate in enumerate(fates) if fate not in ("-", str(e)))
+        widths = new.expert_widths if new.expert_widths != tuple(old.expert_widths[e] for e in keep) else ()
+        blocks.append(BlockPlan(keep, router, merged, widths))
+    return tuple(blocks)
+
+
+def _recorded_formats(source: Checkpoint, target: Checkpoint) -> dict[str, str]:
+    """Return the formats of weights that had none before."""
+    plain = {name for name, weight in source.weights.items() if weight.format is None}
+    return {name: str(weight.format) for name, weight in target.weights.items() if weight.format and name in plain}
 
 
 def _to_be_measured(plan: CompressionPlan, depth: int) -> Measured:

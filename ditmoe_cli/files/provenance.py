@@ -34,6 +34,9 @@ class Step:
         options: the options that were given, by name.
         measured: errors that were predicted or measured, by name; those of a refit or of routing are one a block.
         edited: whether the plan was changed after a planner had written it.
+        experts: what became of each block's experts, where some were dropped or merged: a text of fixed width for each
+            expert, ``-`` where it was dropped, else the number of the expert that it stays or that takes its place.
+        request: digest of what was asked for, by which the same request is recognised; None in older files.
         calibration: settings of the calibration that the plan rests on, by which a descendant is profiled alike; None
             where it rests on none.
     """
@@ -44,6 +47,8 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
     edited: bool = False
+    experts: Sequence[str] = ()
+    request: str | None = None
     calibration: Mapping[str, Any] | None = None
 
     def with_measured(self, measured: Mapping[str, Sequence[str]]) -> Step:
@@ -59,15 +64,20 @@ class Step:
             document["measured"] = {name: list(texts) for name, texts in self.measured.items()}
         if self.calibration is not None:
             document["calibration"] = dict(self.calibration)
+        if self.experts:
+            document["experts"] = list(self.experts)
+        if self.request is not None:
+            document["request"] = self.request
         return {**document, "edited": True} if self.edited else document
 
 
 def parse_step(document: Mapping[str, Any]) -> Step:
     """Read a step from JSON. Raises `ValueError` or `TypeError` where it is malformed."""
     step = Step(**document)
-    texts = all(isinstance(text, str) for text in (step.command, step.source, step.plan))
+    texts = all(isinstance(text, str) for text in (step.command, step.source, step.plan, step.request or ""))
     tables = isinstance(step.options, dict) and isinstance(step.calibration, dict | None)
-    if not texts or not tables or type(step.edited) is not bool:
+    experts = isinstance(step.experts, list | tuple) and all(isinstance(block, str) for block in step.experts)
+    if not texts or not tables or not experts or type(step.edited) is not bool:
         raise ValueError(f"step {dict(document)}")
     for errors in step.measured.values():
         if not isinstance(errors, list):

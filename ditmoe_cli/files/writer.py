@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ditmoe_cli.errors import DitmoeError
-from ditmoe_cli.files.header import DTYPE_BYTES, TensorInfo, encode_header
-from ditmoe_cli.files.provenance import Provenance
+from ditmoe_cli.files.header import DTYPE_BYTES, FileHeader, TensorInfo, encode_header, read_safetensors_header
+from ditmoe_cli.files.names import natural_key
+from ditmoe_cli.files.provenance import Provenance, read_provenance
+from ditmoe_cli.files.reader import SafetensorsReader
 from ditmoe_cli.files.staging import staged
 
 FOLDER_STEM = "diffusion_pytorch_model"
@@ -104,6 +106,40 @@ class Output:
             for shard in shards:
                 write_safetensors(staging / shard.name, shard.tensors, content, provenance.to_metadata)
             return sum(child.stat().st_size for child in staging.iterdir())
+
+    def damage(self) -> str | None:
+        """Return how what stands at the path differs from what `write` leaves with these settings, as ``is damaged``.
+
+        None for not at all. Hashes all tensors.
+        """
+        folder = self.path.parent if self.is_file else self.path
+        try:
+            files = [self.path] if self.is_file else sorted(self.path.glob("*.safetensors"))
+            headers = {file.name: read_safetensors_header(file) for file in files}
+            infos = [stored.info for header in headers.values() for stored in header.tensors.values()]
+            shards = self._shards(sorted(infos, key=lambda info: natural_key(info.name)))
+            if {shard.name: set(shard.tensors) for shard in shards} != {
+                name: {stored.info for stored in header.tensors.values()} for name, header in headers.items()
+            }:
+                return "is laid out in other files"
+            provenance = read_provenance(next(iter(headers.values())).metadata, str(self.path))
+            if provenance is None:
+                return "does not tell how it was made"
+            texts = {} if self.is_file else _folder_texts(shards, provenance)
+            changed = (name for name, text in texts.items() if (folder / name).read_bytes() != text)
+            wrong = next(changed, None) or next((t for header in headers.values() for t in _wrong(header)), None)
+        except (DitmoeError, OSError, KeyError, ValueError, StopIteration):
+            return "is damaged"
+        return None if wrong is None else f"is damaged ({wrong!r} is not what was written)"
+
+
+def _wrong(header: FileHeader) -> Iterator[str]:
+    """Yield the tensors whose bytes are not those that their file was written with."""
+    hashes = json.loads(header.metadata["ditmoe"])["tensors"]
+    reader = SafetensorsReader(header.tensors)
+    for name in header.tensors:
+        if hashlib.sha256(reader.raw(name)).hexdigest() != hashes[name]:
+            yield name
 
 
 def _folder_texts(shards: list[Shard], provenance: Provenance) -> dict[str, bytes]:

@@ -118,6 +118,11 @@ class DiTMoEConfig:
         return self.in_channels in (1, 3)
 
     @property
+    def experts(self) -> tuple[int, ...]:
+        """The number of experts of each block."""
+        return tuple(len(block.expert_widths) for block in self.blocks)
+
+    @property
     def num_experts(self) -> int:
         """Routed experts of a block; the largest number where blocks differ."""
         return max(len(block.expert_widths) for block in self.blocks)

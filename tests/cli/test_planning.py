@@ -11,7 +11,7 @@ import pytest
 from compressing import opened, profile_of
 from conftest import make_pico
 
-from ditmoe_cli.cli.planning import choose
+from ditmoe_cli.cli.planning import chosen, foreseen, prepared
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.errors import InfeasibleError, OutputExistsError
@@ -64,23 +64,34 @@ def work(tmp_path: Path) -> Work:
     return Work(opened(make_pico(), tmp_path), Output(tmp_path / "out" / "o.safetensors"), device)
 
 
+def choose(
+    planner: Planner, work: Work, wanted: ProfileRequest, dry_run: bool
+) -> tuple[CompressionPlan, RoutingProfile | None]:
+    """The plan and the profile that it rests on, as commands get them."""
+    work, basis = prepared(planner, work, wanted)
+    if dry_run:
+        return foreseen(planner, work, basis), basis.profile if basis else None
+    with chosen(planner, work, basis, "0" * 64) as choice:
+        return choice.plan, choice.profile
+
+
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_planner_without_need_gets_no_profile(dry_run: bool, work: Work) -> None:
     planner = Scripted(needs_profile=False)
-    plan, profile, _ = choose(planner, work, ProfileRequest(Path("nowhere.safetensors")), dry_run)
+    plan, profile = choose(planner, work, ProfileRequest(Path("nowhere.safetensors")), dry_run)
     assert planner.asked == ["check", "plan"] and plan.profile is None and profile is None
 
 
 def test_a_dry_run_without_a_profile_leaves_the_plan_open(work: Work) -> None:
     planner = Scripted()
-    plan, profile, _ = choose(planner, work, ProfileRequest(beside=work.output.path.parent), dry_run=True)
+    plan, profile = choose(planner, work, ProfileRequest(beside=work.output.path.parent), dry_run=True)
     assert planner.asked == ["check", "undecided"] and not plan.decided and profile is None
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_profile_that_is_given_decides(dry_run: bool, work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     planner, given = Scripted(), profile_of(work.checkpoint)
-    plan, profile, _ = choose(planner, work, ProfileRequest(given.path), dry_run)
+    plan, profile = choose(planner, work, ProfileRequest(given.path), dry_run)
     assert planner.asked == ["check", "plan"] and plan.profile == given.digest
     assert profile is not None and profile.path == given.path
     assert ("warning: mind the gap" in capsys.readouterr().err) is not dry_run

@@ -42,7 +42,7 @@ BLOCKS = (BlockPlan((0,), "ghost"),) * 3
     ],
 )
 def test_the_planned_step_is_as_long_as_the_measured_one(plan: CompressionPlan, measured: Measured) -> None:
-    planned = planned_step(plan, depth=3)
+    planned = planned_step(plan, (2,) * 3)
     done = with_measured(planned, measured)
     assert planned.measured.keys() == done.measured.keys() == measured.recorded().keys()
     for name, texts in done.measured.items():
@@ -55,7 +55,7 @@ def test_figures_of_a_choice_are_no_options() -> None:
     plan = plan_of(
         keep="0.5", solver="cbc", bound=1.0, predicted_error=0.1, tried_error=0.2, gap=math.pi, undecided=True
     )
-    step = planned_step(plan, depth=1)
+    step = planned_step(plan, (2,))
     assert step.options == {"keep": "0.5"}
     assert {name: float(text) for name, (text,) in step.measured.items()} == {
         "predicted_error": 0.1,

@@ -10,10 +10,13 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import usual_profiles
 from ditmoe_cli.cli.options import Destination, DeviceOpt, Source, checked_device
-from ditmoe_cli.cli.planning import Job, preview, write
+from ditmoe_cli.cli.planning import Choice, Job, preview, reuse, write
+from ditmoe_cli.cli.reuse import made_before
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, note
+from ditmoe_cli.compression.output import check_plan
 from ditmoe_cli.compression.plan import CompressionPlan, read_plan
+from ditmoe_cli.compression.recorded import request_of
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import read_profile
@@ -60,9 +63,13 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     if to.dry_run:
         return preview(job, plan, planned.device)
     path = planned.profile or (Path(stage.profile) if stage.profile else profile_of_plan(opened, plan))
+    check_plan(opened, plan)
+    made = made_before(job.output, opened, request_of(plan))
+    if made is not None:
+        return reuse(job, made, path if plan.computes else None, plan)
     profile = read_profile(path) if path and plan.computes else None
     device = checked_device(planned.device)
-    return write(job, plan, profile, lambda: device)
+    return write(job, Choice(plan, profile), lambda: device)
 
 
 def profile_of_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> Path | None:

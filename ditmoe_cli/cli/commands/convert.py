@@ -9,7 +9,8 @@ import typer
 
 from ditmoe_cli.cli.groups import one_of
 from ditmoe_cli.cli.options import Destination, Source
-from ditmoe_cli.cli.planning import Job, preview, write
+from ditmoe_cli.cli.planning import Job, preview, reuse, write
+from ditmoe_cli.cli.reuse import made_before
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, note
 from ditmoe_cli.files.casting import DTYPES
@@ -57,4 +58,7 @@ def run(source: Source, casting: Casting, to: Destination, printing: Printing) -
     stage = source.stage()
     opened = casting.of(open_stage(stage))
     job = Job("convert", stage, opened, to.at(opened.path, "converted"), printing)
-    return preview(job, None) if to.dry_run else write(job, None)
+    if to.dry_run:
+        return preview(job, None)
+    made = made_before(job.output, opened, None)
+    return reuse(job, made) if made is not None else write(job, None)

@@ -13,7 +13,7 @@ from ditmoe_cli.cli.options import Destination, Planning, Size, Source, parse_si
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
-from ditmoe_cli.compression.plan import Rounding
+from ditmoe_cli.compression.plan import MOST_TOKENS, Rounding
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, DEFAULT_GROUP_SIZE, Candidates
@@ -172,6 +172,8 @@ class RoundingOptions:
         nearest = (self.rounding or ("nearest" if uniform else "gptq")) == "nearest"
         if self.tokens < 0 or (self.tokens and nearest):
             raise UsageError(f"--tokens {self.tokens}: give at least 1, and --rounding gptq")
+        if self.tokens > MOST_TOKENS:
+            raise UsageError(f"--tokens {self.tokens}: give at most {MOST_TOKENS}, since all are in memory at once")
         if not 0 <= self.smooth <= 1 or (self.smooth and nearest):
             raise UsageError(f"--smooth {self.smooth:g}: give 0 to 1, and --rounding gptq")
         return None if nearest else Rounding("gptq", self.tokens, self.smooth)

@@ -76,7 +76,7 @@ class FileSizes:
     def __init__(self, checkpoint: Checkpoint, output: Output, step: Step | None = None) -> None:
         self._checkpoint, self._output = checkpoint, output
         base = checkpoint.provenance()
-        history = (*base.history, step or Step("quantize", checkpoint.fingerprint, _NO_DIGEST))
+        history = (*base.history, step or Step("quantize", checkpoint.fingerprint, _NO_DIGEST, request=_NO_DIGEST))
         self._provenance = Provenance(checkpoint.config.to_json(), history, base.card)
 
     def of(self, formats: Mapping[str, str]) -> int:

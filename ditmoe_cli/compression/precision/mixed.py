@@ -41,6 +41,7 @@ class MixedPrecision(Planner):
     rounding: Rounding | None = None
     command: ClassVar[str] = "quantize"
     needs_profile: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
 
     @property
     def label(self) -> str:
@@ -94,6 +95,10 @@ class MixedPrecision(Planner):
         given = {"method": self.method, **self.budget.options(), **self.candidates.options()}
         return {**given, **rounding_options(self.rounding)}
 
+    def least_bytes(self, work: Work) -> int:
+        """Return the size of the file in the narrowest formats allowed."""
+        return least_bytes(self._request(work))
+
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""
         raise BadInputError(f"{checkpoint.path}: which mix is best rests on measured errors; give a ⟨profile⟩")
@@ -105,7 +110,7 @@ class MixedPrecision(Planner):
         return {**format_counts(plan), **{name: plan.options[name] for name in names if name in plan.options}}
 
     def _request(self, work: Work) -> MixRequest:
-        step = planned_step(self._sized(work), work.checkpoint.config.depth)
+        step = planned_step(self._sized(work), work.checkpoint.config.experts)
         return mix_request(work, self.candidates, self.budget, step)
 
     def _held(self, work: Work, request: MixRequest) -> MixRequest:

@@ -101,6 +101,11 @@ class Pruning(Planner):
         )
 
     @property
+    def measures(self) -> bool:
+        """Whether the plan takes long; see `Planner.measures`."""
+        return self.replays
+
+    @property
     def computes(self) -> bool:
         """Whether weights are computed, not only copied."""
         return self.repair is not None or self.constants or self.neurons < 1.0

@@ -49,14 +49,14 @@ def test_sizes_are_those_of_the_file(fmt: str | None, output: Output, checkpoint
 def test_sizes_of_a_file_with_a_history(checkpoint: Checkpoint, tmp_path: Path) -> None:
     child = pruned(checkpoint, [(0, 1, 2)] * 2, "ghost", tmp_path / "pruned.safetensors")
     plan = plan_uniform(child, "int4-g64")
-    sizes = FileSizes(child, WHERE, planned_step(plan, child.config.depth))
+    sizes = FileSizes(child, WHERE, planned_step(plan, child.config.experts))
     assert sizes.of(formats_of(plan)) == planned_output(child, plan).predicted_bytes(WHERE)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_a_budget_in_bits_is_the_uniform_files_size(bits: int, checkpoint: Checkpoint) -> None:
     plan = plan_uniform(checkpoint, f"int{bits}-g64")
-    sizes = FileSizes(checkpoint, WHERE, planned_step(plan, checkpoint.config.depth))
+    sizes = FileSizes(checkpoint, WHERE, planned_step(plan, checkpoint.config.experts))
     assert Budget(bits=bits).limit(sizes, Candidates()) == bytes_of(checkpoint, plan)
 
 

@@ -1,0 +1,195 @@
+"""Stages that are run twice: what is up to date is reused, and anything else that exists is refused with its reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import Outcome, contents, here, piped, series
+from conftest import make_pico
+
+FEW = ("--refit-tokens", 64)
+PROFILED = ("--profile", "p.safetensors")
+STAGES: dict[str, tuple[object, ...]] = {
+    "prune": ("prune", "a.safetensors", "--keep", 2, *FEW, *PROFILED),
+    "prune, narrowed": ("prune", "a.safetensors", "--neurons", 0.5, "--multiple", 8, *FEW, *PROFILED),
+    "prune by replay": ("prune", "a.safetensors", "--keep", 2, "--router", "auto", *FEW, *PROFILED),
+    "prune at random": ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit"),
+    "merge": ("merge", "a.safetensors", "--groups", 2, *FEW, *PROFILED),
+    "merge --delta": ("merge", "a.safetensors", "--delta", "svd", *PROFILED),
+    "quantize": ("quantize", "a.safetensors", "--bits", 4, "--tokens", 512, *PROFILED),
+    "quantize --uniform": ("quantize", "a.safetensors", "--uniform", "--bits", 4),
+    "convert": ("convert", "a.safetensors"),
+}
+MEASURED = ("refit_error", "prediction_error", "top_k_agreement", "predicted_error", "tried_error", "gap")
+UNKNOWN = ("seconds", "solver", "bound")  # what only the run that made the output knows
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reuse")
+    make_pico(sampler="rf", in_channels=1, hidden=64).save(folder / "a.safetensors")
+    words = ("profile-experts", "a.safetensors", "--images", 4, "--steps", 2, "--bins", 2, "-o", "p.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+def same_results(again: Outcome, first: Outcome) -> None:
+    """The envelope and result of the run that made the output; errors as its history holds them, in four digits."""
+    one, two = dict(first.envelope), dict(again.envelope)
+    before, after = one.pop("result"), two.pop("result")
+    assert after.pop("up_to_date") is True
+    for name in MEASURED:
+        assert (name in after) == (name in before)
+        if name in after:
+            assert after.pop(name) == pytest.approx(before.pop(name), rel=1e-3)
+    assert after == {name: value for name, value in before.items() if name not in UNKNOWN}
+    figures = {*MEASURED, *UNKNOWN}
+    for envelope in (one, two):
+        last = envelope["history"][-1]
+        last["options"] = {name: value for name, value in last["options"].items() if name not in figures}
+    assert two == one
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_run_again_is_up_to_date(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*STAGES[name], "-o", "x.safetensors")
+    first = here(*words, cwd=folder)
+    before = contents(folder)
+    monkeypatch.setattr("ditmoe_cli.cli.planning.apply", lambda *_: pytest.fail("carried out again"))
+    again = here(*words, cwd=folder)
+    same_results(again, first)
+    assert f"ditmoe: {folder / 'x.safetensors'} is up to date" in again.notes
+    assert contents(folder) == before
+    quiet = here(*words, "-q", cwd=folder)
+    assert quiet.out.strip() == str(folder / "x.safetensors")
+
+
+def test_a_plan_that_is_applied_again_is_up_to_date(folder: Path) -> None:
+    (folder / "plan.json").write_text(here(*STAGES["prune"], "--dry-run", cwd=folder).out)
+    apply = ("apply", "a.safetensors", "--plan", "plan.json", *PROFILED, "-o", "x.safetensors")
+    first = here(*apply, cwd=folder)
+    again = here(*apply, cwd=folder)
+    assert "is up to date" in again.err and again.result["plan_digest"] == first.result["plan_digest"]
+    planned = here(*STAGES["prune"], "-o", "x.safetensors", cwd=folder)
+    assert "is up to date" in planned.err, "the plan's result is that of the command that planned it"
+
+
+def test_an_edited_plan_makes_no_result_of_the_planner(folder: Path) -> None:
+    document = here(*STAGES["prune at random"], "--dry-run", cwd=folder).result["plan"]
+    document["blocks"][0]["keep"] = [0, 3] if document["blocks"][0]["keep"] != [0, 3] else [0, 2]
+    (folder / "plan.json").write_text(json.dumps(document))
+    apply = ("apply", "a.safetensors", "--plan", "plan.json", "-o", "x.safetensors")
+    assert here(*apply, cwd=folder).code == 0
+    assert "is up to date" in here(*apply, cwd=folder).err
+    assert "another request" in here(*STAGES["prune at random"], "-o", "x.safetensors", cwd=folder).error(5)
+
+
+@pytest.mark.parametrize("name", ["prune at random", "quantize --uniform", "convert"])
+def test_a_folder_is_up_to_date_in_the_same_layout_only(name: str, folder: Path) -> None:
+    words = (*STAGES[name], "-o", "out", "--max-shard-size", "50KB")
+    first = here(*words, cwd=folder)
+    same_results(here(*words, cwd=folder), first)
+    message = here(*STAGES[name], "-o", "out", "--max-shard-size", "70KB", cwd=folder).error(5)
+    assert "is laid out in other files" in message
+
+
+def test_force_does_the_work_anew(folder: Path) -> None:
+    words = (*STAGES["prune"], "-o", "x.safetensors")
+    first = here(*words, cwd=folder)
+    before = (folder / "x.safetensors").stat().st_ino
+    again = here(*words, "--force", cwd=folder)
+    assert "up to date" not in again.err and again.result["refit_error"] == first.result["refit_error"]
+    assert (folder / "x.safetensors").stat().st_ino != before
+
+
+OTHERS: dict[str, tuple[tuple[object, ...], str]] = {
+    "another ratio": (("prune", "a.safetensors", "--keep", 3, *FEW, *PROFILED), "prune --keep 2 --method reap"),
+    "another method": (("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit"), "--method reap"),
+    "another command": (("merge", "a.safetensors", "--groups", 2, *FEW, *PROFILED), "another request: prune"),
+    "another profile": (("prune", "a.safetensors", "--keep", 2, *FEW, "--profile", "q.safetensors"), "request: prune"),
+    "another input": (("prune", "b.safetensors", "--keep", 2, "--method", "random"), "made from another input"),
+    "a copy": (("convert", "a.safetensors"), "is no copy of this input"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_was_made_by_another_request_is_refused_with_it(name: str, folder: Path) -> None:
+    make_pico(sampler="rf", in_channels=1, seed=1).save(folder / "b.safetensors")
+    words = ("profile-experts", "a.safetensors", "--images", 4, "--steps", 4, "--bins", 2, "-o", "q.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    assert here(*STAGES["prune"], "-o", "x.safetensors", cwd=folder).code == 0
+    before = contents(folder)
+    other, said = OTHERS[name]
+    message = (
+        here(*other, "--no-refit", "-o", "x.safetensors", cwd=folder).error(5)
+        if name == "another input"
+        else (here(*other, "-o", "x.safetensors", cwd=folder).error(5))
+    )
+    assert said in message and "--force" in message
+    assert contents(folder) == before
+
+
+def test_another_version_is_another_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*STAGES["prune at random"], "-o", "x.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    monkeypatch.setattr("ditmoe_cli.compression.planner.__version__", "another")
+    assert "another request" in here(*words, cwd=folder).error(5)
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def other(data: bytes) -> bytes:
+    return b"mine" + data
+
+
+@pytest.mark.parametrize("damage", [cut, flip, other])
+@pytest.mark.parametrize("name", ["prune at random", "convert"])
+def test_a_damaged_output_is_not_up_to_date(name: str, damage: Any, folder: Path) -> None:
+    words = (*STAGES[name], "-o", "x.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    file = folder / "x.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    before = contents(folder)
+    assert "exists already" in here(*words, cwd=folder).error(5)
+    assert contents(folder) == before
+
+
+def test_it_takes_neither_torch_nor_the_device(folder: Path) -> None:
+    words = {name: (*STAGES[name], "-o", f"{name}.safetensors") for name in ("prune", "quantize", "merge", "convert")}
+    for each in words.values():
+        assert here(*each, cwd=folder).code == 0
+    for outcome, heavy in series(list(words.values()), folder):
+        assert "is up to date" in outcome.err and outcome.code == 0
+        assert not {"torch", "numpy"} & set(heavy)
+
+
+def test_a_pipeline_that_is_run_again_repeats_only_what_failed(folder: Path) -> None:
+    line = (
+        "ditmoe profile-experts a.safetensors --images 4 --steps 2 --bins 2 | "
+        "ditmoe prune --keep 2 --refit-tokens 64 | ditmoe quantize --bits 4 --tokens 512 | ditmoe inspect"
+    )
+    first = piped(line, folder)
+    assert first.code == 0, first.err
+    (quantised,) = folder.glob("*quantize*.safetensors")
+    whole = quantised.read_bytes()
+    again = piped(line, folder)
+    assert again.err.count("is up to date") == 3 and again.result == first.result
+    quantised.unlink()
+    repaired = piped(line, folder)
+    assert repaired.err.count("is up to date") == 2
+    assert quantised.read_bytes() == whole
