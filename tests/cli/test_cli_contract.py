@@ -435,7 +435,7 @@ def test_paths_are_never_wrapped(folder: Path) -> None:
     assert code == 0
     assert str(target) in text
     assert "\033[1m" not in text and "\033[3" not in text, "a bar may move the cursor, but without colour"
-    code, text = terminal(*words, cwd=folder, columns=40)
+    code, text = terminal("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", target, cwd=folder, columns=40)
     assert code == 5
     assert f"ditmoe: error: {target}: exists already" in text
 
