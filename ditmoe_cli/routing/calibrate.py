@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,17 @@ def calibrate(
                 experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
                 write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
             share.wait()
+        if share.first:
+            _discard_ranks(path)
     return read_profile(path) if share.first else None
+
+
+def _discard_ranks(path: Path) -> None:
+    """Delete what processes of earlier runs kept beside a profile that is whole; those at work delete their own."""
+    from ditmoe_cli.files.workfolder import discard_work
+
+    for left in sorted(path.absolute().parent.glob(f".{glob.escape(path.name)}.rank*.work")):
+        discard_work(left.with_name(left.name.removeprefix(".").removesuffix(".work")))
 
 
 def _own_target(path: Path, share: Share) -> Path:

@@ -15,7 +15,7 @@ from keeping import Interrupted, keeping_all, results_after_interrupts
 from profiling import opened
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.files.workfolder import WorkFolder
+from ditmoe_cli.files.workfolder import WorkFolder, open_work
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
@@ -168,3 +168,13 @@ def test_a_full_disk_leaves_what_was_kept_before(
     calibrate(ddpm, SETTINGS, Run("cpu"), target)
     calibrate(ddpm, SETTINGS, Run("cpu"), tmp_path / "anew.safetensors")
     assert target.read_bytes() == (tmp_path / "anew.safetensors").read_bytes()
+
+
+def test_what_processes_of_an_earlier_run_kept_is_deleted_with_the_profile(ddpm: Checkpoint, tmp_path: Path) -> None:
+    target = tmp_path / "p.safetensors"
+    with pytest.raises(Interrupted), open_work(tmp_path / "p.safetensors.rank1", "key", print) as work:
+        work.write("sums", {})
+        raise Interrupted
+    assert (tmp_path / ".p.safetensors.rank1.work").is_dir()
+    calibrate(ddpm, SETTINGS, ON_CPU, target)
+    assert list(tmp_path.iterdir()) == [target]
