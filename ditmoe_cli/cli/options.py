@@ -164,7 +164,7 @@ class Destination:
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and the exact bytes of the output; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and the exact bytes of the output, and write none.")
     ] = False
     max_shard_size: Annotated[
         Size,

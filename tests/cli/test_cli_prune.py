@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Outcome, bytes_of, contents, environment, here, piped, tensor_shapes
+from cli_helpers import Outcome, bytes_of, contents, environment, here, outputs, piped, tensor_shapes
 from conftest import heed_interrupts, make_pico
 
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
@@ -38,9 +38,9 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 def carried_out(words: tuple[object, ...], folder: Path) -> Outcome:
     """A command that writes what its dry run said, to the byte, and a model that samples."""
-    before = contents(folder)
+    before = outputs(folder)
     predicted = here(*words, "--dry-run", cwd=folder)
-    assert contents(folder) == before
+    assert outputs(folder) == before
     written = here(*words, cwd=folder)
     assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
     sampled = here("sample", written.path, "--images", 2, "--steps", 2, "-o", "s.safetensors", cwd=folder)

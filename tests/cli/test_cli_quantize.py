@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import Outcome, bytes_of, contents, here, outside, piped, series, tensor_shapes
+from cli_helpers import Outcome, bytes_of, contents, here, outputs, outside, piped, series, tensor_shapes
 from compressing import measure_few_tokens
 from conftest import make_pico
 
@@ -57,9 +57,9 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def carried_out(words: tuple[object, ...], folder: Path) -> tuple[Outcome, dict[str, Any]]:
     """A command that writes what its dry run said, to the byte, and a model that samples; and the plan."""
-    before = contents(folder)
+    before = outputs(folder)
     predicted = here(*words, "--dry-run", cwd=folder)
-    assert contents(folder) == before
+    assert outputs(folder) == before
     written = here(*words, cwd=folder)
     assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
     plan: dict[str, Any] = predicted.result["plan"]

@@ -240,6 +240,11 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def outputs(folder: Path) -> dict[str, str]:
+    """`contents` without the measurements that are kept beside profiles, by dry runs too."""
+    return {name: digest for name, digest in contents(folder).items() if not name.endswith(".measured.json")}
+
+
 def bytes_of(path: Path) -> int:
     """The bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
