@@ -63,12 +63,12 @@ def test_the_pipeline_on_the_demo(tmp_path: Path) -> None:
     assert conditions["subject"]["sampling"]["steps"] == 4
     assert conditions["reference"]["path"].endswith("digits.safetensors")
     names = sorted(file.name for file in tmp_path.iterdir())
-    pruned = "digits.prune-keep0.5"
+    pruned = "digits.prune-keep0.5-tokens256"
     ancestor, measured, anew, *rest = names
     assert ancestor == "digits.profile.safetensors"
     assert anew.startswith(f"{pruned}.") and anew.endswith(".profile.safetensors"), "a profile of what was pruned"
     assert measured == anew.replace(".safetensors", ".measured.json"), "errors of formats, for other budgets"
-    assert rest == [f"{pruned}.quantize-bits4.safetensors", f"{pruned}.safetensors"]
+    assert rest == [f"{pruned}.quantize-bits4-tokens256.safetensors", f"{pruned}.safetensors"]
 
 
 def test_overrides_reach_every_later_stage(tmp_path: Path) -> None:

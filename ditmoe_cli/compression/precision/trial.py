@@ -48,7 +48,6 @@ def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequ
     name = digest(dict(formats))
     before = kept.part("trials").get(name)
     if before is not None:
-        kept.note(f"using the trial of this plan kept in {kept.path}")
         return Trial(before["error"], tuple(before["amplification"]))
     with kept.working({"trial": name}) as work:
         trial = _tried(calibrated, formats, orders, work)
