@@ -108,7 +108,7 @@ def made_before(checkpoint: Checkpoint, settings: Calibration, path: Path) -> Ro
     None where there is none, or where another kind of file is in the way. Raises `OutputExistsError` for a profile of
     another checkpoint or of other settings.
     """
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return None
     try:
         profile = read_profile(path)
