@@ -18,11 +18,11 @@ from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors, plan_of
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
-from ditmoe_cli.compression.apply import apply, applying_key
+from ditmoe_cli.compression.apply import applying_key, carry_out
 from ditmoe_cli.compression.estimates import carrying_out, profiling_estimate
 from ditmoe_cli.compression.kept_plan import keep_plan, kept_plan
 from ditmoe_cli.compression.methods import METHODS
-from ditmoe_cli.compression.output import needed_bytes, planned_output
+from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work, request_digest
 from ditmoe_cli.errors import BadInputError
@@ -193,11 +193,11 @@ def write(
     plan, profile = (choice.plan, choice.profile) if choice else (None, None)
     place = device() if plan is not None and plan.computes else "cpu"
     check_target(job.output.path, job.output.force, [job.checkpoint.path])
-    check_space(job.output.path, needed_bytes(job.checkpoint, plan, job.output))
-    size = planned_output(job.checkpoint, plan).predicted_bytes(job.output)
-    foretell(carrying_out(job.checkpoint, plan, size), lambda: place)
+    planned = planned_output(job.checkpoint, plan)
+    check_space(job.output.path, planned.needed_bytes(job.output))
+    foretell(carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output)), lambda: place)
     with _work_folder(job, choice, place) as work:
-        applied = apply(job.checkpoint, plan, job.output, profile, place, work)
+        applied = carry_out(job.checkpoint, planned, job.output, profile, place, work)
     sizes, known = _sizes(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
     measured, seconds = applied.measured.to_json(), round(time.monotonic() - job.started, 1)

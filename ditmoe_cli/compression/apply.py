@@ -40,27 +40,42 @@ def apply(
     output: Output,
     profile: RoutingProfile | None = None,
     device: str = "cpu",
-    work: WorkFolder | None = None,
 ) -> Applied:
     """Write the result of applying `plan` to `checkpoint`; without a plan, a copy in safetensors.
 
+    Raises what `planned_output` and `carry_out` raise.
+    """
+    return carry_out(checkpoint, planned_output(checkpoint, plan), output, profile, device)
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    planned: PlannedOutput,
+    output: Output,
+    profile: RoutingProfile | None = None,
+    device: str = "cpu",
+    work: WorkFolder | None = None,
+) -> Applied:
+    """Write an output of `checkpoint` as it is laid out.
+
     One weight is in memory at a time; where weights are computed, the weights of one block and the calibration tokens,
     on `device`. A plan that computes weights needs the `profile` that it was made with, and keeps each block in `work`,
-    by default the work folder of this plan and profile. Raises what `planned_output` raises, `BadInputError` for NaN or
-    infinite weights and for a missing or different profile, and `OutputExistsError`.
+    by default the work folder of this plan and profile. Raises `BadInputError` for an undecided plan, NaN or infinite
+    weights and a missing or different profile, and `OutputExistsError`.
     """
-    if plan is not None and not plan.decided:
+    plan = planned.plan
+    if plan is None:
+        return Applied(_write(checkpoint, planned, output), Measured())
+    if not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
-    planned = planned_output(checkpoint, plan)
-    if plan is not None:
-        check_values(checkpoint, plan)
-    if plan is None or not plan.computes:
+    check_values(checkpoint, plan)
+    if not plan.computes:
         return Applied(_write(checkpoint, planned, output), Measured())
     check_target(output.path, output.force, [checkpoint.path])
     profile = _profile_of(plan, profile)
     if work is None:
         with open_work(output.path, applying_key(plan, profile, device), lambda _: None) as own:
-            return apply(checkpoint, plan, output, profile, device, own)
+            return carry_out(checkpoint, planned, output, profile, device, own)
     computing = Computing(checkpoint, profile, device, work, work.loop("block", checkpoint.config.depth))
     (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
     measured = _compute(computing, stage)

@@ -76,8 +76,16 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedOutput:
-    """Everything about an output but its bytes."""
+    """Everything about an output but its bytes.
 
+    Attributes:
+        plan: the plan whose result it is; None for a plain copy.
+        tensors: its tensors, in order.
+        config: its configuration.
+        provenance: its metadata.
+    """
+
+    plan: CompressionPlan | None
     tensors: tuple[PlannedTensor, ...]
     config: DiTMoEConfig
     provenance: Provenance
@@ -90,6 +98,11 @@ class PlannedOutput:
     def predicted_bytes(self, output: Output) -> int:
         """Return the exact bytes that the output will take on disk."""
         return output.predicted_bytes(self.infos, self.provenance)
+
+    def needed_bytes(self, output: Output) -> int:
+        """Return the bytes that the output takes on disk while it is made: its own, and those of computed weights."""
+        computed = sum(tensor.info.nbytes for tensor in self.tensors if isinstance(tensor.content, Computed))
+        return self.predicted_bytes(output) + computed
 
     def measured(self, measured: Measured) -> PlannedOutput:
         """Return the output with errors that were measured in the last step of its history; its bytes are as many."""
@@ -107,7 +120,7 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     base = checkpoint.provenance()
     if plan is None:
         copies = (PlannedTensor(info, Copied(info.name)) for info in checkpoint.header.tensors.values())
-        return PlannedOutput(tuple(copies), checkpoint.config, base)
+        return PlannedOutput(None, tuple(copies), checkpoint.config, base)
     check_plan(checkpoint, plan)
     draft = Draft([Kept(weight) for weight in checkpoint.weights.values()], [], checkpoint.config.blocks)
     for stage in plan.stages:
@@ -123,17 +136,11 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     config = replace(checkpoint.config, blocks=draft.blocks)
     history = (*base.history, planned_step(plan, checkpoint.config.experts))
     return PlannedOutput(
+        plan=plan,
         tensors=tuple(sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))),
         config=config,
         provenance=Provenance(config.to_json(), history, base.card),
     )
-
-
-def needed_bytes(checkpoint: Checkpoint, plan: CompressionPlan | None, output: Output) -> int:
-    """Return the bytes that an output takes on disk while it is made: its own, and those of computed weights."""
-    planned = planned_output(checkpoint, plan)
-    computed = sum(tensor.info.nbytes for tensor in planned.tensors if isinstance(tensor.content, Computed))
-    return planned.predicted_bytes(output) + computed
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def test_dry_runs_tell_the_plan_and_its_bytes(
     monkeypatch.setattr(output, "check_plan", counted)
     code, result, _ = quantize(*words)
     assert code == 0 and len(layouts) == 1
-    target = tmp_path / f"original.quantize-bits3.5{f'-{name}' if method else ''}.safetensors"
+    named = "-".join(["", *method[1:], "allow2,3,4,6", "nearest" if rounding == ("nearest",) else "tokens256"])
+    target = tmp_path / f"original.quantize-bits3.5{named}.safetensors"
     assert list(tmp_path.iterdir()) == [target]
     assert result["bytes"] == target.stat().st_size == planned["bytes"]
     assert result["plan_digest"] == parse_plan(planned["plan"], "plan").digest
