@@ -2,9 +2,9 @@
 
     python examples/benchmarks/busy_machine.py --busy 2 --runs 10
 
-Runs each command on the demo checkpoint, on little data, beside processes that never rest. Prints a Markdown table in
-wall seconds: the median with one thread, median and worst with the default, and the worst over the median with one thread.
-Runs alternate, so that both meet the same load.
+Runs each command on the demo checkpoint, on little data, beside processes that never rest; runs with one thread and with
+the default alternate. Prints a Markdown table of wall seconds: the median with one thread, median and worst with the
+default, and the worst over the median with one thread.
 """
 
 from __future__ import annotations
