@@ -453,7 +453,8 @@ REFERENCES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "one image": ("x.npz", lambda path: _images(path, np.zeros((1, 8, 8, 1), np.uint8)), "at least 2"),
     "colour images": ("x.npz", lambda path: _images(path, np.zeros((4, 8, 8, 3), np.uint8)), "8 x 8 x 3"),
     "PNG of two sizes": ("x", _pngs(8, 9), "1.png"),
-    "JPEG": ("x", _pngs(8, 8, suffix=".jpg"), "0.jpg"),
+    "TIFF": ("x", _pngs(8, 8, suffix=".tiff"), "TIFF is not read"),
+    "JPEG of two sizes": ("x", _pngs(8, 9, suffix=".jpg"), "1.jpg"),
     "a broken PNG": ("x", _broken_png, "1.png"),
     "a single PNG": ("x.png", lambda path: Image.new("L", (8, 8)).save(path), "folder"),
     "broken statistics": (
