@@ -74,7 +74,7 @@ def test_the_pipeline_on_the_demo(tmp_path: Path) -> None:
 def test_overrides_reach_every_later_stage(tmp_path: Path) -> None:
     """A pickle that tells neither heads nor top-k; fid opens it again as the original."""
     make_pico(sampler="rf", in_channels=1).save_pt(tmp_path / "m.pt")
-    assert "--heads" in here("inspect", "m.pt", cwd=tmp_path).error(3)
+    assert "--heads" in here("profile-experts", "m.pt", *PROFILING, cwd=tmp_path).error(3)
     outcome = here("profile-experts", "m.pt", "--heads", 4, "--top-k", 1, *PROFILING, cwd=tmp_path)
     for words in (
         ("prune", "--keep", 1),

@@ -78,7 +78,7 @@ def test_calibration_data_and_weights_are_inputs_too(folder: Path) -> None:
     assert (folder / "s.safetensors").read_bytes() == before
 
 
-def test_calibrating_on_data_is_recorded(folder: Path) -> None:
+def test_calibrating_on_data_is_recorded_and_repeated(folder: Path) -> None:
     words = ("profile-experts", "a.safetensors", "--data", "s.safetensors", *SETTINGS, "--bins", 2)
     outcome = here(*words, cwd=folder)
     assert outcome.code == 0
@@ -86,7 +86,10 @@ def test_calibrating_on_data_is_recorded(folder: Path) -> None:
     refused(here(*words, "--classes", "0,1", "--force", cwd=folder), 2, "--classes")
     pruned = here("prune", "--keep", "2", cwd=folder, stdin=outcome.out)
     assert pruned.code == 0, pruned.err
-    refused(here("prune", "--keep", "2", "-o", "again.safetensors", cwd=folder, stdin=pruned.out), 3, "--data")
+    words = ("prune", "a.prune-keep2.safetensors", "--keep", "2", "-o", "again.safetensors")
+    refused(here(*words, cwd=folder), 3, "--calibration-data", outcome.result["calibration"]["data"][:12])
+    again = here("prune", "--keep", "2", "-o", "again.safetensors", cwd=folder, stdin=pruned.out)  # which names them
+    assert again.code == 0 and "as the profile of its ancestor" in again.err and "noised from data" in again.err
 
 
 def test_each_image_is_stored_with_the_seed_of_its_noise(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_another_timing(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     assert measured_rate("cpu", itertools.count().__next__).measured
     assert not known_rate("cpu").measured
 

@@ -43,7 +43,7 @@ def chosen(method: Method, asked: Given, request: MixRequest) -> Mix:
 
 def uneven_pico() -> Pico:
     """Blocks of different numbers of experts, of different widths, one too narrow for any format."""
-    return make_pico(hidden=32, input_size=4, widths=((64, 32, 64, 96, 16), (64,) * 3))
+    return make_pico(hidden=32, input_size=4, widths=((64, 32, 64, 96, 4), (64,) * 3))
 
 
 def profiled(pico: Pico, folder: Path, **settings: Any) -> Given:

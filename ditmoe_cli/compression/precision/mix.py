@@ -64,19 +64,27 @@ class SolvedMix(Mix):
         }
 
 
-def least_bytes(request: MixRequest) -> int:
-    """Return the bytes of the file with the narrowest formats.
+def narrowest_bytes(request: MixRequest) -> int:
+    """Return the bytes of the file with the narrowest formats, whatever the limit.
 
-    Raises `InfeasibleError` where they exceed the limit, and `UsageError` where no format suits all weights of a tie.
+    Raises `UsageError` where no format suits all weights of a tie.
     """
     no_errors = {name: dict.fromkeys(filter(None, fmts), 0.0) for name, fmts in request.formats.items()}
     groups = decisions(request, no_errors)
-    least = request.size(_formats(request, groups, _narrowest(groups)))
+    return request.size(_formats(request, groups, _narrowest(groups)))
+
+
+def least_bytes(request: MixRequest) -> int:
+    """Return the bytes of the file with the narrowest formats. Raises `InfeasibleError` where they exceed the limit."""
+    least = narrowest_bytes(request)
     if least > request.limit:
-        raise InfeasibleError(
-            f"the budget is {request.limit:,} bytes, and the narrowest formats take {least:,}; give more"
-        )
+        raise too_small(request.limit, least)
     return least
+
+
+def too_small(limit: int, least: int) -> InfeasibleError:
+    """Return the error of a budget below the `least` bytes that do."""
+    return InfeasibleError(f"the budget is {limit:,} bytes, and the narrowest formats take {least:,}; give more")
 
 
 def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:

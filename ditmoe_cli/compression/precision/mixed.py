@@ -13,7 +13,7 @@ from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
 from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import Candidates, format_counts, left_alone, rounding_options
-from ditmoe_cli.compression.precision.mix import Mix, least_bytes
+from ditmoe_cli.compression.precision.mix import Mix, narrowest_bytes, too_small
 from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
 from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import BadInputError
@@ -64,7 +64,7 @@ class MixedPrecision(Planner):
 
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a budget below the narrowest formats."""
-        least_bytes(self._request(work))
+        self.least_bytes(work)
 
     def estimates(self, work: Work, cfg: float) -> list[Estimate]:
         """Return what measuring the errors of formats takes, for the method that does so."""
@@ -96,8 +96,21 @@ class MixedPrecision(Planner):
         return {**given, **rounding_options(self.rounding)}
 
     def least_bytes(self, work: Work) -> int:
-        """Return the size of the file in the narrowest formats allowed."""
-        return least_bytes(self._request(work))
+        """Return the size of the file in the narrowest formats allowed.
+
+        Raises `InfeasibleError` where it exceeds the budget, with a size that does: the file's history holds the size
+        that is asked for, so a larger number may take more bytes itself.
+        """
+        request = self._request(work)
+        least = narrowest_bytes(request)
+        if least <= request.limit:
+            return least
+        while self.budget.size is not None:
+            larger = narrowest_bytes(replace(self, budget=Budget(size=least))._request(work))
+            if larger <= least:
+                break
+            least = larger
+        raise too_small(request.limit, least)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""

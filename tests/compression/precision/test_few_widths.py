@@ -84,6 +84,6 @@ def test_a_weight_takes_the_next_width_that_it_may(uneven: Given) -> None:
     request = request_for(uneven, allowed=("2", "4", "16"), floors={"experts": 3})
     wide, narrow = (in_expert(0, e, "down_proj.weight") for e in (0, 4))
     assert [request.format_at(wide, width) for width in ("2", "3", "4", "5", "16")] == ["int4-g64"] * 3 + [None] * 2
-    assert request.format_at(narrow, "2") is None, "16 columns suit no format"
+    assert request.format_at(narrow, "2") is None, "4 columns suit no format"
     assert request_for(uneven, allowed=("2", "4")).format_at(wide, "8") == "int4-g64"
     assert request.formats_at([wide, narrow], "2") == {wide: "int4-g64"}

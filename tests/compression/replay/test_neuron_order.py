@@ -348,7 +348,7 @@ def test_plans_that_reorder_need_their_profile(asked: Given, tmp_path: Path) -> 
         ("gate", "rows:int4-g64*32+int4-g64*65"),
         ("gate", "columns:int4-g64*32+int4-g64*64"),
         ("down", "rows:int4-g64*16+int4-g64*16"),
-        ("down", "columns:int4-g64*16+int4-g64*80"),
+        ("down", "columns:int4-g64*4+int4-g64*92"),
     ],
 )
 def test_pieces_that_do_not_fit_are_refused_by_weight(name: str, fmt: str, asked: Given) -> None:

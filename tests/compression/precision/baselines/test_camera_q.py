@@ -204,9 +204,8 @@ def test_all_blocks_give_the_same_share_of_their_best_neurons_more(asked: Given)
 def test_too_few_neurons_are_not_cut(asked: Given) -> None:
     formats = dict(chosen(asked, within(asked, 3)).formats)
     for expert in (1, 2):  # 40 and 16 neurons
-        gate, up = (formats[in_expert(1, expert, f"{m}_proj.weight")] for m in ("gate", "up"))
-        assert gate == up and parse_pieces(gate) is None
-    assert in_expert(1, 2, "down_proj.weight") not in formats, "16 columns suit no format"
+        gate, up, down = (formats[in_expert(1, expert, f"{m}.weight")] for m in MATRICES)
+        assert gate == up and parse_pieces(gate) is None and parse_pieces(down) is None
     assert any(parse_pieces(fmt) for fmt in formats.values())
 
 
