@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -37,10 +37,12 @@ class Phase:
         total: how many units there are; 0 where nobody knows.
         unit: what is counted, in the plural.
         start: how many of them an earlier run had done.
-        share: for a part: how much of one unit of the phase around it is this part, 0 (unknown) to 1.
+        share: for a part: how much of one unit of the phase around it is this part, 0 (unknown) to 1; above 1 it is
+            several units, such as the images of a batch.
         done: how many are done, `start` included.
         inner: the part under way.
-        behind: the shares of the parts of the current unit that are behind.
+        outer: the phase that this is a part of.
+        behind: the shares of the parts of the current unit that are behind, at most 1 or one part's share.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Phase:
     done: int = 0
     inner: Phase | None = None
     behind: float = 0.0
+    outer: Phase | None = field(default=None, repr=False)
 
     def __call__(self, done: int) -> None:
         """Count `done` more units as done."""
@@ -63,8 +66,16 @@ class Phase:
         if not self.total:
             return 0.0
         inner = self.inner
-        within = self.behind + (inner.share * inner.fraction if inner else 0.0)
-        return min(1.0, (self.done + min(1.0, within)) / self.total)
+        within = self._behind(inner.share * inner.fraction, inner.share) if inner else self.behind
+        return min(1.0, (self.done + within) / self.total)
+
+    def end_part(self, part: Phase) -> None:
+        """Count a part of the current unit as behind."""
+        self.inner = None
+        self.behind = self._behind(part.share, part.share)
+
+    def _behind(self, more: float, share: float) -> float:
+        return min(self.behind + more, max(1.0, share))
 
 
 Watcher = Callable[[Phase], AbstractContextManager[None]]
@@ -92,13 +103,16 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 @contextmanager
 def phase(title: str, total: int = 0, unit: str = "", *, start: int = 0, share: float = 0.0) -> Iterator[Phase]:
     """Announce a phase, or a part of the one under way, that lasts as long as the context; see `Phase`."""
-    outer, new = _current.get(), Phase(title, total, unit, start, share, done=start)
-    token = _current.set(new)
+    outer = _current.get()
+    new = Phase(title, total, unit, start, share, done=start, outer=outer)
+    _current.set(new)
     try:
         with _watcher.get()(new) if outer is None else _part(outer, new):
             yield new
     finally:
-        _current.reset(token)
+        # an error leaves the generator of `each` suspended for a while: a part may end after what it is part of
+        if any(known is new for known in _chain(_current.get())):
+            _current.set(outer)
 
 
 def each(items: Collection[Item], title: str, unit: str, *, share: float = 0.0) -> Iterator[Item]:
@@ -109,11 +123,17 @@ def each(items: Collection[Item], title: str, unit: str, *, share: float = 0.0) 
             progress(1)
 
 
+def _chain(innermost: Phase | None) -> Iterator[Phase]:
+    """Yield a phase and those around it, the outermost last."""
+    while innermost is not None:
+        yield innermost
+        innermost = innermost.outer
+
+
 @contextmanager
 def _part(outer: Phase, part: Phase) -> Iterator[None]:
     outer.inner = part
     try:
         yield
     finally:
-        outer.inner = None
-        outer.behind += part.share
+        outer.end_part(part)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -25,7 +27,6 @@ from ditmoe_cli.cli.machine import Threads, versions
 from ditmoe_cli.cli.progress_display import shown
 from ditmoe_cli.cli.terminal import print_anything, with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
-from ditmoe_cli.processes import under_torchrun
 from ditmoe_cli.progress import watched_by
 from ditmoe_cli.threads import prepare_threads, usable_cores
 
@@ -168,17 +169,18 @@ def main() -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process; under torchrun and after an interrupt at once, without taking the interpreter apart.
+    """End the process at once, without taking the interpreter apart: all files are closed, and locks end with it.
 
-    A thread of the process group that frees a tensor while the interpreter is taken apart now and then aborts the
-    process ("terminate called without an active exception"), though all of its work is done. And where an interrupt
-    passed through `exec`, as it does while a dataclass is made, Python ends with the signal instead of the exit code.
+    Taking torch apart lasts for seconds in which nothing shows. A thread of a process group that frees a tensor
+    meanwhile now and then aborts the process ("terminate called without an active exception"), though all of its work
+    is done. And where an interrupt passed through `exec`, as it does while a dataclass is made, Python ends with the
+    signal instead of the exit code. Handlers that libraries have registered for the end (`atexit`) are called before.
     """
-    if under_torchrun() or code == INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:

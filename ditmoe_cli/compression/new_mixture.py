@@ -37,6 +37,7 @@ from ditmoe_cli.model.config import mixture_shapes
 from ditmoe_cli.model.expert_weights import ExpertWeights
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.router import Routing
+from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -95,7 +96,8 @@ def new_weights(source: Source) -> dict[str, Tensor]:
     weights = {name: old[name] if name in old else torch.zeros(shapes[name], device=device) for name in new}
     weights |= {name: old[name] for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN) if name in old}
     weights |= {ROUTER: old[ROUTER][list(source.layout.rows)], **expert_map(source.layout, device)}
-    for index in range(len(source.layout.members)):
+    share = 0.1 if source.stage.repair else 0.8
+    for index in each(range(len(source.layout.members)), "computing", "experts", share=share):
         weights |= named(f"moe.experts.{index}", _expert(source, index))
     weights |= named(SHARED, _shared(source))
     replaces = source.block_plan.constants and source.layout.dropped
@@ -176,7 +178,8 @@ def _shared(source: Source) -> ExpertWeights:
 def _constants(source: Source) -> dict[str, Tensor]:
     """Return the constant, or low-rank linear map, nearest to each dropped expert's output, for its rows to select."""
     rank = source.block_plan.rank
-    maps = [_map(source, expert, rank) for expert in source.layout.dropped]
+    dropped = each(source.layout.dropped, "replacing", "experts", share=0.1)
+    maps = [_map(source, expert, rank) for expert in dropped]
     constants = {CONSTANTS: torch.stack([each.constant for each in maps])}
     if rank:
         constants[CONSTANTS_UP] = torch.stack([each.up for each in maps])

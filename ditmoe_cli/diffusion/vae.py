@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError, BrokenImageError
 from ditmoe_cli.files.fingerprint import digest, file_digest, fingerprint
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
+from ditmoe_cli.progress import phase
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,8 @@ def open_vae(where: str, device: str = "cpu", dtype: torch.dtype | None = None) 
     config = _read_config(folder / CONFIG_NAME)
     scale, shift = _scaling(config, folder / CONFIG_NAME)
     _check_weights_file(folder)
-    module = _load(folder, where)
+    with phase(f"loading the VAE {_name(where)}"):
+        module = _load(folder, where)
     settings = dict(module.config)
     identity = _digest(module, settings)  # before the weights are rounded to `dtype`
     return Decoder(
@@ -196,7 +198,7 @@ def _fetched(name: str) -> Path:
         raise _extra_missing(name, error) from None
     files = [prefix + file for prefix in ("", "vae/") for file in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        with _quiet():
+        with _quiet(), phase(f"fetching {name}"):
             return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the HTTP library, the hub and the file system all raise errors of their own
         raise BadInputError(

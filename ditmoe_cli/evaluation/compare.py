@@ -312,7 +312,7 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     device = torch.device(runtime.device)
     rows = matching_rows(a, b)
     models = ModelPair(build_model(a, device), build_model(b, device), pair.paths, rows)
-    with phase(f"comparing {b.path.name} with {a.path.name}", spec.images * spec.steps, "steps") as progress:
+    with phase(f"comparing {b.path.name} with {a.path.name}", 2 * spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
     sums = parts[0].sums
     for part in parts[1:]:
@@ -482,8 +482,8 @@ class Followed:
 def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress: Phase) -> Followed:
     """Sample the images `indices` with A, running both models on each state, then sample them with B.
 
-    `progress` is called with the number of images after each step of A. Raises `BadInputError` for NaN and infinite
-    values, naming the checkpoint, the block and the step.
+    `progress` is called with the number of images after each step of A, and before each of B's own. Raises
+    `BadInputError` for NaN and infinite values, naming the checkpoint, the block and the step.
     """
     import torch
 
@@ -504,7 +504,7 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
 
     final_a = sample_batch(a, spec, indices, Watchers(on_step=watch))
     try:
-        final_b = sample_batch(b, spec, indices)
+        final_b = sample_batch(b, spec, indices, Watchers(on_step=lambda _z, _t: progress(len(indices))))
     except BadInputError as error:
         raise BadInputError(f"{models.paths[1]}: {error}") from None
     sums = Sums(np.asarray(times), np.asarray(predictions, dtype=np.float64), np.stack(blocks))

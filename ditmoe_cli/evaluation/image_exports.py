@@ -13,6 +13,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.files.arrays import read_npz, write_npz
 from ditmoe_cli.files.staging import staged
+from ditmoe_cli.progress import each, phase
 
 DIGITS = 6
 
@@ -38,7 +39,7 @@ def write_png_folder(folder: Path, images: NDArray[np.uint8], force: bool = Fals
     contents = PNG_FILES if force or not empty else _NO_FILES
     with staged(folder, force or empty, inputs, contents) as staging:
         staging.mkdir()
-        for number, image in enumerate(checked.images):
+        for number, image in enumerate(each(checked.images, f"writing {folder.name}", "images")):
             pixels = image[:, :, 0] if image.shape[2] == 1 else image
             Image.fromarray(pixels).save(staging / f"{number:0{digits}}.png", format="PNG")
         return sum(file.stat().st_size for file in staging.iterdir())
@@ -54,7 +55,7 @@ def holds_pngs(folder: Path, images: NDArray[np.uint8]) -> bool:
     digits = max(DIGITS, len(str(len(images) - 1)))
     if [file.name for file in files] != [f"{number:0{digits}}.png" for number in range(len(images))]:
         return False
-    for file, image in zip(files, images, strict=True):
+    for file, image in zip(each(files, f"comparing {folder.name}", "images"), images, strict=True):
         try:
             with Image.open(file, formats=["PNG"]) as opened:
                 pixels = np.asarray(opened)
@@ -97,4 +98,5 @@ def write_adm_npz(
     arrays = {"arr_0": images.repeat(3, axis=3) if images.shape[3] == 1 else images}
     if checked.labels is not None:
         arrays["arr_1"] = checked.labels.astype(np.int64)
-    return write_npz(path, arrays, force, inputs)
+    with phase(f"writing {path.name}"):
+        return write_npz(path, arrays, force, inputs)

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.fingerprint import digest, file_digest
+from ditmoe_cli.progress import each, phase
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +82,8 @@ class Listing:
         """SHA-256 over the archive, or over names and contents of the images."""
         if not self.root.is_dir():
             return file_digest(self.root)
-        return digest([[name, file_digest(self.root / name)] for name in sorted(self.names)])
+        names = each(sorted(self.names), f"hashing {self.root.name}", "images")
+        return digest([[name, file_digest(self.root / name)] for name in names])
 
     def labels(self) -> list[int] | None:
         """Return the label of each image by the folder that it lies in; None where folders are no classes.
@@ -105,7 +107,7 @@ def list_images(root: Path) -> Listing:
     """
     images: list[str] = []
     left_out: list[str] = []
-    with _opened(root) as archive:
+    with _opened(root) as archive, phase(f"listing {root.name}"):
         for name in _names(root, archive):
             ending = PurePosixPath(name).suffix.lower()
             head = archive.open(name).read(_HEAD) if archive else head_of(root / name)
@@ -208,7 +210,7 @@ def read_files(listing: Listing) -> ReadFiles:
     root, names, jpeg = listing.root, listing.names, []
     images: NDArray[np.uint8] | None = None
     with _opened(root) as archive:
-        for index, name in enumerate(names):
+        for index, name in enumerate(each(names, f"reading {root.name}", "images")):
             with archive.open(name) if archive else (root / name).open("rb") as file:
                 pixels, kind = _read(file, root / name)
             if kind == "JPEG":

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
-from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS
+from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS, evaluation_times
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation.batch_halving import computed_batches
 from ditmoe_cli.evaluation.image_exports import (
@@ -40,9 +41,12 @@ from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_space, check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
-from ditmoe_cli.progress import phase
+from ditmoe_cli.progress import Phase, phase
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditmoe_cli.diffusion.predictor import Predictor
     from ditmoe_cli.diffusion.vae import Decoder
     from ditmoe_cli.model.dit import Denoiser
 
@@ -233,13 +237,30 @@ def sample(model: Denoiser, sampling: Sampling, indices: Sequence[int]) -> Batch
 
     Raises `BadInputError`, which names the image, for NaN or infinite values.
     """
-    latents = sample_batch(model, sampling.spec, indices)
+    spec, decoder = sampling.spec, sampling.decoder
+    share = len(indices) * (1.0 if decoder is None else 0.5)
+    with phase("evaluating", len(evaluation_times(spec.solver, spec.steps)), "steps", share=share) as progress:
+        latents = sample_batch(model, spec, indices, Watchers(through=lambda predict: _counted(predict, progress)))
     if not sampling.images:
         return np.asarray(latents.cpu().numpy())
     try:
-        return to_uint8(latents if sampling.decoder is None else sampling.decoder.decode(latents))
+        if decoder is None:
+            return to_uint8(latents)
+        with phase("decoding", len(indices), "images"):
+            return to_uint8(decoder.decode(latents))
     except BrokenImageError as error:
         raise BadInputError(f"image {indices[error.index]} (seed {sampling.spec.seed}): {error.problem}") from None
+
+
+def _counted(predict: Predictor, progress: Phase) -> Predictor:
+    """Return a predictor that counts its evaluations."""
+
+    def counted(x: Tensor, t: float) -> Tensor:
+        prediction = predict(x, t)
+        progress(1)
+        return prediction
+
+    return counted
 
 
 # ------------------------------------------------------------------ writing

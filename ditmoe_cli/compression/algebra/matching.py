@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ditmoe_cli.compression.algebra.means import mean_expert, require_equal_widths
 from ditmoe_cli.compression.algebra.neurons import narrowed
 from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.progress import each
 from ditmoe_cli.routing.measures import best_matching
 
 
@@ -28,16 +29,17 @@ def matching(reference: ExpertWeights, expert: ExpertWeights) -> list[int]:
     return order
 
 
-def matchings(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list[list[int]]:
+def matchings(experts: Sequence[ExpertWeights], shares: Sequence[float], part: float = 0.2) -> list[list[int]]:
     """Return for each expert its neurons in the order of the dominant one's, which has the largest share.
 
-    Of equal shares the first one's dominates. Raises `BadInputError` where the experts differ in width.
+    Of equal shares the first one's dominates. `part` is the share of this in what is under way. Raises `BadInputError`
+    where the experts differ in width.
     """
     dominant = max(range(len(experts)), key=lambda j: shares[j])
     reference = experts[dominant]
     return [
         list(range(len(expert.gate))) if j == dominant else matching(reference, expert)
-        for j, expert in enumerate(experts)
+        for j, expert in enumerate(each(experts, "matching neurons", "experts", share=part))
     ]
 
 

@@ -27,6 +27,7 @@ from ditmoe_cli.model.expert_weights import ExpertWeights
 from ditmoe_cli.model.moe import SparseMoE, SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 Covariances = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -62,11 +63,13 @@ def _encoded(
     bases = named(in_block(index, BASE), base_of(experts, selected, orders))
     yield from bases.items()
     base = ExpertWeights(*(tensor.to(dtypes[name]).float() for name, tensor in bases.items()))
-    for e, (expert, order) in enumerate(zip(experts, orders, strict=True)):
-        covariances = _covariances(moe, e, order, tokens) if tokens else (None, None, None)
-        matrices = named(in_block(index, f"moe.experts.{e}"), difference(expert, base, order))
-        for (name, matrix), covariance in zip(matrices.items(), covariances, strict=True):
-            yield from _packed(name, matrix, stage, covariance).items()
+    with phase("storing differences", 3 * len(experts), "matrices", share=0.8) as progress:
+        for e, (expert, order) in enumerate(zip(experts, orders, strict=True)):
+            covariances = _covariances(moe, e, order, tokens) if tokens else (None, None, None)
+            matrices = named(in_block(index, f"moe.experts.{e}"), difference(expert, base, order))
+            for (name, matrix), covariance in zip(matrices.items(), covariances, strict=True):
+                yield from _packed(name, matrix, stage, covariance).items()
+                progress(1)
 
 
 def _packed(name: str, matrix: Tensor, stage: Differences, covariance: Tensor | None) -> dict[str, Tensor]:

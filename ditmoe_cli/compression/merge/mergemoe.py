@@ -16,6 +16,7 @@ from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest_
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.progress import each
 
 RIDGE = 0.01
 _TOKENS = 4096  # at a time
@@ -52,7 +53,8 @@ def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: Mer
     mean, importance = mean_expert(experts, shares), tokens.importance
     width, hidden = mean.gate.shape
     sums = Normal.empty(width, hidden, mean.gate.device)
-    for rows in torch.split((importance > 0).nonzero().flatten(), _TOKENS):
+    rounds = torch.split((importance > 0).nonzero().flatten(), _TOKENS)
+    for rows in each(rounds, "summing the system", "batches of tokens", share=0.8):
         u = tokens.inputs[rows]
         phi = activations(mean, u)
         missing = _mean_output(experts, normalised(shares), u) - phi @ mean.down.T

@@ -21,6 +21,7 @@ from ditmoe_cli.compression.merge.grouping import mean_outputs, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
+from ditmoe_cli.progress import each
 from ditmoe_cli.routing.measures import mean_of
 
 _RANKS = 16
@@ -86,7 +87,8 @@ def best_rank(
 
     least = error(mean) - _ROUNDING * float((held.weights * wanted.double().square().sum(dim=1)).sum())
     best = None
-    for rank in sorted({math.ceil(full * part / _RANKS) for part in range(1, _RANKS)} - {full}, reverse=True):
+    ranks = sorted({math.ceil(full * part / _RANKS) for part in range(1, _RANKS)} - {full}, reverse=True)
+    for rank in each(ranks, "trying", "ranks", share=0.4):
         reached = error(subspace.projected(mean, rank))
         if reached < least:
             best, least = rank, reached
@@ -108,11 +110,12 @@ class Subspace:
     def shared_by(cls, members: Sequence[ExpertWeights], tokens: MergeTokens) -> Subspace:
         """Return the directions that aligned members share, gate and up as tokens meet them."""
         root = _whitening(tokens)
-        return cls(
-            _left_vectors([member.gate @ root for member in members]),
-            _left_vectors([member.up @ root for member in members]),
-            _left_vectors([member.down.T for member in members]),
+        sides = (
+            [member.gate @ root for member in members],
+            [member.up @ root for member in members],
+            [member.down.T for member in members],
         )
+        return cls(*(_left_vectors(side) for side in each(sides, "looking for shared directions", "sides", share=0.4)))
 
     def projected(self, expert: ExpertWeights, rank: int) -> ExpertWeights:
         """Return U_r U_rᵀ W of gate, up and downᵀ."""

@@ -19,7 +19,7 @@ from ditmoe_cli.compression.replay.tokens import BlockTokens, ratio
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.config import GHOST
 from ditmoe_cli.model.moe import SparseMoE
-from ditmoe_cli.progress import each
+from ditmoe_cli.progress import each, phase
 
 _OUTPUTS = 2**23  # elements of the outputs in memory at a time
 _GATES = 2**20  # elements of the gates compared at a time: few enough for a processor's cache
@@ -109,7 +109,11 @@ def contributions(tokens: BlockTokens, moe: SparseMoE, ranking: Ranking, ranks: 
 
 def ranked_chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[tuple[BlockTokens, Ranking]]:
     """Yield tokens and their ranking, some pairs at a time."""
-    return ((part, rank(part, moe)) for part in _chunks(tokens, moe))
+    size = _pairs_at_a_time(tokens, moe)
+    with phase("computing all outputs", -(-tokens.pairs // size), "batches of tokens", share=0.8) as progress:
+        for part in tokens.chunks(size, moe.gate.weight.device):
+            yield part, rank(part, moe)
+            progress(1)
 
 
 def kept_experts(subsets: Sequence[Sequence[int]], experts: int, device: torch.device) -> Tensor:
@@ -179,7 +183,6 @@ def _routed_output(moe: SparseMoE, tokens: BlockTokens) -> Tensor:
     return both.squeeze(0).float() - shared.float()
 
 
-def _chunks(tokens: BlockTokens, moe: SparseMoE) -> Iterator[BlockTokens]:
-    """Yield as many tokens at a time as keep the outputs of all router rows within `_OUTPUTS`."""
-    weight = moe.gate.weight  # (R, D)
-    return tokens.chunks(max(_OUTPUTS // (tokens.branches * weight.numel()), 1), weight.device)
+def _pairs_at_a_time(tokens: BlockTokens, moe: SparseMoE) -> int:
+    """Return as many pairs as keep the outputs of all router rows (R, D) within `_OUTPUTS`."""
+    return max(_OUTPUTS // (tokens.branches * moe.gate.weight.numel()), 1)

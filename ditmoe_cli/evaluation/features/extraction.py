@@ -127,8 +127,11 @@ def store_activations(
 
 
 @contextmanager
-def background(task: Callable[[int, NDArray[Any]], None]) -> Iterator[Callable[[int, NDArray[Any]], None]]:
-    """Yield a function that starts `task` in one background thread, once the call before it is done."""
+def background(task: Callable[[int, NDArray[Any]], None], title: str) -> Iterator[Callable[[int, NDArray[Any]], None]]:
+    """Yield a function that starts `task` in one background thread, once the call before it is done.
+
+    At the end the last call is waited for, a phase of that `title`.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         running: list[Future[None]] = []
 
@@ -139,7 +142,8 @@ def background(task: Callable[[int, NDArray[Any]], None]) -> Iterator[Callable[[
 
         yield submit
         if running:
-            running.pop().result()
+            with phase(title):
+                running.pop().result()
 
 
 def cached_statistics(identity: str, extraction: Extraction) -> StoredStatistics | None:

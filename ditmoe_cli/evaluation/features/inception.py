@@ -20,6 +20,7 @@ from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.inception_weights import WEIGHTS_NAME, checked_weights
 from ditmoe_cli.evaluation.scores.conventions import PREPROCESSINGS
 from ditmoe_cli.files.reader import open_reader
+from ditmoe_cli.progress import phase
 
 SIDE = 299
 CLASSES = 1008
@@ -340,7 +341,8 @@ def load_inception(weights: Path | None = None) -> tuple[Inception, str]:
     downloaded once. Raises `BadInputError` where there is none, or where it holds other tensors.
     """
     path, digest = checked_weights(weights)
-    return _load(path), digest
+    with phase(f"loading {path.name}"):
+        return _load(path), digest
 
 
 def _load(path: Path) -> Inception:

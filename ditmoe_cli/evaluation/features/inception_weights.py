@@ -12,6 +12,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.cache import cached_file
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.staging import staged
+from ditmoe_cli.progress import BYTES, phase
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
@@ -69,9 +70,11 @@ def _download(target: Path) -> None:
             staging.open("wb") as file,
         ):
             hasher = hashlib.sha256()
-            while chunk := response.read(_CHUNK):
-                hasher.update(chunk)
-                file.write(chunk)
+            with phase(f"fetching {target.name}", int(response.headers.get("Content-Length") or 0), BYTES) as progress:
+                while chunk := response.read(_CHUNK):
+                    hasher.update(chunk)
+                    file.write(chunk)
+                    progress(len(chunk))
             if not hasher.hexdigest().startswith(WEIGHTS_DIGEST):
                 raise OSError(f"what arrived has SHA-256 {hasher.hexdigest()[:8]}…")
     except (OSError, http.client.HTTPException) as error:
