@@ -42,6 +42,21 @@ def test_a_part_counts_for_its_share_of_one_unit() -> None:
         assert outer.fraction == 1.0
 
 
+def test_a_part_may_be_several_units() -> None:
+    """A batch of 4 of 8 images, in steps."""
+    with phase("sampling", 8, "images") as outer:
+        with phase("evaluating", 10, "steps", share=4) as batch:
+            batch(5)
+            assert outer.fraction == pytest.approx(2 / 8)
+        assert outer.fraction == pytest.approx(4 / 8)
+        outer(4)
+        assert outer.fraction == 4 / 8
+        for _ in range(3):
+            with phase("of half a unit", share=0.5):
+                pass
+        assert outer.fraction == pytest.approx(5 / 8), "parts together are no more than a unit"
+
+
 def test_work_that_an_earlier_run_did_counts_as_done() -> None:
     with phase("refitting", 4, "blocks", start=3) as progress:
         assert progress.fraction == 0.75
@@ -91,3 +106,17 @@ def test_a_loop_that_is_left_early_ends_its_part() -> None:
         for _ in each((1, 2, 3), "solving", "strengths"):
             break
         assert outer.inner is None
+
+
+def test_an_error_amid_each_leaves_no_phase_behind() -> None:
+    """The error keeps the generator alive; what follows is no part of the phase that it was a part of."""
+    with watched_by(seen := Seen()):
+        with pytest.raises(ValueError, match="broken") as kept, phase("a", 1):
+            for _ in each([1, 2], "b", "items"):
+                raise ValueError("broken")
+        with phase("c"):
+            pass
+        del kept
+        with phase("d"):
+            pass
+    assert seen.ended == ["a", "c", "d"]

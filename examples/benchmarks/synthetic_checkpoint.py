@@ -19,14 +19,14 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
 
 
-def config_of(width: int, depth: int, experts: int, side: int) -> DiTMoEConfig:
+def config_of(width: int, depth: int, experts: int, side: int, channels: int) -> DiTMoEConfig:
     """Return upstream's configuration: heads of 64, experts of 4 widths, a shared one of 2 x 4 widths, top-2."""
     block = BlockConfig(experts, (4 * width,) * experts, 8 * width)
     return DiTMoEConfig(
         input_size=side,
         patch_size=2,
-        in_channels=4,
-        out_channels=8,
+        in_channels=channels,
+        out_channels=2 * channels,
         hidden_size=width,
         depth=depth,
         num_heads=width // 64,
@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--side", type=int, default=32, help="of the latent: 32 is 256 pixels")
+    parser.add_argument("--channels", type=int, default=4, help="4 of latents, 3 of pixels, which fid needs no VAE for")
     parser.add_argument("--half", action="store_true", help="store fp16 instead of fp32")
     options = parser.parse_args()
-    config = config_of(options.width, options.depth, options.experts, options.side)
+    config = config_of(options.width, options.depth, options.experts, options.side, options.channels)
     generator = np.random.default_rng(0)
     infos = [TensorInfo(n, "F16" if options.half else "F32", s) for n, s in expected_weights(config).items()]
     provenance = Provenance(config.to_json())

@@ -15,6 +15,7 @@ import torch
 from conftest import make_pico
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from seeing import Seen
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
@@ -33,6 +34,7 @@ from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.processes import WHOLE, Share
+from ditmoe_cli.progress import phase, watched_by
 
 IMAGES = 7
 SPEC = SampleSpec(images=IMAGES, steps=3, cfg=1.0, seed=5, solver="euler", classes=(0, 2, 1))
@@ -715,3 +717,28 @@ def test_what_is_read_is_no_target(pixels: Sampling, tmp_path: Path) -> None:
             check_targets(pixels, replace(targets, force=True, inputs=(vae,)))
     with pytest.raises(OutputExistsError, match="is the input itself"):
         check_targets(pixels, Targets(pixels.checkpoint.path, force=True))
+
+
+# ------------------------------------------------------------------ progress
+
+
+def test_steps_within_a_batch_count(what: Sampling) -> None:
+    """A batch is all that a small run has: what is done of it grows with each evaluation of the model."""
+    with watched_by(seen := Seen()):
+        fractions = []
+
+        class Watched:
+            """A model that notes what is done when it is called."""
+
+            def __init__(self, model: Any) -> None:
+                self.model, self.config, self.device = model, model.config, model.device
+
+            def __call__(self, *arguments: Any, **options: Any) -> Any:
+                fractions.append(seen.phases[-1].fraction)
+                return self.model(*arguments, **options)
+
+        model = Watched(build_model(what.checkpoint, torch.device("cpu")))
+        with phase("sampling", what.spec.images, "images") as progress:
+            samples.sample(model, what, range(what.spec.images))  # type: ignore[arg-type]
+            progress(what.spec.images)
+    assert fractions == pytest.approx(np.arange(len(fractions)) / len(fractions)) and len(fractions) > 1

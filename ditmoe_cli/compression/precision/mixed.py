@@ -21,6 +21,7 @@ from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.parameters import weight_group
+from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -131,14 +132,15 @@ class MixedPrecision(Planner):
         narrow = [
             name for name, formats in request.formats.items() if formats == (None,) and self._asked_for(name, work)
         ]
-        held = {name: held_formats(work.checkpoint, name, formats) for name, formats in request.formats.items()}
+        names = each(request.formats, f"checking the values of {work.checkpoint.path.name}", "matrices")
+        held = {name: held_formats(work.checkpoint, name, request.formats[name]) for name in names}
         lost = [n for n, formats in held.items() if not any(formats) and any(request.formats[n])]
         for names, why in (
             (narrow, "their shape does not allow any of the formats"),
             (lost, "no format holds their values"),
         ):
-            for each in left_alone(work.checkpoint, names, why):
-                work.note(f"warning: {each}")
+            for message in left_alone(work.checkpoint, names, why):
+                work.note(f"warning: {message}")
         return replace(request, formats=held)
 
     def _asked_for(self, name: str, work: Work) -> bool:

@@ -17,6 +17,7 @@ from ditmoe_cli.compression.replay.original_blocks import original_blocks
 from ditmoe_cli.files.names import SHARED, in_block
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.progress import each
 
 Energies = Mapping[str, Tensor]
 """The energies (H,) of each expert of a block, by the expert's full name."""
@@ -29,8 +30,8 @@ def measured_energies(calibrated: Calibrated) -> list[dict[str, Tensor]]:
     """
     with original_blocks(calibrated) as blocks:
         return [
-            {in_block(each.index, name): energy for name, energy in block_energies(each.block, each.attended).items()}
-            for each in blocks
+            {in_block(own.index, name): energy for name, energy in block_energies(own.block, own.attended).items()}
+            for own in blocks
         ]
 
 
@@ -43,7 +44,7 @@ def block_energies(block: Block, attended: Sequence[Attended]) -> dict[str, Tens
     gamma = torch.stack([part.gamma.double().square().sum(dim=0) for part in attended]).sum(dim=0) / images
     sums: dict[str, Tensor] = {}
     largest: dict[str, Tensor] = {}
-    for part in attended:
+    for part in each(attended, "measuring neurons", "batches of states", share=0.6):
         for name, squares in _squares(block, part.inputs.flatten(0, 1)):
             most = squares.amax(dim=0) if len(squares) else squares.new_zeros(squares.shape[1])
             sums[name] = sums.get(name, 0.0) + squares.double().sum(dim=0)

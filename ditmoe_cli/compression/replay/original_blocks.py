@@ -15,6 +15,7 @@ from ditmoe_cli.compression.replay.stream import embedded
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import each
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def original_blocks(calibrated: Calibrated) -> Iterator[Iterator[OriginalBlock]]
         def steps() -> Iterator[OriginalBlock]:
             for index, block in blocks:
                 attended = stream.attended(block)
-                outputs = [block.mix(part, index, None) for part in attended]
+                parts = each(attended, "mixing", "batches of states", share=0.3)
+                outputs = [block.mix(part, index, None) for part in parts]
                 yield OriginalBlock(index, block, attended, outputs)
                 stream.x = torch.cat(outputs)
 

@@ -39,6 +39,7 @@ from ditmoe_cli.compression.working_sizes import EXPERT_TOKENS
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import in_expert, split_name
 from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingTables
 
 ALPHA, BETA, GAMMA = 1.0, 1.0, 2.0
@@ -122,7 +123,8 @@ def _costs(
 def output_changes(request: MixRequest, calibrated: Calibrated, members: Members, widths: Sequence[str]) -> Changes:
     """Return ε of each expert in `members` at each width. Raises `BadInputError` for a profile without states."""
     with original_blocks(calibrated) as blocks:
-        return {expert: change for each in blocks for expert, change in _block_changes(each, request, members, widths)}
+        changes = (_block_changes(block, request, members, widths) for block in blocks)
+        return {expert: change for of_block in changes for expert, change in of_block}
 
 
 def _block_changes(
@@ -132,7 +134,8 @@ def _block_changes(
     u = torch.cat([part.inputs.flatten(0, 1) for part in original.attended])
     moe = original.block.moe
     routing = moe.gate(u)
-    for expert in (expert for expert in members if expert[0] == original.index):
+    own = [expert for expert in members if expert[0] == original.index]
+    for expert in each(own, "rounding", "experts", share=0.6):
         choices = [
             layers_of(original.block, original.index, request.formats_at(members[expert], width)) for width in widths
         ]
