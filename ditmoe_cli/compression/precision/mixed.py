@@ -132,8 +132,8 @@ class MixedPrecision(Planner):
         narrow = [
             name for name, formats in request.formats.items() if formats == (None,) and self._asked_for(name, work)
         ]
-        names = each(request.formats, f"checking the values of {work.checkpoint.path.name}", "matrices")
-        held = {name: held_formats(work.checkpoint, name, request.formats[name]) for name in names}
+        checked = each(request.formats, f"checking the values of {work.checkpoint.path.name}", "matrices")
+        held = {name: held_formats(work.checkpoint, name, request.formats[name]) for name in checked}
         lost = [n for n, formats in held.items() if not any(formats) and any(request.formats[n])]
         for names, why in (
             (narrow, "their shape does not allow any of the formats"),
