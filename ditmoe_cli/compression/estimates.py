@@ -37,6 +37,7 @@ from ditmoe_cli.model.effort import (
     block_flops,
     block_steps,
     block_weights,
+    branches_at,
     loading,
     mixture_flops,
     model_bytes,
@@ -61,11 +62,6 @@ def profiling_estimate(config: DiTMoEConfig, settings: Calibration) -> Estimate:
     held = activation_bytes(config, branches * min(settings.batch, spec.images))
     memory = BASELINE_BYTES + model_bytes(config) + held + reservoir
     return Estimate(f"profiling {spec.images:,} images in {spec.steps} steps", effort, memory)
-
-
-def branches_at(cfg: float) -> int:
-    """Return the branches that the model is evaluated in at a guidance scale."""
-    return 1 if cfg == 1.0 else 2
 
 
 def fitted_tokens(unknowns: int, tokens_per_unknown: int, asked: int = 0) -> int:

@@ -142,6 +142,18 @@ def activation_bytes(config: DiTMoEConfig, images: int) -> int:
     return 4 * images * config.num_patches * token
 
 
+def branches_at(cfg: float) -> int:
+    """Return the branches that the model is evaluated in at a guidance scale."""
+    return 1 if cfg == 1.0 else 2
+
+
+def passes_estimate(config: DiTMoEConfig, images: int, branches: int, count: int) -> Estimate:
+    """Return what loading a model and `count` evaluations for a batch of `images` take, in each of the branches."""
+    memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, branches * images)
+    effort = passes(config, images, count * branches, images) + loading(config)
+    return Estimate(f"{count} passes of {images:,} images", effort, memory)
+
+
 def sampling_estimate(config: DiTMoEConfig, images: int, nfe: int, batch: int) -> Estimate:
     """Return what sampling takes: `nfe` evaluations an image, counting each branch of guidance."""
     memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, min(2 * batch, 2 * images))

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.compression.estimates import (
-    branches_at,
     carrying_out,
     fitted_tokens,
     matrix_rounding,
@@ -27,7 +26,7 @@ from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, For
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.working_sizes import systems
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.model.effort import image_flops
+from ditmoe_cli.model.effort import branches_at, image_flops
 from ditmoe_cli.routing.calibration_settings import Calibration
 
 SMALL = make_pico(hidden=32, depth=2, experts=4, input_size=4)

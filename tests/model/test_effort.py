@@ -18,6 +18,7 @@ from ditmoe_cli.model.effort import (
     mixture_flops,
     model_bytes,
     passes,
+    passes_estimate,
     sampling_estimate,
     total,
 )
@@ -101,3 +102,11 @@ def test_memory_of_sampling_is_the_model_and_a_batch() -> None:
     assert found.memory == BASELINE_BYTES + model_bytes(config(depth=1)) + 4 * 8 * 256 * token
     assert sampling_estimate(config(depth=1), 64, 10, 8).memory > found.memory
     assert sampling_estimate(config(depth=2), 64, 10, 4).memory > found.memory
+
+
+def test_passes_of_a_batch_are_those_of_its_images_in_each_branch() -> None:
+    """Three passes of 8 images at guidance 2 evaluate each image six times, 16 rows at once."""
+    alone, guided = (passes_estimate(config(), 8, branches, 3) for branches in (1, 2))
+    assert alone.effort.flops == 3 * 8 * image_flops(config()) and guided.effort.flops == 2 * alone.effort.flops
+    assert guided.memory > alone.memory > BASELINE_BYTES + model_bytes(config())
+    assert alone.what == "3 passes of 8 images"

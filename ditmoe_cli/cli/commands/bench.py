@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, parse_size
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes
 from ditmoe_cli.errors import GateError
+from ditmoe_cli.model.effort import branches_at, passes_estimate
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.bench import Bench, Sizes
@@ -67,12 +69,15 @@ def run(measuring: Measuring, source: Source, printing: BenchPrinting, threads: 
     opened = open_stage(stage)
     from torch import get_num_threads
 
-    from ditmoe_cli.evaluation.bench import Load, bench, check_load, thread_counts
+    from ditmoe_cli.evaluation.bench import WARM_UPS, Load, bench, check_load, thread_counts
 
     device = checked_device(measuring.device)
     counts = (threads.threads,) if threads.threads is not None else thread_counts(get_num_threads())
     load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, device, counts)
-    result = bench(opened, check_load(load, opened.config))
+    check_load(load, opened.config)
+    passes = WARM_UPS + (1 + load.repeats) * len(counts)
+    foretell([passes_estimate(opened.config, load.batch, branches_at(load.cfg), passes)], lambda: device)
+    result = bench(opened, load)
     emit(printing, stage.done("bench", {}).to_json(result.to_json()), rows(result), "")
     limit = measuring.max_memory
     if limit is not None and result.needed > limit.bytes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import completing, ending, one_of
 from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
@@ -24,6 +25,7 @@ from ditmoe_cli.files.cache import find_cache
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
+from ditmoe_cli.model.effort import Estimate, sampling_estimate
 from ditmoe_cli.processes import first_process
 
 if TYPE_CHECKING:
@@ -385,6 +387,9 @@ def measure(
     results = list(done)
     todo = [index for index, each in enumerate(done) if each is None]
     said: list[str] = []
+    foretell(
+        sampling_estimates([comparisons[index] for index in todo], spec_of, running), lambda: running.runtime.device
+    )
 
     def say(message: str) -> None:
         said.append(message)
@@ -407,6 +412,21 @@ def measure(
             note(f"kept the scores of {finished} of {len(results)} files; the same command goes on from there")
         raise
     return [each for each in results if each] if first_process() else None
+
+
+def sampling_estimates(
+    comparisons: Sequence[Comparison], spec_of: Callable[[Checkpoint], SampleSpec], running: Running
+) -> list[Estimate]:
+    """Return what sampling takes at most, each checkpoint once and as the subject is; kept images take nothing."""
+    found: dict[Path, Estimate] = {}
+    for comparison in comparisons:
+        if comparison.subject.checkpoint is None:
+            continue
+        spec = spec_of(comparison.subject.checkpoint)
+        for item in comparison.items:
+            if item.checkpoint is not None:
+                found[item.path] = sampling_estimate(item.checkpoint.config, spec.images, spec.nfe, running.batch)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

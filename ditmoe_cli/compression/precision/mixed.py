@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.estimates import branches_at, measuring_estimate
+from ditmoe_cli.compression.estimates import measuring_estimate
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
@@ -19,7 +19,7 @@ from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.effort import Estimate
+from ditmoe_cli.model.effort import Estimate, branches_at
 from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile
