@@ -2,9 +2,9 @@
 
     python examples/benchmarks/busy_machine.py --busy 2 --runs 10
 
-Runs each command on the demo checkpoint, on little data, beside processes that never rest; runs with one thread and with
-the default alternate. Prints a Markdown table of wall seconds: the median with one thread, median and worst with the
-default, and the worst over the median with one thread.
+Runs each command on the demo checkpoint, on little data, beside processes that never rest. Runs with one thread and
+with the default alternate. Prints a Markdown table of wall seconds: the median with one thread, median and worst with
+the default, and the worst over the median with one thread.
 """
 
 from __future__ import annotations
