@@ -59,6 +59,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "compare": ("compare", "a.safetensors", "a.safetensors", *SAMPLING, "--bins", 2),
     "bench": ("bench", "a.safetensors", "--batch", 2, "--repeats", 1),
 }
+PROGRAMS = ("inspect", "prune", "sample", "fid", "bench")
 # what each command names in its envelope
 MADE = {
     "inspect": ("checkpoint", "a.safetensors"),
@@ -77,10 +78,12 @@ MADE = {
 
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> dict[str, Outcome]:
-    """Every command, run once as a program with pipes for streams and garbage on stdin."""
+    """Every command, run once: some as programs with pipes for streams and garbage on stdin, the others in process."""
     with ThreadPoolExecutor(2) as pool:
-        waiting = {name: pool.submit(outside, *words, cwd=folder, stdin=GARBAGE) for name, words in COMMANDS.items()}
-        return {name: outcome.result() for name, outcome in waiting.items()}
+        waiting = {name: pool.submit(outside, *COMMANDS[name], cwd=folder, stdin=GARBAGE) for name in PROGRAMS}
+        programs = {name: outcome.result() for name, outcome in waiting.items()}
+    others = {name: words for name, words in COMMANDS.items() if name not in PROGRAMS}
+    return programs | {name: here(*words, cwd=folder) for name, words in others.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
