@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.casting import checked_cast
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -39,14 +40,22 @@ def kept_weight(blocks: KeptLoop, name: str) -> memoryview:
 
 
 def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a computed tensor in the dtype that it is written in, on the CPU. Raises `BadInputError` on overflow."""
-    stored = tensor.to("cpu", dtype)
-    if tensor.is_floating_point() and not bool(stored.isfinite().all()):
+    """Return a computed tensor in the dtype that it is written in, on the CPU.
+
+    Raises `BadInputError` where it holds NaN or infinite values, or does not fit its dtype (`checked_cast`). Tensors
+    that are added to what an original weight gives, such as constants and differences, may round to 0.
+    """
+    computed = tensor.to("cpu")
+    if not (computed.is_floating_point() and dtype.is_floating_point):
+        return computed.to(dtype)
+    if not bool(computed.isfinite().all()):
+        raise BadInputError(f"{checkpoint.path}: the computed {name!r} holds NaN or infinite values")
+    try:
+        return checked_cast(computed, dtype, keeps_small=name in checkpoint.weights)
+    except ValueError as error:
         raise BadInputError(
-            f"{checkpoint.path}: the computed {name!r} does not fit into {dtype}; convert the checkpoint "
-            "with ⟨dtype⟩ fp32 or bf16 first, or give ⟨no_refit⟩"
-        )
-    return stored
+            f"{checkpoint.path}: the computed {name!r} {error}; make it wider first (ditmoe convert ⟨dtype⟩ fp32)"
+        ) from None
 
 
 def expert_map_bytes(selects: Sequence[int]) -> bytes:

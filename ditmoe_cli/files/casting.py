@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES: Mapping[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_NAMES: Mapping[str, str] = {code: name for name, code in DTYPES.items()}
-_LARGEST: Mapping[str, str] = {"F32": "3.4e38", "BF16": "3.39e38", "F16": "65504"}
 _MOST_LOST = 0.01  # of a tensor's norm; bf16 rounds by 0.2 %, fp16 by 0.03 % where it does not underflow
 
 
@@ -48,25 +46,32 @@ class CastReader:
         stored = self.reader.tensor(name)
         if name not in self.casts:
             return stored
-        return self._checked(name, stored, stored.to(torch_dtype(self.casts[name].dtype)))
+        try:
+            return checked_cast(stored, torch_dtype(self.casts[name].dtype))
+        except ValueError as error:
+            raise BadInputError(f"{self.path}: tensor {name!r} {error}; choose a wider dtype") from None
 
-    def _checked(self, name: str, stored: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
-        code = self.casts[name].dtype
-        lost = stored.isfinite() & ~cast.isfinite()
-        if bool(lost.any()):
-            value = float(stored[lost].reshape(-1)[0])
-            raise BadInputError(
-                f"{self.path}: tensor {name!r} holds {value:g}, beyond the {_LARGEST[code]} that {_NAMES[code]} can "
-                "hold; choose a wider dtype"
-            )
-        norm = float(stored.double().norm())
-        share = float((cast.double() - stored.double()).norm()) / norm if norm and norm == norm else 0.0
+
+def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, keeps_small: bool = True) -> torch.Tensor:
+    """Return a floating tensor in a dtype of `DTYPES`; infinite values and NaN stay what they are.
+
+    Raises `ValueError`, which tells what the tensor does, where a value exceeds the dtype's range, and, if it
+    `keeps_small` values, where it loses more than a hundredth of its norm because they are too small for the dtype.
+    """
+    import torch
+
+    cast = tensor.to(dtype)
+    name = next(name for name, code in DTYPES.items() if torch_dtype(code) == dtype)
+    lost = tensor.isfinite() & ~cast.isfinite()
+    if bool(lost.any()):
+        value = float(tensor[lost].reshape(-1)[0])
+        raise ValueError(f"holds {value:g}, beyond the {torch.finfo(dtype).max:.5g} that {name} can hold")
+    if keeps_small:
+        norm = float(tensor.double().norm())
+        share = float((cast.double() - tensor.double()).norm()) / norm if norm and norm == norm else 0.0
         if share > _MOST_LOST:
-            raise BadInputError(
-                f"{self.path}: tensor {name!r} would lose {share:.0%} of its norm in {_NAMES[code]}, which cannot hold "
-                "values as small; choose a wider dtype"
-            )
-        return cast
+            raise ValueError(f"would lose {share:.0%} of its norm in {name}, which cannot hold values as small")
+    return cast
 
 
 def doubles_as_floats(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
