@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.groups import seed_of_64_bits
 from ditmoe_cli.cli.sampling_options import parse_classes
 from ditmoe_cli.cli.stage import Stage, default_output
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -55,7 +56,10 @@ class AutomaticProfile:
     calibration_seed: Annotated[
         int | None,
         typer.Option(
-            "--calibration-seed", metavar="N", help="Seed of the noise. [default: that of the ancestor's, else 0]"
+            "--calibration-seed",
+            metavar="N",
+            callback=seed_of_64_bits,
+            help="Seed of the noise. [default: that of the ancestor's, else 0]",
         ),
     ] = None
 

@@ -124,6 +124,24 @@ def spliced(run: Callable[..., None], setup: type[Any] | None = None) -> Callabl
     return command
 
 
+def refuse_idle(group: Any, why: str, *names: str) -> None:
+    """Raise `UsageError` for the first of the named options of a group that is given though it has no effect.
+
+    `why` goes on after "has no effect", as "without --neurons". An option at its default counts as not given.
+    """
+    given = next((f for f in fields(group) if f.name in names and getattr(group, f.name) != f.default), None)
+    if given is not None:
+        flag = ("no-" if given.default is True else "") + given.name.replace("_", "-")
+        raise UsageError(f"--{flag} has no effect {why}")
+
+
+def seed_of_64_bits(value: int) -> int:
+    """Return a seed. Raises `ValueError` where it takes more than 64 bits, as other programs' seeds do not."""
+    if not -(2**63) <= value < 2**64:
+        raise ValueError("must fit 64 bits")
+    return value
+
+
 def at_least(least: int) -> Callable[[int], int]:
     """Return a callback that refuses numbers below `least`."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
-from ditmoe_cli.cli.groups import at_least, ending, one_of
+from ditmoe_cli.cli.groups import at_least, ending, one_of, refuse_idle
 from ditmoe_cli.cli.stage import Stage, default_output, incoming
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
@@ -179,7 +179,10 @@ class Destination:
     def at(self, checkpoint: Path, suffix: str) -> Output:
         """Return the output; without --output it is named after the input and `suffix`."""
         path = self.output or default_output(checkpoint, suffix)
-        return Output(path.absolute(), self.force, self.max_shard_size.bytes)
+        output = Output(path.absolute(), self.force, self.max_shard_size.bytes)
+        if output.is_file:
+            refuse_idle(self, "on a single file; give a folder as --output", "max_shard_size")
+        return output
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,8 @@ class Refitting:
 
         The residual constant and map are left out of sliced checkpoints, since upstream, which loads those, lacks them.
         """
+        if not self.refit:
+            refuse_idle(self, "with --no-refit", "refit_tokens")
         beyond = router != "slice"
         return Repair(constant=beyond, linear=beyond, tokens=self.refit_tokens) if self.refit else None
 

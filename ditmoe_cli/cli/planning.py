@@ -18,7 +18,7 @@ from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
 from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors, plan_of
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
-from ditmoe_cli.compression.apply import applying_key, carry_out
+from ditmoe_cli.compression.apply import applying_key, carry_out, check_values
 from ditmoe_cli.compression.estimates import carrying_out, profiling_estimate
 from ditmoe_cli.compression.kept_plan import keep_plan, kept_plan
 from ditmoe_cli.compression.methods import METHODS
@@ -131,7 +131,11 @@ def chosen(planner: Planner, work: Work, basis: Basis | None, request: str) -> I
         yield Choice(replace(planner.plan(work, None), request=request))
         return
     if basis.profile is None:
-        check_space(target, _least_bytes(planner, work))
+        known = _known_before(planner, work)
+        size = planned_output(work.checkpoint, known).predicted_bytes(work.output) if known else None
+        check_space(target, planner.least_bytes(work) if size is None else size)
+        if known is not None:
+            check_values(work.checkpoint, known)
     foretell(choosing(planner, work, basis), work.device)
     profile = made_profile(work.checkpoint, basis, work.device, note)
     for warning in planner.warnings(profile):
@@ -148,12 +152,12 @@ def chosen(planner: Planner, work: Work, basis: Basis | None, request: str) -> I
         yield Choice(replace(plan, request=request), profile, folder)
 
 
-def _least_bytes(planner: Planner, work: Work) -> int:
-    """Return bytes that the result will take at least, as far as they are known without a profile."""
+def _known_before(planner: Planner, work: Work) -> CompressionPlan | None:
+    """Return the plan as far as it is known without a profile, of the right size; None where that rests on one."""
     try:
-        return planned_output(work.checkpoint, planner.undecided(work.checkpoint)).predicted_bytes(work.output)
-    except BadInputError:  # they rest on the profile
-        return planner.least_bytes(work)
+        return planner.undecided(work.checkpoint)
+    except BadInputError:
+        return None
 
 
 def choosing(planner: Planner, work: Work, basis: Basis | None) -> list[Estimate]:

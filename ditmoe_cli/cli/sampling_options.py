@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.groups import completing
+from ditmoe_cli.cli.groups import completing, seed_of_64_bits
 from ditmoe_cli.cli.terminal import Row
 from ditmoe_cli.compression.planner import label_of
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
@@ -94,7 +94,7 @@ class SamplingOptions:
             help="Labels to cycle through, as 0,3,7 or 0-3,7. [default: all]",
         ),
     ] = None
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")] = 0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the noise.")] = 0
 
     def spec(self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> SampleSpec:
         """Return the spec that the options ask for; `solvers` are those of each family where none is named.

@@ -88,7 +88,11 @@ def check_values(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
         if isinstance(stage, Formats) and stage.formats:
             with phase(f"checking the values of {checkpoint.path.name}", len(stage.formats), "matrices") as progress:
                 for name, fmt in stage.formats.items():
-                    parse_format(fmt).check_values(checkpoint.finite_tensor(name), name)
+                    weight = checkpoint.finite_tensor(name)
+                    try:
+                        parse_format(fmt).check_values(weight, name)
+                    except BadInputError as error:
+                        raise BadInputError(f"{checkpoint.path}: {error}") from None
                     progress(1)
 
 

@@ -59,6 +59,10 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
         note(f"{planned.plan}: the plan was edited since it was planned; the history of the output will say so")
     stage = source.stage()
     opened = open_stage(stage)
+    if not plan.stages:
+        note("warning: the plan changes nothing; the output is a copy")
+    if planned.profile is not None and not plan.computes:
+        note("warning: --profile has no effect: the plan computes no weights")
     job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)
     if to.dry_run:
         return preview(job, plan, planned.device)

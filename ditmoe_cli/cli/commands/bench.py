@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from ditmoe_cli.cli.foretelling import foretell
+from ditmoe_cli.cli.groups import seed_of_64_bits
 from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, parse_size
 from ditmoe_cli.cli.stage import open_stage
@@ -38,7 +39,7 @@ class Measuring:
     cfg: Annotated[
         float, typer.Option("--cfg", metavar="S", help="Scale of classifier-free guidance; 1 is no guidance.")
     ] = 1.0
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise.")] = 0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the noise.")] = 0
     device: DeviceOpt = "auto"
     max_memory: Annotated[
         Size | None,

@@ -46,7 +46,10 @@ class Casting:
         kept = sum(weight.quantized for weight in checkpoint.weights.values())
         if kept:
             note(f"{kept} quantised weights stay as they are; --dtype is for the others")
-        return in_dtype(checkpoint, self.dtype)
+        cast = in_dtype(checkpoint, self.dtype)
+        if cast is checkpoint:
+            note(f"warning: --dtype {self.dtype} has no effect: the weights are stored in it")
+        return cast
 
 
 def run(source: Source, casting: Casting, to: Destination, printing: Printing) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, cast
 import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import known, one_of
+from ditmoe_cli.cli.groups import known, one_of, refuse_idle
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
@@ -109,7 +109,7 @@ def run(
     """
     if planning.list_methods:
         return print_methods("merge", printing)
-    planner = differencing_of(delta, grouping.groups) or merging_of(grouping, refitting)
+    planner = differencing_of(delta, grouping, refitting) or merging_of(grouping, refitting)
     return run_planner(planner, planning, automatic, source, to, printing)
 
 
@@ -122,13 +122,15 @@ def merging_of(grouping: Grouping, refitting: Refitting) -> Merging:
     return Merging(keep, method, "slice" if router == "slice" else "ghost", refitting.repair(router))
 
 
-def differencing_of(options: DeltaOptions, groups: str | None) -> Differencing | None:
+def differencing_of(options: DeltaOptions, grouping: Grouping, refitting: Refitting) -> Differencing | None:
     """Return how to store differences, None where that is not asked for. Raises `UsageError`."""
     if options.delta is None:
         if options.delta_ratio is not None:
             raise UsageError("--delta-ratio needs --delta svd or --delta ternary")
         return None
-    if groups is not None:
+    if grouping.groups is not None:
         raise UsageError("--groups and --delta exclude each other: differences leave every expert in its place")
+    refuse_idle(grouping, "with --delta, which merges no experts", "method", "router")
+    refuse_idle(refitting, "with --delta, which refits no experts", "refit", "refit_tokens")
     kind, ratio = cast(DeltaFormat, options.delta), options.delta_ratio
     return Differencing(Differences(kind, DEFAULT_RATIOS[kind] if ratio is None else ratio))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from ditmoe_cli.cli.foretelling import foretell
+from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
 from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver
 from ditmoe_cli.cli.stage import open_stage
@@ -94,6 +95,8 @@ class Profiling:
 
     def settings(self, spec: SampleSpec, digest: str | None) -> Calibration:
         """Return the settings of the calibration; `digest` is that of the images to add noise to."""
+        if self.fast:
+            refuse_idle(self, "with --fast, which keeps none", "reservoir")
         return Calibration(spec, choose_bins(self.bins, spec.steps), self.reservoir, self.batch, digest, self.fast)
 
     def images(self, checkpoint: Checkpoint, sampling: Calibrating) -> CalibrationData | None:

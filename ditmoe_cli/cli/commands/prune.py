@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, cast, get_args
 import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import at_least, known, one_of
+from ditmoe_cli.cli.groups import at_least, known, one_of, refuse_idle, seed_of_64_bits
 from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
@@ -50,7 +50,9 @@ class Dropping:
             help="Saliency or search by which experts are chosen; see --list-methods.",
         ),
     ] = "reap"
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --method random.")] = 0
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of --method random.")
+    ] = 0
     router: Annotated[
         str,
         typer.Option(
@@ -145,6 +147,7 @@ def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -
             "--keep is missing: give a ratio such as 0.5 or a count such as 4, or --neurons to narrow only"
         )
     widths_of_ratio(narrowing.multiple, narrowing.neurons, narrowing.multiple)  # refuses what is out of range
+    refuse_idle_options(dropping, narrowing, replacing)
     return Pruning(
         keep=parse_keep(keep),
         method=dropping.method,
@@ -158,3 +161,14 @@ def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -
         constants=replacing.constants or replacing.residual_rank > 0,
         rank=replacing.residual_rank,
     )
+
+
+def refuse_idle_options(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -> None:
+    """Raise `UsageError` for an option that has no effect beside the others."""
+    if dropping.keep is None:
+        refuse_idle(dropping, "without --keep, since all experts stay", "method", "seed", "router")
+        refuse_idle(replacing, "without --keep, since all experts stay", "constants", "residual_rank")
+    if dropping.method != "random":
+        refuse_idle(dropping, "without --method random", "seed")
+    if narrowing.neurons == 1.0:
+        refuse_idle(narrowing, "without --neurons", "multiple", "narrow_shared")

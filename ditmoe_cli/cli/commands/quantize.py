@@ -17,7 +17,7 @@ from ditmoe_cli.compression.plan import MOST_TOKENS, Rounding
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, DEFAULT_GROUP_SIZE, Candidates
-from ditmoe_cli.compression.precision.mixed import MixedPrecision
+from ditmoe_cli.compression.precision.mixed import TYING, MixedPrecision
 from ditmoe_cli.compression.precision.uniform import KINDS, UniformPrecision, format_named
 from ditmoe_cli.errors import UsageError
 
@@ -237,6 +237,11 @@ def mix_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Roundin
     if precision.bits is None and size is None:
         raise UsageError("--bits is missing: give a width, as 4 or 3.25, or a --size")
     budget = Budget(precision.bits, size.bytes if size is not None else None)
+    protected = next((text for text in mixing.floor or () if parse_floor(text)[0] in mixing.protect), None)
+    if protected is not None:
+        raise UsageError(f"--floor {protected} has no effect with --protect {','.join(mixing.protect)}")
+    if mixing.tie and method not in TYING:
+        raise UsageError(f"--tie has no effect with --method {method}; only {' and '.join(TYING)} tie matrices")
     floors = {**DEFAULT_FLOORS, **dict(parse_floor(text) for text in mixing.floor or ())}
     candidates = Candidates(
         allowed=mixing.allow,

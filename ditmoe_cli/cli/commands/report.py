@@ -11,7 +11,7 @@ import typer
 
 from ditmoe_cli import __version__
 from ditmoe_cli.cli.calibration_options import usual_profiles
-from ditmoe_cli.cli.groups import completing, ending
+from ditmoe_cli.cli.groups import completing, ending, seed_of_64_bits
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, note
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
@@ -57,7 +57,9 @@ class Reporting:
     replicates: Annotated[
         int, typer.Option("--replicates", metavar="N", help="Bootstrap replicates for each interval.")
     ] = 200
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the bootstrap.")] = 0
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the bootstrap.")
+    ] = 0
     weights: Annotated[
         str | None,
         typer.Option(

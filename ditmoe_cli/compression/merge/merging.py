@@ -57,7 +57,9 @@ class Merging(Planner):
 
     def check(self, work: Work) -> None:
         """Raise the errors of impossible numbers of groups, and of packed experts, whose weights cannot be computed."""
-        group_counts(work.checkpoint, self)
+        counts = group_counts(work.checkpoint, self)
+        if counts == [len(block.expert_widths) for block in work.checkpoint.config.blocks]:
+            work.note(f"warning: ⟨groups⟩ {self.groups} is as many as each block has experts, so that none are merged")
         require_plain(work.checkpoint)
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:

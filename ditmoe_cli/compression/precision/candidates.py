@@ -23,6 +23,10 @@ DEFAULT_ALLOWED = ("2", "3", "4", "5", "6", "8", "16")
 DEFAULT_FLOORS: Mapping[str, float] = {"shared": 3, "attn": 3, "modulation": 4, "embedders": 4}
 
 
+Offered = Mapping[str, tuple[str | None, ...]]
+"""The formats that each weight may take, narrowest first; None leaves it as it is."""
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The formats that a planner may choose from.
@@ -54,7 +58,11 @@ class Candidates:
             unknown = next((value for value in values if value not in known), None)
             if unknown is not None:
                 raise UsageError(f"{setting} {unknown}: choose from {', '.join(map(str, known))}")
-        if len(self.tied) == 1:
+        if all(width == "16" for width in self.allowed):
+            raise UsageError(f"⟨allow⟩ {','.join(self.allowed)}: leaves every weight as it is; allow a narrower width")
+        if self.symmetric and all(width in ("1.58", "16") for width in self.allowed):
+            raise UsageError(f"⟨symmetric⟩ has no effect with ⟨allow⟩ {','.join(self.allowed)}, without integers")
+        if self.tied and len(set(self.tied)) == 1:
             raise UsageError(f"⟨tie⟩ {self.tied[0]}: name at least two matrices, as gate,up")
 
     def options(self) -> dict[str, Any]:
@@ -102,6 +110,29 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
     if not any(any(formats) for formats in offered.values()):
         raise BadInputError(f"{checkpoint.path}: holds no fp16, bf16 or fp32 matrix that could be quantised")
     return {name: formats or (None,) for name, formats in offered.items()}
+
+
+def idle_settings(checkpoint: Checkpoint, candidates: Candidates, offered: Offered) -> list[str]:
+    """Return a note for each setting that changes nothing for a checkpoint: widths that no weight may take, and groups.
+
+    `offered` are the formats that each weight may take, of `candidate_formats`.
+    """
+    possible = {fmt for formats in offered.values() for fmt in formats}
+    present = {weight_group(weight.info) for weight in checkpoint.weights.values()}
+    floors = [group for group, bits in candidates.floors.items() if DEFAULT_FLOORS.get(group) != bits]
+    notes = [
+        f"⟨{setting}⟩ {group} has no effect: {checkpoint.path.name} has no such weights"
+        for setting, groups in (("floor", floors), ("protect", candidates.protected))
+        for group in groups
+        if group not in present
+    ]
+    if candidates.allowed == DEFAULT_ALLOWED:
+        return notes
+    idle = [width for width in candidates.allowed if width != "16" and candidates.format_of(width) not in possible]
+    return [
+        *notes,
+        *(f"⟨allow⟩ {width} has no effect: no weight may take it, by its shape or ⟨floor⟩" for width in idle),
+    ]
 
 
 def left_alone(checkpoint: Checkpoint, names: Sequence[str], why: str) -> list[str]:

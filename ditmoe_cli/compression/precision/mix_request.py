@@ -8,13 +8,10 @@ from functools import cached_property
 
 from ditmoe_cli.compression.planner import Work
 from ditmoe_cli.compression.precision.budget import Budget, FileSizes
-from ditmoe_cli.compression.precision.candidates import WIDTHS, Candidates, candidate_formats, ties
+from ditmoe_cli.compression.precision.candidates import WIDTHS, Candidates, Offered, candidate_formats, ties
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.parameters import WeightGroup, weight_group
-
-Offered = Mapping[str, tuple[str | None, ...]]
-"""The formats that each weight may take, narrowest first; None leaves it as it is."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of, tokens_label
 from ditmoe_cli.compression.precision.budget import Budget
-from ditmoe_cli.compression.precision.candidates import Candidates, format_counts, left_alone, rounding_options
+from ditmoe_cli.compression.precision.candidates import (
+    Candidates,
+    format_counts,
+    idle_settings,
+    left_alone,
+    rounding_options,
+)
 from ditmoe_cli.compression.precision.mix import Mix, narrowest_bytes, too_small
 from ditmoe_cli.compression.precision.mix_request import MixRequest, mix_request
 from ditmoe_cli.compression.recorded import planned_step
@@ -23,6 +29,9 @@ from ditmoe_cli.model.effort import Estimate, branches_at
 from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile
+
+TYING = ("replay", "outlier")
+"""The methods that give tied matrices one format; all others decide for whole experts, blocks or neurons."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,10 @@ class MixedPrecision(Planner):
         )
 
     def check(self, work: Work) -> None:
-        """Raise the errors of quantised checkpoints, and of a budget below the narrowest formats."""
+        """Raise the errors of quantised checkpoints, and of a budget below the narrowest formats; note what is idle."""
         self.least_bytes(work)
+        for idle in idle_settings(work.checkpoint, self.candidates, self._request(work).formats):
+            work.note(f"warning: {idle}")
 
     def estimates(self, work: Work, cfg: float) -> list[Estimate]:
         """Return what measuring the errors of formats takes, for the method that does so."""

@@ -133,8 +133,10 @@ class Pruning(Planner):
         return {**given, **({"residual_rank": self.rank} if self.rank else {}), **repair_options(self.repair)}
 
     def check(self, work: Work) -> None:
-        """Refuse what `check_pruning` refuses."""
+        """Refuse what `check_pruning` refuses; note what changes nothing."""
         check_pruning(work.checkpoint, self)
+        for idle in idle_settings(work.checkpoint, self):
+            work.note(f"warning: {idle}")
 
     def warnings(self, profile: RoutingProfile) -> list[str]:
         """Return a warning for each expert that no calibration token chose."""
@@ -182,8 +184,30 @@ def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:
     kept_counts(checkpoint, pruning.keep)
     if pruning.rank > checkpoint.config.hidden_size:
         raise UsageError(f"⟨residual_rank⟩ {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
+    widest = max(max(block.expert_widths) for block in checkpoint.config.blocks)
+    if pruning.neurons < 1.0 and pruning.multiple > widest:
+        raise UsageError(f"⟨multiple⟩ {pruning.multiple}: the widest expert has {widest} neurons")
     if pruning.computes:
         require_plain(checkpoint)
+
+
+def idle_settings(checkpoint: Checkpoint, pruning: Pruning) -> list[str]:
+    """Return a note for each request that changes nothing of a checkpoint."""
+    blocks = checkpoint.config.blocks
+    keeps_all = kept_counts(checkpoint, pruning.keep) == [len(block.expert_widths) for block in blocks]
+    notes = []
+    if keeps_all and pruning.neurons == 1.0:
+        notes.append(f"⟨keep⟩ {pruning.keep} keeps all experts of each block, so that none are dropped")
+    if pruning.neurons < 1.0 and not pruning.shared_budget:
+        widths = [width for block in blocks for width in block.expert_widths]
+        if all(widths_of_ratio(width, pruning.neurons, pruning.multiple) == width for width in widths):
+            notes.append(
+                f"⟨neurons⟩ {pruning.neurons:g} leaves every expert its width, rounded up to a multiple of "
+                f"{pruning.multiple}; give a smaller ⟨multiple⟩"
+            )
+    if pruning.narrow_shared and not any(block.shared_width for block in blocks):
+        notes.append(f"⟨narrow_shared⟩ has no effect: {checkpoint.path.name} has no shared experts")
+    return notes
 
 
 def plan_prune(checkpoint: Checkpoint, profile: RoutingProfile | None, pruning: Pruning) -> CompressionPlan:
