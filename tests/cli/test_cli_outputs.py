@@ -304,11 +304,11 @@ def test_experts_of_different_sizes_need_a_profile_to_predict(made: Path, tmp_pa
 def test_a_plan_is_carried_out_as_printed(folder: Path) -> None:
     """What prune writes at once and what apply makes of its dry run are the same bytes."""
     profile = ("--profile", "p.safetensors")
-    for name, options in {"prune": (), "merge": (), "prune copying": ("--no-refit",)}.items():
-        words = (*WRITERS[name.split()[0]], *options)
+    copying = ("prune", "a.safetensors", "--keep", 2, *PLAINLY)
+    for words in (WRITERS["prune"], WRITERS["merge"], copying):
         (folder / "plan.json").write_text(here(*words, "--dry-run", cwd=folder).out)
         here(*words, "-o", "direct.safetensors", "--force", cwd=folder)
-        given = () if options else profile
+        given = () if words is copying else profile
         apply = ("apply", "a.safetensors", "--plan", "plan.json", *given, "-o", "applied.safetensors", "--force")
         assert here(*apply, cwd=folder).code == 0
         assert (folder / "direct.safetensors").read_bytes() == (folder / "applied.safetensors").read_bytes()

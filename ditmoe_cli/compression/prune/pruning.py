@@ -184,9 +184,6 @@ def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:
     kept_counts(checkpoint, pruning.keep)
     if pruning.rank > checkpoint.config.hidden_size:
         raise UsageError(f"⟨residual_rank⟩ {pruning.rank}: the model's width is {checkpoint.config.hidden_size}")
-    widest = max(max(block.expert_widths) for block in checkpoint.config.blocks)
-    if pruning.neurons < 1.0 and pruning.multiple > widest:
-        raise UsageError(f"⟨multiple⟩ {pruning.multiple}: the widest expert has {widest} neurons")
     if pruning.computes:
         require_plain(checkpoint)
 
