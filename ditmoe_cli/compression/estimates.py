@@ -109,6 +109,23 @@ def refitting_estimate(config: DiTMoEConfig, kept: Sequence[BlockConfig], branch
     return Estimate(f"refitting {_blocks(config.depth)}", total([*efforts, loading(config)]), memory)
 
 
+def replaying_estimate(config: DiTMoEConfig, tokens: float, branches: int) -> Estimate:
+    """Return what replaying subsets takes on `tokens` of all branches: in each block all experts on all of them.
+
+    With R router rows and B branches a block takes, for each token, 6 R D H for the outputs and 2 B R² D for their
+    products, beside its mixture as it is. Comparing subsets takes next to nothing unless there are thousands.
+    """
+    width, efforts = config.hidden_size, []
+    for block in config.blocks:
+        rows, wide = block.router_rows, sum(block.expert_widths) / max(len(block.expert_widths), 1)
+        outputs = 6 * rows * width * wide + 2 * branches * rows**2 * width
+        efforts.append(Effort(flops=tokens * (outputs + mixture_flops(config, block)), steps=block_steps(block)))
+    most = max(block.router_rows for block in config.blocks)
+    weights = max(block_weights(config, block) for block in config.blocks)
+    memory = BASELINE_BYTES + 8 * weights + 4 * tokens * (2 * width + branches * most**2)
+    return Estimate(f"replaying {_blocks(config.depth)}", total([*efforts, loading(config)]), memory)
+
+
 def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branches: int) -> Estimate:
     """Return what measuring errors takes, `formats` being how many are tried of each weight, with two trials.
 

@@ -19,6 +19,7 @@ from ditmoe_cli.compression.estimates import (
     measuring_estimate,
     profiling_estimate,
     refitting_estimate,
+    replaying_estimate,
     rounding_estimate,
     system_effort,
 )
@@ -26,7 +27,7 @@ from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, For
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.working_sizes import systems
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.model.effort import branches_at, image_flops
+from ditmoe_cli.model.effort import branches_at, image_flops, mixture_flops
 from ditmoe_cli.routing.calibration_settings import Calibration
 
 SMALL = make_pico(hidden=32, depth=2, experts=4, input_size=4)
@@ -113,3 +114,13 @@ def test_a_plan_takes_what_its_stages_take(tmp_path: Path) -> None:
     experts = Experts((BlockPlan((0, 1), "ghost", constants=True),) * 2, None, Repair(tokens=512))
     refitted = CompressionPlan("prune", checkpoint.fingerprint, None, {}, stages=(experts,))
     assert [each.what for each in carrying_out(checkpoint, refitted, 1000)] == ["refitting 2 blocks", "writing"]
+
+
+def test_replaying_computes_every_expert_on_every_token() -> None:
+    """Four experts of width H on one token: 6 · 4 D H, 2 · 4² D products for a branch, and the mixture as it is."""
+    config, block = SMALL.config, SMALL.config.blocks[0]
+    width, hidden = config.hidden_size, block.expert_widths[0]
+    alone = replaying_estimate(config, 1, 1).effort.flops
+    assert alone == config.depth * (6 * 4 * width * hidden + 2 * 16 * width + mixture_flops(config, block))
+    assert replaying_estimate(config, 10, 1).effort.flops == 10 * alone
+    assert replaying_estimate(config, 10, 1).what == "replaying 2 blocks"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.counts import Keep
+from ditmoe_cli.compression.estimates import replaying_estimate
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, SALIENCIES, SEARCHES
 from ditmoe_cli.compression.plan import (
     UNDECIDED,
@@ -25,6 +26,7 @@ from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.effort import Estimate, branches_at
 from ditmoe_cli.routing.profile import RoutingProfile, empty_tables, require_profile_of
 from ditmoe_cli.routing.saliency import Scores
 
@@ -104,6 +106,15 @@ class Pruning(Planner):
     def measures(self) -> bool:
         """Whether the plan takes long; see `Planner.measures`."""
         return self.replays
+
+    def estimates(self, work: Work, cfg: float) -> list[Estimate]:
+        """Return what replaying takes on the tokens that the profile keeps, for choices that rest on it."""
+        settings = work.calibration()
+        if not self.replays or settings is None:
+            return []
+        config, branches = work.checkpoint.config, branches_at(cfg)
+        seen = int(settings["images"]) * int(settings["steps"]) * config.num_patches * branches
+        return [replaying_estimate(config, min(int(settings["reservoir"]), seen), branches)]
 
     @property
     def computes(self) -> bool:
