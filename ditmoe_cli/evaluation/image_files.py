@@ -211,8 +211,11 @@ def read_files(listing: Listing) -> ReadFiles:
     images: NDArray[np.uint8] | None = None
     with _opened(root) as archive:
         for index, name in enumerate(each(names, f"reading {root.name}", "images")):
-            with archive.open(name) if archive else (root / name).open("rb") as file:
-                pixels, kind = _read(file, root / name)
+            try:
+                with archive.open(name) if archive else (root / name).open("rb") as file:
+                    pixels, kind = _read(file, root / name)
+            except FileNotFoundError:  # a link that leads nowhere
+                raise BadInputError(f"{root / name}: no such file; it is a link that leads nowhere, remove it") from None
             if kind == "JPEG":
                 jpeg.append(name)
             if images is None:
@@ -232,7 +235,7 @@ def read_files(listing: Listing) -> ReadFiles:
 def _read(file: IO[bytes], path: Path) -> tuple[NDArray[np.uint8], str]:
     """Return one image as (H, W, 1) where it is grey, else as (H, W, 3), turned as its EXIF tells, and its format."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -241,6 +244,8 @@ def _read(file: IO[bytes], path: Path) -> tuple[NDArray[np.uint8], str]:
             grey = upright.mode in (*_GREY, "LA", "La")
             pixels = np.asarray(_opaque(upright, path).convert("L" if grey else "RGB"), dtype=np.uint8)
             return pixels[:, :, None] if grey else pixels, image.format or ""
+    except UnidentifiedImageError:
+        raise BadInputError(f"{path}: cannot be read as an image (it is empty, or none of {', '.join(FORMATS)}); fetch it again or remove it") from None
     except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 

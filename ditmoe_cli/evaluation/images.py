@@ -62,7 +62,7 @@ def kind_of(path: Path) -> Kind:
     """Return the kind of input at `path`, from its first bytes and headers alone, without torch or numpy.
 
     Anything but images and statistics counts as a checkpoint: its reader knows the many forms of those.
-    Raises `BadInputError` where the path does not exist, or where a safetensors header is damaged.
+    Raises `BadInputError` where the path does not exist or holds latents, or where a safetensors header is damaged.
     """
     if path.is_dir():
         return "images" if _is_image_folder(path) else "checkpoint"
@@ -76,6 +76,8 @@ def kind_of(path: Path) -> Kind:
     if not is_safetensors(path) and path.suffix != ".safetensors":
         return "checkpoint"
     tensors = set(read_safetensors_header(path).tensors)
+    if "latents" in tensors:
+        raise BadInputError(f"{path}: holds latents, not images; sample the checkpoint with ⟨vae⟩, which decodes them")
     return "statistics" if are_statistics(tensors) else "images" if "images" in tensors else "checkpoint"
 
 

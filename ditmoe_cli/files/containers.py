@@ -253,9 +253,9 @@ def _is_distributed(folder: Path) -> bool:
 def _shard_names(index: Path) -> list[str]:
     """Return the names of an index's shards. Raises `BadInputError` where it is malformed."""
     try:
-        document: Any = json.loads(index.read_text())
+        document: Any = json.loads(index.read_bytes())
         names = sorted(set(document["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("weight_map must name files beside the index")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(f"{index}: not an index of shards ({error})") from None

@@ -22,7 +22,7 @@ _OTHERS: Mapping[bytes, str] = {
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"GGUF": "a GGUF file, which ditmoe does not read",
     b"\x89HDF": "an HDF5 file, which ditmoe does not read",
-    b"\x93NUMPY": "a numpy array, not a checkpoint",
+    b"\x93NUMPY": "a numpy array, not a checkpoint; save images with np.savez as an npz",
     b"\x89PNG": "a PNG image, not a checkpoint",
     b"\xff\xd8\xff": "a JPEG image, not a checkpoint",
     b"%PDF": "a PDF document, not a checkpoint",

@@ -6,6 +6,7 @@ A pickle holds a bare state dict, or a mapping with one under some key, such as 
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from argparse import Namespace
@@ -156,15 +157,25 @@ def _routers(found: Iterable[Entry]) -> set[str]:
 
 
 def _tensors(value: Mapping[Any, Any], is_tensor: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[Entry, Any]]:
-    """Yield all tensors of nested mappings, and arrays as tensors; optimizers are passed over."""
+    """Yield all tensors of nested mappings, and arrays as tensors; optimizers are passed over.
+
+    Lists of mappings, such as averages of several decays, count as mappings by position.
+    """
     for key, item in value.items():
         if not isinstance(key, str):
             continue
         tensor = item if is_tensor(item) else _from_array(item)
         if tensor is not None:
             yield Entry(keys, key, tuple(tensor.shape)), tensor
-        elif isinstance(item, Mapping) and len(keys) < _DEEPEST and not _OPTIMIZER.fullmatch(key):
-            yield from _tensors(item, is_tensor, (*keys, key))
+        elif len(keys) < _DEEPEST and not _OPTIMIZER.fullmatch(key):
+            yield from _tensors(_inner(item), is_tensor, (*keys, key))
+
+
+def _inner(value: object) -> Mapping[Any, Any]:
+    """Return a mapping, or the mappings of a list by position; nothing of anything else."""
+    if isinstance(value, list | tuple):
+        return {str(place): item for place, item in enumerate(value) if isinstance(item, Mapping)}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _from_array(item: object) -> Any:
@@ -201,7 +212,7 @@ def _no_tensors(loaded: Mapping[Any, Any], keys: tuple[str, ...], is_tensor: Any
     """Return what to say of the entries beside the weights that are no tensors."""
     mapping: Any = loaded
     for key in keys:
-        mapping = mapping[key]
+        mapping = _inner(mapping)[key]
     others = [
         f"{key!r} ({'None' if value is None else type(value).__name__})"
         for key, value in mapping.items()
@@ -221,8 +232,8 @@ def _unread(loaded: Mapping[Any, Any], told_of: set[str], keys: tuple[str, ...] 
         known = any(name.startswith(path + ".") for name in told_of)
         if looks_averaged(path) and not known and _holds_weights(value):
             told.append(f"{path!r} looks like averaged weights, but holds no DiT-MoE by name, and is not read")
-        elif isinstance(value, Mapping) and len(keys) < _DEEPEST:
-            told += _unread(value, told_of, (*keys, str(key)))
+        elif len(keys) < _DEEPEST:
+            told += _unread(_inner(value), told_of, (*keys, str(key)))
     return told
 
 
@@ -239,7 +250,8 @@ def _holds_weights(value: object, depth: int = 0) -> bool:
 
 def _hints(loaded: Mapping[Any, Any]) -> dict[str, Any]:
     """Return training arguments, an argparse.Namespace or a mapping, and the plain numbers beside the weights."""
-    plain = {str(key): value for key, value in loaded.items() if isinstance(value, int | float)}
+    values = {str(key): _plain(value) for key, value in loaded.items()}
+    plain = {key: value for key, value in values.items() if isinstance(value, int | float)}
     found = {key: _mapping_of(loaded[key]) for key in _HINT_KEYS if _mapping_of(loaded.get(key))}
     if len(found) == 1:
         (only,) = found.values()
@@ -250,6 +262,18 @@ def _hints(loaded: Mapping[Any, Any]) -> dict[str, Any]:
 def _mapping_of(value: object) -> dict[str, Any]:
     if isinstance(value, Namespace):
         value = vars(value)
+    elif isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
     if not isinstance(value, Mapping):
         return {}
-    return {str(key): _mapping_of(item) or item for key, item in value.items()}
+    return {str(key): _mapping_of(item) or _plain(item) for key, item in value.items()}
+
+
+def _plain(value: object) -> object:
+    """Return a number of numpy's, or a tensor of one number, as Python's; anything else as it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return value

@@ -81,7 +81,7 @@ def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
 def _read_config(path: Path) -> dict[str, Any]:
     """Return what a ``config.json`` says. Raises `BadInputError` where it is no JSON object."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())  # UTF-8 or UTF-16, with or without a mark
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path}: is not JSON ({first_line(error)}); mend or remove it") from None
     if not isinstance(document, dict):
@@ -158,9 +158,13 @@ def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, Tensor
     for name, value in pickled.tensors.items():
         if value.numel() == 0 or pickled.whole.get(name, tuple(value.shape)) != tuple(value.shape):
             part = "empty" if value.numel() == 0 else "a part of the whole"
+            advice = (
+                consolidation(files[0].parent)
+                if pickled.whole or files[0].name.endswith("_model_states.pt")
+                else "put them together with its zero_to_fp32, or gather them before saving"
+            )
             raise BadInputError(
-                f"{files[0]}: tensor {name!r} is {part}, as ZeRO leaves those that it divides over processes; "
-                + consolidation(files[0].parent)
+                f"{files[0]}: tensor {name!r} is {part}, as ZeRO leaves those that it divides over processes; {advice}"
             )
     infos = {name: _pickled_info(files[0], name, value) for name, value in reader.state.items()}
     size = sum(file.stat().st_size for file in files)
@@ -221,4 +225,4 @@ def dtype_code(dtype: torch.dtype, where: str) -> str:
     for code, candidate in _dtype_names().items():
         if candidate == name:
             return code
-    raise BadInputError(f"{where} has dtype {name}, which safetensors files of ditmoe do not hold")
+    raise BadInputError(f"{where} has dtype {name}, which ditmoe does not read; save it as float32, bfloat16 or float16")

@@ -77,8 +77,12 @@ def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str]) -> None:
 def _holds(target: Path, source: Path) -> bool:
     """Return whether writing `target` would touch `source`: it is the same file or folder, or one lies in the other."""
     target, source = target.resolve(), source.resolve()
-    same_file = target.exists() and source.exists() and target.samefile(source)
-    return same_file or target in source.parents or (source.is_dir() and source in target.parents)
+    if target.exists() and source.exists():
+        # shards may be links to elsewhere, as in the cache of the Hugging Face hub
+        files = [source, *(child for child in source.iterdir() if child.exists())] if source.is_dir() else [source]
+        if any(target.samefile(file) for file in files):
+            return True
+    return target in source.parents or (source.is_dir() and source in target.parents)
 
 
 def _require_writable(target: Path) -> None:

@@ -248,8 +248,9 @@ def _require_dit_moe(evidence: _Evidence) -> None:
         raise BadInputError(
             f"{evidence.where}: not a DiT-MoE: its blocks hold dense MLPs (blocks.*.mlp) and no router ({ROUTER})"
         )
-    some = ", ".join(list(names)[:3])
-    raise BadInputError(f"{evidence.where}: not a DiT-MoE: no tensor blocks.*.{ROUTER} (it holds {some}, ...)")
+    some = ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
+    holds = f"it holds {some}" if some else "it holds no tensors at all"
+    raise BadInputError(f"{evidence.where}: not a DiT-MoE: no tensor blocks.*.{ROUTER} ({holds})")
 
 
 def _depth(evidence: _Evidence) -> int:
@@ -365,7 +366,7 @@ def _classes(evidence: _Evidence, rows: int) -> tuple[int, bool]:
         return rows, False
     if rows != _UPSTREAM_CLASSES + 1:
         evidence.assumptions.append(
-            f"{rows - 1} classes and a null class: the label table has {rows} rows (or give ⟨num_classes⟩)"
+            f"{rows - 1} class{'' if rows == 2 else 'es'} and a null class: the label table has {rows} rows (or give ⟨num_classes⟩)"
         )
     return rows - 1, True
 
@@ -393,6 +394,11 @@ def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout, all
     width = hints.find("hidden_size")
     if hinted and hidden % hinted == 0 and (width is None or hints.whole("hidden_size") == hidden):
         return hinted
+    hint, told = hints.find("num_heads") or hints.find("head_dim"), ""
+    if hint is not None and is_whole(hint.value):
+        why = f"{hint.spelling} must divide the width {hidden}" if not hinted or hidden % hinted else f"{width} is wrong"
+        told = f"the file's hint {hint} is ignored: {why}"
+        evidence.warnings.append(told)
     if hidden in _HEADS_BY_WIDTH:
         heads = _HEADS_BY_WIDTH[hidden]
         evidence.assumptions.append(f"{heads} attention heads, as upstream models of width {hidden} have")
@@ -400,8 +406,9 @@ def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout, all
     if allow_unknown:
         return UNKNOWN
     raise BadInputError(
-        f"{evidence.where}: the number of attention heads cannot be told from timm tensors of width {hidden}; "
-        "give it with ⟨heads⟩ (num_heads= in Python)"
+        f"{evidence.where}: the number of attention heads cannot be told from timm tensors of width {hidden}"
+        + (f" ({told})" if told else "")
+        + "; give it with ⟨heads⟩ (num_heads= in Python)"
     )
 
 
@@ -568,7 +575,11 @@ def _check_shapes(config: DiTMoEConfig, evidence: _Evidence) -> None:
             )
         integral = name.endswith(EXPERT_OF)
         if (info.dtype == "I32") != integral or (not integral and info.dtype not in FLOATING):
-            raise BadInputError(f"{where}: tensor {name!r} has dtype {info.dtype}, which is not what it should hold")
+            expected_dtype = "I32" if integral else "F32, BF16, F16 or F64"
+            raise BadInputError(
+                f"{where}: tensor {name!r} has dtype {info.dtype}, expected {expected_dtype}"
+                + ("" if integral else "; unpack it with the program that packed it")
+            )
     unknown = [name for name in weights if name not in expected]
     if unknown:
         raise BadInputError(

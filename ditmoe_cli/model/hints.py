@@ -24,7 +24,7 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "num_classes": ("num_classes", "class_num", "n_classes", "num_embeds_ada_norm", "num_class_embeds"),
     "num_experts": ("num_experts", "n_routed_experts", "num_routed_experts", "n_experts"),
     "top_k": (
-        *("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts"),
+        *("top_k", "router_top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts"),
         *("n_activated_experts", "moe_top_k"),
     ),
     "class_dropout": (
@@ -33,6 +33,7 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 _DEEPEST = 4
+_SEPARATORS = re.compile(r"[-_ .]")
 _MODEL_NAME = re.compile(r"^DiT(?:-MoE)?-([A-Z]+)/(\d+)(?:-(\d+)E(\d+)A)?$")
 
 
@@ -66,8 +67,17 @@ class Hints:
 
     def find(self, setting: str) -> Hint | None:
         """Return a setting of `SPELLINGS`, or of its own name, in the first spelling that the document has."""
-        spellings = SPELLINGS.get(setting, (setting,))
-        return next((Hint(s, self.values[s]) for s in spellings if self.values.get(s) is not None), None)
+        found = self.all_of(setting)
+        return found[0] if found else None
+
+    def all_of(self, setting: str) -> list[Hint]:
+        """Return a setting in all spellings that the document has, in the order of `SPELLINGS`."""
+        by_spelling: dict[str, list[Hint]] = {}
+        for name, value in self.values.items():
+            if value is not None:
+                by_spelling.setdefault(squeezed(name), []).append(Hint(name, value))
+        spellings = dict.fromkeys(map(squeezed, SPELLINGS.get(setting, (setting,))))
+        return [hint for spelling in spellings for hint in by_spelling.get(spelling, ())]
 
     def whole(self, setting: str) -> int:
         """Return a setting that is a positive integer; 0 where it is absent or anything else."""
@@ -97,6 +107,11 @@ class Hints:
         return ModelName(match[1], int(match[2]), experts, top_k)
 
 
+def squeezed(name: str) -> str:
+    """Return a name without what programs spell differently: ``numHeads``, ``num-heads`` and ``num_heads`` are one."""
+    return _SEPARATORS.sub("", name).lower()
+
+
 def is_whole(value: object) -> bool:
     """Return whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -114,13 +129,24 @@ def read_hints(document: Mapping[str, Any]) -> Hints:
             found[name] = (level, [value])
         elif level == known and value not in values:
             values.append(value)
-    settings = {spelling for spellings in SPELLINGS.values() for spelling in spellings}
-    warnings = tuple(
+    settings = {squeezed(spelling) for spellings in SPELLINGS.values() for spelling in spellings}
+    twice = [
         f"the file says both {' and '.join(f'{name}={value}' for value in values)}, so neither is taken"
         for name, (_, values) in found.items()
-        if len(values) > 1 and name in settings
-    )
-    return Hints({name: values[0] for name, (_, values) in found.items() if len(values) == 1}, warnings)
+        if len(values) > 1 and squeezed(name) in settings
+    ]
+    hints = Hints({name: values[0] for name, (_, values) in found.items() if len(values) == 1})
+    return Hints(hints.values, (*twice, *_contradictions(hints)))
+
+
+def _contradictions(hints: Hints) -> list[str]:
+    """Return a warning for each setting whose spellings have different values, of which the first is taken."""
+    spelled = [hints.all_of(setting) for setting in SPELLINGS]
+    return [
+        f"the file says {first} and {other}; the first is taken"
+        for first, *others in filter(None, spelled)
+        if (other := next((hint for hint in others if hint.value != first.value), None)) is not None
+    ]
 
 
 def _leaves(document: Mapping[Any, Any], level: int = 0) -> Iterator[tuple[int, str, Any]]:
@@ -128,6 +154,19 @@ def _leaves(document: Mapping[Any, Any], level: int = 0) -> Iterator[tuple[int, 
     inner = [value for value in document.values() if isinstance(value, Mapping)]
     for name, value in document.items():
         if not isinstance(value, Mapping):
-            yield level, str(name), value
+            yield level, str(name), _number(value) if squeezed(str(name)) in _NUMERIC else value
     for value in inner if level < _DEEPEST else ():
         yield from _leaves(value, level + 1)
+
+
+_NUMERIC = frozenset(squeezed(spelling) for spellings in SPELLINGS.values() for spelling in spellings)
+
+
+def _number(value: object) -> object:
+    """Return what is a number in text, as in YAML of command lines, as one, and 2.0 as 2; anything else as it is."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -204,6 +204,13 @@ def test_a_config_beside_shards_of_another_program_is_read(tmp_path: Path, model
             open_reader(folder)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_in_the_encodings_of_editors(tmp_path: Path, model: Pico, encoding: str) -> None:
+    safetensors.torch.save_file(dict(model.state), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"num_heads": 2}', encoding=encoding)
+    assert open_reader(tmp_path)[0].hints == {"num_heads": 2}
+
+
 def test_the_metadata_of_weights_outvotes_a_config_with_a_word(tmp_path: Path, model: Pico) -> None:
     folder = model.save(tmp_path / "x")
     assert open_reader(folder)[0].warnings == ()

@@ -16,6 +16,7 @@ from reading import assert_holds
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.reader import open_reader
+from ditmoe_cli.model.hints import read_hints
 
 CONTAINERS = ["bare", "ema", "model", "module", "state_dict", "train", "deepspeed"]
 
@@ -256,6 +257,40 @@ def test_strange_tensors_are_named(tmp_path: Path, model: Pico, strange: torch.T
     torch.save({"model": {**model.state, "pos_embed": strange}}, tmp_path / "x.pt")
     with pytest.raises(BadInputError, match=r"x\.pt: tensor 'pos_embed'"):
         open_reader(tmp_path / "x.pt")
+
+
+def test_an_empty_tensor_of_a_plain_pickle_names_no_folder_of_deepspeeds(tmp_path: Path, model: Pico) -> None:
+    torch.save({**model.state, "pos_embed": torch.empty(0)}, tmp_path / "x.pt")
+    with pytest.raises(BadInputError, match=r"'pos_embed' is empty.*gather") as caught:
+        open_reader(tmp_path / "x.pt")
+    assert f"{tmp_path}-fp32" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "averages", [lambda s: [s], lambda s: (0.999, s), lambda s: {"decay": 0.9, "shadow": [s]}], ids=["list", "tuple", "in"]
+)
+def test_averages_in_lists_are_read(tmp_path: Path, model: Pico, averages: Callable[..., Any]) -> None:
+    averaged = {name: tensor + 1 for name, tensor in model.state.items()}
+    torch.save({"model": dict(model.state), "ema": averages(averaged)}, tmp_path / "x.pt")
+    header, reader = open_reader(tmp_path / "x.pt")
+    assert torch.equal(reader.tensor("pos_embed"), averaged["pos_embed"])
+    assert any("averaged weights are read, under 'ema" in note for note in header.notes)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"num_heads": np.int64(2), "top_k": np.int32(1)},
+        {"num_heads": torch.tensor(2), "top_k": torch.tensor([1])[0]},
+        '{"num_heads": 2, "top_k": 1}',
+        {"moe": {"num_heads": np.int64(2), "top_k": 1}},
+    ],
+    ids=["numpy", "tensors", "JSON", "nested"],
+)
+def test_training_arguments_in_other_forms(tmp_path: Path, model: Pico, args: Any) -> None:
+    torch.save({"ema": dict(model.state), "args": args}, tmp_path / "x.pt")
+    hints = read_hints(open_reader(tmp_path / "x.pt")[0].hints)
+    assert (hints.whole("num_heads"), hints.whole("top_k")) == (2, 1)
 
 
 def test_zero3_placeholders_are_explained(tmp_path: Path, model: Pico) -> None:

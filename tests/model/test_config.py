@@ -124,14 +124,24 @@ def test_head_counts_that_do_not_divide_the_width(pico: Callable[..., Pico], hea
         infer(weights, given=Given(num_heads=heads))
 
 
-@pytest.mark.parametrize("hint", [0, -2, -4, 3, "4", 4.0, True, None, [4]])
+@pytest.mark.parametrize("hint", [0, -2, -4, 3, "four", 4.5, float("nan"), float("inf"), True, None, [4]])
 def test_senseless_hints_of_heads_are_not_taken(pico: Callable[..., Pico], hint: object) -> None:
     with pytest.raises(BadInputError, match="heads"):
         infer(infos_of(pico().config), hints={"num_heads": hint})
 
 
 @pytest.mark.parametrize(
-    "hints", [{"num_attention_heads": 4}, {"attention_head_dim": 8}, {"model": {"params": {"num_heads": 4}}}], ids=str
+    "hints",
+    [
+        {"num_attention_heads": 4},
+        {"attention_head_dim": 8},
+        {"model": {"params": {"num_heads": 4}}},
+        {"numHeads": 4},
+        {"num-heads": 4},
+        {"num_heads": "4"},
+        {"num_heads": 4.0},
+    ],
+    ids=str,
 )
 def test_heads_in_the_spelling_of_other_programs(pico: Callable[..., Pico], hints: dict[str, Any]) -> None:
     assert infer(infos_of(pico().config), hints).config.num_heads == 4
@@ -145,9 +155,40 @@ def test_unknown_heads_are_left_open_where_that_is_allowed(pico: Callable[..., P
 
 
 def test_hints_that_are_no_numbers_are_named(pico: Callable[..., Pico]) -> None:
-    found = infer(infos_of(pico().config), {"top_k": "1", "num_classes": 3}, Given(2, sampler="ddpm"))
+    found = infer(infos_of(pico().config), {"top_k": "one", "num_classes": 3}, Given(2, sampler="ddpm"))
     assert found.config.top_k == 2
-    assert found.warnings == ("the file's hint top_k='1' is ignored: it is no whole number",)
+    assert found.warnings == ("the file's hint top_k='one' is ignored: it is no whole number",)
+
+
+@pytest.mark.parametrize("hints", [{"topK": 1}, {"top-k": "1"}, {"topk": 1.0}, {"moe": {"router_top_k": 1}}], ids=str)
+def test_top_k_in_other_spellings(pico: Callable[..., Pico], hints: dict[str, Any]) -> None:
+    assert infer(infos_of(pico().config), hints, Given(2)).config.top_k == 1
+
+
+def test_spellings_that_contradict_each_other_are_named(pico: Callable[..., Pico]) -> None:
+    hints = {"top_k": 1, "num_experts_per_tok": 2, "num_classes": 3}
+    found = infer(infos_of(pico().config), hints, Given(2, sampler="ddpm"))
+    assert found.config.top_k == 1
+    assert found.warnings == ("the file says top_k=1 and num_experts_per_tok=2; the first is taken",)
+
+
+@pytest.mark.parametrize(
+    ("hints", "why"),
+    [
+        ({"num_heads": 3}, "num_heads=3 is ignored: num_heads must divide the width 32"),
+        ({"head_dim": 5}, "head_dim=5 is ignored: head_dim must divide the width 32"),
+        ({"num_heads": 4, "hidden_size": 64}, "num_heads=4 is ignored: hidden_size=64 is wrong"),
+    ],
+)
+def test_hints_of_heads_that_are_not_taken_are_named(
+    pico: Callable[..., Pico], hints: dict[str, Any], why: str
+) -> None:
+    weights = infos_of(pico().config)
+    found = infer_config(weights, lambda name: memoryview(bytes(weights[name].nbytes)), hints, Given(), "x", True)
+    assert found.config.num_heads == 0
+    assert f"the file's hint {why}" in found.warnings
+    with pytest.raises(BadInputError, match="the file's hint "):
+        infer(weights, hints)
 
 
 def test_heads_of_another_width_are_not_taken(pico: Callable[..., Pico]) -> None:

@@ -18,6 +18,7 @@ from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
+from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.workfolder import discard_work
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import first_process
@@ -130,6 +131,7 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
         discard_work(target)
         note(f"{target} is up to date")
     else:
+        check_target(target, to.force, (opened.path, *([data.path] if data else [])))
         run = Run(checked_device(profiling.device), profiling.offload, note)
         if not profiling.offload:
             foretell([profiling_estimate(opened.config, settings)], lambda: run.device)

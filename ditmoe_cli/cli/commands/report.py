@@ -16,8 +16,10 @@ from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, note
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.names import ROUTER
+from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.files.staging import check_target, staged
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.checkpoint import DEMO_PREFIX, Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 from ditmoe_cli.routing.profile_search import own_profile
@@ -72,7 +74,7 @@ class Reporting:
     def stage(self) -> Stage:
         """Return the stage of the profile that is named, else the envelope on stdin, which must name one."""
         if self.file is not None:
-            return Stage(profile=str(self.file.absolute()))
+            return _stage_of(self.file)
         missing = "no profile: give a profile FILE, or pipe in ditmoe profile-experts"
         stage = incoming(None, Given(), missing=missing)
         if stage.profile is None:
@@ -80,14 +82,43 @@ class Reporting:
         return stage
 
 
+def _stage_of(file: Path) -> Stage:
+    """Return the stage of a profile, or of the profile that a checkpoint has under a usual name."""
+    if not is_checkpoint(file):
+        return Stage(profile=str(file.absolute()))
+    checkpoint = open_checkpoint(file, allow_unknown=True)
+    found = _usual_profile_of(checkpoint)
+    if found is None:
+        raise BadInputError(
+            f"{file}: is a checkpoint, and no profile of it lies here or beside it; "
+            "make one with ditmoe profile-experts, and name that"
+        )
+    return Stage(checkpoint=str(checkpoint.path.absolute()), profile=str(found))
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Return whether a file or folder, or a demo's name, is a checkpoint; what cannot be read is none."""
+    try:
+        return any(name.endswith(ROUTER) for name in open_reader(resolve_path(file))[0].tensors)
+    except BadInputError:
+        return str(file).startswith(DEMO_PREFIX)
+
+
 def usual_profile(stage: Stage) -> Path:
     """Return the profile of the envelope's checkpoint under a usual name. Raises `BadInputError` without one."""
     checkpoint = open_checkpoint(stage.checkpoint, **dict(stage.given or {})) if stage.checkpoint else None
-    for path in usual_profiles(checkpoint) if checkpoint else ():
-        if checkpoint and own_profile(checkpoint, path, note):
+    found = _usual_profile_of(checkpoint) if checkpoint is not None else None
+    if found is None:
+        raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
+    return found
+
+
+def _usual_profile_of(checkpoint: Checkpoint) -> Path | None:
+    for path in usual_profiles(checkpoint):
+        if own_profile(checkpoint, path, note):
             note(f"using the profile {path}")
             return path
-    raise BadInputError("stdin: the envelope names no profile; pipe in ditmoe profile-experts")
+    return None
 
 
 @dataclass(frozen=True)
