@@ -69,6 +69,7 @@ app = typer.Typer(
 )
 
 _OUT_OF_MEMORY = "out of memory; try a smaller --batch"
+_ASKING = {"-h", "--help", "--version"}
 INTERRUPTED = 130  # the exit code of SIGINT
 
 # typer carries its own click; its public BadParameter leads to the base of everything click raises
@@ -185,6 +186,8 @@ def _leave(code: int) -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run the program on arguments and return its exit code; errors become one line on stderr."""
+    if not (_has_working_folder() or _ASKING & set(arguments)):  # torch's libraries end the process without one
+        return _fail("the working directory is not there any more; change into one that is", 3)
     try:
         with watched_by(shown), announced_imports():
             code = _invoke(arguments)
@@ -195,8 +198,6 @@ def run(arguments: list[str]) -> int:
         return 141
     except OSError as error:
         _silence_stdout()
-        if error.filename is None and not _has_working_folder():
-            return _fail("the working directory is not there any more; change into one that is", 3)
         return _fail(_os_error(error), 1)
 
 

@@ -215,7 +215,9 @@ def read_files(listing: Listing) -> ReadFiles:
                 with archive.open(name) if archive else (root / name).open("rb") as file:
                     pixels, kind = _read(file, root / name)
             except FileNotFoundError:  # a link that leads nowhere
-                raise BadInputError(f"{root / name}: no such file; it is a link that leads nowhere, remove it") from None
+                raise BadInputError(
+                    f"{root / name}: no such file; it is a link that leads nowhere, remove it"
+                ) from None
             if kind == "JPEG":
                 jpeg.append(name)
             if images is None:
@@ -245,7 +247,10 @@ def _read(file: IO[bytes], path: Path) -> tuple[NDArray[np.uint8], str]:
             pixels = np.asarray(_opaque(upright, path).convert("L" if grey else "RGB"), dtype=np.uint8)
             return pixels[:, :, None] if grey else pixels, image.format or ""
     except UnidentifiedImageError:
-        raise BadInputError(f"{path}: cannot be read as an image (it is empty, or none of {', '.join(FORMATS)}); fetch it again or remove it") from None
+        raise BadInputError(
+            f"{path}: cannot be read as an image (it is empty, or none of {', '.join(FORMATS)}); "
+            "fetch it again or remove it"
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 

@@ -24,7 +24,7 @@ from ditmoe_cli.files.names import ROUTER
 from ditmoe_cli.files.selection import looks_averaged
 
 CONFIG = "config.json"
-_INDEX = re.compile(r"(?P<name>.+)\.(safetensors|bin)\.index(?P<variant>\.[\w-]+)?\.json")
+INDEX = re.compile(r"(?P<name>.+)\.(safetensors|bin)\.index(?P<variant>\.[\w-]+)?\.json")
 _PICKLE_ENDINGS = ("bin", "pt", "pth", "ckpt")
 # diffusers writes NAME.VARIANT-00001-of-00002, and wrote NAME-00001-of-00002.VARIANT
 _WEIGHTS = re.compile(
@@ -92,7 +92,7 @@ def locate(path: Path) -> Located:
         return _locate_in_folder(path)
     if not path.is_file():
         raise BadInputError(f"{path}: neither a file nor a folder")
-    if _INDEX.fullmatch(path.name):
+    if INDEX.fullmatch(path.name):
         return _indexed(path)
     match = _WEIGHTS.fullmatch(path.name)
     has_folder_name = match is not None and match["name"] in ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -150,9 +150,9 @@ def _candidates(folder: Path) -> list[_Candidate]:
     found = [
         _Candidate(match["name"], (match["variant"] or "").removeprefix("."), index=file)
         for file in files
-        if (match := _INDEX.fullmatch(file.name))
+        if (match := INDEX.fullmatch(file.name))
     ]
-    taken = {name for candidate in found if candidate.index for name in _shard_names(candidate.index)}
+    taken = {name for candidate in found if candidate.index for name in shard_names(candidate.index)}
     loose: dict[tuple[str, str, str, int], _Candidate] = {}
     for file in files:
         match = _WEIGHTS.fullmatch(file.name)
@@ -173,7 +173,7 @@ def _with_routers(candidates: list[_Candidate]) -> list[_Candidate]:
     def has_router(candidate: _Candidate) -> bool:
         files: Iterable[Path] = candidate.files.values()
         if candidate.index is not None:
-            files = (candidate.index.parent / name for name in _shard_names(candidate.index))
+            files = (candidate.index.parent / name for name in shard_names(candidate.index))
         for file in files:
             try:
                 if any(name.endswith(ROUTER) for name in read_safetensors_header(file).tensors):
@@ -250,7 +250,7 @@ def _is_distributed(folder: Path) -> bool:
     return folder.is_dir() and ((folder / ".metadata").is_file() or any(folder.glob("*.distcp")))
 
 
-def _shard_names(index: Path) -> list[str]:
+def shard_names(index: Path) -> list[str]:
     """Return the names of an index's shards. Raises `BadInputError` where it is malformed."""
     try:
         document: Any = json.loads(index.read_bytes())
@@ -263,7 +263,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _indexed(index: Path, notes: tuple[str, ...] = ()) -> Located:
-    shards = tuple(index.parent / name for name in _shard_names(index))
+    shards = tuple(index.parent / name for name in shard_names(index))
     missing = next((shard for shard in shards if not shard.is_file()), None)
     if missing is not None:
         raise BadInputError(f"{index}: shard {missing.name} is missing beside it")

@@ -225,4 +225,6 @@ def dtype_code(dtype: torch.dtype, where: str) -> str:
     for code, candidate in _dtype_names().items():
         if candidate == name:
             return code
-    raise BadInputError(f"{where} has dtype {name}, which ditmoe does not read; save it as float32, bfloat16 or float16")
+    raise BadInputError(
+        f"{where} has dtype {name}, which ditmoe does not read; save it as float32, bfloat16 or float16"
+    )

@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
+from ditmoe_cli.files.containers import INDEX, shard_names
 from ditmoe_cli.files.locks import is_abandoned, locked
 from ditmoe_cli.progress import phase
 
@@ -76,13 +77,19 @@ def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str]) -> None:
 
 def _holds(target: Path, source: Path) -> bool:
     """Return whether writing `target` would touch `source`: it is the same file or folder, or one lies in the other."""
+    is_there = target.exists() and source.exists()
+    is_one_of_them = is_there and any(target.samefile(file) for file in _files_of(source) if file.exists())
     target, source = target.resolve(), source.resolve()
-    if target.exists() and source.exists():
-        # shards may be links to elsewhere, as in the cache of the Hugging Face hub
-        files = [source, *(child for child in source.iterdir() if child.exists())] if source.is_dir() else [source]
-        if any(target.samefile(file) for file in files):
-            return True
-    return target in source.parents or (source.is_dir() and source in target.parents)
+    return is_one_of_them or target in source.parents or (source.is_dir() and source in target.parents)
+
+
+def _files_of(source: Path) -> Iterator[Path]:
+    """Yield the files of an input: shards may be links to elsewhere, as in the cache of the Hugging Face hub."""
+    yield source
+    if source.is_dir():
+        yield from source.iterdir()
+    elif INDEX.fullmatch(source.name):
+        yield from (source.parent / name for name in shard_names(source))
 
 
 def _require_writable(target: Path) -> None:

@@ -366,7 +366,8 @@ def _classes(evidence: _Evidence, rows: int) -> tuple[int, bool]:
         return rows, False
     if rows != _UPSTREAM_CLASSES + 1:
         evidence.assumptions.append(
-            f"{rows - 1} class{'' if rows == 2 else 'es'} and a null class: the label table has {rows} rows (or give ⟨num_classes⟩)"
+            f"{rows - 1} class{'' if rows == 2 else 'es'} and a null class: the label table has {rows} rows "
+            "(or give ⟨num_classes⟩)"
         )
     return rows - 1, True
 
@@ -396,7 +397,9 @@ def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout, all
         return hinted
     hint, told = hints.find("num_heads") or hints.find("head_dim"), ""
     if hint is not None and is_whole(hint.value):
-        why = f"{hint.spelling} must divide the width {hidden}" if not hinted or hidden % hinted else f"{width} is wrong"
+        why = (
+            f"{hint.spelling} must divide the width {hidden}" if not hinted or hidden % hinted else f"{width} is wrong"
+        )
         told = f"the file's hint {hint} is ignored: {why}"
         evidence.warnings.append(told)
     if hidden in _HEADS_BY_WIDTH:

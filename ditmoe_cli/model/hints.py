@@ -24,7 +24,14 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "num_classes": ("num_classes", "class_num", "n_classes", "num_embeds_ada_norm", "num_class_embeds"),
     "num_experts": ("num_experts", "n_routed_experts", "num_routed_experts", "n_experts"),
     "top_k": (
-        *("top_k", "router_top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts"),
+        *(
+            "top_k",
+            "router_top_k",
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "experts_per_token",
+            "num_selected_experts",
+        ),
         *("n_activated_experts", "moe_top_k"),
     ),
     "class_dropout": (

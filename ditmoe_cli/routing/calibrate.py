@@ -105,8 +105,8 @@ def _own_target(path: Path, share: Share) -> Path:
 def made_before(checkpoint: Checkpoint, settings: Calibration, path: Path) -> RoutingProfile | None:
     """Return the profile at `path` where it is of `checkpoint` and these settings, so that none has to be made.
 
-    None where there is none, or where another kind of file or a link is in the way. Raises `OutputExistsError` for a profile of
-    another checkpoint or of other settings.
+    None where there is none, or where another kind of file or a link is in the way. Raises `OutputExistsError` for a
+    profile of another checkpoint or of other settings.
     """
     if path.is_symlink() or not path.is_file():
         return None

@@ -361,6 +361,14 @@ def test_images_are_too_few_for_an_inception_score(folder: Path) -> None:
 # VAEs
 
 
+def test_samples_of_latents_say_how_to_get_images(tmp_path: Path) -> None:
+    make_pico().save(tmp_path / "a.safetensors")
+    assert here("sample", "a.safetensors", "--images", 2, "--steps", 1, "-o", "s.safetensors", cwd=tmp_path).code == 0
+    for words in (("s.safetensors", "--ref", "a.safetensors"), ("a.safetensors", "--ref", "s.safetensors")):
+        message = here("fid", *words, "--extractor", "pixels", cwd=tmp_path).error(3)
+        assert "s.safetensors: holds latents, not images; sample the checkpoint with --vae" in message
+
+
 def test_latents_are_scored_through_one_vae(folder: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     for seed, name in enumerate(("vae", "other")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html import escape
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_a_profile_comes_through_a_pipe(folder: Path) -> None:
     assert piped.result == named.result
     assert piped.envelope["checkpoint"] == str(folder / "a.safetensors")
     assert [step["command"] for step in piped.envelope["history"]] == ["profile-experts", "report"]
+
+
+def test_the_profile_of_a_checkpoint_is_found_under_its_usual_name(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "a.safetensors", tmp_path)
+    words = ("report", "profile", tmp_path / "a.safetensors", *QUICK)
+    assert "no profile of it lies here or beside it; make one with ditmoe profile-experts" in here(
+        *words, cwd=folder
+    ).error(3)
+    shutil.copy(folder / "p.safetensors", tmp_path / "a.profile.safetensors")
+    outcome = here(*words, cwd=folder)
+    assert f"ditmoe: using the profile {tmp_path / 'a.profile.safetensors'}" in outcome.notes
+    assert outcome.result == here("report", "profile", "p.safetensors", *QUICK, cwd=folder).result
 
 
 def test_a_terminal_shows_a_table(folder: Path) -> None:

@@ -267,7 +267,9 @@ def test_an_empty_tensor_of_a_plain_pickle_names_no_folder_of_deepspeeds(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "averages", [lambda s: [s], lambda s: (0.999, s), lambda s: {"decay": 0.9, "shadow": [s]}], ids=["list", "tuple", "in"]
+    "averages",
+    [lambda s: [s], lambda s: (0.999, s), lambda s: {"decay": 0.9, "shadow": [s]}],
+    ids=["list", "tuple", "in"],
 )
 def test_averages_in_lists_are_read(tmp_path: Path, model: Pico, averages: Callable[..., Any]) -> None:
     averaged = {name: tensor + 1 for name, tensor in model.state.items()}

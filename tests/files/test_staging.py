@@ -251,6 +251,19 @@ def input_inside_the_target(folder: Path) -> tuple[Path, Path]:
     return folder / "deep", folder / "deep" / "er" / "in"
 
 
+def input_folder_of_links(folder: Path) -> tuple[Path, Path]:
+    (folder / "blob").write_text("old")
+    (folder / "in").mkdir()
+    (folder / "in" / "shard").symlink_to("../blob")
+    return folder / "blob", folder / "in"
+
+
+def shard_of_an_index(folder: Path) -> tuple[Path, Path]:
+    (folder / "shard").write_text("old")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard"}}')
+    return folder / "shard", folder / "model.safetensors.index.json"
+
+
 def target_inside_the_input_folder(folder: Path) -> tuple[Path, Path]:
     (folder / "in").mkdir()
     (folder / "in" / "shard").write_text("old")
@@ -266,13 +279,15 @@ def target_inside_the_input_folder(folder: Path) -> tuple[Path, Path]:
         input_through_a_linked_folder,
         input_inside_the_target,
         target_inside_the_input_folder,
+        input_folder_of_links,
+        shard_of_an_index,
     ],
 )
 def test_the_input_is_no_target(tmp_path: Path, arrange: Callable[[Path], tuple[Path, Path]]) -> None:
     target, source = arrange(tmp_path)
     with pytest.raises(OutputExistsError, match="is the input itself"):
         write(target, force=True, inputs=(source,))
-    found = source if source.is_file() else target
+    found = target if target.is_file() else source
     assert found.read_text() == "old"
 
 
