@@ -236,6 +236,11 @@ def test_missing_or_misshapen_tensors_are_named(name: str, folder: Path, tmp_pat
         assert name in here("report", "profile", path, cwd=tmp_path).error(3)
 
 
+def test_replicates_are_bounded(folder: Path) -> None:
+    message = here("report", "profile", "p.safetensors", "--replicates", 10**12, cwd=folder).error(2)
+    assert message == "--replicates 1000000000000: give at most 100000, since all are in memory at once"
+
+
 def test_usage(folder: Path) -> None:
     assert "choose profile" in here("report", "plan", "p.safetensors", cwd=folder).error(2)
     assert "WHAT" in here("report", cwd=folder).error(2)

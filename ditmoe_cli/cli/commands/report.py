@@ -36,6 +36,14 @@ EXAMPLES = (
 
 
 KINDS = ("profile",)
+MOST_REPLICATES = 100_000  # all are in memory at once
+
+
+def _checked_replicates(count: int) -> int:
+    """Return a number of bootstrap replicates. Raises `UsageError` for one that memory would not hold."""
+    if count > MOST_REPLICATES:
+        raise UsageError(f"⟨replicates⟩ {count}: give at most {MOST_REPLICATES}, since all are in memory at once")
+    return count
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,15 @@ class Reporting:
         Path | None,
         typer.Argument(
             metavar="FILE",
-            help="Profile that ditmoe profile-experts wrote. Without it, the one that the command before in the pipe "
-            "names.",
+            help="Profile that ditmoe profile-experts wrote, or a checkpoint whose profile has its usual name. Without "
+            "it, the one that the command before in the pipe names.",
         ),
     ] = None
     replicates: Annotated[
-        int, typer.Option("--replicates", metavar="N", help="Bootstrap replicates for each interval.")
+        int,
+        typer.Option(
+            "--replicates", metavar="N", callback=_checked_replicates, help="Bootstrap replicates for each interval."
+        ),
     ] = 200
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the bootstrap.")
