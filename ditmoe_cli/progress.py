@@ -110,7 +110,7 @@ def phase(title: str, total: int = 0, unit: str = "", *, start: int = 0, share: 
         with _watcher.get()(new) if outer is None else _part(outer, new):
             yield new
     finally:
-        # an error leaves the generator of `each` suspended for a while: a part may end after what it is part of
+        # an error may leave a generator of `each` suspended for a while: a part then ends after what it is part of
         if any(known is new for known in _chain(_current.get())):
             _current.set(outer)
 

@@ -112,11 +112,12 @@ def test_an_error_amid_each_leaves_no_phase_behind() -> None:
     """The error keeps the generator alive; what follows is no part of the phase that it was a part of."""
     with watched_by(seen := Seen()):
         with pytest.raises(ValueError, match="broken") as kept, phase("a", 1):
-            for _ in each([1, 2], "b", "items"):
+            items = each([1, 2], "b", "items")
+            for _ in items:
                 raise ValueError("broken")
         with phase("c"):
             pass
-        del kept
+        del kept, items
         with phase("d"):
             pass
     assert seen.ended == ["a", "c", "d"]

@@ -16,7 +16,7 @@ from ditmoe_cli.cli import progress_display as display
 from ditmoe_cli.cli.app import run
 from ditmoe_cli.cli.progress_display import Pace, bytes_of, clock, counted, looking, paced, parts_of, shown
 from ditmoe_cli.cli.terminal import note
-from ditmoe_cli.progress import BYTES, Phase, phase, watched_by
+from ditmoe_cli.progress import BYTES, Phase, each, phase, watched_by
 
 
 class Clock:
@@ -233,6 +233,44 @@ def test_what_is_printed_beside_a_bar_goes_where_it_belongs(time: Clock, monkeyp
     (line,) = (line for line in screen.getvalue().splitlines() if "going on with block 2" in line)
     assert line.split("\033")[-1].split("K")[-1].strip("\r ") == "ditmoe: going on with block 2"
     assert sys.stderr is screen, "the stream is the same again"
+
+
+def test_an_interrupt_amid_a_counted_phase_leaves_the_terminal_clean(
+    time: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error keeps the phase alive until it is handled: what is said meanwhile stands above the bar that goes."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def work() -> None:
+        scores = each([1, 2], "scoring x", "scores")
+        for _ in scores:
+            time.wait(2)
+            note("kept 1 of 2 scores; the same command goes on from there")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    monkeypatch.setattr("ditmoe_cli.cli.app.load_program", lambda: Interrupted(work))
+    assert run([]) == 130
+    drawn = screen.getvalue()
+    assert "scoring x" in drawn and drawn.count("\033[?25l") == drawn.count("\033[?25h") == 1
+    said = [line.split("K")[-1].strip("\r ") for line in drawn.splitlines() if "ditmoe:" in line]
+    assert said == [*("ditmoe: kept 1 of 2 scores; the same command goes on from there", "ditmoe: error: interrupted")]
+    assert "scoring x" not in drawn.split("\033[2K")[-1], "nothing of the bar is left"
+    assert sys.stderr is screen and time.look is None
+
+
+class Interrupted:
+    """A program whose one command does some work."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+
+    def make_context(self, _name: str, _arguments: list[str]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def invoke(self, _: None) -> None:
+        self.work()
 
 
 # ------------------------------------------------------------------ words
