@@ -387,6 +387,11 @@ def test_what_was_pruned_is_quantised(folder: Path) -> None:
     pruned = here("prune", "a.safetensors", *PROFILE, "--keep", 2, "--refit-tokens", 64, cwd=folder)
     quantised = here("quantize", "--bits", 3, *FEW, cwd=folder, stdin=pruned.out)
     assert any("ancestor" in line for line in quantised.notes)
+    mine = sorted(file.name.removeprefix(pruned.path.stem) for file in folder.glob(f"{pruned.path.stem}.*"))
+    measured, anew, *rest = mine
+    assert anew.endswith(".profile.safetensors"), "a profile of what was pruned"
+    assert measured == anew.replace(".safetensors", ".measured.json"), "errors of formats, for other budgets"
+    assert rest == [".quantize-bits3-tokens256.safetensors", ".safetensors"]
     assert here("inspect", quantised.path, cwd=folder).result["history"] == ["prune", "quantize"]
     assert here("sample", quantised.path, "--images", 1, "--steps", 1, cwd=folder).code == 0
 
