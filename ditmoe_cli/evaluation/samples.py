@@ -209,6 +209,7 @@ def fill(
                 after(indices.start, values)
     share.wait()
     work.require_whole([SAMPLES])
+    share.wait()  # until all have looked: the first one deletes the folder once its outputs are written
 
 
 @contextmanager

@@ -158,6 +158,26 @@ def together(work: Workspace, what: Sampling, batch: int, world: int, monkeypatc
     assert errors == []
 
 
+def test_the_last_thing_is_to_wait_for_those_that_still_look_into_the_workspace(
+    pixels: Sampling, tmp_path: Path
+) -> None:
+    """The first process, done with its outputs, deletes it."""
+    work = Workspace(tmp_path / "w", IMAGES)
+
+    class Met(Share):
+        """A process that all others have met at its second waiting, when the first one deletes the workspace."""
+
+        waited = 0
+
+        def wait(self) -> None:
+            Met.waited += 1
+            if Met.waited == 2:
+                work.remove()
+
+    fill(work, pixels, worker(64, Met()))
+    assert Met.waited == 2 and not work.folder.exists()
+
+
 @pytest.mark.parametrize(("world", "batch"), [(2, 2), (3, 1), (5, 3)])
 def test_the_number_of_processes_changes_nothing(
     what: Sampling, world: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch

@@ -106,7 +106,9 @@ def extract_missing(
                 progress(len(indices))
     share.wait()
     work.require_whole(names)
-    return Activations(**{kind: work.array(name) for kind, name in extraction.array_names().items()})
+    found = Activations(**{kind: work.array(name) for kind, name in extraction.array_names().items()})
+    share.wait()  # until all have opened them: the first one may delete the folder once it has scored them
+    return found
 
 
 def store_activations(
