@@ -202,24 +202,11 @@ _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order
     "rounding": None,
     "ordering": None,
 }
-_SETTINGS = ("repair", "delta", "rounding")  # fields whose values have names of their own
 _SIGNS = ("request", "digest")  # fields by which planners sign
 FIGURES = ("predicted_error", "tried_error", "bound", "gap", "solver")
 """Entries of a plan's options that nobody gave: figures of the choice itself."""
 UNDECIDED = "undecided"
 """The entry in the options of a plan that stands for its size only."""
-_COMPARED = (
-    "command",
-    "source",
-    "profile",
-    "calibration",
-    "options",
-    "merging",
-    "repair",
-    "delta",
-    "rounding",
-    "ordering",
-)
 
 
 @dataclass(frozen=True)
@@ -478,30 +465,3 @@ def read_plan(path: Path) -> CompressionPlan:
         if isinstance(result, dict) and result.get("dry_run") and document is None:
             raise BadInputError(f"{path}: the dry run left the plan open; plan again with a ⟨profile⟩")
     return parse_plan(document, str(path))
-
-
-def plan_difference(a: CompressionPlan, b: CompressionPlan) -> list[str]:
-    """Return the lines in which two plans differ, field by field of their JSON; none where they would do the same."""
-    left, right = a.to_json(), b.to_json()
-    lines = [
-        f"{name}: {_shown(name, left.get(name))} | {_shown(name, right.get(name))}"
-        for name in _COMPARED
-        if left.get(name) != right.get(name)
-    ]
-    if len(left["blocks"]) != len(right["blocks"]):
-        lines.append(f"blocks: {len(left['blocks'])} | {len(right['blocks'])}")
-    pairs = enumerate(zip(left["blocks"], right["blocks"], strict=False))
-    lines += [f"block {i}: {x} | {y}" for i, (x, y) in pairs if x != y]
-    x, y = left["formats"], right["formats"]
-    return lines + [
-        f"{name}: {x.get(name, 'unchanged')} | {y.get(name, 'unchanged')}"
-        for name in sorted(x.keys() | y.keys())
-        if x.get(name) != y.get(name)
-    ]
-
-
-def _shown(name: str, value: Any) -> str:
-    """Return a field of a plan's JSON for reading: settings as ``Repair(scale=False, tokens=0)``."""
-    if name not in _SETTINGS or value is None:
-        return str(value)
-    return f"{name.capitalize()}({', '.join(f'{key}={each!r}' for key, each in value.items())})"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ditmoe_cli.cli.costs import error_rows, plan_rows
+from ditmoe_cli.cli.plan_differences import plan_differences
 from ditmoe_cli.cli.stage import Stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit
-from ditmoe_cli.compression.plan import FIGURES, CompressionPlan, plan_difference, read_plan
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes
+from ditmoe_cli.compression.plan import FIGURES, CompressionPlan, read_plan
 
 EXAMPLES = (
     "ditmoe prune ckpt.pt --keep 0.5 --dry-run > plan.json",
@@ -31,15 +33,29 @@ class Plans:
 def run(plans: Plans, printing: JsonPrinting) -> None:
     """Show, check or compare compression plans.
 
-    With OTHER, prints where the two differ.
+    With OTHER, prints what changes for which blocks and weights.
     """
     plan, stage = read_plan(plans.file), Stage()
+    size = told_bytes(plans.file, plan)
     if plans.other is None:
-        document = stage.to_json({"plan": plan.document(), "digest": plan.digest, "edited": plan.edited})
-        return emit(printing, document, rows(plan), None, editable=True)
-    lines = plan_difference(plan, read_plan(plans.other))
-    result = {"same": not lines, "differences": lines}
-    return emit(printing, stage.to_json(result), [("differs", line) for line in lines] or [("same", "yes")], None)
+        told = {"plan": plan.document(), "digest": plan.digest, "edited": plan.edited, "bytes": size}
+        sized = [("bytes", f"{size:,} ({human_bytes(size)})")] if size is not None else []
+        return emit(printing, stage.to_json(told), [*rows(plan), *sized], None, editable=True)
+    other = read_plan(plans.other)
+    found, sizes = plan_differences(plan, other), (size, told_bytes(plans.other, other))
+    result = {"same": not found, "differences": [asdict(each) for each in found], "bytes": list(sizes)}
+    differing = [(each.what, each.text) for each in found]
+    if found and sizes != (None, None):
+        differing.append(("bytes", " | ".join("not known" if each is None else f"{each:,}" for each in sizes)))
+    return emit(printing, stage.to_json(result), differing or [("same", "yes")], None)
+
+
+def told_bytes(path: Path, plan: CompressionPlan) -> int | None:
+    """Return the bytes that the dry run which printed a plan predicted; None where the file has none, or is edited."""
+    document = json.loads(path.read_text())
+    result = document.get("result") if isinstance(document, dict) else None
+    size = result.get("bytes") if isinstance(result, dict) else None
+    return size if type(size) is int and not plan.edited else None
 
 
 def rows(plan: CompressionPlan) -> list[Row]:

@@ -35,6 +35,7 @@ from replaying import error_by_hand
 from torch import Tensor
 from torch.testing import assert_close
 
+from ditmoe_cli.cli.plan_differences import plan_differences
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.delta.delta_plan import plan_delta
 from ditmoe_cli.compression.output import planned_output
@@ -45,7 +46,6 @@ from ditmoe_cli.compression.plan import (
     Formats,
     Repair,
     parse_plan,
-    plan_difference,
 )
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.compression.replay.tokens import reservoir_tokens
@@ -437,7 +437,7 @@ def test_a_delta_enters_a_plans_json_digest_and_differences() -> None:
     plan = replace(plain, stages=(Differences("svd", 0.25),))
     assert plan.to_json()["delta"] == {"kind": "svd", "ratio": 0.25}
     assert len({plain.digest, plan.digest, replace(plan, stages=(Differences("svd", 0.5),)).digest}) == 3
-    assert len(plan_difference(plain, plan)) == 1
+    assert len(plan_differences(plain, plan)) == 1
     assert plan.computes and not plain.computes
     ternary = {"kind": "ternary", "ratio": 1}
     assert parse_plan({**plan.to_json(), "delta": ternary}, "p").stages == (Differences("ternary", 1.0),)
