@@ -411,6 +411,7 @@ def test_an_edited_plan_keeps_top_k_selectable_rows_of_a_merged_router(tmp_path:
 MEMORY_PROBE = """
 import resource, sys
 from pathlib import Path
+import filelock  # before memory is measured: `apply` imports it late
 import torch
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.compression.apply import apply
