@@ -246,9 +246,9 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what commands cache away from the user's own folder."""
+    """Keep what commands cache away from the user's own folder, and from tests that ran in this process before."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
