@@ -9,9 +9,9 @@ A recording runs the commands of `cases` in a temporary folder, over ``demo:digi
 ``tests/data`` and ``../shared/oracle`` and what comes of them. Each command has a label and a folder of its own, so
 that commands which do not depend on each other run beside each other. Of each it keeps the exit code, stdout (JSON as
 it is, times and memory masked), a digest of every file that it wrote, of safetensors also of every tensor and the
-metadata, and stderr. Paths of the temporary folder and of the package are replaced by names, lines of progress left
-out: two recordings of one tree on one machine are the same to the byte. Recordings of different machines or torch
-releases differ in the last bits of computed values.
+metadata, and stderr. Paths of the temporary folder and of the package are replaced by names, and progress is off: two
+recordings of one tree on one machine are the same to the byte. Those of different machines or torch releases differ in
+the last bits of computed values.
 
 Processes are forked from a server that has imported torch, which halves the time; ``--fresh`` starts each anew.
 
@@ -61,7 +61,8 @@ STREAMS = ("stdin", "stdout", "stderr")
 MASKED = "<masked>"
 TIMEOUT = 600  # seconds of one command
 _PLACE = re.compile(r"\{([\w-]+)(\.out)?\}")
-_PROGRESS = re.compile(r"ditmoe: .*: (done in .*/s\)|[\d,]+ of [\d,]+, .* left)")
+TIMES = ("result.seconds",)  # key paths that hold a time in any result
+_SECONDS = re.compile(r"^((?:\x1b\[1m)?seconds +(?:\x1b\[0m)? *)[\d,.]+", re.M)  # in tables
 _DEMO = re.compile(r"<PACKAGE>[^\s\"']*/digits\.safetensors")
 
 Json = Any
@@ -105,6 +106,7 @@ DEMO = "demo:digits"
 SMALL = "{convert-deepspeed}/c.safetensors"  # DDPM, on latents, flash attention, 2 blocks of 8 experts
 ON_DEMO = f"{DEMO} --profile {{profile-demo}}/p.safetensors -o o.safetensors"
 ON_SMALL = f"{SMALL} --profile {{profile-ddpm}}/p.safetensors -o o.safetensors"
+FAST = "--images 8 --steps 4 --bins 2 --fast"
 CALIBRATION = "--images 8 --steps 4 --bins 2 --reservoir 1024"
 FEW = "--refit-tokens 512"
 COMMANDS = (
@@ -209,16 +211,14 @@ def profiling(oracles: Sequence[str]) -> Iterator[Case]:
         "profile-demo-cfg",
         f"profile-experts {DEMO} {CALIBRATION} --cfg 2 --solver ab2 --seed 3 --classes 0,3,7 -o p.safetensors",
     )
-    yield case("profile-demo-fast", f"profile-experts {DEMO} {CALIBRATION} --fast --batch 3 -o p.safetensors")
-    yield case("profile-demo-offload", f"profile-experts {DEMO} {CALIBRATION} --fast --offload -o p.safetensors")
+    yield case("profile-demo-fast", f"profile-experts {DEMO} {FAST} --batch 3 -o p.safetensors")
+    yield case("profile-demo-offload", f"profile-experts {DEMO} {FAST} --offload -o p.safetensors")
     yield case("profile-ddpm", f"profile-experts {SMALL} {CALIBRATION} --cfg 1.5 -o p.safetensors")
-    yield case(
-        "profile-data",
-        f"profile-experts {DEMO} {CALIBRATION} --fast --data {{sample-demo}}/s.safetensors -o p.safetensors",
-    )
+    given = "--data {sample-demo}/s.safetensors"
+    yield case("profile-data", f"profile-experts {DEMO} {FAST} {given} -o p.safetensors")
     for name in (name for name in oracles if name != "deepspeed"):
-        cfg = "--cfg 1.5 --solver dpmpp-2m" if name == "plain-ddpm" else "--fast"
-        words = f"--images 2 --steps 2 --bins 1 --reservoir 256 {cfg}"
+        kept = "--reservoir 256 --cfg 1.5 --solver dpmpp-2m" if name == "plain-ddpm" else "--fast"
+        words = f"--images 2 --steps 2 --bins 1 {kept}"
         yield case(f"profile-{name}", f"profile-experts {{convert-{name}}}/c.safetensors {words} -o p.safetensors")
 
 
@@ -374,7 +374,8 @@ def reporting() -> Iterator[Case]:
     page = f"-o r.html --png figures --weights {DEMO} {some}"
     yield case("report-page", f"report profile {{profile-demo-cfg}}/p.safetensors {page}")
     yield case("report-pipe", f"report profile {some} --seed 1", stdin="{profile-demo-fast.out}")
-    measured = tuple(f"result.{name}" for name in ("memory", "seconds", "images_per_second"))
+    timed = ("seconds", "seconds_by_threads", "images_per_second", "conditions.threads")
+    measured = tuple(f"result.{name}" for name in ("memory", *timed))
     yield case("bench-demo", f"bench {DEMO} --batch 2 --repeats 1 --json", masked=measured)
     yield case("bench-mix", "bench {quantize-mix-demo}/o.safetensors --batch 1 --repeats 1 --cfg 2", masked=measured)
 
@@ -451,7 +452,7 @@ def failing() -> Iterator[Case]:
     yield case("error-few-images", f"fid {DEMO} --ref {DEMO} --images 9 --steps 1 --metrics fid-inf", code=3)
     yield case("error-architecture", f"compare {DEMO} {SMALL}", code=3)
     yield case("error-report", "report model", code=2)
-    yield case("error-empty-pipe", "prune --keep 0.5", code=3)
+    yield case("error-empty-pipe", "prune --keep 0.5", code=2)
     yield case("error-other-pipe", "sample", stdin='{"schema": "ditmoe.plan/1"}', code=3)
 
 
@@ -589,11 +590,12 @@ class Fresh:
 
 
 def environment(package: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of all processes: one thread each, nothing of torchrun, the package first on the path."""
+    """Return the environment of all processes: one thread, no progress, no torchrun, the package first on the path."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "COLUMNS", "TERM")
     kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("DITMOE", "TORCHELASTIC"))}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return {**kept, **threads, "PYTHONPATH": str(package), "PYTHONIOENCODING": "utf-8", **variables}
+    own = {"DITMOE_PROGRESS": "0", "PYTHONPATH": str(package), "PYTHONIOENCODING": "utf-8"}
+    return {**kept, **threads, **own, **variables}
 
 
 def check_origin(origin: str | None, package: Path) -> None:
@@ -734,18 +736,20 @@ def safetensors_digest(data: bytes, names: Names) -> dict[str, Json]:
 def command_record(each: Case, words: Sequence[str], code: int, folder: Path, streams: Path, names: Names) -> Json:
     """Return what is kept of a command that has run."""
     out, err = ((streams / f"{each.label}.{ending}").read_text("utf-8") for ending in ("out", "err"))
-    lines = [names.text(line) for line in err.splitlines() if not _PROGRESS.fullmatch(line)]
+    lines = names.text(err).splitlines()
     document = read_json(out)
     record: dict[str, Json] = {"command": names.text(" ".join(("ditmoe", *words))), "exit": code, "stderr": lines}
     if document is None:
-        record["stdout"] = names.text(out).splitlines()
-        record["stdout_sha256"] = sha256(names.text(out))
+        text = _SECONDS.sub(rf"\g<1>{MASKED}", names.text(out))
+        record["stdout"] = text.splitlines()
+        record["stdout_sha256"] = sha256(text)
     else:
-        plain = masked(names.json(document), each.masked)
-        record["shape"] = sorted(shape(names.json(document)))
+        named = names.json(document)
+        plain = masked(named, (*each.masked, *TIMES))
+        record["shape"] = sorted(shape(named))
         record["stdout"] = plain
         # of the text as it stands, so that the order of keys and the form of numbers count
-        record["stdout_sha256"] = sha256(json.dumps(plain) if each.masked else names.text(out))
+        record["stdout_sha256"] = sha256(names.text(out) if plain == named else json.dumps(plain))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     record["files"] = {str(file.relative_to(folder)): file_digest(file, names) for file in files}
     return record

@@ -83,6 +83,7 @@ class Bench:
         checkpoint, samples = f"{stem}.safetensors", f"{stem}.samples.safetensors"
         words = (*variant.words, "--profile", f"profile{seed}.safetensors", "-o", checkpoint, "--force")
         seeded = ("--seed", str(seed)) if "random" in variant.words else ()  # it draws experts
+        (self.folder / f"profile{seed}.measured.json").unlink(missing_ok=True)  # each row is timed with measuring
         start = time.perf_counter()
         made = ditmoe(words[0], self.checkpoint, *words[1:], *seeded, folder=self.folder)
         seconds = time.perf_counter() - start
