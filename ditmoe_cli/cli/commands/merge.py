@@ -105,7 +105,7 @@ def run(
 ) -> None:
     """Merge the experts of each block into fewer, or store them as differences.
 
-    Needs a routing profile: that of --profile or of the pipe; without one the checkpoint is profiled first.
+    Takes the routing profile of --profile, of the pipe, or beside the checkpoint; without one it is profiled first.
     """
     if planning.list_methods:
         return print_methods("merge", printing)

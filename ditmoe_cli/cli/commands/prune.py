@@ -132,7 +132,7 @@ def run(
 ) -> None:
     """Keep the most salient experts of each block.
 
-    Needs a routing profile: that of --profile or of the pipe; without one the checkpoint is profiled first.
+    Takes the routing profile of --profile, of the pipe, or beside the checkpoint; without one it is profiled first.
     """
     if planning.list_methods:
         return print_methods("prune", printing)

@@ -192,9 +192,9 @@ def run(
 ) -> None:
     """Store weights in fewer bits: a format for each, planned so that the prediction changes least.
 
-    A planned mix needs a routing profile: that of --profile or of the pipe; without one the checkpoint is profiled
-    first. --uniform with --rounding nearest needs none. Router, patch and label embedding, norms and biases stay as
-    they are.
+    A planned mix takes the routing profile of --profile, of the pipe, or beside the checkpoint; without one it is
+    profiled first. --uniform with --rounding nearest needs none. Router, patch and label embedding, norms and biases
+    stay as they are.
     """
     if planning.list_methods:
         return print_methods("quantize", printing)
