@@ -64,7 +64,7 @@ class Bench:
         if not (self.folder / "original.safetensors").exists():
             ditmoe("sample", self.checkpoint, *self.sampling, "-o", "original.safetensors", folder=self.folder)
         for name, seed in ((f"profile{seed}.safetensors", seed) for seed in seeds):
-            words = ("--seed", str(seed), "--steps", steps, "--bins", str(min(10, int(steps))), "-o", name)
+            words = ("--seed", str(seed), "--steps", steps, "-o", name)
             if not (self.folder / name).exists():
                 ditmoe("profile-experts", self.checkpoint, *words, folder=self.folder)
 
