@@ -75,12 +75,11 @@ def run_planner(
     work, basis = prepared(planner, work, wanted)
     if to.dry_run:
         return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))
-    request = request_digest(planner, checkpoint.fingerprint, basis.settings if basis else None)
-    made = made_before(output, checkpoint, request)
+    made = made_before(output, checkpoint, _request(planner, work, basis, basis.profile if basis else None))
     if made is not None:
         plan = plan_of(made, checkpoint)
         return reuse(job, made, basis.path if basis else None, plan, planner.details(checkpoint, plan))
-    with chosen(planner, work, basis, request) as choice:
+    with chosen(planner, work, basis) as choice:
         return write(job, choice, work.device, planner.details(checkpoint, choice.plan))
 
 
@@ -101,13 +100,19 @@ def prepared(planner: Planner, work: Work, wanted: ProfileRequest) -> tuple[Work
 
 def foreseen(planner: Planner, work: Work, basis: Basis | None) -> CompressionPlan:
     """Return the plan of a dry run, which never profiles: without a profile it is undecided."""
-    request = request_digest(planner, work.checkpoint.fingerprint, basis.settings if basis else None)
+    usable = basis.profile if basis is not None else None
+    request = _request(planner, work, basis, usable)
     if basis is None:
         return replace(planner.plan(work, None), request=request)
-    usable = basis.profile
     foretell(choosing(planner, work, basis) if usable else [], work.device)
     plan = planner.plan(work, usable) if usable else planner.undecided(work.checkpoint)
     return replace(plan, calibration=basis.settings, request=request)
+
+
+def _request(planner: Planner, work: Work, basis: Basis | None, profile: RoutingProfile | None) -> str:
+    """Return the digest of a request, with that of the profile as far as there is one."""
+    settings = basis.settings if basis is not None else None
+    return request_digest(planner, work.checkpoint.fingerprint, settings, profile.digest if profile else None)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Choice:
 
 
 @contextmanager
-def chosen(planner: Planner, work: Work, basis: Basis | None, request: str) -> Iterator[Choice]:
+def chosen(planner: Planner, work: Work, basis: Basis | None) -> Iterator[Choice]:
     """Yield the plan of a request, profiling the checkpoint where that is needed.
 
     The plan is kept in the work folder, with what carrying it out keeps there, until the block ends.
@@ -128,7 +133,7 @@ def chosen(planner: Planner, work: Work, basis: Basis | None, request: str) -> I
     target, force = work.output.path, work.output.force
     check_target(target, force, [work.checkpoint.path, *([basis.profile.path] if basis and basis.profile else [])])
     if basis is None:
-        yield Choice(replace(planner.plan(work, None), request=request))
+        yield Choice(replace(planner.plan(work, None), request=_request(planner, work, None, None)))
         return
     if basis.profile is None:
         known = _known_before(planner, work)
@@ -138,6 +143,7 @@ def chosen(planner: Planner, work: Work, basis: Basis | None, request: str) -> I
             check_values(work.checkpoint, known)
     foretell(choosing(planner, work, basis), work.device)
     profile = made_profile(work.checkpoint, basis, work.device, note)
+    request = _request(planner, work, basis, profile)
     for warning in planner.warnings(profile):
         note(f"warning: {warning}")
     if not planner.measures:  # writing keeps what there is to keep

@@ -7,6 +7,7 @@ from typing import Any
 
 from ditmoe_cli.cli.costs import step_text
 from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.planner import is_answered, is_same_but_for_profile
 from ditmoe_cli.compression.recorded import recorded_plan
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.provenance import Step
@@ -15,8 +16,10 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 
 
-def made_before(output: Output, source: Checkpoint, request: str | None) -> Checkpoint | None:
-    """Return what stands at `output` if it is up to date: made by the same request, and whole.
+def made_before(
+    output: Output, source: Checkpoint, request: str | None, plan: CompressionPlan | None = None
+) -> Checkpoint | None:
+    """Return what stands at `output` if it is up to date: made by the same request, by `plan` if given, and whole.
 
     Without a request it is up to date as a copy of `source`. None where nothing stands there, or it is to be replaced.
     Raises `OutputExistsError` with the reason where it is not up to date, and what `check_target` raises.
@@ -25,7 +28,7 @@ def made_before(output: Output, source: Checkpoint, request: str | None) -> Chec
     if output.force or not output.path.exists():
         return None
     made = _opened(output)
-    reason = "" if made is None else _other_request(made, source, request) or output.damage()
+    reason = "" if made is None else _other_request(made, source, request, plan) or output.damage()
     if made is not None and not reason:
         return made
     raise OutputExistsError(
@@ -44,7 +47,9 @@ def _opened(output: Output) -> Checkpoint | None:
         return None
 
 
-def _other_request(made: Checkpoint, source: Checkpoint, request: str | None) -> str | None:
+def _other_request(
+    made: Checkpoint, source: Checkpoint, request: str | None, plan: CompressionPlan | None
+) -> str | None:
     """Return how a checkpoint was made otherwise; None where it was made by the same request."""
     history = made.provenance().history
     if request is None:
@@ -53,10 +58,12 @@ def _other_request(made: Checkpoint, source: Checkpoint, request: str | None) ->
     if not history:
         return "was not made by ditmoe"
     step = history[-1]
-    if step.request == request:
+    if is_answered(request, step.request) and (plan is None or step.plan == plan.digest):
         return None
     if step.source != source.fingerprint:
         return f"was made from another input, by {step_text(step)}"
+    if plan is None and step.request is not None and is_same_but_for_profile(request, step.request):
+        return f"was made with another profile of the same settings: {step_text(step)}"
     return f"was made by another request: {step_text(step)}"
 
 

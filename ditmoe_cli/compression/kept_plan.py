@@ -24,7 +24,8 @@ def kept_plan(work: WorkFolder) -> CompressionPlan | None:
 
 
 def keep_plan(work: WorkFolder, plan: CompressionPlan) -> None:
-    """Keep a plan that was chosen."""
+    """Keep a plan that was chosen, in place of all pieces: those of choosing, and those of carrying out another."""
+    work.clear()
     work.write(_NAME, {}, plan.to_json())
     work.tell(_told)
 

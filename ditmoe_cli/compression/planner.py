@@ -61,17 +61,37 @@ def tokens_label(fitted: Repair | Rounding | None) -> str:
     return f"tokens{fitted.tokens}" if fitted and fitted.tokens else ""
 
 
-def request_digest(planner: Planner, source: str, calibration: Mapping[str, Any] | None) -> str:
+_HALF = 32  # hexadecimal digits
+_UNKNOWN = "0" * _HALF
+
+
+def request_digest(
+    planner: Planner, source: str, calibration: Mapping[str, Any] | None, profile: str | None = None
+) -> str:
     """Return the digest of what is asked of a planner, by which a result is known to be the same without planning.
 
-    It is of the planner's fields, the fingerprint of the checkpoint `source`, the settings of the calibration that the
-    plan rests on (None for none), and the version of the package.
+    The first half is of the planner's fields, the fingerprint of the checkpoint `source`, the settings of the
+    calibration that the plan rests on (None for none), and the version of the package. The second half is that of the
+    digest `profile` of the profile itself, zeros where there is none, or not yet.
     """
     fields = {name: value for name, value in asdict(planner).items() if name != "label"}  # type: ignore[call-overload]
     kind = type(planner).__name__
-    return digest(
+    asked = digest(
         {"version": __version__, "planner": kind, "fields": fields, "source": source, "calibration": calibration}
     )
+    return asked[:_HALF] + (_UNKNOWN if profile is None else profile[:_HALF])
+
+
+def is_answered(request: str, made: str | None) -> bool:
+    """Return whether a result of the request `made` answers `request`: by any profile where that is not yet made."""
+    if made is None:
+        return False
+    return made == request or (request.endswith(_UNKNOWN) and is_same_but_for_profile(request, made))
+
+
+def is_same_but_for_profile(one: str, other: str) -> bool:
+    """Return whether two requests differ in the profile at most."""
+    return one[:_HALF] == other[:_HALF]
 
 
 class Planner(Protocol):

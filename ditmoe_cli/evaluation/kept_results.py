@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.files.cache import cache_folder
-from ditmoe_cli.files.fingerprint import canonical_json
+from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.workfolder import work_key
 
@@ -31,7 +31,7 @@ def read_kept(key: str) -> dict[str, Any] | None:
         document = json.loads(_path(key).read_text())
         if isinstance(document, dict) and document.get("schema") == KEPT_SCHEMA and document.get("key") == key:
             kept = document.get("kept")
-            return kept if isinstance(kept, dict) else None
+            return kept if isinstance(kept, dict) and document.get("digest") == digest(kept) else None
     return None
 
 
@@ -41,7 +41,8 @@ def keep(key: str, document: Mapping[str, Any], notify: Callable[[str], None]) -
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged(path, force=True) as staging:
-            staging.write_text(canonical_json({"schema": KEPT_SCHEMA, "key": key, "kept": dict(document)}))
+            signed = {"schema": KEPT_SCHEMA, "key": key, "digest": digest(dict(document)), "kept": dict(document)}
+            staging.write_text(canonical_json(signed))
     except Exception as error:  # whatever is wrong with a cache, the result is there
         notify(f"the result is not kept for another run: {getattr(error, 'strerror', None) or error}")
 

@@ -39,6 +39,7 @@ from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
 from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_space, check_target
+from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
 from ditmoe_cli.progress import Phase, phase
@@ -372,7 +373,8 @@ _HOLD: Mapping[str, Callable[[Path, ImageSet], bool]] = {
 def _work(sampling: Sampling, targets: Targets) -> Workspace:
     """Return the workspace that holds samples until all targets are written."""
     file = targets.file.absolute()
-    return Workspace(file.with_name(f".{file.name}.{sampling.key[:12]}.work"), sampling.spec.images)
+    key = work_key({"sampling": sampling.key})  # another version may sample otherwise
+    return Workspace(file.with_name(f".{file.name}.{key[:12]}.work"), sampling.spec.images)
 
 
 def _unfinished(file: Path) -> list[Path]:

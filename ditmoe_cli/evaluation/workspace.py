@@ -41,6 +41,8 @@ class Workspace:
         self.folder.mkdir(parents=True, exist_ok=True)
         path, full_shape = self._path(name), (self.rows, *shape)
         if not path.exists():
+            for mark in self._marks(name):  # of an array that is gone
+                mark.unlink(missing_ok=True)
             staging = path.with_suffix(".new")
             np.lib.format.open_memmap(staging, mode="w+", dtype=dtype, shape=full_shape).flush()
             staging.replace(path)
@@ -80,11 +82,14 @@ class Workspace:
     def done(self, name: str) -> NDArray[np.bool_]:
         """Return whether each row is whole, (rows,)."""
         done = np.zeros(self.rows, dtype=np.bool_)
-        for child in self.folder.glob(f"{name}.*.done"):
-            mark = _MARK.fullmatch(child.name)
-            if mark and mark["name"] == name:
-                done[int(mark["first"]) : int(mark["stop"])] = True
+        for found in self._marks(name).values():
+            done[int(found["first"]) : int(found["stop"])] = True
         return done
+
+    def _marks(self, name: str) -> dict[Path, re.Match[str]]:
+        """Return the marks of an array's rows."""
+        found = {child: _MARK.fullmatch(child.name) for child in self.folder.glob(f"{name}.*.done")}
+        return {child: mark for child, mark in found.items() if mark and mark["name"] == name}
 
     def missing(self, names: Sequence[str], batch: int) -> list[range]:
         """Return the rows that are not done in every one of the arrays `names`, in ranges of at most `batch`."""

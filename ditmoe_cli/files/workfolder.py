@@ -133,6 +133,11 @@ class WorkFolder:
         """Delete a piece that is needed no more."""
         self._path(name).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Delete all pieces."""
+        for piece in self.folder.glob(f"*{_ENDING}"):
+            piece.unlink(missing_ok=True)
+
     def loop(self, name: str, total: int, unit: str = "block") -> KeptLoop:
         """Return the loop `name` of `total` steps, at the step where an earlier run has left it.
 
@@ -312,8 +317,11 @@ def _drop_unfinished(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a work folder; its key goes first, so that what is left of it is never taken for a whole one."""
-    (folder / _KEY).unlink(missing_ok=True)
+    """Delete a work folder; its key goes last, so that what a killed run leaves of it is known as ours."""
+    with suppress(OSError):
+        for child in folder.iterdir():
+            if child.name != _KEY:
+                child.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -71,7 +71,7 @@ def choose(
     work, basis = prepared(planner, work, wanted)
     if dry_run:
         return foreseen(planner, work, basis), basis.profile if basis else None
-    with chosen(planner, work, basis, "0" * 64) as choice:
+    with chosen(planner, work, basis) as choice:
         return choice.plan, choice.profile
 
 

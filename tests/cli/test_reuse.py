@@ -11,6 +11,8 @@ import pytest
 from cli_helpers import Outcome, contents, here, piped, series
 from conftest import make_pico
 
+from ditmoe_cli.compression.plan import parse_plan
+
 FEW = ("--refit-tokens", 64)
 PROFILED = ("--profile", "p.safetensors")
 STAGES: dict[str, tuple[object, ...]] = {
@@ -193,3 +195,47 @@ def test_a_pipeline_that_is_run_again_repeats_only_what_failed(folder: Path) -> 
     repaired = piped(line, folder)
     assert repaired.err.count("is up to date") == 2
     assert quantised.read_bytes() == whole
+
+
+def test_another_profile_of_the_same_settings_is_another_request(folder: Path) -> None:
+    words = (*STAGES["prune by replay"], "-o", "x.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    profile = folder / "p.safetensors"
+    profile.write_bytes(flip(profile.read_bytes()))
+    assert "with another profile of the same settings: prune --keep 2" in here(*words, cwd=folder).error(5)
+
+
+def test_a_profile_that_planning_made_is_up_to_date_as_one_that_is_found(folder: Path) -> None:
+    words = ("prune", "a.safetensors", "--keep", 2, *FEW, "--calibration-images", 4, "--calibration-steps", 2)
+    assert here(*words, "-o", "x.safetensors", cwd=folder).code == 0
+    assert "is up to date" in here(*words, "-o", "x.safetensors", cwd=folder).err
+    for profile in folder.glob("a.*.profile.safetensors"):
+        profile.unlink()
+    again = here(*words, "-o", "x.safetensors", cwd=folder)
+    assert "is up to date" in again.err and "profiling" not in again.err
+
+
+def replanned(folder: Path, signed: bool) -> None:
+    """Write another choice for the same request as plan.json, signed by a planner or by nobody."""
+    document = here(*STAGES["prune at random"], "--dry-run", cwd=folder).result["plan"]
+    document["blocks"][0]["keep"] = [0, 3] if document["blocks"][0]["keep"] != [0, 3] else [0, 2]
+    del document["digest"]
+    if signed:
+        document["digest"] = parse_plan(document, "plan").digest
+    (folder / "plan.json").write_text(json.dumps(document))
+
+
+def test_another_plan_for_the_same_request_is_carried_out_elsewhere(folder: Path) -> None:
+    assert here(*STAGES["prune at random"], "-o", "x.safetensors", cwd=folder).code == 0
+    replanned(folder, signed=True)
+    apply = ("apply", "a.safetensors", "--plan", "plan.json")
+    assert "another request" in here(*apply, "-o", "x.safetensors", cwd=folder).error(5)
+    for _ in range(2):
+        again = here(*apply, "-o", "y.safetensors", cwd=folder)
+    assert "is up to date" in again.err
+
+
+def test_a_plan_that_nobody_signed_answers_no_request_of_a_planner(folder: Path) -> None:
+    replanned(folder, signed=False)
+    assert here("apply", "a.safetensors", "--plan", "plan.json", "-o", "x.safetensors", cwd=folder).code == 0
+    assert "another request" in here(*STAGES["prune at random"], "-o", "x.safetensors", cwd=folder).error(5)

@@ -613,6 +613,18 @@ def test_a_run_of_other_settings_deletes_what_an_interrupted_one_left(
     assert [child.name for child in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+def test_what_another_version_left_is_not_gone_on_with(
+    pixels: Sampling, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch.fail_at = 5
+    with pytest.raises(BadInputError):
+        run(pixels, tmp_path / "s.safetensors", 1)
+    watch.fail_at, watch.sampled = None, []
+    monkeypatch.setattr("ditmoe_cli.files.workfolder.__version__", "another")
+    run(pixels, tmp_path / "s.safetensors")
+    assert sorted(watch.sampled) == list(range(SPEC.images))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(143), OSError(28, "No space left on device")])
 def test_an_interrupt_says_what_is_kept(
     pixels: Sampling, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch

@@ -56,6 +56,16 @@ def test_rows_come_back(work: Workspace) -> None:
     assert work.done("a").all() and work.missing(["a"], 4) == []
 
 
+def test_rows_of_an_array_that_is_gone_are_missing(work: Workspace) -> None:
+    work.create("b", (2, 3), np.float32)
+    for name in ("a", "b"):
+        work.put(name, 0, values(10))
+    (work.folder / "a.npy").unlink()
+    for name in ("a", "b"):
+        work.create(name, (2, 3), np.float32)
+    assert work.missing(["a"], 10) == [range(10)] and work.missing(["b"], 10) == []
+
+
 def test_values_take_the_dtype_and_the_order_of_the_array(work: Workspace) -> None:
     work.put("a", 2, np.asfortranarray(values(4, 2).astype(np.float64)))
     assert np.array_equal(work.array("a")[2:6], values(4, 2))

@@ -294,3 +294,20 @@ def test_a_result_that_is_gone_is_an_error(tmp_path: Path) -> None:
 def test_the_key_is_in_the_folder(tmp_path: Path) -> None:
     run_until(tmp_path / "x", 1)
     assert json.loads((work_folder(tmp_path / "x") / "key.json").read_text())["key"] == KEY
+
+
+@pytest.mark.parametrize("key", [KEY, work_key({"plan": "b"})])
+def test_a_run_that_was_killed_while_it_deleted_a_folder_leaves_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    target = tmp_path / "x"
+    run_until(target, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
+        with pytest.raises(StoppedError), open_work(target, work_key({"plan": "c"}), print):
+            pytest.fail("entered")
+    assert run_until(target, -1, key=key)[1] == [0, 1, 2, 3]
+    assert names(tmp_path) == ["x"]

@@ -68,7 +68,7 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
         return preview(job, plan, planned.device)
     path = planned.profile or (Path(stage.profile) if stage.profile else profile_of_plan(opened, plan))
     check_plan(opened, plan)
-    made = made_before(job.output, opened, request_of(plan))
+    made = made_before(job.output, opened, request_of(plan), plan)
     if made is not None:
         return reuse(job, made, path if plan.computes else None, plan)
     profile = read_profile(path) if path and plan.computes else None

@@ -111,8 +111,9 @@ def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivit
         return _combined(known, formats)
     if count < sum(map(len, formats.values())):
         kept.note(f"using the errors of formats kept in {kept.path}; {count} more are measured")
-    with kept.working({"weights": weights, "missing": digest(missing)}) as work:
-        new = _measured(calibrated, missing, not known.amplification, work)
+    amplifies = not known.amplification
+    with kept.working({"weights": weights, "missing": digest(missing), "amplifies": amplifies}) as work:
+        new = _measured(calibrated, missing, amplifies, work)
         names = {*known.errors, *new.errors}
         raw = {name: {**known.errors.get(name, {}), **new.errors.get(name, {})} for name in names}
         kept.add("errors", raw)

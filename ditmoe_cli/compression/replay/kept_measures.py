@@ -2,7 +2,8 @@
 
 ``NAME.measured.json`` beside the profile ``NAME.safetensors`` holds JSON by part and name: errors of formats,
 amplifications, trials of mixes, choices of experts. It is bound to a key, the digest of all that measurements depend
-on: checkpoint, profile, this package's version, and how this machine computes. With another key it is begun anew.
+on: checkpoint, profile, this package's version, and how this machine computes. With another key, or where its digest
+shows that it was changed, it is begun anew.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditmoe_cli.errors import BadInputError, OutputExistsError
+from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
+from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.provenance import check_schema
-from ditmoe_cli.files.staging import replaced_whole
+from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -41,11 +43,11 @@ class KeptMeasures:
         """Keep more measurements of a part. Where the folder cannot be written, says so and goes on."""
         document = self._document()
         document[name] = {**document.get(name, {}), **measured}
-        content = json.dumps({"schema": MEASURED_SCHEMA, "key": self.key, **document}, indent=1, sort_keys=True)
+        signed = {"schema": MEASURED_SCHEMA, "key": self.key, "digest": _digest(document), **document}
         try:
-            with replaced_whole(self.path, named=self.path) as path:
-                path.write_text(content)
-        except OSError as error:
+            with staged(self.path.absolute(), force=True) as path:  # several runs may measure at once
+                path.write_text(json.dumps(signed, indent=1, sort_keys=True))
+        except (DitmoeError, OSError) as error:
             self.note(f"measurements are not kept: {error}")
 
     @contextmanager
@@ -66,10 +68,13 @@ class KeptMeasures:
             document = check_schema(json.loads(self.path.read_text()), MEASURED_SCHEMA, str(self.path))
         except (OSError, ValueError, RecursionError, BadInputError):
             return {}
-        if document.pop("key", None) != self.key:
-            return {}
         del document["schema"]
-        return document
+        key, written = document.pop("key", None), document.pop("digest", None)
+        return document if key == self.key and written == _digest(document) else {}
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return digest(json.dumps(document, sort_keys=True))
 
 
 def kept_blocks(work: WorkFolder, name: str, total: int) -> str | None:

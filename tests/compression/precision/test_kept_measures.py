@@ -105,6 +105,26 @@ def test_an_interrupted_trial_goes_on_to_the_same_errors(asked: Given, tmp_path:
         assert result == expected, name
 
 
+def test_amplifications_are_not_gone_on_with_where_they_were_not_measured(
+    asked: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = Keeping(asked, tmp_path)
+    measured_sensitivities(keeping.calibrated, formats(asked, "2"))
+    keep = sensitivity._Measurement.keep
+
+    def stopped(*given: Any) -> None:
+        keep(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sensitivity._Measurement, "keep", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            measured_sensitivities(keeping.calibrated, formats(asked, "3"))
+    keeping.kept.path.unlink()  # and the amplifications in it
+    anew = measured_sensitivities(Calibrated(*asked, "cpu"), formats(asked, "3"))
+    assert measured_sensitivities(keeping.calibrated, formats(asked, "3")) == anew
+
+
 def test_a_trial_is_made_once(asked: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeping, mix = Keeping(asked, tmp_path), {name: fmts[0] for name, fmts in formats(asked, "3").items()}
     first = try_formats(keeping.calibrated, mix)
@@ -145,6 +165,21 @@ def test_a_file_that_is_damaged_or_of_another_key_is_begun_anew(content: str, as
     kept.add("trials", {"a": 0.1})
     kept.add("trials", {"b": 1e-300})
     assert kept.part("trials") == {"a": 0.1, "b": 1e-300}
+
+
+def test_numbers_that_were_changed_in_the_file_are_not_used(asked: Given, tmp_path: Path) -> None:
+    kept = Keeping(asked, tmp_path).kept
+    kept.add("trials", {"a": 0.125})
+    kept.path.write_text(kept.path.read_text().replace("0.125", "0.126"))
+    assert kept.part("trials") == {}
+
+
+def test_a_file_that_another_run_is_writing_is_not_written_into(asked: Given, tmp_path: Path) -> None:
+    kept = Keeping(asked, tmp_path).kept
+    others = kept.path.with_name(f"{kept.path.name}.new")
+    others.write_text("half of it")
+    kept.add("trials", {"a": 0.125})
+    assert others.read_text() == "half of it" and kept.part("trials") == {"a": 0.125}
 
 
 def test_where_nothing_can_be_written_measuring_says_so_and_goes_on(asked: Given, tmp_path: Path) -> None:
