@@ -26,8 +26,8 @@ DEMO = "demo:digits"
 PROFILED = ("--profile", "p.safetensors")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "profile-experts": ("profile-experts", DEMO, "--images", "32", "--steps", "8"),
-    "prune": ("prune", DEMO, "--keep", "0.5", "--refit-tokens", "4096", *PROFILED),
-    "quantize": ("quantize", DEMO, "--bits", "4", "--tokens", "4096", *PROFILED),
+    "prune": ("prune", DEMO, "--keep", "0.5", "--refit-tokens", "2048", *PROFILED),
+    "quantize": ("quantize", DEMO, "--bits", "3.5", "--allow", "3,4", "--tokens", "1024", *PROFILED),
     "sample": ("sample", DEMO, "--images", "32", "--steps", "8"),
 }
 

@@ -90,6 +90,7 @@ def test_the_quantisation_benchmark_prints_a_row_per_variant(
     assert lines[2].startswith("| fp4 |") and f" | {told['bytes']:,} |" in lines[2]
 
 
+@pytest.mark.slow
 def test_the_pipeline_script_ends_in_equal_files(tmp_path: Path) -> None:
     make_pico(sampler="rf", in_channels=1).save(tmp_path / "pico.safetensors")
     out = run_example("bash", str(EXAMPLES / "pipeline.sh"), "pico.safetensors", "16", cwd=tmp_path)

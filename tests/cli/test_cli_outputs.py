@@ -196,6 +196,7 @@ def test_modes_follow_the_umask(umask: int, folder: Path) -> None:
 # equal work, equal bytes
 
 
+@pytest.mark.slow
 def test_two_runs_give_equal_bytes(folder: Path) -> None:
     """In different processes with different hash seeds, from different folders."""
     commands = {
