@@ -20,7 +20,7 @@ from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, re
 from ditmoe_cli.evaluation.images import ImageSet
 from ditmoe_cli.evaluation.worker import Notify, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
-from ditmoe_cli.files.fingerprint import canonical_json
+from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.processes import Share
 from ditmoe_cli.progress import phase
 
@@ -53,8 +53,8 @@ class Extraction:
 
     @property
     def tag(self) -> str:
-        """Hash of the description, for names of files."""
-        return hashlib.sha256((self.salt + canonical_json(self.description)).encode()).hexdigest()[:12]
+        """Hash of the description and of this package's version, for names of files."""
+        return hashlib.sha256((self.salt + work_key(self.description)).encode()).hexdigest()[:12]
 
     def array_names(self) -> dict[str, str]:
         """Return the workspace's array for each kind of activations; features come last, and are written last."""

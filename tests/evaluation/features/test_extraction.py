@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from threading import Event
 
 import numpy as np
 import pytest
 from seeing import Seen
 
-from ditmoe_cli.evaluation.features.extraction import background
+from ditmoe_cli.evaluation.features.extraction import Extraction, background
+from ditmoe_cli.evaluation.features.extractors import make_extractor
 from ditmoe_cli.progress import watched_by
 
 
@@ -41,3 +43,11 @@ def test_an_error_in_the_background_is_raised_at_the_next_batch() -> None:
     with pytest.raises(ValueError, match="broken at 0"), background(task, "the last features") as submit:
         submit(0, np.zeros(1))
         submit(4, np.zeros(1))
+
+
+def test_what_another_version_took_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extraction = Extraction(make_extractor("pixels"), 255, (), "", tmp_path, tmp_path, 1)
+    before = {extraction.statistics_path("images"), *extraction.array_names().values()}
+    assert before == {extraction.statistics_path("images"), *extraction.array_names().values()}
+    monkeypatch.setattr("ditmoe_cli.files.workfolder.__version__", "another")
+    assert not before & {extraction.statistics_path("images"), *extraction.array_names().values()}
