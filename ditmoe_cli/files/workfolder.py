@@ -180,6 +180,8 @@ class KeptLoop:
         self._results: dict[int, Piece] = {}
         self._state: Piece | None = None
         self.start = self._find_start()
+        for step in range(self.start, total):  # states behind a damaged result tell of steps that are done again
+            work.drop(self._state_name(step))
         work.tell(self._told)
 
     def _find_start(self) -> int:

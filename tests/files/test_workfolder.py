@@ -311,3 +311,11 @@ def test_a_run_that_was_killed_while_it_deleted_a_folder_leaves_no_hindrance(
             pytest.fail("entered")
     assert run_until(target, -1, key=key)[1] == [0, 1, 2, 3]
     assert names(tmp_path) == ["x"]
+
+
+def test_what_is_kept_is_told_of_whole_steps_only(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    assert "kept 3 of 4 blocks; the same command goes on with block 4" in run_until(target, 3)[0]
+    damaged = work_folder(target) / "sum.1.safetensors"
+    damaged.write_bytes(cut(damaged.read_bytes()))
+    assert run_until(target, 1) == (["kept 1 of 4 blocks; the same command goes on with block 2"], [0])
