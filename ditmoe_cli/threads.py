@@ -2,10 +2,10 @@
 
 torch, MKL and OpenBLAS read the variables below once, when they are loaded; so they are set before torch is imported.
 
-OpenMP's threads meet at a barrier after every operation. By default they spin there, which is fastest on a machine that
-is free: waking a sleeping thread costs 3 to 10 % on small models. But where another process wants a core, the threads
-that spin keep the last one from it, and each barrier lasts a time slice of the scheduler: the same work takes 10 to 15
-times as long.
+OpenMP's threads meet at a barrier after every operation. By default they spin there for long, which is fastest on
+a free machine. But where another process wants a core, the threads that spin keep the last one from it, and each
+barrier lasts a time slice of the scheduler. Threads that sleep at once cost more than half of the time of a small model,
+since waking one takes longer than most barriers last. So threads spin for some microseconds, and then sleep.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # any of them says how threads wait
+_BRIEFLY = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}  # rounds of GNU's runtime, milliseconds of Intel's
 _OPENMP, _MKL, _OPENBLAS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def prepare_threads(environment: MutableMapping[str, str], count: int) -> None:
-    """Make threads wait passively, and `count` the default of their number, where the environment says nothing.
+    """Make threads spin briefly, and `count` the default of their number, where the environment says nothing.
 
     torchrun gives its processes a number of their own.
     """
     if not any(name in environment for name in _WAITING):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment.update(_BRIEFLY)
     if not any(name in environment for name in (_OPENMP, _MKL)):
         environment[_OPENMP] = str(count)
 

@@ -235,8 +235,9 @@ def in_turn(counts: Iterable[int]) -> Iterator[int]:
 
 
 def waiting() -> str:
-    """Return how OpenMP's threads wait for each other: as OMP_WAIT_POLICY says, by default ``active`` for a while."""
-    return os.environ.get("OMP_WAIT_POLICY", "active").lower()
+    """Return how OpenMP's threads wait: as OMP_WAIT_POLICY says, else by the rounds they spin before they sleep."""
+    rounds = os.environ.get("GOMP_SPINCOUNT", "as the runtime sees fit")
+    return os.environ.get("OMP_WAIT_POLICY", f"spin {rounds}").lower()
 
 
 def middle(family: Sampler) -> float:

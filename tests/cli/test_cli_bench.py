@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -95,8 +94,19 @@ def test_every_kind_of_checkpoint(name: str, folder: Path) -> None:
         "device": "cpu",
         "t": 0.5,
         "threads": torch.get_num_threads(),
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "active").lower(),
+        "waiting": benching.waiting(),
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "waiting"),
+    [({"GOMP_SPINCOUNT": "1000"}, "spin 1000"), ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}, "passive")],
+)
+def test_how_threads_wait_is_said(given: dict[str, str], waiting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert benching.waiting() == waiting
 
 
 def test_experts_that_are_gone_take_no_memory(folder: Path) -> None:
