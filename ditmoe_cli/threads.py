@@ -4,8 +4,8 @@ torch, MKL and OpenBLAS read the variables below once, when they are loaded; so 
 
 OpenMP's threads meet at a barrier after every operation. By default they spin there for long, which is fastest on
 a free machine. But where another process wants a core, the threads that spin keep the last one from it, and each
-barrier lasts a time slice of the scheduler. Threads that sleep at once make small models half as slow again, since waking
-one takes longer than most barriers last. So threads spin for some microseconds, and then sleep.
+barrier lasts a time slice of the scheduler. Threads that sleep at once make small models half as slow again, since
+waking one takes longer than most barriers last. So threads spin for some microseconds, and then sleep.
 """
 
 from __future__ import annotations
