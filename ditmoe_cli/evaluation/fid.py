@@ -148,14 +148,6 @@ def measure_distances(
             _settle(shared, settings)
 
 
-def measure_distance(
-    comparison: Comparison, spec_of: SpecOf, settings: FidSettings, runtime: Runtime, notify: Notify
-) -> Score | None:
-    """Return the score of one comparison, as `measure_distances` does."""
-    (measured,) = measure_distances([comparison], spec_of, settings, runtime, notify)
-    return measured.score if measured else None
-
-
 def _check_space(checked: Sequence[tuple[Inputs, Extraction]]) -> None:
     """Raise `DitmoeError` where the images to sample do not fit on the disk of their workspaces."""
     needed: dict[Path, int] = {}
