@@ -26,6 +26,14 @@ Item = TypeVar("Item")
 
 BYTES = "bytes"
 """The unit of phases that read or write; shown as kB, MB and GB."""
+_SIZES = ("B", "kB", "MB", "GB", "TB")
+
+
+def readable_bytes(count: float, decimals: int = 1, largest: str = "TB") -> str:
+    """Return a number of bytes in the largest decimal unit, at most `largest`, of which it has one; B are whole."""
+    sizes = _SIZES[: _SIZES.index(largest) + 1]
+    power = max((power for power in range(len(sizes)) if count >= 1000**power), default=0)
+    return f"{count / 1000**power:.{decimals if power else 0}f} {sizes[power]}"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, TextIO
 import typer
 
 from ditmoe_cli.errors import UsageError, named
+from ditmoe_cli.progress import readable_bytes
 
 Row = tuple[str, object]
 
@@ -134,11 +135,7 @@ def columns(lines: Sequence[Sequence[str]]) -> list[str]:
 
 def human_bytes(count: float) -> str:
     """Return a byte count in decimal units, as file managers print it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
+    return readable_bytes(count, decimals=2, largest="GB")
 
 
 def rate(speed: float) -> str:

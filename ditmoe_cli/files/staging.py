@@ -21,7 +21,7 @@ from pathlib import Path
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
 from ditmoe_cli.files.containers import INDEX, shard_names
 from ditmoe_cli.files.locks import is_abandoned, locked
-from ditmoe_cli.progress import phase
+from ditmoe_cli.progress import phase, readable_bytes
 
 CHECKPOINT_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 _LEFTOVER = re.compile(r"(?P<hidden>\..+)\.(tmp|old)-(?P<run>(?P<process>\d+)(-\d+)?)(\.lock)?", re.DOTALL)
@@ -126,12 +126,6 @@ def check_space(target: Path, needed: int) -> None:
             f"{target}: needs {readable_bytes(needed)}, and {target.parent} has {readable_bytes(free)} free; "
             "make room there, or name an output elsewhere"
         )
-
-
-def readable_bytes(count: float) -> str:
-    """Return a number of bytes in the largest unit of which it has one."""
-    power = max((power for power in range(5) if count >= 1000**power), default=0)
-    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def hidden_beside(target: Path, ending: str) -> Path:

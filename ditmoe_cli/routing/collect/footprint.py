@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from ditmoe_cli.errors import InfeasibleError
-from ditmoe_cli.files.staging import check_space, readable_bytes
+from ditmoe_cli.files.staging import check_space
 from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.progress import readable_bytes
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.counters import Counters
 from ditmoe_cli.routing.collect.moments import Moments
