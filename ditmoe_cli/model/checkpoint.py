@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import DTYPES, CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
+from ditmoe_cli.files.finite import all_finite
 from ditmoe_cli.files.header import FLOATING
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.provenance import Card, Provenance, Step
@@ -91,7 +92,7 @@ class Checkpoint:
         tensor = self.reader.tensor(name)
         if name in self._finite:
             return tensor
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
         self._finite.add(name)
         return tensor

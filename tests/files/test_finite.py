@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditmoe_cli.files.finite import all_finite
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIZES = (1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129, 1000, 4099, 70001)  # around the widths of vectors and blocks
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_is_found_wherever_it_stands(dtype: torch.dtype, bad: float) -> None:
+    for size in SIZES:
+        tensor = torch.randn(size).to(dtype)
+        for place in {0, 1, size // 2, size - 2, size - 1} & set(range(size)):
+            broken = tensor.clone()
+            broken[place] = bad
+            assert not all_finite(broken), (size, place)
+        assert all_finite(tensor)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_infinite_values_of_both_signs_do_not_cancel(dtype: torch.dtype) -> None:
+    tensor = torch.zeros(4096, dtype=dtype)
+    tensor[7], tensor[4000] = torch.inf, -torch.inf
+    assert not all_finite(tensor)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_of_any_bits_is_found(dtype: torch.dtype) -> None:
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    exponent = torch.tensor([torch.inf], dtype=dtype).view(bits)
+    for payload in (1, 5):
+        for sign in (0, torch.iinfo(bits).min):
+            tensor = torch.ones(100, dtype=dtype)
+            tensor.view(bits)[50] = int(exponent) | payload | sign
+            assert not all_finite(tensor)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_ends_of_the_range_are_finite_though_their_sum_is_not(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    for tensor in (torch.full((300,), most, dtype=dtype), torch.full((300,), -most, dtype=dtype)):
+        assert not tensor.sum().isfinite()
+        assert all_finite(tensor)
+        tensor[123] = torch.nan
+        assert not all_finite(tensor)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_zeros_denormals_and_empty_tensors_are_finite(dtype: torch.dtype) -> None:
+    tiniest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert all_finite(torch.tensor([0.0, -0.0, tiniest, -tiniest], dtype=dtype))
+    assert all_finite(torch.empty(0, dtype=dtype))
+    assert all_finite(torch.empty(3, 0, dtype=dtype))
+    assert all_finite(torch.tensor(-0.0, dtype=dtype))
+    assert not all_finite(torch.tensor(torch.nan, dtype=dtype))
+
+
+def test_views_and_other_dtypes() -> None:
+    whole = torch.randn(64, 48)
+    whole[3, 5] = torch.nan
+    assert not all_finite(whole.t())
+    assert not all_finite(whole[3])
+    assert all_finite(whole[4:, ::2])
+    assert not all_finite(whole.requires_grad_())
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16):
+        assert all_finite(torch.ones(5).to(dtype))
