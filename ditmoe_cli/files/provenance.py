@@ -128,6 +128,23 @@ class Provenance:
         return {"format": "pt", "ditmoe": canonical_json(document)}
 
 
+def recorded_hashes(metadata: Mapping[str, str], where: str) -> Mapping[str, str]:
+    """Return the SHA-256 of each tensor of a file by name, as its metadata says; nothing where it holds none.
+
+    They are those of the tensors that ditmoe wrote; another program may have changed the tensors since. Raises
+    `BadInputError` where they are malformed.
+    """
+    if "ditmoe" not in metadata:
+        return {}
+    try:
+        hashes = json.loads(metadata["ditmoe"]).get("tensors", {})
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        raise BadInputError(f"{where}: the ditmoe metadata is malformed (the hashes of tensors are no map of texts)")
+    return hashes
+
+
 def parse_card(document: Mapping[str, Any]) -> Card:
     """Read a card from JSON. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
     card = Card(**document)

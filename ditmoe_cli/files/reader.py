@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.containers import Located, consolidation, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.pickles import read_shards, read_state_dict
-from ditmoe_cli.files.provenance import Provenance, read_provenance
+from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.selection import Entry, all_of, select
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class CheckpointHeader:
         file_bytes: the bytes of all files.
         hints: training arguments of a pickle, and what a ``config.json`` beside the files says.
         provenance: the ``ditmoe`` metadata of files that ditmoe wrote.
+        recorded: the SHA-256 of tensors by upstream name, as that metadata says, whatever became of the tensors since.
         notes: which weights were taken, where there was a choice.
         warnings: what looks like weights, and is not read.
     """
@@ -56,6 +57,7 @@ class CheckpointHeader:
     file_bytes: int
     hints: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance | None = None
+    recorded: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -92,12 +94,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _open_safetensors(path: Path, located: Located) -> tuple[CheckpointHeader, TensorReader]:
     stored: dict[str, StoredTensor] = {}
     provenances: dict[Path, Provenance] = {}
+    recorded: dict[str, str] = {}
     for shard in located.shards:
         header = read_safetensors_header(shard)
         twice = stored.keys() & header.tensors.keys()
         if twice:
             raise BadInputError(f"{shard}: tensor {min(twice)!r} stands in another shard too")
         stored.update(header.tensors)
+        recorded.update(recorded_hashes(header.metadata, str(shard)))
         provenance = read_provenance(header.metadata, str(shard))
         if provenance is not None:
             provenances[shard] = provenance
@@ -112,11 +116,26 @@ def _open_safetensors(path: Path, located: Located) -> tuple[CheckpointHeader, T
         selection = select(entries) or all_of(entries)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
+    _refuse_missing(path, recorded, selection.entries)
     reader = SafetensorsReader({name: stored[entry.name] for name, entry in selection.entries.items()})
     infos = {name: _renamed(tensor.info, name) for name, tensor in reader.stored.items()}
     size = sum(shard.stat().st_size for shard in located.shards)
     layout = f"{located.layout}, names under {selection.shown!r}" if selection.shown else located.layout
-    return CheckpointHeader(path, layout, infos, size, {}, first, selection.notes, selection.warnings), reader
+    return CheckpointHeader(path, layout, infos, size, {}, first, recorded, selection.notes, selection.warnings), reader
+
+
+def _refuse_missing(path: Path, recorded: Mapping[str, str], present: Collection[str]) -> None:
+    """Raise `BadInputError` where a tensor that the metadata lists is missing.
+
+    Of some weights nothing else tells that a part is missing: without its zero points an integer format is another one.
+    """
+    missing = [name for name in recorded if name not in present]
+    if missing:
+        more = f", and {len(missing) - 1} more are" if len(missing) > 1 else ""
+        raise BadInputError(
+            f"{path}: tensor {missing[0]!r} is missing{more}, though the ditmoe metadata lists it; another program has "
+            "rewritten the file, take the one that ditmoe wrote"
+        )
 
 
 def _renamed(info: TensorInfo, name: str) -> TensorInfo:
@@ -168,7 +187,9 @@ def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, Tensor
             )
     infos = {name: _pickled_info(files[0], name, value) for name, value in reader.state.items()}
     size = sum(file.stat().st_size for file in files)
-    return CheckpointHeader(path, layout, infos, size, pickled.hints, None, pickled.notes, pickled.warnings), reader
+    return CheckpointHeader(
+        path, layout, infos, size, pickled.hints, notes=pickled.notes, warnings=pickled.warnings
+    ), reader
 
 
 def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:

@@ -45,6 +45,7 @@ NESTED_BLOCK = 256  # absmax that share a scale under double quantisation
 _BLOCKS_READ = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes knows
 _OFFSET_DIGITS = 24  # no fp32 value takes more characters in JSON
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
+_STATED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # ends of the names that a state describes
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _TORCH_NAMES = {**{code: name for name, code in _CODES.items()}, "F64": "float32"}  # fp64 is stored as fp32 would be
 
@@ -117,6 +118,7 @@ class FourBit(NumberFormat):
         """Return the weight that the stored tensor `name` describes; None where it describes none."""
         stem, suffix, kind = name.partition(_STATE_SUFFIX)
         if not suffix:
+            _refuse_stateless(name, tensors)
             return None
         if kind not in ("nf4", "fp4"):
             raise BadInputError(f"tensor {name!r}: {kind} is no format that ditmoe reads; it reads nf4 and fp4")
@@ -171,6 +173,19 @@ class FourBit(NumberFormat):
             offset=state.offset,
         )
         return PackedWeight(tensors, unpack)
+
+
+def _refuse_stateless(name: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise `BadInputError` where the stored tensor `name` is a part of a four-bit weight without its state."""
+    stem, _, part = name.rpartition(".")
+    states = [f"{stem}{_STATE_SUFFIX}{kind}" for kind in ("nf4", "fp4")]
+    if part not in _STATED or any(state in tensors for state in states):
+        return
+    if not any(other.startswith(f"{stem}{_STATE_SUFFIX}") for other in tensors):  # of another kind, refused as such
+        raise BadInputError(
+            f"tensor {name!r} of the packed weight {stem!r} stands without its state: "
+            f"{' or '.join(map(repr, states))} is missing"
+        )
 
 
 @dataclass(frozen=True)
@@ -230,6 +245,11 @@ class Int8(NumberFormat):
     @classmethod
     def find(cls, name: str, tensors: Mapping[str, TensorInfo], raw: RawBytes) -> Weight | None:  # noqa: ARG003
         """Return the weight whose scales the stored tensor `name` holds; None where it holds none."""
+        stem = name.removesuffix(".weight_format")
+        if stem != name and f"{stem}.SCB" not in tensors:
+            raise BadInputError(
+                f"tensor {name!r} of the int8 weight '{stem}.weight' stands without its scales: '{stem}.SCB' is missing"
+            )
         if not name.endswith(".SCB"):
             return None
         weight = name.removesuffix("SCB") + "weight"

@@ -81,7 +81,11 @@ class Difference(StoredFormat):
                 "floating matrix"
             )
         info = replace(base, name=matrix)
-        return stored_weight(info, fmt, fmt.members(info).values(), tensors)
+        try:
+            return stored_weight(info, fmt, fmt.members(info).values(), tensors)
+        except BadInputError as error:
+            shape = f"{base.dtype} {list(base.shape)}"
+            raise BadInputError(f"{error}, as its base {base.name!r} of {shape} implies") from None
 
     def unpack(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Tensor:
         """Return the matrix `info` (out, in), base plus difference, in its logical dtype.

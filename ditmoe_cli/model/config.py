@@ -572,16 +572,16 @@ def _check_shapes(config: DiTMoEConfig, evidence: _Evidence) -> None:
                 continue  # rebuilt when absent
             raise BadInputError(f"{where}: tensor {name!r} is missing; this is not a whole DiT-MoE checkpoint")
         info = weights[name]
-        if info.shape != shape:
-            raise BadInputError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}, but the others imply {list(shape)}"
-            )
         integral = name.endswith(EXPERT_OF)
         if (info.dtype == "I32") != integral or (not integral and info.dtype not in FLOATING):
             expected_dtype = "I32" if integral else "F32, BF16, F16 or F64"
             raise BadInputError(
                 f"{where}: tensor {name!r} has dtype {info.dtype}, expected {expected_dtype}"
                 + ("" if integral else "; unpack it with the program that packed it")
+            )
+        if info.shape != shape:
+            raise BadInputError(
+                f"{where}: tensor {name!r} has shape {list(info.shape)}, but the others imply {list(shape)}"
             )
     unknown = [name for name in weights if name not in expected]
     if unknown:

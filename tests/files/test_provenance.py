@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import canonical_json
-from ditmoe_cli.files.provenance import CHECKPOINT_SCHEMA, Card, Provenance, Step, check_schema, read_provenance
+from ditmoe_cli.files.provenance import (
+    CHECKPOINT_SCHEMA,
+    Card,
+    Provenance,
+    Step,
+    check_schema,
+    read_provenance,
+    recorded_hashes,
+)
 
 TEXT = st.text(max_size=8)
 SETTINGS = st.none() | st.dictionaries(TEXT, st.integers() | TEXT, max_size=3)
@@ -70,6 +78,18 @@ GOOD = json.loads(Provenance({}).to_metadata({})["ditmoe"])
 def test_malformed_metadata_is_refused_by_file(text: str) -> None:
     with pytest.raises(BadInputError, match=r"x\.safetensors"):
         read_provenance({"ditmoe": text}, "x.safetensors")
+
+
+@pytest.mark.parametrize("tensors", [5, ["x"], {"x": 5}, {"x": None}])
+def test_malformed_hashes_are_refused_by_file(tensors: object) -> None:
+    with pytest.raises(BadInputError, match=r"x\.safetensors"):
+        recorded_hashes({"ditmoe": canonical_json({**GOOD, "tensors": tensors})}, "x.safetensors")
+
+
+def test_hashes_are_those_that_were_written() -> None:
+    assert recorded_hashes(Provenance({}).to_metadata({"x": "0f"}), "x.safetensors") == {"x": "0f"}
+    assert recorded_hashes({"format": "pt"}, "x.safetensors") == {}
+    assert recorded_hashes({"ditmoe": canonical_json({"schema": CHECKPOINT_SCHEMA})}, "x.safetensors") == {}
 
 
 def test_schemas_are_checked() -> None:
