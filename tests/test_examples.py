@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from cli_helpers import here
 from conftest import make_pico
 
-from ditmoe_cli import load_model
+from ditmoe_cli import load_model, open_checkpoint
+from ditmoe_cli.model.config import expected_weights
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -88,6 +90,98 @@ def test_the_quantisation_benchmark_prints_a_row_per_variant(
     assert len(lines) == 3
     told = here("quantize", "pico.safetensors", "--uniform", "--format", "fp4", "--dry-run", cwd=tmp_path).result
     assert lines[2].startswith("| fp4 |") and f" | {told['bytes']:,} |" in lines[2]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return how to import a benchmark."""
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES / "benchmarks"), *sys.path])
+    return importlib.import_module
+
+
+PAPER = {"S": 199_307_552, "B": 795_861_536, "L": 2_823_764_000, "XL": 4_168_172_192, "G": 16_503_731_232}
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_synthetic_models_have_as_many_parameters_as_published_ones(
+    benchmarks: Callable[[str], ModuleType], model: str
+) -> None:
+    synthetic = benchmarks("synthetic_checkpoint")
+    weights = expected_weights(synthetic.config_of(synthetic.MODELS[model]))
+    assert sum(math.prod(shape) for shape in weights.values()) == PAPER[model]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_synthetic_model_is_the_same_in_all_containers(
+    benchmarks: Callable[[str], ModuleType], tmp_path: Path, dtype: str
+) -> None:
+    synthetic = benchmarks("synthetic_checkpoint")
+    config = synthetic.config_of(synthetic.Shape(64, 2, 4, 2, True, dtype))
+    places = {container: tmp_path / f"{container}.pt" for container in ("bare", "ema", "train")}
+    places |= {"deepspeed": tmp_path / "run", "safetensors": tmp_path / "one.safetensors"}
+    for container, path in places.items():
+        synthetic.write(path, config, dtype, container, 0)
+    synthetic.write(tmp_path / "shards", config, dtype, "safetensors", 100_000)
+    opened = [open_checkpoint(path) for path in (*places.values(), tmp_path / "shards")]
+    assert len({checkpoint.fingerprint for checkpoint in opened}) == 1
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert {(each.config.attention, each.config.num_heads, each.config.sampler) for each in opened} == {
+        ("flash", 4, "rf")
+    }
+    matrices = [bytes(opened[0].reader.raw(name)) for name, w in opened[0].weights.items() if len(w.info.shape) > 1]
+    assert len(set(matrices)) == len(matrices)
+    state = torch.load(places["train"], weights_only=False)
+    assert state["model"].keys() == state["ema"].keys() and state["args"].num_experts == 2
+    pair = state["model"]["pos_embed"], state["ema"]["pos_embed"]
+    assert pair[0].shape == pair[1].shape and not torch.equal(*pair)
+
+
+def tiny_streaming(benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the benchmark of streaming with a model of two narrow blocks as ``--model S``."""
+    streaming, synthetic = benchmarks("streaming"), benchmarks("synthetic_checkpoint")
+    monkeypatch.setitem(synthetic.MODELS, "S", synthetic.Shape(64, 2, 4, 4, True, "fp16"))
+    return streaming
+
+
+def test_the_streaming_benchmark_prints_a_row_per_command_and_cleans_up(
+    benchmarks: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    streaming = tiny_streaming(benchmarks, monkeypatch)
+
+    def in_process(place: SimpleNamespace, words: list[object]) -> object:
+        outcome = here(*map(str, words), cwd=place.folder)
+        assert outcome.code == 0, outcome.err
+        return streaming.Run(1.0, 1.0, 1, 1, 1, 1, outcome.result)
+
+    monkeypatch.setattr(streaming, "run", in_process)
+    streaming.main(["--model", "S", "--folder", str(tmp_path)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert {len(row) for row in rows} == {len(streaming.COLUMNS)}
+    made = [row for row in rows[2:] if row[-1] != "-"]
+    assert len(made) == len(streaming.ROWS) - 1  # all but inspect
+    assert all(float(row[3]) >= 0 for row in made)
+    assert [row[0].split()[0] for row in made if row[5] != "-"] == ["quantize", "quantize", "quantize", "apply:"]
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_measured_process_is_watched(
+    benchmarks: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streaming = tiny_streaming(benchmarks, monkeypatch)
+    model = tmp_path / "model.safetensors"
+    benchmarks("synthetic_checkpoint").main([str(model), "--model", "S"])
+    place = streaming.Place(tmp_path, model, 0)
+    found = streaming.run(place, ("inspect", model))
+    assert found.result["config"]["depth"] == 2
+    assert 2**20 < found.anonymous <= found.resident
+    assert found.cpu > 0 and found.seconds > 0
+    with pytest.raises(SystemExit, match="no-such"):
+        streaming.run(place, ("inspect", "no-such.safetensors"))
+    assert streaming.copying(model, tmp_path / "copy", 12_345) > 0
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.slow
