@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import os
-import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 # plain help and one-line usage errors: rich would wrap long paths, and costs start-up time
@@ -23,6 +19,7 @@ from ditmoe_cli.cli.announced_imports import announced_imports
 from ditmoe_cli.cli.completion import DETECTED, VARIABLE, answer, installed, script
 from ditmoe_cli.cli.groups import spliced
 from ditmoe_cli.cli.help_texts import Program, SectionedCommand
+from ditmoe_cli.cli.interruption import INTERRUPTED, EndedBySignals, ended_by_signal, ignore_signals, leave
 from ditmoe_cli.cli.machine import Threads, versions
 from ditmoe_cli.cli.progress_display import shown
 from ditmoe_cli.cli.terminal import print_anything, with_options
@@ -70,7 +67,6 @@ app = typer.Typer(
 
 _OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 _ASKING = {"-h", "--help", "--version"}
-INTERRUPTED = 130  # the exit code of SIGINT
 
 # typer carries its own click; its public BadParameter leads to the base of everything click raises
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -157,31 +153,19 @@ def load_program() -> Any:
 
 def main() -> NoReturn:
     """Run the program and end the process with the exit code of its outcome."""
-    signal.signal(signal.SIGTERM, _terminate)
-    prepare_threads(os.environ, usable_cores())
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the shell (>&-): its number must not go to a file that we open
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
-    print_anything(sys.stdout, sys.stderr)
-    if request := os.environ.get(VARIABLE):
-        print(answer(load_program(), request))
-        _leave(0)
-    _leave(run(sys.argv[1:]))
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process at once, without taking the interpreter apart: all files are closed, and locks end with it.
-
-    Taking torch apart lasts for seconds in which nothing shows. A thread of a process group that frees a tensor
-    meanwhile now and then aborts the process ("terminate called without an active exception"), though all of its work
-    is done. And where an interrupt passed through `exec`, as it does while a dataclass is made, Python ends with the
-    signal instead of the exit code. Handlers that libraries have registered for the end (`atexit`) are called before.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
+    with EndedBySignals():
+        prepare_threads(os.environ, usable_cores())
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by the shell (>&-): its number must not go to a file that we open
+                setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+        print_anything(sys.stdout, sys.stderr)
+        if request := os.environ.get(VARIABLE):
+            print(answer(load_program(), request))
+            code = 0
+        else:
+            code = run(sys.argv[1:])
+        ignore_signals()
+    leave(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -197,6 +181,8 @@ def run(arguments: list[str]) -> int:
         _silence_stdout()
         return 141
     except OSError as error:
+        if ended_by_signal():
+            raise
         _silence_stdout()
         return _fail(_os_error(error), 1)
 
@@ -208,22 +194,27 @@ def _invoke(arguments: list[str]) -> int:
         with program.make_context("ditmoe", arguments) as context:
             program.invoke(context)
         return 0
-    except typer.Exit as outcome:
-        return outcome.exit_code
-    except DitmoeError as error:
-        return _fail(with_options(error.message), error.exit_code)
-    except _ClickException as error:
-        return _usage(error)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", INTERRUPTED)
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY, 1)
-    except OSError:
-        raise
-    except Exception as error:
-        if os.environ.get("DITMOE_TRACEBACK"):
+    except BaseException as error:
+        if ended_by_signal():
             raise
-        return _fail(_unexpected(error), 1)
+        return _outcome(error)
+
+
+def _outcome(error: BaseException) -> int:
+    """Print the line of an exception that ended a command, and return its exit code; system errors are raised."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, DitmoeError):
+        return _fail(with_options(error.message), error.exit_code)
+    if isinstance(error, _ClickException):
+        return _usage(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    if isinstance(error, MemoryError):
+        return _fail(_OUT_OF_MEMORY, 1)
+    if isinstance(error, OSError) or not isinstance(error, Exception) or os.environ.get("DITMOE_TRACEBACK"):
+        raise error
+    return _fail(_unexpected(error), 1)
 
 
 def _has_working_folder() -> bool:
@@ -269,8 +260,3 @@ def _unexpected(error: Exception) -> str:
         on_gpu = "cuda" in str(error).lower()
         return "the GPU is out of memory; try a smaller --batch, or --device cpu" if on_gpu else _OUT_OF_MEMORY
     return f"internal error: {type(error).__name__}: {error} (set DITMOE_TRACEBACK=1 for the traceback, and report it)"
-
-
-def _terminate(number: int, _: FrameType | None) -> NoReturn:
-    """Raise `SystemExit`, so that finally clauses remove half-written output."""
-    raise SystemExit(128 + number)

@@ -26,7 +26,7 @@ from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work, request_digest
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.staging import check_space, check_target
+from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import WorkFolder, discard_work, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -232,6 +232,7 @@ def reuse(
     """Print the result of a stage that was run before, whose output is up to date, as far as the output tells it."""
     path = job.output.path
     note(f"{path} is up to date")
+    clean_leftovers(path)
     discard_work(path)
     step = last_step(made) if plan is not None else None
     errors = measured_errors(step) if step else {}

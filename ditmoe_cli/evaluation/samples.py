@@ -38,7 +38,7 @@ from ditmoe_cli.files.arrays import read_document, write_arrays
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
 from ditmoe_cli.files.provenance import Card, parse_card
-from ditmoe_cli.files.staging import check_space, check_target
+from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import process_group
@@ -360,6 +360,7 @@ def complete_samples(sampling: Sampling, targets: Targets, notify: Notify) -> in
                     "replace both, or another name"
                 )
     notify(f"{file}: up to date")
+    clean_leftovers(file)
     return file.stat().st_size
 
 

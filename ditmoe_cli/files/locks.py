@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ditmoe_cli.files.cleanup import Undoing
+
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # by the file system
 
 
@@ -20,34 +22,45 @@ def locked(path: Path, notify: Callable[[str], None] | None = None) -> Iterator[
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if notify is None:
-            raise BlockingIOError(errno.EWOULDBLOCK, "another run has the lock", str(path)) from None
-        notify(f"waiting for another run that has {path}")
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
+
+    def unlock() -> None:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)
+            lock.release()
+
+    with Undoing(unlock):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if notify is None:
+                raise BlockingIOError(errno.EWOULDBLOCK, "another run has the lock", str(path)) from None
+            notify(f"waiting for another run that has {path}")
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
         yield
-        return
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
-def is_abandoned(path: Path) -> bool:
-    """Return whether a lock file was left behind by a process that has ended; the file is deleted then."""
+@contextmanager
+def taken_over(path: Path) -> Iterator[bool]:
+    """Yield whether the process that had a lock file has ended; the lock is held meanwhile, and the file deleted then.
+
+    False where a process has the lock, or the file is not ours to lock.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except (Timeout, OSError):
-        return False
-    path.unlink(missing_ok=True)
-    lock.release()
-    return True
+
+    def unlock() -> None:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)
+            lock.release()
+
+    with Undoing(unlock):
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, OSError):
+            yield False
+        else:
+            yield True

@@ -1,8 +1,8 @@
 """Atomic outputs: a target is replaced by a whole output, or left as it was.
 
-An output is written beside its target under a hidden name, flushed to disk and renamed. A failure before the rename
-leaves the target absent, or the old one in place. What a killed run leaves under hidden names is deleted by the next
-one in that folder.
+An output is written beside its target under a hidden name, flushed to disk, and takes its target's place in one step:
+at no moment is a target missing that was there before. What a killed run leaves under hidden names is deleted by the
+next one that writes into that folder.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from hashlib import sha256
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
-from ditmoe_cli.files.containers import INDEX, shard_names
-from ditmoe_cli.files.locks import is_abandoned, locked
+from ditmoe_cli.files.cleanup import Undoing
+from ditmoe_cli.files.locks import locked, taken_over
+from ditmoe_cli.files.overlaps import overlap
+from ditmoe_cli.files.renaming import exchange, rename_to_new
 from ditmoe_cli.progress import phase, readable_bytes
 
 CHECKPOINT_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
-_LEFTOVER = re.compile(r"(?P<hidden>\..+)\.(tmp|old)-(?P<run>(?P<process>\d+)(-\d+)?)(\.lock)?", re.DOTALL)
+_OURS_BEGIN = ".ditmoe-"  # of the endings of hidden names: no other program's files are taken for ours
+_OURS = re.compile(rf"(?P<hidden>\..+){re.escape(_OURS_BEGIN)}(tmp|old)-(?P<run>\d+(-\d+)?)(\.lock)?", re.DOTALL)
 _LONGEST_NAME = 200  # bytes, of 255 that most file systems allow: hidden names are longer than their target's
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSYNCED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM)
+_OCTAL = re.compile(rb"\\([0-7]{3})")  # as the kernel spells blanks
 
 
 def check_target(
@@ -53,58 +58,75 @@ def _refuse(target: Path, force: bool, inputs: Iterable[Path], contents: re.Patt
     if not target.parent.is_dir():
         what = "is a file, and no folder" if target.parent.is_file() else "no such folder"
         raise BadInputError(f"{target.parent}: {what} to write {target.name} into")
-    if any(_holds(target, source) for source in inputs):
+    if any(overlap(target, source) for source in inputs):
         raise OutputExistsError(f"{target}: is the input itself; name another output")
     if not target.exists():
         return
     if not (target.is_file() or target.is_dir()):
         raise OutputExistsError(f"{target}: is neither a file nor a folder; name another output")
     if not force:
-        raise OutputExistsError(f"{target}: exists already; give ⟨force⟩ to replace it, or -o for another name")
+        raise _existing(target)
+    if _is_mount_point(target):
+        raise OutputExistsError(f"{target}: is a mount point, whose place nothing can take; name another output")
     if target.is_dir():
-        _refuse_foreign_folder(target, contents)
+        _refuse_foreign_folder(target, contents, target)
 
 
-def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str]) -> None:
-    """Raise `OutputExistsError` where a folder, which is replaced as a whole, holds files of others."""
-    foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not contents.fullmatch(c.name)), None)
+def _existing(target: Path) -> OutputExistsError:
+    return OutputExistsError(f"{target}: exists already; give ⟨force⟩ to replace it, or -o for another name")
+
+
+def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str], named: Path) -> None:
+    """Raise `OutputExistsError`, which calls it `named`, where a folder to be replaced holds files of others."""
+    try:
+        foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not contents.fullmatch(c.name)), None)
+    except PermissionError:
+        raise BadInputError(f"{named}: cannot be read, so it is not replaced; name another output") from None
     if foreign is not None:
         raise OutputExistsError(
-            f"{folder}: holds {foreign.name}, which is no part of such an output, so it is not replaced; "
+            f"{named}: holds {foreign.name}, which is no part of such an output, so it is not replaced; "
             "name another output"
         )
 
 
-def _holds(target: Path, source: Path) -> bool:
-    """Return whether writing `target` would touch `source`: it is the same file or folder, or one lies in the other."""
-    is_there = target.exists() and source.exists()
-    is_one_of_them = is_there and any(target.samefile(file) for file in _files_of(source) if file.exists())
-    target, source = target.resolve(), source.resolve()
-    return is_one_of_them or target in source.parents or (source.is_dir() and source in target.parents)
-
-
-def _files_of(source: Path) -> Iterator[Path]:
-    """Yield the files of an input: shards may be links to elsewhere, as in the cache of the Hugging Face hub."""
-    yield source
-    if source.is_dir():
-        yield from source.iterdir()
-    elif INDEX.fullmatch(source.name):
-        yield from (source.parent / name for name in shard_names(source))
+def _is_mount_point(path: Path) -> bool:
+    """Return whether something is mounted at a path, also one file or folder of the same disk."""
+    if os.path.ismount(path):
+        return True
+    place = os.fsencode(path.resolve())
+    with suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        return any(_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), mount.split()[4]) == place for mount in mounts)
+    return False
 
 
 def _require_writable(target: Path) -> None:
     """Raise `BadInputError` where no file can be made beside `target`, or the target cannot be replaced."""
-    probe = hidden_beside(target, f".tmp-{os.getpid()}")
     try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        probe.unlink()
-    except FileExistsError:  # of a killed run, or of a process with the same number in another container
-        pass
+        _try_to_make_a_file(target)
     except OSError as error:
         reason = "no place for files" if error.errno == errno.ENOENT else error.strerror  # as /proc says
         raise BadInputError(f"{target}: cannot be written there ({reason}); name an output elsewhere") from None
     if target.exists() and not _may_be_replaced(target):
         raise BadInputError(f"{target}: belongs to another user and cannot be replaced; name another output")
+    if target.is_dir() and not os.access(target, os.R_OK | os.W_OK | os.X_OK):
+        raise BadInputError(f"{target}: its files cannot be deleted, so it is not replaced; name another output")
+
+
+def _try_to_make_a_file(target: Path) -> None:
+    """Make a file beside `target`, without a name where the system can, so that even a kill leaves none."""
+    nameless = getattr(os, "O_TMPFILE", None)
+    if nameless is not None:
+        try:
+            os.close(os.open(target.parent, nameless | os.O_WRONLY, 0o600))
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise
+    probe = hidden_beside(target, f"{_OURS_BEGIN}tmp-{os.getpid()}")
+    with suppress(FileExistsError):  # of a killed run, or of a process with the same number in another container
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        probe.unlink()
 
 
 def _may_be_replaced(target: Path) -> bool:
@@ -115,17 +137,28 @@ def _may_be_replaced(target: Path) -> bool:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise `DitmoeError` where fewer than `needed` bytes are free for an output at `target`, before any work."""
-    try:
-        disk = os.statvfs(target.parent)
-    except OSError:
-        return
-    free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and needed > free:  # some file systems tell no size
+    """Raise `DitmoeError` where fewer than `needed` bytes are free for an output at `target`, before any work.
+
+    What killed runs left in its folder is deleted where it takes the room.
+    """
+    free = _free_bytes(target.parent)
+    if free is not None and needed > free:
+        clean_leftovers(target)
+        free = _free_bytes(target.parent)
+    if free is not None and needed > free:
         raise DitmoeError(
             f"{target}: needs {readable_bytes(needed)}, and {target.parent} has {readable_bytes(free)} free; "
             "make room there, or name an output elsewhere"
         )
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Return the bytes that are free where a folder is; None where the file system does not tell."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return None
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
 
 
 def hidden_beside(target: Path, ending: str) -> Path:
@@ -140,25 +173,22 @@ def hidden_beside(target: Path, ending: str) -> Path:
 def staged(
     target: Path, force: bool = False, inputs: Iterable[Path] = (), contents: re.Pattern[str] = CHECKPOINT_FILES
 ) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or folder at; on success it is renamed to `target`.
+    """Yield a path beside `target` to write a file or folder at; on success it takes the place of `target`.
 
-    Raises as `check_target` does, before anything is written and again before the rename. `OSError` of a full disk
-    names the target.
+    Raises as `check_target` does, before anything is written and again before the target is touched. `OSError` of a
+    full disk names the target.
     """
     inputs = tuple(inputs)
     target = target.absolute()
     check_target(target, force, inputs, contents)
     clean_leftovers(target)
-    with _own_staging(target) as staging, _naming(target, staging):
-        try:
-            yield staging
-            with phase(f"flushing {target.name} to disk"):
-                _flush(staging)
-            _refuse(target, force, inputs, contents)
-            _rename(staging, target)
-            _sync(target.parent)
-        finally:
-            _remove(staging)
+    with _naming(target, hidden_beside(target, _OURS_BEGIN)), _own_staging(target) as staging:
+        yield staging
+        with phase(f"flushing {target.name} to disk"):
+            _flush(staging)
+        _refuse(target, force, inputs, contents)
+        _take_place(staging, target, force, contents)
+        _sync_folder(target.parent)
 
 
 @contextmanager
@@ -168,41 +198,40 @@ def replaced_whole(path: Path, named: Path) -> Iterator[Path]:
     For files within a folder that only this process writes to. Errors of a full disk name the folder `named`.
     """
     new = path.with_name(f"{path.name}.new")
-    with _naming(named, new):
-        try:
-            yield new
-            _sync(new)
-            new.replace(path)
-            _sync(path.parent)
-        finally:
-            new.unlink(missing_ok=True)
+    with _naming(named, new), Undoing(lambda: new.unlink(missing_ok=True)):
+        yield new
+        _sync(new)
+        new.replace(path)
+        _sync_folder(path.parent)
 
 
 @contextmanager
 def _own_staging(target: Path) -> Iterator[Path]:
     """Yield a hidden path beside `target` that no other run has, also where containers give several one process id.
 
-    The lock beside it shows others that this run lives.
+    The lock beside it shows others that this run lives. What stands at the path in the end is deleted: a half-written
+    output, or the folder whose place a whole one took.
     """
     with ExitStack() as stack:
         for attempt in itertools.count():
-            staging = hidden_beside(target, f".tmp-{os.getpid()}" + (f"-{attempt}" if attempt else ""))
+            run = f"{os.getpid()}-{attempt}" if attempt else f"{os.getpid()}"
+            staging = hidden_beside(target, f"{_OURS_BEGIN}tmp-{run}")
             with suppress(BlockingIOError):
                 stack.enter_context(locked(staging.with_name(f"{staging.name}.lock")))
                 break
+        stack.enter_context(Undoing(lambda: _remove(staging)))
         _remove(staging)
         yield staging
 
 
 @contextmanager
 def _naming(target: Path, hidden: Path) -> Iterator[None]:
-    """Let errors of the system name `target` in the place of a hidden file, and where they name none."""
+    """Let errors of the system name `target` for files that begin as `hidden` does, and where they name none."""
     try:
         yield
     except OSError as error:
         named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
-        is_ours = named is not None and (named == str(hidden) or named.startswith(f"{hidden}{os.sep}"))
-        if is_ours or (named is None and error.errno in _FULL):
+        if (named is not None and named.startswith(str(hidden))) or (named is None and error.errno in _FULL):
             error.filename, error.filename2 = str(target), None
         raise
 
@@ -214,37 +243,45 @@ def clean_leftovers(target: Path) -> None:
     """
     target = target.absolute()
     with suppress(OSError):
-        for path in list(target.parent.glob(".*")):
-            found = _LEFTOVER.fullmatch(path.name)
-            if found and _is_left(path, found, target):
-                _clean(path, found, target)
+        found = filter(None, (_OURS.fullmatch(path.name) for path in target.parent.iterdir()))
+        for hidden, run in sorted({(name["hidden"], name["run"]) for name in found}):
+            with suppress(OSError):  # one that belongs to another user keeps no other from being deleted
+                _clean(target, hidden, run)
 
 
-def _is_left(path: Path, found: re.Match[str], target: Path) -> bool:
-    """Return whether the process that a hidden file belongs to has ended.
+def _clean(target: Path, hidden: str, run: str) -> None:
+    """Delete what the run `run` left of its output `hidden`, if its process has ended, as its lock tells.
 
-    Its lock tells. Without one, as earlier versions left them, it is cleaned for its own target only, and if no process
-    has its number.
+    Without a lock, as on file systems that have none, it is deleted for its own target only, and if no process has its
+    number. The lock goes last: a run that is killed here leaves it for the next one.
     """
-    lock = path.with_name(f"{found['hidden']}.tmp-{found['run']}.lock")
+    staging = target.with_name(f"{hidden}{_OURS_BEGIN}tmp-{run}")
+    lock = staging.with_name(f"{staging.name}.lock")
+    is_own = hidden == hidden_beside(target, "").name
     if lock.exists():
-        return is_abandoned(lock)
-    return path != lock and _is_of(found, target) and not _is_running(int(found["process"]))
+        with taken_over(lock) as is_left:
+            if is_left:
+                _delete_leftovers(staging, target if is_own else None)
+    elif is_own and not _is_running(int(run.partition("-")[0])):
+        _delete_leftovers(staging, target)
 
 
-def _is_of(found: re.Match[str], target: Path) -> bool:
-    return found["hidden"] == hidden_beside(target, "").name
+def _delete_leftovers(staging: Path, target: Path | None) -> None:
+    """Delete what a killed run left; an old folder only where a new one is in its place, else `target` gets it back."""
+    _remove(staging)
+    hidden, run = _parts(staging)
+    old = staging.with_name(f"{hidden}{_OURS_BEGIN}old-{run}")
+    if (target or staging.with_name(hidden.removeprefix("."))).exists():
+        _remove(old)
+    elif target is not None and old.exists():
+        old.rename(target)
 
 
-def _clean(path: Path, found: re.Match[str], target: Path) -> None:
-    """Delete what a killed run left; an old folder only where the new one is in its place."""
-    for kind in ("tmp", "old"):
-        left = path.with_name(f"{found['hidden']}.{kind}-{found['run']}")
-        replaced = path.with_name(found["hidden"].removeprefix("."))
-        if kind == "tmp" or replaced.exists():
-            _remove(left)
-        elif left.exists() and _is_of(found, target):
-            left.rename(target)
+def _parts(staging: Path) -> tuple[str, str]:
+    """Return the hidden name of an output, and the run that writes it, of a path that `_own_staging` made."""
+    found = _OURS.fullmatch(staging.name)
+    assert found is not None
+    return found["hidden"], found["run"]
 
 
 def _is_running(process: int) -> bool:
@@ -261,7 +298,9 @@ def _flush(path: Path) -> None:
     if path.is_dir():
         for child in sorted(path.iterdir()):
             _flush(child)
-    _sync(path)
+        _sync_folder(path)
+    else:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -272,20 +311,57 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _rename(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`. An existing folder is moved aside first and removed afterwards."""
-    if not target.exists() or (target.is_file() and staging.is_file()):
-        staging.replace(target)
-        return
-    aside = hidden_beside(target, f".old-{staging.name.rpartition('.tmp-')[2]}")
-    _remove(aside)
-    target.rename(aside)
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to disk, where its file system has that and the folder may be read."""
     try:
-        staging.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+
+
+def _take_place(staging: Path, target: Path, force: bool, contents: re.Pattern[str]) -> None:
+    """Let `staging` take the place of `target` in one step; a folder that stood there is at `staging` then.
+
+    Without `force` nothing may stand there. Raises `OutputExistsError` where that changed since it was checked.
+    """
+    if not force or not os.path.lexists(target):
+        try:
+            if rename_to_new(staging, target):
+                return
+        except FileExistsError:
+            if not force:
+                raise _existing(target) from None
+    if not os.path.lexists(target) or (target.is_file() and staging.is_file()):
+        staging.replace(target)
+    elif not exchange(staging, target):
+        _replace_in_two_steps(staging, target)
+    elif staging.is_dir():
+        try:
+            _refuse_foreign_folder(staging, contents, target)
+        except BaseException:
+            exchange(staging, target)
+            raise
+
+
+def _replace_in_two_steps(staging: Path, target: Path) -> None:
+    """Move `target` aside, rename `staging` to it and delete what was moved, where paths cannot be exchanged.
+
+    Whatever comes between, the target is back afterwards; after a kill the next run puts it back.
+    """
+    hidden, run = _parts(staging)
+    aside = staging.with_name(f"{hidden}{_OURS_BEGIN}old-{run}")
+
+    def tidy() -> None:
+        if not os.path.lexists(target):
+            aside.rename(target)
+        _remove(aside)
+
     _remove(aside)
+    with Undoing(tidy):
+        target.rename(aside)
+        staging.rename(target)
+        _sync_folder(target.parent)
 
 
 def _remove(path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError, UsageError
+from ditmoe_cli.files.cleanup import Undoing
 from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.locks import locked
@@ -265,13 +266,14 @@ def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
             ) from None
         clean_leftovers(target)
         work = WorkFolder(folder, key, notify)
+        stack.enter_context(Undoing(lambda: _delete_if_empty(work)))
         _claim(work)
         try:
             yield work
         except BaseException as error:
-            if work.is_empty or isinstance(error, (UsageError, BadInputError, InfeasibleError)):
+            if isinstance(error, (UsageError, BadInputError, InfeasibleError)):
                 _delete(folder)
-            elif (kept := work.kept()) is not None:
+            elif not work.is_empty and (kept := work.kept()) is not None:
                 notify(kept)
             raise
         _delete(folder)
@@ -295,7 +297,7 @@ def _claim(work: WorkFolder) -> None:
         if key == work.key:
             _drop_unfinished(folder)
             return
-        if key is None and any(child.name != _KEY and not child.name.endswith(".new") for child in folder.iterdir()):
+        if key is None and not all(_is_no_piece(child) for child in folder.iterdir()):
             raise BadInputError(f"{folder}: stands where unfinished work is kept, and is not ditmoe's; move it away")
         if key is not None and any(folder.glob(f"*{_ENDING}")):
             work.notify(f"deleting what an unfinished run of another request kept in {folder}")
@@ -325,6 +327,18 @@ def _delete(folder: Path) -> None:
             if child.name != _KEY:
                 child.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete_if_empty(work: WorkFolder) -> None:
+    """Delete a work folder in which nothing is kept, unless it is none of ours."""
+    folder = work.folder
+    if folder.is_dir() and not folder.is_symlink() and all(_is_no_piece(child) for child in folder.iterdir()):
+        _delete(folder)
+
+
+def _is_no_piece(child: Path) -> bool:
+    """Return whether a file of a work folder keeps nothing: its key, and what was being written."""
+    return child.name == _KEY or child.name.endswith(".new")
 
 
 def _lock_of(folder: Path) -> Path:

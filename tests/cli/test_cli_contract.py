@@ -378,7 +378,7 @@ def writing(large: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         preexec_fn=heed_interrupts,
     )
     end = time.monotonic() + 60
-    while not any(tmp_path.glob(".out.safetensors.tmp-*")):
+    while not any(tmp_path.glob(".out.safetensors.ditmoe-tmp-*")):
         assert child.poll() is None and time.monotonic() < end, "never began to write"
         time.sleep(0.002)
     yield child

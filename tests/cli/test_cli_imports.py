@@ -153,6 +153,7 @@ HELP = {
         "cli.completion",
         "cli.groups",
         "cli.help_texts",
+        "cli.interruption",
         "cli.machine",
         "cli.terminal",
     ),

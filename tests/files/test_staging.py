@@ -168,14 +168,15 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything(
     with pytest.raises(BadInputError) as caught:
         check_target(target, force=False)
     assert str(caught.value).startswith(f"{target}: cannot be written there (")
-    assert ".tmp" not in str(caught.value)
+    assert ".ditmoe" not in str(caught.value)
 
 
 def _denied_in(folder: Path, real: Callable[..., int]) -> Callable[..., int]:
     """What `os.open` does for a user who may not write to a folder."""
 
     def denied(path: Path, flags: int, *args: int) -> int:
-        if flags & os.O_CREAT and Path(path).parent == folder:
+        is_nameless = flags & os.O_TMPFILE == os.O_TMPFILE and Path(path) == folder
+        if is_nameless or (flags & os.O_CREAT and Path(path).parent == folder):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return real(path, flags, *args)
 
@@ -326,7 +327,7 @@ def test_a_folder_of_other_things_is_not_wiped_even_by_force(tmp_path: Path, kin
 
 
 def test_leftovers_of_a_killed_run_with_our_number_do_not_hinder(tmp_path: Path) -> None:
-    stale = tmp_path / f".x.tmp-{os.getpid()}"
+    stale = tmp_path / f".x.ditmoe-tmp-{os.getpid()}"
     stale.mkdir()
     (stale / "shard").write_text("half")
     with staged(tmp_path / "x") as staging:
@@ -338,9 +339,9 @@ def test_leftovers_of_a_killed_run_with_our_number_do_not_hinder(tmp_path: Path)
 
 def test_a_live_process_with_our_number_keeps_its_files(tmp_path: Path) -> None:
     """As two containers with one folder have it."""
-    other = tmp_path / f".x.tmp-{os.getpid()}"
+    other = tmp_path / f".x.ditmoe-tmp-{os.getpid()}"
     other.write_text("of the other")
-    with locked(tmp_path / f".x.tmp-{os.getpid()}.lock"):
+    with locked(tmp_path / f".x.ditmoe-tmp-{os.getpid()}.lock"):
         write(tmp_path / "x")
         assert other.read_text() == "of the other"
     assert (tmp_path / "x").read_text() == "new"
@@ -355,18 +356,18 @@ def ended_process() -> int:
 
 def test_what_killed_runs_left_is_cleaned_by_the_next_run_in_the_folder(tmp_path: Path) -> None:
     run = ended_process()
-    for left in (f".x.tmp-{run}", f".x.tmp-{run}-1", f".y.tmp-{run}"):
+    for left in (f".x.ditmoe-tmp-{run}", f".x.ditmoe-tmp-{run}-1", f".y.ditmoe-tmp-{run}"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "shard").write_text("half")
-    (tmp_path / f".y.tmp-{run}.lock").touch()
-    (tmp_path / f".z.tmp-{run}.lock").touch()
+    (tmp_path / f".y.ditmoe-tmp-{run}.lock").touch()
+    (tmp_path / f".z.ditmoe-tmp-{run}.lock").touch()
     write(tmp_path / "x")
     assert names(tmp_path) == ["x"]
 
 
 def test_what_may_belong_to_a_live_run_is_kept(tmp_path: Path) -> None:
     run = ended_process()
-    kept = {f".x.tmp-{os.getppid()}", f".y.tmp-{run}", f".y.tmp-{os.getppid()}", ".x.tmp-me", ".note"}
+    kept = {f".x.ditmoe-tmp-{os.getppid()}", f".y.ditmoe-tmp-{run}", f".y.ditmoe-tmp-{os.getppid()}", ".x.ditmoe-tmp-me", ".note"}
     for name in kept:
         (tmp_path / name).write_text("half")
     write(tmp_path / "x")
@@ -374,7 +375,7 @@ def test_what_may_belong_to_a_live_run_is_kept(tmp_path: Path) -> None:
 
 
 def test_an_old_folder_whose_replacement_was_killed_is_put_back(tmp_path: Path) -> None:
-    old = tmp_path / f".x.old-{ended_process()}"
+    old = tmp_path / f".x.ditmoe-old-{ended_process()}"
     old.mkdir()
     (old / "config.json").write_text("old")
     clean_leftovers(tmp_path / "x")

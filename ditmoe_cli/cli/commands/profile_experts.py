@@ -18,7 +18,7 @@ from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.staging import check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import discard_work
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import first_process
@@ -128,6 +128,7 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
     target = to.at(opened.path, "profile").absolute()
     profile = None if to.force else made_before(opened, settings, target)
     if profile is not None:
+        clean_leftovers(target)
         discard_work(target)
         note(f"{target} is up to date")
     else:

@@ -18,7 +18,7 @@ from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.names import ROUTER
 from ditmoe_cli.files.reader import open_reader
-from ditmoe_cli.files.staging import check_target, staged
+from ditmoe_cli.files.staging import check_target, clean_leftovers, staged
 from ditmoe_cli.model.checkpoint import DEMO_PREFIX, Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
@@ -226,8 +226,9 @@ def unmade(to: ReportFiles, request: str) -> tuple[dict[str, Any] | None, Report
     numbers = numbers_of(to.page, request) if to.page is not None else None
     has_figures = to.png is not None and holds_figures(to.png, request)
     for path, is_made in ((to.page, numbers is not None), (to.png, has_figures)):
-        if is_made:
+        if is_made and path is not None:
             note(f"{path} is up to date")
+            clean_leftovers(path)
     return numbers, ReportFiles(None if numbers is not None else to.page, None if has_figures else to.png)
 
 
