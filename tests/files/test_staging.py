@@ -367,7 +367,13 @@ def test_what_killed_runs_left_is_cleaned_by_the_next_run_in_the_folder(tmp_path
 
 def test_what_may_belong_to_a_live_run_is_kept(tmp_path: Path) -> None:
     run = ended_process()
-    kept = {f".x.ditmoe-tmp-{os.getppid()}", f".y.ditmoe-tmp-{run}", f".y.ditmoe-tmp-{os.getppid()}", ".x.ditmoe-tmp-me", ".note"}
+    kept = {
+        f".x.ditmoe-tmp-{os.getppid()}",
+        f".y.ditmoe-tmp-{run}",
+        f".y.ditmoe-tmp-{os.getppid()}",
+        ".x.ditmoe-tmp-me",
+        ".note",
+    }
     for name in kept:
         (tmp_path / name).write_text("half")
     write(tmp_path / "x")
