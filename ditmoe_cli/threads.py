@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # any of them says how threads wait
@@ -38,6 +39,35 @@ def use_threads(count: int, environment: MutableMapping[str, str]) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def usable_threads() -> int:
+    """Return how many threads compute: torch's number, before it is loaded the one that it will take."""
+    if "torch" in sys.modules:
+        import torch
+
+        return torch.get_num_threads()
+    told = os.environ.get(_OPENMP, "").partition(",")[0].strip()
+    return int(told) if told.isdecimal() and int(told) else usable_cores()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Have torch compute with one thread in each thread that asks it to, for work that is divided over threads.
+
+    Threads that begin meanwhile take the number over; the others keep theirs.
+    """
+    if "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def usable_cores(root: Path = Path("/")) -> int:

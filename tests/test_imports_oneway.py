@@ -21,7 +21,7 @@ ALLOWED = {
     "threads": set(),
     "demo": set(),
     "version": set(),
-    "files": {"version", "progress", "errors"},
+    "files": {"version", "progress", "threads", "errors"},
     "formats": {"files", "progress", "errors"},
     "model": {"formats", "files", "progress", "threads", "errors"},
     "diffusion": {"model", "files", "progress", "errors"},

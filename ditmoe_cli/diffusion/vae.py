@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError, BrokenImageError
 from ditmoe_cli.files.fingerprint import digest, file_digest, fingerprint
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
+from ditmoe_cli.files.streaming import sha256_of
 from ditmoe_cli.progress import phase
 
 if TYPE_CHECKING:
@@ -297,9 +298,8 @@ def _digest(module: Any, settings: Mapping[str, Any]) -> str:
 
     tensors = {name: value for name, value in module.state_dict().items() if name.startswith(_DECODING)}
     infos = [TensorInfo(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
-    return fingerprint(
-        infos, lambda name: tensor_bytes(tensors[name]), {key: settings[key] for key in _DECODING_SETTINGS}
-    )
+    hashes = {name: sha256_of([tensor_bytes(value)]) for name, value in tensors.items()}
+    return fingerprint(infos, hashes, {key: settings[key] for key in _DECODING_SETTINGS})
 
 
 def _placed(module: Any, device: str, dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance, read_provenance
 from ditmoe_cli.files.reader import SafetensorsReader
 from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.streaming import hash_tensors
+from ditmoe_cli.progress import BYTES, phase
 
 FOLDER_STEM = "diffusion_pytorch_model"
 DEFAULT_SHARD_BYTES = 10_000_000_000
@@ -127,19 +129,19 @@ class Output:
                 return "does not tell how it was made"
             texts = {} if self.is_file else _folder_texts(shards, provenance)
             changed = (name for name, text in texts.items() if (folder / name).read_bytes() != text)
-            wrong = next(changed, None) or next((t for header in headers.values() for t in _wrong(header)), None)
+            wrong = next(changed, None) or _wrong(headers.values())
         except (DitmoeError, OSError, KeyError, ValueError, StopIteration):
             return "is damaged"
         return None if wrong is None else f"is damaged ({wrong!r} is not what was written)"
 
 
-def _wrong(header: FileHeader) -> Iterator[str]:
-    """Yield the tensors whose bytes are not those that their file was written with."""
-    hashes = json.loads(header.metadata["ditmoe"])["tensors"]
-    reader = SafetensorsReader(header.tensors)
-    for name in header.tensors:
-        if hashlib.sha256(reader.raw(name)).hexdigest() != hashes[name]:
-            yield name
+def _wrong(headers: Collection[FileHeader]) -> str | None:
+    """Return a tensor whose bytes are not those that its file was written with; None for none."""
+    told = {name: text for header in headers for name, text in json.loads(header.metadata["ditmoe"])["tensors"].items()}
+    stored = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    with phase("checking the output", sum(tensor.info.nbytes for tensor in stored.values()), BYTES) as progress:
+        found = hash_tensors((t.info for t in stored.values()), SafetensorsReader(stored).raw, progress)
+    return next((name for name in stored if found[name] != told[name]), None)
 
 
 def _folder_texts(shards: list[Shard], provenance: Provenance) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from ditmoe_cli.files.header import FLOATING
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.provenance import Card, Provenance, Step
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
+from ditmoe_cli.files.streaming import hash_tensors
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.weights import logical_weights
 from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
@@ -41,6 +42,7 @@ class Checkpoint:
     config: DiTMoEConfig
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
+    hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # SHA-256 of tensors that were read
     _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # names of tensors that were checked
 
     @property
@@ -60,16 +62,12 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all tensors and the configuration. Reads every byte once, without torch for safetensors."""
+        """SHA-256 of all tensors and the configuration. Reads what is not yet hashed, without torch for safetensors."""
         stored = self.header.tensors.values()
-        with phase(f"fingerprinting {self.path.name}", sum(info.nbytes for info in stored), BYTES) as progress:
-
-            def raw(name: str) -> memoryview:
-                data = self.reader.raw(name)
-                progress(data.nbytes)
-                return data
-
-            return fingerprint(stored, raw, self.config.to_json())
+        left = [info for info in stored if info.name not in self.hashes]
+        with phase(f"fingerprinting {self.path.name}", sum(info.nbytes for info in left), BYTES) as progress:
+            self.hashes.update(hash_tensors(left, self.reader.raw, progress))
+        return fingerprint(stored, self.hashes, self.config.to_json())
 
     @property
     def ancestors(self) -> tuple[str, ...]:
