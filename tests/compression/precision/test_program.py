@@ -445,14 +445,13 @@ def test_without_highspy_auto_takes_cbc(monkeypatch: pytest.MonkeyPatch) -> None
 
     def without_highs(pulp: Any, name: str, allowed: float, time_limit: float) -> Any:
         if name == "highs":
-            raise ImportError
+            raise ModuleNotFoundError
         return program(pulp, name, allowed, time_limit)
 
     if HAS_HIGHS:
         monkeypatch.setattr(ilp, "_program", without_highs)
     solution = solve(*HALF, time_limit=PATIENT)
-    assert replace(solution, failures=()) == solve(*HALF, time_limit=PATIENT, solver="cbc")
-    assert solution.failures == (("highs: ImportError: ",) if HAS_HIGHS else ()), "one that is missing needs no word"
+    assert solution.solver == "cbc" and solution == solve(*HALF, time_limit=PATIENT, solver="cbc")
     with pytest.raises(InfeasibleError, match="highs: not installed"):
         solve(*HALF, solver="highs")
 
