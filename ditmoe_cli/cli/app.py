@@ -22,7 +22,7 @@ from ditmoe_cli.cli.help_texts import Program, SectionedCommand
 from ditmoe_cli.cli.interruption import INTERRUPTED, EndedBySignals, ended_by_signal, ignore_signals, leave
 from ditmoe_cli.cli.machine import Threads, versions
 from ditmoe_cli.cli.progress_display import shown
-from ditmoe_cli.cli.terminal import print_anything, with_options
+from ditmoe_cli.cli.terminal import clipped, print_anything, printable, with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.progress import watched_by
 from ditmoe_cli.threads import prepare_threads, usable_cores
@@ -233,7 +233,7 @@ def _silence_stdout() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"ditmoe: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ditmoe: error: {printable(' '.join(clipped(message).split()))}", file=sys.stderr)
     return code
 
 

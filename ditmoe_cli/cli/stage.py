@@ -6,7 +6,6 @@ stdin, to its end, before it imports torch: all commands of a pipe start at once
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.provenance import STAGE_SCHEMA
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
@@ -118,8 +118,8 @@ def parse_stage(text: str) -> Stage:
             "without such a command, give a CHECKPOINT"
         )
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
+        document = parse_json(text)
+    except ValueError:
         raise BadInputError("stdin is not JSON, or cut short: expected the output of another ditmoe command") from None
     if not isinstance(document, dict) or document.get("schema") != STAGE_SCHEMA:
         schema = document.get("schema") if isinstance(document, dict) else type(document).__name__

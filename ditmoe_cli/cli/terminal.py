@@ -10,6 +10,7 @@ import codecs
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ditmoe_cli.errors import UsageError, named
 from ditmoe_cli.progress import readable_bytes
 
 Row = tuple[str, object]
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LONGEST = 4000  # characters of a line
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,20 @@ def _as_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def note(message: str) -> None:
     """Print a note on stderr, in one line that is never wrapped."""
-    sys.stderr.write(f"ditmoe: {with_options(message)}\n")  # at once, whatever a thread writes meanwhile
+    sys.stderr.write(
+        f"ditmoe: {printable(clipped(with_options(message)))}\n"
+    )  # at once, whatever a thread writes meanwhile
     sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes in place of characters that steer a terminal, as names in a file may hold them."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def clipped(message: str) -> str:
+    """Return a message without its middle where it is longer than a screen, as values of a damaged file make it."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
 
 
 def with_options(message: str) -> str:
@@ -108,7 +123,7 @@ def _table(rows: Sequence[Row]) -> str:
     """Return labels and values in two columns; values are never wrapped or cut."""
     width = max((len(label) for label, _ in rows), default=0)
     bold, plain = ("\033[1m", "\033[0m") if uses_colour(sys.stdout) else ("", "")
-    return "\n".join(f"{bold}{label:<{width}}{plain}  {value}" for label, value in rows)
+    return "\n".join(f"{bold}{printable(label):<{width}}{plain}  {printable(str(value))}" for label, value in rows)
 
 
 def indented(value: object, depth: int = 0, room: int = 100) -> str:

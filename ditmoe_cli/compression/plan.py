@@ -7,7 +7,6 @@ Making, reading and checking plans needs neither torch nor numpy.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import canonical_json, digest
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.provenance import STAGE_SCHEMA, check_schema
 from ditmoe_cli.formats.differences import DeltaFormat
 from ditmoe_cli.formats.registry import Format, parse_format
@@ -454,10 +454,10 @@ def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
 def read_plan(path: Path) -> CompressionPlan:
     """Read a plan file: a plan, or the envelope of a planner's dry run."""
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
     except FileNotFoundError:
         raise BadInputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BadInputError(f"{path}: not a plan ({error})") from None
     if isinstance(document, dict) and document.get("schema") == STAGE_SCHEMA:
         result = document.get("result")

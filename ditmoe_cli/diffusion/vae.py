@@ -6,7 +6,6 @@ are those of the VAE's config, by default 0.18215 and 0. Upstream DiT-MoE always
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError, BrokenImageError
 from ditmoe_cli.files.fingerprint import digest, file_digest, fingerprint
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.streaming import sha256_of
 from ditmoe_cli.progress import phase
 
@@ -211,8 +211,8 @@ def _fetched(name: str) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     """Return a VAE's config. Raises `BadInputError` where its VAE is none that `Decoder` can decode with."""
     try:
-        config: Any = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(file, finite=False)
+    except (OSError, ValueError) as error:
         raise BadInputError(f"{file}: cannot be read as JSON ({_reason(error)})") from None
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     if class_name != VAE_CLASS:

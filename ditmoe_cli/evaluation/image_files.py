@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError, first_line
+from ditmoe_cli.files.archives import check_expansion
+from ditmoe_cli.files.arrays import disk_bytes
 from ditmoe_cli.files.fingerprint import digest, file_digest
 from ditmoe_cli.progress import each, phase
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _OTHER_ENDINGS = frozenset({".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".jxl", ".jp2"})
+_MOST_PIXELS = 2**25  # of one image
 _HEAD = 32  # bytes in which every format shows
 _PNG_DEPTH = 24  # place of the bits a channel in a PNG's first chunk
 _CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # of Windows and of archives made on a Mac
@@ -221,6 +224,7 @@ def read_files(listing: Listing) -> ReadFiles:
             if kind == "JPEG":
                 jpeg.append(name)
             if images is None:
+                check_expansion(root, len(names) * pixels.nbytes, disk_bytes(root))
                 images = np.empty((len(names), *pixels.shape), dtype=np.uint8)
             if pixels.shape[:2] != images.shape[1:3]:
                 size, expected = (f"{shape[1]}x{shape[0]}" for shape in (pixels.shape, images.shape[1:3]))
@@ -242,6 +246,8 @@ def _read(file: IO[bytes], path: Path) -> tuple[NDArray[np.uint8], str]:
     try:
         with Image.open(file, formats=FORMATS) as image:
             _check(image, file, path)
+            if image.width * image.height > _MOST_PIXELS:
+                raise BadInputError(f"{path}: has {image.width} x {image.height} pixels; no model makes so many")
             upright = ImageOps.exif_transpose(image)
             grey = upright.mode in (*_GREY, "LA", "La")
             pixels = np.asarray(_opaque(upright, path).convert("L" if grey else "RGB"), dtype=np.uint8)

@@ -6,7 +6,6 @@ all inputs, and every setting. A cache that cannot be written costs a note, one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ditmoe_cli.files.cache import cache_folder
 from ditmoe_cli.files.fingerprint import canonical_json, digest
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.workfolder import work_key
 
@@ -27,8 +27,8 @@ def result_key(command: str, conditions: Mapping[str, Any]) -> str:
 
 def read_kept(key: str) -> dict[str, Any] | None:
     """Return the document that is kept under a key; None where there is none, or a damaged one."""
-    with suppress(OSError, ValueError, RuntimeError, RecursionError):
-        document = json.loads(_path(key).read_text())
+    with suppress(OSError, ValueError, RuntimeError):
+        document = read_json(_path(key))
         if isinstance(document, dict) and document.get("schema") == KEPT_SCHEMA and document.get("key") == key:
             kept = document.get("kept")
             return kept if isinstance(kept, dict) and document.get("digest") == digest(kept) else None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError, first_line
+from ditmoe_cli.files.archives import ARCHIVE_ERRORS, check_expansion
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import FileHeader, StoredTensor, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.writer import write_safetensors
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 _NUMPY_DTYPES: Mapping[str, str] = {"U8": "|u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
 _CODES: Mapping[str, str] = {dtype: code for code, dtype in _NUMPY_DTYPES.items()}
-# zipfile raises RuntimeError for encrypted members and for unknown compression.
-_ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# numpy parses the description of an array as Python, and raises whatever that does
+_NPZ_ERRORS = (*ARCHIVE_ERRORS, TypeError, SyntaxError, OverflowError, MemoryError)
 
 
 def npz_names(path: Path) -> set[str]:
@@ -30,7 +31,7 @@ def npz_names(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-    except _ARCHIVE_ERRORS:
+    except ARCHIVE_ERRORS:
         return set()
     return {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
 
@@ -54,8 +55,11 @@ def npz_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 with archive.open(name) as member:
                     read = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
                     shape, _, dtype = read(member)
+                    size = math.prod(shape) * dtype.itemsize
+                    if not dtype.hasobject and size != archive.getinfo(name).file_size - member.tell():
+                        raise ValueError(f"{name} has the shape {shape} and other than {size} bytes")
                 found[name.removesuffix(".npy")] = dtype.name, shape
-    except _ARCHIVE_ERRORS as error:
+    except _NPZ_ERRORS as error:
         raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
     return found
 
@@ -83,10 +87,15 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
 
     if not zipfile.is_zipfile(path):
         raise BadInputError(f"{path}: not an npz archive, or cut short; fetch it again or save it with np.savez")
+    held = npz_shapes(path)
+    wanted = [name for name in names if name in held]
     try:
+        with zipfile.ZipFile(path) as entries:
+            expanded = sum(entries.getinfo(f"{name}.npy").file_size for name in wanted)
+        check_expansion(path, expanded, disk_bytes(path))
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive.files}
-    except _ARCHIVE_ERRORS as error:
+            return {name: archive[name] for name in wanted}
+    except _NPZ_ERRORS as error:
         raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
 
 
@@ -105,8 +114,8 @@ def read_document(header: FileHeader, schema: str, path: Path) -> dict[str, Any]
     if text is None:
         return None
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise BadInputError(f"{path}: the ditmoe metadata is not JSON ({first_line(error)})") from None
     return check_schema(document, schema, f"{path}: ditmoe metadata")
 

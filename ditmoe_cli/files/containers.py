@@ -9,16 +9,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.header import read_safetensors_header
+from ditmoe_cli.files.json_text import read_file, read_json
 from ditmoe_cli.files.kinds import kind_of_file
 from ditmoe_cli.files.names import ROUTER
 from ditmoe_cli.files.selection import looks_averaged
@@ -33,6 +34,9 @@ _WEIGHTS = re.compile(
 )
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args).*|.*_states\.pt")
 _MODEL_FOLDERS = ("transformer_ema", "transformer")  # averaged weights first
+_LONGEST_NAME = 255  # bytes
+_NAMED = 5
+_MOST_CANDIDATES = 1000  # weights in a folder whose headers are read to choose between them
 _ZERO = "zero_pp_rank_*_model_states.pt"
 
 
@@ -134,11 +138,11 @@ def _locate_in_folder(folder: Path) -> Located:
         return _indexed(chosen.index, notes)
     if chosen.count == 1:
         return _located(tuple(chosen.files.values()), "safetensors folder", root, notes)
-    missing = [number for number in range(1, chosen.count + 1) if number not in chosen.files]
+    missing = list(islice((n for n in range(1, chosen.count + 1) if n not in chosen.files), _NAMED))
     if missing:
         raise BadInputError(
             f"{root}: shards without an index: {len(chosen.files)} of {chosen.count} are here, as {chosen.shown}; "
-            f"number {', '.join(map(str, missing[:5]))} is missing"
+            f"number {', '.join(map(str, missing))} is missing"
         )
     files = tuple(chosen.files[number] for number in range(1, chosen.count + 1))
     return _located(files, "safetensors shards without an index", root, notes)
@@ -192,7 +196,9 @@ def _chosen(folder: Path, candidates: list[_Candidate]) -> tuple[_Candidate, tup
     variants.
     """
     kept = [candidate for candidate in candidates if candidate.is_safetensors]
-    kept = (kept if len(kept) == 1 else _with_routers(kept) or kept) or candidates
+    if 1 < len(kept) <= _MOST_CANDIDATES:
+        kept = _with_routers(kept) or kept
+    kept = kept or candidates
     names = {candidate.name for candidate in kept}
     best = (
         kept[0] if len(kept) == 1 else next((c for variant in ("ema", "") for c in kept if c.variant == variant), None)
@@ -208,13 +214,19 @@ def _deepspeed_folder(folder: Path) -> Path | None:
     """Return the folder of a DeepSpeed step: `folder` itself, or the one that ``latest`` names; None for none."""
     latest = folder / "latest"
     if latest.is_file():
-        return folder / latest.read_text(errors="replace").strip()
+        try:
+            name = read_file(latest, _LONGEST_NAME).decode().strip()
+        except ValueError as error:
+            raise BadInputError(f"{latest}: names no folder beside it ({first_line(error)})") from None
+        if not is_name(name):
+            raise BadInputError(f"{latest}: names {name!r}, which is no folder beside it")
+        return folder / name
     has_states = any(folder.glob("mp_rank_*_model_states.pt")) or any(folder.glob(_ZERO))
     return folder if has_states else None
 
 
 def _locate_deepspeed(folder: Path, step: Path) -> Located:
-    states = sorted(step.glob("mp_rank_*_model_states.pt"))
+    states = sorted(file for file in step.glob("mp_rank_*_model_states.pt") if file.is_file())
     parts = sorted(step.glob(_ZERO))
     if len(states) > 1:
         raise BadInputError(f"{step}: holds {len(states)} model-parallel parts; consolidate them first")
@@ -253,13 +265,19 @@ def _is_distributed(folder: Path) -> bool:
 def shard_names(index: Path) -> list[str]:
     """Return the names of an index's shards. Raises `BadInputError` where it is malformed."""
     try:
-        document: Any = json.loads(index.read_bytes())
+        document = read_json(index)
         names = sorted(set(document["weight_map"].values()))
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        if not names or not all(isinstance(name, str) and is_name(name) for name in names):
             raise ValueError("weight_map must name files beside the index")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInputError(f"{index}: not an index of shards ({error})") from None
+        raise BadInputError(f"{index}: not an index of shards ({first_line(error)})") from None
     return names
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text is the name of a file in a folder: no path, and nothing that the system does not take."""
+    is_plain = Path(text).name == text and text not in ("", "..") and "\0" not in text
+    return is_plain and len(os.fsencode(text)) <= _LONGEST_NAME
 
 
 def _indexed(index: Path, notes: tuple[str, ...] = ()) -> Located:

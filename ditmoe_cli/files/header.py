@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.json_text import parse_json
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -35,6 +36,8 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+_MOST_DIMENSIONS = 32  # numpy's limit up to 1.26
+_MOST_ELEMENTS = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int, size: in
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise BadInputError(f"{path}: tensor {name!r} has dtype {dtype!r}, which ditmoe does not read")
     whole = [n for n in (shape if isinstance(shape, list) else [None]) if type(n) is int and n >= 0]
-    if not isinstance(shape, list) or len(whole) != len(shape):
+    is_shape = isinstance(shape, list) and len(whole) == len(shape) <= _MOST_DIMENSIONS
+    if not is_shape or math.prod(max(n, 1) for n in whole) > _MOST_ELEMENTS:
         raise BadInputError(f"{path}: tensor {name!r} has shape {shape!r}; the file is corrupt")
     info = TensorInfo(name, dtype, tuple(whole))
     match offsets:
@@ -89,6 +93,8 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int, size: in
             pass
         case _:
             raise BadInputError(f"{path}: tensor {name!r} has offsets {offsets!r}, which do not fit its shape")
+    if isinstance(begin, bool) or isinstance(end, bool):
+        raise BadInputError(f"{path}: tensor {name!r} has offsets {offsets!r}, which are no numbers")
     if data_start + end > size:
         raise BadInputError(
             f"{path}: tensor {name!r} ends at byte {data_start + end}, but the file has {size} bytes; "
@@ -124,8 +130,8 @@ def read_safetensors_header(path: Path) -> FileHeader:
     except PermissionError:
         raise BadInputError(f"{path}: permission denied") from None
     try:
-        header: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        header: Any = parse_json(text)
+    except ValueError as error:
         raise BadInputError(f"{path}: the safetensors header is not JSON ({error}); the file is corrupt") from None
     if not isinstance(header, dict):
         raise BadInputError(f"{path}: the safetensors header is not a JSON object; the file is corrupt")

@@ -12,8 +12,10 @@ _WRAPPERS = frozenset(
         *("_forward_module", "_original_module"),
     )
 )
-_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
-_EXPERT = re.compile(r"^moe\.experts\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"^blocks\.(\d{1,9})\.(.+)$")
+_EXPERT = re.compile(r"^moe\.experts\.(\d{1,9})\.(.+)$")
+
+_LONG = 19  # digits of what is no number of a part any more, and would take long to read
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 SHARED = "moe.shared_experts"
@@ -72,4 +74,4 @@ def unwrapped(name: str) -> tuple[str, list[int]]:
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """Return a sort key that puts ``experts.2`` before ``experts.10``."""
-    return tuple((0, int(p)) if p.isdecimal() else (1, p) for p in name.split("."))
+    return tuple((0, int(p)) if p.isdecimal() and len(p) < _LONG else (1, p) for p in name.split("."))

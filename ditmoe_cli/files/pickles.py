@@ -6,18 +6,24 @@ A pickle holds a bare state dict, or a mapping with one under some key, such as 
 
 from __future__ import annotations
 
-import json
+import mmap
+import pickle
 import re
+import struct
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ditmoe_cli.errors import BadInputError, first_line
+from ditmoe_cli.errors import BadInputError, first_line, is_out_of_memory
+from ditmoe_cli.files.archives import TorchArchive, read_torch_archive
 from ditmoe_cli.files.file_names import utf8_name
+from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.names import ROUTER, unwrapped
+from ditmoe_cli.files.pickle_scan import PickleScan, UnknownCallError
 from ditmoe_cli.files.selection import Entry, Selection, all_of, looks_averaged, select
 
 # where state dicts stand that are no DiT-MoE's, and so are not told by their names; in order of preference
@@ -27,6 +33,9 @@ _HINT_KEYS = (
     *("configuration", "opts", "options"),
 )
 _OPTIMIZER = re.compile("opt|optim.*|.*optimizer.*|.*scheduler.*|scaler|.*rng.*", re.IGNORECASE)
+_ARCHIVE = b"PK\x03\x04"
+_LEGACY_PICKLES = 5  # magic number, version, system, the object, and the keys of its storages
+_WORD = 64  # bits of the largest numbers that are settings
 _DEEPEST = 10  # of mappings in mappings: names whose parts are mappings have 8
 _LISTED = 5
 
@@ -75,10 +84,10 @@ def read_shards(paths: tuple[Path, ...]) -> StateDict:
 
 
 def _load(path: Path) -> Any:
-    import pickle
-
     import torch
 
+    is_archive = _is_archive(path)  # pickles from before torch 1.6 are none, and cannot be mapped
+    _check(path, is_archive)
     try:
         with (
             torch.serialization.safe_globals(_harmless()),
@@ -86,23 +95,70 @@ def _load(path: Path) -> Any:
             utf8_name(path, unlike=".safetensors") as name,
         ):
             warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
-            try:
-                return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, ValueError) as error:
-                if "mmap" not in str(error):
-                    raise
-                # pickles from before torch 1.6 are no zip archives
-                return torch.load(name, map_location="cpu", weights_only=True)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        problem = f"holds {unsafe[1]}, which is not weights" if unsafe else "is not a checkpoint pickle"
-        raise BadInputError(
-            f"{path}: {problem}; ditmoe opens pickles of plain tensors only (save the model's state_dict())"
-        ) from None
-    except (MemoryError, PermissionError):
+        raise _no_weights(path, unsafe[1] if unsafe else None) from None
+    except PermissionError:
         raise
     except Exception as error:  # torch's unpickler raises all kinds of errors for bytes that are no pickle
+        if is_out_of_memory(error):
+            raise
         raise BadInputError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ARCHIVE)) == _ARCHIVE
+
+
+def _check(path: Path, is_archive: bool) -> None:
+    """Raise `BadInputError` for a pickle that would run code, or take more memory or time than its bytes justify."""
+    try:
+        if is_archive:
+            archive = read_torch_archive(path)
+            PickleScan(archive.pickle, partial(_stored_bytes, archive)).run()
+            return
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            scan = PickleScan(data, _Room(len(data)).take)
+            for _ in range(_LEGACY_PICKLES):
+                scan.run()
+    except UnknownCallError as error:
+        raise _no_weights(path, str(error)) from None
+    except (pickle.UnpicklingError, UnicodeDecodeError, AttributeError, LookupError, TypeError, struct.error):
+        raise _no_weights(path, None) from None
+    except ValueError as error:
+        raise BadInputError(f"{path}: cannot be read as a checkpoint ({error})") from None
+
+
+def _no_weights(path: Path, called: str | None) -> BadInputError:
+    problem = f"holds {called.removeprefix('builtins.')}, which is not weights" if called else "is no checkpoint pickle"
+    return BadInputError(
+        f"{path}: {problem}; ditmoe opens pickles of plain tensors only (save the model's state_dict())"
+    )
+
+
+def _stored_bytes(archive: TorchArchive, key: object, nbytes: int) -> int:
+    if archive.storages.get(str(key)) != nbytes:
+        raise ValueError(f"the storage {str(key)[:20]!r} has other than {nbytes} bytes")
+    return nbytes
+
+
+@dataclass
+class _Room:
+    """The bytes of a file that storages may still take, and those of each."""
+
+    left: int
+    taken: dict[str, int] = field(default_factory=dict)
+
+    def take(self, key: object, nbytes: int) -> int:
+        """Return the bytes of the storage of a key. Raises `ValueError` where the file has fewer."""
+        if str(key) not in self.taken:
+            self.left -= nbytes
+            self.taken[str(key)] = nbytes
+        if self.left < 0:
+            raise ValueError("its tensors are larger than the file, which is cut short")
+        return self.taken[str(key)]
 
 
 def _harmless() -> list[Any]:
@@ -148,7 +204,8 @@ def find_state_dict(loaded: object, where: Path) -> StateDict:
 def _whole_shapes(groups: object) -> dict[str, tuple[int, ...]]:
     """Return the shapes in DeepSpeed's ``param_shapes``, a mapping for each group of parameters, by upstream name."""
     mappings = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list | tuple) else []
-    return {unwrapped(str(name))[0]: tuple(shape) for group in mappings for name, shape in group.items()}
+    shapes = ((name, shape) for group in mappings for name, shape in group.items() if isinstance(shape, tuple))
+    return {unwrapped(str(name))[0]: tuple(shape) for name, shape in shapes}
 
 
 def _routers(found: Iterable[Entry]) -> set[str]:
@@ -164,7 +221,7 @@ def _tensors(value: Mapping[Any, Any], is_tensor: Any, keys: tuple[str, ...] = (
     for key, item in value.items():
         if not isinstance(key, str):
             continue
-        tensor = item if is_tensor(item) else _from_array(item)
+        tensor = _bare(item) if is_tensor(item) else _from_array(item)
         if tensor is not None:
             yield Entry(keys, key, tuple(tensor.shape)), tensor
         elif len(keys) < _DEEPEST and not _OPTIMIZER.fullmatch(key):
@@ -178,6 +235,14 @@ def _inner(value: object) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _bare(tensor: Any) -> Any:
+    """Return a tensor without what a file may have set on it: methods of its own, signs that are yet to be turned."""
+    import torch
+
+    plain = torch.Tensor.detach(tensor)
+    return plain.resolve_neg() if plain.is_neg() else plain
+
+
 def _from_array(item: object) -> Any:
     """Return a numpy array as a tensor; None for anything else."""
     if type(item).__module__ != "numpy" or type(item).__name__ != "ndarray":
@@ -186,7 +251,7 @@ def _from_array(item: object) -> Any:
 
     try:
         return torch.from_numpy(item)
-    except TypeError:  # an array of text or objects
+    except (TypeError, ValueError):  # an array of text or objects, or of another byte order
         return None
 
 
@@ -264,8 +329,8 @@ def _mapping_of(value: object) -> dict[str, Any]:
         value = vars(value)
     elif isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value, finite=False)
+        except ValueError:
             return {}
     if not isinstance(value, Mapping):
         return {}
@@ -273,7 +338,14 @@ def _mapping_of(value: object) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    """Return a number of numpy's, or a tensor of one number, as Python's; anything else as it is."""
+    """Return plain values as they are, numbers of numpy's and tensors of one number as Python's, None for all else."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
-    return value
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError, ValueError):  # a tensor without data
+            return None
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if type(value) is int and value.bit_length() > _WORD:
+        return None
+    return value if isinstance(value, bool | int | float | str) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.fingerprint import canonical_json
+from ditmoe_cli.files.json_text import parse_json
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
 STAGE_SCHEMA = "ditmoe.stage/1"
@@ -137,9 +137,9 @@ def recorded_hashes(metadata: Mapping[str, str], where: str) -> Mapping[str, str
     if "ditmoe" not in metadata:
         return {}
     try:
-        hashes = json.loads(metadata["ditmoe"]).get("tensors", {})
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
+        hashes = parse_json(metadata["ditmoe"]).get("tensors", {})
+    except (ValueError, AttributeError) as error:
+        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({first_line(error)})") from None
     if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
         raise BadInputError(f"{where}: the ditmoe metadata is malformed (the hashes of tensors are no map of texts)")
     return hashes
@@ -158,11 +158,11 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
     if "ditmoe" not in metadata:
         return None
     try:
-        document = check_schema(json.loads(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
+        document = check_schema(parse_json(metadata["ditmoe"]), CHECKPOINT_SCHEMA, f"{where}: ditmoe metadata")
         return Provenance(
             config=dict(document["config"]),
             history=tuple(parse_step(step) for step in document["history"]),
             card=parse_card(document["card"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BadInputError(f"{where}: the ditmoe metadata is malformed ({first_line(error)})") from None

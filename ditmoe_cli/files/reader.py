@@ -6,7 +6,6 @@ pickle imports torch.
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.containers import Located, consolidation, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.pickles import read_shards, read_state_dict
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.selection import Entry, all_of, select
@@ -83,8 +83,8 @@ def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
 def _read_config(path: Path) -> dict[str, Any]:
     """Return what a ``config.json`` says. Raises `BadInputError` where it is no JSON object."""
     try:
-        document = json.loads(path.read_bytes())  # UTF-8 or UTF-16, with or without a mark
-    except (ValueError, RecursionError) as error:
+        document = read_json(path, finite=False)
+    except ValueError as error:
         raise BadInputError(f"{path}: is not JSON ({first_line(error)}); mend or remove it") from None
     if not isinstance(document, dict):
         raise BadInputError(f"{path}: is no JSON object; mend or remove it")

@@ -8,7 +8,6 @@ from there, and one with another key starts a new folder. One run at a time has 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +21,7 @@ from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError,
 from ditmoe_cli.files.cleanup import Undoing
 from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.json_text import parse_json, read_json
 from ditmoe_cli.files.locks import locked
 from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.staging import clean_leftovers, hidden_beside, replaced_whole
@@ -117,7 +117,7 @@ class WorkFolder:
         path = self._path(name)
         try:
             header = read_safetensors_header(path)
-            fields = check_schema(json.loads(header.metadata["ditmoe"]), WORK_SCHEMA, str(path))
+            fields = check_schema(parse_json(header.metadata["ditmoe"]), WORK_SCHEMA, str(path))
             piece = Piece(path, header, dict(fields["document"]))
             is_whole = fields["key"] == self.key and all(
                 sha256(piece.raw(tensor)).hexdigest() == fields["tensors"][tensor] for tensor in piece.names
@@ -310,7 +310,7 @@ def _claim(work: WorkFolder) -> None:
 def _key_of(folder: Path) -> str | None:
     """Return the key of a work folder; None where it has none."""
     with suppress(OSError, ValueError, BadInputError):
-        return str(check_schema(json.loads((folder / _KEY).read_text()), WORK_SCHEMA, str(folder)).get("key"))
+        return str(check_schema(read_json(folder / _KEY), WORK_SCHEMA, str(folder)).get("key"))
     return None
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import FLOATING, TensorInfo
+from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, RawBytes, Weight, require_matrix, stored_weight
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # absmax that share a scale under double quantisation
 _BLOCKS_READ = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes knows
 _OFFSET_DIGITS = 24  # no fp32 value takes more characters in JSON
+_LONGEST_STATE = 4096  # bytes; bitsandbytes' own have some 150
+_MOST_ELEMENTS = 2**40  # of a matrix, so that sizes stay exact in arithmetic
 _STATE_SUFFIX = ".quant_state.bitsandbytes__"
 _STATED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # ends of the names that a state describes
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -122,6 +125,8 @@ class FourBit(NumberFormat):
             return None
         if kind not in ("nf4", "fp4"):
             raise BadInputError(f"tensor {name!r}: {kind} is no format that ditmoe reads; it reads nf4 and fp4")
+        if tensors[name].nbytes > _LONGEST_STATE:
+            raise BadInputError(f"tensor {name!r} does not hold a bitsandbytes quantisation state")
         text = raw(name)
         state = parse_quant_state(text, name)
         fmt = cls("nf4" if kind == "nf4" else "fp4", double=bool(state.nested_block))
@@ -202,13 +207,13 @@ class FourBitState:
 def parse_quant_state(state: bytes, name: str) -> FourBitState:
     """Read bitsandbytes' JSON. Raises `BadInputError` that names the tensor `name`."""
     try:
-        described = json.loads(state)
+        described = parse_json(state)
         nested = "nested_blocksize" in described
         parsed = FourBitState(
             _CODES[described["dtype"]],
-            tuple(int(n) for n in described["shape"]),
-            int(described["blocksize"]),
-            int(described["nested_blocksize"]) if nested else 0,
+            tuple(map(_whole, described["shape"])),
+            _whole(described["blocksize"]),
+            _whole(described["nested_blocksize"]) if nested else 0,
             float(described["nested_offset"]) if nested else 0.0,
         )
         good = all(n >= 0 for n in parsed.shape) and math.isfinite(parsed.offset) and parsed.nested_block >= 0
@@ -220,6 +225,13 @@ def parse_quant_state(state: bytes, name: str) -> FourBitState:
     if parsed.block not in _BLOCKS_READ:
         raise BadInputError(f"tensor {name!r} tells of blocks of {parsed.block}, which bitsandbytes does not know")
     return parsed
+
+
+def _whole(value: object) -> int:
+    """Return a number of elements. Raises `ValueError` for what is none."""
+    if type(value) is not int or not 0 <= value < _MOST_ELEMENTS:
+        raise ValueError(f"{value!r} is no number of elements")
+    return value
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Format = str  # the name of a number format, as plans hold it: one of `FORMATS`, or of pieces of them
 # in the order in which they are asked whether a stored tensor is theirs
 FAMILIES: tuple[type[StoredFormat], ...] = (FourBit, Int8, SvdDifference, TernaryDifference, Ternary, Integer)
-_PIECE = re.compile(r"([a-z0-9-]+)\*([1-9][0-9]*)")
+_PIECE = re.compile(r"([a-z0-9-]+)\*([1-9][0-9]{0,8})")
 
 
 def _formats() -> Iterator[NumberFormat]:

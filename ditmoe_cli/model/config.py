@@ -38,6 +38,7 @@ GHOST = -1  # in a router map: the row counts in the softmax and is never select
 UNKNOWN = 0  # heads, where their number cannot be told
 DEFAULT_TOP_K = 2
 _UPSTREAM_CLASSES = 1000
+_MOST_POSITIONS = 512  # patches a side, where nothing but a hint tells: images of 8192 pixels
 _HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
 _ATTENTION_NAMES: Mapping[AttentionLayout, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
 
@@ -254,7 +255,13 @@ def _require_dit_moe(evidence: _Evidence) -> None:
 
 
 def _depth(evidence: _Evidence) -> int:
-    return 1 + max(parts.block for parts in map(split_name, evidence.weights) if parts.block is not None)
+    blocks = {parts.block for parts in map(split_name, evidence.weights) if parts.block is not None}
+    missing = next((block for block in range(len(blocks)) if block not in blocks), None)
+    if missing is not None:
+        raise BadInputError(
+            f"{evidence.where}: tensor {in_block(missing, ROUTER)!r} is missing; this is not a whole DiT-MoE checkpoint"
+        )
+    return len(blocks)
 
 
 def _router_modes(evidence: _Evidence, depth: int) -> list[str]:
@@ -324,7 +331,7 @@ def _input_size(evidence: _Evidence, patch: int) -> int:
         return side * patch
     hints = evidence.hints
     hinted = hints.whole("input_size") or hints.whole("image_size") // 8
-    if hinted > 0 and hinted % patch == 0:
+    if 0 < hinted <= _MOST_POSITIONS * patch and hinted % patch == 0:
         return hinted
     evidence.assumptions.append("input size 32 (256 px): pos_embed is absent and is rebuilt")
     return 32
@@ -423,7 +430,12 @@ def _selectable_rows(evidence: _Evidence, blocks: tuple[BlockConfig, ...]) -> in
     counts = []
     for i, block in enumerate(blocks):
         if block.mapped:
-            evidence.shape(in_block(i, EXPERT_OF), 1)
+            name, shape = in_block(i, EXPERT_OF), evidence.shape(in_block(i, EXPERT_OF), 1)
+            if shape != (block.router_rows,) or evidence.weights[name].dtype != "I32":
+                raise BadInputError(
+                    f"{evidence.where}: tensor {name!r} is {evidence.weights[name].dtype} {list(shape)}, expected I32 "
+                    f"{[block.router_rows]}, a number for each row of the router"
+                )
             counts.append(sum(row != GHOST for row in parse_expert_map(evidence.raw(in_block(i, EXPERT_OF)))))
         else:
             counts.append(block.router_rows)
@@ -490,7 +502,8 @@ def _sigma_rows_used(evidence: _Evidence, channels: int) -> bool:
     for name, rank in (("final_layer.linear.weight", 2), ("final_layer.linear.bias", 1)):
         rows, data = evidence.shape(name, rank)[0], evidence.raw(name)
         step = data.nbytes // rows  # 0 where the weight is quantised: then the bias tells
-        if any(any(data[r * step : (r + 1) * step]) for r in range(rows) if r % (2 * channels) >= channels):
+        zeros = bytes(step)
+        if any(data[r * step : (r + 1) * step] != zeros for r in range(rows) if r % (2 * channels) >= channels):
             return True
     return False
 

@@ -102,7 +102,10 @@ class Hints:
         hint = self.find(setting)
         if hint is None or isinstance(hint.value, bool) or not isinstance(hint.value, int | float):
             return None
-        return float(hint.value)
+        try:
+            return float(hint.value)
+        except OverflowError:
+            return None
 
     @property
     def model_name(self) -> ModelName | None:

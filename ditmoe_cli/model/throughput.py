@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ditmoe_cli.files.cache import cache_folder
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.progress import phase
 from ditmoe_cli.threads import usable_cores
 
@@ -100,7 +101,7 @@ def _file() -> Path:
 def _kept() -> dict[str, float]:
     """Return the rates in the cache; what is no such file is none."""
     with suppress(OSError, RuntimeError, ValueError):
-        found = json.loads(_file().read_text())
+        found = read_json(_file())
         if isinstance(found, dict):
             return {key: rate for key, rate in found.items() if isinstance(rate, float) and rate > 0}
     return {}

@@ -51,7 +51,6 @@ Reading the small tables needs neither torch nor numpy, so that planners can run
 from __future__ import annotations
 
 import array
-import json
 import math
 import struct
 import sys
@@ -64,6 +63,7 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import canonical_json, file_digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
+from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.reader import SafetensorsReader, dtype_code, tensor_bytes, torch_dtype
 from ditmoe_cli.files.staging import staged
@@ -190,13 +190,15 @@ def read_profile(path: Path) -> RoutingProfile:
     header = read_safetensors_header(path)
     where = f"{path}: profile metadata"
     try:
-        document = check_schema(json.loads(header.metadata.get("ditmoe", "null")), PROFILE_SCHEMA, where)
-        experts = tuple(int(n) for n in document["experts"])
+        document = check_schema(parse_json(header.metadata.get("ditmoe", "null")), PROFILE_SCHEMA, where)
+        experts = tuple(document["experts"])
+        if not all(type(n) is int and n > 0 for n in experts):
+            raise ValueError(f"experts are {experts}")
         profile = RoutingProfile(path, header, str(document["checkpoint"]), dict(document["calibration"]), experts)
         bins, cfg = int(profile.calibration["bins"]), float(profile.calibration["cfg"])
         if not math.isfinite(cfg):
             raise ValueError(f"cfg is {cfg}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise BadInputError(f"{where} is malformed ({error})") from None
     _check_tables(profile, bins)
     return profile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from ditmoe_cli.cli.plan_differences import plan_differences
 from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes
 from ditmoe_cli.compression.plan import FIGURES, CompressionPlan, read_plan
+from ditmoe_cli.files.json_text import read_json
 
 EXAMPLES = (
     "ditmoe prune ckpt.pt --keep 0.5 --dry-run > plan.json",
@@ -52,7 +52,7 @@ def run(plans: Plans, printing: JsonPrinting) -> None:
 
 def told_bytes(path: Path, plan: CompressionPlan) -> int | None:
     """Return the bytes that the dry run which printed a plan predicted; None where the file has none, or is edited."""
-    document = json.loads(path.read_text())
+    document = read_json(path)
     result = document.get("result") if isinstance(document, dict) else None
     size = result.get("bytes") if isinstance(result, dict) else None
     return size if type(size) is int and not plan.edited else None

@@ -17,6 +17,7 @@ from typing import Any
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
 from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
@@ -65,8 +66,8 @@ class KeptMeasures:
 
     def _document(self) -> dict[str, Any]:
         try:
-            document = check_schema(json.loads(self.path.read_text()), MEASURED_SCHEMA, str(self.path))
-        except (OSError, ValueError, RecursionError, BadInputError):
+            document = check_schema(read_json(self.path), MEASURED_SCHEMA, str(self.path))
+        except (OSError, ValueError, BadInputError):
             return {}
         del document["schema"]
         key, written = document.pop("key", None), document.pop("digest", None)

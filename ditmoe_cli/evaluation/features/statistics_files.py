@@ -9,7 +9,6 @@ batches have for sFID. (ADM's hold reference images as `arr_0` besides, which `r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.errors import BadInputError, UsageError, first_line
 from ditmoe_cli.evaluation.features.statistics_spelling import spelled
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, check_moments
 from ditmoe_cli.files.arrays import map_tensor, npz_names, read_document, read_npz, write_arrays, write_npz
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.header import is_safetensors, read_safetensors_header
+from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.provenance import check_schema
 
 STATISTICS_SCHEMA = "ditmoe.statistics/1"
@@ -114,9 +114,9 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | Non
     if text is None:
         return arrays, None
     try:
-        document = json.loads(str(text))
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: the ditmoe metadata is not JSON ({error})") from None
+        document = parse_json(str(text))
+    except ValueError as error:
+        raise BadInputError(f"{path}: the ditmoe metadata is not JSON ({first_line(error)})") from None
     return arrays, check_schema(document, STATISTICS_SCHEMA, f"{path}: ditmoe metadata")
 
 

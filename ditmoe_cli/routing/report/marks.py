@@ -13,6 +13,8 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+from ditmoe_cli.files.json_text import parse_json
+
 _REQUEST = re.compile(r'<meta name="ditmoe-request" content="([0-9a-f]{64})">')
 _NUMBERS = re.compile(r'<template id="numbers">(.*?)</template>', re.DOTALL)
 
@@ -37,7 +39,7 @@ def numbers_of(page: Path, request: str) -> dict[str, Any] | None:
     if made is None or made[1] != request or numbers is None or not text.endswith("</html>\n"):
         return None
     try:
-        document = json.loads(unescape(numbers[1]))
+        document = parse_json(unescape(numbers[1]))
     except ValueError:
         return None
     return document if isinstance(document, dict) else None
@@ -61,7 +63,7 @@ def holds_figures(folder: Path, request: str) -> bool:
             with Image.open(file) as picture:
                 picture.load()
                 said.add(str(picture.info.get(DESCRIPTION)))
-        document = json.loads(said.pop()) if len(said) == 1 else {}
+        document = parse_json(said.pop()) if len(said) == 1 else {}
         names = [f"{name}.png" for name in document["figures"]]
         return document["request"] == request and sorted(names) == [file.name for file in files]
     except (OSError, UnidentifiedImageError, ValueError, TypeError, KeyError):

@@ -1,0 +1,65 @@
+"""Zip archives that nobody vouches for: what their entries expand to, and the parts of torch's."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditmoe_cli.errors import BadInputError, first_line
+
+# zipfile raises RuntimeError for encrypted entries, and NotImplementedError for unknown compression.
+ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_ALWAYS = 2**26  # bytes that entries may expand to in any case
+_MOST_EXPANSION = 100  # beyond that; deflate reaches a thousand, and photographs two
+_ENCRYPTED = 1
+
+
+def check_expansion(path: Path, expanded: int, stored: int) -> None:
+    """Raise `BadInputError` where what is at `path` expands beyond 64 MiB and 100 times its `stored` bytes."""
+    if expanded > _ALWAYS + _MOST_EXPANSION * stored:
+        raise BadInputError(f"{path}: expands to {expanded:,} bytes, far more than it has; it is damaged, or a trap")
+
+
+@dataclass(frozen=True)
+class TorchArchive:
+    """An archive as torch.save writes it: its pickle, and the bytes of each storage by key."""
+
+    pickle: bytes
+    storages: Mapping[str, int]
+
+
+def read_torch_archive(path: Path) -> TorchArchive:
+    """Return the parts of an archive of torch's.
+
+    Raises `BadInputError` for an archive that torch did not write: one with entries of equal names, compressed or
+    encrypted ones, or bytes before or behind them. Two programs may read such an archive differently.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _require_of_torch(path, archive, entries)
+            root = entries[0].filename.partition("/")[0]
+            data = archive.read(f"{root}/data.pkl")
+    except ARCHIVE_ERRORS as error:
+        raise BadInputError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
+    prefix = f"{root}/data/"
+    storages = {
+        entry.filename.removeprefix(prefix): entry.file_size for entry in entries if entry.filename.startswith(prefix)
+    }
+    return TorchArchive(data, storages)
+
+
+def _require_of_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
+    odd = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED or e.flag_bits & _ENCRYPTED), None)
+    if odd is not None:
+        raise BadInputError(
+            f"{path}: its entry {odd.filename!r} is compressed or encrypted, which torch does not read; unpack the "
+            "archive and save it anew with torch.save"
+        )
+    names = {entry.filename.casefold() for entry in entries}
+    within = sum(entry.file_size for entry in entries) <= path.stat().st_size
+    if len(names) < len(entries) or archive.comment or not within or min(e.header_offset for e in entries):
+        raise BadInputError(f"{path}: is no archive that torch wrote; save the state_dict() anew with torch.save")
