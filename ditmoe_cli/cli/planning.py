@@ -183,13 +183,13 @@ def preview(job: Job, plan: CompressionPlan | None, device: str = "cpu", before:
     output = job.output
     check_target(output.path, output.force, [job.checkpoint.path])
     size = planned_output(job.checkpoint, plan).predicted_bytes(output)
-    result = _sizes(job.checkpoint, size)
+    result = size_facts(job.checkpoint, size)
     estimates, rate = [*before, *carrying_out(job.checkpoint, plan, size)], known_rate(likely_device(device))
     result["estimate"] = estimate_of(estimates, rate)
     result["dry_run"] = True
     result["plan"] = plan.document() if plan is not None and plan.decided else None
     told = plan_rows(plan, job.checkpoint) + error_rows(plan.options) if plan is not None and plan.decided else []
-    rows = [("would write", output.path), *told, *_size_rows(result), estimate_row(estimates, rate)]
+    rows = [("would write", output.path), *told, *size_rows(result), estimate_row(estimates, rate)]
     emit(job.printing, job.stage.to_json(result), rows, str(output.path), editable=True)
 
 
@@ -208,14 +208,14 @@ def write(
     foretell(carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output)), lambda: place)
     with _work_folder(job, choice, place) as work:
         applied = carry_out(job.checkpoint, planned, job.output, profile, place, work)
-    sizes, known = _sizes(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
+    sizes, known = size_facts(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
     measured, seconds = applied.measured.to_json(), round(time.monotonic() - job.started, 1)
     result = {**sizes, **known, **(details or {}), "plan_digest": digest, **measured, "seconds": seconds}
     options = plan.options if plan else {}
     paths = {"profile": profile.path} if profile else {}
     stage = job.stage.done(job.command, options, checkpoint=job.output.path, samples=None, **paths)
-    costs = [*error_rows(result), *_size_rows(result), ("seconds", f"{seconds:,.1f}")]
+    costs = [*error_rows(result), *size_rows(result), ("seconds", f"{seconds:,.1f}")]
     rows = [("wrote", job.output.path), *(plan_rows(plan, job.checkpoint) if plan else []), *costs]
     emit(job.printing, stage.to_json(result), rows, str(job.output.path))
     if sys.stderr.isatty() and not (job.printing.is_text or job.printing.quiet):  # as in a pipe on a terminal
@@ -238,11 +238,16 @@ def reuse(
     errors = measured_errors(step) if step else {}
     known = {**(facts(plan, job.checkpoint) if plan else {}), **(details or {}), **errors}
     size = path.stat().st_size if job.output.is_file else sum(child.stat().st_size for child in path.iterdir())
-    result = {**_sizes(job.checkpoint, size), **known, "plan_digest": step.plan if step else None, "up_to_date": True}
+    result = {
+        **size_facts(job.checkpoint, size),
+        **known,
+        "plan_digest": step.plan if step else None,
+        "up_to_date": True,
+    }
     paths = {"profile": profile} if profile is not None and profile.is_file() else {}
     options = plan.options if plan else {}
     stage = job.stage.done(job.command, options, checkpoint=path, samples=None, **paths)
-    rows = [("up to date", path), *(plan_rows(plan, job.checkpoint) if plan else []), *_size_rows(result)]
+    rows = [("up to date", path), *(plan_rows(plan, job.checkpoint) if plan else []), *size_rows(result)]
     emit(job.printing, stage.to_json(result), rows, str(path))
 
 
@@ -255,11 +260,13 @@ def _work_folder(job: Job, choice: Choice | None, device: str) -> AbstractContex
     return open_work(job.output.path, applying_key(choice.plan, choice.profile, device), note)
 
 
-def _sizes(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
+def size_facts(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
+    """Return the bytes of an output, of its input, and their ratio."""
     before = checkpoint.header.file_bytes
     return {"bytes": size, "bytes_before": before, "ratio": size / before}
 
 
-def _size_rows(result: Mapping[str, Any]) -> list[Row]:
+def size_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Return the row that tells them."""
     before, after = result["bytes_before"], result["bytes"]
     return [("bytes", f"{before:,} -> {after:,} ({human_bytes(after)}, {result['ratio']:.3f} of the input)")]

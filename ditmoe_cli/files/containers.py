@@ -22,6 +22,7 @@ from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.json_text import read_file, read_json
 from ditmoe_cli.files.kinds import kind_of_file
 from ditmoe_cli.files.names import ROUTER
+from ditmoe_cli.files.pipelines import MODEL_FOLDERS
 from ditmoe_cli.files.selection import looks_averaged
 
 CONFIG = "config.json"
@@ -33,7 +34,6 @@ _WEIGHTS = re.compile(
     rf"(?P<late>\.\w+)?\.(?P<ending>safetensors|{'|'.join(_PICKLE_ENDINGS)})"
 )
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args).*|.*_states\.pt")
-_MODEL_FOLDERS = ("transformer_ema", "transformer")  # averaged weights first
 _LONGEST_NAME = 255  # bytes
 _NAMED = 5
 _MOST_CANDIDATES = 1000  # weights in a folder whose headers are read to choose between them
@@ -119,7 +119,7 @@ def _located(files: tuple[Path, ...], layout: str, folder: Path | None, notes: t
 
 
 def _locate_in_folder(folder: Path) -> Located:
-    subfolders = [folder / name for name in _MODEL_FOLDERS if (folder / name).is_dir()]
+    subfolders = [folder / name for name in MODEL_FOLDERS if (folder / name).is_dir()]
     roots = {root: candidates for root in (folder, *subfolders) if (candidates := _candidates(root))}
     if not roots:
         step = _deepspeed_folder(folder)
@@ -132,8 +132,8 @@ def _locate_in_folder(folder: Path) -> Located:
         )
     root = next(iter(roots))
     chosen, notes = _chosen(root, roots[root])
-    if len(roots) > 1 and root.name == _MODEL_FOLDERS[0]:
-        notes = (*notes, f"the averaged weights are read, in {root.name}/, not those in {_MODEL_FOLDERS[1]}/")
+    if len(roots) > 1 and root.name == MODEL_FOLDERS[0]:
+        notes = (*notes, f"the averaged weights are read, in {root.name}/, not those in {MODEL_FOLDERS[1]}/")
     if chosen.index is not None:
         return _indexed(chosen.index, notes)
     if chosen.count == 1:

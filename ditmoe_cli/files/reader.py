@@ -18,6 +18,7 @@ from ditmoe_cli.files.containers import Located, consolidation, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.pickles import read_shards, read_state_dict
+from ditmoe_cli.files.pipelines import pipeline_hints
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.selection import Entry, all_of, select
 
@@ -68,6 +69,7 @@ def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
         located = locate(path)
         header, reader = _open_pickle(path, located) if located.pickles else _open_safetensors(path, located)
         beside = {} if located.config is None else _read_config(located.config)
+        beside |= pipeline_hints((*located.shards, *located.pickles)[0])
     except PermissionError as error:
         raise BadInputError(f"{error.filename}: permission denied") from None
     own = header.provenance.config if header.provenance else header.hints

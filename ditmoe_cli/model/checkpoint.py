@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.casting import DTYPES, CastReader, doubles_as_floats
+from ditmoe_cli.files.casting import CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
 from ditmoe_cli.files.finite import all_finite
-from ditmoe_cli.files.header import FLOATING
 from ditmoe_cli.files.names import EXPERT_OF, in_block
-from ditmoe_cli.files.provenance import Card, Provenance, Step
+from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.files.streaming import hash_tensors
 from ditmoe_cli.formats.base import Weight
@@ -111,35 +110,6 @@ class Checkpoint:
                 f"{len(config.expert_widths)} experts and {config.constants} constants of block {block}"
             )
         return rows
-
-
-def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Return a checkpoint whose weights are cast to a dtype of `DTYPES` as they are read; quantised ones stay.
-
-    Its history has the step. Reading raises `BadInputError` as `CastReader` does.
-    """
-    code = DTYPES[dtype]
-    plain = {weight.info.name for weight in checkpoint.weights.values() if not weight.quantized}
-    casts = {
-        name: replace(info, dtype=code)
-        for name, info in checkpoint.header.tensors.items()
-        if name in plain and info.dtype in FLOATING and info.dtype != code
-    }
-    if not casts:
-        return checkpoint
-    old = checkpoint.provenance()
-    step = Step("convert", checkpoint.fingerprint, "", {"dtype": dtype})
-    header = replace(
-        checkpoint.header,
-        tensors={**checkpoint.header.tensors, **casts},
-        provenance=Provenance(old.config, (*old.history, step), old.card),
-    )
-    weights = {
-        name: replace(weight, info=casts[name]) if name in casts else weight
-        for name, weight in checkpoint.weights.items()
-    }
-    reader = CastReader(checkpoint.reader, casts, checkpoint.path)
-    return Checkpoint(header, reader, weights, checkpoint.config, checkpoint.assumptions, checkpoint.warnings)
 
 
 def resolve_path(path: str | Path) -> Path:

@@ -28,6 +28,7 @@ from ditmoe_cli.files.names import (
     in_expert,
     split_name,
 )
+from ditmoe_cli.files.pipelines import SCHEDULER
 from ditmoe_cli.model.hints import Hints, is_whole, read_hints
 
 Sampler = Literal["rf", "ddpm"]
@@ -39,7 +40,7 @@ UNKNOWN = 0  # heads, where their number cannot be told
 DEFAULT_TOP_K = 2
 _UPSTREAM_CLASSES = 1000
 _MOST_POSITIONS = 512  # patches a side, where nothing but a hint tells: images of 8192 pixels
-_HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
+HEADS_BY_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
 _ATTENTION_NAMES: Mapping[AttentionLayout, tuple[str, str]] = {"timm": ("qkv", "proj"), "flash": ("Wqkv", "out_proj")}
 
 
@@ -409,8 +410,8 @@ def _num_heads(evidence: _Evidence, hidden: int, attention: AttentionLayout, all
         )
         told = f"the file's hint {hint} is ignored: {why}"
         evidence.warnings.append(told)
-    if hidden in _HEADS_BY_WIDTH:
-        heads = _HEADS_BY_WIDTH[hidden]
+    if hidden in HEADS_BY_WIDTH:
+        heads = HEADS_BY_WIDTH[hidden]
         evidence.assumptions.append(f"{heads} attention heads, as upstream models of width {hidden} have")
         return heads
     if allow_unknown:
@@ -490,12 +491,31 @@ def _sampler(evidence: _Evidence, channels: int, out_channels: int) -> Sampler:
             )
         assumptions.append(f"sampler {sampler}: the file says {hints.find('rf')}")
         return sampler
+    scheduler = hints.values.get(SCHEDULER)
+    scheduled = _family_of(scheduler)
+    if scheduled is not None:
+        # sigma rows at zero are no DDPM model's, and the port writes a DDIM scheduler unless told otherwise
+        sampler = scheduled if used or used is None else "rf"
+        if used is not None and scheduled != shown:
+            evidence.warnings.append(
+                f"the pipeline's scheduler is {scheduler}, but the sigma rows of the final layer {reason}, as {shown} "
+                f"training leaves them; sampler {sampler} is taken (or give ⟨sampler⟩)"
+            )
+        assumptions.append(f"sampler {sampler}: the pipeline's scheduler is {scheduler}")
+        return sampler
     if used is None:
         assumptions.append("sampler rf: no sigma is learned and nothing tells (give ⟨sampler⟩)")
         return "rf"
     sampler = shown
     assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give ⟨sampler⟩)")
     return sampler
+
+
+def _family_of(scheduler: object) -> Sampler | None:
+    """Return the sampler family of a scheduler's class in diffusers or its DiT-MoE port; None for an unknown one."""
+    if not isinstance(scheduler, str):
+        return None
+    return "rf" if "Flow" in scheduler else "ddpm" if scheduler.startswith(("DDIM", "DDPM")) else None
 
 
 def _sigma_rows_used(evidence: _Evidence, channels: int) -> bool:
@@ -608,7 +628,7 @@ _COMPARED = (
     *("input_size", "patch_size", "in_channels", "out_channels", "hidden_size", "depth", "num_heads", "num_classes"),
     *("num_experts", "top_k"),
 )
-_UPSTREAM_MODELS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 28), "G": (1408, 40)}
+UPSTREAM_MODELS = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 28), "G": (1408, 40)}
 
 
 def _warn_of_contradictions(config: DiTMoEConfig, evidence: _Evidence) -> None:
@@ -622,8 +642,8 @@ def _warn_of_contradictions(config: DiTMoEConfig, evidence: _Evidence) -> None:
         elif not is_whole(hint.value):
             warnings.append(f"the file's hint {hint.spelling}={hint.value!r} is ignored: it is no whole number")
     model = hints.model_name
-    if model is not None and model.size in _UPSTREAM_MODELS:
-        width, depth = _UPSTREAM_MODELS[model.size]
+    if model is not None and model.size in UPSTREAM_MODELS:
+        width, depth = UPSTREAM_MODELS[model.size]
         if (width, depth, model.patch) != (config.hidden_size, config.depth, config.patch_size):
             warnings.append(
                 f"the file's hint model={hints.values['model']} is ignored: the shapes say width {config.hidden_size}, "

@@ -21,7 +21,9 @@ from ditmoe_cli.files.reader import CheckpointHeader, open_reader
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import UNKNOWN
+from ditmoe_cli.model.conversions import packed_weights
 from ditmoe_cli.model.parameters import count_parameters
+from ditmoe_cli.model.upstream import obstacle
 
 EXAMPLES = (
     "ditmoe inspect ckpt.pt",
@@ -128,13 +130,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def loads_upstream(checkpoint: Checkpoint) -> bool:
-    """Return whether upstream's code loads these tensors: plain weights, and blocks alike in experts and widths."""
-    blocks = checkpoint.config.blocks
-    alike = len({(block.expert_widths, block.shared_width) for block in blocks}) == 1
-    widths = len(set(blocks[0].expert_widths)) == 1
-    return (
-        alike and widths and all(b.upstream for b in blocks) and not any(w.format for w in checkpoint.weights.values())
-    )
+    """Return whether upstream's code loads these tensors: plain weights of a model that it has modules for."""
+    return obstacle(checkpoint.config) is None and not packed_weights(checkpoint)
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
