@@ -7,11 +7,11 @@ whether that is a rectified flow.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.json_text import read_json
 
 MODEL_FOLDERS = ("transformer_ema", "transformer")  # averaged weights first
 SCHEDULER = "pipeline_scheduler"  # the hint of a scheduler's class
@@ -49,7 +49,7 @@ def model_folder(path: Path) -> Path:
 def _document(path: Path) -> dict[str, Any]:
     """Return a JSON object; an empty one where there is none that can be read, since weights do not depend on it."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = read_json(path)
+    except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
