@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -46,26 +48,36 @@ class Source:
     """A block's original mixture, the stage that changes it, and the data that new weights are computed from.
 
     Attributes:
-        original: the mixture.
+        old: the weights of the mixture, by names within the block.
         block: the number of the block.
         layout: the shapes and the router map of the result.
         stage: the stage of the plan.
-        tokens: calibration tokens that arrive at the mixture; None where the stage needs none.
         profile: the profile that the plan was made with.
+        arriving: the mixture, and calibration tokens that arrive at it; None where the stage needs none.
     """
 
-    original: SparseMoE
+    old: Mapping[str, Tensor]
     block: int
     layout: BlockLayout
     stage: Experts
-    tokens: Tokens | None
     profile: RoutingProfile
+    arriving: tuple[SparseMoE, Tokens] | None = None
+
+    @property
+    def original(self) -> SparseMoE:
+        """The mixture, of a stage that needs tokens."""
+        assert self.arriving is not None
+        return self.arriving[0]
 
     @property
     def known_tokens(self) -> Tokens:
         """The calibration tokens, of a stage that needs them."""
-        assert self.tokens is not None
-        return self.tokens
+        assert self.arriving is not None
+        return self.arriving[1]
+
+    def expert(self, number: int) -> ExpertWeights:
+        """Return the weights of a routed expert."""
+        return ExpertWeights(*(self.old[f"moe.experts.{number}.{matrix}.weight"] for matrix in MATRICES))
 
     @property
     def block_plan(self) -> BlockPlan:
@@ -84,24 +96,28 @@ class Source:
         return self.profile.block_tensor(name, self.block)
 
 
-def new_weights(source: Source) -> dict[str, Tensor]:
-    """Return the weights of the new mixture before refitting, by names within the block.
+def new_weights(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the new mixture before refitting, by names within the block, expert after expert.
 
     New residual constants and linear maps start at 0.
     """
-    old = weights_of(source.original)
-    width, device = old[ROUTER].shape[1], old[ROUTER].device
+    old, router = source.old, source.old[ROUTER]
+    width, device = router.shape[1], router.device
     shapes = mixture_shapes(width, source.layout.config)
-    new = (name for name in (RESIDUAL_CONSTANT, RESIDUAL_LINEAR) if name in shapes)
-    weights = {name: old[name] if name in old else torch.zeros(shapes[name], device=device) for name in new}
-    weights |= {name: old[name] for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN) if name in old}
-    weights |= {ROUTER: old[ROUTER][list(source.layout.rows)], **expert_map(source.layout, device)}
+    for name in (RESIDUAL_CONSTANT, RESIDUAL_LINEAR):
+        if name in shapes:
+            yield name, old[name] if name in old else torch.zeros(shapes[name], device=device)
+    replaces = bool(source.block_plan.constants and source.layout.dropped)
+    if replaces:
+        yield from _constants(source).items()
+    else:
+        yield from ((name, old[name]) for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN) if name in old)
+    yield ROUTER, router[list(source.layout.rows)]
+    yield from expert_map(source.layout, device).items()
     share = 0.1 if source.stage.repair else 0.8
     for index in each(range(len(source.layout.members)), "computing", "experts", share=share):
-        weights |= named(f"moe.experts.{index}", _expert(source, index))
-    weights |= named(SHARED, _shared(source))
-    replaces = source.block_plan.constants and source.layout.dropped
-    return weights | (_constants(source) if replaces else {})
+        yield from named(f"moe.experts.{index}", _expert(source, index)).items()
+    yield from named(SHARED, _shared(source)).items()
 
 
 def expert_map(layout: BlockLayout, device: torch.device | str) -> dict[str, Tensor]:
@@ -132,24 +148,43 @@ def _expert(source: Source, new: int) -> ExpertWeights:
     members = source.layout.members[new]
     if len(members) > 1:
         return _merged(source, members)
-    expert = expert_weights(source.original.experts[members[0]])
+    expert = source.expert(members[0])
     if not source.block_plan.widths:
         return expert
     return _narrowed(source, expert, members[0], source.block_plan.widths[new])
+
+
+@dataclass(frozen=True)
+class _Members(Sequence[ExpertWeights]):
+    """Some experts of a mixture, whose weights are asked for when they are."""
+
+    source: Source
+    numbers: tuple[int, ...]
+
+    @overload
+    def __getitem__(self, place: int) -> ExpertWeights: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ExpertWeights]: ...
+    def __getitem__(self, place: int | slice) -> ExpertWeights | Sequence[ExpertWeights]:
+        if isinstance(place, slice):
+            return _Members(self.source, self.numbers[place])
+        return self.source.expert(self.numbers[place])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
     method = MERGES[source.stage.merging or ""]
     selected = source.stored("selected").sum(dim=(0, 1)).double()[list(members)]
     shares = (selected / selected.sum()).tolist() if float(selected.sum()) else [1 / len(members)] * len(members)
-    experts = [expert_weights(source.original.experts[e]) for e in members]
     tokens = None
     if method.needs_tokens:
         gates = torch.stack([source.gates(e) for e in members], dim=1)
         used = gates.sum(dim=1) > 0
         known = source.known_tokens
         tokens = MergeTokens(known.inputs, gates, known.weights, known.held).part(used)
-    return method.merge(experts, shares, tokens)
+    return method.merge(_Members(source, members), shares, tokens)
 
 
 def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> ExpertWeights:
@@ -160,11 +195,11 @@ def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> Ex
 
 def _shared(source: Source) -> ExpertWeights:
     """Return the shared expert; where it is narrowed, its neurons of highest energy on the calibration tokens."""
-    shared = source.original.shared_experts
-    expert = expert_weights(shared)
+    expert = ExpertWeights(*(source.old[f"{SHARED}.{matrix}.weight"] for matrix in MATRICES))
     width = source.block_plan.shared_width
     if width is None:
         return expert
+    shared = source.original.shared_experts
     squares = torch.zeros(expert.down.shape[1], device=expert.down.device)
     largest = torch.zeros_like(squares)
     for inputs in source.known_tokens.inputs.split(4096):  # type: ignore[no-untyped-call]

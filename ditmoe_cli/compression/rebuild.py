@@ -6,7 +6,7 @@ it will have. Its target is the original mixture's output on the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.expert_weights import StoredMixture
 from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
 from ditmoe_cli.model.walk import resident_blocks
+from ditmoe_cli.progress import phase
 
 
 def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
@@ -37,28 +39,51 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
     Returns, where weights are refitted, each block's held-out error over that before. Raises `BadInputError` for a
     profile that lacks what is needed, and where weights overflow their dtype.
     """
-    checkpoint, config = computing.checkpoint, computing.checkpoint.config
-    layouts = block_layouts(checkpoint, stage)
-    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
+    layouts = block_layouts(computing.checkpoint, stage)
+    if not needs_tokens(stage):
+        _rebuild_stored(computing, stage, layouts)
+        return ()
+    _rebuild_running(computing, stage, layouts)
     kept = computing.blocks
-    title = f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
-    with resident_blocks(model, title, kept.start) as blocks:
-        stream = _stream(computing, stage, layouts, model) if needs_tokens(stage) else None
-        for index, block in blocks:
-            layout = layouts[index]
-            attended = stream.attend(block) if stream else None
-            tokens = stream.tokens(attended) if stream and attended else None
-            source = Source(block.moe, index, layout, stage, tokens, computing.profile)
-            changed = mixture_of(new_weights(source), config, layout.config)
-            repair = stage.repair
-            error = {"error": repaired(block.moe, changed, source.known_tokens, repair)} if repair else {}
-            release(block)  # its new weights take its place before the next block is read
-            stored = _stored(checkpoint, index, layout, weights_of(changed))
-            if stream and attended:
-                stream.advance(attended, _as_stored(stored, config, layout, computing.device))
-            named = {in_block(index, name): tensor for name, tensor in stored.items()}
-            kept.keep(index, named, error, {"x": stream.x} if stream else None)
     return tuple(kept.result(index).document["error"] for index in range(kept.total)) if stage.repair else ()
+
+
+def _rebuild_stored(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout]) -> None:
+    """Compute each block's weights from the stored ones, which are read one expert at a time."""
+    checkpoint, kept, device = computing.checkpoint, computing.blocks, torch.device(computing.device)
+    title = _title(checkpoint, stage)
+    with torch.inference_mode(), phase(title, kept.total, "blocks", start=kept.start) as progress:
+        for index in range(kept.start, kept.total):
+            mixture = StoredMixture(checkpoint, index, device)
+            source = Source(mixture, index, layouts[index], stage, computing.profile)
+            stored = _stored(checkpoint, index, layouts[index], new_weights(source))
+            kept.keep(index, {in_block(index, name): tensor for name, tensor in stored.items()})
+            progress(1)
+
+
+def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout]) -> None:
+    """Compute each block's weights on the tokens that arrive at it."""
+    checkpoint, config, kept = computing.checkpoint, computing.checkpoint.config, computing.blocks
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
+    with resident_blocks(model, _title(checkpoint, stage), kept.start) as blocks:
+        stream = _stream(computing, stage, layouts, model)
+        for index, block in blocks:
+            layout, moe, repair = layouts[index], block.moe, stage.repair
+            attended = stream.attend(block)
+            tokens = stream.tokens(attended)
+            source = Source(weights_of(moe), index, layout, stage, computing.profile, (moe, tokens))
+            changed = mixture_of(dict(new_weights(source)), config, layout.config)
+            del source  # it would keep the old weights beside the new ones
+            error = {"error": repaired(moe, changed, tokens, repair)} if repair else {}
+            release(block)  # its new weights take its place before the next block is read
+            stored = _stored(checkpoint, index, layout, weights_of(changed).items())
+            stream.advance(attended, _as_stored(stored, config, layout, computing.device))
+            named = {in_block(index, name): tensor for name, tensor in stored.items()}
+            kept.keep(index, named, error, {"x": stream.x})
+
+
+def _title(checkpoint: Checkpoint, stage: Experts) -> str:
+    return f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
 
 
 def repaired(original: SparseMoE, changed: SparseMoE, tokens: Tokens, repair: Repair) -> float:
@@ -105,11 +130,11 @@ def mixture_of(weights: Mapping[str, Tensor], config: DiTMoEConfig, block: Block
 
 
 def _stored(
-    checkpoint: Checkpoint, index: int, layout: BlockLayout, weights: Mapping[str, Tensor]
+    checkpoint: Checkpoint, index: int, layout: BlockLayout, weights: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Return weights in the dtypes that they are written in, on the CPU."""
     stored = {}
-    for name, tensor in weights.items():
+    for name, tensor in weights:
         dtype = torch.int32 if name == EXPERT_OF else torch_dtype(source_dtype(checkpoint, index, layout, name))
         stored[name] = as_stored(checkpoint, in_block(index, name), tensor, dtype)
     return stored

@@ -38,7 +38,7 @@ def matchings(experts: Sequence[ExpertWeights], shares: Sequence[float], part: f
     dominant = max(range(len(experts)), key=lambda j: shares[j])
     reference = experts[dominant]
     return [
-        list(range(len(expert.gate))) if j == dominant else matching(reference, expert)
+        list(range(len(reference.gate))) if j == dominant else matching(reference, expert)
         for j, expert in enumerate(each(experts, "matching neurons", "experts", share=part))
     ]
 
@@ -51,6 +51,6 @@ def aligned(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> list[E
 def aligned_mean(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
     """Return W = Σ_j α_j W_j Π_j / Σ α, Π_j aligning expert j's neurons to those of the dominant one.
 
-    Raises `BadInputError` where the experts differ in width.
+    Takes each expert twice, and two at a time. Raises `BadInputError` where the experts differ in width.
     """
-    return mean_expert(aligned(experts, shares), shares)
+    return mean_expert(map(narrowed, experts, matchings(experts, shares)), shares)

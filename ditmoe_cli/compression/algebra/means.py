@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.model.expert_weights import ExpertWeights
@@ -24,23 +22,17 @@ def require_equal_widths(experts: Sequence[ExpertWeights]) -> None:
         raise BadInputError(f"experts of widths {listed} cannot be merged into one; merge before narrowing experts")
 
 
-def mean_expert(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
+def mean_expert(experts: Iterable[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
     """Return W = Σ_j α_j W_j / Σ α for gate, up and down; the plain mean where all α are 0.
 
-    Raises `BadInputError` where the experts differ in width.
+    Takes one expert after the other, of which the first stays in memory. Raises `BadInputError` where the experts
+    differ in width.
     """
-    require_equal_widths(experts)
-    weights = normalised(shares)
-
-    def mean(matrices: Sequence[Tensor]) -> Tensor:
-        first, *others = matrices
-        result = first.clone()
-        for matrix, weight in zip(others, weights[1:], strict=True):
-            result.add_(matrix - first, alpha=weight)  # by differences: equal experts stay the same to the bit
-        return result
-
-    return ExpertWeights(
-        mean([expert.gate for expert in experts]),
-        mean([expert.up for expert in experts]),
-        mean([expert.down for expert in experts]),
-    )
+    weights, members = normalised(shares), iter(experts)
+    first = next(members)
+    result = ExpertWeights(first.gate.clone(), first.up.clone(), first.down.clone())
+    for expert, weight in zip(members, weights[1:], strict=True):
+        require_equal_widths((first, expert))
+        for mean, matrix, origin in zip(result.matrices, expert.matrices, first.matrices, strict=True):
+            mean.add_(matrix - origin, alpha=weight)  # by differences: equal experts stay the same to the bit
+    return result
