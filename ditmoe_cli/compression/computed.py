@@ -10,6 +10,7 @@ from ditmoe_cli.compression.block_layout import BlockLayout
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import checked_cast
+from ditmoe_cli.files.finite import all_finite
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dt
     computed = tensor.to("cpu")
     if not (computed.is_floating_point() and dtype.is_floating_point):
         return computed.to(dtype)
-    if not bool(computed.isfinite().all()):
+    if not all_finite(computed):
         raise BadInputError(f"{checkpoint.path}: the computed {name!r} holds NaN or infinite values")
     try:
         return checked_cast(computed, dtype, keeps_small=name in checkpoint.weights)
