@@ -16,6 +16,7 @@ from ditmoe_cli.cli.stage import Stage, default_output, incoming
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
 from ditmoe_cli.errors import UsageError, first_line
+from ditmoe_cli.files.hub_names import HUB_PREFIX, PUBLISHED
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.processes import own_device
@@ -54,11 +55,12 @@ def complete_device(incomplete: str) -> list[str]:
 
 
 def complete_checkpoint(incomplete: str) -> list[str]:
-    """Return the name of the embedded checkpoint where it begins so and no file does, which shells complete."""
+    """Return the names of embedded and published checkpoints that begin so; none where a file does."""
     with suppress(OSError):
         if any(file.name.startswith(incomplete) for file in Path().iterdir()):
             return []
-    return [_DEMO] if incomplete and _DEMO.startswith(incomplete) else []
+    names = (_DEMO, *(HUB_PREFIX + name for name in PUBLISHED))
+    return [name for name in names if incomplete and name.startswith(incomplete)]
 
 
 DeviceOpt = Annotated[
@@ -129,7 +131,8 @@ class Source(Overrides):
         typer.Argument(
             metavar="CHECKPOINT",
             autocompletion=complete_checkpoint,
-            help="A file, a folder or demo:digits. [default: the one that the pipe names]",
+            help="A file, a folder, demo:digits, or hf:OWNER/REPO/FILE on the Hugging Face hub. [default: the one that the "
+            "pipe names]",
         ),
     ] = None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.hub_names import told_name
 from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.provenance import STAGE_SCHEMA
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
@@ -61,7 +62,10 @@ class Stage:
         return replace(self, history=(*self.history, entry), **written)  # type: ignore[arg-type]
 
 
-NO_CHECKPOINT = "no checkpoint: give a CHECKPOINT (a file, a folder or demo:digits), or pipe in another ditmoe command"
+NO_CHECKPOINT = (
+    "no checkpoint: give a CHECKPOINT (a file, a folder, demo:digits or hf:OWNER/REPO/FILE), or pipe in another ditmoe "
+    "command"
+)
 
 
 def incoming(checkpoint: str | None, given: Given, shared: bool = False, missing: str = NO_CHECKPOINT) -> Stage:
@@ -76,7 +80,7 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False, missing
             "this command works in one process; start it without torchrun (profile-experts, sample and fid can share)"
         )
     if checkpoint is not None:
-        path = str(resolve_path(checkpoint).absolute())
+        path = str(resolve_path(checkpoint, note).absolute())
         return Stage(checkpoint=path, original=path, given=asdict(given))
     if under_torchrun():
         raise UsageError("under torchrun the checkpoint must be given as an argument, not through a pipe")
@@ -169,7 +173,7 @@ def open_stage(
     overrides = dict(stage.given or {}) if own else asdict(given) if given else {}
     checkpoint = open_checkpoint(chosen, allow_unknown=allow_unknown, **overrides)
     for message in checkpoint.notes if not stage.piped else ():
-        note(f"{checkpoint.path.name}: {message}")
+        note(f"{checkpoint.name}: {message}")
     for warning in checkpoint.warnings:
         note(f"warning: {warning}")
     for assumption in checkpoint.assumptions if not stage.piped else ():  # the pipe's first command prints them
@@ -179,7 +183,7 @@ def open_stage(
 
 def stem(path: Path) -> str:
     """Return the name of a file or folder without the ending of its format; outputs are named after it."""
-    name = path.name
+    name = told_name(path)
     for ending in (".safetensors.index.json", ".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
         if name.endswith(ending):
             return name.removesuffix(ending)

@@ -86,7 +86,7 @@ def check_values(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
     """Raise `BadInputError` for weights whose values their format does not hold, before anything is computed."""
     for stage in plan.stages:
         if isinstance(stage, Formats) and stage.formats:
-            with phase(f"checking the values of {checkpoint.path.name}", len(stage.formats), "matrices") as progress:
+            with phase(f"checking the values of {checkpoint.name}", len(stage.formats), "matrices") as progress:
                 for name, fmt in stage.formats.items():
                     weight = checkpoint.finite_tensor(name)
                     try:

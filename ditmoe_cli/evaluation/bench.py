@@ -192,7 +192,7 @@ def bench(checkpoint: Checkpoint, load: Load) -> Bench:
     device = torch.device(load.device)
     counts = load.threads if load.threads and device.type == "cpu" else (torch.get_num_threads(),)
     passes = WARM_UPS - 1 + (1 + load.repeats) * len(counts)
-    with phase(f"measuring {checkpoint.path.name}", 1 + passes, "passes") as progress:
+    with phase(f"measuring {checkpoint.name}", 1 + passes, "passes") as progress:
         empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
         before = private_bytes(device)
         model = build_model(checkpoint, device)

@@ -312,7 +312,7 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     device = torch.device(runtime.device)
     rows = matching_rows(a, b)
     models = ModelPair(build_model(a, device), build_model(b, device), pair.paths, rows)
-    with phase(f"comparing {b.path.name} with {a.path.name}", 2 * spec.images * spec.steps, "steps") as progress:
+    with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
     sums = parts[0].sums
     for part in parts[1:]:

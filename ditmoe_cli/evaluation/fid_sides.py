@@ -172,7 +172,7 @@ def sampled_side(sampling: Sampling, extraction: Extraction, worker: Worker) -> 
     """Sample a checkpoint, and take the features of each batch while the next is sampled."""
     work = workspace_of(sampling, extraction)
     create_arrays(work, extraction, sampling.shape, worker.share)
-    title = f"{extraction.extractor.name} features of {sampling.checkpoint.path.name}"
+    title = f"{extraction.extractor.name} features of {sampling.checkpoint.name}"
     with background(
         lambda first, images: store_activations(work, extraction, first, images, worker.notify), f"the last {title}"
     ) as extract_batch:

@@ -149,7 +149,7 @@ def open_decoder(checkpoint: Checkpoint, vae: str | None, device: str) -> Decode
     if vae is None:
         return None
     if checkpoint.config.pixel_space:
-        raise UsageError(f"⟨vae⟩ {vae}: {checkpoint.path.name} makes pixels, which need none; leave it out")
+        raise UsageError(f"⟨vae⟩ {vae}: {checkpoint.name} makes pixels, which need none; leave it out")
     from ditmoe_cli.diffusion.vae import check_fits, open_vae
 
     decoder = open_vae(vae, device)
@@ -193,7 +193,7 @@ def fill(
     if share.first and 0 < remaining < work.rows:
         worker.notify(f"going on with {work.rows - remaining} of {work.rows} images that an earlier run left")
     if share.first and not remaining:
-        worker.notify(f"using the {work.rows} images of {sampling.checkpoint.path.name} that an earlier run kept")
+        worker.notify(f"using the {work.rows} images of {sampling.checkpoint.name} that an earlier run kept")
     batches = share.of(missing)
     if batches:
         model = build_model(sampling.checkpoint, torch.device(worker.runtime.device))
@@ -202,7 +202,7 @@ def fill(
             worker.notify(f"out of memory with {size} images at a time; going on with {half}")
             _release_cache(model)
 
-        title = f"sampling {sampling.checkpoint.path.name}"
+        title = f"sampling {sampling.checkpoint.name}"
         with _kept_on_interrupts(work, worker), phase(title, sum(map(len, batches)), "images") as progress:
             for indices, values in computed_batches(lambda part: sample(model, sampling, part), batches, halved):
                 work.put(SAMPLES, indices.start, values)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,10 @@ _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rn
 _LONGEST_NAME = 255  # bytes
 _NAMED = 5
 _MOST_CANDIDATES = 1000  # weights in a folder whose headers are read to choose between them
+_LATEST = "latest"  # the file that names the folder of DeepSpeed's last step
+_LOOKED_FOR = (
+    "looked for *.safetensors, *.bin, *.pt, *.index.json, transformer/ and DeepSpeed's mp_rank_00_model_states.pt"
+)
 _ZERO = "zero_pp_rank_*_model_states.pt"
 
 
@@ -98,9 +102,66 @@ def locate(path: Path) -> Located:
         raise BadInputError(f"{path}: neither a file nor a folder")
     if INDEX.fullmatch(path.name):
         return _indexed(path)
-    match = _WEIGHTS.fullmatch(path.name)
-    has_folder_name = match is not None and match["name"] in ("diffusion_pytorch_model", "model", "pytorch_model")
-    return _located((path,), "safetensors", path.parent if has_folder_name else None)
+    return _located((path,), "safetensors", path.parent if _has_folder_name(path) else None)
+
+
+def _has_folder_name(file: Path) -> bool:
+    """Return whether a file of weights is called as those of a folder are, which a ``config.json`` describes."""
+    match = _WEIGHTS.fullmatch(file.name)
+    return match is not None and match["name"] in ("diffusion_pytorch_model", "model", "pytorch_model")
+
+
+def files_to_fetch(
+    path: Path, listing: Sequence[Path], fetch: Callable[[Path], None]
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return which files of a `listing` `locate` would read for `path`, and notes; none where `path` names none.
+
+    The files are not here yet: `fetch` brings the small ones here that name others, such as an index.
+    Raises `BadInputError` where a folder holds several checkpoints, or none.
+    """
+    if path in listing:
+        config = (path.parent / CONFIG,) if INDEX.fullmatch(path.name) or _has_folder_name(path) else ()
+        return _listed((*_with_shards(path, fetch), *config), listing), ()
+    files = [file for file in listing if path in file.parents]
+    if not files:
+        return (), ()
+    candidates = {}
+    for root in (path, *(path / name for name in MODEL_FOLDERS)):
+        inside = [file for file in files if file.parent == root]
+        for index in inside:
+            _with_shards(index, fetch)
+        if found := _candidates(inside):
+            candidates[root] = found
+    if not candidates:
+        return _deepspeed_to_fetch(path, files, fetch), ()
+    root, chosen, notes = _best(candidates)
+    weights = _with_shards(chosen.index, fetch) if chosen.index is not None else tuple(chosen.files.values())
+    return _listed((*weights, root / CONFIG), listing), notes
+
+
+def _with_shards(file: Path, fetch: Callable[[Path], None]) -> tuple[Path, ...]:
+    """Return a file, and where it is an index, which is fetched, the shards that it names too."""
+    if not INDEX.fullmatch(file.name):
+        return (file,)
+    fetch(file)
+    return (file, *(file.parent / name for name in shard_names(file)))
+
+
+def _listed(files: Iterable[Path], listing: Sequence[Path]) -> tuple[Path, ...]:
+    known = set(listing)
+    return tuple(file for file in files if file in known)
+
+
+def _deepspeed_to_fetch(folder: Path, files: Sequence[Path], fetch: Callable[[Path], None]) -> tuple[Path, ...]:
+    """Return the files of a DeepSpeed folder that are read. Raises `BadInputError` where it is none."""
+    latest = folder / _LATEST
+    if latest in files:
+        fetch(latest)
+    step = _deepspeed_folder(folder) or folder
+    states = tuple(file for file in files if file.parent == step and file.match("mp_rank_*_model_states.pt"))
+    if not states:
+        raise BadInputError(f"{folder}: no checkpoint here ({_LOOKED_FOR})")
+    return (*_listed((latest,), files), *states)
 
 
 def _located(files: tuple[Path, ...], layout: str, folder: Path | None, notes: tuple[str, ...] = ()) -> Located:
@@ -120,20 +181,14 @@ def _located(files: tuple[Path, ...], layout: str, folder: Path | None, notes: t
 
 def _locate_in_folder(folder: Path) -> Located:
     subfolders = [folder / name for name in MODEL_FOLDERS if (folder / name).is_dir()]
-    roots = {root: candidates for root in (folder, *subfolders) if (candidates := _candidates(root))}
+    roots = {root: found for root in (folder, *subfolders) if (found := _candidates(_files_in(root)))}
     if not roots:
         step = _deepspeed_folder(folder)
         if step is not None:
             return _locate_deepspeed(folder, step)
         _refuse_distributed(folder)
-        raise BadInputError(
-            f"{folder}: no checkpoint here (looked for *.safetensors, *.bin, *.pt, *.index.json, transformer/ and "
-            "DeepSpeed's mp_rank_00_model_states.pt)"
-        )
-    root = next(iter(roots))
-    chosen, notes = _chosen(root, roots[root])
-    if len(roots) > 1 and root.name == MODEL_FOLDERS[0]:
-        notes = (*notes, f"the averaged weights are read, in {root.name}/, not those in {MODEL_FOLDERS[1]}/")
+        raise BadInputError(f"{folder}: no checkpoint here ({_LOOKED_FOR})")
+    root, chosen, notes = _best(roots)
     if chosen.index is not None:
         return _indexed(chosen.index, notes)
     if chosen.count == 1:
@@ -148,9 +203,22 @@ def _locate_in_folder(folder: Path) -> Located:
     return _located(files, "safetensors shards without an index", root, notes)
 
 
-def _candidates(folder: Path) -> list[_Candidate]:
-    """Return the weights in a folder: each index, numbered shards without one, and other files of weights."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+def _best(roots: Mapping[Path, list[_Candidate]]) -> tuple[Path, _Candidate, tuple[str, ...]]:
+    """Return the folder to read of those with weights, the first; the weights to read there; and notes."""
+    root = next(iter(roots))
+    chosen, notes = _chosen(root, roots[root])
+    if len(roots) > 1 and root.name == MODEL_FOLDERS[0]:
+        notes = (*notes, f"the averaged weights are read, in {root.name}/, not those in {MODEL_FOLDERS[1]}/")
+    return root, chosen, notes
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file()]
+
+
+def _candidates(inside: Iterable[Path]) -> list[_Candidate]:
+    """Return the weights among the files of a folder: each index, numbered shards without one, and other files."""
+    files = sorted(file for file in inside if not file.name.startswith("."))
     found = [
         _Candidate(match["name"], (match["variant"] or "").removeprefix("."), index=file)
         for file in files
@@ -212,7 +280,7 @@ def _chosen(folder: Path, candidates: list[_Candidate]) -> tuple[_Candidate, tup
 
 def _deepspeed_folder(folder: Path) -> Path | None:
     """Return the folder of a DeepSpeed step: `folder` itself, or the one that ``latest`` names; None for none."""
-    latest = folder / "latest"
+    latest = folder / _LATEST
     if latest.is_file():
         try:
             name = read_file(latest, _LONGEST_NAME).decode().strip()

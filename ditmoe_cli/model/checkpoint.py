@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
 from ditmoe_cli.files.finite import all_finite
+from ditmoe_cli.files.hub_names import is_hub_name, told_name
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
@@ -50,6 +51,11 @@ class Checkpoint:
         return self.header.path
 
     @property
+    def name(self) -> str:
+        """The name of that file or folder; of a repository in the hub's cache, the repository's."""
+        return told_name(self.path)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Which weights were read, where the file holds a choice."""
         return self.header.notes
@@ -64,7 +70,7 @@ class Checkpoint:
         """SHA-256 of all tensors and the configuration. Reads what is not yet hashed, without torch for safetensors."""
         stored = self.header.tensors.values()
         left = [info for info in stored if info.name not in self.hashes]
-        with phase(f"fingerprinting {self.path.name}", sum(info.nbytes for info in left), BYTES) as progress:
+        with phase(f"fingerprinting {self.name}", sum(info.nbytes for info in left), BYTES) as progress:
             self.hashes.update(hash_tensors(left, self.reader.raw, progress))
         return fingerprint(stored, self.hashes, self.config.to_json())
 
@@ -112,12 +118,16 @@ class Checkpoint:
         return rows
 
 
-def resolve_path(path: str | Path) -> Path:
-    """Return the path of a checkpoint; ``demo:NAME`` is an embedded one.
+def resolve_path(path: str | Path, notify: Callable[[str], None] = lambda _: None) -> Path:
+    """Return the path of a checkpoint; ``demo:NAME`` is an embedded one, ``hf:…`` one on the hub, which is fetched.
 
-    Raises `BadInputError` for an unknown demo.
+    `notify` takes lines on what is fetched. Raises `BadInputError` for an unknown demo, and what `fetched` does.
     """
     text = str(path)
+    if is_hub_name(text):
+        from ditmoe_cli.files.hub import fetched
+
+        return fetched(text, notify)
     if not text.startswith(DEMO_PREFIX):
         return Path(path)
     file = _DEMO_FOLDER / f"{text.removeprefix(DEMO_PREFIX)}.safetensors"
@@ -139,7 +149,7 @@ def open_checkpoint(
     """Open a checkpoint of any layout, without reading its weights.
 
     Args:
-        path: a file, a folder, or ``demo:digits``.
+        path: a file, a folder, ``demo:digits``, or ``hf:OWNER/REPO/FILE@REVISION`` on the Hugging Face hub.
         num_heads: attention heads, for timm layouts of unusual width.
         top_k: experts per token; by default that of the file, else 2.
         sampler: ``"rf"`` or ``"ddpm"``; by default that of the file, else that which its final layer shows.
@@ -150,7 +160,7 @@ def open_checkpoint(
         BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.
     """
     resolved = resolve_path(path)
-    with phase(f"opening {resolved.name}"):
+    with phase(f"opening {told_name(resolved)}"):
         return _opened(path, resolved, Given(num_heads, top_k, sampler, num_classes), allow_unknown)
 
 

@@ -33,7 +33,7 @@ def load_model(
     whole ones.
 
     Args:
-        path: a file, a folder, or ``demo:digits``.
+        path: what `open_checkpoint` takes.
         device: of the weights.
         dtype: of activations, and of weights that are not quantised.
         num_heads, top_k, sampler, num_classes: as for `open_checkpoint`.
@@ -49,7 +49,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     """Put the weights of an opened checkpoint into a model, one tensor at a time."""
     model = empty_model(checkpoint)
     size = sum(info.nbytes for info in checkpoint.header.tensors.values())
-    with phase(f"loading {checkpoint.path.name}", size, BYTES) as progress:
+    with phase(f"loading {checkpoint.name}", size, BYTES) as progress:
         for weight in checkpoint.weights.values():
             assign(model, checkpoint, weight, device, dtype)
             progress(sum(checkpoint.header.tensors[name].nbytes for name in weight.members))

@@ -78,7 +78,7 @@ def calibrate(
         # all processes keep their work until the profile is written, whichever of them is stopped
         with open_work(_own_target(path, share), key, run.note) as work:
             total = spec.images * spec.steps // share.world
-            with phase(f"profiling {checkpoint.path.name}", total, "steps") as progress:
+            with phase(f"profiling {checkpoint.name}", total, "steps") as progress:
                 tensors = collect(model, settings, progress, data.clean if data else None, share, work)
             if tensors is not None:
                 experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
@@ -139,7 +139,7 @@ def made_profile(
     if basis.profile is not None:
         return basis.profile
     assert basis.calibration is not None
-    note(f"profiling {checkpoint.path.name} into {basis.path}: {basis.reason}")
+    note(f"profiling {checkpoint.name} into {basis.path}: {basis.reason}")
     new = calibrate(checkpoint, basis.calibration, Run(device(), note=note), basis.path, force=True, data=basis.data)
     assert new is not None  # planners run in one process
     return new

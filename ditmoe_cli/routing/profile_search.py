@@ -163,7 +163,7 @@ def _to_make(checkpoint: Checkpoint, request: ProfileRequest, inherited: Mapping
         whose += " but for what was asked for" if inherited is not None else ""
     settings, data = _with_data(checkpoint, request, settings)
     document = settings.to_json()
-    path = request.beside / f"{checkpoint.path.stem}.{checkpoint.fingerprint[:12]}.profile.safetensors"
+    path = request.beside / f"{Path(checkpoint.name).stem}.{checkpoint.fingerprint[:12]}.profile.safetensors"
     return Basis(None, document, path, settings, data, f"{whose}: {told(document)}")
 
 

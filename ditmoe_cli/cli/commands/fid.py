@@ -440,7 +440,7 @@ class Items:
         """Return a side. The overrides of the command line hold for it unless it is the stage's `own` checkpoint."""
         from ditmoe_cli.evaluation.fid_sides import Item
 
-        file = resolve_path(path).absolute()
+        file = resolve_path(path, note).absolute()
         if (file, own) not in self.opened:
             is_checkpoint = kind_of(file) == "checkpoint"
             checkpoint = open_stage(stage, str(file), None if own else self.given) if is_checkpoint else None

@@ -28,6 +28,7 @@ from ditmoe_cli.model.upstream import obstacle
 EXAMPLES = (
     "ditmoe inspect ckpt.pt",
     "ditmoe inspect demo:digits --json",
+    "ditmoe inspect hf:dit-moe-s",
     "ditmoe inspect ckpt.pt --tensors --text",
 )
 _MOST_RUNS = 4  # of equal widths, printed for a block

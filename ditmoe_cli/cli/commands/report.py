@@ -16,10 +16,11 @@ from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, note
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.hub_names import told_name
 from ditmoe_cli.files.names import ROUTER
 from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.files.staging import check_target, clean_leftovers, staged
-from ditmoe_cli.model.checkpoint import DEMO_PREFIX, Checkpoint, open_checkpoint, resolve_path
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 from ditmoe_cli.routing.profile_search import own_profile
@@ -95,9 +96,10 @@ class Reporting:
 
 def _stage_of(file: Path) -> Stage:
     """Return the stage of a profile, or of the profile that a checkpoint has under a usual name."""
-    if not is_checkpoint(file):
-        return Stage(profile=str(file.absolute()))
-    checkpoint = open_checkpoint(file, allow_unknown=True)
+    path = resolve_path(file, note)
+    if not is_checkpoint(path):
+        return Stage(profile=str(path.absolute()))
+    checkpoint = open_checkpoint(path, allow_unknown=True)
     found = _usual_profile_of(checkpoint)
     if found is None:
         raise BadInputError(
@@ -108,11 +110,11 @@ def _stage_of(file: Path) -> Stage:
 
 
 def is_checkpoint(file: Path) -> bool:
-    """Return whether a file or folder, or a demo's name, is a checkpoint; what cannot be read is none."""
+    """Return whether a file or folder is a checkpoint; what cannot be read is none."""
     try:
-        return any(name.endswith(ROUTER) for name in open_reader(resolve_path(file))[0].tensors)
+        return any(name.endswith(ROUTER) for name in open_reader(file)[0].tensors)
     except BadInputError:
-        return str(file).startswith(DEMO_PREFIX)
+        return False
 
 
 def usual_profile(stage: Stage) -> Path:
@@ -184,7 +186,7 @@ def run(reporting: Reporting, to: ReportFiles, printing: Printing) -> None:
     stage = reporting.stage()
     profile = read_profile(Path(str(stage.profile)))
     profiled = profiled_checkpoint(profile, reporting.weights)
-    source = profiled.path.name if profiled is not None else profiled_name(stage)
+    source = profiled.name if profiled is not None else profiled_name(stage)
     request = request_of(profile, reporting, source)
     numbers, left = unmade(to, request)
     check_outputs(left, (profile.path, *([profiled.path] if profiled else [])))
@@ -201,7 +203,7 @@ def profiled_checkpoint(profile: RoutingProfile, weights: str | None) -> Checkpo
     """Return the checkpoint to compare experts of; raises `BadInputError` where another one was profiled."""
     if weights is None:
         return None
-    checkpoint = open_checkpoint(weights)
+    checkpoint = open_checkpoint(resolve_path(weights, note))
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     return checkpoint
 
@@ -209,7 +211,7 @@ def profiled_checkpoint(profile: RoutingProfile, weights: str | None) -> Checkpo
 def profiled_name(stage: Stage) -> str | None:
     """Return the file name of the checkpoint that was profiled, where a pipe says so."""
     is_of = stage.history and stage.history[-1].get("command") == "profile-experts"
-    return Path(stage.checkpoint).name if is_of and stage.checkpoint is not None else None
+    return told_name(Path(stage.checkpoint)) if is_of and stage.checkpoint is not None else None
 
 
 def request_of(profile: RoutingProfile, reporting: Reporting, source: str | None) -> str:

@@ -128,7 +128,7 @@ def plan_merge(checkpoint: Checkpoint, profile: RoutingProfile, merging: Merging
     """
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     blocks = []
-    with phase(f"grouping the experts of {checkpoint.path.name}", checkpoint.config.depth, "blocks") as progress:
+    with phase(f"grouping the experts of {checkpoint.name}", checkpoint.config.depth, "blocks") as progress:
         for index, count in enumerate(group_counts(checkpoint, merging)):
             inputs = _inputs(checkpoint, profile, merging.method, index)
             groups = MERGES[merging.method].group(inputs, count)

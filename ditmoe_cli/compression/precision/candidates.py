@@ -121,7 +121,7 @@ def idle_settings(checkpoint: Checkpoint, candidates: Candidates, offered: Offer
     present = {weight_group(weight.info) for weight in checkpoint.weights.values()}
     floors = [group for group, bits in candidates.floors.items() if DEFAULT_FLOORS.get(group) != bits]
     notes = [
-        f"⟨{setting}⟩ {group} has no effect: {checkpoint.path.name} has no such weights"
+        f"⟨{setting}⟩ {group} has no effect: {checkpoint.name} has no such weights"
         for setting, groups in (("floor", floors), ("protect", candidates.protected))
         for group in groups
         if group not in present

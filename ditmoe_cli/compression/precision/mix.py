@@ -97,7 +97,7 @@ def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
         formats = _formats(request, groups, solution.choice)
         return SolvedMix(formats, solution, request.size(formats), failures=solution.failures)
 
-    with phase(f"choosing formats for {request.checkpoint.path.name}"):
+    with phase(f"choosing formats for {request.checkpoint.name}"):
         return fitted(mix_within, lambda mix: mix.size, request.limit, narrowest, request.limit - least)
 
 

@@ -143,7 +143,7 @@ class MixedPrecision(Planner):
         narrow = [
             name for name, formats in request.formats.items() if formats == (None,) and self._asked_for(name, work)
         ]
-        checked = each(request.formats, f"checking the values of {work.checkpoint.path.name}", "matrices")
+        checked = each(request.formats, f"checking the values of {work.checkpoint.name}", "matrices")
         held = {name: held_formats(work.checkpoint, name, request.formats[name]) for name in checked}
         lost = [n for n, formats in held.items() if not any(formats) and any(request.formats[n])]
         for names, why in (

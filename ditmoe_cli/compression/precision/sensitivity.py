@@ -155,7 +155,7 @@ def _measured(calibrated: Calibrated, formats: Tried, amplifies: bool, work: Wor
         measurement = _Measurement(model, measured_states(calibrated, model), formats, amplifies, checkpoint)
         start = measurement.take_up(work)
     pace = Pace()
-    with resident_blocks(model, f"measuring {checkpoint.path.name}", start) as blocks:
+    with resident_blocks(model, f"measuring {checkpoint.name}", start) as blocks:
         for index, block in blocks:
             measurement.pass_through(index, block)
             if work is not None and pace.is_due:

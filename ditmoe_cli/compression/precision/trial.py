@@ -68,7 +68,7 @@ def _tried(
             changed = embedded(model, streams.states)
         start = _take_up(work, streams, changed, model.config.depth)
     pace = Pace()
-    with resident_blocks(model, f"trying the plan for {checkpoint.path.name}", start) as blocks:
+    with resident_blocks(model, f"trying the plan for {checkpoint.name}", start) as blocks:
         for index, block in blocks:
             own_formats = {name: fmt for name, fmt in formats.items() if split_name(name).block == index}
             if orders:

@@ -53,7 +53,7 @@ def shared_widths(
     """
     pool: list[Tensor] = []
     least: list[int] = []
-    with phase(f"ranking neurons of {checkpoint.path.name}", len(keeps), "ratios") as progress:
+    with phase(f"ranking neurons of {checkpoint.name}", len(keeps), "ratios") as progress:
         for block, keep in enumerate(keeps):
             downs = [(e, read_weight(checkpoint, in_expert(block, e, "down_proj.weight")).float()) for e in keep]
             energies = profiled_energies(profile, block, downs)

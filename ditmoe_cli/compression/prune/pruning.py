@@ -214,7 +214,7 @@ def idle_settings(checkpoint: Checkpoint, pruning: Pruning) -> list[str]:
                 f"{pruning.multiple}; give a smaller ⟨multiple⟩"
             )
     if pruning.narrow_shared and not any(block.shared_width for block in blocks):
-        notes.append(f"⟨narrow_shared⟩ has no effect: {checkpoint.path.name} has no shared experts")
+        notes.append(f"⟨narrow_shared⟩ has no effect: {checkpoint.name} has no shared experts")
     return notes
 
 

@@ -88,7 +88,7 @@ def _replayed(calibrated: Calibrated, criterion: Criterion, counts: Sequence[int
     if len(done) == len(names):
         return done
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
-    with resident_blocks(model, f"replaying {checkpoint.path.name}", len(done)) as blocks:
+    with resident_blocks(model, f"replaying {checkpoint.name}", len(done)) as blocks:
         for index, block in blocks:
             done.append(_of_block(calibrated.profile, criterion, index, block.moe, counts[index]))
             if kept is not None:

@@ -43,7 +43,7 @@ def original_blocks(calibrated: Calibrated) -> Iterator[Iterator[OriginalBlock]]
     """
     checkpoint = calibrated.checkpoint
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
-    with resident_blocks(model, f"measuring {checkpoint.path.name}") as blocks:
+    with resident_blocks(model, f"measuring {checkpoint.name}") as blocks:
         stream = embedded(model, measured_states(calibrated, model))
 
         def steps() -> Iterator[OriginalBlock]:

@@ -68,7 +68,7 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
     outside = {model.linear(n): fmt for n, fmt in stage.formats.items() if split_name(n).block is None}
     orders = planned_orders(computing, stage)
     kept = computing.blocks
-    with resident_blocks(model, f"rounding {checkpoint.path.name}", kept.start) as blocks:
+    with resident_blocks(model, f"rounding {checkpoint.name}", kept.start) as blocks:
         original = CalibrationStream(model, states)
         with rounded(outside):
             student = CalibrationStream(model, states)

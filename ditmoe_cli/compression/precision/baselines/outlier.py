@@ -35,7 +35,7 @@ def choose(request: MixRequest, calibrated: Calibrated) -> Mix:  # noqa: ARG001
     scores: dict[str, float] = {}
     units: dict[str, list[str]] = {}
     decisions = ties(names, request.candidates.tied)
-    with phase(f"looking for outliers in {request.checkpoint.path.name}", len(names), "matrices") as progress:
+    with phase(f"looking for outliers in {request.checkpoint.name}", len(names), "matrices") as progress:
         for name in names:
             score = outlier_score(request.checkpoint.finite_tensor(name))
             units.setdefault(decisions[name], []).append(name)
