@@ -131,8 +131,8 @@ class Source(Overrides):
         typer.Argument(
             metavar="CHECKPOINT",
             autocompletion=complete_checkpoint,
-            help="A file, a folder, demo:digits, or hf:OWNER/REPO/FILE on the Hugging Face hub. [default: the one that the "
-            "pipe names]",
+            help="A file, a folder, demo:digits, or hf:OWNER/REPO/FILE on the Hugging Face hub. "
+            "[default: the one that the pipe names]",
         ),
     ] = None
 
