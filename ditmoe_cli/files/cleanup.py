@@ -10,12 +10,13 @@ import atexit
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 _waiting: dict[int, Undoing] = {}
 
 
 class Undoing:
-    """A ``with`` block at whose end, or else at the process's end, `undo` is called; more calls must do no harm."""
+    """A ``with`` block at whose end `undo` is called; at the process's end if it was cut off or returned False."""
 
     def __init__(self, undo: Callable[[], object]) -> None:
         self.undo, self.process = undo, os.getpid()
@@ -24,8 +25,8 @@ class Undoing:
         _waiting[id(self)] = self
 
     def __exit__(self, *_: object) -> None:
-        self.undo()
-        _waiting.pop(id(self), None)
+        if self.undo() is not False:
+            _waiting.pop(id(self), None)
 
 
 @atexit.register
@@ -36,3 +37,9 @@ def undo_all() -> None:
             with suppress(Exception):
                 waiting.undo()
     _waiting.clear()
+
+
+@cache
+def undo_first() -> None:
+    """Undo before libraries that are imported by now do their own at the process's end: the last entry goes first."""
+    atexit.register(undo_all)

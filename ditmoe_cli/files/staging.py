@@ -217,7 +217,7 @@ def _own_staging(target: Path) -> Iterator[Path]:
             run = f"{os.getpid()}-{attempt}" if attempt else f"{os.getpid()}"
             staging = hidden_beside(target, f"{_OURS_BEGIN}tmp-{run}")
             with suppress(BlockingIOError):
-                stack.enter_context(locked(staging.with_name(f"{staging.name}.lock")))
+                stack.enter_context(locked(staging.with_name(f"{staging.name}.lock"), guarded=staging))
                 break
         stack.enter_context(Undoing(lambda: _remove(staging)))
         _remove(staging)
@@ -259,7 +259,7 @@ def _clean(target: Path, hidden: str, run: str) -> None:
     lock = staging.with_name(f"{staging.name}.lock")
     is_own = hidden == hidden_beside(target, "").name
     if lock.exists():
-        with taken_over(lock) as is_left:
+        with taken_over(lock, guarded=staging) as is_left:
             if is_left:
                 _delete_leftovers(staging, target if is_own else None)
     elif is_own and not _is_running(int(run.partition("-")[0])):
@@ -352,10 +352,10 @@ def _replace_in_two_steps(staging: Path, target: Path) -> None:
     hidden, run = _parts(staging)
     aside = staging.with_name(f"{hidden}{_OURS_BEGIN}old-{run}")
 
-    def tidy() -> None:
+    def tidy() -> bool:
         if not os.path.lexists(target):
             aside.rename(target)
-        _remove(aside)
+        return _remove(aside)
 
     _remove(aside)
     with Undoing(tidy):
@@ -364,8 +364,10 @@ def _replace_in_two_steps(staging: Path, target: Path) -> None:
         _sync_folder(target.parent)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path) -> bool:
+    """Delete a file or a folder, and return whether nothing is left of it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+    return not os.path.lexists(path)

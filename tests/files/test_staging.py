@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, heed_interrupts
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
+from ditmoe_cli.files import cleanup
 from ditmoe_cli.files.locks import locked
 from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers, staged
 
@@ -142,11 +146,70 @@ def test_links_are_no_targets(tmp_path: Path, force: bool) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-def test_devices_and_pipes_are_no_targets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_devices_pipes_and_sockets_are_no_targets(tmp_path: Path, force: bool) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for target in (Path("/dev/null"), tmp_path / "pipe"):
-        with pytest.raises(OutputExistsError, match="neither a file nor a folder"):
-            check_target(target, force=True)
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.chdir(tmp_path):
+        listening.bind("socket")
+        for target in (Path("/dev/null"), Path("/dev/zero"), Path("pipe"), Path("socket")):
+            with pytest.raises(OutputExistsError, match="neither a file nor a folder"):
+                write(target, force=force)
+    assert names(tmp_path) == ["pipe", "socket"]
+
+
+def test_the_standard_output_is_no_target() -> None:
+    with pytest.raises((OutputExistsError, BadInputError), match="/dev/stdout"):
+        check_target(Path("/dev/stdout"), force=True)
+
+
+@contextlib.contextmanager
+def mounted(*words: object, at: Path) -> Iterator[None]:
+    """Mount something while the context lasts; skips where that is not allowed."""
+    if subprocess.run(["mount", *map(str, words), str(at)], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_mount_points_are_no_targets(tmp_path: Path, kind: str) -> None:
+    """As volumes of containers are, whose place nothing can take: said before any work."""
+    (tmp_path / "from here").mkdir()
+    (tmp_path / "from here" / "config.json").write_text("old")
+    source, target = tmp_path / "from here", tmp_path / "to there"
+    if kind == "file":
+        source = source / "config.json"
+        target.touch()
+    else:
+        target.mkdir()
+    with mounted("--bind", source, at=target), pytest.raises(OutputExistsError, match="is a mount point"):
+        check_target(target, force=True)
+
+
+def test_a_disk_that_fills_keeps_the_old_output_and_gives_its_room_back(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=256k", "none", at=disk):
+        write(disk / "x", "old")
+        free = os.statvfs(disk).f_bavail
+        with pytest.raises(OSError, match=re.escape(f"No space left on device: '{disk / 'x'}'")):
+            write(disk / "x", "new" * 200_000, force=True)
+        assert (disk / "x").read_text() == "old"
+        assert names(disk) == ["x"] and os.statvfs(disk).f_bavail == free
+
+
+def test_room_that_a_killed_run_takes_is_free(tmp_path: Path) -> None:
+    """It is deleted before a lack of room is told."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=256k", "none", at=disk):
+        left = disk / f".y.ditmoe-tmp-{ended_process()}"
+        left.write_bytes(bytes(200_000))
+        left.with_name(f"{left.name}.lock").touch()
+        check_space(disk / "x", 150_000)
+        assert names(disk) == []
 
 
 def test_the_folder_to_write_into_must_be_there(tmp_path: Path) -> None:
@@ -265,6 +328,22 @@ def shard_of_an_index(folder: Path) -> tuple[Path, Path]:
     return folder / "shard", folder / "model.safetensors.index.json"
 
 
+def step_that_is_a_link(folder: Path) -> tuple[Path, Path]:
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "in").write_text("old")
+    (folder / "run").mkdir()
+    (folder / "run" / "global_step7").symlink_to("../elsewhere")
+    return folder / "elsewhere" / "in", folder / "run"
+
+
+def folder_around_a_shard(folder: Path) -> tuple[Path, Path]:
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / "shard").write_text("old")
+    (folder / "in").mkdir()
+    (folder / "in" / "shard").symlink_to("../blobs/shard")
+    return folder / "blobs", folder / "in" / "shard"
+
+
 def target_inside_the_input_folder(folder: Path) -> tuple[Path, Path]:
     (folder / "in").mkdir()
     (folder / "in" / "shard").write_text("old")
@@ -282,6 +361,8 @@ def target_inside_the_input_folder(folder: Path) -> tuple[Path, Path]:
         target_inside_the_input_folder,
         input_folder_of_links,
         shard_of_an_index,
+        step_that_is_a_link,
+        folder_around_a_shard,
     ],
 )
 def test_the_input_is_no_target(tmp_path: Path, arrange: Callable[[Path], tuple[Path, Path]]) -> None:
@@ -290,6 +371,66 @@ def test_the_input_is_no_target(tmp_path: Path, arrange: Callable[[Path], tuple[
         write(target, force=True, inputs=(source,))
     found = target if target.is_file() else source
     assert found.read_text() == "old"
+
+
+def test_the_input_is_known_where_its_folder_is_mounted_twice(tmp_path: Path) -> None:
+    """Its path differs then, as it does where upper and lower case are the same; number and device do not."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+    (one / "in").mkdir()
+    (one / "in" / "shard").write_text("old")
+    with mounted("--bind", one, at=other):
+        for target in (other / "in" / "shard", other / "in" / "new", other / "in"):
+            with pytest.raises(OutputExistsError, match="is the input itself"):
+                write(target, force=True, inputs=(one / "in",))
+
+
+def test_the_input_is_known_where_case_makes_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On such a disk ``IN`` is what ``in`` is, though no path says so."""
+    (tmp_path / "in").mkdir()
+    real = Path.stat
+
+    def stat_of(self: Path, **named: bool) -> os.stat_result:
+        return real(Path(str(self).replace(f"{tmp_path}/IN", f"{tmp_path}/in")), **named)
+
+    monkeypatch.setattr(Path, "stat", stat_of)
+    with pytest.raises(OutputExistsError, match="is the input itself"):
+        check_target(tmp_path / "IN" / "x", force=True, inputs=(tmp_path / "in",))
+
+
+CHECK_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from ditmoe_cli.errors import DitmoeError
+from ditmoe_cli.files.staging import check_target
+os.setresuid(65534, 65534, 65534)
+try:
+    check_target(Path(sys.argv[1]), force=True)
+except DitmoeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can be another user")
+def test_what_other_users_own_is_refused_before_anything() -> None:
+    """A folder without the right to write, an old output whose files cannot be deleted, one that cannot be read."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        root = Path(name)
+        root.chmod(0o777)
+        (root / "closed").mkdir(mode=0o755)
+        for folder, mode in {"full": 0o555, "secret": 0o300}.items():
+            (root / folder).mkdir(mode=mode)
+            os.chown(root / folder, 65534, 65534)
+        for target, said in {
+            root / "closed" / "x": "cannot be written there (Permission denied)",
+            root / "full": "its files cannot be deleted, so it is not replaced",
+            root / "secret": "cannot be read, so it is not replaced",
+        }.items():
+            words = [sys.executable, "-c", CHECK_AS_NOBODY, str(target)]
+            done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            assert done.stdout.startswith(f"{target}: {said}"), done.stderr
+        assert names(root) == ["closed", "full", "secret"]
 
 
 def test_a_neighbour_of_the_input_is_a_target(tmp_path: Path) -> None:
@@ -352,6 +493,85 @@ def ended_process() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         child.wait()
     return child.pid
+
+
+LIVE = """
+import sys, time
+from pathlib import Path
+from ditmoe_cli.files.staging import staged
+with staged(Path(sys.argv[1]), force=True) as staging:
+    staging.mkdir()
+    (staging / "config.json").write_text("half")
+    print(staging, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_of_two_runs_only_the_killed_ones_files_are_deleted(tmp_path: Path) -> None:
+    """Both write the same target, and a third one comes."""
+    words = [sys.executable, "-c", LIVE, str(tmp_path / "x")]
+    runs = [subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        places = [Path((run.stdout or pytest.fail()).readline().rstrip()) for run in runs]
+        for other in ("x", "y", "z"):
+            write(tmp_path / other)
+        assert all((place / "config.json").is_file() for place in places), "both live"
+        runs[0].kill()
+        runs[0].wait()
+        check_target(tmp_path / "w", force=False)
+        with pytest.raises(OutputExistsError):
+            write(tmp_path / "x")
+        assert all(place.exists() for place in places), "neither a check nor a refused run cleans"
+        write(tmp_path / "y", force=True)
+        assert [place.exists() for place in places] == [False, True]
+        hidden = [name for name in names(tmp_path) if name.startswith(".")]
+        assert hidden == [places[1].name, f"{places[1].name}.lock"]
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+    write(tmp_path / "y", force=True)
+    assert names(tmp_path) == ["x", "y", "z"]
+
+
+def test_a_cleaner_that_is_killed_leaves_the_lock_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / f".y.ditmoe-tmp-{ended_process()}"
+    left.write_text("half")
+    left.with_name(f"{left.name}.lock").touch()
+    monkeypatch.setattr("ditmoe_cli.files.staging._remove", lambda _: False)  # as far as it got
+    clean_leftovers(tmp_path / "x")
+    assert names(tmp_path) == [left.name, f"{left.name}.lock"]
+    monkeypatch.undo()
+    cleanup.undo_all()  # what the end of that process does
+    clean_leftovers(tmp_path / "x")
+    assert names(tmp_path) == []
+
+
+def test_files_of_others_with_similar_names_stay(tmp_path: Path) -> None:
+    kept = [
+        f".x.tmp-{ended_process()}",
+        f".x.tmp-{ended_process()}.lock",
+        ".x.ditmoe",
+        ".ditmoe-tmp-",
+        ".x.ditmoe-tmp-1a",
+    ]
+    for name in kept:
+        (tmp_path / name).write_text("of a user")
+    write(tmp_path / "x")
+    write(tmp_path / "x", force=True)
+    assert names(tmp_path) == sorted(["x", *kept])
+
+
+def test_what_a_run_left_in_another_folder_stays(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    left = tmp_path / "other" / f".x.ditmoe-tmp-{ended_process()}"
+    left.touch()
+    left.with_name(f"{left.name}.lock").touch()
+    write(tmp_path / "one" / "x")
+    assert len(names(tmp_path / "other")) == 2
 
 
 def test_what_killed_runs_left_is_cleaned_by_the_next_run_in_the_folder(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from ditmoe_cli.cli import interruption
 from ditmoe_cli.cli.app import run as run_program
-from ditmoe_cli.files import cleanup, renaming
+from ditmoe_cli.files import renaming
 
 WRITING = ("write", "pwrite", "pwritev", "fsync", "fdatasync", "mkdir", "ftruncate", "posix_fallocate", "sendfile")
 CALLS = (*WRITING, "open", "rename", "replace", "unlink", "rmdir", "scandir", "close", "copy_file_range")
@@ -123,7 +123,7 @@ class Counting:
 
 def count_calls(run: Callable[[], int], notes: Path) -> list[str]:
     """Return the names of the calls of a run that nothing happens to."""
-    ended = forked(run, lambda number, name: None, notes)
+    ended = forked(run, lambda *_: None, notes)
     assert ended.code == 0, ended.said
     names: list[str] = json.loads((notes / "calls").read_text())
     return names
@@ -180,9 +180,7 @@ def _be_the_program(body: Callable[[], int], said: Path, at_end: Callable[[], ob
     code = 99
     try:
         signal.alarm(_SECONDS)
-        atexit._clear()
-        atexit.register(at_end)  # the last one called
-        atexit.register(cleanup.undo_all)
+        atexit.register(at_end)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         sys.stderr = said.open("w", buffering=1)
