@@ -506,9 +506,11 @@ def _sampler(evidence: _Evidence, channels: int, out_channels: int) -> Sampler:
     if used is None:
         assumptions.append("sampler rf: no sigma is learned and nothing tells (give ⟨sampler⟩)")
         return "rf"
-    sampler = shown
-    assumptions.append(f"sampler {sampler}: the sigma rows of the final layer {reason} (or give ⟨sampler⟩)")
-    return sampler
+    told = f"the sigma rows of the final layer {reason} (or give ⟨sampler⟩)"
+    if not used and _is_untrained(evidence):
+        told = "all of the final layer is zero, as before training, and tells nothing (give ⟨sampler⟩)"
+    assumptions.append(f"sampler {shown}: {told}")
+    return shown
 
 
 def _family_of(scheduler: object) -> Sampler | None:
@@ -526,6 +528,12 @@ def _sigma_rows_used(evidence: _Evidence, channels: int) -> bool:
         if any(data[r * step : (r + 1) * step] != zeros for r in range(rows) if r % (2 * channels) >= channels):
             return True
     return False
+
+
+def _is_untrained(evidence: _Evidence) -> bool:
+    """Return whether the final layer is all zeros, as training finds it."""
+    data = evidence.raw("final_layer.linear.weight")
+    return data.nbytes > 0 and data == bytes(data.nbytes)
 
 
 def expected_weights(config: DiTMoEConfig) -> dict[str, tuple[int, ...]]:
