@@ -83,7 +83,7 @@ def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[Blo
 
 
 def _title(checkpoint: Checkpoint, stage: Experts) -> str:
-    return f"refitting {checkpoint.path.name}" if stage.repair else f"computing the weights of {checkpoint.path.name}"
+    return f"refitting {checkpoint.name}" if stage.repair else f"computing the weights of {checkpoint.name}"
 
 
 def repaired(original: SparseMoE, changed: SparseMoE, tokens: Tokens, repair: Repair) -> float:

@@ -22,7 +22,7 @@ from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.json_text import read_file, read_json
 from ditmoe_cli.files.kinds import kind_of_file
 from ditmoe_cli.files.names import ROUTER
-from ditmoe_cli.files.pipelines import MODEL_FOLDERS
+from ditmoe_cli.files.pipelines import MODEL_FOLDERS, scheduler_files
 from ditmoe_cli.files.selection import looks_averaged
 
 CONFIG = "config.json"
@@ -120,8 +120,9 @@ def files_to_fetch(
     Raises `BadInputError` where a folder holds several checkpoints, or none.
     """
     if path in listing:
-        config = (path.parent / CONFIG,) if INDEX.fullmatch(path.name) or _has_folder_name(path) else ()
-        return _listed((*_with_shards(path, fetch), *config), listing), ()
+        is_folders = INDEX.fullmatch(path.name) or _has_folder_name(path)
+        beside = _descriptions(path.parent)[0 if is_folders else 1 :]
+        return _listed((*_with_shards(path, fetch), *beside), listing), ()
     files = [file for file in listing if path in file.parents]
     if not files:
         return (), ()
@@ -136,7 +137,12 @@ def files_to_fetch(
         return _deepspeed_to_fetch(path, files, fetch), ()
     root, chosen, notes = _best(candidates)
     weights = _with_shards(chosen.index, fetch) if chosen.index is not None else tuple(chosen.files.values())
-    return _listed((*weights, root / CONFIG), listing), notes
+    return _listed((*weights, *_descriptions(root)), listing), notes
+
+
+def _descriptions(folder: Path) -> tuple[Path, ...]:
+    """Return the files that say what the weights in a folder are: its ``config.json``, then those of a pipeline."""
+    return (folder / CONFIG, *(scheduler_files(folder) if folder.name in MODEL_FOLDERS else ()))
 
 
 def _with_shards(file: Path, fetch: Callable[[Path], None]) -> tuple[Path, ...]:

@@ -22,12 +22,17 @@ def pipeline_hints(weights: Path) -> dict[str, str]:
     """Return the hint of the scheduler's class for a file of weights in a pipeline's model folder; none elsewhere."""
     if weights.parent.name not in MODEL_FOLDERS:
         return {}
-    folder = weights.parent.parent
-    name = _document(folder / _SCHEDULER_CONFIG).get("_class_name")
+    config, index = scheduler_files(weights.parent)
+    name = _document(config).get("_class_name")
     if not isinstance(name, str):
-        entry = _document(folder / _INDEX).get("scheduler")
+        entry = _document(index).get("scheduler")
         name = entry[-1] if isinstance(entry, list) and entry else None
     return {SCHEDULER: name} if isinstance(name, str) else {}
+
+
+def scheduler_files(folder: Path) -> tuple[Path, Path]:
+    """Return the files that tell the scheduler of the pipeline around a model folder."""
+    return folder.parent / _SCHEDULER_CONFIG, folder.parent / _INDEX
 
 
 def model_folder(path: Path) -> Path:

@@ -135,7 +135,7 @@ def test_light_commands_stay_light(server: FakeHub, cache: Path, tmp_path: Path)
         ("inspect", "hf:owner/nothing"),
     ]
     *done, last = series(commands, tmp_path, **environment_of(server, cache))
-    assert [heavy for _, heavy in (*done, last)] == [[]] * len(commands)
+    assert not any({"torch", "numpy"} & set(heavy) for _, heavy in (*done, last))
     assert all(outcome.code == 0 for outcome, _ in done), done
     assert "no such repository" in last[0].error(3)
 

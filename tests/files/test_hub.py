@@ -136,17 +136,23 @@ def test_a_pipeline_is_read_from_its_averaged_transformer(
     server: FakeHub, pico: Callable[..., Pico], tmp_path: Path
 ) -> None:
     folder = pico().save(tmp_path / "single")
-    told: list[str] = []
-    for prefix in ("runs/transformer/", "runs/transformer_ema/"):
-        server.add_folder("owner/both", folder, prefix, commit=COMMIT)
-    files = server.repositories["owner/both"][COMMIT]
-    server.repositories["owner/both"][COMMIT] = files | {
-        name.replace("_ema", ""): content for name, content in files.items()
+    weights = {name.name: name.read_bytes() for name in folder.iterdir()}
+    beside = {
+        "runs/model_index.json": b"{}",
+        "runs/scheduler/scheduler_config.json": b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
     }
+    folders = ("transformer", "transformer_ema", "vae")
+    files = {f"runs/{each}/{name}": content for each in folders for name, content in weights.items()}
+    server.add("owner/both", files | beside)
+    told: list[str] = []
     path = fetched("hf:owner/both/runs", told.append)
-    assert {name.split("/")[1] for name in server.fetched()} == {"transformer_ema"}
+    assert set(server.fetched()) == beside.keys() | {f"runs/transformer_ema/{name}" for name in weights}
     assert path.name == "runs" and locate(path).shards[0].parent.name == "transformer_ema"
     assert any("averaged weights are read" in text for text in told)
+    assert {child.name for child in path.iterdir()} == {"model_index.json", "scheduler", "transformer_ema"}
+    server.asked.clear()
+    file = fetched("hf:owner/both/runs/transformer/diffusion_pytorch_model.safetensors")
+    assert file.with_name("config.json").is_file() and server.fetched() == [], "equal files are fetched once"
 
 
 def test_a_deepspeed_folder_is_read_from_its_last_step(
