@@ -22,7 +22,7 @@ from ditmoe_cli.compression.plan import (
     RouterMode,
 )
 from ditmoe_cli.files.fingerprint import digest
-from ditmoe_cli.files.provenance import Step
+from ditmoe_cli.files.provenance import Step, expert_fates
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.version import __version__
 
@@ -132,8 +132,7 @@ def _recorded_blocks(step: Step, source: Checkpoint, target: Checkpoint) -> tupl
     router = cast(RouterMode, asked if asked in get_args(RouterMode) else "ghost")
     blocks = []
     for text, old, new in zip(step.experts, source.config.blocks, target.config.blocks, strict=True):
-        size = _digits(len(old.expert_widths))
-        fates = [text[i : i + size].strip() for i in range(0, len(text), size)]
+        fates = expert_fates(text)
         keep = tuple(e for e, fate in enumerate(fates) if fate == str(e))
         merged = tuple((e, int(fate)) for e, fate in enumerate(fates) if fate not in ("-", str(e)))
         widths = new.expert_widths if new.expert_widths != tuple(old.expert_widths[e] for e in keep) else ()

@@ -86,6 +86,18 @@ def parse_step(document: Mapping[str, Any]) -> Step:
     return step
 
 
+def expert_fates(text: str) -> list[str]:
+    """Return what became of each expert of a block, by its text in `Step.experts`.
+
+    Raises `ValueError` where no number of experts gives a text of this length.
+    """
+    count = next((n for n in range(1, len(text) + 1) if n * len(str(n - 1)) == len(text)), None)
+    if count is None:
+        raise ValueError(f"the fates {text!r} are of no number of experts")
+    width = len(text) // count
+    return [text[start : start + width].strip() for start in range(0, len(text), width)]
+
+
 @dataclass(frozen=True)
 class Card:
     """How a checkpoint's images are scored and read.

@@ -75,6 +75,20 @@ class Checkpoint:
         return fingerprint(stored, self.hashes, self.config.to_json())
 
     @property
+    def recorded_hashes(self) -> Mapping[str, str]:
+        """SHA-256 of tensors as the file's metadata says, without reading them; not of those that are cast."""
+        cast = self.reader.casts if isinstance(self.reader, CastReader) else ()
+        return {name: text for name, text in self.header.recorded.items() if name not in cast}
+
+    @cached_property
+    def written_fingerprint(self) -> str | None:
+        """The fingerprint by the hashes in the metadata, as the file was written; None where one is missing."""
+        stored, recorded = self.header.tensors.values(), self.recorded_hashes
+        if any(info.name not in recorded for info in stored):
+            return None
+        return fingerprint(stored, recorded, self.config.to_json())
+
+    @property
     def ancestors(self) -> tuple[str, ...]:
         """Fingerprints of the checkpoints that this one was computed from, oldest first."""
         return self.header.provenance.ancestors if self.header.provenance else ()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditmoe_cli.files.finite import all_finite
+from ditmoe_cli.files.finite import all_finite, finite_bytes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZES = (1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129, 1000, 4099, 70001)  # around the widths of vectors and blocks
@@ -68,3 +68,36 @@ def test_views_and_other_dtypes() -> None:
     assert not all_finite(whole.requires_grad_())
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16):
         assert all_finite(torch.ones(5).to(dtype))
+
+
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bytes_are_judged_as_torch_judges_values(dtype: torch.dtype) -> None:
+    """All bits of the two bytes that hold the exponent, with random ones below."""
+    width = dtype.itemsize
+    below = torch.randint(0, 256, (65536, width - 2), dtype=torch.uint8)
+    top = torch.arange(65536).to(torch.int32).view(torch.uint8).reshape(-1, 4)[:, :2]
+    values = torch.cat([below, top], dim=1).contiguous().view(dtype).reshape(-1)
+    finite = values.isfinite().tolist()
+    rows = values.view(torch.uint8).reshape(-1, width).numpy()
+    assert [finite_bytes(row.tobytes(), CODES[dtype]) for row in rows] == finite
+    good = values[values.isfinite()]
+    assert finite_bytes(good.view(torch.uint8).numpy().tobytes(), CODES[dtype])
+    for place in (0, 1, len(good) // 2, len(good) - 1):
+        broken = good.clone()
+        broken[place] = -torch.inf
+        assert not finite_bytes(broken.view(torch.uint8).numpy().tobytes(), CODES[dtype])
+
+
+@pytest.mark.parametrize(("code", "dtype"), [("F8_E5M2", torch.float8_e5m2), ("F8_E4M3", torch.float8_e4m3fn)])
+def test_bytes_of_eight_bits_are_judged_as_torch_judges_values(code: str, dtype: torch.dtype) -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    finite = values.view(dtype).float().isfinite().tolist()
+    assert [finite_bytes(bytes([value]), code) for value in range(256)] == finite
+
+
+def test_whole_numbers_and_no_bytes_are_finite() -> None:
+    assert finite_bytes(b"\xff" * 64, "I32") and finite_bytes(b"\xff" * 64, "U8")
+    assert all(finite_bytes(b"", code) for code in CODES.values())

@@ -4,34 +4,64 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.cli.checkpoint_comparison import (
+    comparison_json,
+    comparison_rows,
+    difference_count,
+    measured_distances,
+    value_rows,
+)
 from ditmoe_cli.cli.costs import step_text
-from ditmoe_cli.cli.options import Source
-from ditmoe_cli.cli.stage import Stage, open_stage
+from ditmoe_cli.cli.groups import refuse_idle
+from ditmoe_cli.cli.options import Source, complete_checkpoint
+from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, note, with_options
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, GateError
 from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.integrity import require_whole
 from ditmoe_cli.files.provenance import parse_step
 from ditmoe_cli.files.reader import CheckpointHeader, open_reader
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
-from ditmoe_cli.model.config import UNKNOWN
+from ditmoe_cli.model.checkpoint_differences import differences
+from ditmoe_cli.model.config import UNKNOWN, Given
 from ditmoe_cli.model.conversions import packed_weights
 from ditmoe_cli.model.parameters import count_parameters
 from ditmoe_cli.model.upstream import obstacle
+from ditmoe_cli.model.verification import Verification, verify
 
 EXAMPLES = (
     "ditmoe inspect ckpt.pt",
     "ditmoe inspect demo:digits --json",
     "ditmoe inspect hf:dit-moe-s",
     "ditmoe inspect ckpt.pt --tensors --text",
+    "ditmoe inspect small.safetensors --verify",
+    "ditmoe inspect ckpt.pt small.safetensors --values",
 )
 _MOST_RUNS = 4  # of equal widths, printed for a block
+
+
+@dataclass(frozen=True)
+class Inspected(Source):
+    """The checkpoint to describe, and another one to compare it with."""
+
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OTHER", autocompletion=complete_checkpoint, help="Another checkpoint, to print what differs in it."
+        ),
+    ] = None
+
+    def stages(self) -> tuple[Stage, Stage | None]:
+        """Return the stage to describe, and that of the other checkpoint, whose original is the first."""
+        first = self.stage()
+        return first, replace(incoming(self.other, self.given), original=first.checkpoint) if self.other else None
 
 
 @dataclass(frozen=True)
@@ -41,17 +71,48 @@ class Listing:
     panel: ClassVar[str] = "Listing"
 
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List the stored tensors too: name, dtype, shape and bytes.")
+        bool,
+        typer.Option(
+            "--tensors",
+            help="List the stored tensors: name, dtype, shape and bytes. With OTHER, list each weight that differs.",
+        ),
     ] = False
 
 
-def run(source: Source, listing: Listing, printing: JsonPrinting) -> None:
-    """Print what a checkpoint is.
+@dataclass(frozen=True)
+class Checking:
+    """What is read besides headers."""
+
+    panel: ClassVar[str] = "Reading"
+
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read all bytes and compare them with the hashes in the files; exit with code 3 where one differs. "
+            "With OTHER, compare bytes instead of hashes.",
+        ),
+    ] = False
+    values: Annotated[
+        bool,
+        typer.Option("--values", help="With OTHER, measure how far its weights are from the first's: |B - A| / |A|."),
+    ] = False
+    same: Annotated[
+        bool, typer.Option("--same", help="With OTHER, exit with code 6 unless both are the same model, byte for byte.")
+    ] = False
+
+
+def run(inspected: Inspected, listing: Listing, checking: Checking, printing: JsonPrinting) -> None:
+    """Print what a checkpoint is, or what differs in another one.
 
     Prints architecture, parameters, bytes, layout, sampler family and every assumption. Reads headers only, so that
-    size does not matter, and imports no torch for safetensors. Heads that the file does not tell are left open.
+    size does not matter, and imports no torch for safetensors. Heads that the file does not tell are left open. With
+    OTHER, prints what differs in configuration, weights and history.
     """
-    stage = source.stage()
+    stage, other = inspected.stages()
+    if other is not None:
+        return compare(stage, other, listing, checking, printing)
+    refuse_idle(checking, "without OTHER, the checkpoint to compare with", "values", "same")
     try:
         opened = open_stage(stage, allow_unknown=True)
     except BadInputError as error:
@@ -60,10 +121,43 @@ def run(source: Source, listing: Listing, printing: JsonPrinting) -> None:
             raise
         note(f"warning: {error.message}")
         emit(printing, stage.to_json(_bare(header, error)), tensor_rows(header.tensors), str(header.path))
-        return
-    result, stored = describe(opened), opened.header.tensors if listing.tensors else {}
+        return None
+    stored = opened.header.tensors if listing.tensors else {}
+    verified = verify(opened, inspected.given) if checking.verify else None
+    result = {**describe(opened), "verified": verification_json(verified) if verified else None}
     document = result | ({"stored": [_stored(info) for info in stored.values()]} if listing.tensors else {})
-    emit(printing, stage.to_json(document), [*rows(result), *tensor_rows(stored)], str(opened.path))
+    sound = stage if verified is None or not verified.problems else replace(stage, checkpoint=None)
+    printed = [*rows(result), *(verification_rows(verified) if verified else ()), *tensor_rows(stored)]
+    emit(printing, sound.to_json(document), printed, str(opened.path))
+    return require_whole(opened.path, verified.problems) if verified else None
+
+
+def compare(stage: Stage, other: Stage, listing: Listing, checking: Checking, printing: JsonPrinting) -> None:
+    """Print what differs between the checkpoints of two stages.
+
+    Raises `BadInputError` where one is not what was written, and `GateError` where they should be the same and are not.
+    """
+    a, b = open_stage(stage, allow_unknown=True), open_stage(other, allow_unknown=True)
+    given = Given(**(stage.given or {}))
+    checked = [verify(each, given) for each in (a, b)] if checking.verify else []
+    found = differences(a, b, read=checking.verify)
+    measured = measured_distances(a, b, found) if checking.values else None
+    result = comparison_json(a, b, found, listing.tensors)
+    result["verified"] = [verification_json(each) for each in checked] or None
+    result["values"] = measured
+    broken = [problem for each in checked for problem in each.problems]
+    sound = replace(other, checkpoint=None) if broken else other
+    printed = [*comparison_rows(a, b, found, listing.tensors), *value_rows(measured)]
+    for label, each in zip("AB", checked, strict=False):
+        printed += [(f"{label} {name}", text) for name, text in verification_rows(each)]
+        printed.append((f"{label} fingerprint", f"{each.fingerprint} by all bytes"))
+    emit(printing, sound.to_json(result), printed, None)
+    for checkpoint, each in zip((a, b), checked, strict=False):
+        require_whole(checkpoint.path, each.problems)
+    if checking.same and not found.same:
+        raise GateError(
+            f"{a.path} and {b.path} are not the same: {difference_count(found)}, which --same does not allow"
+        )
 
 
 def _header_alone(stage: Stage) -> CheckpointHeader | None:
@@ -86,6 +180,34 @@ def _bare(header: CheckpointHeader, problem: BadInputError) -> dict[str, Any]:
 
 def _stored(info: TensorInfo) -> dict[str, Any]:
     return {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
+
+
+def verification_json(verified: Verification) -> dict[str, Any]:
+    """Return what reading a whole checkpoint has shown as JSON."""
+    found = verified.integrity
+    return {
+        "sound": not verified.problems,
+        "fingerprint": verified.fingerprint,
+        "tensors": len(found.hashes),
+        "bytes": found.bytes,
+        "hashes": found.recorded,
+        "archive_members": found.members,
+        "problems": [asdict(problem) for problem in verified.problems],
+    }
+
+
+def verification_rows(verified: Verification) -> list[Row]:
+    """Return what reading a whole checkpoint has shown as a table: all that is wrong, or what was compared."""
+    found = verified.integrity
+    read = f"{len(found.hashes):,} tensors, {found.bytes:,} bytes"
+    if verified.problems:
+        return [("wrong", problem.text) for problem in verified.problems]
+    compared = [f"{read} are what ditmoe wrote, by their SHA-256"] if found.recorded else []
+    if found.members:
+        compared.append(f"{read}: {found.members:,} members of the archive are what was saved, by their CRC-32")
+    if not compared:
+        compared.append(f"{read} read; the file has no hashes to compare with, but no value is NaN or infinite")
+    return [("verified", text) for text in compared]
 
 
 def tensor_rows(tensors: Mapping[str, TensorInfo]) -> list[Row]:
@@ -122,6 +244,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
         "loads_upstream": loads_upstream(checkpoint),
         "extractor": checkpoint.card.extractor,
+        "fingerprint": checkpoint.written_fingerprint,
         "history": [step.command for step in provenance.history] if provenance else [],
         "steps": [step.to_json() for step in provenance.history] if provenance else [],
         "notes": [with_options(text) for text in checkpoint.notes],
@@ -167,12 +290,20 @@ def rows(result: dict[str, Any]) -> list[Row]:
         ("layout", result["layout"]),
         ("sampler", config["sampler"]),
         ("loads upstream", "yes" if result["loads_upstream"] else "no"),
+        *fingerprint_rows(result),
         *(("history", step_text(parse_step(step))) for step in result["steps"] or ()),
         *(() if result["steps"] else (("history", "none"),)),
         *(("read", text) for text in result["notes"]),
         *(("assumed", text) for text in result["assumptions"]),
         *(("warning", text) for text in result["warnings"]),
     ]
+
+
+def fingerprint_rows(result: dict[str, Any]) -> list[Row]:
+    """Return the fingerprint by all bytes where they were read, else by the hashes in the metadata where there are."""
+    if result.get("verified"):
+        return [("fingerprint", f"{result['verified']['fingerprint']} by all bytes")]
+    return [("fingerprint", f"{result['fingerprint']} as written")] if result["fingerprint"] else []
 
 
 def _heads(number: int | None) -> str:
