@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ ARCHIVE_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile
 _ALWAYS = 2**26  # bytes that entries may expand to in any case
 _MOST_EXPANSION = 100  # beyond that; deflate reaches a thousand, and photographs two
 _ENCRYPTED = 1
+_LENGTHS = 26  # where an entry's own header has the lengths of its name and of what follows that
 
 
 def check_expansion(path: Path, expanded: int, stored: int) -> None:
@@ -42,7 +45,7 @@ def read_torch_archive(path: Path) -> TorchArchive:
             entries = archive.infolist()
             _require_of_torch(path, archive, entries)
             root = entries[0].filename.partition("/")[0]
-            data = archive.read(f"{root}/data.pkl")
+            data = _content(path, archive, archive.getinfo(f"{root}/data.pkl"))
     except ARCHIVE_ERRORS as error:
         raise BadInputError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
     prefix = f"{root}/data/"
@@ -50,6 +53,17 @@ def read_torch_archive(path: Path) -> TorchArchive:
         entry.filename.removeprefix(prefix): entry.file_size for entry in entries if entry.filename.startswith(prefix)
     }
     return TorchArchive(data, storages)
+
+
+def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """Return the bytes of an entry that is not compressed; its CRC-32 is 0 where torch saved without."""
+    if entry.CRC:
+        return archive.read(entry)
+    with path.open("rb") as file:
+        file.seek(entry.header_offset + _LENGTHS)
+        name, extra = struct.unpack("<2H", file.read(4))
+        file.seek(name + extra, os.SEEK_CUR)
+        return file.read(entry.file_size)
 
 
 def _require_of_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
