@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.files.reader import dtype_code
+from ditmoe_cli.files.reader import dtype_code, tensor_bytes
 from ditmoe_cli.formats.base import NumberFormat, Weight
 from ditmoe_cli.formats.bitsandbytes import FourBit
 from ditmoe_cli.formats.grouped import GroupedFormat
@@ -106,7 +106,7 @@ def through(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Te
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(a.numpy().data) == bytes(b.numpy().data)
+    return a.dtype == b.dtype and a.shape == b.shape and bytes(tensor_bytes(a)) == bytes(tensor_bytes(b))
 
 
 def pieces_of(axis: int, formats: tuple[Format, ...], counts: tuple[int, ...]) -> Pieces:
