@@ -26,7 +26,7 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
-from ditmoe_cli.files.writer import Output
+from ditmoe_cli.files.writer import Output, one_by_one
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
@@ -126,7 +126,8 @@ def save(model: DiTMoE, path: Path) -> None:
         for name in sorted(state, key=natural_key)
     ]
     provenance = Provenance(CONFIG.to_json(), card=Card(extractor="pixels", grey_levels=GREY_LEVELS))
-    size = Output(path, force=True).write(infos, lambda info: tensor_bytes(state[info.name]), provenance, ())
+    jobs = one_by_one(infos, lambda info: tensor_bytes(state[info.name]))
+    size = Output(path, force=True).write(infos, jobs, provenance, ())
     print(f"{path}: {size:,} bytes, {sum(info.numel for info in infos):,} parameters")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
-from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
+from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output, one_by_one
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
@@ -79,6 +79,10 @@ class Pico:
         """Return the tensors' descriptions, in the state dict's order."""
         return [TensorInfo(n, dtype_code(t.dtype, n), tuple(t.shape)) for n, t in self.state.items()]
 
+    def content(self, info: TensorInfo) -> memoryview:
+        """Return the bytes of a tensor."""
+        return tensor_bytes(self.state[info.name])
+
     def save(
         self,
         path: Path,
@@ -90,7 +94,7 @@ class Pico:
         """Write as ditmoe does: one file where `path` ends in ``.safetensors``, else a folder."""
         provenance = provenance or Provenance(self.config.to_json(), card=Card(extractor="pixels"))
         output = Output(path, force, shard_bytes)
-        output.write(self.infos(), lambda info: tensor_bytes(self.state[info.name]), provenance, ())
+        output.write(self.infos(), one_by_one(self.infos(), self.content), provenance, ())
         return path
 
     def save_pt(self, path: Path, container: str = "bare", *, legacy: bool = False, **args: Any) -> Path:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,18 @@ from ditmoe_cli.compression.apply import applying_key, carry_out, check_values
 from ditmoe_cli.compression.estimates import carrying_out, profiling_estimate
 from ditmoe_cli.compression.kept_plan import keep_plan, kept_plan
 from ditmoe_cli.compression.methods import METHODS
-from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work, request_digest
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import WorkFolder, discard_work, open_work, work_key
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import known_rate, likely_device
 from ditmoe_cli.routing.calibrate import made_profile
-from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 from ditmoe_cli.routing.profile_search import Basis, ProfileRequest, search
 
 
@@ -69,6 +69,8 @@ def run_planner(
     stage = source.stage()
     checkpoint = open_stage(stage)
     output = to.at(checkpoint.path, planner.label)
+    if not to.dry_run and not planner.measures:
+        checkpoint = _claimed(planner, planning.profile_for(stage), checkpoint, output)
     job = Job(planner.command, stage, checkpoint, output, printing)
     work = Work(checkpoint, output, lambda: checked_device(planning.device), note)
     wanted = automatic.request(stage, checkpoint, planning.profile_for(stage), output.path.parent)
@@ -81,6 +83,28 @@ def run_planner(
         return reuse(job, made, basis.path if basis else None, plan, planner.details(checkpoint, plan))
     with chosen(planner, work, basis) as choice:
         return write(job, choice, work.device, planner.details(checkpoint, choice.plan))
+
+
+def unread(checkpoint: Checkpoint, output: Output, claimed: str = UNREAD) -> Checkpoint:
+    """Return a checkpoint whose fingerprint is as claimed until writing the output has read its weights.
+
+    It is as it was where something stands at the output, which may be up to date.
+    """
+    return checkpoint if output.path.exists() and not output.force else replace(checkpoint, claimed=claimed)
+
+
+def _claimed(planner: Planner, given: Path | None, checkpoint: Checkpoint, output: Output) -> Checkpoint:
+    """Return a checkpoint to plan for before it is read, as far as a planner needs no other profile than a `given` one.
+
+    Its fingerprint is what the profile says, unless that is plainly another's.
+    """
+    if not planner.needs_profile:
+        return unread(checkpoint, output)
+    profile = read_profile(given) if given is not None else None
+    fits = profile is not None and tuple(profile.experts) == tuple(checkpoint.config.experts)
+    if profile is None or not fits or profile.checkpoint in checkpoint.ancestors:
+        return checkpoint
+    return unread(checkpoint, output, profile.checkpoint)
 
 
 def prepared(planner: Planner, work: Work, wanted: ProfileRequest) -> tuple[Work, Basis | None]:
@@ -117,11 +141,23 @@ def _request(planner: Planner, work: Work, basis: Basis | None, profile: Routing
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, the profile that it rests on, and the work folder that already keeps it."""
+    """A plan, the profile that it rests on, and the work folder that already keeps it.
+
+    `asked` returns the digest of the request for a checkpoint of a given fingerprint, where that is yet to be read.
+    """
 
     plan: CompressionPlan
     profile: RoutingProfile | None = None
     work: WorkFolder | None = None
+    asked: Callable[[str], str] | None = None
+
+    def of(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Return the plan for the checkpoint as it turned out to be. Raises `BadInputError` for one of another."""
+        if self.profile is not None:
+            require_profile_of(self.profile, checkpoint.fingerprint, checkpoint.path)
+        if self.asked is None or self.plan.source != UNREAD:
+            return self.plan
+        return replace(self.plan, source=checkpoint.fingerprint, request=self.asked(checkpoint.fingerprint))
 
 
 @contextmanager
@@ -133,7 +169,8 @@ def chosen(planner: Planner, work: Work, basis: Basis | None) -> Iterator[Choice
     target, force = work.output.path, work.output.force
     check_target(target, force, [work.checkpoint.path, *([basis.profile.path] if basis and basis.profile else [])])
     if basis is None:
-        yield Choice(replace(planner.plan(work, None), request=_request(planner, work, None, None)))
+        asked = partial(request_digest, planner, calibration=None, profile=None)
+        yield Choice(replace(planner.plan(work, None), request=asked(work.checkpoint.fingerprint)), asked=asked)
         return
     if basis.profile is None:
         known = _known_before(planner, work)
@@ -203,11 +240,16 @@ def write(
     plan, profile = (choice.plan, choice.profile) if choice else (None, None)
     place = device() if plan is not None and plan.computes else "cpu"
     check_target(job.output.path, job.output.force, [job.checkpoint.path])
+    if choice is not None and choice.plan.computes:  # for minutes: what it rests on is checked before
+        job = replace(job, checkpoint=job.checkpoint.settled())
+        choice = replace(choice, plan=choice.of(job.checkpoint))
     planned = planned_output(job.checkpoint, plan)
     check_space(job.output.path, planned.needed_bytes(job.output))
     foretell(carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output)), lambda: place)
     with _work_folder(job, choice, place) as work:
-        applied = carry_out(job.checkpoint, planned, job.output, profile, place, work)
+        settled = _settling(job.checkpoint, choice)
+        applied = carry_out(job.checkpoint, planned, job.output, profile, place, work, settled)
+    plan = applied.planned.plan
     sizes, known = size_facts(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
     measured, seconds = applied.measured.to_json(), round(time.monotonic() - job.started, 1)
@@ -220,6 +262,18 @@ def write(
     emit(job.printing, stage.to_json(result), rows, str(job.output.path))
     if sys.stderr.isatty() and not (job.printing.is_text or job.printing.quiet):  # as in a pipe on a terminal
         note(f"{job.command}: " + "; ".join(f"{label} {value}" for label, value in costs))
+
+
+def _settling(checkpoint: Checkpoint, choice: Choice | None) -> Callable[[], PlannedOutput] | None:
+    """Return what lays the output out when the checkpoint was read; None where its fingerprint is known."""
+    if (checkpoint.original or checkpoint).claimed is None:
+        return None
+
+    def settled() -> PlannedOutput:
+        read = checkpoint.settled()
+        return planned_output(read, None if choice is None else choice.of(read))
+
+    return settled
 
 
 def reuse(

@@ -2,36 +2,37 @@
 
 Weights that depend on calibration data are computed first, a block at a time, into the work folder beside the output,
 from which an interrupted run goes on. Then the output, whose layout is known from headers (`planned_output`), is
-written with one tensor in memory at a time.
+written by several threads, each with one weight in memory (`contents`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from ditmoe_cli.compression.computed import Computing, kept_weight
-from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows, planned_output
+from ditmoe_cli.compression.computed import Computing
+from ditmoe_cli.compression.contents import Contents
+from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage
 from ditmoe_cli.compression.recorded import Measured
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import check_target
+from ditmoe_cli.files.streaming import one_at_a_time
 from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder, open_work, work_key
 from ditmoe_cli.files.writer import Output
-from ditmoe_cli.formats.registry import pack, parse_format
+from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import BYTES, phase
 from ditmoe_cli.routing.profile import RoutingProfile
 
-_SMALL = 256  # bytes
-
 
 @dataclass(frozen=True)
 class Applied:
-    """The number of bytes written, and the measured errors."""
+    """The number of bytes written, the measured errors, and the output as it is."""
 
     bytes: int
     measured: Measured
+    planned: PlannedOutput
 
 
 def apply(
@@ -55,22 +56,24 @@ def carry_out(
     profile: RoutingProfile | None = None,
     device: str = "cpu",
     work: WorkFolder | None = None,
+    settled: Callable[[], PlannedOutput] | None = None,
 ) -> Applied:
     """Write an output of `checkpoint` as it is laid out.
 
     One weight is in memory at a time; where weights are computed, the weights of one block and the calibration tokens,
     on `device`. A plan that computes weights needs the `profile` that it was made with, and keeps each block in `work`,
-    by default the work folder of this plan and profile. Raises `BadInputError` for an undecided plan, NaN or infinite
-    weights and a missing or different profile, and `OutputExistsError`.
+    by default the work folder of this plan and profile. Where the checkpoint's fingerprint is yet to be found out by
+    reading its weights, `settled` returns the output with it, or raises where it is not the claimed one. Raises
+    `BadInputError` for an undecided plan, NaN or infinite weights and a missing or different profile, and
+    `OutputExistsError`.
     """
     plan = planned.plan
-    if plan is None:
-        return Applied(_write(checkpoint, planned, output), Measured())
-    if not plan.decided:
+    if plan is not None and not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
+    if plan is None or not plan.computes:
+        size = _write(checkpoint, planned, output, settled=settled)
+        return Applied(size, Measured(), planned if settled is None else settled())
     check_values(checkpoint, plan)
-    if not plan.computes:
-        return Applied(_write(checkpoint, planned, output), Measured())
     check_target(output.path, output.force, [checkpoint.path])
     profile = _profile_of(plan, profile)
     if work is None:
@@ -79,7 +82,8 @@ def carry_out(
     computing = Computing(checkpoint, profile, device, work, work.loop("block", checkpoint.config.depth))
     (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
     measured = _compute(computing, stage)
-    return Applied(_write(checkpoint, planned.measured(measured), output, computing.blocks), measured)
+    planned = planned.measured(measured)
+    return Applied(_write(checkpoint, planned, output, computing.blocks), measured, planned)
 
 
 def check_values(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
@@ -138,58 +142,15 @@ def _compute(computing: Computing, stage: PlanStage) -> Measured:
             return Measured()
 
 
-def _write(checkpoint: Checkpoint, planned: PlannedOutput, output: Output, blocks: KeptLoop | None = None) -> int:
-    contents = _Contents(checkpoint, planned, blocks)
-    with phase(f"writing {output.path.name}", sum(info.nbytes for info in planned.infos), BYTES) as progress:
-
-        def content(info: TensorInfo) -> memoryview:
-            data = contents.of(info.name)
-            progress(info.nbytes)
-            return data
-
-        return output.write(planned.infos, content, planned.provenance, [checkpoint.path])
-
-
-class _Contents:
-    """The contents of a planned output, one tensor at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, planned: PlannedOutput, blocks: KeptLoop | None) -> None:
-        self.checkpoint, self.blocks = checkpoint, blocks
-        self.planned = {tensor.info.name: tensor.content for tensor in planned.tensors}
-        self.waiting: dict[str, memoryview] = {}
-
-    def of(self, name: str) -> memoryview:
-        """Return the bytes of the tensor `name` of the output."""
-        from ditmoe_cli.files.reader import tensor_bytes
-
-        match self.planned[name]:
-            case Copied(tensor):
-                return tensor_bytes(self.checkpoint.finite_tensor(tensor))
-            case Rows(tensor, rows):
-                return tensor_bytes(self.checkpoint.finite_tensor(tensor)[list(rows)])
-            case Packed() as packed:
-                return self._member(name, packed)
-            case Known(data):
-                return memoryview(data)
-            case Computed():
-                assert self.blocks is not None
-                return kept_weight(self.blocks, name)
-
-    def _member(self, name: str, packed: Packed) -> memoryview:
-        """Return a member of a quantised weight; the first call packs all its members."""
-        from ditmoe_cli.files.reader import tensor_bytes
-
-        if name not in self.waiting:
-            members = pack(self.checkpoint.finite_tensor(packed.weight), packed.target, packed.format)
-            self.waiting |= {member: _held(tensor_bytes(tensor)) for member, tensor in members.items()}
-        return self.waiting.pop(name)
-
-
-def _held(data: memoryview) -> memoryview:
-    """Return bytes that may wait for long: small ones as a copy in Python's own memory.
-
-    The last bytes of each weight are written at the end of the file. Left where torch allocated them, between
-    large blocks since freed, they would keep the allocator from using those again, and memory would grow with
-    the checkpoint.
-    """
-    return memoryview(bytes(data)) if data.nbytes <= _SMALL else data
+def _write(
+    checkpoint: Checkpoint,
+    planned: PlannedOutput,
+    output: Output,
+    blocks: KeptLoop | None = None,
+    settled: Callable[[], PlannedOutput] | None = None,
+) -> int:
+    contents = Contents(checkpoint, planned, blocks, lambda _: None)
+    with phase(f"writing {output.path.name}", contents.bytes, BYTES) as progress:
+        jobs = replace(contents, count=one_at_a_time(progress)).jobs()
+        final = None if settled is None else lambda: settled().provenance
+        return output.write(planned.infos, jobs, planned.provenance, [checkpoint.path], final)

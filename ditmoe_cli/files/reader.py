@@ -6,6 +6,7 @@ pickle imports torch.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -223,6 +224,19 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
+
+
+def shared_tensor(data: memoryview, info: TensorInfo) -> torch.Tensor:
+    """Return the tensor that bytes are, in the same memory; where that is a mapped file, writing to it is a crash."""
+    import numpy as np
+    import torch
+
+    if not info.numel:
+        return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    # torch warns of memory that may not be written, unless it comes as an address
+    memory = (ctypes.c_char * data.nbytes).from_address(np.frombuffer(data, np.uint8).ctypes.data)
+    memory.owner = data  # type: ignore[attr-defined]  # which lives as long as the tensor
+    return torch.frombuffer(memory, dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
 
 def _dtype_names() -> dict[str, str]:

@@ -1,16 +1,19 @@
-"""Streaming safetensors writers: one tensor in memory at a time, equal bytes for equal content.
+"""Streaming safetensors writers: few tensors in memory at a time, equal bytes for equal content.
 
-The metadata holds the SHA-256 of each tensor. Its length is known, so the header is written first with zeros in place
-of the hashes, and again at the end.
+All places in the files are known from headers, so that several threads put tensors at once, in any order. The metadata
+holds the SHA-256 of each tensor; its length is known, so the header is written last.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import DTYPE_BYTES, FileHeader, TensorInfo, encode_header, read_safetensors_header
@@ -18,7 +21,7 @@ from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance, read_provenance
 from ditmoe_cli.files.reader import SafetensorsReader
 from ditmoe_cli.files.staging import staged
-from ditmoe_cli.files.streaming import hash_tensors
+from ditmoe_cli.files.streaming import Count, chunks, hash_tensors, in_threads, syncing, write_at
 from ditmoe_cli.progress import BYTES, phase
 
 FOLDER_STEM = "diffusion_pytorch_model"
@@ -27,6 +30,17 @@ _NO_HASH = "0" * 64
 
 Metadata = Callable[[Mapping[str, str]], Mapping[str, str]]
 Content = Callable[[TensorInfo], memoryview]
+
+
+class Target(Protocol):
+    """The place that an output's tensors are written to, in any order and by several threads."""
+
+    def put(self, name: str, parts: Iterable[memoryview], known: str | None = None) -> str:
+        """Write a tensor's bytes, which come in parts, and return their SHA-256: computed, unless it is `known`."""
+
+
+Job = Callable[[Target], None]
+"""Work of one thread: read or compute, and put some tensors of an output, possibly none."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +109,35 @@ class Output:
         return size if self.is_file else size + sum(map(len, _folder_texts(shards, provenance).values()))
 
     def write(
-        self, tensors: Sequence[TensorInfo], content: Content, provenance: Provenance, inputs: Iterable[Path]
+        self,
+        tensors: Sequence[TensorInfo],
+        jobs: Sequence[Job],
+        provenance: Provenance,
+        inputs: Iterable[Path],
+        settled: Callable[[], Provenance] | None = None,
     ) -> int:
-        """Write the checkpoint and return its bytes on disk; ``content(info)`` returns a tensor's bytes."""
+        """Write the checkpoint and return its bytes on disk.
+
+        Args:
+            tensors: all tensors of the checkpoint, in order.
+            jobs: they put each of the tensors once. Several are done at a time.
+            provenance: the metadata, of its final length.
+            inputs: files that must not be written.
+            settled: returns the final metadata when all jobs are done; by default `provenance`.
+        """
         shards = self._shards(tensors)
+
+        def final() -> Metadata:
+            return (provenance if settled is None else settled()).to_metadata
+
         with staged(self.path, self.force, inputs) as staging:
             if self.is_file:
-                return write_safetensors(staging, shards[0].tensors, content, provenance.to_metadata)
+                return write_files({staging: shards[0].tensors}, jobs, provenance.to_metadata, final)
             staging.mkdir()
             for name, text in _folder_texts(shards, provenance).items():
                 (staging / name).write_bytes(text)
-            for shard in shards:
-                write_safetensors(staging / shard.name, shard.tensors, content, provenance.to_metadata)
+            files = {staging / shard.name: shard.tensors for shard in shards}
+            write_files(files, jobs, provenance.to_metadata, final)
             return sum(child.stat().st_size for child in staging.iterdir())
 
     def damage(self) -> str | None:
@@ -161,19 +192,91 @@ def _pretty(document: object) -> bytes:
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The place of a tensor: bytes from `start` of an open file, given by its descriptor."""
+
+    file: int
+    start: int
+    info: TensorInfo
+
+
+class _Files:
+    """Open safetensors files that tensors are put into."""
+
+    def __init__(self, places: Mapping[str, _Place], wrote: Count) -> None:
+        self.places, self.wrote = places, wrote
+        self.hashes: dict[str, str] = {}
+
+    def put(self, name: str, parts: Iterable[memoryview], known: str | None = None) -> str:
+        """See `Target.put`."""
+        place, hashed, size = self.places[name], sha256(), 0
+        for part in parts:
+            if known is None:
+                hashed.update(part)
+            if size + part.nbytes <= place.info.nbytes:
+                write_at(place.file, part, place.start + size)
+                self.wrote(part.nbytes)
+            size += part.nbytes
+        if size != place.info.nbytes:
+            raise DitmoeError(f"internal error: {name} has {size} bytes, planned {place.info.nbytes}")
+        self.hashes[name] = hashed.hexdigest() if known is None else known
+        return self.hashes[name]
+
+
+def write_files(
+    files: Mapping[Path, Sequence[TensorInfo]],
+    jobs: Sequence[Job],
+    metadata: Metadata,
+    settled: Callable[[], Metadata] | None = None,
+) -> int:
+    """Write safetensors files by `jobs`, which put the tensors of all of them, and return their bytes.
+
+    A header's length is known before its hashes, by `metadata`: tensors are put behind it, and it is written last, with
+    what `settled` returns when all jobs are done.
+    """
+    ordered = {path: aligned_order(tensors) for path, tensors in files.items()}
+    blank = {path: dict.fromkeys((info.name for info in tensors), _NO_HASH) for path, tensors in ordered.items()}
+    lengths = {path: len(encode_header(tensors, metadata(blank[path]))) for path, tensors in ordered.items()}
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(path.open("wb", buffering=0)) for path in files}
+        descriptors = [file.fileno() for file in opened.values()]
+        places = {
+            place.info.name: place
+            for path, tensors in ordered.items()
+            for place in _places(opened[path].fileno(), lengths[path], tensors)
+        }
+        with syncing(descriptors) as wrote:
+            target = _Files(places, wrote)
+            in_threads([partial(job, target) for job in jobs])
+            missing = next((name for name in places if name not in target.hashes), None)
+            if missing is not None:
+                raise DitmoeError(f"internal error: {missing} was not written")
+            final = metadata if settled is None else settled()
+            for path, tensors in ordered.items():
+                header = encode_header(tensors, final({info.name: target.hashes[info.name] for info in tensors}))
+                if len(header) != lengths[path]:
+                    raise DitmoeError(f"internal error: a header of {len(header)} bytes, planned {lengths[path]}")
+                write_at(opened[path].fileno(), memoryview(header), 0)
+    return sum(lengths.values()) + sum(place.info.nbytes for place in places.values())
+
+
+def _places(file: int, start: int, tensors: Iterable[TensorInfo]) -> Iterator[_Place]:
+    """Yield the places of tensors that follow each other from `start` of a file."""
+    for info in tensors:
+        yield _Place(file, start, info)
+        start += info.nbytes
+
+
+def one_by_one(tensors: Sequence[TensorInfo], content: Content) -> list[Job]:
+    """Return jobs that put tensors whose bytes are at hand; ``content(info)`` returns them."""
+
+    def put(info: TensorInfo, target: Target) -> None:
+        target.put(info.name, chunks(content(info)))
+
+    return [partial(put, info) for info in tensors]
+
+
 def write_safetensors(path: Path, tensors: Sequence[TensorInfo], content: Content, metadata: Metadata) -> int:
-    """Write a safetensors file and return its bytes; ``content(info)`` returns the bytes of one tensor at a time."""
-    ordered = aligned_order(tensors)
-    hashes = {info.name: _NO_HASH for info in ordered}
-    with path.open("wb") as file:
-        file.write(encode_header(ordered, metadata(hashes)))
-        for info in ordered:
-            data = content(info)
-            if data.nbytes != info.nbytes:
-                raise DitmoeError(f"internal error: {info.name} has {data.nbytes} bytes, planned {info.nbytes}")
-            file.write(data)
-            hashes[info.name] = hashlib.sha256(data).hexdigest()
-        size = file.tell()
-        file.seek(0)
-        file.write(encode_header(ordered, metadata(hashes)))
-    return size
+    """Write a safetensors file and return its bytes; ``content(info)`` returns the bytes of a tensor."""
+    return write_files({path: tensors}, one_by_one(tensors, content), metadata)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_PREFIX = "demo:"
+UNREAD = "0" * 64
+"""Stands for the fingerprint of a checkpoint that is yet to be read."""
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -34,6 +36,12 @@ class Checkpoint:
     """An opened checkpoint: headers in memory, tensors read on demand.
 
     `weights` maps the names of the model's weights to their stored tensors; a quantised weight has several.
+
+    Attributes:
+        claimed: the fingerprint that a profile or plan says it has, `UNREAD` where none does: taken for true until all
+            tensors are read, as they are while a result is written. None: `fingerprint` reads them.
+        original: the checkpoint on disk, where this one is converted from it as it is read.
+        hashes: SHA-256 of the tensors that were read, by name.
     """
 
     header: CheckpointHeader
@@ -42,7 +50,9 @@ class Checkpoint:
     config: DiTMoEConfig
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
-    hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # SHA-256 of tensors that were read
+    claimed: str | None = None
+    original: Checkpoint | None = None
+    hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # names of tensors that were checked
 
     @property
@@ -65,9 +75,13 @@ class Checkpoint:
         """How the checkpoint's images are scored and read."""
         return self.header.provenance.card if self.header.provenance else Card()
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all tensors and the configuration. Reads what is not yet hashed, without torch for safetensors."""
+        return self._computed_fingerprint if self.claimed is None else self.claimed
+
+    @cached_property
+    def _computed_fingerprint(self) -> str:
         stored = self.header.tensors.values()
         left = [info for info in stored if info.name not in self.hashes]
         with phase(f"fingerprinting {self.name}", sum(info.nbytes for info in left), BYTES) as progress:
@@ -104,13 +118,28 @@ class Checkpoint:
         old = self.header.provenance
         return Provenance(config, old.history, old.card) if old else Provenance(config)
 
+    def settled(self) -> Checkpoint:
+        """Return the checkpoint with the fingerprint that it has, not that claimed; reads what is not yet hashed."""
+        if self.original is None:
+            return replace(self, claimed=None)
+        original, old = self.original.settled(), self.provenance()
+        *before, conversion = old.history
+        history = (*before, replace(conversion, source=original.fingerprint))
+        return replace(
+            self, header=replace(self.header, provenance=replace(old, history=history)), original=original, claimed=None
+        )
+
+    def broken(self, name: str) -> BadInputError:
+        """Return the error of a tensor that is not finite."""
+        return BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
+
     def finite_tensor(self, name: str) -> torch.Tensor:
         """Return a stored tensor. Raises `BadInputError` where it holds NaN or infinite values."""
         tensor = self.reader.tensor(name)
         if name in self._finite:
             return tensor
         if not all_finite(tensor):
-            raise BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
+            raise self.broken(name)
         self._finite.add(name)
         return tensor
 

@@ -130,7 +130,7 @@ def recorded(checkpoint: Checkpoint, source: Checkpoint, options: Mapping[str, o
     old = source.provenance()
     step = Step("convert", source.fingerprint, "", dict(options))
     provenance = Provenance(checkpoint.config.to_json(), (*old.history, step), old.card)
-    return replace(checkpoint, header=replace(checkpoint.header, provenance=provenance))
+    return replace(checkpoint, header=replace(checkpoint.header, provenance=provenance), original=source)
 
 
 def _read_by(

@@ -628,11 +628,13 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
 
 
 WRITER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Provenance
-from ditmoe_cli.files.writer import Output
+from ditmoe_cli.files.writer import Output, one_by_one
+
+os.environ["OMP_NUM_THREADS"] = "1"  # jobs in the main thread, which the signal ends
 
 def content(info):
     if info.name == "b":
@@ -641,7 +643,7 @@ def content(info):
     return memoryview(bytes(8))
 
 infos = [TensorInfo(name, "F32", (2,)) for name in "abc"]
-Output(Path(sys.argv[1]), force=True, shard_bytes=8).write(infos, content, Provenance({}), ())
+Output(Path(sys.argv[1]), force=True, shard_bytes=8).write(infos, one_by_one(infos, content), Provenance({}), ())
 """
 
 

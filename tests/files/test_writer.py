@@ -19,7 +19,7 @@ from ditmoe_cli.files.header import DTYPE_BYTES, TensorInfo, read_safetensors_he
 from ditmoe_cli.files.names import unwrapped
 from ditmoe_cli.files.provenance import Card, Provenance, Step
 from ditmoe_cli.files.reader import dtype_code, open_reader, tensor_bytes
-from ditmoe_cli.files.writer import Output, aligned_order, plan_shards, write_safetensors
+from ditmoe_cli.files.writer import Job, Output, aligned_order, one_by_one, plan_shards, write_safetensors
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -41,6 +41,10 @@ def tensors_of(description: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str,
 
 def infos_of(tensors: dict[str, torch.Tensor]) -> list[TensorInfo]:
     return [TensorInfo(n, dtype_code(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
+
+
+def jobs_of(tensors: dict[str, torch.Tensor]) -> list[Job]:
+    return one_by_one(infos_of(tensors), lambda info: tensor_bytes(tensors[info.name]))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def test_predicted_bytes_are_written_bytes(
     for path in (root / "x.safetensors", root / "folder"):
         output = Output(path, shard_bytes=shard_bytes)
         predicted = output.predicted_bytes(infos_of(tensors), provenance)
-        written = output.write(infos_of(tensors), lambda i: tensor_bytes(tensors[i.name]), provenance, ())
+        written = output.write(infos_of(tensors), jobs_of(tensors), provenance, ())
         on_disk = sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))
         assert predicted == written == on_disk
 
@@ -163,21 +167,22 @@ def test_a_sharded_folder_is_what_diffusers_expects(tmp_path: Path, pico: Callab
     assert config["hidden_size"] == model.config.hidden_size
 
 
-def test_content_is_asked_for_once_and_one_at_a_time(tmp_path: Path, pico: Callable[..., Pico]) -> None:
+def test_content_is_asked_for_once(tmp_path: Path, pico: Callable[..., Pico]) -> None:
     model, asked = pico(), []
 
     def content(info: TensorInfo) -> memoryview:
         asked.append(info.name)
         return tensor_bytes(model.state[info.name])
 
-    Output(tmp_path / "x.safetensors").write(model.infos(), content, Provenance({}), ())
+    Output(tmp_path / "x.safetensors").write(model.infos(), one_by_one(model.infos(), content), Provenance({}), ())
     assert sorted(asked) == sorted(model.state)
 
 
 def test_content_of_the_wrong_size_leaves_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "x.safetensors", tmp_path / "x"):
         with pytest.raises(DitmoeError, match="a has 3 bytes, planned 8"):
-            Output(path).write([TensorInfo("a", "F32", (2,))], lambda _: memoryview(b"abc"), Provenance({}), ())
+            infos = [TensorInfo("a", "F32", (2,))]
+            Output(path).write(infos, one_by_one(infos, lambda _: memoryview(b"abc")), Provenance({}), ())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -10,7 +10,7 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import usual_profiles
 from ditmoe_cli.cli.options import Destination, DeviceOpt, Source, checked_device
-from ditmoe_cli.cli.planning import Choice, Job, preview, reuse, write
+from ditmoe_cli.cli.planning import Choice, Job, preview, reuse, unread, write
 from ditmoe_cli.cli.reuse import made_before
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, note
@@ -67,8 +67,10 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     if to.dry_run:
         return preview(job, plan, planned.device)
     path = planned.profile or (Path(stage.profile) if stage.profile else profile_of_plan(opened, plan))
-    check_plan(opened, plan)
-    made = made_before(job.output, opened, request_of(plan), plan)
+    if not plan.computes:
+        job = replace(job, checkpoint=unread(opened, job.output, plan.source))
+    check_plan(job.checkpoint, plan)
+    made = made_before(job.output, job.checkpoint, request_of(plan), plan)
     if made is not None:
         return reuse(job, made, path if plan.computes else None, plan)
     profile = read_profile(path) if path and plan.computes else None

@@ -12,7 +12,7 @@ import typer
 from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.cli.groups import one_of, refuse_idle
 from ditmoe_cli.cli.options import Destination, Source, checkpoint_path
-from ditmoe_cli.cli.planning import Job, preview, reuse, size_facts, size_rows, write
+from ditmoe_cli.cli.planning import Job, preview, reuse, size_facts, size_rows, unread, write
 from ditmoe_cli.cli.reuse import made_before
 from ditmoe_cli.cli.stage import Stage, open_stage, stem
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
@@ -166,7 +166,9 @@ def run(source: Source, weights: Weights, layouts: Layouts, to: Conversion, prin
         file = to.upstream_file(named)
         file.archive(unpacked(opened))  # refuses what cannot be written, before anything is said
         return _write_upstream(stage, weights.of(opened, upstream=True), file, to.dry_run, printing)
-    job = Job("convert", stage, weights.of(opened, upstream=False), to.at(named, "converted"), printing)
+    output = to.at(named, "converted")
+    source_read = opened if to.dry_run else unread(opened, output)
+    job = Job("convert", stage, weights.of(source_read, upstream=False), output, printing)
     if to.dry_run:
         return preview(job, None)
     made = made_before(job.output, job.checkpoint, None)

@@ -1,0 +1,158 @@
+"""The contents of a planned output, as jobs for the writer: each reads a weight once, checks, packs and puts it.
+
+What is hashed on the way is remembered by the checkpoint: the hash of a tensor that is copied is that of the copy, and
+those of all tensors are its fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from ditmoe_cli.compression.computed import kept_weight
+from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.finite import finite_bytes
+from ditmoe_cli.files.streaming import Count, chunks, counted, sha256_of
+from ditmoe_cli.files.workfolder import KeptLoop
+from ditmoe_cli.files.writer import Job, Target
+from ditmoe_cli.formats.registry import pack
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The contents of an output.
+
+    Attributes:
+        checkpoint: what it is made from.
+        planned: its layout.
+        blocks: where computed weights are kept; None where there are none.
+        count: counts bytes that are written, or read without being written.
+    """
+
+    checkpoint: Checkpoint
+    planned: PlannedOutput
+    blocks: KeptLoop | None
+    count: Count
+    _keeping: Lock = field(default_factory=Lock)  # kept blocks are checked when they are first read
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint on disk, whose fingerprint the output records."""
+        return self.checkpoint.original or self.checkpoint
+
+    @property
+    def hashed_alone(self) -> list[str]:
+        """Tensors that are read for the fingerprint alone; none where the fingerprint is known, or not asked for."""
+        if self.source.claimed is None:
+            return []
+        contents = [tensor.content for tensor in self.planned.tensors]
+        read = {content.tensor for content in contents if isinstance(content, Copied | Rows)}
+        read |= {content.weight for content in contents if isinstance(content, Packed)}
+        hashed = {*self.source.hashes, *(member for name in read for member in self._read_for(name))}
+        return [name for name in self.source.header.tensors if name not in hashed]
+
+    def _read_for(self, name: str) -> tuple[str, ...]:
+        """Return the tensors on disk that a tensor of the checkpoint is read from."""
+        weight = self.source.weights.get(name) if self.checkpoint is not self.source else None
+        return (name,) if weight is None else weight.members
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the jobs count."""
+        alone = sum(self.source.header.tensors[name].nbytes for name in self.hashed_alone)
+        return sum(info.nbytes for info in self.planned.infos) + alone
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs, in the order of the output."""
+        jobs: list[Job] = []
+        packed: dict[str, set[str]] = {}
+        for tensor in self.planned.tensors:
+            name = tensor.info.name
+            match tensor.content:
+                case Packed() as content:
+                    if content.weight not in packed:
+                        packed[content.weight] = set()
+                        jobs.append(partial(self._pack, content, packed[content.weight]))
+                    packed[content.weight].add(name)
+                case Copied(source):
+                    jobs.append(partial(self._copy, name, source))
+                case Rows(source, rows):
+                    jobs.append(partial(self._take, name, source, rows))
+                case Known(data):
+                    jobs.append(partial(self._put, name, memoryview(data)))
+                case Computed():
+                    jobs.append(partial(self._keep, name))
+        return jobs + [partial(self._hash_alone, name) for name in self.hashed_alone]
+
+    def _put(self, name: str, data: memoryview, target: Target) -> None:
+        target.put(name, counted(chunks(data), self.count))
+
+    def _copy(self, name: str, tensor: str, target: Target) -> None:
+        """Put a tensor as it is read, and remember its hash."""
+        checkpoint = self.checkpoint
+        if checkpoint is not self.source:
+            self._hash(tensor)
+        parts = self._checked(tensor, checkpoint.reader.raw(tensor))
+        checkpoint.hashes[tensor] = target.put(name, counted(parts, self.count), checkpoint.hashes.get(tensor))
+
+    def _checked(self, name: str, data: memoryview) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor a few at a time, which are then in the cache of the core that checked them."""
+        dtype = self.checkpoint.header.tensors[name].dtype
+        for part in chunks(data):
+            if not finite_bytes(part, dtype):
+                raise self.checkpoint.broken(name)
+            yield part
+
+    def _take(self, name: str, tensor: str, rows: tuple[int, ...], target: Target) -> None:
+        from ditmoe_cli.files.reader import tensor_bytes
+
+        self._hash(tensor)
+        self._put(name, tensor_bytes(self._tensor(tensor)[list(rows)]), target)
+
+    def _pack(self, packed: Packed, members: set[str], target: Target) -> None:
+        """Put those members of a weight that the output has, rounded to the nearest values of its format."""
+        from ditmoe_cli.files.reader import tensor_bytes
+
+        self._hash(packed.weight)
+        try:
+            made = pack(self._tensor(packed.weight), packed.target, packed.format)
+        except BadInputError as error:
+            raise BadInputError(f"{self.checkpoint.path}: {error}") from None
+        for name, tensor in made.items():
+            if name in members:
+                self._put(name, tensor_bytes(tensor), target)
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor that shares memory with the file where it can, and is finite."""
+        from ditmoe_cli.files.finite import all_finite
+        from ditmoe_cli.files.reader import shared_tensor
+
+        tensor = shared_tensor(self.checkpoint.reader.raw(name), self.checkpoint.header.tensors[name])
+        if not all_finite(tensor):
+            raise self.checkpoint.broken(name)
+        return tensor
+
+    def _keep(self, name: str, target: Target) -> None:
+        assert self.blocks is not None
+        with self._keeping:
+            data = kept_weight(self.blocks, name)
+        self._put(name, data, target)
+
+    def _hash(self, name: str) -> None:
+        """Hash what a tensor is read from, as far as the fingerprint needs it."""
+        source = self.source
+        for member in self._read_for(name) if source.claimed is not None else ():
+            if member in source.header.tensors and member not in source.hashes:
+                source.hashes[member] = sha256_of(chunks(source.reader.raw(member)))
+
+    def _hash_alone(self, name: str, _: Target) -> None:
+        self._hash(name)
+        self.count(self.source.header.tensors[name].nbytes)
