@@ -28,7 +28,7 @@ def made_before(
     if output.force or not output.path.exists():
         return None
     made = _opened(output)
-    reason = "" if made is None else _other_request(made, source, request, plan) or output.damage()
+    reason = "" if made is None else _other_request(made, source, request, plan) or output.damage(made.hashes)
     if made is not None and not reason:
         return made
     raise OutputExistsError(

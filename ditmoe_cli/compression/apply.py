@@ -2,7 +2,7 @@
 
 Weights that depend on calibration data are computed first, a block at a time, into the work folder beside the output,
 from which an interrupted run goes on. Then the output, whose layout is known from headers (`planned_output`), is
-written by several threads, each with one weight in memory (`contents`).
+written by several threads, each with one weight in memory (`one_pass`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ditmoe_cli.compression.computed import Computing
-from ditmoe_cli.compression.contents import Contents
+from ditmoe_cli.compression.one_pass import OnePass
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage
 from ditmoe_cli.compression.recorded import Measured
@@ -149,8 +149,8 @@ def _write(
     blocks: KeptLoop | None = None,
     settled: Callable[[], PlannedOutput] | None = None,
 ) -> int:
-    contents = Contents(checkpoint, planned, blocks, lambda _: None)
-    with phase(f"writing {output.path.name}", contents.bytes, BYTES) as progress:
-        jobs = replace(contents, count=one_at_a_time(progress)).jobs()
+    one_pass = OnePass(checkpoint, planned, blocks, lambda _: None)
+    with phase(f"writing {output.path.name}", one_pass.bytes, BYTES) as progress:
+        jobs = replace(one_pass, count=one_at_a_time(progress)).jobs()
         final = None if settled is None else lambda: settled().provenance
         return output.write(planned.infos, jobs, planned.provenance, [checkpoint.path], final)

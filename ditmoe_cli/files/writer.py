@@ -7,7 +7,7 @@ holds the SHA-256 of each tensor; its length is known, so the header is written 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Protocol
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import DTYPE_BYTES, FileHeader, TensorInfo, encode_header, read_safetensors_header
 from ditmoe_cli.files.names import natural_key
-from ditmoe_cli.files.provenance import Provenance, read_provenance
+from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.reader import SafetensorsReader
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.streaming import Count, chunks, hash_tensors, in_threads, syncing, write_at
@@ -140,10 +140,10 @@ class Output:
             write_files(files, jobs, provenance.to_metadata, final)
             return sum(child.stat().st_size for child in staging.iterdir())
 
-    def damage(self) -> str | None:
+    def damage(self, known: Mapping[str, str]) -> str | None:
         """Return how what stands at the path differs from what `write` leaves with these settings, as ``is damaged``.
 
-        None for not at all. Hashes all tensors.
+        None for not at all. Hashes all tensors but those of `known` SHA-256.
         """
         folder = self.path.parent if self.is_file else self.path
         try:
@@ -160,18 +160,19 @@ class Output:
                 return "does not tell how it was made"
             texts = {} if self.is_file else _folder_texts(shards, provenance)
             changed = (name for name, text in texts.items() if (folder / name).read_bytes() != text)
-            wrong = next(changed, None) or _wrong(headers.values())
+            wrong = next(changed, None) or _wrong(headers, known)
         except (DitmoeError, OSError, KeyError, ValueError, StopIteration):
             return "is damaged"
         return None if wrong is None else f"is damaged ({wrong!r} is not what was written)"
 
 
-def _wrong(headers: Collection[FileHeader]) -> str | None:
+def _wrong(headers: Mapping[str, FileHeader], known: Mapping[str, str]) -> str | None:
     """Return a tensor whose bytes are not those that its file was written with; None for none."""
-    told = {name: text for header in headers for name, text in json.loads(header.metadata["ditmoe"])["tensors"].items()}
-    stored = {name: tensor for header in headers for name, tensor in header.tensors.items()}
-    with phase("checking the output", sum(tensor.info.nbytes for tensor in stored.values()), BYTES) as progress:
-        found = hash_tensors((t.info for t in stored.values()), SafetensorsReader(stored).raw, progress)
+    told = {tensor: text for name, h in headers.items() for tensor, text in recorded_hashes(h.metadata, name).items()}
+    stored = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
+    left = [tensor.info for name, tensor in stored.items() if name not in known]
+    with phase("checking the output", sum(info.nbytes for info in left), BYTES) as progress:
+        found = {**known, **hash_tensors(left, SafetensorsReader(stored).raw, progress)}
     return next((name for name in stored if found[name] != told[name]), None)
 
 

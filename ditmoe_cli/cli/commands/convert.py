@@ -167,8 +167,8 @@ def run(source: Source, weights: Weights, layouts: Layouts, to: Conversion, prin
         file.archive(unpacked(opened))  # refuses what cannot be written, before anything is said
         return _write_upstream(stage, weights.of(opened, upstream=True), file, to.dry_run, printing)
     output = to.at(named, "converted")
-    source_read = opened if to.dry_run else unread(opened, output)
-    job = Job("convert", stage, weights.of(source_read, upstream=False), output, printing)
+    stored = opened if to.dry_run else unread(opened, output)
+    job = Job("convert", stage, weights.of(stored, upstream=False), output, printing)
     if to.dry_run:
         return preview(job, None)
     made = made_before(job.output, job.checkpoint, None)

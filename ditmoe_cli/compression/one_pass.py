@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The contents of an output.
+class OnePass:
+    """The one pass over a checkpoint that writes an output.
 
     Attributes:
         checkpoint: what it is made from.
