@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ditmoe_cli.compression.computed import kept_weight
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.finite import finite_bytes
+from ditmoe_cli.files.finite import finite_values
 from ditmoe_cli.files.streaming import Count, chunks, counted, sha256_of
 from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.files.writer import Job, Target
@@ -107,7 +107,7 @@ class OnePass:
         """Yield the bytes of a tensor a few at a time, which are then in the cache of the core that checked them."""
         dtype = self.checkpoint.header.tensors[name].dtype
         for part in chunks(data):
-            if not finite_bytes(part, dtype):
+            if not finite_values(part, dtype):
                 raise self.checkpoint.broken(name)
             yield part
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditmoe_cli.files.finite import all_finite, finite_bytes
+from ditmoe_cli.files.finite import all_finite, finite_bytes, finite_values
+from ditmoe_cli.files.reader import dtype_code, tensor_bytes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZES = (1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129, 1000, 4099, 70001)  # around the widths of vectors and blocks
@@ -101,3 +102,17 @@ def test_bytes_of_eight_bits_are_judged_as_torch_judges_values(code: str, dtype:
 def test_whole_numbers_and_no_bytes_are_finite() -> None:
     assert finite_bytes(b"\xff" * 64, "I32") and finite_bytes(b"\xff" * 64, "U8")
     assert all(finite_bytes(b"", code) for code in CODES.values())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -65504.0, 6e-8, torch.nan, torch.inf, -torch.inf])
+def test_values_and_bytes_say_what_tensors_say(dtype: torch.dtype, value: float) -> None:
+    tensor = torch.randn(70).to(dtype)
+    tensor[33] = value
+    data, code = tensor_bytes(tensor), dtype_code(dtype, "")
+    assert finite_values(data, code) == finite_bytes(bytes(data), code) == all_finite(tensor)
+
+
+def test_other_dtypes_and_nothing_are_finite() -> None:
+    assert finite_values(memoryview(b"\xff" * 8), "I32")
+    assert finite_values(memoryview(b""), "F16")
