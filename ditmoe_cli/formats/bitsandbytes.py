@@ -38,8 +38,6 @@ from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, RawBytes, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.formats.bitsandbytes_arithmetic import FourBitGrid
-
 FourBitKind = Literal["nf4", "fp4"]
 BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # absmax that share a scale under double quantisation
@@ -141,21 +139,16 @@ class FourBit(NumberFormat):
 
         Raises `BadInputError` that names the tensor `name` for values that the format does not hold.
         """
-        weight = weight.detach()
-        self.check_values(weight, name)
-        return self._grid(weight)
-
-    def _grid(self, weight: Tensor) -> FourBitGrid:
         from ditmoe_cli.formats.bitsandbytes_arithmetic import four_bit_grid
 
         nested_block = NESTED_BLOCK if self.double else 0
-        return four_bit_grid(self, self.kind, weight, self.state_json, block=BLOCK, nested_block=nested_block)
+        return four_bit_grid(
+            self, self.kind, weight.detach(), self.state_json, name=name, block=BLOCK, nested_block=nested_block
+        )
 
     def check_values(self, weight: Tensor, name: str) -> None:
         """Raise `BadInputError` for values beyond fp32, and for absmax that fp32, or eight bits, do not hold."""
-        from ditmoe_cli.formats.bitsandbytes_arithmetic import require_absmax
-
-        require_absmax(self._grid(weight), weight, name)
+        self.grid(weight, name=name)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes, absmax, and the pairs of values that bytes stand for."""
@@ -278,15 +271,11 @@ class Int8(NumberFormat):
         """
         from ditmoe_cli.formats.bitsandbytes_arithmetic import int8_grid
 
-        weight = weight.detach()
-        self.check_values(weight, name)
-        return int8_grid(self, weight)
+        return int8_grid(self, weight.detach(), name)
 
     def check_values(self, weight: Tensor, name: str) -> None:
         """Raise `BadInputError` for values that fp16 does not hold, to which bitsandbytes rounds them first."""
-        from ditmoe_cli.formats.bitsandbytes_arithmetic import require_half_values
-
-        require_half_values(weight, name, self.name)
+        self.grid(weight, name=name)
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes and scales."""

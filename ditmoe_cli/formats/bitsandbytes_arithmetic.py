@@ -22,11 +22,14 @@ from ditmoe_cli.formats.packing import row_chunk
 from ditmoe_cli.formats.scaling import (
     HALF_MAX,
     SCALE_ERROR,
-    over_rows,
+    Rescaled,
+    grouped,
+    largest_of_rows,
     require_half_range,
     require_small_loss,
     row_chunks,
 )
+from ditmoe_cli.formats.scratch import scratch
 
 NF4_CODES = (
     -1.0,
@@ -53,6 +56,7 @@ FP4_CODES = tuple(
 _FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)  # bitsandbytes has 8, the other 0, above 0
 _CODES = {"nf4": NF4_CODES, "fp4": FP4_CODES}
 _TINY = 1e-38  # the least divisor that bitsandbytes takes
+_CELLS = 1024  # into which -1 … 1 is cut: FP4's midpoints lie as close as 1 / 384
 _NESTED_ERROR = 2.0**-4  # by which double quantisation of scales may change a weight, relative to its norm
 
 
@@ -92,7 +96,8 @@ class FourBitGrid(Grid):
         rows = torch.arange(self.shape[0], device=values.device)[:, None]
         scale = self.scale[(rows * self.shape[1] + columns) // self.block]
         ascending = _codebook(self.kind, values.device).sort().values
-        return ascending[_rank(values, scale, self.kind).int()].mul_(scale)
+        ranks = four_bit_ranks(values * _inverse_absmax(scale), self.kind)
+        return ascending.index_select(0, ranks.int()).reshape(values.shape).mul_(scale)
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""
@@ -112,14 +117,18 @@ class FourBitGrid(Grid):
     def _packed(self, weight: Tensor) -> Tensor:
         """Return the codes of a weight, two a byte, the first in the high nibble."""
         packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
-        order = torch.tensor(_FP4_ASCENDING, dtype=torch.uint8, device=weight.device)
+        inverse_scale = _inverse_absmax(self.scale)
         done = 0
         for blocks in _blocks(weight, self.block):
-            scale = self.scale[done // self.block : done // self.block + len(blocks), None]
-            nibbles = _rank(blocks, scale, self.kind)
-            nibbles = (order[nibbles.int()] if self.kind == "fp4" else nibbles).reshape(-1, 2)
+            inverses = inverse_scale[done // self.block : done // self.block + len(blocks), None]
+            scaled = torch.mul(blocks, inverses, out=scratch("scaled", tuple(blocks.shape), weight.device))
+            ranks = four_bit_ranks(scaled, self.kind)
+            pairs = ranks.view(torch.int16)  # the first of two ranks in the low byte
+            pairs = ((pairs << 4) | (pairs >> 8)).bitwise_and_(255)
+            if self.kind == "fp4":
+                pairs = _fp4_pairs(weight.device).index_select(0, pairs.int())
             target = packed[done // 2 : (done + blocks.numel()) // 2, 0]
-            target.copy_(((nibbles[:, 0] << 4) | nibbles[:, 1])[: len(target)])
+            target.copy_(pairs[: len(target)])
             done += blocks.numel()
         return packed
 
@@ -130,44 +139,95 @@ def four_bit_grid(
     weight: Tensor,
     describe: Callable[[TensorInfo, float], bytes],
     *,
+    name: str,
     block: int,
     nested_block: int,
 ) -> FourBitGrid:
-    """Return the grid of a weight (out, in): absmax of each block, quantised themselves if `nested_block` is not 0."""
-    absmax = torch.cat([blocks.abs().amax(dim=1) for blocks in _blocks(weight, block)])
+    """Return the grid of a weight (out, in): absmax of each block, quantised themselves if `nested_block` is not 0.
+
+    Raises `BadInputError` that names the weight `name` where values exceed fp32, or absmax are lost.
+    """
+    absmax = torch.cat([_magnitudes(blocks).amax(dim=1) for blocks in _blocks(weight, block)])
+    if not bool(absmax.isfinite().all()):
+        raise BadInputError(f"tensor {name!r} holds values above fp32's range, which its scales are stored in")
     shape = (weight.shape[0], weight.shape[1])
     if not nested_block:
-        return FourBitGrid(fmt, shape, kind, block, absmax, None, describe)
+        grid = FourBitGrid(fmt, shape, kind, block, absmax, None, describe)
+    else:
+        nested = _nested(absmax, nested_block)
+        table = dynamic_map(weight.device)
+        scale = unpack_absmax(nested.codes, nested.absmax, table, nested.offset, nested_block)
+        grid = FourBitGrid(fmt, shape, kind, block, scale, nested, describe)
+    _require_absmax(grid, absmax, weight, name)
+    return grid
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    """Return |w|, which holds until the next call in this thread."""
+    return torch.abs(values, out=scratch("scaled", tuple(values.shape), values.device))
+
+
+def _nested(absmax: Tensor, nested_block: int) -> Nested:
+    """Return absmax (blocks,) quantised to 8 bits, in blocks of `nested_block`."""
     offset = absmax.mean()
     blocks = F.pad(absmax - offset, (0, -len(absmax) % nested_block)).reshape(-1, nested_block)
     largest = blocks.abs().amax(dim=1)
-    table = dynamic_map(weight.device)
-    codes = torch.bucketize(blocks * (1.0 / largest.clamp_min(_TINY))[:, None], (table[1:] + table[:-1]) / 2)
-    nested = Nested(codes.flatten()[: len(absmax)].to(torch.uint8), largest, float(offset))
-    scale = unpack_absmax(nested.codes, nested.absmax, table, nested.offset, nested_block)
-    return FourBitGrid(fmt, shape, kind, block, scale, nested, describe)
+    scaled = blocks * (1.0 / largest.clamp_min(_TINY))[:, None]
+    return Nested(nearest_dynamic(scaled.reshape(-1)[: len(absmax)]), largest, float(offset))
 
 
-def require_absmax(grid: FourBitGrid, weight: Tensor, name: str) -> None:
-    """Raise `BadInputError` that names a weight with values beyond fp32, or whose absmax are lost.
+def nearest_dynamic(values: Tensor) -> Tensor:
+    """Return which of the values of `dynamic_map` is nearest to each of `values` (n,), the lower of two, as uint8.
+
+    That is the number of midpoints below, found as in `four_bit_ranks`. Cells hold the values of equal first 16 bits;
+    midpoints lie further apart.
+    """
+    below, midpoint = _dynamic_cells(values.device)
+    cell = _dynamic_cell(values)
+    above = (values > midpoint.index_select(0, cell)).to(torch.uint8)
+    return above.add_(below.index_select(0, cell))
+
+
+def _dynamic_cell(values: Tensor) -> Tensor:
+    """Return the number of the cell of each value, 0 … 2^16 - 1, which rises with the value."""
+    bits = values.contiguous().view(torch.int32)
+    ordered = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)  # negative values fall as their bits rise
+    return (ordered >> 16).add_(1 << 15)
+
+
+@lru_cache(maxsize=8)
+def _dynamic_cells(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how many midpoints lie in cells below each cell, as uint8, and the midpoint in it, infinite for none."""
+    table = dynamic_map(torch.device("cpu"))
+    midpoints = (table[1:] + table[:-1]) / 2
+    return _counted_midpoints(midpoints, _dynamic_cell(midpoints), 1 << 16, device)
+
+
+def _counted_midpoints(midpoints: Tensor, cell: Tensor, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how many of the ascending `midpoints` lie in cells below each, and the midpoint in it, infinite for none.
+
+    `cell` is that of each midpoint; no two may share one.
+    """
+    below = torch.searchsorted(cell, torch.arange(cells, dtype=cell.dtype)).to(torch.uint8)
+    own = torch.full((cells,), torch.inf).index_put_((cell.long(),), midpoints)
+    return below.to(device), own.to(device)
+
+
+def _require_absmax(grid: FourBitGrid, absmax: Tensor, weight: Tensor, name: str) -> None:
+    """Raise `BadInputError` that names a weight (out, in) whose `absmax` (blocks,) are lost.
 
     Below `_TINY` an absmax does not divide; double quantisation may lose those of an odd distribution. Its own rounding
     is coarser than that of fp16 scales, and allowed.
     """
-    loss = energy = 0.0
-    done = 0
-    for blocks in _blocks(weight, grid.block):
-        absmax = blocks.abs().amax(dim=1).double()
-        stored = grid.scale[done : done + len(blocks)].double()
-        if not bool(absmax.isfinite().all()):
-            raise BadInputError(f"tensor {name!r} holds values above fp32's range, which its scales are stored in")
-        lost = torch.where(absmax > 0, stored / absmax - 1, 0.0)
-        lost = torch.where((absmax > 0) & (absmax < _TINY), 1.0, lost)
-        squares = blocks.double().square_().sum(dim=1)
-        loss += float((squares * lost.square()).sum())
-        energy += float(squares.sum())
-        done += len(blocks)
-    require_small_loss(loss, energy, name, grid.format.name, SCALE_ERROR if grid.nested is None else _NESTED_ERROR)
+    sizes = absmax.double()
+    lost = torch.where(sizes > 0, grid.scale.double() / sizes - 1, 0.0)
+    lost = torch.where((sizes > 0) & (sizes < _TINY), 1.0, lost)
+
+    def energies() -> Tensor:
+        return torch.cat([blocks.double().square_().sum(dim=1) for blocks in _blocks(weight, grid.block)])
+
+    most = SCALE_ERROR if grid.nested is None else _NESTED_ERROR
+    Rescaled(name, grid.format.name, lost, absmax, grid.block).require_small(energies, most)
 
 
 def dynamic_map(device: torch.device) -> Tensor:
@@ -182,7 +242,8 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 def unpack_absmax(codes: Tensor, absmax: Tensor, table: Tensor, offset: float, block: int) -> Tensor:
     """Return absmax (blocks,): values of `codes` by `table`, times the scale of each `block` of them, plus `offset`."""
-    return table[codes.int()].mul_(absmax.repeat_interleave(block)[: len(codes)]).add_(offset)
+    values = F.pad(table.index_select(0, codes.int()), (0, -len(codes) % block)).reshape(-1, block)
+    return values.mul_(absmax[:, None]).reshape(-1)[: len(codes)].add_(offset)
 
 
 def code_pairs(codes: Tensor) -> Tensor:
@@ -226,26 +287,60 @@ def _codebook(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(_CODES[kind], dtype=torch.float32, device=device)
 
 
+def _inverse_absmax(scale: Tensor) -> Tensor:
+    """Return 1 / absmax, with the least divisor that bitsandbytes takes."""
+    return 1.0 / torch.where(scale.abs() < _TINY, _TINY, scale)
+
+
+def four_bit_ranks(scaled: Tensor, kind: str) -> Tensor:
+    """Return which of the codebook's values in ascending order is nearest to values over absmax, the lower of two.
+
+    That is the number of midpoints m with m < x, as uint8. Cells of equal width hold one of them at most: a table tells
+    how many lie in the cells below, and one comparison whether that of the cell itself is below x. The cell of x rises
+    with x however it is rounded, so the number is exact. Overwrites `scaled`; ranks hold until the next call in this
+    thread.
+    """
+    below, midpoint = _cells(kind, scaled.device)
+    size, device, flat = scaled.numel(), scaled.device, scaled.reshape(-1)
+    places = _place(flat, scratch("places", (size,), device))
+    cell = scratch("cells", (size,), device, torch.int32).copy_(places)
+    own = torch.index_select(midpoint, 0, cell, out=places)
+    ranks = torch.index_select(below, 0, cell, out=scratch("ranks", (size,), device, torch.uint8))
+    return ranks.add_(scratch("above", (size,), device, torch.int8).copy_(flat.gt_(own)).view(torch.uint8))
+
+
+def _place(scaled: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the cell of each value as fp32, its fraction still to be cut off.
+
+    Cells of values in -1 … 1 have equal width; the outer ones hold all that lies beyond.
+    """
+    middle = _CELLS // 2
+    return torch.add(torch.tensor(float(middle)), scaled, alpha=middle, out=out).clamp_(0, _CELLS - 1)
+
+
 @lru_cache(maxsize=8)
-def _midpoints(kind: str) -> tuple[float, ...]:
+def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how many midpoints lie in cells below each cell, as uint8, and the midpoint in it, infinite for none."""
     ascending = _codebook(kind, torch.device("cpu")).sort().values
-    return tuple(((ascending[1:] + ascending[:-1]) / 2).tolist())
+    midpoints = (ascending[1:] + ascending[:-1]) / 2
+    return _counted_midpoints(midpoints, _place(midpoints).int(), _CELLS, device)
 
 
-def _rank(values: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """Return which of the codebook's values in ascending order is nearest to values / scale, as uint8."""
-    scaled = values * (1.0 / torch.where(scale.abs() < _TINY, _TINY, scale))
-    rank = torch.zeros(scaled.shape, dtype=torch.uint8, device=values.device)
-    for midpoint in _midpoints(kind):  # a third of the time that torch.bucketize takes
-        rank += scaled > midpoint
-    return rank
+@lru_cache(maxsize=8)
+def _fp4_pairs(device: torch.device) -> Tensor:
+    """Return the byte of two FP4 codes for that of their ranks in ascending order."""
+    order = torch.tensor(_FP4_ASCENDING, dtype=torch.uint8)
+    return (order[:, None] * 16 + order).reshape(-1).to(device)
 
 
 def _blocks(weight: Tensor, block: int) -> Iterator[Tensor]:
-    """Yield the blocks (n, block) of a weight in fp32, a few at a time; the last is padded with zeros."""
+    """Yield the blocks (n, block) of a weight in fp32, a few at a time; the last is padded with zeros.
+
+    They may be the weight itself, and otherwise hold until the next ones are asked for.
+    """
     chunk = row_chunk(weight.numel(), block, weight.device) * block
     for part in torch.split(weight.reshape(-1), chunk):
-        yield F.pad(part.float(), (0, -len(part) % block)).reshape(-1, block)
+        yield grouped(part[None], block)[0]
 
 
 # ------------------------------------------------------------------ int8
@@ -259,38 +354,65 @@ class Int8Grid(Grid):
 
     def round(self, values: Tensor, columns: Tensor) -> Tensor:  # noqa: ARG002
         """Return values (out, n) rounded to the nearest that their rows can hold, in fp32, whatever their columns."""
-        return _row_codes(values.float(), self.scale).mul_((self.scale / 127.0)[:, None])
+        return _row_codes(values.float(), _inverse_step(self.scale)) * (self.scale / 127.0)[:, None]
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""
         codes = torch.empty(self.shape, dtype=torch.int8, device=weight.device)
         chunk = row_chunk(*self.shape, weight.device)
-        for part, scale, target in zip(*(torch.split(t, chunk) for t in (weight, self.scale, codes)), strict=True):
-            target.copy_(_row_codes(part, scale))
+        pieces = (torch.split(each, chunk) for each in (weight, _inverse_step(self.scale), codes))
+        for part, inverse_step, target in zip(*pieces, strict=True):
+            target.copy_(_row_codes(part, inverse_step))
         return {"packed": codes, "scale": self.scale, "form": torch.zeros((), dtype=torch.uint8)}
 
 
-def require_half_values(weight: Tensor, name: str, fmt: str) -> None:
-    """Raise `BadInputError` that names a weight whose values fp16 does not hold, or changes too much."""
-    require_half_range(over_rows(weight, lambda part: part.to(torch.float16).float().abs().amax(dim=1)), name)
-    loss = energy = 0.0
-    for part in row_chunks(weight):
-        exact = part.double()
-        loss += float((exact - part.half().double()).square_().sum())
-        energy += float(exact.square_().sum())
-    require_small_loss(loss, energy, name, fmt)
+def int8_grid(fmt: NumberFormat, weight: Tensor, name: str) -> Int8Grid:
+    """Return the grid of a weight (out, in).
 
-
-def int8_grid(fmt: NumberFormat, weight: Tensor) -> Int8Grid:
-    """Return the grid of a weight (out, in) that fp16 holds."""
-    scale = over_rows(weight, lambda part: part.to(torch.float16).float().abs().amax(dim=1))
+    Raises `BadInputError` that names the weight `name` where fp16 does not hold its values, or changes them too much.
+    """
+    largest = largest_of_rows(weight)
+    scale = largest.half().float()
+    require_half_range(scale, name)
+    if not _kept_by_half(weight, largest):
+        loss = energy = 0.0
+        for part in row_chunks(weight):
+            exact = part.double()
+            loss += float((exact - part.half().double()).square_().sum())
+            energy += float(exact.square_().sum())
+        require_small_loss(loss, energy, name, fmt.name)
     return Int8Grid(fmt, (weight.shape[0], weight.shape[1]), scale)
 
 
-def _row_codes(values: Tensor, scale: Tensor) -> Tensor:
-    """Return int8 codes as fp32. Values are rounded to fp16 first, as bitsandbytes does."""
-    inverse = torch.where(scale == 0, 0.0, 127.0 / scale)
-    return (values.to(torch.float16).float().clamp_(-HALF_MAX, HALF_MAX) * inverse[:, None]).round_().clamp_(-127, 127)
+def _kept_by_half(weight: Tensor, largest: Tensor) -> bool:
+    """Return whether fp16 surely keeps a weight to `SCALE_ERROR`, by the `largest` |w| of its rows.
+
+    It rounds by up to 2^-11 of a value, and by up to 2^-25 where that is more. The squared norm is at least that of the
+    largest values.
+    """
+    if weight.dtype == torch.float16:
+        return True
+    least = float(largest.double().square().sum())
+    return weight.numel() * 2.0**-50 <= (SCALE_ERROR**2 - 2.0**-20) * least
+
+
+def _inverse_step(scale: Tensor) -> Tensor:
+    """Return how many codes a unit of each row takes, 127 / s, and 0 for rows of zeros."""
+    return torch.where(scale == 0, 0.0, 127.0 / scale)
+
+
+def _row_codes(values: Tensor, inverse_step: Tensor) -> Tensor:
+    """Return int8 codes as fp32, which hold until the next call in this thread.
+
+    Values are rounded to fp16 first, as bitsandbytes does.
+    """
+    shape, device = tuple(values.shape), values.device
+    exact = scratch("scaled", shape, device)
+    if values.dtype == torch.float16:
+        exact.copy_(values)
+    else:
+        exact.copy_(scratch("half", shape, device, torch.float16).copy_(values)).clamp_(-HALF_MAX, HALF_MAX)
+    return exact.mul_(inverse_step[:, None]).round_().clamp_(-127, 127)
 
 
 def unpack_int8(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -35,6 +35,8 @@ from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING, packed_words
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.formats.scaling import Extents
+
 BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -95,11 +97,16 @@ class Integer(GroupedFormat):
 
     def check_values(self, weight: Tensor, name: str) -> None:
         """Raise `BadInputError` for a weight whose scales fp16 does not hold; see `NumberFormat.check_values`."""
-        from ditmoe_cli.formats.scaling import largest_of_rows, require_group_scales, require_half_range
+        self._held_extents(weight, name)
 
-        require_half_range(largest_of_rows(weight), name)
+    def _held_extents(self, weight: Tensor, name: str) -> Extents:
+        """Return the extents of a weight's groups. Raises `BadInputError` as `check_values` does."""
+        from ditmoe_cli.formats.scaling import group_extents, require_group_scales
+
+        extents = group_extents(weight, self.group)
         steps = 2.0 ** (self.bits - 1) if self.symmetric else 2.0**self.bits - 1
-        require_group_scales(weight, self.group, steps, name, self.name)
+        require_group_scales(weight, extents, self.group, steps, name, self.name)
+        return extents
 
     def _refuse_old_zero_points(self, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise `BadInputError` for zero points that run along the rows, as development versions packed them.
@@ -121,8 +128,10 @@ class Integer(GroupedFormat):
         from ditmoe_cli.formats.integer_arithmetic import integer_grid
 
         weight = weight.detach()
-        self.check_values(weight, name)
-        return integer_grid(self, weight, importance, bits=self.bits, group=self.group, symmetric=self.symmetric)
+        extents = self._held_extents(weight, name)
+        return integer_grid(
+            self, weight, extents, importance, bits=self.bits, group=self.group, symmetric=self.symmetric
+        )
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes, scales and zero points."""

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
-from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING
+from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING, packed_words
 from ditmoe_cli.formats.packing import pack_columns, pack_rows, row_chunk, unpack_columns, unpack_values
-from ditmoe_cli.formats.scaling import grouped, inverse, row_chunks, scale_groups, steps
+from ditmoe_cli.formats.scaling import (
+    Extents,
+    group_errors,
+    group_steps,
+    grouped,
+    inverse,
+    row_chunks,
+    scale_groups,
+    steps,
+)
+from ditmoe_cli.formats.scratch import scratch
 
 _LEAST_SHRINK = {2: 0.35, 3: 0.45, 4: 0.55, 5: 0.65, 6: 0.75, 8: 0.85}  # of the range, by bits
 _SHRINKS = 12
@@ -55,17 +65,13 @@ class IntegerGrid(Grid):
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""
         rows, columns = self.shape
+        packed = torch.empty(rows, packed_words(columns, self.bits), dtype=torch.int32, device=weight.device)
         chunk = row_chunk(rows, columns, weight.device)
-        packed = []
         for first in range(0, rows, chunk):
             part = slice(first, first + chunk)
-            zero = None if self.zero is None else self.zero[part, :, None]
-            inverse_scale = inverse(self.scale[part, :, None])
-            codes = steps(grouped(weight[part].float(), self.group), inverse_scale, *self._limits(zero))
-            codes += 2 ** (self.bits - 1) if zero is None else zero
-            packed.append(pack_rows(codes.flatten(1)[:, :columns].to(torch.int32), self.bits))
+            packed[part] = pack_rows(self._codes(weight[part], part)[:, :columns], self.bits)
         parts = {
-            "packed": torch.cat(packed),
+            "packed": packed,
             "scale": self.scale.half(),
             "shape": torch.tensor((*self.shape, *([self.bits] if columns < FEWEST_TELLING else [])), dtype=torch.int32),
         }
@@ -73,10 +79,18 @@ class IntegerGrid(Grid):
             parts["zero_point"] = pack_columns(self.zero.int(), self.bits)
         return parts
 
+    def _codes(self, values: Tensor, rows: slice) -> Tensor:
+        """Return the codes of the `rows` whose values are given, as uint8, with those of the last group's padding."""
+        zero = None if self.zero is None else self.zero[rows]
+        counted = group_steps(grouped(values, self.group), inverse(self.scale[rows]), *self._limits(zero))
+        counted += 2 ** (self.bits - 1) if zero is None else zero[..., None]
+        return counted.to(torch.int16).to(torch.uint8).flatten(1)
+
 
 def integer_grid(
     fmt: NumberFormat,
     weight: Tensor,
+    extents: Extents,
     importance: Tensor | None,
     *,
     bits: int,
@@ -84,11 +98,49 @@ def integer_grid(
     symmetric: bool,
 ) -> IntegerGrid:
     """Return the grid of a weight (out, in) that fp16 holds, its columns weighed by `importance` (in,)."""
-    weights = None if importance is None else grouped(importance.detach().float()[None], group)
-    fitted = [scales_and_zeros(grouped(part.float(), group), weights, bits, symmetric) for part in row_chunks(weight)]
-    zero = None if symmetric else torch.cat([zero for _, zero in fitted])
-    scale = torch.cat([scale for scale, _ in fitted])
-    return IntegerGrid(fmt, (weight.shape[0], weight.shape[1]), bits, group, scale, zero)
+    weights = None if importance is None else grouped(importance.detach()[None], group).clone()
+    scale, zero = torch.empty_like(extents.low), torch.empty_like(extents.low)
+    done = 0
+    for part in row_chunks(weight):
+        rows = slice(done, done + len(part))
+        trial = _Trial(grouped(part, group), weights, 2**bits - 1, symmetric)
+        scale[rows], zero[rows] = _search(trial, Extents(extents.low[rows], extents.high[rows]), bits)
+        done += len(part)
+    return IntegerGrid(fmt, (weight.shape[0], weight.shape[1]), bits, group, scale, None if symmetric else zero)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Groups (rows, groups, group), on which scales and zero points (rows, groups) are tried.
+
+    Attributes:
+        importance: of each value, or None.
+        most: the largest code, 2^b - 1.
+        symmetric: whether all zero points are 2^(b-1).
+    """
+
+    groups: Tensor
+    importance: Tensor | None
+    most: int
+    symmetric: bool
+
+    def steps(self, inverse_scale: Tensor, zero: Tensor) -> Tensor:
+        """Return how many steps from 0 the nearest values lie; they hold until the next call in this thread."""
+        if self.symmetric:
+            return group_steps(self.groups, inverse_scale, -(self.most + 1) // 2, self.most // 2)
+        return group_steps(self.groups, inverse_scale, -zero, self.most - zero)
+
+    def error(self, counted: Tensor, scale: Tensor) -> Tensor:
+        """Return Σ ι (w - c s)² of the `counted` steps c."""
+        return group_errors(self.groups, counted, scale, self.importance)
+
+    def refit(self, counted: Tensor) -> Tensor:
+        """Return the least squares scale of the `counted` steps c, Σ ι w c / Σ ι c², in fp16's values."""
+        products = scratch("squares", tuple(counted.shape), counted.device)
+        weighted = counted if self.importance is None else counted * self.importance
+        above = torch.mul(weighted, self.groups, out=products).sum(dim=2)
+        below = torch.mul(weighted, counted, out=products).sum(dim=2)
+        return above.div_(below.clamp_min_(torch.finfo().tiny)).half().float()
 
 
 @dataclass
@@ -99,49 +151,74 @@ class _Best:
     scale: Tensor
     zero: Tensor
 
-    def offer(self, error: Tensor, scale: Tensor, zero: Tensor) -> None:
+    @classmethod
+    def of(cls, trial: _Trial, scales: Tensor, zeros: Tensor) -> _Best:
+        """Return the best of the scales and zero points (candidates, rows, groups), of several the first.
+
+        Scale 0 is left to groups whose errors are all infinite or NaN.
+        """
+        errors = torch.empty_like(scales)
+        for scale, inverse_scale, zero, error in zip(scales, inverse(scales), zeros, errors, strict=True):
+            error.copy_(trial.error(trial.steps(inverse_scale, zero), scale))
+        least, first = errors.nan_to_num_(torch.inf, torch.inf).min(dim=0, keepdim=True)
+        unknown = least[0] == torch.inf
+        scale, zero = (each.gather(0, first)[0].masked_fill_(unknown, 0) for each in (scales, zeros))
+        return cls(least[0], scale, zero)
+
+    def offer(self, error: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Take what is better; return where that is."""
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scale = torch.where(better, scale, self.scale)
-        self.zero = torch.where(better, zero, self.zero)
+        if zero is not self.zero:
+            self.zero = torch.where(better, zero, self.zero)
+        return better
 
 
-def scales_and_zeros(groups: Tensor, importance: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points (rows, groups) of `groups` (rows, groups, group).
+def _search(trial: _Trial, extents: Extents, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points (rows, groups) of the groups of a trial, which have these `extents`."""
+    best = _Best.of(trial, *_candidates(extents, bits, trial.symmetric))
 
-    Zero points are 2^(b-1) if `symmetric`.
-    """
-    most = 2**bits - 1
-    low, high = groups.amin(dim=2).clamp_max_(0), groups.amax(dim=2).clamp_min_(0)
-    largest = torch.maximum(high, -low)
-    best = _Best(torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low))
+    def attempt(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Offer a scale and zero point; return their steps, and where they are better."""
+        counted = trial.steps(inverse(scale), zero)
+        return counted, best.offer(trial.error(counted, scale), scale, zero)
 
-    def attempt(scale: Tensor, zero: Tensor) -> Tensor:
-        """Offer a scale and zero point; return the least squares scale of the codes they give."""
-        scale = scale.half().float()
-        zero = zero.clamp(0, most)
-        bounds = (-zero[..., None], (most - zero)[..., None])
-        codes = steps(groups, inverse(scale)[..., None], *bounds)
-        error = torch.addcmul(groups, codes, scale[..., None], value=-1).square_()
-        best.offer((error if importance is None else error.mul_(importance)).sum(dim=2), scale, zero)
-        weighted = codes if importance is None else codes * importance
-        return (weighted * groups).sum(dim=2) / (weighted * codes).sum(dim=2).clamp_min_(torch.finfo().tiny)
+    def refit_best() -> tuple[Tensor, Tensor]:
+        return attempt(trial.refit(trial.steps(inverse(best.scale), best.zero)), best.zero)
 
-    half = torch.full_like(low, 2.0 ** (bits - 1))
-    for shrink in torch.linspace(1, _LEAST_SHRINK[bits], _SHRINKS).tolist():
-        if symmetric:  # one side of the grid has a step more, and a negative scale gives it to the other
-            for sign, more, fewer in ((1, -low, high), (-1, high, -low)):
-                attempt(sign * shrink * torch.maximum(fewer / (half - 1), more / half), half)
-        else:
-            scale = ((high - low) * (shrink / most)).half().float()
-            attempt(scale, (-low * shrink * inverse(scale)).round_())
-    # Of a group whose values are all the same, no scale is as exact as the value itself.
-    attempt(largest, half if symmetric else (low < 0).float())
-    if symmetric:
-        attempt(largest / (half - 1), half)
-    for shift in (0, 0) if symmetric else (0, 0, -1, 1, 0):
-        attempt(attempt(best.scale, best.zero + shift), best.zero + shift)
+    counted, better = refit_best()
+    # Where that was no better, the steps of the best are those that were refitted, and give the same again.
+    attempt(torch.where(better, trial.refit(counted), best.scale), best.zero)
+    if not trial.symmetric:
+        for shift in (-1, 1):
+            counted, _ = attempt(best.scale, (best.zero + shift).clamp_(0, trial.most))
+            attempt(trial.refit(counted), (best.zero + shift).clamp_(0, trial.most))
+        refit_best()
     return best.scale, best.zero
+
+
+def _candidates(extents: Extents, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return scales, in fp16's values, and zero points (candidates, rows, groups), in the order in which to try them.
+
+    They are shrunken copies of the range, and the largest value as the scale: of a group whose values are all the
+    same, no scale is as exact as the value itself.
+    """
+    most, half, low, high = 2**bits - 1, 2.0 ** (bits - 1), extents.low, extents.high
+    shrinks = torch.linspace(1, _LEAST_SHRINK[bits], _SHRINKS).tolist()
+
+    def column(values: list[float]) -> Tensor:
+        return low.new_tensor(values)[:, None, None]
+
+    if symmetric:  # one side of the grid has a step more, and a negative scale gives it to the other
+        sides = [torch.maximum(fewer / (half - 1), more / half) for more, fewer in ((-low, high), (high, -low))]
+        signed = torch.stack([column(shrinks) * sides[0], column([-shrink for shrink in shrinks]) * sides[1]], dim=1)
+        largest = extents.largest
+        scales = torch.cat([signed.flatten(0, 1), torch.stack([largest, largest / (half - 1)])]).half().float()
+        return scales, torch.full_like(low, half).expand_as(scales)
+    scales = ((high - low) * column([shrink / most for shrink in shrinks])).half().float()
+    zeros = (-low * column(shrinks) * inverse(scales)).round_().clamp_(0, most)
+    return torch.cat([scales, extents.largest.half().float()[None]]), torch.cat([zeros, (low < 0).float()[None]])
 
 
 def unpack_integer(tensors: Mapping[str, Tensor], *, shape: tuple[int, ...], bits: int, group: int) -> Tensor:

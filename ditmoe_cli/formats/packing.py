@@ -16,28 +16,38 @@ from torch.nn import functional as F
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.packed_sizes import TERNARY_PER_BYTE, WORD_BITS, packed_words, ternary_bytes
 
-CHUNK_VALUES = 1 << 20  # worked on at a time on the CPU: near its cache, and few enough joins of its threads
+CHUNK_VALUES = 1 << 18  # worked on at a time on the CPU: a few such tensors stay in its cache
 _CELLS = 3**TERNARY_PER_BYTE
+_LANES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 _TOGETHER = {2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 8: 2}  # codes looked up at once, by bits
 
 
 def row_chunk(rows: int, columns: int, device: torch.device) -> int:
-    """Return how many rows to work on at a time: a few MB of them on the CPU, more elsewhere."""
-    values = CHUNK_VALUES if device.type == "cpu" else 16 * CHUNK_VALUES
+    """Return how many rows to work on at a time: as many as stay in the cache of a core, many more elsewhere."""
+    values = CHUNK_VALUES if device.type == "cpu" else 256 * CHUNK_VALUES
     return max(1, min(rows, values // max(1, columns)))
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Return int32 words (rows, ⌈n · bits / 32⌉) that hold codes (rows, n) in 0 … 2^bits − 1."""
+    """Return int32 words (rows, ⌈n · bits / 32⌉) that hold codes (rows, n) in 0 … 2^bits − 1.
+
+    Codes stand in lanes of 8 bits at first. Neighbouring lanes are put together until whole bytes are full.
+    """
     rows, n = codes.shape
-    padded = F.pad(codes, (0, -n % WORD_BITS)).int().reshape(rows, -1, WORD_BITS)
-    words = padded.new_zeros(rows, padded.shape[1], bits)
-    for j in range(WORD_BITS):
-        word, shift = divmod(j * bits, WORD_BITS)
-        words[:, :, word] |= padded[:, :, j] << shift
-        if shift + bits > WORD_BITS:
-            words[:, :, word + 1] |= padded[:, :, j] >> (WORD_BITS - shift)
-    return words.reshape(rows, -1)[:, : packed_words(n, bits)].contiguous()
+    short = -n % WORD_BITS
+    if not n:
+        return codes.new_empty(rows, 0, dtype=torch.int32)
+    wide = (F.pad(codes, (0, short)) if short else codes).to(torch.uint8).reshape(-1).view(torch.int64)
+    lane, width = 8, bits
+    while width % 8:
+        low = sum(((1 << width) - 1) << place for place in range(0, 64, 2 * lane))
+        wide = (wide & low) | (wide >> (lane - width)).bitwise_and_(low << width)
+        lane, width = 2 * lane, 2 * width
+    if width == 8:
+        packed = wide.view(_LANES[lane]).to(torch.uint8)
+    else:
+        packed = wide.view(torch.uint8).reshape(-1, lane // 8)[:, : width // 8].reshape(-1)
+    return packed.view(torch.int32).reshape(rows, -1)[:, : packed_words(n, bits)].contiguous()
 
 
 def unpack_rows(words: Tensor, n: int, bits: int) -> Tensor:
@@ -96,10 +106,13 @@ def _places(n: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Te
 def pack_base3(codes: Tensor) -> Tensor:
     """Return ⌈n / 5⌉ bytes that hold n codes of any shape: Σ_i (c_i + 1) 3^i over five at a time, padded with 0."""
     flat = codes.reshape(-1)
-    digits = F.pad(flat, (0, -flat.numel() % TERNARY_PER_BYTE)).reshape(-1, TERNARY_PER_BYTE)
-    packed = torch.zeros(len(digits), dtype=torch.uint8, device=codes.device)
-    for i in reversed(range(TERNARY_PER_BYTE)):
-        packed.mul_(3).add_((digits[:, i] + 1).to(torch.uint8))
+    short = -flat.numel() % TERNARY_PER_BYTE
+    packed = torch.empty(ternary_bytes(flat.numel()), dtype=torch.uint8, device=codes.device)
+    powers = _powers(codes.device).float()
+    parts = torch.split(F.pad(flat, (0, short)) if short else flat, row_chunk(len(packed), 5, codes.device) * 5)
+    for part, target in zip(parts, torch.split(packed, len(parts[0]) // 5 or 1), strict=True):
+        numbers = part.float().reshape(-1, TERNARY_PER_BYTE).mv(powers)  # whole ones below 122: exact
+        target.copy_(numbers.add_(_CELLS // 2).to(torch.int16))
     return packed
 
 

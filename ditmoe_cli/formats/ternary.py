@@ -54,10 +54,9 @@ class Ternary(GroupedFormat):
 
     def check_values(self, weight: Tensor, name: str) -> None:
         """Raise `BadInputError` for a weight whose scales fp16 does not hold; see `NumberFormat.check_values`."""
-        from ditmoe_cli.formats.scaling import largest_of_rows, require_group_scales, require_half_range
+        from ditmoe_cli.formats.scaling import group_extents, require_group_scales
 
-        require_half_range(largest_of_rows(weight), name)
-        require_group_scales(weight, self.group, 2.0, name, self.name)
+        require_group_scales(weight, group_extents(weight, self.group), self.group, 2.0, name, self.name)
 
     def grid(self, weight: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> Grid:
         """Return the grid on which to round a weight (out, in); see `NumberFormat.grid`."""

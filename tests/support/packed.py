@@ -43,6 +43,32 @@ def rough(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return values.clamp(-60000, 60000)
 
 
+def odd(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """Weights each row of which is hard in its own way: skewed, of one sign, constant, of zeros of both signs, tiny,
+    huge, with outliers, halfway between steps, sparse."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.02 * torch.randn(shape, generator=generator)
+    for row in range(shape[0]):
+        values = weight[row]
+        made = {
+            1: values**3 * 100,
+            2: values.abs(),
+            3: -values.abs(),
+            4: torch.full_like(values, 0.37),
+            5: torch.where(torch.arange(shape[1]) % 3 == 0, -0.0, 0.0),
+            6: values * 1e-6,
+            7: values * 1e5,
+            8: torch.where(torch.arange(shape[1]) % 40 == 0, 30.0, values),
+            9: (values * 100).round() / 100,
+            10: torch.full_like(values, -0.0),
+            11: torch.where(torch.arange(shape[1]) == 5, 1e-7, 0.0),
+            12: torch.where(torch.rand(shape[1], generator=generator) < 0.9, 0.0, values),
+            13: values.sign() * 0.5,
+        }
+        weight[row] = made.get((row + seed) % 14, values)
+    return weight.clamp(-60000, 60000)
+
+
 def all_columns(weight: Tensor) -> Tensor:
     return torch.arange(weight.shape[1])
 
