@@ -40,8 +40,8 @@ class DitmoeError(Exception):
 
     @property
     def message(self) -> str:
-        """The message with its settings marked."""
-        return super().__str__()
+        """The message with its settings marked, in one line, whatever a file's values hold."""
+        return " ".join(super().__str__().splitlines())
 
     def __str__(self) -> str:
         return named(self.message)

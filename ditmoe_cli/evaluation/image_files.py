@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError, first_line
-from ditmoe_cli.files.archives import check_expansion
+from ditmoe_cli.files.archives import ARCHIVE_ERRORS, check_expansion
 from ditmoe_cli.files.arrays import disk_bytes
 from ditmoe_cli.files.fingerprint import digest, file_digest
 from ditmoe_cli.progress import each, phase
@@ -66,6 +66,15 @@ def head_of(file: Path) -> bytes:
         return b""
 
 
+def _head_of_entry(archive: zipfile.ZipFile, name: str, root: Path) -> bytes:
+    """Return the first bytes of an archive's entry. Raises `BadInputError` where it cannot be read."""
+    try:
+        with archive.open(name) as entry:
+            return entry.read(_HEAD)
+    except ARCHIVE_ERRORS as error:
+        raise BadInputError(f"{root / name}: cannot be read from its archive ({first_line(error)})") from None
+
+
 @dataclass(frozen=True)
 class Listing:
     """The images of a folder or a zip archive, by names relative to it, with ``/`` between folders.
@@ -113,7 +122,7 @@ def list_images(root: Path) -> Listing:
     with _opened(root) as archive, phase(f"listing {root.name}"):
         for name in _names(root, archive):
             ending = PurePosixPath(name).suffix.lower()
-            head = archive.open(name).read(_HEAD) if archive else head_of(root / name)
+            head = _head_of_entry(archive, name, root) if archive else head_of(root / name)
             found = format_of(head)
             if found is None and ending not in _ENDINGS | _OTHER_ENDINGS:
                 left_out.append(name)
@@ -145,7 +154,7 @@ def _archive_holds_images(root: Path) -> bool:
     try:
         with zipfile.ZipFile(root) as archive:
             names = [name for name in archive.namelist() if _counts(PurePosixPath(name).name)]
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError):
+    except ARCHIVE_ERRORS:
         return False
     if any(name.endswith(("data.pkl", ".npy")) for name in names):
         return False
@@ -257,7 +266,7 @@ def _read(file: IO[bytes], path: Path) -> tuple[NDArray[np.uint8], str]:
             f"{path}: cannot be read as an image (it is empty, or none of {', '.join(FORMATS)}); "
             "fetch it again or remove it"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+    except (*ARCHIVE_ERRORS, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
 

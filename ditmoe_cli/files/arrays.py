@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _NUMPY_DTYPES: Mapping[str, str] = {"U8": "|u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
 _CODES: Mapping[str, str] = {dtype: code for code, dtype in _NUMPY_DTYPES.items()}
-# numpy parses the description of an array as Python, and raises whatever that does
-_NPZ_ERRORS = (*ARCHIVE_ERRORS, TypeError, SyntaxError, OverflowError, MemoryError)
 
 
 def npz_names(path: Path) -> set[str]:
@@ -44,24 +42,31 @@ def disk_bytes(path: Path) -> int:
 
 def npz_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of each array in an npz, from their headers. Raises `BadInputError` for damaged files."""
-    from numpy.lib import format as npy
-
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if not name.endswith(".npy"):
-                    continue
-                with archive.open(name) as member:
-                    read = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
-                    shape, _, dtype = read(member)
-                    size = math.prod(shape) * dtype.itemsize
-                    if not dtype.hasobject and size != archive.getinfo(name).file_size - member.tell():
-                        raise ValueError(f"{name} has the shape {shape} and other than {size} bytes")
-                found[name.removesuffix(".npy")] = dtype.name, shape
-    except _NPZ_ERRORS as error:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+            check_expansion(path, sum(entry.file_size for entry in entries), disk_bytes(path))
+            return {entry.filename.removesuffix(".npy"): _npy_shape(archive, entry) for entry in entries}
+    except ARCHIVE_ERRORS as error:
         raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
-    return found
+
+
+def _npy_shape(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[str, tuple[int, ...]]:
+    """Return dtype and shape of an array. Raises `ValueError` where they do not fit its bytes."""
+    from numpy.lib import format as npy
+
+    with archive.open(entry) as member:
+        try:
+            read = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(member)
+        except ARCHIVE_ERRORS:
+            raise
+        except Exception:  # numpy parses the description as Python, and raises whatever that does
+            raise ValueError(f"{entry.filename} describes no array") from None
+        size = math.prod(shape) * dtype.itemsize
+        if not dtype.hasobject and size != entry.file_size - member.tell():
+            raise ValueError(f"{entry.filename} has the shape {shape}, which does not fit its bytes")
+    return dtype.name, shape
 
 
 def map_tensor(stored: StoredTensor) -> NDArray[Any]:
@@ -88,14 +93,10 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
     if not zipfile.is_zipfile(path):
         raise BadInputError(f"{path}: not an npz archive, or cut short; fetch it again or save it with np.savez")
     held = npz_shapes(path)
-    wanted = [name for name in names if name in held]
     try:
-        with zipfile.ZipFile(path) as entries:
-            expanded = sum(entries.getinfo(f"{name}.npy").file_size for name in wanted)
-        check_expansion(path, expanded, disk_bytes(path))
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in wanted}
-    except _NPZ_ERRORS as error:
+            return {name: archive[name] for name in names if name in held}
+    except (*ARCHIVE_ERRORS, TypeError, OverflowError) as error:
         raise BadInputError(f"{path}: cannot be read as npz ({first_line(error)}); fetch it again") from None
 
 

@@ -350,7 +350,7 @@ def shard_names(index: Path) -> list[str]:
 
 def is_name(text: str) -> bool:
     """Return whether a text is the name of a file in a folder: no path, and nothing that the system does not take."""
-    is_plain = Path(text).name == text and text not in ("", "..") and "\0" not in text
+    is_plain = Path(text).name == text and text not in ("", "..") and text.isprintable()
     return is_plain and len(os.fsencode(text)) <= _LONGEST_NAME
 
 

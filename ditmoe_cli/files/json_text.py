@@ -19,6 +19,7 @@ _LONGEST = 100_000_000  # bytes of a file, as of a safetensors header
 _PART = 2**20  # bytes read at a time
 _MOST_VALUES = 2_000_000  # in one text; a checkpoint's header has some 10 a tensor
 _DEEPEST = 64
+_LONGEST_NUMBER = 300  # digits of whole numbers; those of more are beyond floats
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -53,15 +54,18 @@ def _at_once(path: str, flags: int) -> int:
 def parse_json(data: bytes | str, finite: bool = True) -> Any:
     """Return the value of a JSON text, UTF-8, UTF-16 or UTF-32 in bytes.
 
-    Raises `ValueError` with one line for what is no JSON, holds a key twice or half a character, nests more than 64
-    deep or holds millions of values; with `finite` also for numbers that are not finite.
+    Raises `ValueError` with one line for what is no JSON, holds a key twice, half a character or a whole number of more
+    than 300 digits, nests more than 64 deep or holds millions of values; with `finite` also for numbers that are not
+    finite.
     """
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
     if sum(map(text.count, ",[{")) > _MOST_VALUES:
         raise ValueError(f"more than {_MOST_VALUES} values")
     constant, number = (_refuse_constant, _finite_float) if finite else (None, None)
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=number)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=constant, parse_float=number, parse_int=_whole
+        )
     except RecursionError:
         raise ValueError("nested too deep") from None
     _check_depth(value)
@@ -81,6 +85,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"{text[:60]}… is out of range")
+    return int(text)
 
 
 def _finite_float(text: str) -> float:

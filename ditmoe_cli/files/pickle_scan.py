@@ -56,7 +56,9 @@ _TENSORS = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "ten
 _PARAMETER = "torch.nn.parameter.Parameter"
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _NUMBERS = re.compile(r"[<>=|]?[?bBhHiIlLqQefd][0-9]{0,2}")  # of numpy's dtypes
-_DTYPE_STATE = (None, None, None)  # subarray, names and fields of a plain dtype
+_COPY = (False, True)  # a dtype that is no copy is numpy's own, which setting its state would change for all arrays
+_ORDERS = ("<", ">", "|", "=")
+_DTYPE_STATE = (None, None, None, -1, -1, 0)  # subarray, names, fields, sizes and flags of a plain dtype
 _UNSHARED = 100_000  # values that may be walked beyond those of the file
 _SHARED = 8  # times that each value of a file may be walked
 _TUPLE_KEYS = 1000
@@ -251,7 +253,7 @@ class PickleScan:
             if len(given) < 2 or given[0] != Global("numpy.ndarray") or getattr(given[1], "items", None) != (0,):
                 raise ValueError("an array is made with a size before its values")
             return made
-        if name == "numpy.dtype" and not (given and isinstance(given[0], str) and _NUMBERS.fullmatch(given[0])):
+        if name == "numpy.dtype" and not _is_dtype(given):
             raise ValueError("an array holds other values than numbers")
         if name in _HARMLESS:
             return made
@@ -273,7 +275,7 @@ class PickleScan:
             _check_view(storage, offset, size, stride, 0)
         elif holder.kind == "tensor" and items and not (isinstance(items[0], Made) and items[0].kind == "tensor"):
             raise ValueError("a tensor's state is none")
-        if holder.kind == "numpy.dtype" and not (len(items) >= 5 and items[2:5] == _DTYPE_STATE):
+        if holder.kind == "numpy.dtype" and (len(items) != 8 or items[1] not in _ORDERS or items[2:] != _DTYPE_STATE):
             raise ValueError("an array holds other values than numbers")
         self._hold(holder, (state,))
 
@@ -299,6 +301,11 @@ def _check_view(storage: object, offset: object, size: object, stride: object, i
         raise ValueError(
             f"a tensor of shape {shape[:8]} repeats the {held} elements that are stored; save it with contiguous()"
         )
+
+
+def _is_dtype(given: tuple[object, ...]) -> bool:
+    """Return whether these are the arguments of a dtype of numbers, as numpy pickles it."""
+    return bool(given) and isinstance(given[0], str) and bool(_NUMBERS.fullmatch(given[0])) and given[1:] == _COPY
 
 
 def _itemsize(dtype: object) -> int:

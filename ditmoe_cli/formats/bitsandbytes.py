@@ -215,8 +215,9 @@ def parse_quant_state(state: bytes, name: str) -> FourBitState:
         good = False
     if not good:
         raise BadInputError(f"tensor {name!r} does not hold a bitsandbytes quantisation state")
-    if parsed.block not in _BLOCKS_READ:
-        raise BadInputError(f"tensor {name!r} tells of blocks of {parsed.block}, which bitsandbytes does not know")
+    unknown = {parsed.block, parsed.nested_block or BLOCK}.difference(_BLOCKS_READ)
+    if unknown:
+        raise BadInputError(f"tensor {name!r} tells of blocks of {min(unknown)}, which bitsandbytes does not know")
     return parsed
 
 
