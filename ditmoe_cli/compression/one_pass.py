@@ -96,10 +96,12 @@ class OnePass:
         target.put(name, counted(chunks(data), self.count))
 
     def _copy(self, name: str, tensor: str, target: Target) -> None:
-        """Put a tensor as it is read, and remember its hash."""
-        checkpoint = self.checkpoint
-        if checkpoint is not self.source:
+        """Put a tensor as it is read, and remember its hash, which is that on disk unless reading converts it."""
+        checkpoint, source = self.checkpoint, self.source
+        if checkpoint is not source:
             self._hash(tensor)
+            if checkpoint.header.tensors[tensor] == source.header.tensors.get(tensor) and tensor in source.hashes:
+                checkpoint.hashes[tensor] = source.hashes[tensor]
         parts = self._checked(tensor, checkpoint.reader.raw(tensor))
         checkpoint.hashes[tensor] = target.put(name, counted(parts, self.count), checkpoint.hashes.get(tensor))
 

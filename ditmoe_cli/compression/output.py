@@ -263,6 +263,8 @@ def _renumbered(kept: Kept, block: int, expert: int, layout: BlockLayout) -> lis
 
 
 def _router_rows(weight: Weight, rows: Sequence[int]) -> PlannedTensor:
+    if list(rows) == list(range(weight.info.shape[0])):
+        return PlannedTensor(weight.info, Copied(weight.info.name))
     info = replace(weight.info, shape=(len(rows), weight.info.shape[1]))
     return PlannedTensor(info, Rows(weight.info.name, tuple(rows)))
 

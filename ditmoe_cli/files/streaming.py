@@ -7,12 +7,12 @@ tensors is named however many threads there are.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TypeVar
@@ -38,7 +38,7 @@ def chunks(data: memoryview) -> Iterator[memoryview]:
 
 def sha256_of(parts: Iterable[memoryview]) -> str:
     """Return the SHA-256 of bytes that come in parts."""
-    hashed = hashlib.sha256()
+    hashed = sha256()
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
