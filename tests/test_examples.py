@@ -151,7 +151,8 @@ def test_the_streaming_benchmark_prints_a_row_per_command_and_cleans_up(
 ) -> None:
     streaming = tiny_streaming(benchmarks, monkeypatch)
 
-    def in_process(place: SimpleNamespace, words: list[object]) -> object:
+    def in_process(place: SimpleNamespace, words: list[object], source: Path) -> object:
+        assert source.exists()
         outcome = here(*map(str, words), cwd=place.folder)
         assert outcome.code == 0, outcome.err
         return streaming.Run(1.0, 1.0, 1, 1, 1, 1, outcome.result)
@@ -162,9 +163,10 @@ def test_the_streaming_benchmark_prints_a_row_per_command_and_cleans_up(
     assert {len(row) for row in rows} == {len(streaming.COLUMNS)}
     made = [row for row in rows[2:] if row[-1] != "-"]
     assert len(made) == len(streaming.ROWS) - 1  # all but inspect
+    assert len(rows) == 2 + 1 + 3 * len(made)
     assert all(float(row[3]) >= 0 for row in made)
     assert [row[0].split()[0] for row in made if row[5] != "-"] == ["quantize", "quantize", "quantize", "apply:"]
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_measured_process_is_watched(
@@ -174,12 +176,12 @@ def test_a_measured_process_is_watched(
     model = tmp_path / "model.safetensors"
     benchmarks("synthetic_checkpoint").main([str(model), "--model", "S"])
     place = streaming.Place(tmp_path, model, 0)
-    found = streaming.run(place, ("inspect", model))
+    found = streaming.run(place, ("inspect", model), model)
     assert found.result["config"]["depth"] == 2
     assert 2**20 < found.anonymous <= found.resident
     assert found.cpu > 0 and found.seconds > 0
     with pytest.raises(SystemExit, match="no-such"):
-        streaming.run(place, ("inspect", "no-such.safetensors"))
+        streaming.run(place, ("inspect", "no-such.safetensors"), model)
     assert streaming.copying(model, tmp_path / "copy", 12_345) > 0
     assert not (tmp_path / "copy").exists()
 

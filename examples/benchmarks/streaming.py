@@ -2,15 +2,18 @@
 
     python examples/benchmarks/streaming.py --model XL --folder /data/tmp
     python examples/benchmarks/streaming.py --model G --folder /data/tmp
-    python examples/benchmarks/streaming.py --model XL --folder /data/tmp --busy --only prune
+    python examples/benchmarks/streaming.py --model XL --folder /data/tmp --busy 1 --only prune
+    python examples/benchmarks/streaming.py --model S --folder /data/tmp --container train --only convert
 
-Writes the model with random weights (`synthetic_checkpoint.py`), runs each command on it as a process of its own, and
-deletes what it made before the next. G takes 33 GB for the model and as much for one output. Prints a Markdown table:
+Writes the model with random weights (`synthetic_checkpoint.py`), runs each command on it as a process of its own,
+inspects the output, and deletes it before the next. G takes 33 GB for the model and as much for one output, and half an
+hour. Prints a Markdown table:
 
 - seconds: from the start of the process to its end, the import of torch and the flush to disk included.
 - CPU: seconds of user and system time of all its threads.
-- copying: seconds in which a loop of this script reads as many bytes as the input has, and writes as many as the
-  output has, 8 MiB at a time and in turn, and waits for the disk at the end (fsync). Measured right after the command.
+- copying: seconds in which a loop of this script reads as many bytes of the input as its weights have, and writes as
+  many as the output has, 8 MiB at a time and in turn, and waits for the disk at the end (fsync). Measured when the
+  output is deleted again. Of inspect --verify, which writes nothing, it reads the file that is verified.
 - ratio: seconds over those of copying.
 - per 1e9 weights: seconds over the number of weights that the command packed, in 1e9.
 - anonymous: the most anonymous memory (RssAnon) that was seen, looked at every 50 ms. Mapped files are not in it: the
@@ -39,12 +42,13 @@ from typing import Any
 
 import numpy as np
 from busy_machine import busy
-from synthetic_checkpoint import MODELS, config_of
+from synthetic_checkpoint import CONTAINERS, DTYPES, MODELS, config_of
 from synthetic_checkpoint import main as write_model
 
 from ditmoe_cli.files.arrays import write_arrays
+from ditmoe_cli.files.header import DTYPE_BYTES
 from ditmoe_cli.model.checkpoint import open_checkpoint
-from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.config import DiTMoEConfig, expected_weights
 from ditmoe_cli.model.parameters import weight_group
 
 CHUNK = 8 * 2**20
@@ -71,34 +75,54 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of the files, the model's file, and how many busy processes there are in runs beside some."""
+    """The folder of the files, the model (a file or a folder), and how many busy processes some runs have beside them."""
 
     folder: Path
     model: Path
     busy: int
 
+    @property
+    def made(self) -> Path:
+        """The output of a command."""
+        return self.folder / "out.safetensors"
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a file, or the files in a folder, at any depth."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
 
 def release(path: Path) -> None:
-    """Drop the pages of a file from the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    """Drop the pages of a file, or of the files in a folder, from the page cache."""
+    for file in files_of(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def chunks(path: Path, size: int) -> Iterator[memoryview]:
+    """Yield the first bytes of a file, or of the files in a folder, in a buffer that is used again."""
+    buffer, left = memoryview(bytearray(CHUNK)), size
+    for file in files_of(path):
+        with file.open("rb", buffering=0) as reading:
+            while left and (count := reading.readinto(buffer[: min(left, CHUNK)])):
+                left -= count
+                yield buffer[:count]
 
 
 def copying(source: Path, scratch: Path, written: int) -> float:
-    """Return the seconds of reading a file, and writing so many bytes in turn, on disk at the end."""
+    """Return the seconds of reading a checkpoint's weights, and writing so many bytes in turn, on disk at the end."""
+    size = sum(info.nbytes for info in open_checkpoint(source).header.tensors.values())
     release(source)
-    size = source.stat().st_size
-    buffer = memoryview(bytearray(CHUNK))
     start, done = time.perf_counter(), 0
-    with source.open("rb", buffering=0) as reading, scratch.open("wb", buffering=0) as writing:
-        while count := reading.readinto(buffer):
-            done += count
+    with scratch.open("wb", buffering=0) as writing:
+        for chunk in chunks(source, size):
+            done += chunk.nbytes
             while (left := written * done // size - writing.tell()) > 0:
-                writing.write(buffer[: min(left, CHUNK)])
+                writing.write(chunk[:left])
         os.fsync(writing.fileno())
     seconds = time.perf_counter() - start
     scratch.unlink()
@@ -118,9 +142,9 @@ def fields(path: str) -> dict[str, int]:
     }
 
 
-def run(place: Place, words: Sequence[str | Path]) -> Run:
-    """Run a ditmoe command on a cold input, watching its memory. Raises `SystemExit` with its message if it fails."""
-    release(place.model)
+def run(place: Place, words: Sequence[str | Path], source: Path) -> Run:
+    """Run a ditmoe command on a cold `source`, watching its memory. Raises `SystemExit` with what it said if it fails."""
+    release(source)
     command = [sys.executable, "-m", "ditmoe_cli", *map(str, words)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(place.folder / "cache")}
     said, result = place.folder / "stderr.txt", place.folder / "stdout.json"
@@ -153,21 +177,18 @@ def megabytes(count: int) -> str:
     return f"{count / 2**20:,.0f}"
 
 
-def measured(place: Place, label: str, words: Sequence[str | Path], packs: bool = False) -> list[str]:
-    """Run a command that writes ``out.safetensors`` or nothing; return the cells of its row. What it wrote stays."""
-    made = place.folder / "out.safetensors"
-    writes = "-o" in words
-    beside = None
-    if place.busy:
-        with busy(place.busy):
-            beside = run(place, words).seconds
-        if writes:
-            made.unlink()
-    found = run(place, words)
-    size = made.stat().st_size if writes else 0
-    copied = copying(place.model, place.folder / "copy", size) if writes else None
-    weights = packed(made) if packs else 0
-    cells = [
+@dataclass(frozen=True)
+class Command:
+    """A row: its label, the words of the command without checkpoint and output, and whether it packs weights."""
+
+    label: str
+    words: tuple[str | Path, ...]
+    packs: bool = False
+
+
+def cells(label: str, found: Run, copied: float = 0.0, size: int = 0, weights: int = 0) -> list[str]:
+    """Return the cells of a row; of what there is none, a dash."""
+    return [
         label,
         f"{found.seconds:.1f}",
         f"{found.cpu:.1f}",
@@ -178,9 +199,35 @@ def measured(place: Place, label: str, words: Sequence[str | Path], packs: bool 
         megabytes(found.resident),
         f"{found.read / 1e9:.2f}",
         f"{found.written / 1e9:.2f}",
-        f"{size:,}" if writes else "-",
+        f"{size:,}" if size else "-",
     ]
-    return cells if beside is None else [*cells, f"{beside:.1f} ({beside / found.seconds:.2f})"]
+
+
+def inspected(place: Place, of: str) -> Iterator[list[str]]:
+    """Inspect and verify what a command wrote; yield the cells of their rows."""
+    yield cells(f"inspect, of what {of} wrote", run(place, ("inspect", place.made), place.made))
+    verified = run(place, ("inspect", place.made, "--verify"), place.made)
+    yield cells(f"inspect --verify, of what {of} wrote", verified, copying(place.made, place.folder / "copy", 0))
+
+
+def measured(place: Place, name: str, command: Command) -> Iterator[list[str]]:
+    """Run a command, and inspect and delete what it wrote; yield the cells of the rows."""
+    words = (command.words[0], place.model, *command.words[1:], *(() if name == "inspect" else ("-o", place.made)))
+    beside = []
+    if place.busy:
+        with busy(place.busy):
+            beside = [run(place, words, place.model).seconds]
+        place.made.unlink(missing_ok=True)
+    found = run(place, words, place.model)
+    if not place.made.exists():
+        yield [*cells(command.label, found), *(f"{seconds:.1f}" for seconds in beside)]
+        return
+    size, weights = place.made.stat().st_size, packed(place.made) if command.packs else 0
+    rows = list(inspected(place, name))
+    place.made.unlink()
+    row = cells(command.label, found, copying(place.model, place.folder / "copy", size), size, weights)
+    yield [*row, *(f"{seconds:.1f} ({seconds / found.seconds:.2f})" for seconds in beside)]
+    yield from ([*row, *("-" for _ in beside)] for row in rows)
 
 
 def kept_half(config: DiTMoEConfig) -> list[int]:
@@ -235,51 +282,55 @@ def profile_of(place: Place, source: str, config: DiTMoEConfig) -> Path:
     return path
 
 
-Row = Callable[[Place, str, DiTMoEConfig], list[str]]
+Row = Callable[[Place, str, DiTMoEConfig], Command]
 
 
-def _uniform(label: str, *words: str) -> Row:
-    given = ("quantize", "model.safetensors", "--uniform", *words, "-o", "out.safetensors")
-    return lambda place, *_: measured(place, label, given, packs=True)
+def plain(label: str, *words: str, packs: bool = False) -> Row:
+    """Return a row whose words depend on nothing."""
+    return lambda *_: Command(label, words, packs)
 
 
-def _apply(place: Place, source: str, config: DiTMoEConfig) -> list[str]:
-    words = ("apply", place.model, "--plan", plan_of(place, source, config), "-o", "out.safetensors")
-    return measured(place, "apply: half the experts, in NF4", words, packs=True)
+def _apply(place: Place, source: str, config: DiTMoEConfig) -> Command:
+    plan = plan_of(place, source, config)
+    return Command("apply: half the experts, in NF4", ("apply", "--plan", plan), packs=True)
 
 
-def _merge(place: Place, source: str, config: DiTMoEConfig) -> list[str]:
-    profile = profile_of(place, source, config)
-    words = ("merge", place.model, "--groups", "0.5", "--method", "average", "--no-refit", "--profile", profile)
-    return measured(place, "merge --groups 0.5 --method average --no-refit", (*words, "-o", "out.safetensors"))
+def _merge(place: Place, source: str, config: DiTMoEConfig) -> Command:
+    words = ("merge", "--groups", "0.5", "--method", "average", "--no-refit")
+    return Command(" ".join(words), (*words, "--profile", profile_of(place, source, config)))
 
 
+def _uniform(*words: str) -> Row:
+    return plain(" ".join(("quantize --uniform", *words)), "quantize", "--uniform", *words, packs=True)
+
+
+_PRUNE = ("prune", "--keep", "0.5", "--method", "random", "--no-refit")
 ROWS: dict[str, Row] = {
-    "inspect": lambda place, *_: measured(place, "inspect", ("inspect", "model.safetensors")),
-    "convert": lambda place, *_: measured(place, "convert", ("convert", "model.safetensors", "-o", "out.safetensors")),
-    "prune": lambda place, *_: measured(
-        place,
-        "prune --keep 0.5 --method random --no-refit",
-        ("prune", place.model, "--keep", "0.5", "--method", "random", "--no-refit", "-o", "out.safetensors"),
-    ),
-    "nf4": _uniform("quantize --uniform --format nf4", "--format", "nf4"),
-    "int4": _uniform("quantize --uniform --format int --bits 4", "--format", "int", "--bits", "4"),
-    "int8": _uniform("quantize --uniform --format int8", "--format", "int8"),
+    "inspect": plain("inspect", "inspect"),
+    "convert": plain("convert", "convert"),
+    "prune": plain(" ".join(_PRUNE), *_PRUNE),
+    "nf4": _uniform("--format", "nf4"),
+    "int4": _uniform("--format", "int", "--bits", "4"),
+    "int8": _uniform("--format", "int8"),
     "apply": _apply,
     "merge": _merge,
 }
 
 
 def lines(place: Place, names: Sequence[str], config: DiTMoEConfig) -> Iterator[str]:
-    """Yield the rows of the table; each output is inspected, which is a row too, and deleted."""
+    """Yield the rows of the table."""
     source = open_checkpoint(place.model).fingerprint if {"apply", "merge"} & set(names) else ""
-    made = place.folder / "out.safetensors"
     for name in names:
-        yield f"| {' | '.join(ROWS[name](place, source, config))} |"
-        if made.exists():
-            row = measured(place, f"inspect, of what {name} wrote", ("inspect", made))
+        for row in measured(place, name, ROWS[name](place, source, config)):
             yield f"| {' | '.join(row)} |"
-            made.unlink()
+
+
+def check_space(folder: Path, config: DiTMoEConfig, dtype: str) -> None:
+    """Exit where the folder has no room for the model and an output as large."""
+    weights = sum(int(np.prod(shape)) for shape in expected_weights(config).values())
+    needed = 2 * weights * DTYPE_BYTES[DTYPES[dtype]] * 1.01
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise SystemExit(f"{folder}: {needed / 1e9:.0f} GB are needed, and {free / 1e9:.0f} GB are free")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -290,24 +341,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, required=True, help="where all files are written, and deleted at the end"
     )
+    parser.add_argument("--container", choices=CONTAINERS, default="safetensors", help="of the model")
     parser.add_argument("--busy", type=int, default=0, help="run each command once more beside so many busy processes")
     parser.add_argument("--only", action="append", choices=ROWS, help="this command; can be repeated")
     options = parser.parse_args(arguments)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    place = Place(options.folder.absolute(), options.folder.absolute() / "model.safetensors", options.busy)
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    ending = {"safetensors": ".safetensors", "deepspeed": ""}.get(options.container, ".pt")
+    place = Place(folder, folder / f"model{ending}", options.busy)
     shape = MODELS[options.model]
     config = config_of(shape if options.depth is None else replace(shape, depth=options.depth))
     names = options.only or [name for name in ROWS if options.model != "G" or name not in SLOW]
-    write_model([str(place.model), "--model", options.model, "--depth", str(config.depth)])
+    check_space(folder, config, shape.dtype)
+    write_model(
+        [str(place.model), "--model", options.model, "--depth", str(config.depth), "--container", options.container]
+    )
     heading = (*COLUMNS, f"beside {options.busy} busy") if options.busy else COLUMNS
     print(f"| {' | '.join(heading)} |\n{'|---' * len(heading)}|", flush=True)
     try:
         for line in lines(place, names, config):
             print(line, flush=True)
     finally:
-        for name in ("model.safetensors", "out.safetensors", "copy", "plan.json", "profile.safetensors"):
-            (place.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(place.folder / "cache", ignore_errors=True)
+        for name in (place.made.name, "copy", "plan.json", "profile.safetensors", "stdout.json", "stderr.txt"):
+            (folder / name).unlink(missing_ok=True)
+        for made in (place.model, folder / "cache"):
+            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
