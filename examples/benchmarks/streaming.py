@@ -75,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of the files, the model (a file or a folder), and how many busy processes some runs have beside them."""
+    """The folder of all files, the model (a file or a folder), and the busy processes that runs have beside them."""
 
     folder: Path
     model: Path
@@ -143,7 +143,7 @@ def fields(path: str) -> dict[str, int]:
 
 
 def run(place: Place, words: Sequence[str | Path], source: Path) -> Run:
-    """Run a ditmoe command on a cold `source`, watching its memory. Raises `SystemExit` with what it said if it fails."""
+    """Run a ditmoe command on a cold `source`, and watch it. Raises `SystemExit` with what it said where it fails."""
     release(source)
     command = [sys.executable, "-m", "ditmoe_cli", *map(str, words)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(place.folder / "cache")}
