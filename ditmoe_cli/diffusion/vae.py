@@ -6,11 +6,9 @@ are those of the VAE's config, by default 0.18215 and 0. Upstream DiT-MoE always
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError, BrokenImageError
 from ditmoe_cli.files.fingerprint import digest, file_digest, fingerprint
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
+from ditmoe_cli.files.hub import Contents, fetched, silenced
+from ditmoe_cli.files.hub_names import is_hub_name
 from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.streaming import sha256_of
 from ditmoe_cli.progress import phase
@@ -35,6 +35,7 @@ TILED_FROM = 512  # pixels a side from which images are decoded in tiles
 SMALLEST_TILE = 256  # pixels a side; the default sample size of configs, 32, would give tiny tiles
 PIXEL_CHANNELS = 3
 
+_NO_VAE = f"holds no VAE: there is no {CONFIG_NAME} in it or in vae/"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # the tensors and the settings that determine decoded pixels, and so the digest
 _DECODING = ("decoder.", "post_quant_conv.")
@@ -161,7 +162,7 @@ def open_vae(where: str, device: str = "cpu", dtype: torch.dtype | None = None) 
 def decoding_digest(where: str) -> str | None:
     """Return the SHA-256 of the files of a VAE on disk; None where it may have to be fetched, or is none."""
     given = Path(where).expanduser()
-    folder = next((each for each in (given, given / "vae") if (each / CONFIG_NAME).is_file()), None)
+    folder = _vae_in(given)
     if folder is None or not (folder / WEIGHTS_NAME).is_file():
         return None
     return digest([file_digest(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
@@ -179,33 +180,43 @@ def _vae_folder(where: str) -> Path:
         raise BadInputError(f"{where}: is a file; give the VAE's folder, with {CONFIG_NAME} and {WEIGHTS_NAME}")
     if given.is_dir():
         root = given
-    elif _HUB_NAME.fullmatch(where):
+    elif is_hub_name(where) or _HUB_NAME.fullmatch(where):
         root = _fetched(where)
     else:
         raise BadInputError(f"{where}: no such folder, and no hub name (owner/name) to fetch a VAE by")
-    for folder in (root, root / "vae"):
-        if (folder / CONFIG_NAME).is_file():
-            return folder
-    raise BadInputError(f"{where}: holds no VAE: there is no {CONFIG_NAME} in it or in vae/")
+    found = _vae_in(root)
+    if found is None:
+        raise BadInputError(f"{where}: {_NO_VAE}")
+    return found
 
 
 def _fetched(name: str) -> Path:
-    """Return the folder of a hub name's files, downloading those that the cache lacks."""
-    if find_spec("diffusers") is None:  # checked before the download, not after
-        raise _extra_missing(name, ModuleNotFoundError(name="diffusers"))
+    """Return the folder of a hub name's files, fetching those that the hub's cache lacks."""
+    for module in ("diffusers", "huggingface_hub"):  # checked before the download, not after
+        if find_spec(module) is None:
+            raise _extra_missing(name, ModuleNotFoundError(name=module))
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise _extra_missing(name, error) from None
-    files = [prefix + file for prefix in ("", "vae/") for file in (CONFIG_NAME, WEIGHTS_NAME)]
-    try:
-        with _quiet(), phase(f"fetching {name}"):
-            return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the HTTP library, the hub and the file system all raise errors of their own
-        raise BadInputError(
-            f"{name}: no such folder, and fetching it from the hub failed ({_reason(error, lines=1)}); fetch it "
-            "elsewhere and give its folder"
-        ) from None
+        return fetched(name, contents=Contents(_files_to_fetch, lambda root: _vae_in(root) is not None))
+    except BadInputError as error:
+        problem = error.message.removeprefix(f"{name}: ")
+        raise BadInputError(f"{name}: no such folder, and from the hub: {problem}") from None
+
+
+def _files_to_fetch(
+    root: Path,
+    listing: Sequence[Path],
+    fetch: Callable[[Path], None],  # noqa: ARG001
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return the files of a VAE in a listing, or of a pipeline's. Raises `BadInputError` where there are none."""
+    for folder in (root, root / "vae"):
+        if folder / CONFIG_NAME in listing:
+            return tuple(file for name in (CONFIG_NAME, WEIGHTS_NAME) if (file := folder / name) in listing), ()
+    raise BadInputError(f"{root}: {_NO_VAE}")
+
+
+def _vae_in(root: Path) -> Path | None:
+    """Return the folder of a VAE, or of a pipeline's; None where there is none."""
+    return next((folder for folder in (root, root / "vae") if (folder / CONFIG_NAME).is_file()), None)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -248,7 +259,7 @@ def _load(folder: Path, where: str) -> Any:
     """Return the AutoencoderKL of a folder in fp32 on the CPU; all its tensors are from the file."""
     import torch
 
-    with _quiet():
+    with silenced():
         try:
             from diffusers import AutoencoderKL
         except (ImportError, RuntimeError) as error:  # failures of its lazy imports are RuntimeErrors
@@ -303,7 +314,7 @@ def _digest(module: Any, settings: Mapping[str, Any]) -> str:
 
 
 def _placed(module: Any, device: str, dtype: torch.dtype) -> Any:
-    with _quiet():  # diffusers warns of any change of dtype
+    with silenced():  # diffusers warns of any change of dtype
         return module.to(device=device, dtype=dtype)
 
 
@@ -313,18 +324,6 @@ def _extra_missing(where: str, error: BaseException) -> BadInputError:
     return BadInputError(f"{where}: a VAE needs diffusers, which {state}; install it: pip install 'ditmoe[vae]'")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the log messages of libraries; problems are raised as errors."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _reason(error: BaseException, lines: int | None = None) -> str:
-    """Return an error's message, or its first `lines`, on one line of at most 160 characters."""
-    words = " ".join(str(error).splitlines()[:lines]).split()
-    return " ".join(words)[:160] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """Return an error's message on one line of at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -111,6 +111,11 @@ def _has_folder_name(file: Path) -> bool:
     return match is not None and match["name"] in ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
+def stands_alone(file: Path) -> bool:
+    """Return whether nothing beside a file is read with it, going by its name and folder."""
+    return not INDEX.fullmatch(file.name) and not _has_folder_name(file) and file.parent.name not in MODEL_FOLDERS
+
+
 def files_to_fetch(
     path: Path, listing: Sequence[Path], fetch: Callable[[Path], None]
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -120,8 +125,8 @@ def files_to_fetch(
     Raises `BadInputError` where a folder holds several checkpoints, or none.
     """
     if path in listing:
-        is_folders = INDEX.fullmatch(path.name) or _has_folder_name(path)
-        beside = _descriptions(path.parent)[0 if is_folders else 1 :]
+        is_of_folder = INDEX.fullmatch(path.name) or _has_folder_name(path)
+        beside = _descriptions(path.parent)[0 if is_of_folder else 1 :]
         return _listed((*_with_shards(path, fetch), *beside), listing), ()
     files = [file for file in listing if path in file.parents]
     if not files:

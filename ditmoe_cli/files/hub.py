@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, first_line
-from ditmoe_cli.files.containers import INDEX, files_to_fetch, locate
+from ditmoe_cli.files.containers import INDEX, files_to_fetch, locate, stands_alone
 from ditmoe_cli.files.downloads import BrokenDownloadError, Download, fetch
 from ditmoe_cli.files.hub_names import HubName, parse_hub_name
 from ditmoe_cli.files.locks import locked
@@ -34,22 +34,49 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ELSEWHERE = "or fetch it elsewhere and give its path"
 
 
-def fetched(text: str, notify: Notify = lambda _: None) -> Path:
+@dataclass(frozen=True)
+class Contents:
+    """What is read of a file or folder of a repository.
+
+    Attributes:
+        choose: return those files of a listing that are read of a path, and notes, given a function that fetches one.
+        is_whole: return whether all that is read of a path is on disk.
+    """
+
+    choose: Callable[[Path, Sequence[Path], Callable[[Path], None]], tuple[tuple[Path, ...], tuple[str, ...]]]
+    is_whole: Callable[[Path], bool]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether all files of a checkpoint are on disk; of a single file nothing else is asked."""
+    if path.is_file() and not INDEX.fullmatch(path.name):
+        return True
+    try:
+        locate(path)
+    except (BadInputError, OSError):
+        return False
+    return True
+
+
+CHECKPOINT = Contents(files_to_fetch, _is_checkpoint)
+
+
+def fetched(text: str, notify: Notify = lambda _: None, contents: Contents = CHECKPOINT) -> Path:
     """Return the path of a file or folder that is named on the hub; see `ditmoe_cli.files.hub_names`.
 
-    It lies in the hub's cache, where what is missing is fetched to. Of a repository or folder these are the files that
-    a checkpoint there is read from. A commit that the cache holds is not asked for again; nor is anything where the
-    hub cannot be reached. `notify` takes a line that says which commit was read.
+    It lies in the hub's cache, where what is missing of its `contents` is fetched to: of a repository or folder, the
+    files that a checkpoint there is read from. A file at a commit that the cache holds is not asked for again; where the
+    hub cannot be reached, all is taken from the cache. `notify` takes a line that says which commit was read.
 
     Raises `BadInputError` where the name is malformed, or huggingface_hub is not installed; where the hub cannot be
     reached, has no such thing, or refuses it; where what arrives is damaged. Raises `DitmoeError` for a full disk.
     """
     name = parse_hub_name(text)
     _require_client(name)
-    cache = _RepositoryCache(name)
+    cache = _RepositoryCache(name, contents)
     if name.commit and (known := cache.file(name.commit)) is not None:
         return known
-    with _silenced():
+    with silenced():
         try:
             commit, listing = _listed(name)
         except Exception as error:  # of the HTTP library, the client, and the system
@@ -73,9 +100,10 @@ def _require_client(name: HubName) -> None:
 
 @dataclass(frozen=True)
 class _RepositoryCache:
-    """The part of the hub's cache that belongs to a repository."""
+    """The part of the hub's cache that belongs to a repository, and what is read of it."""
 
     name: HubName
+    contents: Contents
 
     @property
     def root(self) -> Path:
@@ -125,20 +153,14 @@ class _RepositoryCache:
                 new.write_text(commit)
 
     def file(self, commit: str) -> Path | None:
-        """Return the file that is named where it is here, and needs no other."""
+        """Return the file that is named where it is here, and no other is read with it."""
         path = self.path(commit)
-        return path if path.is_file() and not INDEX.fullmatch(path.name) else None
+        return path if path.is_file() and stands_alone(path) else None
 
     def whole(self, commit: str) -> Path | None:
-        """Return what is named where a checkpoint can be read from what is here of it."""
-        found = self.file(commit)
-        if found is not None:
-            return found
-        try:
-            locate(self.path(commit))
-        except (BadInputError, OSError):
-            return None
-        return self.path(commit)
+        """Return what is named where all that is read of it is here."""
+        path = self.path(commit)
+        return path if self.contents.is_whole(path) else None
 
 
 def _listed(name: HubName) -> tuple[str, list[str]]:
@@ -173,7 +195,7 @@ def _all_fetched(name: HubName, cache: _RepositoryCache, commit: str, files: Seq
 
     listing = [snapshot / file for file in files]
     try:
-        wanted, notes = files_to_fetch(cache.path(commit), listing, lambda path: bring([path]))
+        wanted, notes = cache.contents.choose(cache.path(commit), listing, lambda path: bring([path]))
     except BadInputError as error:  # which names folders of the cache
         raise BadInputError(error.message.replace(str(cache.path(commit)), name.text)) from None
     if not wanted:
@@ -258,7 +280,7 @@ def _check_room(name: HubName, cache: _RepositoryCache, needed: int) -> None:
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence the log messages of libraries; problems are raised as errors."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -6,13 +6,14 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_hub import COMMIT, FakeHub, Faults, point_client, serving, stay_here
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -222,38 +223,44 @@ def test_relative_folders_have_names_too(saved: Vae, monkeypatch: pytest.MonkeyP
     assert open_vae(".").name == "vae-small"
 
 
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub on this machine."""
+    pytest.importorskip("diffusers")
+    stay_here(monkeypatch)
+    with serving(FakeHub()) as hub:
+        point_client(monkeypatch, hub.url, tmp_path / "cache")
+        monkeypatch.chdir(tmp_path)
+        yield hub
+
+
 @pytest.mark.parametrize("layout", ["", "vae"])
-def test_a_hub_name_is_fetched(saved: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    pytest.importorskip("diffusers")
-    asked = []
-    folder = saved(f"snapshot/{layout}")
-
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, set(allow_patterns)))
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    decoder = open_vae("owner/vae.v1-small")
-    assert decoder.name == "owner/vae.v1-small"
-    assert decoder.digest == open_vae(str(folder)).digest
-    assert asked == [("owner/vae.v1-small", {CONFIG_NAME, WEIGHTS_NAME, f"vae/{CONFIG_NAME}", f"vae/{WEIGHTS_NAME}"})]
+@pytest.mark.parametrize("name", ["owner/vae.v1-small", "hf:owner/vae.v1-small@main"])
+def test_a_hub_name_is_fetched(saved: Vae, server: FakeHub, tmp_path: Path, layout: str, name: str) -> None:
+    folder = saved(f"here/{layout}")
+    server.add_folder("owner/vae.v1-small", tmp_path / "here")
+    inside = f"{layout}/" if layout else ""
+    server.repositories["owner/vae.v1-small"][COMMIT] |= {"unet/x.safetensors": b"x", f"{inside}x.bin": b"x"}
+    decoder = open_vae(name)
+    assert decoder.name == name and decoder.digest == open_vae(str(folder)).digest
+    assert set(server.fetched()) == {inside + CONFIG_NAME, inside + WEIGHTS_NAME}
+    server.faults = Faults("api", 503)
+    assert open_vae(name).digest == decoder.digest, "the cache is read where the hub cannot be asked"
 
 
-def test_a_folder_wins_over_a_hub_name(saved: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
+def test_a_folder_wins_over_a_hub_name(saved: Vae, server: FakeHub) -> None:
     saved("owner/small")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    assert open_vae("owner/small").name == "small"
+    assert open_vae("owner/small").name == "small" and server.asked == []
 
 
-def test_a_hub_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
+def test_what_the_hub_lacks_is_named(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.add("owner/other", {"unet/config.json": b"{}"})
+    assert refusal("owner/other") == (
+        "owner/other: no such folder, and from the hub: holds no VAE: there is no config.json in it or in vae/"
+    )
+    assert "no such folder, and from the hub: there is no such repository" in refusal("owner/absent")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    message = refusal("stabilityai/sd-vae-ft-mse")
-    assert message.startswith("stabilityai/sd-vae-ft-mse: no such folder, and fetching it from the hub failed")
+    assert "no such folder, and from the hub: HF_HUB_OFFLINE is set" in refusal("stabilityai/sd-vae-ft-mse")
 
 
 # ------------------------------------------------------------------ the digest

@@ -96,6 +96,16 @@ def test_a_commit_that_is_here_is_not_asked_for(server: FakeHub) -> None:
     assert server.asked == []
 
 
+def test_what_stands_beside_a_file_is_asked_for_though_the_file_is_here(server: FakeHub) -> None:
+    from huggingface_hub import hf_hub_download
+
+    server.add("owner/beside", {"model.safetensors": WEIGHTS, "config.json": b"{}", "model.bin": WEIGHTS[1:]})
+    hf_hub_download("owner/beside", "model.safetensors")
+    for name in ("model.safetensors", f"model.safetensors@{COMMIT}"):
+        assert (fetched(f"hf:owner/beside/{name}").parent / "config.json").is_file()
+    assert server.fetched() == ["model.safetensors", "config.json"]
+
+
 def test_branches_move_and_commits_stay(server: FakeHub) -> None:
     old, told = fetched(f"hf:{REPO}/a.pt"), []
     server.add(REPO, {"a.pt": WEIGHTS[::-1]}, commit="f" * 40)
