@@ -65,8 +65,8 @@ def fetched(text: str, notify: Notify = lambda _: None, contents: Contents = CHE
     """Return the path of a file or folder that is named on the hub; see `ditmoe_cli.files.hub_names`.
 
     It lies in the hub's cache, where what is missing of its `contents` is fetched to: of a repository or folder, the
-    files that a checkpoint there is read from. A file of a commit is asked for once; where the hub cannot be reached, all is
-    taken from the cache. `notify` takes a line that says which commit was read.
+    files that a checkpoint there is read from. Where the hub cannot be reached, all is taken from the cache. `notify`
+    takes a line that says which commit was read.
 
     Raises `BadInputError` where the name is malformed, or huggingface_hub is not installed; where the hub cannot be
     reached, has no such thing, or refuses it; where what arrives is damaged. Raises `DitmoeError` for a full disk.
