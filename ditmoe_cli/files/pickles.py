@@ -13,6 +13,7 @@ import struct
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.names import ROUTER, unwrapped
 from ditmoe_cli.files.pickle_scan import PickleScan, UnknownCallError
 from ditmoe_cli.files.selection import Entry, Selection, all_of, looks_averaged, select
+from ditmoe_cli.files.shared_memory import shared_bytes
 
 # where state dicts stand that are no DiT-MoE's, and so are not told by their names; in order of preference
 _STATE_KEYS = ("ema", "model", "module", "state_dict")
@@ -95,7 +97,13 @@ def _load(path: Path) -> Any:
             utf8_name(path, unlike=".safetensors") as name,
         ):
             warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
-            return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
+            try:
+                return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
+            except RuntimeError as error:
+                if "unable to mmap" not in str(error):
+                    raise
+            with _mapped_read_only():
+                return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise _no_weights(path, unsafe[1] if unsafe else None) from None
@@ -105,6 +113,30 @@ def _load(path: Path) -> Any:
         if is_out_of_memory(error):
             raise
         raise BadInputError(f"{path}: cannot be read as a checkpoint ({first_line(error)})") from None
+
+
+@contextmanager
+def _mapped_read_only() -> Iterator[None]:
+    """Have torch map files of any size, whose tensors then cannot be written to.
+
+    torch maps a file so that its tensors can be changed in memory. The system counts that as memory that may be needed,
+    and refuses it for files larger than all that there is.
+    """
+    import torch
+
+    original = torch.UntypedStorage.from_file
+
+    def mapped(name: str, shared: bool, nbytes: int) -> torch.UntypedStorage:
+        del shared
+        with Path(name).open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ))
+        return shared_bytes(data).untyped_storage()
+
+    torch.UntypedStorage.from_file = mapped  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.from_file = original  # type: ignore[method-assign]
 
 
 def _is_archive(path: Path) -> bool:

@@ -6,7 +6,6 @@ pickle imports torch.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from ditmoe_cli.files.pickles import read_shards, read_state_dict
 from ditmoe_cli.files.pipelines import pipeline_hints
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.selection import Entry, all_of, select
+from ditmoe_cli.files.shared_memory import shared_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -228,15 +228,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 def shared_tensor(data: memoryview, info: TensorInfo) -> torch.Tensor:
     """Return the tensor that bytes are, in the same memory; where that is a mapped file, writing to it is a crash."""
-    import numpy as np
     import torch
 
-    if not info.numel:
-        return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-    # torch warns of memory that may not be written, unless it comes as an address
-    memory = (ctypes.c_char * data.nbytes).from_address(np.frombuffer(data, np.uint8).ctypes.data)
-    memory.owner = data  # type: ignore[attr-defined]  # which lives as long as the tensor
-    return torch.frombuffer(memory, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+    dtype = torch_dtype(info.dtype)
+    return shared_bytes(data).view(dtype).reshape(info.shape) if info.numel else torch.empty(info.shape, dtype=dtype)
 
 
 def _dtype_names() -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from conftest import Pico
 from reading import assert_holds
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.reader import open_reader
+from ditmoe_cli.files.pickles import read_state_dict
+from ditmoe_cli.files.reader import open_reader, tensor_bytes
 from ditmoe_cli.model.hints import read_hints
 
 CONTAINERS = ["bare", "ema", "model", "module", "state_dict", "train", "deepspeed"]
@@ -364,3 +366,20 @@ def test_truncated_pickles(tmp_path: Path, pico: Callable[..., Pico], share: flo
     with pytest.raises(BadInputError, match=r"x\.pt") as caught:
         open_reader(path)
     assert "\n" not in str(caught.value)
+
+
+def test_files_larger_than_memory_are_mapped_for_reading(
+    pico: Callable[..., Pico], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses torch's own way to map them, which it counts as memory."""
+    path = pico().save_pt(tmp_path / "a.pt", "ema")
+    expected = {name: bytes(tensor_bytes(value)) for name, value in read_state_dict(path).tensors.items()}
+
+    def refused(name: str, _: bool, nbytes: int) -> NoReturn:
+        raise RuntimeError(f"unable to mmap {nbytes} bytes from file <{name}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refused)
+    read = read_state_dict(path).tensors
+    gc.collect()
+    assert {name: bytes(tensor_bytes(value)) for name, value in read.items()} == expected
+    assert torch.UntypedStorage.from_file is refused
