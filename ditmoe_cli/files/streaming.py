@@ -7,12 +7,14 @@ tensors is named however many threads there are.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TypeVar
@@ -114,12 +116,14 @@ def write_at(file: int, data: memoryview, position: int) -> None:
 
 
 @contextmanager
-def syncing(files: Sequence[int]) -> Iterator[Count]:
+def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
     """Yield a function that counts bytes as written to open files, and bring them to disk meanwhile.
 
-    The system would let them wait, by default for seconds or for a tenth of the memory, while the disk is idle. Raises
-    the `OSError` of a write that failed late.
+    The system would let them wait, by default for seconds or for a tenth of the memory, while the disk is idle. Files
+    whose `size` is more than half of the available memory give their memory back once they are on disk: before the
+    next command could read them there, they would be gone anyway. Raises the `OSError` of a write that failed late.
     """
+    forgets = hasattr(os, "posix_fadvise") and size > _available_memory() / 2
     waiting, counting = 0, Lock()
     wanted: SimpleQueue[bool] = SimpleQueue()
     failed: list[OSError] = []
@@ -137,6 +141,8 @@ def syncing(files: Sequence[int]) -> Iterator[Count]:
             while wanted.get():
                 for file in files:
                     _to_disk(file)
+                    if forgets:
+                        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:  # the system tells of it once
             failed.append(error)
 
@@ -149,3 +155,12 @@ def syncing(files: Sequence[int]) -> Iterator[Count]:
         thread.join()
     if failed:
         raise failed[0]
+
+
+def _available_memory() -> float:
+    """Return the bytes of memory that are free or can be freed, infinite where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
+    except (OSError, StopIteration, IndexError, ValueError):
+        return math.inf

@@ -247,7 +247,8 @@ def write_files(
             for path, tensors in ordered.items()
             for place in _places(opened[path].fileno(), lengths[path], tensors)
         }
-        with syncing(descriptors) as wrote:
+        size = sum(lengths.values()) + sum(place.info.nbytes for place in places.values())
+        with syncing(descriptors, size) as wrote:
             target = _Files(places, wrote)
             in_threads([partial(job, target) for job in jobs])
             missing = next((name for name in places if name not in target.hashes), None)
@@ -259,7 +260,7 @@ def write_files(
                 if len(header) != lengths[path]:
                     raise DitmoeError(f"internal error: a header of {len(header)} bytes, planned {lengths[path]}")
                 write_at(opened[path].fileno(), memoryview(header), 0)
-    return sum(lengths.values()) + sum(place.info.nbytes for place in places.values())
+    return size
 
 
 def _places(file: int, start: int, tensors: Iterable[TensorInfo]) -> Iterator[_Place]:

@@ -120,7 +120,7 @@ def test_what_is_written_goes_to_disk_meanwhile_and_errors_are_told(monkeypatch:
     synced: list[int] = []
     monkeypatch.setattr(streaming, "_SYNCED_TOGETHER", 10)
     monkeypatch.setattr(streaming, "_to_disk", synced.append)
-    with syncing([7, 8]) as wrote:
+    with syncing([7, 8], 20) as wrote:
         for _ in range(5):
             wrote(4)
     assert synced == [7, 8]
@@ -129,12 +129,26 @@ def test_what_is_written_goes_to_disk_meanwhile_and_errors_are_told(monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(streaming, "_to_disk", full)
-    with pytest.raises(OSError, match="No space"), syncing([7]) as wrote:
+    with pytest.raises(OSError, match="No space"), syncing([7], 20) as wrote:
         wrote(10)
 
 
 def test_an_error_within_ends_the_syncing() -> None:
     before = threading.active_count()
-    with pytest.raises(KeyError), syncing([]):
+    with pytest.raises(KeyError), syncing([], 0):
         raise KeyError
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("size", "forgotten"), [(501, [7]), (500, [])])
+def test_files_that_memory_cannot_hold_give_it_back(
+    size: int, forgotten: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[int] = []
+    monkeypatch.setattr(streaming, "_SYNCED_TOGETHER", 10)
+    monkeypatch.setattr(streaming, "_to_disk", lambda _: None)
+    monkeypatch.setattr(streaming, "_available_memory", lambda: 1000.0)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *_: dropped.append(file))
+    with syncing([7], size) as wrote:
+        wrote(10)
+    assert dropped == forgotten
