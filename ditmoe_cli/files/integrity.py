@@ -11,7 +11,6 @@ Takes neither torch nor numpy, and a few megabytes: files are mapped, and read i
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.containers import INDEX, locate, shard_names
 from ditmoe_cli.files.finite import finite_bytes
 from ditmoe_cli.files.header import TensorInfo, read_safetensors_header
+from ditmoe_cli.files.json_text import read_json
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader
 from ditmoe_cli.files.streaming import CHUNK, Count, chunks, in_threads, one_at_a_time
 from ditmoe_cli.progress import BYTES, phase
@@ -146,7 +146,7 @@ def _index_of(path: Path, shards: Iterable[Path]) -> Path | None:
 
 def _check_index(index: Path, shards: Iterable[Path]) -> Iterator[Problem]:
     """Yield where an index of safetensors contradicts its shards."""
-    document: Any = json.loads(index.read_bytes())
+    document: Any = read_json(index)
     told: Mapping[str, str] = document["weight_map"]
     held = {
         name: (file.name, tensor) for file in shards for name, tensor in read_safetensors_header(file).tensors.items()
@@ -169,5 +169,6 @@ def _check_index(index: Path, shards: Iterable[Path]) -> Iterator[Problem]:
 def require_whole(path: Path, problems: Sequence[Problem]) -> None:
     """Raise `BadInputError` for a checkpoint that has problems: with the first, and how many more there are."""
     if problems:
-        more = f", and {len(problems) - 1} more is wrong" if len(problems) > 1 else ""
+        left = len(problems) - 1
+        more = f", and {left} more {'is' if left == 1 else 'are'} wrong" if left else ""
         raise BadInputError(f"{path}: {problems[0].text}{more}; fetch or make it anew")

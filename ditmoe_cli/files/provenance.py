@@ -11,6 +11,7 @@ from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.json_text import parse_json
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
+_MOST_DIGITS = 6  # of an expert's number
 STAGE_SCHEMA = "ditmoe.stage/1"
 
 
@@ -76,7 +77,9 @@ def parse_step(document: Mapping[str, Any]) -> Step:
     step = Step(**document)
     texts = all(isinstance(text, str) for text in (step.command, step.source, step.plan, step.request or ""))
     tables = isinstance(step.options, dict) and isinstance(step.calibration, dict | None)
-    experts = isinstance(step.experts, list | tuple) and all(isinstance(block, str) for block in step.experts)
+    experts = isinstance(step.experts, list | tuple) and all(
+        isinstance(block, str) and _are_fates(block) for block in step.experts
+    )
     if not texts or not tables or not experts or type(step.edited) is not bool:
         raise ValueError(f"step {dict(document)}")
     for errors in step.measured.values():
@@ -91,11 +94,20 @@ def expert_fates(text: str) -> list[str]:
 
     Raises `ValueError` where no number of experts gives a text of this length.
     """
-    count = next((n for n in range(1, len(text) + 1) if n * len(str(n - 1)) == len(text)), None)
-    if count is None:
-        raise ValueError(f"the fates {text!r} are of no number of experts")
-    width = len(text) // count
+    widths = (width for width in range(1, _MOST_DIGITS + 1) if len(text) % width == 0)
+    width = next((width for width in widths if len(str(len(text) // width - 1)) == width), None)
+    if width is None or not text:
+        raise ValueError(f"the fates of experts {text[:40]!r} are of no number of experts")
     return [text[start : start + width].strip() for start in range(0, len(text), width)]
+
+
+def _are_fates(text: str) -> bool:
+    """Return whether a text says of each expert of a block that it is dropped, stays or goes into another one."""
+    try:
+        fates = expert_fates(text)
+        return all(fate == "-" or 0 <= int(fate) < len(fates) for fate in fates)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

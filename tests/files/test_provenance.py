@@ -71,6 +71,10 @@ GOOD = json.loads(Provenance({}).to_metadata({})["ditmoe"])
         canonical_json({**GOOD, "history": [{"unknown": 1}]}),
         canonical_json({**GOOD, "history": None}),
         canonical_json({**GOOD, "history": [{"command": "a", "source": "b", "plan": "c", "calibration": 5}]}),
+        *(
+            canonical_json({**GOOD, "history": [{"command": "a", "source": "b", "plan": "c", "experts": [fates]}]})
+            for fates in ("", "0" * 11, "0x", "03", "--5", " 0")
+        ),
         canonical_json({**GOOD, "card": {"unknown": 1}}),
         canonical_json({**GOOD, "card": "x"}),
     ],
