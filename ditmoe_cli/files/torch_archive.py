@@ -1,4 +1,4 @@
-"""The archives that ``torch.save`` writes, laid out and written without torch, one tensor in memory at a time.
+"""The archives that ``torch.save`` writes, laid out and written without torch, a tensor at a time in each thread.
 
 An archive is a zip of entries that are stored, not compressed: ``data.pkl``, a pickle in which each tensor names its
 storage by number, ``byteorder``, the storages ``data/0``, ``data/1``, … and ``version``. Data begins at multiples of 64
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from io import BufferedWriter
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.streaming import Count, in_threads, syncing, write_at
 
 Plain = str | int | float | bool
+Content = Callable[[TensorInfo], Iterable[memoryview]]
+"""Return the bytes of a tensor in parts."""
 
 _STORAGES: Mapping[str, str] = {
     "F64": "Double",
@@ -89,25 +91,14 @@ class TorchArchive:
         """Where each entry ends, and so the next begins."""
         return list(accumulate(self._entries, lambda at, e: at + len(_local_header(e, 0, at)) + e.size, initial=0))
 
-    def write(self, path: Path, content: Callable[[TensorInfo], memoryview]) -> int:
-        """Write the archive and return its bytes; ``content(info)`` returns the bytes of one tensor at a time."""
-        with path.open("wb") as file:
-            checksums = [self._write_entry(file, entry, content) for entry in self._entries]
-            file.write(self._directory(checksums))
-            size = file.tell()
-        if size != self.nbytes:
-            raise DitmoeError(f"internal error: {path.name} has {size} bytes, planned {self.nbytes}")
-        return size
-
-    @staticmethod
-    def _write_entry(file: BufferedWriter, entry: _Entry, content: Callable[[TensorInfo], memoryview]) -> int:
-        data = memoryview(entry.source) if isinstance(entry.source, bytes) else content(entry.source)
-        if data.nbytes != entry.size:
-            raise DitmoeError(f"internal error: {entry.name} has {data.nbytes} bytes, planned {entry.size}")
-        checksum = zlib.crc32(data)
-        file.write(_local_header(entry, checksum, file.tell()))
-        file.write(data)
-        return checksum
+    def write(self, path: Path, content: Content) -> int:
+        """Write the archive and return its bytes. Several threads call ``content(info)``, each for its tensor."""
+        with path.open("wb", buffering=0) as opened, syncing([opened.fileno()], self.nbytes) as wrote:
+            file = opened.fileno()
+            places = zip(self._entries, self._ends[:-1], strict=True)
+            checksums = in_threads([partial(_put, file, entry, at, content, wrote) for entry, at in places])
+            write_at(file, memoryview(self._directory(checksums)), self._ends[-1])
+        return self.nbytes
 
     def _directory(self, checksums: Sequence[int]) -> bytes:
         """Return what follows the entries: the central directory, and where it stands."""
@@ -130,6 +121,21 @@ class TorchArchive:
             return b"\x80\x02" + state + b"."
         others = b"".join(_text(key) + _settings(values) for key, values in self.beside.items())
         return b"\x80\x02}(" + _text(self.key) + state + others + b"u."
+
+
+def _put(file: int, entry: _Entry, at: int, content: Content, wrote: Count) -> int:
+    """Write an entry, data first, from byte `at` of an open file on, and return the checksum of its data."""
+    start, size, checksum = at + len(_local_header(entry, 0, at)), 0, 0
+    for part in [memoryview(entry.source)] if isinstance(entry.source, bytes) else content(entry.source):
+        checksum = zlib.crc32(part, checksum)
+        if size + part.nbytes <= entry.size:
+            write_at(file, part, start + size)
+            wrote(part.nbytes)
+        size += part.nbytes
+    if size != entry.size:
+        raise DitmoeError(f"internal error: {entry.name} has {size} bytes, planned {entry.size}")
+    write_at(file, memoryview(_local_header(entry, checksum, at)), at)
+    return checksum
 
 
 def _local_header(entry: _Entry, checksum: int, at: int) -> bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.finite import finite_values
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.files.reader import tensor_bytes
 from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.streaming import chunks, one_at_a_time
 from ditmoe_cli.files.torch_archive import TorchArchive
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.upstream import arguments, obstacle
@@ -49,10 +51,13 @@ class UpstreamFile:
             staged(self.path, self.force, [checkpoint.path]) as staging,
             phase(f"writing {self.path.name}", total, BYTES) as progress,
         ):
+            count = one_at_a_time(progress)
 
-            def content(info: TensorInfo) -> memoryview:
-                data = tensor_bytes(checkpoint.finite_tensor(info.name))
-                progress(info.nbytes)
-                return data
+            def content(info: TensorInfo) -> Iterator[memoryview]:
+                for part in chunks(checkpoint.reader.raw(info.name)):
+                    if not finite_values(part, info.dtype):
+                        raise checkpoint.broken(info.name)
+                    yield part
+                    count(part.nbytes)
 
             return archive.write(staging, content)

@@ -18,6 +18,7 @@ from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files import torch_archive
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
+from ditmoe_cli.files.streaming import chunks
 from ditmoe_cli.files.torch_archive import TorchArchive
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
@@ -41,7 +42,11 @@ def infos(state: Mapping[str, Tensor]) -> list[TensorInfo]:
 
 def written(state: Mapping[str, Tensor], path: Path, key: str | None = None, **beside: Any) -> TorchArchive:
     archive = TorchArchive(infos(state), key, beside)
-    assert archive.write(path, lambda info: tensor_bytes(state[info.name])) == archive.nbytes == path.stat().st_size
+    assert (
+        archive.write(path, lambda info: chunks(tensor_bytes(state[info.name])))
+        == archive.nbytes
+        == path.stat().st_size
+    )
     return archive
 
 
@@ -88,4 +93,4 @@ def test_data_is_aligned_and_nothing_depends_on_the_clock_or_the_name(tmp_path: 
 def test_a_tensor_of_another_size_than_planned_is_an_error(tmp_path: Path) -> None:
     archive = TorchArchive([TensorInfo("a", "F32", (2,))])
     with pytest.raises(DitmoeError, match="has 4 bytes, planned 8"):
-        archive.write(tmp_path / "x.pt", lambda _: memoryview(bytes(4)))
+        archive.write(tmp_path / "x.pt", lambda _: [memoryview(bytes(4))])
