@@ -354,7 +354,7 @@ class Int8Grid(Grid):
 
     def round(self, values: Tensor, columns: Tensor) -> Tensor:  # noqa: ARG002
         """Return values (out, n) rounded to the nearest that their rows can hold, in fp32, whatever their columns."""
-        return _row_codes(values.float(), _inverse_step(self.scale)) * (self.scale / 127.0)[:, None]
+        return _row_codes(_half_values(values), _inverse_step(self.scale)).mul_((self.scale / 127.0)[:, None])
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""
@@ -362,7 +362,9 @@ class Int8Grid(Grid):
         chunk = row_chunk(*self.shape, weight.device)
         pieces = (torch.split(each, chunk) for each in (weight, _inverse_step(self.scale), codes))
         for part, inverse_step, target in zip(*pieces, strict=True):
-            target.copy_(_row_codes(part, inverse_step))
+            exact = scratch("scaled", tuple(part.shape), part.device)
+            exact.copy_(part if part.dtype == torch.float16 else _half_values(part))
+            target.copy_(_row_codes(exact, inverse_step))
         return {"packed": codes, "scale": self.scale, "form": torch.zeros((), dtype=torch.uint8)}
 
 
@@ -401,17 +403,13 @@ def _inverse_step(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, 127.0 / scale)
 
 
-def _row_codes(values: Tensor, inverse_step: Tensor) -> Tensor:
-    """Return int8 codes as fp32, which hold until the next call in this thread.
+def _half_values(values: Tensor) -> Tensor:
+    """Return fp16's values in fp32, to which bitsandbytes rounds first."""
+    return values.to(torch.float16).float().clamp_(-HALF_MAX, HALF_MAX)
 
-    Values are rounded to fp16 first, as bitsandbytes does.
-    """
-    shape, device = tuple(values.shape), values.device
-    exact = scratch("scaled", shape, device)
-    if values.dtype == torch.float16:
-        exact.copy_(values)
-    else:
-        exact.copy_(scratch("half", shape, device, torch.float16).copy_(values)).clamp_(-HALF_MAX, HALF_MAX)
+
+def _row_codes(exact: Tensor, inverse_step: Tensor) -> Tensor:
+    """Replace fp16's values (out, n) by their int8 codes, as fp32."""
     return exact.mul_(inverse_step[:, None]).round_().clamp_(-127, 127)
 
 

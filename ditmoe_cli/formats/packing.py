@@ -19,7 +19,7 @@ from ditmoe_cli.formats.packed_sizes import TERNARY_PER_BYTE, WORD_BITS, packed_
 CHUNK_VALUES = 1 << 18  # worked on at a time on the CPU: a few such tensors stay in its cache
 _CELLS = 3**TERNARY_PER_BYTE
 _LANES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-_TOGETHER = {2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 8: 2}  # codes looked up at once, by bits
+_TOGETHER = {2: 4, 3: 4, 4: 2, 5: 2, 6: 2}  # codes looked up at once, by bits: those of a byte, or of up to 12 bits
 
 
 def row_chunk(rows: int, columns: int, device: torch.device) -> int:
@@ -78,10 +78,15 @@ def unpack_columns(words: Tensor, n: int, bits: int) -> Tensor:
 def unpack_values(words: Tensor, n: int, bits: int) -> Tensor:
     """Return the codes (rows, n) that `pack_rows` packed as fp32, in half the time that `unpack_rows` takes.
 
-    Codes are unpacked several at a time, as one wider code that is looked up in a table.
+    Codes are unpacked several at a time, as one wider code that is looked up in a table; a byte is such a code.
     """
+    if bits == 8:
+        return words.contiguous().view(torch.uint8)[:, :n].float()
     together = _TOGETHER[bits]
-    wide = unpack_rows(words, -(-n // together), together * bits)
+    if together * bits == 8:
+        wide = words.contiguous().view(torch.uint8).int()
+    else:
+        wide = unpack_rows(words, -(-n // together), together * bits)
     values = _values_table(bits, words.device).index_select(0, wide.reshape(-1)).view(torch.float32)
     return values.reshape(len(words), -1)[:, :n]
 

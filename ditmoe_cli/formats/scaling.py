@@ -138,7 +138,7 @@ def grouped(part: Tensor, group: int) -> Tensor:
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """Return 1 / scale of fp16's scales, and 0 where it is 0: values divided by it have to become code 0."""
+    """Return 1 / scale, and 0 where that is infinite: values divided by 0 have to become code 0."""
     return scale.reciprocal().nan_to_num_(0, 0, 0)
 
 
