@@ -13,6 +13,7 @@ from pathlib import Path
 from ditmoe_cli.files.containers import INDEX, shard_names
 
 Identity = tuple[int, int]
+_MOST_LINKS = 40  # as many as Linux follows
 
 
 def overlap(target: Path, source: Path) -> bool:
@@ -37,10 +38,20 @@ def _identity(path: Path) -> Identity | None:
     return None
 
 
-def _around(path: Path) -> list[Identity]:
-    """Return the folders that a path lies in, links followed."""
-    found = map(_identity, path.resolve().parents)
-    return [identity for identity in found if identity is not None]
+def _around(path: Path) -> set[Identity]:
+    """Return the folders that a path lies in, and those of what it links to, link after link."""
+    folders = [place.parent.resolve() for place in _links(path.absolute())]
+    found = {_identity(each) for folder in folders for each in (folder, *folder.parents)}
+    return {identity for identity in found if identity is not None}
+
+
+def _links(path: Path) -> Iterator[Path]:
+    """Yield a path, and where it is a link, what that names, and so on; a circle ends somewhere."""
+    for _ in range(_MOST_LINKS):
+        yield path
+        if not path.is_symlink():
+            return
+        path = path.parent / path.readlink()
 
 
 def _files_of(source: Path) -> Iterator[Path]:

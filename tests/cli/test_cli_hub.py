@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_helpers import Outcome, command, contents, environment, here, on_terminal, piped, series
-from conftest import Pico
+from cli_helpers import command, contents, environment, here, on_terminal, piped, series
+from conftest import Pico, heed_interrupts
 
 from ditmoe_cli.files import downloads
 
@@ -174,30 +174,30 @@ def test_a_terminal_shows_the_bytes_and_no_other_bar(
     assert not any(mark in text for mark in ("it/s", "B/s]", "%|", "Fetching"))
 
 
-def test_a_killed_download_is_gone_on_with(server: FakeHub, cache: Path, tmp_path: Path) -> None:
-    size = len(server.repositories["feizhengcong/DiT-MoE"][COMMIT][PUBLISHED])
-    server.faults = Faults(cut_after=size // 2)
-    words = command("convert", "hf:dit-moe-s", "--dry-run")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_download_is_gone_on_with(
+    server: FakeHub, cache: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    half = len(server.repositories["feizhengcong/DiT-MoE"][COMMIT][PUBLISHED]) // 2
+    server.faults = Faults(cut_after=half)
+    env = environment(**environment_of(server, cache))
     child = subprocess.Popen(
-        words, cwd=tmp_path, env=environment(**environment_of(server, cache)), stderr=-1, stdout=-1
+        command("inspect", "hf:dit-moe-s"), cwd=tmp_path, env=env, stderr=-1, stdout=-1, preexec_fn=heed_interrupts
     )
     blobs = cache / "models--feizhengcong--DiT-MoE" / "blobs"
     until = time.monotonic() + 60
-    while not any(part.stat().st_size >= size // 2 for part in blobs.glob("*.incomplete")):
+    while not any(part.stat().st_size >= half for part in blobs.glob("*.incomplete")):
         assert time.monotonic() < until and child.poll() is None
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    left = next(blobs.glob("*.incomplete")).stat().st_size
+    child.send_signal(number)
+    said = child.communicate(timeout=60)[1].decode()
+    assert child.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in said and said.count("\n") <= 1
+    (left,) = (part.stat().st_size for part in blobs.iterdir())
     server.faults, asked = Faults(), len(server.asked)
-    done = Outcome(*_finished(words, tmp_path, environment(**environment_of(server, cache))))
+    (done, _), *_ = series([("inspect", "hf:dit-moe-s")], tmp_path, **environment_of(server, cache))
     assert done.code == 0
     assert [given for *_, given, _ in server.asked[asked:] if given] == [f"bytes={left}-"]
-
-
-def _finished(words: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
-    done = subprocess.run(words, cwd=cwd, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_two_commands_at_once_fetch_once(server: FakeHub, cache: Path, tmp_path: Path) -> None:
@@ -257,3 +257,13 @@ def test_a_pipe_of_commands_from_a_name_to_a_score(work: Path) -> None:
         "some-shards.converted.safetensors",
         "some-shards.converted.quantize-int8.safetensors",
     }
+
+
+def test_the_folder_of_a_link_is_no_place_for_an_output(work: Path, server: FakeHub, stored: Path, cache: Path) -> None:
+    name = "diffusion_pytorch_model.safetensors"
+    server.add("owner/one", {name: (stored / "a.safetensors").read_bytes()})
+    here("inspect", f"hf:owner/one/{name}", cwd=work)
+    snapshot = cache / "models--owner--one" / "snapshots" / COMMIT
+    before = contents(cache)
+    here("convert", snapshot / name, "-o", snapshot, "--force", cwd=work).error(5)
+    assert contents(cache) == before
