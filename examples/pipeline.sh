@@ -22,3 +22,4 @@ ditmoe apply "$checkpoint" --plan plan.json --profile own.profile.safetensors -o
 ditmoe quantize own.pruned.safetensors --bits 4 -o own.small.safetensors -q
 ditmoe fid own.small.safetensors --ref "$checkpoint" --images "$images" --extractor pixels -o own.score.safetensors
 cmp piped.pruned.safetensors own.pruned.safetensors # the same plan gives the same bytes
+ditmoe inspect "$checkpoint" own.small.safetensors --verify --text # what became of it, by every byte of both

@@ -202,6 +202,9 @@ def opening(oracles: Sequence[str]) -> Iterator[Case]:
         yield case(f"inspect-converted-{name}", f"inspect {{convert-{name}}}/c.safetensors")
     for name, made in {**PRODUCTS, **{f"small-{n}": m for n, m in SMALL_PRODUCTS.items()}}.items():
         yield case(f"inspect-{name}", f"inspect {{{made}}}/o.safetensors")
+        yield case(f"inspect-verify-{name}", f"inspect {{{made}}}/o.safetensors --verify")
+    for name, made in PRODUCTS.items():
+        yield case(f"inspect-two-{name}", f"inspect {DEMO} {{{made}}}/o.safetensors --values")
 
 
 def profiling(oracles: Sequence[str]) -> Iterator[Case]:
@@ -405,6 +408,7 @@ def for_people() -> Iterator[Case]:
     for label, line in {
         "inspect": "inspect {quantize-mix-demo}/o.safetensors",
         "inspect-small": f"inspect {SMALL}",
+        "inspect-two": f"inspect {DEMO} {{quantize-mix-demo}}/o.safetensors --verify",
         "convert": f"convert {DEMO} --dry-run",
         "profile": f"profile-experts {DEMO} --images 2 --steps 2 --bins 1 --fast -o p.safetensors",
         "prune": f"prune {ON_DEMO} --keep 0.5 --no-refit --dry-run",

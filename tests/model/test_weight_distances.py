@@ -8,6 +8,7 @@ import pytest
 import torch
 from compressing import opened, state
 from conftest import Pico, make_pico
+from families import FAMILIES, MATRIX, stored_in
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import split_name
@@ -68,3 +69,16 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     model.state["pos_embed"][0, 0, 0] = torch.nan
     with pytest.raises(BadInputError, match="'pos_embed'"):
         measured(a, opened(model, tmp_path, "b.safetensors"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_measured_whatever_they_are_stored_in(family: str, tmp_path: Path) -> None:
+    plain = make_pico(dtype=torch.float16)
+    a, b = opened(plain, tmp_path), opened(stored_in(family).model, tmp_path, "b.safetensors")
+    found = differences(a, b)
+    assert MATRIX in found.pairs
+    measured = distances(a, b, {MATRIX: found.pairs[MATRIX]})["experts"]
+    weight = b.weights[MATRIX]
+    unpacked = weight.unpack({name: b.reader.tensor(name) for name in weight.members}).double()
+    original = plain.state[MATRIX].double()
+    assert measured.relative == pytest.approx(float((unpacked - original).norm() / original.norm()), rel=1e-5)
