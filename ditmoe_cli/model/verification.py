@@ -17,10 +17,13 @@ _USUAL: Mapping[str, Any] = {"null_class": True, "router_mode": "plain"}  # what
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading a whole checkpoint has shown: its fingerprint, and all that is wrong with it."""
+    """What reading a whole checkpoint has shown: its fingerprint, and all that is wrong with it.
+
+    Tensors that are no DiT-MoE's have no configuration, and so no fingerprint.
+    """
 
     integrity: Integrity
-    fingerprint: str
+    fingerprint: str | None
     problems: tuple[Problem, ...]
 
 
@@ -35,6 +38,12 @@ def verify(checkpoint: Checkpoint, given: Given | None = None) -> Verification:
     checkpoint.hashes.update({name: text for name, text in found.hashes.items() if name not in cast})
     problems = (*found.problems, *_configuration(checkpoint, given or Given()))
     return Verification(found, checkpoint.fingerprint, problems)
+
+
+def verify_tensors(header: CheckpointHeader, reader: TensorReader) -> Verification:
+    """Read all tensors of a file that is no DiT-MoE's, as `verify` does those of a checkpoint."""
+    found = examine(header, reader)
+    return Verification(found, None, found.problems)
 
 
 def as_stored(checkpoint: Checkpoint) -> tuple[CheckpointHeader, TensorReader]:

@@ -245,3 +245,14 @@ def test_a_pipe_goes_on_from_what_was_verified(model: Pico, tmp_path: Path) -> N
         here("inspect", "y.safetensors", "--verify", cwd=tmp_path).result["fingerprint"]
         == outcome.result["fingerprint"]
     )
+
+
+def test_tensors_of_another_model_are_verified_where_they_are_listed(tmp_path: Path) -> None:
+    without_metadata({"conv.weight": torch.tensor([[1.0, float("nan")]])}, tmp_path / "x.safetensors")
+    outcome = here("inspect", "x.safetensors", "--tensors", "--verify", cwd=tmp_path)
+    assert problems(outcome) == [("not finite", "conv.weight")] and "'conv.weight'" in refused(outcome)
+    assert "not a DiT-MoE" in here("inspect", "x.safetensors", "--verify", cwd=tmp_path).error(3)
+    without_metadata({"conv.weight": torch.ones(2, 3)}, tmp_path / "y.safetensors")
+    verified = here("inspect", "y.safetensors", "--tensors", "--verify", cwd=tmp_path).result["verified"]
+    assert verified["sound"] and verified["bytes"] == 24 and verified["fingerprint"] is None
+    assert here("inspect", "y.safetensors", "--tensors", cwd=tmp_path).result["verified"] is None

@@ -26,7 +26,7 @@ from ditmoe_cli.errors import BadInputError, GateError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.integrity import require_whole
 from ditmoe_cli.files.provenance import parse_step
-from ditmoe_cli.files.reader import CheckpointHeader, open_reader
+from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.checkpoint_differences import differences
@@ -34,7 +34,7 @@ from ditmoe_cli.model.config import UNKNOWN, Given
 from ditmoe_cli.model.conversions import packed_weights
 from ditmoe_cli.model.parameters import count_parameters
 from ditmoe_cli.model.upstream import obstacle
-from ditmoe_cli.model.verification import Verification, verify
+from ditmoe_cli.model.verification import Verification, verify, verify_tensors
 
 EXAMPLES = (
     "ditmoe inspect ckpt.pt",
@@ -116,12 +116,11 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
     try:
         opened = open_stage(stage, allow_unknown=True)
     except BadInputError as error:
-        header = _header_alone(stage) if listing.tensors else None
-        if header is None:
+        alone = _alone(stage) if listing.tensors else None
+        if alone is None:
             raise
         note(f"warning: {error.message}")
-        emit(printing, stage.to_json(_bare(header, error)), tensor_rows(header.tensors), str(header.path))
-        return None
+        return show_tensors(stage, *alone, error, checking, printing)
     stored = opened.header.tensors if listing.tensors else {}
     verified = verify(opened, inspected.given) if checking.verify else None
     result = {**describe(opened), "verified": verification_json(verified) if verified else None}
@@ -130,6 +129,23 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
     printed = [*rows(result), *(verification_rows(verified) if verified else ()), *tensor_rows(stored)]
     emit(printing, sound.to_json(document), printed, str(opened.path))
     return require_whole(opened.path, verified.problems) if verified else None
+
+
+def show_tensors(
+    stage: Stage,
+    header: CheckpointHeader,
+    reader: TensorReader,
+    problem: BadInputError,
+    checking: Checking,
+    printing: JsonPrinting,
+) -> None:
+    """Print the tensors of a file that is no DiT-MoE's, for the reason that `problem` gives."""
+    verified = verify_tensors(header, reader) if checking.verify else None
+    document = {**_bare(header, problem), "verified": verification_json(verified) if verified else None}
+    printed = [*tensor_rows(header.tensors), *(verification_rows(verified) if verified else ())]
+    sound = replace(stage, checkpoint=None) if verified and verified.problems else stage
+    emit(printing, sound.to_json(document), printed, str(header.path))
+    return require_whole(header.path, verified.problems) if verified else None
 
 
 def compare(stage: Stage, other: Stage, listing: Listing, checking: Checking, printing: JsonPrinting) -> None:
@@ -160,10 +176,10 @@ def compare(stage: Stage, other: Stage, listing: Listing, checking: Checking, pr
         )
 
 
-def _header_alone(stage: Stage) -> CheckpointHeader | None:
-    """Return the header of a file of tensors that are no DiT-MoE's; None where it cannot be read."""
+def _alone(stage: Stage) -> tuple[CheckpointHeader, TensorReader] | None:
+    """Return header and reader of a file of tensors that are no DiT-MoE's; None where it cannot be read."""
     try:
-        return open_reader(resolve_path(stage.checkpoint))[0] if stage.checkpoint else None
+        return open_reader(resolve_path(stage.checkpoint)) if stage.checkpoint else None
     except BadInputError:
         return None
 
