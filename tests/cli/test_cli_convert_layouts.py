@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import contents, here, on_terminal, series
+from cli_helpers import contents, here, on_terminal, piped, series
 from conftest import Pico, make_pico
 from safetensors.torch import load_file, save_file
 from upstream_code import UpstreamDiT, find_model
@@ -258,3 +258,21 @@ def test_a_scheduler_that_cannot_be_read_tells_nothing(tmp_path: Path, text: str
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         (tmp_path / "p" / name).write_text(text)
     assert open_checkpoint(tmp_path / "p").config.sampler == "ddpm"
+
+
+def test_a_pipeline_goes_to_upstream_and_through_a_pipe(tmp_path: Path) -> None:
+    model = make_pico(sampler="rf")
+    pipeline(tmp_path / "p", model, FLOW)
+    outcome = piped("ditmoe convert p --from-diffusers --to-upstream | ditmoe convert -o z.safetensors", tmp_path)
+    assert outcome.path == tmp_path / "z.safetensors"
+    found = find_model(tmp_path / "p.upstream.pt")
+    assert all(torch.equal(found[name], value) for name, value in model.state.items())
+    assert open_checkpoint(tmp_path / "z.safetensors").config == model.config
+
+
+def test_the_input_is_no_target(tmp_path: Path) -> None:
+    make_pico().save_pt(tmp_path / "x.pt")
+    words = ("convert", "x.pt", "--heads", "2", "--to-upstream", "-o", "x.pt", "--force")
+    before = contents(tmp_path)
+    assert "is the input itself" in here(*words, cwd=tmp_path).error(5)
+    assert contents(tmp_path) == before
