@@ -55,7 +55,7 @@ _ARRAYS = frozenset(f"numpy.{core}.multiarray._reconstruct" for core in ("core",
 _TENSORS = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
 _PARAMETER = "torch.nn.parameter.Parameter"
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
-_NUMBERS = re.compile(r"[<>=|]?[?bBhHiIlLqQefd][0-9]{0,2}")  # of numpy's dtypes
+_NUMBERS = re.compile(r"[<>=|]?[?bBhHiIlLqQefdu][0-9]{0,2}")  # of numpy's dtypes
 _COPY = (False, True)  # a dtype that is no copy is numpy's own, which setting its state would change for all arrays
 _ORDERS = ("<", ">", "|", "=")
 _DTYPE_STATE = (None, None, None, -1, -1, 0)  # subarray, names, fields, sizes and flags of a plain dtype
@@ -190,9 +190,10 @@ class PickleScan:
         return items
 
     def _hold(self, holder: Made, values: Sequence[object]) -> None:
-        if holder.held:
-            raise ValueError("a value holds itself")
+        whole = holder.held
         weight, depth = self._measured(values)
+        if whole or holder.held:  # it grows although it stands in another value, or is to stand in itself
+            raise ValueError("a value holds itself")
         holder.weight += weight
         holder.depth = max(holder.depth, depth)
         self._limit(holder)

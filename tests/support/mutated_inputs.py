@@ -42,6 +42,8 @@ from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, re
 from ditmoe_cli.evaluation.images import ImageSet, kind_of, read_images, write_images
 from ditmoe_cli.evaluation.samples import read_origin
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics
+from ditmoe_cli.files.header import TensorInfo, encode_header
+from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.routing.profile import read_profile
 
@@ -82,6 +84,8 @@ def checkpoints(folder: Path) -> list[Corpus]:
         Safetensors.of(model.save(folder / f"{name}.safetensors", provenance=a_provenance(model)).read_bytes())
         for name, model in (("small", small), ("packed", packed))
     )
+    kept = {"x.weight": (8, 2), "x.bias": (8,), "empty": (0, 3), "blocks.0.scalar": ()}
+    few = Safetensors.of(_few(folder / "few.safetensors", kept, a_provenance(small)).read_bytes())
     document = {
         "model": dict(small.state),
         "ema": dict(small.state),
@@ -94,7 +98,7 @@ def checkpoints(folder: Path) -> list[Corpus]:
     read_checkpoint(folder / "small.safetensors"), read_checkpoint(folder / "packed.safetensors")
     tensors, pickles = folder / "x.safetensors", folder / "x.pt"
     return [
-        Corpus("headers, any tensors", lambda r: _put(tensors, hurt_safetensors(r, plain)), read_tensors),
+        Corpus("headers of any tensors", lambda r: _put(tensors, hurt_safetensors(r, few)), read_tensors),
         Corpus("headers of a model", lambda r: _put(tensors, hurt_safetensors(r, plain)), read_checkpoint),
         Corpus("packed weights", lambda r: _put(tensors, hurt_safetensors(r, stored)), read_checkpoint),
         Corpus("states of packed weights", lambda r: _put(tensors, hurt_state(r, stored)), read_checkpoint),
@@ -212,6 +216,13 @@ def measures(folder: Path) -> list[Corpus]:
             lambda _: _kept(work),
         ),
     ]
+
+
+def _few(path: Path, shapes: Mapping[str, tuple[int, ...]], provenance: Provenance) -> Path:
+    """A safetensors file of few tensors, which are no model's, as ditmoe writes files."""
+    infos = [TensorInfo(name, "F16", shape) for name, shape in shapes.items()]
+    metadata = provenance.to_metadata({info.name: "0" * 64 for info in infos})
+    return _put(path, encode_header(infos, metadata) + bytes(sum(info.nbytes for info in infos)))
 
 
 def _put(path: Path, content: bytes) -> Path:
