@@ -46,4 +46,18 @@ def test_sliced_files_hold_what_upstream_has_words_for(words: tuple[object, ...]
 def test_quantised_files_do_not_load_there(folder: Path) -> None:
     here("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "q.safetensors", cwd=folder)
     assert here("inspect", "a.safetensors", cwd=folder).result["loads_upstream"] is True
-    assert here("inspect", "q.safetensors", cwd=folder).result["loads_upstream"] is False
+    described = here("inspect", "q.safetensors", cwd=folder).result
+    assert described["loads_upstream"] is False
+    assert described["upstream_obstacle"].endswith(
+        "weights are quantised or differences, which convert --to-upstream writes whole"
+    )
+
+
+def test_what_keeps_upstream_from_loading_a_file_is_said(folder: Path) -> None:
+    make_pico(expert_of=((0, 1, -1, 2), (0, 1, 2, 3)), widths=((64,) * 3, (64,) * 4)).save(folder / "g.safetensors")
+    make_pico().with_state(pos_embed=None).save(folder / "n.safetensors")
+    said = here("inspect", "g.safetensors", "--text", cwd=folder).out
+    assert "no: block 0 has a router with rows that select no expert" in said
+    assert "--router slice instead" in said
+    said = here("inspect", "n.safetensors", "--text", cwd=folder).out
+    assert "no: pos_embed is absent, which convert --to-upstream rebuilds" in said

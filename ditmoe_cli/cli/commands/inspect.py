@@ -31,7 +31,7 @@ from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.checkpoint_differences import differences
 from ditmoe_cli.model.config import UNKNOWN, Given
-from ditmoe_cli.model.conversions import packed_weights
+from ditmoe_cli.model.conversions import POSITIONS, packed_weights
 from ditmoe_cli.model.parameters import count_parameters
 from ditmoe_cli.model.upstream import obstacle
 from ditmoe_cli.model.verification import Verification, verify, verify_tensors
@@ -243,6 +243,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config.to_json()
     if checkpoint.config.num_heads == UNKNOWN:
         config["num_heads"] = None
+    barrier = upstream_obstacle(checkpoint)
     return {
         "config": config,
         "parameters": {
@@ -258,7 +259,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "expert_widths": [list(block.expert_widths) for block in checkpoint.config.blocks],
         "router_rows": [block.router_rows for block in checkpoint.config.blocks],
         "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
-        "loads_upstream": loads_upstream(checkpoint),
+        "loads_upstream": barrier is None,
+        "upstream_obstacle": with_options(barrier) if barrier is not None else None,
         "extractor": checkpoint.card.extractor,
         "fingerprint": checkpoint.written_fingerprint,
         "history": [step.command for step in provenance.history] if provenance else [],
@@ -269,9 +271,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def loads_upstream(checkpoint: Checkpoint) -> bool:
-    """Return whether upstream's code loads these tensors: plain weights of a model that it has modules for."""
-    return obstacle(checkpoint.config) is None and not packed_weights(checkpoint)
+def upstream_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Return why upstream's code does not load these tensors; None where it does."""
+    packed = packed_weights(checkpoint)
+    if (problem := obstacle(checkpoint.config)) is not None:
+        return problem
+    if packed:
+        return f"{packed} weights are quantised or differences, which convert ⟨to_upstream⟩ writes whole"
+    return None if POSITIONS in checkpoint.weights else "pos_embed is absent, which convert ⟨to_upstream⟩ rebuilds"
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
@@ -305,7 +312,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
         ("formats", ", ".join(f"{count} {name}" for name, count in result["formats"].items())),
         ("layout", result["layout"]),
         ("sampler", config["sampler"]),
-        ("loads upstream", "yes" if result["loads_upstream"] else "no"),
+        ("loads upstream", "yes" if result["loads_upstream"] else f"no: {result['upstream_obstacle']}"),
         *fingerprint_rows(result),
         *(("history", step_text(parse_step(step))) for step in result["steps"] or ()),
         *(() if result["steps"] else (("history", "none"),)),
