@@ -24,7 +24,7 @@ def comparison_json(a: Checkpoint, b: Checkpoint, found: Differences, each: bool
         "same": found.same,
         "a": _side(a),
         "b": _side(b),
-        "configuration": {name: {"a": x, "b": y} for name, (x, y) in found.configuration.items()},
+        "configuration": {name: {"a": x, "b": y} for name, (x, y) in _configuration(found).items()},
         "relation": found.kin.relation,
         "steps": {
             name: [step.to_json() for step in steps]
@@ -75,7 +75,7 @@ def comparison_rows(a: Checkpoint, b: Checkpoint, found: Differences, each: bool
         ("parameters", _counted(counts[0].total, counts[1].total)),
         ("activated", _counted(counts[0].activated, counts[1].activated)),
         ("bytes", f"{_counted(*sizes)}, {human_bytes(sizes[0])} | {human_bytes(sizes[1])}"),
-        *((name, f"{_setting(x)} | {_setting(y)}") for name, (x, y) in found.configuration.items()),
+        *((name, f"{_setting(x)} | {_setting(y)}") for name, (x, y) in _configuration(found).items()),
         *_history_rows(found),
         *_kept_rows(found.kept),
         *changes,
@@ -104,8 +104,15 @@ def _counted(a: int, b: int) -> str:
     return f"{a:,} | {b:,}{change}"
 
 
+def _configuration(found: Differences) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ; None where a file does not tell its number of heads."""
+    return {
+        name: (x or None, y or None) if name == "num_heads" else (x, y) for name, (x, y) in found.configuration.items()
+    }
+
+
 def _setting(value: object) -> str:
-    text = "none" if value is None else str(value)
+    text = "unknown" if value is None else str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

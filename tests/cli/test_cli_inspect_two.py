@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_helpers import here
 from conftest import make_pico
+from families import without_metadata
 
 from ditmoe_cli.files.header import read_safetensors_header
 
@@ -125,6 +126,16 @@ def test_verifying_both_finds_what_hashes_hide(folder: Path, tmp_path: Path) -> 
     assert [each["sound"] for each in document["result"]["verified"]] == [True, False]
     whole = here("inspect", "a.safetensors", "q.safetensors", "--verify", cwd=folder).result
     assert whole["compared_by"] == {"a": ["bytes"], "b": ["bytes"]} and whole["relation"] == "ancestor"
+
+
+def test_heads_that_one_file_does_not_tell_are_unknown(folder: Path) -> None:
+    model = make_pico(sampler="rf", in_channels=1, dtype=torch.float16)
+    without_metadata(model.state, folder / "f.safetensors")
+    result = here("inspect", "f.safetensors", "a.safetensors", cwd=folder).result
+    assert result["configuration"]["num_heads"] == {"a": None, "b": 2} and result["differing"] == 0
+    assert table("f.safetensors", "a.safetensors", cwd=folder)["num_heads"] == ["unknown | 2"]
+    told = ("--heads", 2, "--num-classes", 3, "--top-k", 2, "--sampler", "rf")
+    assert here("inspect", "f.safetensors", "a.safetensors", *told, "--same", cwd=folder).result["same"]
 
 
 def test_the_pipe_goes_on_with_both(folder: Path) -> None:
