@@ -124,11 +124,15 @@ class _Trial:
     most: int
     symmetric: bool
 
-    def steps(self, inverse_scale: Tensor, zero: Tensor) -> Tensor:
+    def steps(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Return how many steps from 0 the nearest values lie; they hold until the next call in this thread."""
+        return self.steps_within(inverse(scale), -zero, self.most - zero)
+
+    def steps_within(self, inverse_scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return what `steps` returns, given 1 / scale and the least and the largest number of steps."""
         if self.symmetric:
             return group_steps(self.groups, inverse_scale, -(self.most + 1) // 2, self.most // 2)
-        return group_steps(self.groups, inverse_scale, -zero, self.most - zero)
+        return group_steps(self.groups, inverse_scale, low, high)
 
     def error(self, counted: Tensor, scale: Tensor) -> Tensor:
         """Return Σ ι (w - c s)² of the `counted` steps c."""
@@ -158,11 +162,12 @@ class _Best:
         Scale 0 is left to groups whose errors are all infinite or NaN.
         """
         errors = torch.empty_like(scales)
-        for scale, inverse_scale, zero, error in zip(scales, inverse(scales), zeros, errors, strict=True):
-            error.copy_(trial.error(trial.steps(inverse_scale, zero), scale))
+        each = zip(scales, inverse(scales), -zeros, trial.most - zeros, errors, strict=True)
+        for scale, inverse_scale, low, high, error in each:
+            error.copy_(trial.error(trial.steps_within(inverse_scale, low, high), scale))
         least, first = errors.nan_to_num_(torch.inf, torch.inf).min(dim=0, keepdim=True)
         unknown = least[0] == torch.inf
-        scale, zero = (each.gather(0, first)[0].masked_fill_(unknown, 0) for each in (scales, zeros))
+        scale, zero = (tried.gather(0, first)[0].masked_fill_(unknown, 0) for tried in (scales, zeros))
         return cls(least[0], scale, zero)
 
     def offer(self, error: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -181,11 +186,11 @@ def _search(trial: _Trial, extents: Extents, bits: int) -> tuple[Tensor, Tensor]
 
     def attempt(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Offer a scale and zero point; return their steps, and where they are better."""
-        counted = trial.steps(inverse(scale), zero)
+        counted = trial.steps(scale, zero)
         return counted, best.offer(trial.error(counted, scale), scale, zero)
 
     def refit_best() -> tuple[Tensor, Tensor]:
-        return attempt(trial.refit(trial.steps(inverse(best.scale), best.zero)), best.zero)
+        return attempt(trial.refit(trial.steps(best.scale, best.zero)), best.zero)
 
     counted, better = refit_best()
     # Where that was no better, the steps of the best are those that were refitted, and give the same again.

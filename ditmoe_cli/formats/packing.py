@@ -23,9 +23,11 @@ _TOGETHER = {2: 4, 3: 4, 4: 2, 5: 2, 6: 2}  # codes looked up at once, by bits: 
 
 
 def row_chunk(rows: int, columns: int, device: torch.device) -> int:
-    """Return how many rows to work on at a time: as many as stay in the cache of a core, many more elsewhere."""
-    values = CHUNK_VALUES if device.type == "cpu" else 256 * CHUNK_VALUES
-    return max(1, min(rows, values // max(1, columns)))
+    """Return how many rows to work on at a time: equal parts that stay in the cache of a core, more elsewhere."""
+    values = CHUNK_VALUES if device.type == "cpu" else 64 * CHUNK_VALUES
+    most = max(1, values // max(1, columns))
+    parts = max(1, math.ceil(rows / most))
+    return max(1, math.ceil(rows / parts))
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:

@@ -111,6 +111,7 @@ def main() -> None:
     """Parse options and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS), help="names, separated by commas")
+    parser.add_argument("--shapes", default="S,XL,G", help="models whose shapes are measured, separated by commas")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the weights")
     parser.add_argument("--rounds", type=int, default=10, help="of which the best counts")
     parser.add_argument("--threads", type=int, default=1, help="that pack weights side by side")
@@ -119,15 +120,16 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     formats = chosen.formats.split(",")
+    shapes = {name: shape for name, shape in SHAPES.items() if name.split()[0] in chosen.shapes.split(",")}
 
     memory: dict[str, list[str]] = {}
     if not chosen.no_memory and _CLEAR.exists():
         pack(*weights_of((64, 64), chosen.dtype, 1)[0], "nf4")  # what is loaded on the first call
-        for name, shape in SHAPES.items():
+        for name, shape in shapes.items():
             [(weight, info)] = weights_of(shape, chosen.dtype, 1)
             memory[name] = [f"{max(0.0, mebibytes_beside(weight, info, fmt)):.0f}" for fmt in formats]
     columns: dict[str, list[str]] = {}
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         if chosen.threads == 1:
             found = nanoseconds(weights_of(shape, chosen.dtype, 1), formats, chosen.rounds)
         else:
