@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from configs import upstream
-from conftest import Pico, make_pico
+from conftest import Pico, load_oracle, make_pico, oracle_folders
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli.errors import BadInputError
@@ -93,3 +93,18 @@ def test_published_models_are_held(size: tuple[int, int, int, int, str]) -> None
     config = upstream(*size)
     assert obstacle(config) is None
     assert arguments(config)["mlp_ratio"] == 4
+
+
+FOLDERS = oracle_folders()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_arguments_are_those_that_upstream_built_its_models_with(tmp_path: Path, name: str) -> None:
+    oracle = load_oracle(FOLDERS[name])
+    checkpoint = open_checkpoint(oracle.checkpoint, num_heads=oracle.heads)
+    found = arguments(checkpoint.config)
+    built = {key: value for key, value in oracle.about["config"].items() if key != "pretraining_tp"}  # of arithmetic
+    assert {key: found[key] for key in built} == built
+    UpstreamFile(tmp_path / "x.pt").write(checkpoint)
+    UpstreamDiT(**found).load_state_dict(find_model(tmp_path / "x.pt"))
+    assert open_checkpoint(tmp_path / "x.pt").fingerprint == checkpoint.fingerprint
