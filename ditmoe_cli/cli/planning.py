@@ -167,7 +167,8 @@ def chosen(planner: Planner, work: Work, basis: Basis | None) -> Iterator[Choice
     The plan is kept in the work folder, with what carrying it out keeps there, until the block ends.
     """
     target, force = work.output.path, work.output.force
-    check_target(target, force, [work.checkpoint.path, *([basis.profile.path] if basis and basis.profile else [])])
+    beside = [part.path for part in (basis.profile, basis.data) if part is not None] if basis is not None else []
+    check_target(target, force, [work.checkpoint.path, *beside])
     if basis is None:
         asked = partial(request_digest, planner, calibration=None, profile=None)
         yield Choice(replace(planner.plan(work, None), request=asked(work.checkpoint.fingerprint)), asked=asked)

@@ -152,6 +152,54 @@ def test_what_is_read_beside_the_checkpoint_is_refused_as_target(folder: Path) -
     assert here(*fid, "--ref", "s.safetensors", cwd=folder).error(5)
     assert here(*fid, "--ref", "a.safetensors", "--original", "s.safetensors", cwd=folder).error(5)
     assert contents(folder) == before
+    planned = here(*WRITERS["prune"], "--dry-run", cwd=folder)
+    (folder / "plan").write_text(planned.out)
+    before = contents(folder)
+    for target in ("plan", "p.safetensors"):
+        words = ("apply", "a.safetensors", "--plan", "plan", "--profile", "p.safetensors", "-o", target, "--force")
+        assert "is the input itself" in here(*words, cwd=folder).error(5)
+    assert contents(folder) == before
+    data = ("--calibration-data", "s.safetensors", "-o", "s.safetensors", "--force")
+    pruned = ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", *data)
+    assert here(*pruned, cwd=folder).code in (2, 3, 5)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "words", [*WRITERS.values(), ("report", "profile", "p.safetensors", "--replicates", 20)], ids=[*WRITERS, "report"]
+)
+def test_what_a_killed_run_left_is_deleted_by_whatever_writes_there_next(
+    words: tuple[object, ...], folder: Path
+) -> None:
+    """A file and a folder of shards, of other targets; by a run that writes, and by one whose output is up to date."""
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    target = "x.html" if words[0] == "report" else "x.safetensors"
+    before = set(contents(folder))
+
+    def hidden() -> set[str]:
+        return {path.name for path in folder.iterdir() if path.name.startswith(".")}
+
+    def leave() -> set[str]:
+        (folder / ".y.safetensors.ditmoe-tmp-999999999").write_bytes(bytes(1000))
+        (folder / ".z.ditmoe-tmp-999999999").mkdir()
+        (folder / ".z.ditmoe-tmp-999999999" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(1000))
+        for name in (".y.safetensors", ".z"):
+            (folder / f"{name}.ditmoe-tmp-999999999.lock").touch()
+        return hidden()
+
+    for again in (False, True):
+        left = leave()
+        if words[0] in ("convert", "prune", "merge", "quantize"):
+            assert here(*words, "-o", "other.safetensors", "--dry-run", cwd=folder).code == 0
+        assert here(*words, "-o", "absent/x.safetensors", cwd=folder).code in (2, 3)
+        assert left <= hidden(), "dry runs and runs that are refused leave all as it is"
+        outcome = here(*words, "-o", target, cwd=folder)
+        assert outcome.code == 0 and ("up to date" in outcome.err) == again, outcome.err
+        assert hidden() == set()
+        if words[0] == "fid":  # which prints its score again, and writes no file
+            break
+    assert before <= set(contents(folder))
 
 
 def test_a_folder_of_other_things_is_never_replaced(folder: Path) -> None:

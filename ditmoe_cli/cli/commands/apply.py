@@ -18,6 +18,7 @@ from ditmoe_cli.compression.output import check_plan
 from ditmoe_cli.compression.plan import CompressionPlan, read_plan
 from ditmoe_cli.compression.recorded import request_of
 from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import read_profile
 
@@ -64,9 +65,13 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     if planned.profile is not None and not plan.computes:
         note("warning: --profile has no effect: the plan computes no weights")
     job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)
+    path = planned.profile or (Path(stage.profile) if stage.profile else None)
+    if path is None and not to.dry_run:
+        path = profile_of_plan(opened, plan)
+    beside = [planned.plan, *([path] if path is not None else [])]
+    check_target(job.output.path, True, [opened.path, *beside])  # whether it exists is another matter
     if to.dry_run:
         return preview(job, plan, planned.device)
-    path = planned.profile or (Path(stage.profile) if stage.profile else profile_of_plan(opened, plan))
     if not plan.computes:
         job = replace(job, checkpoint=unread(opened, job.output, plan.source))
     check_plan(job.checkpoint, plan)
