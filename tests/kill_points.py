@@ -238,7 +238,10 @@ class Points:
         way = self.ways[(number // len(self.cases) + number) % len(self.ways)]
         label = f"{number} {case.label}, {way}"
         try:
-            outcome = self._play(number, case, way, draw)
+            for _ in range(3):  # once more where the command was done before its time had come
+                outcome = self._play(number, case, way, draw)
+                if outcome[0] != "done":
+                    break
         except (AssertionError, OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             with self.tally.lock:
                 self.tally.wrong.append(f"{label}: {error}")
@@ -320,7 +323,7 @@ class Points:
 
 def _waiting(case: Case, known: Known, draw: random.Random) -> Callable[[str, Path, float], bool]:
     """Return what tells that it is time: a moment of the run, or a share of a phase."""
-    moment, share = draw.uniform(0.02, 1.0) * known.seconds, draw.random()
+    moment, share = draw.uniform(0.02, 0.9) * known.seconds, draw.random()
     kind = draw.choice(
         ["moment", "computing" if case.computes else "writing", "writing", "flushing", "deleting the old"]
     )

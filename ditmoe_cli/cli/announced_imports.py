@@ -9,6 +9,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from ditmoe_cli.cli.interruption import ending_at_once
 from ditmoe_cli.progress import phase
 
 SLOW = frozenset({"torch", "torchvision", "transformers", "matplotlib", "scipy", "sklearn"})
@@ -25,11 +26,11 @@ class _Announced(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, and say so."""
+        """Execute the module, and say so; a signal then ends the process at once."""
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
-        with phase(f"loading {module.__name__}"):
+        with phase(f"loading {module.__name__}"), ending_at_once():
             self._loader.exec_module(module)
 
 

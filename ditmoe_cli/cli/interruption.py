@@ -2,20 +2,22 @@
 
 A signal becomes an exception wherever the program stands: `KeyboardInterrupt` for SIGINT, `SystemExit` for SIGTERM and
 SIGHUP. While that is under way further ones are ignored, so that nothing keeps ``finally`` clauses from deleting what
-was half-written. One that Python swallows, in ``__del__`` and in callbacks of weak references, is sent again.
+was half-written. One that Python swallows, in ``__del__`` and in callbacks of weak references, is sent again. While
+libraries are imported a signal ends the process at once: their C++ aborts it where an exception meets it.
 
 Imports next to nothing: it is in place before the program's imports begin.
 """
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -25,6 +27,8 @@ _MARK = "_ends_the_program"
 _SECONDS_UNTIL_SENT_AGAIN = 0.01
 
 _ended_by: int | None = None
+_is_sent_again = False  # one is on its way
+_imports = 0  # of libraries, under way
 
 
 def ended_by_signal() -> bool:
@@ -49,11 +53,27 @@ class EndedBySignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and _ended_by is not None:
-            ignore_signals()
-            what = "interrupted" if _ended_by == signal.SIGINT else f"ended by {signal.Signals(_ended_by).name}"
-            with suppress(OSError, ValueError):  # the terminal is gone
-                print(f"ditmoe: error: {what}", file=sys.stderr)
-            leave(128 + _ended_by)
+            _end(_ended_by)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Have a signal end the process at once while the context lasts, which has nothing of its own to undo."""
+    global _imports
+    _imports += 1
+    try:
+        yield
+    finally:
+        _imports -= 1
+
+
+def _end(number: int) -> NoReturn:
+    """Say what ended the program, undo what is left to undo, and leave."""
+    ignore_signals()
+    what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    with suppress(OSError, ValueError):  # the terminal is gone
+        print(f"ditmoe: error: {what}", file=sys.stderr)
+    leave(128 + number)
 
 
 def ignore_signals() -> None:
@@ -80,8 +100,10 @@ def leave(code: int) -> NoReturn:
 def _raise(number: int, _: FrameType | None) -> None:
     """Raise the exception of a signal, unless that of an earlier one is under way."""
     global _ended_by
-    if _is_under_way(sys.exc_info()[1]):
+    if _is_sent_again or _is_under_way(sys.exc_info()[1]):
         return
+    if _imports:
+        _end(number)
     _ended_by = number
     error = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
     setattr(error, _MARK, number)
@@ -106,10 +128,18 @@ class _SentAgain:
         self.other = other
 
     def __call__(self, found: Any) -> None:
+        global _is_sent_again
         number = getattr(found.exc_value, _MARK, None)
         if number is None:
             self.other(found)
             return
-        sending = threading.Timer(_SECONDS_UNTIL_SENT_AGAIN, os.kill, (os.getpid(), number))
-        sending.daemon = True
-        sending.start()
+        _is_sent_again = True
+        _thread.start_new_thread(_send_again, (number,))
+
+
+def _send_again(number: int) -> None:
+    """Send a signal to this process once Python has left where it swallows exceptions."""
+    global _is_sent_again
+    time.sleep(_SECONDS_UNTIL_SENT_AGAIN)
+    _is_sent_again = False
+    os.kill(os.getpid(), number)

@@ -16,6 +16,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, TextIO
 
 from ditmoe_cli.cli.terminal import duration, human_bytes, uses_colour
+from ditmoe_cli.files.cleanup import Undoing
 from ditmoe_cli.processes import first_process
 from ditmoe_cli.progress import BYTES, Phase
 
@@ -248,8 +249,5 @@ def _told(lines: Lines) -> Iterator[None]:
 
 @contextmanager
 def _drawn(bar: Bar) -> Iterator[None]:
-    try:
-        with looking(bar.look, _SECONDS_BETWEEN_LOOKS):
-            yield
-    finally:
-        bar.end()
+    with Undoing(bar.end), looking(bar.look, _SECONDS_BETWEEN_LOOKS):
+        yield

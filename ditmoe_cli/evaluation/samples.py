@@ -361,6 +361,7 @@ def complete_samples(sampling: Sampling, targets: Targets, notify: Notify) -> in
                 )
     notify(f"{file}: up to date")
     clean_leftovers(file)
+    _work(sampling, targets).discard()
     return file.stat().st_size
 
 

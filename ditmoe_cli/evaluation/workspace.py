@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, first_line
+from ditmoe_cli.files.cleanup import Undoing
 from ditmoe_cli.files.locks import locked
 
 _MARK = re.compile(r"(?P<name>.+)\.(?P<first>\d+)-(?P<stop>\d+)\.done")
@@ -120,28 +121,32 @@ class Workspace:
         A workspace in which no row is done is deleted at the end. The lock is released with the process, however it
         ends. Raises `BlockingIOError` instead of waiting where `notify` is None.
         """
-        path = self.folder.with_name(f"{self.folder.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path, notify):
-            try:
-                yield
-            finally:
-                if not any(self.folder.glob("*.done")):
-                    self.remove()
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self._lock, notify), Undoing(self._remove_if_empty):
+            yield
 
     def discard(self) -> None:
         """Delete the workspace unless another run uses it, which will delete it itself.
 
         Open arrays stay readable.
         """
-        if self.folder.exists():
+        if self.folder.exists() or self._lock.exists():
             with suppress(BlockingIOError), self.locked(None):
                 self.remove()
+
+    def _remove_if_empty(self) -> None:
+        """Delete the folder if no row is done."""
+        if not any(self.folder.glob("*.done")):
+            self.remove()
 
     @property
     def nbytes(self) -> int:
         """Bytes that the folder takes on the disk."""
         return sum(file.stat().st_blocks * 512 for file in self.folder.glob("*") if file.is_file())
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"

@@ -282,7 +282,8 @@ def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
 def discard_work(target: Path) -> None:
     """Delete the work folder of a target that is whole, unless another run has it or it is none of ours."""
     folder = work_folder(target)
-    if folder.is_dir() and _key_of(folder) is not None:
+    is_ours = folder.is_dir() and _key_of(folder) is not None
+    if is_ours or (not folder.exists() and _lock_of(folder).exists()):  # the lock of a run that was killed at the end
         with suppress(BlockingIOError), locked(_lock_of(folder)):
             _delete(folder)
 

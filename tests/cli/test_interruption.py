@@ -78,6 +78,7 @@ class Thing:
 with EndedBySignals():
     if sys.argv[1] == "__del__":
         Thing()
+        signal.raise_signal(signal.SIGINT)  # while the first one is on its way
     else:
         whole = type("Other", (), {})()
         kept = weakref.ref(whole, lambda _: signal.raise_signal(signal.SIGINT))
@@ -91,6 +92,24 @@ with EndedBySignals():
 def test_a_signal_that_python_swallows_is_sent_again(where: str, tmp_path: Path) -> None:
     ended = ran(SWALLOWED, where, cwd=tmp_path)
     assert (ended.code, ended.out, ended.err) == (130, "goes on\n", said(130))
+
+
+AMID_IMPORT = """
+import os
+from ditmoe_cli.cli.interruption import EndedBySignals, ending_at_once
+from ditmoe_cli.files.cleanup import Undoing
+with EndedBySignals():
+    with Undoing(lambda: print("undone", flush=True)), ending_at_once():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        except BaseException:
+            os.abort()  # as C++ does that cannot have an exception there
+"""
+
+
+def test_no_exception_meets_a_library_that_is_imported(tmp_path: Path) -> None:
+    ended = ran(AMID_IMPORT, cwd=tmp_path)
+    assert (ended.code, ended.out, ended.err) == (129, "undone\n", said(129))
 
 
 TURNED = """
@@ -139,11 +158,12 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "ditmoe_cli.cli.commands.convert", "numpy", "filelock"])
+@pytest.mark.parametrize("module", ["typer", "ditmoe_cli.cli.commands.quantize", "torch.autograd", "filelock"])
 def test_a_signal_amid_imports(module: str, tmp_path: Path, pico: Callable[..., Pico]) -> None:
     source = pico().save(tmp_path / "a.safetensors")
     before = source.read_bytes(), source.stat().st_mtime_ns
-    ended = ran(IMPORTING, module, "convert", source, "-o", "x.safetensors", cwd=tmp_path)
+    words = ("quantize", source, "--uniform", "--bits", 4, "-o", "x.safetensors")
+    ended = ran(IMPORTING, module, *words, cwd=tmp_path)
     assert (ended.code, ended.out) == (130, "")
     *notes, last = ended.err.splitlines(keepends=True)
     assert last == said(130) and all(line.startswith("ditmoe: ") for line in notes)
