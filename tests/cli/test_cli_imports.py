@@ -72,8 +72,9 @@ def test_nothing_heavy_is_imported(folder: Path) -> None:
 
 
 def test_the_check_can_tell(folder: Path) -> None:
-    """What does write imports torch, and is seen to."""
-    ((outcome, heavy),) = series([("convert", "a.safetensors", "-o", "b.safetensors")], folder)
+    """What computes imports torch, and is seen to."""
+    words = ("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "b.safetensors")
+    ((outcome, heavy),) = series([words], folder)
     assert outcome.code == 0
     assert "torch" in heavy
 
@@ -162,7 +163,7 @@ HELP = {
         "cli.terminal",
     ),
     "cli.progress_display",
-    *("errors", "processes", "progress", "threads", "version"),
+    *("errors", "files", "files.cleanup", "processes", "progress", "threads", "version"),
 }
 
 
