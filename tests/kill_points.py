@@ -91,7 +91,8 @@ def started(case: Case, folder: Path, force: bool, limit: int | None = None) -> 
     words = [sys.executable, "-m", "ditmoe_cli", *case.words, "-o", case.target, *(["--force"] if force else [])]
 
     def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background and nohup ignore them, and pass that on
+            signal.signal(number, signal.SIG_DFL)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
