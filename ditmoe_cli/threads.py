@@ -47,27 +47,28 @@ def usable_threads() -> int:
         import torch
 
         return torch.get_num_threads()
-    told = os.environ.get(_OPENMP, "").partition(",")[0].strip()
-    return int(told) if told.isdecimal() and int(told) else usable_cores()
+    told = (os.environ.get(name, "").partition(",")[0].strip() for name in (_MKL, _OPENMP))
+    return next((int(text) for text in told if text.isdecimal() and int(text)), usable_cores())
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """Have torch compute with one thread in each thread that asks it to, for work that is divided over threads.
 
-    Threads that begin meanwhile take the number over; the others keep theirs.
+    Threads that begin meanwhile take the number over, also where one of them is the first to load torch; the others
+    keep theirs.
     """
-    if "torch" not in sys.modules:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    count, told = usable_threads(), {name: os.environ.get(name) for name in (_OPENMP, _MKL, _OPENBLAS)}
+    use_threads(1, os.environ)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        for name, text in told.items():
+            os.environ.pop(name) if text is None else os.environ.update({name: text})
+        if "torch" in sys.modules:
+            import torch
+
+            torch.set_num_threads(count)
 
 
 def usable_cores(root: Path = Path("/")) -> int:

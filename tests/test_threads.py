@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ditmoe_cli.threads import prepare_threads, usable_cores, use_threads
+from ditmoe_cli import threads
+from ditmoe_cli.threads import prepare_threads, usable_cores, usable_threads, use_threads
 
 V2 = "30 23 0:28 {mount} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate\n"
 V1 = "31 23 0:29 {mount} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -119,3 +122,34 @@ def test_a_number_that_is_asked_for_holds_for_every_library() -> None:
     finally:
         torch.set_num_threads(before)
     assert environment == dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
+
+
+def test_threads_compute_by_themselves_also_where_one_of_them_is_the_first_to_load_torch() -> None:
+    """And afterwards torch has the number that it would have taken, and the environment says what it said."""
+    script = (
+        "import os, sys\n"
+        "from ditmoe_cli.files.streaming import in_threads\n"
+        "def job():\n"
+        "    import torch\n"
+        "    return torch.get_num_threads()\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(in_threads([job] * 4), job(), os.environ['OMP_NUM_THREADS'], os.environ.get('MKL_NUM_THREADS'))"
+    )
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(("MKL_", "OPENBLAS_"))}
+    told = subprocess.run(
+        [sys.executable, "-c", script], env={**environment, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True
+    )
+    assert told.stdout.split("\n")[0] == "[1, 1, 1, 1] 2 2 None", told.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [({"OMP_NUM_THREADS": "3,1"}, 3), ({"MKL_NUM_THREADS": "5"}, 5), ({"OMP_NUM_THREADS": "many"}, 7), ({}, 7)],
+)
+def test_the_number_that_torch_will_take(
+    environment: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 7)
+    assert usable_threads() == count
