@@ -88,9 +88,12 @@ def run_planner(
 def unread(checkpoint: Checkpoint, output: Output, claimed: str = UNREAD) -> Checkpoint:
     """Return a checkpoint whose fingerprint is as claimed until writing the output has read its weights.
 
-    It is as it was where something stands at the output, which may be up to date.
+    It is as it was where something stands at the output, which may be up to date, and where the metadata of the file
+    says otherwise than what is claimed: then reading it tells before anything is written.
     """
-    return checkpoint if output.path.exists() and not output.force else replace(checkpoint, claimed=claimed)
+    doubtful = claimed != UNREAD and checkpoint.written_fingerprint not in (None, claimed)
+    stands = output.path.exists() and not output.force
+    return checkpoint if doubtful or stands else replace(checkpoint, claimed=claimed)
 
 
 def _claimed(planner: Planner, given: Path | None, checkpoint: Checkpoint, output: Output) -> Checkpoint:
@@ -270,6 +273,7 @@ def _settling(checkpoint: Checkpoint, choice: Choice | None) -> Callable[[], Pla
     if (checkpoint.original or checkpoint).claimed is None:
         return None
 
+    @cache
     def settled() -> PlannedOutput:
         read = checkpoint.settled()
         return planned_output(read, None if choice is None else choice.of(read))

@@ -27,14 +27,14 @@ def check_expansion(path: Path, expanded: int, stored: int) -> None:
 
 
 @dataclass(frozen=True)
-class TorchArchive:
+class ArchiveParts:
     """An archive as torch.save writes it: its pickle, and the bytes of each storage by key."""
 
     pickle: bytes
     storages: Mapping[str, int]
 
 
-def read_torch_archive(path: Path) -> TorchArchive:
+def read_torch_archive(path: Path) -> ArchiveParts:
     """Return the parts of an archive of torch's.
 
     Raises `BadInputError` for an archive that torch did not write: one with entries of equal names, compressed or
@@ -52,7 +52,7 @@ def read_torch_archive(path: Path) -> TorchArchive:
     storages = {
         entry.filename.removeprefix(prefix): entry.file_size for entry in entries if entry.filename.startswith(prefix)
     }
-    return TorchArchive(data, storages)
+    return ArchiveParts(data, storages)
 
 
 def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EXPONENTS: Mapping[str, tuple[str, int]] = {
+    "F8_E5M2": ("u1", 0x7C),
+    "F8_E4M3": ("u1", 0x7F),  # all bits set are NaN, and there is no infinity
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
     "F32": ("<u4", 0x7F80_0000),
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
 }
-"""The bits of a value's exponent, by safetensors dtype: NaN and infinite values have all of them."""
+"""The bits that NaN and infinite values alone have all of, by safetensors dtype: those of the exponent, for most."""
 
 
 def finite_values(data: memoryview, dtype: str) -> bool:
@@ -29,8 +31,8 @@ def finite_values(data: memoryview, dtype: str) -> bool:
         return True
     import numpy as np
 
-    kind, exponent = _EXPONENTS[dtype]
-    return int((np.frombuffer(data, kind) & exponent).max()) != exponent
+    kind, bits = _EXPONENTS[dtype]
+    return int((np.frombuffer(data, kind) & bits).max()) != bits
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.errors import BadInputError, first_line, is_out_of_memory
-from ditmoe_cli.files.archives import TorchArchive, read_torch_archive
+from ditmoe_cli.files.archives import ArchiveParts, read_torch_archive
 from ditmoe_cli.files.file_names import utf8_name
 from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.names import ROUTER, unwrapped
@@ -170,7 +170,7 @@ def _no_weights(path: Path, called: str | None) -> BadInputError:
     )
 
 
-def _stored_bytes(archive: TorchArchive, key: object, nbytes: int) -> int:
+def _stored_bytes(archive: ArchiveParts, key: object, nbytes: int) -> int:
     if archive.storages.get(str(key)) != nbytes:
         raise ValueError(f"the storage {str(key)[:20]!r} has other than {nbytes} bytes")
     return nbytes

@@ -30,7 +30,9 @@ _OURS_BEGIN = ".ditmoe-"  # of the endings of hidden names: no other program's f
 _OURS = re.compile(rf"(?P<hidden>\..+){re.escape(_OURS_BEGIN)}(tmp|old)-(?P<run>\d+(-\d+)?)(\.lock)?", re.DOTALL)
 _LONGEST_NAME = 200  # bytes, of 255 that most file systems allow: hidden names are longer than their target's
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNSYNCED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM)
+UNFLUSHED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of file systems that cannot be asked to bring a file to disk."""
+_UNSYNCED = (*UNFLUSHED, errno.EBADF, errno.EACCES, errno.EPERM)
 _OCTAL = re.compile(rb"\\([0-7]{3})")  # as the kernel spells blanks
 
 
@@ -304,9 +306,13 @@ def _flush(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Write a file to disk, where its file system has that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNFLUSHED:
+            raise
     finally:
         os.close(descriptor)
 

@@ -20,6 +20,7 @@ from threading import Lock, Thread
 from typing import TypeVar
 
 from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.staging import UNFLUSHED
 from ditmoe_cli.threads import one_thread_each, usable_threads
 
 Result = TypeVar("Result")
@@ -62,15 +63,15 @@ def in_threads(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
             futures += (pool.submit(job) for job in jobs)
             return [future.result() for future in futures]
         finally:
-            _end(pool)
+            _to_the_end(partial(pool.shutdown, cancel_futures=True))
 
 
-def _end(pool: ThreadPoolExecutor) -> None:
-    """Drop the jobs that wait, and let those under way end, whatever signals come meanwhile."""
+def _to_the_end(wait: Callable[[], None]) -> None:
+    """Wait for threads to end, whatever signals come meanwhile."""
     raised: BaseException | None = None
     while True:
         try:
-            pool.shutdown(cancel_futures=True)
+            wait()
             break
         except BaseException as error:  # of a signal; it is raised when no thread writes any more
             raised = error
@@ -115,13 +116,23 @@ def write_at(file: int, data: memoryview, position: int) -> None:
         data, position = data[written:], position + written
 
 
+def _flush(file: int) -> None:
+    """Bring what was written to an open file to disk, where its file system has that."""
+    try:
+        _to_disk(file)
+    except OSError as error:
+        if error.errno not in UNFLUSHED:
+            raise
+
+
 @contextmanager
 def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
     """Yield a function that counts bytes as written to open files, and bring them to disk meanwhile.
 
     The system would let them wait, by default for seconds or for a tenth of the memory, while the disk is idle. Files
     whose `size` is more than half of the available memory give their memory back once they are on disk: before the
-    next command could read them there, they would be gone anyway. Raises the `OSError` of a write that failed late.
+    next command could read them there, they would be gone anyway. Raises the `OSError` of a write that failed late, as
+    the function does from then on.
     """
     forgets = hasattr(os, "posix_fadvise") and size > _available_memory() / 2
     waiting, counting = 0, Lock()
@@ -130,6 +141,8 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
 
     def wrote(number: int) -> None:
         nonlocal waiting
+        if failed:
+            raise failed[0]
         with counting:
             waiting += number
             if waiting >= _SYNCED_TOGETHER:
@@ -140,7 +153,7 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
         try:
             while wanted.get():
                 for file in files:
-                    _to_disk(file)
+                    _flush(file)
                     if forgets:
                         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:  # the system tells of it once
@@ -152,7 +165,7 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
         yield wrote
     finally:
         wanted.put(False)
-        thread.join()
+        _to_the_end(thread.join)
     if failed:
         raise failed[0]
 

@@ -59,7 +59,7 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class TorchArchive:
+class SavedStateDict:
     """A state dict under a key, with plain settings beside it; the state dict alone without a key.
 
     ``torch.load`` returns ``{key: {name: tensor}, **beside}``, or ``{name: tensor}``.

@@ -11,7 +11,7 @@ from ditmoe_cli.files.finite import finite_values
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.streaming import chunks, one_at_a_time
-from ditmoe_cli.files.torch_archive import TorchArchive
+from ditmoe_cli.files.torch_archive import SavedStateDict
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.upstream import arguments, obstacle
 from ditmoe_cli.progress import BYTES, phase
@@ -29,7 +29,7 @@ class UpstreamFile:
     path: Path
     force: bool = False
 
-    def archive(self, checkpoint: Checkpoint) -> TorchArchive:
+    def archive(self, checkpoint: Checkpoint) -> SavedStateDict:
         """Lay a checkpoint of plain weights out. Raises `BadInputError` where upstream's code has no module for it."""
         config = checkpoint.config
         problem = obstacle(config)
@@ -37,8 +37,8 @@ class UpstreamFile:
             raise BadInputError(f"{checkpoint.path}: upstream's code cannot load it: {problem}")
         tensors = list(checkpoint.header.tensors.values())
         if config.attention == "flash" and config.num_experts == 1:
-            return TorchArchive(tensors)
-        return TorchArchive(tensors, "ema", {"args": {**arguments(config), "rf": config.sampler == "rf"}})
+            return SavedStateDict(tensors)
+        return SavedStateDict(tensors, "ema", {"args": {**arguments(config), "rf": config.sampler == "rf"}})
 
     def write(self, checkpoint: Checkpoint) -> int:
         """Write the file, whole or not at all, and return its bytes.

@@ -15,8 +15,10 @@ from conftest import make_pico
 
 from ditmoe_cli.cli import planning
 from ditmoe_cli.cli.commands import apply, convert
+from ditmoe_cli.compression.output import PlannedOutput, planned_output
+from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.files import streaming, writer
-from ditmoe_cli.model.checkpoint import UNREAD, open_checkpoint
+from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint, open_checkpoint
 
 COMMANDS = {
     "convert": ("convert", "a.safetensors"),
@@ -133,6 +135,28 @@ def test_a_profile_or_plan_of_another_checkpoint_leaves_nothing(
     command, *options = words
     assert reason in here(command, "a.safetensors", *options, "-o", "out.safetensors", cwd=folder).error(3)
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_plan_that_the_metadata_speaks_against_is_refused_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "carry_out", lambda *_: pytest.fail("it is written"))
+    words = ("apply", "packed.safetensors", "--plan", "plan.json", "-o", "out.safetensors")
+    assert "the plan is for another checkpoint" in here(*words, cwd=folder).error(3)
+
+
+def test_an_output_is_laid_out_once_before_it_is_read_and_once_after(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out: list[str] = []
+
+    def counting(checkpoint: Checkpoint, plan: CompressionPlan | None) -> PlannedOutput:
+        laid_out.append(checkpoint.fingerprint)
+        return planned_output(checkpoint, plan)
+
+    monkeypatch.setattr(planning, "planned_output", counting)
+    assert here(*COMMANDS["prune at random"], "-o", "out.safetensors", cwd=folder).code == 0
+    assert laid_out == [UNREAD, open_checkpoint(folder / "a.safetensors").fingerprint]
 
 
 def test_what_stands_at_the_output_is_compared_with_the_input_as_it_is(folder: Path) -> None:

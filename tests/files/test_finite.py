@@ -97,6 +97,7 @@ def test_bytes_of_eight_bits_are_judged_as_torch_judges_values(code: str, dtype:
     values = torch.arange(256, dtype=torch.uint8)
     finite = values.view(dtype).float().isfinite().tolist()
     assert [finite_bytes(bytes([value]), code) for value in range(256)] == finite
+    assert [finite_values(memoryview(bytes([value, 0])), code) for value in range(256)] == finite
 
 
 def test_whole_numbers_and_no_bytes_are_finite() -> None:

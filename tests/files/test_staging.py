@@ -73,6 +73,19 @@ def test_all_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path.stat().st_ino, True) in synced, "the rename itself"
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush_takes_outputs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with staged(tmp_path / "x") as staging:
+        staging.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
 def test_a_relative_target_stays_where_it_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -131,6 +132,55 @@ def test_what_is_written_goes_to_disk_meanwhile_and_errors_are_told(monkeypatch:
     monkeypatch.setattr(streaming, "_to_disk", full)
     with pytest.raises(OSError, match="No space"), syncing([7], 20) as wrote:
         wrote(10)
+
+
+def test_nothing_more_is_written_once_the_disk_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+
+    def broken(_: int) -> None:
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(streaming, "_SYNCED_TOGETHER", 10)
+    monkeypatch.setattr(streaming, "_to_disk", broken)
+    with pytest.raises(OSError, match="Input/output"), syncing([7], 20) as wrote:
+        wrote(10)
+        failed.wait()
+        for thread in (thread for thread in threading.enumerate() if thread.name == "ditmoe-sync"):
+            thread.join()
+        wrote(1)
+        raise AssertionError("it was told of the failure")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush_is_written_to_all_the_same(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(streaming, "_SYNCED_TOGETHER", 10)
+    monkeypatch.setattr(streaming, "_to_disk", unknown)
+    with syncing([7], 20) as wrote:
+        wrote(10)
+        wrote(10)
+
+
+def test_the_syncing_ends_before_an_interruption_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread is left that would flush a file that is closed, or another one that has its number by then."""
+    signals = [KeyboardInterrupt, KeyboardInterrupt]
+
+    class Interrupted(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            if signals:
+                raise signals.pop()
+            super().join(timeout)
+
+    before = threading.active_count()
+    monkeypatch.setattr(streaming, "Thread", Interrupted)
+    with pytest.raises(KeyboardInterrupt), syncing([], 0):
+        pass
+    assert threading.active_count() == before and not signals
 
 
 def test_an_error_within_ends_the_syncing() -> None:

@@ -19,7 +19,7 @@ from ditmoe_cli.files import torch_archive
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
 from ditmoe_cli.files.streaming import chunks
-from ditmoe_cli.files.torch_archive import TorchArchive
+from ditmoe_cli.files.torch_archive import SavedStateDict
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool]
@@ -40,8 +40,8 @@ def infos(state: Mapping[str, Tensor]) -> list[TensorInfo]:
     return [TensorInfo(name, dtype_code(value.dtype, name), tuple(value.shape)) for name, value in state.items()]
 
 
-def written(state: Mapping[str, Tensor], path: Path, key: str | None = None, **beside: Any) -> TorchArchive:
-    archive = TorchArchive(infos(state), key, beside)
+def written(state: Mapping[str, Tensor], path: Path, key: str | None = None, **beside: Any) -> SavedStateDict:
+    archive = SavedStateDict(infos(state), key, beside)
     assert (
         archive.write(path, lambda info: chunks(tensor_bytes(state[info.name])))
         == archive.nbytes
@@ -91,6 +91,6 @@ def test_data_is_aligned_and_nothing_depends_on_the_clock_or_the_name(tmp_path: 
 
 
 def test_a_tensor_of_another_size_than_planned_is_an_error(tmp_path: Path) -> None:
-    archive = TorchArchive([TensorInfo("a", "F32", (2,))])
+    archive = SavedStateDict([TensorInfo("a", "F32", (2,))])
     with pytest.raises(DitmoeError, match="has 4 bytes, planned 8"):
         archive.write(tmp_path / "x.pt", lambda _: [memoryview(bytes(4))])
