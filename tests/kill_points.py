@@ -255,7 +255,11 @@ class Points:
     def _play(self, number: int, case: Case, way: str, draw: random.Random) -> tuple[str, ...]:
         known = self.known[case]
         has_old, old = draw.random() < 0.6, None
-        room = 3 * known.size + (2**28 if case.computes else 2**23) + (2 * (self.inputs / LARGE).stat().st_size if has_old else 0)
+        room = (
+            3 * known.size
+            + (2**28 if case.computes else 2**23)
+            + (2 * (self.inputs / LARGE).stat().st_size if has_old else 0)
+        )
         folder = self.fresh(f"point-{number}", room if way == "FULL" else None)
         target = folder / case.target
         if has_old:
