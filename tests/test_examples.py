@@ -163,7 +163,7 @@ def test_the_streaming_benchmark_prints_a_row_per_command_and_cleans_up(
     assert {len(row) for row in rows} == {len(streaming.COLUMNS)}
     made = [row for row in rows[2:] if row[-1] != "-"]
     assert len(made) == len(streaming.ROWS) - 1  # all but inspect
-    assert len(rows) == 2 + 1 + 3 * len(made)
+    assert len(rows) == 2 + 1 + 2 * len(made) + len(streaming.VERIFIED)
     assert all(float(row[3]) >= 0 for row in made)
     assert [row[0].split()[0] for row in made if row[5] != "-"] == ["quantize", "quantize", "quantize", "apply:"]
     assert not list(tmp_path.iterdir())

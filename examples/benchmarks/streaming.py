@@ -58,6 +58,7 @@ COLUMNS = (
     *("to disk, GB", "bytes"),
 )
 SLOW = ("int4", "merge")  # left out of G unless named
+VERIFIED = ("prune", "nf4")  # commands whose outputs are verified too
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,11 @@ def cells(label: str, found: Run, copied: float = 0.0, size: int = 0, weights: i
 
 
 def inspected(place: Place, of: str) -> Iterator[list[str]]:
-    """Inspect and verify what a command wrote; yield the cells of their rows."""
+    """Inspect what a command wrote, and verify it where that is in `VERIFIED`; yield the cells of their rows."""
     yield cells(f"inspect, of what {of} wrote", run(place, ("inspect", place.made), place.made))
-    verified = run(place, ("inspect", place.made, "--verify"), place.made)
-    yield cells(f"inspect --verify, of what {of} wrote", verified, copying(place.made, place.folder / "copy", 0))
+    if of in VERIFIED:
+        verified = run(place, ("inspect", place.made, "--verify"), place.made)
+        yield cells(f"inspect --verify, of what {of} wrote", verified, copying(place.made, place.folder / "copy", 0))
 
 
 def measured(place: Place, name: str, command: Command) -> Iterator[list[str]]:
