@@ -17,12 +17,15 @@ _WORTH_MEASURING = 15.0  # seconds at the assumed rate
 def foretell(
     estimates: Sequence[Estimate], device: Callable[[], str], rate_of: Callable[[str], Rate] = measured_rate
 ) -> None:
-    """Tell what work is about to take, if it is more than a minute."""
-    if not first_process() or not estimates:
+    """Tell what work is about to take, if it is more than a minute.
+
+    The machine's speed is measured, which takes torch, only for work that multiplies matrices.
+    """
+    rate = known_rate("cpu")
+    if not first_process() or _seconds(estimates, rate) < _WORTH_MEASURING:
         return
-    if _seconds(estimates, known_rate("cpu")) < _WORTH_MEASURING:
-        return
-    rate = rate_of(device())
+    if any(estimate.effort.multiplies for estimate in estimates):
+        rate = rate_of(device())
     if _seconds(estimates, rate) >= _WORTH_TELLING:
         note(told(estimates, rate))
 

@@ -54,6 +54,11 @@ class Effort:
         """Return the effort of doing it so many times."""
         return Effort(self.flops * times, self.double_flops * times, self.steps * times, self.nbytes * times)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether there are operations that take less time on a faster machine."""
+        return bool(self.flops or self.double_flops)
+
     def seconds(self, rate: float) -> float:
         """Return the seconds on a machine that multiplies large matrices at `rate` operations a second."""
         products = self.flops / (_EFFICIENCY * rate) + self.double_flops / (_DOUBLE * rate)

@@ -37,6 +37,15 @@ def test_short_work_does_not_ask_for_the_device() -> None:
     foretell([WRITE], nobody)
 
 
+def test_long_writing_is_foretold_without_measuring() -> None:
+    def nobody() -> str:
+        raise AssertionError("asked")
+
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        foretell([Estimate("writing", Effort(nbytes=1e12), 1e9)], nobody)
+    assert "min" in err.getvalue() and err.getvalue().endswith(": writing\n")
+
+
 def test_only_the_first_of_several_processes_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", "1")
