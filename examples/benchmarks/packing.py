@@ -2,13 +2,14 @@
 
     python examples/benchmarks/packing.py --rounds 20
     python examples/benchmarks/packing.py --threads 2 --formats nf4,int4-g64,int8
+    python examples/benchmarks/packing.py --memory
 
 Weights are random, of the shapes of an expert's matrices in DiT-MoE S, XL and G. Prints a Markdown table of
 nanoseconds a weight, which are as many seconds per 10⁹ weights: checks of values, scales, codes and packing, but
 neither reading nor writing. With one thread that is processor time, which other processes lengthen little; the best of
 the rounds counts. With N threads, each packs a weight at a time with one thread of torch, as `quantize` does, and the
-best wall time over all weights counts. A second table has the most memory that packing a weight takes besides, in a
-thread that keeps nothing yet.
+best wall time over all weights counts. With --memory it prints the most memory that packing a weight takes besides, in
+a thread that keeps nothing yet (Linux with glibc).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ FORMATS = (
 )
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_MMAP_THRESHOLD = -3  # of glibc's mallopt: the size from which memory comes from the system, and goes back to it
 
 
 def weights_of(shape: tuple[int, int], dtype: str, count: int) -> list[tuple[Tensor, TensorInfo]]:
@@ -84,8 +86,10 @@ def nanoseconds_side_by_side(
 
 
 def mebibytes_beside(weight: Tensor, info: TensorInfo, fmt: str) -> float:
-    """Return the most memory that packing took beside the weight and its bytes, in MiB; Linux tells it."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Return the most memory that packing took beside the weight and its bytes, in MiB.
+
+    Memory has to be given back to the system as soon as it is free.
+    """
     _CLEAR.write_text(_RESET_PEAK)
     before = _kibibytes("VmRSS")
     with ThreadPoolExecutor(1) as pool:
@@ -116,19 +120,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of which the best counts")
     parser.add_argument("--threads", type=int, default=1, help="that pack weights side by side")
     parser.add_argument("--weights", type=int, default=8, help="of each shape, where several threads pack them")
-    parser.add_argument("--no-memory", action="store_true", help="leave the second table out")
+    parser.add_argument("--memory", action="store_true", help="measure memory in place of time")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     formats = chosen.formats.split(",")
     shapes = {name: shape for name, shape in SHAPES.items() if name.split()[0] in chosen.shapes.split(",")}
 
-    memory: dict[str, list[str]] = {}
-    if not chosen.no_memory and _CLEAR.exists():
-        pack(*weights_of((64, 64), chosen.dtype, 1)[0], "nf4")  # what is loaded on the first call
+    columns: dict[str, list[str]] = {}
+    if chosen.memory:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
         for name, shape in shapes.items():
             [(weight, info)] = weights_of(shape, chosen.dtype, 1)
-            memory[name] = [f"{max(0.0, mebibytes_beside(weight, info, fmt)):.0f}" for fmt in formats]
-    columns: dict[str, list[str]] = {}
+            for fmt in formats:
+                pack(*weights_of((64, 64), chosen.dtype, 1)[0], fmt)  # tables are made on the first call
+            columns[name] = [f"{mebibytes_beside(weight, info, fmt):.1f}" for fmt in formats]
+        print_table(f"MiB beside, {chosen.dtype}", formats, columns)
+        return
     for name, shape in shapes.items():
         if chosen.threads == 1:
             found = nanoseconds(weights_of(shape, chosen.dtype, 1), formats, chosen.rounds)
@@ -138,8 +145,6 @@ def main() -> None:
         columns[name] = [f"{value:.1f}" for value in found]
     side = f", {chosen.threads} threads" if chosen.threads > 1 else ""
     print_table(f"ns a weight, {chosen.dtype}{side}", formats, columns)
-    if memory:
-        print_table("MiB beside", formats, memory)
 
 
 if __name__ == "__main__":
