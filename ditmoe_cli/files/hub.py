@@ -146,11 +146,14 @@ class _RepositoryCache:
         return commit if _HASH.fullmatch(commit) else None
 
     def remember(self, commit: str) -> None:
-        """Write down which commit a branch or tag is."""
-        if self.name.commit is None and self.known_commit() != commit:
-            self.reference.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_whole(self.reference, self.reference) as new:
-                new.write_text(commit)
+        """Write down which commit a branch or tag is, one process at a time."""
+        if self.name.commit is not None or self.known_commit() == commit:
+            return
+        lock = self.lock(f"refs--{self.name.revision.replace('/', '--')}")
+        for folder in (lock.parent, self.reference.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with locked(lock, lambda _: None), replaced_whole(self.reference, self.reference) as new:
+            new.write_text(commit)
 
     def file(self, commit: str) -> Path | None:
         """Return the file that is named where it is here, and no other is read with it."""

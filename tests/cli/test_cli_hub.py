@@ -140,18 +140,17 @@ def test_light_commands_stay_light(server: FakeHub, cache: Path, tmp_path: Path)
     assert "no such repository" in last[0].error(3)
 
 
-def test_the_environment_is_heeded(server: FakeHub, cache: Path, tmp_path: Path) -> None:
-    run = ["inspect", "hf:owner/some-shards"]
+def test_the_environment_is_heeded(work: Path, server: FakeHub, cache: Path) -> None:
+    run, other = ("inspect", "hf:owner/some-shards"), ("inspect", "hf:owner/many/a.pt")
     server.token = "hf_secret"
     told = environment_of(server, cache)
-    assert "private" in series([run], tmp_path, **told)[0][0].error(3)
-    assert series([run], tmp_path, **told, HF_TOKEN="hf_secret")[0][0].code == 0
+    assert "private" in here(*run, cwd=work).error(3)
+    assert series([run], work, **told, HF_TOKEN="hf_secret")[0][0].code == 0
     asked = len(server.asked)
-    offline = series([run], tmp_path, **told, HF_HUB_OFFLINE="1")[0][0]
+    (offline, _), (lacking, _) = series([run, other], work, **told, HF_HUB_OFFLINE="1")
     assert offline.code == 0 and len(server.asked) == asked
     assert f"ditmoe: hf:owner/some-shards: read from the cache, commit {COMMIT}" in offline.err
-    other = environment_of(server, cache / "other", HF_HUB_OFFLINE="1")
-    assert "unset HF_HUB_OFFLINE" in series([run], tmp_path, **other)[0][0].error(3)
+    assert "unset HF_HUB_OFFLINE" in lacking.error(3)
 
 
 def test_only_our_own_lines_stand_on_stderr(work: Path) -> None:
@@ -175,14 +174,12 @@ def test_a_terminal_shows_the_bytes_and_no_other_bar(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_download_is_gone_on_with(
-    server: FakeHub, cache: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_stopped_download_is_gone_on_with(work: Path, server: FakeHub, cache: Path, number: signal.Signals) -> None:
     half = len(server.repositories["feizhengcong/DiT-MoE"][COMMIT][PUBLISHED]) // 2
     server.faults = Faults(cut_after=half)
     env = environment(**environment_of(server, cache))
     child = subprocess.Popen(
-        command("inspect", "hf:dit-moe-s"), cwd=tmp_path, env=env, stderr=-1, stdout=-1, preexec_fn=heed_interrupts
+        command("inspect", "hf:dit-moe-s"), cwd=work, env=env, stderr=-1, stdout=-1, preexec_fn=heed_interrupts
     )
     blobs = cache / "models--feizhengcong--DiT-MoE" / "blobs"
     until = time.monotonic() + 60
@@ -195,8 +192,7 @@ def test_a_stopped_download_is_gone_on_with(
     assert "Traceback" not in said and said.count("\n") <= 1
     (left,) = (part.stat().st_size for part in blobs.iterdir())
     server.faults, asked = Faults(), len(server.asked)
-    (done, _), *_ = series([("inspect", "hf:dit-moe-s")], tmp_path, **environment_of(server, cache))
-    assert done.code == 0
+    assert here("inspect", "hf:dit-moe-s", cwd=work).code == 0
     assert [given for *_, given, _ in server.asked[asked:] if given] == [f"bytes={left}-"]
 
 

@@ -7,7 +7,10 @@ import hashlib
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ditmoe_cli.errors import BadInputError, DitmoeError
 from ditmoe_cli.files import downloads, hub
 from ditmoe_cli.files.containers import locate
 from ditmoe_cli.files.hub import fetched
+from ditmoe_cli.files.staging import replaced_whole
 
 pytest.importorskip("huggingface_hub")
 
@@ -113,6 +117,21 @@ def test_branches_move_and_commits_stay(server: FakeHub) -> None:
     assert old.read_bytes() == WEIGHTS and new.read_bytes() == WEIGHTS[::-1]
     assert fetched(f"hf:{REPO}/a.pt@{COMMIT}") == old
     assert len(told) == 1 and "f" * 40 in told[0]
+
+
+def test_runs_at_once_note_the_branch_one_after_the_other(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def slowly(path: Path, named: Path) -> Iterator[Path]:
+        with replaced_whole(path, named) as new:
+            yield new
+            time.sleep(0.1)
+
+    fetched(f"hf:{REPO}/a.pt")
+    server.add(REPO, server.repositories[REPO][COMMIT], "f" * 40)
+    fetched(f"hf:{REPO}/a.pt@{'f' * 40}")
+    monkeypatch.setattr(hub, "replaced_whole", slowly)
+    with ThreadPoolExecutor(3) as runs:
+        assert len(set(runs.map(fetched, [f"hf:{REPO}/a.pt"] * 3))) == 1
 
 
 @pytest.mark.parametrize("branch", ["v1.0", "refs/pr/1"])
