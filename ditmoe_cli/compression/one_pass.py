@@ -6,7 +6,6 @@ those of all tensors are its fingerprint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 from ditmoe_cli.compression.computed import kept_weight
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.finite import finite_values
 from ditmoe_cli.files.streaming import Count, chunks, counted, sha256_of
 from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.files.writer import Job, Target
@@ -102,16 +100,8 @@ class OnePass:
             self._hash(tensor)
             if checkpoint.header.tensors[tensor] == source.header.tensors.get(tensor) and tensor in source.hashes:
                 checkpoint.hashes[tensor] = source.hashes[tensor]
-        parts = self._checked(tensor, checkpoint.reader.raw(tensor))
-        checkpoint.hashes[tensor] = target.put(name, counted(parts, self.count), checkpoint.hashes.get(tensor))
-
-    def _checked(self, name: str, data: memoryview) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor a few at a time, which are then in the cache of the core that checked them."""
-        dtype = self.checkpoint.header.tensors[name].dtype
-        for part in chunks(data):
-            if not finite_values(part, dtype):
-                raise self.checkpoint.broken(name)
-            yield part
+        parts = counted(checkpoint.finite_parts(tensor), self.count)
+        checkpoint.hashes[tensor] = target.put(name, parts, checkpoint.hashes.get(tensor))
 
     def _take(self, name: str, tensor: str, rows: tuple[int, ...], target: Target) -> None:
         from ditmoe_cli.files.reader import tensor_bytes

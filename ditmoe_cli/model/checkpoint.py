@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
-from ditmoe_cli.files.finite import all_finite
+from ditmoe_cli.files.finite import all_finite, finite_values
 from ditmoe_cli.files.hub_names import is_hub_name, told_name
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
-from ditmoe_cli.files.streaming import hash_tensors
+from ditmoe_cli.files.streaming import chunks, hash_tensors
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.weights import logical_weights
 from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
@@ -132,6 +132,17 @@ class Checkpoint:
     def broken(self, name: str) -> BadInputError:
         """Return the error of a tensor that is not finite."""
         return BadInputError(f"{self.path}: tensor {name!r} holds NaN or infinite values; the weights are broken")
+
+    def finite_parts(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor a few at a time, which are then in the cache of the core that checked them.
+
+        Raises `BadInputError` where they hold NaN or infinite values.
+        """
+        dtype = self.header.tensors[name].dtype
+        for part in chunks(self.reader.raw(name)):
+            if not finite_values(part, dtype):
+                raise self.broken(name)
+            yield part
 
     def finite_tensor(self, name: str) -> torch.Tensor:
         """Return a stored tensor. Raises `BadInputError` where it holds NaN or infinite values."""

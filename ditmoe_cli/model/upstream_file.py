@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.finite import finite_values
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import staged
-from ditmoe_cli.files.streaming import chunks, one_at_a_time
+from ditmoe_cli.files.streaming import counted, one_at_a_time
 from ditmoe_cli.files.torch_archive import SavedStateDict
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.upstream import arguments, obstacle
@@ -54,10 +53,6 @@ class UpstreamFile:
             count = one_at_a_time(progress)
 
             def content(info: TensorInfo) -> Iterator[memoryview]:
-                for part in chunks(checkpoint.reader.raw(info.name)):
-                    if not finite_values(part, info.dtype):
-                        raise checkpoint.broken(info.name)
-                    yield part
-                    count(part.nbytes)
+                return counted(checkpoint.finite_parts(info.name), count)
 
             return archive.write(staging, content)
