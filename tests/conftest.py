@@ -31,9 +31,7 @@ TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 SHARED = REPOSITORY.parent / "shared"
 
-torch.set_num_threads(1)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # several processes share the cores
 
 # fixtures here are stateless, and a shared machine has no business failing a test for being slow
 settings.register_profile(

@@ -13,8 +13,6 @@ import pytest
 from cli_helpers import command, contents, environment, here, on_terminal, piped, series
 from conftest import Pico, heed_interrupts
 
-from ditmoe_cli.files import downloads
-
 pytest.importorskip("huggingface_hub")
 
 from fake_hub import COMMIT, FakeHub, Faults, environment_of, point_client, serving, stay_here
@@ -52,7 +50,6 @@ def work(server: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """A folder to run commands in, whose hub is the server."""
     stay_here(monkeypatch)
     point_client(monkeypatch, server.url, cache)
-    monkeypatch.setattr(downloads, "_WAITS", (0.0, 0.0))
     folder = tmp_path / "work"
     folder.mkdir()
     return folder
@@ -166,7 +163,6 @@ def test_a_terminal_shows_the_bytes_and_no_other_bar(
     monkeypatch.delenv("DITMOE_PROGRESS")
     monkeypatch.setattr("ditmoe_cli.cli.progress_display._SECONDS_BEFORE_A_BAR", 0.0)
     monkeypatch.setattr("ditmoe_cli.cli.progress_display._SECONDS_BETWEEN_LOOKS", 0.02)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     server.faults = Faults("GET", seconds=0.2, times=1)
     code, text = on_terminal("inspect", "hf:dit-moe-s", cwd=work, COLUMNS="120")
     assert code == 0 and "fetching hf:dit-moe-s" in text and " kB" in text

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_helpers import contents
 from conftest import Pico
 
 from ditmoe_cli.errors import BadInputError, DitmoeError
@@ -40,7 +41,6 @@ def cache(tmp_path: Path) -> Path:
 def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with one repository, which huggingface_hub takes for the real one; other machines are out of reach."""
     stay_here(monkeypatch)
-    monkeypatch.setattr(downloads, "_WAITS", (0.0, 0.0))
     with serving(FakeHub()) as hub:
         hub.add(REPO, {"a.pt": WEIGHTS, "runs/b.pt": WEIGHTS[:5000], "README.md": b"hello"})
         point_client(monkeypatch, hub.url, cache)
@@ -55,10 +55,6 @@ def refused(text: str, kind: type[DitmoeError] = BadInputError) -> str:
     message = str(caught.value)
     assert "\n" not in message and message.startswith(text)
     return message
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 # what is fetched, and to where
@@ -259,7 +255,7 @@ def test_what_is_left_of_another_file_is_no_part_of_this_one(cache: Path, left: 
 def test_other_bytes_than_the_digest_says_are_refused_and_deleted(server: FakeHub, cache: Path) -> None:
     server.faults = Faults(garbage=True)
     assert "fetch it again" in refused(f"hf:{REPO}/a.pt")
-    assert not any(len(content) >= len(WEIGHTS) for content in contents(cache).values())
+    assert not any(path.stat().st_size >= len(WEIGHTS) for path in cache.rglob("*"))
     server.faults = Faults()
     assert fetched(f"hf:{REPO}/a.pt").read_bytes() == WEIGHTS
 
@@ -279,13 +275,13 @@ def test_a_server_that_fails_once_is_asked_again(server: FakeHub) -> None:
 
 def test_a_server_that_does_not_answer_is_named(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.1)
-    server.faults = Faults("api", seconds=0.5, times=1)
+    server.faults = Faults("api", seconds=3, times=1)
     assert f"{server.url} does not answer; try again later" in refused(f"hf:{REPO}/a.pt")
 
 
 def test_a_download_that_stalls_is_named(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    server.faults = Faults("GET", seconds=0.3, times=2)
+    server.faults = Faults("GET", seconds=3, times=2)
     assert f"broke off ({server.url} does not answer); what has arrived is kept" in refused(f"hf:{REPO}/a.pt")
 
 

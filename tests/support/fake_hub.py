@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from ditmoe_cli.files import downloads
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOCAL = ("127.0.0.1", "::1", "localhost")
 _LARGE = 1000  # bytes from which a file is stored by its SHA-256, as weights are
@@ -173,7 +175,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
 
 
 def stay_here(patch: pytest.MonkeyPatch) -> None:
-    """Fail what would connect to another machine, or ask for one's address."""
+    """Fail what would connect to another machine, or ask for one's address; broken downloads go on without a wait."""
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def connect_here(self: socket.socket, address: Any) -> None:
@@ -188,6 +190,7 @@ def stay_here(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(socket.socket, "connect", connect_here)
     patch.setattr(socket, "getaddrinfo", look_up_here)
+    patch.setattr(downloads, "_WAITS", (0.0, 0.0))
 
 
 def point_client(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:

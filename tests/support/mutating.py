@@ -23,15 +23,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from conftest import Pico, make_pico
-from torch import Tensor
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Card, Provenance, Step
-from ditmoe_cli.files.reader import dtype_code, open_reader
+from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.checkpoint import open_checkpoint
 
@@ -589,11 +587,3 @@ def limited_memory(room: int = _ROOM) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (old, hard))
-
-
-def tensors_of(pico: Pico) -> list[TensorInfo]:
-    return [TensorInfo(name, dtype_code(value.dtype, name), tuple(value.shape)) for name, value in pico.state.items()]
-
-
-def as_arrays(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: np.asarray(value) for name, value in state.items()}
