@@ -40,9 +40,10 @@ settings.register_profile(
 settings.load_profile("ditmoe")
 
 
-def heed_interrupts() -> None:
-    """Make a child heed SIGINT (as preexec_fn), which a test run started in the background ignores and passes on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_signals() -> None:
+    """Make a child heed signals (as preexec_fn) that a run in the background, or by nohup, ignores and passes on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from cli_helpers import (
     shell,
     terminal,
 )
-from conftest import heed_interrupts, make_pico
+from conftest import heed_signals, make_pico
 
 from ditmoe_cli.errors import DitmoeError
 
@@ -375,7 +375,7 @@ def writing(large: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=heed_interrupts,
+        preexec_fn=heed_signals,
     )
     end = time.monotonic() + 60
     while not any(tmp_path.glob(".out.safetensors.ditmoe-tmp-*")):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import command, contents, environment, here, on_terminal, piped, series
-from conftest import Pico, heed_interrupts
+from conftest import Pico, heed_signals
 
 pytest.importorskip("huggingface_hub")
 
@@ -175,7 +175,7 @@ def test_a_stopped_download_is_gone_on_with(work: Path, server: FakeHub, cache: 
     server.faults = Faults(cut_after=half)
     env = environment(**environment_of(server, cache))
     child = subprocess.Popen(
-        command("inspect", "hf:dit-moe-s"), cwd=work, env=env, stderr=-1, stdout=-1, preexec_fn=heed_interrupts
+        command("inspect", "hf:dit-moe-s"), cwd=work, env=env, stderr=-1, stdout=-1, preexec_fn=heed_signals
     )
     blobs = cache / "models--feizhengcong--DiT-MoE" / "blobs"
     until = time.monotonic() + 60

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import Outcome, bytes_of, contents, environment, here, outputs, piped, tensor_shapes
-from conftest import heed_interrupts, make_pico
+from conftest import heed_signals, make_pico
 
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 
@@ -255,7 +255,7 @@ def test_a_signal_while_refitting_loses_no_block(number: signal.Signals, code: i
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=heed_signals,
         check=False,
     )
     assert stopped.returncode == code and stopped.stdout == "", stopped.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import Outcome, environment
-from conftest import Pico, heed_interrupts
+from conftest import Pico, heed_signals
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LINES = {130: "interrupted", 143: "ended by SIGTERM", 129: "ended by SIGHUP"}
@@ -24,7 +24,7 @@ def ran(script: str, *words: object, cwd: Path, ignoring: signal.Signals | None 
     """Run Python lines as the program; `ignoring` is a signal that is ignored when it starts, as by nohup."""
 
     def prepare() -> None:
-        heed_interrupts()
+        heed_signals()
         if ignoring is not None:
             signal.signal(ignoring, signal.SIG_IGN)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, heed_interrupts
+from conftest import REPOSITORY, heed_signals
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, OutputExistsError
 from ditmoe_cli.files import cleanup
@@ -674,7 +674,7 @@ def test_a_killed_writer_leaves_the_old_or_nothing(tmp_path: Path, how: signal.S
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=heed_signals,
     ) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "half\n"
