@@ -162,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(hub: FakeHub) -> Iterator[FakeHub]:
     """Serve a hub while the context lasts; its address is `hub.url`."""
+    from huggingface_hub import close_session
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -170,6 +172,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        close_session()  # whose connections keep threads of the server waiting
         server.shutdown()
         server.server_close()
 
