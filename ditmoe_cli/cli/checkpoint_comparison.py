@@ -139,7 +139,7 @@ def _history_rows(found: Differences) -> list[Row]:
         "ancestor": "B was made from A",
         "descendant": "A was made from B",
         "siblings": "both were made from one checkpoint",
-        "unknown": "no fingerprint is in the history of both",
+        "unknown": "neither history names the other, or a checkpoint that both come from",
     }[kin.relation]
     shared = f", after {_plural(len(kin.shared), 'step', 'steps')} that they share" if kin.shared else ""
     return [("history", told + shared), *_steps("A", kin.a), *_steps("B", kin.b)]
@@ -152,6 +152,9 @@ def _steps(label: str, steps: Iterable[Step]) -> list[Row]:
 def _kept_rows(kept: Sequence[Kept | None]) -> list[Row]:
     """Return which experts of the checkpoint that both come from are left, blocks that are alike in one row."""
     rows: list[Row] = []
+    a, b = kept
+    if a is not None and a == b:
+        return blockwise([f"both have experts {in_runs(block)}" for block in a])
     for label, blocks in zip("AB", kept, strict=True):
         rows += blockwise([f"{label} has experts {in_runs(block)}" for block in blocks]) if blocks else []
     return rows

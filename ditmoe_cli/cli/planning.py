@@ -253,6 +253,7 @@ def write(
     with _work_folder(job, choice, place) as work:
         settled = _settling(job.checkpoint, choice)
         applied = carry_out(job.checkpoint, planned, job.output, profile, place, work, settled)
+    _warn_of_changes(job.checkpoint)
     plan = applied.planned.plan
     sizes, known = size_facts(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
@@ -266,6 +267,18 @@ def write(
     emit(job.printing, stage.to_json(result), rows, str(job.output.path))
     if sys.stderr.isatty() and not (job.printing.is_text or job.printing.quiet):  # as in a pipe on a terminal
         note(f"{job.command}: " + "; ".join(f"{label} {value}" for label, value in costs))
+
+
+def _warn_of_changes(checkpoint: Checkpoint) -> None:
+    """Say on stderr that tensors of the input, which was hashed while it was read, are not what ditmoe wrote."""
+    if checkpoint.changed:
+        first, *others = checkpoint.changed
+        which = f"tensor {first!r}{f' and {len(others)} more' if others else ''}"
+        verb = "are" if others else "is"
+        note(
+            f"warning: {checkpoint.path}: {which} {verb} not what ditmoe wrote, and the output is made from it; "
+            "ditmoe inspect --verify tells more"
+        )
 
 
 def _settling(checkpoint: Checkpoint, choice: Choice | None) -> Callable[[], PlannedOutput] | None:

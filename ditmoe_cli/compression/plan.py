@@ -457,6 +457,8 @@ def read_plan(path: Path) -> CompressionPlan:
         document = read_json(path)
     except FileNotFoundError:
         raise BadInputError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise BadInputError(f"{path}: not a plan (it is no text)") from None
     except (OSError, ValueError) as error:
         raise BadInputError(f"{path}: not a plan ({error})") from None
     if isinstance(document, dict) and document.get("schema") == STAGE_SCHEMA:

@@ -60,8 +60,10 @@ def _refuse(target: Path, force: bool, inputs: Iterable[Path], contents: re.Patt
     if not target.parent.is_dir():
         what = "is a file, and no folder" if target.parent.is_file() else "no such folder"
         raise BadInputError(f"{target.parent}: {what} to write {target.name} into")
-    if any(overlap(target, source) for source in inputs):
-        raise OutputExistsError(f"{target}: is the input itself; name another output")
+    touched = next((source for source in inputs if overlap(target, source)), None)
+    if touched is not None:
+        what = "is the input itself" if target.exists() else f"would lie within the input {touched}"
+        raise OutputExistsError(f"{target}: {what}; name another output")
     if not target.exists():
         return
     if not (target.is_file() or target.is_dir()):

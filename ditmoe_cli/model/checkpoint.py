@@ -94,6 +94,13 @@ class Checkpoint:
         cast = self.reader.casts if isinstance(self.reader, CastReader) else ()
         return {name: text for name, text in self.header.recorded.items() if name not in cast}
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of tensors that were read and hashed, and whose hash in the metadata is another one."""
+        source = self if self.original is None else self.original
+        recorded, hashes = source.recorded_hashes, source.hashes
+        return tuple(name for name, text in recorded.items() if hashes.get(name, text) != text)
+
     @cached_property
     def written_fingerprint(self) -> str | None:
         """The fingerprint by the hashes in the metadata, as the file was written; None where one is missing."""

@@ -67,6 +67,18 @@ def test_what_pruning_and_packing_changed(folder: Path) -> None:
     assert rows["equal"][0].endswith("by the hashes in the metadata of both (--verify reads the bytes)")
 
 
+def test_experts_that_both_have_are_told_once(folder: Path) -> None:
+    """Two outputs of one choice: the second is in fewer bits of another plan of the same checkpoint."""
+    again = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "--router", "slice")
+    assert here(*again, "-o", "s.safetensors", cwd=folder).code == 0
+    rows = table("p.safetensors", "s.safetensors", cwd=folder)
+    told = [
+        text for name, texts in rows.items() if name.startswith("block") for text in texts if "have experts" in text
+    ]
+    assert told and all(text.startswith("both have experts ") for text in told)
+    assert not any("A has" in text or "B has" in text for texts in rows.values() for text in texts)
+
+
 def test_the_other_way_round(folder: Path) -> None:
     rows = table("q.safetensors", "p.safetensors", cwd=folder)
     assert rows["history"] == ["A was made from B, after 1 step that they share"]
@@ -82,7 +94,7 @@ def test_a_pickle_is_known_as_what_a_file_was_made_from(folder: Path) -> None:
 
 def test_unrelated_checkpoints_are_compared_by_name(folder: Path) -> None:
     rows = table("a.safetensors", "b.safetensors", cwd=folder)
-    assert rows["history"] == ["no fingerprint is in the history of both"]
+    assert rows["history"] == ["neither history names the other, or a checkpoint that both come from"]
     assert any("F16, other bytes" in text for text in rows["blocks 0-1"])
 
 

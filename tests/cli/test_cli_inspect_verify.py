@@ -48,6 +48,26 @@ def problems(outcome: Outcome) -> list[tuple[str, str]]:
     return [(problem["kind"], problem["name"]) for problem in found]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert x.safetensors -o y.safetensors",
+        "convert x.safetensors -o y --dtype bf16",
+        "prune x.safetensors --keep 2 --method random --no-refit -o y.safetensors",
+        "quantize x.safetensors --uniform --bits 4 -o y",
+    ],
+)
+def test_commands_that_read_damaged_tensors_say_so(model: Pico, tmp_path: Path, line: str) -> None:
+    """The output is hashed anew, so that it does not tell any more that the input was damaged."""
+    model.save(tmp_path / "x.safetensors")
+    assert "warning" not in here(*line.split(), cwd=tmp_path).err
+    flip(tmp_path / "x.safetensors", ROUTER)
+    outcome = here(*line.split(), "--force", cwd=tmp_path)
+    said = [text for text in outcome.err.splitlines() if "warning" in text]
+    assert outcome.code == 0 and len(said) == 1
+    assert f"x.safetensors: tensor '{ROUTER}' is not what ditmoe wrote" in said[0]
+
+
 @pytest.fixture
 def model() -> Pico:
     return make_pico(sampler="rf", in_channels=1)

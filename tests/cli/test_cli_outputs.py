@@ -66,6 +66,10 @@ writers = pytest.mark.parametrize("words", WRITERS.values(), ids=list(WRITERS))
     ("words", "name"),
     [
         (("convert",), "a.converted.safetensors"),
+        (("convert", "--dtype", "bf16"), "a.converted-bf16.safetensors"),
+        (("convert", "--dequantize", "--dtype", "fp16"), "a.converted-dequantize-fp16.safetensors"),
+        (("convert", "--to-upstream"), "a.upstream.pt"),
+        (("convert", "--to-upstream", "--dtype", "fp16"), "a.upstream-fp16.pt"),
         (("prune", "--keep", "0.5", *PLAINLY), "a.prune-keep0.5-random-norefit.safetensors"),
         (("prune", "--keep", "2", *PLAINLY), "a.prune-keep2-random-norefit.safetensors"),
         (("quantize", "--uniform", "--bits", "4"), "a.quantize-nf4.safetensors"),

@@ -60,6 +60,10 @@ class Weights:
         ),
     ] = False
 
+    def name(self, upstream: bool) -> str:
+        """Return what the name of an output tells of its weights; what upstream loads is plain in any case."""
+        return f"{'-dequantize' if self.dequantize and not upstream else ''}{f'-{self.dtype}' if self.dtype else ''}"
+
     def of(self, source: Checkpoint, upstream: bool) -> Checkpoint:
         """Return the checkpoint with its weights stored so, and for upstream's code as plain and whole ones."""
         packed = packed_weights(source)
@@ -138,10 +142,10 @@ class Conversion(Destination):
         ),
     ] = None
 
-    def upstream_file(self, source: Path) -> UpstreamFile:
-        """Return the file for upstream's code; without --output it is named after the input."""
+    def upstream_file(self, source: Path, settings: str) -> UpstreamFile:
+        """Return the file for upstream's code; without --output it is named after the input and `settings`."""
         refuse_idle(self, "on a single file", "max_shard_size")
-        path = self.output or Path(f"{stem(source)}.upstream.pt")
+        path = self.output or Path(f"{stem(source)}.upstream{settings}.pt")
         if path.suffix not in _UPSTREAM_ENDINGS:
             raise UsageError(f"--output {path}: with --to-upstream, name FILE.pt")
         return UpstreamFile(path.absolute(), self.force)
@@ -163,10 +167,10 @@ def run(source: Source, weights: Weights, layouts: Layouts, to: Conversion, prin
     opened = layouts.opened(stage)
     named = Path(stage.checkpoint or opened.path)
     if layouts.to_upstream:
-        file = to.upstream_file(named)
+        file = to.upstream_file(named, weights.name(upstream=True))
         file.archive(unpacked(opened))  # refuses what cannot be written, before anything is said
         return _write_upstream(stage, weights.of(opened, upstream=True), file, to.dry_run, printing)
-    output = to.at(named, "converted")
+    output = to.at(named, f"converted{weights.name(upstream=False)}")
     stored = opened if to.dry_run else unread(opened, output)
     job = Job("convert", stage, weights.of(stored, upstream=False), output, printing)
     if to.dry_run:
