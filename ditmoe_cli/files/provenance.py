@@ -20,9 +20,8 @@ def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInputError(f"{where}: expected a JSON object of schema {expected}")
     if value.get("schema") != expected:
-        kind = expected.rpartition(".")[2].partition("/")[0]
         told = f"schema is {value.get('schema')!r}, expected {expected!r}"
-        raise BadInputError(f"{where}: {told}; name a file of {kind} that this version of ditmoe wrote")
+        raise BadInputError(f"{where}: {told}; name a file of that schema")
     return value
 
 

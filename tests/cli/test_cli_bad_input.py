@@ -551,3 +551,12 @@ def test_no_room_to_write_as_a_program(folder: Path) -> None:
     outcome = shell("ulimit -f 100; ditmoe convert good.safetensors -o out.safetensors --force", folder)
     assert outcome.error(1)
     assert contents(folder) == before
+
+
+def test_a_checkpoint_is_no_plan_and_no_profile(tmp_path: Path) -> None:
+    make_pico(sampler="rf", in_channels=1).save(tmp_path / "a.safetensors")
+    apply = ("apply", "a.safetensors", "--plan", "a.safetensors", "-o", "b.safetensors")
+    assert here(*apply, cwd=tmp_path).error(3).endswith("a.safetensors: not a plan (it is no text)")
+    prune = ("prune", "a.safetensors", "--keep", 2, "--profile", "a.safetensors", "-o", "b.safetensors")
+    assert "expected 'ditmoe.profile/1'; name a file of that schema" in here(*prune, cwd=tmp_path).error(3)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]

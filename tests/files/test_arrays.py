@@ -38,7 +38,9 @@ def test_documents_are_checked_by_schema(tmp_path: Path) -> None:
     write_arrays(path, ARRAYS, {"schema": "x/1", "n": 3})
     header = read_safetensors_header(path)
     assert read_document(header, "x/1", path) == {"schema": "x/1", "n": 3}
-    with pytest.raises(BadInputError, match=r"x\.safetensors: ditmoe metadata: schema is 'x/1', expected 'y/1'"):
+    with pytest.raises(
+        BadInputError, match=r"x\.safetensors: ditmoe metadata: schema is 'x/1', expected 'y/1'; name a"
+    ):
         read_document(header, "y/1", path)
 
 
