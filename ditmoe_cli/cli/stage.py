@@ -122,7 +122,7 @@ def parse_stage(text: str) -> Stage:
             "without such a command, give a CHECKPOINT"
         )
     try:
-        document = parse_json(text)
+        document = parse_json(text, names=True)
     except ValueError:
         raise BadInputError("stdin is not JSON, or cut short: expected the output of another ditmoe command") from None
     if not isinstance(document, dict) or document.get("schema") != STAGE_SCHEMA:

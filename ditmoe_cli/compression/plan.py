@@ -454,7 +454,7 @@ def _one_of(value: object, choices: tuple[Any, ...], what: str) -> Any:
 def read_plan(path: Path) -> CompressionPlan:
     """Read a plan file: a plan, or the envelope of a planner's dry run."""
     try:
-        document = read_json(path)
+        document = read_json(path, names=True)
     except FileNotFoundError:
         raise BadInputError(f"{path}: no such file") from None
     except UnicodeDecodeError:

@@ -28,7 +28,7 @@ def result_key(command: str, conditions: Mapping[str, Any]) -> str:
 def read_kept(key: str) -> dict[str, Any] | None:
     """Return the document that is kept under a key; None where there is none, or a damaged one."""
     with suppress(OSError, ValueError, RuntimeError):
-        document = read_json(_path(key))
+        document = read_json(_path(key), names=True)
         if isinstance(document, dict) and document.get("schema") == KEPT_SCHEMA and document.get("key") == key:
             kept = document.get("kept")
             return kept if isinstance(kept, dict) and document.get("digest") == digest(kept) else None

@@ -23,13 +23,13 @@ _LONGEST_NUMBER = 300  # digits of whole numbers; those of more are beyond float
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Path, finite: bool = True) -> Any:
+def read_json(path: Path, finite: bool = True, names: bool = False) -> Any:
     """Return the value of the JSON file at `path`, or of what another program writes into a pipe; see `parse_json`.
 
     A pipe that nobody writes into counts as empty. Raises `OSError` where it cannot be read, and `ValueError` where it
     is no JSON, longer than 100 MB, or neither a file nor a pipe.
     """
-    return parse_json(read_file(path), finite)
+    return parse_json(read_file(path), finite, names)
 
 
 def read_file(path: Path, longest: int = _LONGEST) -> bytes:
@@ -51,12 +51,12 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def parse_json(data: bytes | str, finite: bool = True) -> Any:
+def parse_json(data: bytes | str, finite: bool = True, names: bool = False) -> Any:
     """Return the value of a JSON text, UTF-8, UTF-16 or UTF-32 in bytes.
 
     Raises `ValueError` with one line for what is no JSON, holds a key twice, half a character or a whole number of more
     than 300 digits, nests more than 64 deep or holds millions of values; with `finite` also for numbers that are not
-    finite.
+    finite. With `names` texts may be names of files whose bytes are no text, as Python holds them (PEP 383).
     """
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
     if sum(map(text.count, ",[{")) > _MOST_VALUES:
@@ -71,7 +71,9 @@ def parse_json(data: bytes | str, finite: bool = True) -> Any:
     _check_depth(value)
     if _SURROGATE.search(text):
         for part in _texts(value):
-            part.encode()  # raises UnicodeEncodeError, a ValueError, for half a character
+            part.encode(
+                errors="surrogateescape" if names else "strict"
+            )  # raises UnicodeEncodeError, a ValueError, for half a character
     return value
 
 

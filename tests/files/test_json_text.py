@@ -97,3 +97,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.truncate(tmp_path / "long", 100_000_001)
     with pytest.raises(ValueError, match="longer than 100000000 bytes"):
         read_json(tmp_path / "long")
+
+
+def test_names_of_files_whose_bytes_are_no_text_are_read_where_names_are_expected() -> None:
+    text = json.dumps({"checkpoint": os.fsdecode(b"caf\xe9.safetensors")})
+    assert os.fsencode(parse_json(text, names=True)["checkpoint"]) == b"caf\xe9.safetensors"
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        parse_json(text)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        parse_json('"\\ud800"', names=True)

@@ -52,7 +52,7 @@ def run(plans: Plans, printing: JsonPrinting) -> None:
 
 def told_bytes(path: Path, plan: CompressionPlan) -> int | None:
     """Return the bytes that the dry run which printed a plan predicted; None where the file has none, or is edited."""
-    document = read_json(path)
+    document = read_json(path, names=True)
     result = document.get("result") if isinstance(document, dict) else None
     size = result.get("bytes") if isinstance(result, dict) else None
     return size if type(size) is int and not plan.edited else None
