@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TypeVar
 
+from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import UNFLUSHED
 from ditmoe_cli.threads import one_thread_each, usable_threads
@@ -108,12 +109,34 @@ def counted(parts: Iterable[memoryview], count: Count) -> Iterator[memoryview]:
         count(part.nbytes)
 
 
+def digested(parts: Iterable[memoryview], update: Callable[[memoryview], None]) -> Iterator[memoryview]:
+    """Yield parts of bytes, each handed to the `update` of a digest before."""
+    for part in parts:
+        update(part)
+        yield part
+
+
 def write_at(file: int, data: memoryview, position: int) -> None:
     """Write bytes to an open file, given by its descriptor, from `position` on."""
     data = data.cast("B")
     while data.nbytes:
         written = os.pwrite(file, data, position)
         data, position = data[written:], position + written
+
+
+def write_parts(file: int, start: int, size: int, parts: Iterable[memoryview], wrote: Count, name: str) -> None:
+    """Write the `size` bytes of what is called `name`, which come in parts, to an open file from `start` on.
+
+    Raises `DitmoeError` where they are more or fewer; nothing is written behind their place.
+    """
+    done = 0
+    for part in parts:
+        if done + part.nbytes <= size:
+            write_at(file, part, start + done)
+            wrote(part.nbytes)
+        done += part.nbytes
+    if done != size:
+        raise DitmoeError(f"internal error: {name} has {done} bytes, planned {size}")
 
 
 def _flush(file: int) -> None:

@@ -17,9 +17,8 @@ from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
-from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.files.streaming import Count, in_threads, syncing, write_at
+from ditmoe_cli.files.streaming import Count, digested, in_threads, syncing, write_at, write_parts
 
 Plain = str | int | float | bool
 Content = Callable[[TensorInfo], Iterable[memoryview]]
@@ -125,15 +124,14 @@ class SavedStateDict:
 
 def _put(file: int, entry: _Entry, at: int, content: Content, wrote: Count) -> int:
     """Write an entry, data first, from byte `at` of an open file on, and return the checksum of its data."""
-    start, size, checksum = at + len(_local_header(entry, 0, at)), 0, 0
-    for part in [memoryview(entry.source)] if isinstance(entry.source, bytes) else content(entry.source):
+    start, checksum = at + len(_local_header(entry, 0, at)), 0
+
+    def update(part: memoryview) -> None:
+        nonlocal checksum
         checksum = zlib.crc32(part, checksum)
-        if size + part.nbytes <= entry.size:
-            write_at(file, part, start + size)
-            wrote(part.nbytes)
-        size += part.nbytes
-    if size != entry.size:
-        raise DitmoeError(f"internal error: {entry.name} has {size} bytes, planned {entry.size}")
+
+    parts = [memoryview(entry.source)] if isinstance(entry.source, bytes) else content(entry.source)
+    write_parts(file, start, entry.size, digested(parts, update), wrote, entry.name)
     write_at(file, memoryview(_local_header(entry, checksum, at)), at)
     return checksum
 

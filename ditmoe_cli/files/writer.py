@@ -21,7 +21,7 @@ from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.reader import SafetensorsReader
 from ditmoe_cli.files.staging import staged
-from ditmoe_cli.files.streaming import Count, chunks, hash_tensors, in_threads, syncing, write_at
+from ditmoe_cli.files.streaming import Count, chunks, digested, hash_tensors, in_threads, syncing, write_at, write_parts
 from ditmoe_cli.progress import BYTES, phase
 
 FOLDER_STEM = "diffusion_pytorch_model"
@@ -211,16 +211,9 @@ class _Files:
 
     def put(self, name: str, parts: Iterable[memoryview], known: str | None = None) -> str:
         """See `Target.put`."""
-        place, hashed, size = self.places[name], sha256(), 0
-        for part in parts:
-            if known is None:
-                hashed.update(part)
-            if size + part.nbytes <= place.info.nbytes:
-                write_at(place.file, part, place.start + size)
-                self.wrote(part.nbytes)
-            size += part.nbytes
-        if size != place.info.nbytes:
-            raise DitmoeError(f"internal error: {name} has {size} bytes, planned {place.info.nbytes}")
+        place, hashed = self.places[name], sha256()
+        parts = digested(parts, hashed.update) if known is None else parts
+        write_parts(place.file, place.start, place.info.nbytes, parts, self.wrote, name)
         self.hashes[name] = hashed.hexdigest() if known is None else known
         return self.hashes[name]
 
