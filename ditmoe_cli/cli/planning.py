@@ -241,12 +241,13 @@ def write(
     details: Mapping[str, Any] | None = None,
 ) -> None:
     """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
-    plan, profile = (choice.plan, choice.profile) if choice else (None, None)
-    place = device() if plan is not None and plan.computes else "cpu"
+    computes = choice is not None and choice.plan.computes
+    place = device() if computes else "cpu"
     check_target(job.output.path, job.output.force, [job.checkpoint.path])
-    if choice is not None and choice.plan.computes:  # for minutes: what it rests on is checked before
+    if choice is not None and computes:  # for minutes: what it rests on is checked before
         job = replace(job, checkpoint=job.checkpoint.settled())
         choice = replace(choice, plan=choice.of(job.checkpoint))
+    plan, profile = (choice.plan, choice.profile) if choice else (None, None)
     planned = planned_output(job.checkpoint, plan)
     check_space(job.output.path, planned.needed_bytes(job.output))
     foretell(carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output)), lambda: place)

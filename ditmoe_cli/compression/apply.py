@@ -8,7 +8,7 @@ written by several threads, each with one weight in memory (`one_pass`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ditmoe_cli.compression.computed import Computing
 from ditmoe_cli.compression.one_pass import OnePass
@@ -149,8 +149,8 @@ def _write(
     blocks: KeptLoop | None = None,
     settled: Callable[[], PlannedOutput] | None = None,
 ) -> int:
-    one_pass = OnePass(checkpoint, planned, blocks, lambda _: None)
+    one_pass = OnePass(checkpoint, planned, blocks)
     with phase(f"writing {output.path.name}", one_pass.bytes, BYTES) as progress:
-        jobs = replace(one_pass, count=one_at_a_time(progress)).jobs()
+        jobs = one_pass.jobs(one_at_a_time(progress))
         final = None if settled is None else lambda: settled().provenance
         return output.write(planned.infos, jobs, planned.provenance, [checkpoint.path], final)

@@ -7,9 +7,8 @@ those of all tensors are its fingerprint.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from ditmoe_cli.compression.computed import kept_weight
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows
@@ -20,9 +19,6 @@ from ditmoe_cli.files.writer import Job, Target
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @dataclass(frozen=True)
 class OnePass:
@@ -32,13 +28,11 @@ class OnePass:
         checkpoint: what it is made from.
         planned: its layout.
         blocks: where computed weights are kept; None where there are none.
-        count: counts bytes that are written, or read without being written.
     """
 
     checkpoint: Checkpoint
     planned: PlannedOutput
     blocks: KeptLoop | None
-    count: Count
     _keeping: Lock = field(default_factory=Lock)  # kept blocks are checked when they are first read
 
     @property
@@ -46,7 +40,7 @@ class OnePass:
         """The checkpoint on disk, whose fingerprint the output records."""
         return self.checkpoint.original or self.checkpoint
 
-    @property
+    @cached_property
     def hashed_alone(self) -> list[str]:
         """Tensors that are read for the fingerprint alone; none where the fingerprint is known, or not asked for."""
         if self.source.claimed is None:
@@ -68,8 +62,8 @@ class OnePass:
         alone = sum(self.source.header.tensors[name].nbytes for name in self.hashed_alone)
         return sum(info.nbytes for info in self.planned.infos) + alone
 
-    def jobs(self) -> list[Job]:
-        """Return the jobs, in the order of the output."""
+    def jobs(self, count: Count) -> list[Job]:
+        """Return the jobs, in the order of the output. They `count` bytes that are written, or read without being."""
         jobs: list[Job] = []
         packed: dict[str, set[str]] = {}
         for tensor in self.planned.tensors:
@@ -78,65 +72,52 @@ class OnePass:
                 case Packed() as content:
                     if content.weight not in packed:
                         packed[content.weight] = set()
-                        jobs.append(partial(self._pack, content, packed[content.weight]))
+                        jobs.append(partial(self._pack, content, packed[content.weight], count))
                     packed[content.weight].add(name)
                 case Copied(source):
-                    jobs.append(partial(self._copy, name, source))
+                    jobs.append(partial(self._copy, name, source, count))
                 case Rows(source, rows):
-                    jobs.append(partial(self._take, name, source, rows))
+                    jobs.append(partial(self._take, name, source, rows, count))
                 case Known(data):
-                    jobs.append(partial(self._put, name, memoryview(data)))
+                    jobs.append(partial(_put, name, memoryview(data), count))
                 case Computed():
-                    jobs.append(partial(self._keep, name))
-        return jobs + [partial(self._hash_alone, name) for name in self.hashed_alone]
+                    jobs.append(partial(self._keep, name, count))
+        return jobs + [partial(self._hash_alone, name, count) for name in self.hashed_alone]
 
-    def _put(self, name: str, data: memoryview, target: Target) -> None:
-        target.put(name, counted(chunks(data), self.count))
-
-    def _copy(self, name: str, tensor: str, target: Target) -> None:
+    def _copy(self, name: str, tensor: str, count: Count, target: Target) -> None:
         """Put a tensor as it is read, and remember its hash, which is that on disk unless reading converts it."""
         checkpoint, source = self.checkpoint, self.source
         if checkpoint is not source:
             self._hash(tensor)
             if checkpoint.header.tensors[tensor] == source.header.tensors.get(tensor) and tensor in source.hashes:
                 checkpoint.hashes[tensor] = source.hashes[tensor]
-        parts = counted(checkpoint.finite_parts(tensor), self.count)
+        parts = counted(checkpoint.finite_parts(tensor), count)
         checkpoint.hashes[tensor] = target.put(name, parts, checkpoint.hashes.get(tensor))
 
-    def _take(self, name: str, tensor: str, rows: tuple[int, ...], target: Target) -> None:
+    def _take(self, name: str, tensor: str, rows: tuple[int, ...], count: Count, target: Target) -> None:
         from ditmoe_cli.files.reader import tensor_bytes
 
         self._hash(tensor)
-        self._put(name, tensor_bytes(self._tensor(tensor)[list(rows)]), target)
+        _put(name, tensor_bytes(self.checkpoint.shared_tensor(tensor)[list(rows)]), count, target)
 
-    def _pack(self, packed: Packed, members: set[str], target: Target) -> None:
+    def _pack(self, packed: Packed, members: set[str], count: Count, target: Target) -> None:
         """Put those members of a weight that the output has, rounded to the nearest values of its format."""
         from ditmoe_cli.files.reader import tensor_bytes
 
         self._hash(packed.weight)
         try:
-            made = pack(self._tensor(packed.weight), packed.target, packed.format)
+            made = pack(self.checkpoint.shared_tensor(packed.weight), packed.target, packed.format)
         except BadInputError as error:
             raise BadInputError(f"{self.checkpoint.path}: {error}") from None
         for name, tensor in made.items():
             if name in members:
-                self._put(name, tensor_bytes(tensor), target)
+                _put(name, tensor_bytes(tensor), count, target)
 
-    def _tensor(self, name: str) -> Tensor:
-        """Return a tensor that shares memory with the file where it can, and is finite."""
-        from ditmoe_cli.files.finite import all_finite
-        from ditmoe_cli.files.reader import shared_tensor
-
-        tensor = shared_tensor(self.checkpoint.reader.raw(name), self.checkpoint.header.tensors[name])
-        if not all_finite(tensor):
-            raise self.checkpoint.broken(name)
-        return tensor
-
-    def _keep(self, name: str, target: Target) -> None:
+    def _keep(self, name: str, count: Count, target: Target) -> None:
         assert self.blocks is not None
         with self._keeping:
             data = kept_weight(self.blocks, name)
-        self._put(name, data, target)
+        _put(name, data, count, target)
 
     def _hash(self, name: str) -> None:
         """Hash what a tensor is read from, as far as the fingerprint needs it."""
@@ -145,6 +126,10 @@ class OnePass:
             if member in source.header.tensors and member not in source.hashes:
                 source.hashes[member] = sha256_of(chunks(source.reader.raw(member)))
 
-    def _hash_alone(self, name: str, _: Target) -> None:
+    def _hash_alone(self, name: str, count: Count, _: Target) -> None:
         self._hash(name)
-        self.count(self.source.header.tensors[name].nbytes)
+        count(self.source.header.tensors[name].nbytes)
+
+
+def _put(name: str, data: memoryview, count: Count, target: Target) -> None:
+    target.put(name, counted(chunks(data), count))

@@ -38,10 +38,8 @@ _STORAGES: Mapping[str, str] = {
 }
 _FOLDER = "archive/"
 _ALIGNMENT = 64
-_ELSEWHERE_16, _ELSEWHERE = (
-    0xFFFF,
-    0xFFFFFFFF,
-)  # in zip's fields of 16 and 32 bits: the number stands in a 64-bit record
+# in zip's fields of 16 and 32 bits: the number stands in a 64-bit record
+_ELSEWHERE_16, _ELSEWHERE = 0xFFFF, 0xFFFFFFFF
 _SHORT, _LONG = _ELSEWHERE_16, _ELSEWHERE  # numbers from here on do
 _PADDING_ID, _ZIP64_ID = 0x4246, 0x0001  # of extra fields: torch's padding, 64-bit sizes
 _STORED, _NO_FLAGS, _NO_TIME, _FIRST_DAY = 0, 0, 0, 0x21  # 1 January 1980

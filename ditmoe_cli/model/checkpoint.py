@@ -15,7 +15,7 @@ from ditmoe_cli.files.finite import all_finite, finite_values
 from ditmoe_cli.files.hub_names import is_hub_name, told_name
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.provenance import Card, Provenance
-from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
+from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader, shared_tensor
 from ditmoe_cli.files.streaming import chunks, hash_tensors
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.weights import logical_weights
@@ -153,12 +153,18 @@ class Checkpoint:
 
     def finite_tensor(self, name: str) -> torch.Tensor:
         """Return a stored tensor. Raises `BadInputError` where it holds NaN or infinite values."""
-        tensor = self.reader.tensor(name)
-        if name in self._finite:
-            return tensor
-        if not all_finite(tensor):
-            raise self.broken(name)
-        self._finite.add(name)
+        return self._require_finite(name, self.reader.tensor(name))
+
+    def shared_tensor(self, name: str) -> torch.Tensor:
+        """Return a stored tensor as `finite_tensor` does, in the file's memory where it can: it must not be changed."""
+        return self._require_finite(name, shared_tensor(self.reader.raw(name), self.header.tensors[name]))
+
+    def _require_finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that is looked through when it is first read."""
+        if name not in self._finite:
+            if not all_finite(tensor):
+                raise self.broken(name)
+            self._finite.add(name)
         return tensor
 
     def expert_map(self, block: int) -> tuple[int, ...]:
