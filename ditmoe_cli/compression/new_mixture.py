@@ -37,7 +37,8 @@ from ditmoe_cli.files.names import (
 )
 from ditmoe_cli.model.config import mixture_shapes
 from ditmoe_cli.model.expert_weights import ExpertWeights
-from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.router import Routing
 from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile

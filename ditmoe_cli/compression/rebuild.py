@@ -7,6 +7,8 @@ it will have. Its target is the original mixture's output on the same inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.expert_weights import StoredMixture
+from ditmoe_cli.model.experts import SwiGLU, reserve
 from ditmoe_cli.model.loading import put
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE, release
@@ -72,7 +75,7 @@ def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[Blo
             attended = stream.attend(block)
             tokens = stream.tokens(attended)
             source = Source(weights_of(moe), index, layout, stage, computing.profile, (moe, tokens))
-            changed = mixture_of(dict(new_weights(source)), config, layout.config)
+            changed = mixture_of(new_weights(source), config, layout.config, torch.device(computing.device))
             del source  # it would keep the old weights beside the new ones
             error = {"error": repaired(moe, changed, tokens, repair)} if repair else {}
             release(block)  # its new weights take its place before the next block is read
@@ -116,15 +119,22 @@ def _stream(
 
 def _as_stored(stored: Mapping[str, Tensor], config: DiTMoEConfig, layout: BlockLayout, device: str) -> SparseMoE:
     """Return a mixture with its weights rounded as they are written."""
-    rounded = {name: tensor.to(device, torch.float32) for name, tensor in stored.items() if name != EXPERT_OF}
-    return mixture_of({**rounded, **expert_map(layout, device)}, config, layout.config)
+    rounded = ((name, tensor.to(device, torch.float32)) for name, tensor in stored.items() if name != EXPERT_OF)
+    return mixture_of(chain(rounded, expert_map(layout, device).items()), config, layout.config, torch.device(device))
 
 
-def mixture_of(weights: Mapping[str, Tensor], config: DiTMoEConfig, block: BlockConfig) -> SparseMoE:
-    """Return a mixture with these weights, by names within the block."""
+def mixture_of(
+    weights: Iterable[tuple[str, Tensor]], config: DiTMoEConfig, block: BlockConfig, device: torch.device
+) -> SparseMoE:
+    """Return a mixture with these weights, by names within the block, which lie together as those of a model do.
+
+    So equal weights give equal outputs, to the last bit.
+    """
     with torch.device("meta"):
         moe = SparseMoE(config.hidden_size, block, config.top_k)
-    for name, tensor in weights.items():
+    reserve(cast("list[SwiGLU]", list(moe.experts)), device, torch.float32)
+    reserve([moe.shared_experts], device, torch.float32)
+    for name, tensor in weights:
         put(moe, name.removeprefix("moe."), tensor)
     return moe.eval()
 

@@ -7,6 +7,8 @@ learned variance are those of the conditional branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.schedule import ALWAYS, Interval, check_guidance, is_guided
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.model.config import Sampler
-from ditmoe_cli.model.dit import Denoiser
+from ditmoe_cli.model.dit import Denoiser, Prediction
 
 DDPM_GUIDED_CHANNELS = 3
 
@@ -33,24 +35,31 @@ def guided_predictor(
     sampler: Sampler,
     interval: Interval = ALWAYS,
     watchers: Watchers = UNWATCHED,
+    times: Sequence[float] = (),
 ) -> Predictor:
-    """Return a predictor for images with `labels` (N,).
+    """Return a predictor for images with `labels` (N,), which may be asked at all `times`, and others.
 
     At scale 1, and at noise levels outside `interval` (https://arxiv.org/abs/2404.07724), only the conditional branch
     is computed; otherwise both run in one batch, conditional first. Raises `UsageError` as `check_guidance` does.
     """
     check_guidance(scale, model.config)
-    null = torch.full_like(labels, model.config.num_classes)
+    both = torch.cat((labels, torch.full_like(labels, model.config.num_classes)))
+    guided = [t for t in times if is_guided(t, scale, sampler, interval)]
+    prepared: dict[bool, tuple[set[float], Prediction]] = {}
+
+    def prediction(t: float, is_double: bool) -> Prediction:
+        announced = guided if is_double else [t for t in times if t not in guided]
+        if is_double not in prepared or t not in prepared[is_double][0]:
+            asked = announced if t in announced else [t]
+            prepared[is_double] = set(asked), model.prepared(asked, both if is_double else labels)
+        return prepared[is_double][1]
 
     def predict(x: Tensor, t: float) -> Tensor:
         if watchers.on_step is not None:
             watchers.on_step(x, t)
-        times = torch.full((len(x),), t, device=x.device)
         if not is_guided(t, scale, sampler, interval):
-            plain: Tensor = model(x, times, labels, watchers.observer)
-            return plain.float()
-        both: Tensor = model(torch.cat((x, x)), torch.cat((times, times)), torch.cat((labels, null)), watchers.observer)
-        cond, uncond = both.float().chunk(2)
+            return prediction(t, False)(x, t, watchers.observer).float()
+        cond, uncond = prediction(t, True)(torch.cat((x, x)), t, watchers.observer).float().chunk(2)
         return combine(cond, uncond, scale, sampler)
 
     return predict

@@ -158,7 +158,8 @@ def sample_batch(
     shape = (config.in_channels, config.input_size, config.input_size)
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, watchers)
+    times = evaluation_times(spec.solver, spec.steps)
+    predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, watchers, times)
     with torch.inference_mode():
         finite = watchers.through(_finite(predict, spec, indices))
         return integrate(spec.solver, spec.steps, finite, stream.draw(shape), lambda _: stream.draw(shape))
@@ -203,9 +204,11 @@ def visit_noised(
     clean = clean.to(model.device)
     noise = image_noise(spec.seed, indices, model.device, purpose).draw(clean.shape[1:])
     labels = torch.tensor(spec.labels(indices), device=model.device)
-    predict = watchers.through(guided_predictor(model, labels, spec.cfg, spec.family, watchers=watchers))
+    times = sampling_times(spec)
+    asked = [time.t for time in times]
+    predict = watchers.through(guided_predictor(model, labels, spec.cfg, spec.family, watchers=watchers, times=asked))
     with torch.inference_mode():
-        for time in sampling_times(spec):
+        for time in times:
             predict(time.noised(clean, noise), time.t)
 
 

@@ -252,7 +252,8 @@ def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
         (config.in_channels, config.input_size, config.input_size)
     )
     labels = torch.arange(load.batch, device=model.device) % config.num_classes
-    predict, t = guided_predictor(model, labels, load.cfg, config.sampler), middle(config.sampler)
+    t = middle(config.sampler)
+    predict = guided_predictor(model, labels, load.cfg, config.sampler, times=[t])
 
     def step() -> Tensor:
         with torch.inference_mode():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.linear import Linear
 
 NORM_EPS = 1e-6
 
@@ -14,8 +16,11 @@ class Attention(nn.Module):
     """Multi-head attention over a packed (3, heads, head_dim) projection.
 
     The timm layout names its layers ``qkv`` and ``proj``. The flash layout has the same matrices as ``Wqkv`` and
-    ``out_proj``, and normalises queries and keys per head with LayerNorm.
+    ``out_proj``, and normalises queries and keys per head with LayerNorm, in the norm's dtype. `dtype` is what products
+    are computed in; None for the dtype of the tokens.
     """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
@@ -23,19 +28,19 @@ class Attention(nn.Module):
         self.flash_layout = config.attention == "flash"
         width = config.hidden_size
         if self.flash_layout:
-            self.Wqkv, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.Wqkv, self.out_proj = Linear(width, 3 * width), Linear(width, width)
             self.q_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS)
             self.k_norm = nn.LayerNorm(self.head_dim, eps=NORM_EPS)
         else:
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens x (N, tokens, width) to (N, tokens, width)."""
+        """Map tokens x (N, tokens, width) to (N, tokens, width), in the dtype of the products."""
         n, tokens, width = x.shape
-        packed = (self.Wqkv if self.flash_layout else self.qkv)(x)
+        packed = (self.Wqkv if self.flash_layout else self.qkv)(x.to(self.dtype or x.dtype))
         q, k, v = packed.reshape(n, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if self.flash_layout:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(part.to(norm.weight.dtype)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
         out: Tensor = (self.out_proj if self.flash_layout else self.proj)(mixed)
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,20 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.model.attention import NORM_EPS, Attention
+from ditmoe_cli.model.conditions import PARTS, conditions
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
+from ditmoe_cli.model.linear import Linear
 from ditmoe_cli.model.moe import MoEEvent, Observer, SparseMoE
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return LayerNorm(x) (1 + scale) + shift for x (N, tokens, width); scale and shift are (N, width)."""
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
     """Return adaLN: SiLU, then a linear layer from conditions (N, width) to `parts` vectors per image."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+    return nn.Sequential(nn.SiLU(), Linear(width, parts * width))
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,30 @@ class Attended:
 
 
 class Block(nn.Module):
-    """A block: x + gate ⊙ attention, then x + γ ⊙ (routed + shared)."""
+    """A block: x + gate ⊙ attention, then x + γ ⊙ (routed + shared).
+
+    The stream x, norms, modulation, routing and the sum over experts keep the dtype of x; attention and experts compute
+    in the dtype that `compute_in` sets.
+    """
 
     def __init__(self, config: DiTMoEConfig, block: BlockConfig) -> None:
         super().__init__()
         self.attn = Attention(config)
         self.moe = SparseMoE(config.hidden_size, block, config.top_k)
-        self.adaLN_modulation = modulation(config.hidden_size, 6)
+        self.adaLN_modulation = modulation(config.hidden_size, PARTS)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Compute attention and experts in `dtype`; as made, a block computes in the dtype of its inputs."""
+        self.attn.dtype = self.moe.dtype = dtype
 
     def attend(self, x: Tensor, c: Tensor) -> Attended:
         """Return the state after attention on x (N, tokens, width) under conditions c (N, width)."""
-        shift_a, scale_a, gate, shift_m, scale_m, gamma = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate.unsqueeze(1) * self.attn(modulated_norm(x, shift_a, scale_a))
+        return self.attend_modulated(x, self.adaLN_modulation(c))
+
+    def attend_modulated(self, x: Tensor, modulation: Tensor) -> Attended:
+        """Return the state after attention on x (N, tokens, width) with its modulation (N, 6 · width)."""
+        shift_a, scale_a, gate, shift_m, scale_m, gamma = modulation.chunk(PARTS, dim=1)
+        x = torch.addcmul(x, gate.unsqueeze(1), self.attn(modulated_norm(x, shift_a, scale_a)))
         return Attended(x, modulated_norm(x, shift_m, scale_m), gamma)
 
     def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
@@ -63,8 +78,7 @@ class Block(nn.Module):
     def mix(self, attended: Attended, index: int, observer: Observer | None) -> Tensor:
         """Return the output of the block (N, tokens, width) from its state after attention."""
         mixed = self.moe(attended.inputs, index, attended.gamma, observer, attended.residual)
-        out: Tensor = attended.residual + attended.gamma.unsqueeze(1) * mixed
-        return out
+        return torch.addcmul(attended.residual, attended.gamma.unsqueeze(1), mixed)
 
 
 class FinalLayer(nn.Module):
@@ -72,14 +86,21 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: DiTMoEConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        self.linear = Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = modulation(config.hidden_size, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map (N, tokens, width) to (N, tokens, patch² · out_channels)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Map (N, tokens, width), with its modulation (N, 2 · width), to (N, tokens, patch² · out_channels)."""
+        shift, scale = modulation.chunk(2, dim=1)
         out: Tensor = self.linear(modulated_norm(x, shift, scale))
         return out
+
+
+class Prediction(Protocol):
+    """A model that is asked for images of given labels, at times that were announced."""
+
+    def __call__(self, x: Tensor, t: float, observer: Observer | None = None, /) -> Tensor:
+        """Predict for x (N, C, H, W), all at time t."""
 
 
 class DiTMoE(nn.Module):
@@ -99,11 +120,19 @@ class DiTMoE(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
         self.final_layer = FinalLayer(config)
+        self._dtype: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations."""
-        return self.pos_embed.dtype
+        """The dtype that attention and experts compute in."""
+        return self._dtype or self.pos_embed.dtype
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Compute attention and experts in `dtype`, the rest in fp32; weights of other dtypes are cast at each use."""
+        self._dtype = dtype
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compute_in(dtype)
 
     @property
     def device(self) -> torch.device:
@@ -117,14 +146,41 @@ class DiTMoE(nn.Module):
             tokens = block(tokens, c, index, observer)
         return self.unembed(tokens, c)
 
+    def prepared(self, times: Sequence[float], labels: Tensor) -> Prediction:
+        """Return the model for images of `labels` (N,), asked at any of `times`, its conditions computed once."""
+        run = conditions(times, labels, self.condition, self.config)
+
+        def predict(x: Tensor, t: float, observer: Observer | None = None) -> Tensor:
+            tokens = self.patches(x)
+            for index, block in enumerate(self.blocks):
+                assert isinstance(block, Block)
+                attended = block.attend_modulated(tokens, run.at(f"blocks.{index}", block.adaLN_modulation, t))
+                tokens = block.mix(attended, index, observer)
+            return self.unpatched(tokens, run.at("final", self.final_layer.adaLN_modulation, t))
+
+        return predict
+
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs of the first block: tokens (N, patches, width) of images x, and conditions c (N, width)."""
-        tokens = self.x_embedder(x.to(self.dtype)) + self.pos_embed
-        return tokens, self.t_embedder(t, self.dtype) + self.y_embedder(y)
+        return self.patches(x), self.condition(t, y)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Return the tokens (N, patches, width) of images x."""
+        tokens: Tensor = self.x_embedder(x.to(self.pos_embed.dtype))
+        return tokens + self.pos_embed
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return the conditions (N, width) of times and labels (N,)."""
+        out: Tensor = self.t_embedder(t, self.pos_embed.dtype) + self.y_embedder(y)
+        return out
 
     def unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Return the output (N, out_channels, H, W) from the tokens that the last block returned."""
-        return self._unpatchify(self.final_layer(tokens, c))
+        return self.unpatched(tokens, self.final_layer.adaLN_modulation(c))
+
+    def unpatched(self, tokens: Tensor, modulation: Tensor) -> Tensor:
+        """Return the output as `unembed` does, given the modulation (N, 2 · width) of the final layer."""
+        return self._unpatchify(self.final_layer(tokens, modulation))
 
     def forward_with_balance_loss(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Predict as in training, with the balance loss summed over blocks (to be scaled by alpha).
@@ -160,5 +216,5 @@ class Denoiser(Protocol):
     def device(self) -> torch.device:
         """The device of inputs."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, observer: Observer | None = None, /) -> Tensor:
-        """Predict for x (N, C, H, W), t (N,), y (N,)."""
+    def prepared(self, times: Sequence[float], labels: Tensor, /) -> Prediction:
+        """Return the model for images of `labels` (N,), asked at any of `times`."""

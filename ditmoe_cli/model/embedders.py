@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.model.config import FREQUENCIES, DiTMoEConfig
+from ditmoe_cli.model.linear import Linear
 
 _MAX_PERIOD = 10_000.0
 
@@ -34,7 +35,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed times t (N,); angles are computed in fp32, whatever the model's dtype."""

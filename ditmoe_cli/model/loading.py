@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, split_name
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
-from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
+from ditmoe_cli.model.experts import SwiGLU, reserve
 from ditmoe_cli.progress import BYTES, phase
 
 
@@ -35,7 +38,8 @@ def load_model(
     Args:
         path: what `open_checkpoint` takes.
         device: of the weights.
-        dtype: of activations, and of weights that are not quantised.
+        dtype: what attention and experts compute in, and what their weights are kept in where they are not quantised.
+            Routing, norms, modulation and the stream between blocks stay fp32.
         num_heads, top_k, sampler, num_classes: as for `open_checkpoint`.
 
     Raises:
@@ -50,6 +54,9 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     model = empty_model(checkpoint)
     size = sum(info.nbytes for info in checkpoint.header.tensors.values())
     with phase(f"loading {checkpoint.name}", size, BYTES) as progress:
+        for index, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            reserve_block(block, checkpoint, index, device, dtype)
         for weight in checkpoint.weights.values():
             assign(model, checkpoint, weight, device, dtype)
             progress(sum(checkpoint.header.tensors[name].nbytes for name in weight.members))
@@ -63,13 +70,39 @@ def empty_model(checkpoint: Checkpoint) -> DiTMoE:
         return DiTMoE(checkpoint.config)
 
 
+def reserve_block(block: Block, checkpoint: Checkpoint, index: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the experts of a block whose weights are all plain memory that they lie together in, to be filled."""
+
+    def plain(stem: str) -> bool:
+        names = (in_block(index, f"{stem}.{matrix}.weight") for matrix in MATRICES)
+        return not any(checkpoint.weights[name].quantized for name in names)
+
+    moe = block.moe
+    routed = [expert for e, expert in enumerate(moe.experts) if plain(f"moe.experts.{e}")]
+    reserve(cast("list[SwiGLU]", routed), device, dtype)
+    if plain(SHARED):
+        reserve([moe.shared_experts], device, dtype)
+
+
 def finish(model: DiTMoE, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Set a model to inference, and rebuild its position embedding where the checkpoint has none."""
+    """Set a model to inference in `dtype`, and rebuild its position embedding where the checkpoint has none."""
     if "pos_embed" not in checkpoint.weights:
         side = checkpoint.config.input_size // checkpoint.config.patch_size
         embedding = sincos_position_embedding(checkpoint.config.hidden_size, side)
-        put(model, "pos_embed", embedding.to(device, dtype))
+        put(model, "pos_embed", embedding.to(device))
+    model.compute_in(dtype)
     model.eval().requires_grad_(False)
+
+
+def kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to keep a weight in: `dtype` for attention, experts and modulation of blocks, fp32 for others.
+
+    Others are few: embedders, norms, routers, the final layer.
+    """
+    parts = split_name(name)
+    if parts.block is None or parts.rest == ROUTER or "_norm." in parts.rest:
+        return torch.float32
+    return dtype
 
 
 def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
@@ -77,12 +110,12 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
 
     Raises `BadInputError` where the weight holds NaN or infinite values, or is quantised but not of a linear layer.
     """
-    members = {name: checkpoint.finite_tensor(name).to(device) for name in weight.members}
     name = weight.info.name
     if not weight.quantized:
-        value = weight.unpack(members)
-        put(model, name, value.to(dtype) if value.is_floating_point() else value)
+        value = weight.unpack({member: checkpoint.finite_tensor(member) for member in weight.members})
+        put(model, name, value.to(device, kept_in(name, dtype) if value.is_floating_point() else value.dtype))
         return
+    members = {member: checkpoint.finite_tensor(member).to(device) for member in weight.members}
     module_name = name.removesuffix(".weight")
     old = model.get_submodule(module_name)
     if not isinstance(old, nn.Linear):
@@ -98,10 +131,13 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer; device and dtype become those of `value`."""
+    """Replace a parameter or buffer; device and dtype become those of `value`. Memory that is reserved is filled."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
+    old = owner._parameters.get(leaf)
     if leaf in owner._buffers:
         owner._buffers[leaf] = value
+    elif old is not None and not old.is_meta and (old.shape, old.dtype) == (value.shape, value.dtype):
+        old.data.copy_(value)
     else:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

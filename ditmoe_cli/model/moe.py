@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ditmoe_cli.files.names import (
     CONSTANTS,
@@ -18,6 +16,8 @@ from ditmoe_cli.files.names import (
     RESIDUAL_LINEAR,
 )
 from ditmoe_cli.model.config import BlockConfig, extension_shapes
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.mixture_backends import Dispatch, NeuronWatcher, backend_for
 from ditmoe_cli.model.router import Router, Routing
 
 
@@ -57,29 +57,6 @@ class NeuronObserver(Observer, Protocol):
         """Process one expert's neurons: routing weights (n,) and activations φ (n, inner) of its tokens."""
 
 
-class SwiGLU(nn.Module):
-    """An expert f(u) = W_down (SiLU(W_gate u) * W_up u), without biases."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def neurons(self, u: Tensor) -> Tensor:
-        """Return φ = SiLU(W_gate u) * W_up u, (..., inner)."""
-        phi: Tensor = F.silu(self.gate_proj(u)) * self.up_proj(u)
-        return phi
-
-    def forward(self, u: Tensor) -> Tensor:
-        """Map tokens (..., width) to (..., width)."""
-        out: Tensor = self.down_proj(self.neurons(u))
-        return out
-
-
-NeuronWatcher = Callable[[int, Tensor, Tensor], None]
-
-
 def _watcher(observer: Observer | None, block: int, routing: Routing) -> NeuronWatcher | None:
     """Return a function that shows experts' neurons to a `NeuronObserver`; None for other observers."""
     if not isinstance(observer, NeuronObserver):
@@ -97,7 +74,12 @@ class SparseMoE(nn.Module):
       ``constants_up`` (n, D, r) ``constants_down`` (n, r, D)
     - ``residual_constant`` c (D,) and ``residual_linear`` L (D, D): (1 - Σ g) (c + L u) is added for the routing mass
       that selected rows do not carry
+
+    Routing and the sum over experts are computed in the dtype of the tokens, experts in `dtype`; None for that of the
+    tokens too.
     """
+
+    dtype: torch.dtype | None = None
 
     constants: Tensor | None
     constants_up: Tensor | None
@@ -114,45 +96,40 @@ class SparseMoE(nn.Module):
         for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN, RESIDUAL_CONSTANT, RESIDUAL_LINEAR):
             self.register_buffer(name.removeprefix("moe."), torch.empty(shapes[name]) if name in shapes else None)
 
-    def expert_outputs(self, u: Tensor, experts: Tensor, watch: NeuronWatcher | None = None) -> Tensor:
-        """Return f_e(u) for each token and slot, (T, k, width). Tokens are sorted by expert; each expert runs once.
+    def expert_outputs(self, u: Tensor, selected: Tensor, watch: NeuronWatcher | None = None) -> Tensor:
+        """Return f_e(u) for each token u (T, width) and slot of `selected` (T, k), (T, k, width).
 
         ``watch(expert, slots, φ)`` is shown each expert's neurons; `slots` are indices into the flattened (T, k).
         """
-        slots = experts.reshape(-1)
-        order = slots.argsort(stable=True)
-        constants = int((slots < 0).sum()) if self.constants is not None else 0
-        counts = torch.bincount(slots.clamp_min(0), minlength=len(self.experts)).tolist()
-        parts = [self._constant_outputs(u[order[:constants] // experts.shape[1]], -2 - slots[order[:constants]])]
-        for e, chunk in enumerate(torch.split(order[constants:], [counts[0] - constants, *counts[1:]])):
-            if not len(chunk):
-                continue
-            expert = self.experts[e]
-            assert isinstance(expert, SwiGLU)
-            phi = expert.neurons(u[chunk // experts.shape[1]])
-            if watch is not None:
-                watch(e, chunk, phi)
-            parts.append(expert.down_proj(phi))
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        return torch.cat(parts)[inverse].reshape(*experts.shape, u.shape[-1])
+        u = u.to(self.dtype or u.dtype)
+        dispatch = Dispatch.of(selected, len(self.experts))
+        constants = int((selected < 0).sum()) if self.constants is not None else 0
+        experts = cast("list[SwiGLU]", list(self.experts))
+        ordered = backend_for(experts, u).outputs(experts, u, dispatch, constants, watch)
+        if constants:
+            chosen = -2 - selected.reshape(-1)[dispatch.order[:constants]]
+            ordered = torch.cat((self._constant_outputs(u[dispatch.tokens[:constants]], chosen), ordered))
+        return dispatch.by_slot(ordered)
 
     def _constant_outputs(self, u: Tensor, chosen: Tensor) -> Tensor:
         """Return v_j + A_j B_j u for tokens u (n, width) and the constants j (n,) that they selected."""
-        if self.constants is None:
-            return u[:0]
-        outputs = self.constants[chosen]
+        assert self.constants is not None
+        outputs = self.constants[chosen].to(u.dtype)
         if self.constants_up is not None and self.constants_down is not None:
+            up, down = self.constants_up.to(u.dtype), self.constants_down.to(u.dtype)
             for j in sorted(set(chosen.tolist())):
                 tokens = chosen == j
-                outputs[tokens] += u[tokens] @ self.constants_down[j].T @ self.constants_up[j].T
+                outputs[tokens] += u[tokens] @ down[j].T @ up[j].T
         return outputs
 
     def left_over(self, u: Tensor, weights: Tensor) -> Tensor | None:
         """Return (1 - Σ g) (c + L u) for tokens (T, width) and selected weights (T, k); None without either."""
         if self.residual_constant is None and self.residual_linear is None:
             return None
-        added = u @ self.residual_linear.T if self.residual_linear is not None else torch.zeros_like(u)
+        added = torch.zeros_like(u)
+        if self.residual_linear is not None:
+            inputs = u.to(self.dtype or u.dtype)
+            added = (inputs @ self.residual_linear.to(inputs.dtype).T).to(u.dtype)
         if self.residual_constant is not None:
             added = added + self.residual_constant
         return (1 - weights.sum(dim=1, keepdim=True)) * added
@@ -162,13 +139,22 @@ class SparseMoE(nn.Module):
     ) -> Tensor:
         """Return the routed plus the shared output for u (N, tokens, width); other arguments are for the observer."""
         flat = u.reshape(-1, u.shape[-1])
+        inputs = flat.to(self.dtype or u.dtype)
         routing: Routing = self.gate(flat)
-        outputs = self.expert_outputs(flat, routing.experts, _watcher(observer, block, routing))
+        outputs = self.expert_outputs(inputs, routing.experts, _watcher(observer, block, routing))
         if observer is not None:
             observer(MoEEvent(block, flat, routing, outputs, gamma, residual))
-        routed = (routing.weights.unsqueeze(-1) * outputs).sum(dim=1)
+        mixed = weighted_sum(outputs, routing.weights)
         rest = self.left_over(flat, routing.weights)
         if rest is not None:
-            routed = routed + rest
-        shared: Tensor = self.shared_experts(u)
-        return routed.reshape(u.shape) + shared
+            mixed = mixed + rest
+        shared: Tensor = self.shared_experts(inputs)
+        return (mixed + shared).reshape(u.shape)
+
+
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_k w_k f_k (T, width) of outputs (T, k, width) and weights (T, k), in the dtype of the weights."""
+    total = weights[:, :1] * outputs[:, 0]
+    for slot in range(1, weights.shape[1]):
+        total = torch.addcmul(total, weights[:, slot : slot + 1], outputs[:, slot])
+    return total

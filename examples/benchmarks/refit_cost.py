@@ -65,9 +65,9 @@ def main() -> None:
         torch.arange(options.tokens, device=device) % 8 == 7,
     )
     with torch.inference_mode():
-        original = mixture_of(on(device, weights), config, whole)  # type: ignore[arg-type]
+        original = mixture_of(on(device, weights).items(), config, whole, device)  # type: ignore[arg-type]
         reduced = {**pruned, **blank, "moe.gate.expert_of": selects}
-        changed = mixture_of(on(device, reduced), config, kept)  # type: ignore[arg-type]
+        changed = mixture_of(on(device, reduced).items(), config, kept, device)  # type: ignore[arg-type]
         start = time.perf_counter()
         refitted = refit(original, changed, tokens, shared=True)
         error = refitted.error  # a number: the device is done by then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -197,21 +198,26 @@ def test_a_pass_holds_both_branches_at_the_middle_time(
     cfg: float, sampler: str, t: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = saved(make_pico(sampler=sampler), tmp_path)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    forward = DiTMoE.forward
+    seen: list[tuple[Tensor, float, Tensor]] = []
+    prepared = DiTMoE.prepared
 
-    def watched(self: DiTMoE, x: Tensor, t: Tensor, y: Tensor, observer: None = None) -> Tensor:
-        seen.append((x, t, y))
-        return forward(self, x, t, y, observer)
+    def watched(self: DiTMoE, times: list[float], labels: Tensor) -> Callable[..., Tensor]:
+        inner = prepared(self, times, labels)
 
-    monkeypatch.setattr(DiTMoE, "forward", watched)
+        def predict(x: Tensor, t: float, observer: None = None) -> Tensor:
+            seen.append((x, t, labels))
+            return inner(x, t, observer)
+
+        return predict
+
+    monkeypatch.setattr(DiTMoE, "prepared", watched)
     load = Load(batch=5, repeats=2, cfg=cfg)
     result = bench(checkpoint, load)
     assert len(seen) == WARM_UPS + 2 and len(result.seconds) == 2
     for x, times, labels in seen:
         assert torch.equal(x, seen[0][0])
         assert len(x) == load.rows == (5 if cfg == 1 else 10)
-        assert (times == t).all()
+        assert times == t
         assert labels.tolist() == [0, 1, 2, 0, 1] + ([] if cfg == 1 else [3] * 5)
     assert result.to_json()["conditions"]["t"] == t
 

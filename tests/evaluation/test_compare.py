@@ -13,7 +13,7 @@ import torch
 from conftest import Pico, make_pico
 from safetensors import safe_open
 
-from ditmoe_cli.diffusion.guidance import guided_predictor
+from ditmoe_cli.diffusion.guidance import combine
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
@@ -40,6 +40,7 @@ from ditmoe_cli.evaluation.scores.intervals import bootstrap_frechet
 from ditmoe_cli.evaluation.worker import Runtime
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 
 DOWN = "blocks.{}.moe.experts.{}.down_proj.weight"
@@ -175,6 +176,14 @@ def test_under_guidance_the_fourth_channel_of_noise_is_the_conditional_one(tmp_p
 # all numbers computed a second way
 
 
+def guided(model: DiTMoE, z: torch.Tensor, t: float, labels: torch.Tensor, cfg: float, told: Told) -> torch.Tensor:
+    null = torch.full_like(labels, model.config.num_classes)
+    branches = [labels] if cfg == 1.0 else [labels, null]
+    x, times = torch.cat([z] * len(branches)), torch.full((len(branches) * len(z),), t)
+    parts = model(x, times, torch.cat(branches), told.event).chunk(len(branches))
+    return (parts[0] if cfg == 1.0 else combine(*parts, cfg, model.config.sampler))[:, :4].double()
+
+
 @pytest.mark.parametrize(("sampler", "cfg"), [("rf", 1.0), ("rf", 3.0), ("ddpm", 1.0), ("ddpm", 2.0)])
 def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) -> None:
     a = make_pico(sampler=sampler, seed=3)
@@ -196,12 +205,7 @@ def test_all_numbers_computed_plainly(sampler: str, cfg: float, tmp_path: Path) 
     for step, (z, t) in enumerate(states):
         told_a, told_b = Told(one), Told(other)
         with torch.no_grad():
-            v_a = guided_predictor(one, labels, cfg, a.config.sampler, watchers=Watchers(told_a.event))(z, t)[
-                :, :4
-            ].double()
-            v_b = guided_predictor(other, labels, cfg, a.config.sampler, watchers=Watchers(told_b.event))(z, t)[
-                :, :4
-            ].double()
+            v_a, v_b = (guided(model, z, t, labels, cfg, told) for model, told in ((one, told_a), (other, told_b)))
             alone = [other.blocks[i](*told_a.inputs[i], i, None) for i in range(2)]
         told_a.close(), told_b.close()
         error = float((v_b - v_a).square().sum() / v_a.square().sum())

@@ -20,7 +20,9 @@ from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.registry import Format, pack
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.experts import paired, stacked
 from ditmoe_cli.model.loading import empty_model
+from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.parameters import count_parameters, is_compressible
 
 
@@ -75,7 +77,7 @@ def test_compressed_shapes_load(tmp_path: Path, pico: Callable[..., Pico], case:
     model = pico(**OPTIONS[case])
     loaded = load_model(model.save(tmp_path / "x.safetensors"))
     assert loaded.config == model.config
-    assert torch.equal(output(loaded), output(model.model()))
+    torch.testing.assert_close(output(loaded), output(model.model()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -88,8 +90,40 @@ def test_dtypes_are_converted_on_the_way(
     loaded = load_model(path, dtype=computed)
     assert loaded.dtype == computed
     assert loaded.blocks[0].moe.gate.expert_of.dtype == torch.int32
-    reference = model.model().to(computed)
-    assert torch.equal(output(loaded), output(reference))
+    assert loaded.blocks[0].moe.gate.weight.dtype == loaded.pos_embed.dtype == torch.float32
+    assert loaded.blocks[0].moe.experts[0].down_proj.weight.dtype == loaded.blocks[0].attn.qkv.weight.dtype == computed
+    reference = model.model().float()
+    for parameter in reference.blocks.parameters():
+        if parameter.ndim == 2 and parameter.shape[0] != 3:
+            parameter.copy_(parameter.to(computed))
+    reference.compute_in(computed)
+    rounding = torch.finfo(computed).eps
+    torch.testing.assert_close(output(loaded), output(reference), rtol=4 * rounding, atol=4 * rounding)
+
+
+def test_low_precision_is_near_fp32_and_keeps_fp32_where_it_matters(pico: Callable[..., Pico], tmp_path: Path) -> None:
+    path = pico().save(tmp_path / "x.safetensors")
+    exact, rounded = (load_model(path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    seen: list[MoEEvent] = []
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 1])
+    found = rounded(x, t, y, seen.append)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact(x, t, y), rtol=0.1, atol=0.05)
+    assert not torch.equal(found, exact(x, t, y))
+    for event in seen:
+        assert event.outputs.dtype == torch.bfloat16
+        assert {event.inputs.dtype, event.gamma.dtype, event.routing.probabilities.dtype} == {torch.float32}
+        assert event.residual is not None and event.residual.dtype == torch.float32
+
+
+def test_experts_lie_together_in_memory(pico: Callable[..., Pico], tmp_path: Path) -> None:
+    moe = load_model(pico().save(tmp_path / "x.safetensors")).blocks[0].moe
+    stack = stacked(list(moe.experts))
+    assert stack is not None
+    for e, expert in enumerate(moe.experts):
+        assert torch.equal(stack.gate_up[e], torch.cat((expert.gate_proj.weight, expert.up_proj.weight)))
+        assert torch.equal(stack.down[e], expert.down_proj.weight)
+    assert paired(moe.shared_experts) is not None
 
 
 def test_mixed_dtypes_load(tmp_path: Path, pico: Callable[..., Pico]) -> None:

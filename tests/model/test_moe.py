@@ -9,7 +9,8 @@ import torch
 from conftest import Pico
 from torch import Tensor
 
-from ditmoe_cli.model.moe import MoEEvent, SparseMoE, SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.moe import MoEEvent, SparseMoE
 
 
 def mixture(pico: Callable[..., Pico], **options: object) -> SparseMoE:

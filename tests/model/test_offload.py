@@ -69,7 +69,7 @@ def test_one_block_is_resident_at_a_time(tmp_path: Path, pico: Callable[..., Pic
         seen.append([not next(block.parameters()).is_meta for block in model._model.blocks])
 
     with torch.inference_mode():
-        model(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.long), watch)
+        model.prepared([1.0], torch.zeros(2, dtype=torch.long))(torch.zeros(2, 1, 8, 8), 1.0, watch)
     assert [blocks.index(True) for blocks in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(sum(blocks) == 1 for blocks in seen)
     assert all(next(block.parameters()).is_meta for block in model._model.blocks)

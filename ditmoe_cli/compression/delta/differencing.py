@@ -24,7 +24,8 @@ from ditmoe_cli.files.names import BASE, in_block
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.differences import SvdDifference, TernaryDifference
 from ditmoe_cli.model.expert_weights import ExpertWeights
-from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import phase

@@ -41,7 +41,7 @@ from ditmoe_cli.files.pacing import Pace
 from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Block
-from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import phase

@@ -29,7 +29,8 @@ from ditmoe_cli.compression.algebra.ridge import Fit, Normal, fit
 from ditmoe_cli.compression.replay.outputs import chunks, output_of
 from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.compression.working_sizes import LARGEST_SYSTEM, SWEEPS, systems
-from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.router import Routing
 from ditmoe_cli.progress import each
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ditmoe_cli.compression.replay.outputs import chunks, held_error, output_of
 from ditmoe_cli.compression.replay.stream import Tokens
-from ditmoe_cli.model.moe import SparseMoE, SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.moe import SparseMoE
 
 DEFAULT_RIDGE = 1e-6
 

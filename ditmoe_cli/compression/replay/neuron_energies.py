@@ -16,7 +16,7 @@ from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.replay.original_blocks import original_blocks
 from ditmoe_cli.files.names import SHARED, in_block
 from ditmoe_cli.model.dit import Attended, Block
-from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.progress import each
 
 Energies = Mapping[str, Tensor]

@@ -35,7 +35,7 @@ from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.registry import grid_of
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Block
-from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import Phase, phase

@@ -13,6 +13,7 @@ import pytest
 from conftest import make_pico
 from keeping import Interrupted, keeping_all, results_after_interrupts
 from profiling import opened
+from torch import Tensor
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
@@ -114,13 +115,13 @@ def test_steps_that_are_kept_are_not_taken_again(
     from ditmoe_cli.model.dit import DiTMoE
 
     interrupted(ddpm, SETTINGS, tmp_path / "p.safetensors", 8)
-    evaluations, forward = [], DiTMoE.forward
+    evaluations, patches = [], DiTMoE.patches
 
-    def counted(self: DiTMoE, *args: Any) -> Any:
-        evaluations.append(len(args[0]))
-        return forward(self, *args)
+    def counted(self: DiTMoE, x: Tensor) -> Tensor:
+        evaluations.append(len(x))
+        return patches(self, x)
 
-    monkeypatch.setattr(DiTMoE, "forward", counted)
+    monkeypatch.setattr(DiTMoE, "patches", counted)
     calibrate(ddpm, SETTINGS, Run("cpu"), tmp_path / "p.safetensors")
     assert evaluations == [4, 4], "two steps of the two last images, in both branches"
 

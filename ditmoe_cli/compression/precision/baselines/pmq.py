@@ -38,7 +38,7 @@ from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
 from ditmoe_cli.compression.working_sizes import EXPERT_TOKENS
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import in_expert, split_name
-from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingTables
 

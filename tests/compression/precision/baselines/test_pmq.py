@@ -32,7 +32,7 @@ from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.compression.replay.rounded_layers import nearest
 from ditmoe_cli.files.names import MATRICES, in_expert
-from ditmoe_cli.model.moe import SwiGLU
+from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.model.parameters import weight_group
 from ditmoe_cli.routing.profile import RoutingTables
 

@@ -1,0 +1,15 @@
+"""Linear layers whose weights may be of another dtype than what they multiply."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input: weight and bias are cast to it where theirs differs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + b in the dtype of x (..., in)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)

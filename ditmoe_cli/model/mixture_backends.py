@@ -1,0 +1,152 @@
+"""Ways to compute the routed experts of a block; all take tokens in the same order and agree within rounding.
+
+| backend | takes | host waits for the device |
+|---|---|---|
+| `GroupedExperts` | plain experts of equal widths, where grouped products are fast | never |
+| `LoopedExperts` | all others: ragged widths, packed weights, CPUs, fp32 on a GPU | once a block |
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditmoe_cli.model.experts import SwiGLU, stacked, swiglu
+
+NeuronWatcher = Callable[[int, Tensor, Tensor], None]
+"""Is shown an expert's number, the slots (n,) that selected it, and its neurons φ (n, inner)."""
+
+ROW_BYTES = 16  # rows of matrices in grouped products begin at multiples of this
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """The slots of T tokens, k each, in the order of the experts that they selected; slots of constants come first.
+
+    Attributes:
+        order: (T k,) index of each slot in the flattened (T, k).
+        tokens: (T k,) the token of each slot.
+        ends: (E,) where the slots of each expert end, int32.
+        top_k: k.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    ends: Tensor
+    top_k: int
+
+    @classmethod
+    def of(cls, selected: Tensor, experts: int) -> Dispatch:
+        """Return the dispatch of selections (T, k): an expert e >= 0, or a constant below 0."""
+        slots, order = selected.reshape(-1).sort(stable=True)
+        numbers = torch.arange(experts, device=selected.device)
+        ends = torch.searchsorted(slots, numbers, right=True).to(torch.int32)
+        return cls(order, order // selected.shape[1], ends, selected.shape[1])
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(T k,) the place of each slot in `order`."""
+        places = torch.arange(len(self.order), device=self.order.device)
+        return torch.empty_like(self.order).scatter_(0, self.order, places)
+
+    def by_slot(self, ordered: Tensor) -> Tensor:
+        """Return rows (T k, D) in the order of the dispatch as (T, k, D)."""
+        return ordered[self.inverse].reshape(-1, self.top_k, ordered.shape[1])
+
+    def ranges(self, constants: int) -> list[slice]:
+        """Return the slots of each expert; waits for the device. The first `constants` slots are of constants."""
+        ends = [constants, *self.ends.tolist()]
+        return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
+class MixtureBackend(Protocol):
+    """A way to compute routed experts."""
+
+    name: str
+
+    def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
+        """Return whether it computes these experts for tokens u (T, width)."""
+
+    def outputs(
+        self, experts: list[SwiGLU], u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None
+    ) -> Tensor:
+        """Return each slot's f_e(u) in the order of the dispatch, without the first `constants` slots."""
+
+
+class LoopedExperts:
+    """Each expert runs once, on the tokens that selected it."""
+
+    name = "loop"
+
+    def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
+        """Return True."""
+        del experts, u
+        return True
+
+    def outputs(
+        self, experts: list[SwiGLU], u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None
+    ) -> Tensor:
+        """Return each slot's f_e(u) in the order of the dispatch, without the first `constants` slots."""
+        parts = [u[:0]]
+        for e, (expert, slots) in enumerate(zip(experts, dispatch.ranges(constants), strict=True)):
+            if slots.start == slots.stop:
+                continue
+            phi = expert.neurons(u[dispatch.tokens[slots]])
+            if watch is not None:
+                watch(e, dispatch.order[slots], phi)
+            parts.append(expert.down_proj(phi))
+        return torch.cat(parts)
+
+
+class GroupedExperts:
+    """All experts run in two grouped products (`torch.nn.functional.grouped_mm`), which read offsets on the device.
+
+    These take bf16 on GPUs of compute capability 8.0 and above. Rows of all matrices begin at multiples of `ROW_BYTES`;
+    groups may begin anywhere.
+    """
+
+    name = "grouped"
+
+    def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
+        """Return whether the experts lie together, and products of their dtype and widths are fast on the device."""
+        if not u.is_cuda or u.dtype != torch.bfloat16 or _capability(u.device) < (8, 0):
+            return False
+        stack = stacked(experts)
+        if stack is None or stack.down.dtype != u.dtype:
+            return False
+        return all(size * u.element_size() % ROW_BYTES == 0 for size in stack.down.shape[1:])
+
+    def outputs(
+        self, experts: list[SwiGLU], u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None
+    ) -> Tensor:
+        """Return each slot's f_e(u) in the order of the dispatch, without the first `constants` slots."""
+        stack = stacked(experts)
+        assert stack is not None
+        ends = dispatch.ends - constants
+        both = F.grouped_mm(u[dispatch.tokens[constants:]], stack.gate_up.mT, offs=ends)
+        phi = swiglu(both)
+        if watch is not None:
+            for e, slots in enumerate(dispatch.ranges(constants)):
+                if slots.start != slots.stop:
+                    watch(e, dispatch.order[slots], phi[slots.start - constants : slots.stop - constants])
+        return F.grouped_mm(phi, stack.down.mT, offs=ends)
+
+
+BACKENDS: tuple[MixtureBackend, ...] = (GroupedExperts(), LoopedExperts())
+
+
+def backend_for(experts: list[SwiGLU], u: Tensor) -> MixtureBackend:
+    """Return the first backend that computes these experts for tokens u (T, width)."""
+    return next(backend for backend in BACKENDS if backend.accepts(experts, u))
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,62 @@
+"""All backends give the same outputs, in one order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_experts import experts
+from torch import Tensor
+
+from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.mixture_backends import Dispatch, GroupedExperts, LoopedExperts, backend_for
+
+
+@given(data=st.data(), tokens=st.integers(1, 20), top_k=st.integers(1, 3), count=st.integers(1, 5))
+def test_a_dispatch_is_a_permutation_by_expert(data: st.DataObject, tokens: int, top_k: int, count: int) -> None:
+    chosen = st.lists(st.integers(-2, count - 1), min_size=tokens * top_k, max_size=tokens * top_k)
+    selected = torch.tensor(data.draw(chosen)).reshape(tokens, top_k)
+    dispatch = Dispatch.of(selected, count)
+    assert sorted(dispatch.order.tolist()) == list(range(tokens * top_k))
+    constants = int((selected < 0).sum())
+    slots = selected.reshape(-1)
+    for expert, places in enumerate(dispatch.ranges(constants)):
+        assert dispatch.order[places].tolist() == (slots == expert).nonzero().squeeze(1).tolist()
+        assert torch.equal(dispatch.tokens[places], dispatch.order[places] // top_k)
+    ordered = slots[dispatch.order].unsqueeze(1)
+    assert torch.equal(dispatch.by_slot(ordered).squeeze(2), selected)
+
+
+def outputs_by_hand(made: list[SwiGLU], u: Tensor, dispatch: Dispatch, selected: Tensor) -> Tensor:
+    slots = selected.reshape(-1)
+    rows = [
+        made[int(slots[place])](u[int(place) // selected.shape[1]]) for place in dispatch.order if slots[place] >= 0
+    ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", [LoopedExperts(), GroupedExperts()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("constants", [False, True])
+def test_backends_agree(backend: LoopedExperts | GroupedExperts, constants: bool) -> None:
+    made, generator = experts(8, 8, 8, 8), torch.Generator().manual_seed(0)
+    u = torch.randn(30, 16, generator=generator)
+    selected = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(30)])
+    selected[selected == 2] = 3  # an expert that nobody chose
+    if constants:
+        selected[::3, 1] = -2
+    dispatch, number = Dispatch.of(selected, 4), int((selected < 0).sum())
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    found = backend.outputs(
+        list(made), u, dispatch, number, lambda e, slots, phi: seen.__setitem__(e, (slots, phi.clone()))
+    )
+    torch.testing.assert_close(found, outputs_by_hand(made, u, dispatch, selected), rtol=1e-4, atol=1e-4)
+    assert sorted(seen) == [0, 1, 3]
+    for e, (slots, phi) in seen.items():
+        assert (selected.reshape(-1)[slots] == e).all()
+        torch.testing.assert_close(phi, made[e].neurons(u[slots // 2]))
+
+
+def test_a_cpu_takes_the_loop() -> None:
+    made = experts(8, 8)
+    assert backend_for(list(made), torch.randn(3, 16)).name == "loop"
