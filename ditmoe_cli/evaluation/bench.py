@@ -1,144 +1,159 @@
-"""Benchmark of a checkpoint: bytes of its weights in memory, working memory, and seconds of a denoising step.
+"""Benchmark of checkpoints: memory, seconds of a denoising step, operations a second, and time by part of the model.
 
-Weights are counted from the tensors of the loaded model. Memory is measured as the process's private bytes: on the CPU
-RssAnon of /proc/self/status, which leaves out mapped files, on CUDA the bytes that torch's allocator has handed out.
+Steps of several checkpoints are timed in rounds, each in another order, so that what slows the machine for a while
+slows all of them; the ratios of a round are then those of the checkpoints. Where they do not fit in memory together,
+they are timed one after the other, and a round has one of them.
 """
 
 from __future__ import annotations
 
 import os
-import threading
+import random
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import log
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, check_guidance
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.files.names import SHARED, split_name
+from ditmoe_cli.evaluation.memory_use import (
+    Footprint,
+    Memory,
+    available_bytes,
+    footprint,
+    let_go,
+    loaded_bytes,
+    peak_during,
+    private_bytes,
+)
+from ditmoe_cli.evaluation.step_parts import (
+    Clock,
+    Stopwatch,
+    routed_step,
+    share_rerouted,
+    slots_of,
+    step_parts,
+    stopwatch,
+)
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.effort import activation_bytes, evaluation_flops
 from ditmoe_cli.model.loading import build_model, empty_model
-from ditmoe_cli.progress import phase
+from ditmoe_cli.model.throughput import Dtype, Rate, peak_rate
+from ditmoe_cli.progress import Phase, phase
 
-KINDS = ("packed", "scales", "plain")
-GROUPS = ("experts", "shared", "attention", "rest")
-MOST_IMAGES, MOST_REPEATS = 65_536, 10_000  # of a pass, and of passes
+MOST_IMAGES, MOST_REPEATS = 65_536, 10_000  # of a pass, and of rounds
 WARM_UPS = 2  # passes that memory is measured in; the first also allocates buffers of kernels and allocator
-_FLOAT_BYTES = 4  # packed weights are unpacked to fp32
-_STATUS = Path("/proc/self/status")
-_POLL_SECONDS = 0.001
+MOST_TRACED = 5  # passes that are timed by part
+_TORCH: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Load:
-    """The work to time: `batch` images in one pass (twice as many rows where `cfg` is not 1), `repeats` times.
+    """The work to time: `batch` images in one pass (twice as many rows where `cfg` is not 1), in `repeats` rounds.
 
-    On the CPU it is timed with each number of `threads`; with none given, with as many as torch uses.
+    On the CPU it is timed with each number of `threads`; with none given, with as many as torch uses. With
+    `processor_time`, one thread computes, and its processor time counts in place of the clock on the wall.
     """
 
     batch: int = 8
-    repeats: int = 3
+    repeats: int = 5
     cfg: float = 1.0
     seed: int = 0
     device: str = "cpu"
     threads: tuple[int, ...] = ()
+    dtype: Dtype = "fp32"
+    processor_time: bool = False
 
     @property
     def rows(self) -> int:
         """Rows of one forward pass: images times guidance branches."""
         return self.batch * (1 if self.cfg == 1.0 else 2)
 
+    @property
+    def clock(self) -> Clock:
+        """The clock that times."""
+        return time.process_time if self.processor_time else time.perf_counter
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of threads to time with; one on a GPU, that torch uses."""
+        if self.processor_time:
+            return (1,)
+        return self.threads if self.threads and not self.device.startswith("cuda") else (torch.get_num_threads(),)
+
+    @property
+    def traced(self) -> int:
+        """The number of passes that are timed by part."""
+        return min(self.repeats, MOST_TRACED)
+
+    @property
+    def passes(self) -> int:
+        """The number of forward passes of one checkpoint."""
+        reference = 0 if self.dtype == "fp32" else 1
+        return reference + WARM_UPS + 1 + (1 + self.repeats) * len(self.counts) + self.traced
+
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model's parameters and buffers, in total, by `KINDS` and by `GROUPS`.
-
-    `packed` are the codes of quantised weights, `scales` their scales, zero points and tables of codes, `plain` all
-    other tensors.
-    """
-
-    total: int
-    kinds: Mapping[str, int]
-    groups: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Bytes and name of the largest packed matrix once it is unpacked to fp32; 0 and None without packed ones."""
-
-    bytes: int
-    name: str | None
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a model that are known without running it.
+class Difference:
+    """How far computing in another dtype strays from fp32, on the same noise.
 
     Attributes:
-        file: the checkpoint on disk.
-        weights: the loaded model.
-        fp32: a model of the same shapes with all weights in fp32.
-        buffer: the largest matrix that is unpacked at a time.
+        prediction: the norm of the difference of guided predictions over the norm of that in fp32.
+        rerouted: the share of tokens, over all blocks, whose experts are another set.
     """
 
-    file: int
-    weights: Sizes
-    fp32: Sizes
-    buffer: Buffer
-
-    @property
-    def ratio(self) -> float:
-        """Ratio of the weights' bytes to those of the fp32 model."""
-        return self.weights.total / self.fp32.total
-
-    @property
-    def least(self) -> int:
-        """Bytes of weights and buffer, which every run needs."""
-        return self.weights.total + self.buffer.bytes
+    prediction: float
+    rerouted: float
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Private memory in bytes before and after loading, and its peak in forward passes; None where unknown."""
+class Speed:
+    """Operations of a step, the most that this machine does a second in the dtype of computation, and time by part.
 
-    before: int | None
-    loaded: int | None
-    peak: int | None
+    The seconds by part are those of one traced pass, and add up to it; `flops` follow from shapes and routing.
+    """
 
-    @property
-    def growth(self) -> int | None:
-        """Bytes that loading and running added, at the peak."""
-        return None if self.before is None or self.peak is None else self.peak - self.before
+    flops: float
+    peak: Rate
+    parts: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A checkpoint's footprint, its memory, and the seconds of each timed pass by the number of threads."""
+    """A checkpoint's footprint, its memory, its speed, and the seconds of each timed pass by the number of threads.
+
+    `threads` is the number that the seconds hold for; `difference` is None in fp32.
+    """
 
     load: Load
     time: float
     footprint: Footprint
     memory: Memory
     timed: Mapping[int, tuple[float, ...]]
-
-    @property
-    def threads(self) -> int:
-        """The number of threads of the fastest pass; the smallest of equally fast ones."""
-        return min(sorted(self.timed), key=lambda count: min(self.timed[count]))
+    threads: int
+    speed: Speed
+    difference: Difference | None = None
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """The seconds of each pass with that number of threads."""
+        """The seconds of each pass with that number of threads, in the order of rounds."""
         return self.timed[self.threads]
+
+    @property
+    def rate(self) -> float:
+        """Operations a second of the fastest pass."""
+        return self.speed.flops / min(self.seconds)
 
     @property
     def needed(self) -> int:
@@ -149,8 +164,11 @@ class Bench:
         return max(self.footprint.least, self.memory.growth or 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return bytes, memory, seconds and conditions as JSON."""
+        """Return bytes, memory, seconds, speed and conditions as JSON."""
         footprint, growth, least = self.footprint, self.memory.growth, min(self.seconds)
+        traced = sum(self.speed.parts.values())
+        given = asdict(self.load)
+        del given["processor_time"]
         return {
             "bytes": {
                 "file": footprint.file,
@@ -166,10 +184,57 @@ class Bench:
                 "needed": self.needed,
             },
             "seconds": least,
+            "median_seconds": statistics.median(self.seconds),
             "seconds_by_threads": {str(count): min(seconds) for count, seconds in self.timed.items()},
             "images_per_second": self.load.batch / least,
-            "conditions": {**asdict(self.load), "t": self.time, "threads": self.threads, "waiting": waiting()},
+            "flops": self.speed.flops,
+            "flops_per_second": self.rate,
+            "peak_flops_per_second": self.speed.peak.flops,
+            "share_of_peak": self.rate / self.speed.peak.flops,
+            "parts": {
+                "seconds": dict(self.speed.parts),
+                "shares": {part: seconds / traced for part, seconds in self.speed.parts.items()},
+                "traced_seconds": traced,
+            },
+            "difference": asdict(self.difference) if self.difference else None,
+            "conditions": {
+                **given,
+                "t": self.time,
+                "threads": self.threads,
+                "waiting": waiting(),
+                "clock": "processor" if self.load.processor_time else "wall",
+            },
         }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quartiles of a ratio of two checkpoints' seconds over the rounds, and the ratio of their least seconds."""
+
+    median: float
+    low: float
+    high: float
+    least: float
+
+
+def spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Return the spread of the ratios of seconds to those of the reference in the same rounds."""
+    ratios = [here / there for here, there in zip(seconds, reference, strict=True)]
+    low, median, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return Spread(median, low, high, min(seconds) / min(reference))
+
+
+@dataclass(frozen=True)
+class Benches:
+    """The results of some checkpoints in their order, and whether their steps took turns."""
+
+    results: tuple[Bench, ...]
+    interleaved: bool
+
+    @property
+    def ratios(self) -> list[Spread]:
+        """The ratio of each checkpoint's seconds to the first's."""
+        return [spread(result.seconds, self.results[0].seconds) for result in self.results]
 
 
 def check_load(load: Load, config: DiTMoEConfig) -> Load:
@@ -177,45 +242,137 @@ def check_load(load: Load, config: DiTMoEConfig) -> Load:
     for name, value, most in (("batch", load.batch, MOST_IMAGES), ("repeats", load.repeats, MOST_REPEATS)):
         if not 1 <= value <= most:
             raise UsageError(f"⟨{name}⟩ {value}: must be at least 1, and at most {most}")
+    if load.processor_time and (load.device.startswith("cuda") or set(load.threads) - {1}):
+        raise UsageError(
+            "⟨processor_time⟩ times one thread of the CPU: give ⟨device⟩ cpu, and no other ⟨threads⟩ than 1"
+        )
     check_guidance(load.cfg, config)
     return load
 
 
-def bench(checkpoint: Checkpoint, load: Load) -> Bench:
-    """Load a checkpoint and run denoising steps on noise at a time in the middle of its family's range.
+def fit_together(checkpoints: Sequence[Checkpoint], load: Load) -> bool:
+    """Return whether the models of all checkpoints have room in memory at once, with the largest one's activations."""
+    working = max(activation_bytes(checkpoint.config, load.rows) for checkpoint in checkpoints)
+    return sum(map(loaded_bytes, checkpoints)) + working <= available_bytes(torch.device(load.device))
 
-    Memory is measured in `WARM_UPS` passes that are not timed, since measuring slows them.
+
+def bench(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock | None = None) -> Benches:
+    """Run denoising steps of checkpoints on noise at a time in the middle of their families' ranges.
+
+    All are loaded, and their steps take turns; where memory is too small for that, they follow each other. The number
+    of threads is the same for all: that of the least product of least seconds, of those who come first where they
+    follow each other. Seconds are those of `clock`, by default of `load`.
 
     Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded.
     """
-    check_load(load, checkpoint.config)
+    for checkpoint in checkpoints:
+        check_load(load, checkpoint.config)
+    together = len(checkpoints) == 1 or fit_together(checkpoints, load)
+    named = checkpoints[0].name if len(checkpoints) == 1 else f"{len(checkpoints)} checkpoints"
+    results: list[Bench] = []
+    with phase(f"measuring {named}", len(checkpoints) * load.passes, "passes") as progress:
+        for group in [checkpoints] if together else [[checkpoint] for checkpoint in checkpoints]:
+            counts = (results[0].threads,) if results else load.counts
+            results += _taking_turns(group, replace(load, threads=counts), clock or load.clock, progress)
+    return Benches(tuple(replace(result, load=load) for result in results), together)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model in memory, its step, and what was found while it was loaded."""
+
+    model: DiTMoE
+    step: Callable[[], Tensor]
+    footprint: Footprint
+    memory: Memory
+
+
+def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, progress: Phase) -> list[Bench]:
+    """Return the results of checkpoints that are in memory at once."""
     device = torch.device(load.device)
-    counts = load.threads if load.threads and device.type == "cpu" else (torch.get_num_threads(),)
-    passes = WARM_UPS - 1 + (1 + load.repeats) * len(counts)
-    with phase(f"measuring {checkpoint.name}", 1 + passes, "passes") as progress:
-        empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
-        before = private_bytes(device)
-        model = build_model(checkpoint, device)
-        loaded = private_bytes(device)
-        progress(1)
-        step = denoising_step(model, load)
+    watch = stopwatch(device, clock)
+    references = [_reference(checkpoint, load, device, progress) for checkpoint in checkpoints]
+    with using_threads(load.counts[0]):
+        loaded = [_load(checkpoint, load, device, progress) for checkpoint in checkpoints]
+    timed = _timed_rounds(loaded, load, partial(_seconds, clock, watch), progress)
+    threads = best_count(timed)
+    with using_threads(threads):
+        peak = peak_rate(str(device), load.dtype, threads, clock)
+        results = []
+        for index, (each, reference) in enumerate(zip(loaded, references, strict=True)):
+            output, chosen = routed_step(each.model, each.step)
+            slots = slots_of(each.model, chosen)
+            parts = step_parts(each.model, each.step, load.traced, watch)
+            progress(1 + load.traced)
+            results.append(
+                Bench(
+                    load=load,
+                    time=middle(each.model.config.sampler),
+                    footprint=each.footprint,
+                    memory=each.memory,
+                    timed={count: seconds[index] for count, seconds in timed.items()},
+                    threads=threads,
+                    speed=Speed(evaluation_flops(each.model.config, load.rows, slots), peak, parts),
+                    difference=None if reference is None else difference((output, chosen), reference),
+                )
+            )
+    return results
 
-        def run(passes: int) -> list[float]:
-            return [_timed(step, device, progress) for _ in range(passes)]
 
-        peak = peak_during(device, lambda: run(WARM_UPS))
-        timed: dict[int, tuple[float, ...]] = {}
-        for count in in_turn(counts):
-            if timed:
-                run(1)  # starts the threads, as the first passes above did
-            timed[count] = tuple(run(load.repeats))
-    return Bench(
-        load=load,
-        time=middle(model.config.sampler),
-        footprint=footprint(checkpoint, model, empty),
-        memory=Memory(before, loaded, peak),
-        timed=timed,
-    )
+def _load(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Phase) -> _Loaded:
+    """Load a checkpoint and measure memory in `WARM_UPS` passes, which are not timed since measuring slows them."""
+    empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
+    let_go()
+    before = private_bytes(device)
+    model = build_model(checkpoint, device, _TORCH[load.dtype])
+    loaded = private_bytes(device)
+    step = denoising_step(model, load)
+
+    def warm_up() -> None:
+        for _ in range(WARM_UPS):
+            step()
+            progress(1)
+
+    peak = peak_during(device, warm_up)
+    return _Loaded(model, step, footprint(checkpoint, model, empty), Memory(before, loaded, peak))
+
+
+def _timed_rounds(
+    loaded: Sequence[_Loaded], load: Load, seconds_of: Callable[[Callable[[], object]], float], progress: Phase
+) -> dict[int, list[tuple[float, ...]]]:
+    """Return by number of threads, for each model, the seconds of its steps in each round."""
+    timed: dict[int, list[tuple[float, ...]]] = {}
+    for count in in_turn(load.counts):
+        found: list[list[float]] = [[] for _ in loaded]
+        for each in loaded:  # starts the threads
+            each.step()
+            progress(1)
+        for order in rounds(len(loaded), load.repeats):
+            for index in order:
+                found[index].append(seconds_of(loaded[index].step))
+                progress(1)
+        timed[count] = [tuple(seconds) for seconds in found]
+    return timed
+
+
+def rounds(checkpoints: int, count: int) -> list[list[int]]:
+    """Return the order of checkpoints in each round: shuffled, since each leaves its own weights in the caches."""
+    generator = random.Random(0)
+    return [generator.sample(range(checkpoints), checkpoints) for _ in range(count)]
+
+
+def best_count(timed: Mapping[int, Sequence[Sequence[float]]]) -> int:
+    """Return the number of threads of the least product of the models' least seconds; the fewest of equal ones."""
+    return min(sorted(timed), key=lambda count: sum(log(max(min(seconds), 1e-12)) for seconds in timed[count]))
+
+
+def _seconds(clock: Clock, watch: Stopwatch, step: Callable[[], object]) -> float:
+    """Return the seconds of a step, until its work on the device ends."""
+    watch.wait()
+    start = clock()
+    step()
+    watch.wait()
+    return clock() - start
 
 
 def thread_counts(most: int) -> tuple[int, ...]:
@@ -225,11 +382,18 @@ def thread_counts(most: int) -> tuple[int, ...]:
 
 def in_turn(counts: Iterable[int]) -> Iterator[int]:
     """Yield numbers of threads, each set for torch while it is the current one, and then set what was set before."""
-    before = torch.get_num_threads()
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
+    for count in counts:
+        with using_threads(count):
             yield count
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Have torch compute with that many threads while the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -246,148 +410,42 @@ def middle(family: Sampler) -> float:
 
 
 def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
-    """Return a function that predicts once from noise (N, C, S, S): that of (seed, i), with label i mod classes."""
+    """Return a function that predicts once from noise (N, C, S, S): that of (seed, i), with label i mod classes.
+
+    Each call embeds its time and labels anew, as each step of a sampling run has a time of its own.
+    """
     config = model.config
     x = image_noise(load.seed, range(load.batch), model.device).draw(
         (config.in_channels, config.input_size, config.input_size)
     )
     labels = torch.arange(load.batch, device=model.device) % config.num_classes
     t = middle(config.sampler)
-    predict = guided_predictor(model, labels, load.cfg, config.sampler, times=[t])
 
     def step() -> Tensor:
         with torch.inference_mode():
-            return predict(x, t)
+            predict = guided_predictor(model, labels, load.cfg, config.sampler, times=[t])
+            return predict(x, t)[:, : config.in_channels]  # DDPM's learned variance is no prediction
 
     return step
 
 
-def _timed(step: Callable[[], Tensor], device: torch.device, progress: Callable[[int], None]) -> float:
-    """Return the seconds of a step, until its work on the device ends."""
-    _finish(device)
-    start = time.perf_counter()
-    step()
-    _finish(device)
-    seconds = time.perf_counter() - start
-    progress(1)
-    return seconds
+# ------------------------------------------------------------------ against fp32
+
+_Routed = tuple[Tensor, list[Tensor]]
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# ------------------------------------------------------------------ counted
-
-
-def footprint(checkpoint: Checkpoint, model: nn.Module, empty: nn.Module) -> Footprint:
-    """Return the bytes of a checkpoint's file, of its loaded model, and of the `empty` one, plain and in fp32."""
-    packed = {name.removesuffix(".weight") for name, weight in checkpoint.weights.items() if weight.quantized}
-    return Footprint(
-        checkpoint.header.file_bytes,
-        sizes(_tensors(model), packed),
-        sizes(_tensors(empty), set()),
-        largest_unpacked(checkpoint),
-    )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter and buffer once, even if modules share it."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def sizes(tensors: Iterable[tuple[str, Tensor]], packed: set[str]) -> Sizes:
-    """Return the bytes of named tensors; `packed` are the names of layers whose weight is packed."""
-    kinds, groups = dict.fromkeys(KINDS, 0), dict.fromkeys(GROUPS, 0)
-    for name, tensor in tensors:
-        kinds[kind_of(name, packed)] += tensor.nbytes
-        groups[group_of(name)] += tensor.nbytes
-    return Sizes(sum(kinds.values()), kinds, groups)
-
-
-def kind_of(name: str, packed: set[str]) -> str:
-    """Return the kind of a tensor, one of `KINDS`, by its layer and its name in the layer."""
-    layer, _, leaf = name.rpartition(".")
-    if layer not in packed or leaf == "bias":
-        return "plain"
-    return "packed" if leaf.startswith("packed") else "scales"  # with a number where the weight is in pieces
-
-
-def group_of(name: str) -> str:
-    """Return the group of a tensor, one of `GROUPS`: routed experts, shared experts, attention, or the rest."""
-    parts = split_name(name)
-    if parts.expert is not None:
-        return "experts"
-    starts = {f"{SHARED}.": "shared", "attn.": "attention"} if parts.block is not None else {}
-    return next((group for start, group in starts.items() if parts.rest.startswith(start)), "rest")
-
-
-def largest_unpacked(checkpoint: Checkpoint) -> Buffer:
-    """Return the buffer of the largest weight that stays packed in memory; the first of equal ones."""
-    packed = [weight.info for weight in checkpoint.weights.values() if weight.quantized]
-    largest = max(packed, key=lambda info: info.numel, default=None)
-    return Buffer(_FLOAT_BYTES * largest.numel, largest.name) if largest else Buffer(0, None)
-
-
-# ------------------------------------------------------------------ measured
-
-
-def private_bytes(device: torch.device) -> int | None:
-    """Return the private memory in use, of the process or on its GPU; None on systems without /proc.
-
-    Linux adds up each core's share now and then only, so the process's is off by up to some hundred kilobytes a core.
-    """
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
-
-
-def resident_bytes(status: Path = _STATUS) -> int | None:
-    """Return RssAnon, resident memory that no file backs, of a process's status in bytes; None where it is missing."""
-    try:
-        text = status.read_text()
-    except OSError:
+def _reference(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Phase) -> _Routed | None:
+    """Return the prediction and the chosen experts in fp32; None where that is the dtype to time."""
+    if load.dtype == "fp32":
         return None
-    line = next((line for line in text.splitlines() if line.startswith("RssAnon:")), None)
-    return None if line is None else int(line.split()[1]) * 1024
+    model = build_model(checkpoint, device)
+    result = routed_step(model, denoising_step(model, load))
+    progress(1)
+    return result
 
 
-def peak_during(device: torch.device, work: Callable[[], object]) -> int | None:
-    """Call `work` and return the peak of private memory meanwhile; None where it is unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device)
-    with polled(resident_bytes) as peak:
-        work()
-    return peak()
-
-
-@contextmanager
-def polled(read: Callable[[], int | None]) -> Iterator[Callable[[], int | None]]:
-    """Read a value each millisecond in a thread; yield a function that returns the largest so far.
-
-    The value is read first and last in any case. The function returns None where the first reading is None.
-    """
-    first = read()
-    if first is None:
-        yield lambda: None
-        return
-    largest, ended = first, threading.Event()
-
-    def update() -> None:
-        nonlocal largest
-        largest = max(largest, read() or 0)
-
-    def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            update()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: largest
-    finally:
-        ended.set()
-        thread.join()
-        update()
+def difference(found: _Routed, reference: _Routed) -> Difference:
+    """Return how far a prediction (N, C, S, S) and chosen experts (T, k) of each block are from those of fp32."""
+    (output, chosen), (exact, chosen_exactly) = found, reference
+    error = torch.linalg.vector_norm(output.double() - exact.double()) / torch.linalg.vector_norm(exact.double())
+    return Difference(float(error), share_rerouted(chosen, chosen_exactly))

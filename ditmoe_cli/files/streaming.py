@@ -157,7 +157,7 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
     next command could read them there, they would be gone anyway. Raises the `OSError` of a write that failed late, as
     the function does from then on.
     """
-    forgets = hasattr(os, "posix_fadvise") and size > _available_memory() / 2
+    forgets = hasattr(os, "posix_fadvise") and size > available_memory() / 2
     waiting, counting = 0, Lock()
     wanted: SimpleQueue[bool] = SimpleQueue()
     failed: list[OSError] = []
@@ -193,7 +193,7 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
         raise failed[0]
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
     """Return the bytes of memory that are free or can be freed, infinite where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -12,7 +12,7 @@ image the modulation. Embedding and final layer take 2 P D p² (C_in + C_out) + 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ditmoe_cli.model.config import FREQUENCIES, BlockConfig, DiTMoEConfig
@@ -93,10 +93,15 @@ def attention_flops(config: DiTMoEConfig) -> float:
 
 def mixture_flops(config: DiTMoEConfig, block: BlockConfig) -> float:
     """Return the operations of one token in a block's mixture, 2 R D + 6 k D H + 6 D S, and 2 D² of a linear map."""
-    width = config.hidden_size
     mean = sum(block.expert_widths) / max(len(block.expert_widths), 1)
+    return unrouted_flops(config, block) + 6 * config.hidden_size * config.top_k * mean
+
+
+def unrouted_flops(config: DiTMoEConfig, block: BlockConfig) -> float:
+    """Return the operations of one token in a block's mixture beside its experts: 2 R D + 6 D S, 2 D² of a map."""
+    width = config.hidden_size
     linear = 2 * width**2 if block.residual_linear else 0
-    return 2 * block.router_rows * width + 6 * width * (config.top_k * mean + block.shared_width) + linear
+    return 2 * block.router_rows * width + 6 * width * block.shared_width + linear
 
 
 def block_flops(config: DiTMoEConfig, block: BlockConfig) -> float:
@@ -106,10 +111,30 @@ def block_flops(config: DiTMoEConfig, block: BlockConfig) -> float:
 
 def image_flops(config: DiTMoEConfig) -> float:
     """Return the operations of one evaluation of the model for one image, in one branch of guidance."""
+    return ends_flops(config) + sum(block_flops(config, block) for block in config.blocks)
+
+
+def ends_flops(config: DiTMoEConfig) -> float:
+    """Return the operations of one image outside the blocks: embedding and final layer."""
     width = config.hidden_size
     channels = config.patch_size**2 * (config.in_channels + config.out_channels)
-    ends = 2 * config.num_patches * width * channels + 2 * FREQUENCIES * width + 6 * width**2
-    return ends + sum(block_flops(config, block) for block in config.blocks)
+    return 2 * config.num_patches * width * channels + 2 * FREQUENCIES * width + 6 * width**2
+
+
+def evaluation_flops(config: DiTMoEConfig, rows: int, slots: Sequence[Sequence[int]]) -> float:
+    """Return the operations of one evaluation for `rows` images, where expert e of block b computes slots[b][e] tokens.
+
+    Experts of unequal widths, and router rows that select none, make it differ from `rows` times `image_flops`. Small
+    maps of constants are left out.
+    """
+    tokens = rows * config.num_patches
+    routed = sum(
+        6.0 * config.hidden_size * width * count
+        for block, counts in zip(config.blocks, slots, strict=True)
+        for width, count in zip(block.expert_widths, counts, strict=True)
+    )
+    fixed = sum(rows * attention_flops(config) + tokens * unrouted_flops(config, block) for block in config.blocks)
+    return rows * ends_flops(config) + fixed + routed
 
 
 def block_steps(block: BlockConfig) -> float:

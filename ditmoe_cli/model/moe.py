@@ -65,6 +65,15 @@ def _watcher(observer: Observer | None, block: int, routing: Routing) -> NeuronW
     return lambda expert, slots, phi: observer.neurons(block, expert, weights[slots], phi)
 
 
+class RoutedExperts(nn.ModuleList):
+    """The experts that a block routes to. They are called as one module, so that hooks see when they compute."""
+
+    def forward(self, u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None) -> Tensor:
+        """Return each slot's f_e(u) for tokens u (T, width) as `MixtureBackend.outputs`, by the backend for them."""
+        experts = cast("list[SwiGLU]", list(self))
+        return backend_for(experts, u).outputs(experts, u, dispatch, constants, watch)
+
+
 class SparseMoE(nn.Module):
     """Routed experts, of any widths and number formats, plus the shared expert, which takes every token.
 
@@ -90,7 +99,7 @@ class SparseMoE(nn.Module):
     def __init__(self, width: int, block: BlockConfig, top_k: int) -> None:
         super().__init__()
         self.gate = Router(width, block, top_k)
-        self.experts = nn.ModuleList(SwiGLU(width, inner) for inner in block.expert_widths)
+        self.experts = RoutedExperts(SwiGLU(width, inner) for inner in block.expert_widths)
         self.shared_experts = SwiGLU(width, block.shared_width)
         shapes = extension_shapes(width, block)
         for name in (CONSTANTS, CONSTANTS_UP, CONSTANTS_DOWN, RESIDUAL_CONSTANT, RESIDUAL_LINEAR):
@@ -104,8 +113,7 @@ class SparseMoE(nn.Module):
         u = u.to(self.dtype or u.dtype)
         dispatch = Dispatch.of(selected, len(self.experts))
         constants = int((selected < 0).sum()) if self.constants is not None else 0
-        experts = cast("list[SwiGLU]", list(self.experts))
-        ordered = backend_for(experts, u).outputs(experts, u, dispatch, constants, watch)
+        ordered: Tensor = self.experts(u, dispatch, constants, watch)
         if constants:
             chosen = -2 - selected.reshape(-1)[dispatch.order[:constants]]
             ordered = torch.cat((self._constant_outputs(u[dispatch.tokens[:constants]], chosen), ordered))

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from ditmoe_cli.files.cache import cache_folder
 from ditmoe_cli.files.json_text import read_json
@@ -20,12 +21,13 @@ from ditmoe_cli.threads import usable_cores
 ASSUMED_RATE = 4e10  # operations a second of one thread of a CPU
 _ASSUMED_RATE_OF_A_GPU = 2e13
 _SIDE, _ROUNDS = 768, 5  # of the product that is timed
-_SIDE_OF_A_GPU = 4096
+_SIDE_OF_A_GPU = 8192  # large enough that starting a product and waiting for it are nothing beside it
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Floating-point operations a second of a large product in single precision.
+    """Floating-point operations a second of a large product in one dtype.
 
     `threads` is how many compute it, 0 on a GPU; `measured` whether it was timed on this machine.
     """
@@ -54,7 +56,7 @@ def known_rate(device: str) -> Rate:
 
     Takes no torch.
     """
-    threads = 0 if device.startswith("cuda") else threads_of()
+    threads = _threads_on(device)
     kept = _kept().get(_key(device, threads))
     if kept is not None:
         return Rate(kept, threads, measured=True)
@@ -62,23 +64,49 @@ def known_rate(device: str) -> Rate:
 
 
 def measured_rate(device: str, clock: Callable[[], float] = time.perf_counter) -> Rate:
-    """Return the rate of a device, timed where it is not known: 2 n³ operations over the shortest of some products."""
+    """Return the rate of a device in single precision, timed where it is not known."""
     rate = known_rate(device)
     if rate.measured:
         return rate
+    with phase("measuring the speed of this machine"):
+        measured = Rate(_product_rate(device, "fp32", clock), rate.threads, measured=True)
+    _keep(_key(device, rate.threads), measured.flops)
+    return measured
+
+
+def peak_rate(device: str, dtype: Dtype, threads: int, clock: Callable[[], float] = time.perf_counter) -> Rate:
+    """Return the highest rate of large products in a dtype that was ever measured, now or before, and keep it.
+
+    It is timed anew each time, since what was kept may stem from a machine that was busy. On a CPU torch must be set to
+    compute with `threads`; on a GPU their number is none.
+    """
+    threads = 0 if device.startswith("cuda") else threads
+    key = _key(device, threads, dtype)
+    kept = _kept().get(key, 0.0)
+    timed = _product_rate(device, dtype, clock)
+    if timed > kept:
+        _keep(key, timed)
+    return Rate(max(timed, kept), threads, measured=True)
+
+
+def _product_rate(device: str, dtype: Dtype, clock: Callable[[], float]) -> float:
+    """Return the rate of a product of random (n, n) matrices: 2 n³ operations over the shortest of some products.
+
+    Random values, since a GPU multiplies equal ones with less power, and so faster than any model's.
+    """
     import torch
 
-    side = _SIDE if rate.threads else _SIDE_OF_A_GPU
-    with phase("measuring the speed of this machine"), torch.inference_mode():
-        left, right = (torch.ones(side, side, device=device) for _ in range(2))
-        shortest = float("inf")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    side = _SIDE_OF_A_GPU if device.startswith("cuda") else _SIDE
+    generator = torch.Generator(device).manual_seed(0)
+    shortest = float("inf")
+    with torch.inference_mode():
+        left, right = (torch.randn(side, side, device=device, generator=generator).to(kind) for _ in range(2))
         for _ in range(_ROUNDS):
             start = clock()
             float((left @ right)[0, 0])  # a number: the device is done by then
             shortest = min(shortest, clock() - start)
-    measured = Rate(2 * side**3 / max(shortest, 1e-9), rate.threads, measured=True)
-    _keep(_key(device, rate.threads), measured.flops)
-    return measured
+    return 2 * side**3 / max(shortest, 1e-9)
 
 
 def likely_device(name: str, root: Path = Path("/dev")) -> str:
@@ -86,12 +114,17 @@ def likely_device(name: str, root: Path = Path("/dev")) -> str:
     return name if name != "auto" else "cuda" if (root / "nvidiactl").exists() else "cpu"
 
 
-def _key(device: str, threads: int) -> str:
+def _threads_on(device: str) -> int:
+    return 0 if device.startswith("cuda") else threads_of()
+
+
+def _key(device: str, threads: int, dtype: Dtype = "fp32") -> str:
     try:
         torch_version = version("torch")
     except PackageNotFoundError:
         torch_version = ""
-    return f"{platform.node()} {platform.machine()} {device} {threads} torch {torch_version}"
+    kind = "" if dtype == "fp32" else f" {dtype}"
+    return f"{platform.node()} {platform.machine()} {device} {threads} torch {torch_version}{kind}"
 
 
 def _file() -> Path:

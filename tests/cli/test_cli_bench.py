@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -12,8 +13,12 @@ import torch
 from cli_helpers import contents, here, on_terminal, outside, piped
 from conftest import make_pico
 
+from ditmoe_cli.cli.commands.bench import ratio_text, seconds_text
 from ditmoe_cli.evaluation import bench as benching
-from ditmoe_cli.evaluation.bench import GROUPS, KINDS, resident_bytes
+from ditmoe_cli.evaluation import memory_use
+from ditmoe_cli.evaluation.bench import Spread
+from ditmoe_cli.evaluation.memory_use import GROUPS, KINDS, resident_bytes
+from ditmoe_cli.evaluation.step_parts import OTHER, PARTS
 from ditmoe_cli.model.dit import DiTMoE
 
 SETTINGS = ("--batch", 2, "--repeats", 1)
@@ -95,7 +100,17 @@ def test_every_kind_of_checkpoint(name: str, folder: Path) -> None:
         "t": 0.5,
         "threads": torch.get_num_threads(),
         "waiting": benching.waiting(),
+        "dtype": "fp32",
+        "clock": "wall",
     }
+    parts = result["parts"]
+    assert set(parts["seconds"]) == set(parts["shares"]) == {*PARTS, OTHER}
+    assert sum(parts["seconds"].values()) == pytest.approx(parts["traced_seconds"])
+    assert sum(parts["shares"].values()) == pytest.approx(1)
+    assert all(seconds > 0 for seconds in parts["seconds"].values())
+    assert result["flops_per_second"] == pytest.approx(result["flops"] / result["seconds"])
+    assert result["share_of_peak"] == pytest.approx(result["flops_per_second"] / result["peak_flops_per_second"])
+    assert result["difference"] is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +164,7 @@ def test_the_gate_prints_first(folder: Path) -> None:
 
 
 def test_the_gate_is_at_what_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benching, "resident_bytes", lambda: None)
+    monkeypatch.setattr(memory_use, "resident_bytes", lambda: None)
     words = ("bench", "nf4.safetensors", *SETTINGS)
     result = here(*words, cwd=folder).result
     assert [result["memory"][name] for name in ("before", "loaded", "peak", "growth", "beyond")] == [None] * 5
@@ -165,10 +180,7 @@ def test_the_sampler_can_be_given(folder: Path) -> None:
 
 
 def test_out_of_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(*_: object) -> torch.Tensor:
-        return torch.empty(1 << 50)
-
-    monkeypatch.setattr(DiTMoE, "forward", forward)
+    monkeypatch.setattr(DiTMoE, "patches", lambda *_: torch.empty(1 << 50))
     assert here("bench", "a.safetensors", cwd=folder).error(1) == "out of memory; try a smaller --batch"
 
 
@@ -181,13 +193,93 @@ def test_a_terminal_gets_a_table(folder: Path) -> None:
         r"by group +experts .*, shared .*, attention .*, rest ",
         r"unpacked at a time +\S+ kB \((blocks\.0|t_embedder|final_layer)\.\S+\.weight\)$",
         r"private memory +.* before loading, .* after, .* at its peak$",
-        r"step +\S+ s for 2 images, one branch, on cpu, 1 thread$",
+        r"step +\S+ m?s for 2 images, one branch, on cpu, 1 thread$",
         r"images per second +\d",
+        r"speed +\S+ GFLOP/s, \d+% of \S+ GFLOP/s in fp32, of a large product$",
+        r"parts of a step +attention \S+ m?s \d+%, router .*, experts .*, shared .*, other \S+ m?s \d+%$",
     ):
         assert re.search(line, text, re.MULTILINE), (line, text)
     assert "{" not in text
     code, text = on_terminal("bench", "nf4.safetensors", *SETTINGS, "--json", cwd=folder)
     assert json.loads(text[text.index("{") :])["result"]["conditions"]["batch"] == 2
+
+
+def test_several_checkpoints_are_measured_side_by_side(folder: Path) -> None:
+    files = ("a.safetensors", "nf4.safetensors", "ghost.safetensors")
+    before = contents(folder)
+    outcome = here("bench", *files, *SETTINGS, "--cfg", 2, cwd=folder)
+    result = outcome.result
+    assert contents(folder) == before, "nothing is written"
+    assert outcome.envelope["checkpoint"] is None, "there is no one checkpoint to go on with"
+    assert result["interleaved"] is True
+    assert [file["path"] for file in result["files"]] == [str(folder / name) for name in files]
+    assert result["files"][0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0, "least": 1.0}
+    single = {name: here("bench", name, *SETTINGS, "--cfg", 2, cwd=folder).result for name in files}
+    for name, file in zip(files, result["files"], strict=True):
+        assert file["ratio"]["median"] == pytest.approx(file["seconds"] / result["files"][0]["seconds"])
+        assert set(file) == {*single[name], "path", "ratio"}
+        assert file["bytes"] == single[name]["bytes"]
+        assert file["flops"] == single[name]["flops"]
+
+
+def test_several_checkpoints_make_two_tables(folder: Path) -> None:
+    shutil.copy(folder / "nf4.safetensors", folder / "shards")
+    words = ("bench", "a.safetensors", "shards/nf4.safetensors", *SETTINGS, "--text")
+    lines = here(*words, cwd=folder).out.splitlines()
+    assert len(lines) == 8
+    assert re.match(r"file +step +median +ratio to the first +images/s +weights +needed +GFLOP/s +of peak$", lines[0])
+    assert re.match(r"a\.safetensors +\S+ m?s +\S+ m?s +1 +\d", lines[1])
+    assert re.match(r"nf4\.safetensors +\S+ m?s +\S+ m?s +\d+\.\d{3} \(\d\S+ to \d\S+\) +\d", lines[2])
+    assert re.match(r"measured +2 images, one branch, on cpu, 1 thread; 1 round in turn$", lines[3])
+    assert re.match(
+        r"parts of a step +attention +router +permutation +experts +shared +modulation +head +other", lines[4]
+    )
+    assert [line.split()[0] for line in lines[5:]] == ["a.safetensors", "nf4.safetensors", "peak"]
+    words = ("bench", "nf4.safetensors", "shards/nf4.safetensors", *SETTINGS, "--text")
+    lines = here(*words, cwd=folder).out.splitlines()
+    assert lines[1].startswith(str(folder / "nf4.safetensors")), "files of one name are told apart by their paths"
+
+
+def test_checkpoints_that_do_not_fit_together_follow_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching, "available_bytes", lambda _: 1000.0)
+    outcome = here("bench", "a.safetensors", "nf4.safetensors", *SETTINGS, "--text", cwd=folder)
+    assert "do not fit in memory together: each was timed after the other" in outcome.err
+    assert "1 time one after the other" in outcome.out
+    assert here("bench", "a.safetensors", "nf4.safetensors", *SETTINGS, cwd=folder).result["interleaved"] is False
+
+
+def test_the_gate_of_ratios(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.cycle((2.0, 3.0))
+    monkeypatch.setattr(benching, "_seconds", lambda *_: next(seconds))
+    monkeypatch.setattr(benching, "rounds", lambda checkpoints, count: [list(range(checkpoints))] * count)
+    words = ("bench", "a.safetensors", "nf4.safetensors", *SETTINGS, "--max-ratio")
+    assert here(*words, 1.5, cwd=folder).code == 0
+    outcome = here(*words, 1.4, cwd=folder)
+    assert outcome.code == 6 and outcome.result["files"][1]["ratio"]["median"] == 1.5
+    than = rf"1\.5 times as long as one of {folder / 'a.safetensors'}, above --max-ratio 1\.4"
+    assert re.search(rf"ditmoe: error: {folder / 'nf4.safetensors'}: a step takes {than}", outcome.err)
+    alone = here("bench", "a.safetensors", "--max-ratio", 2, cwd=folder)
+    assert alone.error(2) == "--max-ratio has no effect with one checkpoint; give OTHERS"
+    assert "--max-ratio 0.0: give a ratio above 0" in here(*words, 0, cwd=folder).error(2)
+
+
+def test_the_gate_of_memory_names_which_of_several(folder: Path) -> None:
+    outcome = here("bench", "nf4.safetensors", "a.safetensors", *SETTINGS, "--max-memory", "1kB", cwd=folder)
+    assert outcome.code == 6 and f"{folder / 'nf4.safetensors'}: running takes" in outcome.err
+
+
+def test_processor_time_is_that_of_one_thread(folder: Path) -> None:
+    result = here("bench", "a.safetensors", *SETTINGS, "--processor-time", cwd=folder).result
+    assert (result["conditions"]["clock"], result["conditions"]["threads"]) == ("processor", 1)
+    assert result["seconds"] > 0
+    refused = here("bench", "a.safetensors", "--processor-time", "--threads", 2, cwd=folder).error(2)
+    assert refused.startswith("--processor-time times one thread of the CPU")
+
+
+def test_durations_and_ratios_are_short() -> None:
+    assert [seconds_text(seconds) for seconds in (0.0123456, 0.9, 12.3456)] == ["12.35 ms", "900 ms", "12.35 s"]
+    assert ratio_text(Spread(1.0, 1.0, 1.0, 1.0)) == "1"
+    assert ratio_text(Spread(1.23456, 1.2, 1.3, 1.2)) == "1.235 (1.200 to 1.300)"
 
 
 @pytest.mark.skipif(resident_bytes() is None, reason="no /proc here")

@@ -14,6 +14,7 @@ from ditmoe_cli.model.effort import (
     Effort,
     attention_flops,
     block_weights,
+    evaluation_flops,
     image_flops,
     mixture_flops,
     model_bytes,
@@ -69,6 +70,19 @@ def test_torch_counts_as_many_operations_of_products() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(images, channels, size, size), torch.rand(images), torch.zeros(images, dtype=torch.long))
     assert counter.get_total_flops() == pytest.approx(images * image_flops(pico.config), rel=0.05)
+
+
+def test_an_evaluation_counts_the_slots_of_each_expert() -> None:
+    """Where all experts are as wide, slots may lie anywhere; an expert's neuron costs 6 D a slot."""
+    whole, images = config(depth=2), 3
+    slots = images * whole.num_patches * whole.top_k
+    even = [[slots // 8] * 8, [slots, *[0] * 7]]
+    assert evaluation_flops(whole, images, even) == pytest.approx(images * image_flops(whole))
+    uneven = config(depth=1, block=replace(XL, expert_widths=(100, 300), router_rows=2))
+    some, other = (evaluation_flops(uneven, images, [counts]) for counts in ([slots - 5, 5], [slots - 6, 6]))
+    assert other - some == pytest.approx(6 * 1152 * 200)
+    empty = evaluation_flops(uneven, images, [[0, 0]])
+    assert some - empty == pytest.approx(6 * 1152 * (100 * (slots - 5) + 300 * 5))
 
 
 def test_weights_are_those_of_the_matrices() -> None:

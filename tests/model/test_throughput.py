@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ditmoe_cli.model import throughput
-from ditmoe_cli.model.throughput import ASSUMED_RATE, known_rate, likely_device, measured_rate, threads_of
+from ditmoe_cli.model.throughput import ASSUMED_RATE, known_rate, likely_device, measured_rate, peak_rate, threads_of
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,27 @@ def test_a_rate_is_assumed_until_it_was_timed_and_then_kept(cache: Path, monkeyp
     assert len(json.loads(cache.read_text())) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert not known_rate("cpu").measured, "of another number of threads"
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    return (seconds * tick for tick in itertools.count()).__next__
+
+
+def test_a_peak_is_the_highest_rate_that_was_ever_timed(cache: Path) -> None:
+    fast, slow = 2 * 768**3 / 0.01, 2 * 768**3 / 0.04
+    assert peak_rate("cpu", "fp32", 3, ticking(0.04)).flops == pytest.approx(slow)
+    assert known_rate("cpu").flops == pytest.approx(slow), "estimates take it too"
+    assert peak_rate("cpu", "fp32", 3, ticking(0.01)).flops == pytest.approx(fast)
+    assert peak_rate("cpu", "fp32", 3, ticking(0.04)).flops == pytest.approx(fast), "the machine was busy this time"
+    assert json.loads(cache.read_text()) == {key: pytest.approx(fast) for key in json.loads(cache.read_text())}
+
+
+def test_peaks_are_those_of_a_dtype_and_a_number_of_threads(cache: Path) -> None:
+    for part, (dtype, threads) in enumerate(itertools.product(("fp32", "bf16", "fp16"), (1, 2)), start=1):
+        rate = peak_rate("cpu", dtype, threads, ticking(0.01 * part))  # type: ignore[arg-type]
+        assert rate == throughput.Rate(pytest.approx(2 * 768**3 / (0.01 * part)), threads, measured=True)
+    assert len(json.loads(cache.read_text())) == 6
+    assert not known_rate("cpu").measured, "of three threads"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": "fast"}'])

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 
 import torch
+from conftest import Pico
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +26,15 @@ FOUR_BIT = [name for name in FORMATS if isinstance(parse_format(name), FourBit)]
 GROUPED = [name for name in FORMATS if isinstance(parse_format(name), GroupedFormat)]
 # one of each way through the code: blocks, nested blocks, rows; widths that straddle words or not; with zeros, without
 KINDS = ["nf4", "fp4-dq", "int8", "int3-g32", "int4-g64", "int6-g128-sym", "ternary-g64"]
+
+
+def packed_pico(pico: Pico, fmt: str, part: str = ".moe.") -> Pico:
+    """Return the pico with all expert matrices (or those whose name contains `part`) stored in a format."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in pico.state.items():
+        chosen = part in name and name.endswith("_proj.weight" if part == ".moe." else ".weight")
+        state |= pack(tensor, TensorInfo(name, "F32", tuple(tensor.shape)), fmt) if chosen else {name: tensor}
+    return Pico(pico.config, state)
 
 
 def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -80,7 +80,7 @@ def reduced(moe: SparseMoE, config: BlockConfig, keep: Sequence[int], mode: Rout
         mass=config.mass or mode == "mass",
     )
     result = SparseMoE(WIDTH, smaller, moe.gate.top_k).requires_grad_(False)
-    result.experts = torch.nn.ModuleList(moe.experts[e] for e in keep)
+    result.experts = type(moe.experts)(moe.experts[e] for e in keep)
     result.shared_experts = moe.shared_experts
     result.gate.weight.copy_(moe.gate.weight[rows])
     for name, buffer in moe.named_buffers(recurse=False):

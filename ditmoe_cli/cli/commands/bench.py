@@ -1,29 +1,59 @@
-"""``ditmoe bench``: what running a checkpoint takes on this machine."""
+"""``ditmoe bench``: what running checkpoints takes on this machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from ditmoe_cli.cli.foretelling import foretell
-from ditmoe_cli.cli.groups import seed_of_64_bits
+from ditmoe_cli.cli.groups import refuse_idle, seed_of_64_bits
 from ditmoe_cli.cli.machine import Threads
-from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, parse_size
-from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes
+from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, complete_checkpoint, parse_size
+from ditmoe_cli.cli.stage import Stage, incoming, open_stage
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
 from ditmoe_cli.errors import GateError
 from ditmoe_cli.model.effort import branches_at, passes_estimate
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.bench import Bench, Sizes
+    from ditmoe_cli.evaluation.bench import Bench, Benches, Load, Spread
+    from ditmoe_cli.evaluation.memory_use import Sizes
+    from ditmoe_cli.model.checkpoint import Checkpoint
 
 
 EXAMPLES = (
     "ditmoe bench small.safetensors",
+    "ditmoe bench ckpt.pt pruned.safetensors nf4.safetensors --batch 1 --repeats 9 --max-ratio 1.1",
     "ditmoe quantize ckpt.pt --bits 4 --uniform | ditmoe bench --batch 32 --cfg 1.5 --max-memory 8GiB",
 )
+
+
+def positive_ratio(value: float) -> float:
+    """Return a ratio that may be a limit. Raises `ValueError`."""
+    if not value > 0:
+        raise ValueError("give a ratio above 0")
+    return value
+
+
+@dataclass(frozen=True)
+class Measured(Source):
+    """The checkpoints to measure: arguments, else that of the envelope on stdin."""
+
+    others: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="OTHERS...",
+            autocompletion=complete_checkpoint,
+            help="More checkpoints, whose steps take turns with those of the first.",
+        ),
+    ] = None
+
+    def stages(self) -> list[Stage]:
+        """Return the stages to work on."""
+        return [self.stage(), *(incoming(other, self.given) for other in self.others or ())]
 
 
 @dataclass(frozen=True)
@@ -34,8 +64,11 @@ class Measuring:
 
     batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images per forward pass.")] = 8
     repeats: Annotated[
-        int, typer.Option("--repeats", metavar="N", help="Timed passes, of which the fastest is reported.")
-    ] = 3
+        int,
+        typer.Option(
+            "--repeats", metavar="N", help="Timed passes of each checkpoint, of which the fastest is reported."
+        ),
+    ] = 5
     cfg: Annotated[
         float, typer.Option("--cfg", metavar="S", help="Scale of classifier-free guidance; 1 is no guidance.")
     ] = 1.0
@@ -50,6 +83,23 @@ class Measuring:
             help="Exit with code 6 if weights and working memory take more bytes than SIZE, as 2.5GiB or 900MB.",
         ),
     ] = None
+    max_ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--max-ratio",
+            metavar="X",
+            callback=positive_ratio,
+            help="Exit with code 6 if a step of one of OTHERS takes more than X times as long as the first's, by the "
+            "median over rounds.",
+        ),
+    ] = None
+    processor_time: Annotated[
+        bool,
+        typer.Option(
+            "--processor-time",
+            help="Time one thread by the processor time that it takes: other work of the machine lengthens it little.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -59,32 +109,162 @@ class BenchPrinting(Printing):
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; end in an exit code only.")] = False
 
 
-def run(measuring: Measuring, source: Source, printing: BenchPrinting, threads: Threads) -> None:
-    """Measure memory and time of a checkpoint.
+def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threads: Threads) -> None:
+    """Measure memory and time of checkpoints.
 
-    Prints the bytes of its weights in memory, private memory before and after loading and at its peak, and the time of
-    one denoising step. On the CPU the step is timed with as many threads as there are cores, with half of them, and so
-    on down to one, unless --threads is given; the fastest is kept. Runs on noise; writes nothing.
+    Prints the bytes of a checkpoint's weights in memory, private memory before and after loading and at its peak, the
+    time of one denoising step and of the parts of the model in it, and operations a second against those of a large
+    product. With OTHERS, steps of all take turns, and ratios to the first are printed with their quartiles. On the CPU
+    steps are timed with as many threads as there are cores, with half of them, and so on down to one, unless --threads
+    is given; the fastest is kept. Runs on noise; writes nothing.
     """
-    stage = source.stage()
-    opened = open_stage(stage)
+    if not measured.others:
+        refuse_idle(measuring, "with one checkpoint; give OTHERS", "max_ratio")
+    stages = measured.stages()
+    opened = [open_stage(stage) for stage in stages]
+    from ditmoe_cli.evaluation.bench import bench
+
+    load = load_of(measuring, threads, opened)
+    foretell(
+        [passes_estimate(each.config, load.batch, branches_at(load.cfg), load.passes) for each in opened],
+        lambda: load.device,
+    )
+    found = bench(opened, load)
+    if len(opened) == 1:
+        [result] = found.results
+        emit(printing, stages[0].done("bench", {}).to_json(result.to_json()), rows(result), "")
+    else:
+        if not found.interleaved:
+            note("the checkpoints do not fit in memory together: each was timed after the other, and ratios vary more")
+        several = replace(stages[0], checkpoint=None)
+        document = several.done("bench", {}).to_json(comparison_json(opened, found))
+        emit(printing, document, comparison_rows(opened, found), "")
+    check_limits(measuring, opened, found)
+
+
+def load_of(measuring: Measuring, threads: Threads, opened: Sequence[Checkpoint]) -> Load:
+    """Return the work to time, checked for all checkpoints."""
     from torch import get_num_threads
 
-    from ditmoe_cli.evaluation.bench import WARM_UPS, Load, bench, check_load, thread_counts
+    from ditmoe_cli.evaluation.bench import Load, check_load, thread_counts
 
     device = checked_device(measuring.device)
-    counts = (threads.threads,) if threads.threads is not None else thread_counts(get_num_threads())
-    load = Load(measuring.batch, measuring.repeats, measuring.cfg, measuring.seed, device, counts)
-    check_load(load, opened.config)
-    passes = WARM_UPS + (1 + load.repeats) * len(counts)
-    foretell([passes_estimate(opened.config, load.batch, branches_at(load.cfg), passes)], lambda: device)
-    result = bench(opened, load)
-    emit(printing, stage.done("bench", {}).to_json(result.to_json()), rows(result), "")
-    limit = measuring.max_memory
-    if limit is not None and result.needed > limit.bytes:
-        raise GateError(
-            f"running takes {result.needed:,} bytes, above --max-memory {limit.text} ({limit.bytes:,} bytes)"
-        )
+    given = threads.threads
+    tried = () if measuring.processor_time else thread_counts(get_num_threads())
+    load = Load(
+        batch=measuring.batch,
+        repeats=measuring.repeats,
+        cfg=measuring.cfg,
+        seed=measuring.seed,
+        device=device,
+        threads=tried if given is None else (given,),
+        processor_time=measuring.processor_time,
+    )
+    for checkpoint in opened:
+        check_load(load, checkpoint.config)
+    return load
+
+
+def check_limits(measuring: Measuring, opened: Sequence[Checkpoint], found: Benches) -> None:
+    """Raise `GateError` where a checkpoint takes more memory, or more time than the first, than was allowed."""
+    limit, most = measuring.max_memory, measuring.max_ratio
+    for checkpoint, result, ratio in zip(opened, found.results, found.ratios, strict=True):
+        which = f"{checkpoint.path}: " if len(opened) > 1 else ""
+        if limit is not None and result.needed > limit.bytes:
+            raise GateError(
+                f"{which}running takes {result.needed:,} bytes, above --max-memory {limit.text} ({limit.bytes:,} bytes)"
+            )
+        if most is not None and ratio.median > most:
+            than = f"{ratio.median:.4g} times as long as one of {opened[0].path}"
+            raise GateError(f"{which}a step takes {than}, above --max-ratio {most:g}")
+
+
+def comparison_json(opened: Sequence[Checkpoint], found: Benches) -> dict[str, Any]:
+    """Return several measurements as JSON: of each, its path, its ratio to the first, and what a single one has."""
+    return {
+        "interleaved": found.interleaved,
+        "files": [
+            {"path": str(checkpoint.path), "ratio": asdict(ratio), **result.to_json()}
+            for checkpoint, result, ratio in zip(opened, found.results, found.ratios, strict=True)
+        ],
+    }
+
+
+def comparison_rows(opened: Sequence[Checkpoint], found: Benches) -> list[Row]:
+    """Return several measurements as two tables, a row a checkpoint: sizes and speeds, and the parts of a step."""
+    results, first = found.results, found.results[0]
+    names = labels(opened)
+    heads = ("step", "median", "ratio to the first", "images/s", "weights", "needed", "GFLOP/s", "of peak")
+    speeds = [heads, *(speed_cells(result, ratio) for result, ratio in zip(results, found.ratios, strict=True))]
+    shares = [tuple(first.speed.parts), *(tuple(part_texts(result).values()) for result in results)]
+    return [
+        *zip(["file", *names], columns(speeds), strict=True),
+        ("measured", f"{work_text(first)}; {order_text(found)}"),
+        *zip(["parts of a step", *names], columns(shares), strict=True),
+        ("peak", peak_text(first)),
+    ]
+
+
+def labels(opened: Sequence[Checkpoint]) -> list[str]:
+    """Return names to tell checkpoints by: those of their files, or their paths where two files have one name."""
+    names = [checkpoint.name for checkpoint in opened]
+    paths = [str(checkpoint.path) for checkpoint in opened]
+    return names if len(set(names)) == len(set(paths)) else paths
+
+
+def speed_cells(result: Bench, ratio: Spread) -> tuple[str, ...]:
+    """Return a checkpoint's cells in the table of sizes and speeds."""
+    return (
+        seconds_text(min(result.seconds)),
+        seconds_text(statistics.median(result.seconds)),
+        ratio_text(ratio),
+        f"{result.load.batch / min(result.seconds):.4g}",
+        human_bytes(result.footprint.weights.total),
+        human_bytes(result.needed),
+        f"{result.rate / 1e9:,.1f}",
+        f"{result.rate / result.speed.peak.flops:.0%}",
+    )
+
+
+def ratio_text(ratio: Spread) -> str:
+    """Return the median of a ratio with its quartiles; 1 alone for that of a checkpoint to itself."""
+    if ratio.low == ratio.high == 1:
+        return "1"
+    return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def order_text(found: Benches) -> str:
+    """Return how often and in which order steps were timed."""
+    count = found.results[0].load.repeats
+    many = "s" if count > 1 else ""
+    return f"{count} round{many} in turn" if found.interleaved else f"{count} time{many} one after the other"
+
+
+def work_text(result: Bench) -> str:
+    """Return what a step computes, and where."""
+    load = result.load
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    place = f"{load.device}, {threads}" if load.device == "cpu" else load.device
+    branches = "one branch" if load.rows == load.batch else "both branches"
+    clock = ", processor time" if load.processor_time else ""
+    images = f"{load.batch} image{'s' if load.batch > 1 else ''}"
+    return f"{images}, {branches}, on {place}{clock}"
+
+
+def peak_text(result: Bench) -> str:
+    """Return the speed of a large product."""
+    return f"{result.speed.peak.flops / 1e9:,.1f} GFLOP/s in {result.load.dtype}, of a large product"
+
+
+def part_texts(result: Bench) -> dict[str, str]:
+    """Return the seconds of each part of a step and its share, by part."""
+    whole = sum(result.speed.parts.values())
+    return {part: f"{seconds_text(each)} {each / whole:.0%}" for part, each in result.speed.parts.items()}
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration for reading, in four digits."""
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{1000 * seconds:.4g} ms"
 
 
 def rows(result: Bench) -> list[Row]:
@@ -92,10 +272,7 @@ def rows(result: Bench) -> list[Row]:
     footprint, memory, load = result.footprint, result.memory, result.load
     buffer, least = footprint.buffer, min(result.seconds)
     beyond = "" if memory.growth is None else f", {human(memory.growth - footprint.least)} beyond weights and buffer"
-    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
-    place = f"{load.device}, {threads}" if load.device == "cpu" else load.device
-    by_threads = ", ".join(f"{count}: {min(seconds):.4g} s" for count, seconds in result.timed.items())
-    branches = "one branch" if load.rows == load.batch else "both branches"
+    by_threads = ", ".join(f"{count}: {seconds_text(min(seconds))}" for count, seconds in result.timed.items())
     return [
         ("file", human_bytes(footprint.file)),
         ("weights", f"{human_bytes(footprint.weights.total)}, {footprint.ratio:.3f} of fp32"),
@@ -108,9 +285,14 @@ def rows(result: Bench) -> list[Row]:
             f"{human(memory.before)} before loading, {human(memory.loaded)} after, {human(memory.peak)} at its peak",
         ),
         ("needed", f"{human_bytes(result.needed)}{beyond}"),
-        ("step", f"{least:.4g} s for {load.batch} images, {branches}, on {place}"),
+        ("step", f"{seconds_text(least)} for {work_text(result)}"),
         *([("by threads", by_threads)] if len(result.timed) > 1 else []),
         ("images per second", f"{load.batch / least:.4g}"),
+        (
+            "speed",
+            f"{result.rate / 1e9:,.1f} GFLOP/s, {result.rate / result.speed.peak.flops:.0%} of {peak_text(result)}",
+        ),
+        ("parts of a step", ", ".join(f"{part} {text}" for part, text in part_texts(result).items())),
     ]
 
 

@@ -162,7 +162,7 @@ def test_experts_that_share_their_neurons_merge_without_loss() -> None:
             moe.experts[gone].get_submodule(name).weight = moe.experts[kept].get_submodule(name).weight
     merged = mixture(BlockConfig(4, (6, 7), 12, mapped=True), top_k=1, selects=(0, 1, 0, 1))
     merged.gate.weight.copy_(moe.gate.weight)
-    merged.experts = torch.nn.ModuleList(copy.deepcopy(moe.experts[e]) for e in (0, 1))
+    merged.experts = type(moe.experts)(copy.deepcopy(moe.experts[e]) for e in (0, 1))
     merged.shared_experts = copy.deepcopy(moe.shared_experts)
     for expert in merged.experts:
         expert.down_proj.weight.zero_()
