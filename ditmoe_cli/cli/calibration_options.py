@@ -9,9 +9,11 @@ from typing import Annotated, ClassVar
 import typer
 
 from ditmoe_cli.cli.groups import seed_of_64_bits
+from ditmoe_cli.cli.options import Planning
 from ditmoe_cli.cli.sampling_options import parse_classes
 from ditmoe_cli.cli.stage import Stage, default_output
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import AUTO, parse_dtype
 from ditmoe_cli.routing.calibration_settings import WantedCalibration
 from ditmoe_cli.routing.profile_search import ProfileRequest
 
@@ -63,7 +65,7 @@ class AutomaticProfile:
         ),
     ] = None
 
-    def request(self, stage: Stage, checkpoint: Checkpoint, given: Path | None, beside: Path) -> ProfileRequest:
+    def request(self, stage: Stage, checkpoint: Checkpoint, planning: Planning, beside: Path) -> ProfileRequest:
         """Return what is asked of the profile; a new one is kept in the folder `beside`."""
         wanted = WantedCalibration(
             images=self.calibration_images,
@@ -71,10 +73,11 @@ class AutomaticProfile:
             cfg=self.calibration_cfg,
             seed=self.calibration_seed,
             classes=self.calibration_classes,
+            dtype=None if planning.dtype == AUTO else parse_dtype(planning.dtype),
         )
         lay = next((s["options"]["path"] for s in reversed(stage.history) if _names_data(s)), None)
         return ProfileRequest(
-            given=given,
+            given=planning.profile_for(stage),
             wanted=wanted,
             data=self.calibration_data,
             piped_data=Path(lay) if lay else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,10 @@ from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
 from ditmoe_cli.errors import UsageError, first_line
 from ditmoe_cli.files.hub_names import HUB_PREFIX, PUBLISHED
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Given, Sampler
+from ditmoe_cli.model.dtypes import AUTO, DTYPES, Dtype, chosen_dtype, parse_dtype
+from ditmoe_cli.model.throughput import likely_device
 from ditmoe_cli.processes import own_device
 
 if TYPE_CHECKING:
@@ -73,6 +77,34 @@ DeviceOpt = Annotated[
         help="auto, cpu, cuda or cuda:N; auto is cuda where it can be used, else cpu.",
     ),
 ]
+
+
+DtypeOpt = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        rich_help_panel="Machine",
+        callback=one_of(AUTO, *DTYPES),
+        help="What attention and experts compute in: fp32, bf16, fp16 or auto, which is bf16 where the device has it, "
+        "the model gains by it and its predictions hardly change; routing and norms are fp32.",
+    ),
+]
+
+
+def dtype_on(name: str, device: str, measures: bool = True) -> Callable[[Checkpoint], Dtype]:
+    """Return what gives a checkpoint's dtype on a device; ``auto`` is chosen for the first, and holds for all.
+
+    Without `measures`, as for dry runs, it is chosen without computing anything.
+    """
+    chosen: list[Dtype] = [] if name == AUTO else [parse_dtype(name)]
+
+    def dtype_of(checkpoint: Checkpoint) -> Dtype:
+        if not chosen:
+            chosen.append(chosen_dtype(checkpoint, likely_device(device), measures))
+        return chosen[0]
+
+    return dtype_of
 
 
 @dataclass(frozen=True)
@@ -250,6 +282,7 @@ class Planning:
         bool, typer.Option("--list-methods", help="Print all methods with their sources, and exit.")
     ] = False
     device: DeviceOpt = "auto"
+    dtype: DtypeOpt = AUTO
 
     def profile_for(self, stage: Stage) -> Path | None:
         """Return the profile that is given, else the envelope's."""

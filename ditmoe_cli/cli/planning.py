@@ -14,7 +14,7 @@ from typing import Any
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.costs import error_rows, facts, plan_rows
 from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
-from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device
+from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device, dtype_on
 from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors, plan_of
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
@@ -73,7 +73,10 @@ def run_planner(
         checkpoint = _claimed(planner, planning.profile_for(stage), checkpoint, output)
     job = Job(planner.command, stage, checkpoint, output, printing)
     work = Work(checkpoint, output, lambda: checked_device(planning.device), note)
-    wanted = automatic.request(stage, checkpoint, planning.profile_for(stage), output.path.parent)
+    wanted = replace(
+        automatic.request(stage, checkpoint, planning, output.path.parent),
+        dtype=dtype_on(planning.dtype, planning.device, measures=not to.dry_run),
+    )
     work, basis = prepared(planner, work, wanted)
     if to.dry_run:
         return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import typer
 
 from ditmoe_cli.cli.groups import completing, seed_of_64_bits
+from ditmoe_cli.cli.options import DtypeOpt, dtype_on
 from ditmoe_cli.cli.terminal import Row
 from ditmoe_cli.compression.planner import label_of
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
@@ -27,6 +28,7 @@ from ditmoe_cli.diffusion.schedule import (
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+from ditmoe_cli.model.dtypes import AUTO, Dtype
 
 _LONGEST = 24  # characters of a list of classes in a name
 
@@ -95,8 +97,16 @@ class SamplingOptions:
         ),
     ] = None
     seed: Annotated[int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the noise.")] = 0
+    dtype: DtypeOpt = AUTO
 
-    def spec(self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> SampleSpec:
+    def on(self, device: str, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> Callable[[Checkpoint], SampleSpec]:
+        """Return what gives the spec for a checkpoint on a device; dtype ``auto`` is chosen for the first of them."""
+        dtype_of = dtype_on(self.dtype, device)
+        return lambda checkpoint: self.spec(checkpoint, solvers, dtype_of(checkpoint))
+
+    def spec(
+        self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER, dtype: Dtype = "fp32"
+    ) -> SampleSpec:
         """Return the spec that the options ask for; `solvers` are those of each family where none is named.
 
         Raises `UsageError` for values out of range.
@@ -115,6 +125,7 @@ class SamplingOptions:
             solver=solver,
             classes=tuple(range(config.num_classes)) if self.classes is None else self.classes,
             interval=self.interval,
+            dtype=dtype,
         )
         return check_spec(spec, config)
 
@@ -161,9 +172,11 @@ class ImageSampling(UpstreamSampling):
         ),
     ] = None
 
-    def spec(self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> SampleSpec:
+    def spec(
+        self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER, dtype: Dtype = "fp32"
+    ) -> SampleSpec:
         """Return the spec that the options ask for. Raises `UsageError` for an interval without guidance."""
-        spec = super().spec(checkpoint, solvers)
+        spec = super().spec(checkpoint, solvers, dtype)
         if self.interval != ALWAYS and self.cfg == 1.0:
             low, high = self.interval
             raise UsageError(
@@ -186,6 +199,7 @@ def samples_label(spec: SampleSpec, options: ImageSampling, config: DiTMoEConfig
         spec.classes != everything and f"classes{short_list(spec.classes)}",
         spec.seed != usual.seed and f"seed{spec.seed}",
         options.vae is not None and "vae",
+        spec.dtype != "fp32" and spec.dtype,
     )
     return label_of(*parts)
 
@@ -198,4 +212,6 @@ def short_list(numbers: Sequence[int]) -> str:
 
 def solver_row(sampling: Mapping[str, Any]) -> Row:
     """Return how images are sampled, and at what cost, as a row of a table; `sampling` is conditions with their NFE."""
-    return ("solver", "{solver}, {steps} steps, cfg {cfg:g}, {nfe} NFE an image".format(**sampling))
+    dtype = sampling.get("dtype", "fp32")
+    row = "{solver}, {steps} steps, cfg {cfg:g}, {nfe} NFE an image".format(**sampling)
+    return ("solver", row if dtype == "fp32" else f"{row}, {dtype}")

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import parse_dtype, torch_dtype_of
 from ditmoe_cli.routing.profile import RoutingProfile
 
 if TYPE_CHECKING:
+    import torch
+
     from ditmoe_cli.compression.replay.kept_measures import KeptMeasures
 
 
@@ -27,3 +30,8 @@ class Calibrated:
     profile: RoutingProfile
     device: str
     kept: KeptMeasures | None = field(default=None, kw_only=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute attention and experts in: that of the calibration."""
+        return torch_dtype_of(parse_dtype(self.profile.calibration.get("dtype", "fp32")))

@@ -67,7 +67,7 @@ def _rebuild_stored(computing: Computing, stage: Experts, layouts: Sequence[Bloc
 def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout]) -> None:
     """Compute each block's weights on the tokens that arrive at it."""
     checkpoint, config, kept = computing.checkpoint, computing.checkpoint.config, computing.blocks
-    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
     with resident_blocks(model, _title(checkpoint, stage), kept.start) as blocks:
         stream = _stream(computing, stage, layouts, model)
         for index, block in blocks:
@@ -75,12 +75,12 @@ def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[Blo
             attended = stream.attend(block)
             tokens = stream.tokens(attended)
             source = Source(weights_of(moe), index, layout, stage, computing.profile, (moe, tokens))
-            changed = mixture_of(new_weights(source), config, layout.config, torch.device(computing.device))
+            changed = mixture_of(new_weights(source), config, layout.config, model.device, computing.dtype)
             del source  # it would keep the old weights beside the new ones
             error = {"error": repaired(moe, changed, tokens, repair)} if repair else {}
             release(block)  # its new weights take its place before the next block is read
             stored = _stored(checkpoint, index, layout, weights_of(changed).items())
-            stream.advance(attended, _as_stored(stored, config, layout, computing.device))
+            stream.advance(attended, _as_stored(stored, computing, layout))
             named = {in_block(index, name): tensor for name, tensor in stored.items()}
             kept.keep(index, named, error, {"x": stream.x})
 
@@ -117,18 +117,24 @@ def _stream(
     return stream
 
 
-def _as_stored(stored: Mapping[str, Tensor], config: DiTMoEConfig, layout: BlockLayout, device: str) -> SparseMoE:
+def _as_stored(stored: Mapping[str, Tensor], computing: Computing, layout: BlockLayout) -> SparseMoE:
     """Return a mixture with its weights rounded as they are written."""
+    config, device = computing.checkpoint.config, torch.device(computing.device)
     rounded = ((name, tensor.to(device, torch.float32)) for name, tensor in stored.items() if name != EXPERT_OF)
-    return mixture_of(chain(rounded, expert_map(layout, device).items()), config, layout.config, torch.device(device))
+    weights = chain(rounded, expert_map(layout, device).items())
+    return mixture_of(weights, config, layout.config, device, computing.dtype)
 
 
 def mixture_of(
-    weights: Iterable[tuple[str, Tensor]], config: DiTMoEConfig, block: BlockConfig, device: torch.device
+    weights: Iterable[tuple[str, Tensor]],
+    config: DiTMoEConfig,
+    block: BlockConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> SparseMoE:
-    """Return a mixture with these weights, by names within the block, which lie together as those of a model do.
+    """Return a mixture with these weights, by names within the block, that computes in `dtype`.
 
-    So equal weights give equal outputs, to the last bit.
+    Its experts lie together in memory as those of a model do: so equal weights give equal outputs, to the last bit.
     """
     with torch.device("meta"):
         moe = SparseMoE(config.hidden_size, block, config.top_k)
@@ -136,6 +142,7 @@ def mixture_of(
     reserve([moe.shared_experts], device, torch.float32)
     for name, tensor in weights:
         put(moe, name.removeprefix("moe."), tensor)
+    moe.dtype = dtype
     return moe.eval()
 
 

@@ -21,6 +21,7 @@ from ditmoe_cli.diffusion.schedule import (
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+from ditmoe_cli.model.dtypes import Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ class SampleSpec:
     """The settings that determine sampled images; batch size and device do not.
 
     Image i has the noise of (seed, i) and the label ``classes[i mod len(classes)]``. Guidance of scale `cfg` applies at
-    noise levels (0 image, 1 noise) inside `interval`.
+    noise levels (0 image, 1 noise) inside `interval`. `dtype` is what the model computes in (`model.dtypes`).
     """
 
     images: int
@@ -44,6 +45,7 @@ class SampleSpec:
     solver: Solver
     classes: tuple[int, ...]
     interval: Interval = ALWAYS
+    dtype: Dtype = "fp32"
 
     @property
     def family(self) -> Sampler:

@@ -47,15 +47,15 @@ from ditmoe_cli.evaluation.step_parts import (
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.model.effort import activation_bytes, evaluation_flops
 from ditmoe_cli.model.loading import build_model, empty_model
-from ditmoe_cli.model.throughput import Dtype, Rate, peak_rate
+from ditmoe_cli.model.throughput import Rate, peak_rate
 from ditmoe_cli.progress import Phase, phase
 
 MOST_IMAGES, MOST_REPEATS = 65_536, 10_000  # of a pass, and of rounds
 WARM_UPS = 2  # passes that memory is measured in; the first also allocates buffers of kernels and allocator
 MOST_TRACED = 5  # passes that are timed by part
-_TORCH: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def _load(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Ph
     empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
     let_go()
     before = private_bytes(device)
-    model = build_model(checkpoint, device, _TORCH[load.dtype])
+    model = build_model(checkpoint, device, torch_dtype_of(load.dtype))
     loaded = private_bytes(device)
     step = denoising_step(model, load)
 

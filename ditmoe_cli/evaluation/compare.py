@@ -39,6 +39,7 @@ from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.names import ROUTER, in_block
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import torch_dtype_of
 from ditmoe_cli.progress import Phase, phase
 
 if TYPE_CHECKING:
@@ -311,7 +312,8 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     a, b, spec = pair.a, pair.b, pair.spec
     device = torch.device(runtime.device)
     rows = matching_rows(a, b)
-    models = ModelPair(build_model(a, device), build_model(b, device), pair.paths, rows)
+    dtype = torch_dtype_of(spec.dtype)
+    models = ModelPair(build_model(a, device, dtype), build_model(b, device, dtype), pair.paths, rows)
     with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
     sums = parts[0].sums

@@ -15,7 +15,8 @@ from ditmoe_cli.evaluation.samples import Sampling
 from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
 from ditmoe_cli.evaluation.scores.metrics import Request
 
-_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval")
+_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval", "dtype")
+_UNNAMED = {"dtype": "fp32"}  # what older files, which do not name it, were made with
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise for a reference of other sampling settings; another seed or number of images is allowed."""
-    pairs = [(name, theirs["sampling"].get(name), ours["sampling"].get(name)) for name in _MUST_AGREE]
+    sides = [{**_UNNAMED, **side["sampling"]} for side in (theirs, ours)]
+    pairs = [(name, *(side.get(name) for side in sides)) for name in _MUST_AGREE]
     there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
     pairs.append(("VAE", there, here))
     differing = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)

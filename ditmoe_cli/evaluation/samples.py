@@ -41,6 +41,7 @@ from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import parse_dtype, torch_dtype_of
 from ditmoe_cli.processes import process_group
 from ditmoe_cli.progress import Phase, phase
 
@@ -196,7 +197,8 @@ def fill(
         worker.notify(f"using the {work.rows} images of {sampling.checkpoint.name} that an earlier run kept")
     batches = share.of(missing)
     if batches:
-        model = build_model(sampling.checkpoint, torch.device(worker.runtime.device))
+        dtype = torch_dtype_of(sampling.spec.dtype)
+        model = build_model(sampling.checkpoint, torch.device(worker.runtime.device), dtype)
 
         def halved(size: int, half: int) -> None:
             worker.notify(f"out of memory with {size} images at a time; going on with {half}")
@@ -508,7 +510,8 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SamplesOrigin:
     try:
         spec = dict(document["spec"])
         spec["classes"] = tuple(map(int, spec["classes"]))
-        low, high = spec.get("interval", ALWAYS)  # older files have neither an interval nor a VAE
+        low, high = spec.get("interval", ALWAYS)  # older files have neither an interval nor a VAE nor a dtype
+        spec["dtype"] = parse_dtype(spec.get("dtype", "fp32"))
         spec["interval"] = (float(low), float(high))
         vae = document.get("vae")
         if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):

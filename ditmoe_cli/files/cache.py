@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.json_text import read_json
 
 _REMEDY = "set XDG_CACHE_HOME to a folder that can be written"
 
@@ -58,6 +61,25 @@ def cached_file(name: str) -> Path:
     if cache.usual is not None and (cache.usual / name).is_file():
         return cache.usual / name
     return cache.folder / name
+
+
+def kept_numbers(name: str) -> dict[str, float]:
+    """Return the numbers, by key, of a JSON file of the cache; what is no such file holds none."""
+    with suppress(OSError, RuntimeError, ValueError, BadInputError):
+        found = read_json(cache_folder() / name)
+        if isinstance(found, dict):
+            return {key: number for key, number in found.items() if isinstance(number, float)}
+    return {}
+
+
+def keep_number(name: str, key: str, number: float) -> None:
+    """Add a number to a JSON file of the cache, where it can be written."""
+    with suppress(OSError, RuntimeError, BadInputError):
+        file = cache_folder() / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_name(f"{file.name}.{os.getpid()}")
+        new.write_text(json.dumps({**kept_numbers(name), key: number}, indent=1, sort_keys=True))
+        new.replace(file)
 
 
 def _usual() -> Path | None:

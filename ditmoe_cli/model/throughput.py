@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
-from ditmoe_cli.files.cache import cache_folder
-from ditmoe_cli.files.json_text import read_json
+from ditmoe_cli.files.cache import keep_number, kept_numbers
+from ditmoe_cli.model.dtypes import Dtype, torch_dtype_of
 from ditmoe_cli.progress import phase
 from ditmoe_cli.threads import usable_cores
 
@@ -22,7 +19,7 @@ ASSUMED_RATE = 4e10  # operations a second of one thread of a CPU
 _ASSUMED_RATE_OF_A_GPU = 2e13
 _SIDE, _ROUNDS = 768, 5  # of the product that is timed
 _SIDE_OF_A_GPU = 8192  # large enough that starting a product and waiting for it are nothing beside it
-Dtype = Literal["fp32", "bf16", "fp16"]
+_FILE = "throughput.json"  # of the cache
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ def known_rate(device: str) -> Rate:
     Takes no torch.
     """
     threads = _threads_on(device)
-    kept = _kept().get(_key(device, threads))
-    if kept is not None:
+    kept = kept_numbers(_FILE).get(_key(device, threads), 0.0)
+    if kept > 0:
         return Rate(kept, threads, measured=True)
     return Rate(ASSUMED_RATE * threads if threads else _ASSUMED_RATE_OF_A_GPU, threads, measured=False)
 
@@ -70,7 +67,7 @@ def measured_rate(device: str, clock: Callable[[], float] = time.perf_counter) -
         return rate
     with phase("measuring the speed of this machine"):
         measured = Rate(_product_rate(device, "fp32", clock), rate.threads, measured=True)
-    _keep(_key(device, rate.threads), measured.flops)
+    keep_number(_FILE, _key(device, rate.threads), measured.flops)
     return measured
 
 
@@ -82,10 +79,10 @@ def peak_rate(device: str, dtype: Dtype, threads: int, clock: Callable[[], float
     """
     threads = 0 if device.startswith("cuda") else threads
     key = _key(device, threads, dtype)
-    kept = _kept().get(key, 0.0)
+    kept = kept_numbers(_FILE).get(key, 0.0)
     timed = _product_rate(device, dtype, clock)
     if timed > kept:
-        _keep(key, timed)
+        keep_number(_FILE, key, timed)
     return Rate(max(timed, kept), threads, measured=True)
 
 
@@ -96,7 +93,7 @@ def _product_rate(device: str, dtype: Dtype, clock: Callable[[], float]) -> floa
     """
     import torch
 
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    kind = torch_dtype_of(dtype)
     side = _SIDE_OF_A_GPU if device.startswith("cuda") else _SIDE
     generator = torch.Generator(device).manual_seed(0)
     shortest = float("inf")
@@ -125,26 +122,3 @@ def _key(device: str, threads: int, dtype: Dtype = "fp32") -> str:
         torch_version = ""
     kind = "" if dtype == "fp32" else f" {dtype}"
     return f"{platform.node()} {platform.machine()} {device} {threads} torch {torch_version}{kind}"
-
-
-def _file() -> Path:
-    return cache_folder() / "throughput.json"
-
-
-def _kept() -> dict[str, float]:
-    """Return the rates in the cache; what is no such file is none."""
-    with suppress(OSError, RuntimeError, ValueError):
-        found = read_json(_file())
-        if isinstance(found, dict):
-            return {key: rate for key, rate in found.items() if isinstance(rate, float) and rate > 0}
-    return {}
-
-
-def _keep(key: str, rate: float) -> None:
-    """Add a rate to the cache, where it can be written."""
-    with suppress(OSError, RuntimeError):
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{file.name}.{os.getpid()}")
-        new.write_text(json.dumps({**_kept(), key: rate}, indent=1, sort_keys=True))
-        new.replace(file)

@@ -10,6 +10,7 @@ from ditmoe_cli.diffusion.sampling import MOST_BINS, SampleSpec, check_followabl
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import Dtype, parse_dtype
 
 IMAGES = 64
 STEPS = 20
@@ -64,10 +65,11 @@ class WantedCalibration:
     cfg: float | None = None
     seed: int | None = None
     classes: tuple[int, ...] | None = None
+    dtype: Dtype | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the settings that were asked for, by name."""
-        names = ("images", "steps", "cfg", "seed", "classes")
+        names = ("images", "steps", "cfg", "seed", "classes", "dtype")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def over(self, base: Calibration, checkpoint: Checkpoint) -> Calibration:
@@ -79,7 +81,7 @@ class WantedCalibration:
         try:
             check_spec(spec, checkpoint.config, allow_null=base.data is not None)
         except UsageError as error:
-            raise UsageError(named(error.message, lambda name: f"⟨calibration_{name}⟩")) from None
+            raise UsageError(named(error.message, setting)) from None
         return replace(base, spec=spec, bins=bins)
 
     def unlike(self, document: Mapping[str, Any]) -> str | None:
@@ -87,9 +89,15 @@ class WantedCalibration:
         conditions = SampleSpec(1, 1, 1.0, 0, "euler", self.classes or ()).conditions()
         asked = {**self.given(), **({"classes": conditions["classes"]} if self.classes else {})}
         for name, value in asked.items():
-            if document.get(name) != value:
-                return f"⟨calibration_{name}⟩ {value}: the profile was made with {document.get(name)}"
+            made = document.get(name, "fp32" if name == "dtype" else None)  # older profiles name no dtype
+            if made != value:
+                return f"{setting(name)} {value}: the profile was made with {made}"
         return None
+
+
+def setting(name: str) -> str:
+    """Return how messages mark a setting of the calibration."""
+    return "⟨dtype⟩" if name == "dtype" else f"⟨calibration_{name}⟩"
 
 
 def told(document: Mapping[str, Any]) -> str:
@@ -98,11 +106,11 @@ def told(document: Mapping[str, Any]) -> str:
     return f"cfg {document['cfg']:g}, {document['steps']} steps, {document['images']} images{given}"
 
 
-def default_calibration(checkpoint: Checkpoint) -> Calibration:
-    """Return the settings of a plain ``ditmoe profile-experts``."""
+def default_calibration(checkpoint: Checkpoint, dtype: Dtype = "fp32") -> Calibration:
+    """Return the settings of a plain ``ditmoe profile-experts``, which computes in `dtype`."""
     solver = CALIBRATION_SOLVER[checkpoint.config.sampler]
     classes = tuple(range(checkpoint.config.num_classes))
-    return Calibration(SampleSpec(IMAGES, STEPS, 1.0, 0, solver, classes))
+    return Calibration(SampleSpec(IMAGES, STEPS, 1.0, 0, solver, classes, dtype=dtype))
 
 
 def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Calibration:
@@ -138,6 +146,7 @@ def profiled_spec(document: Mapping[str, Any], checkpoint: Checkpoint) -> Sample
             seed=int(document["seed"]),
             solver=choose_solver(document["solver"], checkpoint.config.sampler),
             classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(map(int, classes)),
+            dtype=parse_dtype(document.get("dtype", "fp32")),
         )
         return check_spec(spec, checkpoint.config, allow_null=document.get("data") is not None)
     except (KeyError, TypeError, ValueError, UsageError) as error:

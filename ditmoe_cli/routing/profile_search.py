@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.routing.calibration_settings import (
     Calibration,
     WantedCalibration,
     default_calibration,
     parse_calibration,
+    setting,
     told,
 )
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
@@ -40,6 +42,7 @@ class ProfileRequest:
         piped_data: where the images of the pipe's profile lay.
         usual: files that ``ditmoe profile-experts`` writes without a name for its output.
         beside: folder that a profile is kept in where planning makes it.
+        dtype: returns the dtype of a new calibration where neither it nor an ancestor's profile names one.
     """
 
     given: Path | None = None
@@ -48,12 +51,13 @@ class ProfileRequest:
     piped_data: Path | None = None
     usual: tuple[Path, ...] = ()
     beside: Path = Path()
+    dtype: Callable[[Checkpoint], Dtype] = lambda _: "fp32"
 
     def refuse_settings(self, who: str) -> None:
         """Raise `UsageError` where settings were asked for and nobody, named by `who`, would profile with them."""
         asked = [*self.wanted.given(), *(["data"] if self.data is not None else [])]
         if asked:
-            raise UsageError(f"⟨calibration_{asked[0]}⟩ has no effect: {who} takes no profile; leave it out")
+            raise UsageError(f"{setting(asked[0])} has no effect: {who} takes no profile; leave it out")
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def own_profile(checkpoint: Checkpoint, path: Path, note: Note) -> RoutingProfil
 
 def _to_make(checkpoint: Checkpoint, request: ProfileRequest, inherited: Mapping[str, Any] | None) -> Basis:
     """Return the calibration that has to make the profile."""
-    usual = default_calibration(checkpoint)
+    usual = default_calibration(checkpoint, "fp32" if inherited is not None else request.dtype(checkpoint))
     settings = usual if inherited is None else parse_calibration(inherited, checkpoint)
     # planners may need what a fast profile lacks, and would notice only after it was made
     settings = replace(settings, fast=False, reservoir=settings.reservoir or usual.reservoir)

@@ -165,7 +165,7 @@ def run(
     if len(stages) > 1 and to.path:
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
-    spec = sampling.spec(a)
+    spec = sampling.on(running.device)(a)
     bins = choose_bins(comparing.bins, spec.steps)
     from ditmoe_cli.evaluation.compare import CheckpointPair
 

@@ -281,7 +281,7 @@ def run(
         raise UsageError("--max: there is nothing to be near to; give --ref")
     items = Items(overrides.given)
     comparisons = [items.comparison(stage, compared, alone=scoring.statistics is not None) for stage in stages]
-    results = scores(comparisons, sampling.spec, settings, running, to)
+    results = scores(comparisons, sampling.on(running.device), settings, running, to)
     if results is None:
         return  # another rank prints
     path = str(to.output.absolute()) if to.output else ""

@@ -120,7 +120,8 @@ def run(sampling: Calibrating, profiling: Profiling, source: Source, to: FileDes
     """
     stage = source.stage(shared=True)
     opened = open_stage(stage)
-    data, spec = profiling.images(opened, sampling), sampling.spec(opened, CALIBRATION_SOLVER)
+    data = profiling.images(opened, sampling)
+    spec = sampling.on(profiling.device, CALIBRATION_SOLVER)(opened)
     if data is not None:
         spec = replace(spec, images=len(data.labels), classes=data.labels)
     settings = profiling.settings(spec, data.digest if data else None)

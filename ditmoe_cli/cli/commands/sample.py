@@ -73,7 +73,7 @@ def run(sampling: Images, running: Running, source: Source, to: ImageFiles, prin
     """
     stage = source.stage(shared=True)
     opened = open_stage(stage)
-    spec = sampling.spec(opened)
+    spec = sampling.on(running.device)(opened)
     from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder
 
     vae = sampling.vae

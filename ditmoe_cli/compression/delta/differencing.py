@@ -44,7 +44,7 @@ def encode(computing: Computing, stage: Differences) -> None:
     checkpoint, profile = computing.checkpoint, computing.profile
     require_profile_of(profile, checkpoint.fingerprint, checkpoint.path)
     dtypes = {info.name: torch_dtype(info.dtype) for info in delta_tensors(checkpoint, stage)}
-    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
     title = f"taking the differences of {checkpoint.name}"
     with resident_blocks(model, title, computing.blocks.start) as blocks:
         for index, block in blocks:

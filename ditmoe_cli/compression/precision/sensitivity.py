@@ -150,7 +150,7 @@ def _combined(raw: _Raw, formats: Tried) -> Sensitivities:
 def _measured(calibrated: Calibrated, formats: Tried, amplifies: bool, work: WorkFolder | None) -> _Raw:
     """Measure errors of formats and, where `amplifies`, amplifications of all weights that `formats` names."""
     checkpoint = calibrated.checkpoint
-    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device), dtype=calibrated.dtype)
     with torch.inference_mode():
         measurement = _Measurement(model, measured_states(calibrated, model), formats, amplifies, checkpoint)
         start = measurement.take_up(work)

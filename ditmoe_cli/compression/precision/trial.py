@@ -60,7 +60,7 @@ def _tried(
 ) -> Trial:
     """Return the errors of rounding every weight to its format; the streams behind each block are kept in `work`."""
     checkpoint = calibrated.checkpoint
-    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device), dtype=calibrated.dtype)
     with torch.inference_mode():
         streams = ErrorStreams(model, measured_states(calibrated, model))
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}

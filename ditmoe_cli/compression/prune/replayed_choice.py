@@ -87,7 +87,7 @@ def _replayed(calibrated: Calibrated, criterion: Criterion, counts: Sequence[int
         kept.note(f"using the choices of {len(done)} of {len(names)} blocks kept in {kept.path}")
     if len(done) == len(names):
         return done
-    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device), dtype=calibrated.dtype)
     with resident_blocks(model, f"replaying {checkpoint.name}", len(done)) as blocks:
         for index, block in blocks:
             done.append(_of_block(calibrated.profile, criterion, index, block.moe, counts[index]))

@@ -42,7 +42,7 @@ def original_blocks(calibrated: Calibrated) -> Iterator[Iterator[OriginalBlock]]
     Raises `BadInputError` for a profile without states.
     """
     checkpoint = calibrated.checkpoint
-    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device), dtype=calibrated.dtype)
     with resident_blocks(model, f"measuring {checkpoint.name}") as blocks:
         stream = embedded(model, measured_states(calibrated, model))
 

@@ -62,7 +62,7 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
     """
     checkpoint = computing.checkpoint
     require_profile_of(computing.profile, checkpoint.fingerprint, checkpoint.path)
-    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device))
+    model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
     widest = max((checkpoint.weights[name].info.shape[1] for name in stage.formats), default=1)
     states = fitting_states(computing, widest, TOKENS_PER_INPUT, stage.rounding.tokens if stage.rounding else 0)
     outside = {model.linear(n): fmt for n, fmt in stage.formats.items() if split_name(n).block is None}
