@@ -47,7 +47,7 @@ from ditmoe_cli.evaluation.step_parts import (
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.dtypes import Dtype
+from ditmoe_cli.model.dtypes import Dtype, torch_dtype_of
 from ditmoe_cli.model.effort import activation_bytes, evaluation_flops
 from ditmoe_cli.model.loading import build_model, empty_model
 from ditmoe_cli.model.throughput import Rate, peak_rate
