@@ -134,6 +134,12 @@ class Pico:
         return model.eval().requires_grad_(False)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of GPUs where there is none."""
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
 def make_pico(
     *,
     attention: str = "timm",

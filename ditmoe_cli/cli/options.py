@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast
@@ -261,6 +261,31 @@ class Running:
         from ditmoe_cli.evaluation.worker import Runtime
 
         return Runtime(checked_device(self.device), self.batch)
+
+
+@dataclass(frozen=True)
+class Accelerating(Running):
+    """Where a model runs that is asked many times, and how it is sped up there."""
+
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile attention and shared experts first: some ten seconds, which long runs regain."
+        ),
+    ] = False
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs",
+            help="Replay evaluations as CUDA graphs, which spares a GPU waiting; takes bf16 and plain experts of one "
+            "width.",
+        ),
+    ] = False
+
+    @property
+    def runtime(self) -> Runtime:
+        """Device, batch and speeding up as samplers take them. Raises `UsageError` for a device that is not there."""
+        return replace(super().runtime, compiled=self.compiled, graphs=self.graphs)
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def fill(
     """
     import torch
 
+    from ditmoe_cli.model.acceleration import Acceleration, accelerated
     from ditmoe_cli.model.loading import build_model
 
     share = worker.share
@@ -198,7 +199,9 @@ def fill(
     batches = share.of(missing)
     if batches:
         dtype = torch_dtype_of(sampling.spec.dtype)
-        model = build_model(sampling.checkpoint, torch.device(worker.runtime.device), dtype)
+        runtime = worker.runtime
+        plain = build_model(sampling.checkpoint, torch.device(runtime.device), dtype)
+        model = accelerated(plain, Acceleration(runtime.compiled, runtime.graphs))
 
         def halved(size: int, half: int) -> None:
             worker.notify(f"out of memory with {size} images at a time; going on with {half}")

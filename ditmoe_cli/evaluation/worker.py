@@ -13,10 +13,12 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device and images a batch; neither changes an image beyond rounding."""
+    """Device, images a batch, and how the model is sped up; none changes an image beyond rounding."""
 
     device: str = "cpu"
     batch: int = 64
+    compiled: bool = False
+    graphs: bool = False
 
 
 @dataclass(frozen=True)

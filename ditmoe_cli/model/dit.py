@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.model.attention import NORM_EPS, Attention
-from ditmoe_cli.model.conditions import PARTS, conditions
+from ditmoe_cli.model.conditions import PARTS, Modulate, conditions
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from ditmoe_cli.model.linear import Linear
@@ -96,6 +96,10 @@ class FinalLayer(nn.Module):
         return out
 
 
+ModulationOf = Callable[[str, Modulate], Tensor]
+"""Takes the name of what is modulated and the layer that would compute it, and returns the modulation."""
+
+
 class Prediction(Protocol):
     """A model that is asked for images of given labels, at times that were announced."""
 
@@ -151,14 +155,18 @@ class DiTMoE(nn.Module):
         run = conditions(times, labels, self.condition, self.config)
 
         def predict(x: Tensor, t: float, observer: Observer | None = None) -> Tensor:
-            tokens = self.patches(x)
-            for index, block in enumerate(self.blocks):
-                assert isinstance(block, Block)
-                attended = block.attend_modulated(tokens, run.at(f"blocks.{index}", block.adaLN_modulation, t))
-                tokens = block.mix(attended, index, observer)
-            return self.unpatched(tokens, run.at("final", self.final_layer.adaLN_modulation, t))
+            return self.modulated(x, lambda name, modulate: run.at(name, modulate, t), observer)
 
         return predict
+
+    def modulated(self, x: Tensor, modulation_of: ModulationOf, observer: Observer | None = None) -> Tensor:
+        """Predict for x (N, C, H, W), all modulations (N, parts · width) being given by `modulation_of`."""
+        tokens = self.patches(x)
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            modulation = modulation_of(f"blocks.{index}", block.adaLN_modulation)
+            tokens = block.mix(block.attend_modulated(tokens, modulation), index, observer)
+        return self.unpatched(tokens, modulation_of("final", self.final_layer.adaLN_modulation))
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs of the first block: tokens (N, patches, width) of images x, and conditions c (N, width)."""

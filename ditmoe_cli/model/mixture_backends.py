@@ -67,9 +67,10 @@ class Dispatch:
 
 
 class MixtureBackend(Protocol):
-    """A way to compute routed experts."""
+    """A way to compute routed experts; it `waits` where the host must know how many tokens each expert gets."""
 
     name: str
+    waits: bool
 
     def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
         """Return whether it computes these experts for tokens u (T, width)."""
@@ -84,6 +85,7 @@ class LoopedExperts:
     """Each expert runs once, on the tokens that selected it."""
 
     name = "loop"
+    waits = True
 
     def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
         """Return True."""
@@ -113,6 +115,7 @@ class GroupedExperts:
     """
 
     name = "grouped"
+    waits = False
 
     def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
         """Return whether the experts lie together, and products of their dtype and widths are fast on the device."""

@@ -11,7 +11,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import completing, ending, one_of
-from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
+from ditmoe_cli.cli.options import Accelerating, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
@@ -259,7 +259,7 @@ class ScoreFile:
 def run(
     compared: Compared,
     sampling: Images,
-    running: Running,
+    running: Accelerating,
     scoring: Scoring,
     overrides: Overrides,
     to: ScoreFile,

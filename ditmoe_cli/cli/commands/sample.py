@@ -10,7 +10,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
-from ditmoe_cli.cli.options import FileDestination, Running, Source
+from ditmoe_cli.cli.options import Accelerating, FileDestination, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
@@ -64,7 +64,7 @@ class ImageFiles(FileDestination):
         return Targets(file, png=self.png, npz=self.npz, grid=self.grid, force=self.force, inputs=inputs)
 
 
-def run(sampling: Images, running: Running, source: Source, to: ImageFiles, printing: Printing) -> None:
+def run(sampling: Images, running: Accelerating, source: Source, to: ImageFiles, printing: Printing) -> None:
     """Sample images.
 
     Image i depends on (seed, i) and its label alone. Pixel models, and latent models with --vae, give images as uint8

@@ -1,0 +1,103 @@
+"""Compiled models and graphs give the plain model's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pico
+from torch import Tensor
+
+from ditmoe_cli import load_model
+from ditmoe_cli.errors import UsageError
+from ditmoe_cli.model.acceleration import Acceleration, GraphedDiTMoE, accelerated
+from ditmoe_cli.model.moe import MoEEvent
+
+TIMES = [999.0, 500.0, 3.0]
+
+
+def capture_by_running(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Stand in for a CUDA graph: the same work on the same memory, run again by the host."""
+    result = work()
+    return lambda: result.copy_(work()), result
+
+
+def test_replayed_evaluations_are_those_of_the_model(pico: Callable[..., Pico]) -> None:
+    model = pico().model()
+    captures: list[int] = []
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        captures.append(1)
+        return capture_by_running(work)
+
+    graphed = GraphedDiTMoE(model, capture)
+    assert (graphed.config, graphed.device) == (model.config, model.device)
+    for seed, labels in ((0, [0, 1, 2, 3]), (1, [2, 2, 1, 0]), (2, [1, 0])):
+        x = torch.randn(len(labels), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        plain, replayed = (kind.prepared(TIMES, torch.tensor(labels)) for kind in (model, graphed))
+        results = [(plain(x * t, t), replayed(x * t, t)) for t in TIMES]
+        for expected, found in results:
+            assert torch.equal(found, expected), "results of earlier steps are not overwritten either"
+    assert len(captures) == 2, "one for each shape"
+
+
+def test_observed_evaluations_are_not_replayed(pico: Callable[..., Pico]) -> None:
+    model, seen = pico().model(), list[MoEEvent]()
+    graphed = GraphedDiTMoE(model, lambda _: pytest.fail("captured"))
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+    found = graphed.prepared(TIMES, labels)(x, 3.0, seen.append)
+    assert torch.equal(found, model.prepared(TIMES, labels)(x, 3.0))
+    assert len(seen) == model.config.depth
+
+
+def test_a_graph_needs_a_gpu(pico: Callable[..., Pico]) -> None:
+    with pytest.raises(UsageError, match="cuda_graphs: the model is on the cpu"):
+        accelerated(pico().model(), Acceleration(graphs=True))
+
+
+def test_a_machine_that_cannot_compile_says_so(pico: Callable[..., Pico], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: object) -> Callable[[Tensor], Tensor]:
+        def call(_: Tensor) -> Tensor:
+            raise RuntimeError("no C++ compiler found\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(
+        UsageError, match=r"compile: torch cannot compile here \(no C\+\+ compiler found\); leave it out"
+    ):
+        accelerated(pico().model(), Acceleration(compiled=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_the_model_within_rounding(pico: Callable[..., Pico]) -> None:
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+    expected = pico().model().prepared(TIMES, labels)(x, 3.0)
+    compiled = accelerated(pico().model(), Acceleration(compiled=True))
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.prepared(TIMES, labels)(x, 3.0), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_cuda_graphs_replay_to_the_last_bit(pico: Callable[..., Pico], tmp_path: Path) -> None:
+    model = load_model(pico(hidden=64).save(tmp_path / "a.safetensors"), "cuda", torch.bfloat16)
+    with torch.inference_mode():
+        graphed = accelerated(model, Acceleration(graphs=True))
+        for seed in range(2):
+            x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).cuda()
+            labels = torch.tensor([0, seed, 2, 3]).cuda()
+            plain, replayed = (kind.prepared(TIMES, labels) for kind in (model, graphed))
+            for t in TIMES:
+                assert torch.equal(replayed(x, t), plain(x, t))
+
+
+@pytest.mark.cuda
+def test_what_waits_for_the_device_cannot_be_captured(pico: Callable[..., Pico], tmp_path: Path) -> None:
+    for number, (options, dtype) in enumerate(
+        (({"hidden": 64}, torch.float32), ({"hidden": 64, "widths": ((8, 16, 8, 8),) * 2}, torch.bfloat16))
+    ):
+        model = load_model(pico(**options).save(tmp_path / f"{number}.safetensors"), "cuda", dtype)
+        with pytest.raises(UsageError, match="block 0 cannot be captured"):
+            accelerated(model, Acceleration(graphs=True))
