@@ -56,7 +56,7 @@ def test_the_demo_trains_and_loads(
 @pytest.fixture
 def benchmark_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str, str], list[str]]:
+) -> Callable[..., list[str]]:
     """Return the lines that a benchmark prints for one row of a pico checkpoint; its commands run in this process."""
     make_pico(sampler="rf", in_channels=1).save(tmp_path / "pico.safetensors")
     monkeypatch.setattr(sys, "path", [str(EXAMPLES / "benchmarks"), *sys.path])
@@ -67,29 +67,45 @@ def benchmark_lines(
         assert outcome.code == 0, outcome.err
         return SimpleNamespace(stdout=outcome.out)
 
-    def lines(script: str, row: str) -> list[str]:
+    def lines(script: str, row: str, *given: str) -> list[str]:
         monkeypatch.setattr(importlib.import_module("measuring").subprocess, "run", run)
         checkpoint = str(tmp_path / "pico.safetensors")
-        options = (checkpoint, "--images", "8", "--steps", "2", "--calibrations", "1", "--only", row)
-        importlib.import_module(script).main(options)
+        scored = (checkpoint, "--images", "8", "--steps", "2", "--calibrations", "1")
+        importlib.import_module(script).main(("--only", row, *(given or scored)))
         return capsys.readouterr().out.splitlines()
 
     return lines
 
 
-def test_the_reduction_benchmark_prints_a_row_per_variant(benchmark_lines: Callable[[str, str], list[str]]) -> None:
+def test_the_reduction_benchmark_prints_a_row_per_variant(benchmark_lines: Callable[..., list[str]]) -> None:
     lines = benchmark_lines("expert_reduction", "prune reap --no-refit")
     assert len(lines) == 3
     assert lines[2].startswith("| prune reap --no-refit |")
 
 
 def test_the_quantisation_benchmark_prints_a_row_per_variant(
-    benchmark_lines: Callable[[str, str], list[str]], tmp_path: Path
+    benchmark_lines: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     lines = benchmark_lines("quantization", "fp4")
     assert len(lines) == 3
     told = here("quantize", "pico.safetensors", "--uniform", "--format", "fp4", "--dry-run", cwd=tmp_path).result
     assert lines[2].startswith("| fp4 |") and f" | {told['bytes']:,} |" in lines[2]
+
+
+@pytest.mark.parametrize("model", ["S", "demo"])
+def test_compressed_steps_are_printed_against_the_original(
+    model: str, benchmark_lines: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, synthetic = (importlib.import_module(name) for name in ("compressed_steps", "synthetic_checkpoint"))
+    monkeypatch.setitem(synthetic.MODELS, "S", synthetic.Shape(64, 2, 4, 4, True, "fp32"))
+    words = ("--model", model, "--batches", "1,2", "--rounds", "1", "--parts", "--processor-time")
+    lines = benchmark_lines("compressed_steps", "half the neurons", *words, *("--only", "nf4", "--", "--cfg", "2"))
+    heads = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert heads[:5] == ["", "---", "original", "half the neurons", "nf4"]
+    assert heads.count("ms of") == 2
+    assert lines[4].endswith("| ≤ 1.3 |" if model == "demo" else "| ≤ 1.1 |")
+    assert steps.ratio_text({"median": 1.2, "low": 1.1, "high": 1.3}, 1.1) == "**1.20 (1.10 to 1.30)**"
+    assert steps.ratio_text({"median": 1.2, "low": 1.1, "high": 1.3}, 1.3) == "1.20 (1.10 to 1.30)"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,9 @@ class Variant:
 
     label: str
     words: tuple[str, ...]
+
+
+Row = TypeVar("Row", bound=Variant)
 
 
 def ditmoe(*arguments: str | Path, folder: Path) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def parser(description: str, images: str = "1797") -> argparse.ArgumentParser:
     return found
 
 
-def chosen(rows: Sequence[Variant], options: argparse.Namespace) -> list[Variant]:
+def chosen(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
     """Return the rows that were asked for."""
     unknown = set(options.only or ()) - {row.label for row in rows}
     if unknown:
