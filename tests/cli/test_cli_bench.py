@@ -193,7 +193,7 @@ def test_a_terminal_gets_a_table(folder: Path) -> None:
         r"by group +experts .*, shared .*, attention .*, rest ",
         r"unpacked at a time +\S+ kB \((blocks\.0|t_embedder|final_layer)\.\S+\.weight\)$",
         r"private memory +.* before loading, .* after, .* at its peak$",
-        r"step +\S+ m?s for 2 images, one branch, on cpu, 1 thread$",
+        r"step +\S+ m?s for 2 images, one branch, on cpu, 1 thread in fp32$",
         r"images per second +\d",
         r"speed +\S+ GFLOP/s, \d+% of \S+ GFLOP/s in fp32, of a large product$",
         r"parts of a step +attention \S+ m?s \d+%, router .*, experts .*, shared .*, other \S+ m?s \d+%$",
@@ -230,7 +230,7 @@ def test_several_checkpoints_make_two_tables(folder: Path) -> None:
     assert re.match(r"file +step +median +ratio to the first +images/s +weights +needed +GFLOP/s +of peak$", lines[0])
     assert re.match(r"a\.safetensors +\S+ m?s +\S+ m?s +1 +\d", lines[1])
     assert re.match(r"nf4\.safetensors +\S+ m?s +\S+ m?s +\d+\.\d{3} \(\d\S+ to \d\S+\) +\d", lines[2])
-    assert re.match(r"measured +2 images, one branch, on cpu, 1 thread; 1 round in turn$", lines[3])
+    assert re.match(r"measured +2 images, one branch, on cpu, 1 thread in fp32; 1 round in turn$", lines[3])
     assert re.match(
         r"parts of a step +attention +router +permutation +experts +shared +modulation +head +other", lines[4]
     )
@@ -274,6 +274,20 @@ def test_processor_time_is_that_of_one_thread(folder: Path) -> None:
     assert result["seconds"] > 0
     refused = here("bench", "a.safetensors", "--processor-time", "--threads", 2, cwd=folder).error(2)
     assert refused.startswith("--processor-time times one thread of the CPU")
+
+
+def test_a_dtype_is_measured_against_fp32(folder: Path) -> None:
+    words = ("bench", "a.safetensors", "nf4.safetensors", *SETTINGS, "--dtype", "bf16")
+    files = here(*words, cwd=folder).result["files"]
+    for file in files:
+        assert file["conditions"]["dtype"] == "bf16"
+        assert 0 < file["difference"]["prediction"] < 0.1 and 0 <= file["difference"]["rerouted"] < 0.2
+    text = here(*words, "--text", cwd=folder).out
+    assert re.search(r"^measured .* on cpu, 1 thread in bf16; ", text, re.MULTILINE)
+    assert re.search(r"^nf4\.safetensors against fp32 +prediction 0\.\d+ off, \d+\.\d\d% of tokens", text, re.MULTILINE)
+    alone = here("bench", "a.safetensors", *SETTINGS, "--dtype", "bf16", "--text", cwd=folder).out
+    assert re.search(r"^against fp32 +prediction 0\.\d+ off", alone, re.MULTILINE)
+    assert "against fp32" not in here("bench", "a.safetensors", *SETTINGS, "--text", cwd=folder).out
 
 
 def test_durations_and_ratios_are_short() -> None:

@@ -12,14 +12,24 @@ import typer
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import refuse_idle, seed_of_64_bits
 from ditmoe_cli.cli.machine import Threads
-from ditmoe_cli.cli.options import DeviceOpt, Size, Source, checked_device, complete_checkpoint, parse_size
+from ditmoe_cli.cli.options import (
+    DeviceOpt,
+    DtypeOpt,
+    Size,
+    Source,
+    checked_device,
+    complete_checkpoint,
+    dtype_on,
+    parse_size,
+)
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
 from ditmoe_cli.errors import GateError
+from ditmoe_cli.model.dtypes import AUTO
 from ditmoe_cli.model.effort import branches_at, passes_estimate
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.bench import Bench, Benches, Load, Spread
+    from ditmoe_cli.evaluation.bench import Bench, Benches, Difference, Load, Spread
     from ditmoe_cli.evaluation.memory_use import Sizes
     from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "ditmoe bench small.safetensors",
     "ditmoe bench ckpt.pt pruned.safetensors nf4.safetensors --batch 1 --repeats 9 --max-ratio 1.1",
+    "ditmoe bench ckpt.pt --dtype bf16 --device cuda --batch 32 --cfg 1.5",
     "ditmoe quantize ckpt.pt --bits 4 --uniform | ditmoe bench --batch 32 --cfg 1.5 --max-memory 8GiB",
 )
 
@@ -74,6 +85,7 @@ class Measuring:
     ] = 1.0
     seed: Annotated[int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the noise.")] = 0
     device: DeviceOpt = "auto"
+    dtype: DtypeOpt = AUTO
     max_memory: Annotated[
         Size | None,
         typer.Option(
@@ -116,7 +128,8 @@ def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threa
     time of one denoising step and of the parts of the model in it, and operations a second against those of a large
     product. With OTHERS, steps of all take turns, and ratios to the first are printed with their quartiles. On the CPU
     steps are timed with as many threads as there are cores, with half of them, and so on down to one, unless --threads
-    is given; the fastest is kept. Runs on noise; writes nothing.
+    is given; the fastest is kept. In another dtype than fp32, the difference from fp32 is measured too. Runs on noise;
+    writes nothing.
     """
     if not measured.others:
         refuse_idle(measuring, "with one checkpoint; give OTHERS", "max_ratio")
@@ -162,7 +175,7 @@ def load_of(measuring: Measuring, threads: Threads, opened: Sequence[Checkpoint]
     )
     for checkpoint in opened:
         check_load(load, checkpoint.config)
-    return load
+    return replace(load, dtype=dtype_on(measuring.dtype, device)(opened[0]))
 
 
 def check_limits(measuring: Measuring, opened: Sequence[Checkpoint], found: Benches) -> None:
@@ -202,6 +215,11 @@ def comparison_rows(opened: Sequence[Checkpoint], found: Benches) -> list[Row]:
         ("measured", f"{work_text(first)}; {order_text(found)}"),
         *zip(["parts of a step", *names], columns(shares), strict=True),
         ("peak", peak_text(first)),
+        *(
+            (f"{name} against fp32", difference_text(result.difference))
+            for name, result in zip(names, results, strict=True)
+            if result.difference
+        ),
     ]
 
 
@@ -248,7 +266,7 @@ def work_text(result: Bench) -> str:
     branches = "one branch" if load.rows == load.batch else "both branches"
     clock = ", processor time" if load.processor_time else ""
     images = f"{load.batch} image{'s' if load.batch > 1 else ''}"
-    return f"{images}, {branches}, on {place}{clock}"
+    return f"{images}, {branches}, on {place} in {load.dtype}{clock}"
 
 
 def peak_text(result: Bench) -> str:
@@ -293,7 +311,13 @@ def rows(result: Bench) -> list[Row]:
             f"{result.rate / 1e9:,.1f} GFLOP/s, {result.rate / result.speed.peak.flops:.0%} of {peak_text(result)}",
         ),
         ("parts of a step", ", ".join(f"{part} {text}" for part, text in part_texts(result).items())),
+        *([("against fp32", difference_text(result.difference))] if result.difference else []),
     ]
+
+
+def difference_text(difference: Difference) -> str:
+    """Return how far a dtype strays from fp32."""
+    return f"prediction {difference.prediction:.2g} off, {difference.rerouted:.2%} of tokens to other experts"
 
 
 def parts(sizes: Sizes, by: str) -> str:
