@@ -40,7 +40,11 @@ class AutomaticProfile:
     ] = None
     calibration_images: Annotated[
         int | None,
-        typer.Option("--calibration-images", metavar="N", help="Images. [default: as many as the ancestor's, else 64]"),
+        typer.Option(
+            "--calibration-images",
+            metavar="N",
+            help="Images. [default: as many as the ancestor's, else as profile-experts]",
+        ),
     ] = None
     calibration_data: Annotated[
         Path | None,

@@ -44,8 +44,9 @@ from ditmoe_cli.model.effort import (
     passes,
     total,
 )
-from ditmoe_cli.routing.calibration_settings import Calibration
+from ditmoe_cli.routing.calibration_settings import SHARED_BATCH, SHARED_TOKENS, Calibration
 
+_COLLECTING = 1.1  # of evaluating without
 _STRENGTHS = 6  # that a ridge regression tries, about
 _STEPS_A_COLUMN = 18  # small operations of GPTQ
 _OPERATIONS_OF_ROUNDING = 40  # of each number, to the nearest
@@ -54,10 +55,20 @@ _TRIALS = 2
 
 
 def profiling_estimate(config: DiTMoEConfig, settings: Calibration) -> Estimate:
-    """Return what a calibration run takes: images × steps evaluations, of both branches under guidance."""
+    """Return what a calibration run takes: images × steps evaluations, of both branches under guidance.
+
+    Collecting takes a tenth beside; then all experts run on some tokens of the reservoir, and their outputs meet in
+    Gram matrices: 6 E T D H + 2 E T n D for T tokens, n at a time.
+    """
     spec = settings.spec
     branches = branches_at(spec.cfg)
-    effort = passes(config, spec.images, spec.steps * branches, settings.batch) + loading(config)
+    effort = passes(config, spec.images, spec.steps * branches, settings.batch) * _COLLECTING + loading(config)
+    if not settings.fast:
+        shared, width = min(settings.reservoir, SHARED_TOKENS), config.hidden_size
+        for block in config.blocks:
+            experts = len(block.expert_widths)
+            grams = 2 * experts * shared * min(shared, SHARED_BATCH) * width
+            effort += Effort(flops=6 * shared * width * sum(block.expert_widths) + grams, steps=20 * experts)
     reservoir = 0 if settings.fast else 4 * config.depth * settings.reservoir * config.hidden_size
     held = activation_bytes(config, branches * min(settings.batch, spec.images))
     memory = BASELINE_BYTES + model_bytes(config) + held + reservoir

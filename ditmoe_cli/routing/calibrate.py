@@ -79,12 +79,12 @@ def calibrate(
         )
         # all processes keep their work until the profile is written, whichever of them is stopped
         with open_work(_own_target(path, share), key, run.note) as work:
-            total = spec.images * spec.steps // share.world
-            with phase(f"profiling {checkpoint.name}", total, "steps") as progress:
-                tensors = collect(model, settings, progress, data.clean if data else None, share, work)
+            clean = data.clean if data else None
+            tensors = collect(model, settings, clean, share, work, f"profiling {checkpoint.name}")
             if tensors is not None:
                 experts = tuple(len(block.expert_widths) for block in checkpoint.config.blocks)
-                write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
+                with phase(f"writing {path.name}"):
+                    write_profile(path, tensors, checkpoint.fingerprint, settings.to_json(), experts, force, inputs)
             share.wait()
         if share.first:
             _discard_ranks(path)

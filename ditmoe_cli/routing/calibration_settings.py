@@ -12,8 +12,21 @@ from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dtypes import Dtype, parse_dtype
 
-IMAGES = 64
 STEPS = 20
+FEWEST_IMAGES, MOST_IMAGES = 16, 64  # where no number is given
+TOKENS = 131_072  # of all these images in all steps, about
+
+SHARED_TOKENS = 4096  # of the reservoir, at most, that all experts of a block run on
+SHARED_BATCH = 256  # of them in one estimate of HSIC, whose Gram matrices grow with their square
+
+
+def usual_images(patches: int) -> int:
+    """Return the default number of images of so many patches: about `TOKENS` tokens in all steps, in whole eights.
+
+    64 for 64 patches and less, 24 for 256, 16 for 512 and more: what is fitted needs so many different patches, not so
+    many images (docs/results.md), and every eighth image is held out.
+    """
+    return min(max(TOKENS // (STEPS * patches) // 8 * 8, FEWEST_IMAGES), MOST_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,8 @@ def default_calibration(checkpoint: Checkpoint, dtype: Dtype = "fp32") -> Calibr
     """Return the settings of a plain ``ditmoe profile-experts``, which computes in `dtype`."""
     solver = CALIBRATION_SOLVER[checkpoint.config.sampler]
     classes = tuple(range(checkpoint.config.num_classes))
-    return Calibration(SampleSpec(IMAGES, STEPS, 1.0, 0, solver, classes, dtype=dtype))
+    images = usual_images(checkpoint.config.num_patches)
+    return Calibration(SampleSpec(images, STEPS, 1.0, 0, solver, classes, dtype=dtype))
 
 
 def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Calibration:

@@ -68,8 +68,8 @@ def main() -> None:
     full = Calibration(spec, bins=options.steps, reservoir=reservoir, batch=options.images)
     runs: dict[str, Callable[[], object]] = {
         "plain": lambda: sample_batch(model, spec, indices, purpose=PURPOSE),
-        "fast": lambda: collect(model, replace(full, fast=True), lambda _: None),
-        "full": lambda: collect(model, full, lambda _: None),
+        "fast": lambda: collect(model, replace(full, fast=True)),
+        "full": lambda: collect(model, full),
     }
     runs["plain"]()
     times = {name: [] for name in runs}

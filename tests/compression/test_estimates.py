@@ -64,10 +64,23 @@ def test_tokens_to_fit_on_are_bounded_unless_asked_for() -> None:
 
 def test_profiling_is_images_times_steps_times_branches() -> None:
     spec = SampleSpec(images=8, steps=5, cfg=1.0, seed=0, solver="euler", classes=())
-    alone, guided = (profiling_estimate(SMALL.config, Calibration(replace(spec, cfg=cfg))) for cfg in (1.0, 2.0))
-    assert alone.effort.flops == 8 * 5 * image_flops(SMALL.config)
-    assert guided.effort.flops == 2 * alone.effort.flops and guided.memory > alone.memory
+    alone, guided = (
+        profiling_estimate(SMALL.config, Calibration(replace(spec, cfg=cfg), fast=True)) for cfg in (1.0, 2.0)
+    )
+    assert alone.effort.flops == pytest.approx(1.1 * 8 * 5 * image_flops(SMALL.config))
+    assert guided.effort.flops == pytest.approx(2 * alone.effort.flops) and guided.memory > alone.memory
     assert alone.what == "profiling 8 images in 5 steps"
+
+
+def test_comparing_experts_takes_all_of_them_on_some_tokens() -> None:
+    spec = SampleSpec(images=8, steps=5, cfg=1.0, seed=0, solver="euler", classes=())
+    fast = profiling_estimate(SMALL.config, Calibration(spec, fast=True)).effort.flops
+    width, block = SMALL.config.hidden_size, SMALL.config.blocks[0]
+    assert SMALL.config.blocks == (block,) * SMALL.config.depth
+    for reservoir, tokens, batch in ((100, 100, 100), (1000, 1000, 256), (10**6, 4096, 256)):
+        found = profiling_estimate(SMALL.config, Calibration(spec, reservoir=reservoir)).effort.flops - fast
+        each = 6 * tokens * width * sum(block.expert_widths) + 2 * len(block.expert_widths) * tokens * batch * width
+        assert found == pytest.approx(SMALL.config.depth * each)
 
 
 def test_refitting_grows_with_depth_tokens_and_branches() -> None:

@@ -208,7 +208,7 @@ def test_profiling_counts_no_expert_where_a_slot_went_to_a_constant(fast: bool) 
         slots[event.block] += event.routing.experts.numel()
         constants[event.block] += (event.routing.experts < 0).sum()
 
-    found = collect(pico.model(), Calibration(SPEC, 3, 100, 2, fast=fast), lambda _: None)
+    found = collect(pico.model(), Calibration(SPEC, 3, 100, 2, fast=fast))
     sample_batch(pico.model(), SPEC, range(3), Watchers(count), PURPOSE)
     assert (constants > 0).all() and (constants < slots).all()
     assert found["selected"].shape[-1] == 2
@@ -227,6 +227,6 @@ def test_constants_that_no_row_selects_change_no_profile() -> None:
     weight = {f"blocks.{b}.moe.constants": torch.ones(1, HIDDEN) for b in range(2)}
     held = make_pico(hidden=HIDDEN, input_size=4, widths=WIDTHS, expert_of=selects, extras={"constants": 1})
     held = Pico(held.config, {**ghosts.state, **maps, **weight})
-    first, second = (collect(pico.model(), Calibration(SPEC, 3, 100, 2), lambda _: None) for pico in (ghosts, held))
+    first, second = (collect(pico.model(), Calibration(SPEC, 3, 100, 2)) for pico in (ghosts, held))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -50,8 +50,8 @@ def test_profiles_are_equal_to_the_last_bit(
         apply(source, plan_uniform(source, fmt), Output(path))
     checkpoint = open_checkpoint(path)
     spec = SampleSpec(5, 3, cfg, 1, solver, (0, 1, 2))  # type: ignore[arg-type]
-    resident = collect(build_model(checkpoint, CPU), Calibration(spec, 3, 64, batch), lambda _: None)
-    offloaded = collect(OffloadedDiTMoE(checkpoint, CPU, 5, batch), Calibration(spec, 3, 64, batch), lambda _: None)
+    resident = collect(build_model(checkpoint, CPU), Calibration(spec, 3, 64, batch))
+    offloaded = collect(OffloadedDiTMoE(checkpoint, CPU, 5, batch), Calibration(spec, 3, 64, batch))
     assert offloaded.keys() == resident.keys()
     for key, tensor in resident.items():
         if key.endswith(("_transitions", "norm_max")) or not tensor.is_floating_point() or key == "states.z":

@@ -164,7 +164,7 @@ def test_a_kept_profile_of_other_weights_is_not_trusted(family: Family, finder: 
 def test_without_any_profile_the_default_settings_are_used(
     family: Family, finder: Finder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_settings, "IMAGES", 3)
+    monkeypatch.setattr(calibration_settings, "MOST_IMAGES", 3)
     monkeypatch.setattr(calibration_settings, "STEPS", 10)
     found = finder.find(family.child, None)
     assert dict(found.calibration) == default_calibration(family.child).to_json()

@@ -21,6 +21,7 @@ from ditmoe_cli.routing.calibration_settings import (
     WantedCalibration,
     default_calibration,
     parse_calibration,
+    usual_images,
 )
 
 SPEC = SampleSpec(images=3, steps=4, cfg=1.5, seed=11, solver="ddim", classes=(0, 2))
@@ -137,6 +138,13 @@ def test_settings_out_of_range_are_refused_under_the_planners_names(
 ) -> None:
     with pytest.raises(UsageError, match=f"^calibration_{next(iter(asked))}"):
         WantedCalibration(**asked).over(SETTINGS, checkpoint)
+
+
+def test_fewer_images_of_many_patches_are_calibrated_on() -> None:
+    assert [usual_images(patches) for patches in (1, 16, 64, 100, 256, 512, 1024)] == [64, 64, 64, 64, 24, 16, 16]
+    for patches in range(1, 400):
+        assert 16 <= usual_images(patches) <= 64 and usual_images(patches) % 8 == 0
+        assert usual_images(patches + 1) <= usual_images(patches)
 
 
 @pytest.mark.parametrize(("sampler", "solver"), [("rf", "euler"), ("ddpm", "ddim")])

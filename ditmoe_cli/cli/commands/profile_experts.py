@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,15 +17,17 @@ from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
-from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER
+from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, Solver
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.staging import check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import discard_work
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.processes import first_process
 from ditmoe_cli.routing.calibrate import Run, calibrate, made_before
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
-from ditmoe_cli.routing.calibration_settings import IMAGES, STEPS, Calibration, check_settings
+from ditmoe_cli.routing.calibration_settings import STEPS, Calibration, check_settings, usual_images
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
 
@@ -39,7 +42,14 @@ EXAMPLES = (
 class Calibrating(SamplingOptions):
     """How calibration images are sampled."""
 
-    images: Annotated[int, typer.Option("--images", metavar="N", help="Images to calibrate on.")] = IMAGES
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            metavar="N",
+            help="Images to calibrate on. [default: 64, fewer of more than 64 tokens: 24 of 256, 16 of 512 and more]",
+        ),
+    ] = None  # type: ignore[assignment]
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Sampling steps.")] = STEPS
     solver: Annotated[
         str | None,
@@ -51,6 +61,17 @@ class Calibrating(SamplingOptions):
             "[default: euler for rf, ddim for ddpm]",
         ),
     ] = None
+
+    def images_of(self, checkpoint: Checkpoint) -> int:
+        """Return the number of images: as many as `usual_images` where none is given."""
+        return self.images if self.images is not None else usual_images(checkpoint.config.num_patches)
+
+    def spec(
+        self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = CALIBRATION_SOLVER, dtype: Dtype = "fp32"
+    ) -> SampleSpec:
+        """Return the spec that the options ask for. Raises `UsageError` for values out of range."""
+        counted = replace(self, images=self.images_of(checkpoint))
+        return super(Calibrating, counted).spec(checkpoint, solvers, dtype)
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ class Profiling:
             return None
         if sampling.classes:
             raise UsageError("--classes has no effect on --data, whose images have labels of their own")
-        data = read_data(self.data, checkpoint.config, sampling.images)
+        data = read_data(self.data, checkpoint.config, sampling.images_of(checkpoint))
         if all(label == checkpoint.config.num_classes for label in data.labels):
             note(f"{self.data} has no labels: all images are profiled under the null class")
         return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,15 +22,19 @@ class BatchEvent:
             a slot went to a constant.
         outputs: (T, k, D) f in fp32.
         after_gamma: (T, k, D) γ ⊙ f in fp32, before the routing weight.
+        raw_norms: (T, k) ‖f‖ in fp32.
+        norms: (T, k) ‖γ ⊙ f‖ in fp32.
     """
 
     event: MoEEvent
-    images: Sequence[int]
+    images: range
     branches: int
     bin: int
     chosen: Tensor
     outputs: Tensor
     after_gamma: Tensor
+    raw_norms: Tensor
+    norms: Tensor
 
     @property
     def selected(self) -> Tensor:
@@ -40,11 +43,12 @@ class BatchEvent:
         return chosen.reshape(self.branches, len(self.images), -1, chosen.shape[-1])
 
 
-def batch_event(event: MoEEvent, images: Sequence[int], step_bin: int, experts: int) -> BatchEvent:
-    """Return the event of `images` with what collectors need of it; `experts` is the most of any block."""
+def batch_event(event: MoEEvent, images: range, step_bin: int, experts: int) -> BatchEvent:
+    """Return the event of images with what collectors need of it; `experts` is the most of any block."""
     outputs = event.outputs.float()
     tokens, k, width = outputs.shape
-    after_gamma = outputs.reshape(len(event.gamma), -1, k, width) * event.gamma[:, None, None].float()
+    gamma = event.gamma[:, None, None].float()
+    after_gamma = (outputs.reshape(len(event.gamma), -1, k, width) * gamma).reshape(tokens, k, width)
     return BatchEvent(
         event=event,
         images=images,
@@ -52,5 +56,7 @@ def batch_event(event: MoEEvent, images: Sequence[int], step_bin: int, experts: 
         bin=step_bin,
         chosen=event.routing.chosen(experts).float(),
         outputs=outputs,
-        after_gamma=after_gamma.reshape(tokens, k, width),
+        after_gamma=after_gamma,
+        raw_norms=outputs.norm(dim=-1),
+        norms=after_gamma.norm(dim=-1),
     )

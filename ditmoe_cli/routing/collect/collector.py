@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError
@@ -20,7 +21,7 @@ from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.processes import WHOLE, Share
-from ditmoe_cli.progress import Phase
+from ditmoe_cli.progress import Phase, phase
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.collect.batch_events import BatchEvent, batch_event
 from ditmoe_cli.routing.collect.counters import Counters
@@ -47,16 +48,18 @@ class RoutingCollector:
         self.reservoir = Reservoir(selection, model.config.depth)
         side = model.config.input_size
         self.final = torch.zeros(spec.images, model.config.in_channels, side, side)
-        self._batch: list[int] = []
-        self._images: list[int] = []
+        self._finite = torch.ones(model.config.depth, dtype=torch.bool, device=model.device)
+        self._batch = self._images = range(0)
         self._step = -1
+        self.passed: Callable[[int], None] = lambda _: None
+        """Is told each block that a step has passed."""
 
     @property
     def bin(self) -> int:
         """Return the bin of the current step."""
         return step_bin(self._step, self.spec.steps, self.bins)
 
-    def begin_batch(self, images: list[int]) -> None:
+    def begin_batch(self, images: range) -> None:
         """Start a batch of images by their indices."""
         self._batch, self._images, self._step = images, images, -1
         self.counters.begin_batch()
@@ -80,15 +83,25 @@ class RoutingCollector:
         self._images = self._batch[start:stop]
 
     def __call__(self, event: MoEEvent) -> None:
-        """Collect one block's event. Raises `BadInputError` for NaN or infinite outputs."""
-        if not bool(event.outputs.isfinite().all()):
-            raise BadInputError(f"block {event.block} produced NaN or infinite values at step {self._step}")
-        self.add(batch_event(event, self._images, self.bin, self.config.num_experts))
+        """Collect one block's event."""
+        batch = batch_event(event, self._images, self.bin, self.config.num_experts)
+        self._finite[event.block] &= batch.raw_norms.isfinite().all()
+        self.add(batch)
+        self.passed(event.block)
+
+    def check(self) -> None:
+        """Raise `BadInputError` where an output of this step was NaN or infinite, naming the first block.
+
+        The device is waited for once a step, not in each block.
+        """
+        if not bool(self._finite.all()):
+            block = self._finite.int().argmin()
+            raise BadInputError(f"block {int(block)} produced NaN or infinite values at step {self._step}")
 
     def add(self, batch: BatchEvent) -> None:
         """Count the batch's routing and keep its share of the reservoir."""
         self.counters.add(batch)
-        self.reservoir.keep(batch.event, self._images)
+        self.reservoir.keep(batch.event, batch.images)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything collected, under the names that profiles store it by."""
@@ -123,16 +136,16 @@ class FullCollector(RoutingCollector):
 def collect(
     model: DiTMoE | OffloadedDiTMoE,
     settings: Calibration,
-    progress: Callable[[int], None],
     clean: Tensor | None = None,
     share: Share = WHOLE,
     work: WorkFolder | None = None,
+    title: str = "profiling",
 ) -> dict[str, Tensor] | None:
     """Sample the images of `settings`, or noise `clean` ones (N, C, S, S), and return the profile's tensors.
 
-    `progress` is called with the number of images of each step. An offloaded model takes all images at once, and
-    divides them into micro-batches of its own. Where several processes share the work, rank 0 returns the tensors of
-    all and the others None. What is done is kept in `work`, and gone on from there.
+    That is a phase of the `title`, which counts steps of images, and one that compares experts. An offloaded model
+    takes all images at once, and divides them into micro-batches of its own. Where several processes share the work,
+    rank 0 returns the tensors of all and the others None. What is done is kept in `work`, and gone on from there.
     """
     spec, bins = settings.spec, settings.bins
     selection = select_states(spec, bins, model.config.num_patches, 0 if settings.fast else settings.reservoir)
@@ -141,47 +154,60 @@ def collect(
     dealt = list(batches(spec.images, size))
     own = share.of(dealt)
     kept = KeptSteps(work, collector, len(own), spec.steps) if work is not None else None
-    for number, indices in enumerate(own):
-        if kept is not None and number < kept.batch:
-            _taken_up(progress, len(indices) * spec.steps)
-            continue
-        watch_batch(model, collector, indices, progress, clean, kept)
+    with phase(title, sum(map(len, own)) * spec.steps, "steps") as progress:
+        for number, indices in enumerate(own):
+            if kept is not None and number < kept.batch:
+                _taken_up(progress, len(indices) * spec.steps)
+                continue
+            watch_batch(model, collector, indices, progress, clean, kept)
     odd_rank = rank_of_other_threads(share)
     tensors = gather_merged(share, collector.tensors())
     if tensors is None:
         return None
     if odd_rank is not None and odd_rank < len(dealt):
         again = RoutingCollector(model, spec, bins, Selection({}, {}))
-        watch_batch(model, again, dealt[odd_rank], lambda _: None, clean)
-        tensors["flip_rate"] = flip_rate(tensors, again.tensors(), dealt[odd_rank])
+        indices = dealt[odd_rank]
+        with phase("measuring how rounding routes", len(indices) * spec.steps, "steps") as progress:
+            watch_batch(model, again, indices, progress, clean)
+        tensors["flip_rate"] = flip_rate(tensors, again.tensors(), indices)
     return with_similarities(model, tensors, bins, work)
 
 
-def _taken_up(progress: Callable[[int], None], units: int) -> None:
+def _taken_up(progress: Phase, units: int) -> None:
     """Count units that an earlier run had done; the time that is left is told from the others."""
     progress(units)
-    if isinstance(progress, Phase):
-        progress.start += units
+    progress.start += units
 
 
 def watch_batch(
     model: Denoiser,
     collector: RoutingCollector,
     indices: range,
-    progress: Callable[[int], None],
+    progress: Phase,
     clean: Tensor | None,
     kept: KeptSteps | None = None,
 ) -> None:
     """Let a collector observe the images `indices` being sampled, or their `clean` versions being noised."""
-    collector.begin_batch(list(indices))
+    collector.begin_batch(indices)
     if kept is not None:
         _taken_up(progress, len(indices) * kept.begin_batch())
 
-    def on_step(z: Tensor, t: float) -> None:
-        collector.begin_step(z, t)
-        progress(len(z))
+    def evaluated(predict: Predictor) -> Predictor:
+        def step(x: Tensor, t: float) -> Tensor:
+            with phase("evaluating", model.config.depth, "blocks", share=len(indices)) as blocks:
+                collector.passed = lambda block: blocks(block + 1 - blocks.done)
+                try:
+                    output = predict(x, t)
+                except BadInputError:
+                    collector.check()  # which names the block where it began
+                    raise
+            collector.check()
+            progress(len(indices))
+            return output
 
-    watchers = Watchers(collector, on_step, kept.through) if kept is not None else Watchers(collector, on_step)
+        return kept.through(step) if kept is not None else step
+
+    watchers = Watchers(collector, collector.begin_step, evaluated)
     if clean is None:
         collector.final[indices] = sample_batch(model, collector.spec, indices, watchers, PURPOSE).cpu()
     else:

@@ -72,13 +72,13 @@ class Counters:
         """Add one block's event."""
         block, b, branches, chosen = batch.event.block, batch.bin, batch.branches, batch.chosen
         selected = batch.selected
-        self._add_counts(block, b, torch.tensor(batch.images, device=chosen.device), selected)
-        self._add_transitions(block, b, selected, batch.images[0])
+        self._add_counts(block, b, slice(batch.images.start, batch.images.stop), selected)
+        self._add_transitions(block, b, selected, batch.images.start)
         self._add_neighbours(block, b, selected)
         if block == 0:
             self.tokens[:branches, b] += selected.shape[1] * selected.shape[2]
         weights = batch.event.routing.weights.double()
-        norms, raw_norms = batch.after_gamma.norm(dim=-1).double(), batch.outputs.norm(dim=-1).double()
+        norms, raw_norms = batch.norms.double(), batch.raw_norms.double()
         features = torch.stack(
             (
                 weights,
@@ -100,8 +100,8 @@ class Counters:
         self.norm_max[block, :branches, b] = torch.maximum(largest, spread)
         self._add_router(batch)
 
-    def _add_counts(self, block: int, b: int, images: Tensor, selected: Tensor) -> None:
-        """Add choices (branches, N, P, E)."""
+    def _add_counts(self, block: int, b: int, images: slice, selected: Tensor) -> None:
+        """Add choices (branches, N, P, E) of `images`."""
         branches = len(selected)
         self.counts[block, :branches, b] += selected.sum(dim=1).long()
         per_image = selected.transpose(0, 1)

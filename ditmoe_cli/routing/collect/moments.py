@@ -6,6 +6,8 @@ float32 where they are wide.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from ditmoe_cli.routing.profile import BRANCHES
 
 # sums over the pairs of experts that a token chose, beside the gated Gram
 PAIR_SUMS = ("output.raw_gram", "output.cosine", "gate_ratio", "gate_ratio_square")
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Moments:
@@ -59,13 +62,11 @@ class Moments:
         """Add one block's event."""
         event, branches, b, outputs = batch.event, batch.branches, batch.bin, batch.outputs
         block, width = event.block, outputs.shape[-1]
-        slots = _by_branch(batch)
-        weights = event.routing.weights.float().unsqueeze(-1)
-        self.output_sum[block, :branches, b] += slots @ outputs.reshape(branches, -1, width)
-        squared = (weights**2 * outputs).reshape(branches, -1, width)
-        self.output_gate_square_sum[block, :branches, b] += slots @ squared
-        added = weights * batch.after_gamma  # (T, k, D), to the residual stream
-        self._add_pairs(batch, weights, added)
+        slots, rows = _by_branch(batch.chosen, branches), outputs.reshape(branches, -1, width)
+        weights = event.routing.weights.float()
+        self.output_sum[block, :branches, b] += slots @ rows
+        self.output_gate_square_sum[block, :branches, b] += (slots * _in_branches(weights**2, branches)) @ rows
+        self._add_pairs(batch, weights)
         self._add_inputs(event, batch.chosen)
         per_branch = event.gamma.float().reshape(branches, -1, width)
         self.gamma_sum[block, :branches, b] += per_branch.sum(dim=1)
@@ -73,22 +74,23 @@ class Moments:
         if block == 0:
             self.images[:branches, b] += per_branch.shape[1]
         if event.residual is not None:
-            self._add_easy_ep(batch, event.residual, added)
+            self._add_easy_ep(batch, event.residual, weights)
 
-    def _add_pairs(self, batch: BatchEvent, weights: Tensor, added: Tensor) -> None:
+    def _add_pairs(self, batch: BatchEvent, weights: Tensor) -> None:
         """Add sums over the pairs i, j of experts of each token.
 
         The gated Gram matrix is A_ij = Σ_t ⟨γ g_i f_i, γ g_j f_j⟩, the cost of removing both; r = g_i / (g_i + g_j).
         """
         outputs, chosen, branches = batch.outputs, batch.chosen, batch.branches
-        raw = outputs @ outputs.transpose(1, 2)  # (T, k, k)
-        norms = outputs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        ratio = weights / (weights + weights.transpose(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+        raw = outputs @ outputs.mT  # (T, k, k)
+        norms = batch.raw_norms.clamp_min(_TINY)
+        ours, theirs = weights.unsqueeze(2), weights.unsqueeze(1)
+        ratio = ours / (ours + theirs).clamp_min(_TINY)
         cosine = raw / (norms.unsqueeze(1) * norms.unsqueeze(2))
-        gated = added @ added.transpose(1, 2)
+        gated = ours * theirs * (batch.after_gamma @ batch.after_gamma.mT)
         values = torch.stack((gated, raw, cosine, ratio, ratio**2)).double()
         spread = torch.einsum("ntab,tbf->ntaf", values, chosen.double())
-        sums = _by_branch(batch).double() @ spread.reshape(len(values), branches, -1, chosen.shape[-1])
+        sums = _by_branch(chosen.double(), branches) @ spread.reshape(len(values), branches, -1, chosen.shape[-1])
         cell = batch.event.block, slice(branches), batch.bin
         self.output_gram[cell] += sums[0]
         for name, value in zip(PAIR_SUMS, sums[1:], strict=True):
@@ -97,21 +99,23 @@ class Moments:
     def _add_inputs(self, event: MoEEvent, chosen: Tensor) -> None:
         """Add Σ u² and max |u| of the tokens routed to each expert."""
         inputs = event.inputs.float()
-        used = chosen.amax(dim=1)  # (T, E)
-        self.input_square[event.block] += used.T @ inputs.square()
+        experts = chosen.shape[2]
+        self.input_square[event.block] += chosen.amax(dim=1).T @ inputs.square()
         magnitudes = inputs.abs()
-        for expert in range(used.shape[1]):
-            routed = magnitudes[used[:, expert] > 0]
-            if len(routed):
-                largest = self.input_max[event.block, expert]
-                self.input_max[event.block, expert] = torch.maximum(largest, routed.amax(dim=0))
+        largest = inputs.new_zeros(experts + 1, inputs.shape[1])  # the last row takes slots of constants
+        with warnings.catch_warnings():  # torch calls `index_reduce_` beta
+            warnings.simplefilter("ignore", UserWarning)
+            for selected in event.routing.experts.T:
+                largest.index_reduce_(0, selected.where(selected >= 0, experts), magnitudes, "amax")
+        self.input_max[event.block] = torch.maximum(self.input_max[event.block], largest[:experts])
 
-    def _add_easy_ep(self, batch: BatchEvent, residual: Tensor, added: Tensor) -> None:
+    def _add_easy_ep(self, batch: BatchEvent, residual: Tensor, weights: Tensor) -> None:
         """Add Σ_t g ‖γ f‖ s_t with s_t = max(1 - cos(x, x + γ r), 0), x the residual and r the routed output."""
         x = residual.float().reshape(-1, residual.shape[-1])
-        similarity = F.cosine_similarity(x, x + added.sum(dim=1), dim=-1)
-        weighted = added.norm(dim=-1) * (1 - similarity).clamp_min(0).unsqueeze(-1)
-        sums = _by_branch(batch).double() @ weighted.double().reshape(batch.branches, -1, 1)
+        added = (weights.unsqueeze(1) @ batch.after_gamma).squeeze(1)
+        similarity = F.cosine_similarity(x, x + added, dim=-1)
+        weighted = weights * batch.norms * (1 - similarity).clamp_min(0).unsqueeze(-1)
+        sums = _by_branch(batch.chosen.double(), batch.branches) @ weighted.double().reshape(batch.branches, -1, 1)
         self.easy_ep[batch.event.block, : batch.branches, batch.bin] += sums.squeeze(-1)
 
     def live(self) -> dict[str, Tensor]:
@@ -136,6 +140,11 @@ class Moments:
         return {name: value.cpu().contiguous() for name, value in self.live().items()}
 
 
-def _by_branch(batch: BatchEvent) -> Tensor:
-    """Return choices as (branches, E, tokens k), ready to sum over tokens and slots."""
-    return batch.chosen.reshape(batch.branches, -1, batch.chosen.shape[-1]).transpose(1, 2)
+def _by_branch(chosen: Tensor, branches: int) -> Tensor:
+    """Return choices (T, k, E) as (branches, E, tokens k), ready to sum over tokens and slots."""
+    return chosen.reshape(branches, -1, chosen.shape[-1]).transpose(1, 2)
+
+
+def _in_branches(values: Tensor, branches: int) -> Tensor:
+    """Return values of slots (T, k) as (branches, 1, tokens k)."""
+    return values.reshape(branches, 1, -1)

@@ -75,37 +75,36 @@ class Reservoir:
     positions: list[list[int]] = field(default_factory=list)
     inputs: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, tokens, D) each
     gamma: list[list[Tensor]] = field(default_factory=list)  # per block, (branches, D) each
-    chosen: dict[int, list[int]] = field(default_factory=dict)  # positions, by image that is kept at this step
+    chosen: dict[int, Tensor] = field(default_factory=dict)  # positions, by image that is kept at this step
 
     def __post_init__(self) -> None:
         self.inputs = [[] for _ in range(self.blocks)]
         self.gamma = [[] for _ in range(self.blocks)]
 
-    def begin_step(self, images: list[int], step: int, b: int, z: Tensor, t: float) -> None:
+    def begin_step(self, images: range, step: int, b: int, z: Tensor, t: float) -> None:
         """Keep the states z (N, C, S, S) of those of `images` that are selected at this step."""
-        self.chosen = {}
-        for row, image in enumerate(images):
-            if self.selection.step_of.get((image, b)) != step:
-                continue
-            positions = self.selection.positions[image, b]
-            self.chosen[image] = positions
-            self.z.append(z[row].cpu().clone())
-            self.t.append(t)
-            self.image.append(image)
-            self.bin.append(b)
-            self.positions.append(positions)
+        kept = [image for image in images if self.selection.step_of.get((image, b)) == step]
+        positions = [self.selection.positions[image, b] for image in kept]
+        self.chosen = dict(zip(kept, torch.tensor(positions, dtype=torch.int64), strict=True)) if kept else {}
+        self.z += z[[image - images.start for image in kept]].cpu().unbind() if kept else ()
+        self.t += [t] * len(kept)
+        self.image += kept
+        self.bin += [b] * len(kept)
+        self.positions += positions
 
-    def keep(self, event: MoEEvent, images: list[int]) -> None:
-        """Keep the selected tokens of one block's event, which is of `images`."""
-        kept = [(row, self.chosen[image]) for row, image in enumerate(images) if image in self.chosen]
+    def keep(self, event: MoEEvent, images: range) -> None:
+        """Keep the selected tokens of one block's event, which is of `images`: one copy from the device."""
+        kept = [image for image in images if image in self.chosen]
         if not kept:
             return
-        branches = len(event.gamma) // len(images)
-        gamma = event.gamma.reshape(branches, -1, event.gamma.shape[-1])
-        inputs = event.inputs.reshape(*gamma.shape[:2], -1, event.inputs.shape[-1])
-        for row, positions in kept:
-            self.inputs[event.block].append(inputs[:, row, positions].bfloat16().cpu())
-            self.gamma[event.block].append(gamma[:, row].float().cpu())
+        branches, width = len(event.gamma) // len(images), event.inputs.shape[-1]
+        device = event.inputs.device
+        rows = torch.tensor([image - images.start for image in kept]).to(device, non_blocking=True)
+        positions = torch.stack([self.chosen[image] for image in kept]).to(device, non_blocking=True)
+        gamma = event.gamma.reshape(branches, len(images), width)[:, rows].float().cpu()
+        inputs = event.inputs.reshape(branches, len(images), -1, width)[:, rows.unsqueeze(1), positions]
+        self.inputs[event.block] += inputs.bfloat16().cpu().unbind(dim=1)
+        self.gamma[event.block] += gamma.unbind(dim=1)
 
     def rows(self, first: int) -> dict[str, Tensor]:
         """Return the states kept from number `first` on, with their tokens; nothing where there are none."""

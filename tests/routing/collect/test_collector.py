@@ -12,12 +12,14 @@ from conftest import Pico, make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 from profiling import Counted, Naive, Trajectory, branch_labels, count_by_hand, trajectory
+from seeing import Seen
 from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.progress import watched_by
 from ditmoe_cli.routing.calibration_settings import Calibration, check_settings
 from ditmoe_cli.routing.collect.collector import PURPOSE, collect
 from ditmoe_cli.routing.collect.reservoir import select_states
@@ -39,10 +41,12 @@ class Case:
     clean: Tensor | None = None
 
     def run(self, batch: int = 2) -> dict[str, Tensor]:
-        advanced: list[int] = []
         settings = Calibration(self.spec, self.bins, self.reservoir, batch)
-        collected = collect(self.pico.model(), settings, advanced.append, clean=self.clean)
-        assert sum(advanced) == self.spec.images * self.spec.steps
+        with watched_by(seen := Seen()):
+            collected = collect(self.pico.model(), settings, clean=self.clean)
+        sampling, *comparing = seen.phases
+        assert sampling.done == sampling.total == self.spec.images * self.spec.steps
+        assert [each.done for each in comparing] == [self.pico.config.depth] * ("output.cka" in collected)
         return collected
 
     @cached_property
@@ -206,7 +210,7 @@ def test_where_each_image_ended_is_kept(case: Case) -> None:
     if final is None:
         final = sample_batch(case.pico.model(), spec, range(spec.images), purpose=PURPOSE)
     assert_close(case.found["image.final"], final, **TRAVELLED)
-    fast = collect(case.pico.model(), Calibration(spec, case.bins, 0, 2, fast=True), lambda _: None, clean=case.clean)
+    fast = collect(case.pico.model(), Calibration(spec, case.bins, 0, 2, fast=True), clean=case.clean)
     assert torch.equal(fast["image.final"], case.found["image.final"])
 
 
@@ -223,7 +227,7 @@ def test_without_room_for_one_token_a_bin_nothing_is_kept() -> None:
 def test_a_half_precision_model_is_counted_too() -> None:
     case = CASES["one branch"]
     model = case.pico.model().bfloat16()
-    found = collect(model, Calibration(case.spec, case.bins, case.reservoir, 2), lambda _: None)
+    found = collect(model, Calibration(case.spec, case.bins, case.reservoir, 2))
     assert torch.equal(found["counts"].sum(-1), case.found["counts"].sum(-1))
     assert_close(found["gate_norm"].sum(-1), case.found["gate_norm"].sum(-1), rtol=0.05, atol=0.0)
 

@@ -65,7 +65,7 @@ def run(request: pytest.FixtureRequest, pico: Callable[..., Pico]) -> Run:
     with torch.inference_mode():
         watchers = Watchers(lambda event: steps[-1].append(event), lambda *_: steps.append([]))
         sample_batch(model, spec, range(3), watchers, PURPOSE)
-    return Run(model, spec, collect(model, Calibration(spec, BINS, 48, 3), lambda _: None), steps)
+    return Run(model, spec, collect(model, Calibration(spec, BINS, 48, 3)), steps)
 
 
 def zeros(run: Run, *shape: int) -> Tensor:
@@ -245,7 +245,7 @@ def test_alignment_of_outputs_on_the_same_tokens(run: Run) -> None:
 
 
 def test_fast_keeps_the_same_counters_and_nothing_else(run: Run) -> None:
-    fast = collect(run.model, Calibration(run.spec, BINS, 48, 3, fast=True), lambda _: None)
+    fast = collect(run.model, Calibration(run.spec, BINS, 48, 3, fast=True))
     assert {name for name in run.tensors if name not in fast} == {
         *PAIR_SUMS,
         *("easy_ep", "output.gram", "output.sum", "output.gate_square_sum", "output.all_token_mean", "output.cka"),

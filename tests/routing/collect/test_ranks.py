@@ -36,13 +36,13 @@ def test_merged_parts_are_the_whole(
 ) -> None:
     model = pico(sampler="rf", in_channels=1).model()
     spec = SampleSpec(7, 4, cfg, 3, "euler", (0, 1, 2))
-    whole = collect(model, Calibration(spec, 2, 96, 2), lambda _: None)
+    whole = collect(model, Calibration(spec, 2, 96, 2))
     assert whole is not None
     parts: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr("ditmoe_cli.routing.collect.collector.gather_merged", lambda _, mine: parts.append(mine))
     monkeypatch.setattr("ditmoe_cli.routing.collect.collector.rank_of_other_threads", lambda _: None)
     for rank in range(world):
-        assert collect(model, Calibration(spec, 2, 96, 2), lambda _: None, share=Share(rank, world)) is None
+        assert collect(model, Calibration(spec, 2, 96, 2), share=Share(rank, world)) is None
     found = merge(parts)
     assert set(whole) - set(found) == {"output.all_token_mean", "output.cka"}
     for name, tensor in found.items():
@@ -55,7 +55,7 @@ def test_merged_parts_are_the_whole(
 def test_a_process_without_any_batch_adds_nothing(pico: Callable[..., Pico]) -> None:
     model = pico(sampler="rf", in_channels=1).model()
     spec = SampleSpec(2, 2, 1.0, 3, "euler", (0, 1))
-    whole = collect(model, Calibration(spec, 1, 8, 2, fast=True), lambda _: None)
+    whole = collect(model, Calibration(spec, 1, 8, 2, fast=True))
     assert whole is not None
     idle = RoutingCollector(model, spec, 1, Selection({}, {})).tensors()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in merge([idle, whole]).items())
@@ -67,7 +67,7 @@ def test_unequal_threads_have_their_flips_counted(pico: Callable[..., Pico], mon
 
     def run(tamper: bool) -> float:
         def merged(_: Share, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            whole = dict(collect(model, Calibration(spec, 2, 0, 2, fast=True), lambda _: None) or {})
+            whole = dict(collect(model, Calibration(spec, 2, 0, 2, fast=True)) or {})
             if tamper:  # one choice of image 2, at position 0 of block 0, went to another expert
                 table = whole["image.positions"][2, 0, 0, 0]
                 table[table.argmax()] -= 1
@@ -83,7 +83,7 @@ def test_unequal_threads_have_their_flips_counted(pico: Callable[..., Pico], mon
                 "ditmoe_cli.routing.collect.collector.gather_merged",
                 lambda share, mine: mine if share.world == 1 else merged(share, mine),
             )
-            found = collect(model, Calibration(spec, 2, 0, 2, fast=True), lambda _: None, share=Share(0, 2))
+            found = collect(model, Calibration(spec, 2, 0, 2, fast=True), share=Share(0, 2))
         assert found is not None
         return float(found["flip_rate"])
 
