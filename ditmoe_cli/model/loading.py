@@ -137,7 +137,7 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
     old = owner._parameters.get(leaf)
     if leaf in owner._buffers:
         owner._buffers[leaf] = value
-    elif old is not None and not old.is_meta and (old.shape, old.dtype) == (value.shape, value.dtype):
+    elif old is not None and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
         old.data.copy_(value)
     else:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
