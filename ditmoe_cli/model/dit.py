@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_cli.model import fused_kernels
 from ditmoe_cli.model.attention import NORM_EPS, Attention
 from ditmoe_cli.model.conditions import PARTS, Modulate, conditions
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
@@ -18,10 +19,19 @@ from ditmoe_cli.model.linear import Linear
 from ditmoe_cli.model.moe import MoEEvent, Observer, SparseMoE
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return LayerNorm(x) (1 + scale) + shift for x (N, tokens, width); scale and shift are (N, width)."""
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return LayerNorm(x) (1 + scale) + shift for x (N, tokens, width) in `dtype`; scale and shift are (N, width)."""
+    if x.dtype == torch.float32 and fused_kernels.usable(x, shift, scale):
+        return fused_kernels.modulated_norm(x, shift, scale, NORM_EPS, dtype or x.dtype)
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
+    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(dtype or x.dtype)
+
+
+def gated_sum(residual: Tensor, gate: Tensor, added: Tensor) -> Tensor:
+    """Return residual + gate ⊙ added (N, tokens, width) for gate (N, width), in the dtype of the residual."""
+    if residual.dtype == torch.float32 and fused_kernels.usable(residual, gate, added):
+        return fused_kernels.gated_sum(residual, gate, added)
+    return torch.addcmul(residual, gate.unsqueeze(1), added)
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
@@ -68,7 +78,7 @@ class Block(nn.Module):
     def attend_modulated(self, x: Tensor, modulation: Tensor) -> Attended:
         """Return the state after attention on x (N, tokens, width) with its modulation (N, 6 · width)."""
         shift_a, scale_a, gate, shift_m, scale_m, gamma = modulation.chunk(PARTS, dim=1)
-        x = torch.addcmul(x, gate.unsqueeze(1), self.attn(modulated_norm(x, shift_a, scale_a)))
+        x = gated_sum(x, gate, self.attn(modulated_norm(x, shift_a, scale_a, self.attn.dtype)))
         return Attended(x, modulated_norm(x, shift_m, scale_m), gamma)
 
     def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
@@ -78,7 +88,7 @@ class Block(nn.Module):
     def mix(self, attended: Attended, index: int, observer: Observer | None) -> Tensor:
         """Return the output of the block (N, tokens, width) from its state after attention."""
         mixed = self.moe(attended.inputs, index, attended.gamma, observer, attended.residual)
-        return torch.addcmul(attended.residual, attended.gamma.unsqueeze(1), mixed)
+        return gated_sum(attended.residual, attended.gamma, mixed)
 
 
 class FinalLayer(nn.Module):
