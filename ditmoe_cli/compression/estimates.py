@@ -11,21 +11,22 @@ from collections.abc import Mapping, Sequence
 from ditmoe_cli.compression.block_layout import block_layouts
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
 from ditmoe_cli.compression.working_sizes import (
-    DAMPINGS,
     EXPERT_TOKENS,
     FEWEST_STATES,
     FEWEST_TOKENS,
+    HELD_OUT,
     LARGEST_SYSTEM,
     MEASURED_TOKENS,
     MOST_TOKENS,
     POOLED_TOKENS,
+    ROUNDED_BYTES,
     SENT_TOKENS,
     SWEEPS,
     TOKENS_PER_INPUT,
     TOKENS_PER_UNKNOWN,
     systems,
 )
-from ditmoe_cli.files.names import split_name
+from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.effort import (
@@ -48,7 +49,8 @@ from ditmoe_cli.routing.calibration_settings import SHARED_BATCH, SHARED_TOKENS,
 
 _COLLECTING = 1.1  # of evaluating without
 _STRENGTHS = 6  # that a ridge regression tries, about
-_STEPS_A_COLUMN = 18  # small operations of GPTQ
+_STEPS_A_COLUMN = 10  # small operations of GPTQ
+_OPERATIONS_OF_SCALES = 1_700  # of each number, in the search for scales
 _OPERATIONS_OF_ROUNDING = 40  # of each number, to the nearest
 _KINDS = 3  # mixture, attention, modulation
 _TRIALS = 2
@@ -168,14 +170,18 @@ def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branche
     return Estimate(what, total([*efforts, loading(config) * (1 + _TRIALS)]), memory)
 
 
-def matrix_rounding(rows: int, columns: int, tokens: float) -> Effort:
-    """Return the effort of GPTQ on a matrix (out, in) = (m, n) with the second moment of its inputs.
+def matrix_rounding(rows: int, columns: int, tokens: float, inputs: float = 0.0) -> Effort:
+    """Return the effort of GPTQ on a matrix (out, in) = (m, n), whose inputs take `inputs` operations a token.
 
-    The moment takes 2 (tokens + pooled ones) n²; each damping a factorisation n³/3 in double precision, 3 m n² for
-    columns and error, and some small operations a column.
+    The second moment of T tokens and pooled ones takes n² each; two dampings a factorisation n³/3 each, of which one
+    goes over all columns, m n²; errors of plain rounding and of these two dampings on an eighth of the tokens at most
+    6 m n min(T / 8, n); the search for scales takes much more for each number than rounding does.
     """
-    each = Effort(flops=3 * rows * columns**2, double_flops=columns**3 / 3, steps=_STEPS_A_COLUMN * columns)
-    return each * len(DAMPINGS) + Effort(flops=2 * (tokens + POOLED_TOKENS) * columns**2, steps=100)
+    moment = (tokens + POOLED_TOKENS) * (columns**2 + inputs)
+    columns_flops = rows * columns**2 + 2 * columns**3 / 3
+    errors = 6 * rows * columns * min(tokens / HELD_OUT, columns)
+    searched = _OPERATIONS_OF_SCALES * rows * columns
+    return Effort(flops=moment + columns_flops + errors + searched, steps=_STEPS_A_COLUMN * columns + 100)
 
 
 def rounding_estimate(checkpoint: Checkpoint, stage: Formats, branches: int) -> Estimate:
@@ -191,14 +197,14 @@ def rounding_estimate(checkpoint: Checkpoint, stage: Formats, branches: int) -> 
         parts = split_name(name)
         if parts.block is not None:
             rows = config.blocks[parts.block].router_rows
-            inputs = tokens * config.top_k / rows if parts.expert is not None else tokens
-            efforts.append(matrix_rounding(shape[0], shape[1], inputs if ".adaLN" not in name else images))
+            read = tokens * config.top_k / rows if parts.expert is not None else tokens
+            neurons = 4 * shape[0] * shape[1] if name.endswith(f"{MATRICES[2]}.weight") else 0
+            efforts.append(matrix_rounding(shape[0], shape[1], read if ".adaLN" not in name else images, neurons))
     for block in config.blocks:
-        attention = images * attention_flops(config)  # anew for each of its matrices
-        efforts.append(Effort(flops=2 * images * block_flops(config, block) + 2 * attention, steps=block_steps(block)))
+        efforts.append(Effort(flops=2 * images * block_flops(config, block), steps=block_steps(block)))
     weights = max(block_weights(config, block) for block in config.blocks)
-    memory = BASELINE_BYTES + 12 * weights + 4 * tokens * config.hidden_size * 9 + 4 * tokens * widest / 2
-    memory += 8 * widest * widest * 4
+    one = 4 * widest * (5 * widest + 4 * config.hidden_size)  # Hessian, its factor and copies; weights and losses
+    memory = BASELINE_BYTES + 12 * weights + 4 * tokens * config.hidden_size * 9 + max(one, ROUNDED_BYTES)
     what = f"rounding {len(shapes):,} matrices in {_blocks(config.depth)}"
     return Estimate(what, total(efforts), memory)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 # states to fit and to measure on
 FEWEST_STATES = 16
+HELD_OUT = 8  # every eighth image
 FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # bounds of the default number of tokens to fit on
 MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
 SENT_TOKENS = 4_096  # tokens of each stream that carries an error to the prediction
@@ -23,6 +24,9 @@ SWEEPS = 2  # over systems that are solved one after the other
 TOKENS_PER_INPUT = 8
 POOLED_TOKENS = 4_096  # tokens of a block in the Hessian that those of its experts are shrunk towards
 DAMPINGS = (0.01, 0.1, 1.0)  # that are tried
+TRIED_ROWS = 128  # of a matrix, at least, that tell whether more damping is better
+ROUNDED_BYTES = 512 << 20  # of memory for matrices of one shape that are rounded together on a CPU
+ROUNDED_BYTES_ON_DEVICES = 4 << 30  # the same on a GPU, whose kernels take as long for one matrix as for some
 
 
 def systems(sizes: Sequence[int], largest: int) -> list[slice]:

@@ -18,6 +18,8 @@ from ditmoe_cli.files.header import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.formats.columns import Columns
+
 RawBytes = Callable[[str], bytes]  # of a stored tensor, by its name
 
 
@@ -162,6 +164,10 @@ class Grid(ABC):
     @abstractmethod
     def round(self, values: Tensor, columns: Tensor) -> Tensor:
         """Return values (out, n) rounded to the nearest that the grids of their `columns` (n,) hold, in fp32."""
+
+    @abstractmethod
+    def columns(self, columns: Tensor) -> Columns:
+        """Return the grids of `columns` (n,), in that order; they round to what `round` does, to the bit."""
 
     @abstractmethod
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
 from ditmoe_cli.formats.bitsandbytes_kernel import FourBitTensors, unpack_fastest
+from ditmoe_cli.formats.columns import Columns
 from ditmoe_cli.formats.packing import row_chunk
 from ditmoe_cli.formats.scaling import (
     HALF_MAX,
@@ -92,12 +93,15 @@ class FourBitGrid(Grid):
 
     def round(self, values: Tensor, columns: Tensor) -> Tensor:
         """Return values (out, n) rounded to the nearest that the grids of their `columns` (n,) hold, in fp32."""
-        values = values.float()
         rows = torch.arange(self.shape[0], device=values.device)[:, None]
         scale = self.scale[(rows * self.shape[1] + columns) // self.block]
-        ascending = _codebook(self.kind, values.device).sort().values
-        ranks = four_bit_ranks(values * _inverse_absmax(scale), self.kind)
-        return ascending.index_select(0, ranks.int()).reshape(values.shape).mul_(scale)
+        return _nearest_codes(values.float() * _inverse_absmax(scale), self.kind).mul_(scale)
+
+    def columns(self, columns: Tensor) -> Columns:
+        """Return the grids of `columns` (n,)."""
+        rows = torch.arange(self.shape[0], device=columns.device)
+        scale = self.scale[(rows * self.shape[1] + columns[:, None]) // self.block]
+        return Columns(_RULES[self.kind], (_inverse_absmax(scale), scale))
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""
@@ -131,6 +135,24 @@ class FourBitGrid(Grid):
             target.copy_(pairs[: len(target)])
             done += blocks.numel()
         return packed
+
+
+def _nearest_codes(scaled: Tensor, kind: str) -> Tensor:
+    """Return the codebook's values nearest to values over absmax, which are overwritten."""
+    return _ascending(kind, scaled.device).index_select(0, four_bit_ranks(scaled, kind).int()).reshape(scaled.shape)
+
+
+def _round_nf4(values: Tensor, inverse_scale: Tensor, scale: Tensor) -> None:
+    """Overwrite values by the nearest of NF4 times absmax."""
+    torch.mul(_nearest_codes(values * inverse_scale, "nf4"), scale, out=values)
+
+
+def _round_fp4(values: Tensor, inverse_scale: Tensor, scale: Tensor) -> None:
+    """Overwrite values by the nearest of FP4 times absmax."""
+    torch.mul(_nearest_codes(values * inverse_scale, "fp4"), scale, out=values)
+
+
+_RULES = {"nf4": _round_nf4, "fp4": _round_fp4}
 
 
 def four_bit_grid(
@@ -283,6 +305,11 @@ def unpack_four_bit_weight(
 
 
 @lru_cache(maxsize=8)
+def _ascending(kind: str, device: torch.device) -> Tensor:
+    return _codebook(kind, device).sort().values
+
+
+@lru_cache(maxsize=8)
 def _codebook(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(_CODES[kind], dtype=torch.float32, device=device)
 
@@ -356,6 +383,11 @@ class Int8Grid(Grid):
         """Return values (out, n) rounded to the nearest that their rows can hold, in fp32, whatever their columns."""
         return _row_codes(_half_values(values), _inverse_step(self.scale)).mul_((self.scale / 127.0)[:, None])
 
+    def columns(self, columns: Tensor) -> Columns:
+        """Return the grids of `columns` (n,)."""
+        numbers = (_inverse_step(self.scale), self.scale / 127.0)
+        return Columns(_round_halves, tuple(number.expand(len(columns), -1) for number in numbers))
+
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""
         codes = torch.empty(self.shape, dtype=torch.int8, device=weight.device)
@@ -366,6 +398,11 @@ class Int8Grid(Grid):
             exact.copy_(part if part.dtype == torch.float16 else _half_values(part))
             target.copy_(_row_codes(exact, inverse_step))
         return {"packed": codes, "scale": self.scale, "form": torch.zeros((), dtype=torch.uint8)}
+
+
+def _round_halves(values: Tensor, inverse_step: Tensor, step: Tensor) -> None:
+    """Overwrite values by the nearest of -127 … 127 steps, having rounded them to fp16."""
+    values.copy_(_half_values(values)).mul_(inverse_step).round_().clamp_(-127, 127).mul_(step)
 
 
 def int8_grid(fmt: NumberFormat, weight: Tensor, name: str) -> Int8Grid:

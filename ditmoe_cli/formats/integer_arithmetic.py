@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
+from ditmoe_cli.formats.columns import Columns, round_uniformly
 from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING, packed_words
 from ditmoe_cli.formats.packing import pack_columns, pack_rows, row_chunk, unpack_columns, unpack_values
 from ditmoe_cli.formats.scaling import (
@@ -61,6 +62,17 @@ class IntegerGrid(Grid):
         if zero is None:
             return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
         return -zero, 2**self.bits - 1 - zero
+
+    def columns(self, columns: Tensor) -> Columns:
+        """Return the grids of `columns` (n,)."""
+        group = columns // self.group
+        scale = self.scale.T.index_select(0, group)
+        zero = None if self.zero is None else self.zero.T.index_select(0, group)
+        low, high = (
+            limit if isinstance(limit, Tensor) else scale.new_full((), limit).expand_as(scale)
+            for limit in self._limits(zero)
+        )
+        return Columns(round_uniformly, (inverse(scale), low, high, scale))
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""

@@ -28,6 +28,8 @@ from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.formats.columns import Columns
+
 AXES = ("rows", "columns")
 _PIECE_NAME = re.compile(r"(.+)\.pieces\.(\d+)\.weight")
 
@@ -166,6 +168,25 @@ class PiecedGrid(Grid):
             if bool(own.any()):
                 rounded[:, own] = grid.round(values[:, own], columns[own] - part.start)
         return rounded
+
+    def columns(self, columns: Tensor) -> Columns:
+        """Return the grids of `columns` (n,). All formats of pieces are uniform."""
+        from ditmoe_cli.formats.columns import Columns, beside
+
+        if self.format.axis == 0:
+            return beside([grid.columns(columns) for grid in self.grids])
+        tables: list[Tensor] = []
+        for part, grid in zip(self.format.slices, self.grids, strict=True):
+            own = ((columns >= part.start) & (columns < part.stop))[:, None]
+            found = grid.columns((columns - part.start).clamp_(0, part.stop - part.start - 1))
+            rule, tables = (
+                found.rule,
+                [
+                    number if not tables else number.where(own, before)
+                    for number, before in zip(found.tables, tables or found.tables, strict=True)
+                ],
+            )
+        return Columns(rule, tuple(tables))
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:
         """Return the tensors that store a weight (out, in), rounded to the nearest, by piece and part."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
+from ditmoe_cli.formats.columns import Columns, round_uniformly
 from ditmoe_cli.formats.packing import base3_digits, pack_base3, row_chunk
 from ditmoe_cli.formats.scaling import group_errors, group_steps, grouped, inverse, over_rows, scale_groups, steps
 from ditmoe_cli.formats.scratch import scratch
@@ -30,6 +31,12 @@ class TernaryGrid(Grid):
         """Return values (out, n) rounded to the nearest that the grids of their `columns` (n,) hold, in fp32."""
         scale = self.scale.index_select(1, columns // self.group)
         return steps(values.float(), inverse(scale), -1.0, 1.0).mul_(scale)
+
+    def columns(self, columns: Tensor) -> Columns:
+        """Return the grids of `columns` (n,)."""
+        scale = self.scale.T.index_select(0, columns // self.group)
+        low, high = (scale.new_full((), limit).expand_as(scale) for limit in (-1.0, 1.0))
+        return Columns(round_uniformly, (inverse(scale), low, high, scale))
 
     def parts(self, weight: Tensor, info: TensorInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the tensors that store a weight (out, in), rounded to the nearest, by the part that each plays."""

@@ -36,11 +36,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens x (N, tokens, width) to (N, tokens, width), in the dtype of the products."""
+        return self.projected(self.mixed(x))
+
+    def projected(self, mixed: Tensor) -> Tensor:
+        """Return the output (N, tokens, width) of what `mixed` returns."""
+        out: Tensor = (self.out_proj if self.flash_layout else self.proj)(mixed)
+        return out
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """Return the heads' values of tokens x (N, tokens, width), mixed by attention, side by side."""
         n, tokens, width = x.shape
         packed = (self.Wqkv if self.flash_layout else self.qkv)(x.to(self.dtype or x.dtype))
         q, k, v = packed.reshape(n, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if self.flash_layout:
             q, k = (norm(part.to(norm.weight.dtype)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
-        out: Tensor = (self.out_proj if self.flash_layout else self.proj)(mixed)
-        return out
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)

@@ -77,9 +77,18 @@ class Block(nn.Module):
 
     def attend_modulated(self, x: Tensor, modulation: Tensor) -> Attended:
         """Return the state after attention on x (N, tokens, width) with its modulation (N, 6 · width)."""
-        shift_a, scale_a, gate, shift_m, scale_m, gamma = modulation.chunk(PARTS, dim=1)
-        x = gated_sum(x, gate, self.attn(modulated_norm(x, shift_a, scale_a, self.attn.dtype)))
-        return Attended(x, modulated_norm(x, shift_m, scale_m), gamma)
+        return self.attended(x, modulation, self.attn.mixed(self.attention_inputs(x, modulation)))
+
+    def attention_inputs(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Return what attention reads of x (N, tokens, width) with its modulation (N, 6 · width)."""
+        shift, scale, *_ = modulation.chunk(PARTS, dim=1)
+        return modulated_norm(x, shift, scale, self.attn.dtype)
+
+    def attended(self, x: Tensor, modulation: Tensor, mixed: Tensor) -> Attended:
+        """Return the state after attention, whose heads' values (N, tokens, width) are `mixed` (`Attention.mixed`)."""
+        _, _, gate, shift, scale, gamma = modulation.chunk(PARTS, dim=1)
+        x = gated_sum(x, gate, self.attn.projected(mixed))
+        return Attended(x, modulated_norm(x, shift, scale), gamma)
 
     def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
         """Map tokens x (N, tokens, width) under conditions c (N, width)."""

@@ -41,10 +41,11 @@ def test_a_system_by_hand() -> None:
 
 
 def test_a_matrix_by_hand() -> None:
-    """Three dampings of an (8, 16) matrix whose inputs are 100 tokens beside the pooled 4,096."""
-    found = matrix_rounding(8, 16, 100)
-    assert found.flops == 3 * (3 * 8 * 16**2) + 2 * 4196 * 16**2
-    assert found.double_flops == pytest.approx(3 * 16**3 / 3)
+    """An (8, 16) matrix whose inputs are 100 tokens, of 50 operations each, beside the pooled 4,096."""
+    found = matrix_rounding(8, 16, 100, 50)
+    columns, scales = 8 * 16**2 + 2 * 16**3 / 3, 1_700 * 8 * 16
+    assert found.flops == pytest.approx(4196 * (16**2 + 50) + columns + 6 * 8 * 16 * 12.5 + scales)
+    assert not found.double_flops, "fp32 throughout"
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 120))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.working_sizes import FEWEST_STATES, FEWEST_TOKENS, MOST_TOKENS
+from ditmoe_cli.compression.working_sizes import FEWEST_STATES, FEWEST_TOKENS, HELD_OUT, MOST_TOKENS
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sampling_times
 from ditmoe_cli.errors import BadInputError
@@ -20,7 +20,6 @@ from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
 PURPOSE = "refit"
-HELD_OUT = 8  # every eighth image
 
 
 @dataclass(frozen=True)

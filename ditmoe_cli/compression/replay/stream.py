@@ -5,7 +5,7 @@ One block's weights are in memory at a time, beside the tokens of all states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,15 @@ class Stream:
     def attended(self, block: Block) -> list[Attended]:
         """Return the states between a block's attention and its mixture, some images at a time."""
         return [block.attend(self.x[rows], self.c[rows]) for rows in _batches(self.x, "attending")]
+
+
+def joined(parts: Sequence[Attended]) -> Attended:
+    """Return the states of all parts."""
+    return Attended(
+        residual=torch.cat([part.residual for part in parts]),
+        inputs=torch.cat([part.inputs for part in parts]),
+        gamma=torch.cat([part.gamma for part in parts]),
+    )
 
 
 def _batches(states: Tensor, title: str) -> Iterator[slice]:
@@ -84,12 +93,7 @@ class CalibrationStream(Stream):
 
     def attend(self, block: Block) -> Attended:
         """Return all states between a block's attention and its mixture."""
-        parts = self.attended(block)
-        return Attended(
-            residual=torch.cat([part.residual for part in parts]),
-            inputs=torch.cat([part.inputs for part in parts]),
-            gamma=torch.cat([part.gamma for part in parts]),
-        )
+        return joined(self.attended(block))
 
     def tokens(self, attended: Attended) -> Tokens:
         """Return the input tokens of a block's mixture."""

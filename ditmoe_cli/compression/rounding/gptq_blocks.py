@@ -11,9 +11,9 @@ The original model's states run alongside, to measure the error of the rounded m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,24 @@ from torch import Tensor, nn
 from ditmoe_cli.compression.computed import Computing, as_stored
 from ditmoe_cli.compression.plan import Formats
 from ditmoe_cli.compression.replay.amplification import relative_error
-from ditmoe_cli.compression.replay.guided import in_branches
+from ditmoe_cli.compression.replay.guided import image_slices, in_branches
 from ditmoe_cli.compression.replay.neuron_order import planned_orders, reorder, unrounded
 from ditmoe_cli.compression.replay.rounded_layers import linear, rounded
 from ditmoe_cli.compression.replay.states import fitting_states
-from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
-from ditmoe_cli.compression.rounding.gptq import Hessian, best_rounding, hessian_of, shrunk
+from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens, joined
+from ditmoe_cli.compression.rounding.layers_together import Reading, round_layers
 from ditmoe_cli.compression.rounding.smooth import block_scales, smooth_inputs, smoothed_names
 from ditmoe_cli.compression.working_sizes import POOLED_TOKENS, TOKENS_PER_INPUT
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
-from ditmoe_cli.formats.registry import grid_of
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dit import Block
+from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
-from ditmoe_cli.progress import Phase, phase
+from ditmoe_cli.progress import Phase, each, phase
 from ditmoe_cli.routing.profile import require_profile_of
 
 
@@ -82,10 +82,10 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
             formats = {name: fmt for name, fmt in stage.formats.items() if split_name(name).block == index}
             with phase("rounding", len(formats), "matrices", share=0.9) as progress:
                 rounding = _BlockRounding(checkpoint, index, block, student, progress)
-                members |= rounding.before_mixture(formats)
-                of_mixture, selected_by_student = rounding.advanced(formats)
+                before, attended = rounding.before_mixture(formats)
+                of_mixture, selected_by_student = rounding.advanced(formats, attended)
             agreement = {"agreement": _agreement(selected, selected_by_student)}
-            kept.keep(index, members | of_mixture, agreement, {"original": original.x, "student": student.x})
+            kept.keep(index, members | before | of_mixture, agreement, {"original": original.x, "student": student.x})
         guided = in_branches(states, model)
         expected = guided.predicted(model, original.x, original.c)
         with rounded(outside):
@@ -132,83 +132,87 @@ class _BlockRounding:
         self.checkpoint, self.index, self.block, self.stream = checkpoint, index, block, stream
         self.progress = progress
 
-    def before_mixture(self, formats: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that store modulation and attention, in the order in which they are rounded."""
-        early = [name for name in formats if ".adaLN_modulation." in name]
-        # first layers first, since the second's inputs come from the rounded first layer
-        early += sorted((name for name in formats if ".attn." in name), key=lambda name: "qkv" not in name)
-        for name in early:
-            layer = linear(self.block, name.removeprefix(in_block(self.index, "")))
-            with _inputs_of(layer) as inputs:
-                if ".attn." in name:
-                    self.stream.attend(self.block)
-                else:
-                    self.block.adaLN_modulation(self.stream.c)
-            rows = torch.cat(inputs)
-            held, weights = self.stream.of_rows(len(rows))
-            own, held_out = (hessian_of(rows[side], weights[side]) for side in (~held, held))
-            yield from self._rounded(name, formats[name], layer, own, own, held_out)
+    def before_mixture(self, formats: Mapping[str, str]) -> tuple[dict[str, Tensor], Attended]:
+        """Round modulation and attention, in this order; return the tensors that store them, and the states after both.
 
-    def advanced(self, formats: Mapping[str, str]) -> tuple[dict[str, Tensor], Tensor]:
+        The second layer of attention is rounded on what the rounded first one gives; attention is computed once.
+        """
+        block, stream = self.block, self.stream
+        modulated = [name for name in formats if ".adaLN_modulation." in name]
+        members = self._on_rows(formats, modulated, block.adaLN_modulation[0](stream.c))
+        of_attention = [name for name in formats if ".attn." in name]
+        first = [name for name in of_attention if "qkv" in name]
+        batches = image_slices(len(stream.x))
+        modulation = block.adaLN_modulation(stream.c)
+        inputs = torch.cat([block.attention_inputs(stream.x[rows], modulation[rows]) for rows in batches])
+        members |= self._on_rows(formats, first, inputs)
+        mixed = torch.cat([block.attn.mixed(inputs[rows]) for rows in each(batches, "attending", "batches of states")])
+        del inputs
+        members |= self._on_rows(formats, [name for name in of_attention if name not in first], mixed)
+        parts = [block.attended(stream.x[rows], modulation[rows], mixed[rows]) for rows in batches]
+        return members, joined(parts)
+
+    def _on_rows(self, formats: Mapping[str, str], names: Sequence[str], inputs: Tensor) -> dict[str, Tensor]:
+        """Round the layer of a name, if there is one, on its inputs (..., in); return the tensors that store it."""
+        if not names:
+            return {}
+        rows = inputs.flatten(0, -2)
+        held, weights = self.stream.of_rows(len(rows))
+        layers = {name: linear(self.block, name.removeprefix(in_block(self.index, ""))) for name in names}
+        return dict(self._rounded([Reading(layers, formats, rows.__getitem__, weights * ~held, None, weights * held)]))
+
+    def advanced(self, formats: Mapping[str, str], attended: Attended) -> tuple[dict[str, Tensor], Tensor]:
         """Round the mixture, and let the stream pass the block.
 
         Returns the tensors that store the experts and the shared expert, and the router rows (T, k) that tokens select.
         """
-        attended = self.stream.attend(self.block)
-        members = dict(self._mixture(formats, self.stream.tokens(attended)))
+        members: dict[str, Tensor] = {}
+        tokens, prefix = self.stream.tokens(attended), in_block(self.index, "")
+        for readings in mixture_readings(self.block.moe, tokens, formats, prefix):
+            members |= self._rounded(readings)
         rows: Tensor = self.block.moe.gate(attended.inputs.flatten(0, 1)).rows
         self.stream.advance(attended, self.block.moe)
         return members, rows
 
-    def _mixture(self, formats: Mapping[str, str], tokens: Tokens) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that store the experts and the shared expert, rounded on their inputs."""
-        routing = self.block.moe.gate(tokens.inputs)
-        for e, expert in enumerate(self.block.moe.experts):
-            yield from self._expert(formats, f"moe.experts.{e}", expert, tokens, routing.gate_of(e))
-        every_token = torch.ones_like(tokens.weights)
-        yield from self._expert(formats, SHARED, self.block.moe.shared_experts, tokens, every_token)
-
-    def _expert(
-        self, formats: Mapping[str, str], stem: str, expert: nn.Module, tokens: Tokens, gates: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the members of an expert: gate and up on its inputs, down on the neurons of the rounded two."""
-        assert isinstance(expert, SwiGLU)
-        weights = tokens.weights * gates.square()
-        stride = len(gates) // POOLED_TOKENS | 1  # odd: an even one would take a few columns of 16 × 16 patches only
-        spaced = torch.arange(0, len(gates), stride, device=gates.device)
-        fitted = spaced[~tokens.held[spaced]]
-        for matrices, neurons in ((MATRICES[:2], False), (MATRICES[2:], True)):
-            names = {f"{in_block(self.index, stem)}.{m}.weight": getattr(expert, m) for m in matrices}
-            if not any(name in formats for name in names):
-                continue
-
-            def moment(rows: Tensor, scales: Tensor, neurons: bool = neurons) -> Hessian:
-                inputs = tokens.inputs[rows]
-                return hessian_of(expert.neurons(inputs) if neurons else inputs, scales[rows])
-
-            used = gates != 0
-            own, held = (moment((used & side).nonzero().squeeze(1), weights) for side in (~tokens.held, tokens.held))
-            pooled = moment(fitted, tokens.weights)
-            for name, layer in names.items():
-                if name in formats:
-                    yield from self._rounded(name, formats[name], layer, own, pooled, held)
-
-    def _rounded(
-        self, name: str, fmt: str, layer: nn.Linear, own: Hessian, pooled: Hessian, held: Hessian
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Round a layer in place; yield the tensors that store it."""
-        weight = layer.weight.float()
-        hessian = shrunk(own, pooled, weight.shape[1])
-        grid = grid_of(weight, fmt, hessian.diagonal(), name=name)
-        layer.weight.data = best_rounding(weight, hessian, grid.round, held, tokens=own.tokens).weight
-        info = self.checkpoint.weights[name].info
-        yield from ((n, t.cpu()) for n, t in grid.pack(layer.weight.data, info).items())
-        self.progress(1)
+    def _rounded(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Tensor]]:
+        """Round layers in place; yield the tensors that store them."""
+        for layer in round_layers(readings):
+            info = self.checkpoint.weights[layer.name].info
+            yield from ((name, tensor.cpu()) for name, tensor in layer.grid.pack(layer.rounded.weight, info).items())
+            self.progress(1)
 
 
-@contextmanager
-def _inputs_of(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """Yield a list that the layer's inputs (rows, in) are added to, call by call."""
-    inputs: list[Tensor] = []
-    with layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, -2))):
-        yield inputs
+def mixture_readings(
+    moe: SparseMoE, tokens: Tokens, formats: Mapping[str, str], prefix: str = ""
+) -> Iterator[list[Reading]]:
+    """Yield experts' gate and up that are to be rounded on `tokens`, then their down, on neurons of the rounded two.
+
+    `formats` are by the names of weights, which begin with `prefix`. An expert's tokens are those that chose it,
+    weighted by their squared routing weights.
+    """
+    routing = moe.gate(tokens.inputs)
+    stride = len(tokens.inputs) // POOLED_TOKENS | 1  # odd: an even one would take few columns of 16 × 16 patches only
+    pooled = torch.zeros_like(tokens.weights)
+    pooled[::stride] = (tokens.weights * ~tokens.held)[::stride]
+    every_token = torch.ones_like(tokens.weights)
+    experts: list[tuple[str, nn.Module, Callable[[], Tensor]]] = [
+        *((f"moe.experts.{e}", expert, partial(routing.gate_of, e)) for e, expert in enumerate(moe.experts)),
+        (SHARED, moe.shared_experts, lambda: every_token),
+    ]
+    for matrices in (MATRICES[:2], MATRICES[2:]):
+        readings = []
+        for stem, expert, gates in experts:
+            named = {f"{prefix}{stem}.{matrix}.weight": expert.get_submodule(matrix) for matrix in matrices}
+            layers = {name: layer for name, layer in named.items() if name in formats and isinstance(layer, nn.Linear)}
+            if layers:
+                assert isinstance(expert, SwiGLU)
+                weights = tokens.weights * gates().square()
+                inputs = _inputs(expert, tokens, neurons=matrices == MATRICES[2:])
+                fitted, held = weights * ~tokens.held, weights * tokens.held
+                readings.append(Reading(layers, formats, inputs, fitted, pooled, held))
+        yield readings
+
+
+def _inputs(expert: SwiGLU, tokens: Tokens, neurons: bool) -> Callable[[Tensor], Tensor]:
+    """Return what gives the inputs of an expert, or its neurons, for the indices of tokens."""
+    return lambda rows: expert.neurons(tokens.inputs[rows]) if neurons else tokens.inputs[rows]

@@ -227,7 +227,9 @@ def test_gptq_tells_the_error_of_the_file(smoothing: float, asked: Given, tmp_pa
 
 def test_errors_are_passed_on_across_pieces() -> None:
     """The columns of a second piece make up for what the first one lost."""
-    from ditmoe_cli.compression.rounding.gptq import gptq, output_error, plain
+    from by_rule import error_of, solved
+
+    from ditmoe_cli.compression.rounding.gptq import plain
     from ditmoe_cli.formats.registry import grid_of
 
     generator = torch.Generator().manual_seed(0)
@@ -235,13 +237,13 @@ def test_errors_are_passed_on_across_pieces() -> None:
     x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
     hessian = x.T @ x / len(x)
     grid = grid_of(weight, "columns:int2-g32*32+int4-g64*64")
-    together = gptq(weight, hessian, grid.round, 0.01, act_order=False)[0]
-    apart = plain(weight, grid.round)
+    together = solved(weight, hessian, grid, 0.01, act_order=False)
+    apart = plain(weight, grid)
     first, rest = slice(0, 32), slice(32, 96)
     for here, fmt in ((first, "int2-g32"), (rest, "int4-g64")):
         own = grid_of(weight[:, here], fmt)
-        apart[:, here] = gptq(weight[:, here], hessian[here, here], own.round, 0.01, act_order=False)[0]
-    assert output_error(together - weight, hessian) < 0.7 * output_error(apart - weight, hessian)
+        apart[:, here] = solved(weight[:, here], hessian[here, here], own, 0.01, act_order=False)
+    assert error_of(together - weight, hessian) < 0.7 * error_of(apart - weight, hessian)
     every = torch.arange(96)
     assert torch.equal(grid.round(together, every), together), "on its grids"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from ditmoe_cli.compression.precision.candidates import Candidates, candidate_fo
 from ditmoe_cli.compression.replay import states as states_of_fits
 from ditmoe_cli.compression.replay.states import States, calibration_states
 from ditmoe_cli.compression.rounding import gptq_blocks as encoding
-from ditmoe_cli.compression.rounding.gptq import Hessian, Rounded, best_rounding
+from ditmoe_cli.compression.rounding import layers_together
+from ditmoe_cli.compression.rounding.gptq import Readers, Rounded, best_rounding
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.writer import Output
@@ -327,13 +328,13 @@ def test_tokens_weigh_what_their_errors_do(
     matrix: str, small: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """γ², the branch's weight and the squared routing weight; few tokens are shrunk towards all of the block."""
-    given: list[tuple[Tensor, Hessian]] = []
+    given: list[Readers] = []
 
-    def watched(weight: Tensor, hessian: Tensor, grid: Any, held: Hessian, **more: Any) -> Rounded:
-        given.append((hessian, held))
-        return best_rounding(weight, hessian, grid, held, **more)
+    def watched(readers: Sequence[Readers]) -> list[tuple[Rounded, ...]]:
+        given.extend(readers)
+        return best_rounding(readers)
 
-    monkeypatch.setattr(encoding, "best_rounding", watched)
+    monkeypatch.setattr(layers_together, "best_rounding", watched)
     encoded(
         small, planned(small[0], {f"blocks.0.moe.experts.1.{matrix}.weight": "int4-g64"}), tmp_path / "o.safetensors"
     )
@@ -355,10 +356,14 @@ def test_tokens_weigh_what_their_errors_do(
             rows = torch.cat(parts)
             x, weights[name, side] = rows[:, :-1], rows[:, -1]
             moments[name, side] = (x * rows[:, -1:]).T @ x / rows[:, -1].sum()
-    ((hessian, held),) = given
-    torch.testing.assert_close(held.normalised().double(), moments["own", True], rtol=1e-3, atol=1e-4)
+    (readers,) = given
+    held, hessian = readers.held.T @ readers.held, readers.hessian
+    mean = moments["own", True] * weights["own", True].sum()
+    scale = float(held.trace() / mean.trace())  # of the weights, which are scaled to a mean of 1
+    torch.testing.assert_close(held.double(), mean * scale, rtol=1e-3, atol=1e-4 * float(held.diagonal().mean()))
     own = weights["own", False]
     tokens = float(own.sum() ** 2 / own.square().sum())
+    assert readers.tokens == pytest.approx(tokens, rel=1e-3)
     share = tokens / (tokens + len(hessian))
     expected = share * moments["own", False] + (1 - share) * moments["all", False]
     torch.testing.assert_close(hessian.double(), expected, rtol=1e-3, atol=1e-4)
