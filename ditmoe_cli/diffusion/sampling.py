@@ -162,27 +162,51 @@ def sample_batch(
     labels = torch.tensor(spec.labels(indices), device=model.device)
     times = evaluation_times(spec.solver, spec.steps)
     predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, watchers, times)
+    finite = _FinitePredictor(predict, spec, indices)
     with torch.inference_mode():
-        finite = watchers.through(_finite(predict, spec, indices))
-        return integrate(spec.solver, spec.steps, finite, stream.draw(shape), lambda _: stream.draw(shape))
+        asked = watchers.through(finite)
+        images = integrate(spec.solver, spec.steps, asked, stream.draw(shape), lambda _: stream.draw(shape))
+        finite.settle()
+        return images
 
 
-def _finite(predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> Predictor:
-    """Return a predictor that raises `BadInputError` for the first image whose prediction is not finite."""
-    evaluations = itertools.count(1)
+class _FinitePredictor:
+    """A predictor that raises `BadInputError` for the first image whose prediction is not finite.
 
-    def checked(x: Tensor, t: float) -> Tensor:
-        output, number = predict(x, t), next(evaluations)
-        if not bool(output.isfinite().all()):
-            first = int((~output.isfinite().flatten(1).all(dim=1)).nonzero()[0])
-            raise BadInputError(
-                f"sampling produced NaN or infinite values in image {indices[first]} (seed {spec.seed}) at evaluation "
-                f"{number} of {len(evaluation_times(spec.solver, spec.steps))}; is ⟨sampler⟩ {spec.family} right for "
-                "these weights?"
-            )
+    On a GPU a prediction is looked at when the next one has been asked for, so that the device need not wait for the
+    host; `settle` looks at the last one.
+    """
+
+    def __init__(self, predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> None:
+        self._predict, self._spec, self._indices = predict, spec, indices
+        self._evaluations = 0
+        self._unseen: tuple[Tensor, int] | None = None
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Return the prediction for x (N, C, S, S) at time t."""
+        output = self._predict(x, t)
+        self._evaluations += 1
+        finite = output.isfinite().flatten(1).all(dim=1)
+        self.settle()
+        self._unseen = finite, self._evaluations
+        if not output.is_cuda:
+            self.settle()
         return output
 
-    return checked
+    def settle(self) -> None:
+        """Look at the last prediction, where that is still to be done."""
+        if self._unseen is None:
+            return
+        (finite, number), self._unseen = self._unseen, None
+        if bool(finite.all()):
+            return
+        first = int((~finite).nonzero()[0])
+        spec = self._spec
+        raise BadInputError(
+            f"sampling produced NaN or infinite values in image {self._indices[first]} (seed {spec.seed}) at "
+            f"evaluation {number} of {len(evaluation_times(spec.solver, spec.steps))}; is ⟨sampler⟩ {spec.family} "
+            "right for these weights?"
+        )
 
 
 def visit_noised(
