@@ -1,0 +1,97 @@
+"""The benchmarks of speed: upstream's algorithm computes what upstream and ditmoe compute."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_oracle, make_pico, oracle_folders
+
+from ditmoe_cli.diffusion.forward_process import sampling_schedule
+from ditmoe_cli.diffusion.noise import image_noise
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.model.checkpoint import open_checkpoint
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
+TOLERANCE = 1e-5
+FOLDERS = oracle_folders()
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return how to import a benchmark."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    return importlib.import_module
+
+
+def distance(actual: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    wanted = torch.as_tensor(expected)
+    assert actual.shape == wanted.shape
+    return float((actual - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_upstreams_algorithm_gives_upstreams_numbers(benchmarks: Callable[[str], ModuleType], name: str) -> None:
+    upstream, oracle = benchmarks("upstream_algorithm"), load_oracle(FOLDERS[name])
+    checkpoint = open_checkpoint(oracle.checkpoint, num_heads=oracle.heads)
+    state = {name: checkpoint.reader.tensor(name) for name in checkpoint.weights}
+    model = upstream.upstream_model(checkpoint.config, state, oracle.about["config"]["pretraining_tp"])
+    given = {key: torch.from_numpy(oracle.expected[key]) for key in ("x", "t_ddpm", "t_rf", "y", "z", "y_cond")}
+    x, y, z, labels = given["x"], given["y"].long(), given["z"], given["y_cond"].long()
+    both = torch.cat((labels, torch.full_like(labels, checkpoint.config.num_classes)))
+    generator = torch.Generator().manual_seed(123)
+
+    def draw(shape: Any) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    computed = {
+        "out_ddpm": lambda: model(x, given["t_ddpm"], y),
+        "out_rf": lambda: model(x, given["t_rf"], y),
+        "cfg_out_t500_s4": lambda: model.forward_with_cfg(torch.cat((z, z)), torch.tensor([500] * len(both)), both, 4.0),
+        "rf_euler10_cfg2": lambda: upstream.sample_flow(model, z, labels, 2.0, 10),
+        "rf_euler10_nocfg": lambda: upstream.sample_flow(model, z, labels, None, 10),
+        "ddpm10_cfg1p5_seed123": lambda: upstream.sample_ddpm(
+            model, z, labels, 1.5, sampling_schedule("ddpm", 10), draw
+        ),
+    }
+    with torch.no_grad():
+        far = {key: distance(run(), oracle.expected[key]) for key, run in computed.items() if key in oracle.expected}
+    assert {"out_ddpm", "out_rf", "cfg_out_t500_s4"} <= far.keys()
+    assert max(far.values()) <= TOLERANCE, far
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("attention", ["timm", "flash"])
+@pytest.mark.parametrize("family", ["rf", "ddpm"])
+def test_both_sample_the_same_images(
+    benchmarks: Callable[[str], ModuleType], attention: str, family: str, parts: int
+) -> None:
+    upstream, pico = benchmarks("upstream_algorithm"), make_pico(attention=attention, sampler=family)
+    spec = SampleSpec(3, 4, 1.5, 0, "euler" if family == "rf" else "ddpm", (0, 1, 2))
+    model = upstream.upstream_model(pico.config, pico.state, parts)
+    stream = image_noise(0, range(3), torch.device("cpu"))
+    shape = (pico.config.in_channels, pico.config.input_size, pico.config.input_size)
+    z, labels = stream.draw(shape), torch.tensor(spec.labels(range(3)))
+
+    def draw(doubled: Any) -> torch.Tensor:
+        return torch.cat((stream.draw(shape), torch.zeros(doubled[0] - 3, *shape)))
+
+    theirs = (
+        upstream.sample_flow(model, z, labels, 1.5, 4)
+        if family == "rf"
+        else upstream.sample_ddpm(model, z, labels, 1.5, sampling_schedule("ddpm", 4), draw)
+    )
+    assert distance(sample_batch(pico.model(), spec, range(3)), theirs) <= TOLERANCE
+
+
+def test_upstreams_algorithm_refuses_what_its_code_cannot_hold(benchmarks: Callable[[str], ModuleType]) -> None:
+    narrowed = make_pico(widths=((64, 64, 32, 64), (64, 64, 64, 64)))
+    with pytest.raises(ValueError, match="one width"):
+        benchmarks("upstream_algorithm").upstream_model(narrowed.config, narrowed.state)
