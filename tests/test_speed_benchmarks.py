@@ -54,7 +54,9 @@ def test_upstreams_algorithm_gives_upstreams_numbers(benchmarks: Callable[[str],
     computed = {
         "out_ddpm": lambda: model(x, given["t_ddpm"], y),
         "out_rf": lambda: model(x, given["t_rf"], y),
-        "cfg_out_t500_s4": lambda: model.forward_with_cfg(torch.cat((z, z)), torch.tensor([500] * len(both)), both, 4.0),
+        "cfg_out_t500_s4": lambda: model.forward_with_cfg(
+            torch.cat((z, z)), torch.tensor([500] * len(both)), both, 4.0
+        ),
         "rf_euler10_cfg2": lambda: upstream.sample_flow(model, z, labels, 2.0, 10),
         "rf_euler10_nocfg": lambda: upstream.sample_flow(model, z, labels, None, 10),
         "ddpm10_cfg1p5_seed123": lambda: upstream.sample_ddpm(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_cli.formats.products import linear
 from ditmoe_cli.model.linear import Linear
 
 
@@ -30,8 +31,8 @@ class SwiGLU(nn.Module):
         """Return φ = SiLU(W_gate u) * W_up u, (..., inner), by one product where the matrices lie together."""
         both = paired(self)
         if both is not None and both.dtype == u.dtype:
-            return swiglu(F.linear(u, both))
-        phi: Tensor = F.silu(self.gate_proj(u)) * self.up_proj(u)
+            return swiglu(linear(u, both))
+        phi: Tensor = F.silu(self.gate_proj(u)).mul_(self.up_proj(u))
         return phi
 
     def forward(self, u: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class SwiGLU(nn.Module):
 def swiglu(both: Tensor) -> Tensor:
     """Return SiLU(g) * h for g and h side by side, (..., 2 H)."""
     gate, up = both.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ditmoe_cli.formats.products import linear
 
 
 class Linear(nn.Linear):
@@ -12,4 +13,4 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b in the dtype of x (..., in)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)

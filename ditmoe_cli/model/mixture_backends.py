@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditmoe_cli.formats.products import ROW_STEP, padded_rows
 from ditmoe_cli.model.experts import SwiGLU, stacked, swiglu
 
 NeuronWatcher = Callable[[int, Tensor, Tensor], None]
@@ -60,6 +61,17 @@ class Dispatch:
         """Return rows (T k, D) in the order of the dispatch as (T, k, D)."""
         return ordered[self.inverse].reshape(-1, self.top_k, ordered.shape[1])
 
+    def weighted_sum(self, ordered: Tensor, weights: Tensor) -> Tensor:
+        """Return Σ_k w_k f_k (T, D) of rows (T k, D) in the order of the dispatch, in the dtype of weights w (T, k)."""
+        if weights.is_cpu and weights.dtype == torch.float32 and not ordered.requires_grad:
+            places = self.inverse.view(-1, self.top_k)
+            return F.embedding_bag(places, ordered.float(), per_sample_weights=weights, mode="sum")
+        outputs = self.by_slot(ordered)
+        total = weights[:, :1] * outputs[:, 0]
+        for slot in range(1, self.top_k):
+            total = torch.addcmul(total, weights[:, slot : slot + 1], outputs[:, slot])
+        return total
+
     def ranges(self, constants: int) -> list[slice]:
         """Return the slots of each expert; waits for the device. The first `constants` slots are of constants."""
         ends = [constants, *self.ends.tolist()]
@@ -82,7 +94,10 @@ class MixtureBackend(Protocol):
 
 
 class LoopedExperts:
-    """Each expert runs once, on the tokens that selected it."""
+    """Each expert runs once, on the tokens that selected it.
+
+    Where rows are rounded up for faster products, the slots that follow are computed too, and left out.
+    """
 
     name = "loop"
     waits = True
@@ -96,14 +111,15 @@ class LoopedExperts:
         self, experts: list[SwiGLU], u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None
     ) -> Tensor:
         """Return each slot's f_e(u) in the order of the dispatch, without the first `constants` slots."""
-        parts = [u[:0]]
+        parts, tokens = [u[:0]], F.pad(dispatch.tokens, (0, ROW_STEP))
         for e, (expert, slots) in enumerate(zip(experts, dispatch.ranges(constants), strict=True)):
             if slots.start == slots.stop:
                 continue
-            phi = expert.neurons(u[dispatch.tokens[slots]])
+            rows = slots.stop - slots.start
+            phi = expert.neurons(u[tokens[slots.start : slots.start + padded_rows(rows, u)]])
             if watch is not None:
-                watch(e, dispatch.order[slots], phi)
-            parts.append(expert.down_proj(phi))
+                watch(e, dispatch.order[slots], phi[:rows])
+            parts.append(expert.down_proj(phi)[:rows])
         return torch.cat(parts)
 
 

@@ -110,14 +110,20 @@ class SparseMoE(nn.Module):
 
         ``watch(expert, slots, φ)`` is shown each expert's neurons; `slots` are indices into the flattened (T, k).
         """
-        u = u.to(self.dtype or u.dtype)
         dispatch = Dispatch.of(selected, len(self.experts))
+        return dispatch.by_slot(self._ordered_outputs(u, selected, dispatch, watch))
+
+    def _ordered_outputs(
+        self, u: Tensor, selected: Tensor, dispatch: Dispatch, watch: NeuronWatcher | None = None
+    ) -> Tensor:
+        """Return f_e(u) of all slots (T k, width), in the order of the dispatch."""
+        u = u.to(self.dtype or u.dtype)
         constants = int((selected < 0).sum()) if self.constants is not None else 0
         ordered: Tensor = self.experts(u, dispatch, constants, watch)
         if constants:
             chosen = -2 - selected.reshape(-1)[dispatch.order[:constants]]
             ordered = torch.cat((self._constant_outputs(u[dispatch.tokens[:constants]], chosen), ordered))
-        return dispatch.by_slot(ordered)
+        return ordered
 
     def _constant_outputs(self, u: Tensor, chosen: Tensor) -> Tensor:
         """Return v_j + A_j B_j u for tokens u (n, width) and the constants j (n,) that they selected."""
@@ -149,20 +155,13 @@ class SparseMoE(nn.Module):
         flat = u.reshape(-1, u.shape[-1])
         inputs = flat.to(self.dtype or u.dtype)
         routing: Routing = self.gate(flat)
-        outputs = self.expert_outputs(inputs, routing.experts, _watcher(observer, block, routing))
+        dispatch = Dispatch.of(routing.experts, len(self.experts))
+        ordered = self._ordered_outputs(inputs, routing.experts, dispatch, _watcher(observer, block, routing))
         if observer is not None:
-            observer(MoEEvent(block, flat, routing, outputs, gamma, residual))
-        mixed = weighted_sum(outputs, routing.weights)
+            observer(MoEEvent(block, flat, routing, dispatch.by_slot(ordered), gamma, residual))
+        mixed = dispatch.weighted_sum(ordered, routing.weights)
         rest = self.left_over(flat, routing.weights)
         if rest is not None:
             mixed = mixed + rest
         shared: Tensor = self.shared_experts(inputs)
         return (mixed + shared).reshape(u.shape)
-
-
-def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
-    """Return Σ_k w_k f_k (T, width) of outputs (T, k, width) and weights (T, k), in the dtype of the weights."""
-    total = weights[:, :1] * outputs[:, 0]
-    for slot in range(1, weights.shape[1]):
-        total = torch.addcmul(total, weights[:, slot : slot + 1], outputs[:, slot])
-    return total

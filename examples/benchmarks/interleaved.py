@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.experts import reserve
+from ditmoe_cli.model.loading import kept_in, put
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
@@ -94,23 +96,35 @@ def peak_rate(timer: Timer, dtype: torch.dtype, rounds: int = 5) -> float:
     return 2 * side**3 / min(timer.in_turn({"peak": run}, rounds, warm_ups=2)["peak"])
 
 
-def random_model(config: DiTMoEConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> DiTMoE:
-    """Return a model of random weights on the scale of trained ones."""
-    with torch.device(device):
+def empty_model(config: DiTMoEConfig, device: torch.device | str, dtype: torch.dtype) -> DiTMoE:
+    """Return a model without values that computes in a dtype, with its weights as the loader lays them out."""
+    with torch.device("meta"):
         model = DiTMoE(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02)
-    return model.to(dtype).eval().requires_grad_(False)
+    for block in model.blocks:
+        reserve(list(block.moe.experts), torch.device(device), dtype)
+        reserve([block.moe.shared_experts], torch.device(device), dtype)
+    model.compute_in(dtype)
+    return model.eval()
+
+
+def random_model(config: DiTMoEConfig, device: torch.device | str = "cpu") -> DiTMoE:
+    """Return a model in fp32 of random weights on the scale of trained ones."""
+    model = empty_model(config, device, torch.float32)
+    for name, parameter in list(model.named_parameters()):
+        value = parameter.data if not parameter.is_meta else torch.empty(parameter.shape, device=device)
+        nn.init.normal_(value, std=value[0].numel() ** -0.5 if value.dim() > 1 else 0.02)
+        put(model, name, value)
+    return model.requires_grad_(False)
 
 
 def in_dtype(model: DiTMoE, dtype: torch.dtype) -> DiTMoE:
-    """Return a model over the weights of another that computes in a dtype; the same one in fp32."""
+    """Return a model over the weights of another that computes in a dtype, as the loader makes it; in fp32 the same."""
     if dtype == torch.float32:
         return model
-    with torch.device("meta"):
-        made = DiTMoE(model.config)
-    made.load_state_dict({name: value.to(dtype) for name, value in model.state_dict().items()}, assign=True)
-    return made.eval().requires_grad_(False)
+    made = empty_model(model.config, model.device, dtype)
+    for name, value in model.state_dict().items():
+        put(made, name, value.to(kept_in(name, dtype)))
+    return made.requires_grad_(False)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

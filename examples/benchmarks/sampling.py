@@ -2,7 +2,7 @@
 
     python examples/benchmarks/sampling.py --model S --batch 1,8 --steps 4 --dtype fp32,bf16
     python examples/benchmarks/sampling.py --model XL --blocks 2 --batch 1 --steps 2 --family ddpm
-    python examples/benchmarks/sampling.py --model XL --batch 1,8,32 --steps 10 --dtype bf16 --device cuda --json xl.json
+    python examples/benchmarks/sampling.py --model XL --batch 1,8,32 --dtype bf16 --device cuda --json xl.json
 
 Ours is what ``ditmoe sample`` runs for a batch. Upstream computes in fp32, and in half precision under autocast with
 halved weights; its rectified flow evaluates the branches of guidance one after the other. Weights are random, on the
@@ -77,7 +77,7 @@ def upstream_run(model: UpstreamDiT, work: Work, dtype: torch.dtype, device: tor
         stream = image_noise(0, range(work.batch), device)
         z = stream.draw(shape)
 
-        def draw(doubled: Sequence[int]) -> Tensor:
+        def draw(_: Sequence[int]) -> Tensor:
             own = stream.draw(shape)
             return torch.cat((own, torch.zeros_like(own)))
 
@@ -109,7 +109,7 @@ def both(config: DiTMoEConfig, dtypes: Sequence[str], device: torch.device) -> M
     torch.manual_seed(0)
     whole = random_model(config, device)
     ours = {name: in_dtype(whole, DTYPES[name]) for name in dict.fromkeys(("fp32", *dtypes))}
-    upstream = {name: upstream_model(config, model.state_dict()) for name, model in ours.items()}
+    upstream = {name: upstream_model(config, ours[name].state_dict(), dtype=DTYPES[name]) for name in ours}
     return Models({name: ours[name] for name in dtypes}, upstream)
 
 

@@ -5,12 +5,12 @@ Names of tensors are upstream's, so both models load one state dict. What takes 
 - tokens are sorted by expert, counts go to the host, each expert takes a slice of the tokens, and outputs are scattered
   into a sum
 - the products of an expert are split in two (``parts``) for S and B, whole for XL and G, as its sample.py sets
-- rectified flow evaluates the branches of guidance one after the other; DDPM runs both in one batch, and draws noise for
-  both
+- rectified flow evaluates the branches of guidance one after the other; DDPM runs both in one batch, and draws noise
+  for both
 - frequencies of the time embedding are computed on the host and copied, at each call
 - in half precision, weights are halves under autocast, as its sample.py computes XL and G
 
-Its flash-attn is torch's ``scaled_dot_product_attention`` here, which has the same kernel on GPUs. Only inference is here.
+Its flash-attn is torch's ``scaled_dot_product_attention`` here, with the same kernel on GPUs. Training is left out.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class UpstreamAttention(nn.Module):
         q, k, v = self.Wqkv(x).view(n, tokens, 3, self.heads, self.head).unbind(2)
         q, k = (norm(each).to(v.dtype) for norm, each in ((self.q_norm, q), (self.k_norm, k)))
         mixed = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))
-        out = self.out_proj(mixed.transpose(1, 2).reshape(n, tokens, width))
-        return out
+        joined: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(n, tokens, width))
+        return joined
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -243,14 +243,16 @@ def parts_of(config: DiTMoEConfig) -> int:
     return 1 if config.attention == "flash" else 2
 
 
-def upstream_model(config: DiTMoEConfig, state: Mapping[str, Tensor], parts: int | None = None) -> UpstreamDiT:
-    """Return upstream's model over the tensors of a state dict, which it shares.
+def upstream_model(
+    config: DiTMoEConfig, state: Mapping[str, Tensor], parts: int | None = None, dtype: torch.dtype = torch.float32
+) -> UpstreamDiT:
+    """Return upstream's model with the tensors of a state dict in a dtype; those that have it are shared.
 
     Raises `ValueError` for a configuration that upstream's code cannot hold.
     """
     with torch.device("meta"):
         model = UpstreamDiT(config, parts_of(config) if parts is None else parts)
-    model.load_state_dict(dict(state), strict=True, assign=True)
+    model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, strict=True, assign=True)
     return model.eval()
 
 

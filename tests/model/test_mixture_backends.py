@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from test_experts import experts
 from torch import Tensor
 
+from ditmoe_cli.formats.products import ROW_STEP
+from ditmoe_cli.model import mixture_backends as module
 from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.model.mixture_backends import Dispatch, GroupedExperts, LoopedExperts, backend_for
 
@@ -60,3 +62,28 @@ def test_backends_agree(backend: LoopedExperts | GroupedExperts, constants: bool
 def test_a_cpu_takes_the_loop() -> None:
     made = experts(8, 8)
     assert backend_for(list(made), torch.randn(3, 16)).name == "loop"
+
+
+def test_rounded_up_rows_leave_outputs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, u = experts(8, 8, 8), torch.randn(21, 16)
+    selected = torch.stack([torch.randperm(3)[:2] for _ in range(21)])
+    dispatch = Dispatch.of(selected, 3)
+    plain = LoopedExperts().outputs(list(made), u, dispatch, 0, None)
+    monkeypatch.setattr(module, "padded_rows", lambda rows, _: rows + ROW_STEP)
+    seen: list[int] = []
+    padded = LoopedExperts().outputs(
+        list(made), u, dispatch, 0, lambda _, slots, phi: seen.append(len(phi) - len(slots))
+    )
+    torch.testing.assert_close(padded, plain)
+    assert seen == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weighted_sum_is_taken_over_slots(dtype: torch.dtype) -> None:
+    selected = torch.stack([torch.randperm(4)[:3] for _ in range(9)])
+    dispatch, weights = Dispatch.of(selected, 4), torch.rand(9, 3, dtype=dtype)
+    for ordered in (torch.randn(27, 5, dtype=dtype), torch.randn(27, 5, dtype=torch.bfloat16)):
+        found = dispatch.weighted_sum(ordered, weights)
+        expected = (weights.unsqueeze(2) * dispatch.by_slot(ordered)).sum(dim=1)
+        torch.testing.assert_close(found, expected)
+        assert found.dtype == dtype
