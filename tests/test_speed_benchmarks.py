@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +98,52 @@ def test_upstreams_algorithm_refuses_what_its_code_cannot_hold(benchmarks: Calla
     narrowed = make_pico(widths=((64, 64, 32, 64), (64, 64, 64, 64)))
     with pytest.raises(ValueError, match="one width"):
         benchmarks("upstream_algorithm").upstream_model(narrowed.config, narrowed.state)
+
+
+@pytest.fixture
+def tiny(benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return how to import a benchmark whose model S has two narrow blocks, XL as well but of the other attention."""
+    synthetic = benchmarks("synthetic_checkpoint")
+    for name, flash in (("S", False), ("XL", True)):
+        monkeypatch.setitem(synthetic.MODELS, name, synthetic.Shape(64, 2, 4, 4, flash, "fp32"))
+    monkeypatch.setattr(benchmarks("interleaved"), "PEAK_SIDES", {"cpu": 16, "cuda": 16})
+    return benchmarks
+
+
+def rows_of(printed: str, columns: int) -> list[list[str]]:
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert {len(row) for row in cells} == {columns}
+    return cells[2:]
+
+
+@pytest.mark.parametrize("model", ["S", "XL"])
+def test_the_mixture_benchmark_prints_a_row_per_size_and_dtype(
+    tiny: Callable[[str], ModuleType], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, file = tiny("moe_layer"), tmp_path / "figures.json"
+    script.main(["--model", model, "--tokens", "8,24", "--rounds", "2", "--clock", "processor", "--json", str(file)])
+    rows = rows_of(capsys.readouterr().out, len(script.COLUMNS))
+    assert [row[1:3] for row in rows] == [["8", "fp32"], ["8", "bf16"], ["24", "fp32"], ["24", "bf16"]]
+    for row in json.loads(file.read_text())["rows"]:
+        assert len(row["ours"]) == len(row["upstream"]) == 2
+        assert row["difference"] < (1e-5 if row["dtype"] == "fp32" else 0.05)
+
+
+@pytest.mark.parametrize("family", ["rf", "ddpm"])
+@pytest.mark.parametrize("model", ["S", "XL"])
+def test_the_sampling_benchmark_prints_a_row_per_batch_and_dtype(
+    tiny: Callable[[str], ModuleType],
+    model: str,
+    family: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, file = tiny("sampling"), tmp_path / "figures.json"
+    size = ["--model", model, "--blocks", "1", "--batch", "1,2", "--steps", "2", "--rounds", "2"]
+    script.main([*size, "--family", family, "--json", str(file)])
+    rows = rows_of(capsys.readouterr().out, len(script.COLUMNS))
+    assert [row[1:3] for row in rows] == [["1", "fp32"], ["1", "bf16"], ["2", "fp32"], ["2", "bf16"]]
+    for row in json.loads(file.read_text())["rows"]:
+        assert row["difference"] < (1e-4 if row["dtype"] == "fp32" else 0.1)
+        assert row["speed-up"]["low"] <= row["speed-up"]["median"] <= row["speed-up"]["high"]

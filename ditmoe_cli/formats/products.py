@@ -1,9 +1,9 @@
 """Products of activations and weights, by the library that computes them fastest.
 
 torch leaves fp32 on a CPU to MKL, which has no AVX-512 kernels for processors that are not Intel's, and gives half
-precision to oneDNN by a way that prepares more for each new number of rows. `linear` calls oneDNN's linear layer itself.
-oneDNN compiles a kernel for each shape and keeps the last thousand, so where numbers of rows differ from call to call,
-as of tokens that select an expert, rows are best rounded up by `padded_rows`.
+precision to oneDNN by a way that prepares more for each new number of rows. `linear` calls oneDNN's linear layer
+itself. oneDNN compiles a kernel for each shape and keeps the last thousand, so where numbers of rows differ from call
+to call, as of tokens that select an expert, rows are best rounded up by `padded_rows`.
 """
 
 from __future__ import annotations
