@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from ditmoe_cli.compression.block_layout import block_layouts
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
 from ditmoe_cli.compression.working_sizes import (
+    DOUBLE_FEATURES,
     EXPERT_TOKENS,
     FEWEST_STATES,
     FEWEST_TOKENS,
     HELD_OUT,
-    LARGEST_SYSTEM,
+    KEPT_FEATURES,
     MEASURED_TOKENS,
     MOST_TOKENS,
     POOLED_TOKENS,
@@ -24,6 +25,8 @@ from ditmoe_cli.compression.working_sizes import (
     SWEEPS,
     TOKENS_PER_INPUT,
     TOKENS_PER_UNKNOWN,
+    TRIAL_OUTPUTS,
+    most_unknowns,
     systems,
 )
 from ditmoe_cli.files.names import MATRICES, split_name
@@ -48,7 +51,7 @@ from ditmoe_cli.model.effort import (
 from ditmoe_cli.routing.calibration_settings import SHARED_BATCH, SHARED_TOKENS, Calibration
 
 _COLLECTING = 1.1  # of evaluating without
-_STRENGTHS = 6  # that a ridge regression tries, about
+_STRENGTHS = 5  # that a ridge regression tries, about
 _STEPS_A_COLUMN = 10  # small operations of GPTQ
 _OPERATIONS_OF_SCALES = 1_700  # of each number, in the search for scales
 _OPERATIONS_OF_ROUNDING = 40  # of each number, to the nearest
@@ -85,40 +88,60 @@ def fitted_tokens(unknowns: int, tokens_per_unknown: int, asked: int = 0) -> int
 def system_effort(sizes: Sequence[int], rows: Sequence[float], width: int) -> Effort:
     """Return the effort of one system of terms with `sizes` f_i and numbers of rows n_i, of D outputs.
 
-    The normal equations take Σ_i 2 n_i f_i (Σ_{j≥i} f_j + D), the features 4 n_i f_i D and their change 2 n_i f_i D;
-    each strength a factorisation F³/3 and two products 2 F² D in double precision, F = Σ f_i.
+    The Gram takes Σ_i n_i f_i (f_i + 2 Σ_{j>i} n_j f_j / T), with T rows in all, and 4 n_i f_i (D + d) go to products
+    with D outputs and d of the trial; each strength takes a factorisation F³/3 and two products 2 F² d, F = Σ f_i, and
+    the solution on all rows another factorisation and 2 F² D. Systems of up to `DOUBLE_FEATURES` are solved in double
+    precision.
     """
-    after = [sum(sizes[i:]) for i in range(len(sizes))]
-    flops = sum(2 * n * f * (rest + width) + 10 * n * f * width for n, f, rest in zip(rows, sizes, after, strict=True))
+    trial, total_rows = min(width, TRIAL_OUTPUTS), max(rows, default=0.0)
+    flops = 0.0
+    for i, (n, f) in enumerate(zip(rows, sizes, strict=True)):
+        others = sum(m / max(total_rows, 1.0) * g for m, g in zip(rows[i + 1 :], sizes[i + 1 :], strict=True))
+        flops += n * f * (f + 2 * others + 4 * (width + trial))
     whole = sum(sizes)
-    return Effort(flops=flops, double_flops=(_STRENGTHS + 1) * (whole**3 / 3 + 4 * whole**2 * width), steps=200)
+    solving = (_STRENGTHS + 1) * whole**3 / 3 + whole**2 * (4 * _STRENGTHS * trial + 2 * width)
+    if whole <= DOUBLE_FEATURES:
+        return Effort(flops=flops, double_flops=solving, steps=200)
+    return Effort(flops=flops + solving, steps=200)
 
 
 def refitting_estimate(config: DiTMoEConfig, kept: Sequence[BlockConfig], branches: int, repair: Repair) -> Estimate:
     """Return what refitting takes that leaves blocks of the shapes `kept`.
 
-    All tokens pass each block's attention once and its mixtures three times; then each system is solved, twice where
-    there are several.
+    All tokens pass each block's attention once and its mixtures twice; then each system is solved. Where there are
+    several, each is solved a second time with the factors of the first, which takes products with its features alone.
     """
     width = config.hidden_size
     unknowns = max(sum(block.expert_widths) + block.shared_width + width for block in kept)
     tokens = _whole_states(config, fitted_tokens(unknowns, TOKENS_PER_UNKNOWN, repair.tokens)) * branches
     images = tokens / config.num_patches
-    efforts, largest = [], 0
+    efforts, largest, features, factors = [], 0, 0.0, 0.0
     for old, block in zip(config.blocks, kept, strict=True):
         chosen = tokens * config.top_k / max(old.router_rows, 1)
         terms = [(size, chosen) for size in block.expert_widths]
         terms += [(block.shared_width, tokens)] if repair.shared else []
         terms += [(width, tokens)] if block.residual_linear else []
         sizes, rows = [size for size, _ in terms], [count for _, count in terms]
-        groups = [] if repair.scale else systems(sizes, LARGEST_SYSTEM)
-        streams = images * (attention_flops(config) + 3 * config.num_patches * mixture_flops(config, old))
+        groups = [] if repair.scale else systems(sizes, most_unknowns(sizes))
+        streams = images * (attention_flops(config) + 2 * config.num_patches * mixture_flops(config, old))
         efforts.append(Effort(flops=streams, steps=4 * block_steps(old) * (1 + images / 64)))
         for group in groups:
-            efforts.append(system_effort(sizes[group], rows[group], width) * (SWEEPS if len(groups) > 1 else 1))
+            efforts.append(system_effort(sizes[group], rows[group], width))
             largest = max(largest, sum(sizes[group]))
+        held = [4 * n * f for n, f in zip(rows, sizes, strict=True)]
+        features = max(features, min(sum(held), KEPT_FEATURES))
+        if len(groups) > 1:
+            wide = width + min(width, TRIAL_OUTPUTS)
+            again = sum(4 * n * f * wide for n, f in zip(rows, sizes, strict=True))
+            efforts.append(Effort(flops=(SWEEPS - 1) * again))
+            factors = max(factors, sum(4 * sum(sizes[group]) ** 2 for group in groups))
+        if sum(held) > KEPT_FEATURES:  # those of the others are computed for each of their uses
+            uses = 2 * (SWEEPS if len(groups) > 1 else 1)
+            anew = (1 - KEPT_FEATURES / sum(held)) * (uses - 1)
+            efforts.append(Effort(flops=anew * sum(4 * n * f * width for n, f in zip(rows, sizes, strict=True))))
     weights = max(block_weights(config, block) for block in config.blocks)
-    memory = BASELINE_BYTES + 8 * weights + 4 * tokens * width * 7 + 8 * largest * (5 * largest + 3 * width)
+    memory = BASELINE_BYTES + 8 * weights + 4 * tokens * width * 7 + features + factors
+    memory += (8 if largest <= DOUBLE_FEATURES else 4) * largest * (4 * largest + 4 * width)
     return Estimate(f"refitting {_blocks(config.depth)}", total([*efforts, loading(config)]), memory)
 
 

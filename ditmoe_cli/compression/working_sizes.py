@@ -17,8 +17,12 @@ EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert
 
 # refitting
 TOKENS_PER_UNKNOWN = 32
-LARGEST_SYSTEM = 6144  # unknowns of an output that are solved at once
+LARGEST_WHOLE = 8192  # unknowns of an output that are solved at once, where these are all
+LARGEST_SYSTEM = 6144  # unknowns of an output that are solved at once, where there are more
 SWEEPS = 2  # over systems that are solved one after the other
+DOUBLE_FEATURES = 3072  # unknowns of an output up to which a system is summed and solved in float64
+TRIAL_OUTPUTS = 128  # directions of the output on which strengths are tried
+KEPT_FEATURES = 1_000_000_000  # bytes of neurons that are kept from one use to the next
 
 # GPTQ
 TOKENS_PER_INPUT = 8
@@ -40,3 +44,8 @@ def systems(sizes: Sequence[int], largest: int) -> list[slice]:
             groups.append(slice(start, stop))
             start = stop
     return groups
+
+
+def most_unknowns(sizes: Sequence[int]) -> int:
+    """Return the most unknowns of a system, for terms of these sizes."""
+    return LARGEST_WHOLE if sum(sizes) <= LARGEST_WHOLE else LARGEST_SYSTEM

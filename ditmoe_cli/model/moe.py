@@ -122,10 +122,10 @@ class SparseMoE(nn.Module):
         ordered: Tensor = self.experts(u, dispatch, constants, watch)
         if constants:
             chosen = -2 - selected.reshape(-1)[dispatch.order[:constants]]
-            ordered = torch.cat((self._constant_outputs(u[dispatch.tokens[:constants]], chosen), ordered))
+            ordered = torch.cat((self.constant_outputs(u[dispatch.tokens[:constants]], chosen), ordered))
         return ordered
 
-    def _constant_outputs(self, u: Tensor, chosen: Tensor) -> Tensor:
+    def constant_outputs(self, u: Tensor, chosen: Tensor) -> Tensor:
         """Return v_j + A_j B_j u for tokens u (n, width) and the constants j (n,) that they selected."""
         assert self.constants is not None
         outputs = self.constants[chosen].to(u.dtype)

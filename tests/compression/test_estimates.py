@@ -34,10 +34,16 @@ SMALL = make_pico(hidden=32, depth=2, experts=4, input_size=4)
 
 
 def test_a_system_by_hand() -> None:
-    """Terms of 10 and 20 features on 100 and 400 rows, 5 outputs; seven strengths with the last."""
+    """Terms of 10 and 20 features on 100 and 400 rows of 400, 5 outputs; six factorisations with the last."""
     found = system_effort([10, 20], [100, 400], 5)
-    assert found.flops == (2 * 100 * 10 * 35 + 10 * 100 * 10 * 5) + (2 * 400 * 20 * 25 + 10 * 400 * 20 * 5)
-    assert found.double_flops == pytest.approx(7 * (30**3 / 3 + 4 * 30**2 * 5))
+    assert found.flops == 100 * 10 * (10 + 2 * 20 + 4 * 10) + 400 * 20 * (20 + 4 * 10)
+    assert found.double_flops == pytest.approx(6 * 30**3 / 3 + 30**2 * (4 * 5 * 5 + 2 * 5))
+
+
+def test_large_systems_are_solved_in_single_precision() -> None:
+    small, large = (system_effort([size], [100], 5) for size in (3072, 3073))
+    assert small.double_flops > 0 and large.double_flops == 0
+    assert large.flops > small.flops + small.double_flops / 2
 
 
 def test_a_matrix_by_hand() -> None:

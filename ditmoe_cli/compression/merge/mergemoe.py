@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.algebra.means import mean_expert, normalised, require_equal_widths
 from ditmoe_cli.compression.algebra.neurons import activations, output
-from ditmoe_cli.compression.algebra.ridge import Normal
+from ditmoe_cli.compression.algebra.ridge import Normal, Rows
 from ditmoe_cli.compression.merge.grouping import Array, most_selected, nearest_centres, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
 from ditmoe_cli.errors import BadInputError
@@ -58,8 +58,12 @@ def merge(experts: Sequence[ExpertWeights], shares: Sequence[float], tokens: Mer
         u = tokens.inputs[rows]
         phi = activations(mean, u)
         missing = _mean_output(experts, normalised(shares), u) - phi @ mean.down.T
-        sums.add([phi], missing, importance[rows])
-    return replace(mean, down=mean.down + sums.solve(RIDGE).T.float())
+        root = importance[rows].sqrt().unsqueeze(1)
+        sums.add([Rows(phi * root)], missing * root)
+    change = sums.solve(RIDGE)
+    if change is None:
+        raise BadInputError("mergemoe: the system of an expert's neurons cannot be solved; profile with more tokens")
+    return replace(mean, down=mean.down + change.T.float())
 
 
 def _mean_output(experts: Sequence[ExpertWeights], weights: Sequence[float], u: Tensor) -> Tensor:

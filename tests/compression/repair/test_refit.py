@@ -13,6 +13,7 @@ from replaying import WIDTH, mixture, plain, reduced
 from torch import Tensor
 from torch.testing import assert_close
 
+from ditmoe_cli.compression.algebra import ridge
 from ditmoe_cli.compression.repair import refit as refitting
 from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.replay.stream import Tokens
@@ -198,7 +199,7 @@ def test_the_error_that_is_told_is_of_tokens_that_were_not_fitted() -> None:
 def grouped(largest: int, change: Callable[[], SparseMoE], moe: SparseMoE, tokens: Tokens) -> tuple[int, float, float]:
     """The number of systems solved, the error told and the held-out error, of systems of at most `largest`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refitting, "LARGEST_SYSTEM", largest)
+        patch.setattr(refitting, "most_unknowns", lambda _: largest)
         changed = change()
         found = refit(moe, changed, tokens, shared=True)
     return len(found.strengths), found.error, error(moe, changed, tokens)
@@ -225,14 +226,14 @@ def test_groups_solve_what_one_system_does_where_terms_do_not_meet() -> None:
     for expert in changed.experts:
         expert.down_proj.weight.zero_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refitting, "LARGEST_SYSTEM", 1)
+        patch.setattr(refitting, "most_unknowns", lambda _: 1)
         refit(moe, changed, tokens, shared=False)
     assert error(moe, changed, tokens) < 1e-8
 
 
 @pytest.mark.parametrize("largest", [6144, 1])
 def test_an_expert_that_no_token_selects_stays_as_it_is(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refitting, "LARGEST_SYSTEM", largest)
+    monkeypatch.setattr(refitting, "most_unknowns", lambda _: largest)
     moe, tokens = plain(), some_tokens()
     tokens.inputs[:, 0] = 3.0
     for m in (changed := disturbed(moe, 1), moe):
@@ -268,3 +269,30 @@ def test_tokens_count_by_their_weight() -> None:
         refit(moe, changed, Tokens(tokens.inputs, weights, tokens.held), shared=True)
         errors.append(error(moe, changed, Tokens(tokens.inputs, torch.ones(len(weights)), heavy)))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("largest", [10**9, 20, 1])
+def test_directions_of_the_output_choose_for_all_of_it(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a trial on half of the directions are fitted to all: nearly as good as a trial on all."""
+    monkeypatch.setattr(refitting, "most_unknowns", lambda _: largest)
+    moe, tokens, keep, errors = plain(), some_tokens(), (0, 2, 4), []
+    before = error(moe, ghosted(moe, keep), tokens)
+    for directions in (WIDTH, WIDTH // 2):
+        monkeypatch.setattr(refitting, "TRIAL_OUTPUTS", directions)
+        changed = ghosted(moe, keep)
+        found = refit(moe, changed, tokens, shared=True)
+        assert found.error < 1
+        errors.append(error(moe, changed, tokens))
+    assert errors[1] < 1.1 * errors[0] < before
+
+
+@pytest.mark.parametrize("largest", [10**9, 20, 1])
+def test_float32_fits_as_float64_does(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refitting, "most_unknowns", lambda _: largest)
+    moe, tokens, keep, errors = plain(), some_tokens(), (0, 2, 4), []
+    for bound in (3072, 0):
+        monkeypatch.setattr(ridge, "DOUBLE_FEATURES", bound)
+        changed = ghosted(moe, keep)
+        assert refit(moe, changed, tokens, shared=True).error < 1
+        errors.append(error(moe, changed, tokens))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
