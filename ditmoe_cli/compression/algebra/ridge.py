@@ -133,7 +133,9 @@ class Normal:
         wide = solution.double()
         parts = [
             cross.double() - gram.double() @ wide - ridge * own
-            for cross, gram, own in zip(*(t.split(_COLUMNS) for t in (self.cross, self.whole, wide)), strict=True)
+            for cross, gram, own in zip(
+                *(torch.split(t, _COLUMNS) for t in (self.cross, self.whole, wide)), strict=True
+            )
         ]
         return torch.cat(parts).to(solution.dtype)
 
@@ -244,10 +246,12 @@ class Factors:
     def solve_first(self, cross: Tensor) -> Tensor:
         """Return A⁻¹ C for C (F, D)."""
         half = torch.linalg.solve_triangular(self.packed, cross, upper=False)
-        return torch.linalg.solve_triangular(self.packed.mT, half, upper=True)
+        whole: Tensor = torch.linalg.solve_triangular(self.packed.mT, half, upper=True)
+        return whole
 
     def solve_second(self, cross: Tensor) -> Tensor:
         """Return B⁻¹ C for C (F, D)."""
         half = torch.linalg.solve_triangular(self.packed.mT, cross, upper=False, unitriangular=True)
         half /= self.scale.square()[:, None]
-        return torch.linalg.solve_triangular(self.packed, half, upper=True, unitriangular=True)
+        whole: Tensor = torch.linalg.solve_triangular(self.packed, half, upper=True, unitriangular=True)
+        return whole

@@ -109,7 +109,7 @@ def _neurons(expert: SwiGLU, keys: Tensor, part: SwiGLU, wanted: Tensor) -> Tens
     neurons = order[places]
     (gate, up, down), mine = _weights(expert), _weights(part)
     same = torch.equal(gate[neurons], mine[0]) and torch.equal(up[neurons], mine[1])
-    distinct = len(neurons.unique()) == len(neurons)
+    distinct = len(torch.unique(neurons)) == len(neurons)
     return neurons if distinct and same and torch.equal(down[:, neurons], mine[2]) else None
 
 
@@ -118,7 +118,7 @@ def _add_output(missing: Tensor, weights: _Weights, gates: Tensor, tokens: FitTo
     gate, up, down = weights
     if not len(gate):
         return
-    for places in (gates > 0).nonzero().flatten().split(_TOKENS):
+    for places in torch.split((gates > 0).nonzero().flatten(), _TOKENS):
         u = tokens.inputs(places)
         neurons = F.silu(F.linear(u, gate)) * F.linear(u, up)
         missing[places] += F.linear(neurons, down) * (gates * tokens.root)[places, None]
@@ -131,7 +131,7 @@ def _add_common(missing: Tensor, changed: Routed, term: Term, index: int, gates:
     alone = torch.where(own > 0, 0.0, gates)
     _add_output(missing, _weights(expert), alone, tokens)
     change = (gates[term.places] - own[term.places]) / own[term.places]
-    for some in change.nonzero().flatten().split(_TOKENS):
+    for some in torch.split(change.nonzero().flatten(), _TOKENS):
         missing[term.places[some]] += change[some, None] * F.linear(term.values(some), expert.down_proj.weight)
 
 

@@ -19,7 +19,7 @@ from ditmoe_cli.compression.replay.outputs import output_of
 from ditmoe_cli.compression.replay.stream import Tokens
 from ditmoe_cli.model.config import BlockConfig
 from ditmoe_cli.model.experts import SwiGLU
-from ditmoe_cli.model.moe import SparseMoE
+from ditmoe_cli.model.moe import RoutedExperts, SparseMoE
 
 FIVE = BlockConfig(5, tuple(6 + e % 3 for e in range(5)), 12)
 
@@ -42,7 +42,7 @@ def narrow(expert: nn.Module, neurons: list[int]) -> SwiGLU:
 def narrowed(moe: SparseMoE) -> SparseMoE:
     """Every expert with some of its neurons, the shared one too, in another order."""
     changed = copy.deepcopy(moe)
-    changed.experts = nn.ModuleList(narrow(expert, [4, 1, 2][: 2 + e % 2]) for e, expert in enumerate(moe.experts))
+    changed.experts = RoutedExperts(narrow(expert, [4, 1, 2][: 2 + e % 2]) for e, expert in enumerate(moe.experts))
     changed.shared_experts = narrow(moe.shared_experts, [11, 3, 0, 7])
     return changed
 
@@ -51,7 +51,7 @@ def merged(moe: SparseMoE) -> SparseMoE:
     """Rows share two experts, of which one is an original one, and the other has another down projection."""
     result = mixture(BlockConfig(5, (6, 7), 12, mapped=True), selects=(0, 1, 0, 1, 0))
     result.gate.weight.copy_(moe.gate.weight)
-    result.experts = nn.ModuleList(copy.deepcopy(moe.experts[e]) for e in (0, 1))
+    result.experts = RoutedExperts(copy.deepcopy(moe.experts[e]) for e in (0, 1))
     result.experts[1].down_proj.weight.mul_(2)
     return result
 
@@ -61,7 +61,7 @@ def with_constants(moe: SparseMoE) -> SparseMoE:
         BlockConfig(5, (6, 7), 12, mapped=True, constants=1, residual_constant=True), selects=(0, 1, -2, -2, 0)
     )
     result.gate.weight.copy_(moe.gate.weight)
-    result.experts = nn.ModuleList(copy.deepcopy(moe.experts[e]) for e in (0, 1))
+    result.experts = RoutedExperts(copy.deepcopy(moe.experts[e]) for e in (0, 1))
     return result
 
 
