@@ -12,8 +12,13 @@ FEWEST_STATES = 16
 HELD_OUT = 8  # every eighth image
 FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # bounds of the default number of tokens to fit on
 MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
-SENT_TOKENS = 4_096  # tokens of each stream that carries an error to the prediction
-EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert
+REPLAYED_TOKENS = 8_192  # those of them that formats of mixtures are replayed on
+SENT_TOKENS, FEWEST_SENT = 4_096, 8  # tokens that pass attention and modulation for each format, and a mix's trial
+SENT_POSITIONS = 64  # tokens of an image at which errors of its modulation are measured
+CARRYING_TOKENS, FEWEST_CARRYING = 2_048, 4  # tokens of each stream that carries an error to the prediction
+ANCHORS = 4  # blocks from which such streams start, for each kind of weight
+EXPERT_DRAWS = 256  # guided tokens that are drawn for each expert
+EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert, where evenly spaced ones are taken
 
 # refitting
 TOKENS_PER_UNKNOWN = 32

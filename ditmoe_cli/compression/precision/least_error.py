@@ -25,7 +25,7 @@ def choose(request: MixRequest, calibrated: Calibrated) -> SolvedMix:
     rounded = {name: tuple(fmt for fmt in formats if fmt) for name, formats in request.formats.items()}
     sensitivities = measured_sensitivities(calibrated, rounded)
     first = solve_mix(request, sensitivities.errors, least)
-    first_trial = try_formats(calibrated, first.formats)
+    first_trial = try_formats(calibrated, first.formats, amplifies=True)
     second = solve_mix(request, sensitivities.at(first_trial.amplification).errors, least)
     second_trial = try_formats(calibrated, second.formats)
     failures = tuple(dict.fromkeys((*first.failures, *second.failures)))

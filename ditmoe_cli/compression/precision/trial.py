@@ -9,7 +9,7 @@ import torch
 
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.replay.amplification import Amplification, ErrorStreams, relative_error
-from ditmoe_cli.compression.replay.guided import measured_states
+from ditmoe_cli.compression.replay.guided import replayed_states, sent_rows
 from ditmoe_cli.compression.replay.kept_measures import kept_blocks
 from ditmoe_cli.compression.replay.neuron_order import Orders, reorder
 from ditmoe_cli.compression.replay.rounded_layers import layers_of, rounded
@@ -27,16 +27,19 @@ class Trial:
     """The measured errors of a mix.
 
     Attributes:
-        error: relative squared error of the guided prediction, on `measured_states`.
-        amplification: amplification of each block and kind of weight, at errors of this mix's size.
+        error: relative squared error of the guided prediction, on `sent_rows` of `replayed_states`.
+        amplification: amplification of each block and kind of weight, at errors of this mix's size; empty where it was
+            not asked for.
     """
 
     error: float
     amplification: Amplification
 
 
-def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders] = ()) -> Trial:
-    """Return the errors of rounding every weight to its format.
+def try_formats(
+    calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders] = (), *, amplifies: bool = False
+) -> Trial:
+    """Return the error of rounding every weight to its format and, where `amplifies`, the mix's amplifications.
 
     With `orders`, one mapping per block, the neurons of experts are put in order first; such a trial is not kept.
     Others are taken from what is kept, and an interrupted one goes on behind its last kept block. Raises
@@ -44,25 +47,31 @@ def try_formats(calibrated: Calibrated, formats: Mapping[str, str], orders: Sequ
     """
     kept = calibrated.kept
     if kept is None or orders:
-        return _tried(calibrated, formats, orders, None)
+        return _tried(calibrated, formats, orders, amplifies, None)
     name = digest(dict(formats))
     before = kept.part("trials").get(name)
-    if before is not None:
+    if before is not None and (before["amplification"] or not amplifies):
         return Trial(before["error"], tuple(before["amplification"]))
-    with kept.working({"trial": name}) as work:
-        trial = _tried(calibrated, formats, orders, work)
+    with kept.working({"trial": name, "amplifies": amplifies}) as work:
+        trial = _tried(calibrated, formats, orders, amplifies, work)
         kept.add("trials", {name: {"error": trial.error, "amplification": list(trial.amplification)}})
     return trial
 
 
 def _tried(
-    calibrated: Calibrated, formats: Mapping[str, str], orders: Sequence[Orders], work: WorkFolder | None
+    calibrated: Calibrated,
+    formats: Mapping[str, str],
+    orders: Sequence[Orders],
+    amplifies: bool,
+    work: WorkFolder | None,
 ) -> Trial:
     """Return the errors of rounding every weight to its format; the streams behind each block are kept in `work`."""
     checkpoint = calibrated.checkpoint
     model = OffloadedDiTMoE(checkpoint, torch.device(calibrated.device), dtype=calibrated.dtype)
     with torch.inference_mode():
-        streams = ErrorStreams(model, measured_states(calibrated, model))
+        states = replayed_states(calibrated, model)
+        streams = ErrorStreams(model, states.at(sent_rows(states, model)), formats if amplifies else ())
+        streams.embed(formats)
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
         with rounded(outside):
             changed = embedded(model, streams.states)
@@ -74,7 +83,7 @@ def _tried(
             if orders:
                 reorder(block, index, orders[index])
             within_block = {name.removeprefix(in_block(index, "")): fmt for name, fmt in own_formats.items()}
-            streams.pass_through(index, block, within_block, streams.original.through(block))
+            streams.pass_through(index, block, streams.original.attended(block), within_block if amplifies else {})
             with rounded(layers_of(block, index, own_formats)):
                 changed.x = changed.through(block)
             if work is not None and pace.is_due:
@@ -84,7 +93,7 @@ def _tried(
         expected = streams.predicted(streams.original)
         with rounded(outside):
             prediction = streams.predicted(changed)
-        return Trial(relative_error(prediction, expected), streams.amplification())
+        return Trial(relative_error(prediction, expected), streams.amplification() if amplifies else ())
 
 
 def _take_up(work: WorkFolder | None, streams: ErrorStreams, changed: Stream, total: int) -> int:
