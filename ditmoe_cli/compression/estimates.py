@@ -11,21 +11,26 @@ from collections.abc import Mapping, Sequence
 from ditmoe_cli.compression.block_layout import block_layouts
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
 from ditmoe_cli.compression.working_sizes import (
+    ANCHORS,
     DOUBLE_FEATURES,
-    EXPERT_TOKENS,
+    EXPERT_DRAWS,
+    FEWEST_CARRYING,
+    FEWEST_SENT,
     FEWEST_STATES,
     FEWEST_TOKENS,
     HELD_OUT,
     KEPT_FEATURES,
-    MEASURED_TOKENS,
     MOST_TOKENS,
     POOLED_TOKENS,
+    REPLAYED_TOKENS,
     ROUNDED_BYTES,
+    SENT_POSITIONS,
     SENT_TOKENS,
     SWEEPS,
     TOKENS_PER_INPUT,
     TOKENS_PER_UNKNOWN,
     TRIAL_OUTPUTS,
+    carrying_tokens,
     most_unknowns,
     systems,
 )
@@ -54,9 +59,10 @@ _COLLECTING = 1.1  # of evaluating without
 _STRENGTHS = 5  # that a ridge regression tries, about
 _STEPS_A_COLUMN = 10  # small operations of GPTQ
 _OPERATIONS_OF_SCALES = 1_700  # of each number, in the search for scales
-_OPERATIONS_OF_ROUNDING = 40  # of each number, to the nearest
+_OPERATIONS_OF_A_DRAW = 20 / 6  # for each number of an expert's matrix and token drawn
 _KINDS = 3  # mixture, attention, modulation
 _TRIALS = 2
+_AMPLIFYING = 2  # walks in which errors pass the rest of the model: the measurement, and the first trial
 
 
 def profiling_estimate(config: DiTMoEConfig, settings: Calibration) -> Estimate:
@@ -165,30 +171,38 @@ def replaying_estimate(config: DiTMoEConfig, tokens: float, branches: int) -> Es
 def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branches: int) -> Estimate:
     """Return what measuring errors takes, `formats` being how many are tried of each weight, with two trials.
 
-    Of an expert's matrix up to `EXPERT_TOKENS` tokens are computed anew for each format. Formats of all other weights
-    send `SENT_TOKENS` through their block; those of the embedders through all blocks; and so does the error of each
-    block and kind of weight through all later ones, in the measurement and in each trial.
+    `REPLAYED_TOKENS` pass all blocks once, and `SENT_TOKENS` twice in each trial. Of an expert's matrix `EXPERT_DRAWS`
+    tokens are computed anew for each format, with about 3.3 products. Formats of attention send `SENT_TOKENS` through
+    the attention, and those of modulation a quarter of them through the mixture too. Errors of `ANCHORS` blocks and of
+    each kind of weight pass the rest of the model, in the measurement and in the first trial, and so does that of the
+    time embedding.
     """
     width = config.hidden_size
-    images = _whole_states(config, MEASURED_TOKENS // branches) * branches / config.num_patches
-    sent = max(SENT_TOKENS // (config.num_patches * branches), FEWEST_STATES) * branches
-    embedders = sum(count for name, count in formats.items() if name.startswith("t_embedder."))
+    patches = config.num_patches
+    images = max(REPLAYED_TOKENS // (patches * branches), FEWEST_STATES) * branches
+    sent = max(SENT_TOKENS // (patches * branches), FEWEST_SENT) * branches
+    carrying = max(carrying_tokens(patches) // (patches * branches), FEWEST_CARRYING) * branches
+    starts = [round(i * (config.depth - 1) / (ANCHORS - 1)) for i in range(ANCHORS)]
     efforts = []
     for index, block in enumerate(config.blocks):
         own = {name: count for name, count in formats.items() if split_name(name).block == index}
         dense = sum(count for name, count in own.items() if ".moe." not in name)
         wide = sum(block.expert_widths) / max(len(block.expert_widths), 1)
         mixed = sum(own.values()) - dense
-        replayed = min(images * config.num_patches * config.top_k / max(block.router_rows, 1), EXPERT_TOKENS * branches)
-        streams = _KINDS * (index + 1)
-        rounds = dense + embedders + streams + 2 + _TRIALS * (streams + 3)
-        efforts.append(Effort(flops=(rounds * sent + 2 * images) * block_flops(config, block)))
-        efforts.append(Effort(flops=mixed * width * wide * (4 * replayed + _OPERATIONS_OF_ROUNDING)))
+        modulated = sum(count for name, count in own.items() if ".adaLN_modulation." in name)
+        draws = min(images * patches / branches, EXPERT_DRAWS) * branches
+        streams = 1 + _KINDS * len({start for start in starts if start <= index})
+        passes = images + _AMPLIFYING * streams * carrying + 2 * _TRIALS * sent
+        anew = dense * attention_flops(config)
+        anew += modulated * min(patches, SENT_POSITIONS) * mixture_flops(config, block)
+        efforts.append(Effort(flops=passes * block_flops(config, block) + sent * anew))
+        efforts.append(Effort(flops=mixed * width * wide * (_OPERATIONS_OF_A_DRAW * draws + _OPERATIONS_OF_SCALES)))
+        efforts.append(Effort(flops=_TRIALS * block_weights(config, block) * _OPERATIONS_OF_SCALES))
+        rounds = 1 + dense + _AMPLIFYING * streams + 2 * _TRIALS
         efforts.append(Effort(steps=rounds * block_steps(block) + 50 * mixed))
     weights = max(block_weights(config, block) for block in config.blocks)
-    streams = _KINDS * config.depth + embedders + 2
-    tokens = images * config.num_patches
-    memory = BASELINE_BYTES + 8 * weights + 4 * width * config.num_patches * sent * streams + 4 * tokens * width * 7
+    streams = 1 + _KINDS * min(ANCHORS, config.depth)
+    memory = BASELINE_BYTES + 8 * weights + 4 * width * patches * (carrying * streams + 9 * images)
     what = f"measuring the errors of formats in {_blocks(config.depth)}"
     return Estimate(what, total([*efforts, loading(config) * (1 + _TRIALS)]), memory)
 

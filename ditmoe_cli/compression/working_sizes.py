@@ -15,7 +15,7 @@ MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
 REPLAYED_TOKENS = 8_192  # those of them that formats of mixtures are replayed on
 SENT_TOKENS, FEWEST_SENT = 4_096, 8  # tokens that pass attention and modulation for each format, and a mix's trial
 SENT_POSITIONS = 64  # tokens of an image at which errors of its modulation are measured
-CARRYING_TOKENS, FEWEST_CARRYING = 2_048, 4  # tokens of each stream that carries an error to the prediction
+FEWEST_CARRYING = 4  # states of each stream that carries an error to the prediction
 ANCHORS = 4  # blocks from which such streams start, for each kind of weight
 EXPERT_DRAWS = 256  # guided tokens that are drawn for each expert
 EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert, where evenly spaced ones are taken
@@ -36,6 +36,11 @@ DAMPINGS = (0.01, 0.1, 1.0)  # that are tried
 TRIED_ROWS = 128  # of a matrix, at least, that tell whether more damping is better
 ROUNDED_BYTES = 512 << 20  # of memory for matrices of one shape that are rounded together on a CPU
 ROUNDED_BYTES_ON_DEVICES = 4 << 30  # the same on a GPU, whose kernels take as long for one matrix as for some
+
+
+def carrying_tokens(patches: int) -> int:
+    """Return the tokens of a stream that carries an error: half of those sent where an image of 256 or more is dear."""
+    return SENT_TOKENS // 2 if patches >= 256 else SENT_TOKENS
 
 
 def systems(sizes: Sequence[int], largest: int) -> list[slice]:

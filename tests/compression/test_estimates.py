@@ -109,14 +109,16 @@ def test_refitting_grows_with_depth_tokens_and_branches() -> None:
     )
 
 
-def test_measuring_grows_with_formats_and_with_the_square_of_depth() -> None:
+def test_measuring_grows_with_formats_and_with_depth() -> None:
     def effort(depth: int, count: int) -> float:
         pico = make_pico(hidden=32, depth=depth, experts=4, input_size=4)
         formats = {name: count for name in pico.state if name.endswith("proj.weight") and name.startswith("blocks.")}
         return measuring_estimate(pico.config, formats, 1).effort.flops
 
     assert effort(2, 1) < effort(2, 2)
-    assert effort(8, 1) > 2.5 * effort(4, 1) > 5 * effort(2, 1)
+    assert effort(16, 1) == pytest.approx(2 * effort(8, 1), rel=0.1), (
+        "streams start at four blocks, however many there are"
+    )
 
 
 def test_a_plan_takes_what_its_stages_take(tmp_path: Path) -> None:

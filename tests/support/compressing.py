@@ -197,5 +197,6 @@ def calibrated(checkpoint: Checkpoint, profile: RoutingProfile) -> Calibrated:
 
 def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """As many for the streams that carry errors as for what is replayed, so that both see the same."""
-    for module, name in ((guided, "MEASURED"), (guided, "REPLAYED"), (guided, "SENT"), (amplification, "CARRYING")):
-        monkeypatch.setattr(module, f"{name}_TOKENS", tokens)
+    for name in ("MEASURED", "REPLAYED", "SENT"):
+        monkeypatch.setattr(guided, f"{name}_TOKENS", tokens)
+    monkeypatch.setattr(amplification, "carrying_tokens", lambda _: tokens)

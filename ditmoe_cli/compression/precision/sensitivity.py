@@ -174,11 +174,11 @@ class _Measurement:
         found = []
         states = self.streams.carrying
         names = [name for name in self.formats if place_of(name) == (0, "embedding")]
-        original = embedded(self.model, states).c if names else None
+        original = embedded(self.model, states)
         for name in names:
             for fmt in self.formats[name]:
                 with rounded({self.model.linear(name): fmt}):
-                    difference = embedded(self.model, states).c - original
+                    difference = embedded(self.model, states).c - original.c
                 found.append(LocalError(name, fmt, states.energy(difference.unsqueeze(1))))
         self._add(found, "")
         self.streams.embed(dict.fromkeys(names, REFERENCE))

@@ -27,7 +27,7 @@ from ditmoe_cli.compression.replay.local_errors import Place, kind_of, place_of,
 from ditmoe_cli.compression.replay.rounded_layers import linear, rounded
 from ditmoe_cli.compression.replay.stream import Stream, embedded
 from ditmoe_cli.compression.replay.tokens import ratio
-from ditmoe_cli.compression.working_sizes import ANCHORS, CARRYING_TOKENS, FEWEST_CARRYING
+from ditmoe_cli.compression.working_sizes import ANCHORS, FEWEST_CARRYING, carrying_tokens
 from ditmoe_cli.model.dit import Attended, Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.progress import each
@@ -65,7 +65,8 @@ class ErrorStreams:
     def __init__(self, model: OffloadedDiTMoE, states: GuidedStates, rounded_weights: Iterable[str] = ()) -> None:
         self.model, self.states = model, states
         self.original = embedded(model, states)
-        self._rows = states.spread(CARRYING_TOKENS, model.config.num_patches, FEWEST_CARRYING)
+        patches = model.config.num_patches
+        self._rows = states.spread(carrying_tokens(patches), patches, FEWEST_CARRYING)
         self.carrying = states.at(self._rows)
         self._blocks: dict[str, set[int]] = {}
         for place in filter(None, map(place_of, rounded_weights)):
