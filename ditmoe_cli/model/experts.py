@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.formats.products import linear
+from ditmoe_cli.model import fused_kernels
 from ditmoe_cli.model.linear import Linear
 
 
@@ -43,6 +44,8 @@ class SwiGLU(nn.Module):
 
 def swiglu(both: Tensor) -> Tensor:
     """Return SiLU(g) * h for g and h side by side, (..., 2 H)."""
+    if fused_kernels.usable(both):
+        return fused_kernels.swiglu(both)
     gate, up = both.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

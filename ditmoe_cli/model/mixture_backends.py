@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditmoe_cli.formats.products import ROW_STEP, padded_rows
+from ditmoe_cli.model import fused_kernels
 from ditmoe_cli.model.experts import SwiGLU, stacked, swiglu
 
 NeuronWatcher = Callable[[int, Tensor, Tensor], None]
@@ -63,6 +64,8 @@ class Dispatch:
 
     def weighted_sum(self, ordered: Tensor, weights: Tensor) -> Tensor:
         """Return Σ_k w_k f_k (T, D) of rows (T k, D) in the order of the dispatch, in the dtype of weights w (T, k)."""
+        if weights.dtype == torch.float32 and fused_kernels.usable(ordered, weights):
+            return fused_kernels.weighted_sum(ordered, self.inverse, weights)
         if weights.is_cpu and weights.dtype == torch.float32 and not ordered.requires_grad:
             places = self.inverse.view(-1, self.top_k)
             return F.embedding_bag(places, ordered.float(), per_sample_weights=weights, mode="sum")
