@@ -16,6 +16,8 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ditmoe_cli.control_groups import control_groups, text_of
+
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # any of them says how threads wait
 _BRIEFLY = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}  # rounds of GNU's runtime, milliseconds of Intel's
 _OPENMP, _MKL, _OPENBLAS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
@@ -78,7 +80,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     is 2 threads, since with more of them all are stopped for a part of each period.
     """
     cores = _cores(root / "sys/devices/system/cpu")
-    quotas = [quota for folder in _control_groups(root) if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in control_groups(root, "cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([cores, *map(int, quotas)]))
 
 
@@ -87,49 +89,14 @@ def _cores(topology: Path) -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
-    return len({_text(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus})
-
-
-def _control_groups(root: Path) -> Iterator[Path]:
-    """Yield the folders of the process's control groups that may limit CPUs, and of all groups around them.
-
-    Reads /proc/self/cgroup ("0::/pod/one", in version 1 "4:cpu,cpuacct:/pod/one") and /proc/self/mountinfo. In a
-    container the path may be that of the host, which lies above what is mounted.
-    """
-    groups = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines()]
-    for mount, point, kind, controllers in _mounts(root):
-        for _, names, path in (group for group in groups if len(group) == 3):
-            unified = kind == "cgroup2" and not names
-            if unified or (kind == "cgroup" and "cpu" in names.split(",") and "cpu" in controllers):
-                base = root / point.lstrip("/")
-                inside = Path(path).relative_to(mount) if Path(path).is_relative_to(mount) else Path()
-                folder = base / inside if ".." not in inside.parts else base
-                yield folder
-                yield from (above for above in folder.parents if above.is_relative_to(base))
-
-
-def _mounts(root: Path) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Yield root, mount point, type and controllers of each mounted hierarchy of control groups."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, ends = left.split(), right.split()
-        if len(fields) > 4 and len(ends) > 2 and ends[0] in ("cgroup", "cgroup2"):
-            yield fields[3], fields[4], ends[0], ends[2].split(",")
+    return len({text_of(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus})
 
 
 def _quota(folder: Path) -> float | None:
     """Return the cores that a control group may use at a time, None for no limit."""
-    limit, *period = _text(folder / "cpu.max").split() or [_text(folder / "cpu.cfs_quota_us").strip()]
+    limit, *period = text_of(folder / "cpu.max").split() or [text_of(folder / "cpu.cfs_quota_us").strip()]
     try:
-        quota, length = int(limit), int(period[0] if period else _text(folder / "cpu.cfs_period_us"))
+        quota, length = int(limit), int(period[0] if period else text_of(folder / "cpu.cfs_period_us"))
     except ValueError:
         return None  # "max", or no such file
     return quota / length if quota > 0 and length > 0 else None
-
-
-def _text(file: Path) -> str:
-    """Return the text of a file of the system, nothing where there is none."""
-    try:
-        return file.read_text(errors="replace")
-    except OSError:
-        return ""

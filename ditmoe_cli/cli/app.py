@@ -133,10 +133,13 @@ class LazyCommand(SectionedCommand):
 
 
 def load_command(name: str) -> Any:
-    """Return the command that `run` in the module of its name is, such as ``profile-experts`` in `profile_experts`."""
+    """Return the command that `run` in the module of its name is, such as ``profile-experts`` in `profile_experts`.
+
+    `MACHINE` of the module is a group of options that takes the place of `Threads`, such as `Models`.
+    """
     module = import_module(f"ditmoe_cli.cli.commands.{name.replace('-', '_')}")
     program = typer.Typer(add_completion=False, rich_markup_mode=None)
-    program.command(name, cls=SectionedCommand)(spliced(module.run, Threads))
+    program.command(name, cls=SectionedCommand)(spliced(module.run, getattr(module, "MACHINE", Threads)))
     command = typer.main.get_command(program)
     assert isinstance(command, SectionedCommand)
     command.examples = module.EXAMPLES

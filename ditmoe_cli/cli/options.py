@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 import typer
 
 from ditmoe_cli.cli.groups import at_least, ending, one_of, refuse_idle
+from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.stage import Stage, default_output, incoming
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
 from ditmoe_cli.errors import UsageError, first_line
 from ditmoe_cli.files.hub_names import HUB_PREFIX, PUBLISHED
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
+from ditmoe_cli.formats.unpacking_budget import set_default_budget
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.model.dtypes import AUTO, DTYPES, Dtype, chosen_dtype, parse_dtype
@@ -51,6 +53,41 @@ def parse_size(text: str) -> Size:
     if size < 1:
         raise ValueError("give a size such as 5GB, 500MB or 2.5GiB")
     return Size(text, size)
+
+
+def unpacked_bytes(text: str) -> int | None:
+    """Return the bytes of ``0`` or of a size such as ``2GiB``, None for ``auto``. Raises `ValueError`."""
+    word = text.strip().lower()
+    if word == "auto":
+        return None
+    if word == "0":
+        return 0
+    try:
+        return parse_size(text).bytes
+    except ValueError:
+        raise ValueError("give auto, 0, or a size such as 2GiB") from None
+
+
+@dataclass(frozen=True)
+class Models(Threads):
+    """How models of a command use the machine: in place of `Threads` in commands that run models."""
+
+    weights_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--weights-memory",
+            metavar="SIZE",
+            parser=unpacked_bytes,
+            help="Memory in which a model keeps quantised weights unpacked from step to step, beside the packed ones: "
+            "auto, which is half of what is free, 0 or a size such as 2GiB. Results do not depend on it. "
+            "[default: auto]",
+        ),
+    ] = None
+
+    def apply(self) -> None:
+        """Use as many threads, and have models that are loaded from now on keep as much."""
+        super().apply()
+        set_default_budget(self.weights_memory)
 
 
 def complete_device(incomplete: str) -> list[str]:

@@ -44,6 +44,7 @@ from ditmoe_cli.evaluation.step_parts import (
     step_parts,
     stopwatch,
 )
+from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, unpacked_weights
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
@@ -133,7 +134,8 @@ class Speed:
 class Bench:
     """A checkpoint's footprint, its memory, its speed, and the seconds of each timed pass by the number of threads.
 
-    `threads` is the number that the seconds hold for; `difference` is None in fp32.
+    `threads` is the number that the seconds hold for; `difference` is None in fp32. `kept` are the bytes of unpacked
+    weights that steps left in memory for the next, beside what is needed.
     """
 
     load: Load
@@ -144,6 +146,7 @@ class Bench:
     threads: int
     speed: Speed
     difference: Difference | None = None
+    kept: int = 0
 
     @property
     def seconds(self) -> tuple[float, ...]:
@@ -182,6 +185,7 @@ class Bench:
                 "growth": growth,
                 "beyond": None if growth is None else growth - footprint.least,
                 "needed": self.needed,
+                "kept": self.kept,
             },
             "seconds": least,
             "median_seconds": statistics.median(self.seconds),
@@ -285,6 +289,7 @@ class _Loaded:
     step: Callable[[], Tensor]
     footprint: Footprint
     memory: Memory
+    unpacked: UnpackedWeights
 
 
 def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, progress: Phase) -> list[Bench]:
@@ -314,17 +319,22 @@ def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, p
                     threads=threads,
                     speed=Speed(evaluation_flops(each.model.config, load.rows, slots), peak, parts),
                     difference=None if reference is None else difference((output, chosen), reference),
+                    kept=each.unpacked.kept_bytes,
                 )
             )
     return results
 
 
 def _load(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Phase) -> _Loaded:
-    """Load a checkpoint and measure memory in `WARM_UPS` passes, which are not timed since measuring slows them."""
+    """Load a checkpoint and measure memory in `WARM_UPS` passes, which are not timed since measuring slows them.
+
+    They keep no unpacked weights, so that memory is what running needs at the least.
+    """
     empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
     let_go()
     before = private_bytes(device)
-    model = build_model(checkpoint, device, torch_dtype_of(load.dtype))
+    unpacked = unpacked_weights()
+    model = build_model(checkpoint, device, torch_dtype_of(load.dtype), unpacked)
     loaded = private_bytes(device)
     step = denoising_step(model, load)
 
@@ -333,8 +343,9 @@ def _load(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Ph
             step()
             progress(1)
 
-    peak = peak_during(device, warm_up)
-    return _Loaded(model, step, footprint(checkpoint, model, empty), Memory(before, loaded, peak))
+    with unpacked.paused():
+        peak = peak_during(device, warm_up)
+    return _Loaded(model, step, footprint(checkpoint, model, empty), Memory(before, loaded, peak), unpacked)
 
 
 def _timed_rounds(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.files.names import SHARED, split_name
-from ditmoe_cli.files.streaming import available_memory
+from ditmoe_cli.free_memory import free_memory
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 KINDS = ("packed", "scales", "plain")
@@ -165,7 +165,7 @@ def private_bytes(device: torch.device) -> int | None:
 
 def available_bytes(device: torch.device) -> float:
     """Return the memory that is free or can be freed, of the machine or of a GPU; infinite where it is unknown."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def let_go() -> None:

@@ -7,14 +7,12 @@ tensors is named however many threads there are.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TypeVar
@@ -22,6 +20,7 @@ from typing import TypeVar
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import UNFLUSHED
+from ditmoe_cli.free_memory import free_memory
 from ditmoe_cli.threads import one_thread_each, usable_threads
 
 Result = TypeVar("Result")
@@ -157,7 +156,7 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
     next command could read them there, they would be gone anyway. Raises the `OSError` of a write that failed late, as
     the function does from then on.
     """
-    forgets = hasattr(os, "posix_fadvise") and size > available_memory() / 2
+    forgets = hasattr(os, "posix_fadvise") and size > free_memory() / 2
     waiting, counting = 0, Lock()
     wanted: SimpleQueue[bool] = SimpleQueue()
     failed: list[OSError] = []
@@ -191,12 +190,3 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
         _to_the_end(thread.join)
     if failed:
         raise failed[0]
-
-
-def available_memory() -> float:
-    """Return the bytes of memory that are free or can be freed, infinite where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
-    except (OSError, StopIteration, IndexError, ValueError):
-        return math.inf

@@ -130,8 +130,7 @@ class NumberFormat(StoredFormat):
 
     def dequantize(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Tensor:
         """Return the weight `info` (out, in) in fp32; `members` are its stored tensors by name."""
-        packed = self.load(info, members)
-        return packed.unpack(packed.tensors)
+        return self.load(info, members).matrix()
 
     def unpack(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Tensor:
         """Return the weight `info` (out, in) in its logical dtype; `members` are its stored tensors by name."""
@@ -148,10 +147,26 @@ class NumberFormat(StoredFormat):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A packed weight in memory: its tensors, and the function that computes the matrix (out, in) in fp32 of them."""
+    """A packed weight in memory.
+
+    Attributes:
+        tensors: what it is stored in, by the part that each plays.
+        shape: out, in.
+        unpack: writes the matrix of such tensors into another one (out, in) of any floating dtype, rounded as ``to``
+            rounds fp32 values.
+    """
 
     tensors: Mapping[str, Tensor]
-    unpack: Callable[[Mapping[str, Tensor]], Tensor]
+    shape: tuple[int, ...]
+    unpack: Callable[[Mapping[str, Tensor], Tensor], None]
+
+    def matrix(self) -> Tensor:
+        """Return the matrix (out, in) in fp32."""
+        import torch
+
+        matrix = torch.empty(self.shape, device=next(iter(self.tensors.values())).device)
+        self.unpack(self.tensors, matrix)
+        return matrix
 
 
 @dataclass(frozen=True)

@@ -152,25 +152,26 @@ class FourBit(NumberFormat):
 
     def load(self, info: TensorInfo, members: Mapping[str, Tensor]) -> PackedWeight:
         """Return what stays of a weight in memory: codes, absmax, and the pairs of values that bytes stand for."""
-        from ditmoe_cli.formats.bitsandbytes_arithmetic import code_pairs, unpack_four_bit_weight
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import code_pairs, is_usual, unpack_four_bit_weight
 
         state_name = self._state_name(info)
         state = parse_quant_state(bytes(members[state_name].tolist()), state_name)
         kept = ("absmax", "nested_absmax", "nested_quant_map") if self.double else ("absmax",)
+        codes = members[f"{info.name}.quant_map"]
         tensors = {
             "packed": members[info.name],
             **{part: members[f"{info.name}.{part}"] for part in kept},
-            "pairs": code_pairs(members[f"{info.name}.quant_map"]),
+            "pairs": code_pairs(codes),
         }
         unpack = partial(
             unpack_four_bit_weight,
             kind=self.kind,
-            shape=info.shape,
+            usual=is_usual(codes, self.kind),
             block=state.block,
             nested_block=state.nested_block,
             offset=state.offset,
         )
-        return PackedWeight(tensors, unpack)
+        return PackedWeight(tensors, info.shape, unpack)
 
 
 def _refuse_stateless(name: str, tensors: Mapping[str, TensorInfo]) -> None:
@@ -284,4 +285,4 @@ class Int8(NumberFormat):
 
         kept = ("packed", "scale")
         names = self.members(info)
-        return PackedWeight({part: members[names[part].name] for part in kept}, unpack_int8)
+        return PackedWeight({part: members[names[part].name] for part in kept}, info.shape, unpack_int8)

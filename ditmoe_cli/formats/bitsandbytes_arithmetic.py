@@ -1,7 +1,6 @@
 """Rounding, packing and unpacking as bitsandbytes does, in its arithmetic: NF4, FP4 and int8.
 
-bitsandbytes itself is not needed. On the CPU it must not unpack: its kernels are wrong for some shapes, and its modules
-alter their state on the first forward pass (docs/design.md).
+bitsandbytes itself is not needed; its kernels unpack where they are right and faster (`bitsandbytes_kernel`).
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from ditmoe_cli.formats.scaling import (
     row_chunks,
 )
 from ditmoe_cli.formats.scratch import scratch
+from ditmoe_cli.formats.unpacking import fill_rows
 
 NF4_CODES = (
     -1.0,
@@ -277,31 +277,57 @@ def code_pairs(codes: Tensor) -> Tensor:
     return torch.cartesian_prod(codes, codes).view(torch.int64).reshape(-1)
 
 
-def unpack_four_bit(packed: Tensor, absmax: Tensor, pairs: Tensor, shape: tuple[int, ...], block: int) -> Tensor:
-    """Return the fp32 weight of `shape`: code values by the table `pairs`, times the absmax of their `block`."""
-    values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
-    if values.numel() % block == 0:
-        return values.reshape(-1, block).mul_(absmax[:, None]).reshape(shape)
-    return values.mul_(absmax.repeat_interleave(block)[: values.numel()]).reshape(shape)
+def unpack_four_bit(packed: Tensor, absmax: Tensor, pairs: Tensor, block: int, out: Tensor) -> None:
+    """Write a weight into `out` (out, in): code values by the table `pairs`, times the absmax of their `block`."""
+    if not out.is_contiguous():
+        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+        unpack_four_bit(packed, absmax, pairs, block, whole)
+        out.copy_(whole)
+        return
+    codes, flat = packed.reshape(-1), out.view(-1)
+    blocks = len(flat) // block
+
+    def compute(values: Tensor, part: slice, before: int = 0) -> None:
+        """Write the values of blocks, `before` of which lie before the first that is counted."""
+        first, size = (before + part.start) * block // 2, values.numel()
+        index = scratch("places", (-(-size // 2),), out.device, torch.int32)
+        index.copy_(codes[first : first + len(index)])
+        if size % 2:  # a last byte holds one weight
+            values.view(-1).copy_(pairs.index_select(0, index).view(torch.float32)[:size])
+        else:
+            torch.index_select(pairs, 0, index, out=values.view(-1).view(pairs.dtype))
+        values.mul_(absmax[before + part.start : before + part.stop, None])
+
+    fill_rows(flat[: blocks * block].view(blocks, block), compute)
+    if len(flat) > blocks * block:
+        fill_rows(flat[None, blocks * block :], lambda values, part: compute(values, part, blocks))
 
 
 def unpack_four_bit_weight(
-    tensors: Mapping[str, Tensor], *, kind: str, shape: tuple[int, ...], block: int, nested_block: int, offset: float
-) -> Tensor:
-    """Return the fp32 weight of `tensors` ``packed``, ``absmax`` and ``pairs``.
+    tensors: Mapping[str, Tensor], out: Tensor, *, kind: str, usual: bool, block: int, nested_block: int, offset: float
+) -> None:
+    """Write the weight of `tensors` ``packed``, ``absmax`` and ``pairs`` into `out`.
 
-    With a `nested_block`, absmax are unpacked first, by ``nested_absmax`` and ``nested_quant_map``.
+    With a `nested_block`, absmax are unpacked first, by ``nested_absmax`` and ``nested_quant_map``. A codebook that is
+    not the `usual` one of its `kind` is unpacked by ours.
     """
     packed, absmax, pairs = tensors["packed"], tensors["absmax"], tensors["pairs"]
     if nested_block:
         scales, table = tensors["nested_absmax"], tensors["nested_quant_map"]
         absmax = unpack_absmax(absmax, scales, table, offset, nested_block)
-    codes = pairs.view(torch.float32).reshape(-1, 2)[:16, 1]
 
-    def ours() -> Tensor:
-        return unpack_four_bit(packed, absmax, pairs, shape, block)
+    def ours(target: Tensor) -> None:
+        unpack_four_bit(packed, absmax, pairs, block, target)
 
-    return unpack_fastest(ours, FourBitTensors(packed, absmax, codes, kind, tuple(shape), block))
+    if usual:
+        unpack_fastest(ours, FourBitTensors(packed, absmax, kind, block), out)
+    else:
+        ours(out)
+
+
+def is_usual(codes: Tensor, kind: str) -> bool:
+    """Return whether `codes` (16,) are the codebook of a kind, to the bit."""
+    return torch.equal(codes, _codebook(kind, codes.device))
 
 
 @lru_cache(maxsize=8)
@@ -450,6 +476,7 @@ def _row_codes(exact: Tensor, inverse_step: Tensor) -> Tensor:
     return exact.mul_(inverse_step[:, None]).round_().clamp_(-127, 127)
 
 
-def unpack_int8(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the fp32 weight of `tensors` ``packed`` and ``scale``: code times row scale / 127."""
-    return tensors["packed"].float().mul_((tensors["scale"] / 127.0)[:, None])
+def unpack_int8(tensors: Mapping[str, Tensor], out: Tensor) -> None:
+    """Write the weight of `tensors` ``packed`` and ``scale`` into `out`: code times row scale / 127, in fp32."""
+    packed, scale = tensors["packed"], (tensors["scale"] / 127.0)[:, None]
+    fill_rows(out, lambda values, part: values.copy_(packed[part]).mul_(scale[part]))

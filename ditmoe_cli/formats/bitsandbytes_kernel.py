@@ -1,92 +1,125 @@
-"""bitsandbytes' CUDA kernel for NF4 and FP4 weights, used where it is installed, right and faster than our unpacking.
+"""bitsandbytes' kernels that unpack NF4 and FP4 weights, used where they are installed, right and faster than ours.
 
-Both are measured: the first weight of each shape and format on a device is unpacked in both ways, and the kernel
-unpacks all further weights of that shape and format if it gave the same values in less time.
+Both are measured: the first weight of each shape and format that is unpacked to a dtype on a device is unpacked in both
+ways, and the kernel unpacks all further ones if it gave the same bits in less time. What is unpacked thus never depends
+on which of them was faster. Its kernels know no other codebooks than the usual ones, so weights of others never reach
+it. Its products of packed weights (``matmul_4bit``) are not used: their sums have another order.
+
+On a GPU its functions are called. On the CPU these would take two seconds to import, for torch's compiler, and write to
+a tensor of their own; so the functions of its library are called as it calls them, in the versions that were checked.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Unpack = Callable[[], Tensor]
-Kind = tuple[str, tuple[int, ...], int, str]  # format, shape, block, device
+Unpack = Callable[[Tensor], None]  # into the tensor that is given
+Kind = tuple[str, torch.Size, int, torch.dtype, str]  # format, shape, block, dtype, device
 _ROUNDS = 3
-_TOLERANCE = 1e-6  # of the largest weight: the order of a multiplication
+_CHECKED = ("0.50.",)  # versions whose library for the CPU takes the arguments that `_on_cpu` gives
+_ENDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _preferred: dict[Kind, bool] = {}
 
 
 @dataclass(frozen=True)
 class FourBitTensors:
-    """A packed weight as the kernel takes it.
+    """A packed weight as the kernels take it.
 
     Attributes:
         packed: its bytes, two codes each.
         absmax: (⌈out · in / block⌉,), fp32.
-        codes: the values of the 16 codes, fp32.
-        kind: ``nf4`` or ``fp4``.
-        shape: out, in.
+        kind: ``nf4`` or ``fp4``, of the usual codebook.
         block: weights that share an absmax.
     """
 
     packed: Tensor
     absmax: Tensor
-    codes: Tensor
     kind: str
-    shape: tuple[int, ...]
     block: int
 
 
-def unpack_fastest(ours: Unpack, weight: FourBitTensors) -> Tensor:
-    """Return a weight (out, in) in fp32, unpacked by `ours` or by bitsandbytes' kernel."""
-    functional = bitsandbytes() if weight.packed.is_cuda else None
-    if functional is None:
-        return ours()
-
-    def theirs() -> Tensor:
-        state = functional.QuantState(
-            absmax=weight.absmax,
-            shape=torch.Size(weight.shape),
-            code=weight.codes,
-            blocksize=weight.block,
-            quant_type=weight.kind,
-            dtype=torch.float32,
-        )
-        values: Tensor = functional.dequantize_4bit(weight.packed, state)
-        return values
-
-    key = (weight.kind, weight.shape, weight.block, str(weight.packed.device))
+def unpack_fastest(ours: Unpack, weight: FourBitTensors, out: Tensor) -> None:
+    """Write a weight into `out` (out, in), unpacked by `ours` or by bitsandbytes' kernel."""
+    theirs = kernel(weight, out)
+    if theirs is None:
+        ours(out)
+        return
+    key = (weight.kind, out.shape, weight.block, out.dtype, str(out.device))
     if key not in _preferred:
-        _preferred[key] = is_right_and_faster(ours, theirs)
-    return theirs() if _preferred[key] else ours()
+        _preferred[key] = is_right_and_faster(ours, theirs, out)
+    (theirs if _preferred[key] else ours)(out)
 
 
-def is_right_and_faster(ours: Unpack, theirs: Unpack, clock: Callable[[], float] | None = None) -> bool:
-    """Return whether `theirs` gives the values of `ours` in less time; False where it fails."""
-    expected = ours()
+def kernel(weight: FourBitTensors, out: Tensor) -> Unpack | None:
+    """Return the kernel that unpacks a weight into tensors like `out`; None where there is none.
+
+    That on the CPU mistakes the blocks of rows that are not whole ones.
+    """
+    if out.dtype not in _ENDS or not out.is_contiguous():
+        return None
+    if out.device.type == "cuda":
+        functional = bitsandbytes()
+        return None if functional is None else _on_gpu(functional, weight)
+    if out.device.type == "cpu" and out.shape[1] % weight.block == 0:
+        library = cpu_library()
+        return None if library is None else _on_cpu(library, weight, out.dtype)
+    return None
+
+
+def _on_gpu(functional: Any, weight: FourBitTensors) -> Unpack:
+    def unpack(out: Tensor) -> None:
+        state = functional.QuantState(
+            absmax=weight.absmax, shape=out.shape, blocksize=weight.block, quant_type=weight.kind, dtype=out.dtype
+        )
+        functional.dequantize_4bit(weight.packed, state, out=out)
+
+    return unpack
+
+
+def _on_cpu(library: Any, weight: FourBitTensors, dtype: torch.dtype) -> Unpack | None:
+    name = f"cdequantize_blockwise_cpu_{weight.kind}_{_ENDS[dtype]}"
+    function = getattr(library, name, None)
+    if function is None or not weight.packed.is_contiguous() or not weight.absmax.is_contiguous():
+        return None
+
+    def unpack(out: Tensor) -> None:
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight.packed, weight.absmax, out)]
+        function(*pointers, *map(ctypes.c_longlong, (weight.block, *out.shape)))
+
+    return unpack
+
+
+def is_right_and_faster(ours: Unpack, theirs: Unpack, out: Tensor, clock: Callable[[], float] | None = None) -> bool:
+    """Return whether `theirs` writes the values of `ours` into tensors like `out` in less time; False if it fails."""
+    expected, values = torch.empty_like(out), torch.empty_like(out)
+    ours(expected)
     try:
-        values = theirs()
+        theirs(values)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
         return False
-    scale = float(expected.abs().max())
-    if values.shape != expected.shape or not bool(((values - expected).abs() <= _TOLERANCE * scale).all()):
+    if not torch.equal(values, expected):
         return False
-    return _seconds(theirs, clock or _clock) < _seconds(ours, clock or _clock)
+    return _seconds(theirs, values, clock or _clock) < _seconds(ours, values, clock or _clock)
 
 
-def _seconds(unpack: Unpack, clock: Callable[[], float]) -> float:
+def _seconds(unpack: Unpack, out: Tensor, clock: Callable[[], float]) -> float:
     """Return the least time of a few rounds."""
     times = []
     for _ in range(_ROUNDS):
         start = clock()
-        unpack()
+        unpack(out)
         times.append(clock() - start)
     return min(times)
 
@@ -105,3 +138,18 @@ def bitsandbytes() -> Any | None:
     except (ImportError, RuntimeError, OSError):
         return None
     return functional
+
+
+@lru_cache(maxsize=1)
+def cpu_library() -> Any | None:
+    """Return bitsandbytes' library for the CPU; None where there is none of a version that was checked."""
+    try:
+        found = importlib.util.find_spec("bitsandbytes")
+        if found is None or not metadata.version("bitsandbytes").startswith(_CHECKED):
+            return None
+        folders = found.submodule_search_locations or ()
+        return ctypes.CDLL(
+            str(next(file for folder in folders for file in Path(folder).glob("libbitsandbytes_cpu.so")))
+        )
+    except (metadata.PackageNotFoundError, ImportError, ValueError, OSError, StopIteration):
+        return None

@@ -139,7 +139,7 @@ class Integer(GroupedFormat):
 
         stored = self.members(info)
         tensors = {part: members[stored[part].name] for part in stored if part != "shape"}
-        return PackedWeight(tensors, partial(unpack_integer, shape=info.shape, bits=self.bits, group=self.group))
+        return PackedWeight(tensors, info.shape, partial(unpack_integer, bits=self.bits, group=self.group))
 
 
 def _named_bits(weight: str, raw: RawBytes) -> tuple[int, ...]:

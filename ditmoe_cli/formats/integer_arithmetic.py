@@ -17,7 +17,7 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
 from ditmoe_cli.formats.columns import Columns, round_uniformly
 from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING, packed_words
-from ditmoe_cli.formats.packing import pack_columns, pack_rows, row_chunk, unpack_columns, unpack_values
+from ditmoe_cli.formats.packing import pack_columns, pack_rows, row_chunk, unpack_columns, unpack_rows
 from ditmoe_cli.formats.scaling import (
     Extents,
     group_errors,
@@ -25,10 +25,10 @@ from ditmoe_cli.formats.scaling import (
     grouped,
     inverse,
     row_chunks,
-    scale_groups,
     steps,
 )
 from ditmoe_cli.formats.scratch import scratch
+from ditmoe_cli.formats.unpacking import fill_rows, multiply_groups, subtract_zeros
 
 _LEAST_SHRINK = {2: 0.35, 3: 0.45, 4: 0.55, 5: 0.65, 6: 0.75, 8: 0.85}  # of the range, by bits
 _SHRINKS = 12
@@ -238,19 +238,25 @@ def _candidates(extents: Extents, bits: int, symmetric: bool) -> tuple[Tensor, T
     return torch.cat([scales, extents.largest.half().float()[None]]), torch.cat([zeros, (low < 0).float()[None]])
 
 
-def unpack_integer(tensors: Mapping[str, Tensor], *, shape: tuple[int, ...], bits: int, group: int) -> Tensor:
-    """Return the fp32 weight of `tensors` ``packed``, ``scale`` and, of asymmetric formats, ``zero_point``.
+def unpack_integer(tensors: Mapping[str, Tensor], out: Tensor, *, bits: int, group: int) -> None:
+    """Write the weight of `tensors` ``packed``, ``scale`` and, of asymmetric formats, ``zero_point`` into `out`.
 
-    That is (code - zero) times the scale of its group, computed a few rows at a time.
+    That is (code - zero) times the scale of its group, in fp32. Differences of up to 6 bits fit a signed byte.
     """
     packed, scale = tensors["packed"], tensors["scale"]
-    rows, columns = shape
-    values = torch.empty(rows, columns, device=packed.device)
-    middle = float(2 ** (bits - 1))
-    zeros = unpack_columns(tensors["zero_point"], rows, bits).float() if "zero_point" in tensors else None
-    chunk = 2 * row_chunk(rows, columns, packed.device)  # half of the arithmetic is in smaller words
-    for first in range(0, rows, chunk):
-        part = slice(first, first + chunk)
-        values[part] = unpack_values(packed[part], columns, bits)
-        scale_groups(values[part], scale[part].float(), middle if zeros is None else zeros[part], group)
-    return values
+    rows, columns = out.shape
+    zeros = unpack_columns(tensors["zero_point"], rows, bits) if "zero_point" in tensors else None
+    if zeros is not None and bits == 8:
+        zeros = zeros.float()
+
+    def compute(values: Tensor, part: slice) -> None:
+        codes = unpack_rows(packed[part], columns, bits)
+        zero = 2 ** (bits - 1) if zeros is None else zeros[part]
+        if bits == 8:
+            subtract_zeros(values.copy_(codes), zero, group)
+        else:
+            subtract_zeros(codes, zero, group)
+            values.copy_(codes.view(torch.int8))
+        multiply_groups(values, scale[part].float(), group, values)
+
+    fill_rows(out, compute)

@@ -125,27 +125,23 @@ class Pieces(NumberFormat):
         pieces = [fmt.load(piece, members) for _, fmt, piece in self._each(info)]
         tensors = {_part(part, i): tensor for i, each in enumerate(pieces) for part, tensor in each.tensors.items()}
         unpacks = tuple((tuple(each.tensors), each.unpack) for each in pieces)
-        return PackedWeight(tensors, partial(_joined, pieces=unpacks, places=self.places, shape=info.shape))
+        return PackedWeight(tensors, info.shape, partial(_join, pieces=unpacks, places=self.places))
 
 
 def _part(part: str, piece: int) -> str:
     return f"{part}_{piece}"
 
 
-def _joined(
+def _join(
     tensors: Mapping[str, Tensor],
+    out: Tensor,
     *,
-    pieces: Sequence[tuple[Sequence[str], Callable[[Mapping[str, Tensor]], Tensor]]],
+    pieces: Sequence[tuple[Sequence[str], Callable[[Mapping[str, Tensor], Tensor], None]]],
     places: Sequence[tuple[slice, slice]],
-    shape: tuple[int, ...],
-) -> Tensor:
-    """Return the fp32 weight of `shape` whose `places` hold `pieces`, each its parts and how to unpack them."""
-    import torch
-
-    whole = torch.empty(shape, device=next(iter(tensors.values())).device)
+) -> None:
+    """Write the weight whose `places` hold `pieces`, each its parts and how to unpack them, into `out`."""
     for i, ((parts, unpack), place) in enumerate(zip(pieces, places, strict=True)):
-        whole[place] = unpack({part: tensors[_part(part, i)] for part in parts})
-    return whole
+        unpack({part: tensors[_part(part, i)] for part in parts}, out[place])
 
 
 @dataclass(frozen=True)

@@ -166,15 +166,3 @@ def group_errors(groups: Tensor, counted: Tensor, scale: Tensor, importance: Ten
     squares = scratch("squares", tuple(groups.shape), groups.device)
     torch.addcmul(groups, counted, scale[..., None], value=-1, out=squares).square_()
     return (squares if importance is None else squares.mul_(importance)).sum(dim=2)
-
-
-def scale_groups(values: Tensor, scale: Tensor, zero: Tensor | float | None, group: int) -> None:
-    """Replace codes (rows, n) by weights, (code - zero) · scale with one scale and zero a group (rows, groups)."""
-    whole = values.shape[1] // group
-    pieces = [(values[:, : whole * group].view(-1, whole, group), slice(0, whole))] if whole else []
-    if values.shape[1] > whole * group:
-        pieces.append((values[:, None, whole * group :], slice(whole, whole + 1)))
-    for piece, groups in pieces:
-        if zero is not None:
-            piece.sub_(zero[:, groups, None] if isinstance(zero, Tensor) else zero)
-        piece.mul_(scale[:, groups, None])

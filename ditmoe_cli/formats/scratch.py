@@ -31,5 +31,6 @@ def scratch(use: str, shape: tuple[int, ...], device: torch.device, dtype: torch
         return torch.empty(shape, dtype=dtype, device=device)
     kept = _kept.by_use.get(use)
     if kept is None or len(kept) < size:
-        kept = _kept.by_use[use] = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # so that it may be written to outside of that mode too
+            kept = _kept.by_use[use] = torch.empty(size, dtype=torch.uint8)
     return kept[:size].view(dtype).reshape(shape)

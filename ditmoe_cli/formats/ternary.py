@@ -80,4 +80,4 @@ class Ternary(GroupedFormat):
             check_base3(tensors["packed"], info.shape)
         except BadInputError as error:
             raise BadInputError(f"tensor {stored['packed'].name!r}: {error}") from None
-        return PackedWeight(tensors, partial(unpack_ternary, shape=info.shape, group=self.group))
+        return PackedWeight(tensors, info.shape, partial(unpack_ternary, group=self.group))

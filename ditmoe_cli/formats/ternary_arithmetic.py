@@ -15,9 +15,11 @@ from torch import Tensor
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import Grid, NumberFormat
 from ditmoe_cli.formats.columns import Columns, round_uniformly
+from ditmoe_cli.formats.packed_sizes import TERNARY_PER_BYTE, ternary_bytes
 from ditmoe_cli.formats.packing import base3_digits, pack_base3, row_chunk
-from ditmoe_cli.formats.scaling import group_errors, group_steps, grouped, inverse, over_rows, scale_groups, steps
+from ditmoe_cli.formats.scaling import group_errors, group_steps, grouped, inverse, over_rows, steps
 from ditmoe_cli.formats.scratch import scratch
+from ditmoe_cli.formats.unpacking import fill_rows, multiply_groups
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,14 @@ def _descending_sizes(groups: Tensor) -> Tensor:
     return sizes.neg_()
 
 
-def unpack_ternary(tensors: Mapping[str, Tensor], *, shape: tuple[int, ...], group: int) -> Tensor:
-    """Return the fp32 weight of `tensors` ``packed`` and ``scale``: code times the scale of its group."""
-    values = base3_digits(tensors["packed"], torch.float32)[: shape[0] * shape[1]].reshape(shape)
-    scale_groups(values, tensors["scale"].float(), None, group)
-    return values
+def unpack_ternary(tensors: Mapping[str, Tensor], out: Tensor, *, group: int) -> None:
+    """Write the weight of `tensors` ``packed`` and ``scale`` into `out`: code times the scale of its group, in fp32."""
+    packed, scale, columns = tensors["packed"], tensors["scale"], out.shape[1]
+
+    def compute(values: Tensor, part: slice) -> None:
+        first = part.start * columns // TERNARY_PER_BYTE  # a whole number, as `part` starts at a multiple of five
+        bytes_ = packed[first : first + ternary_bytes(values.numel())]
+        codes = base3_digits(bytes_, torch.float32)[: values.numel()].view(values.shape)
+        multiply_groups(codes, scale[part].float(), group, values)
+
+    fill_rows(out, compute, TERNARY_PER_BYTE)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.errors import UsageError, first_line
+from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.model.conditions import Modulate, conditions
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import Block, Denoiser, DiTMoE, ModulationOf, Prediction
@@ -54,8 +55,11 @@ def compile_blocks(model: DiTMoE) -> None:
     check_compiles(model.device)
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.attn.compile(dynamic=False)
-        block.moe.shared_experts.compile(dynamic=False)
+        for module in (block.attn, block.moe.shared_experts):
+            for layer in module.modules():
+                if isinstance(layer, PackedLinear):  # what is unpacked and kept is no part of a compiled function
+                    layer.matrix = torch.compiler.disable(layer.matrix)  # type: ignore[method-assign, no-untyped-call]
+            module.compile(dynamic=False)
 
 
 def check_compiles(device: torch.device) -> None:
@@ -80,8 +84,8 @@ def check_capturable(model: DiTMoE) -> None:
         experts = cast("list[SwiGLU]", list(block.moe.experts))
         if block.moe.constants is not None or backend_for(experts, probe).waits:
             raise UsageError(
-                f"⟨cuda_graphs⟩: block {index} cannot be captured, since its experts are packed, of several widths, "
-                f"or computed in {str(model.dtype).removeprefix('torch.')}; leave it out, or give ⟨dtype⟩ bf16"
+                f"⟨cuda_graphs⟩: block {index} cannot be captured, since its experts are of several widths, packed in "
+                f"part, or computed in {str(model.dtype).removeprefix('torch.')}; leave it out, or give ⟨dtype⟩ bf16"
             )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.products import linear
 from ditmoe_cli.model import fused_kernels
 from ditmoe_cli.model.linear import Linear
@@ -103,6 +104,51 @@ def stacked(experts: Sequence[SwiGLU]) -> ExpertStack | None:
         gate.as_strided((count, 2 * inner, width), (2 * size, width, 1)),
         down.as_strided((count, width, inner), (size, inner, 1)),
     )
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """Packed experts of equal shapes: (gate_0, up_0, gate_1, up_1, ...), and their down projections.
+
+    Their matrices are unpacked one after the other, and those of `down` where the others were, unless both are kept; so
+    these have to be used before.
+    """
+
+    gates_and_ups: tuple[PackedLinear, ...]
+    downs: tuple[PackedLinear, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The width and the neurons of each expert."""
+        return self.downs[0].shape
+
+    def gate_up(self, dtype: torch.dtype) -> Tensor:
+        """Return the gate projections above the up projections (E, 2 H, D)."""
+        width, inner = self.sizes
+        return self._together(self.gates_and_ups, dtype).view(-1, 2 * inner, width)
+
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """Return the down projections (E, D, H)."""
+        return self._together(self.downs, dtype).view(-1, *self.sizes)
+
+    def _together(self, layers: tuple[PackedLinear, ...], dtype: torch.dtype) -> Tensor:
+        return layers[0].unpacked.together(layers, dtype)
+
+
+def packed_stack(experts: Sequence[SwiGLU]) -> PackedStack | None:
+    """Return packed experts whose matrices, in whatever formats, are of equal shapes; None for others."""
+    gates_and_ups = _packed(*(layer for expert in experts for layer in (expert.gate_proj, expert.up_proj)))
+    downs = _packed(*(expert.down_proj for expert in experts))
+    if not experts or len(downs) < len(experts) or len(gates_and_ups) < 2 * len(experts):
+        return None
+    if len({layer.shape for layer in gates_and_ups}) > 1 or len({layer.shape for layer in downs}) > 1:
+        return None
+    return PackedStack(gates_and_ups, downs)
+
+
+def _packed(*layers: nn.Module) -> tuple[PackedLinear, ...]:
+    """Return the layers that are packed."""
+    return tuple(layer for layer in layers if isinstance(layer, PackedLinear))
 
 
 def _follows(first: Tensor, later: Tensor, elements: int) -> bool:

@@ -12,6 +12,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, split_name
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.layers import PackedLinear
+from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, unpacked_weights
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Block, DiTMoE
@@ -29,11 +30,12 @@ def load_model(
     top_k: int | None = None,
     sampler: Sampler | None = None,
     num_classes: int | None = None,
+    weights_memory: int | None = None,
 ) -> DiTMoE:
     """Load any checkpoint that ditmoe reads or writes, ready to predict.
 
-    Quantised weights stay packed in memory. Experts that are stored as differences are rebuilt, and take the memory of
-    whole ones.
+    Quantised weights stay packed in memory; beside them, unpacked ones are kept from the first prediction on, as far as
+    `weights_memory` goes. Experts that are stored as differences are rebuilt, and take the memory of whole ones.
 
     Args:
         path: what `open_checkpoint` takes.
@@ -41,24 +43,36 @@ def load_model(
         dtype: what attention and experts compute in, and what their weights are kept in where they are not quantised.
             Routing, norms, modulation and the stream between blocks stay fp32.
         num_heads, top_k, sampler, num_classes: as for `open_checkpoint`.
+        weights_memory: bytes for unpacked weights beside the packed ones, 0 for none; half of the memory that is free
+            when the model first predicts, where none is given. Predictions are the same.
 
     Raises:
         BadInputError: the checkpoint is missing, damaged, not a DiT-MoE, or holds NaN or infinite weights.
+        ValueError: `weights_memory` is below 0.
     """
     checkpoint = open_checkpoint(path, num_heads=num_heads, top_k=top_k, sampler=sampler, num_classes=num_classes)
-    return build_model(checkpoint, torch.device(device), dtype)
+    return build_model(checkpoint, torch.device(device), dtype, UnpackedWeights(weights_memory))
 
 
-def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> DiTMoE:
-    """Put the weights of an opened checkpoint into a model, one tensor at a time."""
+def build_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    unpacked: UnpackedWeights | None = None,
+) -> DiTMoE:
+    """Put the weights of an opened checkpoint into a model, one tensor at a time.
+
+    `unpacked` keeps what packed weights are unpacked to; without it, as much as `default_budget` says.
+    """
     model = empty_model(checkpoint)
+    unpacked = unpacked_weights() if unpacked is None else unpacked
     size = sum(info.nbytes for info in checkpoint.header.tensors.values())
     with phase(f"loading {checkpoint.name}", size, BYTES) as progress:
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             reserve_block(block, checkpoint, index, device, dtype)
         for weight in checkpoint.weights.values():
-            assign(model, checkpoint, weight, device, dtype)
+            assign(model, checkpoint, weight, device, dtype, unpacked)
             progress(sum(checkpoint.header.tensors[name].nbytes for name in weight.members))
     finish(model, checkpoint, device, dtype)
     return model
@@ -105,7 +119,14 @@ def kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
+def assign(
+    model: DiTMoE,
+    checkpoint: Checkpoint,
+    weight: Weight,
+    device: torch.device,
+    dtype: torch.dtype,
+    unpacked: UnpackedWeights,
+) -> None:
     """Read one weight into a model; a linear layer of quantised weights is replaced by a `PackedLinear`.
 
     Raises `BadInputError` where the weight holds NaN or infinite values, or is quantised but not of a linear layer.
@@ -122,7 +143,7 @@ def assign(model: DiTMoE, checkpoint: Checkpoint, weight: Weight, device: torch.
         raise BadInputError(
             f"{checkpoint.path}: tensor {name!r} is stored as {weight.format}, but only linear layers may be"
         )
-    layer = PackedLinear(weight, members, bias=getattr(old, "bias", None) is not None)
+    layer = PackedLinear(weight, members, bias=getattr(old, "bias", None) is not None, unpacked=unpacked)
     parent = model.get_submodule(module_name.rpartition(".")[0])
     setattr(parent, module_name.rpartition(".")[2], layer)
     bias = f"{module_name}.bias"

@@ -2,8 +2,8 @@
 
 | backend | takes | host waits for the device |
 |---|---|---|
-| `GroupedExperts` | plain experts of equal widths, where grouped products are fast | never |
-| `LoopedExperts` | all others: ragged widths, packed weights, CPUs, fp32 on a GPU | once a block |
+| `GroupedExperts` | experts of equal widths, plain or packed, where grouped products are fast | never |
+| `LoopedExperts` | all others: ragged widths, CPUs, fp32 on a GPU | once a block |
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ditmoe_cli.formats.products import ROW_STEP, padded_rows
 from ditmoe_cli.model import fused_kernels
-from ditmoe_cli.model.experts import SwiGLU, stacked, swiglu
+from ditmoe_cli.model.experts import SwiGLU, packed_stack, stacked, swiglu
 
 NeuronWatcher = Callable[[int, Tensor, Tensor], None]
 """Is shown an expert's number, the slots (n,) that selected it, and its neurons φ (n, inner)."""
@@ -137,28 +137,40 @@ class GroupedExperts:
     waits = False
 
     def accepts(self, experts: list[SwiGLU], u: Tensor) -> bool:
-        """Return whether the experts lie together, and products of their dtype and widths are fast on the device."""
+        """Return whether experts can lie together, and products of their dtype and widths are fast on the device."""
         if not u.is_cuda or u.dtype != torch.bfloat16 or _capability(u.device) < (8, 0):
             return False
-        stack = stacked(experts)
-        if stack is None or stack.down.dtype != u.dtype:
-            return False
-        return all(size * u.element_size() % ROW_BYTES == 0 for size in stack.down.shape[1:])
+        packed, stack = packed_stack(experts), stacked(experts)
+        sizes: tuple[int, ...] = ()
+        if packed is not None:
+            sizes = packed.sizes
+        elif stack is not None and stack.down.dtype == u.dtype:
+            sizes = stack.down.shape[1:]
+        return bool(sizes) and all(size * u.element_size() % ROW_BYTES == 0 for size in sizes)
 
     def outputs(
         self, experts: list[SwiGLU], u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None
     ) -> Tensor:
         """Return each slot's f_e(u) in the order of the dispatch, without the first `constants` slots."""
-        stack = stacked(experts)
-        assert stack is not None
+        gate_up, down = _matrices(experts, u.dtype)
         ends = dispatch.ends - constants
-        both = F.grouped_mm(u[dispatch.tokens[constants:]], stack.gate_up.mT, offs=ends)
+        both = F.grouped_mm(u[dispatch.tokens[constants:]], gate_up().mT, offs=ends)
         phi = swiglu(both)
         if watch is not None:
             for e, slots in enumerate(dispatch.ranges(constants)):
                 if slots.start != slots.stop:
                     watch(e, dispatch.order[slots], phi[slots.start - constants : slots.stop - constants])
-        return F.grouped_mm(phi, stack.down.mT, offs=ends)
+        return F.grouped_mm(phi, down().mT, offs=ends)
+
+
+def _matrices(experts: list[SwiGLU], dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return functions that return gate above up (E, 2 H, D), and down (E, D, H); packed ones are unpacked in turns."""
+    packed = packed_stack(experts)
+    if packed is not None:
+        return partial(packed.gate_up, dtype), partial(packed.down, dtype)
+    stack = stacked(experts)
+    assert stack is not None
+    return lambda: stack.gate_up, lambda: stack.down
 
 
 BACKENDS: tuple[MixtureBackend, ...] = (GroupedExperts(), LoopedExperts())

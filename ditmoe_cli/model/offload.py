@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, unpacked_weights
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.conditions import conditions
 from ditmoe_cli.model.config import DiTMoEConfig
@@ -36,7 +37,8 @@ class OffloadedDiTMoE:
 
     `images` is the number of images of a batch, `micro_batch` the number that pass a block at once. Where a batch holds
     both guidance branches, a micro-batch holds both branches of its images. Weights are kept in `stored`, fp32 where
-    blocks are to be changed, and computed with in `dtype`.
+    blocks are to be changed, and computed with in `dtype`. `unpacked` keeps what packed weights of the block in memory
+    are unpacked to; without it, as much as `default_budget` says.
     """
 
     def __init__(
@@ -47,17 +49,19 @@ class OffloadedDiTMoE:
         micro_batch: int = 1,
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype = torch.float32,
+        unpacked: UnpackedWeights | None = None,
     ) -> None:
         self.config: DiTMoEConfig = checkpoint.config
         self.device: torch.device = device
         self.dtype, self._stored = dtype, stored
         self._checkpoint, self._images, self._micro_batch = checkpoint, images, micro_batch
         self._model = empty_model(checkpoint)
+        self._unpacked = unpacked_weights() if unpacked is None else unpacked
         self._block_weights: list[list[Weight]] = [[] for _ in range(self.config.depth)]
         for weight in checkpoint.weights.values():
             block = split_name(weight.info.name).block
             if block is None:
-                assign(self._model, checkpoint, weight, device, stored)
+                assign(self._model, checkpoint, weight, device, stored, self._unpacked)
             else:
                 self._block_weights[block].append(weight)
         finish(self._model, checkpoint, device, dtype)
@@ -70,7 +74,7 @@ class OffloadedDiTMoE:
         block.compute_in(self.dtype)
         reserve_block(block, self._checkpoint, index, self.device, self._stored)
         for weight in self._block_weights[index]:
-            assign(self._model, self._checkpoint, weight, self.device, self._stored)
+            assign(self._model, self._checkpoint, weight, self.device, self._stored, self._unpacked)
         try:
             yield block.eval().requires_grad_(False)
         finally:

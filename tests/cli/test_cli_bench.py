@@ -184,6 +184,16 @@ def test_out_of_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert here("bench", "a.safetensors", cwd=folder).error(1) == "out of memory; try a smaller --batch"
 
 
+def test_what_is_kept_is_told_apart_from_what_is_needed(folder: Path) -> None:
+    none, some, all_ = (
+        here("bench", "nf4.safetensors", *SETTINGS, "--weights-memory", memory, cwd=folder).result["memory"]
+        for memory in ("0", "10KiB", "auto")
+    )
+    assert none["kept"] == 0 < some["kept"] <= 10 * 1024 < all_["kept"]
+    plain = here("bench", "a.safetensors", *SETTINGS, cwd=folder).result["memory"]
+    assert plain["kept"] == 0
+
+
 def test_a_terminal_gets_a_table(folder: Path) -> None:
     code, text = on_terminal("bench", "nf4.safetensors", *SETTINGS, cwd=folder, NO_COLOR="1")
     assert code == 0

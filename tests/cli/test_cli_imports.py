@@ -163,7 +163,7 @@ HELP = {
         "cli.terminal",
     ),
     "cli.progress_display",
-    *("errors", "files", "files.cleanup", "processes", "progress", "threads", "version"),
+    *("control_groups", "errors", "files", "files.cleanup", "processes", "progress", "threads", "version"),
 }
 
 

@@ -17,7 +17,8 @@ from conftest import make_pico
 from ditmoe_cli import __version__
 from ditmoe_cli.cli.app import COMMANDS, load_command
 from ditmoe_cli.cli.machine import gpu_driver, versions
-from ditmoe_cli.cli.options import best_device, checked_device
+from ditmoe_cli.cli.options import best_device, checked_device, unpacked_bytes
+from ditmoe_cli.formats.unpacking_budget import default_budget
 
 DRIVER = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
@@ -124,3 +125,36 @@ def test_a_missing_torch_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", missing)
     assert "torch not installed" in versions()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_that_run_models_take_memory_for_unpacked_weights(name: str) -> None:
+    options = {option for parameter in load_command(name).params for option in parameter.opts}
+    running = {"sample", "fid", "compare", "bench", "profile-experts", "prune", "merge", "quantize"}
+    assert ("--weights-memory" in options) is (name in running)
+
+
+@pytest.mark.parametrize(("text", "held"), [("auto", None), ("0", 0), ("2KiB", 2048), ("1GB", 10**9)])
+def test_memory_for_unpacked_weights_is_read(text: str, held: int | None) -> None:
+    assert unpacked_bytes(text) == held
+
+
+@pytest.mark.parametrize("text", ["", "none", "-1", "2 elephants"])
+def test_memory_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give auto, 0, or a size"):
+        unpacked_bytes(text)
+
+
+def test_samples_do_not_depend_on_what_is_kept(folder: Path) -> None:
+    here("quantize", "a.safetensors", "--uniform", "--bits", 4, "-o", "q.safetensors", cwd=folder)
+    made = []
+    for i, memory in enumerate(("0", "3KiB", "auto")):
+        options = ("--images", 4, "--steps", 3, "--weights-memory", memory, "-o", f"s{i}.safetensors")
+        here("sample", "q.safetensors", *options, cwd=folder)
+        made.append((folder / f"s{i}.safetensors").read_bytes())
+        assert default_budget() == unpacked_bytes(memory)
+    assert made[0] == made[1] == made[2]
+    here("sample", "q.safetensors", "--images", 4, "-o", "t.safetensors", cwd=folder)
+    assert default_budget() is None, "of the command alone"
+    refused = here("sample", "q.safetensors", "--weights-memory", "much", cwd=folder).error(2)
+    assert refused.startswith("--weights-memory much: give auto, 0, or a size")

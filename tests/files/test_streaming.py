@@ -197,7 +197,7 @@ def test_files_that_memory_cannot_hold_give_it_back(
     dropped: list[int] = []
     monkeypatch.setattr(streaming, "_SYNCED_TOGETHER", 10)
     monkeypatch.setattr(streaming, "_to_disk", lambda _: None)
-    monkeypatch.setattr(streaming, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(streaming, "free_memory", lambda: 1000.0)
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *_: dropped.append(file))
     with syncing([7], size) as wrote:
         wrote(10)

@@ -20,7 +20,6 @@ from ditmoe_cli.formats.packing import (
     unpack_base3,
     unpack_columns,
     unpack_rows,
-    unpack_values,
 )
 
 widths = st.sampled_from([1, *BITS, 7])
@@ -36,8 +35,6 @@ def test_rows_come_back(rows: int, n: int, bits: int, seed: int) -> None:
     words = pack_rows(codes, bits)
     assert (words.dtype, words.shape) == (torch.int32, (rows, packed_words(n, bits)))
     assert torch.equal(unpack_rows(words, n, bits).long(), codes)
-    if bits in BITS:
-        assert torch.equal(unpack_values(words, n, bits), codes.float())
 
 
 @given(n=st.integers(1, 80), columns=st.integers(1, 5), bits=widths, seed=st.integers(0, 99))
@@ -67,7 +64,7 @@ def test_what_lies_behind_a_row_is_not_read() -> None:
     words = pack_rows(torch.ones(1, 33, dtype=torch.int32), 3)
     dirty = words.clone()
     dirty[0, -1] |= -8  # bits above the one value that begins in the last word
-    assert torch.equal(unpack_rows(dirty, 33, 3), unpack_rows(words, 33, 3))
+    assert torch.equal(unpack_rows(dirty, 33, 3).clone(), unpack_rows(words, 33, 3))
 
 
 @given(size=st.integers(0, 40), seed=st.integers(0, 99))

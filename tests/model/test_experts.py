@@ -13,9 +13,9 @@ from ditmoe_cli.model.experts import SwiGLU, paired, reserve, stacked
 CPU = torch.device("cpu")
 
 
-def experts(*inners: int) -> list[SwiGLU]:
+def experts(*inners: int, width: int = 16) -> list[SwiGLU]:
     with torch.device("meta"):
-        made = [SwiGLU(16, inner) for inner in inners]
+        made = [SwiGLU(width, inner) for inner in inners]
     reserve(made, CPU, torch.float32)
     for expert in made:
         for weight in expert.parameters():

@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed import info_of, weight_of
 from test_experts import experts
 from torch import Tensor
 
+from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.products import ROW_STEP
+from ditmoe_cli.formats.registry import pack
+from ditmoe_cli.formats.unpacked_weights import UnpackedWeights
 from ditmoe_cli.model import mixture_backends as module
-from ditmoe_cli.model.experts import SwiGLU
+from ditmoe_cli.model.experts import SwiGLU, packed_stack
 from ditmoe_cli.model.mixture_backends import Dispatch, GroupedExperts, LoopedExperts, backend_for
 
 
@@ -57,6 +61,40 @@ def test_backends_agree(backend: LoopedExperts | GroupedExperts, constants: bool
     for e, (slots, phi) in seen.items():
         assert (selected.reshape(-1)[slots] == e).all()
         torch.testing.assert_close(phi, made[e].neurons(u[slots // 2]))
+
+
+def packed_experts(unpacked: UnpackedWeights, *formats: str) -> list[SwiGLU]:
+    """Experts of 32 neurons and width 64, each in its format."""
+    made = list(experts(*[32] * len(formats), width=64))
+    for expert, fmt in zip(made, formats, strict=True):
+        for name, layer in list(expert.named_children()):
+            assert isinstance(layer, torch.nn.Linear)
+            weight = layer.weight.detach()
+            members = pack(weight, info_of(weight), fmt)
+            setattr(expert, name, PackedLinear(weight_of(weight, fmt), members, False, unpacked))
+    return made
+
+
+@pytest.mark.parametrize("budget", [0, 40_000, None])
+def test_packed_experts_run_in_grouped_products_as_in_the_loop(budget: int | None) -> None:
+    made = packed_experts(UnpackedWeights(budget), "nf4", "int4-g32", "int3-g32-sym", "int8")
+    u, generator = torch.randn(30, 64), torch.Generator().manual_seed(0)
+    selected = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(30)])
+    dispatch = Dispatch.of(selected, 4)
+    looped = LoopedExperts().outputs(made, u, dispatch, 0, None)
+    for _ in range(3):
+        torch.testing.assert_close(GroupedExperts().outputs(made, u, dispatch, 0, None), looped, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_experts_of_other_shapes_or_beside_plain_ones_are_not_stacked() -> None:
+    made = packed_experts(UnpackedWeights(0), "nf4", "nf4")
+    stack = packed_stack(made)
+    assert stack is not None and stack.sizes == (64, 32)
+    gate = made[0].gate_proj.weight()  # type: ignore[operator]
+    assert torch.equal(stack.gate_up(torch.float32)[0, :32], gate)
+    assert packed_stack([*made, *experts(32, width=64)]) is None
+    assert packed_stack([made[0], *packed_experts(UnpackedWeights(0), "nf4"), *experts(8, width=64)]) is None
+    assert packed_stack([]) is None
 
 
 def test_a_cpu_takes_the_loop() -> None:

@@ -131,3 +131,48 @@ def rescaling_loss(weight: Tensor, group: int, steps: float) -> float:
     lost = torch.where(scale > 0, scale.half().double() / scale - 1, 0.0)
     energy = groups.double().square().sum(dim=2)
     return float((energy * lost.square()).sum() / energy.sum()) ** 0.5
+
+
+def row_codes(words: Tensor, n: int, bits: int) -> Tensor:
+    """The codes (rows, n) of int32 words (rows, ...), bit after bit."""
+    places = words.long()[:, :, None] >> torch.arange(32) & 1
+    return (places.reshape(len(words), -1)[:, : n * bits].reshape(len(words), n, bits) << torch.arange(bits)).sum(dim=2)
+
+
+def per_column(values: Tensor, columns: int, group: int) -> Tensor:
+    """Values (rows, groups) of groups of columns as (rows, columns)."""
+    return values.float().repeat_interleave(group, dim=1)[:, :columns]
+
+
+def integer_values(
+    words: Tensor, scale: Tensor, zero_words: Tensor | None, shape: tuple[int, int], bits: int, group: int
+) -> Tensor:
+    """The weight (out, in) in fp32."""
+    rows, columns = shape
+    codes = row_codes(words, columns, bits).float()
+    zero = torch.full_like(scale, 2.0 ** (bits - 1)) if zero_words is None else row_codes(zero_words.T, rows, bits).T
+    return (codes - per_column(zero, columns, group)) * per_column(scale, columns, group)
+
+
+def ternary_values(bytes_: Tensor, scale: Tensor, shape: tuple[int, int], group: int) -> Tensor:
+    """The weight (out, in) in fp32."""
+    digits = torch.stack([bytes_.long() // 3**i % 3 - 1 for i in range(5)], dim=1)
+    codes = digits.reshape(-1)[: shape[0] * shape[1]].reshape(shape).float()
+    return codes * per_column(scale, shape[1], group)
+
+
+def four_bit_values(bytes_: Tensor, absmax: Tensor, codes: Tensor, shape: tuple[int, int], block: int) -> Tensor:
+    """The weight (out, in) in fp32, of absmax (blocks,) in fp32."""
+    flat = bytes_.reshape(-1).long()
+    values = torch.stack((codes[flat >> 4], codes[flat & 15]), dim=1).reshape(-1)[: shape[0] * shape[1]]
+    return (values * absmax.repeat_interleave(block)[: len(values)]).reshape(shape)
+
+
+def nested_absmax(codes: Tensor, scale: Tensor, table: Tensor, offset: float, block: int) -> Tensor:
+    """Absmax (blocks,) under double quantisation, in fp32."""
+    return table[codes.long()] * scale.repeat_interleave(block)[: len(codes)] + offset
+
+
+def int8_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """The weight (out, in) in fp32."""
+    return codes.float() * (scale / 127.0)[:, None]

@@ -11,10 +11,10 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import refuse_idle, seed_of_64_bits
-from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.options import (
     DeviceOpt,
     DtypeOpt,
+    Models,
     Size,
     Source,
     checked_device,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.checkpoint import Checkpoint
 
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe bench small.safetensors",
     "ditmoe bench ckpt.pt pruned.safetensors nf4.safetensors --batch 1 --repeats 9 --max-ratio 1.1",
@@ -121,7 +122,7 @@ class BenchPrinting(Printing):
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; end in an exit code only.")] = False
 
 
-def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threads: Threads) -> None:
+def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threads: Models) -> None:
     """Measure memory and time of checkpoints.
 
     Prints the bytes of a checkpoint's weights in memory, private memory before and after loading and at its peak, the
@@ -155,7 +156,7 @@ def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threa
     check_limits(measuring, opened, found)
 
 
-def load_of(measuring: Measuring, threads: Threads, opened: Sequence[Checkpoint]) -> Load:
+def load_of(measuring: Measuring, threads: Models, opened: Sequence[Checkpoint]) -> Load:
     """Return the work to time, checked for all checkpoints."""
     from torch import get_num_threads
 
@@ -303,6 +304,7 @@ def rows(result: Bench) -> list[Row]:
             f"{human(memory.before)} before loading, {human(memory.loaded)} after, {human(memory.peak)} at its peak",
         ),
         ("needed", f"{human_bytes(result.needed)}{beyond}"),
+        *([("kept unpacked", human_bytes(result.kept))] if result.kept else []),
         ("step", f"{seconds_text(least)} for {work_text(result)}"),
         *([("by threads", by_threads)] if len(result.timed) > 1 else []),
         ("images per second", f"{load.batch / least:.4g}"),

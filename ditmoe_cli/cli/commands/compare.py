@@ -12,7 +12,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
-from ditmoe_cli.cli.options import Overrides, Running, complete_checkpoint
+from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
 
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe compare ckpt.pt small.safetensors --grid pairs.png",
     "ditmoe quantize ckpt.pt --bits 4 | ditmoe compare --max-error 0.1",

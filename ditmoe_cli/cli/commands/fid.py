@@ -11,7 +11,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import completing, ending, one_of
-from ditmoe_cli.cli.options import Accelerating, Overrides, Running, complete_checkpoint
+from ditmoe_cli.cli.options import Accelerating, Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.scores.intervals import Interval
 
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe fid small.safetensors --ref ckpt.pt",
     "ditmoe fid samples.safetensors --ref images --extractor pixels --metrics all",

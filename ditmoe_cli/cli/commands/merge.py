@@ -9,7 +9,7 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import known, one_of, refuse_idle
-from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
+from ditmoe_cli.cli.options import Destination, Models, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.counts import parse_keep
@@ -20,6 +20,7 @@ from ditmoe_cli.compression.plan import Differences
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.formats.differences import DeltaFormat
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe merge ckpt.pt --groups 4",
     "ditmoe merge ckpt.pt --delta svd --delta-ratio 0.25",

@@ -11,7 +11,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import refuse_idle
-from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Source, checked_device
+from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Models, Source, checked_device
 from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
@@ -31,6 +31,7 @@ from ditmoe_cli.routing.calibration_settings import STEPS, Calibration, check_se
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe profile-experts ckpt.pt",
     "ditmoe profile-experts ckpt.pt --images 256 --cfg 1.5 -o ckpt.profile.safetensors",

@@ -9,7 +9,7 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import at_least, known, one_of, refuse_idle, seed_of_64_bits
-from ditmoe_cli.cli.options import Destination, Planning, Refitting, Source
+from ditmoe_cli.cli.options import Destination, Models, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.counts import parse_keep
@@ -19,6 +19,7 @@ from ditmoe_cli.compression.prune.pruning import Pruning
 from ditmoe_cli.compression.prune.widths import widths_of_ratio
 from ditmoe_cli.errors import UsageError
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe prune ckpt.pt --keep 0.5",
     "ditmoe prune ckpt.pt --keep 4 --router slice -o sliced.safetensors",

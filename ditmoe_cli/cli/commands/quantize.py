@@ -9,7 +9,7 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import completing, one_of
-from ditmoe_cli.cli.options import Destination, Planning, Size, Source, parse_size
+from ditmoe_cli.cli.options import Destination, Models, Planning, Size, Source, parse_size
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
@@ -21,6 +21,7 @@ from ditmoe_cli.compression.precision.mixed import TYING, MixedPrecision
 from ditmoe_cli.compression.precision.uniform import KINDS, UniformPrecision, format_named
 from ditmoe_cli.errors import UsageError
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe quantize ckpt.pt --bits 3.25",
     "ditmoe quantize ckpt.pt --size 2.5GiB --floor attn=4 --dry-run",

@@ -10,7 +10,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
-from ditmoe_cli.cli.options import Accelerating, FileDestination, Running, Source
+from ditmoe_cli.cli.options import Accelerating, FileDestination, Models, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.evaluation.samples import Sampling, Targets
 
 
+MACHINE = Models
 EXAMPLES = (
     "ditmoe sample ckpt.pt --images 64 --cfg 4 --grid grid.png",
     "ditmoe sample ckpt.pt --vae stabilityai/sd-vae-ft-mse --png images",
