@@ -311,13 +311,13 @@ class Accelerating(Running):
         ),
     ] = False
     graphs: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--cuda-graphs",
-            help="Replay evaluations as CUDA graphs, which spares a GPU waiting; takes bf16 and plain experts of one "
-            "width.",
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay evaluations as CUDA graphs, to the same images: a GPU then does not wait for the host. Takes "
+            "bf16 and plain experts of one width. [default: where that is so]",
         ),
-    ] = False
+    ] = None
 
     @property
     def runtime(self) -> Runtime:

@@ -235,6 +235,10 @@ def _kept_on_interrupts(work: Workspace, worker: Worker) -> Iterator[None]:
 def _release_cache(model: Denoiser) -> None:
     import torch
 
+    from ditmoe_cli.model.acceleration import GraphedDiTMoE
+
+    if isinstance(model, GraphedDiTMoE):
+        model.forget()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -18,7 +18,7 @@ class Runtime:
     device: str = "cpu"
     batch: int = 64
     compiled: bool = False
-    graphs: bool = False
+    graphs: bool | None = None
 
 
 @dataclass(frozen=True)

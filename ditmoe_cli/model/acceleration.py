@@ -32,19 +32,23 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Whether blocks are compiled by `torch.compile`, and whether evaluations are replayed as CUDA graphs."""
+    """Whether blocks are compiled by `torch.compile`, and whether evaluations are replayed as CUDA graphs.
+
+    None of `graphs` replays where a model can be captured.
+    """
 
     compiled: bool = False
-    graphs: bool = False
+    graphs: bool | None = None
 
 
 def accelerated(model: DiTMoE, how: Acceleration) -> Denoiser:
     """Return a model that runs as asked for. Raises `UsageError` where it cannot be captured as a graph."""
-    if how.graphs:
-        check_capturable(model)
+    obstacle = None if how.graphs is False else obstacle_to_capture(model)
+    if how.graphs and obstacle is not None:
+        raise UsageError(f"⟨cuda_graphs⟩: {obstacle}")
     if how.compiled:
         compile_blocks(model)
-    return GraphedDiTMoE(model) if how.graphs else model
+    return model if how.graphs is False or obstacle is not None else GraphedDiTMoE(model)
 
 
 def compile_blocks(model: DiTMoE) -> None:
@@ -74,19 +78,20 @@ def _doubled(x: Tensor) -> Tensor:
     return x + x
 
 
-def check_capturable(model: DiTMoE) -> None:
-    """Raise `UsageError` where an evaluation waits for the device, which no graph can hold."""
+def obstacle_to_capture(model: DiTMoE) -> str | None:
+    """Return why an evaluation cannot be captured, and what to do; None where it can: where nothing waits for a GPU."""
     if model.device.type != "cuda":
-        raise UsageError(f"⟨cuda_graphs⟩: the model is on the {model.device.type}; leave it out, or compute on a GPU")
+        return f"the model is on the {model.device.type}; leave it out, or compute on a GPU"
     probe = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         experts = cast("list[SwiGLU]", list(block.moe.experts))
         if block.moe.constants is not None or backend_for(experts, probe).waits:
-            raise UsageError(
-                f"⟨cuda_graphs⟩: block {index} cannot be captured, since its experts are of several widths, packed in "
-                f"part, or computed in {str(model.dtype).removeprefix('torch.')}; leave it out, or give ⟨dtype⟩ bf16"
+            return (
+                f"block {index} cannot be captured, since its experts are of several widths, packed in part, or computed "
+                f"in {str(model.dtype).removeprefix('torch.')}; leave it out, or give ⟨dtype⟩ bf16"
             )
+    return None
 
 
 def cuda_capture(work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
@@ -122,6 +127,10 @@ class GraphedDiTMoE:
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.model.device
+
+    def forget(self) -> None:
+        """Free the memory of all captured evaluations; they are captured again when they are asked for."""
+        self._captured.clear()
 
     def prepared(self, times: Sequence[float], labels: Tensor) -> Prediction:
         """Return the model for images of `labels` (N,), asked at any of `times`, as `DiTMoE.prepared` does."""

@@ -53,8 +53,24 @@ def test_observed_evaluations_are_not_replayed(pico: Callable[..., Pico]) -> Non
 
 
 def test_a_graph_needs_a_gpu(pico: Callable[..., Pico]) -> None:
+    model = pico().model()
     with pytest.raises(UsageError, match="cuda_graphs: the model is on the cpu"):
-        accelerated(pico().model(), Acceleration(graphs=True))
+        accelerated(model, Acceleration(graphs=True))
+    assert accelerated(model, Acceleration()) is accelerated(model, Acceleration(graphs=False)) is model
+
+
+def test_what_is_forgotten_is_captured_again(pico: Callable[..., Pico]) -> None:
+    model, captures = pico().model(), []
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        captures.append(1)
+        return capture_by_running(work)
+
+    graphed, x, labels = GraphedDiTMoE(model, capture), torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+    for _ in range(2):
+        assert torch.equal(graphed.prepared(TIMES, labels)(x, 3.0), model.prepared(TIMES, labels)(x, 3.0))
+        graphed.forget()
+    assert len(captures) == 2
 
 
 def test_a_machine_that_cannot_compile_says_so(pico: Callable[..., Pico], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +100,8 @@ def test_a_compiled_model_is_the_model_within_rounding(pico: Callable[..., Pico]
 def test_cuda_graphs_replay_to_the_last_bit(pico: Callable[..., Pico], tmp_path: Path) -> None:
     model = load_model(pico(hidden=64).save(tmp_path / "a.safetensors"), "cuda", torch.bfloat16)
     with torch.inference_mode():
-        graphed = accelerated(model, Acceleration(graphs=True))
+        graphed = accelerated(model, Acceleration())
+        assert isinstance(graphed, GraphedDiTMoE), "by default, where it can be"
         for seed in range(2):
             x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).cuda()
             labels = torch.tensor([0, seed, 2, 3]).cuda()
@@ -101,3 +118,4 @@ def test_what_waits_for_the_device_cannot_be_captured(pico: Callable[..., Pico],
         model = load_model(pico(**options).save(tmp_path / f"{number}.safetensors"), "cuda", dtype)
         with pytest.raises(UsageError, match="block 0 cannot be captured"):
             accelerated(model, Acceleration(graphs=True))
+        assert accelerated(model, Acceleration()) is model
