@@ -88,8 +88,8 @@ def obstacle_to_capture(model: DiTMoE) -> str | None:
         experts = cast("list[SwiGLU]", list(block.moe.experts))
         if block.moe.constants is not None or backend_for(experts, probe).waits:
             return (
-                f"block {index} cannot be captured, since its experts are of several widths, packed in part, or computed "
-                f"in {str(model.dtype).removeprefix('torch.')}; leave it out, or give ⟨dtype⟩ bf16"
+                f"block {index} cannot be captured, since its experts are of several widths, packed in part, or "
+                f"computed in {str(model.dtype).removeprefix('torch.')}; leave it out, or give ⟨dtype⟩ bf16"
             )
     return None
 
