@@ -83,7 +83,7 @@ class SamplingOptions:
             metavar="NAME",
             autocompletion=complete_solver,
             help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
-            "[default: ab2 for rf, ddim for ddpm]",
+            "[default: ab2 for rf, dpmpp-2m for ddpm]",
         ),
     ] = None
     upstream: bool = False
@@ -162,7 +162,7 @@ class ImageSampling(UpstreamSampling):
             metavar="NAME",
             autocompletion=complete_solver,
             help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
-            "[default: ab2 for rf, ddim for ddpm]",
+            "[default: ab2 for rf, dpmpp-2m for ddpm]",
         ),
     ] = None
     vae: Annotated[

@@ -186,7 +186,8 @@ THERE = ("s.safetensors", "a.npz", "g.png", "png/000000.png", "photos/cat.png")
         (("ddpm", "--solver", "heun"), 2, "--solver heun: is not for ddpm"),
         (("grey", "--solver", "ddpm-dpmpp-2m"), 2, "is not for rf"),
         (("ddpm", "--solver", "dpmpp-2m", "--steps", "1000"), 2, "--steps 1000: must be between 1 and 999"),
-        (("ddpm", "--steps", "1001"), 2, "--steps 1001: must be between 1 and 1000"),
+        (("ddpm", "--steps", "1000"), 2, "--steps 1000: must be between 1 and 999"),
+        (("ddpm", "--solver", "ddim", "--steps", "1001"), 2, "--steps 1001: must be between 1 and 1000"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.forward_process import respaced_schedule, sampling_schedule
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import (
+    DEFAULT_SOLVER,
+    DEFAULT_STEPS,
     SOLVERS,
     Solver,
     ancestral_timesteps,
@@ -34,6 +38,8 @@ from ditmoe_cli.diffusion.solvers import (
     heun,
     integrate,
 )
+from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.model.loading import build_model
 
 MEAN, SPREAD = 0.7, 0.4
 NOISE = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
@@ -311,3 +317,17 @@ def test_ancestral_samples_have_the_distribution_of_the_images() -> None:
     found = by_ancestral(predict, z, 50, lambda z: torch.randn(z.shape, generator=generator))
     assert abs(float(found.std()) - 1) < 0.02
     assert abs(float(found.mean())) < 0.03
+
+
+def test_the_default_for_ddpm_weights_is_nearer_to_a_trained_models_flow_than_ddim(shared: Path) -> None:
+    checkpoint = open_checkpoint(shared / "digits-ddpm" / "checkpoint.pt")
+    model = build_model(checkpoint, torch.device("cpu"))
+
+    def images(solver: Solver, steps: int) -> Tensor:
+        return sample_batch(model, SampleSpec(16, steps, 1.0, 5, solver, tuple(range(10))), range(16))
+
+    solution = images("ddim", 200)
+    default, ddim_error = (
+        float((images(solver, DEFAULT_STEPS["ddpm"]) - solution).norm()) for solver in (DEFAULT_SOLVER["ddpm"], "ddim")
+    )
+    assert default < 0.9 * ddim_error
