@@ -147,5 +147,6 @@ def _require_plain(checkpoint: Checkpoint, index: int) -> None:
     if packed is not None:
         raise BadInputError(
             f"{checkpoint.path}: {packed.info.name!r} is {packed.format} already, and what is packed cannot be "
-            "refitted, merged or narrowed; do that first, or prune with ⟨no_refit⟩"
+            "refitted, merged or narrowed; do that first, prune with ⟨no_refit⟩, or make its weights plain by convert "
+            "⟨dequantize⟩"
         )

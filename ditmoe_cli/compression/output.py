@@ -216,7 +216,8 @@ def _check_format(checkpoint: Checkpoint, name: str, fmt: Format) -> None:
         raise BadInputError(f"the plan quantises {name!r}, which {checkpoint.path} does not hold")
     if weight.format is not None:
         raise BadInputError(
-            f"{checkpoint.path}: {name!r} is {weight.format} already; quantise the checkpoint that it came from"
+            f"{checkpoint.path}: {name!r} is {weight.format} already; quantise the checkpoint that it came from, or "
+            "make its weights plain by convert ⟨dequantize⟩"
         )
     if not is_compressible(weight.info):
         raise BadInputError(

@@ -56,7 +56,7 @@ def _plain(checkpoint: Checkpoint, name: str) -> TensorInfo:
     if weight.format is not None:
         raise BadInputError(
             f"{checkpoint.path}: {name!r} is {weight.format} already; store differences of the checkpoint that it came "
-            "from"
+            "from, or make its weights plain by convert ⟨dequantize⟩"
         )
     return weight.info
 

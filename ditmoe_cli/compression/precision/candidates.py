@@ -156,7 +156,7 @@ def require_unquantised(checkpoint: Checkpoint) -> None:
     if packed is not None:
         raise BadInputError(
             f"{checkpoint.path}: {packed.info.name!r} is {packed.format} already; quantise the checkpoint that it "
-            "came from"
+            "came from, or make its weights plain by convert ⟨dequantize⟩"
         )
 
 
