@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import can_try
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
@@ -136,7 +137,7 @@ class Pico:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests of GPUs where there is none."""
-    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+    if item.get_closest_marker("cuda") is not None and not can_try():
         pytest.skip("no GPU")
 
 
