@@ -118,9 +118,10 @@ def test_profiles(made: Path, dtype: str, offload: bool) -> None:
 def staged(folder: Path, stage: str, device: str, dtype: str) -> Path:
     """Run a command of `STAGES` on a device."""
     command, *words = STAGES[stage]
-    output = f"{stage}-{device}-{dtype}.safetensors"
-    profile = () if command == "quantize" and "--uniform" in words and "gptq" not in words else ("--profile", f"p-{dtype}.safetensors")
-    return ran(folder, command, "a.safetensors", *words, *profile, "--dtype", dtype, "-o", output, "--force", device).path
+    calibrated = "--uniform" not in words or "gptq" in words
+    profile = ("--profile", f"p-{dtype}.safetensors") if calibrated else ()
+    output = ("-o", f"{stage}-{device}-{dtype}.safetensors", "--force")
+    return ran(folder, command, "a.safetensors", *words, *profile, "--dtype", dtype, *output, device).path
 
 
 @pytest.fixture
@@ -186,10 +187,9 @@ def test_accelerated_samples(made: Path) -> None:
     if TRIED_ON == "cpu":
         pytest.skip("graphs take a GPU")
     images = {}
-    for how in ("", "--cuda-graphs", "--compile"):
+    for how in ("--no-cuda-graphs", "--cuda-graphs", "--compile"):
         name = f"fast{how}.safetensors"
-        given = ("--cfg", 1.5, "--dtype", "bf16", *([how] if how else []), "-o", name)
-        ran(made, "sample", "a.safetensors", *SMALL, *given, TRIED_ON)
+        ran(made, "sample", "a.safetensors", *SMALL, "--cfg", 1.5, "--dtype", "bf16", how, "-o", name, TRIED_ON)
         images[how] = load_file(made / name)["images"]
-    assert torch.equal(images["--cuda-graphs"], images[""])
-    assert norm_of_difference(images["--compile"], images[""]) <= CLOSE["bf16"]
+    assert torch.equal(images["--cuda-graphs"], images["--no-cuda-graphs"])
+    assert norm_of_difference(images["--compile"], images["--no-cuda-graphs"]) <= CLOSE["bf16"]

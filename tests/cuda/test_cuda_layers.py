@@ -68,10 +68,12 @@ def test_packed_layers_are_loaded_and_multiply(tmp_path: Path, fmt: str) -> None
     for attention in ("timm", "flash"):
         path = packed(fmt, attention).save(tmp_path / f"{attention}.safetensors")
         expected = predicted(load_model(path, num_heads=4))
+        kept = 0 if attention == "timm" else None
         for dtype, tolerance in TOLERANCES.items():
-            model = load_model(path, TRIED_ON, dtype, num_heads=4)
+            model = load_model(path, TRIED_ON, dtype, num_heads=4, weights_memory=kept)
             assert on_device(model)
-            assert distance(predicted(model), expected) <= tolerance, (attention, dtype)
+            for _ in range(3):  # what is unpacked is kept from the second time on
+                assert distance(predicted(model), expected) <= tolerance, (attention, dtype)
 
 
 def test_packed_models_move(tmp_path: Path) -> None:
