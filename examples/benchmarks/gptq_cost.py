@@ -14,7 +14,7 @@ from collections import Counter
 from statistics import mean
 
 import torch
-from refit_cost import on, peak_bytes, random_weights
+from refit_cost import peak_bytes, random_weights
 
 from ditmoe_cli.compression.rebuild import mixture_of
 from ditmoe_cli.compression.replay.stream import Tokens
@@ -62,7 +62,8 @@ def main() -> None:
     block = BlockConfig(options.experts, (4 * width,) * options.experts, 2 * width)
     config = argparse.Namespace(hidden_size=width, top_k=2)
     with torch.inference_mode():
-        moe = mixture_of(on(device, random_weights(width, block)).items(), config, block, device)  # type: ignore[arg-type]
+        weights = ((name, weight.to(device)) for name, weight in random_weights(width, block).items())
+        moe = mixture_of(weights, config, block, device)  # type: ignore[arg-type]
         tokens = correlated(options.tokens, width, device)
         if device.type == "cuda":
             torch.cuda.synchronize()

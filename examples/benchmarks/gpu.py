@@ -32,6 +32,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parents[1]
 DITMOE = (sys.executable, "-m", "ditmoe_cli")
 JSON = "JSON"  # stands for the file that a step writes its figures to
+NARROW = ("--width", "64", "--depth", "2", "--side", "8", "--dtype", "fp32")
 FEWEST_SECONDS = 5  # that a step needs to begin
 KEPT_LINES = 25  # of what a failed step said
 
@@ -165,7 +166,7 @@ def sections(sizes: Sizes, folder: Path) -> tuple[tuple[Section, ...], ...]:
 def whole(sizes: Sizes, folder: Path) -> Section:
     """Return profile, prune, quantize and fid of a synthetic S, or of a narrow model."""
     on = ("--device", sizes.device)
-    shape = () if not sizes.small else ("--width", "64", "--depth", "2", "--side", "8")
+    shape = ("--model", "S") if not sizes.small else ("--model", "XL", *NARROW)
     drawn = ("--images", sizes.of("64", "8"), "--steps", sizes.of("20", "2"))
     files = {name: str(folder / f"{name}.safetensors") for name in ("s", "profile", "half", "mix", "mixed-profile")}
     profile = ("--profile", files["profile"])
@@ -177,7 +178,7 @@ def whole(sizes: Sizes, folder: Path) -> Section:
         "whole",
         "From checkpoint to mixed precision",
         (
-            Step("write", script("synthetic_checkpoint", files["s"], "--model", "S", "--channels", "3", *shape), 30),
+            Step("write", script("synthetic_checkpoint", files["s"], "--channels", "3", *shape), 30),
             Step("profile", (*DITMOE, "profile-experts", files["s"], *drawn, *on, "-o", files["profile"]), 60),
             Step(
                 "prune --neurons 0.5 --allocate global",

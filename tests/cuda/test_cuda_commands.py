@@ -119,9 +119,9 @@ def staged(folder: Path, stage: str, device: str, dtype: str) -> Path:
     """Run a command of `STAGES` on a device."""
     command, *words = STAGES[stage]
     calibrated = "--uniform" not in words or "gptq" in words
-    profile = ("--profile", f"p-{dtype}.safetensors") if calibrated else ()
+    profile = ("--profile", f"p-{dtype}.safetensors", "--dtype", dtype) if calibrated else ()
     output = ("-o", f"{stage}-{device}-{dtype}.safetensors", "--force")
-    return ran(folder, command, "a.safetensors", *words, *profile, "--dtype", dtype, *output, device).path
+    return ran(folder, command, "a.safetensors", *words, *profile, *output, device).path
 
 
 @pytest.fixture
