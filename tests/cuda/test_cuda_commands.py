@@ -1,7 +1,8 @@
 """Every command that computes gives on a GPU what it gives on the CPU.
 
-In fp32, images differ by at most a grey level and predictions by 0.1 %; what a command fits or rounds is as near to the
-original as on the CPU within 5 %, and in bf16 within 25 %. ``DITMOE_TEST_DEVICE=cpu`` tries these tests without a GPU.
+In fp32, images differ by at most a grey level, moments of profiles by 0.5 % and two in a thousand selections, scores by
+1 %; what a command fits or rounds is as near to the original as on the CPU within 5 %, and in bf16 within 25 %.
+``DITMOE_TEST_DEVICE=cpu`` tries these tests without a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SMALL = ("--images", 8, "--steps", 4)
 PROFILING = (*SMALL, "--reservoir", 1024, "--bins", 2, "--cfg", 1.5)
 DTYPES = ("fp32", "bf16")
 CLOSE, NEAR = {"fp32": 1e-3, "bf16": 0.05}, {"fp32": 1.05, "bf16": 1.25}
+MOMENTS = {"fp32": 5e-3, "bf16": 0.05}
 REFIT, TOKENS = ("--refit-tokens", 512), ("--tokens", 512)
 UNIFORM, ROUNDED = ("--uniform", "--format"), ("--rounding", "gptq", *TOKENS)
 STAGES = {
@@ -110,8 +112,10 @@ def test_profiles(made: Path, dtype: str, offload: bool) -> None:
     expected, found = load_file(made / PROFILE), load_file(made / name)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        exact = not tensor.is_floating_point() and dtype == "fp32"
-        assert torch.equal(found[key], tensor) if exact else norm_of_difference(found[key], tensor) <= CLOSE[dtype], key
+        if tensor.is_floating_point():
+            assert norm_of_difference(found[key], tensor) <= MOMENTS[dtype], key
+        else:  # a token between two experts may go to either
+            assert (found[key] - tensor).abs().sum() <= 2 * CLOSE[dtype] * tensor.abs().sum(), key
 
 
 @cache
