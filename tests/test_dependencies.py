@@ -15,7 +15,12 @@ from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "ditmoe_cli"
 FOR_DEVELOPERS = ("test", "lint", "peers")  # extras that the package itself must not rest on
-ALIASES = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+ALIASES = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "huggingface_hub": "huggingface-hub",
+    "triton": "torch",  # comes with torch for CUDA, and is taken where it is there
+}
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -273,7 +273,7 @@ def test_a_saved_plan_in_pieces_gives_the_same_bytes(wide: Path) -> None:
 
 
 def test_without_a_profile_one_is_made_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_settings, "IMAGES", 2)
+    monkeypatch.setattr(calibration_settings, "usual_images", lambda *_: 2)
     monkeypatch.setattr(calibration_settings, "STEPS", 10)
     words = ("quantize", "a.safetensors", "--bits", 3, *FEW)
     first = here(*words, "-o", "one.safetensors", cwd=folder)

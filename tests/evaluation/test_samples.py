@@ -231,7 +231,7 @@ def tight(most: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[
 
     def build(*args: Any) -> Any:
         model = build_model(*args)
-        model.register_forward_pre_hook(hook)
+        model.x_embedder.register_forward_pre_hook(hook)
         return model
 
     monkeypatch.setattr("ditmoe_cli.model.loading.build_model", build)
@@ -300,16 +300,19 @@ def poisoned(image: int, evaluation: int, monkeypatch: pytest.MonkeyPatch) -> No
         where: list[int] = []
         count = [0]
 
-        def hook(_module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def given(_module: Any, inputs: tuple[Any, ...]) -> None:
             count[0] += 1
             if count[0] % SPEC.steps == 1:
                 where[:] = [i for i, x in enumerate(inputs[0]) if torch.equal(x, noise)]
+
+        def hook(_module: Any, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             if (count[0] - 1) % SPEC.steps + 1 >= evaluation:
                 output = output.clone()
                 output[where] = torch.nan
             return output
 
-        model.register_forward_hook(hook)
+        model.x_embedder.register_forward_pre_hook(given)
+        model.final_layer.register_forward_hook(hook)
         return model
 
     monkeypatch.setattr("ditmoe_cli.model.loading.build_model", build)
@@ -760,14 +763,19 @@ def test_steps_within_a_batch_count(what: Sampling) -> None:
         fractions = []
 
         class Watched:
-            """A model that notes what is done when it is called."""
+            """A model that notes what is done when it is asked."""
 
             def __init__(self, model: Any) -> None:
                 self.model, self.config, self.device = model, model.config, model.device
 
-            def __call__(self, *arguments: Any, **options: Any) -> Any:
-                fractions.append(seen.phases[-1].fraction)
-                return self.model(*arguments, **options)
+            def prepared(self, *arguments: Any) -> Any:
+                asked = self.model.prepared(*arguments)
+
+                def predict(*values: Any) -> Any:
+                    fractions.append(seen.phases[-1].fraction)
+                    return asked(*values)
+
+                return predict
 
         model = Watched(build_model(what.checkpoint, torch.device("cpu")))
         with phase("sampling", what.spec.images, "images") as progress:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.algebra.decompositions import svd
+
 DEFAULT_RIDGE = 1e-3
 
 
@@ -53,7 +55,7 @@ def low_rank_map(
     identity = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
     factor = torch.linalg.cholesky(weighted.T @ centred + penalty * identity)
     whitened = torch.linalg.solve_triangular(factor, weighted.T @ (f - f_mean), upper=False)
-    left, values, right = torch.linalg.svd(whitened)
+    left, values, right = svd(whitened)
     up = right[:rank].T
     down = torch.linalg.solve_triangular(factor.T, left[:, :rank] * values[:rank], upper=True).T
     return LinearMap(up.float(), down.float(), (f_mean - up @ (down @ u_mean)).float())

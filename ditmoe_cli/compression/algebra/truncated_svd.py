@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.algebra.decompositions import svd
 from ditmoe_cli.compression.algebra.whitening import whitening
 
 
@@ -28,5 +28,5 @@ def truncated(delta: Tensor, rank: int, covariance: Tensor | None = None) -> Low
     """
     wide = delta.double()
     whitened = wide if covariance is None else wide @ whitening(covariance)
-    left = torch.linalg.svd(whitened, full_matrices=False).U[:, :rank]
+    left = svd(whitened).U[:, :rank]
     return LowRank(left.float(), (left.T @ wide).float())

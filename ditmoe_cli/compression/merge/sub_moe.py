@@ -13,6 +13,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from ditmoe_cli.compression.algebra.decompositions import svd
 from ditmoe_cli.compression.algebra.matching import aligned
 from ditmoe_cli.compression.algebra.means import mean_expert
 from ditmoe_cli.compression.algebra.neurons import output
@@ -133,7 +134,7 @@ def _outputs(expert: ExpertWeights, inputs: Tensor) -> Tensor:
 
 def _left_vectors(matrices: Sequence[Tensor]) -> Tensor:
     """Return the left singular vectors of matrices (H, D) side by side, by falling singular value."""
-    vectors: Tensor = torch.linalg.svd(torch.cat(list(matrices), dim=1), full_matrices=False).U
+    vectors: Tensor = svd(torch.cat(list(matrices), dim=1)).U
     return vectors
 
 
