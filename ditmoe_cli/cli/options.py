@@ -25,7 +25,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.model.dtypes import AUTO, DTYPES, Dtype, chosen_dtype, parse_dtype
 from ditmoe_cli.model.throughput import likely_device
-from ditmoe_cli.processes import own_device
+from ditmoe_cli.processes import first_process, own_device
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.worker import Runtime
@@ -138,7 +138,8 @@ def dtype_on(name: str, device: str, measures: bool = True) -> Callable[[Checkpo
 
     def dtype_of(checkpoint: Checkpoint) -> Dtype:
         if not chosen:
-            chosen.append(chosen_dtype(checkpoint, likely_device(device), measures))
+            tell = note if first_process() else lambda _: None
+            chosen.append(chosen_dtype(checkpoint, own_device(likely_device(device)), measures, tell))
         return chosen[0]
 
     return dtype_of
@@ -315,7 +316,7 @@ class Accelerating(Running):
         typer.Option(
             "--cuda-graphs/--no-cuda-graphs",
             help="Replay evaluations as CUDA graphs, to the same images: a GPU then does not wait for the host. Takes "
-            "bf16 and plain experts of one width. [default: where that is so]",
+            "bf16 and experts of one width. [default: where that is so]",
         ),
     ] = None
 
@@ -405,6 +406,8 @@ def checked_device(name: str) -> str:
         if device.type not in ("cpu", "cuda"):
             raise ValueError("choose auto, cpu, cuda or cuda:N")
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels of Triton start on the current one
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0][:100]})") from None
     return str(device)

@@ -100,8 +100,11 @@ class SamplingOptions:
     dtype: DtypeOpt = AUTO
 
     def on(self, device: str, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> Callable[[Checkpoint], SampleSpec]:
-        """Return what gives the spec for a checkpoint on a device; dtype ``auto`` is chosen for the first of them."""
-        dtype_of = dtype_on(self.dtype, device)
+        """Return what gives the spec for a checkpoint on a device; dtype ``auto`` is chosen for the first of them.
+
+        It is fp32 where upstream is followed, which samples so.
+        """
+        dtype_of = dtype_on("fp32" if self.upstream and self.dtype == AUTO else self.dtype, device)
         return lambda checkpoint: self.spec(checkpoint, solvers, dtype_of(checkpoint))
 
     def spec(
@@ -137,7 +140,9 @@ class UpstreamSampling(SamplingOptions):
     upstream: Annotated[
         bool,
         typer.Option(
-            "--upstream-exact", help="Sample as upstream does: 50 Euler steps for rf, 250 ancestral steps for ddpm."
+            "--upstream-exact",
+            help="Sample as upstream does: 50 Euler steps for rf, 250 ancestral steps for ddpm; fp32 where --dtype is "
+            "auto.",
         ),
     ] = False
 

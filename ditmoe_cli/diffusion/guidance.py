@@ -44,13 +44,14 @@ def guided_predictor(
     """
     check_guidance(scale, model.config)
     both = torch.cat((labels, torch.full_like(labels, model.config.num_classes)))
-    guided = [t for t in times if is_guided(t, scale, sampler, interval)]
+    announced: dict[bool, list[float]] = {False: [], True: []}
+    for time in dict.fromkeys(times):
+        announced[is_guided(time, scale, sampler, interval)].append(time)
     prepared: dict[bool, tuple[set[float], Prediction]] = {}
 
     def prediction(t: float, is_double: bool) -> Prediction:
-        announced = guided if is_double else [t for t in times if t not in guided]
         if is_double not in prepared or t not in prepared[is_double][0]:
-            asked = announced if t in announced else [t]
+            asked = announced[is_double] if t in announced[is_double] else [t]
             prepared[is_double] = set(asked), model.prepared(asked, both if is_double else labels)
         return prepared[is_double][1]
 

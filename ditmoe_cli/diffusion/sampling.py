@@ -204,9 +204,15 @@ class _FinitePredictor:
         spec = self._spec
         raise BadInputError(
             f"sampling produced NaN or infinite values in image {self._indices[first]} (seed {spec.seed}) at "
-            f"evaluation {number} of {len(evaluation_times(spec.solver, spec.steps))}; is ⟨sampler⟩ {spec.family} "
-            "right for these weights?"
+            f"evaluation {number} of {len(evaluation_times(spec.solver, spec.steps))}; {_suspicion(spec)}"
         )
+
+
+def _suspicion(spec: SampleSpec) -> str:
+    """Return what may be wrong where values are not finite: in fp16 the dtype, whose largest value is 65,504."""
+    if spec.dtype == "fp16":
+        return "values above 65,504 are infinite in fp16: give ⟨dtype⟩ fp32, or bf16"
+    return f"is ⟨sampler⟩ {spec.family} right for these weights?"
 
 
 def visit_noised(

@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Where gradients are recorded, and on devices other than the CPU, torch chooses how.
     """
-    if _by_onednn(x, weight):
+    if _by_onednn(x, weight, bias):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
     return F.linear(x, weight, bias)
@@ -38,10 +38,10 @@ def padded_rows(rows: int, x: Tensor) -> int:
     return -(-rows // ROW_STEP) * ROW_STEP
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
         return False
     least = LEAST_MULTIPLICATIONS if x.dtype == torch.float32 else LEAST_HALF_MULTIPLICATIONS
     return x.numel() * weight.shape[0] >= least and _onednn(x.dtype)

@@ -164,7 +164,8 @@ class _Captured:
             return self._modulations[name]
 
         model.modulated(self._x, read)
-        self._replay, self._result = capture(lambda: model.modulated(self._x, read))
+        with torch.cuda.device_of(x):  # whose streams a graph is captured from
+            self._replay, self._result = capture(lambda: model.modulated(self._x, read))
 
     def __call__(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:
         """Return the prediction for other images and modulations of the same shapes."""

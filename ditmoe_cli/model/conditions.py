@@ -2,10 +2,11 @@
 
 A block's modulation depends on time and class alone: m = W SiLU(c) + b with c = t_embed + y_embed. So a batch that is
 asked at S times for images of U classes needs S U rows of it. They are kept where all blocks' rows take at most
-`MOST_BYTES`; else the U rows of one time are computed at each evaluation. Which of the two is done depends on the
-configuration and the batch alone, never on where weights are kept, so that results are the same to the last bit.
+`MOST_BYTES`; else the U rows of one time are embedded and modulated at each evaluation. Which of the two is done
+depends on the configuration and the batch alone, never on where weights are kept, so that results are the same to the
+last bit.
 
-All of it is computed in fp32, in whatever dtype the weights are.
+All of it is computed in fp32, in whatever dtype the weights are; in fp64 where they are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Conditions:
     """The (time, class) pairs of a batch.
 
     Attributes:
-        c: (S, U, D) embedded pairs, fp32: S times, U classes.
+        embedded: returns embedded pairs (S, U, D) of S times and the U classes.
         places: the index of each time.
         classes: (N,) the index of each row's class.
         whole: whether all times are modulated at once.
@@ -39,24 +40,33 @@ class Conditions:
         keeps: whether modulations are kept.
     """
 
-    c: Tensor
+    embedded: Callable[[Sequence[float]], Tensor]
     places: dict[float, int]
     classes: Tensor
     whole: bool
     keeps: bool
     kept: dict[str, Tensor] = field(default_factory=dict)
+    _latest: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def at(self, name: str, modulate: Modulate, t: float) -> Tensor:
         """Return the modulation (N, parts · D) of each row at time t, by `modulate`, which is called `name`."""
         place = self.places[t]
         if not self.whole:
-            return modulate(self.c[place])[self.classes]
+            return modulate(self._pairs((t,))[0])[self.classes]
         table = self.kept.get(name)
         if table is None:
-            table = modulate(self.c.flatten(0, 1)).reshape(*self.c.shape[:2], -1)
+            pairs = self._pairs(tuple(self.places))
+            table = modulate(pairs.flatten(0, 1)).reshape(*pairs.shape[:2], -1)
             if self.keeps:
                 self.kept[name] = table
         return table[place][self.classes]
+
+    def _pairs(self, times: tuple[float, ...]) -> Tensor:
+        """Return the embedded pairs of times, for all that is modulated by them; those of other times are let go."""
+        if times not in self._latest:
+            self._latest.clear()
+            self._latest[times] = self.embedded(times)
+        return self._latest[times]
 
 
 def conditions(
@@ -72,12 +82,15 @@ def conditions(
     again at each evaluation, modulations are computed alike, but not kept.
     """
     known, classes = torch.unique(labels, return_inverse=True)
-    wanted = list(dict.fromkeys(times))
-    t = torch.tensor(wanted, device=labels.device).repeat_interleave(len(known))
-    c = embed(t, known.repeat(len(wanted))).float()
-    places = {time: place for place, time in enumerate(wanted)}
-    whole = modulation_bytes(config, len(c)) <= MOST_BYTES
-    return Conditions(c.reshape(len(wanted), len(known), -1), places, classes, whole, keeps)
+    places = {time: place for place, time in enumerate(dict.fromkeys(times))}
+
+    def embedded(asked: Sequence[float]) -> Tensor:
+        t = torch.tensor(asked, device=labels.device).repeat_interleave(len(known))
+        c = embed(t, known.repeat(len(asked)))
+        return (c if c.dtype == torch.float64 else c.float()).reshape(len(asked), len(known), -1)
+
+    whole = modulation_bytes(config, len(places) * len(known)) <= MOST_BYTES
+    return Conditions(embedded, places, classes, whole, keeps)
 
 
 def modulation_bytes(config: DiTMoEConfig, pairs: int) -> int:

@@ -4,18 +4,22 @@ Attention and experts compute in it; the stream between blocks, norms, modulatio
 fp32 whatever it is, so that the same tokens go to the same experts as far as their values allow.
 
 ``auto`` is bf16 where the device has it in hardware, the model is wide enough to gain by it, and one evaluation of
-noise in bf16 differs from that in fp32 by at most `MOST_DIFFERENCE`; else fp32.
+noise in bf16 differs from that in fp32 by at most `MOST_DIFFERENCE`; else fp32, which is told where it was measured.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.cache import keep_number, kept_numbers
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.processes import Share
 from ditmoe_cli.progress import phase
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ MOST_DIFFERENCE = 0.03  # ‖v_bf16 - v_fp32‖ / ‖v_fp32‖ of predictions th
 NARROWEST = 384  # width from which products in bf16 are faster by more than casting costs
 _IMAGES, _SEED = 2, 0  # of noise, that the difference is measured on
 _FILE = "dtypes.json"  # of the cache
+_NOT_FINITE = 1e30  # for predictions that are not finite, since JSON holds neither NaN nor infinity
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86-64 and, the last, of Arm
 
 
@@ -57,7 +62,9 @@ def has_bf16(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.is_available() and torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+        with suppress(RuntimeError, AssertionError):  # of a GPU that is not there, which is told where it is used
+            return torch.cuda.is_available() and torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+        return False
     with suppress(OSError):
         lines = cpuinfo.read_text(errors="replace").splitlines()
         flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
@@ -65,23 +72,43 @@ def has_bf16(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return False
 
 
-def chosen_dtype(checkpoint: Checkpoint, device: str, measures: bool = True) -> Dtype:
-    """Return the dtype that ``auto`` is for a checkpoint on a device.
+def chosen_dtype(
+    checkpoint: Checkpoint, device: str, measures: bool = True, note: Callable[[str], None] = lambda _: None
+) -> Dtype:
+    """Return the dtype that ``auto`` is for a checkpoint on a device; `note` takes why bf16 was measured not to do.
 
-    The difference is measured where it is not known, and kept in the cache; without `measures`, as for dry runs, an
-    unknown one counts as small.
+    The difference is measured where it is not known, and kept in the cache; without `measures`, as for dry runs, which
+    take no torch, an unknown one counts as small, and a GPU as one that has bf16.
     """
-    if checkpoint.config.hidden_size < NARROWEST or not has_bf16(device):
+    if checkpoint.config.hidden_size < NARROWEST:
+        return "fp32"
+    if (measures or not device.startswith("cuda")) and not has_bf16(device):
         return "fp32"
     known = kept_numbers(_FILE).get(_key(checkpoint, device))
     if known is None and measures:
         known = measured_difference(checkpoint, device, "bf16")
         keep_number(_FILE, _key(checkpoint, device), known)
-    return "bf16" if known is None or known <= MOST_DIFFERENCE else "fp32"
+    if known is None or known <= MOST_DIFFERENCE:
+        return "bf16"
+    far = "are not finite" if known == _NOT_FINITE else f"differ by {known:.1%}, more than {MOST_DIFFERENCE:.0%}"
+    note(f"computing {checkpoint.name} in fp32: its predictions in bf16 {far}")
+    return "fp32"
+
+
+def check_agreed(dtype: Dtype, share: Share) -> None:
+    """Raise `UsageError` where torchrun's first process computes in another dtype, as on a machine of another kind."""
+    theirs = share.from_first(lambda: dtype)
+    if theirs != dtype:
+        raise UsageError(
+            f"⟨dtype⟩ auto: is {dtype} on this machine, and {theirs} on that of the first process; name one"
+        )
 
 
 def measured_difference(checkpoint: Checkpoint, device: str, dtype: Dtype) -> float:
-    """Return ‖v - v_fp32‖ / ‖v_fp32‖ of predictions v in a dtype, for noise at a time in the middle of the range."""
+    """Return ‖v - v_fp32‖ / ‖v_fp32‖ of predictions v in a dtype, for noise at a time in the middle of the range.
+
+    1e30 where predictions are not finite.
+    """
     import torch
 
     from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -93,7 +120,8 @@ def measured_difference(checkpoint: Checkpoint, device: str, dtype: Dtype) -> fl
             predictions.append(_prediction(model))
             progress(1)
     exact, rounded = predictions
-    return float((rounded - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    difference = float((rounded - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return difference if math.isfinite(difference) else _NOT_FINITE
 
 
 def _prediction(model: OffloadedDiTMoE) -> Tensor:

@@ -162,8 +162,13 @@ def _follows(first: Tensor, later: Tensor, elements: int) -> bool:
 
 
 def _plain(*layers: nn.Module) -> bool:
-    """Tell whether layers have plain weights; packed ones take the place of linear layers."""
-    return all(isinstance(layer, nn.Linear) for layer in layers)
+    """Tell whether layers are ours, neither packed nor put in their place, and record no gradients.
+
+    Gradients of matrices that are taken together would not reach the parameters that lie behind the first.
+    """
+    return all(type(layer) is Linear for layer in layers) and not (
+        torch.is_grad_enabled() and any(_weight(layer).requires_grad for layer in layers)
+    )
 
 
 def _weight(layer: nn.Module) -> Tensor:

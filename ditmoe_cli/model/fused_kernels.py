@@ -20,9 +20,11 @@ _WARPS = 4
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Return whether tensors are on a GPU, record no gradient, and Triton is there."""
+    """Return whether tensors are on the current GPU, where kernels start, record no gradient, and Triton is there."""
+    if not all(tensor.is_cuda for tensor in tensors):
+        return False
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return all(tensor.is_cuda for tensor in tensors) and not recorded and _has_triton()
+    return not recorded and tensors[0].device.index == torch.cuda.current_device() and _has_triton()
 
 
 @cache

@@ -148,7 +148,7 @@ def assign(
     setattr(parent, module_name.rpartition(".")[2], layer)
     bias = f"{module_name}.bias"
     if bias in checkpoint.weights:
-        put(model, bias, checkpoint.finite_tensor(bias).to(device, dtype))
+        put(model, bias, checkpoint.finite_tensor(bias).to(device, kept_in(bias, dtype)))
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:

@@ -183,6 +183,9 @@ def empty_tables(experts: tuple[int, ...]) -> RoutingTables:
     return RoutingTables(experts, 0, 1.0, [], [], [])
 
 
+_UNNAMED = {"dtype": "fp32"}  # settings that older profiles do not name, and what they were made with
+
+
 def read_profile(path: Path) -> RoutingProfile:
     """Open a profile. Raises `BadInputError` where the file is missing, damaged or of another schema."""
     if not path.is_file():
@@ -194,7 +197,8 @@ def read_profile(path: Path) -> RoutingProfile:
         experts = tuple(document["experts"])
         if not all(type(n) is int and n > 0 for n in experts):
             raise ValueError(f"experts are {experts}")
-        profile = RoutingProfile(path, header, str(document["checkpoint"]), dict(document["calibration"]), experts)
+        calibration = {**_UNNAMED, **dict(document["calibration"])}
+        profile = RoutingProfile(path, header, str(document["checkpoint"]), calibration, experts)
         bins, cfg = int(profile.calibration["bins"]), float(profile.calibration["cfg"])
         if not math.isfinite(cfg):
             raise ValueError(f"cfg is {cfg}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from cli_helpers import here
 from conftest import make_pico
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ditmoe_cli.cli import options
 from ditmoe_cli.evaluation.samples import read_origin
@@ -89,3 +91,37 @@ def test_an_unknown_dtype_is_refused(folder: Path) -> None:
     refused = here("sample", "a.safetensors", "--dtype", "int8", cwd=folder)
     assert refused.code == 2
     assert "choose auto, fp32, bf16, fp16" in refused.err
+
+
+def test_upstream_is_followed_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "chosen_dtype", lambda *_: "bf16")
+    words = ("sample", "a.safetensors", "--images", "1", "--upstream-exact", "--quiet")
+    assert here(*words, "-o", "upstream.safetensors", cwd=folder).code == 0
+    origin = read_origin(folder / "upstream.safetensors")
+    assert origin is not None and origin.spec.dtype == "fp32"
+
+
+def test_values_beyond_fp16_are_told(folder: Path) -> None:
+    state = load_file(folder / "a.safetensors")
+    name = "blocks.0.moe.shared_experts.up_proj.weight"
+    save_file({**state, name: state[name] * 1e6}, folder / "large.safetensors", read_metadata(folder / "a.safetensors"))
+    refused = here("sample", "large.safetensors", *SHORT, "--dtype", "fp16", "-o", "l.safetensors", cwd=folder)
+    assert refused.code == 3
+    assert "infinite in fp16: give --dtype fp32, or bf16" in refused.err
+
+
+def test_profiles_of_before_count_as_fp32(folder: Path) -> None:
+    words = ("profile-experts", "a.safetensors", *SHORT, "--dtype", "fp32", "-o", "old.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    profile = folder / "old.safetensors"
+    document = json.loads(read_metadata(profile)["ditmoe"])
+    del document["calibration"]["dtype"]
+    save_file(load_file(profile), profile, {**read_metadata(profile), "ditmoe": json.dumps(document)})
+    assert read_profile(profile).calibration["dtype"] == "fp32"
+    again = here(*words, cwd=folder)
+    assert again.code == 0, again.err
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})

@@ -44,3 +44,9 @@ def test_rows_are_rounded_up_where_products_are_large() -> None:
         assert padded == rows or (padded % ROW_STEP == 0 and rows < padded < rows + ROW_STEP)
     assert padded_rows(5, torch.empty(1, 32)) == 5
     assert padded_rows(100, wide.double()) == 100
+
+
+def test_a_bias_alone_has_gradients_too() -> None:
+    bias = torch.zeros(240, requires_grad=True)
+    linear(torch.randn(600, 160), torch.randn(240, 160), bias).sum().backward()
+    assert bias.grad is not None and torch.equal(bias.grad, torch.full((240,), 600.0))

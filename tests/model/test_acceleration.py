@@ -87,6 +87,15 @@ def test_a_machine_that_cannot_compile_says_so(pico: Callable[..., Pico], monkey
         accelerated(pico().model(), Acceleration(compiled=True))
 
 
+def test_what_would_be_compiled_is_called_as_a_module(pico: Callable[..., Pico]) -> None:
+    model, calls = pico().model(), []
+    for block in model.blocks:
+        for part in (block.attn, block.moe.shared_experts):
+            part.register_forward_hook(lambda *_: calls.append(1))
+    model.prepared(TIMES, torch.tensor([0, 1]))(torch.randn(2, 4, 8, 8), 3.0)
+    assert len(calls) == 2 * model.config.depth
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_the_model_within_rounding(pico: Callable[..., Pico]) -> None:
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])

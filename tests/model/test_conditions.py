@@ -55,3 +55,29 @@ def test_modulations_are_counted_from_shapes(pico: Callable[..., Pico]) -> None:
     config = pico().config
     row = pico().model().blocks[0].adaLN_modulation(torch.zeros(1, config.hidden_size))
     assert modulation_bytes(config, 7) == 7 * config.depth * row.nbytes
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_pairs_are_embedded_when_they_are_asked_for(
+    pico: Callable[..., Pico], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where modulations are not kept, no table of all times is held either."""
+    if not whole:
+        monkeypatch.setattr(module, "MOST_BYTES", 0)
+    model, asked = pico().model(), list[int]()
+
+    def embed(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        asked.append(len(t))
+        return model.condition(t, y)
+
+    run = conditions([5.0, 3.0, 1.0], torch.tensor([2, 0]), embed, model.config)
+    for t in (5.0, 3.0, 1.0):
+        for block in model.blocks:
+            run.at(str(id(block)), block.adaLN_modulation, t)
+    assert asked == ([6] if whole else [2, 2, 2])
+
+
+def test_conditions_of_a_model_in_fp64_are_fp64(pico: Callable[..., Pico]) -> None:
+    model, labels = pico().model().double(), torch.tensor([2, 0])
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(model.prepared([5.0], labels)(x, 5.0), model(x, torch.full((2,), 5.0), labels))

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Pico, make_pico
 
+from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model import dtypes
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dtypes import (
     DTYPES,
     MOST_DIFFERENCE,
     NARROWEST,
+    check_agreed,
     chosen_dtype,
     has_bf16,
     measured_difference,
     parse_dtype,
     torch_dtype_of,
 )
+from ditmoe_cli.processes import Share
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,57 @@ def test_differences_are_of_the_order_of_rounding(sampler: str, attention: str, 
     assert measured_difference(checkpoint, "cpu", "fp32") == 0
     half, brain = (measured_difference(checkpoint, "cpu", dtype) for dtype in ("fp16", "bf16"))
     assert 0 < half < 0.1 and 0 < brain < 0.1
+
+
+@pytest.mark.usefixtures("on_bf16")
+def test_what_is_measured_to_be_far_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, told = wide(make_pico(), tmp_path), list[str]()
+    monkeypatch.setattr(dtypes, "measured_difference", lambda *_: 0.042)
+    for _ in range(2):
+        assert chosen_dtype(checkpoint, "cpu", note=told.append) == "fp32"
+    assert told == ["computing a.safetensors in fp32: its predictions in bf16 differ by 4.2%, more than 3%"] * 2
+
+
+@pytest.mark.usefixtures("on_bf16")
+def test_predictions_that_are_not_finite_are_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, told, asked = wide(make_pico(), tmp_path), list[str](), []
+
+    def prediction(_: object) -> torch.Tensor:
+        asked.append(1)
+        return torch.full((2, 3), torch.nan if len(asked) > 1 else 1.0)
+
+    monkeypatch.setattr(dtypes, "_prediction", prediction)
+    monkeypatch.setattr("ditmoe_cli.model.offload.OffloadedDiTMoE", lambda *_, **__: None)
+    for _ in range(2):
+        assert chosen_dtype(checkpoint, "cpu", note=told.append) == "fp32"
+    assert told == ["computing a.safetensors in fp32: its predictions in bf16 are not finite"] * 2
+    assert len(asked) == 2, "measured once"
+
+
+def test_a_dry_run_takes_a_gpu_as_one_that_has_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "has_bf16", lambda _: pytest.fail("takes torch"))
+    assert chosen_dtype(wide(make_pico(), tmp_path), "cuda", measures=False) == "bf16"
+
+
+def test_a_gpu_that_is_not_there_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capability(_: torch.device) -> tuple[int, int]:
+        raise AssertionError("Invalid device id")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    assert not has_bf16("cuda:9")
+
+
+@dataclass(frozen=True)
+class Later(Share):
+    """A process of a job whose first one chose fp32."""
+
+    def from_first(self, compute: Callable[[], object]) -> Any:
+        compute()
+        return "fp32"
+
+
+def test_processes_that_chose_other_dtypes_are_refused() -> None:
+    check_agreed("fp32", Later(1, 2))
+    with pytest.raises(UsageError, match="dtype⟩ auto: is bf16 on this machine, and fp32 on that of the first process"):
+        check_agreed("bf16", Later(1, 2))

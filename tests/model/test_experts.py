@@ -88,3 +88,29 @@ def test_replaced_weights_leave_the_stack(
 def test_nothing_is_no_stack() -> None:
     assert stacked([]) is None
     assert stacked([SwiGLU(16, 8), SwiGLU(16, 8)]) is None, "of memory of their own"
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_gradients_reach_every_matrix() -> None:
+    made = experts(8, 8)
+    for expert in made:
+        expert.requires_grad_(True)
+        assert paired(expert) is None
+        expert(torch.randn(5, 16)).sum().backward()
+        assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in expert.parameters())
+    assert stacked(made) is None
+    with torch.no_grad():
+        assert stacked(made) is not None and paired(made[0]) is not None
+
+
+def test_layers_that_took_a_place_are_called() -> None:
+    (expert,) = experts(8)
+    put = Doubling(16, 8, bias=False)
+    put.weight = expert.gate_proj.weight
+    expert.gate_proj = put
+    u = torch.randn(5, 16)
+    torch.testing.assert_close(expert.neurons(u), nn.functional.silu(put(u)) * expert.up_proj(u))
