@@ -164,7 +164,7 @@ class _Captured:
             return self._modulations[name]
 
         model.modulated(self._x, read)
-        with torch.cuda.device_of(x):  # whose streams a graph is captured from
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # whose streams a graph is captured from
             self._replay, self._result = capture(lambda: model.modulated(self._x, read))
 
     def __call__(self, x: Tensor, modulation_of: ModulationOf) -> Tensor:

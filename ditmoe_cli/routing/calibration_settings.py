@@ -116,7 +116,8 @@ def setting(name: str) -> str:
 def told(document: Mapping[str, Any]) -> str:
     """Return calibration settings in words, as ``cfg 1.5, 20 steps, 64 images``."""
     given = ", noised from data" if document.get("data") else ""
-    return f"cfg {document['cfg']:g}, {document['steps']} steps, {document['images']} images{given}"
+    rounded = "" if document.get("dtype", "fp32") == "fp32" else f", in {document['dtype']}"
+    return f"cfg {document['cfg']:g}, {document['steps']} steps, {document['images']} images{given}{rounded}"
 
 
 def default_calibration(checkpoint: Checkpoint, dtype: Dtype = "fp32") -> Calibration:

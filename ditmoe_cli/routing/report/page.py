@@ -106,6 +106,7 @@ def _settings(report: ProfileReport) -> str:
         f"{run['steps']} steps in {_count(int(run['bins']), 'bin')}",
         f"guidance {float(run['cfg']):g}",
         f"solver {solver}{family}",
+        *([f"computed in {run['dtype']}"] if run.get("dtype", "fp32") != "fp32" else []),
         *(["counters alone"] if run.get("fast") is True else []),
     ]
     return f"{', '.join(parts)}; intervals from {report.replicates} replicates, seed {report.seed}"

@@ -129,6 +129,7 @@ def test_settings_are_told_in_words(full: ProfileReport) -> None:
     assert "10 images of 5 classes, 24 steps in 6 bins, guidance 2, solver ddim (DDPM);" in told(solver="ddim")
     assert "solver euler (rectified flow)" in told(solver="euler")
     assert "10 noised images of 5 classes, 24 steps in one bin" in told(source="data", bins=1)
+    assert "computed in bf16" in told(dtype="bf16") and "computed in" not in told(dtype="fp32")
 
 
 def test_a_profile_without_a_tensor_of_today_is_not_called_fast(full: ProfileReport) -> None:
