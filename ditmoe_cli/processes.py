@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from ditmoe_cli.errors import DitmoeError
+from ditmoe_cli.errors import DitmoeError, UsageError
 
 _TIMEOUT = timedelta(days=2)  # a process may be slow; torchrun itself notices one that has ended
 
@@ -66,6 +66,12 @@ class Share:
         with _ended_processes_reported():
             dist.broadcast_object_list(values)
         return values[0]  # type: ignore[return-value]
+
+    def check_same(self, name: str, value: str) -> None:
+        """Raise `UsageError` where the first process has another value of a setting, which machines choose."""
+        theirs = self.from_first(lambda: value)
+        if theirs != value:
+            raise UsageError(f"⟨{name}⟩ auto: is {value} on this machine, {theirs} on the first process's; name one")
 
 
 WHOLE = Share()

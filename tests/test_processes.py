@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from ditmoe_cli.errors import DitmoeError
+from ditmoe_cli.errors import DitmoeError, UsageError
 from ditmoe_cli.processes import WHOLE, Share, own_device, process_group
 
 
@@ -44,3 +46,18 @@ def test_a_process_that_ended_is_reported_in_a_line(monkeypatch: pytest.MonkeyPa
         Share(0, 2).wait()
     with pytest.raises(DitmoeError, match="another process of this job has ended"):
         Share(1, 2).from_first(lambda: 3)
+
+
+class Later(Share):
+    """A later process of a job whose first one chose fp32."""
+
+    def from_first(self, compute: Callable[[], object]) -> Any:
+        compute()
+        return "fp32"
+
+
+def test_processes_that_chose_otherwise_are_refused() -> None:
+    Later(1, 2).check_same("dtype", "fp32")
+    Share().check_same("dtype", "bf16")
+    with pytest.raises(UsageError, match="dtype auto: is bf16 on this machine, fp32 on the first process's; name one"):
+        Later(1, 2).check_same("dtype", "bf16")

@@ -41,7 +41,7 @@ from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dtypes import check_agreed, parse_dtype, torch_dtype_of
+from ditmoe_cli.model.dtypes import parse_dtype, torch_dtype_of
 from ditmoe_cli.processes import process_group
 from ditmoe_cli.progress import Phase, phase
 
@@ -188,7 +188,7 @@ def fill(
     from ditmoe_cli.model.loading import build_model
 
     share = worker.share
-    check_agreed(sampling.spec.dtype, share)
+    share.check_same("dtype", sampling.spec.dtype)
     if share.first:
         work.create(SAMPLES, sampling.shape, np.uint8 if sampling.images else np.float32)
     missing = share.from_first(lambda: work.missing([SAMPLES], worker.runtime.batch))

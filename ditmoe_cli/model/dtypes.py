@@ -16,10 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.cache import keep_number, kept_numbers
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.processes import Share
 from ditmoe_cli.progress import phase
 
 if TYPE_CHECKING:
@@ -93,15 +91,6 @@ def chosen_dtype(
     far = "are not finite" if known == _NOT_FINITE else f"differ by {known:.1%}, more than {MOST_DIFFERENCE:.0%}"
     note(f"computing {checkpoint.name} in fp32: its predictions in bf16 {far}")
     return "fp32"
-
-
-def check_agreed(dtype: Dtype, share: Share) -> None:
-    """Raise `UsageError` where torchrun's first process computes in another dtype, as on a machine of another kind."""
-    theirs = share.from_first(lambda: dtype)
-    if theirs != dtype:
-        raise UsageError(
-            f"⟨dtype⟩ auto: is {dtype} on this machine, and {theirs} on that of the first process; name one"
-        )
 
 
 def measured_difference(checkpoint: Checkpoint, device: str, dtype: Dtype) -> float:

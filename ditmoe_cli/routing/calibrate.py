@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dtypes import check_agreed, torch_dtype_of
+from ditmoe_cli.model.dtypes import torch_dtype_of
 from ditmoe_cli.processes import Share
 from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.calibration_settings import Calibration, check_settings
@@ -63,7 +63,7 @@ def calibrate(
     with process_group() as share:
         if run.offload and share.world > 1:
             raise UsageError("⟨offload⟩ reads the whole file at every step in one process; run it without torchrun")
-        check_agreed(spec.dtype, share)
+        share.check_same("dtype", spec.dtype)
         device = torch.device(run.device)
         dtype = torch_dtype_of(spec.dtype)
         model = (

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import Pico, make_pico
 
-from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model import dtypes
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dtypes import (
     DTYPES,
     MOST_DIFFERENCE,
     NARROWEST,
-    check_agreed,
     chosen_dtype,
     has_bf16,
     measured_difference,
     parse_dtype,
     torch_dtype_of,
 )
-from ditmoe_cli.processes import Share
 
 
 @pytest.mark.parametrize(
@@ -137,18 +132,3 @@ def test_a_gpu_that_is_not_there_has_no_bf16(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     assert not has_bf16("cuda:9")
-
-
-@dataclass(frozen=True)
-class Later(Share):
-    """A process of a job whose first one chose fp32."""
-
-    def from_first(self, compute: Callable[[], object]) -> Any:
-        compute()
-        return "fp32"
-
-
-def test_processes_that_chose_other_dtypes_are_refused() -> None:
-    check_agreed("fp32", Later(1, 2))
-    with pytest.raises(UsageError, match="dtype⟩ auto: is bf16 on this machine, and fp32 on that of the first process"):
-        check_agreed("bf16", Later(1, 2))
