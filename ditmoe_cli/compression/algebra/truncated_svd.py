@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.algebra.decompositions import svd
 from ditmoe_cli.compression.algebra.whitening import whitening
+from ditmoe_cli.errors import BadInputError
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ def truncated(delta: Tensor, rank: int, covariance: Tensor | None = None) -> Low
     S whitens the inputs' covariance (n, n), the identity if None. With ΔW S = U Σ Vᵀ the optimum is
     U_r Σ_r V_rᵀ S⁻¹ = U_r U_rᵀ ΔW, so left = U_r, right = U_rᵀ ΔW and S is never inverted. `rank` is at most
     min(m, n), at which the factors are exact; `rank_of_ratio` gives it for a ratio of weights. Raises `BadInputError`
-    for a covariance that is not positive semidefinite.
+    for a covariance that is not positive semidefinite, and for values that are not finite.
     """
     wide = delta.double()
     whitened = wide if covariance is None else wide @ whitening(covariance)
+    if not bool(whitened.isfinite().all()):
+        raise BadInputError("a difference of experts, or the covariance of its inputs, holds NaN or infinite values")
     left = svd(whitened).U[:, :rank]
     return LowRank(left.float(), (left.T @ wide).float())

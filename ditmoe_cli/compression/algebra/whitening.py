@@ -26,6 +26,6 @@ def whitening(covariance: Tensor) -> Tensor:
     for jitter in _JITTERS:
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(covariance + jitter * scale * identity)
-        if not int(failed):
+        if not int(failed) and bool(factor.isfinite().all()):  # a GPU's solver may report success all the same
             return factor
     raise BadInputError("input covariance is not positive semidefinite; collect it again in fp32 or wider")
