@@ -56,7 +56,7 @@ class AutomaticProfile:
             "--calibration-classes",
             metavar="LIST",
             parser=parse_classes,
-            help="Labels to cycle through. [default: those of the ancestor's, else all]",
+            help="Labels to cycle through. [default: those of the ancestor's, else as profile-experts]",
         ),
     ] = None
     calibration_seed: Annotated[

@@ -34,7 +34,7 @@ class TensorReader(Protocol):
         """Return the bytes of a tensor."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor as stored, on the CPU. It may share memory with the file and must not be changed."""
+        """Return a tensor as stored, on the CPU, in memory of its own: models are changed in place."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,10 @@ class PickleReader:
         return tensor_bytes(self.state[name])
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor."""
-        return self.state[name]
+        """Return a tensor, copied out of the state dict."""
+        import torch
+
+        return self.state[name].detach().clone(memory_format=torch.contiguous_format)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

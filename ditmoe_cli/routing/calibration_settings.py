@@ -29,6 +29,16 @@ def usual_images(patches: int) -> int:
     return min(max(TOKENS // (STEPS * patches) // 8 * 8, FEWEST_IMAGES), MOST_IMAGES)
 
 
+def usual_classes(images: int, classes: int) -> tuple[int, ...]:
+    """Return the default labels of N calibration images of C classes: round(i C / N) of image i, and all where C <= N.
+
+    Neighbouring labels of ImageNet are alike: 0 to 23 are fish and birds. Labels rise, and none comes twice.
+    """
+    if not 0 < images < classes:
+        return tuple(range(classes))
+    return tuple(round(i * classes / images) for i in range(images))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Settings of a calibration run.
@@ -90,6 +100,8 @@ class WantedCalibration:
         if not self.given():
             return base
         spec = replace(base.spec, **self.given())
+        if self.classes is None and base.data is None and _has_usual_classes(base.spec, checkpoint):
+            spec = replace(spec, classes=usual_classes(spec.images, checkpoint.config.num_classes))
         bins = base.bins if base.bins <= spec.steps else choose_bins(None, spec.steps)
         try:
             check_spec(spec, checkpoint.config, allow_null=base.data is not None)
@@ -123,9 +135,14 @@ def told(document: Mapping[str, Any]) -> str:
 def default_calibration(checkpoint: Checkpoint, dtype: Dtype = "fp32") -> Calibration:
     """Return the settings of a plain ``ditmoe profile-experts``, which computes in `dtype`."""
     solver = CALIBRATION_SOLVER[checkpoint.config.sampler]
-    classes = tuple(range(checkpoint.config.num_classes))
     images = usual_images(checkpoint.config.num_patches)
+    classes = usual_classes(images, checkpoint.config.num_classes)
     return Calibration(SampleSpec(images, STEPS, 1.0, 0, solver, classes, dtype=dtype))
+
+
+def _has_usual_classes(spec: SampleSpec, checkpoint: Checkpoint) -> bool:
+    """Return whether the labels are those of no ⟨classes⟩, so that they change with the number of images."""
+    return spec.classes == usual_classes(spec.images, checkpoint.config.num_classes)
 
 
 def parse_calibration(document: Mapping[str, Any], checkpoint: Checkpoint) -> Calibration:

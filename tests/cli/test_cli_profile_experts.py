@@ -46,6 +46,20 @@ def test_bins_follow_the_steps(made: Path, tmp_path: Path) -> None:
     assert here(*words, cwd=tmp_path).error(2).startswith("--bins 5: must be between 1 and the 4 steps")
 
 
+def test_labels_are_evenly_spread_where_there_are_more_classes_than_images(tmp_path: Path) -> None:
+    make_pico(sampler="rf", in_channels=1, num_classes=50).save(tmp_path / "a.safetensors")
+    settings = ("profile-experts", "a.safetensors", "--images", 5, "--steps", 2, "-o", "p.safetensors")
+    told = here(*settings, cwd=tmp_path)
+    assert told.result["calibration"]["classes"] == [0, 10, 20, 30, 40]
+    labels = open_reader(tmp_path / "p.safetensors")[1].tensor("states.label")
+    assert set(labels.tolist()) == {0, 10, 20, 30, 40}
+    chosen = here(*settings, "--classes", "0-4", "--force", cwd=tmp_path)
+    assert chosen.result["calibration"]["classes"] == "0-4"
+    fewer = ("--keep", 2, "--no-refit", "--calibration-images", 2, "--calibration-steps", 2)
+    (settings,) = calibrations(here("prune", "a.safetensors", *fewer, cwd=tmp_path).path)
+    assert isinstance(settings, dict) and settings["classes"] == [0, 25]
+
+
 def test_a_profile_that_exists_is_up_to_date_and_loads_neither_torch_nor_numpy(folder: Path) -> None:
     before = contents(folder)
     words = ("profile-experts", "models/a.safetensors", *SETTINGS, "--cfg", 1.5)

@@ -106,6 +106,20 @@ def test_a_tensor_is_a_copy_that_outlives_its_reader(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_tensor_of_a_pickle_is_a_copy_too(archive: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(4)}, path, _use_new_zipfile_serialization=archive)
+    before = path.read_bytes()
+    reader = open_reader(path)[1]
+    stored = bytes(reader.raw("a"))
+    tensor = reader.tensor("a")
+    tensor += 1
+    assert bytes(reader.raw("a")) == stored, "what is hashed and copied is what the file holds"
+    assert torch.equal(reader.tensor("a"), torch.ones(4))
+    assert path.read_bytes() == before
+
+
 def test_safetensors_are_opened_and_fingerprinted_without_torch(tmp_path: Path, pico: Callable[..., Pico]) -> None:
     path = pico().save(tmp_path / "x.safetensors")
     program = (

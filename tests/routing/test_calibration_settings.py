@@ -21,6 +21,7 @@ from ditmoe_cli.routing.calibration_settings import (
     WantedCalibration,
     default_calibration,
     parse_calibration,
+    usual_classes,
     usual_images,
 )
 
@@ -145,6 +146,33 @@ def test_fewer_images_of_many_patches_are_calibrated_on() -> None:
     for patches in range(1, 400):
         assert 16 <= usual_images(patches) <= 64 and usual_images(patches) % 8 == 0
         assert usual_images(patches + 1) <= usual_images(patches)
+
+
+@given(images=st.integers(1, 1100), classes=st.integers(1, 1000))
+def test_default_labels_are_all_or_evenly_spread(images: int, classes: int) -> None:
+    labels = usual_classes(images, classes)
+    assert len(labels) == min(images, classes) == len(set(labels)) and list(labels) == sorted(labels)
+    assert labels[0] == 0 and labels[-1] < classes
+    gaps = [right - left for left, right in zip(labels, (*labels[1:], classes), strict=True)]  # around the circle
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_default_labels_of_imagenet() -> None:
+    assert usual_classes(24, 1000)[:4] == (0, 42, 83, 125)
+    assert usual_classes(1000, 1000) == tuple(range(1000))
+
+
+def test_default_labels_change_with_the_number_of_images_and_others_stay(tmp_path: Path) -> None:
+    checkpoint = opened(make_pico(hidden=16, input_size=4, num_classes=90), tmp_path)
+    usual = default_calibration(checkpoint)
+    assert usual.spec.classes == usual_classes(64, 90)
+    assert WantedCalibration(images=9).over(usual, checkpoint).spec.classes == tuple(range(0, 90, 10))
+    assert WantedCalibration(images=90).over(usual, checkpoint).spec.classes == tuple(range(90))
+    assert WantedCalibration(images=9, classes=(5,)).over(usual, checkpoint).spec.classes == (5,)
+    chosen = replace(usual, spec=replace(usual.spec, classes=(3, 4)))
+    assert WantedCalibration(images=9).over(chosen, checkpoint).spec.classes == (3, 4)
+    data = replace(chosen, spec=replace(chosen.spec, images=9, classes=usual_classes(9, 90)), data="a" * 64)
+    assert WantedCalibration(images=3).over(data, checkpoint).spec.classes == data.spec.classes
 
 
 @pytest.mark.parametrize(("sampler", "solver"), [("rf", "euler"), ("ddpm", "ddim")])

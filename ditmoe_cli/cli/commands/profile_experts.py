@@ -12,7 +12,7 @@ import typer
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Models, Source, checked_device
-from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver
+from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver, parse_classes
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.estimates import profiling_estimate
@@ -27,7 +27,7 @@ from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.processes import first_process
 from ditmoe_cli.routing.calibrate import Run, calibrate, made_before
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
-from ditmoe_cli.routing.calibration_settings import STEPS, Calibration, check_settings, usual_images
+from ditmoe_cli.routing.calibration_settings import STEPS, Calibration, check_settings, usual_classes, usual_images
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
 
@@ -63,6 +63,16 @@ class Calibrating(SamplingOptions):
         ),
     ] = None
 
+    classes: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            "--classes",
+            metavar="LIST",
+            parser=parse_classes,
+            help="Labels to cycle through, as 0,3,7 or 0-3,7. [default: all, or as many as images, evenly spread]",
+        ),
+    ] = None
+
     def images_of(self, checkpoint: Checkpoint) -> int:
         """Return the number of images: as many as `usual_images` where none is given."""
         return self.images if self.images is not None else usual_images(checkpoint.config.num_patches)
@@ -70,8 +80,13 @@ class Calibrating(SamplingOptions):
     def spec(
         self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = CALIBRATION_SOLVER, dtype: Dtype = "fp32"
     ) -> SampleSpec:
-        """Return the spec that the options ask for. Raises `UsageError` for values out of range."""
-        counted = replace(self, images=self.images_of(checkpoint))
+        """Return the spec that the options ask for, labels by `usual_classes` where none are given.
+
+        Raises `UsageError` for values out of range.
+        """
+        images = self.images_of(checkpoint)
+        classes = usual_classes(images, checkpoint.config.num_classes) if self.classes is None else self.classes
+        counted = replace(self, images=images, classes=classes)
         return super(Calibrating, counted).spec(checkpoint, solvers, dtype)
 
 

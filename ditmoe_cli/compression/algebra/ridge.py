@@ -62,6 +62,7 @@ class Normal:
     gram: Tensor
     cross: Tensor
     energy: float = 0.0
+    _mirrored: bool = False
 
     @classmethod
     def empty(cls, features: int, outputs: int, device: torch.device) -> Normal:
@@ -72,6 +73,7 @@ class Normal:
 
     def add(self, parts: Sequence[Rows], targets: Tensor) -> None:
         """Add a batch: features in parts side by side, targets (rows, D), all scaled by the root of their weights."""
+        self._mirrored = False
         starts = _starts(parts)
         for index, (part, (start, stop)) in enumerate(zip(parts, pairwise(starts), strict=True)):
             for at in range(0, stop - start, _COLUMNS):
@@ -84,12 +86,15 @@ class Normal:
 
     @property
     def whole(self) -> Tensor:
-        """The Gram, its lower triangle made that of the upper one, in place."""
+        """The Gram, its lower triangle made that of the upper one, in place, if it is not yet."""
+        if self._mirrored:
+            return self.gram
         for start in range(0, len(self.gram), _COLUMNS):
             stop = start + _COLUMNS
             square = self.gram[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
             self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
+        self._mirrored = True
         return self.gram
 
     def __add__(self, other: Normal) -> Normal:

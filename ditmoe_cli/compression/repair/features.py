@@ -175,7 +175,7 @@ def _shared_term(shared: SwiGLU, tokens: FitTokens) -> Term:
 
 def _down_adder(expert: SwiGLU) -> Callable[[Tensor], None]:
     def add(change: Tensor) -> None:
-        expert.down_proj.weight = nn.Parameter(expert.down_proj.weight + change.T, requires_grad=False)
+        expert.down_proj.weight.data += change.T  # in place: experts lie together in memory
 
     return add
 

@@ -132,7 +132,7 @@ class _System:
             solution = None if self.factors is None else self.factors.solve_first(both.cross)
         if solution is None:
             return None
-        self._take(solution, trial.solution)
+        self._take(solution, trial.solution, again)
         return _Solved(trial.strength, trial.error)
 
     def _solve_again(self) -> _Solved | None:
@@ -153,7 +153,7 @@ class _System:
             after += float((left - self._change(batch, trial)).double().square().sum())
         if not after < before:
             return None
-        self._take(self.factors.solve_first((train + held)[:, : self.width]), trial)
+        self._take(self.factors.solve_first((train + held)[:, : self.width]), trial, True)
         return _Solved(self.strength, after / before)
 
     def _sums(self) -> tuple[Normal, Normal]:
@@ -183,11 +183,12 @@ class _System:
                 change[rows.places] += rows.values @ part
         return change
 
-    def _take(self, solution: Tensor, trial: Tensor) -> None:
-        """Subtract the change from what is left, and add it to the weights."""
-        both = torch.cat((solution, trial), dim=1)
-        for batch in each(self.tokens.batches, "taking the change off", "batches of tokens", share=0.2):
-            self.rest[batch] -= self._change(batch, both)
+    def _take(self, solution: Tensor, trial: Tensor, again: bool) -> None:
+        """Add the change to the weights and, where more is to be solved for what is left, subtract it there."""
+        if again:
+            both = torch.cat((solution, trial), dim=1)
+            for batch in each(self.tokens.batches, "taking the change off", "batches of tokens", share=0.2):
+                self.rest[batch] -= self._change(batch, both)
         for term, part in zip(self.terms, self._split(solution.float()), strict=True):
             term.add(part)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditmoe_cli.compression.replay.outputs import chunks, held_error, output_of
 from ditmoe_cli.compression.replay.stream import Tokens
@@ -41,7 +41,7 @@ def rescale(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> float:
 def _multiply(moe: SparseMoE, scales: list[float]) -> None:
     for expert, scale in zip(moe.experts, scales, strict=True):
         assert isinstance(expert, SwiGLU)
-        expert.down_proj.weight = nn.Parameter(expert.down_proj.weight * scale, requires_grad=False)
+        expert.down_proj.weight.data *= scale  # in place: experts lie together in memory
 
 
 def _equations(original: SparseMoE, changed: SparseMoE, tokens: Tokens) -> Iterator[NormalEquations]:

@@ -87,7 +87,7 @@ def reorder(block: Block, index: int, orders: Orders) -> None:
         expert = block.get_submodule(stem.removeprefix(in_block(index, "")))
         for matrix in MATRICES:
             weight = expert.get_parameter(f"{matrix}.weight")
-            weight.data = in_order(weight.data, f"{stem}.{matrix}.weight", order)
+            weight.data.copy_(in_order(weight.data, f"{stem}.{matrix}.weight", order))
 
 
 def in_order(weight: Tensor, name: str, order: Tensor) -> Tensor:

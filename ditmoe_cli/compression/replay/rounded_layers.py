@@ -28,15 +28,17 @@ def require_range(weight: Tensor, name: str) -> None:
 
 @contextmanager
 def rounded(layers: Mapping[nn.Linear, str]) -> Iterator[None]:
-    """Round linear layers to formats, and restore them at the end."""
-    kept = {layer: layer.weight.data for layer in layers}
-    for layer, fmt in layers.items():
-        layer.weight.data = nearest(kept[layer], fmt).to(kept[layer].dtype)
+    """Round linear layers to formats in place, so that experts lie together as before; restore them at the end."""
+    kept: dict[nn.Linear, Tensor] = {}
     try:
+        for layer, fmt in layers.items():
+            rounded_weight = nearest(layer.weight.data, fmt)
+            kept[layer] = layer.weight.data.clone()
+            layer.weight.data.copy_(rounded_weight)
         yield
     finally:
         for layer, weight in kept.items():
-            layer.weight.data = weight
+            layer.weight.data.copy_(weight)
 
 
 def linear(block: Block, name: str) -> nn.Linear:
