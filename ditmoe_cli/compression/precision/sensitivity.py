@@ -164,9 +164,8 @@ class _Measurement:
         self.errors: Errors = {}
         self.streams = ErrorStreams(model, states, formats if amplifies else ())
         self.sent = sent_rows(states, model)
-        for name in self.formats:
-            if split_name(name).block is None:
-                require_range(model.linear(name).weight, name)
+        outside = [name for name in self.formats if split_name(name).block is None]
+        require_range({name: model.linear(name).weight for name in outside})
         self._embed()
 
     def _embed(self) -> None:
@@ -190,8 +189,7 @@ class _Measurement:
             for name, fmts in self.formats.items()
             if split_name(name).block == index
         }
-        for name in formats:
-            require_range(linear(block, name).weight, in_block(index, name))
+        require_range({in_block(index, name): linear(block, name).weight for name in formats})
         streams = self.streams
         before = Stream(streams.original.x[self.sent], streams.original.c[self.sent])
         attended = streams.original.attended(block)

@@ -24,7 +24,7 @@ from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
-MEASURED_SCHEMA = "ditmoe.measured/1"
+MEASURED_SCHEMA = "ditmoe.measured/2"  # 2: errors are measured where they enter the stream
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def kept_measures(
 ) -> KeptMeasures:
     """Return what was measured of a checkpoint with a profile on this machine."""
     key = {
+        "schema": MEASURED_SCHEMA,
         "checkpoint": checkpoint.fingerprint,
         "profile": profile.digest,
         "arithmetic": _arithmetic(device),

@@ -20,10 +20,19 @@ def nearest(weight: Tensor, fmt: str) -> Tensor:
     return grid_of(weight.float(), fmt).round(weight.float(), columns)
 
 
-def require_range(weight: Tensor, name: str) -> None:
-    """Raise `BadInputError` where a weight holds values beyond the fp16 scales of a mix's formats."""
-    if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
-        raise BadInputError(f"tensor {name!r} holds values above fp16's range, which scales are stored in; protect it")
+def require_range(weights: Mapping[str, Tensor]) -> None:
+    """Raise `BadInputError` where one of some weights, by name, holds values beyond the fp16 scales of a mix's formats.
+
+    The device is asked once for all of them.
+    """
+    if not weights:
+        return
+    largest = torch.stack([torch.linalg.vector_norm(weight, float("inf")).float() for weight in weights.values()])
+    for name, size in zip(weights, largest.tolist(), strict=True):
+        if not size <= torch.finfo(torch.float16).max:
+            raise BadInputError(
+                f"tensor {name!r} holds values above fp16's range, which scales are stored in; protect it"
+            )
 
 
 @contextmanager
@@ -53,9 +62,6 @@ def layers_of(block: Block, index: int, formats: Mapping[str, str]) -> dict[nn.L
 
     Raises `BadInputError` where `require_range` does.
     """
-    of_layers = {}
-    for name, fmt in formats.items():
-        layer = linear(block, name.removeprefix(in_block(index, "")))
-        require_range(layer.weight, name)
-        of_layers[layer] = fmt
-    return of_layers
+    layers = {name: linear(block, name.removeprefix(in_block(index, ""))) for name in formats}
+    require_range({name: layer.weight for name, layer in layers.items()})
+    return {layer: formats[name] for name, layer in layers.items()}

@@ -170,11 +170,16 @@ def test_errors_fall_with_the_bits_and_are_finite(case: Case) -> None:
 
 
 def test_small_errors_add_up(case: Case) -> None:
+    """At amplifications of their own size, which the second solution of a program takes.
+
+    Those of 3 bits are up to twice too low at 8: where an error of attention enters the stream, the tokens that it tips
+    to other experts in its own block are a part of the amplification, and small errors tip more for their size.
+    """
     formats = planned(case[0], "8")
-    found = measured(case, formats).errors
-    together = try_formats(calibrated(*case), {name: fmts[0] for name, fmts in formats.items()}).error
-    # within 1.5 but for amplifications at 3 bits, and tokens tipped to other experts, whose error falls more slowly
-    assert together / 2.6 < sum(error for errors in found.values() for error in errors.values()) < 2 * together
+    trial = try_formats(calibrated(*case), {name: fmts[0] for name, fmts in formats.items()}, amplifies=True)
+    found = measured(case, formats).at(trial.amplification).errors
+    total = sum(error for errors in found.values() for error in errors.values())
+    assert total == pytest.approx(trial.error, rel=0.3)
 
 
 def test_a_trial_is_the_error_of_the_file(case: Case, tmp_path: Path) -> None:
