@@ -147,3 +147,28 @@ def test_the_sampling_benchmark_prints_a_row_per_batch_and_dtype(
     for row in json.loads(file.read_text())["rows"]:
         assert row["difference"] < (1e-4 if row["dtype"] == "fp32" else 0.1)
         assert row["speed-up"]["low"] <= row["speed-up"]["median"] <= row["speed-up"]["high"]
+
+
+@pytest.mark.parametrize("family", ["rf", "ddpm"])
+def test_the_dtypes_benchmark_finds_no_difference_in_fp32_and_a_small_one_in_bf16(
+    benchmarks: Callable[[str], ModuleType], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = make_pico(sampler=family, in_channels=3).save(tmp_path / "pico.safetensors")
+    size = ["--images", "4", "--steps", "3", "--times", "2", "--cfg", "1.5"]
+    benchmarks("dtypes").main([str(file), *size, "--dtypes", "fp32", "bf16"])
+    fp32, bf16, other = rows_of(capsys.readouterr().out, 9)
+    assert [row[0] for row in (fp32, bf16, other)] == ["fp32", "bf16", "another seed"]
+    assert fp32[1:6] == ["0 %"] * 5
+    assert [float(cell) for cell in fp32[6:8]] == [0, 0]
+    mean, most, *differences = (float(cell.removesuffix(" %")) for cell in bf16[1:6])
+    assert mean <= most < 10
+    assert all(0 < value < 5 for value in differences)
+    assert 0 < float(bf16[6]) < float(other[6])
+    assert 0 < float(bf16[7]) < float(other[7])
+
+
+def test_the_share_routed_otherwise_counts_sets_of_experts_by_block(benchmarks: Callable[[str], ModuleType]) -> None:
+    script, none = benchmarks("dtypes"), torch.zeros(1)
+    exact = script.Evaluation(none, [torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 1], [2, 3]])])
+    found = script.Evaluation(none, [torch.tensor([[1, 0], [2, 3]]), torch.tensor([[0, 1], [2, 4]])])
+    assert script.routed([found, exact], [exact, exact]) == script.Routed(mean=0.125, most=0.25)
