@@ -167,7 +167,7 @@ def study(checkpoint: Checkpoint, spec: SampleSpec, dtypes: Sequence[Dtype], tim
         auto = measured_difference(checkpoint, str(CPU), dtype)
         print(f"| {dtype} | {cells(run_in(checkpoint, dtype, spec, states), exact, auto, grey_levels)} |", flush=True)
     other, _ = sampled(model, replace(spec, seed=spec.seed + 1))
-    blank = " | " * (len(heads) - 4)
+    blank = " | " * (len(heads) - 5)
     print(f"| another seed |{blank}| {distances(other, exact.images, grey_levels)} | |")
 
 

@@ -34,10 +34,10 @@ def test_weights_are_rounded_where_they_lie_and_restored(block: Block) -> None:
     experts = cast("list[SwiGLU]", list(block.moe.experts))
     names = ["moe.experts.0.gate_proj.weight", "moe.experts.1.down_proj.weight", "attn.proj.weight"]
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    with rounded({linear(block, name): "int3-g16" for name in names}):
+    with rounded({linear(block, name): "int3-g32" for name in names}):
         assert stacked(experts) is not None and paired(experts[0]) is not None, "the fast way stays open"
         for name, tensor in block.state_dict().items():
-            assert torch.equal(tensor, nearest(before[name], "int3-g16") if name in names else before[name])
+            assert torch.equal(tensor, nearest(before[name], "int3-g32") if name in names else before[name])
     for name, tensor in block.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert stacked(experts) is not None
@@ -46,9 +46,9 @@ def test_weights_are_rounded_where_they_lie_and_restored(block: Block) -> None:
 def test_weights_are_restored_after_an_error_in_between_and_in_rounding(block: Block) -> None:
     layers = [linear(block, f"moe.experts.{e}.up_proj.weight") for e in (0, 1)]
     before = [layer.weight.detach().clone() for layer in layers]
-    with pytest.raises(KeyError), rounded(dict.fromkeys(layers, "int3-g16")):
+    with pytest.raises(KeyError), rounded(dict.fromkeys(layers, "int3-g32")):
         raise KeyError
-    with pytest.raises(Exception, match="no-such"), rounded({layers[0]: "int3-g16", layers[1]: "no-such"}):
+    with pytest.raises(Exception, match="no-such"), rounded({layers[0]: "int3-g32", layers[1]: "no-such"}):
         pass
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(layer.weight, weight)
