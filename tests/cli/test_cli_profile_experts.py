@@ -11,7 +11,7 @@ import pytest
 from cli_helpers import contents, here, series
 from conftest import make_pico
 
-from ditmoe_cli.files.reader import open_reader
+from ditmoe_cli.routing.profile import read_profile
 
 SETTINGS = ("--images", 4, "--steps", 2)
 
@@ -51,7 +51,7 @@ def test_labels_are_evenly_spread_where_there_are_more_classes_than_images(tmp_p
     settings = ("profile-experts", "a.safetensors", "--images", 5, "--steps", 2, "-o", "p.safetensors")
     told = here(*settings, cwd=tmp_path)
     assert told.result["calibration"]["classes"] == [0, 10, 20, 30, 40]
-    labels = open_reader(tmp_path / "p.safetensors")[1].tensor("states.label")
+    labels = read_profile(tmp_path / "p.safetensors").tensor("states.label")
     assert set(labels.tolist()) == {0, 10, 20, 30, 40}
     chosen = here(*settings, "--classes", "0-4", "--force", cwd=tmp_path)
     assert chosen.result["calibration"]["classes"] == "0-4"
