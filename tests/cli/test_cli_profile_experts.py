@@ -11,6 +11,7 @@ import pytest
 from cli_helpers import contents, here, series
 from conftest import make_pico
 
+from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.routing.profile import read_profile
 
 SETTINGS = ("--images", 4, "--steps", 2)
