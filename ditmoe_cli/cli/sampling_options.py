@@ -28,7 +28,7 @@ from ditmoe_cli.diffusion.schedule import (
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
-from ditmoe_cli.model.dtypes import AUTO, Dtype
+from ditmoe_cli.model.dtypes import AUTO, Dtype, recorded_dtype
 
 _LONGEST = 24  # characters of a list of classes in a name
 
@@ -217,6 +217,6 @@ def short_list(numbers: Sequence[int]) -> str:
 
 def solver_row(sampling: Mapping[str, Any]) -> Row:
     """Return how images are sampled, and at what cost, as a row of a table; `sampling` is conditions with their NFE."""
-    dtype = sampling.get("dtype", "fp32")
+    dtype = recorded_dtype(sampling)
     row = "{solver}, {steps} steps, cfg {cfg:g}, {nfe} NFE an image".format(**sampling)
     return ("solver", row if dtype == "fp32" else f"{row}, {dtype}")

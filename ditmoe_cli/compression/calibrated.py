@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dtypes import parse_dtype, torch_dtype_of
+from ditmoe_cli.model.dtypes import parse_dtype, recorded_dtype, torch_dtype_of
 from ditmoe_cli.routing.profile import RoutingProfile
 
 if TYPE_CHECKING:
@@ -34,4 +34,4 @@ class Calibrated:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to compute attention and experts in: that of the calibration."""
-        return torch_dtype_of(parse_dtype(self.profile.calibration.get("dtype", "fp32")))
+        return torch_dtype_of(parse_dtype(recorded_dtype(self.profile.calibration)))

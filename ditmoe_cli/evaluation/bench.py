@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, check_guidance
+from ditmoe_cli.diffusion.schedule import check_guidance
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.evaluation.memory_use import (
     Footprint,
@@ -46,7 +46,7 @@ from ditmoe_cli.evaluation.step_parts import (
 )
 from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, unpacked_weights
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.dtypes import Dtype, torch_dtype_of
 from ditmoe_cli.model.effort import activation_bytes, evaluation_flops
@@ -312,7 +312,7 @@ def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, p
             results.append(
                 Bench(
                     load=load,
-                    time=middle(each.model.config.sampler),
+                    time=each.model.config.middle_time,
                     footprint=each.footprint,
                     memory=each.memory,
                     timed={count: seconds[index] for count, seconds in timed.items()},
@@ -415,11 +415,6 @@ def waiting() -> str:
     return os.environ.get("OMP_WAIT_POLICY", f"spin {rounds}").lower()
 
 
-def middle(family: Sampler) -> float:
-    """Return the time in the middle of a family's range: 0.5 of rectified flow's (0, 1], 500 of DDPM's 0 to 999."""
-    return 0.5 if family == "rf" else TRAINING_STEPS // 2
-
-
 def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
     """Return a function that predicts once from noise (N, C, S, S): that of (seed, i), with label i mod classes.
 
@@ -430,7 +425,7 @@ def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
         (config.in_channels, config.input_size, config.input_size)
     )
     labels = torch.arange(load.batch, device=model.device) % config.num_classes
-    t = middle(config.sampler)
+    t = config.middle_time
 
     def step() -> Tensor:
         with torch.inference_mode():

@@ -14,9 +14,9 @@ from ditmoe_cli.evaluation.fid_sides import Comparison, Side, check_statistics
 from ditmoe_cli.evaluation.samples import Sampling
 from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
 from ditmoe_cli.evaluation.scores.metrics import Request
+from ditmoe_cli.model.dtypes import recorded_dtype
 
 _MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval", "dtype")
-_UNNAMED = {"dtype": "fp32"}  # what older files, which do not name it, were made with
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise for a reference of other sampling settings; another seed or number of images is allowed."""
-    sides = [{**_UNNAMED, **side["sampling"]} for side in (theirs, ours)]
+    sides = [{**side["sampling"], "dtype": recorded_dtype(side["sampling"])} for side in (theirs, ours)]
     pairs = [(name, *(side.get(name) for side in sides)) for name in _MUST_AGREE]
     there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
     pairs.append(("VAE", there, here))

@@ -41,7 +41,7 @@ from ditmoe_cli.files.provenance import Card, parse_card
 from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dtypes import parse_dtype, torch_dtype_of
+from ditmoe_cli.model.dtypes import parse_dtype, recorded_dtype, torch_dtype_of
 from ditmoe_cli.processes import process_group
 from ditmoe_cli.progress import Phase, phase
 
@@ -519,7 +519,7 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SamplesOrigin:
         spec = dict(document["spec"])
         spec["classes"] = tuple(map(int, spec["classes"]))
         low, high = spec.get("interval", ALWAYS)  # older files have neither an interval nor a VAE nor a dtype
-        spec["dtype"] = parse_dtype(spec.get("dtype", "fp32"))
+        spec["dtype"] = parse_dtype(recorded_dtype(spec))
         spec["interval"] = (float(low), float(high))
         vae = document.get("vae")
         if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):

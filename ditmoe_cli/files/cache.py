@@ -63,6 +63,16 @@ def cached_file(name: str) -> Path:
     return cache.folder / name
 
 
+def torch_version() -> str:
+    """Return the version of torch, which numbers rest on, without importing it; nothing where it is not installed."""
+    from importlib import metadata  # takes as long as all the rest of --help
+
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def kept_numbers(name: str) -> dict[str, float]:
     """Return the numbers, by key, of a JSON file of the cache; what is no such file holds none."""
     with suppress(OSError, RuntimeError, ValueError, BadInputError):

@@ -43,12 +43,14 @@ class Acceleration:
 
 def accelerated(model: DiTMoE, how: Acceleration) -> Denoiser:
     """Return a model that runs as asked for. Raises `UsageError` where it cannot be captured as a graph."""
-    obstacle = None if how.graphs is False else obstacle_to_capture(model)
-    if how.graphs and obstacle is not None:
-        raise UsageError(f"⟨cuda_graphs⟩: {obstacle}")
+    replays = how.graphs is not False
+    if replays and (obstacle := obstacle_to_capture(model)) is not None:
+        if how.graphs:
+            raise UsageError(f"⟨cuda_graphs⟩: {obstacle}")
+        replays = False
     if how.compiled:
         compile_blocks(model)
-    return model if how.graphs is False or obstacle is not None else GraphedDiTMoE(model)
+    return GraphedDiTMoE(model) if replays else model
 
 
 def compile_blocks(model: DiTMoE) -> None:

@@ -100,6 +100,11 @@ class DiTMoEConfig:
     null_class: bool = True
 
     @property
+    def middle_time(self) -> float:
+        """The time in the middle of the family's range: 0.5 of rectified flow's (0, 1], 500 of DDPM's 0 to 999."""
+        return 0.5 if self.sampler == "rf" else 500
+
+    @property
     def label_rows(self) -> int:
         """Rows of the label table."""
         return self.num_classes + self.null_class

@@ -10,13 +10,12 @@ noise in bf16 differs from that in fp32 by at most `MOST_DIFFERENCE`; else fp32,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ditmoe_cli.files.cache import keep_number, kept_numbers
+from ditmoe_cli.files.cache import keep_number, kept_numbers, torch_version
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import phase
 
@@ -43,6 +42,11 @@ def parse_dtype(name: str) -> Dtype:
     if name not in DTYPES:
         raise ValueError(f"choose {', '.join(DTYPES)}")
     return name
+
+
+def recorded_dtype(settings: Mapping[str, Any]) -> Any:
+    """Return what settings in a file name as their dtype, unchecked; those of older versions name none: fp32."""
+    return settings.get("dtype", "fp32")
 
 
 def torch_dtype_of(name: Dtype) -> torch.dtype:
@@ -121,13 +125,8 @@ def _prediction(model: OffloadedDiTMoE) -> Tensor:
     shape = (_IMAGES, config.in_channels, config.input_size, config.input_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED)).to(model.device)
     labels = torch.arange(_IMAGES, device=model.device) % config.num_classes
-    t = 0.5 if config.sampler == "rf" else 500.0
-    return model.prepared([t], labels)(x, t).double()
+    return model.prepared([config.middle_time], labels)(x, config.middle_time).double()
 
 
 def _key(checkpoint: Checkpoint, device: str) -> str:
-    try:
-        torch_version = version("torch")
-    except PackageNotFoundError:
-        torch_version = ""
-    return f"{checkpoint.fingerprint} {device.partition(':')[0]} torch {torch_version}"
+    return f"{checkpoint.fingerprint} {device.partition(':')[0]} torch {torch_version()}"

@@ -140,37 +140,49 @@ class GroupedExperts:
         """Return whether experts can lie together, and products of their dtype and widths are fast on the device."""
         if not u.is_cuda or u.dtype != torch.bfloat16 or _capability(u.device) < (8, 0):
             return False
-        packed, stack = packed_stack(experts), stacked(experts)
-        sizes: tuple[int, ...] = ()
-        if packed is not None:
-            sizes = packed.sizes
-        elif stack is not None and stack.down.dtype == u.dtype:
-            sizes = stack.down.shape[1:]
-        return bool(sizes) and all(size * u.element_size() % ROW_BYTES == 0 for size in sizes)
+        found = _matrices(experts, u.dtype)
+        return found is not None and all(size * u.element_size() % ROW_BYTES == 0 for size in found.sizes)
 
     def outputs(
         self, experts: list[SwiGLU], u: Tensor, dispatch: Dispatch, constants: int, watch: NeuronWatcher | None
     ) -> Tensor:
         """Return each slot's f_e(u) in the order of the dispatch, without the first `constants` slots."""
-        gate_up, down = _matrices(experts, u.dtype)
+        matrices = _matrices(experts, u.dtype)
+        assert matrices is not None
         ends = dispatch.ends - constants
-        both = F.grouped_mm(u[dispatch.tokens[constants:]], gate_up().mT, offs=ends)
+        both = F.grouped_mm(u[dispatch.tokens[constants:]], matrices.gate_up().mT, offs=ends)
         phi = swiglu(both)
         if watch is not None:
             for e, slots in enumerate(dispatch.ranges(constants)):
                 if slots.start != slots.stop:
                     watch(e, dispatch.order[slots], phi[slots.start - constants : slots.stop - constants])
-        return F.grouped_mm(phi, down().mT, offs=ends)
+        return F.grouped_mm(phi, matrices.down().mT, offs=ends)
 
 
-def _matrices(experts: list[SwiGLU], dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return functions that return gate above up (E, 2 H, D), and down (E, D, H); packed ones are unpacked in turns."""
+@dataclass(frozen=True)
+class _Matrices:
+    """The matrices of experts that lie together, asked for in this order, since packed ones unpack in turns.
+
+    Attributes:
+        sizes: D and H.
+        gate_up: returns the gate projections above the up projections, (E, 2 H, D).
+        down: returns the down projections, (E, D, H).
+    """
+
+    sizes: tuple[int, ...]
+    gate_up: Callable[[], Tensor]
+    down: Callable[[], Tensor]
+
+
+def _matrices(experts: list[SwiGLU], dtype: torch.dtype) -> _Matrices | None:
+    """Return the matrices of experts in `dtype`; None where they cannot lie together, or are plain in another one."""
     packed = packed_stack(experts)
     if packed is not None:
-        return partial(packed.gate_up, dtype), partial(packed.down, dtype)
+        return _Matrices(packed.sizes, partial(packed.gate_up, dtype), partial(packed.down, dtype))
     stack = stacked(experts)
-    assert stack is not None
-    return lambda: stack.gate_up, lambda: stack.down
+    if stack is None or stack.down.dtype != dtype:
+        return None
+    return _Matrices(tuple(stack.down.shape[1:]), lambda: stack.gate_up, lambda: stack.down)
 
 
 BACKENDS: tuple[MixtureBackend, ...] = (GroupedExperts(), LoopedExperts())

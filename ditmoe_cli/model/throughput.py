@@ -7,10 +7,9 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ditmoe_cli.files.cache import keep_number, kept_numbers
+from ditmoe_cli.files.cache import keep_number, kept_numbers, torch_version
 from ditmoe_cli.model.dtypes import Dtype, torch_dtype_of
 from ditmoe_cli.progress import phase
 from ditmoe_cli.threads import usable_cores
@@ -116,9 +115,5 @@ def _threads_on(device: str) -> int:
 
 
 def _key(device: str, threads: int, dtype: Dtype = "fp32") -> str:
-    try:
-        torch_version = version("torch")
-    except PackageNotFoundError:
-        torch_version = ""
     kind = "" if dtype == "fp32" else f" {dtype}"
-    return f"{platform.node()} {platform.machine()} {device} {threads} torch {torch_version}{kind}"
+    return f"{platform.node()} {platform.machine()} {device} {threads} torch {torch_version()}{kind}"

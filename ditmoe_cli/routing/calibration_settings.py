@@ -10,7 +10,7 @@ from ditmoe_cli.diffusion.sampling import MOST_BINS, SampleSpec, check_followabl
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dtypes import Dtype, parse_dtype
+from ditmoe_cli.model.dtypes import Dtype, parse_dtype, recorded_dtype
 
 STEPS = 20
 FEWEST_IMAGES, MOST_IMAGES = 16, 64  # where no number is given
@@ -114,7 +114,7 @@ class WantedCalibration:
         conditions = SampleSpec(1, 1, 1.0, 0, "euler", self.classes or ()).conditions()
         asked = {**self.given(), **({"classes": conditions["classes"]} if self.classes else {})}
         for name, value in asked.items():
-            made = document.get(name, "fp32" if name == "dtype" else None)  # older profiles name no dtype
+            made = recorded_dtype(document) if name == "dtype" else document.get(name)
             if made != value:
                 return f"{setting(name)} {value}: the profile was made with {made}"
         return None
@@ -128,7 +128,8 @@ def setting(name: str) -> str:
 def told(document: Mapping[str, Any]) -> str:
     """Return calibration settings in words, as ``cfg 1.5, 20 steps, 64 images``."""
     given = ", noised from data" if document.get("data") else ""
-    rounded = "" if document.get("dtype", "fp32") == "fp32" else f", in {document['dtype']}"
+    dtype = recorded_dtype(document)
+    rounded = "" if dtype == "fp32" else f", in {dtype}"
     return f"cfg {document['cfg']:g}, {document['steps']} steps, {document['images']} images{given}{rounded}"
 
 
@@ -178,7 +179,7 @@ def profiled_spec(document: Mapping[str, Any], checkpoint: Checkpoint) -> Sample
             seed=int(document["seed"]),
             solver=choose_solver(document["solver"], checkpoint.config.sampler),
             classes=tuple(range(int(classes[2:]) + 1)) if isinstance(classes, str) else tuple(map(int, classes)),
-            dtype=parse_dtype(document.get("dtype", "fp32")),
+            dtype=parse_dtype(recorded_dtype(document)),
         )
         return check_spec(spec, checkpoint.config, allow_null=document.get("data") is not None)
     except (KeyError, TypeError, ValueError, UsageError) as error:

@@ -68,6 +68,7 @@ from ditmoe_cli.files.provenance import check_schema
 from ditmoe_cli.files.reader import SafetensorsReader, dtype_code, tensor_bytes, torch_dtype
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.writer import write_safetensors
+from ditmoe_cli.model.dtypes import recorded_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,9 +184,6 @@ def empty_tables(experts: tuple[int, ...]) -> RoutingTables:
     return RoutingTables(experts, 0, 1.0, [], [], [])
 
 
-_UNNAMED = {"dtype": "fp32"}  # settings that older profiles do not name, and what they were made with
-
-
 def read_profile(path: Path) -> RoutingProfile:
     """Open a profile. Raises `BadInputError` where the file is missing, damaged or of another schema."""
     if not path.is_file():
@@ -197,7 +195,8 @@ def read_profile(path: Path) -> RoutingProfile:
         experts = tuple(document["experts"])
         if not all(type(n) is int and n > 0 for n in experts):
             raise ValueError(f"experts are {experts}")
-        calibration = {**_UNNAMED, **dict(document["calibration"])}
+        calibration = dict(document["calibration"])
+        calibration["dtype"] = recorded_dtype(calibration)
         profile = RoutingProfile(path, header, str(document["checkpoint"]), calibration, experts)
         bins, cfg = int(profile.calibration["bins"]), float(profile.calibration["cfg"])
         if not math.isfinite(cfg):

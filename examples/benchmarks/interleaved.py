@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.model import dtypes
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.dtypes import torch_dtype_of
 from ditmoe_cli.model.experts import reserve
 from ditmoe_cli.model.loading import kept_in, put
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {name: torch_dtype_of(name) for name in dtypes.DTYPES}
 PEAK_SIDES: Mapping[str, int] = {"cpu": 1024, "cuda": 8192}  # of the product that others are told by
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 

@@ -9,11 +9,11 @@ streams that carry errors to the prediction is not part of it.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from itertools import chain
 
 import torch
+from refit_cost import peak_bytes
 
 from ditmoe_cli.compression.precision.candidates import WIDTHS, Candidates
 from ditmoe_cli.compression.precision.expert_errors import mixture_errors
@@ -49,13 +49,6 @@ def random_states(images: int, width: int, device: torch.device) -> tuple[Guided
     )
     stream = Stream(torch.randn(images, PATCHES, width, device=device), torch.randn(images, width, device=device))
     return states, stream
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the most memory used so far: of the device's allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ditmoe_cli.diffusion.schedule import SOLVERS
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.model.dtypes import recorded_dtype
 from ditmoe_cli.routing.report.captions import listed
 from ditmoe_cli.routing.report.claims import VARIABLES
 from ditmoe_cli.routing.report.contents import BlockReport, ProfileReport
@@ -106,7 +107,7 @@ def _settings(report: ProfileReport) -> str:
         f"{run['steps']} steps in {_count(int(run['bins']), 'bin')}",
         f"guidance {float(run['cfg']):g}",
         f"solver {solver}{family}",
-        *([f"computed in {run['dtype']}"] if run.get("dtype", "fp32") != "fp32" else []),
+        *([f"computed in {run['dtype']}"] if recorded_dtype(run) != "fp32" else []),
         *(["counters alone"] if run.get("fast") is True else []),
     ]
     return f"{', '.join(parts)}; intervals from {report.replicates} replicates, seed {report.seed}"
