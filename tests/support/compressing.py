@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,6 +194,19 @@ def naive_outputs(pico: Pico, softmax_over: Sequence[Sequence[int]], select_from
 def calibrated(checkpoint: Checkpoint, profile: RoutingProfile) -> Calibrated:
     """A checkpoint and its profile, to compute on without a bar."""
     return Calibrated(checkpoint, profile, "cpu")
+
+
+def silence_cholesky(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have failing Cholesky factorisations report success and leave NaN, as a GPU's solver may."""
+    honest = torch.linalg.cholesky_ex
+
+    def silent(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        lower, failed = honest(matrix)
+        if int(failed):
+            lower[int(failed) - 1 :] = math.nan
+        return lower.tril(), torch.zeros_like(failed)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
 
 
 def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:

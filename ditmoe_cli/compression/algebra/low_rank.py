@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditmoe_cli.compression.algebra.decompositions import svd
+from ditmoe_cli.compression.algebra.decompositions import cholesky, svd
+from ditmoe_cli.errors import BadInputError
 
 DEFAULT_RIDGE = 1e-3
 
@@ -46,6 +47,9 @@ def low_rank_map(
         weights: ω = w g² (T,), with the routing weight g and any weight w of the token.
         rank: r, at most D.
         ridge: λ in units of the mean of Σ_t ω u² over the D inputs, above 0; it also bounds inputs that hardly vary.
+
+    Raises:
+        BadInputError: inputs or weights are not finite.
     """
     u, f, weights = inputs.double(), outputs.double(), weights.double()
     u_mean, f_mean = weighted_mean(u, weights), weighted_mean(f, weights)
@@ -53,7 +57,9 @@ def low_rank_map(
     centred = u - u_mean
     weighted = centred * weights.unsqueeze(-1)
     identity = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-    factor = torch.linalg.cholesky(weighted.T @ centred + penalty * identity)
+    factor = cholesky(weighted.T @ centred + penalty * identity)
+    if factor is None:  # λ is far above rounding in fp64
+        raise BadInputError("inputs or routing weights of an expert hold NaN or infinite values")
     whitened = torch.linalg.solve_triangular(factor, weighted.T @ (f - f_mean), upper=False)
     left, values, right = svd(whitened)
     up = right[:rank].T

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.algebra.decompositions import cholesky
 from ditmoe_cli.compression.working_sizes import DOUBLE_FEATURES
 from ditmoe_cli.progress import phase
 
@@ -118,8 +119,7 @@ class Normal:
         """Return the lower Cholesky factor of Σ p pᵀ + λ I; None where it has none, as far as rounding lets see."""
         system = self.whole.clone()
         system.diagonal().add_(self.ridge(strength))
-        lower, failed = torch.linalg.cholesky_ex(system)
-        return None if int(failed) else lower
+        return cholesky(system)
 
     def solve(self, strength: float) -> Tensor | None:
         """Return (Σ p pᵀ + λ I)⁻¹ Σ p rᵀ, refined once in float32; None where the system cannot be factorised."""

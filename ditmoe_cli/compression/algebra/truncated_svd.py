@@ -30,6 +30,6 @@ def truncated(delta: Tensor, rank: int, covariance: Tensor | None = None) -> Low
     wide = delta.double()
     whitened = wide if covariance is None else wide @ whitening(covariance)
     if not bool(whitened.isfinite().all()):
-        raise BadInputError("a difference of experts, or the covariance of its inputs, holds NaN or infinite values")
+        raise BadInputError("a difference of experts holds NaN or infinite values")
     left = svd(whitened).U[:, :rank]
     return LowRank(left.float(), (left.T @ wide).float())

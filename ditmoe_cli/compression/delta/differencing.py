@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.algebra.matching import matchings
 from ditmoe_cli.compression.algebra.truncated_svd import truncated
+from ditmoe_cli.compression.algebra.whitening import covariance_of
 from ditmoe_cli.compression.computed import Computing, as_stored
 from ditmoe_cli.compression.delta.compeft import ternary
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors, rank_of_ratio
@@ -88,7 +89,7 @@ def _tokens(profile: RoutingProfile, index: int) -> BlockTokens | None:
 
 
 def _covariances(moe: SparseMoE, expert: int, order: Sequence[int], tokens: BlockTokens) -> Covariances:
-    """Return Σ_t w_t x xᵀ of the inputs x of an expert's gate, up and down: u, u, and neurons φ(u) in `order`.
+    """Return Σ_t w_t x xᵀ of the inputs x of an expert's gate, up and down: u, u, and neurons φ(u) in `order`, in fp64.
 
     w = g² c² mean(γ²) is the weight of a squared error of the expert's output in the guided output: g is the expert's
     routing weight, 0 where a token went elsewhere, c the branch's coefficient and γ the block's residual gate.
@@ -97,9 +98,9 @@ def _covariances(moe: SparseMoE, expert: int, order: Sequence[int], tokens: Bloc
     assert isinstance(module, SwiGLU)
     inputs = tokens.inputs.to(device)
     routing = moe.gate(inputs)
-    gates = (routing.weights * (routing.experts == expert)).sum(dim=1)
-    scales = gates * (tokens.coefficients.abs() * tokens.gamma.square().mean(dim=1).sqrt()).to(device)
+    gates = routing.gate_of(expert)
+    effects = (tokens.coefficients.double().square() * tokens.gamma.double().square().mean(dim=1)).to(device)
     used = gates > 0
-    u, scale = inputs[used], scales[used].unsqueeze(1)
-    of_inputs, of_neurons = (x.T @ x for x in (u * scale, module.neurons(u)[:, order] * scale))
-    return of_inputs, of_inputs, of_neurons
+    u, weights = inputs[used], gates[used].double().square() * effects[used]
+    of_inputs = covariance_of(u, weights)
+    return of_inputs, of_inputs, covariance_of(module.neurons(u)[:, order], weights)

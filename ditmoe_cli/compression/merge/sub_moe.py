@@ -17,7 +17,7 @@ from ditmoe_cli.compression.algebra.decompositions import svd
 from ditmoe_cli.compression.algebra.matching import aligned
 from ditmoe_cli.compression.algebra.means import mean_expert
 from ditmoe_cli.compression.algebra.neurons import output
-from ditmoe_cli.compression.algebra.whitening import whitening
+from ditmoe_cli.compression.algebra.whitening import covariance_of, whitening
 from ditmoe_cli.compression.merge.grouping import mean_outputs, partition
 from ditmoe_cli.compression.merge.inputs import GroupingInputs, Groups, MergeTokens
 from ditmoe_cli.errors import BadInputError
@@ -140,5 +140,4 @@ def _left_vectors(matrices: Sequence[Tensor]) -> Tensor:
 
 def _whitening(tokens: MergeTokens) -> Tensor:
     """Return S (D, D), of full rank, with S Sᵀ = Σ_t s_t u_t u_tᵀ and s the tokens' importance."""
-    weighted = tokens.inputs * tokens.importance.unsqueeze(1)
-    return whitening(weighted.T @ tokens.inputs).to(tokens.inputs.dtype)
+    return whitening(covariance_of(tokens.inputs, tokens.importance)).to(tokens.inputs.dtype)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.algebra.decompositions import cholesky
 from ditmoe_cli.compression.rounding.second_moments import refuse
 from ditmoe_cli.compression.working_sizes import DAMPINGS, TRIED_ROWS
 from ditmoe_cli.formats.base import Grid
@@ -144,8 +145,8 @@ def factor(hessian: Tensor, damping: float) -> tuple[Tensor, float | None]:
     for _ in range(1 + RAISES):
         system = hessian.clone()
         system.diagonal().add_(damping * scale + scale * unused)
-        lower, failed = torch.linalg.cholesky_ex(system)
-        if not int(failed):
+        lower = cholesky(system)
+        if lower is not None:
             return lower.div_(lower.diagonal().clone()), damping
         damping = max(10 * damping, LEAST_RAISED)
     return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), None

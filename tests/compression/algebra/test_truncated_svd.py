@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.compression.algebra.truncated_svd import LowRank, truncated
+from ditmoe_cli.compression.algebra.whitening import covariance_of
+from ditmoe_cli.errors import BadInputError
 
 SHAPES = ((12, 7), (7, 12), (9, 9))
 
@@ -63,3 +65,19 @@ def test_the_scale_of_the_covariance_does_not_matter() -> None:
     delta, _, covariance = case(SHAPES[0])
     small, large = (product(truncated(delta, 3, factor * covariance)) for factor in (1e-6, 1e6))
     assert_close(small, large, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-20, 1e20, 1e36])
+def test_neither_does_that_of_the_difference(size: float) -> None:
+    delta, inputs, _ = case(SHAPES[0])
+    covariance = covariance_of(inputs, torch.ones(len(inputs)))
+    found = truncated(size * delta, 3, covariance)
+    assert bool(found.left.isfinite().all() & found.right.isfinite().all())
+    assert_close(found.left @ (found.right.double() / size).float(), product(truncated(delta, 3, covariance)))
+
+
+def test_values_that_are_no_numbers_are_refused_in_one_line() -> None:
+    delta, _, covariance = case(SHAPES[0])
+    for broken in ((delta.clone().index_fill_(0, torch.tensor([1]), torch.nan), covariance), (delta, covariance / 0)):
+        with pytest.raises(BadInputError, match="NaN or infinite"):
+            truncated(broken[0], 3, broken[1])

@@ -24,6 +24,7 @@ from compressing import (
     pruning,
     quantised,
     quantising,
+    silence_cholesky,
     state,
     stored,
 )
@@ -36,8 +37,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.cli.plan_differences import plan_differences
+from ditmoe_cli.compression.algebra.matching import matchings
+from ditmoe_cli.compression.algebra.truncated_svd import truncated
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.delta.delta_plan import plan_delta
+from ditmoe_cli.compression.delta.delta_sizes import rank_of_ratio
+from ditmoe_cli.compression.delta.expert_base import base_of, difference
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import (
     CompressionPlan,
@@ -234,6 +239,34 @@ def test_factors_are_the_nearest_on_the_profiles_tokens(tmp_path: Path) -> None:
             error_by_hand(tokens, original.blocks[block].moe, network(c).blocks[block].moe) for c in (seen, blind)
         ]
         assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_that_no_token_selects_keeps_its_difference(
+    kind: DeltaFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = SMALL.state["blocks.0.moe.gate.weight"].clone()
+    router[1] = router[0]  # rows of equal probability: of ties the first ones are selected
+    router[2] = router[0]
+    pico = SMALL.with_state(blocks__0__moe__gate__weight=router)
+    silence_cholesky(monkeypatch)
+    checkpoint = opened(pico, tmp_path)
+    profile = profile_of(checkpoint)
+    selected = profile.block_tensor("selected", 0).sum(dim=(0, 1)).tolist()
+    unused = [e for e, count in enumerate(selected) if not count]
+    assert unused
+    found = encoded(checkpoint, Differences(kind, 1.0), tmp_path / "out.safetensors", profile)
+    if kind == "svd":  # the nearest in all directions alike
+        experts = [read_expert(checkpoint, 0, e) for e in range(EXPERTS)]
+        orders = matchings(experts, selected)
+        base = base_of(experts, selected, orders)
+        for e in unused:
+            names = (f"{expert(0, e, matrix)}.delta" for matrix in MATRICES)
+            stored_ones = [state(found)[f"{name}_left"] @ state(found)[f"{name}_right"] for name in names]
+            for matrix, after in zip(difference(experts[e], base, orders[e]).matrices, stored_ones, strict=True):
+                nearest = truncated(matrix, rank_of_ratio(*matrix.shape, 1.0))
+                assert_close(after, nearest.left @ nearest.right, rtol=1e-4, atol=1e-5)
+    assert bool(outputs(network(found)).isfinite().all())
 
 
 def test_a_base_is_the_mean_by_selection_and_stored_once(tmp_path: Path) -> None:
