@@ -78,12 +78,13 @@ def run_planner(
         dtype=dtype_on(planning.dtype, planning.device, measures=not to.dry_run),
     )
     work, basis = prepared(planner, work, wanted)
-    if to.dry_run:
-        return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))
     made = made_before(output, checkpoint, _request(planner, work, basis, basis.profile if basis else None))
     if made is not None:
         plan = plan_of(made, checkpoint)
-        return reuse(job, made, basis.path if basis else None, plan, planner.details(checkpoint, plan))
+        details = planner.details(checkpoint, plan)
+        return reuse(job, made, basis.path if basis else None, plan, details, dry_run=to.dry_run)
+    if to.dry_run:
+        return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))
     with chosen(planner, work, basis) as choice:
         return write(job, choice, work.device, planner.details(checkpoint, choice.plan))
 
@@ -304,12 +305,18 @@ def reuse(
     profile: Path | None = None,
     plan: CompressionPlan | None = None,
     details: Mapping[str, Any] | None = None,
+    *,
+    dry_run: bool = False,
 ) -> None:
-    """Print the result of a stage that was run before, whose output is up to date, as far as the output tells it."""
+    """Print the result of a stage that was run before, whose output is up to date, as far as the output tells it.
+
+    A dry run says the same; what an interrupted run left beside the output then stays.
+    """
     path = job.output.path
     note(f"{path} is up to date")
-    clean_leftovers(path)
-    discard_work(path)
+    if not dry_run:
+        clean_leftovers(path)
+        discard_work(path)
     step = last_step(made) if plan is not None else None
     errors = measured_errors(step) if step else {}
     known = {**(facts(plan, job.checkpoint) if plan else {}), **(details or {}), **errors}
@@ -319,6 +326,7 @@ def reuse(
         **known,
         "plan_digest": step.plan if step else None,
         "up_to_date": True,
+        **({"dry_run": True} if dry_run else {}),
     }
     paths = {"profile": profile} if profile is not None and profile.is_file() else {}
     options = plan.options if plan else {}

@@ -75,6 +75,34 @@ def test_a_stage_that_is_run_again_is_up_to_date(name: str, folder: Path, monkey
     assert quiet.out.strip() == str(folder / "x.safetensors")
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_dry_run_tells_that_its_output_is_up_to_date(name: str, folder: Path) -> None:
+    words = (*STAGES[name], "-o", "x.safetensors")
+    assert here(*words, cwd=folder).code == 0
+    leftover = folder / ".x.safetensors.work"
+    leftover.mkdir()
+    before = contents(folder)
+    dry = here(*words, "--dry-run", cwd=folder)
+    assert dry.code == 0 and f"ditmoe: {folder / 'x.safetensors'} is up to date" in dry.notes
+    assert contents(folder) == before and leftover.is_dir()
+    assert dry.result == {**here(*words, cwd=folder).result, "dry_run": True} and not leftover.exists()
+    if "--profile" in words:
+        (folder / "x.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+        assert "exists already" in here(*words, "--dry-run", cwd=folder).error(5)
+    assert here(*words, "--dry-run", "--force", cwd=folder).result["dry_run"] is True
+
+
+def test_dry_runs_of_applying_and_of_files_for_upstream_tell_it_too(folder: Path) -> None:
+    (folder / "plan.json").write_text(here(*STAGES["prune"], "--dry-run", cwd=folder).out)
+    apply = ("apply", "a.safetensors", "--plan", "plan.json", *PROFILED, "-o", "x.safetensors")
+    upstream = ("convert", "a.safetensors", "--to-upstream", "-o", "a.pt")
+    for words in (apply, upstream):
+        assert "up_to_date" not in here(*words, "--dry-run", cwd=folder).result
+        here(*words, cwd=folder)
+        dry = here(*words, "--dry-run", cwd=folder)
+        assert dry.code == 0 and dry.result["up_to_date"] and dry.result["dry_run"] and "is up to date" in dry.err
+
+
 def test_a_plan_that_is_applied_again_is_up_to_date(folder: Path) -> None:
     (folder / "plan.json").write_text(here(*STAGES["prune"], "--dry-run", cwd=folder).out)
     apply = ("apply", "a.safetensors", "--plan", "plan.json", *PROFILED, "-o", "x.safetensors")

@@ -70,14 +70,14 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
         path = profile_of_plan(opened, plan)
     beside = [planned.plan, *([path] if path is not None else [])]
     check_target(job.output.path, True, [opened.path, *beside])  # whether it exists is another matter
-    if to.dry_run:
-        return preview(job, plan, planned.device)
-    if not plan.computes:
+    if not plan.computes and not to.dry_run:
         job = replace(job, checkpoint=unread(opened, job.output, plan.source))
     check_plan(job.checkpoint, plan)
     made = made_before(job.output, job.checkpoint, request_of(plan), plan)
     if made is not None:
-        return reuse(job, made, path if plan.computes else None, plan)
+        return reuse(job, made, path if plan.computes else None, plan, dry_run=to.dry_run)
+    if to.dry_run:
+        return preview(job, plan, planned.device)
     profile = read_profile(path) if path and plan.computes else None
     device = checked_device(planned.device)
     return write(job, Choice(plan, profile), lambda: device)

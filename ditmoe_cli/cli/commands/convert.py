@@ -173,10 +173,10 @@ def run(source: Source, weights: Weights, layouts: Layouts, to: Conversion, prin
     output = to.at(named, f"converted{weights.name(upstream=False)}")
     stored = opened if to.dry_run else unread(opened, output)
     job = Job("convert", stage, weights.of(stored, upstream=False), output, printing)
-    if to.dry_run:
-        return preview(job, None)
     made = made_before(job.output, job.checkpoint, None)
-    return reuse(job, made) if made is not None else write(job, None)
+    if made is not None:
+        return reuse(job, made, dry_run=to.dry_run)
+    return preview(job, None) if to.dry_run else write(job, None)
 
 
 def _write_upstream(
@@ -188,14 +188,15 @@ def _write_upstream(
     estimates, rate = carrying_out(checkpoint, None, size), known_rate(likely_device("cpu"))
     result = {**size_facts(checkpoint, size), **_for_upstream(checkpoint, path)}
     rows: list[Row] = [*size_rows(result), _sample_row(result["upstream"])]
-    if dry_run:
-        check_target(path, file.force, [checkpoint.path])
+    up_to_date = _is_up_to_date(file, checkpoint, size)
+    if dry_run and not up_to_date:
         result |= {"estimate": estimate_of(estimates, rate), "dry_run": True, "plan": None}
         rows = [("would write", path), *rows, estimate_row(estimates, rate)]
         emit(printing, stage.to_json(result), rows, str(path), editable=True)
         return
-    if _is_up_to_date(file, checkpoint, size):
+    if up_to_date:
         note(f"{path} is up to date")
+        result |= {"dry_run": True} if dry_run else {}
         result, rows = {**result, "up_to_date": True}, [("up to date", path), *rows]
     else:
         check_space(path, size)
