@@ -48,7 +48,7 @@ from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, unpacked_weight
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.dtypes import Dtype, torch_dtype_of
+from ditmoe_cli.model.dtypes import Dtype, relative_difference, torch_dtype_of
 from ditmoe_cli.model.effort import activation_bytes, evaluation_flops
 from ditmoe_cli.model.loading import build_model, empty_model
 from ditmoe_cli.model.throughput import Rate, peak_rate
@@ -453,5 +453,4 @@ def _reference(checkpoint: Checkpoint, load: Load, device: torch.device, progres
 def difference(found: _Routed, reference: _Routed) -> Difference:
     """Return how far a prediction (N, C, S, S) and chosen experts (T, k) of each block are from those of fp32."""
     (output, chosen), (exact, chosen_exactly) = found, reference
-    error = torch.linalg.vector_norm(output.double() - exact.double()) / torch.linalg.vector_norm(exact.double())
-    return Difference(float(error), share_rerouted(chosen, chosen_exactly))
+    return Difference(relative_difference(output, exact), share_rerouted(chosen, chosen_exactly))

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from synthetic_checkpoint import MODELS, config_of, write
 from torch import Tensor
 
+from ditmoe_cli.diffusion.automatic_dtype import measured_difference
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, DEFAULT_STEPS
@@ -42,7 +43,7 @@ from ditmoe_cli.evaluation.scores.paired_error import paired_error
 from ditmoe_cli.evaluation.step_parts import routed_step, share_rerouted
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.dtypes import DTYPES, Dtype, measured_difference, torch_dtype_of
+from ditmoe_cli.model.dtypes import DTYPES, Dtype, relative_difference, torch_dtype_of
 from ditmoe_cli.model.loading import build_model
 
 RANDOM = "random:"
@@ -113,11 +114,6 @@ def routed(found: Sequence[Evaluation], exact: Sequence[Evaluation]) -> Routed:
     return Routed(float(np.mean(blocks)), max(blocks))
 
 
-def difference(found: Tensor, exact: Tensor) -> float:
-    """Return ‖found - exact‖ / ‖exact‖."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
-
-
 def run_in(checkpoint: Checkpoint, dtype: Dtype, spec: SampleSpec, states: Sequence[State]) -> Run:
     """Sample and evaluate in a dtype."""
     model = build_model(checkpoint, CPU, torch_dtype_of(dtype))
@@ -137,7 +133,7 @@ def cells(found: Run, exact: Run, auto: float, grey_levels: int) -> str:
     """Return a row's cells."""
     shares = routed(found.evaluations, exact.evaluations)
     far = [
-        difference(here.prediction, there.prediction)
+        relative_difference(here.prediction, there.prediction)
         for here, there in zip(found.evaluations, exact.evaluations, strict=True)
     ]
     shown = " | ".join(f"{100 * value:.3g} %" for value in (shares.mean, shares.most, *far, auto))

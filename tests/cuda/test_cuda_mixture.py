@@ -11,9 +11,9 @@ from conftest import Pico, make_pico
 from devices import TRIED_ON
 from torch import Tensor
 
+from ditmoe_cli.diffusion.automatic_dtype import measured_difference
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
-from ditmoe_cli.model.dtypes import measured_difference
 from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.model.loading import build_model, load_model
 from ditmoe_cli.model.mixture_backends import BACKENDS, Dispatch, GroupedExperts, LoopedExperts, backend_for
