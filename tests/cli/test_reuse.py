@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_helpers import Outcome, contents, here, piped, series
 from conftest import make_pico
 
 from ditmoe_cli.compression.plan import parse_plan
+from ditmoe_cli.files.workfolder import open_work, work_folder
 
 FEW = ("--refit-tokens", 64)
 PROFILED = ("--profile", "p.safetensors")
@@ -79,8 +82,10 @@ def test_a_stage_that_is_run_again_is_up_to_date(name: str, folder: Path, monkey
 def test_a_dry_run_tells_that_its_output_is_up_to_date(name: str, folder: Path) -> None:
     words = (*STAGES[name], "-o", "x.safetensors")
     assert here(*words, cwd=folder).code == 0
-    leftover = folder / ".x.safetensors.work"
-    leftover.mkdir()
+    leftover = work_folder(folder / "x.safetensors")
+    with suppress(KeyboardInterrupt), open_work(folder / "x.safetensors", "another request", print) as work:
+        work.write("piece", {"x": torch.zeros(1)})
+        raise KeyboardInterrupt
     before = contents(folder)
     dry = here(*words, "--dry-run", cwd=folder)
     assert dry.code == 0 and f"ditmoe: {folder / 'x.safetensors'} is up to date" in dry.notes
