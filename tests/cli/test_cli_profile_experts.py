@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_helpers import contents, here, series
+from compressing import measure_few_tokens
 from conftest import make_pico
 
 from ditmoe_cli.files.reader import open_reader
@@ -160,7 +161,8 @@ def test_apply_and_report_find_the_profile_under_its_usual_name(folder: Path) ->
     assert "the envelope names no profile" in refused
 
 
-def test_what_a_plan_measured_serves_the_next_budget(folder: Path) -> None:
+def test_what_a_plan_measured_serves_the_next_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_few_tokens(monkeypatch, 512)
     words = ("quantize", "models/a.safetensors", "--rounding", "nearest", "--group-size", 32)
     here(*words, "--bits", 4, "-o", "first.safetensors", cwd=folder)
     second = here(*words, "--bits", 3, "-o", "second.safetensors", cwd=folder)

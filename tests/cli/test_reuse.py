@@ -74,27 +74,24 @@ def test_a_stage_that_is_run_again_is_up_to_date(name: str, folder: Path, monkey
     same_results(again, first)
     assert f"ditmoe: {folder / 'x.safetensors'} is up to date" in again.notes
     assert contents(folder) == before
-    quiet = here(*words, "-q", cwd=folder)
-    assert quiet.out.strip() == str(folder / "x.safetensors")
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_dry_run_tells_that_its_output_is_up_to_date(name: str, folder: Path) -> None:
-    words = (*STAGES[name], "-o", "x.safetensors")
-    assert here(*words, cwd=folder).code == 0
     leftover = work_folder(folder / "x.safetensors")
     with suppress(KeyboardInterrupt), open_work(folder / "x.safetensors", "another request", print) as work:
         work.write("piece", {"x": torch.zeros(1)})
         raise KeyboardInterrupt
-    before = contents(folder)
     dry = here(*words, "--dry-run", cwd=folder)
     assert dry.code == 0 and f"ditmoe: {folder / 'x.safetensors'} is up to date" in dry.notes
-    assert contents(folder) == before and leftover.is_dir()
-    assert dry.result == {**here(*words, cwd=folder).result, "dry_run": True} and not leftover.exists()
-    if "--profile" in words:
-        (folder / "x.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
-        assert "exists already" in here(*words, "--dry-run", cwd=folder).error(5)
-    assert here(*words, "--dry-run", "--force", cwd=folder).result["dry_run"] is True
+    assert dry.result == {**again.result, "dry_run": True} and leftover.is_dir(), "writes and deletes nothing"
+    shutil.rmtree(leftover)
+    assert contents(folder) == before
+    quiet = here(*words, "-q", cwd=folder)
+    assert quiet.out.strip() == str(folder / "x.safetensors")
+
+
+def test_a_dry_run_refuses_what_is_not_up_to_date(folder: Path) -> None:
+    words = (*STAGES["prune at random"], "-o", "x.safetensors", "--dry-run")
+    shutil.copy(folder / "a.safetensors", folder / "x.safetensors")
+    assert "exists already" in here(*words, cwd=folder).error(5)
+    assert "up_to_date" not in here(*words, "--force", cwd=folder).result
 
 
 def test_dry_runs_of_applying_and_of_files_for_upstream_tell_it_too(folder: Path) -> None:

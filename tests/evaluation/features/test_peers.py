@@ -57,6 +57,7 @@ class Images(Dataset):
         return self.images[index]
 
 
+@pytest.mark.slow
 def test_all_scores_equal_those_of_torch_fidelity(weights):
     """From images to scores, by its own entry point; its FID, whose root of 2048 features is slow, is tested below."""
     fidelity = imported("torch_fidelity")
