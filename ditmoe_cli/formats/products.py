@@ -4,6 +4,9 @@ torch leaves fp32 on a CPU to MKL, which has no AVX-512 kernels for processors t
 precision to oneDNN by a way that prepares more for each new number of rows. `linear` calls oneDNN's linear layer
 itself. oneDNN compiles a kernel for each shape and keeps the last thousand, so where numbers of rows differ from call
 to call, as of tokens that select an expert, rows are best rounded up by `padded_rows`.
+
+oneDNN also applies SiLU, or multiplies by another tensor, before it writes a product, while its values are in registers:
+in half precision they are rounded once less. `silu_linear` and `linear_times` do so where `fuses` tells it.
 """
 
 from __future__ import annotations
@@ -25,10 +28,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Where gradients are recorded, and on devices other than the CPU, torch chooses how.
     """
-    if _by_onednn(x, weight, bias):
+    if _by_onednn(x, weight, bias) and _onednn(x.dtype):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
     return F.linear(x, weight, bias)
+
+
+def silu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return SiLU(x Wᵀ) of tokens x (..., in) and a weight (out, in) of one dtype."""
+    if fuses(x, weight):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "swish", [], "")
+        return out
+    return F.silu(linear(x, weight))
+
+
+def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """Return x Wᵀ ⊙ f of tokens x (..., in), a weight (out, in) and f (..., out), all of one dtype."""
+    if fuses(x, weight, factor):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")
+        return out
+    return linear(x, weight).mul_(factor)
+
+
+def fuses(x: Tensor, weight: Tensor, factor: Tensor | None = None) -> bool:
+    """Return whether `silu_linear` and `linear_times` of x (..., in) and a weight (out, in) are one operation each."""
+    return _by_onednn(x, weight, factor) and _onednn_fused(x.dtype)
 
 
 def padded_rows(rows: int, x: Tensor) -> int:
@@ -38,13 +62,14 @@ def padded_rows(rows: int, x: Tensor) -> int:
     return -(-rows // ROW_STEP) * ROW_STEP
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _by_onednn(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
+    """Tell whether a product, to which something is added or multiplied, is one for oneDNN, where torch has it."""
     if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype):
         return False
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, other)):
         return False
     least = LEAST_MULTIPLICATIONS if x.dtype == torch.float32 else LEAST_HALF_MULTIPLICATIONS
-    return x.numel() * weight.shape[0] >= least and _onednn(x.dtype)
+    return x.numel() * weight.shape[0] >= least
 
 
 @cache
@@ -58,3 +83,18 @@ def _onednn(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return False
     return torch.equal(out, torch.full((2, 4), 4.0, dtype=dtype))
+
+
+@cache
+def _onednn_fused(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN's linear layer takes SiLU and a factor."""
+    if not _onednn(dtype):
+        return False
+    x, weight, factor = (torch.ones(shape, dtype=dtype) for shape in ((2, 3), (4, 3), (2, 4)))
+    try:
+        activated = torch.ops.mkldnn._linear_pointwise(x, weight, None, "swish", [], "")
+        multiplied = torch.ops.mkldnn._linear_pointwise.binary(x, 2 * factor, weight, None, "mul")
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+    near = torch.allclose(activated, F.silu(3 * factor), rtol=4 * torch.finfo(dtype).eps)
+    return near and torch.equal(multiplied, 6 * factor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditmoe_cli.formats.layers import PackedLinear
-from ditmoe_cli.formats.products import linear
+from ditmoe_cli.formats.products import fuses, linear, linear_times, silu_linear
 from ditmoe_cli.model import fused_kernels
 from ditmoe_cli.model.linear import Linear
 
@@ -30,10 +30,18 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, width, bias=False)
 
     def neurons(self, u: Tensor) -> Tensor:
-        """Return φ = SiLU(W_gate u) * W_up u, (..., inner), by one product where the matrices lie together."""
+        """Return φ = SiLU(W_gate u) * W_up u, (..., inner).
+
+        One product computes it where the matrices lie together, and two that activate and multiply where these are
+        faster.
+        """
         both = paired(self)
         if both is not None and both.dtype == u.dtype:
-            return swiglu(linear(u, both))
+            gate, up = both.chunk(2)
+            return linear_times(u, up, silu_linear(u, gate)) if fuses(u, gate) else swiglu(linear(u, both))
+        if isinstance(self.gate_proj, PackedLinear) and isinstance(self.up_proj, PackedLinear):
+            activated = silu_linear(u, self.gate_proj.matrix(u.dtype))  # before the other is unpacked in its place
+            return linear_times(u, self.up_proj.matrix(u.dtype), activated)
         phi: Tensor = F.silu(self.gate_proj(u)).mul_(self.up_proj(u))
         return phi
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ditmoe_cli.formats import products
-from ditmoe_cli.formats.products import ROW_STEP, linear, padded_rows
+from ditmoe_cli.formats.products import ROW_STEP, fuses, linear, linear_times, padded_rows, silu_linear
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -50,3 +50,43 @@ def test_a_bias_alone_has_gradients_too() -> None:
     bias = torch.zeros(240, requires_grad=True)
     linear(torch.randn(600, 160), torch.randn(240, 160), bias).sum().backward()
     assert bias.grad is not None and torch.equal(bias.grad, torch.full((240,), 600.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 5, 16), (600, 160), (2, 300, 160)])
+def test_activated_and_multiplied_products_are_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=generator).to(dtype), torch.randn(240, shape[-1], generator=generator)
+    weight, factor = weight.to(dtype), torch.randn(*shape[:-1], 240, generator=generator).to(dtype)
+    exact = F.linear(x.double(), weight.double())
+    wanted = {silu_linear(x, weight): F.silu(exact), linear_times(x, weight, factor): exact * factor.double()}
+    for found, right in wanted.items():
+        assert found.dtype == dtype and found.shape == right.shape
+        assert float((found.double() - right).norm() / right.norm()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_products_round_once_less_than_torchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    x, gate, up = (torch.randn(size, 160, generator=torch.Generator().manual_seed(size)) for size in (600, 240, 241))
+    x, gate, up = x.to(dtype), gate.to(dtype), up[:240].to(dtype)
+    if not fuses(x, gate):
+        pytest.skip("torch has no oneDNN here")
+    exact = F.silu(F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double())
+
+    def error() -> float:
+        return float((linear_times(x, up, silu_linear(x, gate)).double() - exact).norm() / exact.norm())
+
+    fused = error()
+    monkeypatch.setattr(products, "_onednn_fused", lambda _: False)
+    assert not fuses(x, gate) and fused < 1.2 * error()
+
+
+@pytest.mark.parametrize("recorded", [0, 1, 2])
+def test_gradients_of_multiplied_products_are_recorded(recorded: int) -> None:
+    tensors = [torch.randn(600, 160), torch.randn(240, 160), torch.randn(600, 240)]
+    tensors[recorded].requires_grad_(True)
+    linear_times(*tensors).sum().backward()
+    assert tensors[recorded].grad is not None
+    weight = torch.randn(240, 160, requires_grad=True)
+    silu_linear(tensors[0].detach(), weight).sum().backward()
+    assert weight.grad is not None
