@@ -334,7 +334,7 @@ def _load(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Ph
     let_go()
     before = private_bytes(device)
     unpacked = unpacked_weights()
-    model = build_model(checkpoint, device, torch_dtype_of(load.dtype), unpacked)
+    model = build_model(checkpoint, device, torch_dtype_of(load.dtype), unpacked).prepack()
     loaded = private_bytes(device)
     step = denoising_step(model, load)
 

@@ -313,7 +313,8 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     device = torch.device(runtime.device)
     rows = matching_rows(a, b)
     dtype = torch_dtype_of(spec.dtype)
-    models = ModelPair(build_model(a, device, dtype), build_model(b, device, dtype), pair.paths, rows)
+    model_a, model_b = (build_model(each, device, dtype).prepack() for each in (a, b))
+    models = ModelPair(model_a, model_b, pair.paths, rows)
     with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
     sums = parts[0].sums

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor
 
+from ditmoe_cli.formats.products import prepacked
 from ditmoe_cli.formats.unpacking_budget import default_budget
 from ditmoe_cli.free_memory import free_memory
 
@@ -99,14 +100,22 @@ class UnpackedWeights:
             return self._bytes
 
     def matrix(self, layer: PackedLayer, dtype: torch.dtype) -> Tensor:
-        """Return the matrix (out, in) of a layer in `dtype`. Nobody may write to it.
+        """Return the matrix (out, in) of a layer in `dtype`, to multiply by. Nobody may write to it.
 
-        What is not kept holds until this thread asks again.
+        What is kept may be `prepacked`; what is not holds until this thread asks again.
         """
-        return self.together((layer,), dtype).view(layer.shape)
+        values = self._values((layer,), dtype, lambda values: prepacked(values.view(layer.shape)))
+        return values if values.is_mkldnn else values.view(layer.shape)
 
     def together(self, layers: Sequence[PackedLayer], dtype: torch.dtype) -> Tensor:
         """Return the values of the matrices of some layers, one after the other, as `matrix` returns those of one."""
+        values = self._values(layers, dtype, lambda values: values)
+        return values.to_dense().flatten() if values.is_mkldnn else values.flatten()
+
+    def _values(
+        self, layers: Sequence[PackedLayer], dtype: torch.dtype, laid_out: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the values of the matrices of some layers, `laid_out` where they are kept from now on."""
         kept = self._kept.get(layers[0])
         if kept is not None and kept.are_of(layers, dtype):
             return kept.values
@@ -116,7 +125,7 @@ class UnpackedWeights:
             self._seen.add(layers[0])
             self._kept.pop(layers[0], None)
             if again and self.kept_bytes + size * dtype.itemsize <= self._limit(device):
-                values = _unpacked(layers, torch.empty(size, dtype=dtype, device=device))
+                values = laid_out(_unpacked(layers, torch.empty(size, dtype=dtype, device=device)))
                 self._kept[layers[0]] = _Kept(tuple(map(ref, layers)), values)
                 return values
             values = self._turn(size * dtype.itemsize, device).view(dtype)

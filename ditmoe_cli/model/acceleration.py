@@ -42,7 +42,10 @@ class Acceleration:
 
 
 def accelerated(model: DiTMoE, how: Acceleration) -> Denoiser:
-    """Return a model that runs as asked for. Raises `UsageError` where it cannot be captured as a graph."""
+    """Return a model that runs as asked for; its weights can be neither read nor changed then (`DiTMoE.prepack`).
+
+    Raises `UsageError` where it cannot be captured as a graph.
+    """
     replays = how.graphs is not False
     if replays and (obstacle := obstacle_to_capture(model)) is not None:
         if how.graphs:
@@ -50,6 +53,8 @@ def accelerated(model: DiTMoE, how: Acceleration) -> Denoiser:
         replays = False
     if how.compiled:
         compile_blocks(model)
+    else:
+        model.prepack()
     return GraphedDiTMoE(model) if replays else model
 
 

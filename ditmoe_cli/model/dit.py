@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +160,19 @@ class DiTMoE(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compute_in(dtype)
+
+    def prepack(self) -> Self:
+        """Lay the large matrices of the blocks out for products on a CPU, one by one, and return the model.
+
+        It then takes as much memory as before, and predicts the same, but its weights can be neither read nor changed.
+        Modulations stay as they are, since they are computed once for a batch.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for layer in (*block.attn.modules(), *block.moe.modules()):
+                if type(layer) is Linear:
+                    layer.prepack()
+        return self
 
     @property
     def device(self) -> torch.device:

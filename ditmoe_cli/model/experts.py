@@ -39,9 +39,9 @@ class SwiGLU(nn.Module):
         if both is not None and both.dtype == u.dtype:
             gate, up = both.chunk(2)
             return linear_times(u, up, silu_linear(u, gate)) if fuses(u, gate) else swiglu(linear(u, both))
-        if isinstance(self.gate_proj, PackedLinear) and isinstance(self.up_proj, PackedLinear):
-            activated = silu_linear(u, self.gate_proj.matrix(u.dtype))  # before the other is unpacked in its place
-            return linear_times(u, self.up_proj.matrix(u.dtype), activated)
+        if _ours(self.gate_proj, self.up_proj):
+            activated = silu_linear(u, _matrix(self.gate_proj, u.dtype))  # before the other is unpacked in its place
+            return linear_times(u, _matrix(self.up_proj, u.dtype), activated)
         phi: Tensor = F.silu(self.gate_proj(u)).mul_(self.up_proj(u))
         return phi
 
@@ -174,9 +174,20 @@ def _plain(*layers: nn.Module) -> bool:
 
     Gradients of matrices that are taken together would not reach the parameters that lie behind the first.
     """
-    return all(type(layer) is Linear for layer in layers) and not (
+    return all(type(layer) is Linear and not _weight(layer).is_mkldnn for layer in layers) and not (
         torch.is_grad_enabled() and any(_weight(layer).requires_grad for layer in layers)
     )
+
+
+def _ours(*layers: nn.Module) -> bool:
+    """Tell whether layers are ours, plain or packed, without biases."""
+    return all(type(layer) in (Linear, PackedLinear) and getattr(layer, "bias", None) is None for layer in layers)
+
+
+def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a layer of ours to multiply by."""
+    assert isinstance(layer, Linear | PackedLinear)
+    return layer.matrix(dtype)
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -69,7 +69,7 @@ def calibrate(
         model = (
             OffloadedDiTMoE(checkpoint, device, spec.images, settings.batch, dtype, dtype)
             if run.offload
-            else build_model(checkpoint, device, dtype)
+            else build_model(checkpoint, device, dtype).prepack()
         )
         key = work_key(
             {

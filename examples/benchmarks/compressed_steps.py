@@ -54,6 +54,7 @@ VARIANTS = (
     uniform("int4-g64", "--format", "int", "--bits", "4"),
     uniform("int3-g64", "--format", "int", "--bits", "3"),
     uniform("ternary-g64", "--format", "ternary"),
+    Compressed("mixed, 3.25 bits", ("quantize", "--bits", "3.25", "--rounding", "nearest"), profiled=True),
 )
 
 

@@ -6,7 +6,9 @@
 
 Ours is what ``ditmoe sample`` runs for a batch. Upstream computes in fp32, and in half precision under autocast with
 halved weights; its rectified flow evaluates the branches of guidance one after the other. Weights are random, on the
-scale of trained ones. Differences are of latents, relative to those of upstream in fp32.
+scale of trained ones. Differences are of latents, relative to those of upstream in fp32. `products` is the time of the
+products with weights alone, each expert being given as many tokens: no code of as many operations is faster by more
+than upstream's fp32 over it, the bound.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.linear import Linear
 
-COLUMNS = ("model", "batch", "dtype", "ours ms a step", "upstream", "upstream fp32")
-COLUMNS += ("speed-up", "over fp32", "difference", "upstream's difference")
+COLUMNS = ("model", "batch", "dtype", "ours ms a step", "upstream", "upstream fp32", "products")
+COLUMNS += ("speed-up", "over fp32", "bound over fp32", "difference", "upstream's difference")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,28 @@ class Work:
 def our_run(model: DiTMoE, work: Work) -> Run:
     """Return a call of ditmoe's sampling."""
     return lambda: sample_batch(model, work.spec(), range(work.batch))
+
+
+def products_run(model: DiTMoE, work: Work) -> Run:
+    """Return a call of the products with the matrices of all blocks, tokens being spread evenly over the experts."""
+    config = model.config
+    tokens = (1 if work.cfg == 1.0 else 2) * work.batch * config.num_patches
+    layers: list[tuple[Linear, int]] = []
+    for block in model.blocks:
+        share = tokens * config.top_k // len(block.moe.experts)
+        for module, rows in ((block.attn, tokens), (block.moe.experts, share), (block.moe.shared_experts, tokens)):
+            layers += [(layer, rows) for layer in module.modules() if isinstance(layer, Linear)]
+    shapes = {(rows, layer.in_features) for layer, rows in layers}
+    inputs = {shape: torch.randn(shape, device=model.device).to(model.dtype) for shape in shapes}
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        for _ in range(work.steps):
+            for layer, rows in layers:
+                out = layer(inputs[rows, layer.in_features])
+        return out
+
+    return run
 
 
 def upstream_run(model: UpstreamDiT, work: Work, dtype: torch.dtype, device: torch.device) -> Run:
@@ -101,24 +126,26 @@ class Models:
         upstream = {
             f"upstream {name}": upstream_run(each, work, DTYPES[name], device) for name, each in self.upstream.items()
         }
-        return upstream | {f"ours {name}": our_run(each, work) for name, each in self.ours.items()}
+        ours = {f"ours {name}": our_run(each, work) for name, each in self.ours.items()}
+        return upstream | ours | {f"products {name}": products_run(each, work) for name, each in self.ours.items()}
 
 
 def both(config: DiTMoEConfig, dtypes: Sequence[str], device: torch.device) -> Models:
-    """Return models of random weights; those of upstream share the memory of ours where dtypes are equal."""
+    """Return models of random weights; ours are laid out for products, as for `ditmoe sample`."""
     torch.manual_seed(0)
     whole = random_model(config, device)
     ours = {name: in_dtype(whole, DTYPES[name]) for name in dict.fromkeys(("fp32", *dtypes))}
     upstream = {name: upstream_model(config, ours[name].state_dict(), dtype=DTYPES[name]) for name in ours}
-    return Models({name: ours[name] for name in dtypes}, upstream)
+    return Models({name: ours[name].prepack() for name in dtypes}, upstream)
 
 
 def rows_of(model: str, work: Work, models: Models, timer: Timer, rounds: int) -> list[dict[str, Any]]:
     """Return the figures of each dtype for one batch."""
     runs = models.runs(work, timer.device)
-    images = {name: run() for name, run in runs.items()}
+    results = {name: run() for name, run in runs.items()}
+    images = {name: result for name, result in results.items() if not name.startswith("products")}
     differences = {name: relative_difference(each, images["upstream fp32"]) for name, each in images.items()}
-    seconds = timer.in_turn(runs, rounds, warm_ups=0)  # images were one
+    seconds = timer.in_turn(runs, rounds, warm_ups=0)  # these results were one
     return [
         {
             "model": model,
@@ -128,8 +155,10 @@ def rows_of(model: str, work: Work, models: Models, timer: Timer, rounds: int) -
             "ours": seconds[f"ours {name}"],
             "upstream": seconds[f"upstream {name}"],
             "upstream fp32": seconds["upstream fp32"],
+            "products": seconds[f"products {name}"],
             "speed-up": ratio(seconds[f"upstream {name}"], seconds[f"ours {name}"]),
             "over fp32": ratio(seconds["upstream fp32"], seconds[f"ours {name}"]),
+            "bound over fp32": ratio(seconds["upstream fp32"], seconds[f"products {name}"]),
             "difference": differences[f"ours {name}"],
             "upstream's difference": differences[f"upstream {name}"],
         }
@@ -139,9 +168,9 @@ def rows_of(model: str, work: Work, models: Models, timer: Timer, rounds: int) -
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Return a row as texts."""
-    times = [f"{1000 * min(row[key]) / row['steps']:.1f}" for key in ("ours", "upstream", "upstream fp32")]
+    times = [f"{1000 * min(row[key]) / row['steps']:.1f}" for key in ("ours", "upstream", "upstream fp32", "products")]
     differences = [f"{row[key]:.1e}" for key in ("difference", "upstream's difference")]
-    speed = [str(row["speed-up"]), str(row["over fp32"])]
+    speed = [str(row[key]) for key in ("speed-up", "over fp32", "bound over fp32")]
     return [row["model"], str(row["batch"]), row["dtype"], *times, *speed, *differences]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ditmoe_cli.formats import products
-from ditmoe_cli.formats.products import ROW_STEP, fuses, linear, linear_times, padded_rows, silu_linear
+from ditmoe_cli.formats.products import ROW_STEP, fuses, linear, linear_times, padded_rows, prepacked, silu_linear
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -43,6 +43,7 @@ def test_rows_are_rounded_up_where_products_are_large() -> None:
         padded = padded_rows(rows, wide)
         assert padded == rows or (padded % ROW_STEP == 0 and rows < padded < rows + ROW_STEP)
     assert padded_rows(5, torch.empty(1, 32)) == 5
+    assert padded_rows(1, wide) in (1, ROW_STEP), "a matrix that may be prepacked is multiplied otherwise by one row"
     assert padded_rows(100, wide.double()) == 100
 
 
@@ -90,3 +91,31 @@ def test_gradients_of_multiplied_products_are_recorded(recorded: int) -> None:
     weight = torch.randn(240, 160, requires_grad=True)
     silu_linear(tensors[0].detach(), weight).sum().backward()
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 16, 100, 513])
+def test_prepacked_products_are_the_same_to_the_last_bit(dtype: torch.dtype, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias, factor = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 384), (512, 384), (512,), (rows, 512))
+    )
+    packed = prepacked(weight)
+    assert packed.is_mkldnn == fuses(x, weight) and packed.nbytes == weight.nbytes
+    assert prepacked(packed) is packed and torch.equal(packed.to_dense(), weight)
+    assert torch.equal(linear(x, packed, bias), linear(x, weight, bias))
+    assert torch.equal(silu_linear(x, packed), silu_linear(x, weight))
+    assert torch.equal(linear_times(x, packed, factor), linear_times(x, weight, factor))
+
+
+def test_gradients_pass_prepacked_matrices() -> None:
+    x, weight = torch.randn(3, 384, requires_grad=True), torch.randn(512, 384)
+    linear(x, prepacked(weight)).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(3, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_what_gains_nothing_is_not_prepacked() -> None:
+    for weight in (torch.zeros(8, 8), torch.zeros(512, 384, dtype=torch.float16), torch.zeros(512, 384).double()):
+        assert prepacked(weight) is weight
+    assert prepacked(torch.empty(512, 384, device="meta")).is_meta

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ditmoe_cli.formats import unpacked_weights
 from ditmoe_cli.formats.layers import PackedLinear
+from ditmoe_cli.formats.products import prepacked
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, free_on
 
@@ -186,3 +187,16 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
 def test_a_budget_below_0_is_refused() -> None:
     with pytest.raises(ValueError, match="-1 bytes"):
         UnpackedWeights(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_matrices_are_kept_as_products_take_them(dtype: torch.dtype) -> None:
+    unpacked = UnpackedWeights()
+    [layer] = layers_of(unpacked, [(400, 384)])
+    expected = outputs(layers_of(UnpackedWeights(0), [(400, 384)]), dtype)
+    for found, exact in zip(outputs([layer], dtype), expected, strict=True):
+        assert torch.equal(found, exact)
+    kept = layer.matrix(dtype)
+    assert unpacked.kept_bytes == 400 * 384 * dtype.itemsize
+    assert kept.is_mkldnn == prepacked(layer.weight(dtype)).is_mkldnn
+    assert torch.equal(unpacked.together([layer], dtype).view(400, 384), layer.weight(dtype)), "for grouped products"
