@@ -31,8 +31,8 @@ _USUAL_ROWS = 512  # that matrices are laid out for; others take the same layout
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b of tokens x (..., in), a weight (out, in) and a bias (out,), all of one dtype.
 
-    The weight may be what `prepacked` returned. Where gradients are recorded, and on devices other than the CPU, torch
-    chooses how.
+    The weight may be what `prepacked` returned. Where gradients are recorded, in compiled code, and on devices other
+    than the CPU, torch chooses how.
     """
     if _by_onednn(x, weight, bias) and _onednn(x.dtype):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -84,8 +84,8 @@ def padded_rows(rows: int, x: Tensor) -> int:
 
 def _by_onednn(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     """Tell whether a product, to which something is added or multiplied, is one for oneDNN, where torch has it."""
-    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype):
-        return False
+    if not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype) or torch.compiler.is_compiling():
+        return False  # compiled code takes this operation for constant weights alone
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, other)):
         return False
     least = LEAST_MULTIPLICATIONS if x.dtype == torch.float32 else LEAST_HALF_MULTIPLICATIONS

@@ -85,6 +85,7 @@ class UnpackedWeights:
         self._seen: WeakSet[Any] = WeakSet()  # layers that asked before
         self._count, self._bytes = 0, 0  # of what is kept, when it was counted last
         self._paused = False
+        self._lays_out = prepacked
         self._buffer = _Buffer()
         self._lock = threading.RLock()
 
@@ -104,7 +105,7 @@ class UnpackedWeights:
 
         What is kept may be `prepacked`; what is not holds until this thread asks again.
         """
-        values = self._values((layer,), dtype, lambda values: prepacked(values.view(layer.shape)))
+        values = self._values((layer,), dtype, lambda values: self._lays_out(values.view(layer.shape)))
         return values if values.is_mkldnn else values.view(layer.shape)
 
     def together(self, layers: Sequence[PackedLayer], dtype: torch.dtype) -> Tensor:
@@ -137,6 +138,10 @@ class UnpackedWeights:
             for first, kept in list(self._kept.items()):
                 if any(held() is layer for held in kept.layers):
                     del self._kept[first]
+
+    def keep_plain(self) -> None:
+        """Keep matrices as they are from now on, for compiled code, which cannot read those that are `prepacked`."""
+        self._lays_out = lambda matrix: matrix
 
     @contextmanager
     def paused(self) -> Iterator[None]:

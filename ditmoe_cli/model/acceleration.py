@@ -69,6 +69,7 @@ def compile_blocks(model: DiTMoE) -> None:
         for module in (block.attn, block.moe.shared_experts):
             for layer in module.modules():
                 if isinstance(layer, PackedLinear):  # what is unpacked and kept is no part of a compiled function
+                    layer.unpacked.keep_plain()
                     layer.matrix = torch.compiler.disable(layer.matrix)  # type: ignore[method-assign, no-untyped-call]
             module.compile(dynamic=False)
 

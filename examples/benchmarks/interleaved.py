@@ -121,11 +121,14 @@ def random_model(config: DiTMoEConfig, device: torch.device | str = "cpu") -> Di
 
 
 def in_dtype(model: DiTMoE, dtype: torch.dtype) -> DiTMoE:
-    """Return a model over the weights of another that computes in a dtype, as the loader makes it; in fp32 the same."""
-    if dtype == torch.float32:
+    """Return a model over the weights of another that computes in a dtype, as the loader makes it; in fp32 the same if it can."""
+    state = model.state_dict()
+    prepacked = [name for name, value in state.items() if value.is_mkldnn]
+    if dtype == torch.float32 and not prepacked:
         return model
+    state |= {name: state[name].to_dense() for name in prepacked}
     made = empty_model(model.config, model.device, dtype)
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         put(made, name, value.to(kept_in(name, dtype)))
     return made.requires_grad_(False)
 
