@@ -85,7 +85,7 @@ class UnpackedWeights:
         self._seen: WeakSet[Any] = WeakSet()  # layers that asked before
         self._count, self._bytes = 0, 0  # of what is kept, when it was counted last
         self._paused = False
-        self._lays_out = prepacked
+        self._lays_out: Callable[[Tensor], Tensor] = prepacked
         self._buffer = _Buffer()
         self._lock = threading.RLock()
 

@@ -121,7 +121,10 @@ def random_model(config: DiTMoEConfig, device: torch.device | str = "cpu") -> Di
 
 
 def in_dtype(model: DiTMoE, dtype: torch.dtype) -> DiTMoE:
-    """Return a model over the weights of another that computes in a dtype, as the loader makes it; in fp32 the same if it can."""
+    """Return a model over the weights of another that computes in a dtype, as the loader makes it.
+
+    In fp32 it is the same, where that is not laid out for products.
+    """
     state = model.state_dict()
     prepacked = [name for name, value in state.items() if value.is_mkldnn]
     if dtype == torch.float32 and not prepacked:
