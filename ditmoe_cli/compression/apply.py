@@ -79,9 +79,8 @@ def carry_out(
     if work is None:
         with open_work(output.path, applying_key(plan, profile, device), lambda _: None) as own:
             return carry_out(checkpoint, planned, output, profile, device, own)
-    computing = Computing(checkpoint, profile, device, work, work.loop("block", checkpoint.config.depth))
-    (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
-    measured = _compute(computing, stage)
+    computing = Computing(checkpoint, profile, device, work, work.loop(loop_name(plan), checkpoint.config.depth))
+    measured = _computed(computing, plan)
     planned = planned.measured(measured)
     return Applied(_write(checkpoint, planned, output, computing.blocks), measured, planned)
 
@@ -116,6 +115,22 @@ def _profile_of(plan: CompressionPlan, profile: RoutingProfile | None) -> Routin
             f"{plan.profile[:12]})"
         )
     return profile
+
+
+def loop_name(plan: CompressionPlan) -> str:
+    """Return the name of the loop that keeps a plan's blocks: one of its own where several plans may be tried."""
+    return "block" if plan.together is None else f"block-{plan.work_digest[:12]}"
+
+
+def _computed(computing: Computing, plan: CompressionPlan) -> Measured:
+    """Compute the weights of a plan, and keep those of each block."""
+    if plan.together is not None:
+        from ditmoe_cli.compression.joint.carrying import carry_out_together
+
+        carried = carry_out_together(computing, *plan.together)
+        return Measured(carried.refit_error, carried.error, carried.agreement)
+    (stage,) = (stage for stage in plan.stages if stage.computes)  # `planned_output` refuses several
+    return _compute(computing, stage)
 
 
 def _compute(computing: Computing, stage: PlanStage) -> Measured:

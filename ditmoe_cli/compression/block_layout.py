@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.plan import BlockPlan, Experts, Repair
 from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import GHOST, BlockConfig
 
@@ -42,6 +43,18 @@ def block_layouts(checkpoint: Checkpoint, stage: Experts) -> list[BlockLayout]:
     for i, block in enumerate(stage.blocks):
         _check_together(checkpoint, stage, i, block)
     return [_block_layout(checkpoint, stage.repair, i, block) for i, block in enumerate(stage.blocks)]
+
+
+def new_names(block: int, layout: BlockLayout) -> dict[str, str]:
+    """Return the new name of each weight of an expert that others do not replace, by its old one.
+
+    Of merged experts it is the kept one, in whose place the merger stands.
+    """
+    return {
+        in_expert(block, members[0], f"{matrix}.weight"): in_expert(block, new, f"{matrix}.weight")
+        for new, members in enumerate(layout.members)
+        for matrix in MATRICES
+    }
 
 
 def _check_together(checkpoint: Checkpoint, stage: Experts, index: int, block: BlockPlan) -> None:

@@ -23,9 +23,12 @@ def kept_plan(work: WorkFolder) -> CompressionPlan | None:
     return plan
 
 
-def keep_plan(work: WorkFolder, plan: CompressionPlan) -> None:
-    """Keep a plan that was chosen, in place of all pieces: those of choosing, and those of carrying out another."""
-    work.clear()
+def keep_plan(work: WorkFolder, plan: CompressionPlan, tried: str = "") -> None:
+    """Keep a plan that was chosen, in place of all pieces: those of choosing, and those of carrying out another.
+
+    `tried` names the loop in which the plan was carried out already, which stays.
+    """
+    work.clear(but=tried)
     work.write(_NAME, {}, plan.to_json())
     work.tell(_told)
 

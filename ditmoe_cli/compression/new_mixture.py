@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import torch
@@ -55,6 +55,8 @@ class Source:
         stage: the stage of the plan.
         profile: the profile that the plan was made with.
         arriving: the mixture, and calibration tokens that arrive at it; None where the stage needs none.
+        orders: of narrowed experts, by their names within the block: neurons, the last to go first; nothing where
+            those of highest energy stay.
     """
 
     old: Mapping[str, Tensor]
@@ -63,6 +65,7 @@ class Source:
     stage: Experts
     profile: RoutingProfile
     arriving: tuple[SparseMoE, Tokens] | None = None
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def original(self) -> SparseMoE:
@@ -189,17 +192,22 @@ def _merged(source: Source, members: tuple[int, ...]) -> ExpertWeights:
 
 
 def _narrowed(source: Source, expert: ExpertWeights, old: int, width: int) -> ExpertWeights:
-    """Return the neurons of highest CAMERA energy of a routed expert."""
+    """Return the neurons of a routed expert that stay: the last to go, or those of highest CAMERA energy."""
+    order = source.orders.get(f"moe.experts.{old}")
+    if order is not None:
+        return narrowed(expert, order[:width].sort().values)
     (energy,) = profiled_energies(source.profile, source.block, [(old, expert.down)])
     return narrowed(expert, best_neurons(energy, width))
 
 
 def _shared(source: Source) -> ExpertWeights:
-    """Return the shared expert; where it is narrowed, its neurons of highest energy on the calibration tokens."""
+    """Return the shared expert; where it is narrowed, the neurons that are last to go, or of highest energy."""
     expert = ExpertWeights(*(source.old[f"{SHARED}.{matrix}.weight"] for matrix in MATRICES))
     width = source.block_plan.shared_width
     if width is None:
         return expert
+    if SHARED in source.orders:
+        return narrowed(expert, source.orders[SHARED][:width].sort().values)
     shared = source.original.shared_experts
     squares = torch.zeros(expert.down.shape[1], device=expert.down.device)
     largest = torch.zeros_like(squares)

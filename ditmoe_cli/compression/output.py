@@ -5,10 +5,10 @@ Neither torch nor numpy is imported. `apply` produces the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
+from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
 from ditmoe_cli.compression.computed import expert_map_bytes, source_dtype
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats
@@ -164,13 +164,14 @@ class Draft:
         weights: those that the stages so far leave as they are.
         tensors: those that take the others' places.
         blocks: the configurations of the blocks.
-        computed: the names of the weights that computed ones replace.
+        computed: the names of the weights that computed ones replace, and under which names; None where nothing takes
+            their place.
     """
 
     weights: list[Kept]
     tensors: list[PlannedTensor]
     blocks: tuple[BlockConfig, ...]
-    computed: frozenset[str] = field(default_factory=frozenset)
+    computed: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
@@ -198,12 +199,11 @@ def check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
 
 def _check_formats(checkpoint: Checkpoint, stage: Formats, before: set[type]) -> None:
     """Refuse formats that a weight cannot have, and stages before this one that it cannot follow."""
-    if stage.rounding is not None and before:
-        raise BadInputError("the plan computes weights and rounds them by GPTQ; make that two plans, rounding last")
-    if stage.ordering is not None and before:
-        raise BadInputError(
-            "the plan computes weights and reorders their neurons; make that two plans, reordering last"
-        )
+    if stage.rounding is not None and Differences in before:
+        raise BadInputError("the plan stores differences and rounds weights by GPTQ; make that two plans")
+    if before and (stage.ordering is not None or (stage.rounding is not None and stage.rounding.smoothing)):
+        what = "reorders their neurons" if stage.ordering is not None else "smooths their inputs"
+        raise BadInputError(f"the plan changes experts and {what}; make that two plans, this one last")
     for name, fmt in stage.formats.items():
         _check_format(checkpoint, name, fmt)
         if Differences in before and split_name(name).expert is not None:
@@ -235,14 +235,15 @@ def _with_experts(checkpoint: Checkpoint, stage: Experts, draft: Draft) -> Draft
         return draft
     weights: list[Kept] = []
     tensors: list[PlannedTensor] = []
-    computed: set[str] = set()
+    computed: dict[str, str | None] = {}
+    renamed = {old: new for i, layout in enumerate(layouts) for old, new in new_names(i, layout).items()}
     for kept in draft.weights:
         name = kept.weight.info.name
         parts = split_name(name)
         if parts.block is None or not (parts.expert is not None or parts.rest.startswith("moe.")):
             weights.append(kept)
         elif layouts[parts.block].rebuilt:
-            computed.add(name)
+            computed[name] = renamed.get(name) if parts.expert is not None else name
         elif parts.expert is not None:
             weights += _renumbered(kept, parts.block, parts.expert, layouts[parts.block])
         elif parts.rest == ROUTER:
@@ -252,7 +253,7 @@ def _with_experts(checkpoint: Checkpoint, stage: Experts, draft: Draft) -> Draft
     for i, layout in enumerate(layouts):
         tensors += _rebuilt(checkpoint, i, layout) if layout.rebuilt else _expert_map(i, layout)
     blocks = tuple(layout.config for layout in layouts)
-    return Draft(weights, draft.tensors + tensors, blocks, draft.computed | computed)
+    return Draft(weights, draft.tensors + tensors, blocks, {**draft.computed, **computed})
 
 
 def _renumbered(kept: Kept, block: int, expert: int, layout: BlockLayout) -> list[Kept]:
@@ -297,18 +298,35 @@ def _with_differences(checkpoint: Checkpoint, stage: Differences, draft: Draft) 
 def _with_formats(stage: Formats, draft: Draft) -> Draft:
     """Replace the weights that get a format by its members.
 
-    Raises `BadInputError` for formats of weights that a stage before computes, which are written as they are.
+    Raises `BadInputError` for formats of weights that a stage before drops, and of those that it computes where they
+    are not rounded by GPTQ.
     """
+    stored = {kept.weight.info.name for kept in draft.weights}
+    packed: dict[str, Format] = {}
     for name, fmt in stage.formats.items():
+        if name not in stored and draft.computed.get(name) is None:
+            raise BadInputError(f"the plan drops {name!r} and stores it as {fmt}; leave its format out")
         if name in draft.computed:
-            raise BadInputError(f"the plan computes {name!r} and stores it as {fmt}; make that two plans")
+            if stage.rounding is None:
+                raise BadInputError(f"the plan computes {name!r} and stores it as {fmt}; round by gptq, or in another plan")
+            packed[draft.computed[name] or name] = fmt
+    before = [tensor for kept in draft.tensors for tensor in _packed(kept, packed.get(kept.info.name))]
     weights: list[Kept] = []
     tensors: list[PlannedTensor] = []
     for kept in draft.weights:
         replaced = _quantised(stage, kept)
         tensors += replaced
         weights += [] if replaced else [kept]
-    return replace(draft, weights=weights, tensors=draft.tensors + tensors)
+    return replace(draft, weights=weights, tensors=before + tensors)
+
+
+def _packed(tensor: PlannedTensor, fmt: Format | None) -> list[PlannedTensor]:
+    """Return the tensors that store a computed weight in a format; itself without one."""
+    if fmt is None:
+        return [tensor]
+    if not is_quantizable(tensor.info, fmt):
+        raise BadInputError(f"the plan stores {tensor.info.name!r} as {fmt}, but its new shape does not allow it")
+    return [PlannedTensor(member, Computed()) for member in quantized_members(tensor.info, fmt)]
 
 
 def _quantised(stage: Formats, kept: Kept) -> list[PlannedTensor]:

@@ -27,6 +27,7 @@ MOST_TOKENS = 2**24
 """The most calibration tokens to fit or round on: all of them are in memory at once, 4 bytes for each channel."""
 RouterMode = Literal["slice", "ghost", "mass"]
 Ordering = Literal["camera"]
+Selection = Literal["elimination"]
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,14 @@ class Experts:
         blocks: one entry per block.
         merging: the method by which experts are merged, where some are.
         repair: refitting of the weights afterwards; None for none.
+        selection: which neurons of narrowed experts stay: those of highest energy where it is None, and with
+            ``elimination`` those whose loss costs most (`compression.replay.eliminations`).
     """
 
     blocks: tuple[BlockPlan, ...] = ()
     merging: str | None = None
     repair: Repair | None = None
+    selection: Selection | None = None
 
     @property
     def computes(self) -> bool:
@@ -137,7 +141,9 @@ class Experts:
     def fields(self) -> dict[str, Any]:
         """Return the stage's fields of the plan's JSON."""
         blocks = [block.to_json() for block in self.blocks]
-        return {"blocks": blocks, "merging": self.merging, "repair": asdict(self.repair) if self.repair else None}
+        selection = {"selection": self.selection} if self.selection else {}
+        repair = asdict(self.repair) if self.repair else None
+        return {"blocks": blocks, "merging": self.merging, "repair": repair, **selection}
 
 
 @dataclass(frozen=True)
@@ -259,6 +265,21 @@ class CompressionPlan:
         """Whether the plan was changed after a planner had written it."""
         return self.written is not None and self.written != self.digest
 
+    @property
+    def together(self) -> tuple[Experts, Formats] | None:
+        """The stages that are carried out together, block after block: experts that change, and formats by GPTQ."""
+        experts = next((stage for stage in self.stages if isinstance(stage, Experts) and stage.blocks), None)
+        formats = next((stage for stage in self.stages if isinstance(stage, Formats) and stage.rounding), None)
+        return None if experts is None or formats is None else (experts, formats)
+
+    @cached_property
+    def work_digest(self) -> str:
+        """SHA-256 of the stages alone: of all that decides which weights are computed."""
+        fields = dict(_NO_STAGES)
+        for stage in self.stages:
+            fields |= stage.fields()
+        return digest(fields)
+
     def stage(self, kind: type[S]) -> S:
         """Return the stage of a type. Raises `LookupError` where the plan has none."""
         for stage in self.stages:
@@ -291,7 +312,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     """Read a plan from JSON. Raises `BadInputError` that names `where` and the field."""
     fields = check_schema(document, PLAN_SCHEMA, where)
     unknown = sorted(
-        set(fields) - {"schema", "command", "source", "profile", "options", "calibration", *_SIGNS, *_NO_STAGES}
+        set(fields) - {"schema", "command", "source", "profile", "options", "calibration", "selection", *_SIGNS, *_NO_STAGES}
     )
     if unknown:
         raise BadInputError(f"{where}: unknown field {unknown[0]!r}")
@@ -307,6 +328,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         blocks=tuple(_parse_block(block, f"{where}: block {i}") for i, block in enumerate(blocks)),
         merging=_field(fields, "merging", str, where) if fields.get("merging") is not None else None,
         repair=_parsed(fields, "repair", _parse_repair, where),
+        selection=_one_of(fields.get("selection"), (None, *get_args(Selection)), f"{where}: field 'selection'"),
     )
     quantised = Formats(
         formats={name: parse_format(fmt, f"{where}: format of {name}").name for name, fmt in formats.items()},

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.computed import Computing, as_stored, source_dtype
 from ditmoe_cli.compression.methods import MERGES
 from ditmoe_cli.compression.new_mixture import Source, expert_map, new_weights, weights_of
 from ditmoe_cli.compression.plan import Experts, Repair
 from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
+from ditmoe_cli.compression.replay.eliminations import neuron_curves
 from ditmoe_cli.compression.replay.states import fitting_states
 from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
 from ditmoe_cli.compression.working_sizes import TOKENS_PER_UNKNOWN
@@ -54,11 +56,11 @@ def rebuild(computing: Computing, stage: Experts) -> tuple[float, ...]:
 def _rebuild_stored(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout]) -> None:
     """Compute each block's weights from the stored ones, which are read one expert at a time."""
     checkpoint, kept, device = computing.checkpoint, computing.blocks, torch.device(computing.device)
-    title = _title(checkpoint, stage)
+    title, orders = _title(checkpoint, stage), neuron_orders(computing, stage)
     with torch.inference_mode(), phase(title, kept.total, "blocks", start=kept.start) as progress:
         for index in range(kept.start, kept.total):
             mixture = StoredMixture(checkpoint, index, device)
-            source = Source(mixture, index, layouts[index], stage, computing.profile)
+            source = Source(mixture, index, layouts[index], stage, computing.profile, orders=orders[index])
             stored = _stored(checkpoint, index, layouts[index], new_weights(source))
             kept.keep(index, {in_block(index, name): tensor for name, tensor in stored.items()})
             progress(1)
@@ -67,6 +69,7 @@ def _rebuild_stored(computing: Computing, stage: Experts, layouts: Sequence[Bloc
 def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[BlockLayout]) -> None:
     """Compute each block's weights on the tokens that arrive at it."""
     checkpoint, config, kept = computing.checkpoint, computing.checkpoint.config, computing.blocks
+    orders = neuron_orders(computing, stage)
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
     with resident_blocks(model, _title(checkpoint, stage), kept.start) as blocks:
         stream = _stream(computing, stage, layouts, model)
@@ -74,9 +77,10 @@ def _rebuild_running(computing: Computing, stage: Experts, layouts: Sequence[Blo
             layout, moe, repair = layouts[index], block.moe, stage.repair
             attended = stream.attend(block)
             tokens = stream.tokens(attended)
-            source = Source(weights_of(moe), index, layout, stage, computing.profile, (moe, tokens))
+            arriving, profile = (moe, tokens), computing.profile
+            source = Source(weights_of(moe), index, layout, stage, profile, arriving, orders[index])
             changed = mixture_of(new_weights(source), config, layout.config, model.device, computing.dtype)
-            del source  # it would keep the old weights beside the new ones
+            del source, arriving  # they would keep the old weights beside the new ones
             error = {"error": repaired(moe, changed, tokens, repair)} if repair else {}
             release(block)  # its new weights take its place before the next block is read
             stored = _stored(checkpoint, index, layout, weights_of(changed).items())
@@ -100,6 +104,17 @@ def needs_tokens(stage: Experts) -> bool:
     """Tell whether weights are computed from tokens, not from the old weights and the profile's sums alone."""
     fitted = stage.merging is not None and MERGES[stage.merging].needs_tokens
     return stage.repair is not None or fitted or any(b.constants or b.shared_width for b in stage.blocks)
+
+
+def neuron_orders(computing: Calibrated, stage: Experts) -> list[dict[str, Tensor]]:
+    """Return the orders in which neurons of each block's experts go; nothing where energies tell which stay.
+
+    Raises `BadInputError` for a profile without states.
+    """
+    if stage.selection is None:
+        return [{} for _ in range(computing.checkpoint.config.depth)]
+    curves = neuron_curves(computing)
+    return [{stem: curve.order.long() for stem, curve in block.items()} for block in curves]
 
 
 def _stream(

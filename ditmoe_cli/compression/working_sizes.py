@@ -20,6 +20,9 @@ ANCHORS = 4  # blocks from which such streams start, for each kind of weight
 EXPERT_DRAWS = 256  # guided tokens that are drawn for each expert
 EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert, where evenly spaced ones are taken
 
+# eliminating neurons
+TOKENS_PER_NEURON, ELIMINATION_TOKENS = 16, 32_768  # of one branch, for each neuron of a block's experts, and at most
+
 # refitting
 TOKENS_PER_UNKNOWN = 32
 LARGEST_WHOLE = 8192  # unknowns of an output that are solved at once, where these are all

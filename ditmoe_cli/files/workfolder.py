@@ -134,9 +134,15 @@ class WorkFolder:
         """Delete a piece that is needed no more."""
         self._path(name).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Delete all pieces."""
+    def clear(self, but: str = "") -> None:
+        """Delete all pieces, except for those of the loop `but`."""
         for piece in self.folder.glob(f"*{_ENDING}"):
+            if not but or not piece.name.startswith(f"{but}."):
+                piece.unlink(missing_ok=True)
+
+    def drop_loop(self, name: str) -> None:
+        """Delete all pieces of a loop."""
+        for piece in self.folder.glob(f"{name}.*{_ENDING}"):
             piece.unlink(missing_ok=True)
 
     def loop(self, name: str, total: int, unit: str = "block") -> KeptLoop:

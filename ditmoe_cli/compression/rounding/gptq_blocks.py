@@ -30,6 +30,7 @@ from ditmoe_cli.compression.rounding.layers_together import Reading, round_layer
 from ditmoe_cli.compression.rounding.smooth import block_scales, smooth_inputs, smoothed_names
 from ditmoe_cli.compression.working_sizes import POOLED_TOKENS, TOKENS_PER_INPUT
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -75,16 +76,16 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
         original.go_on(kept.state, "original")
         student.go_on(kept.state, "student")
         for index, block in blocks:
-            selected = _advanced(original, block)
+            selected = passed(original, block)
             reorder(block, index, orders[index])
             members = unrounded(checkpoint, stage, index, orders[index])
             members |= _smoothed(computing, stage, index, block)
             formats = {name: fmt for name, fmt in stage.formats.items() if split_name(name).block == index}
             with phase("rounding", len(formats), "matrices", share=0.9) as progress:
-                rounding = _BlockRounding(checkpoint, index, block, student, progress)
+                rounding = BlockRounding(checkpoint, index, block, student, progress)
                 before, attended = rounding.before_mixture(formats)
                 of_mixture, selected_by_student = rounding.advanced(formats, attended)
-            agreement = {"agreement": _agreement(selected, selected_by_student)}
+            agreement = {"agreement": agreement_of(selected, selected_by_student)}
             kept.keep(index, members | before | of_mixture, agreement, {"original": original.x, "student": student.x})
         guided = in_branches(states, model)
         expected = guided.predicted(model, original.x, original.c)
@@ -94,7 +95,7 @@ def round_blocks(computing: Computing, stage: Formats) -> RoundedModel:
     return RoundedModel(error, tuple(kept.result(index).document["agreement"] for index in range(kept.total)))
 
 
-def _advanced(stream: CalibrationStream, block: Block) -> Tensor:
+def passed(stream: CalibrationStream, block: Block) -> Tensor:
     """Let a stream pass a block, and return the router rows (T, k) that its tokens select."""
     attended = stream.attend(block)
     rows: Tensor = block.moe.gate(attended.inputs.flatten(0, 1)).rows
@@ -118,13 +119,13 @@ def _smoothed(computing: Computing, stage: Formats, index: int, block: Block) ->
     return {name: as_stored(checkpoint, name, tensors[name], dtypes[name]) for name in names}
 
 
-def _agreement(rows: Tensor, others: Tensor) -> float:
+def agreement_of(rows: Tensor, others: Tensor) -> float:
     """Return the share of selections (T, k) that both have."""
     return float((rows.unsqueeze(2) == others.unsqueeze(1)).any(dim=2).double().mean())
 
 
-class _BlockRounding:
-    """One block whose layers are rounded in place."""
+class BlockRounding:
+    """One block whose layers are rounded in place, on the states of a stream that is in front of it."""
 
     def __init__(
         self, checkpoint: Checkpoint, index: int, block: Block, stream: CalibrationStream, progress: Phase
@@ -159,7 +160,7 @@ class _BlockRounding:
         rows = inputs.flatten(0, -2)
         held, weights = self.stream.of_rows(len(rows))
         layers = {name: linear(self.block, name.removeprefix(in_block(self.index, ""))) for name in names}
-        return dict(self._rounded([Reading(layers, formats, rows.__getitem__, weights * ~held, None, weights * held)]))
+        return dict(self.rounded([Reading(layers, formats, rows.__getitem__, weights * ~held, None, weights * held)]))
 
     def advanced(self, formats: Mapping[str, str], attended: Attended) -> tuple[dict[str, Tensor], Tensor]:
         """Round the mixture, and let the stream pass the block.
@@ -169,15 +170,20 @@ class _BlockRounding:
         members: dict[str, Tensor] = {}
         tokens, prefix = self.stream.tokens(attended), in_block(self.index, "")
         for readings in mixture_readings(self.block.moe, tokens, formats, prefix):
-            members |= self._rounded(readings)
+            members |= self.rounded(readings)
         rows: Tensor = self.block.moe.gate(attended.inputs.flatten(0, 1)).rows
         self.stream.advance(attended, self.block.moe)
         return members, rows
 
-    def _rounded(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Tensor]]:
-        """Round layers in place; yield the tensors that store them."""
+    def rounded(
+        self, readings: Sequence[Reading], infos: Mapping[str, TensorInfo] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Round layers in place; yield the tensors that store them.
+
+        Weights are those of the checkpoint by their names, or those of `infos`.
+        """
         for layer in round_layers(readings):
-            info = self.checkpoint.weights[layer.name].info
+            info = self.checkpoint.weights[layer.name].info if infos is None else infos[layer.name]
             yield from ((name, tensor.cpu()) for name, tensor in layer.grid.pack(layer.rounded.weight, info).items())
             self.progress(1)
 
