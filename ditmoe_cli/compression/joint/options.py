@@ -1,0 +1,186 @@
+"""What an expert may become: a width, and a format for each of its matrices at that width. Torch-free.
+
+Structure and rounding are taken to add up: with a the amplification of the block's mixture, S the refitted error of a
+width (`compression.replay.eliminations`), G its growth and Q the errors of formats on the whole expert,
+
+    error(w, f_gate, f_up, f_down) = a (κ S(w) + G(w) Σ_m Q_m(f_m)).
+
+κ weighs structure against bits: refits share errors among experts, and GPTQ rounds better than to the nearest, neither
+of which S and Q know. Experts that are tied are one decision: their bytes and errors add up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ditmoe_cli.compression.precision.lagrange import Group, Option
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import MATRICES
+from ditmoe_cli.formats.registry import is_quantizable, quantized_members
+
+UNTOUCHED = "16"
+MOST_WIDTHS = 24  # that an expert may choose from, all multiples of a number and its own
+
+
+@dataclass(frozen=True)
+class WidthCurve:
+    """An expert's widths, ascending, the refitted error of each, and the growth of errors of formats there."""
+
+    widths: tuple[int, ...]
+    errors: tuple[float, ...]
+    growth: tuple[float, ...]
+
+    @property
+    def without_zero(self) -> WidthCurve:
+        """The curve of an expert that has to stay."""
+        start = 1 if self.widths[0] == 0 else 0
+        return WidthCurve(self.widths[start:], self.errors[start:], self.growth[start:])
+
+
+@dataclass(frozen=True)
+class ExpertOffer:
+    """What is offered to one expert.
+
+    Attributes:
+        stem: its full name, as ``blocks.3.moe.experts.1``.
+        infos: its matrices gate, up and down at full width.
+        curve: its widths.
+        formats: of each matrix, the error of each format on the whole expert; None, without error, leaves it as it is.
+    """
+
+    stem: str
+    infos: tuple[TensorInfo, ...]
+    curve: WidthCurve
+    formats: tuple[Mapping[str | None, float], ...]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A width, and a format for gate, up and down."""
+
+    width: int
+    formats: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class _Point:
+    bytes: int
+    error: float
+    formats: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class ExpertDecision:
+    """One decision for one or several experts, which have the same widths to choose from.
+
+    Attributes:
+        name: of the decision.
+        block: its block.
+        offers: the experts.
+    """
+
+    name: str
+    block: int
+    offers: tuple[ExpertOffer, ...]
+
+    @cached_property
+    def _fronts(self) -> tuple[tuple[_Point, ...], ...]:
+        """Of each width, the formats worth taking, with their errors on whole experts times the growth."""
+        return tuple(self._front(place) for place in range(len(self.offers[0].curve.widths)))
+
+    def _front(self, place: int) -> tuple[_Point, ...]:
+        width = self.offers[0].curve.widths[place]
+        if width == 0:
+            return (_Point(0, 0.0, (None,) * len(MATRICES)),)
+        front = (_Point(0, 0.0, ()),)
+        for matrix in range(len(MATRICES)):
+            front = worthwhile(
+                _Point(known.bytes + more.bytes, known.error + more.error, known.formats + more.formats)
+                for known, more in itertools.product(front, self._of_matrix(matrix, place, width))
+            )
+        return front
+
+    def _of_matrix(self, matrix: int, place: int, width: int) -> Iterator[_Point]:
+        for fmt in self.offers[0].formats[matrix]:
+            sizes, errors = 0, 0.0
+            for offer in self.offers:
+                info = narrowed_info(offer.infos[matrix], width, len(offer.infos) - 1 == matrix)
+                if fmt not in offer.formats[matrix] or (fmt is not None and not is_quantizable(info, fmt)):
+                    break
+                sizes += bytes_of_weight(info.shape, info.dtype, fmt)
+                errors += offer.formats[matrix][fmt] * offer.curve.growth[place]
+            else:
+                yield _Point(sizes, errors, (fmt,))
+
+    def group(self, amplification: float, kappa: float) -> tuple[Group, tuple[Pick, ...]]:
+        """Return the decision as a group of the program, and what each of its options is."""
+        found: list[tuple[_Point, Pick]] = []
+        for place, front in enumerate(self._fronts):
+            structure = kappa * sum(offer.curve.errors[place] for offer in self.offers)
+            width = self.offers[0].curve.widths[place]
+            for point in front:
+                error = amplification * (structure + point.error)
+                found.append((_Point(point.bytes, error, point.formats), Pick(width, point.formats)))
+        picks = {id(point): pick for point, pick in found}
+        kept = worthwhile(point for point, _ in found)
+        options = tuple(Option(_label(picks[id(point)]), point.bytes, point.error) for point in kept)
+        return Group(self.name, options), tuple(picks[id(point)] for point in kept)
+
+
+def worthwhile(points: Iterable[_Point]) -> tuple[_Point, ...]:
+    """Return the points that no other one beats in bytes and error, by rising bytes; of equal ones the first."""
+    kept: list[_Point] = []
+    for point in sorted(points, key=lambda point: (point.bytes, point.error)):
+        if not kept or point.error < kept[-1].error:
+            kept.append(point)
+    return tuple(kept)
+
+
+def _label(pick: Pick) -> str:
+    return " ".join([str(pick.width), *(fmt or UNTOUCHED for fmt in pick.formats)])
+
+
+def narrowed_info(info: TensorInfo, width: int, is_down: bool) -> TensorInfo:
+    """Return a matrix of an expert with `width` neurons: rows of gate and up, columns of down."""
+    out, columns = info.shape
+    return TensorInfo(info.name, info.dtype, (out, width) if is_down else (width, columns))
+
+
+@lru_cache(maxsize=4096)
+def bytes_of_weight(shape: tuple[int, ...], dtype: str, fmt: str | None) -> int:
+    """Return the bytes of a weight's tensors in a format; None is that of its dtype."""
+    info = TensorInfo("weight", dtype, shape)
+    return info.nbytes if fmt is None else sum(member.nbytes for member in quantized_members(info, fmt))
+
+
+def ladder(width: int, multiple: int, *, may_go: bool) -> tuple[int, ...]:
+    """Return the widths to choose from: at most about `MOST_WIDTHS`, multiples of `multiple`, and the own one.
+
+    With `may_go` 0 is among them.
+    """
+    step = multiple * max(1, math.ceil(width / (multiple * MOST_WIDTHS)))
+    inner = range(step, width, step)
+    finer = [multiple] if step > multiple and multiple < width else []
+    return (*((0,) if may_go else ()), *finer, *inner, width)
+
+
+def default_multiple(width: int) -> int:
+    """Return what widths are multiples of: 64, or the largest power of two up to a sixteenth of a small expert."""
+    return max(1, min(64, 1 << max(0, (width // 16).bit_length() - 1)))
+
+
+def picked(decisions: Sequence[ExpertDecision], picks: Sequence[Pick]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the width of each expert, and the format of each matrix that gets one, both by full names."""
+    widths: dict[str, int] = {}
+    formats: dict[str, str] = {}
+    for decision, pick in zip(decisions, picks, strict=True):
+        for offer in decision.offers:
+            widths[offer.stem] = pick.width
+            for info, fmt in zip(offer.infos, pick.formats, strict=True):
+                if fmt is not None and pick.width:
+                    formats[info.name] = fmt
+    return widths, formats
