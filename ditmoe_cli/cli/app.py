@@ -35,6 +35,7 @@ COMMANDS = {
     "prune": "Keep the most salient experts of each block.",
     "merge": "Merge experts, or store them as differences.",
     "quantize": "Store weights in fewer bits.",
+    "compress": "Compress to a size: fewer neurons and fewer bits from one budget.",
     "plan": "Show, check or compare compression plans.",
     "apply": "Carry out a compression plan.",
     "sample": "Sample images.",

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from ditmoe_cli.cli.groups import seed_of_64_bits
-from ditmoe_cli.cli.options import Planning
+from ditmoe_cli.cli.options import Measuring
 from ditmoe_cli.cli.sampling_options import parse_classes
 from ditmoe_cli.cli.stage import Stage, default_output
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ class AutomaticProfile:
         ),
     ] = None
 
-    def request(self, stage: Stage, checkpoint: Checkpoint, planning: Planning, beside: Path) -> ProfileRequest:
+    def request(self, stage: Stage, checkpoint: Checkpoint, planning: Measuring, beside: Path) -> ProfileRequest:
         """Return what is asked of the profile; a new one is kept in the folder `beside`."""
         wanted = WantedCalibration(
             images=self.calibration_images,

@@ -329,8 +329,8 @@ class Accelerating(Running):
 
 
 @dataclass(frozen=True)
-class Planning:
-    """Profile and device that a plan is made with, or the list of methods instead."""
+class Measuring:
+    """Profile, device and dtype that a plan is made with."""
 
     panel: ClassVar[str] = "Plan"
 
@@ -343,15 +343,23 @@ class Planning:
             "NAME.profile.safetensors, else a new one]",
         ),
     ] = None
-    list_methods: Annotated[
-        bool, typer.Option("--list-methods", help="Print all methods with their sources, and exit.")
-    ] = False
     device: DeviceOpt = "auto"
     dtype: DtypeOpt = AUTO
 
     def profile_for(self, stage: Stage) -> Path | None:
         """Return the profile that is given, else the envelope's."""
         return self.profile or (Path(stage.profile) if stage.profile else None)
+
+
+@dataclass(frozen=True)
+class Planning(Measuring):
+    """Profile, device and dtype that a plan is made with, or the list of methods instead."""
+
+    panel: ClassVar[str] = "Plan"
+
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", help="Print all methods with their sources, and exit.")
+    ] = False
 
 
 def fitted_tokens(tokens: int) -> int:

@@ -14,11 +14,11 @@ from typing import Any
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.costs import error_rows, facts, plan_rows
 from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
-from ditmoe_cli.cli.options import Destination, Planning, Source, checked_device, dtype_on
+from ditmoe_cli.cli.options import Destination, Measuring, Source, checked_device, dtype_on
 from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors, plan_of
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
-from ditmoe_cli.compression.apply import applying_key, carry_out, check_values
+from ditmoe_cli.compression.apply import applying_key, carry_out, check_values, loop_name
 from ditmoe_cli.compression.estimates import carrying_out, profiling_estimate
 from ditmoe_cli.compression.kept_plan import keep_plan, kept_plan
 from ditmoe_cli.compression.methods import METHODS
@@ -59,7 +59,7 @@ class Job:
 
 def run_planner(
     planner: Planner,
-    planning: Planning,
+    planning: Measuring,
     automatic: AutomaticProfile,
     source: Source,
     to: Destination,
@@ -199,7 +199,7 @@ def chosen(planner: Planner, work: Work, basis: Basis | None) -> Iterator[Choice
         plan = kept_plan(folder)
         if plan is None:
             plan = replace(planner.plan(replace(work, folder=folder), profile), calibration=profile.calibration)
-            keep_plan(folder, plan)
+            keep_plan(folder, plan, loop_name(plan) if plan.together else "")
         yield Choice(replace(plan, request=request), profile, folder)
 
 

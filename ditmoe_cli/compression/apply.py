@@ -79,7 +79,12 @@ def carry_out(
     if work is None:
         with open_work(output.path, applying_key(plan, profile, device), lambda _: None) as own:
             return carry_out(checkpoint, planned, output, profile, device, own)
-    computing = Computing(checkpoint, profile, device, work, work.loop(loop_name(plan), checkpoint.config.depth))
+    loop, kept = work.loop(loop_name(plan), checkpoint.config.depth), None
+    if loop.start < loop.total and any(isinstance(stage, Experts) and stage.selection for stage in plan.stages):
+        from ditmoe_cli.compression.replay.kept_measures import kept_measures
+
+        kept = kept_measures(checkpoint, profile, device, work.notify)
+    computing = Computing(checkpoint, profile, device, work, loop, kept=kept)
     measured = _computed(computing, plan)
     planned = planned.measured(measured)
     return Applied(_write(checkpoint, planned, output, computing.blocks), measured, planned)

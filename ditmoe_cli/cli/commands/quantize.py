@@ -9,6 +9,7 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import completing, one_of
+from ditmoe_cli.cli.mixing_options import Mixing
 from ditmoe_cli.cli.options import Destination, Models, Planning, Size, Source, parse_size
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
@@ -16,7 +17,7 @@ from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
 from ditmoe_cli.compression.plan import MOST_TOKENS, Rounding
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.budget import Budget
-from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, DEFAULT_GROUP_SIZE, Candidates
+from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE
 from ditmoe_cli.compression.precision.mixed import TYING, MixedPrecision
 from ditmoe_cli.compression.precision.uniform import KINDS, UniformPrecision, format_named
 from ditmoe_cli.errors import UsageError
@@ -27,11 +28,6 @@ EXAMPLES = (
     "ditmoe quantize ckpt.pt --size 2.5GiB --floor attn=4 --dry-run",
     "ditmoe quantize ckpt.pt --uniform --format nf4",
 )
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """Return the names of a list separated by commas."""
-    return tuple(filter(None, text.replace(" ", "").split(",")))
 
 
 @dataclass(frozen=True)
@@ -95,43 +91,6 @@ class Grids:
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Use ranges symmetric about 0, without zero points.")
     ] = False
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """Formats that a planned mix may choose from."""
-
-    panel: ClassVar[str] = "Formats of a mix"
-
-    allow: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--allow",
-            metavar="B,...",
-            parser=parse_names,
-            help="Widths to choose from, in bits; 16 leaves a weight as it is. [default: 2,3,4,5,6,8,16]",
-        ),
-    ] = DEFAULT_ALLOWED
-    floor: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--floor",
-            metavar="GROUP=B",
-            help="Fewest bits of experts, shared, attn, modulation or embedders, as attn=4; may be repeated.",
-        ),
-    ] = None
-    protect: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--protect", metavar="GROUP,...", parser=parse_names, help="Groups of weights to leave as they are."
-        ),
-    ] = ()
-    tie: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--tie", metavar="gate,up", parser=parse_names, help="Matrices of an expert to give the same format."
-        ),
-    ] = ()
 
 
 @dataclass(frozen=True)
@@ -238,20 +197,9 @@ def mix_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Roundin
     if precision.bits is None and size is None:
         raise UsageError("--bits is missing: give a width, as 4 or 3.25, or a --size")
     budget = Budget(precision.bits, size.bytes if size is not None else None)
-    protected = next((text for text in mixing.floor or () if parse_floor(text)[0] in mixing.protect), None)
-    if protected is not None:
-        raise UsageError(f"--floor {protected} has no effect with --protect {','.join(mixing.protect)}")
     if mixing.tie and method not in TYING:
         raise UsageError(f"--tie has no effect with --method {method}; only {' and '.join(TYING)} tie matrices")
-    floors = {**DEFAULT_FLOORS, **dict(parse_floor(text) for text in mixing.floor or ())}
-    candidates = Candidates(
-        allowed=mixing.allow,
-        group_size=grids.group_size,
-        symmetric=grids.symmetric,
-        floors=floors,
-        protected=mixing.protect,
-        tied=mixing.tie,
-    )
+    candidates = mixing.candidates(grids.group_size, symmetric=grids.symmetric)
     return MixedPrecision(budget, candidates, method, rounding)
 
 
@@ -260,12 +208,3 @@ def refuse_mixing(mixing: Mixing) -> None:
     for field in fields(mixing):
         if getattr(mixing, field.name) != field.default:
             raise UsageError(f"--{field.name}: shapes a planned mix; leave out --uniform")
-
-
-def parse_floor(text: str) -> tuple[str, float]:
-    """Return the group and the bits of ``GROUP=B``. Raises `UsageError`."""
-    group, _, width = text.partition("=")
-    try:
-        return group, float(width)
-    except ValueError:
-        raise UsageError(f"--floor {text}: give a group and its fewest bits, as attn=4") from None

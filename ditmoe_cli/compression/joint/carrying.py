@@ -89,7 +89,7 @@ def carry_out_together(computing: Computing, experts: Experts, formats: Formats)
     checkpoint, kept = computing.checkpoint, computing.blocks
     require_profile_of(computing.profile, checkpoint.fingerprint, checkpoint.path)
     layouts = block_layouts(checkpoint, experts)
-    orders = neuron_orders(computing, experts)
+    orders = neuron_orders(computing, experts) if kept.start < kept.total else []
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
     states = _states(computing, layouts, experts, formats)
     outside = {model.linear(n): fmt for n, fmt in formats.formats.items() if split_name(n).block is None}

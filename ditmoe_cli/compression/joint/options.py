@@ -116,15 +116,17 @@ class ExpertDecision:
             else:
                 yield _Point(sizes, errors, (fmt,))
 
-    def group(self, amplification: float, kappa: float) -> tuple[Group, tuple[Pick, ...]]:
-        """Return the decision as a group of the program, and what each of its options is."""
+    def group(
+        self, amplification: float, kappa: float, width: int | None = None
+    ) -> tuple[Group, tuple[Pick, ...]]:
+        """Return the decision as a group of the program, and what each of its options is; of one `width` if given."""
         found: list[tuple[_Point, Pick]] = []
         for place, front in enumerate(self._fronts):
             structure = kappa * sum(offer.curve.errors[place] for offer in self.offers)
-            width = self.offers[0].curve.widths[place]
-            for point in front:
+            own = self.offers[0].curve.widths[place]
+            for point in front if width in (None, own) else ():
                 error = amplification * (structure + point.error)
-                found.append((_Point(point.bytes, error, point.formats), Pick(width, point.formats)))
+                found.append((_Point(point.bytes, error, point.formats), Pick(own, point.formats)))
         picks = {id(point): pick for point, pick in found}
         kept = worthwhile(point for point, _ in found)
         options = tuple(Option(_label(picks[id(point)]), point.bytes, point.error) for point in kept)

@@ -204,22 +204,31 @@ class JointProgram:
         self.request, self.measures = request, measures
         self._decisions = request.decisions(measures)
         self._dense = request.dense_groups(measures.dense)
+        self._known_least: dict[tuple[tuple[str, int], ...], int] = {}
 
-    @cached_property
+    @property
     def least(self) -> int:
         """The bytes of the smallest file that the program may choose."""
-        groups, picks = self._groups(1.0)
-        return size_of(self.request, self._draft(groups, picks, _smallest(groups)))
+        return self._least({})
 
-    def solved(self, limit: int, kappa: float) -> Draft:
-        """Return the draft of least error whose file takes at most `limit` bytes.
+    def _least(self, widths: Mapping[str, int]) -> int:
+        key = tuple(sorted(widths.items()))
+        if key not in self._known_least:
+            groups, picks = self._groups(1.0, widths)
+            self._known_least[key] = size_of(self.request, self._draft(groups, picks, _smallest(groups)))
+        return self._known_least[key]
+
+    def solved(self, limit: int, kappa: float, widths: Mapping[str, int] | None = None) -> Draft:
+        """Return the draft of least error whose file takes at most `limit` bytes; with `widths`, by experts' names, of
+        these widths.
 
         Raises `InfeasibleError` where nothing fits.
         """
-        least = self.least
+        fixed = widths or {}
+        least = self._least(fixed)
         if least > limit:
             raise InfeasibleError(f"the budget is {limit:,} bytes, and the smallest file takes {least:,}; give more")
-        groups, picks = self._groups(kappa)
+        groups, picks = self._groups(kappa, fixed)
         narrowest = sum(g.options[o].bytes for g, o in zip(groups, _smallest(groups), strict=True))
 
         def within(budget: int) -> Draft:
@@ -228,9 +237,12 @@ class JointProgram:
 
         return fitted(within, lambda draft: size_of(self.request, draft), limit, narrowest, limit - least)
 
-    def _groups(self, kappa: float) -> tuple[list[Group], list[tuple[Pick, ...]]]:
+    def _groups(self, kappa: float, widths: Mapping[str, int]) -> tuple[list[Group], list[tuple[Pick, ...]]]:
         amplification = self.measures.amplification
-        found = [decision.group(amplification[decision.block], kappa) for decision in self._decisions]
+        found = []
+        for decision in self._decisions:
+            width = widths.get(decision.offers[0].stem)
+            found.append(decision.group(amplification[decision.block], kappa, width))
         return [group for group, _ in found] + self._dense, [picks for _, picks in found]
 
     def _draft(self, groups: Sequence[Group], picks: Sequence[tuple[Pick, ...]], choice: Sequence[int]) -> Draft:

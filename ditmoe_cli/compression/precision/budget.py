@@ -44,7 +44,7 @@ class Budget:
     @property
     def label(self) -> str:
         """The budget as part of a file's name, such as ``bits4`` or ``size2.5GiB``."""
-        return f"bits{self.bits:g}" if self.bits is not None else f"size{_size_label(self.size or 0)}"
+        return f"bits{self.bits:g}" if self.bits is not None else f"size{size_label(self.size or 0)}"
 
     def limit(self, sizes: FileSizes, candidates: Candidates) -> int:
         """Return the largest file that the budget allows, in bytes."""
@@ -60,7 +60,7 @@ class Budget:
         return math.floor(smaller + share * (sizes.uniform(above, candidates) - smaller))
 
 
-def _size_label(size: int) -> str:
+def size_label(size: int) -> str:
     """Return a number of bytes exactly, in the unit in which it is shortest."""
     numbers = {f"{size / count:g}{unit}": float(f"{size / count:g}") * count for unit, count in _UNITS.items()}
     return min((*(text for text, count in numbers.items() if count == size), str(size)), key=len)

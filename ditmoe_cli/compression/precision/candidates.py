@@ -76,6 +76,19 @@ class Candidates:
             given["group_size"] = self.group_size
         return {**given, "symmetric": True} if self.symmetric else given
 
+    def labels(self) -> tuple[str | bool, ...]:
+        """Return the parts of a file's name for what differs from the defaults."""
+        plain = Candidates()
+        floors = [f"{group}{bits:g}" for group, bits in self.floors.items() if plain.floors.get(group) != bits]
+        return (
+            self.group_size != plain.group_size and f"g{self.group_size}",
+            self.symmetric and "sym",
+            self.allowed != plain.allowed and f"allow{','.join(self.allowed)}",
+            bool(floors) and f"floor{','.join(floors)}",
+            bool(self.protected) and f"protect{','.join(self.protected)}",
+            bool(self.tied) and f"tie{','.join(self.tied)}",
+        )
+
     def format_of(self, width: str) -> str | None:
         """Return the format of a width; None for 16, which leaves a weight as it is."""
         if width == "16":

@@ -56,17 +56,10 @@ class MixedPrecision(Planner):
     @property
     def label(self) -> str:
         """The ending of the default output's name."""
-        chosen, plain = self.candidates, Candidates()
-        floors = [f"{group}{bits:g}" for group, bits in chosen.floors.items() if plain.floors.get(group) != bits]
         return label_of(
             f"{self.command}-{self.budget.label}",
             self.method != DEFAULT_METHODS[self.command] and self.method,
-            chosen.group_size != plain.group_size and f"g{chosen.group_size}",
-            chosen.symmetric and "sym",
-            chosen.allowed != plain.allowed and f"allow{','.join(chosen.allowed)}",
-            floors and f"floor{','.join(floors)}",
-            chosen.protected and f"protect{','.join(chosen.protected)}",
-            chosen.tied and f"tie{','.join(chosen.tied)}",
+            *self.candidates.labels(),
             "nearest" if self.rounding is None else "",
             tokens_label(self.rounding),
             self.rounding and self.rounding.smoothing and f"smooth{self.rounding.smoothing:g}",

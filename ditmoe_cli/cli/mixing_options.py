@@ -1,0 +1,77 @@
+"""Options of the formats that a plan may choose from, for commands that mix them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import typer
+
+from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, Candidates
+from ditmoe_cli.errors import UsageError
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Return the names of a list separated by commas."""
+    return tuple(filter(None, text.replace(" ", "").split(",")))
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Formats that a planned mix may choose from."""
+
+    panel: ClassVar[str] = "Formats of a mix"
+
+    allow: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--allow",
+            metavar="B,...",
+            parser=parse_names,
+            help="Widths to choose from, in bits; 16 leaves a weight as it is. [default: 2,3,4,5,6,8,16]",
+        ),
+    ] = DEFAULT_ALLOWED
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--floor",
+            metavar="GROUP=B",
+            help="Fewest bits of experts, shared, attn, modulation or embedders, as attn=4; may be repeated.",
+        ),
+    ] = None
+    protect: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--protect", metavar="GROUP,...", parser=parse_names, help="Groups of weights to leave as they are."
+        ),
+    ] = ()
+    tie: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--tie", metavar="gate,up", parser=parse_names, help="Matrices of an expert to give the same format."
+        ),
+    ] = ()
+
+    def candidates(self, group_size: int, *, symmetric: bool) -> Candidates:
+        """Return the formats to choose from. Raises `UsageError` for unknown names and what has no effect."""
+        protected = next((text for text in self.floor or () if parse_floor(text)[0] in self.protect), None)
+        if protected is not None:
+            raise UsageError(f"--floor {protected} has no effect with --protect {','.join(self.protect)}")
+        floors = {**DEFAULT_FLOORS, **dict(parse_floor(text) for text in self.floor or ())}
+        return Candidates(
+            allowed=self.allow,
+            group_size=group_size,
+            symmetric=symmetric,
+            floors=floors,
+            protected=self.protect,
+            tied=self.tie,
+        )
+
+
+def parse_floor(text: str) -> tuple[str, float]:
+    """Return the group and the bits of ``GROUP=B``. Raises `UsageError`."""
+    group, _, width = text.partition("=")
+    try:
+        return group, float(width)
+    except ValueError:
+        raise UsageError(f"--floor {text}: give a group and its fewest bits, as attn=4") from None

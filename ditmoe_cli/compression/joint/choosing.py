@@ -1,0 +1,212 @@
+"""The choice of structure and bits: solved with measured errors, carried out, tried on held-out images, solved again.
+
+1. The errors of widths (`compression.replay.eliminations`) and of formats (`compression.precision.sensitivity`) are
+   measured, and the program is solved. A trial of its formats gives the amplifications of errors of that size.
+2. The program is solved for several weights κ of structure against bits, and each plan is carried out whole: it is
+   narrowed, rounded and refitted (`compression.joint.carrying`), and its error is that of the guided prediction on
+   held-out calibration images. κ moves towards less error.
+3. So is the plan of two stages that the program thinks best: one share of neurons for the whole model by their
+   energies, then the formats of least error.
+
+The plan of least tried error is taken, whose weights are then computed already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ditmoe_cli.compression.apply import loop_name
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.computed import Computing
+from ditmoe_cli.compression.joint.carrying import HeldErrors, carry_out_together
+from ditmoe_cli.compression.joint.options import WidthCurve, default_multiple
+from ditmoe_cli.compression.joint.request import Draft, JointProgram, JointRequest, Measures, plan_of
+from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.precision.sensitivity import Sensitivities, measured_sensitivities
+from ditmoe_cli.compression.precision.trial import try_formats
+from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widths
+from ditmoe_cli.compression.replay.eliminations import Curves, neuron_curves
+from ditmoe_cli.compression.replay.local_errors import place_of
+from ditmoe_cli.errors import InfeasibleError
+from ditmoe_cli.files.names import SHARED, in_block
+from ditmoe_cli.files.workfolder import WorkFolder
+
+FIRST_KAPPA = 4.0
+"""The weight of structure that was best on trained models: GPTQ and the refit leave about a quarter of Q."""
+MOST_TRIED = 4  # values of κ
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)  # of neurons, of plans in two stages
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A draft that was carried out: the plan, and its errors on held-out images."""
+
+    draft: Draft
+    plan: CompressionPlan
+    held: HeldErrors
+
+
+def measure(request: JointRequest, calibrated: Calibrated) -> tuple[Curves, Sensitivities]:
+    """Return the errors of widths and of formats, measured or kept."""
+    curves = neuron_curves(calibrated)
+    rounded = {name: tuple(fmt for fmt in formats if fmt) for name, formats in request.offered.items()}
+    return curves, measured_sensitivities(calibrated, rounded)
+
+
+def measures_of(request: JointRequest, curves: Curves, sensitivities: Sensitivities) -> Measures:
+    """Return measured errors as the program takes them: those of a mixture's formats before amplification."""
+    amplification = [kinds.get("mixture", 0.0) for kinds in sensitivities.amplification]
+    of_widths: dict[str, WidthCurve] = {}
+    for index, block in enumerate(curves):
+        for stem, curve in block.items():
+            widths = request.ladders.get(in_block(index, stem), ())
+            errors, growth = (tuple(each[list(widths)].tolist()) for each in (curve.errors, curve.growth))
+            of_widths[in_block(index, stem)] = WidthCurve(widths, errors, growth)
+    formats: dict[str, Mapping[str, float]] = {}
+    dense: dict[str, Mapping[str, float]] = {}
+    for name, errors_of_formats in sensitivities.errors.items():
+        place = place_of(name)
+        if place is None or place[1] != "mixture":
+            dense[name] = errors_of_formats
+            continue
+        factor = amplification[place[0]] or 1.0
+        formats[name] = {fmt: error / factor for fmt, error in errors_of_formats.items()}
+    return Measures(of_widths, formats, dense, amplification)
+
+
+def settled_program(request: JointRequest, calibrated: Calibrated, limit: int) -> JointProgram:
+    """Return the program with amplifications at the size of the errors that a file of `limit` bytes has."""
+    curves, sensitivities = measure(request, calibrated)
+    first = JointProgram(request, measures_of(request, curves, sensitivities)).solved(limit, FIRST_KAPPA)
+    if first.formats:
+        trial = try_formats(calibrated, first.formats, amplifies=True)
+        sensitivities = sensitivities.at(trial.amplification)
+    return JointProgram(request, measures_of(request, curves, sensitivities))
+
+
+@dataclass
+class Trials:
+    """Plans that are carried out in a work folder, of which the best one's weights stay.
+
+    Attributes:
+        request: the request.
+        calibrated: the checkpoint and its profile.
+        folder: keeps the weights of the best plan, and what was tried.
+        done: what was tried, by the digest of its stages.
+    """
+
+    request: JointRequest
+    calibrated: Calibrated
+    folder: WorkFolder
+    done: dict[str, Tried] = field(default_factory=dict)
+
+    def error(self, draft: Draft, *, energies: bool = False) -> float:
+        """Carry a draft out; return its error on held-out images."""
+        return self.tried(draft, energies=energies).held.error
+
+    def tried(self, draft: Draft, *, energies: bool = False) -> Tried:
+        """Carry a draft out, unless that was done, and drop all weights but those of the best one."""
+        plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest, energies=energies)
+        if plan.work_digest in self.done:
+            return self.done[plan.work_digest]
+        best = self.best if self.done else None
+        held = self._held(plan)
+        self.done[plan.work_digest] = Tried(draft, plan, held)
+        for each in (best, self.done[plan.work_digest]):
+            if each is not None and each is not self.best:
+                self.folder.drop_loop(loop_name(each.plan))
+        return self.done[plan.work_digest]
+
+    def _held(self, plan: CompressionPlan) -> HeldErrors:
+        name = f"tried-{plan.work_digest[:12]}"
+        piece = self.folder.read(name)
+        if piece is not None:
+            return HeldErrors(tuple(piece.document["errors"]), tuple(piece.document["references"]))
+        c = self.calibrated
+        loop = self.folder.loop(loop_name(plan), c.checkpoint.config.depth)
+        computing = Computing(c.checkpoint, c.profile, c.device, self.folder, loop, kept=c.kept)
+        assert plan.together is not None
+        held = carry_out_together(computing, *plan.together).held
+        self.folder.write(name, {}, {"errors": list(held.errors), "references": list(held.references)})
+        return held
+
+    @property
+    def best(self) -> Tried:
+        """What has the least error on held-out images; of equal ones the first."""
+        return min(self.done.values(), key=lambda each: each.held.error)
+
+
+def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
+    """Return the best plan whose file takes at most `limit` bytes, of several κ and of two stages."""
+    least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
+    two_stages = best_of_two_stages(program, trials.calibrated, limit)
+    if two_stages is not None:
+        trials.error(two_stages, energies=True)
+    return trials.best
+
+
+def least_kappa(error: Callable[[float], float]) -> float:
+    """Return the κ of least error among at most `MOST_TRIED`.
+
+    The first ones are a factor of 2 apart, in the direction in which the error falls, until it rises; the last one is
+    where a parabola through three of them has its least, on logarithmic scales.
+    """
+    start = math.log2(FIRST_KAPPA)
+    found = {start: error(FIRST_KAPPA), start + 1: error(2 * FIRST_KAPPA)}
+    step = 1.0 if found[start + 1] < found[start] else -1.0
+    while len(found) < MOST_TRIED - 1:
+        place = max(found) + 1 if step > 0 else min(found) - 1
+        found[place] = error(2.0**place)
+        if found[place] > min(found.values()):
+            break
+    vertex = _vertex(found)
+    if vertex is not None and len(found) < MOST_TRIED and min(abs(vertex - place) for place in found) > 0.2:
+        found[vertex] = error(2.0**vertex)
+    return float(2.0 ** min(found, key=lambda place: found[place]))
+
+
+def _vertex(found: Mapping[float, float]) -> float | None:
+    """Return where the parabola through the least value and its neighbours has its least; None where it is at an end."""
+    places = sorted(found)
+    middle = min(range(len(places)), key=lambda index: found[places[index]])
+    if not 0 < middle < len(places) - 1 or min(found.values()) <= 0:
+        return None
+    (a, b, c), (fa, fb, fc) = places[middle - 1 : middle + 2], (
+        math.log(found[place]) for place in places[middle - 1 : middle + 2]
+    )
+    top = (b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)
+    bottom = (b - a) * (fb - fc) - (b - c) * (fb - fa)
+    return b - top / (2 * bottom) if bottom else None
+
+
+def best_of_two_stages(program: JointProgram, calibrated: Calibrated, limit: int) -> Draft | None:
+    """Return the draft in two stages of least predicted error: widths by energies, then formats; None if none fits."""
+    found: list[Draft] = []
+    for share in SHARES:
+        try:
+            found.append(program.solved(limit, FIRST_KAPPA, widths=_energy_widths(program.request, calibrated, share)))
+        except InfeasibleError:
+            continue
+    return min(found, key=lambda draft: draft.solution.error if draft.solution else math.inf, default=None)
+
+
+def _energy_widths(request: JointRequest, calibrated: Calibrated, share: float) -> dict[str, int]:
+    """Return the width of each expert at a share of neurons that experts share by their energies."""
+    config = request.checkpoint.config
+    everyone = [tuple(range(len(block.expert_widths))) for block in config.blocks]
+    multiple = default_multiple(max(width for block in config.blocks for width in block.expert_widths))
+    chosen = shared_widths(request.checkpoint, calibrated.profile, everyone, NeuronBudget(share, multiple, experts_may_go=False))
+    widths = {
+        in_block(index, f"moe.experts.{number}"): _on_ladder(request, in_block(index, f"moe.experts.{number}"), width)
+        for index, block in enumerate(chosen)
+        for number, width in block.items()
+    }
+    shared = {in_block(i, SHARED): block.shared_width for i, block in enumerate(config.blocks) if block.shared_width}
+    return widths | shared
+
+
+def _on_ladder(request: JointRequest, stem: str, width: int) -> int:
+    """Return the nearest width that is offered, and of two the wider one."""
+    return min(filter(None, request.ladders[stem]), key=lambda offered: (abs(offered - width), -offered))

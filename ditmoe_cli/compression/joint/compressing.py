@@ -1,0 +1,181 @@
+"""The planner of a compression to a size: structure and bits from one budget. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.estimates import measuring_estimate
+from ditmoe_cli.compression.joint.options import WidthCurve
+from ditmoe_cli.compression.joint.request import JointProgram, JointRequest, Measures, plan_of
+from ditmoe_cli.compression.plan import CompressionPlan, Experts
+from ditmoe_cli.compression.planner import Planner, Work, label_of
+from ditmoe_cli.compression.precision.budget import size_label
+from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
+from ditmoe_cli.compression.precision.mixed import held_formats
+from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
+from ditmoe_cli.files.workfolder import WorkFolder, open_work
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.effort import Estimate, branches_at
+from ditmoe_cli.progress import each
+from ditmoe_cli.routing.profile import RoutingProfile
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a compression is to reach: a file of at most `size` bytes, or of `ratio` of the checkpoint's."""
+
+    size: int | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.ratio is None):
+            raise UsageError("give either ⟨size⟩, as 1.2GiB, or ⟨ratio⟩, as 0.25")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise UsageError(f"⟨ratio⟩ {self.ratio:g}: give a share of the checkpoint's bytes, above 0 and below 1")
+
+    @property
+    def label(self) -> str:
+        """The goal as part of a file's name."""
+        return f"size{size_label(self.size)}" if self.size is not None else f"ratio{self.ratio:g}"
+
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for by its name, for the options of a plan."""
+        return {name: value for name, value in (("size", self.size), ("ratio", self.ratio)) if value is not None}
+
+    def limit(self, checkpoint: Checkpoint) -> int:
+        """Return the largest file allowed, in bytes. Raises `InfeasibleError` where the checkpoint is no larger."""
+        before = checkpoint.header.file_bytes
+        limit = self.size if self.size is not None else int((self.ratio or 0.0) * before)
+        if limit >= before:
+            raise InfeasibleError(
+                f"{checkpoint.path}: has {before:,} bytes, and {limit:,} are allowed: there is nothing to do; "
+                "give a smaller ⟨size⟩"
+            )
+        return limit
+
+
+@dataclass(frozen=True)
+class Compressing(Planner):
+    """The planner of a compression to a size.
+
+    Attributes:
+        goal: the size to reach.
+        candidates: the formats to choose from.
+        stacked: whether all experts of a block take one width, and one format for each of their matrices.
+    """
+
+    goal: Goal
+    candidates: Candidates
+    stacked: bool = False
+    command: ClassVar[str] = "compress"
+    needs_profile: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        return label_of(f"{self.command}-{self.goal.label}", *self.candidates.labels(), self.stacked and "stack")
+
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for, by the names of the options, for the options of the plan."""
+        stacked = {"tie": ",".join(("stack", *self.candidates.tied))} if self.stacked else {}
+        return {**self.goal.options(), **self.candidates.options(), **stacked}
+
+    def check(self, work: Work) -> None:
+        """Raise the errors of quantised checkpoints, and of a size below the smallest possible or above the file."""
+        require_plain(work.checkpoint)
+        self.least_bytes(work)
+
+    def least_bytes(self, work: Work) -> int:
+        """Return the bytes of the smallest file. Raises `InfeasibleError` where they exceed the goal."""
+        limit = self.goal.limit(work.checkpoint)
+        request = self.request(work)
+        least = JointProgram(request, unmeasured(request)).least
+        if least > limit:
+            raise InfeasibleError(
+                f"{work.checkpoint.path}: {limit:,} bytes are allowed, and its smallest file takes {least:,} "
+                f"({least / work.checkpoint.header.file_bytes:.3f} of it); give that ⟨size⟩ or more"
+            )
+        return least
+
+    def estimates(self, work: Work, cfg: float) -> list[Estimate]:
+        """Return what measuring takes."""
+        offered = self.request(work).offered
+        counts = {name: sum(fmt is not None for fmt in formats) for name, formats in offered.items()}
+        return [measuring_estimate(work.checkpoint.config, counts, branches_at(cfg))]
+
+    def request(self, work: Work) -> JointRequest:
+        """Return the request to the program."""
+        return JointRequest(
+            work.checkpoint,
+            work.output,
+            self.candidates,
+            candidate_formats(work.checkpoint, self.candidates),
+            self.options(),
+            self.command,
+            self.stacked,
+            work.calibration(),
+        )
+
+    def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
+        """Return the plan of least tried error, whose weights stay in the work folder."""
+        from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program
+        from ditmoe_cli.compression.replay.kept_measures import kept_measures
+
+        assert profile is not None
+        limit = self.goal.limit(work.checkpoint)
+        kept = kept_measures(work.checkpoint, profile, work.device(), work.note)
+        calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
+        request = _holding(self.request(work))
+        with _folder(work) as folder:
+            program = settled_program(request, calibrated, limit)
+            best = best_within(program, Trials(request, calibrated, folder), limit)
+        energies = best.plan.stage(Experts).selection is None
+        figures = {"tried_error": best.held.error}
+        return plan_of(request, best.draft, figures, profile.digest, energies=energies)
+
+    def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
+        """Raise `BadInputError`: errors are measured with a profile."""
+        raise BadInputError(f"{checkpoint.path}: which plan is best rests on measured errors; give a ⟨profile⟩")
+
+    def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
+        """Return the number of weights of each format, the share of neurons that stay, and the errors."""
+        blocks = plan.stage(Experts).blocks
+        before = sum(sum(block.expert_widths) for block in checkpoint.config.blocks)
+        after = 0
+        for block, old in zip(blocks, checkpoint.config.blocks, strict=True):
+            after += sum(block.widths or (old.expert_widths[e] for e in block.keep))
+        formats = format_counts(plan) if plan.together else {}
+        return {"neurons": after / before, **formats}
+
+
+def unmeasured(request: JointRequest) -> Measures:
+    """Return measures without errors, by which the smallest file is known from headers."""
+    curves = {stem: WidthCurve(widths, (0.0,) * len(widths), (1.0,) * len(widths)) for stem, widths in request.ladders.items()}
+    formats = {name: {fmt: 0.0 for fmt in offered if fmt} for name, offered in request.offered.items()}
+    return Measures(curves, formats, formats, (1.0,) * request.checkpoint.config.depth)
+
+
+def _holding(request: JointRequest) -> JointRequest:
+    """Return the request without the formats that do not hold a weight's values."""
+    name = request.checkpoint.name
+    checked = each(request.offered, f"checking the values of {name}", "matrices")
+    held = {name: held_formats(request.checkpoint, name, request.offered[name]) for name in checked}
+    return replace(request, offered=held)
+
+
+@contextmanager
+def _folder(work: Work) -> Iterator[WorkFolder]:
+    """Yield the folder that keeps what is tried: one that goes in the end where the work has none."""
+    if work.folder is not None:
+        yield work.folder
+        return
+    with TemporaryDirectory(prefix="ditmoe-") as folder, open_work(Path(folder, "tried"), "", lambda _: None) as own:
+        yield own
