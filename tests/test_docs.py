@@ -18,6 +18,7 @@ COMMANDS = (
     "prune",
     "merge",
     "quantize",
+    "compress",
     "plan",
     "apply",
     "sample",

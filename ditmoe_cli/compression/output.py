@@ -200,10 +200,12 @@ def check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
 def _check_formats(checkpoint: Checkpoint, stage: Formats, before: set[type]) -> None:
     """Refuse formats that a weight cannot have, and stages before this one that it cannot follow."""
     if stage.rounding is not None and Differences in before:
-        raise BadInputError("the plan stores differences and rounds weights by GPTQ; make that two plans")
+        raise BadInputError(
+            "the plan stores differences and rounds by GPTQ; make that two plans, rounding last"
+        )
     if before and (stage.ordering is not None or (stage.rounding is not None and stage.rounding.smoothing)):
-        what = "reorders their neurons" if stage.ordering is not None else "smooths their inputs"
-        raise BadInputError(f"the plan changes experts and {what}; make that two plans, this one last")
+        what = "reordering" if stage.ordering is not None else "smoothing"
+        raise BadInputError(f"the plan changes experts and has a {what}; make that two plans, {what} last")
     for name, fmt in stage.formats.items():
         _check_format(checkpoint, name, fmt)
         if Differences in before and split_name(name).expert is not None:
@@ -298,18 +300,17 @@ def _with_differences(checkpoint: Checkpoint, stage: Differences, draft: Draft) 
 def _with_formats(stage: Formats, draft: Draft) -> Draft:
     """Replace the weights that get a format by its members.
 
-    Raises `BadInputError` for formats of weights that a stage before drops, and of those that it computes where they
-    are not rounded by GPTQ.
+    Formats of weights that a stage before drops have no effect. Raises `BadInputError` for formats of weights that one
+    computes where they are not rounded by GPTQ.
     """
-    stored = {kept.weight.info.name for kept in draft.weights}
     packed: dict[str, Format] = {}
     for name, fmt in stage.formats.items():
-        if name not in stored and draft.computed.get(name) is None:
-            raise BadInputError(f"the plan drops {name!r} and stores it as {fmt}; leave its format out")
         if name in draft.computed:
             if stage.rounding is None:
-                raise BadInputError(f"the plan computes {name!r} and stores it as {fmt}; round by gptq, or in another plan")
-            packed[draft.computed[name] or name] = fmt
+                raise BadInputError(
+                    f"the plan computes {name!r} and stores it as {fmt}; round by gptq, or in another plan"
+                )
+            packed[draft.computed[name] or ""] = fmt  # of a weight that goes: nothing has that name
     before = [tensor for kept in draft.tensors for tensor in _packed(kept, packed.get(kept.info.name))]
     weights: list[Kept] = []
     tensors: list[PlannedTensor] = []

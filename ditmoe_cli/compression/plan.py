@@ -312,7 +312,8 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     """Read a plan from JSON. Raises `BadInputError` that names `where` and the field."""
     fields = check_schema(document, PLAN_SCHEMA, where)
     unknown = sorted(
-        set(fields) - {"schema", "command", "source", "profile", "options", "calibration", "selection", *_SIGNS, *_NO_STAGES}
+        set(fields)
+        - {"schema", "command", "source", "profile", "options", "calibration", "selection", *_SIGNS, *_NO_STAGES}
     )
     if unknown:
         raise BadInputError(f"{where}: unknown field {unknown[0]!r}")

@@ -85,7 +85,7 @@ def test_gptq_computes_blocks_and_packs_the_rest(small: Checkpoint) -> None:
     ("stages", "message"),
     [
         ((Experts((GHOST,) * 2), Differences("svd", 0.5)), "the differences last"),
-        ((Experts((GHOST,) * 2), Formats({QKV: "int8"}, Rounding())), "rounding last"),
+        ((Experts((GHOST,) * 2), Formats({QKV: "int8"}, Rounding(smoothing=0.5))), "smoothing last"),
         ((Differences("svd", 0.5), Formats({QKV: "int8"}, Rounding())), "rounding last"),
         ((Experts((GHOST,) * 2), Formats({QKV: "int8"}, ordering="camera")), "reordering last"),
         ((Differences("svd", 0.5), Formats({QKV: "int8"}, ordering="camera")), "reordering last"),

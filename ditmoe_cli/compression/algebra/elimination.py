@@ -1,7 +1,7 @@
 """The order in which an expert's neurons may go, each at the least cost once the others are refitted.
 
-An expert's output is linear in its neurons' activations φ (T, H), which scale the rows v of its down projection. Without
-neuron j, and with the others' rows refitted, the squared error grows by
+An expert's output is linear in its neurons' activations φ (T, H), which scale the rows v of its down projection.
+Without neuron j, and with the others' rows refitted, the squared error grows by
 
     Δ_j = ‖v_j‖² / (G⁻¹)_jj,      G = Σ_t φ φᵀ,
 

@@ -35,7 +35,7 @@ from ditmoe_cli.compression.rounding.gptq_blocks import BlockRounding, agreement
 from ditmoe_cli.compression.rounding.layers_together import Reading
 from ditmoe_cli.compression.working_sizes import TOKENS_PER_INPUT, TOKENS_PER_UNKNOWN
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.files.names import EXPERT_OF, MATRICES, in_block, split_name
+from ditmoe_cli.files.names import EXPERT_OF, MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.model.config import mixture_shapes
 from ditmoe_cli.model.moe import SparseMoE
@@ -130,7 +130,7 @@ def carry_out_together(computing: Computing, experts: Experts, formats: Formats)
 def by_image(prediction: Tensor, expected: Tensor, images: Tensor) -> HeldErrors:
     """Return squared errors and references of predictions (N, ...), summed over the states of each of `images` (N,)."""
     squares = [part.double().square().flatten(1).sum(dim=1).cpu() for part in (prediction - expected, expected)]
-    _, places = images.cpu().unique(return_inverse=True)
+    _, places = torch.unique(images.cpu(), return_inverse=True)
     count = int(places.max()) + 1 if len(places) else 0
     errors, references = (torch.zeros(count).double().index_add_(0, places, part) for part in squares)
     return HeldErrors(tuple(errors.tolist()), tuple(references.tolist()))
@@ -175,9 +175,7 @@ class _Mixture:
         """Return the new mixture, made for the `tokens` that arrive."""
         computing, repair = self.computing, experts.repair
         arriving, device = (original, tokens), torch.device(computing.device)
-        source = Source(
-            weights_of(original), self.index, self.layout, experts, computing.profile, arriving, orders
-        )
+        source = Source(weights_of(original), self.index, self.layout, experts, computing.profile, arriving, orders)
         config = computing.checkpoint.config
         changed = mixture_of(new_weights(source), config, self.layout.config, device, computing.dtype)
         members: dict[str, Tensor] = {}
@@ -226,7 +224,9 @@ class _Mixture:
     def _new_formats(self) -> dict[str, str]:
         """The formats of the mixture's weights, by their new names."""
         renamed = new_names(self.index, self.layout)
-        return {renamed.get(name, name): fmt for name, fmt in self.formats.items() if ".moe." in name}
+        found = {renamed[name]: fmt for name, fmt in self.formats.items() if name in renamed}
+        shared = in_block(self.index, SHARED)
+        return found | {name: fmt for name, fmt in self.formats.items() if name.startswith(f"{shared}.")}
 
     @cached_property
     def _others(self) -> list[str]:

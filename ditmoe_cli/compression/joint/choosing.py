@@ -14,15 +14,15 @@ The plan of least tried error is taken, whose weights are then computed already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from ditmoe_cli.compression.apply import loop_name
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.computed import Computing
 from ditmoe_cli.compression.joint.carrying import HeldErrors, carry_out_together
-from ditmoe_cli.compression.joint.options import WidthCurve, default_multiple
-from ditmoe_cli.compression.joint.request import Draft, JointProgram, JointRequest, Measures, plan_of
+from ditmoe_cli.compression.joint.expert_options import WidthCurve, default_multiple
+from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.precision.sensitivity import Sensitivities, measured_sensitivities
 from ditmoe_cli.compression.precision.trial import try_formats
@@ -168,13 +168,14 @@ def least_kappa(error: Callable[[float], float]) -> float:
 
 
 def _vertex(found: Mapping[float, float]) -> float | None:
-    """Return where the parabola through the least value and its neighbours has its least; None where it is at an end."""
+    """Return where the parabola through the least value and its neighbours is least; None where that is at an end."""
     places = sorted(found)
     middle = min(range(len(places)), key=lambda index: found[places[index]])
     if not 0 < middle < len(places) - 1 or min(found.values()) <= 0:
         return None
-    (a, b, c), (fa, fb, fc) = places[middle - 1 : middle + 2], (
-        math.log(found[place]) for place in places[middle - 1 : middle + 2]
+    (a, b, c), (fa, fb, fc) = (
+        places[middle - 1 : middle + 2],
+        (math.log(found[place]) for place in places[middle - 1 : middle + 2]),
     )
     top = (b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)
     bottom = (b - a) * (fb - fc) - (b - c) * (fb - fa)
@@ -197,7 +198,9 @@ def _energy_widths(request: JointRequest, calibrated: Calibrated, share: float) 
     config = request.checkpoint.config
     everyone = [tuple(range(len(block.expert_widths))) for block in config.blocks]
     multiple = default_multiple(max(width for block in config.blocks for width in block.expert_widths))
-    chosen = shared_widths(request.checkpoint, calibrated.profile, everyone, NeuronBudget(share, multiple, experts_may_go=False))
+    chosen = shared_widths(
+        request.checkpoint, calibrated.profile, everyone, NeuronBudget(share, multiple, experts_may_go=False)
+    )
     widths = {
         in_block(index, f"moe.experts.{number}"): _on_ladder(request, in_block(index, f"moe.experts.{number}"), width)
         for index, block in enumerate(chosen)

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.estimates import measuring_estimate
-from ditmoe_cli.compression.joint.options import WidthCurve
-from ditmoe_cli.compression.joint.request import JointProgram, JointRequest, Measures, plan_of
+from ditmoe_cli.compression.joint.expert_options import WidthCurve
+from ditmoe_cli.compression.joint.joint_program import JointProgram, JointRequest, Measures, plan_of
 from ditmoe_cli.compression.plan import CompressionPlan, Experts
 from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.budget import size_label
@@ -158,7 +158,9 @@ class Compressing(Planner):
 
 def unmeasured(request: JointRequest) -> Measures:
     """Return measures without errors, by which the smallest file is known from headers."""
-    curves = {stem: WidthCurve(widths, (0.0,) * len(widths), (1.0,) * len(widths)) for stem, widths in request.ladders.items()}
+    curves = {
+        stem: WidthCurve(widths, (0.0,) * len(widths), (1.0,) * len(widths)) for stem, widths in request.ladders.items()
+    }
     formats = {name: {fmt: 0.0 for fmt in offered if fmt} for name, offered in request.offered.items()}
     return Measures(curves, formats, formats, (1.0,) * request.checkpoint.config.depth)
 

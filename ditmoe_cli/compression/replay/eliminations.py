@@ -101,7 +101,11 @@ def _kept(path: Path, key: str) -> dict[str, Tensor] | None:
         return None
     found = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     orders = (tensor for name, tensor in found.items() if name.endswith(".order"))
-    return found if all(torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype)) for order in orders) else None
+    return (
+        found
+        if all(torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype)) for order in orders)
+        else None
+    )
 
 
 def _parsed(tensors: Mapping[str, Tensor], depth: int) -> Curves:

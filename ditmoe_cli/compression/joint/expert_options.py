@@ -96,7 +96,7 @@ class ExpertDecision:
         width = self.offers[0].curve.widths[place]
         if width == 0:
             return (_Point(0, 0.0, (None,) * len(MATRICES)),)
-        front = (_Point(0, 0.0, ()),)
+        front: tuple[_Point, ...] = (_Point(0, 0.0, ()),)
         for matrix in range(len(MATRICES)):
             front = worthwhile(
                 _Point(known.bytes + more.bytes, known.error + more.error, known.formats + more.formats)
@@ -116,9 +116,7 @@ class ExpertDecision:
             else:
                 yield _Point(sizes, errors, (fmt,))
 
-    def group(
-        self, amplification: float, kappa: float, width: int | None = None
-    ) -> tuple[Group, tuple[Pick, ...]]:
+    def group(self, amplification: float, kappa: float, width: int | None = None) -> tuple[Group, tuple[Pick, ...]]:
         """Return the decision as a group of the program, and what each of its options is; of one `width` if given."""
         found: list[tuple[_Point, Pick]] = []
         for place, front in enumerate(self._fronts):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ditmoe_cli.compression.joint.options import (
+from ditmoe_cli.compression.joint.expert_options import (
     UNTOUCHED,
     ExpertDecision,
     ExpertOffer,
@@ -32,7 +32,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 _SECONDS = 30.0  # time limit of a solver
 GAP = 1e-3  # relative gap of the program: errors that are measured are not known better
 REPAIR = Repair(linear=False)
-"""A linear map for each block that drops an expert would take more bytes than it saves at the sizes that are asked for."""
+"""Without linear maps: of a block that drops an expert it would take D² numbers."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class JointRequest:
         found: set[str] = set()
         for index, block in enumerate(self.checkpoint.config.blocks):
             stems = [in_block(index, f"moe.experts.{number}") for number in range(len(block.expert_widths))]
-            found |= set(sorted(stems, key=lambda stem: -measures.curves[stem].errors[0])[: self.checkpoint.config.top_k])
+            found |= set(
+                sorted(stems, key=lambda stem: -measures.curves[stem].errors[0])[: self.checkpoint.config.top_k]
+            )
         return found
 
     def _errors(self, name: str, errors: Mapping[str, Mapping[str, float]]) -> dict[str | None, float]:
@@ -164,7 +166,12 @@ class Draft:
 
 
 def plan_of(
-    request: JointRequest, draft: Draft, figures: Mapping[str, Any], profile: str | None = None, *, energies: bool = False
+    request: JointRequest,
+    draft: Draft,
+    figures: Mapping[str, Any],
+    profile: str | None = None,
+    *,
+    energies: bool = False,
 ) -> CompressionPlan:
     """Return the plan that carries a draft out; with `energies` neurons of highest energy stay."""
     blocks = tuple(_block_plan(request, draft.widths, index) for index in range(request.checkpoint.config.depth))
