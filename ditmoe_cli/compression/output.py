@@ -200,9 +200,7 @@ def check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
 def _check_formats(checkpoint: Checkpoint, stage: Formats, before: set[type]) -> None:
     """Refuse formats that a weight cannot have, and stages before this one that it cannot follow."""
     if stage.rounding is not None and Differences in before:
-        raise BadInputError(
-            "the plan stores differences and rounds by GPTQ; make that two plans, rounding last"
-        )
+        raise BadInputError("the plan stores differences and rounds by GPTQ; make that two plans, rounding last")
     if before and (stage.ordering is not None or (stage.rounding is not None and stage.rounding.smoothing)):
         what = "reordering" if stage.ordering is not None else "smoothing"
         raise BadInputError(f"the plan changes experts and has a {what}; make that two plans, {what} last")
