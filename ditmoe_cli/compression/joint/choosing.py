@@ -2,20 +2,20 @@
 
 1. The errors of widths (`compression.replay.eliminations`) and of formats (`compression.precision.sensitivity`) are
    measured, and the program is solved. A trial of its formats gives the amplifications of errors of that size.
-2. The program is solved for several weights κ of structure against bits, and each plan is carried out whole: it is
-   narrowed, rounded and refitted (`compression.joint.carrying`), and its error is that of the guided prediction on
-   held-out calibration images. κ moves towards less error.
+2. The program is solved for several weights κ of structure against bits, and each plan is carried out whole, on fewer
+   tokens than the final one: it is narrowed, rounded and refitted (`compression.joint.carrying`), and its error is that
+   of the guided prediction on held-out calibration images. κ moves towards less error.
 3. So is the plan of two stages that the program thinks best: one share of neurons for the whole model by their
    energies, then the formats of least error.
 
-The plan of least tried error is taken, whose weights are then computed already.
+The plan of least tried error is carried out on all tokens; its weights are then computed already.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ditmoe_cli.compression.apply import loop_name
 from ditmoe_cli.compression.calibrated import Calibrated
@@ -36,6 +36,7 @@ from ditmoe_cli.files.workfolder import WorkFolder
 FIRST_KAPPA = 4.0
 """The weight of structure that was best on trained models: GPTQ and the refit leave about a quarter of Q."""
 MOST_TRIED = 4  # values of κ
+SEARCH_TOKENS = 20_480  # that plans are compared on: as many as a small system is fitted on
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)  # of neurons, of plans in two stages
 
 
@@ -88,13 +89,13 @@ def settled_program(request: JointRequest, calibrated: Calibrated, limit: int) -
 
 @dataclass
 class Trials:
-    """Plans that are carried out in a work folder, of which the best one's weights stay.
+    """Plans that are carried out in a work folder: several on few tokens, to compare them, and one on all.
 
     Attributes:
         request: the request.
         calibrated: the checkpoint and its profile.
-        folder: keeps the weights of the best plan, and what was tried.
-        done: what was tried, by the digest of its stages.
+        folder: keeps what was tried, and the weights of the plan that is carried out on all tokens.
+        done: what was tried on few tokens, by the digest of its stages.
     """
 
     request: JointRequest
@@ -102,22 +103,18 @@ class Trials:
     folder: WorkFolder
     done: dict[str, Tried] = field(default_factory=dict)
 
-    def error(self, draft: Draft, *, energies: bool = False) -> float:
-        """Carry a draft out; return its error on held-out images."""
-        return self.tried(draft, energies=energies).held.error
+    def error(self, draft: Draft) -> float:
+        """Carry a draft out on `SEARCH_TOKENS`, unless that was done; return its error on held-out images."""
+        plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest, tokens=SEARCH_TOKENS)
+        if plan.work_digest not in self.done:
+            self.done[plan.work_digest] = Tried(draft, plan, self._held(plan))
+            self.folder.drop_loop(loop_name(plan))
+        return self.done[plan.work_digest].held.error
 
-    def tried(self, draft: Draft, *, energies: bool = False) -> Tried:
-        """Carry a draft out, unless that was done, and drop all weights but those of the best one."""
-        plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest, energies=energies)
-        if plan.work_digest in self.done:
-            return self.done[plan.work_digest]
-        best = self.best if self.done else None
-        held = self._held(plan)
-        self.done[plan.work_digest] = Tried(draft, plan, held)
-        for each in (best, self.done[plan.work_digest]):
-            if each is not None and each is not self.best:
-                self.folder.drop_loop(loop_name(each.plan))
-        return self.done[plan.work_digest]
+    def carried_out(self, draft: Draft) -> Tried:
+        """Carry a draft out on all tokens, and keep its weights."""
+        plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest)
+        return Tried(draft, plan, self._held(plan))
 
     def _held(self, plan: CompressionPlan) -> HeldErrors:
         name = f"tried-{plan.work_digest[:12]}"
@@ -139,12 +136,12 @@ class Trials:
 
 
 def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
-    """Return the best plan whose file takes at most `limit` bytes, of several κ and of two stages."""
+    """Return the best plan whose file takes at most `limit` bytes, of several κ and of two stages, carried out."""
     least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
     two_stages = best_of_two_stages(program, trials.calibrated, limit)
     if two_stages is not None:
-        trials.error(two_stages, energies=True)
-    return trials.best
+        trials.error(two_stages)
+    return trials.carried_out(trials.best.draft)
 
 
 def least_kappa(error: Callable[[float], float]) -> float:
@@ -190,7 +187,8 @@ def best_of_two_stages(program: JointProgram, calibrated: Calibrated, limit: int
             found.append(program.solved(limit, FIRST_KAPPA, widths=_energy_widths(program.request, calibrated, share)))
         except InfeasibleError:
             continue
-    return min(found, key=lambda draft: draft.solution.error if draft.solution else math.inf, default=None)
+    best = min(found, key=lambda draft: draft.solution.error if draft.solution else math.inf, default=None)
+    return None if best is None else replace(best, energies=True)
 
 
 def _energy_widths(request: JointRequest, calibrated: Calibrated, share: float) -> dict[str, int]:

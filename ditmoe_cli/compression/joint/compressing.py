@@ -137,9 +137,7 @@ class Compressing(Planner):
         with _folder(work) as folder:
             program = settled_program(request, calibrated, limit)
             best = best_within(program, Trials(request, calibrated, folder), limit)
-        energies = best.plan.stage(Experts).selection is None
-        figures = {"tried_error": best.held.error}
-        return plan_of(request, best.draft, figures, profile.digest, energies=energies)
+        return plan_of(request, best.draft, {"tried_error": best.held.error}, profile.digest)
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""

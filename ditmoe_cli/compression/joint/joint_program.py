@@ -19,7 +19,7 @@ from ditmoe_cli.compression.joint.expert_options import (
     picked,
 )
 from ditmoe_cli.compression.output import planned_output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding
+from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding, Selection
 from ditmoe_cli.compression.precision.candidates import Candidates, Offered
 from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.mix import fitted
@@ -149,11 +149,13 @@ class Draft:
         widths: of each expert, by its full name; 0 for one that goes.
         formats: of each weight that gets one.
         solution: the solution of the program; None for a choice that none made.
+        energies: whether neurons of highest energy stay, as in plans of two stages.
     """
 
     widths: Mapping[str, int]
     formats: Mapping[str, str]
     solution: Solution | None = None
+    energies: bool = False
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -171,12 +173,13 @@ def plan_of(
     figures: Mapping[str, Any],
     profile: str | None = None,
     *,
-    energies: bool = False,
+    tokens: int = 0,
 ) -> CompressionPlan:
-    """Return the plan that carries a draft out; with `energies` neurons of highest energy stay."""
+    """Return the plan that carries a draft out, fitted on `tokens`, 0 for as many as suit it."""
     blocks = tuple(_block_plan(request, draft.widths, index) for index in range(request.checkpoint.config.depth))
-    experts = Experts(blocks, repair=REPAIR, selection=None if energies else "elimination")
-    stages = (experts, Formats(dict(draft.formats), Rounding())) if draft.formats else (experts,)
+    selection: Selection | None = None if draft.energies else "elimination"
+    experts = Experts(blocks, repair=replace(REPAIR, tokens=tokens), selection=selection)
+    stages = (experts, Formats(dict(draft.formats), Rounding(tokens=tokens))) if draft.formats else (experts,)
     options = {**request.options, **draft.figures, **figures}
     source, calibration = request.checkpoint.fingerprint, request.calibration
     return CompressionPlan(request.command, source, profile, options, stages, calibration=calibration)
