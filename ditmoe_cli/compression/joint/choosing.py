@@ -137,46 +137,45 @@ class Trials:
 
 def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
     """Return the best plan whose file takes at most `limit` bytes, of several κ and of two stages, carried out."""
-    least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
+    kappa = least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
+    joint = trials.best
     two_stages = best_of_two_stages(program, trials.calibrated, limit)
-    if two_stages is not None:
-        trials.error(two_stages)
-    return trials.carried_out(trials.best.draft)
+    if two_stages is not None and trials.error(two_stages) < joint.held.error:
+        return trials.carried_out(two_stages)
+    return trials.carried_out(program.solved(limit, kappa))
 
 
 def least_kappa(error: Callable[[float], float]) -> float:
-    """Return the κ of least error among at most `MOST_TRIED`.
+    """Return the κ of least error, from at most `MOST_TRIED` errors.
 
-    The first ones are a factor of 2 apart, in the direction in which the error falls, until it rises; the last one is
-    where a parabola through three of them has its least, on logarithmic scales.
+    κ are a factor of 2 apart, and go in the direction in which the error falls, until it rises. The result is where the
+    parabola through the least error and its neighbours has its least, on logarithmic scales: errors on few images are
+    noisy, and their least is flat.
     """
     start = math.log2(FIRST_KAPPA)
     found = {start: error(FIRST_KAPPA), start + 1: error(2 * FIRST_KAPPA)}
     step = 1.0 if found[start + 1] < found[start] else -1.0
-    while len(found) < MOST_TRIED - 1:
+    while len(found) < MOST_TRIED:
         place = max(found) + 1 if step > 0 else min(found) - 1
         found[place] = error(2.0**place)
         if found[place] > min(found.values()):
             break
-    vertex = _vertex(found)
-    if vertex is not None and len(found) < MOST_TRIED and min(abs(vertex - place) for place in found) > 0.2:
-        found[vertex] = error(2.0**vertex)
-    return float(2.0 ** min(found, key=lambda place: found[place]))
+    return float(2.0 ** _vertex(found))
 
 
-def _vertex(found: Mapping[float, float]) -> float | None:
-    """Return where the parabola through the least value and its neighbours is least; None where that is at an end."""
+def _vertex(found: Mapping[float, float]) -> float:
+    """Return where the parabola through the least value and its neighbours is least, of values an equal step apart.
+
+    That is the place of the least value itself where it is at an end, or not above 0.
+    """
     places = sorted(found)
-    middle = min(range(len(places)), key=lambda index: found[places[index]])
-    if not 0 < middle < len(places) - 1 or min(found.values()) <= 0:
-        return None
-    (a, b, c), (fa, fb, fc) = (
-        places[middle - 1 : middle + 2],
-        (math.log(found[place]) for place in places[middle - 1 : middle + 2]),
-    )
-    top = (b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)
-    bottom = (b - a) * (fb - fc) - (b - c) * (fb - fa)
-    return b - top / (2 * bottom) if bottom else None
+    least = min(places, key=lambda place: found[place])
+    index = places.index(least)
+    if not 0 < index < len(places) - 1 or found[least] <= 0:
+        return least
+    before, middle, after = (math.log(found[place]) for place in places[index - 1 : index + 2])
+    curvature = before - 2 * middle + after
+    return least + (before - after) / (2 * curvature) * (places[index] - places[index - 1]) if curvature > 0 else least
 
 
 def best_of_two_stages(program: JointProgram, calibrated: Calibrated, limit: int) -> Draft | None:
