@@ -5,8 +5,8 @@
 2. The program is solved for several weights κ of structure against bits, and each plan is carried out whole, on fewer
    tokens than the final one: it is narrowed, rounded and refitted (`compression.joint.carrying`), and its error is that
    of the guided prediction on held-out calibration images. κ moves towards less error.
-3. So is the plan of two stages that the program thinks best: one share of neurons for the whole model by their
-   energies, then the formats of least error.
+3. So is the plan of two stages that the program thinks best, unless it thinks it much worse: one share of neurons for
+   the whole model by their energies, then the formats of least error.
 
 The plan of least tried error is carried out on all tokens; its weights are then computed already.
 """
@@ -37,6 +37,11 @@ FIRST_KAPPA = 4.0
 """The weight of structure that was best on trained models: GPTQ and the refit leave about a quarter of Q."""
 MOST_TRIED = 4  # values of κ
 SEARCH_TOKENS = 20_480  # that plans are compared on: as many as a small system is fitted on
+WORTH_TRYING = 1.25
+"""Predicted error, over that of the program's own plan, up to which a plan in two stages is tried.
+
+It is predicted as if it kept the program's neurons and not those of highest energy, so that it is worse in truth.
+"""
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)  # of neurons, of plans in two stages
 
 
@@ -137,12 +142,18 @@ class Trials:
 
 def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
     """Return the best plan whose file takes at most `limit` bytes, of several κ and of two stages, carried out."""
+    first = program.solved(limit, FIRST_KAPPA)
     kappa = least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
     joint = trials.best
     two_stages = best_of_two_stages(program, trials.calibrated, limit)
-    if two_stages is not None and trials.error(two_stages) < joint.held.error:
+    is_tried = two_stages is not None and _predicted(two_stages) <= WORTH_TRYING * _predicted(first)
+    if two_stages is not None and is_tried and trials.error(two_stages) < joint.held.error:
         return trials.carried_out(two_stages)
     return trials.carried_out(program.solved(limit, kappa))
+
+
+def _predicted(draft: Draft) -> float:
+    return math.inf if draft.solution is None else draft.solution.error
 
 
 def least_kappa(error: Callable[[float], float]) -> float:
@@ -186,7 +197,7 @@ def best_of_two_stages(program: JointProgram, calibrated: Calibrated, limit: int
             found.append(program.solved(limit, FIRST_KAPPA, widths=_energy_widths(program.request, calibrated, share)))
         except InfeasibleError:
             continue
-    best = min(found, key=lambda draft: draft.solution.error if draft.solution else math.inf, default=None)
+    best = min(found, key=_predicted, default=None)
     return None if best is None else replace(best, energies=True)
 
 
