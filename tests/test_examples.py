@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import runpy
@@ -64,7 +65,8 @@ def benchmark_lines(
     def run(words: list[str], *, cwd: Path, **_: object) -> SimpleNamespace:
         assert words[:3] == [sys.executable, "-m", "ditmoe_cli"]
         outcome = here(*words[3:], cwd=cwd)
-        assert outcome.code == 0, outcome.err
+        if outcome.code:
+            raise subprocess.CalledProcessError(outcome.code, words, outcome.out, outcome.err)
         return SimpleNamespace(stdout=outcome.out)
 
     def lines(script: str, row: str, *given: str) -> list[str]:
@@ -106,6 +108,43 @@ def test_compressed_steps_are_printed_against_the_original(
     assert lines[4].endswith("| ≤ 1.3 |" if model == "demo" else "| ≤ 1.1 |")
     assert steps.ratio_text({"median": 1.2, "low": 1.1, "high": 1.3}, 1.1) == "**1.20 (1.10 to 1.30)**"
     assert steps.ratio_text({"median": 1.2, "low": 1.1, "high": 1.3}, 1.3) == "1.20 (1.10 to 1.30)"
+
+
+def test_ways_to_a_size_are_the_largest_files_that_fit(
+    benchmark_lines: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    narrow = here("prune", "pico.safetensors", "--neurons", "0.5", "--multiple", "16", "--dry-run", cwd=tmp_path)
+    size, numbers = narrow.result["bytes"] + 64, tmp_path / "numbers.json"  # global allocation adds some of header
+    words = (str(tmp_path / "pico.safetensors"), "--sizes", f"{size},1000", "--calibration-seeds", "0", "--json")
+    few = ("--images", "8", "--steps", "2", "--noise-seeds", "5", "--folder", str(tmp_path / "made"))
+    lines = benchmark_lines("what_to_use", "narrowing", *words, str(numbers), *few)
+    found = json.loads(numbers.read_text())
+    at_half, unreached = (found[str(allowed)]["narrowing"][0] for allowed in (size, 1000))
+    assert "--neurons 0.5" in at_half["score"]["way"] and narrow.result["bytes"] <= at_half["score"]["size"] <= size
+    assert at_half["score"]["error"] > 0
+    assert unreached["score"] is None and 1000 < unreached["least"] < size
+    assert [line for line in lines if line.startswith("| narrowing |")][1].split("|")[4].strip() == (
+        f"at least {unreached['least']:,}"
+    )
+
+
+def test_the_best_of_two_stages_is_found_from_any_start(benchmarks: Callable[[str], ModuleType]) -> None:
+    module = benchmarks("what_to_use")
+    errors = {"a": None, "b": 5.0, "c": 3.0, "d": 4.0, "e": 9.0, "f": 2.0, "g": 8.0}
+
+    def score(way: tuple[tuple[str, ...], ...], _: int) -> object:
+        error = errors[way[0][0]]
+        return None if error is None else module.Score(way[0][0], error, 10 - error, 1, 0.0)
+
+    grid = [[((name,),) for name in "abcde"], [((name,),) for name in "ggfge"]]
+    for start in range(5):
+        found = module.searched(grid, lambda _, at=start: at)(SimpleNamespace(score=score), 1, 0)
+        assert (found.score.way, found.score.error, found.score.distance) == ("f", 2.0, 2.0)
+
+
+def test_noise_of_a_calibration_is_refused_for_the_evaluation(benchmarks: Callable[[str], ModuleType]) -> None:
+    with pytest.raises(SystemExit, match="seed 1 is one of a calibration"):
+        benchmarks("what_to_use").parsed(["--calibration-seeds", "0,1", "--noise-seeds", "1"])
 
 
 @pytest.fixture
