@@ -81,19 +81,29 @@ class Carried:
     held: HeldErrors
 
 
-def carry_out_together(computing: Computing, experts: Experts, formats: Formats) -> Carried:
+def carry_out_together(
+    computing: Computing,
+    experts: Experts,
+    formats: Formats,
+    *,
+    title: str = "compressing",
+    orders: Sequence[Mapping[str, Tensor]] | None = None,
+) -> Carried:
     """Compute and keep every block's weights, going on behind those that an unfinished run has left.
+
+    `title` says what is done to the checkpoint, and `orders` are those of `neuron_orders`, where they are known.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
     checkpoint, kept = computing.checkpoint, computing.blocks
     require_profile_of(computing.profile, checkpoint.fingerprint, checkpoint.path)
     layouts = block_layouts(checkpoint, experts)
-    orders = neuron_orders(computing, experts) if kept.start < kept.total else []
+    if orders is None:
+        orders = neuron_orders(computing, experts) if kept.start < kept.total else ()
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
     states = _states(computing, layouts, experts, formats)
     outside = {model.linear(n): fmt for n, fmt in formats.formats.items() if split_name(n).block is None}
-    with resident_blocks(model, f"compressing {checkpoint.name}", kept.start) as blocks:
+    with resident_blocks(model, f"{title} {checkpoint.name}", kept.start) as blocks:
         original = CalibrationStream(model, states)
         with rounded(outside):
             student = CalibrationStream(model, states)

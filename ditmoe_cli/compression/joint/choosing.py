@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from torch import Tensor
 
 from ditmoe_cli.compression.apply import loop_name
 from ditmoe_cli.compression.calibrated import Calibrated
@@ -23,10 +26,11 @@ from ditmoe_cli.compression.computed import Computing
 from ditmoe_cli.compression.joint.carrying import HeldErrors, carry_out_together
 from ditmoe_cli.compression.joint.expert_options import WidthCurve, default_multiple
 from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of
-from ditmoe_cli.compression.plan import CompressionPlan
+from ditmoe_cli.compression.plan import CompressionPlan, Experts
 from ditmoe_cli.compression.precision.sensitivity import Sensitivities, measured_sensitivities
 from ditmoe_cli.compression.precision.trial import try_formats
 from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widths
+from ditmoe_cli.compression.rebuild import neuron_orders
 from ditmoe_cli.compression.replay.eliminations import Curves, neuron_curves
 from ditmoe_cli.compression.replay.local_errors import place_of
 from ditmoe_cli.errors import InfeasibleError
@@ -112,16 +116,21 @@ class Trials:
         """Carry a draft out on `SEARCH_TOKENS`, unless that was done; return its error on held-out images."""
         plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest, tokens=SEARCH_TOKENS)
         if plan.work_digest not in self.done:
-            self.done[plan.work_digest] = Tried(draft, plan, self._held(plan))
+            held = self._held(plan, f"trying plan {len(self.done) + 1} for")
+            self.done[plan.work_digest] = Tried(draft, plan, held)
             self.folder.drop_loop(loop_name(plan))
         return self.done[plan.work_digest].held.error
 
     def carried_out(self, draft: Draft) -> Tried:
         """Carry a draft out on all tokens, and keep its weights."""
         plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest)
-        return Tried(draft, plan, self._held(plan))
+        return Tried(draft, plan, self._held(plan, "compressing"))
 
-    def _held(self, plan: CompressionPlan) -> HeldErrors:
+    @cached_property
+    def _orders(self) -> list[dict[str, Tensor]]:
+        return neuron_orders(self.calibrated, Experts(selection="elimination"))
+
+    def _held(self, plan: CompressionPlan, title: str) -> HeldErrors:
         name = f"tried-{plan.work_digest[:12]}"
         piece = self.folder.read(name)
         if piece is not None:
@@ -130,7 +139,9 @@ class Trials:
         loop = self.folder.loop(loop_name(plan), c.checkpoint.config.depth)
         computing = Computing(c.checkpoint, c.profile, c.device, self.folder, loop, kept=c.kept)
         assert plan.together is not None
-        held = carry_out_together(computing, *plan.together).held
+        experts, formats = plan.together
+        orders = self._orders if experts.selection is not None else None
+        held = carry_out_together(computing, experts, formats, title=title, orders=orders).held
         self.folder.write(name, {}, {"errors": list(held.errors), "references": list(held.references)})
         return held
 
