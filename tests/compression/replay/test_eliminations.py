@@ -112,7 +112,7 @@ def scales_of(tokens: BlockTokens, gates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psi_of(expert: Any, tokens: BlockTokens, gates: Tensor) -> Tensor:
-    """The guided parts of an expert's neurons Σ_b s_b γ_b g_b φ_b by pair, channel and neuron, (n, D, H), in float64."""
+    """The guided parts of an expert's neurons Σ_b s_b γ_b g_b φ_b by pair, channel and neuron, (n, D, H)."""
     phi = expert.neurons(tokens.inputs).double()
     psi = torch.zeros(tokens.pairs, WIDTH, phi.shape[1], dtype=torch.float64)
     for i in range(len(phi)):
