@@ -34,9 +34,7 @@ WIDTHS = (0, 32, 64, 96)
 
 def infos(stem: str, width: int = 96, hidden: int = 64) -> tuple[TensorInfo, ...]:
     shapes = ((width, hidden), (width, hidden), (hidden, width))
-    return tuple(
-        TensorInfo(f"{stem}.{m}.weight", "BF16", shape) for m, shape in zip(MATRICES, shapes, strict=True)
-    )
+    return tuple(TensorInfo(f"{stem}.{m}.weight", "BF16", shape) for m, shape in zip(MATRICES, shapes, strict=True))
 
 
 def offer(stem: str = "blocks.0.moe.experts.0", seed: int = 0, widths: tuple[int, ...] = WIDTHS) -> ExpertOffer:
@@ -63,7 +61,9 @@ def test_worthwhile_points_are_those_that_no_other_beats(some: list[_Point]) -> 
         (one.bytes, one.error)
         for one in some
         if not any(
-            other.bytes <= one.bytes and other.error <= one.error and (other.bytes, other.error) != (one.bytes, one.error)
+            other.bytes <= one.bytes
+            and other.error <= one.error
+            and (other.bytes, other.error) != (one.bytes, one.error)
             for other in some
         )
     }
