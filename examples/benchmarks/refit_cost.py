@@ -4,6 +4,7 @@ Experts have half of the energy of their weights in common, so that those that s
 
 python examples/benchmarks/refit_cost.py --width 1152 --experts 8 --keep 4 --tokens 20480
 python examples/benchmarks/refit_cost.py --width 1152 --experts 8 --neurons 0.5 --tokens 20480
+python examples/benchmarks/refit_cost.py --width 1152 --experts 8 --neurons 0.5 --rounded --tokens 20480
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ def mixtures(options: argparse.Namespace) -> tuple[SparseMoE, SparseMoE]:
         smaller, more = kept(width, experts, options.keep)
     shapes = mixture_shapes(width, smaller)
     reduced = {name: narrowed(name, weight, inner) for name, weight in weights.items() if name in shapes} | more
+    if options.rounded:
+        reduced = {
+            n: weight.bfloat16().float() if "gate_p" in n or "up_p" in n else weight for n, weight in reduced.items()
+        }
     return (
         mixture_of(((name, weight.to(device)) for name, weight in weights.items()), config, whole, device),  # type: ignore[arg-type]
         mixture_of(((name, weight.to(device)) for name, weight in reduced.items()), config, smaller, device),  # type: ignore[arg-type]
@@ -92,6 +97,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--keep", type=int, default=4, help="experts that stay")
     parser.add_argument("--neurons", type=float, default=0.0, help="share of neurons that stay, in place of --keep")
+    parser.add_argument("--rounded", action="store_true", help="round gate and up first, as compress does")
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
