@@ -13,8 +13,10 @@ from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repai
 from ditmoe_cli.compression.working_sizes import (
     ANCHORS,
     DOUBLE_FEATURES,
+    EMBEDDING_TOKENS,
     EXPERT_DRAWS,
     FEWEST_CARRYING,
+    FEWEST_EMBEDDED,
     FEWEST_SENT,
     FEWEST_STATES,
     FEWEST_TOKENS,
@@ -174,14 +176,16 @@ def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branche
     `REPLAYED_TOKENS` pass all blocks once, and `SENT_TOKENS` twice in each trial. Of an expert's matrix `EXPERT_DRAWS`
     tokens are computed anew for each format, with about 3.3 products. Formats of attention send `SENT_TOKENS` through
     the attention, and those of modulation a quarter of them through the mixture too. Errors of `ANCHORS` blocks and of
-    each kind of weight pass the rest of the model, in the measurement and in the first trial, and so does that of the
-    time embedding.
+    each kind of weight pass the rest of the model, in the measurement and in the first trial. For each format of the
+    time embedding `EMBEDDING_TOKENS` pass all blocks.
     """
     width = config.hidden_size
     patches = config.num_patches
     images = max(REPLAYED_TOKENS // (patches * branches), FEWEST_STATES) * branches
     sent = max(SENT_TOKENS // (patches * branches), FEWEST_SENT) * branches
     carrying = max(carrying_tokens(patches) // (patches * branches), FEWEST_CARRYING) * branches
+    embedding = max(EMBEDDING_TOKENS // (patches * branches), FEWEST_EMBEDDED) * branches
+    of_embedding = sum(count for name, count in formats.items() if name.startswith("t_embedder."))
     starts = [round(i * (config.depth - 1) / (ANCHORS - 1)) for i in range(ANCHORS)]
     efforts = []
     for index, block in enumerate(config.blocks):
@@ -191,18 +195,18 @@ def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branche
         mixed = sum(own.values()) - dense
         modulated = sum(count for name, count in own.items() if ".adaLN_modulation." in name)
         draws = min(images * patches / branches, EXPERT_DRAWS) * branches
-        streams = 1 + _KINDS * len({start for start in starts if start <= index})
-        passes = images + _AMPLIFYING * streams * carrying + 2 * _TRIALS * sent
+        streams = _KINDS * len({start for start in starts if start <= index})
+        passes = images + _AMPLIFYING * streams * carrying + 2 * _TRIALS * sent + of_embedding * embedding
         anew = dense * attention_flops(config)
         anew += modulated * min(patches, SENT_POSITIONS) * mixture_flops(config, block)
         efforts.append(Effort(flops=passes * block_flops(config, block) + sent * anew))
         efforts.append(Effort(flops=mixed * width * wide * (_OPERATIONS_OF_A_DRAW * draws + _OPERATIONS_OF_SCALES)))
         efforts.append(Effort(flops=_TRIALS * block_weights(config, block) * _OPERATIONS_OF_SCALES))
-        rounds = 1 + dense + _AMPLIFYING * streams + 2 * _TRIALS
+        rounds = 1 + dense + _AMPLIFYING * streams + 2 * _TRIALS + of_embedding
         efforts.append(Effort(steps=rounds * block_steps(block) + 50 * mixed))
     weights = max(block_weights(config, block) for block in config.blocks)
-    streams = 1 + _KINDS * min(ANCHORS, config.depth)
-    memory = BASELINE_BYTES + 8 * weights + 4 * width * patches * (carrying * streams + 9 * images)
+    held = carrying * _KINDS * min(ANCHORS, config.depth) + embedding * of_embedding + 9 * images
+    memory = BASELINE_BYTES + 8 * weights + 4 * width * patches * held
     what = f"measuring the errors of formats in {_blocks(config.depth)}"
     return Estimate(what, total([*efforts, loading(config) * (1 + _TRIALS)]), memory)
 

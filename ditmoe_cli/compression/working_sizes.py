@@ -16,6 +16,7 @@ REPLAYED_TOKENS = 8_192  # those of them that formats of mixtures are replayed o
 SENT_TOKENS, FEWEST_SENT = 4_096, 8  # tokens that pass attention and modulation for each format, and a mix's trial
 SENT_POSITIONS = 64  # tokens of an image at which errors of its modulation are measured
 FEWEST_CARRYING = 4  # states of each stream that carries an error to the prediction
+EMBEDDING_TOKENS, FEWEST_EMBEDDED = 512, 2  # tokens that pass the model for each format of the time embedding
 ANCHORS = 4  # blocks from which such streams start, for each kind of weight
 EXPERT_DRAWS = 256  # guided tokens that are drawn for each expert
 EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert, where evenly spaced ones are taken

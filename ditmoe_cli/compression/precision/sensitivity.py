@@ -9,7 +9,8 @@ each kind of weight, by running states with a known error through the rest of th
 
 with the amplification a_bk of block b and kind k (`compression.replay.amplification`). Matrices of mixtures are
 replayed on tokens that are drawn (`compression.precision.expert_errors`), those of attention and modulation on fewer
-states (`dense_errors`), those of the final layer by the prediction itself. Errors of a plan are assumed to add up;
+states (`dense_errors`), those outside the blocks by the prediction itself, since errors of the time embedding in equal
+conditions arrive by amplifications that differ tenfold. Errors of a plan are assumed to add up;
 `compression.precision.trial` measures the error of all together.
 
 One block's weights are in memory at a time, beside the streams.
@@ -18,7 +19,7 @@ One block's weights are in memory at a time, beside the streams.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from ditmoe_cli.compression.replay.local_errors import behind, kind_of, place_of
 from ditmoe_cli.compression.replay.rounded_layers import linear, require_range, rounded
 from ditmoe_cli.compression.replay.stream import Stream, embedded
 from ditmoe_cli.compression.replay.tokens import attended_tokens
+from ditmoe_cli.compression.working_sizes import EMBEDDING_TOKENS, FEWEST_EMBEDDED
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.names import in_block, split_name
@@ -115,7 +117,7 @@ def measured_sensitivities(calibrated: Calibrated, formats: Tried) -> Sensitivit
 
 
 class _Raw(NamedTuple):
-    """Errors as they are measured: of the stream or of the conditions; of the prediction for the final layer.
+    """Errors as they are measured: in a block those of the stream there, elsewhere those of the prediction.
 
     `amplification` is empty where it was not measured.
     """
@@ -166,21 +168,7 @@ class _Measurement:
         self.sent = sent_rows(states, model)
         outside = [name for name in self.formats if split_name(name).block is None]
         require_range({name: model.linear(name).weight for name in outside})
-        self._embed()
-
-    def _embed(self) -> None:
-        """Measure the time embedding's weights, and start the stream that carries their error."""
-        found = []
-        states = self.streams.carrying
-        names = [name for name in self.formats if place_of(name) == (0, "embedding")]
-        original = embedded(self.model, states)
-        for name in names:
-            for fmt in self.formats[name]:
-                with rounded({self.model.linear(name): fmt}):
-                    difference = embedded(self.model, states).c - original.c
-                found.append(LocalError(name, fmt, states.energy(difference.unsqueeze(1))))
-        self._add(found, "")
-        self.streams.embed(dict.fromkeys(names, REFERENCE))
+        self.of_embedding = OfEmbedding(model, states, formats)
 
     def pass_through(self, index: int, block: Block) -> None:
         """Measure a block's weights, and let all streams pass the block."""
@@ -191,7 +179,8 @@ class _Measurement:
         }
         require_range({in_block(index, name): linear(block, name).weight for name in formats})
         streams = self.streams
-        before = Stream(streams.original.x[self.sent], streams.original.c[self.sent])
+        before = streams.original.at(self.sent)
+        self.of_embedding.pass_through(block)
         attended = streams.original.attended(block)
         streams.pass_through(index, block, attended, dict.fromkeys(formats, REFERENCE) if self.amplifies else {})
         sent = Sent(
@@ -217,7 +206,7 @@ class _Measurement:
     def keep(self, work: WorkFolder, blocks: int) -> None:
         """Keep all errors and streams behind the first `blocks` blocks, in place of those kept before."""
         document = {"blocks": blocks, "errors": self.errors, "started": self.streams.errors()}
-        work.write("measured", self.streams.state(), document)
+        work.write("measured", {**self.streams.state(), **self.of_embedding.state()}, document)
 
     def take_up(self, work: WorkFolder | None) -> int:
         """Take up what an earlier run kept; return the number of blocks that it had passed."""
@@ -230,6 +219,7 @@ class _Measurement:
             return 0
         self.errors = {name: dict(errors) for name, errors in piece.document["errors"].items()}
         self.streams.go_on(piece.tensor, piece.document["started"])
+        self.of_embedding.go_on(piece.tensor)
         blocks = int(piece.document["blocks"])
         work.notify(f"going on behind block {blocks} of {total} (kept in {work.folder})")
         return blocks
@@ -237,6 +227,7 @@ class _Measurement:
     def result(self) -> _Raw:
         """Return all errors, those of weights outside the blocks included."""
         streams = self.streams
+        self._add(self.of_embedding.errors(streams.original), "")
         if any(name.startswith("final_layer.") for name in self.formats):
             expected = streams.predicted(streams.original)
             for name, fmts in self.formats.items():
@@ -246,6 +237,47 @@ class _Measurement:
                             error = relative_error(streams.predicted(streams.original), expected)
                         self._add([LocalError(name, fmt, torch.tensor(error, dtype=torch.float64))], "")
         return _Raw(self.errors, streams.amplification() if self.amplifies else ())
+
+
+class OfEmbedding:
+    """Streams of about `EMBEDDING_TOKENS` tokens under a time embedding with one matrix rounded, for each format."""
+
+    def __init__(self, model: OffloadedDiTMoE, states: GuidedStates, formats: Tried) -> None:
+        self.model = model
+        self._rows = states.spread(EMBEDDING_TOKENS, model.config.num_patches, FEWEST_EMBEDDED)
+        self.states = states.at(self._rows)
+        self._streams: dict[tuple[str, str], Stream] = {}
+        for name, fmts in formats.items():
+            if name.startswith("t_embedder."):
+                for fmt in fmts:
+                    with rounded({model.linear(name): fmt}):
+                        self._streams[name, fmt] = embedded(model, self.states)
+
+    def pass_through(self, block: Block) -> None:
+        """Let all streams pass a block."""
+        for stream in self._streams.values():
+            stream.x = stream.through(block)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tokens of all streams behind the blocks passed so far, on the CPU, by name."""
+        return {f"embedding.{name}:{fmt}": stream.x.cpu() for (name, fmt), stream in self._streams.items()}
+
+    def go_on(self, state: Callable[[str], Tensor]) -> None:
+        """Take the streams up where `state` left them."""
+        for (name, fmt), stream in self._streams.items():
+            stream.x = state(f"embedding.{name}:{fmt}").to(self.model.device)
+
+    def errors(self, original: Stream) -> list[LocalError]:
+        """Return the errors of the prediction, relative to that of the `original` stream, behind all blocks."""
+        if not self._streams:
+            return []
+        same = original.at(self._rows)
+        expected = self.states.predicted(self.model, same.x, same.c)
+        found = []
+        for (name, fmt), stream in self._streams.items():
+            error = relative_error(self.states.predicted(self.model, stream.x, stream.c), expected)
+            found.append(LocalError(name, fmt, torch.tensor(error, dtype=torch.float64)))
+        return found
 
 
 @dataclass(frozen=True)

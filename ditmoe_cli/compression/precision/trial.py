@@ -71,7 +71,6 @@ def _tried(
     with torch.inference_mode():
         states = replayed_states(calibrated, model)
         streams = ErrorStreams(model, states.at(sent_rows(states, model)), formats if amplifies else ())
-        streams.embed(formats)
         outside = {model.linear(name): fmt for name, fmt in formats.items() if split_name(name).block is None}
         with rounded(outside):
             changed = embedded(model, streams.states)

@@ -1,6 +1,6 @@
 """Amplification of errors: the share of an error in a block that arrives in the prediction.
 
-For blocks b and kinds k of weight (mixture, attention, modulation, time embedding) a stream of states gets the error of
+For blocks b and kinds k of weight (mixture, attention, modulation) a stream of states gets the error of
 rounding all of the block's weights of that kind, and passes the rest of the model. Its amplification is
 
     a_bk = (Σ ‖Δ prediction‖² / Σ ‖prediction‖²) / (Σ ‖Δ stream‖² / guided tokens)
@@ -74,15 +74,6 @@ class ErrorStreams:
         self._started_at = {(b, kind) for kind, blocks in self._blocks.items() for b in anchors(blocks)}
         self._changed: dict[Place, tuple[Stream, Tensor]] = {}
 
-    def embed(self, formats: Mapping[str, str]) -> None:
-        """Start the stream of states under a rounded time embedding; `formats` are by weights' full names."""
-        changed = {self.model.linear(name): fmt for name, fmt in formats.items() if place_of(name) == (0, "embedding")}
-        if changed and (0, "embedding") in self._started_at:
-            with rounded(changed):
-                stream = embedded(self.model, self.carrying)
-            difference = stream.c - self._carried(self.original).c
-            self._changed[0, "embedding"] = stream, self.carrying.energy(difference.unsqueeze(1))
-
     def pass_through(self, index: int, block: Block, attended: Sequence[Attended], formats: Mapping[str, str]) -> None:
         """Let all streams pass a block, and start those of the kinds of the weights that are rounded.
 
@@ -114,13 +105,12 @@ class ErrorStreams:
         return {f"changed.{index}.{kind}": float(error) for (index, kind), (_, error) in self._changed.items()}
 
     def go_on(self, state: Callable[[str], Tensor], errors: Mapping[str, float]) -> None:
-        """Take the streams up where `state` and `errors` left them, after `embed`."""
+        """Take the streams up where `state` and `errors` left them."""
         device = self.model.device
         self.original.x = state("original").to(device)
+        c = self._carried(self.original).c
         for name, error in errors.items():
             _, index, kind = name.split(".")
-            begun = self._changed.get((int(index), kind))  # that of the embedding, which has conditions of its own
-            c = begun[0].c if begun else self._carried(self.original).c
             started = torch.tensor(error, dtype=torch.float64, device=device)
             self._changed[int(index), kind] = Stream(state(name).to(device), c), started
 
@@ -148,7 +138,7 @@ class ErrorStreams:
 
     def _carried(self, stream: Stream) -> Stream:
         """Return those states of a stream of all that carry errors."""
-        return Stream(stream.x[self._rows], stream.c[self._rows])
+        return stream.at(self._rows)
 
 
 def relative_error(prediction: Tensor, expected: Tensor) -> float:

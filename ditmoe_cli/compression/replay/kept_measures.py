@@ -24,7 +24,7 @@ from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
-MEASURED_SCHEMA = "ditmoe.measured/2"  # 2: errors are measured where they enter the stream
+MEASURED_SCHEMA = "ditmoe.measured/3"  # 3: errors of the time embedding are measured by the prediction
 
 
 @dataclass(frozen=True)

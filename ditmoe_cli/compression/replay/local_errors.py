@@ -3,7 +3,6 @@
 - attention: between attention and mixture, without the mixture
 - modulation: behind the block, at `SENT_POSITIONS` of each image's tokens, whose attention is that of all
 - mixture: behind the block
-- time embedding: in the conditions c, before the first block
 
 An amplification (`compression.replay.amplification`) goes with the place that its error was measured at.
 """
@@ -25,11 +24,9 @@ Place = tuple[int, str]
 
 
 def place_of(name: str) -> Place | None:
-    """Return where the error of a weight is measured; None for the final layer's, which only the prediction shows."""
+    """Return where the error of a weight is measured; None for those outside the blocks, which the prediction shows."""
     block = split_name(name).block
-    if block is None:
-        return (0, "embedding") if name.startswith("t_embedder.") else None
-    return block, kind_of(name.removeprefix(in_block(block, "")))
+    return None if block is None else (block, kind_of(name.removeprefix(in_block(block, ""))))
 
 
 def kind_of(name: str) -> str:

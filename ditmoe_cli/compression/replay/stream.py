@@ -27,6 +27,10 @@ class Stream:
     x: Tensor
     c: Tensor
 
+    def at(self, rows: Tensor) -> Stream:
+        """Return those of some rows."""
+        return Stream(self.x[rows], self.c[rows])
+
     def through(self, block: Block) -> Tensor:
         """Return the tokens behind a block, (N, P, D)."""
         return torch.cat([block(self.x[rows], self.c[rows], 0, None) for rows in _batches(self.x, "passing states")])

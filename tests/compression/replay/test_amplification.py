@@ -27,7 +27,7 @@ def test_each_weight_has_its_place() -> None:
         "blocks.3.attn.qkv.weight": (3, "attention"),
         "blocks.0.adaLN_modulation.1.weight": (0, "modulation"),
         "blocks.7.moe.experts.2.up_proj.weight": (7, "mixture"),
-        "t_embedder.mlp.0.weight": (0, "embedding"),
+        "t_embedder.mlp.0.weight": None,
         "final_layer.linear.weight": None,
     }
     assert {name: place_of(name) for name in places} == places
