@@ -208,9 +208,25 @@ def error_rows(facts: Mapping[str, Any]) -> list[Row]:
         errors.append(f"solver {facts['solver']}")
     if errors:
         rows.append(("prediction error", ", ".join(errors)))
+    rows += _damage_rows(facts)
     agreement = facts.get("top_k_agreement")
     if agreement:
         rows.append(("top-k agreement", range_text(agreement, agreement.index(min(agreement)))))
+    return rows
+
+
+def _damage_rows(facts: Mapping[str, Any]) -> list[Row]:
+    """Return the bound of the tried error, that of the next smaller file, and the expected distance of images."""
+    rows: list[Row] = []
+    if facts.get("damage") is not None:
+        smaller = facts.get("next_smaller")
+        beside = f"; {number(smaller['damage'])} in {smaller['bytes']:,} bytes" if smaller else ""
+        rows.append(("damage", f"at most {number(facts['damage'])} of the prediction (95 %){beside}"))
+    distance = facts.get("paired_distance")
+    if distance:
+        spread = f"{number(distance['low'])} to {number(distance['high'])}"
+        what = f"mean squared error of {distance['of']} to the original's, mean of {distance['images']} images"
+        rows.append(("paired distance", f"{number(distance['mean'])} ({spread}, 95 %): {what}"))
     return rows
 
 

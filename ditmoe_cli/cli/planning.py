@@ -86,7 +86,13 @@ def run_planner(
     if to.dry_run:
         return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))
     with chosen(planner, work, basis) as choice:
-        return write(job, choice, work.device, planner.details(checkpoint, choice.plan))
+        details = planner.details(checkpoint, choice.plan)
+        return write(job, choice, work.device, details, partial(_judged, planner, work, choice.profile))
+
+
+def _judged(planner: Planner, work: Work, profile: RoutingProfile | None, written: Path) -> Mapping[str, Any]:
+    """Return what a planner measures of its written result."""
+    return {} if profile is None else planner.judged(work, profile, written)
 
 
 def unread(checkpoint: Checkpoint, output: Output, claimed: str = UNREAD) -> Checkpoint:
@@ -243,8 +249,12 @@ def write(
     choice: Choice | None,
     device: Callable[[], str] = lambda: "cpu",
     details: Mapping[str, Any] | None = None,
+    judged: Callable[[Path], Mapping[str, Any]] = lambda _: {},
 ) -> None:
-    """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed."""
+    """Carry a plan out (None: a plain copy) and print the result. `device` is asked for where weights are computed.
+
+    `judged` returns what is measured of the written result.
+    """
     computes = choice is not None and choice.plan.computes
     place = device() if computes else "cpu"
     check_target(job.output.path, job.output.force, [job.checkpoint.path])
@@ -262,7 +272,8 @@ def write(
     plan = applied.planned.plan
     sizes, known = size_facts(job.checkpoint, applied.bytes), facts(plan, job.checkpoint) if plan is not None else {}
     digest = plan.digest if plan else None
-    measured, seconds = applied.measured.to_json(), round(time.monotonic() - job.started, 1)
+    measured = {**applied.measured.to_json(), **judged(job.output.path)}
+    seconds = round(time.monotonic() - job.started, 1)
     result = {**sizes, **known, **(details or {}), "plan_digest": digest, **measured, "seconds": seconds}
     options = plan.options if plan else {}
     paths = {"profile": profile.path} if profile else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from ditmoe_cli.compression.plan import CompressionPlan, Repair, Rounding
@@ -140,6 +141,11 @@ class Planner(Protocol):
         """Return bytes that the result will take at least where its size rests on the profile; by default 0."""
         del work
         return 0
+
+    def judged(self, work: Work, profile: RoutingProfile, written: Path) -> Mapping[str, Any]:
+        """Return what is measured of the written result, for the command's result; by default nothing."""
+        del work, profile, written
+        return {}
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
         """Return what the plan does, for the command's result."""

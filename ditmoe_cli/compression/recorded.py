@@ -27,7 +27,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.version import __version__
 
 _WIDTH = 9  # of 1.234e-05
-_RECORDED = ("predicted_error", "tried_error", "gap")  # figures of a plan that its file keeps
+_RECORDED = ("predicted_error", "tried_error", "damage", "gap")  # figures of a plan that its file keeps
 
 
 @dataclass(frozen=True)

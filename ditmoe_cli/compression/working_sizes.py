@@ -42,6 +42,11 @@ ROUNDED_BYTES = 512 << 20  # of memory for matrices of one shape that are rounde
 ROUNDED_BYTES_ON_DEVICES = 4 << 30  # the same on a GPU, whose kernels take as long for one matrix as for some
 
 
+def held_images(images: int) -> range:
+    """Return which of so many calibration images are held out: every `HELD_OUT`-th, or of fewer the last."""
+    return range(min(HELD_OUT, images) - 1, images, HELD_OUT)
+
+
 def carrying_tokens(patches: int) -> int:
     """Return the tokens of a stream that carries an error: half of those sent where an image of 256 or more is dear."""
     return SENT_TOKENS // 2 if patches >= 256 else SENT_TOKENS

@@ -19,13 +19,14 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe compress ckpt.pt --size 1.2GiB",
     "ditmoe compress ckpt.pt --ratio 0.25 | ditmoe fid",
+    "ditmoe compress ckpt.pt --max-damage 0.02",
 )
 STACK = "stack"
 
 
 @dataclass(frozen=True)
 class Goals:
-    """The size to reach."""
+    """The size or the damage to reach."""
 
     panel: ClassVar[str] = "Goal"
 
@@ -35,6 +36,15 @@ class Goals:
     ] = None
     ratio: Annotated[
         float | None, typer.Option("--ratio", metavar="R", help="Size as a share of the checkpoint's file, as 0.25.")
+    ] = None
+    max_damage: Annotated[
+        float | None,
+        typer.Option(
+            "--max-damage",
+            metavar="X",
+            help="The smallest file whose relative squared error of the guided prediction is at most X, by its upper "
+            "95 % bound over held-out calibration images, as 0.02.",
+        ),
     ] = None
 
 
@@ -53,7 +63,7 @@ def run(
     bytes. Plans are carried out and tried on held-out calibration images, and the best one is written: narrowed,
     rounded and refitted block after block.
     """
-    goal = Goal(goals.size.bytes if goals.size is not None else None, goals.ratio)
+    goal = Goal(goals.size.bytes if goals.size is not None else None, goals.ratio, goals.max_damage)
     stacked = STACK in mixing.tie
     tied = replace(mixing, tie=tuple(name for name in mixing.tie if name != STACK))
     candidates = tied.candidates(DEFAULT_GROUP_SIZE, symmetric=False)

@@ -25,7 +25,7 @@ from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.computed import Computing
 from ditmoe_cli.compression.joint.carrying import HeldErrors, carry_out_together
 from ditmoe_cli.compression.joint.expert_options import WidthCurve, default_multiple
-from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of
+from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of, size_of
 from ditmoe_cli.compression.plan import CompressionPlan, Experts
 from ditmoe_cli.compression.precision.sensitivity import Sensitivities, measured_sensitivities
 from ditmoe_cli.compression.precision.trial import try_formats
@@ -51,11 +51,24 @@ SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)  # of neurons, of plans in two sta
 
 @dataclass(frozen=True)
 class Tried:
-    """A draft that was carried out: the plan, and its errors on held-out images."""
+    """A draft that was carried out: the plan, its errors on held-out images, and the bytes of its file."""
 
     draft: Draft
     plan: CompressionPlan
     held: HeldErrors
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """How drafts of any size are made: by the program with a weight κ, or in two stages where that is None."""
+
+    kappa: float | None = FIRST_KAPPA
+
+    def draft(self, program: JointProgram, calibrated: Calibrated, limit: int) -> Draft:
+        """Return the draft of least predicted error within `limit` bytes, of the first κ where two stages find none."""
+        made = best_of_two_stages(program, calibrated, limit) if self.kappa is None else None
+        return program.solved(limit, self.kappa or FIRST_KAPPA) if made is None else made
 
 
 def measure(request: JointRequest, calibrated: Calibrated) -> tuple[Curves, Sensitivities]:
@@ -86,10 +99,16 @@ def measures_of(request: JointRequest, curves: Curves, sensitivities: Sensitivit
     return Measures(of_widths, formats, dense, amplification)
 
 
-def settled_program(request: JointRequest, calibrated: Calibrated, limit: int) -> JointProgram:
-    """Return the program with amplifications at the size of the errors that a file of `limit` bytes has."""
+def settled_program(
+    request: JointRequest, calibrated: Calibrated, limit: Callable[[JointProgram], int]
+) -> JointProgram:
+    """Return the program with amplifications at the size of the errors that a file of so many bytes has.
+
+    `limit` returns the bytes, given the program with amplifications of small errors.
+    """
     curves, sensitivities = measure(request, calibrated)
-    first = JointProgram(request, measures_of(request, curves, sensitivities)).solved(limit, FIRST_KAPPA)
+    unsettled = JointProgram(request, measures_of(request, curves, sensitivities))
+    first = unsettled.solved(limit(unsettled), FIRST_KAPPA)
     if first.formats:
         trial = try_formats(calibrated, first.formats, amplifies=True)
         sensitivities = sensitivities.at(trial.amplification)
@@ -116,15 +135,21 @@ class Trials:
         """Carry a draft out on `SEARCH_TOKENS`, unless that was done; return its error on held-out images."""
         plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest, tokens=SEARCH_TOKENS)
         if plan.work_digest not in self.done:
-            held = self._held(plan, f"trying plan {len(self.done) + 1} for")
-            self.done[plan.work_digest] = Tried(draft, plan, held)
+            self.done[plan.work_digest] = self._tried(draft, plan, f"trying plan {len(self.done) + 1} for")
             self.folder.drop_loop(loop_name(plan))
         return self.done[plan.work_digest].held.error
 
     def carried_out(self, draft: Draft) -> Tried:
         """Carry a draft out on all tokens, and keep its weights."""
         plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest)
-        return Tried(draft, plan, self._held(plan, "compressing"))
+        return self._tried(draft, plan, "compressing")
+
+    def drop(self, tried: Tried) -> None:
+        """Delete the weights of a plan that was carried out."""
+        self.folder.drop_loop(loop_name(tried.plan))
+
+    def _tried(self, draft: Draft, plan: CompressionPlan, title: str) -> Tried:
+        return Tried(draft, plan, self._held(plan, title), size_of(self.request, draft))
 
     @cached_property
     def _orders(self) -> list[dict[str, Tensor]]:
@@ -153,14 +178,20 @@ class Trials:
 
 def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
     """Return the best plan whose file takes at most `limit` bytes, of several κ and of two stages, carried out."""
+    way = best_way(program, trials, limit)
+    return trials.carried_out(way.draft(program, trials.calibrated, limit))
+
+
+def best_way(program: JointProgram, trials: Trials, limit: int) -> Way:
+    """Return the way of least error for a file of at most `limit` bytes, of several κ and of two stages."""
     first = program.solved(limit, FIRST_KAPPA)
     kappa = least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
     joint = trials.best
     two_stages = best_of_two_stages(program, trials.calibrated, limit)
     is_tried = two_stages is not None and _predicted(two_stages) <= WORTH_TRYING * _predicted(first)
     if two_stages is not None and is_tried and trials.error(two_stages) < joint.held.error:
-        return trials.carried_out(two_stages)
-    return trials.carried_out(program.solved(limit, kappa))
+        return Way(None)
+    return Way(kappa)
 
 
 def _predicted(draft: Draft) -> float:

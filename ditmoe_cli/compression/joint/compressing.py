@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.estimates import measuring_estimate
+from ditmoe_cli.compression.joint.damage import FEWEST_HELD, too_few
 from ditmoe_cli.compression.joint.expert_options import WidthCurve
 from ditmoe_cli.compression.joint.joint_program import JointProgram, JointRequest, Measures, plan_of
 from ditmoe_cli.compression.plan import CompressionPlan, Experts
@@ -19,9 +21,10 @@ from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.budget import size_label
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
 from ditmoe_cli.compression.precision.mixed import held_formats
+from ditmoe_cli.compression.working_sizes import held_images
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.effort import Estimate, branches_at
 from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -29,29 +32,47 @@ from ditmoe_cli.routing.profile import RoutingProfile
 
 @dataclass(frozen=True)
 class Goal:
-    """What a compression is to reach: a file of at most `size` bytes, or of `ratio` of the checkpoint's."""
+    """What a compression is to reach: one of its attributes.
+
+    Attributes:
+        size: a file of at most so many bytes.
+        ratio: the same as a share of the checkpoint's.
+        max_damage: the smallest file whose tried error is at most this, by its upper 95 % bound (`joint.damage`).
+    """
 
     size: int | None = None
     ratio: float | None = None
+    max_damage: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.size is None) == (self.ratio is None):
-            raise UsageError("give either ⟨size⟩, as 1.2GiB, or ⟨ratio⟩, as 0.25")
+        if len(self.options()) != 1:
+            raise UsageError("give one of ⟨size⟩, as 1.2GiB, ⟨ratio⟩, as 0.25, and ⟨max_damage⟩, as 0.02")
+        if self.max_damage is not None and not 0 < self.max_damage < math.inf:
+            raise UsageError(
+                f"⟨max_damage⟩ {self.max_damage:g}: give a relative squared error of the guided prediction, above 0"
+            )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UsageError(f"⟨ratio⟩ {self.ratio:g}: give a share of the checkpoint's bytes, above 0 and below 1")
 
     @property
     def label(self) -> str:
         """The goal as part of a file's name."""
+        if self.max_damage is not None:
+            return f"damage{self.max_damage:g}"
         return f"size{size_label(self.size)}" if self.size is not None else f"ratio{self.ratio:g}"
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for by its name, for the options of a plan."""
-        return {name: value for name, value in (("size", self.size), ("ratio", self.ratio)) if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def limit(self, checkpoint: Checkpoint) -> int:
-        """Return the largest file allowed, in bytes. Raises `InfeasibleError` where the checkpoint is no larger."""
+        """Return the largest file allowed, in bytes: for a damage one byte less than the checkpoint's.
+
+        Raises `InfeasibleError` where the checkpoint is no larger.
+        """
         before = checkpoint.header.file_bytes
+        if self.max_damage is not None:
+            return before - 1
         limit = self.size if self.size is not None else int((self.ratio or 0.0) * before)
         if limit >= before:
             raise InfeasibleError(
@@ -92,6 +113,11 @@ class Compressing(Planner):
         """Raise the errors of quantised checkpoints, and of a size below the smallest possible or above the file."""
         require_plain(work.checkpoint)
         self.least_bytes(work)
+        calibration = work.calibration()
+        if self.goal.max_damage is not None and calibration is not None:
+            held = held_images(int(calibration["images"]))
+            if len(held) < FEWEST_HELD:
+                raise BadInputError(too_few(len(held)))
 
     def least_bytes(self, work: Work) -> int:
         """Return the bytes of the smallest file. Raises `InfeasibleError` where they exceed the goal."""
@@ -122,11 +148,13 @@ class Compressing(Planner):
             self.command,
             self.stacked,
             work.calibration(),
+            ("tried_error",) if self.goal.max_damage is None else ("tried_error", "damage"),
         )
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of least tried error, whose weights stay in the work folder."""
         from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program
+        from ditmoe_cli.compression.joint.size_search import smallest_within
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
         assert profile is not None
@@ -135,9 +163,23 @@ class Compressing(Planner):
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
         request = _holding(self.request(work))
         with _folder(work) as folder:
-            program = settled_program(request, calibrated, limit)
-            best = best_within(program, Trials(request, calibrated, folder), limit)
-        return plan_of(request, best.draft, {"tried_error": best.held.error}, profile.digest)
+            if self.goal.max_damage is not None:
+                found = smallest_within(request, calibrated, folder, limit, self.goal.max_damage)
+                best, figures = found.tried, found.figures
+            else:
+                program = settled_program(request, calibrated, lambda _: limit)
+                best = best_within(program, Trials(request, calibrated, folder), limit)
+                figures = {"tried_error": best.held.error}
+        return plan_of(request, best.draft, figures, profile.digest)
+
+    def judged(self, work: Work, profile: RoutingProfile, written: Path) -> Mapping[str, Any]:
+        """Return the expected distance of the written file's images, where a damage was asked for."""
+        if self.goal.max_damage is None:
+            return {}
+        from ditmoe_cli.compression.joint.expected_distance import expected_distance
+
+        calibrated = Calibrated(work.checkpoint, profile, work.device())
+        return {"paired_distance": asdict(expected_distance(calibrated, open_checkpoint(written)))}
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""

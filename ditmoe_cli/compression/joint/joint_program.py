@@ -65,6 +65,7 @@ class JointRequest:
         command: the command that plans.
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
         calibration: settings of the calibration, which the history of the result keeps.
+        measured: figures of the plan, beside those of the program, which the history of the result keeps.
     """
 
     checkpoint: Checkpoint
@@ -75,6 +76,7 @@ class JointRequest:
     command: str = "compress"
     stacked: bool = False
     calibration: Mapping[str, Any] | None = None
+    measured: tuple[str, ...] = ("tried_error",)
 
     @cached_property
     def ladders(self) -> dict[str, tuple[int, ...]]:
@@ -201,7 +203,7 @@ def _block_plan(request: JointRequest, widths: Mapping[str, int], index: int) ->
 
 def size_of(request: JointRequest, draft: Draft) -> int:
     """Return the exact bytes of a draft's file."""
-    figures = {"predicted_error": 0.0, "gap": 0.0, "tried_error": 0.0}
+    figures = dict.fromkeys(("predicted_error", "gap", *request.measured), 0.0)
     plan = plan_of(request, draft, figures, "0" * 64)
     plan = replace(plan, request="0" * 64)
     return planned_output(request.checkpoint, plan).predicted_bytes(request.output)
