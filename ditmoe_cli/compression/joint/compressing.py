@@ -176,7 +176,7 @@ class Compressing(Planner):
         """Return the expected distance of the written file's images, where a damage was asked for."""
         if self.goal.max_damage is None:
             return {}
-        from ditmoe_cli.compression.joint.expected_distance import expected_distance
+        from ditmoe_cli.compression.joint.image_distance import expected_distance
 
         calibrated = Calibrated(work.checkpoint, profile, work.device())
         return {"paired_distance": asdict(expected_distance(calibrated, open_checkpoint(written)))}
