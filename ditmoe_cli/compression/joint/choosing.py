@@ -27,14 +27,14 @@ from ditmoe_cli.compression.joint.carrying import HeldErrors, carry_out_together
 from ditmoe_cli.compression.joint.expert_options import WidthCurve, default_multiple
 from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of, size_of
 from ditmoe_cli.compression.plan import CompressionPlan, Experts
-from ditmoe_cli.compression.precision.sensitivity import Sensitivities, measured_sensitivities
+from ditmoe_cli.compression.precision.sensitivity import REFERENCE, Sensitivities, measured_sensitivities
 from ditmoe_cli.compression.precision.trial import try_formats
 from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widths
 from ditmoe_cli.compression.rebuild import neuron_orders
 from ditmoe_cli.compression.replay.eliminations import Curves, neuron_curves
 from ditmoe_cli.compression.replay.local_errors import place_of
 from ditmoe_cli.errors import InfeasibleError
-from ditmoe_cli.files.names import SHARED, in_block
+from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.workfolder import WorkFolder
 
 FIRST_KAPPA = 4.0
@@ -72,10 +72,23 @@ class Way:
 
 
 def measure(request: JointRequest, calibrated: Calibrated) -> tuple[Curves, Sensitivities]:
-    """Return the errors of widths and of formats, measured or kept."""
+    """Return the errors of widths and of formats, measured or kept.
+
+    Mixtures that are offered no format are measured in one all the same: errors of widths are amplified alike.
+    """
     curves = neuron_curves(calibrated)
     rounded = {name: tuple(fmt for fmt in formats if fmt) for name, formats in request.offered.items()}
-    return curves, measured_sensitivities(calibrated, rounded)
+    return curves, measured_sensitivities(calibrated, rounded | _for_amplification(request, rounded))
+
+
+def _for_amplification(request: JointRequest, rounded: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return the format to measure each matrix of a mixture in, where none of the mixture is offered any."""
+    own: dict[int, list[str]] = {}
+    for stem in request.ladders:
+        own.setdefault(split_name(f"{stem}.").block or 0, []).extend(f"{stem}.{matrix}.weight" for matrix in MATRICES)
+    return {
+        name: (REFERENCE,) for names in own.values() if not any(rounded.get(name) for name in names) for name in names
+    }
 
 
 def measures_of(request: JointRequest, curves: Curves, sensitivities: Sensitivities) -> Measures:

@@ -80,17 +80,19 @@ class JointRequest:
 
     @cached_property
     def ladders(self) -> dict[str, tuple[int, ...]]:
-        """The widths that each expert may choose from, by its full name."""
+        """The widths that each expert may choose from, by its full name: its own alone where it is protected."""
         found: dict[str, tuple[int, ...]] = {}
-        config = self.checkpoint.config
+        config, protected = self.checkpoint.config, self.candidates.protected
         for index, block in enumerate(config.blocks):
             may_go = len(block.expert_widths) > config.top_k and not block.constants and not self.stacked
             for number, width in enumerate(block.expert_widths):
                 stem = in_block(index, f"moe.experts.{number}")
-                found[stem] = ladder(width, default_multiple(width), may_go=may_go)
+                offered = ladder(width, default_multiple(width), may_go=may_go)
+                found[stem] = (width,) if "experts" in protected else offered
             if block.shared_width:
                 multiple = default_multiple(block.shared_width)
-                found[in_block(index, SHARED)] = ladder(block.shared_width, multiple, may_go=False)
+                offered = ladder(block.shared_width, multiple, may_go=False)
+                found[in_block(index, SHARED)] = (block.shared_width,) if "shared" in protected else offered
         return found
 
     def decisions(self, measures: Measures) -> list[ExpertDecision]:
@@ -181,7 +183,7 @@ def plan_of(
     blocks = tuple(_block_plan(request, draft.widths, index) for index in range(request.checkpoint.config.depth))
     selection: Selection | None = None if draft.energies else "elimination"
     experts = Experts(blocks, repair=replace(REPAIR, tokens=tokens), selection=selection)
-    stages = (experts, Formats(dict(draft.formats), Rounding(tokens=tokens))) if draft.formats else (experts,)
+    stages = (experts, Formats(dict(draft.formats), Rounding(tokens=tokens)))
     options = {**request.options, **draft.figures, **figures}
     source, calibration = request.checkpoint.fingerprint, request.calibration
     return CompressionPlan(request.command, source, profile, options, stages, calibration=calibration)

@@ -13,6 +13,7 @@ import pytest
 from compressing import opened
 from conftest import make_pico
 
+from ditmoe_cli.compression.estimates import carrying_out
 from ditmoe_cli.compression.joint import joint_program
 from ditmoe_cli.compression.joint.expert_options import WidthCurve, bytes_of_weight, narrowed_info
 from ditmoe_cli.compression.joint.joint_program import (
@@ -265,6 +266,14 @@ def test_a_plan_that_narrows_nothing_names_no_widths(checkpoint: Checkpoint) -> 
     whole = {stem: widths[-1] for stem, widths in request.ladders.items()}
     (block,) = plan_of(request, Draft(whole, {}), {}).stage(Experts).blocks
     assert block.widths == () and block.shared_width is None and block.keep == (0, 1, 2)
+
+
+def test_a_plan_without_formats_is_carried_out_as_those_with_formats_are(checkpoint: Checkpoint) -> None:
+    request = request_of(checkpoint)
+    plan = plan_of(request, Draft({stem: widths[-1] // 2 for stem, widths in request.ladders.items()}, {}), {})
+    assert plan.together is not None and parse_plan(plan.document(), "here").together == plan.together
+    assert planned_output(checkpoint, plan).predicted_bytes(WHERE) > 0
+    assert carrying_out(checkpoint, plan, 10**5)
 
 
 def test_bytes_do_not_depend_on_figures_that_are_measured_later(checkpoint: Checkpoint) -> None:
