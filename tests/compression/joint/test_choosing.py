@@ -230,7 +230,7 @@ def loops(work: WorkFolder) -> set[str]:
 def test_only_the_weights_of_the_plan_that_is_carried_out_stay(
     asked: Given, work: WorkFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = settled_program(request_of(asked[0]), calibrated(*asked), 10**5)
+    program = settled_program(request_of(asked[0]), calibrated(*asked), lambda _: 10**5)
     trials = trials_of(program, asked, work)
     drafts = [program.solved(int(program.least * share), 4.0) for share in (1.1, 1.5)]
     errors = [trials.error(draft) for draft in drafts]
