@@ -154,21 +154,28 @@ class Draft:
         formats: of each weight that gets one.
         solution: the solution of the program; None for a choice that none made.
         energies: whether neurons of highest energy stay, as in plans of two stages.
+        kappa: the weight κ of structure that the program was solved with.
     """
 
     widths: Mapping[str, int]
     formats: Mapping[str, str]
     solution: Solution | None = None
     energies: bool = False
+    kappa: float = 1.0
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Figures of the choice, for the options of a plan."""
+        """Figures of the choice, for the options of a plan: errors of structure as measured, those of formats over κ."""
         found = self.solution
         if found is None:
             return {}
         solver = solver_named(found.solver, found.failures)
-        return {"predicted_error": found.error, "bound": found.bound, "gap": found.gap, "solver": solver}
+        return {
+            "predicted_error": found.error / self.kappa,
+            "bound": found.bound / self.kappa,
+            "gap": found.gap,
+            "solver": solver,
+        }
 
 
 def plan_of(
@@ -247,7 +254,7 @@ class JointProgram:
 
         def within(budget: int) -> Draft:
             solution = solve(groups, budget, gap=GAP, time_limit=_SECONDS)
-            return replace(self._draft(groups, picks, solution.choice), solution=solution)
+            return replace(self._draft(groups, picks, solution.choice), solution=solution, kappa=kappa)
 
         return fitted(within, lambda draft: size_of(self.request, draft), limit, narrowest, limit - least)
 
