@@ -165,7 +165,7 @@ class Draft:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Figures of the choice, for the options of a plan: errors of structure as measured, those of formats over κ."""
+        """Figures of the choice, for the options of a plan; errors of formats are over κ."""
         found = self.solution
         if found is None:
             return {}
