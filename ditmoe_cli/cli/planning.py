@@ -87,12 +87,23 @@ def run_planner(
         return preview(job, foreseen(planner, work, basis), planning.device, choosing(planner, work, basis))
     with chosen(planner, work, basis) as choice:
         details = planner.details(checkpoint, choice.plan)
-        return write(job, choice, work.device, details, partial(_judged, planner, work, choice.profile))
+        judged = dict[str, Any]()
+        write(job, choice, work.device, details, partial(_judge, planner, work, choice, judged))
+        return _close(planner, judged)
 
 
-def _judged(planner: Planner, work: Work, profile: RoutingProfile | None, written: Path) -> Mapping[str, Any]:
-    """Return what a planner measures of its written result."""
-    return {} if profile is None else planner.judged(work, profile, written)
+def _judge(planner: Planner, work: Work, choice: Choice, judged: dict[str, Any], written: Path) -> Mapping[str, Any]:
+    """Add what a planner measures of its written result to `judged`, and return that."""
+    if choice.profile is not None:
+        judged |= planner.judged(work, choice.profile, choice.plan, written)
+    return judged
+
+
+def _close(planner: Planner, judged: Mapping[str, Any]) -> None:
+    """Say what there is to say of what was measured."""
+    closing = planner.closing(judged)
+    if closing is not None:
+        note(closing)
 
 
 def unread(checkpoint: Checkpoint, output: Output, claimed: str = UNREAD) -> Checkpoint:

@@ -142,10 +142,15 @@ class Planner(Protocol):
         del work
         return 0
 
-    def judged(self, work: Work, profile: RoutingProfile, written: Path) -> Mapping[str, Any]:
-        """Return what is measured of the written result, for the command's result; by default nothing."""
-        del work, profile, written
+    def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
+        """Return what is measured of a plan and its written result, for the command's result; by default nothing."""
+        del work, profile, plan, written
         return {}
+
+    def closing(self, judged: Mapping[str, Any]) -> str | None:
+        """Return the line that the command ends with, of what `judged` returned; by default none."""
+        del judged
+        return None
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
         """Return what the plan does, for the command's result."""

@@ -172,8 +172,9 @@ class Compressing(Planner):
                 figures = {"tried_error": best.held.error}
         return plan_of(request, best.draft, figures, profile.digest)
 
-    def judged(self, work: Work, profile: RoutingProfile, written: Path) -> Mapping[str, Any]:
+    def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
         """Return the expected distance of the written file's images, where a damage was asked for."""
+        del plan
         if self.goal.max_damage is None:
             return {}
         from ditmoe_cli.compression.joint.image_distance import expected_distance

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_plain
@@ -180,6 +181,34 @@ class Pruning(Planner):
             **({"widths": [list(block.widths) for block in blocks]} if narrows else {}),
             **{name: plan.options[name] for name in ("method", "router")},
         }
+
+    def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
+        """Return what narrowing to the same bytes would have kept, where experts are dropped and weights refitted.
+
+        Nothing for profiles without a reservoir or energies, and where constants stand in for experts.
+        """
+        del written
+        blocks, old = plan.stage(Experts).blocks, work.checkpoint.config.blocks
+        drops = any(len(block.keep) < len(before.expert_widths) for block, before in zip(blocks, old, strict=True))
+        knows = {"reservoir.inputs", "neuron.energy"} <= profile.header.tensors.keys()
+        if not (drops and knows) or self.repair is None or self.constants or self.neurons < 1.0:
+            return {}
+        from ditmoe_cli.compression.prune.narrowing_instead import compared
+
+        calibrated = Calibrated(work.checkpoint, profile, work.device())
+        return {"routed_error": asdict(compared(calibrated, plan.stage(Experts), self.multiple))}
+
+    def closing(self, judged: Mapping[str, Any]) -> str | None:
+        """Return the line that says so."""
+        if "routed_error" not in judged:
+            return None
+        found = judged["routed_error"]
+        multiple = "" if found["multiple"] == self.multiple == 64 else f" ⟨multiple⟩ {found['multiple']}"
+        return (
+            f"before refitting, dropping experts leaves {found['dropping']:.3g} of the routed output's energy as "
+            f"error; narrowing all of them to the same bytes would leave {found['narrowing']:.3g} "
+            f"(⟨neurons⟩ {found['neurons']:.4g} ⟨allocate⟩ global{multiple})"
+        )
 
 
 def check_pruning(checkpoint: Checkpoint, pruning: Pruning) -> None:

@@ -59,10 +59,18 @@ class BlockTokens:
     def chunks(self, pairs: int, device: torch.device) -> Iterator[BlockTokens]:
         """Yield at most `pairs` pairs at a time, on `device`."""
         for start in range(0, self.pairs, pairs):
-            columns = (self.inputs, self.gamma, self.coefficients, self.bins)
-            parts = [self.paired(column)[start : start + pairs].transpose(0, 1) for column in columns]
-            inputs, gamma, coefficients, bins = (part.flatten(0, 1).to(device) for part in parts)
-            yield BlockTokens(inputs, gamma, coefficients, bins, self.branches)
+            yield self._of_pairs(slice(start, start + pairs), device)
+
+    def spread(self, pairs: int, device: torch.device) -> BlockTokens:
+        """Return at most `pairs` pairs, evenly spaced, on `device`."""
+        count = min(pairs, self.pairs)
+        return self._of_pairs((2 * torch.arange(count) + 1) * self.pairs // max(2 * count, 1), device)
+
+    def _of_pairs(self, which: slice | Tensor, device: torch.device) -> BlockTokens:
+        columns = (self.inputs, self.gamma, self.coefficients, self.bins)
+        parts = [self.paired(column)[which].transpose(0, 1) for column in columns]
+        inputs, gamma, coefficients, bins = (part.flatten(0, 1).to(device) for part in parts)
+        return BlockTokens(inputs, gamma, coefficients, bins, self.branches)
 
 
 def reservoir_tokens(profile: RoutingProfile, block: int) -> BlockTokens:
