@@ -172,7 +172,7 @@ def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_bl
             case Formats():
                 rows += [("orders neurons", f"by {stage.ordering}")] if stage.ordering else []
                 rows += format_rows(stage.formats) if by_block else group_rows(stage.formats, checkpoint)
-                rows.append(("rounding", rounding_text(stage.rounding)))
+                rows += [("rounding", rounding_text(stage.rounding))] if stage.formats else []
     return rows
 
 
@@ -209,6 +209,10 @@ def error_rows(facts: Mapping[str, Any]) -> list[Row]:
     if errors:
         rows.append(("prediction error", ", ".join(errors)))
     rows += _damage_rows(facts)
+    if facts.get("untied_error") is not None:
+        tied, free = facts["predicted_error"], facts["untied_error"]
+        times = f", {tied / free:.2f} times as much" if free else ""
+        rows.append(("price of --tie", f"predicted {number(tied)}, {number(free)} without{times}"))
     agreement = facts.get("top_k_agreement")
     if agreement:
         rows.append(("top-k agreement", range_text(agreement, agreement.index(min(agreement)))))

@@ -175,6 +175,10 @@ class Choice:
     work: WorkFolder | None = None
     asked: Callable[[str], str] | None = None
 
+    def is_carried_out(self, depth: int) -> bool:
+        """Return whether the work folder holds the weights of all blocks already: choosing the plan has tried it."""
+        return self.work is not None and self.work.has_steps(loop_name(self.plan), depth)
+
     def of(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Return the plan for the checkpoint as it turned out to be. Raises `BadInputError` for one of another."""
         if self.profile is not None:
@@ -275,7 +279,9 @@ def write(
     plan, profile = (choice.plan, choice.profile) if choice else (None, None)
     planned = planned_output(job.checkpoint, plan)
     check_space(job.output.path, planned.needed_bytes(job.output))
-    foretell(carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output)), lambda: place)
+    estimates = carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output))
+    is_tried = choice is not None and choice.is_carried_out(job.checkpoint.config.depth)
+    foretell(estimates[-1:] if is_tried else estimates, lambda: place)
     with _work_folder(job, choice, place) as work:
         settled = _settling(job.checkpoint, choice)
         applied = carry_out(job.checkpoint, planned, job.output, profile, place, work, settled)

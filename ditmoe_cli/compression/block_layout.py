@@ -148,6 +148,16 @@ def _check_selectable(checkpoint: Checkpoint, index: int, block: BlockPlan, sele
         )
 
 
+def require_original(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` where any weight is packed: compression begins with what weights were before."""
+    packed = next((w for w in checkpoint.weights.values() if w.format is not None), None)
+    if packed is not None:
+        raise BadInputError(
+            f"{checkpoint.path}: {packed.info.name!r} is {packed.format} already; compress the checkpoint that it came "
+            "from, or make its weights plain by convert ⟨dequantize⟩"
+        )
+
+
 def require_plain(checkpoint: Checkpoint) -> None:
     """Raise `BadInputError` where a mixture is packed: its weights cannot be computed."""
     for index in range(checkpoint.config.depth):

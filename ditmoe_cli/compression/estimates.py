@@ -7,12 +7,14 @@ columns. Their constants were measured (docs/design.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from ditmoe_cli.compression.block_layout import block_layouts
+from ditmoe_cli.compression.block_layout import block_layouts, new_names
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
 from ditmoe_cli.compression.working_sizes import (
     ANCHORS,
     DOUBLE_FEATURES,
+    ELIMINATION_TOKENS,
     EMBEDDING_TOKENS,
     EXPERT_DRAWS,
     FEWEST_CARRYING,
@@ -30,13 +32,14 @@ from ditmoe_cli.compression.working_sizes import (
     SENT_TOKENS,
     SWEEPS,
     TOKENS_PER_INPUT,
+    TOKENS_PER_NEURON,
     TOKENS_PER_UNKNOWN,
     TRIAL_OUTPUTS,
     carrying_tokens,
     most_unknowns,
     systems,
 )
-from ditmoe_cli.files.names import MATRICES, split_name
+from ditmoe_cli.files.names import MATRICES, SHARED, split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.effort import (
@@ -62,6 +65,7 @@ _STRENGTHS = 5  # that a ridge regression tries, about
 _STEPS_A_COLUMN = 10  # small operations of GPTQ
 _OPERATIONS_OF_SCALES = 1_700  # of each number, in the search for scales
 _OPERATIONS_OF_A_DRAW = 20 / 6  # for each number of an expert's matrix and token drawn
+_STEPS_OF_NEURONS = 12  # small operations for each neuron that goes
 _KINDS = 3  # mixture, attention, modulation
 _TRIALS = 2
 _AMPLIFYING = 2  # walks in which errors pass the rest of the model: the measurement, and the first trial
@@ -211,6 +215,28 @@ def measuring_estimate(config: DiTMoEConfig, formats: Mapping[str, int], branche
     return Estimate(what, total([*efforts, loading(config) * (1 + _TRIALS)]), memory)
 
 
+def elimination_estimate(config: DiTMoEConfig, branches: int) -> Estimate:
+    """Return what the errors of widths take (`replay.eliminations`).
+
+    T states' tokens of one branch pass all blocks once, in each branch. An expert that n of them chose, of width H,
+    takes 4 n D H for the neurons of each branch, 2 n H² for the Gram, and 4 H³ in double precision.
+    """
+    width = config.hidden_size
+    neurons = max(sum(block.expert_widths) for block in config.blocks)
+    tokens = _whole_states(config, min(TOKENS_PER_NEURON * neurons, ELIMINATION_TOKENS))
+    images, efforts, widest = tokens * branches / config.num_patches, [loading(config)], 0
+    for block in config.blocks:
+        efforts.append(Effort(flops=images * block_flops(config, block), steps=block_steps(block) * (1 + images / 64)))
+        chosen = tokens * min(1.0, branches * config.top_k / max(block.router_rows, 1))
+        for size, count in ((block.shared_width, tokens), *((each, chosen) for each in block.expert_widths)):
+            flops = count * size * (4 * branches * width + 2 * size)
+            efforts.append(Effort(flops=flops, double_flops=4 * size**3, steps=_STEPS_OF_NEURONS * size))
+            widest = max(widest, size)
+    weights = max(block_weights(config, block) for block in config.blocks)
+    memory = BASELINE_BYTES + 8 * weights + 4 * tokens * branches * width * 5 + 28 * widest**2
+    return Estimate(f"eliminating neurons in {_blocks(config.depth)}", total(efforts), memory)
+
+
 def matrix_rounding(rows: int, columns: int, tokens: float, inputs: float = 0.0) -> Effort:
     """Return the effort of GPTQ on a matrix (out, in) = (m, n), whose inputs take `inputs` operations a token.
 
@@ -227,11 +253,16 @@ def matrix_rounding(rows: int, columns: int, tokens: float, inputs: float = 0.0)
 
 def rounding_estimate(checkpoint: Checkpoint, stage: Formats, branches: int) -> Estimate:
     """Return what rounding by GPTQ takes: two streams of tokens, and each matrix."""
-    config = checkpoint.config
     shapes = {name: checkpoint.weights[name].info.shape for name in stage.formats}
-    asked = stage.rounding.tokens if stage.rounding else 0
     widest = max((shape[1] for shape in shapes.values()), default=1)
-    tokens = _whole_states(config, fitted_tokens(widest, TOKENS_PER_INPUT, asked)) * branches
+    asked = stage.rounding.tokens if stage.rounding else 0
+    return _rounding(checkpoint.config, shapes, fitted_tokens(widest, TOKENS_PER_INPUT, asked), branches)
+
+
+def _rounding(config: DiTMoEConfig, shapes: Mapping[str, Sequence[int]], fitted: int, branches: int) -> Estimate:
+    """Return what rounding matrices of `shapes` takes on `fitted` tokens of a branch."""
+    widest = max((shape[1] for shape in shapes.values()), default=1)
+    tokens = _whole_states(config, fitted) * branches
     images = tokens / config.num_patches
     efforts = [loading(config)]
     for name, shape in shapes.items():
@@ -250,6 +281,49 @@ def rounding_estimate(checkpoint: Checkpoint, stage: Formats, branches: int) -> 
     return Estimate(what, total(efforts), memory)
 
 
+def together_estimate(checkpoint: Checkpoint, experts: Experts, formats: Formats, branches: int) -> Estimate:
+    """Return what narrowing, refitting and rounding block after block takes, on matrices of their new shapes.
+
+    Both take as many tokens as the one that asks for more. Beside what each holds, both streams are in memory.
+    """
+    config, layouts = checkpoint.config, block_layouts(checkpoint, experts)
+    kept = [layout.config for layout in layouts]
+    renamed = {old: new for index, layout in enumerate(layouts) for old, new in new_names(index, layout).items()}
+    shapes = {}
+    for name in formats.formats:
+        parts = split_name(name)
+        shape = checkpoint.weights[name].info.shape
+        if parts.block is not None and parts.expert is not None:
+            new = split_name(renamed[name]).expert if name in renamed else None
+            width = kept[parts.block].expert_widths[new] if new is not None else 0
+        elif parts.block is not None and parts.rest.startswith(f"{SHARED}."):
+            width = kept[parts.block].shared_width
+        else:
+            shapes[name] = shape
+            continue
+        if width:
+            shapes[name] = (shape[0], width) if name.endswith(f"{MATRICES[2]}.weight") else (width, shape[1])
+    widest = max((checkpoint.weights[name].info.shape[1] for name in formats.formats), default=1)
+    asked = max([fit.tokens for fit in (experts.repair, formats.rounding) if fit is not None], default=0)
+    tokens = fitted_tokens(widest, TOKENS_PER_INPUT, asked)
+    if experts.repair is not None:
+        unknowns = max(sum(b.expert_widths) + b.shared_width for b in kept) + config.hidden_size
+        tokens = max(tokens, fitted_tokens(unknowns, TOKENS_PER_UNKNOWN, asked))
+    rounding = _rounding(config, shapes, tokens, branches)
+    found = [rounding]
+    if experts.repair is not None:
+        found.append(refitting_estimate(config, kept, branches, replace(experts.repair, tokens=tokens)))
+    effort = total(estimate.effort for estimate in found) + loading(config) * (1 - len(found))
+    memory = max(estimate.memory for estimate in found) + 4 * tokens * branches * config.hidden_size
+    return Estimate(f"compressing {_blocks(config.depth)}", effort, memory)
+
+
+def repeated(estimates: Sequence[Estimate], what: str) -> Estimate:
+    """Return what works one after the other take as one phase; `what` has a place for their number."""
+    memory = max((estimate.memory for estimate in estimates), default=0.0)
+    return Estimate(what.format(len(estimates)), total(estimate.effort for estimate in estimates), memory)
+
+
 def writing_estimate(size: int) -> Estimate:
     """Return what writing a checkpoint of `size` bytes takes."""
     return Estimate("writing", Effort(nbytes=2 * size), BASELINE_BYTES)
@@ -259,6 +333,8 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
     """Return what carrying a plan out (None: a plain copy) takes, phase by phase; `size` is the result's in bytes."""
     found = []
     branches = branches_at(float((plan.calibration or {}).get("cfg", 1.0))) if plan else 1
+    if plan is not None and plan.together is not None:
+        return [together_estimate(checkpoint, *plan.together, branches), writing_estimate(size)]
     for stage in plan.stages if plan else ():
         match stage:
             case Experts() if stage.repair is not None:

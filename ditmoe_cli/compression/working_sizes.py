@@ -24,6 +24,10 @@ EXPERT_TOKENS = 2_048  # largest number of guided tokens of one expert, where ev
 # eliminating neurons
 TOKENS_PER_NEURON, ELIMINATION_TOKENS = 16, 32_768  # of one branch, for each neuron of a block's experts, and at most
 
+# compressing
+MOST_TRIED = 4  # weights of structure against bits; beside them one plan in two stages
+SEARCH_TOKENS = 20_480  # that plans are compared on: as many as a small system is fitted on
+
 # refitting
 TOKENS_PER_UNKNOWN = 32
 LARGEST_WHOLE = 8192  # unknowns of an output that are solved at once, where these are all

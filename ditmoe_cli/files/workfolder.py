@@ -91,6 +91,7 @@ class WorkFolder:
     key: str
     notify: Notify
     kept: Callable[[], str | None] = field(default=lambda: None, repr=False)
+    _opened: set[str] = field(default_factory=set, repr=False)  # loops of this run: what they keep is its own
 
     def write(self, name: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any] | None = None) -> None:
         """Keep a piece: on return it is on disk, and before that absent or as it was.
@@ -148,13 +149,19 @@ class WorkFolder:
     def loop(self, name: str, total: int, unit: str = "block") -> KeptLoop:
         """Return the loop `name` of `total` steps, at the step where an earlier run has left it.
 
-        Notifies where it is not at its start. `unit` is what a step does, for people.
+        Notifies where an earlier run has left it behind its start. `unit` is what a step does, for people.
         """
         loop = KeptLoop(self, name, total, unit)
-        if loop.start:
+        is_own = name in self._opened
+        self._opened.add(name)
+        if loop.start and not is_own:
             first = f"{unit} {loop.start + 1} of {total}" if loop.start < total else f"all {total} {unit}s done"
             self.notify(f"going on with {first} (kept in {self.folder})")
         return loop
+
+    def has_steps(self, name: str, total: int) -> bool:
+        """Return whether all steps of a loop are kept, whole or damaged."""
+        return all(self.has(f"{name}.{step}") for step in range(total))
 
     def tell(self, kept: Callable[[], str | None]) -> None:
         """Set what is said where the run ends early, as ``kept 12 of 28 blocks; the same command goes on …``.

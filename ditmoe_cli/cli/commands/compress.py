@@ -8,18 +8,23 @@ from typing import Annotated, ClassVar
 import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.mixing_options import Mixing
+from ditmoe_cli.cli.groups import refuse_idle
+from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Size, Source, parse_size
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
-from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE
+from ditmoe_cli.compression.joint.for_upstream import ForUpstream
+from ditmoe_cli.compression.planner import Planner
+from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
+from ditmoe_cli.errors import UsageError
 
 MACHINE = Models
 EXAMPLES = (
     "ditmoe compress ckpt.pt --size 1.2GiB",
     "ditmoe compress ckpt.pt --ratio 0.25 | ditmoe fid",
     "ditmoe compress ckpt.pt --max-damage 0.02",
+    "ditmoe compress ckpt.pt --ratio 0.5 --upstream -o half.safetensors",
 )
 STACK = "stack"
 
@@ -48,9 +53,55 @@ class Goals:
     ] = None
 
 
+@dataclass(frozen=True)
+class Tying(Mixing):
+    """Formats that a compression may choose from, and what it chooses alike."""
+
+    tie: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--tie",
+            metavar="stack|gate,up",
+            parser=parse_names,
+            help="What to choose alike: stack, one width and one format a matrix for all experts of a block, as fused "
+            "kernels want it; or matrices of an expert that take one format. The result says what it costs.",
+        ),
+    ] = ()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all experts of a block take one width, and one format for each of their matrices."""
+        return STACK in self.tie
+
+    @property
+    def formats(self) -> Candidates:
+        """The formats to choose from. Raises `UsageError` for unknown names and what has no effect."""
+        if self.stacked and "experts" in self.protect:
+            raise UsageError("--tie stack has no effect with --protect experts, which keeps them as they are")
+        matrices = replace(self, tie=tuple(name for name in self.tie if name != STACK))
+        return matrices.candidates(DEFAULT_GROUP_SIZE, symmetric=False)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What the result is to be loaded by."""
+
+    panel: ClassVar[str] = "Result"
+
+    upstream: Annotated[
+        bool,
+        typer.Option(
+            "--upstream",
+            help="Choose only what upstream's code (feizc/DiT-MoE) loads: as many experts of one width in each block, "
+            "and no formats.",
+        ),
+    ] = False
+
+
 def run(
     goals: Goals,
-    mixing: Mixing,
+    mixing: Tying,
+    loading: Loading,
     measuring: Measuring,
     automatic: AutomaticProfile,
     source: Source,
@@ -64,7 +115,11 @@ def run(
     rounded and refitted block after block.
     """
     goal = Goal(goals.size.bytes if goals.size is not None else None, goals.ratio, goals.max_damage)
-    stacked = STACK in mixing.tie
-    tied = replace(mixing, tie=tuple(name for name in mixing.tie if name != STACK))
-    candidates = tied.candidates(DEFAULT_GROUP_SIZE, symmetric=False)
-    return run_planner(Compressing(goal, candidates, stacked), measuring, automatic, source, to, printing)
+    planner: Planner
+    if loading.upstream:
+        refuse_idle(mixing, "with --upstream, which takes no formats", "allow", "floor", "protect", "tie")
+        refuse_idle(goals, "with --upstream; give --size or --ratio", "max_damage")
+        planner = ForUpstream(goal)
+    else:
+        planner = Compressing(goal, mixing.formats, mixing.stacked)
+    return run_planner(planner, measuring, automatic, source, to, printing)

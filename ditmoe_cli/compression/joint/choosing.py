@@ -14,7 +14,7 @@ The plan of least tried error is carried out on all tokens; its weights are then
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -33,14 +33,13 @@ from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widt
 from ditmoe_cli.compression.rebuild import neuron_orders
 from ditmoe_cli.compression.replay.eliminations import Curves, neuron_curves
 from ditmoe_cli.compression.replay.local_errors import place_of
+from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.workfolder import WorkFolder
 
 FIRST_KAPPA = 4.0
 """The weight of structure that was best on trained models: GPTQ and the refit leave about a quarter of Q."""
-MOST_TRIED = 4  # values of κ
-SEARCH_TOKENS = 20_480  # that plans are compared on: as many as a small system is fitted on
 WORTH_TRYING = 1.25
 """Predicted error, over that of the program's own plan, up to which a plan in two stages is tried.
 
@@ -94,12 +93,6 @@ def _for_amplification(request: JointRequest, rounded: Mapping[str, tuple[str, .
 def measures_of(request: JointRequest, curves: Curves, sensitivities: Sensitivities) -> Measures:
     """Return measured errors as the program takes them: those of a mixture's formats before amplification."""
     amplification = [kinds.get("mixture", 0.0) for kinds in sensitivities.amplification]
-    of_widths: dict[str, WidthCurve] = {}
-    for index, block in enumerate(curves):
-        for stem, curve in block.items():
-            widths = request.ladders.get(in_block(index, stem), ())
-            errors, growth = (tuple(each[list(widths)].tolist()) for each in (curve.errors, curve.growth))
-            of_widths[in_block(index, stem)] = WidthCurve(widths, errors, growth)
     formats: dict[str, Mapping[str, float]] = {}
     dense: dict[str, Mapping[str, float]] = {}
     for name, errors_of_formats in sensitivities.errors.items():
@@ -109,7 +102,34 @@ def measures_of(request: JointRequest, curves: Curves, sensitivities: Sensitivit
             continue
         factor = amplification[place[0]] or 1.0
         formats[name] = {fmt: error / factor for fmt, error in errors_of_formats.items()}
-    return Measures(of_widths, formats, dense, amplification)
+    return Measures(width_curves(request, curves), formats, dense, amplification)
+
+
+def width_curves(request: JointRequest, curves: Curves) -> dict[str, WidthCurve]:
+    """Return the errors of the widths that each expert may choose from, by its full name."""
+    found: dict[str, WidthCurve] = {}
+    for index, block in enumerate(curves):
+        for stem, curve in block.items():
+            widths = request.ladders.get(in_block(index, stem), ())
+            errors, growth = (tuple(each[list(widths)].tolist()) for each in (curve.errors, curve.growth))
+            found[in_block(index, stem)] = WidthCurve(widths, errors, growth)
+    return found
+
+
+def untied_error(program: JointProgram, calibrated: Calibrated, limit: int, draft: Draft) -> float:
+    """Return the predicted error of the plan of `limit` bytes that ties nothing, at the κ of a draft that does.
+
+    It is at most that of the draft, which such a plan may choose too.
+    """
+    request = program.request
+    free = replace(request, stacked=False, candidates=replace(request.candidates, tied=()))
+    measures = replace(program.measures, curves=width_curves(free, neuron_curves(calibrated)))
+    assert draft.solution is not None
+    try:
+        found = JointProgram(free, measures).solved(limit, draft.kappa).solution
+    except InfeasibleError:  # a block's narrowest expert may offer widths that its others alone do not have
+        found = None
+    return min(each.error for each in (found, draft.solution) if each is not None)
 
 
 def settled_program(
@@ -164,29 +184,42 @@ class Trials:
     def _tried(self, draft: Draft, plan: CompressionPlan, title: str) -> Tried:
         return Tried(draft, plan, self._held(plan, title), size_of(self.request, draft))
 
+    def _held(self, plan: CompressionPlan, title: str) -> HeldErrors:
+        orders = self._orders if plan.stage(Experts).selection is not None else None
+        return tried_errors(self.calibrated, self.folder, plan, title, orders)
+
     @cached_property
     def _orders(self) -> list[dict[str, Tensor]]:
         return neuron_orders(self.calibrated, Experts(selection="elimination"))
-
-    def _held(self, plan: CompressionPlan, title: str) -> HeldErrors:
-        name = f"tried-{plan.work_digest[:12]}"
-        piece = self.folder.read(name)
-        if piece is not None:
-            return HeldErrors(tuple(piece.document["errors"]), tuple(piece.document["references"]))
-        c = self.calibrated
-        loop = self.folder.loop(loop_name(plan), c.checkpoint.config.depth)
-        computing = Computing(c.checkpoint, c.profile, c.device, self.folder, loop, kept=c.kept)
-        assert plan.together is not None
-        experts, formats = plan.together
-        orders = self._orders if experts.selection is not None else None
-        held = carry_out_together(computing, experts, formats, title=title, orders=orders).held
-        self.folder.write(name, {}, {"errors": list(held.errors), "references": list(held.references)})
-        return held
 
     @property
     def best(self) -> Tried:
         """What has the least error on held-out images; of equal ones the first."""
         return min(self.done.values(), key=lambda each: each.held.error)
+
+
+def tried_errors(
+    calibrated: Calibrated,
+    folder: WorkFolder,
+    plan: CompressionPlan,
+    title: str,
+    orders: Sequence[Mapping[str, Tensor]] | None = None,
+) -> HeldErrors:
+    """Carry a plan out into its loop of a work folder, unless that was done; return its errors on held-out images.
+
+    `title` and `orders` are those of `carry_out_together`.
+    """
+    name = f"tried-{plan.work_digest[:12]}"
+    piece = folder.read(name)
+    if piece is not None:
+        return HeldErrors(tuple(piece.document["errors"]), tuple(piece.document["references"]))
+    checkpoint = calibrated.checkpoint
+    loop = folder.loop(loop_name(plan), checkpoint.config.depth)
+    computing = Computing(checkpoint, calibrated.profile, calibrated.device, folder, loop, kept=calibrated.kept)
+    assert plan.together is not None
+    held = carry_out_together(computing, *plan.together, title=title, orders=orders).held
+    folder.write(name, {}, {"errors": list(held.errors), "references": list(held.references)})
+    return held
 
 
 def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
@@ -264,6 +297,8 @@ def _energy_widths(request: JointRequest, calibrated: Calibrated, share: float) 
     chosen = shared_widths(
         request.checkpoint, calibrated.profile, everyone, NeuronBudget(share, multiple, experts_may_go=False)
     )
+    if request.stacked:
+        chosen = [dict.fromkeys(block, round(sum(block.values()) / len(block))) for block in chosen]
     widths = {
         in_block(index, f"moe.experts.{number}"): _on_ladder(request, in_block(index, f"moe.experts.{number}"), width)
         for index, block in enumerate(chosen)

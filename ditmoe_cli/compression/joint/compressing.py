@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from ditmoe_cli.compression.block_layout import require_plain
+from ditmoe_cli.compression.block_layout import require_original
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.estimates import measuring_estimate
+from ditmoe_cli.compression.estimates import carrying_out, elimination_estimate, measuring_estimate, repeated
 from ditmoe_cli.compression.joint.damage import FEWEST_HELD, too_few
 from ditmoe_cli.compression.joint.expert_options import WidthCurve
-from ditmoe_cli.compression.joint.joint_program import JointProgram, JointRequest, Measures, plan_of
+from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of
 from ditmoe_cli.compression.plan import CompressionPlan, Experts
 from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.budget import size_label
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
 from ditmoe_cli.compression.precision.mixed import held_formats
-from ditmoe_cli.compression.working_sizes import held_images
+from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS, held_images
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
+from ditmoe_cli.files.names import MATRICES, SHARED, in_expert
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
+from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.effort import Estimate, branches_at
 from ditmoe_cli.progress import each
 from ditmoe_cli.routing.profile import RoutingProfile
+
+_LIKELY_BITS = 6  # a weight, in plans that turn out best
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,9 @@ class Compressing(Planner):
 
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a size below the smallest possible or above the file."""
-        require_plain(work.checkpoint)
+        require_original(work.checkpoint)
+        if self.stacked:
+            _require_alike(work.checkpoint)
         self.least_bytes(work)
         calibration = work.calibration()
         if self.goal.max_damage is not None and calibration is not None:
@@ -132,10 +138,31 @@ class Compressing(Planner):
         return least
 
     def estimates(self, work: Work, cfg: float) -> list[Estimate]:
-        """Return what measuring takes."""
-        offered = self.request(work).offered
-        counts = {name: sum(fmt is not None for fmt in formats) for name, formats in offered.items()}
-        return [measuring_estimate(work.checkpoint.config, counts, branches_at(cfg))]
+        """Return what measuring takes, and carrying out plans of likely widths: those that are tried, and the best."""
+        config, request, branches = work.checkpoint.config, self.request(work), branches_at(cfg)
+        counts = {name: sum(fmt is not None for fmt in formats) for name, formats in request.offered.items()}
+        likely, settings = self._likely(request), {"cfg": cfg}
+        plan, tried = (
+            replace(plan_of(request, likely, {}, tokens=tokens), calibration=settings) for tokens in (0, SEARCH_TOKENS)
+        )
+        trials = carrying_out(work.checkpoint, tried, 0)[:-1] * (MOST_TRIED + 1)
+        return [
+            elimination_estimate(config, branches),
+            measuring_estimate(config, counts, branches),
+            repeated(trials, "trying {} plans"),
+            *carrying_out(work.checkpoint, plan, 0)[:-1],
+        ]
+
+    def _likely(self, request: JointRequest) -> Draft:
+        """Return a draft of likely widths: what experts keep at `_LIKELY_BITS` a weight; formats do not matter here."""
+        weights = sum(weight.info.numel for weight in request.checkpoint.weights.values())
+        share = 8 * self.goal.limit(request.checkpoint) / weights / _LIKELY_BITS
+        widths = {
+            stem: max(1, min(own[-1], round(share * own[-1]))) if not stem.endswith(SHARED) else own[-1]
+            for stem, own in request.ladders.items()
+        }
+        formats = {name: next(filter(None, own)) for name, own in request.offered.items() if any(own)}
+        return Draft(widths, formats)
 
     def request(self, work: Work) -> JointRequest:
         """Return the request to the program."""
@@ -153,23 +180,25 @@ class Compressing(Planner):
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of least tried error, whose weights stay in the work folder."""
-        from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program
+        from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program, untied_error
         from ditmoe_cli.compression.joint.size_search import smallest_within
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
         assert profile is not None
         limit = self.goal.limit(work.checkpoint)
-        kept = kept_measures(work.checkpoint, profile, work.device(), work.note)
+        kept = kept_measures(work.checkpoint, profile, work.device(), once(work.note))
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
         request = _holding(self.request(work))
-        with _folder(work) as folder:
+        with tried_in(work) as folder:
             if self.goal.max_damage is not None:
                 found = smallest_within(request, calibrated, folder, limit, self.goal.max_damage)
-                best, figures = found.tried, found.figures
+                program, best, figures = found.program, found.tried, found.figures
             else:
                 program = settled_program(request, calibrated, lambda _: limit)
                 best = best_within(program, Trials(request, calibrated, folder), limit)
                 figures = {"tried_error": best.held.error}
+            if self.stacked or self.candidates.tied:
+                figures["untied_error"] = untied_error(program, calibrated, best.bytes, best.draft)
         return plan_of(request, best.draft, figures, profile.digest)
 
     def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
@@ -183,8 +212,12 @@ class Compressing(Planner):
         return {"paired_distance": asdict(expected_distance(calibrated, open_checkpoint(written)))}
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
-        """Raise `BadInputError`: errors are measured with a profile."""
-        raise BadInputError(f"{checkpoint.path}: which plan is best rests on measured errors; give a ⟨profile⟩")
+        """Raise `BadInputError` that names the sizes that can be reached: errors are measured with a profile."""
+        work = Work(checkpoint, Output(checkpoint.path.with_name(f"{self.label}.safetensors")), lambda: "cpu")
+        raise BadInputError(
+            f"{checkpoint.path}: which plan is best rests on measured errors; give a ⟨profile⟩. A file takes at most "
+            f"{self.goal.limit(checkpoint):,} bytes, and {self.least_bytes(work):,} can be reached"
+        )
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
         """Return the number of weights of each format, the share of neurons that stay, and the errors."""
@@ -214,8 +247,33 @@ def _holding(request: JointRequest) -> JointRequest:
     return replace(request, offered=held)
 
 
+def _require_alike(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` where experts of a block are stored in several dtypes, which are no one format."""
+    for index, block in enumerate(checkpoint.config.blocks):
+        for matrix in MATRICES:
+            names = [in_expert(index, number, f"{matrix}.weight") for number in range(len(block.expert_widths))]
+            dtypes = sorted({checkpoint.weights[name].info.dtype for name in names})
+            if len(dtypes) > 1:
+                raise BadInputError(
+                    f"{checkpoint.path}: experts of block {index} are stored as {' and '.join(dtypes)}, and ⟨tie⟩ "
+                    "stack gives them one format; store them alike first (ditmoe convert ⟨dtype⟩ bf16)"
+                )
+
+
+def once(note: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what notes each line once: every plan that is tried reads the same measurements."""
+    said: set[str] = set()
+
+    def noted(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            note(line)
+
+    return noted
+
+
 @contextmanager
-def _folder(work: Work) -> Iterator[WorkFolder]:
+def tried_in(work: Work) -> Iterator[WorkFolder]:
     """Yield the folder that keeps what is tried: one that goes in the end where the work has none."""
     if work.folder is not None:
         yield work.folder

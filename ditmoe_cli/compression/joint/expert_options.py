@@ -6,15 +6,17 @@ width (`compression.replay.eliminations`), G its growth and Q the errors of form
     error(w, f_gate, f_up, f_down) = a (κ S(w) + G(w) Σ_m Q_m(f_m)).
 
 κ weighs structure against bits: refits share errors among experts, and GPTQ rounds better than to the nearest, neither
-of which S and Q know. Experts that are tied are one decision: their bytes and errors add up.
+of which S and Q know. Experts that are tied are one decision: their bytes and errors add up. Matrices that are tied
+take one format. Where none of the formats offered suits a width, matrices of that width keep their dtype, as
+`quantize` leaves them.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ditmoe_cli.compression.precision.lagrange import Group, Option
@@ -81,11 +83,13 @@ class ExpertDecision:
         name: of the decision.
         block: its block.
         offers: the experts.
+        tied: which of their matrices take one format, as indices.
     """
 
     name: str
     block: int
     offers: tuple[ExpertOffer, ...]
+    tied: tuple[int, ...] = ()
 
     @cached_property
     def _fronts(self) -> tuple[tuple[_Point, ...], ...]:
@@ -97,24 +101,35 @@ class ExpertDecision:
         if width == 0:
             return (_Point(0, 0.0, (None,) * len(MATRICES)),)
         front: tuple[_Point, ...] = (_Point(0, 0.0, ()),)
-        for matrix in range(len(MATRICES)):
+        for unit in self._units:
             front = worthwhile(
                 _Point(known.bytes + more.bytes, known.error + more.error, known.formats + more.formats)
-                for known, more in itertools.product(front, self._of_matrix(matrix, place, width))
+                for known, more in itertools.product(front, self._of_unit(unit, place, width))
             )
-        return front
+        order = [matrix for unit in self._units for matrix in unit]
+        by_matrix = [order.index(matrix) for matrix in range(len(order))]
+        return tuple(replace(point, formats=tuple(point.formats[place] for place in by_matrix)) for point in front)
 
-    def _of_matrix(self, matrix: int, place: int, width: int) -> Iterator[_Point]:
-        for fmt in self.offers[0].formats[matrix]:
-            sizes, errors = 0, 0.0
-            for offer in self.offers:
-                info = narrowed_info(offer.infos[matrix], width, len(offer.infos) - 1 == matrix)
-                if fmt not in offer.formats[matrix] or (fmt is not None and not is_quantizable(info, fmt)):
-                    break
-                sizes += bytes_of_weight(info.shape, info.dtype, fmt)
-                errors += offer.formats[matrix][fmt] * offer.curve.growth[place]
-            else:
-                yield _Point(sizes, errors, (fmt,))
+    @cached_property
+    def _units(self) -> tuple[tuple[int, ...], ...]:
+        """The matrices that take one format together: those that are tied, and each other one alone."""
+        alone = tuple((matrix,) for matrix in range(len(MATRICES)) if matrix not in self.tied)
+        return (self.tied, *alone) if self.tied else alone
+
+    def _of_unit(self, unit: Sequence[int], place: int, width: int) -> list[_Point]:
+        """Return the formats that suit all matrices of a unit at a width; their own dtype alone where none does."""
+        members = [(offer, matrix) for offer in self.offers for matrix in unit]
+        infos = [narrowed_info(o.infos[matrix], width, len(o.infos) - 1 == matrix) for o, matrix in members]
+        points = []
+        for fmt in self.offers[0].formats[unit[0]]:
+            offered = all(fmt in offer.formats[matrix] for offer, matrix in members)
+            if offered and (fmt is None or all(is_quantizable(info, fmt) for info in infos)):
+                sizes = sum(bytes_of_weight(info.shape, info.dtype, fmt) for info in infos)
+                errors = sum(offer.formats[matrix][fmt] * offer.curve.growth[place] for offer, matrix in members)
+                points.append(_Point(sizes, errors, (fmt,) * len(unit)))
+        if points:
+            return points
+        return [_Point(sum(info.nbytes for info in infos), 0.0, (None,) * len(unit))]
 
     def group(self, amplification: float, kappa: float, width: int | None = None) -> tuple[Group, tuple[Pick, ...]]:
         """Return the decision as a group of the program, and what each of its options is; of one `width` if given."""

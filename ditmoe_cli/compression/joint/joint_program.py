@@ -84,10 +84,12 @@ class JointRequest:
         found: dict[str, tuple[int, ...]] = {}
         config, protected = self.checkpoint.config, self.candidates.protected
         for index, block in enumerate(config.blocks):
+            narrowest = min(block.expert_widths)
             may_go = len(block.expert_widths) > config.top_k and not block.constants and not self.stacked
             for number, width in enumerate(block.expert_widths):
                 stem = in_block(index, f"moe.experts.{number}")
-                offered = ladder(width, default_multiple(width), may_go=may_go)
+                own = narrowest if self.stacked else width  # one width that all have room for
+                offered = ladder(own, default_multiple(own), may_go=may_go)
                 found[stem] = (width,) if "experts" in protected else offered
             if block.shared_width:
                 multiple = default_multiple(block.shared_width)
@@ -110,7 +112,13 @@ class JointRequest:
             formats = tuple(self._errors(info.name, measures.formats) for info in infos)
             curve = measures.curves[stem].without_zero if stem in staying else measures.curves[stem]
             offers.setdefault(name, []).append(ExpertOffer(stem, infos, curve, formats))
-        return [ExpertDecision(name, split_name(f"{name}.").block or 0, tuple(own)) for name, own in offers.items()]
+        blocks = {name: split_name(f"{name}.").block or 0 for name in offers}
+        return [ExpertDecision(name, blocks[name], tuple(own), self._tied) for name, own in offers.items()]
+
+    @property
+    def _tied(self) -> tuple[int, ...]:
+        """Which of an expert's matrices take one format, as indices."""
+        return tuple(index for index, name in enumerate(MATRICES) if name.removesuffix("_proj") in self.candidates.tied)
 
     def _staying(self, measures: Measures) -> set[str]:
         found: set[str] = set()

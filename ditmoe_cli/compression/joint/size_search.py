@@ -26,8 +26,9 @@ HOPELESS = 2.0
 
 @dataclass(frozen=True)
 class Found:
-    """The plan whose file is the smallest within a damage, and the figures that say so."""
+    """The plan whose file is the smallest within a damage, the program that chose it, and the figures that say so."""
 
+    program: JointProgram
     tried: Tried
     figures: dict[str, Any]
 
@@ -73,7 +74,7 @@ def smallest_within(
     if smaller:
         next_smaller = max(smaller, key=lambda each: each.bytes)
         figures["next_smaller"] = {"bytes": next_smaller.bytes, "damage": damage_of(next_smaller)}
-    return Found(best, figures)
+    return Found(program, best, figures)
 
 
 def damage_of(tried: Tried) -> float:
