@@ -19,9 +19,11 @@ from ditmoe_cli.compression.plan import (
     Experts,
     Formats,
     PlanStage,
+    Rounding,
     RouterMode,
 )
 from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.names import in_expert, split_name
 from ditmoe_cli.files.provenance import Step, expert_fates
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.version import __version__
@@ -114,16 +116,20 @@ def _digits(count: int) -> int:
 def recorded_plan(step: Step, source: Checkpoint, target: Checkpoint) -> CompressionPlan:
     """Return what the history of `target` tells about the plan by which it was made from `source`.
 
-    Formats and widths are those of its weights; how weights were refitted or rounded is left out.
+    Formats and widths are those of its weights, formats under the names that `source` has for them; how weights were
+    refitted is left out, and of rounding only whether it was GPTQ's is told.
     """
     figures = {name: float(step.measured[name][0]) for name in _RECORDED if name in step.measured}
     stages: list[PlanStage] = []
-    if step.experts:
-        stages.append(Experts(_recorded_blocks(step, source, target), step.options.get("method")))
+    blocks = _recorded_blocks(step, source, target) if step.experts else ()
+    formats = _recorded_formats(source, target, blocks)
+    if blocks:
+        stages.append(Experts(blocks, step.options.get("method")))
     elif "delta" in step.options:
         stages.append(Differences(step.options["delta"], step.options["delta_ratio"]))
-    else:
-        stages.append(Formats(_recorded_formats(source, target)))
+    rounding = Rounding() if "prediction_error" in step.measured else None
+    if (formats or rounding) if blocks else "delta" not in step.options:
+        stages.append(Formats(formats, rounding))
     return CompressionPlan(step.command, step.source, None, {**step.options, **figures}, tuple(stages))
 
 
@@ -136,14 +142,27 @@ def _recorded_blocks(step: Step, source: Checkpoint, target: Checkpoint) -> tupl
         keep = tuple(e for e, fate in enumerate(fates) if fate == str(e))
         merged = tuple((e, int(fate)) for e, fate in enumerate(fates) if fate not in ("-", str(e)))
         widths = new.expert_widths if new.expert_widths != tuple(old.expert_widths[e] for e in keep) else ()
-        blocks.append(BlockPlan(keep, router, merged, widths))
+        shared = new.shared_width if new.shared_width != old.shared_width else None
+        blocks.append(BlockPlan(keep, router, merged, widths, shared))
     return tuple(blocks)
 
 
-def _recorded_formats(source: Checkpoint, target: Checkpoint) -> dict[str, str]:
-    """Return the formats of weights that had none before."""
-    plain = {name for name, weight in source.weights.items() if weight.format is None}
-    return {name: str(weight.format) for name, weight in target.weights.items() if weight.format and name in plain}
+def _recorded_formats(source: Checkpoint, target: Checkpoint, blocks: Sequence[BlockPlan]) -> dict[str, str]:
+    """Return the formats of weights that had none before, by the names that the source has for them."""
+    found = {}
+    for name, weight in target.weights.items():
+        old = _old_name(name, blocks)
+        if weight.format is not None and old in source.weights and source.weights[old].format is None:
+            found[old] = str(weight.format)
+    return found
+
+
+def _old_name(name: str, blocks: Sequence[BlockPlan]) -> str:
+    """Return the name of a weight before experts were renumbered."""
+    parts = split_name(name)
+    if not blocks or parts.block is None or parts.expert is None:
+        return name
+    return in_expert(parts.block, blocks[parts.block].keep[parts.expert], parts.rest)
 
 
 def _to_be_measured(plan: CompressionPlan, depth: int) -> Measured:
