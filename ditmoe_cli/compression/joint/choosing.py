@@ -124,12 +124,11 @@ def untied_error(program: JointProgram, calibrated: Calibrated, limit: int, draf
     request = program.request
     free = replace(request, stacked=False, candidates=replace(request.candidates, tied=()))
     measures = replace(program.measures, curves=width_curves(free, neuron_curves(calibrated)))
-    assert draft.solution is not None
+    tied = float(draft.figures["predicted_error"])
     try:
-        found = JointProgram(free, measures).solved(limit, draft.kappa).solution
+        return min(tied, float(JointProgram(free, measures).solved(limit, draft.kappa).figures["predicted_error"]))
     except InfeasibleError:  # a block's narrowest expert may offer widths that its others alone do not have
-        found = None
-    return min(each.error for each in (found, draft.solution) if each is not None)
+        return tied
 
 
 def settled_program(
