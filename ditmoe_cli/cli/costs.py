@@ -18,6 +18,7 @@ from ditmoe_cli.compression.plan import (
     Formats,
     Repair,
     Rounding,
+    Selection,
 )
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.files.provenance import Step
@@ -157,6 +158,13 @@ def rounding_text(rounding: Rounding | None) -> str:
     )
 
 
+def selection_text(selection: Selection | None) -> str:
+    """Return which neurons of narrowed experts stay."""
+    if selection is None:
+        return "those of highest energy stay"
+    return "those whose loss costs most stay, once others make up for it"
+
+
 def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_block: bool = False) -> list[Row]:
     """Return what a plan does: experts by block, differences, and formats by group, or by block and group."""
     rows: list[Row] = []
@@ -166,7 +174,10 @@ def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_bl
                 before = [len(b.expert_widths) for b in checkpoint.config.blocks] if checkpoint else None
                 texts = [block_text(b, before[i] if before else None) for i, b in enumerate(stage.blocks)]
                 rows += [("merging", stage.merging)] if stage.merging else []
-                rows += [*blockwise(texts), ("refit", repair_text(stage.repair))]
+                rows += blockwise(texts)
+                if any(block.widths or block.shared_width for block in stage.blocks):
+                    rows.append(("neurons", selection_text(stage.selection)))
+                rows.append(("refit", repair_text(stage.repair)))
             case Differences():
                 rows.append(("differences", f"{stage.kind} {stage.ratio:g}"))
             case Formats():

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ditmoe_cli.cli.costs import GROUPS, in_runs, repair_text, rounding_text, widths_text
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Differences, Experts, Formats
+from ditmoe_cli.cli.costs import GROUPS, error_rows, in_runs, repair_text, rounding_text, selection_text, widths_text
+from ditmoe_cli.compression.plan import FIGURES, BlockPlan, CompressionPlan, Differences, Experts, Formats
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.parameters import group_of
@@ -43,11 +43,15 @@ def plan_differences(a: CompressionPlan, b: CompressionPlan) -> list[Difference]
     if a.profile != b.profile:
         found.append(Difference("profile", a.profile or "none", b.profile or "none"))
     found += _settings("calibration", a.calibration, b.calibration)
-    found += _settings("option", a.options, b.options)
+    found += _settings("option", _asked(a), _asked(b))
+    found += _worded("prediction error", _errors(a), _errors(b), lambda text: text or "not known")
     experts = _stage(a, Experts) or Experts(), _stage(b, Experts) or Experts()
     formats = _stage(a, Formats) or Formats(), _stage(b, Formats) or Formats()
     if experts[0].merging != experts[1].merging:
         found.append(Difference("merging", experts[0].merging or "none", experts[1].merging or "none"))
+    narrowed = [any(block.widths or block.shared_width for block in stage.blocks) for stage in experts]
+    if all(narrowed):
+        found += _worded("neurons", experts[0].selection, experts[1].selection, selection_text)
     found += _worded("refit", experts[0].repair, experts[1].repair, repair_text)
     found += _worded(
         "differences",
@@ -63,6 +67,16 @@ def plan_differences(a: CompressionPlan, b: CompressionPlan) -> list[Difference]
 
 def _stage(plan: CompressionPlan, kind: type[S]) -> S | None:
     return next((stage for stage in plan.stages if isinstance(stage, kind)), None)
+
+
+def _asked(plan: CompressionPlan) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in plan.options.items() if name not in FIGURES}
+
+
+def _errors(plan: CompressionPlan) -> str:
+    """Return the figures of a plan's choice as its table tells them; nothing where it has none."""
+    return ", ".join(str(text) for _, text in error_rows(plan.options))
 
 
 def _settings(what: str, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> list[Difference]:

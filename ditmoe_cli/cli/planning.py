@@ -14,6 +14,7 @@ from typing import Any
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.costs import error_rows, facts, plan_rows
 from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
+from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import Destination, Measuring, Source, checked_device, dtype_on
 from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors, plan_of
 from ditmoe_cli.cli.stage import Stage, open_stage
@@ -64,11 +65,17 @@ def run_planner(
     source: Source,
     to: Destination,
     printing: Printing,
+    *,
+    plan_only: bool = False,
 ) -> None:
-    """Plan for the source, and then preview or write the result."""
+    """Plan for the source, and then preview or write the result; with `plan_only` print the plan that was chosen."""
+    if plan_only:
+        refuse_idle(to, "with --plan-only, which writes no checkpoint", "force", "dry_run")
     stage = source.stage()
     checkpoint = open_stage(stage)
     output = to.at(checkpoint.path, planner.label)
+    if plan_only:
+        output = replace(output, force=True)  # what stands there stays
     if not to.dry_run and not planner.measures:
         checkpoint = _claimed(planner, planning.profile_for(stage), checkpoint, output)
     job = Job(planner.command, stage, checkpoint, output, printing)
@@ -78,6 +85,9 @@ def run_planner(
         dtype=dtype_on(planning.dtype, planning.device, measures=not to.dry_run),
     )
     work, basis = prepared(planner, work, wanted)
+    if plan_only:
+        with chosen(planner, work, basis) as choice:
+            return show_plan(job, choice, planning.device)
     made = made_before(output, checkpoint, _request(planner, work, basis, basis.profile if basis else None))
     if made is not None:
         plan = plan_of(made, checkpoint)
@@ -248,15 +258,29 @@ def preview(job: Job, plan: CompressionPlan | None, device: str = "cpu", before:
     """
     output = job.output
     check_target(output.path, output.force, [job.checkpoint.path])
-    size = planned_output(job.checkpoint, plan).predicted_bytes(output)
+    result, rows = _foreseen_result(job, plan, device, before)
+    rows = [("would write", output.path), *rows]
+    emit(job.printing, job.stage.to_json({**result, "dry_run": True}), rows, str(output.path), editable=True)
+
+
+def show_plan(job: Job, choice: Choice, device: str = "cpu") -> None:
+    """Print a plan that was chosen, as a dry run does; what the pipe goes on with is the checkpoint as it is."""
+    result, rows = _foreseen_result(job, choice.plan, device)
+    stage = job.stage if choice.profile is None else replace(job.stage, profile=str(choice.profile.path.absolute()))
+    emit(job.printing, stage.to_json({**result, "plan_only": True}), rows, None, editable=True)
+
+
+def _foreseen_result(
+    job: Job, plan: CompressionPlan | None, device: str, before: Sequence[Estimate] = ()
+) -> tuple[dict[str, Any], list[Row]]:
+    """Return bytes, estimate and plan as JSON and as rows, without what is undecided."""
+    size = planned_output(job.checkpoint, plan).predicted_bytes(job.output)
     result = size_facts(job.checkpoint, size)
     estimates, rate = [*before, *carrying_out(job.checkpoint, plan, size)], known_rate(likely_device(device))
     result["estimate"] = estimate_of(estimates, rate)
-    result["dry_run"] = True
     result["plan"] = plan.document() if plan is not None and plan.decided else None
     told = plan_rows(plan, job.checkpoint) + error_rows(plan.options) if plan is not None and plan.decided else []
-    rows = [("would write", output.path), *told, *size_rows(result), estimate_row(estimates, rate)]
-    emit(job.printing, job.stage.to_json(result), rows, str(output.path), editable=True)
+    return result, [*told, *size_rows(result), estimate_row(estimates, rate)]
 
 
 def write(

@@ -489,4 +489,8 @@ def read_plan(path: Path) -> CompressionPlan:
         document = result.get("plan") if isinstance(result, dict) else None
         if isinstance(result, dict) and result.get("dry_run") and document is None:
             raise BadInputError(f"{path}: the dry run left the plan open; plan again with a ⟨profile⟩")
+        if isinstance(result, dict) and document is None and isinstance(result.get("points"), list):
+            raise BadInputError(
+                f"{path}: a curve with {len(result['points'])} plans; take the plan of one of them: result.points[i].plan"
+            )
     return parse_plan(document, str(path))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, split_name
+from ditmoe_cli.files.names import MATRICES, SHARED, in_block
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.unpacked_weights import UnpackedWeights, unpacked_weights
@@ -18,6 +18,7 @@ from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Block, DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
 from ditmoe_cli.model.experts import SwiGLU, reserve
+from ditmoe_cli.model.gpu_memory import follows_dtype
 from ditmoe_cli.progress import BYTES, phase
 
 
@@ -109,14 +110,8 @@ def finish(model: DiTMoE, checkpoint: Checkpoint, device: torch.device, dtype: t
 
 
 def kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to keep a weight in: `dtype` for attention, experts and modulation of blocks, fp32 for others.
-
-    Others are few: embedders, norms, routers, the final layer.
-    """
-    parts = split_name(name)
-    if parts.block is None or parts.rest == ROUTER or "_norm." in parts.rest:
-        return torch.float32
-    return dtype
+    """Return the dtype to keep a weight in: `dtype` where it follows that of the model (`follows_dtype`), else fp32."""
+    return dtype if follows_dtype(name) else torch.float32
 
 
 def assign(

@@ -127,6 +127,11 @@ def _digest(path: Path, digest: Callable[[Path], str]) -> str:
     return digest(path)
 
 
+def kept_name(checkpoint: Checkpoint, fingerprint: str) -> str:
+    """Return the name of the profile that a planner makes of a checkpoint of that fingerprint."""
+    return f"{Path(checkpoint.name).stem}.{fingerprint[:12]}.profile.safetensors"
+
+
 def _with_usual_name(checkpoint: Checkpoint, request: ProfileRequest, note: Note) -> RoutingProfile | None:
     """Return the first profile under a usual name that is the checkpoint's own and as asked for."""
     for path in request.usual:
@@ -167,7 +172,7 @@ def _to_make(checkpoint: Checkpoint, request: ProfileRequest, inherited: Mapping
         whose += " but for what was asked for" if inherited is not None else ""
     settings, data = _with_data(checkpoint, request, settings)
     document = settings.to_json()
-    path = request.beside / f"{Path(checkpoint.name).stem}.{checkpoint.fingerprint[:12]}.profile.safetensors"
+    path = request.beside / kept_name(checkpoint, checkpoint.fingerprint)
     return Basis(None, document, path, settings, data, f"{whose}: {told(document)}")
 
 

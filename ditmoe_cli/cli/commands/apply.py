@@ -21,6 +21,7 @@ from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import read_profile
+from ditmoe_cli.routing.profile_search import kept_name
 
 EXAMPLES = (
     "ditmoe apply ckpt.pt --plan plan.json",
@@ -43,7 +44,7 @@ class Planned:
             "--profile",
             metavar="FILE",
             help="Routing profile that the plan was made with, where weights are computed from it. "
-            "[default: the one that the pipe names, else NAME.profile.safetensors]",
+            "[default: the one that the pipe names, else NAME.profile.safetensors, else the one that the planner made]",
         ),
     ] = None
     device: DeviceOpt = "auto"
@@ -67,7 +68,7 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     job = Job("apply", stage, opened, to.at(opened.path, f"{plan.command}-{plan.digest[:8]}"), printing)
     path = planned.profile or (Path(stage.profile) if stage.profile else None)
     if path is None and not to.dry_run:
-        path = profile_of_plan(opened, plan)
+        path = profile_of_plan(opened, plan, job.output.path.parent)
     beside = [planned.plan, *([path] if path is not None else [])]
     check_target(job.output.path, True, [opened.path, *beside])  # whether it exists is another matter
     if not plan.computes and not to.dry_run:
@@ -83,11 +84,15 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     return write(job, Choice(plan, profile), lambda: device)
 
 
-def profile_of_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> Path | None:
-    """Return the profile under a usual name that the plan was made with; None where none is needed, or there."""
+def profile_of_plan(checkpoint: Checkpoint, plan: CompressionPlan, beside: Path) -> Path | None:
+    """Return the profile that the plan was made with, under a usual name, or that of a planner's own in `beside`.
+
+    None where none is needed, or there.
+    """
     if not plan.computes or plan.profile is None:
         return None
-    path = next((p for p in usual_profiles(checkpoint) if p.is_file() and file_digest(p) == plan.profile), None)
+    paths = (*usual_profiles(checkpoint), beside / kept_name(checkpoint, plan.source))
+    path = next((p for p in paths if p.is_file() and file_digest(p) == plan.profile), None)
     if path is not None:
         note(f"using the profile {path}, which the plan was made with")
     return path

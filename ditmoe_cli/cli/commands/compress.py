@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import refuse_idle
+from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
+from ditmoe_cli.cli.groups import ending, refuse_idle
 from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Size, Source, parse_size
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
+from ditmoe_cli.compression.joint.size_curve import Curving
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.errors import UsageError
@@ -25,6 +28,8 @@ EXAMPLES = (
     "ditmoe compress ckpt.pt --ratio 0.25 | ditmoe fid",
     "ditmoe compress ckpt.pt --max-damage 0.02",
     "ditmoe compress ckpt.pt --ratio 0.5 --upstream -o half.safetensors",
+    "ditmoe compress ckpt.pt --curve --png curve.png",
+    "ditmoe compress ckpt.pt --size 1.2GiB --plan-only > plan.json",
 )
 STACK = "stack"
 
@@ -98,8 +103,34 @@ class Loading:
     ] = False
 
 
+@dataclass(frozen=True)
+class Foresight:
+    """What is printed in place of writing a checkpoint."""
+
+    panel: ClassVar[str] = "Instead of writing"
+
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="Print sizes against errors, from the smallest possible file to the checkpoint's own, with a plan for "
+            "each that ditmoe apply takes; a --size is marked.",
+        ),
+    ] = False
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png", metavar="FILE", callback=ending(".png"), help="Draw the --curve too; takes the report extra."
+        ),
+    ] = None
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Choose the plan as usual and print it, for ditmoe apply.")
+    ] = False
+
+
 def run(
     goals: Goals,
+    foresight: Foresight,
     mixing: Tying,
     loading: Loading,
     measuring: Measuring,
@@ -114,7 +145,17 @@ def run(
     bytes. Plans are carried out and tried on held-out calibration images, and the best one is written: narrowed,
     rounded and refitted block after block.
     """
-    goal = Goal(goals.size.bytes if goals.size is not None else None, goals.ratio, goals.max_damage)
+    goal = None
+    if not foresight.curve or goals != Goals():
+        goal = Goal(goals.size.bytes if goals.size is not None else None, goals.ratio, goals.max_damage)
+    if foresight.curve:
+        refuse_idle(foresight, "with --curve, which has many plans", "plan_only")
+        refuse_idle(goals, "with --curve, which tries one plan; give a size", "max_damage")
+        refuse_idle(loading, "with --curve", "upstream")
+        curving = Curving(lambda size: Compressing(Goal(size), mixing.formats, mixing.stacked), goal)
+        return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
+    refuse_idle(foresight, "without --curve", "png")
+    assert goal is not None
     planner: Planner
     if loading.upstream:
         refuse_idle(mixing, "with --upstream, which takes no formats", "allow", "floor", "protect", "tie")
@@ -122,4 +163,4 @@ def run(
         planner = ForUpstream(goal)
     else:
         planner = Compressing(goal, mixing.formats, mixing.stacked)
-    return run_planner(planner, measuring, automatic, source, to, printing)
+    return run_planner(planner, measuring, automatic, source, to, printing, plan_only=foresight.plan_only)

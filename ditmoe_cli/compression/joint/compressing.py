@@ -188,7 +188,7 @@ class Compressing(Planner):
         limit = self.goal.limit(work.checkpoint)
         kept = kept_measures(work.checkpoint, profile, work.device(), once(work.note))
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
-        request = _holding(self.request(work))
+        request = holding(self.request(work))
         with tried_in(work) as folder:
             if self.goal.max_damage is not None:
                 found = smallest_within(request, calibrated, folder, limit, self.goal.max_damage)
@@ -221,13 +221,21 @@ class Compressing(Planner):
 
     def details(self, checkpoint: Checkpoint, plan: CompressionPlan) -> Mapping[str, Any]:
         """Return the number of weights of each format, the share of neurons that stay, and the errors."""
-        blocks = plan.stage(Experts).blocks
-        before = sum(sum(block.expert_widths) for block in checkpoint.config.blocks)
-        after = 0
-        for block, old in zip(blocks, checkpoint.config.blocks, strict=True):
-            after += sum(block.widths or (old.expert_widths[e] for e in block.keep))
         formats = format_counts(plan) if plan.together else {}
-        return {"neurons": after / before, **formats}
+        return {"neurons": neurons_kept(checkpoint, plan), **formats}
+
+
+def neurons_kept(checkpoint: Checkpoint, plan: CompressionPlan) -> float:
+    """Return the share of routed experts' neurons that stay under a plan."""
+    olds = checkpoint.config.blocks
+    before = sum(sum(old.expert_widths) for old in olds)
+    blocks = next((stage.blocks for stage in plan.stages if isinstance(stage, Experts)), ())
+    if not blocks:
+        return 1.0
+    kept = (
+        sum(block.widths or (old.expert_widths[e] for e in block.keep)) for block, old in zip(blocks, olds, strict=True)
+    )
+    return sum(kept) / before
 
 
 def unmeasured(request: JointRequest) -> Measures:
@@ -239,7 +247,7 @@ def unmeasured(request: JointRequest) -> Measures:
     return Measures(curves, formats, formats, (1.0,) * request.checkpoint.config.depth)
 
 
-def _holding(request: JointRequest) -> JointRequest:
+def holding(request: JointRequest) -> JointRequest:
     """Return the request without the formats that do not hold a weight's values."""
     name = request.checkpoint.name
     checked = each(request.offered, f"checking the values of {name}", "matrices")

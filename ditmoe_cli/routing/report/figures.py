@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from math import isqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,20 +41,27 @@ def require_matplotlib() -> None:
         raise BadInputError("figures need matplotlib, which is not here; install it: pip install 'ditmoe[report]'")
 
 
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in the style of reports, whatever the user's settings. Raises `BadInputError` without matplotlib."""
+    require_matplotlib()
+    import matplotlib
+
+    style: Any = {**matplotlib.rcParamsDefault, **painters.STYLE}
+    style.pop("backend", None)
+    with matplotlib.rc_context(style):
+        yield
+
+
 def draw(report: ProfileReport, svg: bool = True, png: bool = False, request: str = "") -> Iterator[Drawing]:
     """Yield the figures of a report as SVG, PNG or both; a format that is not asked for is empty.
 
     A PNG has its title and the profile's name in it, and says which `request` it was made of. Equal reports give equal
     bytes. Raises `BadInputError` where matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-
-    style: Any = {**matplotlib.rcParamsDefault, **painters.STYLE}
-    style.pop("backend", None)
     figures = tuple(planned(report))
     about = description(request, [figure.name for figure in figures])
-    with matplotlib.rc_context(style), phase("drawing", len(figures), "figures") as advance:
+    with styled(), phase("drawing", len(figures), "figures") as advance:
         for figure in figures:
             heading = f"{figure.title}: {report.name}"
             yield Drawing(
