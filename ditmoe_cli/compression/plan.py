@@ -491,6 +491,6 @@ def read_plan(path: Path) -> CompressionPlan:
             raise BadInputError(f"{path}: the dry run left the plan open; plan again with a ⟨profile⟩")
         if isinstance(result, dict) and document is None and isinstance(result.get("points"), list):
             raise BadInputError(
-                f"{path}: a curve with {len(result['points'])} plans; take the plan of one of them: result.points[i].plan"
+                f"{path}: a curve with {len(result['points'])} plans; give one of them, result.points[i].plan"
             )
     return parse_plan(document, str(path))

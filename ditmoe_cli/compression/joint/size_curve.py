@@ -118,7 +118,7 @@ class SizeCurve:
 
 def grid(least: int, most: int, count: int = SIZES) -> list[int]:
     """Return `count` sizes from `least` to `most`, each the same factor above the one before; equal ones once."""
-    inner = (int(least * (most / least) ** (place / (count - 1))) for place in range(1, count - 1))
+    inner = (round(least * (most / least) ** (place / (count - 1))) for place in range(1, count - 1))
     return sorted({least, *inner, most})
 
 
@@ -171,7 +171,9 @@ class Curving:
         goal = self.goal.limit(work.checkpoint) if self.goal is not None else None
         with tried_in(work) as folder:
             trials = Trials(request, calibrated, folder)
-            return size_curve(program, FIRST_KAPPA, trials.error, profile.digest, goal)
+            return size_curve(
+                program, FIRST_KAPPA, lambda draft: trials.carried_out(draft).held.error, profile.digest, goal
+            )
 
 
 def size_curve(
