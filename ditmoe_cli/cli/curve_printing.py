@@ -129,7 +129,8 @@ def paint(figure: Figure, curve: SizeCurve) -> None:
     """Paint predicted and expected errors over bytes, the tried one as a cross, and a line at each mark."""
     from matplotlib.ticker import NullLocator
 
-    from ditmoe_cli.routing.report.painters import COLOURS, INK
+    from ditmoe_cli.routing.report.painters import COLOURS
+    from ditmoe_cli.routing.report.pictures import INK
 
     panel: Any = figure.subplots()
     known = [point for point in curve.points if point.predicted_error > 0]  # a logarithm of 0 has no place

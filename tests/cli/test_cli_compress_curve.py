@@ -1,10 +1,11 @@
-"""``ditmoe compress --curve`` and ``--plan-only``, and what becomes of their plans: shown, compared, edited, applied."""
+"""``ditmoe compress --curve`` and ``--plan-only``; plans that are shown, compared, edited and applied."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_a_curve_leaves_the_pipe_with_the_checkpoint_and_has_a_plan_for_each_siz
     assert len(points) >= 10 and sum(point["goal"] for point in points) == sum(point["tried"] for point in points) == 1
     before = envelope["result"]["bytes_before"]
     assert next(point["size"] for point in points if point["goal"]) == int(0.3 * before)
-    for smaller, larger in zip(points, points[1:], strict=False):
+    for smaller, larger in pairwise(points):
         assert smaller["bytes"] <= smaller["size"] < larger["size"] <= before
         assert smaller["predicted_error"] > larger["predicted_error"]
 
@@ -162,9 +163,7 @@ def test_an_edited_plan_is_compared_and_applied(folder: Path, change: Any) -> No
         (lambda plan: plan.update(selection="luck"), "selection"),
     ],
 )
-def test_an_edited_plan_that_cannot_be_carried_out_is_refused_in_one_line(
-    folder: Path, change: Any, said: str
-) -> None:
+def test_an_edited_plan_that_cannot_be_carried_out_is_refused_in_one_line(folder: Path, change: Any, said: str) -> None:
     name = edited(folder, change)
     before = outputs(folder)
     refused = here("apply", "a.safetensors", "--plan", name, *PROFILE, "-o", "o.safetensors", cwd=folder)
@@ -189,6 +188,7 @@ def test_two_plans_are_compared_by_their_errors_in_one_row(folder: Path) -> None
         (("--curve", "--dry-run"), "--dry-run"),
         (("--curve", "-o", "b.safetensors"), "--output"),
         (("--curve", "--force"), "--force"),
+        (("--curve", "--max-damage", 0.1), "--max-damage"),
         (("--ratio", 0.3, "--png", "c.png"), "--png"),
         (("--ratio", 0.3, "--plan-only", "--dry-run"), "--dry-run"),
         (("--curve", "--png", "c.pdf"), ".png"),

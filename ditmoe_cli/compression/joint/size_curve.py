@@ -166,8 +166,8 @@ class Curving:
         kept = kept_measures(work.checkpoint, profile, work.device(), once(work.note))
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
         request = replace(holding(planner.request(work)), calibration=profile.calibration)
-        middle = planner.goal.limit(work.checkpoint)
-        program = settled_program(request, calibrated, lambda _: middle)
+        before = work.checkpoint.header.file_bytes
+        program = settled_program(request, calibrated, lambda program: middle_of(grid(program.least, before)))
         goal = self.goal.limit(work.checkpoint) if self.goal is not None else None
         with tried_in(work) as folder:
             trials = Trials(request, calibrated, folder)

@@ -82,7 +82,9 @@ def test_larger_sizes_have_less_error_and_plans_within_them(
         assert smaller.expected_error > larger.expected_error
 
 
-def test_expected_errors_are_predicted_ones_scaled_to_the_one_that_was_tried(curve_of: Callable[..., SizeCurve]) -> None:
+def test_expected_errors_are_predicted_ones_scaled_to_the_one_that_was_tried(
+    curve_of: Callable[..., SizeCurve],
+) -> None:
     seen: list[Draft] = []
 
     def tried(draft: Draft) -> float:
