@@ -22,7 +22,15 @@ from typing import Any
 
 from ditmoe_cli.compression.block_layout import require_plain
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.joint.compressing import Compressing, Goal, holding, neurons_kept, once, tried_in, unmeasured
+from ditmoe_cli.compression.joint.compressing import (
+    Compressing,
+    Goal,
+    holding,
+    neurons_kept,
+    once,
+    tried_in,
+    unmeasured,
+)
 from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, plan_of
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
