@@ -35,7 +35,7 @@ from typing import Any
 from measuring import ditmoe
 
 INFEASIBLE = 4  # exit code of what no plan reaches
-SHARES = (0.9, 0.75, 0.65, 0.5, 0.4, 0.35, 0.3, 0.25)
+SHARES = (0.9, 0.75, 0.65, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
 LIMIT = "{size}"  # stands for the bytes allowed
 
 Stage = tuple[str, ...]
