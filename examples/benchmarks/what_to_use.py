@@ -35,7 +35,7 @@ from typing import Any
 from measuring import ditmoe
 
 INFEASIBLE = 4  # exit code of what no plan reaches
-SHARES = (0.9, 0.75, 0.65, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
+SHARES = (1.0, 0.9, 0.75, 0.65, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
 LIMIT = "{size}"  # stands for the bytes allowed
 
 Stage = tuple[str, ...]
@@ -238,6 +238,9 @@ def methods(about: Mapping[str, Any], multiples: Sequence[str], extras: bool) ->
     def narrowed(share: float, multiple: str) -> Stage:
         return ("prune", "--neurons", f"{share:g}", "--allocate", "global", "--multiple", multiple)
 
+    def two_stages(share: float, multiple: str) -> Way:
+        return (mix,) if share == 1.0 else (narrowed(share, multiple), mix)
+
     def share_at(size: int) -> int:
         """Return the place of the share at which formats of three to four bits about fill the bytes."""
         return min(range(len(SHARES)), key=lambda place: abs(SHARES[place] - 3 * size / file_bytes))
@@ -253,7 +256,7 @@ def methods(about: Mapping[str, Any], multiples: Sequence[str], extras: bool) ->
     found = {
         "compress": sized(("compress", "--size", LIMIT)),
         "narrowing, then a mix": searched(
-            [[(narrowed(share, multiple), mix) for share in SHARES] for multiple in multiples], share_at
+            [[two_stages(share, multiple) for share in SHARES] for multiple in multiples], share_at
         ),
         "a mix": sized(mix),
         "PMQ": sized((*mix, "--method", "pmq")),
@@ -292,7 +295,7 @@ def line(label: str, found: Sequence[Found]) -> str:
     for values in ([score.error for score in scores], [score.distance for score in scores]):
         spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
         cells.append(f"{mean(values):.3g}{spread}")
-    ways = sorted({score.way for score in scores}) if " | " in scores[0].way else []
+    ways = sorted({score.way for score in scores}) if any(" | " in score.way for score in scores) else []
     told = f" ({_settings(ways)})" if ways else ""
     seconds = mean(score.seconds for score in scores)
     return f"| {label}{told} | {' | '.join(cells)} | {max(score.size for score in scores):,} | {seconds:.0f} |"
@@ -300,11 +303,12 @@ def line(label: str, found: Sequence[Found]) -> str:
 
 def _settings(ways: Sequence[str]) -> str:
     """Return the numbers of the first stages of ways, as "0.5, multiple 16; 0.65, multiple 16"."""
-    firsts = [way.split(" | ")[0] for way in ways]
     told = []
-    for first in firsts:
-        words = first.split()
-        number = next(words[words.index(name) + 1] for name in ("--neurons", "--keep", "--groups") if name in words)
+    for way in ways:
+        words = way.split(" | ")[0].split()
+        number = next(
+            (words[words.index(name) + 1] for name in ("--neurons", "--keep", "--groups") if name in words), "1"
+        )
         told.append(f"{number}, multiple {words[words.index('--multiple') + 1]}" if "--multiple" in words else number)
     return "; ".join(told)
 
