@@ -46,9 +46,9 @@ ROUNDED_BYTES = 512 << 20  # of memory for matrices of one shape that are rounde
 ROUNDED_BYTES_ON_DEVICES = 4 << 30  # the same on a GPU, whose kernels take as long for one matrix as for some
 
 
-def held_images(images: int) -> range:
-    """Return which of so many calibration images are held out: every `HELD_OUT`-th, or of fewer the last."""
-    return range(min(HELD_OUT, images) - 1, images, HELD_OUT)
+def judged_images(images: int) -> range:
+    """Return which of so many calibration images judge a plan, where nothing is fitted on them: every eighth."""
+    return range(HELD_OUT // 2 - 1, images, HELD_OUT)
 
 
 def carrying_tokens(patches: int) -> int:

@@ -88,10 +88,13 @@ def carry_out_together(
     *,
     title: str = "compressing",
     orders: Sequence[Mapping[str, Tensor]] | None = None,
+    judging: bool = False,
 ) -> Carried:
     """Compute and keep every block's weights, going on behind those that an unfinished run has left.
 
-    `title` says what is done to the checkpoint, and `orders` are those of `neuron_orders`, where they are known.
+    `title` says what is done to the checkpoint, and `orders` are those of `neuron_orders`, where they are known. With
+    `judging` nothing is fitted on the states to judge by (`States.judged`), and errors are told of their images, in
+    place of those of held-out ones, which choose strengths and are fitted on in the end.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
@@ -106,7 +109,7 @@ def carry_out_together(
     with resident_blocks(model, f"{title} {checkpoint.name}", kept.start) as blocks:
         original = CalibrationStream(model, states)
         with rounded(outside):
-            student = CalibrationStream(model, states)
+            student = CalibrationStream(model, states, judging=judging)
         original.go_on(kept.state, "original")
         student.go_on(kept.state, "student")
         for index, block in blocks:
@@ -133,7 +136,8 @@ def carry_out_together(
     refit_error = tuple(float(each["error"]) for each in documents if "error" in each)
     agreement_of_blocks = tuple(float(each["agreement"]) for each in documents)
     everywhere = by_image(prediction, expected, states.images)
-    held = by_image(prediction[states.held], expected[states.held], states.images[states.held])
+    out = states.judged if judging else states.held
+    held = by_image(prediction[out], expected[out], states.images[out])
     return Carried(refit_error, everywhere.error, agreement_of_blocks, held)
 
 

@@ -21,7 +21,7 @@ from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.budget import size_label
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
 from ditmoe_cli.compression.precision.mixed import held_formats
-from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS, held_images
+from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS, judged_images
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_expert
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
@@ -121,9 +121,9 @@ class Compressing(Planner):
         self.least_bytes(work)
         calibration = work.calibration()
         if self.goal.max_damage is not None and calibration is not None:
-            held = held_images(int(calibration["images"]))
-            if len(held) < FEWEST_HELD:
-                raise BadInputError(too_few(len(held)))
+            judged = len(judged_images(int(calibration["images"])))
+            if judged < FEWEST_HELD:
+                raise BadInputError(too_few(judged))
 
     def least_bytes(self, work: Work) -> int:
         """Return the bytes of the smallest file. Raises `InfeasibleError` where they exceed the goal."""

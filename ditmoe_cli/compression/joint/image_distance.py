@@ -1,7 +1,7 @@
 """The distance that a compressed model's images will have from the original's of the same seeds.
 
-Both models sample the held-out calibration images, on which nothing was fitted, as the profile's calibration did; the
-original's are in the profile. Errors of n images with mean m and standard deviation s tell that of N other images:
+Both models sample some images as the profile's calibration did, of its labels, from noise of their own: weights were
+fitted on all images of the calibration. Errors of n images with mean m and standard deviation s tell that of N others:
 
     m ± t(0.975, n - 1) s √(1 / n + 1 / N)
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.working_sizes import held_images
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.evaluation.images import to_uint8
 from ditmoe_cli.evaluation.scores.paired_error import paired_error
@@ -28,8 +27,9 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.calibration_settings import profiled_spec
-from ditmoe_cli.routing.collect.collector import PURPOSE
 
+PURPOSE = "distance"
+SAMPLED = 8  # images, by both models
 IMAGES = 256  # whose mean is foretold
 LEVEL = 0.95
 
@@ -42,7 +42,7 @@ class ExpectedDistance:
         mean: of the images that were sampled.
         low, high: 95 % interval of the mean of `images` others.
         images: number of images that the interval is for.
-        sampled: number of held-out calibration images that it rests on.
+        sampled: number of images that it rests on.
         of: what is compared: ``pixels`` on the scale of the model's grey levels, as ``fid`` has it, or ``latents``.
     """
 
@@ -57,21 +57,21 @@ class ExpectedDistance:
 def expected_distance(original: Calibrated, written: Checkpoint) -> ExpectedDistance:
     """Return the expected distance of the images of a compressed checkpoint to those of its original.
 
-    Takes the calibration's steps for the held-out images, with the compressed model in memory; the original samples too
-    only where the calibration noised given images.
+    Takes the calibration's steps for `SAMPLED` images with one model in memory, and then with the other.
     """
     profile, checkpoint = original.profile, original.checkpoint
     spec = profiled_spec(profile.calibration, checkpoint)
-    finals = profile.tensor("image.final")
-    indices = held_images(len(finals))
-    expected = finals[list(indices)]
-    if profile.calibration.get("data") is not None:
-        expected = _sampled(checkpoint, original, spec, indices)
-    found = _sampled(written, original, spec, indices)
+    indices = sampled_images(spec.images)
+    expected, found = (_sampled(each, original, spec, indices) for each in (checkpoint, written))
     pixels = checkpoint.config.pixel_space
     errors = image_errors(found, expected, checkpoint.card.grey_levels if pixels else None)
     mean, low, high = mean_of_others(errors, IMAGES)
     return ExpectedDistance(mean, low, high, IMAGES, len(errors), "pixels" if pixels else "latents")
+
+
+def sampled_images(images: int) -> list[int]:
+    """Return `SAMPLED` indices whose labels are spread over those of so many calibration images."""
+    return [place * max(images, SAMPLED) // SAMPLED for place in range(SAMPLED)]
 
 
 def image_errors(found: Tensor, expected: Tensor, grey_levels: int | None) -> list[float]:
@@ -97,12 +97,12 @@ def mean_of_others(errors: Sequence[float], images: int) -> tuple[float, float, 
     return mean, max(mean - reach, 0.0), mean + reach
 
 
-def _sampled(checkpoint: Checkpoint, original: Calibrated, spec: SampleSpec, indices: range) -> Tensor:
-    """Return the final images of some indices, as the calibration would sample them."""
+def _sampled(checkpoint: Checkpoint, original: Calibrated, spec: SampleSpec, indices: Sequence[int]) -> Tensor:
+    """Return the final images of some indices, with the settings of the calibration."""
     batch = max(int(original.profile.calibration.get("batch", 1)), 1)
     model = build_model(checkpoint, torch.device(original.device), original.dtype).prepack()
     images = []
-    with phase(f"sampling held-out images of {checkpoint.name}", len(indices), "images") as progress:
+    with phase(f"sampling images of {checkpoint.name}", len(indices), "images") as progress:
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
             images.append(sample_batch(model, spec, part, purpose=PURPOSE).cpu())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.working_sizes import FEWEST_STATES, FEWEST_TOKENS, HELD_OUT, MOST_TOKENS
+from ditmoe_cli.compression.working_sizes import FEWEST_STATES, FEWEST_TOKENS, HELD_OUT, MOST_TOKENS, judged_images
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sampling_times
 from ditmoe_cli.errors import BadInputError
@@ -41,6 +41,15 @@ class States:
     images: Tensor
     held: Tensor
     cfg: float
+
+    @property
+    def judged(self) -> Tensor:
+        """(N,) whether a state is of an image to judge a result by, where nothing is fitted on it: others than `held`.
+
+        Those that are held out choose strengths, and are fitted on in the end.
+        """
+        judged = judged_images(int(self.images.max()) + 1)
+        return torch.isin(self.images, torch.tensor(judged, device=self.images.device, dtype=self.images.dtype))
 
     def __len__(self) -> int:
         return len(self.z)

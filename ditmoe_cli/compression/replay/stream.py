@@ -81,14 +81,17 @@ class Tokens:
 class CalibrationStream(Stream):
     """A stream through blocks that are compressed one after the other.
 
-    Each block's inputs come from the already compressed blocks before it, as they will when the model runs.
+    Each block's inputs come from the already compressed blocks before it, as they will when the model runs. With
+    `judging`, tokens of the states to judge by have no weight: nothing is fitted on them.
     """
 
-    def __init__(self, model: OffloadedDiTMoE, states: States) -> None:
+    def __init__(self, model: OffloadedDiTMoE, states: States, *, judging: bool = False) -> None:
         start = embedded(model, in_branches(states, model))
         super().__init__(start.x, start.c)
         self._held = states.held.repeat(states.branches)
         self._weights = torch.tensor(states.branch_weights).repeat_interleave(len(states))
+        if judging:
+            self._weights = self._weights * ~states.judged.repeat(states.branches)
 
     def go_on(self, kept: Piece | None, name: str) -> None:
         """Move the stream behind the blocks that an unfinished run has done, if any; it kept tokens x as `name`."""

@@ -14,10 +14,11 @@ from conftest import make_pico
 
 from ditmoe_cli.compression.joint import choosing
 from ditmoe_cli.compression.joint.carrying import by_image
+from ditmoe_cli.compression.joint.image_distance import PURPOSE, SAMPLED, sampled_images
 from ditmoe_cli.compression.replay import states
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import calibration_states
-from ditmoe_cli.compression.working_sizes import HELD_OUT, held_images
+from ditmoe_cli.compression.working_sizes import judged_images
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.loading import build_model
@@ -75,7 +76,7 @@ def test_the_result_tells_its_bound_its_neighbour_and_its_images(within: Outcome
     assert smaller["bytes"] < result["bytes"] and smaller["damage"] > ALLOWED
     distance = result["paired_distance"]
     assert 0 <= distance["low"] < distance["mean"] < distance["high"]
-    assert (distance["images"], distance["sampled"], distance["of"]) == (256, IMAGES // HELD_OUT, "pixels")
+    assert (distance["images"], distance["sampled"], distance["of"]) == (256, SAMPLED, "pixels")
 
 
 def test_the_file_keeps_what_was_asked_for_and_the_bound(within: Outcome) -> None:
@@ -89,18 +90,23 @@ def test_its_distance_is_that_of_images_which_both_models_sample(within: Outcome
     from ditmoe_cli.diffusion.sampling import sample_batch
     from ditmoe_cli.evaluation.images import to_uint8
     from ditmoe_cli.evaluation.scores.paired_error import paired_error
-    from ditmoe_cli.routing.collect.collector import PURPOSE
 
     profile, original = read_profile(made / "p.safetensors"), open_checkpoint(made / "a.safetensors")
     spec = profiled_spec(profile.calibration, original)
-    held = [index for index in range(IMAGES) if index % HELD_OUT == HELD_OUT - 1]
-    assert held == list(held_images(IMAGES))
+    indices = sampled_images(IMAGES)
+    assert indices == [0, 4, 8, 12, 16, 20, 24, 28]
     images = [
-        to_uint8(sample_batch(build_model(each, torch.device("cpu")), spec, held, purpose=PURPOSE))
+        to_uint8(sample_batch(build_model(each, torch.device("cpu")), spec, indices, purpose=PURPOSE))
         for each in (original, open_checkpoint(within.path))
     ]
     expected = paired_error(*images, original.card.grey_levels).mse
     assert within.result["paired_distance"]["mean"] == pytest.approx(expected, rel=0.05)
+
+
+def test_images_that_judge_are_others_than_those_that_choose_strengths() -> None:
+    seen = states.States(*(torch.zeros(64),) * 3, torch.arange(64), torch.arange(64) % 8 == 7, 1.0)
+    assert seen.images[seen.judged].tolist() == list(judged_images(64)) == list(range(3, 64, 8))
+    assert not (seen.judged & seen.held).any()
 
 
 def error_on(profile: RoutingProfile, original: Checkpoint, changed: Checkpoint) -> float:
