@@ -118,6 +118,7 @@ def test_stderr_holds_notes_only(name: str, ran: dict[str, Outcome]) -> None:
         "sampling ",
         "using ",
         "measuring ",
+        "before refitting, dropping ",
     )
     assert all(note.removeprefix("ditmoe: ").startswith(allowed) for note in ran[name].notes)
 
