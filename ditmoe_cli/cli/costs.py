@@ -61,10 +61,11 @@ def number(value: float) -> str:
 
 
 def range_text(values: Sequence[float], worst: int) -> str:
-    """Return values of blocks by their range, and the block of the `worst`."""
-    if min(values) == max(values):
-        return f"{number(values[0])} in each block" if len(values) > 1 else number(values[0])
-    return f"{number(min(values))} to {number(max(values))}, worst in block {worst}"
+    """Return values of blocks by their range, and the block of the `worst`; values that read alike as one."""
+    low, high = number(min(values)), number(max(values))
+    if low == high:
+        return f"{low} in each block" if len(values) > 1 else low
+    return f"{low} to {high}, worst in block {worst}"
 
 
 def blockwise(texts: Sequence[str]) -> list[Row]:

@@ -98,6 +98,8 @@ def test_with_the_checkpoint_every_matrix_is_counted(tmp_path_factory: pytest.Te
 
 def test_refits_and_errors_are_told_by_their_range_and_worst_block() -> None:
     assert range_text([0.5, 0.5], 0) == "0.5 in each block"
+    assert range_text([0.9999, 1.0], 0) == "1 in each block", "no range from 1 to 1"
+    assert range_text([0.25], 0) == "0.25"
     facts = {
         "refit_error": [0.01, 0.25, 0.02],
         "top_k_agreement": [1.0, 0.9, 0.95],

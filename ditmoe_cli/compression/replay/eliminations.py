@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from ditmoe_cli.compression.replay.tokens import BlockTokens, attended_tokens
 from ditmoe_cli.compression.working_sizes import ELIMINATION_TOKENS, TOKENS_PER_NEURON
 from ditmoe_cli.errors import BadInputError, DitmoeError
 from ditmoe_cli.files.arrays import read_arrays, read_document, write_arrays
+from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.names import SHARED, in_block
 from ditmoe_cli.files.workfolder import KeptLoop
@@ -39,6 +42,9 @@ from ditmoe_cli.model.experts import SwiGLU
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import each
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _CHUNK = 2048  # pairs whose neurons are computed at a time
 _LEAST_FREEDOM = 8  # of n pairs at least an eighth counts as left over: more neurons have no error to trust
@@ -83,14 +89,15 @@ def neuron_curves(calibrated: Calibrated) -> Curves:
         tensors = _measured(calibrated, loop)
         try:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            write_arrays(path, arrays, {"schema": NEURONS_SCHEMA, "key": kept.key}, force=True)
+            document = {"schema": NEURONS_SCHEMA, "key": kept.key, "digest": _digest(arrays)}
+            write_arrays(path, arrays, document, force=True)
         except (DitmoeError, OSError) as error:
             kept.note(f"the errors of widths are not kept: {error}")
     return _parsed(tensors, depth)
 
 
 def _kept(path: Path, key: str) -> dict[str, Tensor] | None:
-    """Return what is kept in a file; None where it is absent, damaged or of another key."""
+    """Return what is kept in a file; None where it is absent, damaged, changed or of another key."""
     try:
         header = read_safetensors_header(path)
         document = read_document(header, NEURONS_SCHEMA, path)
@@ -99,12 +106,18 @@ def _kept(path: Path, key: str) -> dict[str, Tensor] | None:
         arrays = read_arrays(path, header.tensors)
     except (BadInputError, OSError, ValueError):
         return None
-    found = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    orders = (tensor for name, tensor in found.items() if name.endswith(".order"))
-    return (
-        found
-        if all(torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype)) for order in orders)
-        else None
+    if document.get("digest") != _digest(arrays):
+        return None
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 of arrays: of their names, dtypes, shapes and values."""
+    return digest(
+        {
+            name: [array.dtype.str, list(array.shape), sha256(array.tobytes()).hexdigest()]
+            for name, array in arrays.items()
+        }
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -266,24 +267,35 @@ def empty(data: bytes) -> bytes:
     return data[:0]
 
 
-def first_order_twice(data: bytes) -> bytes:
-    """The last number of a curve's order is written over by the one before: neurons are no permutation."""
-    header = int.from_bytes(data[:8], "little")
-    import json
+def another_number(ending: str) -> Callable[[bytes], bytes]:
+    """Write over the last number of the first array of that ending: what is left is a whole file."""
 
-    where = json.loads(data[8 : 8 + header])
-    start, stop = next(about["data_offsets"] for name, about in sorted(where.items()) if name.endswith(".order"))
-    end, begin = 8 + header + stop, 8 + header + start
-    assert end - begin > 8
-    return data[: end - 4] + data[end - 8 : end - 4] + data[end:]
+    def changed(data: bytes) -> bytes:
+        start = 8 + int.from_bytes(data[:8], "little")
+        where = json.loads(data[8:start])
+        begin, end = next(about["data_offsets"] for name, about in sorted(where.items()) if name.endswith(ending))
+        assert end - begin > 16
+        return data[: start + end - 8] + data[start + begin : start + begin + 8] + data[start + end :]
+
+    return changed
 
 
-@pytest.mark.parametrize("damage", [cut, empty, first_order_twice])
+def unsigned(data: bytes) -> bytes:
+    assert data.count(b"digest") == 1
+    return data.replace(b"digest", b"nobody")
+
+
+DAMAGES = {"cut": cut, "empty": empty, "unsigned": unsigned}
+CHANGES = {ending: another_number(f".{ending}") for ending in ("order", "errors", "growth")}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), *CHANGES.values()], ids=[*DAMAGES, *CHANGES])
 def test_a_damaged_file_is_measured_anew(damage: Callable[[bytes], bytes], given: Given, tmp_path: Path) -> None:
     keeping = Keeping(given, tmp_path)
     first = keeping.curves()
     whole = keeping.path.read_bytes()
     keeping.path.write_bytes(damage(whole))
+    assert keeping.path.read_bytes() != whole
     assert same(keeping.curves(), first)
     assert keeping.notes == [] and keeping.path.read_bytes() == whole
 
