@@ -45,6 +45,7 @@ SHARDS = ("--max-shard-size", "15MB")
 PRUNING = ("--keep", "0.5", "--refit-tokens", "1024", "--profile", PROFILE)
 MIXING = ("--bits", "3.5", "--allow", "3,4", "--tokens", "256", "--profile", PROFILE)
 MERGING = ("--groups", "2", "--refit-tokens", "1024", "--profile", PROFILE)
+COMPRESSING = ("--ratio", "0.3", "--allow", "4,8", "--profile", PROFILE)
 UNIFORM = ("--uniform", "--bits", "4")
 WAYS = ("KILL", "TERM", "KILL", "INT", "KILL", "HUP", "KILL", "LIMIT", "KILL", "TERM", "INT", "FULL")
 EXITS = {"KILL": -9, "TERM": 143, "INT": 130, "HUP": 129, "LIMIT": 1, "FULL": 1}
@@ -81,6 +82,7 @@ CASES = (
     Case(("prune", DEMO, *PRUNING, "--max-shard-size", "1MB"), "x", computes=True),
     Case(("quantize", DEMO, *MIXING), computes=True),
     Case(("merge", DEMO, *MERGING), computes=True),
+    Case(("compress", DEMO, *COMPRESSING), computes=True),
     Case(("profile-experts", DEMO, "--images", "32", "--steps", "8"), computes=True),
     Case(("sample", DEMO, "--images", "32", "--steps", "8"), computes=True),
 )

@@ -6,6 +6,7 @@ line, and leaves nothing behind.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import Outcome, here, outputs
+from compressing import compress_on_few_tokens
 from conftest import make_pico
 from torch import Tensor
 
@@ -34,11 +36,12 @@ WRITING = {
     "delta": "merge --delta svd --delta-ratio 1.0",
     "nf4": "quantize --uniform --bits 4",
     "mix": "quantize --bits 6 --allow 4,8 --group-size 32 --rounding nearest",
+    "compress": "compress --ratio 0.5 --allow 4,8",
     "bf16": "convert --dtype bf16",
     "plain": "convert --dequantize",
     "upstream": "convert --to-upstream",
 }
-PACKED = ("delta", "nf4", "mix")
+PACKED = ("delta", "nf4", "mix", "compress")
 READING = {
     "inspect": "inspect",
     "profile": PROFILING,
@@ -104,6 +107,14 @@ class Chains:
         return self.made[first], folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens() -> Iterator[None]:
+    """For compressions."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compress_on_few_tokens(monkeypatch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[Combination, Chains]:
     """The pipes of each combination, each stage of which is made when a test first asks for it."""
@@ -146,7 +157,13 @@ def combination_of(first: str) -> Combination:
 
 
 # every ordered pair of commands once: of second stages that take long or differ little, few
-FEW = {"mix": (*PACKED, "merge"), "slice": ("prune", "nf4"), "constants": ("constants", "nf4"), "uneven": ("delta",)}
+FEW = {
+    "mix": (*PACKED, "merge"),
+    "compress": (*PACKED, "prune", "merge"),
+    "slice": ("prune", "nf4"),
+    "constants": ("constants", "nf4"),
+    "uneven": ("delta",),
+}
 COVERING = [(first, second) for first, second in product(WRITING, WRITING) if first in FEW.get(second, WRITING)]
 
 
@@ -165,7 +182,7 @@ def test_each_pair_under_each_layout_and_family(
 ) -> None:
     for second in WRITING:
         covered = combination == combination_of(first) and (first, second) in COVERING
-        if covered or (second == "mix" and first not in (*PACKED, "prune", "uneven", "upstream")):
+        if covered or (second in ("mix", "compress") and first not in (*PACKED, "prune", "uneven", "upstream")):
             continue  # each time, or too long
         follow(chains[combination], first, second)
 

@@ -3,52 +3,72 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from cli_helpers import bytes_of, here, outputs, piped
-from compressing import measure_few_tokens
+from cli_helpers import Outcome, bytes_of, here, outputs, piped
+from compressing import compress_on_few_tokens
 from conftest import make_pico
+from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows
-from ditmoe_cli.compression.joint import choosing
-from ditmoe_cli.compression.replay import states
+from ditmoe_cli.files import pacing, streaming, writer
 from ditmoe_cli.files.names import MATRICES, in_expert
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.upstream import obstacle
 
 SETTINGS = ("--images", 8, "--steps", 2, "--bins", 2)
 SMALL: dict[str, Any] = {"sampler": "rf", "in_channels": 1, "input_size": 4, "hidden": 32}
 COMPRESS = ("compress", "a.safetensors", "--profile", "p.safetensors")
+COPY = "a.compress-ratio0.3.safetensors"
 UNEVEN = ((64, 32, 64, 96), (64,) * 4)
 
 
+@dataclass(frozen=True)
+class Made:
+    """Checkpoints and their profiles in a folder, and how the compression of one of them ended."""
+
+    folder: Path
+    written: Outcome
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints with their profiles, beside them: one of even experts, and one of several widths."""
-    folder = tmp_path_factory.mktemp("compress")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """One of even experts, with what was measured for its copy of 0.3, and one of several widths.
+
+    What is measured is kept beside the profile, and so measured once for all tests.
+    """
+    folder = tmp_path_factory.mktemp("compress") / "folder"
+    folder.mkdir()
     make_pico(**SMALL, experts=3, widths=((64,) * 3,) * 2).save(folder / "a.safetensors")
     make_pico(**SMALL, widths=UNEVEN).save(folder / "uneven.safetensors")
-    for name, profile in (("a", "p"), ("uneven", "uneven.profile")):
-        words = ("profile-experts", f"{name}.safetensors", *SETTINGS, "-o", f"{profile}.safetensors")
-        assert here(*words, cwd=folder).code == 0
-    return folder
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compress_on_few_tokens(monkeypatch)
+        for name, profile in (("a", "p"), ("uneven", "uneven.profile")):
+            words = ("profile-experts", f"{name}.safetensors", *SETTINGS, "-o", f"{profile}.safetensors")
+            assert here(*words, cwd=folder).code == 0
+        written = here(*COMPRESS, "--ratio", 0.3, cwd=folder)
+        assert written.code == 0, written.err
+    return Made(folder, written)
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "folder"))
+def folder(made: Made, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.folder, tmp_path / "folder"))
 
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """For commands in this process."""
-    measure_few_tokens(monkeypatch, 256)
-    monkeypatch.setattr(states, "FEWEST_TOKENS", 256)
-    monkeypatch.setattr(states, "MOST_TOKENS", 512)
-    monkeypatch.setattr(choosing, "SEARCH_TOKENS", 256)
+    compress_on_few_tokens(monkeypatch)
 
 
 def alike(checkpoint: Checkpoint) -> list[tuple[set[int], list[set[str]]]]:
@@ -64,16 +84,18 @@ def alike(checkpoint: Checkpoint) -> list[tuple[set[int], list[set[str]]]]:
     return found
 
 
-def test_a_size_is_kept_to_and_the_file_is_what_the_dry_run_said(folder: Path) -> None:
+def test_a_size_is_kept_to_and_the_file_is_what_the_dry_run_said(folder: Path, made: Made) -> None:
+    written = made.written
+    (folder / COPY).unlink()  # or the dry run would tell of it
     predicted = here(*COMPRESS, "--ratio", 0.3, "--dry-run", cwd=folder)
     assert predicted.result["bytes"] <= 0.3 * (folder / "a.safetensors").stat().st_size
-    written = here(*COMPRESS, "--ratio", 0.3, cwd=folder)
     assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(written.path)
-    assert written.path.name == "a.compress-ratio0.3.safetensors"
+    assert written.path.name == COPY
     assert 0 < written.result["tried_error"] < 1 and 0 < written.result["prediction_error"] < 1
     assert "untied_error" not in written.result
     sampled = here("sample", written.path, "--images", 2, "--steps", 2, "-o", "s.safetensors", cwd=folder)
     assert sampled.code == 0, sampled.err
+    shutil.copy(made.folder / COPY, folder)
     again = here(*COMPRESS, "--ratio", 0.3, cwd=folder)
     assert again.result["up_to_date"] is True and again.result["kept"] == written.result["kept"]
     assert again.result["widths"] == written.result["widths"]
@@ -86,21 +108,19 @@ def test_a_size_is_kept_to_and_the_file_is_what_the_dry_run_said(folder: Path) -
     assert len(notes) == len(set(notes)) and not any("going on" in note for note in notes), notes
 
 
-@pytest.mark.parametrize("name", ["a", "uneven"])
-def test_stacked_experts_are_alike_in_each_block(name: str, folder: Path) -> None:
-    words = ("compress", f"{name}.safetensors", "--ratio", 0.3)
-    given = ("--profile", "p.safetensors") if name == "a" else ()
-    written = here(*words, *given, "--tie", "stack", cwd=folder)
+def test_stacked_experts_are_alike_in_each_block(folder: Path) -> None:
+    """Whatever widths they had; the profile is found beside the checkpoint."""
+    written = here("compress", "uneven.safetensors", "--ratio", 0.3, "--tie", "stack", cwd=folder)
     result = written.result
     assert 0 < result["untied_error"] <= result["predicted_error"]
     for widths, formats in alike(open_checkpoint(written.path)):
         assert len(widths) == 1 and all(len(each) == 1 for each in formats)
-    assert written.path.name == f"{name}.compress-ratio0.3-stack.safetensors"
+    assert written.path.name == "uneven.compress-ratio0.3-stack.safetensors"
     assert dict(error_rows(result))["price of --tie"].startswith("predicted ")
 
 
 def test_tied_matrices_take_one_format(folder: Path) -> None:
-    written = here(*COMPRESS, "--ratio", 0.25, "--tie", "gate,up", cwd=folder)
+    written = here(*COMPRESS, "--ratio", 0.25, "--tie", "gate,up", "--allow", "2,4,8", cwd=folder)
     assert 0 < written.result["untied_error"] <= written.result["predicted_error"]
     weights = open_checkpoint(written.path).weights
     gates = {name: weight.format for name, weight in weights.items() if name.endswith("gate_proj.weight")}
@@ -139,6 +159,12 @@ def test_upstream_takes_no_formats(option: tuple[str, str], folder: Path) -> Non
 def test_what_upstream_cannot_load_in_any_case(folder: Path) -> None:
     make_pico(**SMALL, shared_width=32).save(folder / "b.safetensors")
     assert "shared expert" in here("compress", "b.safetensors", "--ratio", 0.8, "--upstream", cwd=folder).error(3)
+
+
+def test_a_checkpoint_without_shared_experts_is_refused(folder: Path) -> None:
+    """No layout has them of width 0."""
+    make_pico(**SMALL, shared_width=0).save(folder / "b.safetensors")
+    assert "shared_experts" in refused(folder, 3, "compress", "b.safetensors", "--ratio", 0.5)
 
 
 def refused(folder: Path, code: int, *words: object) -> str:
@@ -207,19 +233,70 @@ def test_values_that_are_not_finite(folder: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sampler": "ddpm"},
-        {"depth": 1},
+        {"sampler": "ddpm", "depth": 1},
         {"widths": ((4, 6, 7), (3, 5, 4))},
-        {"widths": UNEVEN},
-        {"expert_of": ((0, 1, 2, -1, 3), (0, 0, 1, 2, 3))},
-        {"widths": ((64,) * 2, (64,) * 4), "expert_of": ((0, 1, -2, -3), (0, 1, 2, 3)), "extras": {"constants": 2}},
+        {"widths": ((64,) * 2, (64,) * 4), "expert_of": ((0, 1, -2, -1), (0, 0, 1, 2, 3)), "extras": {"constants": 2}},
     ],
-    ids=["ddpm", "one block", "narrow", "uneven", "ghosts and merged", "constants"],
+    ids=["ddpm, one block", "narrow", "ghosts, merged and constants"],
 )
 def test_checkpoints_of_all_kinds(fields: dict[str, Any], tmp_path: Path) -> None:
     make_pico(**{**SMALL, **fields}).save(tmp_path / "m.safetensors")
-    outcome = piped(
-        f"ditmoe profile-experts m.safetensors {' '.join(map(str, SETTINGS))} | ditmoe compress --ratio 0.5", tmp_path
-    )
+    profiling = f"ditmoe profile-experts m.safetensors {' '.join(map(str, SETTINGS))}"
+    outcome = piped(f"{profiling} | ditmoe compress --ratio 0.5 --allow 4,8", tmp_path)
     assert outcome.result["bytes"] <= 0.5 * (tmp_path / "m.safetensors").stat().st_size
     assert here("inspect", outcome.path, cwd=tmp_path).code == 0
+
+
+# interruptions
+
+PHASES = ("neurons.state.0", "measured", "tried", "block-*.state.0", "tried-*", "block-*.1", "plan")
+"""Pieces behind which a run ends, one after the other: block states are of trials, and then of the final plan."""
+
+
+class Interrupted(BaseException):
+    """What ends a run, as a KeyboardInterrupt would."""
+
+
+@contextmanager
+def interrupted_behind(pattern: str) -> Iterator[list[str]]:
+    """Let runs end behind the first piece of that name; yields the names of all that they keep."""
+    kept: list[str] = []
+    write = WorkFolder.write
+
+    def until(self: WorkFolder, name: str, tensors: Mapping[str, Tensor], document: Any = None) -> None:
+        write(self, name, tensors, document)
+        kept.append(name)
+        if fnmatch(name, pattern):
+            raise Interrupted
+
+    with mock.patch.object(pacing, "WORK_PER_KEEPING", 0.0), mock.patch.object(WorkFolder, "write", until):
+        yield kept
+
+
+def forget(folder: Path) -> None:
+    """Delete the measurements of a profile and the copy that came with it."""
+    for name in ("p.measured.json", "p.neurons.safetensors", COPY):
+        (folder / name).unlink()
+
+
+def test_a_run_that_is_interrupted_in_each_phase_goes_on_to_the_same_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*COMPRESS, "--ratio", 0.3)
+    expected, before = (folder / COPY).read_bytes(), outputs(folder)
+    forget(folder)
+    seen: list[str] = []
+    for phase in PHASES:
+        with pytest.raises(Interrupted), interrupted_behind(phase) as kept:
+            here(*words, cwd=folder)
+        assert not set(kept) & {name for name in seen if name.startswith(("neurons", "tried-"))}, "done once"
+        assert not (folder / COPY).exists()
+        seen += kept
+    with monkeypatch.context() as writing, pytest.raises(Interrupted):
+        writing.setattr(streaming, "write_at", mock.Mock(side_effect=Interrupted))
+        writing.setattr(writer, "write_at", mock.Mock(side_effect=Interrupted))
+        here(*words, cwd=folder)
+    done = here(*words, cwd=folder)
+    assert done.code == 0 and not any("trying plan" in note for note in done.notes), done.err
+    assert (folder / COPY).read_bytes() == expected
+    assert set(outputs(folder)) == set(before), "nothing but what is measured is left"

@@ -26,12 +26,21 @@ from cli_helpers import (
     shell,
     terminal,
 )
+from compressing import compress_on_few_tokens
 from conftest import heed_signals, make_pico
 
 from ditmoe_cli.errors import DitmoeError
 
 GARBAGE = "this is no envelope\n"
 SAMPLING = ("--images", 4, "--steps", 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens() -> Iterator[None]:
+    """For compressions in this process."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compress_on_few_tokens(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="module")

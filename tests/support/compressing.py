@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.joint import choosing
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.compression.replay import amplification, guided
+from ditmoe_cli.compression.replay import amplification, guided, states
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
@@ -214,3 +215,11 @@ def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     for name in ("MEASURED", "REPLAYED", "SENT"):
         monkeypatch.setattr(guided, f"{name}_TOKENS", tokens)
     monkeypatch.setattr(amplification, "carrying_tokens", lambda _: tokens)
+
+
+def compress_on_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure, try and fit on 256 tokens, so that compressing a pico model takes about a second."""
+    measure_few_tokens(monkeypatch, 256)
+    monkeypatch.setattr(states, "FEWEST_TOKENS", 256)
+    monkeypatch.setattr(states, "MOST_TOKENS", 512)
+    monkeypatch.setattr(choosing, "SEARCH_TOKENS", 256)
