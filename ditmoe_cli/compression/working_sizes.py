@@ -14,6 +14,8 @@ FEWEST_TOKENS, MOST_TOKENS = 20_480, 65_536  # bounds of the default number of t
 MEASURED_TOKENS = 16_384  # tokens of all branches that errors are measured on
 REPLAYED_TOKENS = 8_192  # those of them that formats of mixtures are replayed on
 SENT_TOKENS, FEWEST_SENT = 4_096, 8  # tokens that pass attention and modulation for each format, and a mix's trial
+JUDGED_TOKENS, FEWEST_JUDGED = 16_384, 64  # tokens of all branches, and states, that judge a plan that is carried out
+FEWEST_TO_JUDGE = 4  # images of which some are kept from every fit
 SENT_POSITIONS = 64  # tokens of an image at which errors of its modulation are measured
 FEWEST_CARRYING = 4  # states of each stream that carries an error to the prediction
 EMBEDDING_TOKENS, FEWEST_EMBEDDED = 512, 2  # tokens that pass the model for each format of the time embedding
@@ -47,8 +49,11 @@ ROUNDED_BYTES_ON_DEVICES = 4 << 30  # the same on a GPU, whose kernels take as l
 
 
 def judged_images(images: int) -> range:
-    """Return which of so many calibration images judge a plan, where nothing is fitted on them: every eighth."""
-    return range(HELD_OUT // 2 - 1, images, HELD_OUT)
+    """Return which of so many calibration images judge a plan: every eighth, on which nothing is fitted.
+
+    Of fewer than `FEWEST_TO_JUDGE` images it is the last, which is fitted on too.
+    """
+    return range(HELD_OUT // 2 - 1, images, HELD_OUT) if images >= FEWEST_TO_JUDGE else range(images - 1, images)
 
 
 def carrying_tokens(patches: int) -> int:

@@ -20,37 +20,40 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
 from ditmoe_cli.compression.computed import Computing, as_stored, source_dtype
 from ditmoe_cli.compression.new_mixture import Source, new_weights, weights_of
 from ditmoe_cli.compression.plan import Experts, Formats
 from ditmoe_cli.compression.rebuild import mixture_of, neuron_orders, repaired
-from ditmoe_cli.compression.replay.guided import in_branches
+from ditmoe_cli.compression.replay.amplification import relative_error
+from ditmoe_cli.compression.replay.guided import GuidedStates, in_branches
 from ditmoe_cli.compression.replay.rounded_layers import rounded
-from ditmoe_cli.compression.replay.states import States, fitting_states
-from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
+from ditmoe_cli.compression.replay.states import States, fitting_states, image_count, judging_states
+from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens, embedded
 from ditmoe_cli.compression.rounding.gptq_blocks import BlockRounding, agreement_of, mixture_readings, passed
 from ditmoe_cli.compression.rounding.layers_together import Reading
-from ditmoe_cli.compression.working_sizes import TOKENS_PER_INPUT, TOKENS_PER_UNKNOWN
+from ditmoe_cli.compression.working_sizes import FEWEST_TO_JUDGE, TOKENS_PER_INPUT, TOKENS_PER_UNKNOWN, judged_images
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
+from ditmoe_cli.files.workfolder import Piece
 from ditmoe_cli.model.config import mixture_shapes
+from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.model.walk import resident_blocks
 from ditmoe_cli.progress import phase
-from ditmoe_cli.routing.profile import require_profile_of
+from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
 
 
 @dataclass(frozen=True)
 class HeldErrors:
-    """Squared errors of the guided prediction on held-out calibration images, and their references.
+    """Squared errors of the guided prediction on calibration images that nothing was fitted on, and their references.
 
     Attributes:
-        errors: Σ ‖Δ prediction‖² of each held-out image, over its states.
+        errors: Σ ‖Δ prediction‖² of each image, over its states.
         references: Σ ‖prediction‖² of each.
     """
 
@@ -72,7 +75,7 @@ class Carried:
         refit_error: each block's held-out error after refitting over that before; empty without refitting.
         error: Σ ‖Δ prediction‖² / Σ ‖prediction‖², guided, on all calibration states.
         agreement: of each block, the share of selections that both models make.
-        held: errors on the held-out images, on which nothing was fitted.
+        held: errors on the images to judge by, on which nothing was fitted.
     """
 
     refit_error: tuple[float, ...]
@@ -88,13 +91,13 @@ def carry_out_together(
     *,
     title: str = "compressing",
     orders: Sequence[Mapping[str, Tensor]] | None = None,
-    judging: bool = False,
 ) -> Carried:
     """Compute and keep every block's weights, going on behind those that an unfinished run has left.
 
-    `title` says what is done to the checkpoint, and `orders` are those of `neuron_orders`, where they are known. With
-    `judging` nothing is fitted on the states to judge by (`States.judged`), and errors are told of their images, in
-    place of those of held-out ones, which choose strengths and are fitted on in the end.
+    `title` says what is done to the checkpoint, and `orders` are those of `neuron_orders`, where they are known.
+
+    Nothing is fitted on the `judged_images`, of which errors are told: held-out ones choose strengths and dampings, and
+    are fitted on in the end.
 
     Raises `BadInputError` for a profile of another checkpoint or without states, and for values that are not finite.
     """
@@ -104,16 +107,19 @@ def carry_out_together(
     if orders is None:
         orders = neuron_orders(computing, experts) if kept.start < kept.total else ()
     model = OffloadedDiTMoE(checkpoint, torch.device(computing.device), dtype=computing.dtype)
-    states = _states(computing, layouts, experts, formats)
+    states, judging = _states(computing, layouts, experts, formats), judging_states(computing)
     outside = {model.linear(n): fmt for n, fmt in formats.formats.items() if split_name(n).block is None}
     with resident_blocks(model, f"{title} {checkpoint.name}", kept.start) as blocks:
         original = CalibrationStream(model, states)
         with rounded(outside):
-            student = CalibrationStream(model, states, judging=judging)
+            student = CalibrationStream(model, states, left_out(computing.profile))
         original.go_on(kept.state, "original")
         student.go_on(kept.state, "student")
+        judged = _Judged(model, in_branches(judging, model), outside)
+        judged.go_on(kept.state)
         for index, block in blocks:
             selected = passed(original, block)
+            judged.pass_original(block)
             own = {name: fmt for name, fmt in formats.formats.items() if split_name(name).block == index}
             with phase("compressing", len(own) + 1, "matrices", share=0.9) as progress:
                 rounding = BlockRounding(checkpoint, index, block, student, progress)
@@ -126,19 +132,63 @@ def carry_out_together(
             rows = changed.gate(attended.inputs.flatten(0, 1)).rows
             agreement = {"agreement": agreement_of(selected, _old_rows(rows, layouts[index]))}
             student.advance(attended, changed)
+            judged.pass_changed(block, changed)
             document = agreement | ({} if made.error is None else {"error": made.error})
-            kept.keep(index, members | made.tensors, document, {"original": original.x, "student": student.x})
+            state = {"original": original.x, "student": student.x, **judged.state()}
+            kept.keep(index, members | made.tensors, document, state)
         guided = in_branches(states, model)
         expected = guided.predicted(model, original.x, original.c)
         with rounded(outside):
             prediction = guided.predicted(model, student.x, student.c)
+        held = by_image(*judged.predictions(), judging.images)
     documents = [kept.result(index).document for index in range(kept.total)]
     refit_error = tuple(float(each["error"]) for each in documents if "error" in each)
     agreement_of_blocks = tuple(float(each["agreement"]) for each in documents)
-    everywhere = by_image(prediction, expected, states.images)
-    out = states.judged if judging else states.held
-    held = by_image(prediction[out], expected[out], states.images[out])
-    return Carried(refit_error, everywhere.error, agreement_of_blocks, held)
+    return Carried(refit_error, relative_error(prediction, expected), agreement_of_blocks, held)
+
+
+def left_out(profile: RoutingProfile) -> Sequence[int]:
+    """Return the images of a profile that nothing is fitted on: those to judge by, unless there are too few."""
+    count = image_count(profile)
+    return judged_images(count) if count >= FEWEST_TO_JUDGE else ()
+
+
+class _Judged:
+    """States to judge by, in the original model and in the changed one."""
+
+    def __init__(self, model: OffloadedDiTMoE, states: GuidedStates, outside: Mapping[nn.Linear, str]) -> None:
+        self.model, self.states, self.outside = model, states, outside
+        self.original = embedded(model, states)
+        with rounded(outside):
+            self.changed = embedded(model, states)
+
+    def go_on(self, kept: Piece | None) -> None:
+        """Move both behind the blocks that an unfinished run has done, if any."""
+        if kept is not None:
+            for name, stream in (("judged.original", self.original), ("judged.changed", self.changed)):
+                stream.x = kept.tensor(name).to(stream.x.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tokens of both, by name."""
+        return {"judged.original": self.original.x, "judged.changed": self.changed.x}
+
+    def pass_original(self, block: Block) -> None:
+        """Let the original's states pass a block that is as it was."""
+        self.original.x = self.original.through(block)
+
+    def pass_changed(self, block: Block, mixture: SparseMoE) -> None:
+        """Let the other states pass a block whose other layers are changed already, with its new mixture."""
+        parts = []
+        for part in self.changed.attended(block):
+            mixed: Tensor = mixture(part.inputs, 0, part.gamma, None)
+            parts.append(part.residual + part.gamma.unsqueeze(1) * mixed)
+        self.changed.x = torch.cat(parts)
+
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """Return the guided predictions (N, C, S, S) of the changed model and of the original."""
+        expected = self.states.predicted(self.model, self.original.x, self.original.c)
+        with rounded(self.outside):
+            return self.states.predicted(self.model, self.changed.x, self.changed.c), expected
 
 
 def by_image(prediction: Tensor, expected: Tensor, images: Tensor) -> HeldErrors:

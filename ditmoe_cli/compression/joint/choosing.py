@@ -155,14 +155,12 @@ class Trials:
         request: the request.
         calibrated: the checkpoint and its profile.
         folder: keeps what was tried, and the weights of the plan that is carried out on all tokens.
-        judging: whether errors are of images on which nothing was fitted; the weights are then none of the result's.
         done: what was tried on few tokens, by the digest of its stages.
     """
 
     request: JointRequest
     calibrated: Calibrated
     folder: WorkFolder
-    judging: bool = False
     done: dict[str, Tried] = field(default_factory=dict)
 
     def error(self, draft: Draft) -> float:
@@ -170,23 +168,24 @@ class Trials:
         plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest, tokens=SEARCH_TOKENS)
         if plan.work_digest not in self.done:
             self.done[plan.work_digest] = self._tried(draft, plan, f"trying plan {len(self.done) + 1} for")
-            self.folder.drop_loop(_loop_name(plan, self.judging))
+            self.folder.drop_loop(loop_name(plan))
         return self.done[plan.work_digest].held.error
 
     def carried_out(self, draft: Draft) -> Tried:
-        """Carry a draft out on all tokens, and keep its weights, unless they are to judge it only."""
+        """Carry a draft out on all tokens, and keep its weights."""
         plan = plan_of(self.request, draft, {}, self.calibrated.profile.digest)
-        tried = self._tried(draft, plan, "judging a plan for" if self.judging else "compressing")
-        if self.judging:
-            self.folder.drop_loop(_loop_name(plan, self.judging))
-        return tried
+        return self._tried(draft, plan, "compressing")
+
+    def drop(self, tried: Tried) -> None:
+        """Delete the weights of a plan that was carried out."""
+        self.folder.drop_loop(loop_name(tried.plan))
 
     def _tried(self, draft: Draft, plan: CompressionPlan, title: str) -> Tried:
         return Tried(draft, plan, self._held(plan, title), size_of(self.request, draft))
 
     def _held(self, plan: CompressionPlan, title: str) -> HeldErrors:
         orders = self._orders if plan.stage(Experts).selection is not None else None
-        return tried_errors(self.calibrated, self.folder, plan, title, orders, judging=self.judging)
+        return tried_errors(self.calibrated, self.folder, plan, title, orders)
 
     @cached_property
     def _orders(self) -> list[dict[str, Tensor]]:
@@ -198,33 +197,26 @@ class Trials:
         return min(self.done.values(), key=lambda each: each.held.error)
 
 
-def _loop_name(plan: CompressionPlan, judging: bool) -> str:
-    """Return the name of the loop that keeps a plan's blocks, apart from those of the result where they only judge."""
-    return f"judged-{loop_name(plan)}" if judging else loop_name(plan)
-
-
 def tried_errors(
     calibrated: Calibrated,
     folder: WorkFolder,
     plan: CompressionPlan,
     title: str,
     orders: Sequence[Mapping[str, Tensor]] | None = None,
-    *,
-    judging: bool = False,
 ) -> HeldErrors:
     """Carry a plan out into its loop of a work folder, unless that was done; return its errors on held-out images.
 
-    `title`, `orders` and `judging` are those of `carry_out_together`.
+    `title` and `orders` are those of `carry_out_together`.
     """
-    name = f"{'judged' if judging else 'tried'}-{plan.work_digest[:12]}"
+    name = f"tried-{plan.work_digest[:12]}"
     piece = folder.read(name)
     if piece is not None:
         return HeldErrors(tuple(piece.document["errors"]), tuple(piece.document["references"]))
     checkpoint = calibrated.checkpoint
-    loop = folder.loop(_loop_name(plan, judging), checkpoint.config.depth)
+    loop = folder.loop(loop_name(plan), checkpoint.config.depth)
     computing = Computing(checkpoint, calibrated.profile, calibrated.device, folder, loop, kept=calibrated.kept)
     assert plan.together is not None
-    held = carry_out_together(computing, *plan.together, title=title, orders=orders, judging=judging).held
+    held = carry_out_together(computing, *plan.together, title=title, orders=orders).held
     folder.write(name, {}, {"errors": list(held.errors), "references": list(held.references)})
     return held
 

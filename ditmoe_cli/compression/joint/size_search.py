@@ -4,9 +4,8 @@
    the way of least error is searched: a weight κ of structure against bits, or two stages (`choosing.best_way`).
 2. That way is kept, and each further size is one plan that is carried out, on all tokens.
 
-Errors are of images on which nothing is fitted while plans are tried. The smallest plan within the damage is taken, and
-then carried out on all images. Takes as many carry-outs as a compression to a size, and at most `damage.MOST_SIZES`
-beside; more only while none is within the damage.
+Of these the smallest within the damage is taken, whose weights are then computed already. Takes as many carry-outs as a
+compression to a size, and at most `damage.MOST_SIZES` less one beside; more only while none is within the damage.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def smallest_within(
         return sizes[first_place(lambda at: drafts.predicted(at) * FIRST_RATIO <= allowed, 0, len(sizes) - 1)]
 
     program = settled_program(request, calibrated, expected_size)
-    trials = Trials(request, calibrated, folder, judging=True)
+    trials = Trials(request, calibrated, folder)
     sizes = sizes_between(program.least, limit)
     drafts = _Drafts(program, calibrated, sizes)
     tried: list[Tried] = []
@@ -60,6 +59,10 @@ def smallest_within(
                 raise _refusal(request, damage_of(trials.carried_out(drafts.at(place))), allowed)
             drafts.way = best_way(program, trials, sizes[place])
         tried.append(trials.carried_out(drafts.at(place)))
+        best, *others = sorted(tried, key=lambda each: _rank(each, allowed))
+        for other in others:
+            if other.plan.work_digest != best.plan.work_digest:  # of two sizes the plan may be the same
+                trials.drop(other)
         return damage_of(tried[-1])
 
     searched = search(sizes, drafts.predicted, damage, allowed)

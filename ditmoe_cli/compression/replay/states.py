@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.working_sizes import FEWEST_STATES, FEWEST_TOKENS, HELD_OUT, MOST_TOKENS, judged_images
+from ditmoe_cli.compression.working_sizes import (
+    FEWEST_JUDGED,
+    FEWEST_STATES,
+    FEWEST_TOKENS,
+    HELD_OUT,
+    JUDGED_TOKENS,
+    MOST_TOKENS,
+    judged_images,
+)
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sampling_times
 from ditmoe_cli.errors import BadInputError
@@ -42,15 +50,6 @@ class States:
     held: Tensor
     cfg: float
 
-    @property
-    def judged(self) -> Tensor:
-        """(N,) whether a state is of an image to judge a result by, where nothing is fitted on it: others than `held`.
-
-        Those that are held out choose strengths, and are fitted on in the end.
-        """
-        judged = judged_images(int(self.images.max()) + 1)
-        return torch.isin(self.images, torch.tensor(judged, device=self.images.device, dtype=self.images.dtype))
-
     def __len__(self) -> int:
         return len(self.z)
 
@@ -73,11 +72,7 @@ def calibration_states(profile: RoutingProfile, spec: SampleSpec, wanted: int) -
 
     `spec` is the profile's own. Raises `BadInputError` for a profile without states.
     """
-    if "states.z" not in profile.header.tensors or "image.final" not in profile.header.tensors:
-        raise BadInputError(
-            f"{profile.path}: keeps no states to fit on; profile again without ⟨fast⟩ and with a ⟨reservoir⟩, or do "
-            "without them: ⟨no_refit⟩, or quantize ⟨uniform⟩ ⟨rounding⟩ nearest"
-        )
+    _require_states(profile)
     z, t, labels, images = (profile.tensor(f"states.{name}") for name in ("z", "t", "label", "image"))
     kept = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:wanted].sort().values
     fresh = _noised(profile, spec, wanted - len(kept))
@@ -85,6 +80,14 @@ def calibration_states(profile: RoutingProfile, spec: SampleSpec, wanted: int) -
     z, t, labels, images = (torch.cat(columns) for columns in zip(*parts, strict=True))
     held = images % HELD_OUT == HELD_OUT - 1 if int(images.max()) >= HELD_OUT - 1 else images == images.max()
     return States(z, t, labels, images, held, spec.cfg)
+
+
+def _require_states(profile: RoutingProfile) -> None:
+    if "states.z" not in profile.header.tensors or "image.final" not in profile.header.tensors:
+        raise BadInputError(
+            f"{profile.path}: keeps no states to fit on; profile again without ⟨fast⟩ and with a ⟨reservoir⟩, or do "
+            "without them: ⟨no_refit⟩, or quantize ⟨uniform⟩ ⟨rounding⟩ nearest"
+        )
 
 
 def fitting_states(calibrated: Calibrated, unknowns: int, tokens_per_unknown: int, tokens: int = 0) -> States:
@@ -104,15 +107,39 @@ def fitting_states(calibrated: Calibrated, unknowns: int, tokens_per_unknown: in
     return calibration_states(calibrated.profile, spec, wanted)
 
 
-def _noised(profile: RoutingProfile, spec: SampleSpec, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return `count` states (z, t, label, image): images in turn, each round of images at another step."""
+def judging_states(calibrated: Calibrated) -> States:
+    """Return states to judge plans by, of `judged_images` noised anew: about `JUDGED_TOKENS` tokens of all branches.
+
+    Raises `BadInputError` for a profile without states.
+    """
+    profile = calibrated.profile
+    spec = profiled_spec(profile.calibration, calibrated.checkpoint)
+    branches = 1 if spec.cfg == 1.0 else 2
+    wanted = max(JUDGED_TOKENS // (calibrated.checkpoint.config.num_patches * branches), FEWEST_JUDGED)
+    images = torch.tensor(judged_images(image_count(profile)))
+    found = _noised(profile, spec, wanted, images, "judge")
+    assert found is not None
+    return States(*found, torch.zeros(wanted, dtype=torch.bool), spec.cfg)
+
+
+def image_count(profile: RoutingProfile) -> int:
+    """Return the number of a profile's images. Raises `BadInputError` where it keeps no states of them."""
+    _require_states(profile)
+    return int(profile.header.tensors["image.final"].info.shape[0])
+
+
+def _noised(
+    profile: RoutingProfile, spec: SampleSpec, count: int, some: Tensor | None = None, purpose: str = PURPOSE
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Return `count` states (z, t, label, image): images, or `some` of them, in turn, each round at another step."""
     if count <= 0:
         return None
     final = profile.tensor("image.final")
-    noise = image_noise(spec.seed, range(count), torch.device("cpu"), PURPOSE).draw(final.shape[1:])
-    images = torch.arange(count) % len(final)
+    noise = image_noise(spec.seed, range(count), torch.device("cpu"), purpose).draw(final.shape[1:])
+    chosen = torch.arange(len(final)) if some is None else some
+    turns = torch.arange(count)
+    images, rounds = chosen[turns % len(chosen)], turns // len(chosen)
     times = sampling_times(spec)
-    rounds = torch.arange(count) // len(final)
     # neighbouring images at distant steps, so that a partial round covers all steps
     steps = (rounds + images * max(len(times) // 3, 1)) % len(times)
     labels = torch.tensor(spec.labels(images.tolist()))

@@ -81,17 +81,18 @@ class Tokens:
 class CalibrationStream(Stream):
     """A stream through blocks that are compressed one after the other.
 
-    Each block's inputs come from the already compressed blocks before it, as they will when the model runs. With
-    `judging`, tokens of the states to judge by have no weight: nothing is fitted on them.
+    Each block's inputs come from the already compressed blocks before it, as they will when the model runs. Tokens
+    of the images `left_out` have no weight: nothing is fitted on them.
     """
 
-    def __init__(self, model: OffloadedDiTMoE, states: States, *, judging: bool = False) -> None:
+    def __init__(self, model: OffloadedDiTMoE, states: States, left_out: Sequence[int] = ()) -> None:
         start = embedded(model, in_branches(states, model))
         super().__init__(start.x, start.c)
         self._held = states.held.repeat(states.branches)
         self._weights = torch.tensor(states.branch_weights).repeat_interleave(len(states))
-        if judging:
-            self._weights = self._weights * ~states.judged.repeat(states.branches)
+        if left_out:
+            out = torch.isin(states.images, torch.tensor(left_out, dtype=states.images.dtype))
+            self._weights = self._weights * ~out.repeat(states.branches)
 
     def go_on(self, kept: Piece | None, name: str) -> None:
         """Move the stream behind the blocks that an unfinished run has done, if any; it kept tokens x as `name`."""
