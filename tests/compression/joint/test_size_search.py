@@ -18,7 +18,7 @@ from ditmoe_cli.compression.joint.image_distance import PURPOSE, SAMPLED, sample
 from ditmoe_cli.compression.replay import states
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import calibration_states
-from ditmoe_cli.compression.working_sizes import judged_images
+from ditmoe_cli.compression.working_sizes import HELD_OUT, judged_images
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.loading import build_model
@@ -104,9 +104,10 @@ def test_its_distance_is_that_of_images_which_both_models_sample(within: Outcome
 
 
 def test_images_that_judge_are_others_than_those_that_choose_strengths() -> None:
-    seen = states.States(*(torch.zeros(64),) * 3, torch.arange(64), torch.arange(64) % 8 == 7, 1.0)
-    assert seen.images[seen.judged].tolist() == list(judged_images(64)) == list(range(3, 64, 8))
-    assert not (seen.judged & seen.held).any()
+    assert list(judged_images(64)) == list(range(3, 64, 8))
+    held = {image for image in range(64) if image % HELD_OUT == HELD_OUT - 1}
+    assert not held & set(judged_images(64))
+    assert list(judged_images(3)) == [2], "of few images the last, which is fitted on too"
 
 
 def error_on(profile: RoutingProfile, original: Checkpoint, changed: Checkpoint) -> float:
