@@ -49,8 +49,9 @@ STAGES = {
     "int8": ("quantize", *UNIFORM, "int8"),
     "int": ("quantize", *UNIFORM, "int", "--bits", "3", *ROUNDED),
     "ternary64": ("quantize", *UNIFORM, "ternary", *ROUNDED),
+    "compress": ("compress", "--ratio", "0.5"),
 }
-MIXES = ("mixed", "smooth", "nearest")  # formats of nearly equal errors may change places
+MIXES = ("mixed", "smooth", "nearest", "compress")  # formats of nearly equal errors may change places
 PROFILE = "p-fp32.safetensors"
 
 
