@@ -105,6 +105,7 @@ def test_a_curve_is_a_table_for_people_and_is_drawn(folder: Path) -> None:
     assert (folder / "c.png").read_bytes() == first, "equal curves, equal bytes"
 
 
+@pytest.mark.slow
 def test_a_plan_only_is_carried_out_to_the_bytes_that_compress_writes(folder: Path) -> None:
     document = read(folder / "plan.json")
     assert document["result"]["plan_only"] and Path(document["checkpoint"]).name == "a.safetensors"

@@ -30,7 +30,7 @@ STAGES: dict[str, tuple[object, ...]] = {
     "convert": ("convert", "a.safetensors"),
 }
 MEASURED = ("refit_error", "prediction_error", "top_k_agreement", "predicted_error", "tried_error", "gap")
-UNKNOWN = ("seconds", "solver", "bound")  # what only the run that made the output knows
+UNKNOWN = ("seconds", "solver", "bound", "routed_error")  # what only the run that made the output knows
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.joint import choosing
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats
 from ditmoe_cli.compression.precision.uniform import plan_uniform
-from ditmoe_cli.compression.replay import amplification, guided, states
+from ditmoe_cli.compression.replay import amplification, eliminations, guided, states
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
@@ -215,6 +215,8 @@ def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     for name in ("MEASURED", "REPLAYED", "SENT"):
         monkeypatch.setattr(guided, f"{name}_TOKENS", tokens)
     monkeypatch.setattr(amplification, "carrying_tokens", lambda _: tokens)
+    monkeypatch.setattr(states, "JUDGED_TOKENS", tokens)
+    monkeypatch.setattr(eliminations, "ELIMINATION_TOKENS", 8 * tokens)
 
 
 def compress_on_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,7 @@ def test_the_damage_holds_on_another_seed(within: Outcome, made: Path) -> None:
     assert 0 < error <= ALLOWED
 
 
+@pytest.mark.slow
 def test_more_damage_takes_no_more_bytes_and_a_repeated_run_the_same(made: Path, folder: Path, within: Outcome) -> None:
     again = here(*COMPRESS, "--max-damage", ALLOWED, "-o", "within.safetensors", cwd=folder)
     assert contents(folder)["within.safetensors"] == contents(made)["within.safetensors"]
