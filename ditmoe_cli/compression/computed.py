@@ -11,9 +11,11 @@ from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import checked_cast
 from ditmoe_cli.files.finite import all_finite
-from ditmoe_cli.files.names import MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import EXPERT_OF, MATRICES, ROUTER, SHARED, in_block, in_expert, split_name
 from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import mixture_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +69,10 @@ def expert_map_bytes(selects: Sequence[int]) -> bytes:
 def source_dtype(checkpoint: Checkpoint, block: int, layout: BlockLayout, name: str) -> str:
     """Return the dtype of a computed tensor, named within its block: that of the weight that it comes from.
 
-    Tensors that upstream has no name for get the dtype of the router.
+    Tensors that upstream has no name for get the dtype of the router, but for ``expert_of``, which is int32.
     """
+    if name == EXPERT_OF:
+        return "I32"
     expert = split_name(in_block(block, name)).expert
     if expert is not None:
         source = in_expert(block, layout.members[expert][0], split_name(in_block(block, name)).rest)
@@ -77,3 +81,12 @@ def source_dtype(checkpoint: Checkpoint, block: int, layout: BlockLayout, name: 
     else:
         source = in_block(block, ROUTER)
     return checkpoint.weights[source].info.dtype
+
+
+def mixture_infos(checkpoint: Checkpoint, block: int, layout: BlockLayout) -> list[TensorInfo]:
+    """Return the tensors of a mixture whose weights are computed, in the dtypes of the weights that they come from."""
+    shapes = mixture_shapes(checkpoint.config.hidden_size, layout.config)
+    return [
+        TensorInfo(in_block(block, name), source_dtype(checkpoint, block, layout, name), shape)
+        for name, shape in shapes.items()
+    ]

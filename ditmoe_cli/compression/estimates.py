@@ -39,9 +39,9 @@ from ditmoe_cli.compression.working_sizes import (
     most_unknowns,
     systems,
 )
-from ditmoe_cli.files.names import MATRICES, SHARED, split_name
+from ditmoe_cli.files.names import MATRICES, in_block, split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, mixture_shapes
 from ditmoe_cli.model.effort import (
     BASELINE_BYTES,
     Effort,
@@ -289,20 +289,17 @@ def together_estimate(checkpoint: Checkpoint, experts: Experts, formats: Formats
     config, layouts = checkpoint.config, block_layouts(checkpoint, experts)
     kept = [layout.config for layout in layouts]
     renamed = {old: new for index, layout in enumerate(layouts) for old, new in new_names(index, layout).items()}
+    new = {
+        in_block(index, name): shape
+        for index, layout in enumerate(layouts)
+        for name, shape in mixture_shapes(config.hidden_size, layout.config).items()
+    }
     shapes = {}
     for name in formats.formats:
-        parts = split_name(name)
-        shape = checkpoint.weights[name].info.shape
-        if parts.block is not None and parts.expert is not None:
-            new = split_name(renamed[name]).expert if name in renamed else None
-            width = kept[parts.block].expert_widths[new] if new is not None else 0
-        elif parts.block is not None and parts.rest.startswith(f"{SHARED}."):
-            width = kept[parts.block].shared_width
-        else:
-            shapes[name] = shape
-            continue
-        if width:
-            shapes[name] = (shape[0], width) if name.endswith(f"{MATRICES[2]}.weight") else (width, shape[1])
+        if split_name(name).expert is None:
+            shapes[name] = new.get(name, checkpoint.weights[name].info.shape)
+        elif name in renamed:
+            shapes[name] = new[renamed[name]]
     widest = max((checkpoint.weights[name].info.shape[1] for name in formats.formats), default=1)
     asked = max([fit.tokens for fit in (experts.repair, formats.rounding) if fit is not None], default=0)
     tokens = fitted_tokens(widest, TOKENS_PER_INPUT, asked)

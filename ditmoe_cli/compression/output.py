@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
-from ditmoe_cli.compression.computed import expert_map_bytes, source_dtype
+from ditmoe_cli.compression.computed import expert_map_bytes, mixture_infos
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats
 from ditmoe_cli.compression.recorded import Measured, planned_step, with_measured
@@ -23,7 +23,7 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.registry import Format, is_quantizable, quantized_members
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, mixture_shapes
+from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.parameters import is_compressible
 
 
@@ -251,7 +251,10 @@ def _with_experts(checkpoint: Checkpoint, stage: Experts, draft: Draft) -> Draft
         elif parts.rest != EXPERT_OF:  # which is written anew
             weights.append(kept)
     for i, layout in enumerate(layouts):
-        tensors += _rebuilt(checkpoint, i, layout) if layout.rebuilt else _expert_map(i, layout)
+        if layout.rebuilt:
+            tensors += [PlannedTensor(info, Computed()) for info in mixture_infos(checkpoint, i, layout)]
+        else:
+            tensors += _expert_map(i, layout)
     blocks = tuple(layout.config for layout in layouts)
     return Draft(weights, draft.tensors + tensors, blocks, {**draft.computed, **computed})
 
@@ -277,15 +280,6 @@ def _expert_map(block: int, layout: BlockLayout) -> list[PlannedTensor]:
         return []
     info = TensorInfo(in_block(block, EXPERT_OF), "I32", (len(layout.rows),))
     return [PlannedTensor(info, Known(expert_map_bytes(layout.selects)))]
-
-
-def _rebuilt(checkpoint: Checkpoint, block: int, layout: BlockLayout) -> list[PlannedTensor]:
-    """Return the tensors of a mixture whose weights are computed, in the dtypes of the weights that they come from."""
-    tensors = []
-    for name, shape in mixture_shapes(checkpoint.config.hidden_size, layout.config).items():
-        dtype = "I32" if name == EXPERT_OF else source_dtype(checkpoint, block, layout, name)
-        tensors.append(PlannedTensor(TensorInfo(in_block(block, name), dtype, shape), Computed()))
-    return tensors
 
 
 def _with_differences(checkpoint: Checkpoint, stage: Differences, draft: Draft) -> Draft:

@@ -21,7 +21,7 @@ from ditmoe_cli.compression.new_mixture import Source, expert_map, new_weights, 
 from ditmoe_cli.compression.plan import Experts, Repair
 from ditmoe_cli.compression.repair.refit import refit
 from ditmoe_cli.compression.repair.rescale import rescale
-from ditmoe_cli.compression.replay.eliminations import neuron_curves
+from ditmoe_cli.compression.replay.eliminations import Curves, neuron_curves
 from ditmoe_cli.compression.replay.states import fitting_states
 from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens
 from ditmoe_cli.compression.working_sizes import TOKENS_PER_UNKNOWN
@@ -113,7 +113,11 @@ def neuron_orders(computing: Calibrated, stage: Experts) -> list[dict[str, Tenso
     """
     if stage.selection is None:
         return [{} for _ in range(computing.checkpoint.config.depth)]
-    curves = neuron_curves(computing)
+    return orders_of(neuron_curves(computing))
+
+
+def orders_of(curves: Curves) -> list[dict[str, Tensor]]:
+    """Return the orders (H,) in which neurons of each block's experts go."""
     return [{stem: curve.order.long() for stem, curve in block.items()} for block in curves]
 
 
@@ -167,6 +171,6 @@ def _stored(
     """Return weights in the dtypes that they are written in, on the CPU."""
     stored = {}
     for name, tensor in weights:
-        dtype = torch.int32 if name == EXPERT_OF else torch_dtype(source_dtype(checkpoint, index, layout, name))
+        dtype = torch_dtype(source_dtype(checkpoint, index, layout, name))
         stored[name] = as_stored(checkpoint, in_block(index, name), tensor, dtype)
     return stored

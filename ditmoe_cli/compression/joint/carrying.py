@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
-from ditmoe_cli.compression.computed import Computing, as_stored, source_dtype
+from ditmoe_cli.compression.computed import Computing, as_stored, mixture_infos
 from ditmoe_cli.compression.new_mixture import Source, new_weights, weights_of
 from ditmoe_cli.compression.plan import Experts, Formats
 from ditmoe_cli.compression.rebuild import mixture_of, neuron_orders, repaired
@@ -31,7 +31,7 @@ from ditmoe_cli.compression.replay.amplification import relative_error
 from ditmoe_cli.compression.replay.guided import GuidedStates, in_branches
 from ditmoe_cli.compression.replay.rounded_layers import rounded
 from ditmoe_cli.compression.replay.states import States, fitting_states, image_count, judging_states
-from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens, embedded
+from ditmoe_cli.compression.replay.stream import CalibrationStream, Tokens, embedded, joined
 from ditmoe_cli.compression.rounding.gptq_blocks import BlockRounding, agreement_of, mixture_readings, passed
 from ditmoe_cli.compression.rounding.layers_together import Reading
 from ditmoe_cli.compression.working_sizes import FEWEST_TO_JUDGE, TOKENS_PER_INPUT, TOKENS_PER_UNKNOWN, judged_images
@@ -39,7 +39,6 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, MATRICES, SHARED, in_block, split_name
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.files.workfolder import Piece
-from ditmoe_cli.model.config import mixture_shapes
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.moe import SparseMoE
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -164,9 +163,8 @@ class _Judged:
 
     def go_on(self, kept: Piece | None) -> None:
         """Move both behind the blocks that an unfinished run has done, if any."""
-        if kept is not None:
-            for name, stream in (("judged.original", self.original), ("judged.changed", self.changed)):
-                stream.x = kept.tensor(name).to(stream.x.device)
+        self.original.go_on(kept, "judged.original")
+        self.changed.go_on(kept, "judged.changed")
 
     def state(self) -> dict[str, Tensor]:
         """Return the tokens of both, by name."""
@@ -178,11 +176,7 @@ class _Judged:
 
     def pass_changed(self, block: Block, mixture: SparseMoE) -> None:
         """Let the other states pass a block whose other layers are changed already, with its new mixture."""
-        parts = []
-        for part in self.changed.attended(block):
-            mixed: Tensor = mixture(part.inputs, 0, part.gamma, None)
-            parts.append(part.residual + part.gamma.unsqueeze(1) * mixed)
-        self.changed.x = torch.cat(parts)
+        self.changed.advance(joined(self.changed.attended(block)), mixture)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
         """Return the guided predictions (N, C, S, S) of the changed model and of the original."""
@@ -252,7 +246,7 @@ class _Mixture:
     def _finished(self, changed: SparseMoE, readings: Sequence[Reading], matrices: Sequence[str]) -> dict[str, Tensor]:
         """Round some matrices of all experts in place; return the tensors that store them."""
         members = dict(self.rounding.rounded(readings, self._infos))
-        plain = [name for name in self._shapes if _matrix(name) in matrices and name not in self._new_formats]
+        plain = [name for name in self._infos if _matrix(name) in matrices and name not in self._new_formats]
         return members | self._plain(changed, plain)
 
     def _plain(self, changed: SparseMoE, names: Sequence[str]) -> dict[str, Tensor]:
@@ -268,21 +262,9 @@ class _Mixture:
         return stored
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = mixture_shapes(self.computing.checkpoint.config.hidden_size, self.layout.config)
-        return {in_block(self.index, name): shape for name, shape in shapes.items()}
-
-    @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
         """The tensors of the new mixture as they are stored without a format, by name."""
-        checkpoint, layout, prefix = self.computing.checkpoint, self.layout, in_block(self.index, "")
-        dtypes = {
-            name: "I32"
-            if name == f"{prefix}{EXPERT_OF}"
-            else source_dtype(checkpoint, self.index, layout, name.removeprefix(prefix))
-            for name in self._shapes
-        }
-        return {name: TensorInfo(name, dtypes[name], shape) for name, shape in self._shapes.items()}
+        return {info.name: info for info in mixture_infos(self.computing.checkpoint, self.index, self.layout)}
 
     @cached_property
     def _new_formats(self) -> dict[str, str]:
@@ -295,7 +277,7 @@ class _Mixture:
     @cached_property
     def _others(self) -> list[str]:
         """All tensors but experts' matrices."""
-        return [name for name in self._shapes if _matrix(name) not in MATRICES]
+        return [name for name in self._infos if _matrix(name) not in MATRICES]
 
 
 def _matrix(name: str) -> str:

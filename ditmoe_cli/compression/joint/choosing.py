@@ -1,10 +1,10 @@
-"""The choice of structure and bits: solved with measured errors, carried out, tried on held-out images, solved again.
+"""The choice of structure and bits: solved with measured errors, carried out, judged, and solved again.
 
 1. The errors of widths (`compression.replay.eliminations`) and of formats (`compression.precision.sensitivity`) are
    measured, and the program is solved. A trial of its formats gives the amplifications of errors of that size.
 2. The program is solved for several weights κ of structure against bits, and each plan is carried out whole, on fewer
    tokens than the final one: it is narrowed, rounded and refitted (`compression.joint.carrying`), and its error is that
-   of the guided prediction on held-out calibration images. κ moves towards less error.
+   of the guided prediction on calibration images that nothing is fitted on. κ moves towards less error.
 3. So is the plan of two stages that the program thinks best, unless it thinks it much worse: one share of neurons for
    the whole model by their energies, then the formats of least error.
 
@@ -29,8 +29,8 @@ from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, Join
 from ditmoe_cli.compression.plan import CompressionPlan, Experts
 from ditmoe_cli.compression.precision.sensitivity import REFERENCE, Sensitivities, measured_sensitivities
 from ditmoe_cli.compression.precision.trial import try_formats
-from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, shared_widths
-from ditmoe_cli.compression.rebuild import neuron_orders
+from ditmoe_cli.compression.prune.neuron_budget import NeuronBudget, ranked_energies, widths_within
+from ditmoe_cli.compression.rebuild import orders_of
 from ditmoe_cli.compression.replay.eliminations import Curves, neuron_curves
 from ditmoe_cli.compression.replay.local_errors import place_of
 from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS
@@ -116,14 +116,14 @@ def width_curves(request: JointRequest, curves: Curves) -> dict[str, WidthCurve]
     return found
 
 
-def untied_error(program: JointProgram, calibrated: Calibrated, limit: int, draft: Draft) -> float:
+def untied_error(program: JointProgram, curves: Curves, limit: int, draft: Draft) -> float:
     """Return the predicted error of the plan of `limit` bytes that ties nothing, at the κ of a draft that does.
 
     It is at most that of the draft, which such a plan may choose too.
     """
     request = program.request
     free = replace(request, stacked=False, candidates=replace(request.candidates, tied=()))
-    measures = replace(program.measures, curves=width_curves(free, neuron_curves(calibrated)))
+    measures = replace(program.measures, curves=width_curves(free, curves))
     tied = float(draft.figures["predicted_error"])
     try:
         return min(tied, float(JointProgram(free, measures).solved(limit, draft.kappa).figures["predicted_error"]))
@@ -133,10 +133,11 @@ def untied_error(program: JointProgram, calibrated: Calibrated, limit: int, draf
 
 def settled_program(
     request: JointRequest, calibrated: Calibrated, limit: Callable[[JointProgram], int]
-) -> JointProgram:
+) -> tuple[JointProgram, Curves]:
     """Return the program with amplifications at the size of the errors that a file of so many bytes has.
 
-    `limit` returns the bytes, given the program with amplifications of small errors.
+    `limit` returns the bytes, given the program with amplifications of small errors. The curves of widths that it rests
+    on are returned too: plans that are tried take their orders from them.
     """
     curves, sensitivities = measure(request, calibrated)
     unsettled = JointProgram(request, measures_of(request, curves, sensitivities))
@@ -144,7 +145,7 @@ def settled_program(
     if first.formats:
         trial = try_formats(calibrated, first.formats, amplifies=True)
         sensitivities = sensitivities.at(trial.amplification)
-    return JointProgram(request, measures_of(request, curves, sensitivities))
+    return JointProgram(request, measures_of(request, curves, sensitivities)), curves
 
 
 @dataclass
@@ -154,12 +155,14 @@ class Trials:
     Attributes:
         request: the request.
         calibrated: the checkpoint and its profile.
+        curves: of the widths of its experts, which tell the order in which their neurons go.
         folder: keeps what was tried, and the weights of the plan that is carried out on all tokens.
         done: what was tried on few tokens, by the digest of its stages.
     """
 
     request: JointRequest
     calibrated: Calibrated
+    curves: Curves
     folder: WorkFolder
     done: dict[str, Tried] = field(default_factory=dict)
 
@@ -189,7 +192,7 @@ class Trials:
 
     @cached_property
     def _orders(self) -> list[dict[str, Tensor]]:
-        return neuron_orders(self.calibrated, Experts(selection="elimination"))
+        return orders_of(self.curves)
 
     @property
     def best(self) -> Tried:
@@ -229,11 +232,16 @@ def best_within(program: JointProgram, trials: Trials, limit: int) -> Tried:
 
 def best_way(program: JointProgram, trials: Trials, limit: int) -> Way:
     """Return the way of least error for a file of at most `limit` bytes, of several κ and of two stages."""
-    first = program.solved(limit, FIRST_KAPPA)
-    kappa = least_kappa(lambda kappa: trials.error(program.solved(limit, kappa)))
+    drafts: dict[float, Draft] = {}
+
+    def error(kappa: float) -> float:
+        drafts[kappa] = program.solved(limit, kappa)
+        return trials.error(drafts[kappa])
+
+    kappa = least_kappa(error)
     joint = trials.best
     two_stages = best_of_two_stages(program, trials.calibrated, limit)
-    is_tried = two_stages is not None and _predicted(two_stages) <= WORTH_TRYING * _predicted(first)
+    is_tried = two_stages is not None and _predicted(two_stages) <= WORTH_TRYING * _predicted(drafts[FIRST_KAPPA])
     if two_stages is not None and is_tried and trials.error(two_stages) < joint.held.error:
         return Way(None)
     return Way(kappa)
@@ -278,24 +286,24 @@ def _vertex(found: Mapping[float, float]) -> float:
 
 def best_of_two_stages(program: JointProgram, calibrated: Calibrated, limit: int) -> Draft | None:
     """Return the draft in two stages of least predicted error: widths by energies, then formats; None if none fits."""
-    found: list[Draft] = []
+    request, found = program.request, list[Draft]()
+    everyone = [tuple(range(len(block.expert_widths))) for block in request.checkpoint.config.blocks]
+    energies = ranked_energies(request.checkpoint, calibrated.profile, everyone)
     for share in SHARES:
         try:
-            found.append(program.solved(limit, FIRST_KAPPA, widths=_energy_widths(program.request, calibrated, share)))
+            found.append(program.solved(limit, FIRST_KAPPA, widths=_energy_widths(request, energies, share)))
         except InfeasibleError:
             continue
     best = min(found, key=_predicted, default=None)
     return None if best is None else replace(best, energies=True)
 
 
-def _energy_widths(request: JointRequest, calibrated: Calibrated, share: float) -> dict[str, int]:
-    """Return the width of each expert at a share of neurons that experts share by their energies."""
+def _energy_widths(request: JointRequest, energies: Sequence[Sequence[Tensor]], share: float) -> dict[str, int]:
+    """Return the width of each expert at a share of neurons that experts share by their `energies`."""
     config = request.checkpoint.config
     everyone = [tuple(range(len(block.expert_widths))) for block in config.blocks]
     multiple = default_multiple(max(width for block in config.blocks for width in block.expert_widths))
-    chosen = shared_widths(
-        request.checkpoint, calibrated.profile, everyone, NeuronBudget(share, multiple, experts_may_go=False)
-    )
+    chosen = widths_within(energies, everyone, NeuronBudget(share, multiple, experts_may_go=False), config.top_k)
     if request.stacked:
         chosen = [dict.fromkeys(block, round(sum(block.values()) / len(block))) for block in chosen]
     widths = {

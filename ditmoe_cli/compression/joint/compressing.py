@@ -192,13 +192,13 @@ class Compressing(Planner):
         with tried_in(work) as folder:
             if self.goal.max_damage is not None:
                 found = smallest_within(request, calibrated, folder, limit, self.goal.max_damage)
-                program, best, figures = found.program, found.tried, found.figures
+                program, curves, best, figures = found.program, found.curves, found.tried, found.figures
             else:
-                program = settled_program(request, calibrated, lambda _: limit)
-                best = best_within(program, Trials(request, calibrated, folder), limit)
+                program, curves = settled_program(request, calibrated, lambda _: limit)
+                best = best_within(program, Trials(request, calibrated, curves, folder), limit)
                 figures = {"tried_error": best.held.error}
             if self.stacked or self.candidates.tied:
-                figures["untied_error"] = untied_error(program, calibrated, best.bytes, best.draft)
+                figures["untied_error"] = untied_error(program, curves, best.bytes, best.draft)
         return plan_of(request, best.draft, figures, profile.digest)
 
     def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
@@ -269,7 +269,7 @@ def _require_alike(checkpoint: Checkpoint) -> None:
 
 
 def once(note: Callable[[str], None]) -> Callable[[str], None]:
-    """Return what notes each line once: every plan that is tried reads the same measurements."""
+    """Return what notes each line once: where measurements cannot be kept, each of them would say so."""
     said: set[str] = set()
 
     def noted(line: str) -> None:

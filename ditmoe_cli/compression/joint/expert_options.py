@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from ditmoe_cli.compression.precision.lagrange import Group, Option
+from ditmoe_cli.compression.precision.lagrange import Group, Option, undominated
+from ditmoe_cli.compression.precision.mix import UNTOUCHED
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES
 from ditmoe_cli.formats.registry import is_quantizable, quantized_members
 
-UNTOUCHED = "16"
 MOST_WIDTHS = 24  # that an expert may choose from, all multiples of a number and its own
 
 
@@ -133,17 +133,15 @@ class ExpertDecision:
 
     def group(self, amplification: float, kappa: float, width: int | None = None) -> tuple[Group, tuple[Pick, ...]]:
         """Return the decision as a group of the program, and what each of its options is; of one `width` if given."""
-        found: list[tuple[_Point, Pick]] = []
+        found: list[tuple[Option, Pick]] = []
         for place, front in enumerate(self._fronts):
             structure = kappa * sum(offer.curve.errors[place] for offer in self.offers)
             own = self.offers[0].curve.widths[place]
             for point in front if width in (None, own) else ():
-                error = amplification * (structure + point.error)
-                found.append((_Point(point.bytes, error, point.formats), Pick(own, point.formats)))
-        picks = {id(point): pick for point, pick in found}
-        kept = worthwhile(point for point, _ in found)
-        options = tuple(Option(_label(picks[id(point)]), point.bytes, point.error) for point in kept)
-        return Group(self.name, options), tuple(picks[id(point)] for point in kept)
+                pick = Pick(own, point.formats)
+                found.append((Option(_label(pick), point.bytes, amplification * (structure + point.error)), pick))
+        kept = undominated(Group(self.name, tuple(option for option, _ in found)))
+        return Group(self.name, tuple(found[o][0] for o in kept)), tuple(found[o][1] for o in kept)
 
 
 def worthwhile(points: Iterable[_Point]) -> tuple[_Point, ...]:

@@ -91,12 +91,14 @@ class ForUpstream(Planner):
         from ditmoe_cli.compression.apply import loop_name
         from ditmoe_cli.compression.calibrated import Calibrated
         from ditmoe_cli.compression.joint.choosing import tried_errors
+        from ditmoe_cli.compression.rebuild import neuron_orders
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
         assert profile is not None
         checkpoint, limit = work.checkpoint, self.goal.limit(work.checkpoint)
         kept = kept_measures(checkpoint, profile, work.device(), once(work.note))
         calibrated = Calibrated(checkpoint, profile, work.device(), kept=kept)
+        orders = neuron_orders(calibrated, Experts(selection="elimination"))
         tried: list[tuple[float, CompressionPlan]] = []
         with tried_in(work) as folder:
             for shape in self._worth_trying(work):
@@ -106,7 +108,8 @@ class ForUpstream(Planner):
                 laid_out = planned_output(checkpoint, plan)
                 if laid_out.predicted_bytes(work.output) > limit or obstacle(laid_out.config) is not None:
                     continue  # of an uneven checkpoint, whose experts or router rows differ
-                tried.append((tried_errors(calibrated, folder, plan, f"trying plan {len(tried) + 1} for").error, plan))
+                held = tried_errors(calibrated, folder, plan, f"trying plan {len(tried) + 1} for", orders)
+                tried.append((held.error, plan))
                 tried.sort(key=lambda each: each[0])
                 for _, worse in tried[1:]:
                     folder.drop_loop(loop_name(worse))

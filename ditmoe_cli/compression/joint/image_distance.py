@@ -1,7 +1,7 @@
 """The distance that a compressed model's images will have from the original's of the same seeds.
 
-Both models sample some images as the profile's calibration did, of its labels, from noise of their own: weights were
-fitted on all images of the calibration. Errors of n images with mean m and standard deviation s tell that of N others:
+Both models sample some images as the profile's calibration did, of its labels, from noise of their own: weights are
+fitted on most images of the calibration. Errors of n images with mean m and standard deviation s tell that of N others:
 
     m ± t(0.975, n - 1) s √(1 / n + 1 / N)
 

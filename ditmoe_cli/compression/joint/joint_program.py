@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from ditmoe_cli.compression.joint.expert_options import (
-    UNTOUCHED,
     ExpertDecision,
     ExpertOffer,
     Pick,
@@ -21,8 +20,8 @@ from ditmoe_cli.compression.joint.expert_options import (
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding, Selection
 from ditmoe_cli.compression.precision.candidates import Candidates, Offered
-from ditmoe_cli.compression.precision.lagrange import Group, Option
-from ditmoe_cli.compression.precision.mix import fitted
+from ditmoe_cli.compression.precision.lagrange import Group, Option, bytes_of, smallest_options
+from ditmoe_cli.compression.precision.mix import UNTOUCHED, fitted
 from ditmoe_cli.compression.precision.program import Solution, solve, solver_named
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_block, split_name
@@ -244,7 +243,7 @@ class JointProgram:
         key = tuple(sorted(widths.items()))
         if key not in self._known_least:
             groups, picks = self._groups(1.0, widths)
-            self._known_least[key] = size_of(self.request, self._draft(groups, picks, _smallest(groups)))
+            self._known_least[key] = size_of(self.request, self._draft(groups, picks, smallest_options(groups)))
         return self._known_least[key]
 
     def solved(self, limit: int, kappa: float, widths: Mapping[str, int] | None = None) -> Draft:
@@ -258,13 +257,13 @@ class JointProgram:
         if least > limit:
             raise InfeasibleError(f"the budget is {limit:,} bytes, and the smallest file takes {least:,}; give more")
         groups, picks = self._groups(kappa, fixed)
-        narrowest = sum(g.options[o].bytes for g, o in zip(groups, _smallest(groups), strict=True))
+        fewest = bytes_of(groups, smallest_options(groups))
 
         def within(budget: int) -> Draft:
             solution = solve(groups, budget, gap=GAP, time_limit=_SECONDS)
             return replace(self._draft(groups, picks, solution.choice), solution=solution, kappa=kappa)
 
-        return fitted(within, lambda draft: size_of(self.request, draft), limit, narrowest, limit - least)
+        return fitted(within, lambda draft: size_of(self.request, draft), limit, fewest, limit - least)
 
     def _groups(self, kappa: float, widths: Mapping[str, int]) -> tuple[list[Group], list[tuple[Pick, ...]]]:
         amplification = self.measures.amplification
@@ -280,8 +279,3 @@ class JointProgram:
         dense = zip(groups[len(picks) :], choice[len(picks) :], strict=True)
         labels = {group.name: group.options[o].format for group, o in dense}
         return Draft(widths, formats | {name: fmt for name, fmt in labels.items() if fmt != UNTOUCHED})
-
-
-def _smallest(groups: Sequence[Group]) -> list[int]:
-    """Return the index of each group's option of fewest bytes."""
-    return [min(range(len(group.options)), key=lambda o: group.options[o].bytes) for group in groups]

@@ -175,10 +175,10 @@ class Curving:
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
         request = replace(holding(planner.request(work)), calibration=profile.calibration)
         before = work.checkpoint.header.file_bytes
-        program = settled_program(request, calibrated, lambda program: middle_of(grid(program.least, before)))
+        program, curves = settled_program(request, calibrated, lambda program: middle_of(grid(program.least, before)))
         goal = self.goal.limit(work.checkpoint) if self.goal is not None else None
         with tried_in(work) as folder:
-            trials = Trials(request, calibrated, folder)
+            trials = Trials(request, calibrated, curves, folder)
             return size_curve(
                 program, FIRST_KAPPA, lambda draft: trials.carried_out(draft).held.error, profile.digest, goal
             )

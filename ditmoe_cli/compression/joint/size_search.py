@@ -17,6 +17,7 @@ from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.joint.choosing import Trials, Tried, Way, best_way, settled_program
 from ditmoe_cli.compression.joint.damage import FIRST_RATIO, first_place, search, sizes_between, upper_bound
 from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest
+from ditmoe_cli.compression.replay.eliminations import Curves
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.workfolder import WorkFolder
 
@@ -26,9 +27,10 @@ HOPELESS = 2.0
 
 @dataclass(frozen=True)
 class Found:
-    """The plan whose file is the smallest within a damage, the program that chose it, and the figures that say so."""
+    """The plan of the smallest file within a damage, the program and curves that it rests on, and its figures."""
 
     program: JointProgram
+    curves: Curves
     tried: Tried
     figures: dict[str, Any]
 
@@ -47,8 +49,8 @@ def smallest_within(
         drafts = _Drafts(unsettled, calibrated, sizes)
         return sizes[first_place(lambda at: drafts.predicted(at) * FIRST_RATIO <= allowed, 0, len(sizes) - 1)]
 
-    program = settled_program(request, calibrated, expected_size)
-    trials = Trials(request, calibrated, folder)
+    program, curves = settled_program(request, calibrated, expected_size)
+    trials = Trials(request, calibrated, curves, folder)
     sizes = sizes_between(program.least, limit)
     drafts = _Drafts(program, calibrated, sizes)
     tried: list[Tried] = []
@@ -74,7 +76,7 @@ def smallest_within(
     if smaller:
         next_smaller = max(smaller, key=lambda each: each.bytes)
         figures["next_smaller"] = {"bytes": next_smaller.bytes, "damage": damage_of(next_smaller)}
-    return Found(program, best, figures)
+    return Found(program, curves, best, figures)
 
 
 def damage_of(tried: Tried) -> float:

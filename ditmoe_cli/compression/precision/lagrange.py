@@ -98,6 +98,11 @@ def bytes_of(groups: Sequence[Group], choice: Sequence[int]) -> int:
     return sum(group.options[o].bytes for group, o in zip(groups, choice, strict=True))
 
 
+def smallest_options(groups: Sequence[Group]) -> list[int]:
+    """Return the index of each group's option of fewest bytes."""
+    return [min(range(len(group.options)), key=lambda o: group.options[o].bytes) for group in groups]
+
+
 def usable(groups: Sequence[Group], budget: int) -> int:
     """Return the part of `budget` that can be spent: the least bytes, plus a multiple of all options' common step.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ditmoe_cli.compression.plan import Ordering
-from ditmoe_cli.compression.precision.lagrange import Group, Option
+from ditmoe_cli.compression.precision.lagrange import Group, Option, bytes_of, smallest_options
 from ditmoe_cli.compression.precision.mix_request import MixRequest
 from ditmoe_cli.compression.precision.program import Solution, solve, solver_named
 from ditmoe_cli.errors import InfeasibleError, UsageError
@@ -71,7 +71,7 @@ def narrowest_bytes(request: MixRequest) -> int:
     """
     no_errors = {name: dict.fromkeys(filter(None, fmts), 0.0) for name, fmts in request.formats.items()}
     groups = decisions(request, no_errors)
-    return request.size(_formats(request, groups, _narrowest(groups)))
+    return request.size(_formats(request, groups, smallest_options(groups)))
 
 
 def least_bytes(request: MixRequest) -> int:
@@ -90,7 +90,7 @@ def too_small(limit: int, least: int) -> InfeasibleError:
 def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
     """Return the mix of least error whose file takes at most the limit; `least` is the result of `least_bytes`."""
     groups = decisions(request, errors)
-    narrowest = sum(group.options[o].bytes for group, o in zip(groups, _narrowest(groups), strict=True))
+    fewest = bytes_of(groups, smallest_options(groups))
 
     def mix_within(budget: int) -> SolvedMix:
         solution = solve(groups, budget, time_limit=_SECONDS)
@@ -98,7 +98,7 @@ def solve_mix(request: MixRequest, errors: Errors, least: int) -> SolvedMix:
         return SolvedMix(formats, solution, request.size(formats), failures=solution.failures)
 
     with phase(f"choosing formats for {request.checkpoint.name}"):
-        return fitted(mix_within, lambda mix: mix.size, request.limit, narrowest, request.limit - least)
+        return fitted(mix_within, lambda mix: mix.size, request.limit, fewest, request.limit - least)
 
 
 def fitted(choose: Callable[[int], T], size: Callable[[T], int], limit: int, narrowest: int, room: int) -> T:
@@ -148,12 +148,6 @@ def decisions(request: MixRequest, errors: Errors) -> list[Group]:
         )
         groups.append(Group(decision, options))
     return groups
-
-
-def _narrowest(groups: Sequence[Group]) -> list[int]:
-    """Return the index of each group's option of fewest bytes."""
-    sizes = ([option.bytes for option in group.options] for group in groups)
-    return [of_group.index(min(of_group)) for of_group in sizes]
 
 
 def _formats(request: MixRequest, groups: Sequence[Group], choice: Sequence[int]) -> dict[str, str]:

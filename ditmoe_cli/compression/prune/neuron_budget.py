@@ -51,17 +51,35 @@ def shared_widths(
     `multiple` neurons. Raises `InfeasibleError` where the neurons do not suffice, and `BadInputError` for a ``fast``
     profile.
     """
-    pool: list[Tensor] = []
-    least: list[int] = []
+    energies = ranked_energies(checkpoint, profile, keeps)
+    return widths_within(energies, keeps, budget, checkpoint.config.top_k)
+
+
+def ranked_energies(
+    checkpoint: Checkpoint, profile: RoutingProfile, keeps: Sequence[tuple[int, ...]]
+) -> list[list[Tensor]]:
+    """Return, for each block, the energies (H,) of the experts in `keeps`.
+
+    Reads their down projections. Raises `BadInputError` for a ``fast`` profile.
+    """
+    found = []
     with phase(f"ranking neurons of {checkpoint.name}", len(keeps), "ratios") as progress:
         for block, keep in enumerate(keeps):
             downs = [(e, read_weight(checkpoint, in_expert(block, e, "down_proj.weight")).float()) for e in keep]
-            energies = profiled_energies(profile, block, downs)
-            staying = checkpoint.config.top_k if budget.experts_may_go else len(keep)
-            needed = _strongest(energies, budget.multiple, staying)
-            least += [budget.multiple if i in needed else 0 for i in range(len(keep))]
-            pool += energies
+            found.append(profiled_energies(profile, block, downs))
             progress(1)
+    return found
+
+
+def widths_within(
+    energies: Sequence[Sequence[Tensor]], keeps: Sequence[tuple[int, ...]], budget: NeuronBudget, top_k: int
+) -> list[dict[int, int]]:
+    """Return the widths of `shared_widths`, given the energies of each block's experts (`ranked_energies`)."""
+    least: list[int] = []
+    for own in energies:
+        needed = _strongest(own, budget.multiple, top_k if budget.experts_may_go else len(own))
+        least += [budget.multiple if i in needed else 0 for i in range(len(own))]
+    pool = [energy for own in energies for energy in own]
     total = int(budget.ratio * sum(map(len, pool)) + 1e-9)  # 0.29 * 100 is 28.999999999999996 in floating point
     widths = iter(pooled_widths(pool, total, budget.multiple, least))
     return [{e: w for e, w in zip(keep, itertools.islice(widths, len(keep)), strict=True) if w} for keep in keeps]

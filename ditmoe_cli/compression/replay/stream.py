@@ -39,6 +39,18 @@ class Stream:
         """Return the states between a block's attention and its mixture, some images at a time."""
         return [block.attend(self.x[rows], self.c[rows]) for rows in _batches(self.x, "attending")]
 
+    def go_on(self, kept: Piece | None, name: str) -> None:
+        """Move the stream behind the blocks that an unfinished run has done, if any; it kept tokens x as `name`."""
+        if kept is not None:
+            self.x = kept.tensor(name).to(self.x.device)
+
+    def advance(self, attended: Attended, moe: SparseMoE) -> None:
+        """Add the output of a block's mixture, so that the stream is behind the block."""
+        self.x = attended.residual
+        for rows in _batches(self.x, "mixing"):
+            mixed = moe(attended.inputs[rows], 0, attended.gamma[rows], None)
+            self.x[rows] += attended.gamma[rows].unsqueeze(1) * mixed
+
 
 def joined(parts: Sequence[Attended]) -> Attended:
     """Return the states of all parts."""
@@ -94,11 +106,6 @@ class CalibrationStream(Stream):
             out = torch.isin(states.images, torch.tensor(left_out, dtype=states.images.dtype))
             self._weights = self._weights * ~out.repeat(states.branches)
 
-    def go_on(self, kept: Piece | None, name: str) -> None:
-        """Move the stream behind the blocks that an unfinished run has done, if any; it kept tokens x as `name`."""
-        if kept is not None:
-            self.x = kept.tensor(name).to(self.x.device)
-
     def attend(self, block: Block) -> Attended:
         """Return all states between a block's attention and its mixture."""
         return joined(self.attended(block))
@@ -119,10 +126,3 @@ class CalibrationStream(Stream):
         of_image = rows // len(self._held)
         held, weights = (part.repeat_interleave(of_image).to(self.x.device) for part in (self._held, self._weights))
         return held, weights
-
-    def advance(self, attended: Attended, moe: SparseMoE) -> None:
-        """Add the output of a block's mixture, so that the stream is behind the block."""
-        self.x = attended.residual
-        for rows in _batches(self.x, "mixing"):
-            mixed = moe(attended.inputs[rows], 0, attended.gamma[rows], None)
-            self.x[rows] += attended.gamma[rows].unsqueeze(1) * mixed

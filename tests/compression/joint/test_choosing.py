@@ -34,6 +34,7 @@ from ditmoe_cli.compression.plan import Experts
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.replay import eliminations
 from ditmoe_cli.compression.replay import states as states_of_fits
+from ditmoe_cli.compression.replay.eliminations import neuron_curves
 from ditmoe_cli.files.names import SHARED
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
 from ditmoe_cli.files.writer import Output
@@ -219,7 +220,7 @@ def work(tmp_path: Path) -> Any:
 
 
 def trials_of(program: JointProgram, asked: Given, work: WorkFolder) -> Trials:
-    return Trials(program.request, calibrated(*asked), work)
+    return Trials(program.request, calibrated(*asked), neuron_curves(calibrated(*asked)), work)
 
 
 def loops(work: WorkFolder) -> set[str]:
@@ -230,7 +231,7 @@ def loops(work: WorkFolder) -> set[str]:
 def test_only_the_weights_of_the_plan_that_is_carried_out_stay(
     asked: Given, work: WorkFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = settled_program(request_of(asked[0]), calibrated(*asked), lambda _: 10**5)
+    program, _ = settled_program(request_of(asked[0]), calibrated(*asked), lambda _: 10**5)
     trials = trials_of(program, asked, work)
     drafts = [program.solved(int(program.least * share), 4.0) for share in (1.1, 1.5)]
     errors = [trials.error(draft) for draft in drafts]

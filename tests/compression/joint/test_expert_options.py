@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from ditmoe_cli.compression.joint.expert_options import (
     MOST_WIDTHS,
-    UNTOUCHED,
     ExpertDecision,
     ExpertOffer,
     Pick,
@@ -24,6 +23,7 @@ from ditmoe_cli.compression.joint.expert_options import (
     picked,
     worthwhile,
 )
+from ditmoe_cli.compression.precision.mix import UNTOUCHED
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES
 from ditmoe_cli.formats.registry import is_quantizable, quantized_members
