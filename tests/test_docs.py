@@ -19,6 +19,7 @@ COMMANDS = (
     "merge",
     "quantize",
     "compress",
+    "heal",
     "plan",
     "apply",
     "sample",

@@ -40,7 +40,9 @@ ALLOWED = {
     "": {"model", "version"},  # the package itself: its lazy public interface
 }
 # rooms of compression whose methods share other rooms, and never import from each other
-WALLED = {f"{NAME}.compression.{name}" for name in ("prune", "merge", "delta", "repair", "precision", "rounding")}
+WALLED = {
+    f"{NAME}.compression.{name}" for name in ("prune", "merge", "delta", "repair", "precision", "rounding", "heal")
+}
 TERMINAL = {"typer", "rich", "click"}
 
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "merge": "Merge experts, or store them as differences.",
     "quantize": "Store weights in fewer bits.",
     "compress": "Compress to a size: fewer neurons and fewer bits from one budget.",
+    "heal": "Train a compressed checkpoint to predict as its original does.",
     "plan": "Show, check or compare compression plans.",
     "apply": "Carry out a compression plan.",
     "sample": "Sample images.",

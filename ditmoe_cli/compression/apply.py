@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from ditmoe_cli.compression.computed import Computing
+from ditmoe_cli.compression.computed import Computing, kept_weight
 from ditmoe_cli.compression.one_pass import OnePass
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage
@@ -18,7 +19,7 @@ from ditmoe_cli.compression.recorded import Measured
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.streaming import one_at_a_time
-from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder, open_work, work_key
+from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -71,7 +72,7 @@ def carry_out(
     if plan is not None and not plan.decided:
         raise BadInputError("the plan leaves open which experts stay; plan again with a profile")
     if plan is None or not plan.computes:
-        size = _write(checkpoint, planned, output, settled=settled)
+        size = write_planned(checkpoint, planned, output, settled=settled)
         return Applied(size, Measured(), planned if settled is None else settled())
     check_values(checkpoint, plan)
     check_target(output.path, output.force, [checkpoint.path])
@@ -87,7 +88,8 @@ def carry_out(
     computing = Computing(checkpoint, profile, device, work, loop, kept=kept)
     measured = _computed(computing, plan)
     planned = planned.measured(measured)
-    return Applied(_write(checkpoint, planned, output, computing.blocks), measured, planned)
+    computed = partial(kept_weight, computing.blocks)
+    return Applied(write_planned(checkpoint, planned, output, computed), measured, planned)
 
 
 def check_values(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
@@ -162,14 +164,18 @@ def _compute(computing: Computing, stage: PlanStage) -> Measured:
             return Measured()
 
 
-def _write(
+def write_planned(
     checkpoint: Checkpoint,
     planned: PlannedOutput,
     output: Output,
-    blocks: KeptLoop | None = None,
+    computed: Callable[[str], memoryview] | None = None,
     settled: Callable[[], PlannedOutput] | None = None,
 ) -> int:
-    one_pass = OnePass(checkpoint, planned, blocks)
+    """Write an output as it is laid out, in one pass, and return its bytes.
+
+    `computed` returns the bytes of computed tensors; `settled` is that of `carry_out`.
+    """
+    one_pass = OnePass(checkpoint, planned, computed)
     with phase(f"writing {output.path.name}", one_pass.bytes, BYTES) as progress:
         jobs = one_pass.jobs(one_at_a_time(progress))
         final = None if settled is None else lambda: settled().provenance

@@ -6,15 +6,14 @@ those of all tensors are its fingerprint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from threading import Lock
 
-from ditmoe_cli.compression.computed import kept_weight
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.streaming import Count, chunks, counted, sha256_of
-from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.files.writer import Job, Target
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -27,12 +26,12 @@ class OnePass:
     Attributes:
         checkpoint: what it is made from.
         planned: its layout.
-        blocks: where computed weights are kept; None where there are none.
+        computed: returns the bytes of a computed weight by its name; None where there are none.
     """
 
     checkpoint: Checkpoint
     planned: PlannedOutput
-    blocks: KeptLoop | None
+    computed: Callable[[str], memoryview] | None
     _keeping: Lock = field(default_factory=Lock)  # kept blocks are checked when they are first read
 
     @property
@@ -114,9 +113,9 @@ class OnePass:
                 _put(name, tensor_bytes(tensor), count, target)
 
     def _keep(self, name: str, count: Count, target: Target) -> None:
-        assert self.blocks is not None
+        assert self.computed is not None
         with self._keeping:
-            data = kept_weight(self.blocks, name)
+            data = self.computed(name)
         _put(name, data, count, target)
 
     def _hash(self, name: str) -> None:

@@ -67,7 +67,7 @@ _UNKNOWN = "0" * _HALF
 
 
 def request_digest(
-    planner: Planner, source: str, calibration: Mapping[str, Any] | None, profile: str | None = None
+    planner: object, source: str, calibration: Mapping[str, Any] | None, profile: str | None = None
 ) -> str:
     """Return the digest of what is asked of a planner, by which a result is known to be the same without planning.
 

@@ -1,0 +1,270 @@
+"""``ditmoe heal``: a compressed checkpoint trained to predict as its original does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, cast
+
+import typer
+
+from ditmoe_cli.cli.calibration_options import AutomaticProfile
+from ditmoe_cli.cli.costs import number
+from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
+from ditmoe_cli.cli.groups import at_least, completing, one_of, seed_of_64_bits
+from ditmoe_cli.cli.options import Destination, Measuring, Models, Source, checked_device, complete_checkpoint, dtype_on
+from ditmoe_cli.cli.planning import Job, reuse, size_facts, size_rows
+from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors
+from ditmoe_cli.cli.stage import Stage, open_stage
+from ditmoe_cli.cli.terminal import Printing, Row, emit, note
+from ditmoe_cli.compression.apply import write_planned
+from ditmoe_cli.compression.estimates import profiling_estimate
+from ditmoe_cli.compression.heal.healed_output import healed_output, recorded_errors, with_errors
+from ditmoe_cli.compression.heal.healing import (
+    DEFAULT_BATCH,
+    DEFAULT_MINUTES,
+    SCOPES,
+    Healing,
+    Scope,
+    check_pair,
+    names_to_train,
+)
+from ditmoe_cli.compression.heal.healing_memory import healing_estimate
+from ditmoe_cli.compression.planner import request_digest
+from ditmoe_cli.compression.training.trained_groups import GROUPS
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.staging import check_space, check_target
+from ditmoe_cli.files.workfolder import open_work, work_key
+from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
+from ditmoe_cli.model.effort import Estimate
+from ditmoe_cli.model.throughput import known_rate, likely_device
+from ditmoe_cli.routing.calibrate import made_profile
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile
+from ditmoe_cli.routing.profile_search import Basis, ProfileRequest, search
+
+MACHINE = Models
+EXAMPLES = (
+    "ditmoe heal half.safetensors --original ckpt.pt",
+    "ditmoe prune ckpt.pt --neurons 0.35 --allocate global | ditmoe heal --minutes 5 | ditmoe fid",
+)
+
+
+def parse_groups(text: str) -> tuple[str, ...]:
+    """Return the groups of weights that a list names, all for ``all``."""
+    return GROUPS if text.strip() == "all" else tuple(word.strip() for word in text.split(","))
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What is trained towards what, and for how long."""
+
+    panel: ClassVar[str] = "Healing"
+
+    original: Annotated[
+        str | None,
+        typer.Option(
+            "--original",
+            metavar="CHECKPOINT",
+            autocompletion=complete_checkpoint,
+            help="The checkpoint that it was made from. [default: the one that the pipe began with]",
+        ),
+    ] = None
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", metavar="M", help=f"Time to train, all in. [default: {DEFAULT_MINUTES:g}]"),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", help="Steps to train in place of a time, in block scope for each block."),
+    ] = None
+    scope: Annotated[
+        str,
+        typer.Option(
+            "--scope",
+            metavar="auto|block|model",
+            callback=one_of(*SCOPES),
+            help="block: one block after the other, in the memory of one; model: end to end on the prediction; auto: "
+            "blocks first, then the model where memory suffices.",
+        ),
+    ] = "auto"
+    train: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--train",
+            metavar="LIST",
+            parser=parse_groups,
+            autocompletion=completing("all", *GROUPS),
+            help=f"What to train: all, or some of {', '.join(GROUPS)}. [default: all]",
+        ),
+    ] = GROUPS
+    batch: Annotated[
+        int,
+        typer.Option(
+            "--batch",
+            metavar="N",
+            callback=at_least(1),
+            help="States of a step; computed in parts, to the same result, where memory demands it.",
+        ),
+    ] = DEFAULT_BATCH
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", metavar="R", help="Learning rate, relative to the size of weights. [default: 0.01]"),
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of noise and orders.")
+    ] = 0
+
+    def request(self, original: Checkpoint) -> Healing:
+        """Return what is asked for. Raises `UsageError` for values out of range."""
+        minutes = DEFAULT_MINUTES if self.minutes is None and self.steps is None else self.minutes
+        return Healing(
+            original=original.fingerprint,
+            minutes=minutes,
+            steps=self.steps,
+            scope=cast(Scope, self.scope),
+            train=self.train,
+            batch=self.batch,
+            rate=self.rate,
+            seed=self.seed,
+        )
+
+    def opened(self, stage: Stage) -> Checkpoint:
+        """Return the original. Raises `UsageError` where nothing names it."""
+        if self.original is None and (stage.original is None or stage.original == stage.checkpoint):
+            raise UsageError("--original is missing: give the checkpoint that the one to heal was made from")
+        path = str(resolve_path(self.original, note).absolute()) if self.original is not None else None
+        return open_stage(stage, path or stage.original)
+
+
+def run(
+    teaching: Teaching,
+    measuring: Measuring,
+    automatic: AutomaticProfile,
+    source: Source,
+    to: Destination,
+    printing: Printing,
+) -> None:
+    """Train a compressed checkpoint for some minutes to predict as its original does, without data.
+
+    It is trained on images that the original samples, noised anew, towards what the original predicts there. Every
+    eighth image is held out: the weights that do best on those are kept, and never worse ones than the input's. The
+    output has the same tensors and bytes.
+    """
+    started = time.monotonic()
+    stage = source.stage()
+    student, original = open_stage(stage), teaching.opened(stage)
+    stage = replace(stage, original=str(original.path.absolute()))
+    asked = teaching.request(original)
+    warning = check_pair(student, original)
+    if warning is not None:
+        note(f"warning: {warning}")
+    names = names_to_train(student, asked.train)
+    job = Job("heal", stage, student, to.at(student.path, asked.label), printing, started)
+    basis = search(original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), note)
+    options = asked.options()
+    request = _request(asked, student, basis, basis.profile)
+    made = made_before(job.output, student, request)
+    if made is not None:
+        errors = measured_errors(last_step(made))
+        return reuse(job, made, basis.path, None, {"original": str(original.path), **errors}, dry_run=to.dry_run)
+    trained = sum(student.weights[name].info.numel for name in names)
+    estimates = _estimates(student, original, asked, trained, basis)
+    planned = healed_output(student, names, request, options, basis.settings)
+    size = planned.predicted_bytes(job.output)
+    if to.dry_run:
+        check_target(job.output.path, job.output.force, [student.path, original.path])
+        rate = known_rate(likely_device(measuring.device))
+        facts = {**size_facts(student, size), "original": str(original.path), "trained_weights": trained}
+        result = {**facts, "estimate": estimate_of(estimates, rate), "plan": None, "dry_run": True}
+        rows: list[Row] = [("would write", job.output.path), *size_rows(result), estimate_row(estimates, rate)]
+        return emit(printing, stage.to_json(result), rows, str(job.output.path), editable=True)
+    beside = [path for path in (original.path, basis.path) if path.exists()]
+    check_target(job.output.path, job.output.force, [student.path, *beside])
+    check_space(job.output.path, planned.needed_bytes(job.output))
+    device = checked_device(measuring.device)
+    foretell(estimates, lambda: device)
+    profile = made_profile(original, basis, lambda: device, note)
+    return _heal(job, original, asked, basis, profile, device, measuring)
+
+
+def profile_request(
+    stage: Stage,
+    original: Checkpoint,
+    measuring: Measuring,
+    automatic: AutomaticProfile,
+    beside: Path,
+    to: Destination,
+) -> ProfileRequest:
+    """Return what is asked of the original's profile; that of the pipe counts where it is the original's."""
+    found = automatic.request(stage, original, measuring, beside)
+    if measuring.profile is None and found.given is not None:
+        piped = read_profile(found.given)
+        if piped.checkpoint not in (original.fingerprint, *original.ancestors):
+            found = replace(found, given=None)
+    return replace(found, dtype=dtype_on(measuring.dtype, measuring.device, measures=not to.dry_run))
+
+
+def _request(asked: Healing, student: Checkpoint, basis: Basis, profile: RoutingProfile | None) -> str:
+    return request_digest(asked, student.fingerprint, basis.settings, profile.digest if profile else None)
+
+
+def _estimates(student: Checkpoint, original: Checkpoint, asked: Healing, trained: int, basis: Basis) -> list[Estimate]:
+    """Return what making the profile, and healing, take."""
+    made = [profiling_estimate(original.config, basis.calibration)] if basis.calibration is not None else []
+    cfg = float(basis.settings["cfg"])
+    return [*made, healing_estimate(student.config, original.config, asked, trained, cfg)]
+
+
+def _heal(
+    job: Job,
+    original: Checkpoint,
+    asked: Healing,
+    basis: Basis,
+    profile: RoutingProfile,
+    device: str,
+    measuring: Measuring,
+) -> None:
+    """Heal, write the result and print it."""
+    from ditmoe_cli.compression.heal.healed_weights import PIECE, HealingWork, heal
+    from ditmoe_cli.model.dtypes import torch_dtype_of
+
+    student, output = job.checkpoint, job.output
+    request = _request(asked, student, basis, profile)
+    dtype = dtype_on(measuring.dtype, measuring.device)(original)
+    key = {"request": request, "profile": profile.digest, "device": device.partition(":")[0], "dtype": dtype}
+    with open_work(output.path, work_key(key), note) as folder:
+        work = HealingWork(student, original, profile, device, torch_dtype_of(dtype), folder, note)
+        healed = heal(work, asked)
+        piece = folder.read(PIECE)
+        if piece is None:
+            raise BadInputError(f"{folder.folder}: the healed weights are gone; run it again")
+        held = (healed.before.error, healed.after.error)
+        errors = recorded_errors(held, healed.before.by_bin, healed.after.by_bin)
+        names = names_to_train(student, asked.train)
+        planned = healed_output(student, names, request, asked.options(), profile.calibration)
+        size = write_planned(student, with_errors(planned, errors), output, piece.raw)
+    seconds = round(time.monotonic() - job.started, 1)
+    result: Mapping[str, Any] = {
+        **size_facts(student, size),
+        "original": str(original.path),
+        "scopes": list(healed.scopes),
+        "images": healed.images,
+        "block_steps": healed.block_steps,
+        "model_steps": healed.model_steps,
+        "held_error": list(held),
+        "held_error_before": list(healed.before.by_bin),
+        "held_error_after": list(healed.after.by_bin),
+        "plan_digest": None,
+        "seconds": seconds,
+    }
+    stage = job.stage.done("heal", asked.options(), checkpoint=output.path, samples=None, profile=profile.path)
+    rows: list[Row] = [
+        ("wrote", output.path),
+        ("healed", f"{' and '.join(healed.scopes)}, on {healed.images:,} images noised anew"),
+        ("error", f"{number(held[0])} -> {number(held[1])} of the guided prediction, on held-out states"),
+        *size_rows(result),
+        ("seconds", f"{seconds:,.1f}"),
+    ]
+    emit(job.printing, stage.to_json(result), rows, str(output.path))

@@ -1,0 +1,1 @@
+"""Healing: a compressed checkpoint trained to predict as its original does, without data."""

@@ -1,0 +1,325 @@
+"""Healing carried out: images of the original, states, one or both scopes, and the weights that come of it.
+
+What a run has done is kept in the work folder: the images that were sampled, the numbers of steps that the time allows,
+each healed block, and the state of training now and then. With the same request it goes on from there, to the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.computed import as_stored
+from ditmoe_cli.compression.heal.block_scope import BlocksHealed, heal_blocks
+from ditmoe_cli.compression.heal.healing import Healing, names_to_train
+from ditmoe_cli.compression.heal.healing_memory import model_scope_bytes
+from ditmoe_cli.compression.heal.model_scope import heal_model
+from ditmoe_cli.compression.replay.guided import in_branches
+from ditmoe_cli.compression.replay.states import States, image_count
+from ditmoe_cli.compression.training.prediction_error import JudgedErrors, judged_errors, state_errors
+from ditmoe_cli.compression.training.teacher_states import PURPOSE, NoisedImages, Noising, kept_states, trajectories
+from ditmoe_cli.compression.training.trained_weights import trainable
+from ditmoe_cli.compression.training.training_loop import Course
+from ditmoe_cli.compression.working_sizes import HELD_OUT
+from ditmoe_cli.errors import InfeasibleError
+from ditmoe_cli.files.reader import torch_dtype
+from ditmoe_cli.files.workfolder import WorkFolder
+from ditmoe_cli.formats.unpacked_weights import free_on
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.loading import build_model
+from ditmoe_cli.model.offload import OffloadedDiTMoE
+from ditmoe_cli.progress import readable_bytes
+from ditmoe_cli.routing.calibration_settings import profiled_spec
+from ditmoe_cli.routing.profile import RoutingProfile
+
+IMAGES_SHARE = 0.1  # of the time goes to images that the original samples, at most
+BLOCKS_SHARE = 0.3  # of the rest goes to healing block after block, where the whole model follows
+MOST_IMAGES = 4096
+BLOCK_TOKENS = 65_536  # of one branch that a block is healed on
+HELD_IMAGES, HELD_STATES = 128, 512
+STATES_AN_IMAGE = 64  # that a new image is worth sampling for
+MEMORY_SHARE = 0.8  # of what is free may be taken
+MOST_CHECKS, STEPS_A_CHECK = 25, 20
+_JUDGING_SHARE = 0.1  # of the time
+_BACKWARD = 3.0  # times the effort of a prediction
+_TIMED = 2  # steps that are timed, of which the last counts
+PIECE = "healed"
+
+
+@dataclass(frozen=True)
+class HealingWork:
+    """What healing works on, and by which means.
+
+    Attributes:
+        student, original: both checkpoints.
+        profile: a routing profile of the original: its images are noised, and its settings are sampled by.
+        device: of both models.
+        dtype: what attention and experts compute in.
+        folder: keeps what is done.
+        note: takes lines for people.
+    """
+
+    student: Checkpoint
+    original: Checkpoint
+    profile: RoutingProfile
+    device: str
+    dtype: torch.dtype
+    folder: WorkFolder
+    note: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing has done: what it trained on, and errors on held-out states."""
+
+    scopes: tuple[str, ...]
+    images: int
+    block_steps: int
+    model_steps: int
+    before: JudgedErrors
+    after: JudgedErrors
+
+
+def heal(work: HealingWork, asked: Healing) -> Healed:
+    """Heal a student, and keep the trained weights, as they are written, as the piece `PIECE` of the work folder.
+
+    Raises `BadInputError` for a profile without states, predictions that are not finite, and no weights to train;
+    `InfeasibleError` where the memory does not suffice for the scope that is asked for.
+    """
+    return _Session(work, asked).healed()
+
+
+@dataclass
+class _Session:
+    """A session of healing: what its parts share."""
+
+    work: HealingWork
+    asked: Healing
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.device = torch.device(self.work.device)
+        self.spec = profiled_spec(self.work.profile.calibration, self.work.original)
+        self.names = names_to_train(self.work.student, self.asked.train)
+        self.trained = sum(self.work.student.weights[name].info.numel for name in self.names)
+        self.course = Course(1, self.asked.batch, self.asked.rate or Course.rate, self.asked.seed)
+
+    def healed(self) -> Healed:
+        """Heal by all scopes, and keep the result."""
+        work, scopes = self.work, self._scopes()
+        teacher = build_model(work.original, self.device, work.dtype) if "model" in scopes else None
+        data = self._images(teacher)
+        values, blocks, block_steps = dict[str, Tensor](), None, 0
+        if "block" in scopes:
+            blocks, values, block_steps = self._heal_blocks(data, last=teacher is None)
+        if teacher is not None:
+            return self._heal_model(teacher, data, values, block_steps)
+        assert blocks is not None
+        if blocks.after.error >= blocks.before.error:
+            work.note("no block-healed weights were better on held-out states: the output has those of the input")
+            blocks, values = replace(blocks, after=blocks.before), {}
+        self._keep(values)
+        return Healed(scopes, len(data.images), block_steps, 0, blocks.before, blocks.after)
+
+    def _scopes(self) -> tuple[str, ...]:
+        """Return the scopes to heal by, of which there is memory for each. Raises `InfeasibleError`."""
+        asked, free = self.asked.scope, free_on(self.device)
+        configs = self.work.student.config, self.work.original.config
+        needed = model_scope_bytes(*configs, self.trained, 1, self.spec.cfg)
+        fits = not free or needed <= MEMORY_SHARE * free
+        if asked == "model" and not fits:
+            raise InfeasibleError(
+                f"healing {self.work.student.name} end to end takes {readable_bytes(needed)}, and "
+                f"{readable_bytes(free)} are free; give ⟨scope⟩ block, or ⟨train⟩ fewer weights"
+            )
+        if asked == "auto" and not fits:
+            self.work.note(
+                f"healing block after block alone: end to end takes {readable_bytes(needed)}, and "
+                f"{readable_bytes(free)} are free"
+            )
+        found = {"auto": ("block", "model") if fits else ("block",), "block": ("block",), "model": ("model",)}
+        return found[asked]
+
+    def _at_once(self) -> int:
+        """Return how many states of a batch there is memory for at once; 0 for all."""
+        free, batch = MEMORY_SHARE * free_on(self.device), self.asked.batch
+        configs = self.work.student.config, self.work.original.config
+        least, one = (model_scope_bytes(*configs, self.trained, states, self.spec.cfg) for states in (0, 1))
+        fitting = int((free - least) // max(one - least, 1)) if free else batch
+        return 0 if fitting >= batch else max(1, fitting)
+
+    def _images(self, teacher: DiTMoE | None) -> _Images:
+        """Return the profile's images, and more that the original samples, where it is in memory whole."""
+        profile, spec = self.work.profile, self.spec
+        count = image_count(profile)
+        images, labels = profile.tensor("image.final").float(), torch.tensor(spec.labels(range(count)))
+        more = self._wanted_images()
+        if teacher is not None and more and profile.calibration.get("data") is None:
+            piece = self.work.folder.read("images")
+            if piece is None:
+                new = replace(spec, images=more)
+                batch = max(1, min(256, self._at_once() or 256))
+                sampled = trajectories(teacher, new, batch, PURPOSE, self._has_sampled_enough)[1]
+                self.work.folder.write("images", {"images": sampled})
+            else:
+                sampled = piece.tensor("images")
+            images = torch.cat((images, sampled))
+            labels = torch.cat((labels, torch.tensor(spec.labels(range(len(sampled))))))
+        return _Images(images, labels)
+
+    def _wanted_images(self) -> int:
+        if self.asked.steps is None:
+            return MOST_IMAGES
+        return min(MOST_IMAGES, self.asked.steps * self.asked.batch // STATES_AN_IMAGE)
+
+    def _has_sampled_enough(self) -> bool:
+        return self.asked.minutes is not None and self._elapsed() > IMAGES_SHARE * 60 * self.asked.minutes
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def _noising(self, data: _Images, purpose: str = PURPOSE) -> Noising:
+        config = self.work.original.config
+        null = config.num_classes if config.null_class and self.spec.cfg == 1.0 else None
+        return Noising(data.images, data.labels, config.sampler, self.asked.seed, null, purpose)
+
+    def _course(self, name: str, share: float, judged: int, losses: Callable[[Tensor], Tensor]) -> Course:
+        """Return the course of a scope: as many steps as asked for, or as a share of the time that is left allows.
+
+        `judged` states are judged at each check. The number of steps is kept, for a run that goes on.
+        """
+        course = replace(self.course, part=self._at_once() if name == "model" else 0)
+        if self.asked.steps is not None:
+            checks = min(max(self.asked.steps // STEPS_A_CHECK, 1), MOST_CHECKS)
+            return replace(course, steps=self.asked.steps, checks=checks)
+        piece = self.work.folder.read(f"{name}-course")
+        if piece is None:
+            steps, checks = self._affordable(course, share, judged, losses)
+            self.work.folder.write(f"{name}-course", {}, {"steps": steps, "checks": checks})
+            return replace(course, steps=steps, checks=checks)
+        return replace(course, **{field: int(piece.document[field]) for field in ("steps", "checks")})
+
+    def _affordable(
+        self, course: Course, share: float, judged: int, losses: Callable[[Tensor], Tensor]
+    ) -> tuple[int, int]:
+        """Return how many steps, and checks, a share of the time that is left allows, by timing some steps."""
+        assert self.asked.minutes is not None
+        size = course.part or course.batch
+        for _ in range(_TIMED):
+            start = time.monotonic()
+            losses(torch.arange(size)).sum().backward()  # type: ignore[no-untyped-call]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = (time.monotonic() - start) * course.batch / size
+        left = share * max(60 * self.asked.minutes - self._elapsed(), 0.0)
+        check = judged / course.batch / _BACKWARD  # in steps
+        steps = left / seconds
+        checks = min(max(int(_JUDGING_SHARE * steps / check), 2), MOST_CHECKS)
+        return max(1, int(steps - check * (checks + 1))), checks
+
+    def _heal_blocks(self, data: _Images, last: bool) -> tuple[BlocksHealed, dict[str, Tensor], int]:
+        """Heal block after block; return errors, all healed weights, and the steps of a block."""
+        work, config = self.work, self.work.original.config
+        count = max(BLOCK_TOKENS // config.num_patches, 2 * HELD_OUT)
+        rows = torch.arange(count)
+        z, t, labels = self._noising(data, "healing blocks").at(rows)
+        held = data.is_held[rows % len(data.images)]
+        models = (
+            OffloadedDiTMoE(checkpoint, self.device, dtype=work.dtype) for checkpoint in (work.student, work.original)
+        )
+        student, original = models
+        states = in_branches(States(z, t, labels, rows % len(data.images), held, self.spec.cfg), original)
+        kept = work.folder.loop("healed-block", config.depth)
+        share = (1.0 if last else BLOCKS_SHARE) / config.depth
+        done: list[Course] = []
+
+        def course(losses: Callable[[Tensor], Tensor]) -> Course:
+            if not done:
+                done.append(self._course("block", share, int(held.sum()), losses))
+            return done[0]
+
+        blocks = heal_blocks(student, original, states, held, self.names, course, self._stored, kept, work.note)
+        values = {
+            name: kept.result(index).tensor(name) for index in range(kept.total) for name in kept.result(index).names
+        }
+        return blocks, values, done[0].steps if done else 0
+
+    def _heal_model(self, teacher: DiTMoE, data: _Images, values: Mapping[str, Tensor], block_steps: int) -> Healed:
+        """Heal end to end, from block-healed `values` where there are any that are better; keep the result."""
+        work = self.work
+        student = build_model(work.student, self.device)
+        student.compute_in(work.dtype)
+        held = kept_states(
+            NoisedImages(teacher, self._noising(data.held, "judging"), self.spec.cfg), HELD_STATES, self.course.batch
+        )
+        source = NoisedImages(teacher, self._noising(data.training), self.spec.cfg)
+        weights = trainable(student, "", self.names)
+        before = judged_errors(student, held, self.course.batch)
+        if values:
+            own = {name: weights[name].detach().clone() for name in values}
+            _put(weights, values)
+            if not judged_errors(student, held, self.course.batch).error < before.error:
+                work.note("block-healed weights are not better on held-out states: training goes on with the input's")
+                _put(weights, own)
+
+        course = self._course("model", 1.0, len(held), lambda rows: state_errors(student, source.at(rows)))
+        result = heal_model(student, weights, source, held, course, self._stored, work.folder, work.note)
+        if not result.after.error < before.error:
+            work.note("no trained weights were better on held-out states: the output has those of the input")
+            self._keep({})
+            result = replace(result, after=before)
+        else:
+            self._keep({name: weight.detach() for name, weight in weights.items()})
+        scopes = ("block", "model") if values else ("model",)
+        return Healed(scopes, len(data.images), block_steps, course.steps, before, result.after)
+
+    def _stored(self, name: str, value: Tensor) -> Tensor:
+        """Return a weight rounded to what is written of it, in fp32."""
+        return value.to(torch_dtype(self.work.student.weights[name].info.dtype)).float()
+
+    def _keep(self, values: Mapping[str, Tensor]) -> None:
+        """Keep all weights that could be trained, as they are written; those not in `values` are the input's."""
+        student = self.work.student
+        written = {}
+        for name in self.names:
+            info = student.weights[name].info
+            value = values[name] if name in values else student.finite_tensor(name)
+            written[name] = as_stored(student, name, value, torch_dtype(info.dtype))
+        self.work.folder.write(PIECE, written)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images to noise (I, C, S, S) and their labels (I,); every eighth is held out."""
+
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def is_held(self) -> Tensor:
+        """(I,) whether an image is held out."""
+        numbers = torch.arange(len(self.images))
+        return numbers % HELD_OUT == min(HELD_OUT, len(self.images)) - 1
+
+    @property
+    def held(self) -> _Images:
+        """The images that are held out, as many as judge."""
+        chosen = self.is_held.nonzero().flatten()[:HELD_IMAGES]
+        return _Images(self.images[chosen], self.labels[chosen])
+
+    @property
+    def training(self) -> _Images:
+        """The others."""
+        return _Images(self.images[~self.is_held], self.labels[~self.is_held])
+
+
+def _put(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)

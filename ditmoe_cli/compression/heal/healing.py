@@ -1,0 +1,126 @@
+"""What is asked of healing, and what can be refused before it begins. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ditmoe_cli.compression.planner import label_of
+from ditmoe_cli.compression.training.trained_groups import GROUPS, trained_groups
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.lineage import Lineage, kinship
+
+Scope = Literal["auto", "block", "model"]
+SCOPES: tuple[Scope, ...] = ("auto", "block", "model")
+DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
+
+
+@dataclass(frozen=True)
+class Healing:
+    """A request to heal a checkpoint.
+
+    Attributes:
+        original: fingerprint of the checkpoint that it was made from.
+        minutes: how long to train; None where `steps` say so.
+        steps: steps of training, in block scope for each block.
+        scope: ``block``, ``model`` or ``auto``: blocks first, then the model where memory suffices.
+        train: groups of weights to train (`trained_groups.GROUPS`).
+        batch: states of a step.
+        rate: learning rate, relative to the size of weights; None for the default.
+        seed: of noise and orders.
+    """
+
+    original: str
+    minutes: float | None = DEFAULT_MINUTES
+    steps: int | None = None
+    scope: Scope = "auto"
+    train: tuple[str, ...] = GROUPS
+    batch: int = DEFAULT_BATCH
+    rate: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise UsageError("give ⟨minutes⟩, as 10, or ⟨steps⟩, as 2000, and not both")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"⟨minutes⟩ {self.minutes:g}: give a time above 0")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"⟨steps⟩ {self.steps}: give at least 1")
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise UsageError(f"⟨rate⟩ {self.rate:g}: give a share of a weight's size, above 0 and below 1, as 0.01")
+        unknown = [name for name in self.train if name not in GROUPS]
+        if unknown or not self.train:
+            raise UsageError(f"⟨train⟩ {','.join(unknown)}: choose from all, {', '.join(GROUPS)}")
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        length = f"{self.minutes:g}min" if self.minutes is not None else f"{self.steps}steps"
+        groups = "" if set(self.train) == set(GROUPS) else "+".join(self.train)
+        seed = f"seed{self.seed}" if self.seed else ""
+        return label_of(f"heal-{length}", self.scope != "auto" and self.scope, groups, seed)
+
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for, by the names of the options, for histories; defaults are left out."""
+        asked = {name: value for name, value in asdict(self).items() if name not in ("original", "train")}
+        defaults = asdict(Healing(self.original))
+        found = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
+        groups = {} if set(self.train) == set(GROUPS) else {"train": ",".join(self.train)}
+        return {"original": self.original, **found, **groups}
+
+
+def check_pair(student: Checkpoint, original: Checkpoint) -> str | None:
+    """Return a warning where nothing tells whether `student` was made from `original`, None where it was.
+
+    Raises `BadInputError` where it was not, where both are the same, and where their shapes do not correspond.
+    """
+    ours, theirs = student.config, original.config
+    for name in _ALIKE:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise BadInputError(
+                f"{student.path}: its {_ALIKE[name]} is {getattr(ours, name)}, and that of {original.path} is "
+                f"{getattr(theirs, name)}; give the checkpoint that it was made from as ⟨original⟩"
+            )
+    if student.fingerprint == original.fingerprint:
+        raise BadInputError(f"{student.path}: is the original itself, and there is nothing to heal; compress it first")
+    relation = kinship(
+        Lineage(original.fingerprint, original.provenance().history),
+        Lineage(student.fingerprint, student.provenance().history),
+    ).relation
+    if relation in ("ancestor", "siblings"):
+        return None
+    if relation == "descendant":
+        raise BadInputError(f"{original.path}: was made from {student.path}; give them the other way round")
+    if student.ancestors:
+        raise BadInputError(
+            f"{student.path}: was made from another checkpoint ({student.ancestors[0][:12]}) than {original.path} "
+            f"({original.fingerprint[:12]}); give that one as ⟨original⟩"
+        )
+    return f"nothing tells whether {student.name} was made from {original.name}; their shapes correspond"
+
+
+_ALIKE = {
+    "sampler": "family",
+    "hidden_size": "width",
+    "depth": "number of blocks",
+    "patch_size": "patch size",
+    "input_size": "size of inputs",
+    "in_channels": "number of channels",
+    "out_channels": "number of output channels",
+    "num_classes": "number of classes",
+}
+
+
+def names_to_train(checkpoint: Checkpoint, groups: Sequence[str]) -> list[str]:
+    """Return the plain weights of a checkpoint in some groups, in its order. Raises `BadInputError` for none."""
+    names = [
+        name
+        for name, weight in checkpoint.weights.items()
+        if weight.stored_as is None and trained_groups(name) & set(groups)
+    ]
+    if not names:
+        raise BadInputError(f"{checkpoint.path}: has no weights to train in {', '.join(groups)}")
+    return names

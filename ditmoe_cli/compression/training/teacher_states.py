@@ -1,0 +1,216 @@
+"""States that a model is trained on, with what its teacher predicts there.
+
+Two sources:
+
+- `NoisedImages`: images noised anew each time they are asked for, to any time of the forward process; the teacher
+  predicts beside the training, once for each state;
+- `TeacherStates`: states whose predictions are kept: those that judge, and the teacher's own paths (`trajectories`),
+  which give a state and a prediction at each step of sampling.
+
+Targets are guided predictions v = s v_c - (s - 1) v_u. A rectified flow's second half of the output means nothing and
+is left out; DDPM's learned variance is kept beside the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.diffusion.forward_process import interpolate, respaced_schedule
+from ditmoe_cli.diffusion.guidance import combine
+from ditmoe_cli.diffusion.noise import image_noise
+from ditmoe_cli.diffusion.predictor import Predictor
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
+from ditmoe_cli.diffusion.watchers import Watchers
+from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.progress import phase
+
+PURPOSE = "healing"
+_ROUNDS = 64  # states of one image in a pass over all
+_NULL_EVERY = 10
+
+
+def target_channels(config: DiTMoEConfig) -> int:
+    """Return the channels of a target: all of DDPM's output, the first half of a rectified flow's."""
+    return config.out_channels if config.sampler == "ddpm" else config.in_channels
+
+
+def guided_prediction(model: DiTMoE, z: Tensor, t: Tensor, labels: Tensor, cfg: float) -> Tensor:
+    """Return the guided prediction (N, channels, S, S), both branches in one batch; with gradients where recorded."""
+    channels = target_channels(model.config)
+    if cfg == 1.0:
+        out: Tensor = model(z, t, labels)
+        return out[:, :channels].float()
+    null = torch.full_like(labels, model.config.num_classes)
+    cond, uncond = model(torch.cat((z, z)), torch.cat((t, t)), torch.cat((labels, null))).float().chunk(2)
+    return combine(cond, uncond, cfg, model.config.sampler)[:, :channels]
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """N states, and the teacher's guided predictions there.
+
+    Attributes:
+        z: (N, C, S, S) noisy images, fp32.
+        t: (N,) times, as the model is given them.
+        labels: (N,) classes.
+        targets: (N, channels, S, S) what the teacher predicts.
+        cfg: guidance scale s.
+    """
+
+    z: Tensor
+    t: Tensor
+    labels: Tensor
+    targets: Tensor
+    cfg: float
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def at(self, rows: Tensor) -> TeacherStates:
+        """Return some of the states."""
+        return TeacherStates(self.z[rows], self.t[rows], self.labels[rows], self.targets[rows], self.cfg)
+
+    def on(self, device: torch.device) -> TeacherStates:
+        """Return the states on a device."""
+        z, t, labels, targets = (part.to(device) for part in (self.z, self.t, self.labels, self.targets))
+        return TeacherStates(z, t, labels, targets, self.cfg)
+
+
+class StateSource(Protocol):
+    """Where states come from."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def at(self, rows: Tensor, /) -> TeacherStates:
+        """Return some of them, by their numbers (n,)."""
+
+
+@dataclass(frozen=True)
+class Noising:
+    """Images noised anew: state n is image n mod I at a time and with a noise of its own, functions of the seed and n.
+
+    Times cover (0, 1] of a rectified flow, and DDPM's 0 to 999, evenly, and so do those of any few states.
+
+    Attributes:
+        images: (I, C, S, S) latents, or pixels in [-1, 1].
+        labels: (I,) their classes.
+        family: the forward process.
+        seed: of times and noise.
+        null: the label of every tenth state in place of its own, so that the unconditional branch is trained too; None
+            where guidance trains it, or there is none.
+        purpose: noise of each has seeds of its own.
+    """
+
+    images: Tensor
+    labels: Tensor
+    family: Sampler
+    seed: int
+    null: int | None = None
+    purpose: str = PURPOSE
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noisy images z (n, C, S, S), times t (n,) and labels (n,) of some states."""
+        chosen = rows % len(self.images)
+        noise = image_noise(self.seed, rows.tolist(), torch.device("cpu"), self.purpose).draw(self.images.shape[1:])
+        z, t = _noised(self.images[chosen], noise, spread(rows, self.seed), self.family)
+        labels = self.labels[chosen]
+        if self.null is not None:
+            labels = labels.masked_fill(rows % _NULL_EVERY == _NULL_EVERY - 1, self.null)
+        return z, t, labels
+
+
+@dataclass(frozen=True)
+class NoisedImages:
+    """States of noised images, about which the teacher is asked each time."""
+
+    teacher: DiTMoE
+    noising: Noising
+    cfg: float
+
+    def __len__(self) -> int:
+        return len(self.noising.images) * _ROUNDS
+
+    def at(self, rows: Tensor) -> TeacherStates:
+        """Return some states, on the teacher's device."""
+        z, t, labels = (part.to(self.teacher.device) for part in self.noising.at(rows))
+        with torch.no_grad():
+            targets = guided_prediction(self.teacher, z, t, labels, self.cfg)
+        return TeacherStates(z, t, labels, targets, self.cfg)
+
+
+def spread(rows: Tensor, seed: int) -> Tensor:
+    """Return a number in [0, 1) for each row: the fractional part of n φ + seed √2, evenly spread (Kronecker)."""
+    golden = (5**0.5 - 1) / 2
+    return ((rows.double() + 1) * golden + seed * 2**0.5) % 1.0
+
+
+def _noised(images: Tensor, noise: Tensor, places: Tensor, family: Sampler) -> tuple[Tensor, Tensor]:
+    """Return images (n, C, S, S) noised to times at `places` (n,) in [0, 1), and the times as the model takes them."""
+    if family == "rf":
+        t = (1.0 - places).float()
+        return interpolate(images, noise, t), t
+    steps = (places * TRAINING_STEPS).long().clamp_max(TRAINING_STEPS - 1)
+    kept = respaced_schedule(list(range(TRAINING_STEPS))).alphas_bar[steps].reshape(-1, 1, 1, 1)
+    return kept.sqrt().float() * images + (1 - kept).sqrt().float() * noise, steps.float()
+
+
+def kept_states(source: StateSource, count: int, batch: int) -> TeacherStates:
+    """Return the first states of a source, kept."""
+    parts = []
+    with phase("asking the original", count, "states") as progress:
+        for rows in torch.split(torch.arange(count), batch):
+            parts.append(source.at(rows))
+            progress(len(rows))
+    return _joined(parts)
+
+
+def trajectories(
+    teacher: DiTMoE,
+    spec: SampleSpec,
+    batch: int,
+    purpose: str = PURPOSE,
+    is_enough: Callable[[], bool] = lambda: False,
+) -> tuple[TeacherStates, Tensor]:
+    """Return the states and predictions on the teacher's paths to the images of `spec`, and the images (I, C, S, S).
+
+    Noise of each `purpose` is its own. Stops behind the batch after which it `is_enough`; at least one is sampled.
+    """
+    parts: list[TeacherStates] = []
+    images: list[Tensor] = []
+    with phase("sampling from the original", spec.images, "images") as progress:
+        for indices in batches(spec.images, batch):
+            images.append(_path(teacher, spec, indices, purpose, parts).float().cpu())
+            progress(len(indices))
+            if is_enough():
+                break
+    return _joined(parts), torch.cat(images)
+
+
+def _path(teacher: DiTMoE, spec: SampleSpec, indices: range, purpose: str, parts: list[TeacherStates]) -> Tensor:
+    """Add the states of a batch's path to `parts`, step by step; return its images."""
+    channels, labels = target_channels(teacher.config), torch.tensor(spec.labels(indices))
+
+    def through(predict: Predictor) -> Predictor:
+        def recorded(x: Tensor, t: float) -> Tensor:
+            output = predict(x, t)
+            times = torch.full((len(x),), t)
+            parts.append(TeacherStates(x.float().cpu(), times, labels, output[:, :channels].float().cpu(), spec.cfg))
+            return output
+
+        return recorded
+
+    return sample_batch(teacher, spec, indices, Watchers(through=through), purpose)
+
+
+def _joined(parts: Sequence[TeacherStates]) -> TeacherStates:
+    columns = zip(*((part.z, part.t, part.labels, part.targets) for part in parts), strict=True)
+    z, t, labels, targets = (torch.cat(column) for column in columns)
+    return TeacherStates(z, t, labels, targets, parts[0].cfg)
