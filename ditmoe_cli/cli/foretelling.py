@@ -43,8 +43,7 @@ def estimate_of(estimates: Sequence[Estimate], rate: Rate) -> dict[str, Any]:
         "seconds": _seconds(estimates, rate),
         "memory": max((round(estimate.memory) for estimate in estimates), default=0),
         "phases": [
-            {"what": each.what, "seconds": each.effort.seconds(rate.flops), "memory": round(each.memory)}
-            for each in estimates
+            {"what": each.what, "seconds": each.seconds(rate.flops), "memory": round(each.memory)} for each in estimates
         ],
         "flops_per_second": rate.flops,
         "threads": rate.threads,
@@ -59,4 +58,4 @@ def estimate_row(estimates: Sequence[Estimate], rate: Rate) -> Row:
 
 
 def _seconds(estimates: Sequence[Estimate], rate: Rate) -> float:
-    return sum(estimate.effort.seconds(rate.flops) for estimate in estimates)
+    return sum(estimate.seconds(rate.flops) for estimate in estimates)

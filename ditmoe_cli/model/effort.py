@@ -78,11 +78,17 @@ class Estimate:
         what: what is done, such as ``refitting 28 blocks``.
         effort: its operations.
         memory: bytes of memory at its peak.
+        asked_seconds: the time that it was given, which it takes where its operations do not take longer; 0 for none.
     """
 
     what: str
     effort: Effort
     memory: float
+    asked_seconds: float = 0.0
+
+    def seconds(self, rate: float) -> float:
+        """Return the seconds on a machine that multiplies large matrices at `rate` operations a second."""
+        return max(self.effort.seconds(rate), self.asked_seconds)
 
 
 def attention_flops(config: DiTMoEConfig) -> float:

@@ -213,8 +213,7 @@ def _request(asked: Healing, student: Checkpoint, basis: Basis, profile: Routing
 def _estimates(student: Checkpoint, original: Checkpoint, asked: Healing, trained: int, basis: Basis) -> list[Estimate]:
     """Return what making the profile, and healing, take."""
     made = [profiling_estimate(original.config, basis.calibration)] if basis.calibration is not None else []
-    cfg = float(basis.settings["cfg"])
-    return [*made, healing_estimate(student.config, original.config, asked, trained, cfg)]
+    return [*made, healing_estimate(student.config, original.config, asked, trained, basis.settings)]
 
 
 def _heal(

@@ -24,7 +24,7 @@ from torch import Tensor
 from ditmoe_cli.compression.replay.guided import GuidedStates, image_slices
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, bins_of, by_bin
 from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored, trainable
-from ditmoe_cli.compression.training.training_loop import Course, Objective, train
+from ditmoe_cli.compression.training.training_loop import CourseOf, Objective, train
 from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -33,10 +33,6 @@ from ditmoe_cli.progress import phase
 STREAM = 0.5  # λ
 _TINY = 1e-30
 _JUDGED = 128  # states that are judged at once
-
-
-CourseOf = Callable[[Callable[[Tensor], Tensor]], Course]
-"""Takes the losses of states by their rows, with gradients, and returns how to train on them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def heal_blocks(
         states: what to train and to judge on, all branches.
         held: (N,) which states are held out.
         names: weights to train, by their names in the checkpoint.
-        course: returns how a block is trained, given the losses, which it may time.
+        course: returns how a block is trained, given its weights and what they are trained towards.
         stored: rounds a weight to what is written of it.
         kept: the loop that keeps each block's weights.
         note: takes warnings.
@@ -166,9 +162,10 @@ class _BlockHealing:
         weights = trainable(self.student, f"blocks.{index}.", names)
         if not weights:
             return {"before": 0.0, "after": 0.0}, {}
-        chosen = course(losses)
+        objective = Objective(len(trained), losses, judge)
+        chosen = course(weights, objective)
         chosen = replace(chosen, seed=chosen.seed + index)
-        result = train(weights, Objective(len(trained), losses, judge), chosen, "training", note=note)
+        result = train(weights, objective, chosen, "training", note=note)
         self.student.requires_grad_(False)
         written = {name: weight.detach().clone() for name, weight in weights.items()}
         return {"before": result.before, "after": result.after}, written

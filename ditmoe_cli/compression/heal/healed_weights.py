@@ -17,15 +17,29 @@ from torch import Tensor
 from ditmoe_cli.compression.computed import as_stored
 from ditmoe_cli.compression.heal.block_scope import BlocksHealed, heal_blocks
 from ditmoe_cli.compression.heal.healing import Healing, names_to_train
-from ditmoe_cli.compression.heal.healing_memory import model_scope_bytes
+from ditmoe_cli.compression.heal.healing_memory import (
+    HELD_STATES,
+    block_states,
+    checks_of,
+    images_for,
+    model_scope_bytes,
+)
 from ditmoe_cli.compression.heal.model_scope import heal_model
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import States, image_count
-from ditmoe_cli.compression.training.prediction_error import JudgedErrors, judged_errors, state_errors
-from ditmoe_cli.compression.training.teacher_states import PURPOSE, NoisedImages, Noising, kept_states, trajectories
+from ditmoe_cli.compression.training.prediction_error import JudgedErrors, judged_errors
+from ditmoe_cli.compression.training.teacher_states import (
+    PURPOSE,
+    NoisedImages,
+    Noising,
+    guided_prediction,
+    kept_states,
+    sampled_images,
+)
 from ditmoe_cli.compression.training.trained_weights import trainable
-from ditmoe_cli.compression.training.training_loop import Course
+from ditmoe_cli.compression.training.training_loop import Course, Objective, accumulate
 from ditmoe_cli.compression.working_sizes import HELD_OUT
+from ditmoe_cli.diffusion.schedule import evaluation_times
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.files.workfolder import WorkFolder
@@ -40,15 +54,12 @@ from ditmoe_cli.routing.profile import RoutingProfile
 
 IMAGES_SHARE = 0.1  # of the time goes to images that the original samples, at most
 BLOCKS_SHARE = 0.3  # of the rest goes to healing block after block, where the whole model follows
-MOST_IMAGES = 4096
-BLOCK_TOKENS = 65_536  # of one branch that a block is healed on
-HELD_IMAGES, HELD_STATES = 128, 512
-STATES_AN_IMAGE = 64  # that a new image is worth sampling for
+HELD_IMAGES = 128
 MEMORY_SHARE = 0.8  # of what is free may be taken
-MOST_CHECKS, STEPS_A_CHECK = 25, 20
 _JUDGING_SHARE = 0.1  # of the time
 _BACKWARD = 3.0  # times the effort of a prediction
 _TIMED = 2  # steps that are timed, of which the last counts
+_SAMPLED, _FEWEST_SAMPLED = 256, 8  # images that are sampled at once, and that predictions are timed on at first
 PIECE = "healed"
 
 
@@ -159,27 +170,45 @@ class _Session:
         profile, spec = self.work.profile, self.spec
         count = image_count(profile)
         images, labels = profile.tensor("image.final").float(), torch.tensor(spec.labels(range(count)))
-        more = self._wanted_images()
-        if teacher is not None and more and profile.calibration.get("data") is None:
+        if teacher is not None and profile.calibration.get("data") is None:
             piece = self.work.folder.read("images")
-            if piece is None:
-                new = replace(spec, images=more)
-                batch = max(1, min(256, self._at_once() or 256))
-                sampled = trajectories(teacher, new, batch, PURPOSE, self._has_sampled_enough)[1]
-                self.work.folder.write("images", {"images": sampled})
-            else:
-                sampled = piece.tensor("images")
+            sampled = self._sampled(teacher) if piece is None else piece.tensor("images")
             images = torch.cat((images, sampled))
-            labels = torch.cat((labels, torch.tensor(spec.labels(range(len(sampled))))))
+            labels = torch.cat((labels, torch.tensor(spec.labels(range(len(sampled))), dtype=labels.dtype)))
         return _Images(images, labels)
 
-    def _wanted_images(self) -> int:
-        if self.asked.steps is None:
-            return MOST_IMAGES
-        return min(MOST_IMAGES, self.asked.steps * self.asked.batch // STATES_AN_IMAGE)
+    def _sampled(self, teacher: DiTMoE) -> Tensor:
+        """Return, and keep, as many images of the original as the steps are worth, or the time allows; maybe none."""
+        batch = max(1, min(_SAMPLED, self._at_once() or _SAMPLED))
+        minutes = self.asked.minutes
+        count = images_for(self.asked.steps, self.asked.batch)
+        if minutes is not None:
+            seconds = IMAGES_SHARE * 60 * minutes - self._elapsed()
+            count = min(count, self._images_within(teacher, seconds, batch))
+        config = teacher.config
+        sampled = torch.zeros(0, config.in_channels, config.input_size, config.input_size)
+        if count:
+            sampled = sampled_images(teacher, replace(self.spec, images=count), batch, "healing images")
+        self.work.folder.write("images", {"images": sampled})
+        return sampled
 
-    def _has_sampled_enough(self) -> bool:
-        return self.asked.minutes is not None and self._elapsed() > IMAGES_SHARE * 60 * self.asked.minutes
+    def _images_within(self, teacher: DiTMoE, seconds: float, batch: int) -> int:
+        """Return how many images can be sampled within some seconds, at most `batch` at once, by timing predictions.
+
+        They are timed on twice as many images each time, until they take a hundredth of the seconds.
+        """
+        config, size = teacher.config, min(_FEWEST_SAMPLED, batch)
+        while True:
+            z = torch.zeros(size, config.in_channels, config.input_size, config.input_size, device=self.device)
+            t, labels = torch.ones(size, device=self.device), torch.zeros(size, dtype=torch.long, device=self.device)
+            start = time.monotonic()
+            with torch.inference_mode():
+                float(guided_prediction(teacher, z, t, labels, self.spec.cfg).sum())  # waits for the device
+            taken = time.monotonic() - start
+            if 2 * taken > 0.01 * seconds or size == batch:
+                break
+            size = min(2 * size, batch)
+        return max(0, int(seconds * size / taken) // len(evaluation_times(self.spec.solver, self.spec.steps)))
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -189,45 +218,47 @@ class _Session:
         null = config.num_classes if config.null_class and self.spec.cfg == 1.0 else None
         return Noising(data.images, data.labels, config.sampler, self.asked.seed, null, purpose)
 
-    def _course(self, name: str, share: float, judged: int, losses: Callable[[Tensor], Tensor]) -> Course:
+    def _course(
+        self, name: str, share: float, judged: int, weights: Mapping[str, Tensor], objective: Objective
+    ) -> Course:
         """Return the course of a scope: as many steps as asked for, or as a share of the time that is left allows.
 
-        `judged` states are judged at each check. The number of steps is kept, for a run that goes on.
+        `judged` states are judged at each check. What is chosen is kept, for a run that goes on.
         """
-        course = replace(self.course, part=self._at_once() if name == "model" else 0)
-        if self.asked.steps is not None:
-            checks = min(max(self.asked.steps // STEPS_A_CHECK, 1), MOST_CHECKS)
-            return replace(course, steps=self.asked.steps, checks=checks)
         piece = self.work.folder.read(f"{name}-course")
         if piece is None:
-            steps, checks = self._affordable(course, share, judged, losses)
-            self.work.folder.write(f"{name}-course", {}, {"steps": steps, "checks": checks})
-            return replace(course, steps=steps, checks=checks)
-        return replace(course, **{field: int(piece.document[field]) for field in ("steps", "checks")})
+            course = replace(self.course, part=self._at_once() if name == "model" else 0)
+            if self.asked.steps is not None:
+                chosen = replace(course, steps=self.asked.steps, checks=checks_of(self.asked.steps))
+            else:
+                chosen = self._affordable(course, share, judged, weights, objective)
+            self.work.folder.write(
+                f"{name}-course", {}, {"steps": chosen.steps, "checks": chosen.checks, "part": chosen.part}
+            )
+            return chosen
+        return replace(self.course, **{field: int(piece.document[field]) for field in ("steps", "checks", "part")})
 
     def _affordable(
-        self, course: Course, share: float, judged: int, losses: Callable[[Tensor], Tensor]
-    ) -> tuple[int, int]:
-        """Return how many steps, and checks, a share of the time that is left allows, by timing some steps."""
+        self, course: Course, share: float, judged: int, weights: Mapping[str, Tensor], objective: Objective
+    ) -> Course:
+        """Return the course of as many steps as a share of the time that is left allows, by timing some steps."""
         assert self.asked.minutes is not None
-        size = course.part or course.batch
+        rows, part = course.rows(0, objective.states)[: course.part or None], course.part
         for _ in range(_TIMED):
             start = time.monotonic()
-            losses(torch.arange(size)).sum().backward()  # type: ignore[no-untyped-call]
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds = (time.monotonic() - start) * course.batch / size
+            loss, part = accumulate(weights, objective.losses, rows, part, self.work.note)
+            float(loss)  # waits for the device
+            seconds = (time.monotonic() - start) * course.batch / len(rows)
         left = share * max(60 * self.asked.minutes - self._elapsed(), 0.0)
         check = judged / course.batch / _BACKWARD  # in steps
         steps = left / seconds
-        checks = min(max(int(_JUDGING_SHARE * steps / check), 2), MOST_CHECKS)
-        return max(1, int(steps - check * (checks + 1))), checks
+        checks = min(max(int(_JUDGING_SHARE * steps / check), 2), checks_of(int(steps)))
+        return replace(course, steps=max(1, int(steps - check * (checks + 1))), checks=checks, part=part)
 
     def _heal_blocks(self, data: _Images, last: bool) -> tuple[BlocksHealed, dict[str, Tensor], int]:
         """Heal block after block; return errors, all healed weights, and the steps of a block."""
         work, config = self.work, self.work.original.config
-        count = max(BLOCK_TOKENS // config.num_patches, 2 * HELD_OUT)
-        rows = torch.arange(count)
+        rows = torch.arange(block_states(config))
         z, t, labels = self._noising(data, "healing blocks").at(rows)
         held = data.is_held[rows % len(data.images)]
         models = (
@@ -239,9 +270,9 @@ class _Session:
         share = (1.0 if last else BLOCKS_SHARE) / config.depth
         done: list[Course] = []
 
-        def course(losses: Callable[[Tensor], Tensor]) -> Course:
+        def course(weights: Mapping[str, Tensor], objective: Objective) -> Course:
             if not done:
-                done.append(self._course("block", share, int(held.sum()), losses))
+                done.append(self._course("block", share, int(held.sum()), weights, objective))
             return done[0]
 
         blocks = heal_blocks(student, original, states, held, self.names, course, self._stored, kept, work.note)
@@ -255,21 +286,24 @@ class _Session:
         work = self.work
         student = build_model(work.student, self.device)
         student.compute_in(work.dtype)
+        batch = self._at_once() or self.asked.batch
         held = kept_states(
-            NoisedImages(teacher, self._noising(data.held, "judging"), self.spec.cfg), HELD_STATES, self.course.batch
+            NoisedImages(teacher, self._noising(data.held, "judging"), self.spec.cfg), HELD_STATES, batch
         )
         source = NoisedImages(teacher, self._noising(data.training), self.spec.cfg)
         weights = trainable(student, "", self.names)
-        before = judged_errors(student, held, self.course.batch)
+        before = judged_errors(student, held, batch)
         if values:
             own = {name: weights[name].detach().clone() for name in values}
             _put(weights, values)
-            if not judged_errors(student, held, self.course.batch).error < before.error:
+            if not judged_errors(student, held, batch).error < before.error:
                 work.note("block-healed weights are not better on held-out states: training goes on with the input's")
                 _put(weights, own)
 
-        course = self._course("model", 1.0, len(held), lambda rows: state_errors(student, source.at(rows)))
-        result = heal_model(student, weights, source, held, course, self._stored, work.folder, work.note)
+        def course(weights: Mapping[str, Tensor], objective: Objective) -> Course:
+            return self._course("model", 1.0, len(held), weights, objective)
+
+        result = heal_model(student, weights, source, held, course, self._stored, batch, work.folder, work.note)
         if not result.after.error < before.error:
             work.note("no trained weights were better on held-out states: the output has those of the input")
             self._keep({})
@@ -277,7 +311,7 @@ class _Session:
         else:
             self._keep({name: weight.detach() for name, weight in weights.items()})
         scopes = ("block", "model") if values else ("model",)
-        return Healed(scopes, len(data.images), block_steps, course.steps, before, result.after)
+        return Healed(scopes, len(data.images), block_steps, result.steps, before, result.after)
 
     def _stored(self, name: str, value: Tensor) -> Tensor:
         """Return a weight rounded to what is written of it, in fp32."""

@@ -1,59 +1,118 @@
-"""What healing takes, from shapes: memory of both scopes, and operations. Torch-free.
+"""What healing takes, from shapes: states, memory of both scopes, and operations. Torch-free.
 
-A trained weight takes 24 bytes: its value in fp32, its gradient, AdamW's two moments, the averaged and the best value.
-Recording gradients keeps the activations of all blocks that are trained.
+A trained weight takes 28 bytes (`training_loop`), its own value among them. Recording gradients keeps the activations
+of all blocks that are trained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ditmoe_cli.compression.heal.healing import Healing
+from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import (
     BASELINE_BYTES,
     Effort,
     Estimate,
     activation_bytes,
+    block_flops,
     block_steps,
     block_weights,
     branches_at,
-    image_flops,
     loading,
     model_bytes,
+    passes,
+    total,
 )
 
-TRAINED_BYTES = 24
-_BACKWARD = 3  # times the operations, and about the memory, of a forward pass
+TRAINED_BYTES = 28
+BACKWARD = 3  # times the operations, and about the memory, of a forward pass
+BLOCK_TOKENS = 65_536  # of one branch that a block is healed on
+HELD_STATES = 512  # that judge the whole model
+STREAMS = 5  # tokens of all states that are in memory at once
+_MOST_IMAGES, _STATES_AN_IMAGE = 4096, 64  # that are sampled; states of a run that a new image is worth sampling for
+_MOST_CHECKS, _STEPS_A_CHECK = 25, 20
+
+
+def block_states(config: DiTMoEConfig) -> int:
+    """Return how many states a block is healed on."""
+    return max(BLOCK_TOKENS // config.num_patches, 2 * HELD_OUT)
+
+
+def images_for(steps: int | None, batch: int) -> int:
+    """Return how many images are worth sampling for some steps; None where the time decides."""
+    return _MOST_IMAGES if steps is None else min(_MOST_IMAGES, steps * batch // _STATES_AN_IMAGE)
+
+
+def checks_of(steps: int) -> int:
+    """Return how often a course of some steps is judged."""
+    return min(max(steps // _STEPS_A_CHECK, 1), _MOST_CHECKS)
 
 
 def model_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, trained: int, states: int, cfg: float) -> float:
     """Return the memory of healing end to end: both models, `trained` weights, and `states` of a batch at once."""
-    kept = student.depth * activation_bytes(student, states * branches_at(cfg)) * _BACKWARD / 2
+    kept = student.depth * activation_bytes(student, states * branches_at(cfg)) * BACKWARD / 2
     return model_bytes(original) + model_bytes(student) + (TRAINED_BYTES - 4) * trained + kept
 
 
-def block_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, states: int, batch: int, cfg: float) -> float:
-    """Return the memory of healing block after block, on `states`, `batch` of them at once."""
-    branches = branches_at(cfg)
+def block_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, batch: int, cfg: float) -> float:
+    """Return the memory of healing block after block, `batch` states at once."""
+    branches, states = branches_at(cfg), block_states(original)
     widest = max(block_weights(student, block) for block in student.blocks)
     other = max(block_weights(original, block) for block in original.blocks)
     tokens = 4 * states * branches * student.num_patches * student.hidden_size
-    kept = activation_bytes(student, min(batch, states) * branches) * _BACKWARD / 2
-    return BASELINE_BYTES + TRAINED_BYTES * widest + 4 * other + 5 * tokens + kept
+    kept = activation_bytes(student, min(batch, states) * branches) * BACKWARD / 2
+    return TRAINED_BYTES * widest + 4 * other + STREAMS * tokens + kept
 
 
-def step_effort(student: DiTMoEConfig, original: DiTMoEConfig, batch: int, cfg: float) -> Effort:
-    """Return the operations of a step end to end: a prediction of the original, and three of the student."""
-    flops = batch * branches_at(cfg) * (image_flops(original) + _BACKWARD * image_flops(student))
-    steps = sum(block_steps(block) for block in original.blocks)
-    return Effort(flops=flops, steps=steps + _BACKWARD * sum(block_steps(block) for block in student.blocks))
+def model_scope_effort(student: DiTMoEConfig, original: DiTMoEConfig, steps: int, batch: int, cfg: float) -> Effort:
+    """Return the operations of healing end to end.
+
+    A step takes a prediction of the original and, with gradients, three of the student; each check a prediction of the
+    student for all that judge, of which the original is asked once.
+    """
+    branches, judged = branches_at(cfg), checks_of(steps) + 2
+    states = branches * batch
+    step = [passes(original, states, 1, states), passes(student, states, 1, states) * BACKWARD]
+    held = [passes(original, branches * HELD_STATES, 1, batch), passes(student, branches * HELD_STATES, judged, batch)]
+    return total(step) * steps + total(held)
+
+
+def block_scope_effort(student: DiTMoEConfig, original: DiTMoEConfig, steps: int, batch: int, cfg: float) -> Effort:
+    """Return the operations of healing block after block.
+
+    All states pass each block of the original twice and of the student once, those that judge the student's at each
+    check; a step takes three passes.
+    """
+    branches, states = branches_at(cfg), block_states(original)
+    student_passes = states * (1 + (checks_of(steps) + 2) / HELD_OUT) + BACKWARD * steps * batch
+    flops = 2 * states * sum(block_flops(original, block) for block in original.blocks)
+    flops += student_passes * sum(block_flops(student, block) for block in student.blocks)
+    small = BACKWARD * steps * sum(block_steps(block) for block in student.blocks)
+    return Effort(flops=branches * flops, steps=small)
 
 
 def healing_estimate(
-    student: DiTMoEConfig, original: DiTMoEConfig, asked: Healing, trained: int, cfg: float
+    student: DiTMoEConfig, original: DiTMoEConfig, asked: Healing, trained: int, calibration: Mapping[str, Any]
 ) -> Estimate:
-    """Return what healing is expected to take; in steps. What is asked for in minutes takes these."""
-    effort = (
-        step_effort(student, original, asked.batch, cfg) * (asked.steps or 0) + loading(original) + loading(student)
-    )
-    memory = BASELINE_BYTES + model_scope_bytes(student, original, trained, asked.batch, cfg)
-    return Estimate(f"healing {student.depth} blocks", effort, memory)
+    """Return what healing is expected to take, on the states of a calibration.
+
+    What is asked for in minutes takes these, or what a single step takes where that is more. The memory of ``auto`` is
+    that of the whole model, which is trained where there is so much.
+    """
+    cfg, steps = float(calibration["cfg"]), asked.steps or 1
+    effort = loading(original) + loading(student)
+    memory = 0.0
+    if asked.scope != "model":
+        effort += block_scope_effort(student, original, steps, asked.batch, cfg)
+        memory = block_scope_bytes(student, original, asked.batch, cfg)
+    if asked.scope != "block":
+        images = images_for(steps, asked.batch)
+        evaluations = int(calibration["steps"]) * branches_at(cfg)
+        effort += model_scope_effort(student, original, steps, asked.batch, cfg)
+        effort += passes(original, images, evaluations, images)
+        memory = max(memory, model_scope_bytes(student, original, trained, asked.batch, cfg))
+    seconds = 60 * asked.minutes if asked.minutes is not None else 0.0
+    return Estimate(f"healing {student.depth} blocks", effort, BASELINE_BYTES + memory, seconds)

@@ -1,10 +1,11 @@
 """Healing end to end: all blocks at once, on the guided prediction.
 
-The loss of a state is w_b ‖s v_c - (s - 1) v_u - v_T‖², b being its step bin: bins in which the student is far off
-before training count less each, so that no noise level is sacrificed to another (`bin_weights`).
+The loss of a state is w_b ‖s v_c - (s - 1) v_u - v_T‖² / E, b being its step bin: bins in which the student is far off
+before training count less each, so that no noise level is sacrificed to another (`bin_weights`). E is the mean ‖v_T‖²
+of held-out states.
 
-Takes, beside both models, 16 bytes for each trained weight (gradient, AdamW's two moments, averaged and best values
-share it), and the activations of a batch.
+Takes both models, what training takes of each trained weight (`training_loop`), and the activations of the states of a
+batch that are computed at once, in all blocks.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from ditmoe_cli.compression.training.prediction_error import (
 )
 from ditmoe_cli.compression.training.teacher_states import StateSource, TeacherStates
 from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored
-from ditmoe_cli.compression.training.training_loop import Course, Objective, Trained, train
+from ditmoe_cli.compression.training.training_loop import CourseOf, Objective, train
 from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.dit import DiTMoE
 
 BALANCE = 0.5  # strength of the weights of bins
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class ModelHealed:
-    """The result of healing end to end: the loop's, and errors on held-out states before and after."""
+    """The result of healing end to end: the steps of its course, and errors on held-out states before and after."""
 
-    trained: Trained
+    steps: int
     before: JudgedErrors
     after: JudgedErrors
 
@@ -44,28 +46,32 @@ def heal_model(
     weights: dict[str, Tensor],
     source: StateSource,
     held: TeacherStates,
-    course: Course,
+    course: CourseOf,
     stored: Stored,
+    batch: int,
     work: WorkFolder | None = None,
     note: Callable[[str], None] = lambda _: None,
     balance: float = BALANCE,
 ) -> ModelHealed:
     """Train some `weights` of a student, by name, on states of `source`, and leave the best values in them.
 
-    The values that are judged, and left, are rounded to what is `stored` of them.
+    `course` returns how they are trained. Values that are judged, and left, are rounded to what is `stored` of them.
+    `batch` states are judged at once.
     """
     family, device = student.config.sampler, student.device
-    before = judged_errors(student, held, course.batch)
-    by_bin = bin_weights(before, balance).to(device)
+    before = judged_errors(student, held, batch)
+    scale = max(sum(before.references) / len(held), _TINY)
+    by_bin = bin_weights(before, balance).div(scale).to(device)
 
     def losses(rows: Tensor) -> Tensor:
         states = source.at(rows)
-        scale = states.targets.square().flatten(1).sum(dim=1).mean()
-        return state_errors(student, states) * by_bin[bins_of(states.t, family).to(device)] / scale
+        return state_errors(student, states) * by_bin[bins_of(states.t, family).to(device)]
 
     def judge() -> float:
         rounded_as_stored(weights, stored)
-        return judged_errors(student, held, course.batch).error
+        return judged_errors(student, held, batch).error
 
-    trained = train(weights, Objective(len(source), losses, judge), course, "healing the model", work, note)
-    return ModelHealed(trained, before, judged_errors(student, held, course.batch))
+    objective = Objective(len(source), losses, judge)
+    chosen = course(weights, objective)
+    train(weights, objective, chosen, "healing the model", work, note)
+    return ModelHealed(chosen.steps, before, judged_errors(student, held, batch))

@@ -28,8 +28,8 @@ def state_errors(model: DiTMoE, states: TeacherStates) -> Tensor:
 
 def bins_of(t: Tensor, family: Sampler) -> Tensor:
     """Return the bin of each time (N,), 0 to `BINS` - 1: even parts of all times, from noise to image."""
-    noise = t.double() if family == "rf" else (t.double() + 1) / TRAINING_STEPS
-    return ((1.0 - noise) * BINS).long().clamp(0, BINS - 1)
+    past = (1.0 - t.double()) * BINS if family == "rf" else (TRAINING_STEPS - 1 - t.double()) * BINS / TRAINING_STEPS
+    return past.long().clamp(0, BINS - 1)
 
 
 @dataclass(frozen=True)

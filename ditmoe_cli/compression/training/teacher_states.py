@@ -2,10 +2,10 @@
 
 Two sources:
 
-- `NoisedImages`: images noised anew each time they are asked for, to any time of the forward process; the teacher
-  predicts beside the training, once for each state;
-- `TeacherStates`: states whose predictions are kept: those that judge, and the teacher's own paths (`trajectories`),
-  which give a state and a prediction at each step of sampling.
+- `NoisedImages`: images that the forward process noises to times and by noise that differ from state to state; the
+  teacher predicts each time that a state is asked for;
+- `TeacherStates`: states whose predictions are kept: those that judge (`kept_states`), and the teacher's own paths
+  (`trajectories`), which give a state and a prediction at each step of sampling.
 
 Targets are guided predictions v = s v_c - (s - 1) v_u. A rectified flow's second half of the output means nothing and
 is left out; DDPM's learned variance is kept beside the prediction.
@@ -32,7 +32,7 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.progress import phase
 
 PURPOSE = "healing"
-_ROUNDS = 64  # states of one image in a pass over all
+_ROUNDS = 64  # states of each image
 _NULL_EVERY = 10
 
 
@@ -129,7 +129,7 @@ class Noising:
 
 @dataclass(frozen=True)
 class NoisedImages:
-    """States of noised images, about which the teacher is asked each time."""
+    """States of noised images, about which the teacher is asked each time: `_ROUNDS` of each image, then the same."""
 
     teacher: DiTMoE
     noising: Noising
@@ -172,37 +172,52 @@ def kept_states(source: StateSource, count: int, batch: int) -> TeacherStates:
     return _joined(parts)
 
 
-def trajectories(
+def trajectories(teacher: DiTMoE, spec: SampleSpec, batch: int, purpose: str = PURPOSE) -> tuple[TeacherStates, Tensor]:
+    """Return the states and predictions on the teacher's paths to the images of `spec`, and the images (I, C, S, S).
+
+    Noise of each `purpose` is its own.
+    """
+    parts: list[TeacherStates] = []
+    images = sampled_images(teacher, spec, batch, purpose, parts.append)
+    return _joined(parts), images
+
+
+def sampled_images(
     teacher: DiTMoE,
     spec: SampleSpec,
     batch: int,
     purpose: str = PURPOSE,
-    is_enough: Callable[[], bool] = lambda: False,
-) -> tuple[TeacherStates, Tensor]:
-    """Return the states and predictions on the teacher's paths to the images of `spec`, and the images (I, C, S, S).
+    keep: Callable[[TeacherStates], None] | None = None,
+) -> Tensor:
+    """Return the teacher's images (I, C, S, S) of `spec`; `keep` is handed the states of each batch at each step.
 
-    Noise of each `purpose` is its own. Stops behind the batch after which it `is_enough`; at least one is sampled.
+    Noise of each `purpose` is its own.
     """
-    parts: list[TeacherStates] = []
     images: list[Tensor] = []
     with phase("sampling from the original", spec.images, "images") as progress:
         for indices in batches(spec.images, batch):
-            images.append(_path(teacher, spec, indices, purpose, parts).float().cpu())
+            images.append(_path(teacher, spec, indices, purpose, keep).float().cpu())
             progress(len(indices))
-            if is_enough():
-                break
-    return _joined(parts), torch.cat(images)
+    return torch.cat(images)
 
 
-def _path(teacher: DiTMoE, spec: SampleSpec, indices: range, purpose: str, parts: list[TeacherStates]) -> Tensor:
-    """Add the states of a batch's path to `parts`, step by step; return its images."""
+def _path(
+    teacher: DiTMoE,
+    spec: SampleSpec,
+    indices: range,
+    purpose: str,
+    keep: Callable[[TeacherStates], None] | None,
+) -> Tensor:
+    """Return the images of a batch, whose states `keep` is handed step by step."""
+    if keep is None:
+        return sample_batch(teacher, spec, indices, purpose=purpose)
     channels, labels = target_channels(teacher.config), torch.tensor(spec.labels(indices))
 
     def through(predict: Predictor) -> Predictor:
         def recorded(x: Tensor, t: float) -> Tensor:
             output = predict(x, t)
             times = torch.full((len(x),), t)
-            parts.append(TeacherStates(x.float().cpu(), times, labels, output[:, :channels].float().cpu(), spec.cfg))
+            keep(TeacherStates(x.float().cpu(), times, labels, output[:, :channels].float().cpu(), spec.cfg))
             return output
 
         return recorded

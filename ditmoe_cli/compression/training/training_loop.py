@@ -11,6 +11,9 @@ on held-out states every few per cent of the steps; the best of them, or those b
 
 Which states make a batch depends on seed and step alone: each pass over all states has an order of its own. Each batch
 is computed in parts where memory demands it, which changes its gradients by rounding only.
+
+A weight of n values takes 28 n bytes: itself, its gradient, two moments, the averaged values, the best ones, and during
+a check those that training goes on with; AdamW's own temporaries come for a moment in place of the last.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,15 +71,15 @@ class Course:
 
     def rows(self, step: int, states: int) -> Tensor:
         """Return the states of a step: `batch` of them, from passes over all `states` in orders of their own."""
-        places = torch.arange(step * self.batch, (step + 1) * self.batch)
-        passes = places // states
-        orders = {n: _order(self.seed, n, states) for n in set(passes.tolist())}
-        return torch.stack(
-            [orders[n][place] for n, place in zip(passes.tolist(), (places % states).tolist(), strict=True)]
-        )
+        first, end = step * self.batch, (step + 1) * self.batch
+        passes = range(first // states, (end - 1) // states + 1)
+        orders = torch.cat([_order(self.seed, number, states) for number in passes])
+        return orders[first - passes.start * states :][: self.batch]
 
 
+@lru_cache(maxsize=2)
 def _order(seed: int, number: int, states: int) -> Tensor:
+    """Return the order (states,) of a pass over all states; not to be changed, since it is kept for the next step."""
     return torch.randperm(states, generator=torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63))
 
 
@@ -94,6 +98,10 @@ class Objective:
     judge: Callable[[], float]
 
 
+CourseOf = Callable[[Mapping[str, Tensor], Objective], Course]
+"""Takes weights and what they are to be trained towards, which it may time, and returns how to train them."""
+
+
 @dataclass(frozen=True)
 class Check:
     """A check: steps done, the mean loss since the last check, the error of averaged weights."""
@@ -108,12 +116,10 @@ class Trained:
     """The result of training.
 
     Attributes:
-        best: the best weights, by name; those before training where none was better.
         before, after: the errors on held-out states before training, and of the best weights.
         checks: all checks, in order.
     """
 
-    best: Mapping[str, Tensor]
     before: float
     after: float
     checks: tuple[Check, ...]
@@ -129,11 +135,17 @@ def train(
 ) -> Trained:
     """Train weights, by name, leaves that record gradients, and leave the best values in them.
 
-    What going on takes is kept in `work` now and then. Raises `BadInputError` where the loss before training is not
-    finite; where it ceases to be, training ends there, which `note` tells, and the best weights so far stand.
+    The best are those of least held-out error; where none has less than the values before training, these stand. What
+    going on takes is kept in `work` now and then. Raises `BadInputError` where the error before training is not finite;
+    where losses or errors cease to be, training ends there, which `note` tells, and the best weights so far stand.
     """
-    run = _Run(weights, objective, course, note)
-    run.go_on(work.read(_PIECE) if work is not None else None)
+    kept = work.read(_PIECE) if work is not None else None
+    before = objective.judge() if kept is None else float(kept.document["before"])
+    if not math.isfinite(before):
+        raise BadInputError("the predictions before training are not finite; is the checkpoint damaged?")
+    run = _Run(weights, objective, course, note, before)
+    if kept is not None:
+        run.go_on(kept)
     pace = Pace()
     with phase(title, course.steps, "steps", start=run.step) as progress:
         while run.step < course.steps and run.advance():
@@ -142,7 +154,7 @@ def train(
                 with pace.keeping():
                     work.write(_PIECE, run.tensors(), run.document())
     run.put(run.best)
-    return Trained(run.best, run.before, run.error, tuple(run.checks))
+    return Trained(run.before, run.error, tuple(run.checks))
 
 
 @dataclass
@@ -153,27 +165,23 @@ class _Run:
     objective: Objective
     course: Course
     note: Callable[[str], None]
+    before: float
     step: int = 0
     checks: list[Check] = field(default_factory=list)
     losses: float = 0.0
     part: int = 0
 
     def __post_init__(self) -> None:
-        self.part = self.course.part
+        self.error, self.part = self.before, self.course.part
         self.optimizer = torch.optim.AdamW(_groups(self.weights), betas=_BETAS, weight_decay=0.0, foreach=True)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.averaged = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def go_on(self, kept: Piece | None) -> None:
-        """Take up what an earlier run has kept; without that judge the weights as they are."""
-        if kept is None:
-            self.before = self.error = self.objective.judge()
-            if not math.isfinite(self.before):
-                raise BadInputError("the predictions before training are not finite; is the checkpoint damaged?")
-            return
+    def go_on(self, kept: Piece) -> None:
+        """Take up what an earlier run has kept."""
         document = kept.document
-        self.step, self.before, self.error = document["step"], document["before"], document["error"]
+        self.step, self.error = document["step"], document["error"]
         self.losses, self.part = document["losses"], document["part"]
         self.checks = [Check(**check) for check in document["checks"]]
         device = next(iter(self.weights.values())).device
@@ -211,9 +219,8 @@ class _Run:
 
     def advance(self) -> bool:
         """Take a step, and check behind it where that is due; return whether values are still finite."""
-        loss = self._gradients(self.course.rows(self.step, self.objective.states))
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), CLIP, foreach=True)
-        finite = math.isfinite(loss) and math.isfinite(float(norm))
+        loss, norm = self._gradients()
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             factor = self.course.rate * self.course.factor(self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -228,26 +235,13 @@ class _Run:
             self.note(f"warning: values ceased to be finite at step {self.step}: training ends there")
         return finite
 
-    def _gradients(self, rows: Tensor) -> float:
-        """Set the gradients of the mean loss of some states, and return it; in smaller parts where memory runs out."""
-        while True:
-            self.optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros(())
-            try:
-                for part in torch.split(rows, self.part or len(rows)):
-                    loss = self.objective.losses(part).sum() / len(rows)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    total = total.to(loss.device) + loss.detach()
-                for weight in self.weights.values():
-                    if weight.grad is None:
-                        weight.grad = torch.zeros_like(weight)
-                return float(total)
-            except (MemoryError, RuntimeError) as error:
-                size = self.part or len(rows)
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-            self.part = (size + 1) // 2
-            self.note(f"out of memory with {size} states at once: going on with {self.part}, to the same gradients")
+    def _gradients(self) -> tuple[float, float]:
+        """Set the clipped gradients of this step; return its loss, and the norm of its gradients before."""
+        rows = self.course.rows(self.step, self.objective.states)
+        loss, self.part = accumulate(self.weights, self.objective.losses, rows, self.part, self.note)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), CLIP, foreach=True)
+        both = torch.stack((loss, norm)).tolist()  # in one wait for the device
+        return both[0], both[1]
 
     def _average(self) -> None:
         decay = min(_AVERAGING, (1 + self.step) / (10 + self.step))
@@ -263,12 +257,51 @@ class _Run:
         error = self.objective.judge()
         if error < self.error:
             self.error = error
-            self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
+            for name, weight in self.weights.items():
+                self.best[name].copy_(weight.detach())
         self.put(current)
         since = self.step - (self.checks[-1].step if self.checks else 0)
         self.checks.append(Check(self.step, self.losses / since, error))
         self.losses = 0.0
         return math.isfinite(error)
+
+
+def accumulate(
+    weights: Mapping[str, Tensor],
+    losses: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    part: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Tensor, int]:
+    """Set the gradients of weights to those of the mean of ``losses(rows)``, computed `part` rows at a time, 0 for all.
+
+    Where memory runs out the part is halved, which `note` tells. Returns the mean, and the part that memory sufficed
+    for. Raises the error of memory that does not suffice for one row.
+    """
+    while True:
+        for weight in weights.values():
+            weight.grad = None
+        try:
+            total = _accumulated(losses, rows, part or len(rows))
+            for weight in weights.values():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            return total, part
+        except (MemoryError, RuntimeError) as error:
+            size = min(part or len(rows), len(rows))
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        part = (size + 1) // 2
+        note(f"out of memory with {size} states at once: going on with {part}, to the same gradients")
+
+
+def _accumulated(losses: Callable[[Tensor], Tensor], rows: Tensor, part: int) -> Tensor:
+    total = torch.zeros(())
+    for some in torch.split(rows, part):
+        loss = losses(some).sum() / len(rows)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = total.to(loss.device) + loss.detach()
+    return total
 
 
 def _groups(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
