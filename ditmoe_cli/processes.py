@@ -63,9 +63,24 @@ class Share:
         import torch.distributed as dist
 
         values = [compute() if self.first else None]
-        with _ended_processes_reported():
+        with ended_processes_reported():
             dist.broadcast_object_list(values)
         return values[0]  # type: ignore[return-value]
+
+    def after_first(self, compute: Callable[[], Value]) -> Value:
+        """Return what each process computes for itself, the others when the first one has: it may leave them files.
+
+        Raises `DitmoeError` where another process has ended.
+        """
+        if self.world == 1:
+            return compute()
+        if self.first:
+            value = compute()
+        self.wait()
+        if not self.first:
+            value = compute()
+        self.wait()
+        return value
 
     def check_same(self, name: str, value: str) -> None:
         """Raise `UsageError` where the first process has another value of a setting, which machines choose."""
@@ -79,12 +94,18 @@ WHOLE = Share()
 
 @contextmanager
 def process_group() -> Iterator[Share]:
-    """Join torchrun's processes and yield this one's share; the whole work where there are no others."""
+    """Join torchrun's processes and yield this one's share; the whole work where there are no others.
+
+    Who has joined them already, as a command that makes a profile on the way, stays with them.
+    """
     if not under_torchrun() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield WHOLE
         return
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        yield Share(dist.get_rank(), dist.get_world_size())
+        return
     dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield Share(dist.get_rank(), dist.get_world_size())
@@ -96,12 +117,12 @@ def process_group() -> Iterator[Share]:
 def _barrier() -> None:
     import torch.distributed as dist
 
-    with _ended_processes_reported():
+    with ended_processes_reported():
         dist.barrier()
 
 
 @contextmanager
-def _ended_processes_reported() -> Iterator[None]:
+def ended_processes_reported() -> Iterator[None]:
     """Raise `DitmoeError` instead of the RuntimeError of a collective operation that another process left."""
     try:
         yield

@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError, UsageError
+from ditmoe_cli.errors import BadInputError, DitmoeError, InfeasibleError, OutputExistsError, UsageError
 from ditmoe_cli.files.cleanup import Undoing
 from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
@@ -127,6 +127,16 @@ class WorkFolder:
             return None
         return piece if is_whole else None
 
+    def made(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> Piece:
+        """Return a piece, whose tensors and document `make` returns where it is not kept yet."""
+        piece = self.read(name)
+        if piece is None:
+            self.write(name, *make())
+            piece = self.read(name)
+        if piece is None:
+            raise BadInputError(f"{self.folder}: the piece {name} is gone; run it again")
+        return piece
+
     def has(self, name: str) -> bool:
         """Return whether a piece is there, whole or damaged."""
         return self._path(name).exists()
@@ -177,6 +187,37 @@ class WorkFolder:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_ENDING}"
+
+
+@dataclass
+class FollowedFolder(WorkFolder):
+    """The work folder of a job of several processes, as others than the first see it: they read it and leave it alone.
+
+    They wait for the first one where it writes what they read.
+    """
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any] | None = None) -> None:
+        """Leave it to the first process."""
+
+    def made(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> Piece:
+        """Return a piece that the first process has made. Raises `DitmoeError` where it is not to be seen."""
+        del make
+        piece = self.read(name)
+        if piece is None:
+            raise DitmoeError(
+                f"{self.folder}: what the first process keeps there is not to be seen from this one; name an output in "
+                "a folder that all of them share"
+            )
+        return piece
+
+    def drop(self, name: str) -> None:
+        """Leave it to the first process."""
+
+    def clear(self, but: str = "") -> None:
+        """Leave it to the first process."""
+
+    def drop_loop(self, name: str) -> None:
+        """Leave it to the first process."""
 
 
 class KeptLoop:
@@ -290,6 +331,11 @@ def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
                 notify(kept)
             raise
         _delete(folder)
+
+
+def followed_work(target: Path, key: str) -> FollowedFolder:
+    """Return the work folder of a target that another process of this job has opened."""
+    return FollowedFolder(work_folder(target), key, lambda _: None)
 
 
 def discard_work(target: Path) -> None:

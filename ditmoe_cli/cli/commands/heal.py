@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
@@ -36,10 +37,11 @@ from ditmoe_cli.compression.planner import request_digest
 from ditmoe_cli.compression.training.trained_groups import GROUPS
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.staging import check_space, check_target
-from ditmoe_cli.files.workfolder import open_work, work_key
+from ditmoe_cli.files.workfolder import WorkFolder, followed_work, open_work, work_key
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import known_rate, likely_device
+from ditmoe_cli.processes import Share, first_process, process_group
 from ditmoe_cli.routing.calibrate import made_profile
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile
 from ditmoe_cli.routing.profile_search import Basis, ProfileRequest, search
@@ -48,6 +50,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe heal half.safetensors --original ckpt.pt",
     "ditmoe prune ckpt.pt --neurons 0.35 --allocate global | ditmoe heal --minutes 5 | ditmoe fid",
+    "torchrun --nproc-per-node 8 -m ditmoe_cli heal half.safetensors --original ckpt.pt --device cuda",
 )
 
 
@@ -150,22 +153,25 @@ def run(
 
     It is trained on images that the original samples, noised anew, towards what the original predicts there. Every
     eighth image is held out: the weights that do best on those are kept, and never worse ones than the input's. The
-    output has the same tensors and bytes.
+    output has the same tensors and bytes. torchrun's processes share the work.
     """
     started = time.monotonic()
-    stage = source.stage()
+    tell = note if first_process() else lambda _: None
+    stage = source.stage(shared=True)
     student, original = open_stage(stage), teaching.opened(stage)
     stage = replace(stage, original=str(original.path.absolute()))
     asked = teaching.request(original)
     warning = check_pair(student, original)
     if warning is not None:
-        note(f"warning: {warning}")
+        tell(f"warning: {warning}")
     names = names_to_train(student, asked.train)
     job = Job("heal", stage, student, to.at(student.path, asked.label), printing, started)
-    basis = search(original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), note)
+    basis = search(original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), tell)
     options = asked.options()
     request = _request(asked, student, basis, basis.profile)
     made = made_before(job.output, student, request)
+    if not first_process() and (made is not None or to.dry_run):
+        return None  # the first process prints
     if made is not None:
         errors = measured_errors(last_step(made))
         return reuse(job, made, basis.path, None, {"original": str(original.path), **errors}, dry_run=to.dry_run)
@@ -185,8 +191,9 @@ def run(
     check_space(job.output.path, planned.needed_bytes(job.output))
     device = checked_device(measuring.device)
     foretell(estimates, lambda: device)
-    profile = made_profile(original, basis, lambda: device, note)
-    return _heal(job, original, asked, basis, profile, device, measuring)
+    with process_group() as share:
+        profile = made_profile(original, basis, lambda: device, tell)
+        return _heal(job, original, asked, basis, profile, device, measuring, share)
 
 
 def profile_request(
@@ -216,6 +223,20 @@ def _estimates(student: Checkpoint, original: Checkpoint, asked: Healing, traine
     return [*made, healing_estimate(student.config, original.config, asked, trained, basis.settings)]
 
 
+@contextmanager
+def _shared_folder(target: Path, key: str, share: Share) -> Iterator[WorkFolder]:
+    """Yield the work folder of a target: the first process opens it, and the others follow until it is done."""
+    if share.first:
+        with open_work(target, key, note) as folder:
+            share.wait()
+            yield folder
+            share.wait()
+        return
+    share.wait()
+    yield followed_work(target, key)
+    share.wait()
+
+
 def _heal(
     job: Job,
     original: Checkpoint,
@@ -224,18 +245,27 @@ def _heal(
     profile: RoutingProfile,
     device: str,
     measuring: Measuring,
+    share: Share,
 ) -> None:
     """Heal, write the result and print it."""
+    import torch
+
     from ditmoe_cli.compression.heal.healed_weights import PIECE, HealingWork, heal
+    from ditmoe_cli.compression.training.exchange import exchange_on
     from ditmoe_cli.model.dtypes import torch_dtype_of
 
     student, output = job.checkpoint, job.output
     request = _request(asked, student, basis, profile)
     dtype = dtype_on(measuring.dtype, measuring.device)(original)
-    key = {"request": request, "profile": profile.digest, "device": device.partition(":")[0], "dtype": dtype}
-    with open_work(output.path, work_key(key), note) as folder:
-        work = HealingWork(student, original, profile, device, torch_dtype_of(dtype), folder, note)
+    share.check_same("dtype", dtype)
+    kind, tell = device.partition(":")[0], note if share.first else lambda _: None
+    key = {"request": request, "profile": profile.digest, "device": kind, "dtype": dtype, "processes": share.world}
+    with _shared_folder(output.path, work_key(key), share) as folder:
+        exchange = exchange_on(share, torch.device(device))
+        work = HealingWork(student, original, profile, device, torch_dtype_of(dtype), folder, tell, exchange)
         healed = heal(work, asked)
+        if not share.first:
+            return  # the first process writes and prints
         piece = folder.read(PIECE)
         if piece is None:
             raise BadInputError(f"{folder.folder}: the healed weights are gone; run it again")

@@ -14,7 +14,7 @@ Takes the weights of two blocks, 16 bytes for each trained weight of one, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from ditmoe_cli.compression.replay.guided import GuidedStates, image_slices
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, bins_of, by_bin
 from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored, trainable
-from ditmoe_cli.compression.training.training_loop import CourseOf, Objective, train
+from ditmoe_cli.compression.training.training_loop import BARE, CourseOf, Means, Objective, train
 from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.model.dit import Block
 from ditmoe_cli.model.offload import OffloadedDiTMoE
@@ -65,7 +65,7 @@ def heal_blocks(
     course: CourseOf,
     stored: Stored,
     kept: KeptLoop,
-    note: Callable[[str], None] = lambda _: None,
+    means: Means = BARE,
 ) -> BlocksHealed:
     """Train the weights `names` of each block and keep them, going on behind those that an unfinished run has left.
 
@@ -77,7 +77,7 @@ def heal_blocks(
         course: returns how a block is trained, given its weights and what they are trained towards.
         stored: rounds a weight to what is written of it.
         kept: the loop that keeps each block's weights.
-        note: takes warnings.
+        means: whom it tells, and the processes that train together.
     """
     branches = torch.arange(states.branches).unsqueeze(1) * len(held)
     rows_held = (branches + held.nonzero().flatten()).flatten()
@@ -89,8 +89,8 @@ def heal_blocks(
         for index in range(kept.start, kept.total):
             with ExitStack() as stack:
                 own, other = stack.enter_context(student.resident(index)), stack.enter_context(original.resident(index))
-                healing = _BlockHealing(own, other, index, states, held, streams, rows_held)
-                document, weights = healing.healed(names, course, stored, note)
+                healing = _BlockHealing(own, other, index, states, held, streams, rows_held, means)
+                document, weights = healing.healed(names, course, stored)
                 kept.keep(index, weights, document, healing.advanced())
             progress(1)
     seen = states.at(rows_held)
@@ -100,6 +100,8 @@ def heal_blocks(
         _errors(seen.predicted(student, x, conditions), expected, seen)
         for x in (streams.before, streams.student[rows_held])
     )
+    means.exchange.share.wait()  # the first process has kept all blocks
+    before, after = means.exchange.agreed((before, after))
     documents = [kept.result(index).document for index in range(kept.total)]
     return BlocksHealed(before, after, tuple((float(each["before"]), float(each["after"])) for each in documents))
 
@@ -130,12 +132,13 @@ class _BlockHealing:
     held: Tensor
     streams: _Streams
     rows_held: Tensor
+    means: Means
 
     def healed(
-        self, names: Sequence[str], course: CourseOf, stored: Stored, note: Callable[[str], None]
+        self, names: Sequence[str], course: CourseOf, stored: Stored
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Train the block; return held-out errors before and after, and its weights as they are written."""
-        streams, index = self.streams, self.index
+        streams, index, exchange = self.streams, self.index, self.means.exchange
         with torch.no_grad():
             streams.before = _through(self.student, streams.before, streams.c_student[self.rows_held], index)
             own = _through(self.original, streams.original, streams.c_original, index)
@@ -153,8 +156,8 @@ class _BlockHealing:
         def judge() -> float:
             rounded_as_stored(weights, stored)
             with torch.no_grad():
-                found = torch.cat([errors(rows) for rows in torch.split(judged, _JUDGED)])
-            return float(found.mean() / reference)
+                own = [errors(rows) for rows in exchange.parts(judged, _JUDGED)]
+            return float(exchange.gathered(own, len(judged)).mean() / float(reference))
 
         def losses(rows: Tensor) -> Tensor:
             return errors(trained[rows]) / scale
@@ -165,7 +168,7 @@ class _BlockHealing:
         objective = Objective(len(trained), losses, judge)
         chosen = course(weights, objective)
         chosen = replace(chosen, seed=chosen.seed + index)
-        result = train(weights, objective, chosen, "training", note=note)
+        result = train(weights, objective, chosen, "training", self.means)
         self.student.requires_grad_(False)
         written = {name: weight.detach().clone() for name, weight in weights.items()}
         return {"before": result.before, "after": result.after}, written

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from ditmoe_cli.compression.heal.healing_memory import (
 from ditmoe_cli.compression.heal.model_scope import heal_model
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import States, image_count
+from ditmoe_cli.compression.training.exchange import ALONE, Exchange
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, judged_errors
 from ditmoe_cli.compression.training.teacher_states import (
     PURPOSE,
@@ -37,12 +39,12 @@ from ditmoe_cli.compression.training.teacher_states import (
     sampled_images,
 )
 from ditmoe_cli.compression.training.trained_weights import trainable
-from ditmoe_cli.compression.training.training_loop import Course, Objective, accumulate
+from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, accumulate
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.diffusion.schedule import evaluation_times
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.files.reader import torch_dtype
-from ditmoe_cli.files.workfolder import WorkFolder
+from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.formats.unpacked_weights import free_on
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import DiTMoE
@@ -72,8 +74,9 @@ class HealingWork:
         profile: a routing profile of the original: its images are noised, and its settings are sampled by.
         device: of both models.
         dtype: what attention and experts compute in.
-        folder: keeps what is done.
+        folder: keeps what is done; in the first of several processes, whose others follow it.
         note: takes lines for people.
+        exchange: the processes that heal together.
     """
 
     student: Checkpoint
@@ -83,6 +86,7 @@ class HealingWork:
     dtype: torch.dtype
     folder: WorkFolder
     note: Callable[[str], None]
+    exchange: Exchange = ALONE
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ class _Session:
 
     def healed(self) -> Healed:
         """Heal by all scopes, and keep the result."""
-        work, scopes = self.work, self._scopes()
+        work = self.work
+        scopes = work.exchange.share.from_first(self._scopes)
         teacher = build_model(work.original, self.device, work.dtype) if "model" in scopes else None
         data = self._images(teacher)
         values, blocks, block_steps = dict[str, Tensor](), None, 0
@@ -158,8 +163,8 @@ class _Session:
         return found[asked]
 
     def _at_once(self) -> int:
-        """Return how many states of a batch there is memory for at once; 0 for all."""
-        free, batch = MEMORY_SHARE * free_on(self.device), self.asked.batch
+        """Return how many states of a process's share of a batch there is memory for at once; 0 for all."""
+        free, batch = MEMORY_SHARE * free_on(self.device), -(-self.asked.batch // self.work.exchange.share.world)
         configs = self.work.student.config, self.work.original.config
         least, one = (model_scope_bytes(*configs, self.trained, states, self.spec.cfg) for states in (0, 1))
         fitting = int((free - least) // max(one - least, 1)) if free else batch
@@ -171,14 +176,13 @@ class _Session:
         count = image_count(profile)
         images, labels = profile.tensor("image.final").float(), torch.tensor(spec.labels(range(count)))
         if teacher is not None and profile.calibration.get("data") is None:
-            piece = self.work.folder.read("images")
-            sampled = self._sampled(teacher) if piece is None else piece.tensor("images")
+            sampled = self._made("images", lambda: ({"images": self._sampled(teacher)}, {})).tensor("images")
             images = torch.cat((images, sampled))
             labels = torch.cat((labels, torch.tensor(spec.labels(range(len(sampled))), dtype=labels.dtype)))
         return _Images(images, labels)
 
     def _sampled(self, teacher: DiTMoE) -> Tensor:
-        """Return, and keep, as many images of the original as the steps are worth, or the time allows; maybe none."""
+        """Return as many images of the original as the steps are worth, or the time allows; maybe none."""
         batch = max(1, min(_SAMPLED, self._at_once() or _SAMPLED))
         minutes = self.asked.minutes
         count = images_for(self.asked.steps, self.asked.batch)
@@ -189,8 +193,11 @@ class _Session:
         sampled = torch.zeros(0, config.in_channels, config.input_size, config.input_size)
         if count:
             sampled = sampled_images(teacher, replace(self.spec, images=count), batch, "healing images")
-        self.work.folder.write("images", {"images": sampled})
         return sampled
+
+    def _made(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> Piece:
+        """Return a piece of the work folder, which the first process makes where it is not kept yet."""
+        return self.work.exchange.share.after_first(lambda: self.work.folder.made(name, make))
 
     def _images_within(self, teacher: DiTMoE, seconds: float, batch: int) -> int:
         """Return how many images can be sampled within some seconds, at most `batch` at once, by timing predictions.
@@ -223,30 +230,31 @@ class _Session:
     ) -> Course:
         """Return the course of a scope: as many steps as asked for, or as a share of the time that is left allows.
 
-        `judged` states are judged at each check. What is chosen is kept, for a run that goes on.
+        `judged` states are judged at each check. What the first process chooses is kept, for a run that goes on.
         """
-        piece = self.work.folder.read(f"{name}-course")
-        if piece is None:
+        folder, piece = self.work.folder, f"{name}-course"
+        chosen = self.course
+        if not self.work.exchange.share.from_first(lambda: folder.read(piece) is not None):
             course = replace(self.course, part=self._at_once() if name == "model" else 0)
             if self.asked.steps is not None:
                 chosen = replace(course, steps=self.asked.steps, checks=checks_of(self.asked.steps))
             else:
                 chosen = self._affordable(course, share, judged, weights, objective)
-            self.work.folder.write(
-                f"{name}-course", {}, {"steps": chosen.steps, "checks": chosen.checks, "part": chosen.part}
-            )
-            return chosen
-        return replace(self.course, **{field: int(piece.document[field]) for field in ("steps", "checks", "part")})
+        fields = ("steps", "checks", "part")
+        document = self._made(piece, lambda: ({}, {field: getattr(chosen, field) for field in fields})).document
+        return replace(self.course, **{field: int(document[field]) for field in fields})
 
     def _affordable(
         self, course: Course, share: float, judged: int, weights: Mapping[str, Tensor], objective: Objective
     ) -> Course:
         """Return the course of as many steps as a share of the time that is left allows, by timing some steps."""
         assert self.asked.minutes is not None
-        rows, part = course.rows(0, objective.states)[: course.part or None], course.part
+        part, exchange = course.part, self.work.exchange
+        rows = course.rows(0, objective.states)[: part * exchange.share.world or None]
         for _ in range(_TIMED):
+            exchange.share.wait()
             start = time.monotonic()
-            loss, part = accumulate(weights, objective.losses, rows, part, self.work.note)
+            loss, part = accumulate(weights, objective.losses, rows, part, self._means())
             float(loss)  # waits for the device
             seconds = (time.monotonic() - start) * course.batch / len(rows)
         left = share * max(60 * self.asked.minutes - self._elapsed(), 0.0)
@@ -266,7 +274,7 @@ class _Session:
         )
         student, original = models
         states = in_branches(States(z, t, labels, rows % len(data.images), held, self.spec.cfg), original)
-        kept = work.folder.loop("healed-block", config.depth)
+        kept = work.exchange.share.after_first(lambda: work.folder.loop("healed-block", config.depth))
         share = (1.0 if last else BLOCKS_SHARE) / config.depth
         done: list[Course] = []
 
@@ -275,7 +283,7 @@ class _Session:
                 done.append(self._course("block", share, int(held.sum()), weights, objective))
             return done[0]
 
-        blocks = heal_blocks(student, original, states, held, self.names, course, self._stored, kept, work.note)
+        blocks = heal_blocks(student, original, states, held, self.names, course, self._stored, kept, self._means())
         values = {
             name: kept.result(index).tensor(name) for index in range(kept.total) for name in kept.result(index).names
         }
@@ -292,18 +300,18 @@ class _Session:
         )
         source = NoisedImages(teacher, self._noising(data.training), self.spec.cfg)
         weights = trainable(student, "", self.names)
-        before = judged_errors(student, held, batch)
+        before = judged_errors(student, held, batch, work.exchange)
         if values:
             own = {name: weights[name].detach().clone() for name in values}
             _put(weights, values)
-            if not judged_errors(student, held, batch).error < before.error:
+            if not judged_errors(student, held, batch, work.exchange).error < before.error:
                 work.note("block-healed weights are not better on held-out states: training goes on with the input's")
                 _put(weights, own)
 
         def course(weights: Mapping[str, Tensor], objective: Objective) -> Course:
             return self._course("model", 1.0, len(held), weights, objective)
 
-        result = heal_model(student, weights, source, held, course, self._stored, batch, work.folder, work.note)
+        result = heal_model(student, weights, source, held, course, self._stored, batch, self._means(work.folder))
         if not result.after.error < before.error:
             work.note("no trained weights were better on held-out states: the output has those of the input")
             self._keep({})
@@ -312,6 +320,9 @@ class _Session:
             self._keep({name: weight.detach() for name, weight in weights.items()})
         scopes = ("block", "model") if values else ("model",)
         return Healed(scopes, len(data.images), block_steps, result.steps, before, result.after)
+
+    def _means(self, folder: WorkFolder | None = None) -> Means:
+        return Means(folder, self.work.note, self.work.exchange)
 
     def _stored(self, name: str, value: Tensor) -> Tensor:
         """Return a weight rounded to what is written of it, in fp32."""

@@ -10,7 +10,6 @@ batch that are computed at once, in all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,8 +23,7 @@ from ditmoe_cli.compression.training.prediction_error import (
 )
 from ditmoe_cli.compression.training.teacher_states import StateSource, TeacherStates
 from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored
-from ditmoe_cli.compression.training.training_loop import CourseOf, Objective, train
-from ditmoe_cli.files.workfolder import WorkFolder
+from ditmoe_cli.compression.training.training_loop import BARE, CourseOf, Means, Objective, train
 from ditmoe_cli.model.dit import DiTMoE
 
 BALANCE = 0.5  # strength of the weights of bins
@@ -49,8 +47,7 @@ def heal_model(
     course: CourseOf,
     stored: Stored,
     batch: int,
-    work: WorkFolder | None = None,
-    note: Callable[[str], None] = lambda _: None,
+    means: Means = BARE,
     balance: float = BALANCE,
 ) -> ModelHealed:
     """Train some `weights` of a student, by name, on states of `source`, and leave the best values in them.
@@ -58,8 +55,8 @@ def heal_model(
     `course` returns how they are trained. Values that are judged, and left, are rounded to what is `stored` of them.
     `batch` states are judged at once.
     """
-    family, device = student.config.sampler, student.device
-    before = judged_errors(student, held, batch)
+    family, device, exchange = student.config.sampler, student.device, means.exchange
+    before = judged_errors(student, held, batch, exchange)
     scale = max(sum(before.references) / len(held), _TINY)
     by_bin = bin_weights(before, balance).div(scale).to(device)
 
@@ -69,9 +66,9 @@ def heal_model(
 
     def judge() -> float:
         rounded_as_stored(weights, stored)
-        return judged_errors(student, held, batch).error
+        return judged_errors(student, held, batch, exchange).error
 
     objective = Objective(len(source), losses, judge)
     chosen = course(weights, objective)
-    train(weights, objective, chosen, "healing the model", work, note)
-    return ModelHealed(chosen.steps, before, judged_errors(student, held, batch))
+    train(weights, objective, chosen, "healing the model", means)
+    return ModelHealed(chosen.steps, before, judged_errors(student, held, batch, exchange))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.training.error_bins import BINS
+from ditmoe_cli.compression.training.exchange import ALONE, Exchange
 from ditmoe_cli.compression.training.teacher_states import TeacherStates, guided_prediction
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
 from ditmoe_cli.model.config import Sampler
@@ -57,13 +58,13 @@ class JudgedErrors:
         return tuple(e / max(r, _TINY) for e, r in zip(self.errors, self.references, strict=True))
 
 
-def judged_errors(model: DiTMoE, states: TeacherStates, batch: int) -> JudgedErrors:
-    """Return a model's errors on states, `batch` of them at a time."""
+def judged_errors(model: DiTMoE, states: TeacherStates, batch: int, exchange: Exchange = ALONE) -> JudgedErrors:
+    """Return a model's errors on states, `batch` of them at a time; each process computes those of its share."""
     with torch.inference_mode():
-        found = torch.cat(
-            [state_errors(model, states.at(rows)) for rows in torch.split(torch.arange(len(states)), batch)]
-        )
-    return by_bin(found, states.targets.square().flatten(1).sum(dim=1), bins_of(states.t, model.config.sampler))
+        own = [state_errors(model, states.at(rows)) for rows in exchange.parts(torch.arange(len(states)), batch)]
+    found = exchange.gathered(own, len(states))
+    references = states.targets.square().flatten(1).sum(dim=1)
+    return exchange.agreed(by_bin(found, references, bins_of(states.t, model.config.sampler)))
 
 
 def by_bin(errors: Tensor, references: Tensor, bins: Tensor) -> JudgedErrors:

@@ -10,7 +10,8 @@ rounded to a power of two, at least `LEAST_SIZE`; so one rate suits models of al
 on held-out states every few per cent of the steps; the best of them, or those before training, are the result.
 
 Which states make a batch depends on seed and step alone: each pass over all states has an order of its own. Each batch
-is computed in parts where memory demands it, which changes its gradients by rounding only.
+is computed in parts where memory demands it, and by several processes where there are some, which changes its gradients
+by rounding only.
 
 A weight of n values takes 28 n bytes: itself, its gradient, two moments, the averaged values, the best ones, and during
 a check those that training goes on with; AdamW's own temporaries come for a moment in place of the last.
@@ -27,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditmoe_cli.errors import BadInputError, is_out_of_memory
+from ditmoe_cli.compression.training.exchange import ALONE, Exchange
+from ditmoe_cli.errors import BadInputError, DitmoeError, is_out_of_memory
 from ditmoe_cli.files.pacing import Pace
 from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.progress import phase
@@ -125,25 +127,38 @@ class Trained:
     checks: tuple[Check, ...]
 
 
+@dataclass(frozen=True)
+class Means:
+    """By which means is trained.
+
+    Attributes:
+        work: keeps what going on takes, now and then; None where nothing does.
+        note: takes lines for people.
+        exchange: the processes that train together.
+    """
+
+    work: WorkFolder | None = None
+    note: Callable[[str], None] = lambda _: None
+    exchange: Exchange = ALONE
+
+
+BARE = Means()
+
+
 def train(
-    weights: Mapping[str, Tensor],
-    objective: Objective,
-    course: Course,
-    title: str,
-    work: WorkFolder | None = None,
-    note: Callable[[str], None] = lambda _: None,
+    weights: Mapping[str, Tensor], objective: Objective, course: Course, title: str, means: Means = BARE
 ) -> Trained:
     """Train weights, by name, leaves that record gradients, and leave the best values in them.
 
     The best are those of least held-out error; where none has less than the values before training, these stand. What
-    going on takes is kept in `work` now and then. Raises `BadInputError` where the error before training is not finite;
-    where losses or errors cease to be, training ends there, which `note` tells, and the best weights so far stand.
+    going on takes is kept now and then. Raises `BadInputError` where the error before training is not finite; where
+    losses or errors cease to be, training ends there, which a note tells, and the best weights so far stand.
     """
-    kept = work.read(_PIECE) if work is not None else None
-    before = objective.judge() if kept is None else float(kept.document["before"])
+    kept, work = _kept(means), means.work
+    before = means.exchange.agreed(objective.judge()) if kept is None else float(kept.document["before"])
     if not math.isfinite(before):
         raise BadInputError("the predictions before training are not finite; is the checkpoint damaged?")
-    run = _Run(weights, objective, course, note, before)
+    run = _Run(weights, objective, course, means, before)
     if kept is not None:
         run.go_on(kept)
     pace = Pace()
@@ -157,6 +172,14 @@ def train(
     return Trained(run.before, run.error, tuple(run.checks))
 
 
+def _kept(means: Means) -> Piece | None:
+    """Return what an earlier run has kept; all processes go on from it, or none does."""
+    piece = means.work.read(_PIECE) if means.work is not None else None
+    if means.exchange.agreed(piece is not None) and piece is None:
+        raise DitmoeError("what the first process keeps is not to be seen from this one; use a folder that they share")
+    return piece
+
+
 @dataclass
 class _Run:
     """A run under way."""
@@ -164,7 +187,7 @@ class _Run:
     weights: Mapping[str, Tensor]
     objective: Objective
     course: Course
-    note: Callable[[str], None]
+    means: Means
     before: float
     step: int = 0
     checks: list[Check] = field(default_factory=list)
@@ -232,16 +255,16 @@ class _Run:
         if finite and self.course.is_check(self.step):
             finite = self._check()
         if not finite:
-            self.note(f"warning: values ceased to be finite at step {self.step}: training ends there")
+            self.means.note(f"warning: values ceased to be finite at step {self.step}: training ends there")
         return finite
 
     def _gradients(self) -> tuple[float, float]:
         """Set the clipped gradients of this step; return its loss, and the norm of its gradients before."""
         rows = self.course.rows(self.step, self.objective.states)
-        loss, self.part = accumulate(self.weights, self.objective.losses, rows, self.part, self.note)
+        loss, self.part = accumulate(self.weights, self.objective.losses, rows, self.part, self.means)
         norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), CLIP, foreach=True)
         both = torch.stack((loss, norm)).tolist()  # in one wait for the device
-        return both[0], both[1]
+        return self.means.exchange.agreed((both[0], both[1]))
 
     def _average(self) -> None:
         decay = min(_AVERAGING, (1 + self.step) / (10 + self.step))
@@ -254,7 +277,7 @@ class _Run:
         """Judge the averaged weights, keep them where they are the best; return whether they are finite."""
         current = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.put(self.averaged)
-        error = self.objective.judge()
+        error = self.means.exchange.agreed(self.objective.judge())
         if error < self.error:
             self.error = error
             for name, weight in self.weights.items():
@@ -271,37 +294,48 @@ def accumulate(
     losses: Callable[[Tensor], Tensor],
     rows: Tensor,
     part: int = 0,
-    note: Callable[[str], None] = lambda _: None,
+    means: Means = BARE,
 ) -> tuple[Tensor, int]:
     """Set the gradients of weights to those of the mean of ``losses(rows)``, computed `part` rows at a time, 0 for all.
 
-    Where memory runs out the part is halved, which `note` tells. Returns the mean, and the part that memory sufficed
-    for. Raises the error of memory that does not suffice for one row.
+    Each process computes those of its share of the rows, and all have their sum. Where memory runs out the part is
+    halved, which a note tells. Returns the mean, and the part that memory sufficed for. Raises the error of memory that
+    does not suffice for one row.
     """
+    own = means.exchange.own(rows)
     while True:
         for weight in weights.values():
             weight.grad = None
         try:
-            total = _accumulated(losses, rows, part or len(rows))
-            for weight in weights.values():
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-            return total, part
+            total = _accumulated(losses, own, part or len(rows), len(rows))
+            gradients = [_gradient(weight) for weight in weights.values()]
+            break
         except (MemoryError, RuntimeError) as error:
-            size = min(part or len(rows), len(rows))
-            if not is_out_of_memory(error) or size == 1:
+            size = min(part or len(own), len(own))
+            if not is_out_of_memory(error) or size <= 1:
                 raise
         part = (size + 1) // 2
-        note(f"out of memory with {size} states at once: going on with {part}, to the same gradients")
+        means.note(f"out of memory with {size} states at once: going on with {part}, to the same gradients")
+    total = total.to(gradients[0].device)
+    means.exchange.add_up([*gradients, total])
+    return total, part
 
 
-def _accumulated(losses: Callable[[Tensor], Tensor], rows: Tensor, part: int) -> Tensor:
+def _accumulated(losses: Callable[[Tensor], Tensor], rows: Tensor, part: int, count: int) -> Tensor:
+    """Add the gradients of Σ ``losses(rows)`` / `count`, and return it."""
     total = torch.zeros(())
-    for some in torch.split(rows, part):
-        loss = losses(some).sum() / len(rows)
+    for some in torch.split(rows, part) if len(rows) else ():
+        loss = losses(some).sum() / count
         loss.backward()  # type: ignore[no-untyped-call]
         total = total.to(loss.device) + loss.detach()
     return total
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Return a weight's gradient, zeros where no loss depended on it."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
 
 def _groups(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:

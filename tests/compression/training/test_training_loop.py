@@ -12,7 +12,16 @@ from interrupting import StoppedError, stopping_after
 from torch import Tensor
 
 from ditmoe_cli.compression.training import training_loop
-from ditmoe_cli.compression.training.training_loop import LEAST_SIZE, Course, Objective, Trained, accumulate, train
+from ditmoe_cli.compression.training.training_loop import (
+    BARE,
+    LEAST_SIZE,
+    Course,
+    Means,
+    Objective,
+    Trained,
+    accumulate,
+    train,
+)
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files import pacing
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
@@ -48,8 +57,8 @@ class Regression:
     def objective(self) -> Objective:
         return Objective(STATES, self.errors, self.judge)
 
-    def trained(self, course: Course = COURSE, **more: object) -> Trained:
-        return train(self.weights, self.objective, course, "training", **more)  # type: ignore[arg-type]
+    def trained(self, course: Course = COURSE, means: Means = BARE) -> Trained:
+        return train(self.weights, self.objective, course, "training", means)
 
     def values(self) -> dict[str, list[float]]:
         return {name: weight.tolist() for name, weight in self.weights.items()}
@@ -203,7 +212,7 @@ def test_out_of_memory_halves_the_part_to_the_same_result(error: Exception) -> N
     plain, short, notes = Regression(), Regression(), list[str]()
     expected = plain.trained()
     objective = Objective(STATES, failing_above(3, short.errors, error), short.judge)
-    found = train(short.weights, objective, COURSE, "training", note=notes.append)
+    found = train(short.weights, objective, COURSE, "training", Means(note=notes.append))
     assert found.after == pytest.approx(expected.after, rel=1e-3)
     for name, weight in plain.weights.items():
         torch.testing.assert_close(short.weights[name], weight, rtol=1e-3, atol=1e-6)
@@ -240,7 +249,7 @@ def test_losses_that_cease_to_be_finite_end_training_with_the_best_weights(value
         return regression.errors(rows) * (value if calls[0] == 26 else 1.0)
 
     result = train(
-        regression.weights, Objective(STATES, losses, regression.judge), COURSE, "training", note=notes.append
+        regression.weights, Objective(STATES, losses, regression.judge), COURSE, "training", Means(note=notes.append)
     )
     assert notes == ["warning: values ceased to be finite at step 26: training ends there"]
     assert [check.step for check in result.checks] == [10, 20] and calls[0] == 26
@@ -255,7 +264,7 @@ def test_an_error_that_ceases_to_be_finite_ends_training_with_the_best_weights()
         return judged[-1]
 
     result = train(
-        regression.weights, Objective(STATES, regression.errors, judge), COURSE, "training", note=notes.append
+        regression.weights, Objective(STATES, regression.errors, judge), COURSE, "training", Means(note=notes.append)
     )
     assert len(judged) == 4 and len(notes) == 1 and result.after == min(judged[:3])
     assert regression.judge() == result.after
@@ -267,7 +276,7 @@ def test_an_error_that_ceases_to_be_finite_ends_training_with_the_best_weights()
 def run_in(folder: Path, values: list[Mapping[str, list[float]]]) -> Trained:
     regression = Regression()
     with open_work(folder / "x", "key", lambda _: None) as work:
-        result = regression.trained(work=work)
+        result = regression.trained(means=Means(work))
         values.append(regression.values())
         raise StoppedError(result)
 
@@ -293,9 +302,9 @@ def test_a_part_that_memory_sufficed_for_is_kept(tmp_path: Path, monkeypatch: py
     short, notes = Regression(), list[str]()
     objective = Objective(STATES, failing_above(3, short.errors, MemoryError()), short.judge)
     with pytest.raises(StoppedError), stopping_after(2):
-        train(short.weights, objective, COURSE, "training", work, notes.append)
+        train(short.weights, objective, COURSE, "training", Means(work, notes.append))
     assert len(notes) == 2
     again = Regression()
     objective = Objective(STATES, failing_above(3, again.errors, MemoryError()), again.judge)
-    train(again.weights, objective, COURSE, "training", work, notes.append)
+    train(again.weights, objective, COURSE, "training", Means(work, notes.append))
     assert len(notes) == 2, "nothing is tried anew"

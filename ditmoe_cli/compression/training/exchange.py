@@ -1,0 +1,108 @@
+"""Training in several processes, as ``torchrun`` starts them: what they add up, and what they agree on.
+
+Each process computes the gradients of its share of a batch's rows; their sum is the gradient of the batch, so that all
+processes take the same step. Gradients go through NCCL where each process has a GPU of its own, else through gloo, and
+what is agreed on through gloo.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ditmoe_cli.processes import WHOLE, Share, Value, ended_processes_reported
+
+_BUCKET = 2**24  # numbers that are added up at once
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """This process's part of a training, and the others.
+
+    Attributes:
+        share: which of how many processes this is.
+        group: the process group that adds up gradients; None for the usual one.
+    """
+
+    share: Share = WHOLE
+    group: Any = None
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Return this process's share of rows (n,): every `world`-th."""
+        return rows[self.share.rank :: self.share.world]
+
+    def parts(self, rows: Tensor, size: int) -> tuple[Tensor, ...]:
+        """Return this process's share of rows in parts of at most `size`; none where it has no rows."""
+        own = self.own(rows)
+        return torch.split(own, size) if len(own) else ()
+
+    @torch.no_grad()
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype and device by their sums over all processes, the same bits in each.
+
+        Raises `DitmoeError` where another process has ended.
+        """
+        if self.share.world == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with ended_processes_reported():
+                dist.all_reduce(flat, group=self.group)
+            for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def gathered(self, parts: Sequence[Tensor], count: int) -> Tensor:
+        """Return the values (count,) of all rows, in fp64 on the CPU, from those of this process's share, in `parts`.
+
+        Raises `DitmoeError` where another process has ended.
+        """
+        found = torch.zeros(count, dtype=torch.float64)
+        if parts:
+            self.own(found).copy_(torch.cat(list(parts)))
+        if self.share.world > 1:
+            with ended_processes_reported():
+                dist.all_reduce(found)
+        return found
+
+    def agreed(self, value: Value) -> Value:
+        """Return the first process's value of what each has computed. Decisions rest on it, so that all decide alike.
+
+        Raises `DitmoeError` where another process has ended.
+        """
+        return self.share.from_first(lambda: value)
+
+
+ALONE = Exchange()
+
+
+def exchange_on(share: Share, device: torch.device) -> Exchange:
+    """Return the exchange of processes that compute on a device each; all of them call it."""
+    if share.world == 1:
+        return ALONE
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    places: list[tuple[str, str]] = [("", "")] * share.world
+    with ended_processes_reported():
+        dist.all_gather_object(places, (socket.gethostname(), str(device)))
+    apart = len(set(places)) == len(places) and all(name.startswith("cuda") for _, name in places)
+    return Exchange(share, dist.new_group(backend="nccl") if apart and dist.is_nccl_available() else None)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in order, together as many as make up a bucket, and at least one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
