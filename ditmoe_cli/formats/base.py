@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditmoe_cli.formats.columns import Columns
+    from ditmoe_cli.formats.trained_parts import TrainedPart
 
 RawBytes = Callable[[str], bytes]  # of a stored tensor, by its name
+Composition = Callable[[Mapping[str, "Tensor"]], "Tensor"]
+"""Takes the numbers of trained parts, by part, and returns the matrix (out, in) in fp32, with gradients to them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,27 @@ class StoredFormat(ABC):
     def unpack(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Tensor:
         """Return the weight `info` in its logical dtype; `members` are its stored tensors by name."""
 
+    @property
+    def has_whole_codes(self) -> bool:
+        """Whether the codes are whole numbers of a uniform grid, which training may change."""
+        return False
+
+    @abstractmethod
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:
+        """Return the parts that training changes, and how many values each has; of `codes` only where asked for."""
+
+    @abstractmethod
+    def trained_part(self, info: TensorInfo, part: str, tensor: Tensor) -> TrainedPart:
+        """Return one of the `trained_parts` of the weight `info`, stored as `tensor`, as training sees it."""
+
+    @abstractmethod
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix of the weight `info` is made of the numbers of its trained parts.
+
+        `members` are its stored tensors by name. Codes that are not among the numbers are as stored; of the numbers
+        that are stored the matrix is what a layer multiplies by, rounded as little.
+        """
+
 
 class NumberFormat(StoredFormat):
     """A format of fewer bits, in which weights also stay packed in memory."""
@@ -127,6 +151,12 @@ class NumberFormat(StoredFormat):
 
         Raises `BadInputError` that names a tensor whose bytes stand for no codes, or describe none.
         """
+
+    def trained_part(self, info: TensorInfo, part: str, tensor: Tensor) -> TrainedPart:  # noqa: ARG002
+        """Return one of the `trained_parts` of the weight `info`, stored as `tensor`: factors of its scales."""
+        from ditmoe_cli.formats.trained_parts import Factors
+
+        return Factors(tensor)
 
     def dequantize(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Tensor:
         """Return the weight `info` (out, in) in fp32; `members` are its stored tensors by name."""

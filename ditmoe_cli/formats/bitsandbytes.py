@@ -33,7 +33,16 @@ from typing import TYPE_CHECKING, Literal
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.json_text import parse_json
-from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, RawBytes, Weight, require_matrix, stored_weight
+from ditmoe_cli.formats.base import (
+    Composition,
+    Grid,
+    NumberFormat,
+    PackedWeight,
+    RawBytes,
+    Weight,
+    require_matrix,
+    stored_weight,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,8 +163,7 @@ class FourBit(NumberFormat):
         """Return what stays of a weight in memory: codes, absmax, and the pairs of values that bytes stand for."""
         from ditmoe_cli.formats.bitsandbytes_arithmetic import code_pairs, is_usual, unpack_four_bit_weight
 
-        state_name = self._state_name(info)
-        state = parse_quant_state(bytes(members[state_name].tolist()), state_name)
+        state = self._state(info, members)
         kept = ("absmax", "nested_absmax", "nested_quant_map") if self.double else ("absmax",)
         codes = members[f"{info.name}.quant_map"]
         tensors = {
@@ -172,6 +180,33 @@ class FourBit(NumberFormat):
             offset=state.offset,
         )
         return PackedWeight(tensors, info.shape, unpack)
+
+    def _state(self, info: TensorInfo, members: Mapping[str, Tensor]) -> FourBitState:
+        name = self._state_name(info)
+        return parse_quant_state(bytes(members[name].tolist()), name)
+
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:  # noqa: ARG002
+        """Return the part that training changes, and how many values it has: absmax, or what scales those of -dq.
+
+        They are as many as in blocks of the usual sizes.
+        """
+        blocks = math.ceil(info.numel / BLOCK)
+        return {"nested_absmax": math.ceil(blocks / NESTED_BLOCK)} if self.double else {"absmax": blocks}
+
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix of the weight `info` is made of absmax, or of what scales those of -dq."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import composed_four_bit
+
+        state = self._state(info, members)
+        tensors = self.load(info, members).tensors
+        return partial(
+            composed_four_bit,
+            tensors,
+            shape=info.shape,
+            block=state.block,
+            nested_block=state.nested_block,
+            offset=state.offset,
+        )
 
 
 def _refuse_stateless(name: str, tensors: Mapping[str, TensorInfo]) -> None:
@@ -286,3 +321,13 @@ class Int8(NumberFormat):
         kept = ("packed", "scale")
         names = self.members(info)
         return PackedWeight({part: members[names[part].name] for part in kept}, info.shape, unpack_int8)
+
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:  # noqa: ARG002
+        """Return the part that training changes, and how many values it has: the scales of rows."""
+        return {"scale": info.shape[0]}
+
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix of the weight `info` is made of the scales of rows."""
+        from ditmoe_cli.formats.bitsandbytes_arithmetic import composed_int8
+
+        return partial(composed_int8, self.load(info, members).tensors["packed"])

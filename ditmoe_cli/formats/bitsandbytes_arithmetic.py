@@ -5,6 +5,7 @@ bitsandbytes itself is not needed; its kernels unpack where they are right and f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +31,7 @@ from ditmoe_cli.formats.scaling import (
     row_chunks,
 )
 from ditmoe_cli.formats.scratch import scratch
+from ditmoe_cli.formats.trained_parts import group_products
 from ditmoe_cli.formats.unpacking import fill_rows
 
 NF4_CODES = (
@@ -480,3 +482,30 @@ def unpack_int8(tensors: Mapping[str, Tensor], out: Tensor) -> None:
     """Write the weight of `tensors` ``packed`` and ``scale`` into `out`: code times row scale / 127, in fp32."""
     packed, scale = tensors["packed"], (tensors["scale"] / 127.0)[:, None]
     fill_rows(out, lambda values, part: values.copy_(packed[part]).mul_(scale[part]))
+
+
+def composed_four_bit(
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Tensor],
+    *,
+    shape: tuple[int, ...],
+    block: int,
+    nested_block: int,
+    offset: float,
+) -> Tensor:
+    """Return the matrix of `numbers` by part, ``absmax`` or ``nested_absmax``, with gradients to them.
+
+    `tensors` are what is stored, by part, and the `code_pairs`.
+    """
+    if nested_block:
+        table = tensors["nested_quant_map"].index_select(0, tensors["absmax"].int())
+        absmax = group_products(table[None], numbers["nested_absmax"][None], nested_block) + offset
+    else:
+        absmax = numbers["absmax"][None]
+    values = tensors["pairs"].index_select(0, tensors["packed"].reshape(-1).int()).view(torch.float32)
+    return group_products(values[None, : math.prod(shape)], absmax, block).view(shape)
+
+
+def composed_int8(packed: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix of `packed` codes and of the ``scale`` (out,) of rows among `numbers`, with gradients to it."""
+    return packed.float() * (numbers["scale"] / 127.0)[:, None]

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import BASE, MATRICES, in_block, split_name
-from ditmoe_cli.formats.base import RawBytes, StoredFormat, Weight, stored_weight
+from ditmoe_cli.formats.base import Composition, RawBytes, StoredFormat, Weight, stored_weight
 from ditmoe_cli.formats.packed_sizes import ternary_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ditmoe_cli.formats.trained_parts import TrainedPart
 
 DeltaFormat = Literal["svd", "ternary"]
 
@@ -97,12 +99,35 @@ class Difference(StoredFormat):
         from ditmoe_cli.files.reader import torch_dtype
 
         dtype = torch_dtype(info.dtype)
-        parts = {part: members[member.name] for part, member in self.members(info).items()}
-        return self.restored(info, parts, torch.promote_types(dtype, torch.float32)).to(dtype)
+        return self.restored(self.decoded(info, members), torch.promote_types(dtype, torch.float32)).to(dtype)
+
+    def decoded(self, info: TensorInfo, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return base and difference of the matrix `info` by part, of stored tensors by name."""
+        return {part: members[member.name] for part, member in self.members(info).items()}
+
+    def trained_part(self, info: TensorInfo, part: str, tensor: Tensor) -> TrainedPart:  # noqa: ARG002
+        """Return one of the `trained_parts`, stored as `tensor`, as training sees it; experts share their base's."""
+        from ditmoe_cli.formats.trained_parts import Cast, Factors
+
+        return Factors(tensor) if part == "scale" else Cast(tensor.dtype)
+
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix `info` is made of the numbers of base and difference, rounded to its dtype."""
+        import torch
+
+        from ditmoe_cli.files.reader import torch_dtype
+        from ditmoe_cli.formats.trained_parts import rounded_through
+
+        dtype, decoded = torch_dtype(info.dtype), self.decoded(info, members)
+
+        def matrix(numbers: Mapping[str, Tensor]) -> Tensor:
+            return rounded_through(self.restored({**decoded, **numbers}, torch.float32), dtype)
+
+        return matrix
 
     @abstractmethod
-    def restored(self, info: TensorInfo, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return base plus difference of the matrix `info`, computed in `dtype`."""
+    def restored(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return base plus difference, of `decoded` parts, computed in `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,11 @@ class SvdDifference(Difference):
             "right": TensorInfo(f"{info.name}.delta_right", info.dtype, (self.rank, columns)),
         }
 
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:  # noqa: ARG002
+        """Return the parts that training changes, and how many values each has: the base and both factors."""
+        rows, columns = info.shape
+        return {"base": info.numel, "left": rows * self.rank, "right": self.rank * columns}
+
     @classmethod
     def of_stored(cls, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
         """Return the format of the matrix `name`: its rank is the columns of the left factor, or rows of the right."""
@@ -134,8 +164,8 @@ class SvdDifference(Difference):
         """Return the tensors that store the difference left right of the matrix `name`, by name."""
         return {f"{name}.delta_left": left, f"{name}.delta_right": right}
 
-    def restored(self, info: TensorInfo, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
-        """Return base plus difference of the matrix `info`, computed in `dtype`."""
+    def restored(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return base plus difference, of `decoded` parts, computed in `dtype`."""
         import torch
 
         return torch.addmm(parts["base"].to(dtype), parts["left"].to(dtype), parts["right"].to(dtype))
@@ -155,6 +185,10 @@ class TernaryDifference(Difference):
             "scale": TensorInfo(f"{info.name}.delta_scale", "F32", ()),
         }
 
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:  # noqa: ARG002
+        """Return the parts that training changes, and how many values each has: the base and the scale."""
+        return {"base": info.numel, "scale": 1}
+
     @classmethod
     def of_stored(cls, name: str, tensors: Mapping[str, TensorInfo]) -> Self:  # noqa: ARG003
         """Return the format."""
@@ -169,15 +203,19 @@ class TernaryDifference(Difference):
 
         return {f"{name}.delta_ternary": pack_base3(codes), f"{name}.delta_scale": torch.tensor(scale)}
 
-    def restored(self, info: TensorInfo, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return base plus difference of the matrix `info`, computed in `dtype`."""
+    def decoded(self, info: TensorInfo, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return base, codes (out, in) and scale of the matrix `info` by part, of stored tensors by name."""
         from ditmoe_cli.formats.packing import unpack_base3
 
+        parts = super().decoded(info, members)
         try:
-            codes = unpack_base3(parts["codes"], info.shape)
+            return {**parts, "codes": unpack_base3(parts["codes"], info.shape)}
         except BadInputError as error:
             raise BadInputError(f"tensor '{info.name}.delta_ternary': {error}") from None
-        return parts["base"].to(dtype) + codes * parts["scale"].to(dtype)
+
+    def restored(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return base plus difference, of `decoded` parts, computed in `dtype`."""
+        return parts["base"].to(dtype) + parts["codes"] * parts["scale"].to(dtype)
 
 
 def difference_format(kind: DeltaFormat, rank: int) -> Difference:

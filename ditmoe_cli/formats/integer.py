@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.formats.base import Grid, PackedWeight, RawBytes, Weight, stored_weight
+from ditmoe_cli.formats.base import Composition, Grid, PackedWeight, RawBytes, Weight, stored_weight
 from ditmoe_cli.formats.grouped import GroupedFormat, grouped_weight_name, packed_as_bytes, read_shape_and_group
 from ditmoe_cli.formats.packed_sizes import FEWEST_TELLING, packed_words
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditmoe_cli.formats.scaling import Extents
+    from ditmoe_cli.formats.trained_parts import TrainedPart
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -140,6 +141,34 @@ class Integer(GroupedFormat):
         stored = self.members(info)
         tensors = {part: members[stored[part].name] for part in stored if part != "shape"}
         return PackedWeight(tensors, info.shape, partial(unpack_integer, bits=self.bits, group=self.group))
+
+    @property
+    def has_whole_codes(self) -> bool:
+        """Whether the codes are whole numbers of a uniform grid, which training may change: they are."""
+        return True
+
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:
+        """Return the parts that training changes, and how many values each has: scales, zero points, and `codes`."""
+        scales = info.shape[0] * self.groups(info.shape[1])
+        zeros = {} if self.symmetric else {"zero_point": scales}
+        return {"scale": scales, **zeros, **({"packed": info.numel} if codes else {})}
+
+    def trained_part(self, info: TensorInfo, part: str, tensor: Tensor) -> TrainedPart:
+        """Return one of the `trained_parts` of the weight `info`, stored as `tensor`, as training sees it."""
+        from ditmoe_cli.formats.integer_arithmetic import trained_codes, trained_zero_points
+
+        if part == "packed":
+            return trained_codes(info.shape[1], self.bits)
+        if part == "zero_point":
+            return trained_zero_points(info.shape[0], self.bits)
+        return super().trained_part(info, part, tensor)
+
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix of the weight `info` is made of codes, zero points and scales."""
+        from ditmoe_cli.formats.integer_arithmetic import composed_integer
+
+        tensors = self.load(info, members).tensors
+        return partial(composed_integer, tensors, columns=info.shape[1], bits=self.bits, group=self.group)
 
 
 def _named_bits(weight: str, raw: RawBytes) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from ditmoe_cli.formats.scaling import (
     steps,
 )
 from ditmoe_cli.formats.scratch import scratch
+from ditmoe_cli.formats.trained_parts import WholeNumbers, group_products
 from ditmoe_cli.formats.unpacking import fill_rows, multiply_groups, subtract_zeros
 
 _LEAST_SHRINK = {2: 0.35, 3: 0.45, 4: 0.55, 5: 0.65, 6: 0.75, 8: 0.85}  # of the range, by bits
@@ -260,3 +261,43 @@ def unpack_integer(tensors: Mapping[str, Tensor], out: Tensor, *, bits: int, gro
         multiply_groups(values, scale[part].float(), group, values)
 
     fill_rows(out, compute)
+
+
+def composed_integer(
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Tensor], *, columns: int, bits: int, group: int
+) -> Tensor:
+    """Return the matrix of `numbers` by part: scales, and zero points and codes, both less 2^(bits-1), or as stored.
+
+    `tensors` are what is stored, by part.
+    """
+    codes = numbers["packed"] if "packed" in numbers else _centred_codes(tensors["packed"], columns, bits)
+    zero = numbers.get("zero_point")
+    return group_products(codes, numbers["scale"], group, None if zero is None else zero - 2 ** (bits - 1))
+
+
+def trained_codes(columns: int, bits: int) -> WholeNumbers:
+    """Return codes (rows, columns), less 2^(bits-1), as training sees them.
+
+    They are so as large as what they stand for, relative to their scale.
+    """
+    half = 2 ** (bits - 1)
+    return WholeNumbers(
+        -half,
+        half - 1,
+        pack=lambda numbers: pack_rows((numbers + half).to(torch.uint8), bits),
+        unpack=lambda words: _centred_codes(words, columns, bits),
+    )
+
+
+def trained_zero_points(rows: int, bits: int) -> WholeNumbers:
+    """Return zero points (rows, groups) as training sees them."""
+    return WholeNumbers(
+        0,
+        2**bits - 1,
+        pack=lambda numbers: pack_columns(numbers.to(torch.uint8), bits),
+        unpack=lambda words: unpack_columns(words, rows, bits).float(),
+    )
+
+
+def _centred_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
+    return unpack_rows(packed, columns, bits).float().sub_(2 ** (bits - 1))

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES
-from ditmoe_cli.formats.base import Grid, NumberFormat, PackedWeight, Weight
+from ditmoe_cli.formats.base import Composition, Grid, NumberFormat, PackedWeight, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ditmoe_cli.formats.columns import Columns
+    from ditmoe_cli.formats.trained_parts import TrainedPart
 
 AXES = ("rows", "columns")
 _PIECE_NAME = re.compile(r"(.+)\.pieces\.(\d+)\.weight")
@@ -127,9 +128,42 @@ class Pieces(NumberFormat):
         unpacks = tuple((tuple(each.tensors), each.unpack) for each in pieces)
         return PackedWeight(tensors, info.shape, partial(_join, pieces=unpacks, places=self.places))
 
+    @property
+    def has_whole_codes(self) -> bool:
+        """Whether the codes of some piece are whole numbers of a uniform grid, which training may change."""
+        return any(fmt.has_whole_codes for fmt in self.formats)
+
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:
+        """Return the parts of all pieces that training changes, and how many values each has."""
+        return {
+            _part(part, i): count
+            for i, fmt, piece in self._each(info)
+            for part, count in fmt.trained_parts(piece, codes).items()
+        }
+
+    def trained_part(self, info: TensorInfo, part: str, tensor: Tensor) -> TrainedPart:
+        """Return one of the `trained_parts` of the weight `info`, stored as `tensor`, as training sees it."""
+        own, _, number = part.rpartition("_")
+        return self.formats[int(number)].trained_part(self.infos(info)[int(number)], own, tensor)
+
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix of the weight `info` is made of the numbers of its pieces."""
+        return partial(_composed, [fmt.composition(piece, members) for _, fmt, piece in self._each(info)], self.axis)
+
 
 def _part(part: str, piece: int) -> str:
     return f"{part}_{piece}"
+
+
+def _composed(pieces: Sequence[Composition], axis: int, numbers: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix of pieces, side by side along an axis, of `numbers` by part and piece."""
+    import torch
+
+    own: list[dict[str, Tensor]] = [{} for _ in pieces]
+    for part, value in numbers.items():
+        name, _, piece = part.rpartition("_")
+        own[int(piece)][name] = value
+    return torch.cat([matrix(parts) for matrix, parts in zip(pieces, own, strict=True)], dim=axis)
 
 
 def _join(

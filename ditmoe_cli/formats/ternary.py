@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.formats.base import Grid, PackedWeight, RawBytes, Weight, stored_weight
+from ditmoe_cli.formats.base import Composition, Grid, PackedWeight, RawBytes, Weight, stored_weight
 from ditmoe_cli.formats.grouped import GroupedFormat, grouped_weight_name, packed_as_bytes, read_shape_and_group
 from ditmoe_cli.formats.packed_sizes import ternary_bytes
 
@@ -81,3 +81,14 @@ class Ternary(GroupedFormat):
         except BadInputError as error:
             raise BadInputError(f"tensor {stored['packed'].name!r}: {error}") from None
         return PackedWeight(tensors, info.shape, partial(unpack_ternary, group=self.group))
+
+    def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:  # noqa: ARG002
+        """Return the parts that training changes, and how many values each has: the scales."""
+        return {"scale": info.shape[0] * self.groups(info.shape[1])}
+
+    def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
+        """Return how the matrix of the weight `info` is made of scales. Raises `BadInputError` as `load` does."""
+        from ditmoe_cli.formats.ternary_arithmetic import composed_ternary
+
+        packed = self.load(info, members).tensors["packed"]
+        return partial(composed_ternary, packed, shape=info.shape, group=self.group)

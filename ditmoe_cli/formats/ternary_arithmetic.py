@@ -6,6 +6,7 @@ If c ≠ 0 for the k largest |w| of a group, s = Σ_k ι |w| / Σ_k ι is best f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ditmoe_cli.formats.packed_sizes import TERNARY_PER_BYTE, ternary_bytes
 from ditmoe_cli.formats.packing import base3_digits, pack_base3, row_chunk
 from ditmoe_cli.formats.scaling import group_errors, group_steps, grouped, inverse, over_rows, steps
 from ditmoe_cli.formats.scratch import scratch
+from ditmoe_cli.formats.trained_parts import group_products
 from ditmoe_cli.formats.unpacking import fill_rows, multiply_groups
 
 
@@ -101,3 +103,9 @@ def unpack_ternary(tensors: Mapping[str, Tensor], out: Tensor, *, group: int) ->
         multiply_groups(codes, scale[part].float(), group, values)
 
     fill_rows(out, compute, TERNARY_PER_BYTE)
+
+
+def composed_ternary(packed: Tensor, numbers: Mapping[str, Tensor], *, shape: tuple[int, ...], group: int) -> Tensor:
+    """Return the matrix of `packed` codes and of ``scale`` among `numbers`, with gradients to it."""
+    codes = base3_digits(packed, torch.float32)[: math.prod(shape)].view(shape).clone()
+    return group_products(codes, numbers["scale"], group)

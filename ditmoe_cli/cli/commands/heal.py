@@ -24,13 +24,16 @@ from ditmoe_cli.compression.apply import write_planned
 from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.compression.heal.healed_output import healed_output, recorded_errors, with_errors
 from ditmoe_cli.compression.heal.healing import (
+    CODES,
     DEFAULT_BATCH,
     DEFAULT_MINUTES,
     SCOPES,
+    Codes,
     Healing,
     Scope,
     check_pair,
-    names_to_train,
+    kept_codes,
+    tensors_to_heal,
 )
 from ditmoe_cli.compression.heal.healing_memory import healing_estimate
 from ditmoe_cli.compression.planner import request_digest
@@ -102,6 +105,16 @@ class Teaching:
             help=f"What to train: all, or some of {', '.join(GROUPS)}. [default: all]",
         ),
     ] = GROUPS
+    codes: Annotated[
+        str,
+        typer.Option(
+            "--codes",
+            metavar="fixed|learn",
+            callback=one_of(*CODES),
+            help="Of quantised weights, fixed: train scales and zero points, not codes; learn: codes of integer "
+            "formats too.",
+        ),
+    ] = "fixed"
     batch: Annotated[
         int,
         typer.Option(
@@ -128,6 +141,7 @@ class Teaching:
             steps=self.steps,
             scope=cast(Scope, self.scope),
             train=self.train,
+            codes=cast(Codes, self.codes),
             batch=self.batch,
             rate=self.rate,
             seed=self.seed,
@@ -164,7 +178,10 @@ def run(
     warning = check_pair(student, original)
     if warning is not None:
         tell(f"warning: {warning}")
-    names = names_to_train(student, asked.train)
+    tensors = tensors_to_heal(student, asked)
+    kept = kept_codes(tensors) if asked.codes == "learn" else None
+    if kept is not None:
+        tell(kept)
     job = Job("heal", stage, student, to.at(student.path, asked.label), printing, started)
     basis = search(original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), tell)
     options = asked.options()
@@ -175,9 +192,9 @@ def run(
     if made is not None:
         errors = measured_errors(last_step(made))
         return reuse(job, made, basis.path, None, {"original": str(original.path), **errors}, dry_run=to.dry_run)
-    trained = sum(student.weights[name].info.numel for name in names)
+    trained = sum(tensor.values for tensor in tensors.values())
     estimates = _estimates(student, original, asked, trained, basis)
-    planned = healed_output(student, names, request, options, basis.settings)
+    planned = healed_output(student, tensors, request, options, basis.settings)
     size = planned.predicted_bytes(job.output)
     if to.dry_run:
         check_target(job.output.path, job.output.force, [student.path, original.path])
@@ -271,8 +288,7 @@ def _heal(
             raise BadInputError(f"{folder.folder}: the healed weights are gone; run it again")
         held = (healed.before.error, healed.after.error)
         errors = recorded_errors(held, healed.before.by_bin, healed.after.by_bin)
-        names = names_to_train(student, asked.train)
-        planned = healed_output(student, names, request, asked.options(), profile.calibration)
+        planned = healed_output(student, tensors_to_heal(student, asked), request, asked.options(), profile.calibration)
         size = write_planned(student, with_errors(planned, errors), output, piece.raw)
     seconds = round(time.monotonic() - job.started, 1)
     result: Mapping[str, Any] = {

@@ -14,7 +14,6 @@ Takes the weights of two blocks, 16 bytes for each trained weight of one, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.replay.guided import GuidedStates, image_slices
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, bins_of, by_bin
-from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored, trainable
+from ditmoe_cli.compression.training.trained_weights import TrainedTensors, rounded_as_stored
 from ditmoe_cli.compression.training.training_loop import BARE, CourseOf, Means, Objective, train
 from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.model.dit import Block
@@ -61,21 +60,19 @@ def heal_blocks(
     original: OffloadedDiTMoE,
     states: GuidedStates,
     held: Tensor,
-    names: Sequence[str],
+    tensors: TrainedTensors,
     course: CourseOf,
-    stored: Stored,
     kept: KeptLoop,
     means: Means = BARE,
 ) -> BlocksHealed:
-    """Train the weights `names` of each block and keep them, going on behind those that an unfinished run has left.
+    """Train the tensors of each block and keep them, going on behind those that an unfinished run has left.
 
     Args:
         student, original: both models, of as many blocks.
         states: what to train and to judge on, all branches.
         held: (N,) which states are held out.
-        names: weights to train, by their names in the checkpoint.
+        tensors: the student's, that are trained.
         course: returns how a block is trained, given its weights and what they are trained towards.
-        stored: rounds a weight to what is written of it.
         kept: the loop that keeps each block's weights.
         means: whom it tells, and the processes that train together.
     """
@@ -90,7 +87,7 @@ def heal_blocks(
             with ExitStack() as stack:
                 own, other = stack.enter_context(student.resident(index)), stack.enter_context(original.resident(index))
                 healing = _BlockHealing(own, other, index, states, held, streams, rows_held, means)
-                document, weights = healing.healed(names, course, stored)
+                document, weights = healing.healed(tensors, course)
                 kept.keep(index, weights, document, healing.advanced())
             progress(1)
     seen = states.at(rows_held)
@@ -134,10 +131,8 @@ class _BlockHealing:
     rows_held: Tensor
     means: Means
 
-    def healed(
-        self, names: Sequence[str], course: CourseOf, stored: Stored
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Train the block; return held-out errors before and after, and its weights as they are written."""
+    def healed(self, tensors: TrainedTensors, course: CourseOf) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Train the block; return held-out errors before and after, and the values of its tensors."""
         streams, index, exchange = self.streams, self.index, self.means.exchange
         with torch.no_grad():
             streams.before = _through(self.student, streams.before, streams.c_student[self.rows_held], index)
@@ -154,7 +149,7 @@ class _BlockHealing:
             return self._energies(out - target[places])
 
         def judge() -> float:
-            rounded_as_stored(weights, stored)
+            rounded_as_stored(weights, tensors.rounded)
             with torch.no_grad():
                 own = [errors(rows) for rows in exchange.parts(judged, _JUDGED)]
             return float(exchange.gathered(own, len(judged)).mean() / float(reference))
@@ -162,7 +157,7 @@ class _BlockHealing:
         def losses(rows: Tensor) -> Tensor:
             return errors(trained[rows]) / scale
 
-        weights = trainable(self.student, f"blocks.{index}.", names)
+        weights = tensors.in_model(self.student, f"blocks.{index}.")
         if not weights:
             return {"before": 0.0, "after": 0.0}, {}
         objective = Objective(len(trained), losses, judge)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.computed import as_stored
 from ditmoe_cli.compression.heal.block_scope import BlocksHealed, heal_blocks
-from ditmoe_cli.compression.heal.healing import Healing, names_to_train
+from ditmoe_cli.compression.heal.healing import Healing, tensors_to_heal
 from ditmoe_cli.compression.heal.healing_memory import (
     HELD_STATES,
     block_states,
@@ -38,12 +38,11 @@ from ditmoe_cli.compression.training.teacher_states import (
     kept_states,
     sampled_images,
 )
-from ditmoe_cli.compression.training.trained_weights import trainable
+from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, accumulate
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.diffusion.schedule import evaluation_times
 from ditmoe_cli.errors import InfeasibleError
-from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.formats.unpacked_weights import free_on
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -121,8 +120,7 @@ class _Session:
         self.started = time.monotonic()
         self.device = torch.device(self.work.device)
         self.spec = profiled_spec(self.work.profile.calibration, self.work.original)
-        self.names = names_to_train(self.work.student, self.asked.train)
-        self.trained = sum(self.work.student.weights[name].info.numel for name in self.names)
+        self.tensors = TrainedTensors(self.work.student, tensors_to_heal(self.work.student, self.asked))
         self.course = Course(1, self.asked.batch, self.asked.rate or Course.rate, self.asked.seed)
 
     def healed(self) -> Healed:
@@ -147,7 +145,7 @@ class _Session:
         """Return the scopes to heal by, of which there is memory for each. Raises `InfeasibleError`."""
         asked, free = self.asked.scope, free_on(self.device)
         configs = self.work.student.config, self.work.original.config
-        needed = model_scope_bytes(*configs, self.trained, 1, self.spec.cfg)
+        needed = model_scope_bytes(*configs, self.tensors.count, 1, self.spec.cfg)
         fits = not free or needed <= MEMORY_SHARE * free
         if asked == "model" and not fits:
             raise InfeasibleError(
@@ -166,7 +164,7 @@ class _Session:
         """Return how many states of a process's share of a batch there is memory for at once; 0 for all."""
         free, batch = MEMORY_SHARE * free_on(self.device), -(-self.asked.batch // self.work.exchange.share.world)
         configs = self.work.student.config, self.work.original.config
-        least, one = (model_scope_bytes(*configs, self.trained, states, self.spec.cfg) for states in (0, 1))
+        least, one = (model_scope_bytes(*configs, self.tensors.count, states, self.spec.cfg) for states in (0, 1))
         fitting = int((free - least) // max(one - least, 1)) if free else batch
         return 0 if fitting >= batch else max(1, fitting)
 
@@ -283,7 +281,7 @@ class _Session:
                 done.append(self._course("block", share, int(held.sum()), weights, objective))
             return done[0]
 
-        blocks = heal_blocks(student, original, states, held, self.names, course, self._stored, kept, self._means())
+        blocks = heal_blocks(student, original, states, held, self.tensors, course, kept, self._means())
         values = {
             name: kept.result(index).tensor(name) for index in range(kept.total) for name in kept.result(index).names
         }
@@ -299,7 +297,7 @@ class _Session:
             NoisedImages(teacher, self._noising(data.held, "judging"), self.spec.cfg), HELD_STATES, batch
         )
         source = NoisedImages(teacher, self._noising(data.training), self.spec.cfg)
-        weights = trainable(student, "", self.names)
+        weights = self.tensors.in_model(student)
         before = judged_errors(student, held, batch, work.exchange)
         if values:
             own = {name: weights[name].detach().clone() for name in values}
@@ -311,7 +309,9 @@ class _Session:
         def course(weights: Mapping[str, Tensor], objective: Objective) -> Course:
             return self._course("model", 1.0, len(held), weights, objective)
 
-        result = heal_model(student, weights, source, held, course, self._stored, batch, self._means(work.folder))
+        result = heal_model(
+            student, weights, source, held, course, self.tensors.rounded, batch, self._means(work.folder)
+        )
         if not result.after.error < before.error:
             work.note("no trained weights were better on held-out states: the output has those of the input")
             self._keep({})
@@ -324,18 +324,13 @@ class _Session:
     def _means(self, folder: WorkFolder | None = None) -> Means:
         return Means(folder, self.work.note, self.work.exchange)
 
-    def _stored(self, name: str, value: Tensor) -> Tensor:
-        """Return a weight rounded to what is written of it, in fp32."""
-        return value.to(torch_dtype(self.work.student.weights[name].info.dtype)).float()
-
     def _keep(self, values: Mapping[str, Tensor]) -> None:
-        """Keep all weights that could be trained, as they are written; those not in `values` are the input's."""
+        """Keep all tensors that could be trained, as they are written; those not in `values` are the input's."""
         student = self.work.student
         written = {}
-        for name in self.names:
-            info = student.weights[name].info
-            value = values[name] if name in values else student.finite_tensor(name)
-            written[name] = as_stored(student, name, value, torch_dtype(info.dtype))
+        for name in self.tensors.tensors:
+            stored = self.tensors.stored(name, values[name]) if name in values else student.finite_tensor(name)
+            written[name] = as_stored(student, name, stored, stored.dtype)
         self.work.folder.write(PIECE, written)
 
 

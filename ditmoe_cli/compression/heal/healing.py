@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ditmoe_cli.compression.planner import label_of
-from ditmoe_cli.compression.training.trained_groups import GROUPS, trained_groups
+from ditmoe_cli.compression.training.trained_groups import GROUPS
+from ditmoe_cli.compression.training.trained_tensors import TrainedTensor, tensors_to_train
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.lineage import Lineage, kinship
 
 Scope = Literal["auto", "block", "model"]
 SCOPES: tuple[Scope, ...] = ("auto", "block", "model")
+Codes = Literal["fixed", "learn"]
+CODES: tuple[Codes, ...] = ("fixed", "learn")
 DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
 
 
@@ -28,6 +33,7 @@ class Healing:
         steps: steps of training, in block scope for each block.
         scope: ``block``, ``model`` or ``auto``: blocks first, then the model where memory suffices.
         train: groups of weights to train (`trained_groups.GROUPS`).
+        codes: of quantised weights: ``fixed``, or ``learn`` for those of integer formats.
         batch: states of a step.
         rate: learning rate, relative to the size of weights; None for the default.
         seed: of noise and orders.
@@ -38,6 +44,7 @@ class Healing:
     steps: int | None = None
     scope: Scope = "auto"
     train: tuple[str, ...] = GROUPS
+    codes: Codes = "fixed"
     batch: int = DEFAULT_BATCH
     rate: float | None = None
     seed: int = 0
@@ -61,7 +68,8 @@ class Healing:
         length = f"{self.minutes:g}min" if self.minutes is not None else f"{self.steps}steps"
         groups = "" if set(self.train) == set(GROUPS) else "+".join(self.train)
         seed = f"seed{self.seed}" if self.seed else ""
-        return label_of(f"heal-{length}", self.scope != "auto" and self.scope, groups, seed)
+        codes = self.codes == "learn" and "codes"
+        return label_of(f"heal-{length}", self.scope != "auto" and self.scope, groups, codes, seed)
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for histories; defaults are left out."""
@@ -114,13 +122,27 @@ _ALIKE = {
 }
 
 
-def names_to_train(checkpoint: Checkpoint, groups: Sequence[str]) -> list[str]:
-    """Return the plain weights of a checkpoint in some groups, in its order. Raises `BadInputError` for none."""
-    names = [
-        name
-        for name, weight in checkpoint.weights.items()
-        if weight.stored_as is None and trained_groups(name) & set(groups)
-    ]
-    if not names:
-        raise BadInputError(f"{checkpoint.path}: has no weights to train in {', '.join(groups)}")
-    return names
+def tensors_to_heal(student: Checkpoint, asked: Healing) -> dict[str, TrainedTensor]:
+    """Return the student's stored tensors that are trained, by name.
+
+    Raises `BadInputError` for none, and `UsageError` where codes are asked for and none can be trained.
+    """
+    found = tensors_to_train(student, asked.train, asked.codes == "learn")
+    if asked.codes == "learn" and not any(has_codes(trained.weight) for trained in found.values()):
+        raise UsageError(
+            f"⟨codes⟩ learn has no effect: of {student.name} no weight that is trained is of an integer format; "
+            "leave it out"
+        )
+    return found
+
+
+def kept_codes(tensors: Mapping[str, TrainedTensor]) -> str | None:
+    """Return a line about the formats whose codes stay as they are where codes are learned; None where none do."""
+    packed = {trained.weight.info.name: trained.weight for trained in tensors.values() if trained.part is not None}
+    formats = sorted({format_label(str(weight.format)) for weight in packed.values() if not has_codes(weight)})
+    return f"codes of {', '.join(formats)} stay as they are, and scales are trained" if formats else None
+
+
+def has_codes(weight: Weight) -> bool:
+    """Return whether training may change the codes of a weight."""
+    return weight.stored_as is not None and weight.stored_as.has_whole_codes

@@ -1,30 +1,102 @@
-"""Which weights of a model are trained, and what their training leaves to be written."""
+"""The trained tensors of a checkpoint in a model, and what their training leaves to be written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
+from ditmoe_cli.files.reader import torch_dtype
+from ditmoe_cli.formats.base import StoredFormat, Weight
+from ditmoe_cli.formats.trained_layers import TrainedLinear
+from ditmoe_cli.formats.trained_parts import Cast, TrainedPart
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.loading import put
 
+Stored = Callable[[str, Tensor], Tensor]
+"""Takes a trained tensor's name and its values, and returns those that stand for what is written of them."""
 
-def trainable(model: nn.Module, prefix: str, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the weights of a model, or of a part of it whose names begin with `prefix`, that are to be trained.
 
-    They are made fp32 and record gradients from now on. Weights that stay packed are left out.
-    """
-    found: dict[str, Tensor] = {}
-    own = {f"{prefix}{name}": name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    for name in names:
-        if name not in own:
-            continue
-        value = _value(model, own[name])
-        if value.dtype != torch.float32:
-            put(model, own[name], value.float())
-        found[name] = _value(model, own[name]).requires_grad_(True)
-    return found
+@dataclass(frozen=True)
+class TrainedTensors:
+    """The stored tensors of a checkpoint that are trained, by name."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, TrainedTensor]
+    _parts: dict[str, TrainedPart] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many values are trained."""
+        return sum(tensor.values for tensor in self.tensors.values())
+
+    def in_model(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+        """Return the values of those that are in a model of the checkpoint, or in a part of it, whose names begin so.
+
+        They are fp32, and record gradients from now on. A weight that is stored otherwise than plain, of which they are
+        parts, becomes a `TrainedLinear`; and so does one that stays packed and is not trained, since what it is
+        unpacked to has to stay until gradients have passed. `rounded` knows them until the next call.
+        """
+        self._parts.clear()
+        found = self._layers(model, prefix)
+        own = {f"{prefix}{name}": name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        for name, trained in self.tensors.items():
+            if trained.part is not None or name not in own:
+                continue
+            value = _value(model, own[name])
+            if value.dtype != torch.float32:
+                put(model, own[name], value.float())
+            found[name] = _value(model, own[name])
+            self._parts[name] = Cast(torch_dtype(trained.weight.info.dtype))
+        return {name: found[name].requires_grad_(True) for name in self.tensors if name in found}
+
+    def rounded(self, name: str, values: Tensor) -> Tensor:
+        """Return values of a tensor of the model that `in_model` was given, rounded to those that are written."""
+        return self._parts[name].rounded(values)
+
+    def stored(self, name: str, values: Tensor) -> Tensor:
+        """Return the tensor, on the CPU, that is written of values."""
+        trained, tensor = self.tensors[name], self.checkpoint.finite_tensor(name)
+        weight = trained.weight
+        if weight.stored_as is None or trained.part is None:
+            return Cast(tensor.dtype).stored(values.cpu())
+        return weight.stored_as.trained_part(weight.info, trained.part, tensor).stored(values.cpu())
+
+    def _layers(self, model: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """Put layers in the places of stored weights; return the values of the trained ones, by name."""
+        device = next(iter((*model.parameters(), *model.buffers()))).device
+        values: dict[str, nn.Parameter] = {}
+        for name, weight in self.checkpoint.weights.items():
+            if weight.stored_as is None or not name.startswith(prefix):
+                continue
+            names = self._names(weight, weight.stored_as)
+            if not weight.quantized and not any(stored in self.tensors for stored in names.values()):
+                continue
+            members = {member: self.checkpoint.finite_tensor(member).to(device) for member in weight.members}
+            for part, stored in names.items():
+                if stored not in values:
+                    self._parts[stored] = weight.stored_as.trained_part(weight.info, part, members[stored])
+                    first = self._parts[stored].values(members[stored]).clone()
+                    values[stored] = nn.Parameter(first, requires_grad=False)
+            module = name.removeprefix(prefix).removesuffix(".weight")
+            layer = TrainedLinear(
+                {part: (self._parts[stored], values[stored]) for part, stored in names.items()},
+                weight.stored_as.composition(weight.info, members),
+                cast("nn.Parameter | None", model.get_submodule(module).bias),
+            )
+            setattr(model.get_submodule(module.rpartition(".")[0]), module.rpartition(".")[2], layer)
+        return {name: value for name, value in values.items() if name in self.tensors}
+
+    def _names(self, weight: Weight, stored_as: StoredFormat) -> dict[str, str]:
+        """Return the names of a weight's parts that its layer needs: all but codes that are not trained."""
+        members = stored_as.members(weight.info)
+        needed = stored_as.trained_parts(weight.info)
+        parts = stored_as.trained_parts(weight.info, codes=True)
+        return {part: members[part].name for part in parts if part in needed or members[part].name in self.tensors}
 
 
 def _value(model: nn.Module, name: str) -> Tensor:
@@ -34,10 +106,6 @@ def _value(model: nn.Module, name: str) -> Tensor:
     found = module._buffers.get(leaf) if value is None else value
     assert found is not None
     return found
-
-
-Stored = Callable[[str, Tensor], Tensor]
-"""Takes a weight's name and its value, and returns it in the dtype that it is written in."""
 
 
 def rounded_as_stored(weights: Mapping[str, Tensor], stored: Stored) -> None:

@@ -1,0 +1,47 @@
+"""Which stored tensors are trained, from headers alone. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ditmoe_cli.compression.training.trained_groups import trained_groups
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A stored tensor that is trained.
+
+    Attributes:
+        weight: the weight that it is a part of; of several, the first.
+        part: which one; None of a plain weight, which is stored as itself.
+        values: how many are trained.
+    """
+
+    weight: Weight
+    part: str | None
+    values: int
+
+
+def tensors_to_train(checkpoint: Checkpoint, groups: Collection[str], codes: bool = False) -> dict[str, TrainedTensor]:
+    """Return the stored tensors of a checkpoint that are trained, by name.
+
+    They are all plain weights in some `groups`, and of stored ones what `StoredFormat.trained_parts` says: scales, zero
+    points, factors; with `codes`, those of integer formats too. Raises `BadInputError` for none.
+    """
+    found: dict[str, TrainedTensor] = {}
+    for name, weight in checkpoint.weights.items():
+        if not trained_groups(name) & set(groups):
+            continue
+        if weight.stored_as is None:
+            found[name] = TrainedTensor(weight, None, weight.info.numel)
+            continue
+        members = weight.stored_as.members(weight.info)
+        for part, values in weight.stored_as.trained_parts(weight.info, codes).items():
+            found.setdefault(members[part].name, TrainedTensor(weight, part, values))
+    if not found:
+        raise BadInputError(f"{checkpoint.path}: has no weights to train in {', '.join(groups)}")
+    return found
