@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("int3", ("--scope", "block", "--train", "attention", "--steps", 16), "weight_scale"),
         (
             "mix",
-            ("--scope", "model", "--codes", "learn", "--train", "experts", "--steps", 80, "--rate", 0.02),
-            "weight_packed",
+            ("--scope", "model", "--codes", "learn", "--train", "experts", "--steps", 16),
+            "weight_scale",
         ),
     ],
 )
