@@ -101,8 +101,9 @@ class Teaching:
             "--train",
             metavar="LIST",
             parser=parse_groups,
-            autocompletion=completing("all", *GROUPS),
-            help=f"What to train: all, or some of {', '.join(GROUPS)}. [default: all]",
+            autocompletion=completing("all", *GROUPS, "lora:8"),
+            help=f"What to train: all, or some of {', '.join(GROUPS)}; or lora:R, which is all, matrices by updates of "
+            "rank R, in less memory. [default: all]",
         ),
     ] = GROUPS
     codes: Annotated[

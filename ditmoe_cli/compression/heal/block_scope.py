@@ -14,15 +14,16 @@ Takes the weights of two blocks, 16 bytes for each trained weight of one, and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe_cli.compression.replay.guided import GuidedStates, image_slices
+from ditmoe_cli.compression.training.low_rank_updates import Updates
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, bins_of, by_bin
-from ditmoe_cli.compression.training.trained_weights import TrainedTensors, rounded_as_stored
 from ditmoe_cli.compression.training.training_loop import BARE, CourseOf, Means, Objective, train
 from ditmoe_cli.files.workfolder import KeptLoop
 from ditmoe_cli.model.dit import Block
@@ -32,6 +33,10 @@ from ditmoe_cli.progress import phase
 STREAM = 0.5  # λ
 _TINY = 1e-30
 _JUDGED = 128  # states that are judged at once
+
+
+Updating = Callable[[nn.Module, str], Updates]
+"""Prepares the trained weights of a block, whose names begin with a prefix, and returns them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def heal_blocks(
     original: OffloadedDiTMoE,
     states: GuidedStates,
     held: Tensor,
-    tensors: TrainedTensors,
+    updating: Updating,
     course: CourseOf,
     kept: KeptLoop,
     means: Means = BARE,
@@ -71,7 +76,7 @@ def heal_blocks(
         student, original: both models, of as many blocks.
         states: what to train and to judge on, all branches.
         held: (N,) which states are held out.
-        tensors: the student's, that are trained.
+        updating: prepares the weights of a block to be trained.
         course: returns how a block is trained, given its weights and what they are trained towards.
         kept: the loop that keeps each block's weights.
         means: whom it tells, and the processes that train together.
@@ -87,7 +92,7 @@ def heal_blocks(
             with ExitStack() as stack:
                 own, other = stack.enter_context(student.resident(index)), stack.enter_context(original.resident(index))
                 healing = _BlockHealing(own, other, index, states, held, streams, rows_held, means)
-                document, weights = healing.healed(tensors, course)
+                document, weights = healing.healed(updating, course)
                 kept.keep(index, weights, document, healing.advanced())
             progress(1)
     seen = states.at(rows_held)
@@ -131,7 +136,7 @@ class _BlockHealing:
     rows_held: Tensor
     means: Means
 
-    def healed(self, tensors: TrainedTensors, course: CourseOf) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def healed(self, updating: Updating, course: CourseOf) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Train the block; return held-out errors before and after, and the values of its tensors."""
         streams, index, exchange = self.streams, self.index, self.means.exchange
         with torch.no_grad():
@@ -149,7 +154,7 @@ class _BlockHealing:
             return self._energies(out - target[places])
 
         def judge() -> float:
-            rounded_as_stored(weights, tensors.rounded)
+            updates.round()
             with torch.no_grad():
                 own = [errors(rows) for rows in exchange.parts(judged, _JUDGED)]
             return float(exchange.gathered(own, len(judged)).mean() / float(reference))
@@ -157,15 +162,16 @@ class _BlockHealing:
         def losses(rows: Tensor) -> Tensor:
             return errors(trained[rows]) / scale
 
-        weights = tensors.in_model(self.student, f"blocks.{index}.")
+        updates = updating(self.student, f"blocks.{index}.")
+        weights = updates.trained()
         if not weights:
             return {"before": 0.0, "after": 0.0}, {}
         objective = Objective(len(trained), losses, judge)
         chosen = course(weights, objective)
         chosen = replace(chosen, seed=chosen.seed + index)
-        result = train(weights, objective, chosen, "training", self.means)
+        result = train(weights, objective, chosen, "training", self.means, updates.sizes())
         self.student.requires_grad_(False)
-        written = {name: weight.detach().clone() for name, weight in weights.items()}
+        written = {name: weight.clone() for name, weight in updates.written().items()}
         return {"before": result.before, "after": result.after}, written
 
     def advanced(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe_cli.compression.computed import as_stored
 from ditmoe_cli.compression.heal.block_scope import BlocksHealed, heal_blocks
@@ -29,6 +29,7 @@ from ditmoe_cli.compression.heal.model_scope import heal_model
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import States, image_count
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
+from ditmoe_cli.compression.training.low_rank_updates import Updates, low_rank_updates
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, judged_errors
 from ditmoe_cli.compression.training.teacher_states import (
     PURPOSE,
@@ -281,7 +282,7 @@ class _Session:
                 done.append(self._course("block", share, int(held.sum()), weights, objective))
             return done[0]
 
-        blocks = heal_blocks(student, original, states, held, self.tensors, course, kept, self._means())
+        blocks = heal_blocks(student, original, states, held, self._updates, course, kept, self._means())
         values = {
             name: kept.result(index).tensor(name) for index in range(kept.total) for name in kept.result(index).names
         }
@@ -309,17 +310,23 @@ class _Session:
         def course(weights: Mapping[str, Tensor], objective: Objective) -> Course:
             return self._course("model", 1.0, len(held), weights, objective)
 
-        result = heal_model(
-            student, weights, source, held, course, self.tensors.rounded, batch, self._means(work.folder)
-        )
+        updates = self._updating(student, "", weights)
+        result = heal_model(student, updates, source, held, course, batch, self._means(work.folder))
         if not result.after.error < before.error:
             work.note("no trained weights were better on held-out states: the output has those of the input")
             self._keep({})
             result = replace(result, after=before)
         else:
-            self._keep({name: weight.detach() for name, weight in weights.items()})
+            self._keep(updates.written())
         scopes = ("block", "model") if values else ("model",)
         return Healed(scopes, len(data.images), block_steps, result.steps, before, result.after)
+
+    def _updates(self, model: nn.Module, prefix: str) -> Updates:
+        return self._updating(model, prefix, self.tensors.in_model(model, prefix))
+
+    def _updating(self, model: nn.Module, prefix: str, weights: Mapping[str, Tensor]) -> Updates:
+        """Return weights that are trained, or the updates that train them."""
+        return low_rank_updates(model, prefix, weights, self.tensors.ranks, self.tensors.rounded, self.asked.seed)
 
     def _means(self, folder: WorkFolder | None = None) -> Means:
         return Means(folder, self.work.note, self.work.exchange)

@@ -21,6 +21,7 @@ SCOPES: tuple[Scope, ...] = ("auto", "block", "model")
 Codes = Literal["fixed", "learn"]
 CODES: tuple[Codes, ...] = ("fixed", "learn")
 DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
+LOW_RANK = "lora:"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Healing:
         minutes: how long to train; None where `steps` say so.
         steps: steps of training, in block scope for each block.
         scope: ``block``, ``model`` or ``auto``: blocks first, then the model where memory suffices.
-        train: groups of weights to train (`trained_groups.GROUPS`).
+        train: groups of weights to train (`trained_groups.GROUPS`), or ``lora:R`` alone: all, matrices by updates of
+            rank R.
         codes: of quantised weights: ``fixed``, or ``learn`` for those of integer formats.
         batch: states of a step.
         rate: learning rate, relative to the size of weights; None for the default.
@@ -58,15 +60,32 @@ class Healing:
             raise UsageError(f"⟨steps⟩ {self.steps}: give at least 1")
         if self.rate is not None and not 0 < self.rate < 1:
             raise UsageError(f"⟨rate⟩ {self.rate:g}: give a share of a weight's size, above 0 and below 1, as 0.01")
-        unknown = [name for name in self.train if name not in GROUPS]
+        self._check_train()
+
+    def _check_train(self) -> None:
+        """Raise `UsageError` for what cannot be trained."""
+        low_rank = [name for name in self.train if name.startswith(LOW_RANK)]
+        if low_rank and len(self.train) > 1:
+            raise UsageError(
+                f"⟨train⟩ {','.join(self.train)}: {low_rank[0]} stands alone; it trains matrices by updates of low "
+                "rank, and all other weights as they are"
+            )
+        if low_rank and not (low_rank[0][len(LOW_RANK) :].isdecimal() and self.rank):
+            raise UsageError(f"⟨train⟩ {low_rank[0]}: give a rank of 1 or more, as {LOW_RANK}8")
+        unknown = [name for name in self.train if name not in GROUPS and not low_rank]
         if unknown or not self.train:
-            raise UsageError(f"⟨train⟩ {','.join(unknown)}: choose from all, {', '.join(GROUPS)}")
+            raise UsageError(f"⟨train⟩ {','.join(unknown)}: choose from all, {', '.join(GROUPS)}, or {LOW_RANK}R")
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of updates; None where weights are trained as they are."""
+        return int(self.train[0][len(LOW_RANK) :]) if self.train and self.train[0].startswith(LOW_RANK) else None
 
     @property
     def label(self) -> str:
         """The ending of the default output's name."""
         length = f"{self.minutes:g}min" if self.minutes is not None else f"{self.steps}steps"
-        groups = "" if set(self.train) == set(GROUPS) else "+".join(self.train)
+        groups = "" if set(self.train) == set(GROUPS) else "+".join(self.train).replace(":", "")
         seed = f"seed{self.seed}" if self.seed else ""
         codes = self.codes == "learn" and "codes"
         return label_of(f"heal-{length}", self.scope != "auto" and self.scope, groups, codes, seed)
@@ -125,9 +144,16 @@ _ALIKE = {
 def tensors_to_heal(student: Checkpoint, asked: Healing) -> dict[str, TrainedTensor]:
     """Return the student's stored tensors that are trained, by name.
 
-    Raises `BadInputError` for none, and `UsageError` where codes are asked for and none can be trained.
+    Raises `BadInputError` for none, and `UsageError` where codes are asked for and none can be trained, and for updates
+    of a rank above the width of the model.
     """
-    found = tensors_to_train(student, asked.train, asked.codes == "learn")
+    width = student.config.hidden_size
+    if asked.rank is not None and asked.rank > width:
+        raise UsageError(
+            f"⟨train⟩ {LOW_RANK}{asked.rank}: the width of {student.name} is {width}; give a lower rank, as {LOW_RANK}8"
+        )
+    groups = asked.train if asked.rank is None else GROUPS
+    found = tensors_to_train(student, groups, asked.codes == "learn", asked.rank)
     if asked.codes == "learn" and not any(has_codes(trained.weight) for trained in found.values()):
         raise UsageError(
             f"⟨codes⟩ learn has no effect: of {student.name} no weight that is trained is of an integer format; "

@@ -1,6 +1,7 @@
 """What healing takes, from shapes: states, memory of both scopes, and operations. Torch-free.
 
-A trained weight takes 28 bytes (`training_loop`), its own value among them. Recording gradients keeps the activations
+A trained weight takes 28 bytes (`training_loop`), its own value among them; of a matrix that is trained by an update of
+low rank, each value of the update does, and those of the matrix 4. Recording gradients keeps the activations
 of all blocks that are trained.
 """
 
@@ -57,14 +58,18 @@ def model_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, trained: in
     return model_bytes(original) + model_bytes(student) + (TRAINED_BYTES - 4) * trained + kept
 
 
-def block_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, batch: int, cfg: float) -> float:
-    """Return the memory of healing block after block, `batch` states at once."""
+def block_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, trained: int, batch: int, cfg: float) -> float:
+    """Return the memory of healing block after block, `batch` states at once.
+
+    The `trained` weights of all blocks are taken to be spread over them as all weights are.
+    """
     branches, states = branches_at(cfg), block_states(original)
     widest = max(block_weights(student, block) for block in student.blocks)
     other = max(block_weights(original, block) for block in original.blocks)
     tokens = 4 * states * branches * student.num_patches * student.hidden_size
     kept = activation_bytes(student, min(batch, states) * branches) * BACKWARD / 2
-    return TRAINED_BYTES * widest + 4 * other + STREAMS * tokens + kept
+    at_once = widest * min(1.0, trained / sum(block_weights(student, block) for block in student.blocks))
+    return 4 * widest + (TRAINED_BYTES - 4) * at_once + 4 * other + STREAMS * tokens + kept
 
 
 def model_scope_effort(student: DiTMoEConfig, original: DiTMoEConfig, steps: int, batch: int, cfg: float) -> Effort:
@@ -107,7 +112,7 @@ def healing_estimate(
     memory = 0.0
     if asked.scope != "model":
         effort += block_scope_effort(student, original, steps, asked.batch, cfg)
-        memory = block_scope_bytes(student, original, asked.batch, cfg)
+        memory = block_scope_bytes(student, original, trained, asked.batch, cfg)
     if asked.scope != "block":
         images = images_for(steps, asked.batch)
         evaluations = int(calibration["steps"]) * branches_at(cfg)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ditmoe_cli.compression.training.low_rank_updates import Updates
 from ditmoe_cli.compression.training.prediction_error import (
     JudgedErrors,
     bin_weights,
@@ -22,7 +23,6 @@ from ditmoe_cli.compression.training.prediction_error import (
     state_errors,
 )
 from ditmoe_cli.compression.training.teacher_states import StateSource, TeacherStates
-from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored
 from ditmoe_cli.compression.training.training_loop import BARE, CourseOf, Means, Objective, train
 from ditmoe_cli.model.dit import DiTMoE
 
@@ -41,18 +41,17 @@ class ModelHealed:
 
 def heal_model(
     student: DiTMoE,
-    weights: dict[str, Tensor],
+    updates: Updates,
     source: StateSource,
     held: TeacherStates,
     course: CourseOf,
-    stored: Stored,
     batch: int,
     means: Means = BARE,
     balance: float = BALANCE,
 ) -> ModelHealed:
-    """Train some `weights` of a student, by name, on states of `source`, and leave the best values in them.
+    """Train some weights of a student on states of `source`, and leave the best `updates` of them.
 
-    `course` returns how they are trained. Values that are judged, and left, are rounded to what is `stored` of them.
+    `course` returns how they are trained. Values that are judged, and left, are rounded to what is written of them.
     `batch` states are judged at once.
     """
     family, device, exchange = student.config.sampler, student.device, means.exchange
@@ -65,10 +64,11 @@ def heal_model(
         return state_errors(student, states) * by_bin[bins_of(states.t, family).to(device)]
 
     def judge() -> float:
-        rounded_as_stored(weights, stored)
+        updates.round()
         return judged_errors(student, held, batch, exchange).error
 
     objective = Objective(len(source), losses, judge)
+    weights = updates.trained()
     chosen = course(weights, objective)
-    train(weights, objective, chosen, "healing the model", means)
+    train(weights, objective, chosen, "healing the model", means, updates.sizes())
     return ModelHealed(chosen.steps, before, judged_errors(student, held, batch, exchange))

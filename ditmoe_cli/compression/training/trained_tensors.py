@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ditmoe_cli.compression.training.trained_groups import trained_groups
+from ditmoe_cli.compression.training.trained_groups import has_low_rank_update, trained_groups, trained_values
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -19,25 +19,32 @@ class TrainedTensor:
         weight: the weight that it is a part of; of several, the first.
         part: which one; None of a plain weight, which is stored as itself.
         values: how many are trained.
+        rank: that of the update that trains a matrix; None for what is trained itself.
     """
 
     weight: Weight
     part: str | None
     values: int
+    rank: int | None = None
 
 
-def tensors_to_train(checkpoint: Checkpoint, groups: Collection[str], codes: bool = False) -> dict[str, TrainedTensor]:
+def tensors_to_train(
+    checkpoint: Checkpoint, groups: Collection[str], codes: bool = False, rank: int | None = None
+) -> dict[str, TrainedTensor]:
     """Return the stored tensors of a checkpoint that are trained, by name.
 
     They are all plain weights in some `groups`, and of stored ones what `StoredFormat.trained_parts` says: scales, zero
-    points, factors; with `codes`, those of integer formats too. Raises `BadInputError` for none.
+    points, factors; with `codes`, those of integer formats too. With a `rank`, plain matrices are trained by updates of
+    that rank. Raises `BadInputError` for none.
     """
     found: dict[str, TrainedTensor] = {}
     for name, weight in checkpoint.weights.items():
         if not trained_groups(name) & set(groups):
             continue
         if weight.stored_as is None:
-            found[name] = TrainedTensor(weight, None, weight.info.numel)
+            has_update = rank is not None and has_low_rank_update(weight.info, rank)
+            values = trained_values(weight.info, rank)
+            found[name] = TrainedTensor(weight, None, values, rank if has_update else None)
             continue
         members = weight.stored_as.members(weight.info)
         for part, values in weight.stored_as.trained_parts(weight.info, codes).items():

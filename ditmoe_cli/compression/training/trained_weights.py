@@ -34,6 +34,11 @@ class TrainedTensors:
         """How many values are trained."""
         return sum(tensor.values for tensor in self.tensors.values())
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the updates that train matrices, by name."""
+        return {name: tensor.rank for name, tensor in self.tensors.items() if tensor.rank is not None}
+
     def in_model(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """Return the values of those that are in a model of the checkpoint, or in a part of it, whose names begin so.
 

@@ -6,8 +6,9 @@ Per step k of K, with the gradients of a batch's mean loss, clipped to the norm 
     a <- a + (1 - d_k) (w - a),  d_k = min(d, (1 + k) / (10 + k))
 
 The rate is relative to the size of what it changes: size(w) is the root mean square of a weight before training,
-rounded to a power of two, at least `LEAST_SIZE`; so one rate suits models of all widths. Averaged weights a are judged
-on held-out states every few per cent of the steps; the best of them, or those before training, are the result.
+rounded to a power of two, at least `LEAST_SIZE`; so one rate suits models of all widths. Weights whose size says
+nothing of what they change, as those that begin at 0, are given one. Averaged weights a are judged on held-out states
+every few per cent of the steps; the best of them, or those before training, are the result.
 
 Which states make a batch depends on seed and step alone: each pass over all states has an order of its own. Each batch
 is computed in parts where memory demands it, and by several processes where there are some, which changes its gradients
@@ -23,6 +24,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -146,9 +148,16 @@ BARE = Means()
 
 
 def train(
-    weights: Mapping[str, Tensor], objective: Objective, course: Course, title: str, means: Means = BARE
+    weights: Mapping[str, Tensor],
+    objective: Objective,
+    course: Course,
+    title: str,
+    means: Means = BARE,
+    sizes: Mapping[str, float] = MappingProxyType({}),
 ) -> Trained:
     """Train weights, by name, leaves that record gradients, and leave the best values in them.
+
+    `sizes` are what the rates of some of them are relative to, in place of their own size.
 
     The best are those of least held-out error; where none has less than the values before training, these stand. What
     going on takes is kept now and then. Raises `BadInputError` where the error before training is not finite; where
@@ -158,7 +167,7 @@ def train(
     before = means.exchange.agreed(objective.judge()) if kept is None else float(kept.document["before"])
     if not math.isfinite(before):
         raise BadInputError("the predictions before training are not finite; is the checkpoint damaged?")
-    run = _Run(weights, objective, course, means, before)
+    run = _Run(weights, objective, course, means, before, sizes)
     if kept is not None:
         run.go_on(kept)
     pace = Pace()
@@ -189,6 +198,7 @@ class _Run:
     course: Course
     means: Means
     before: float
+    sizes: Mapping[str, float]
     step: int = 0
     checks: list[Check] = field(default_factory=list)
     losses: float = 0.0
@@ -196,7 +206,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.error, self.part = self.before, self.course.part
-        self.optimizer = torch.optim.AdamW(_groups(self.weights), betas=_BETAS, weight_decay=0.0, foreach=True)
+        self.optimizer = torch.optim.AdamW(
+            _groups(self.weights, self.sizes), betas=_BETAS, weight_decay=0.0, foreach=True
+        )
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.averaged = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
@@ -338,10 +350,10 @@ def _gradient(weight: Tensor) -> Tensor:
     return weight.grad
 
 
-def _groups(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _groups(weights: Mapping[str, Tensor], sizes: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return weights in groups of one size each, whose learning rate that is."""
     groups: dict[float, list[Tensor]] = {}
-    for weight in weights.values():
-        size = max(float(weight.detach().float().square().mean().sqrt()), LEAST_SIZE)
-        groups.setdefault(2.0 ** round(math.log2(size)), []).append(weight)
+    for name, weight in weights.items():
+        size = sizes[name] if name in sizes else float(weight.detach().float().square().mean().sqrt())
+        groups.setdefault(2.0 ** round(math.log2(max(size, LEAST_SIZE))), []).append(weight)
     return [{"params": members, "lr": size} for size, members in sorted(groups.items())]

@@ -112,11 +112,13 @@ def test_rates_are_relative_to_the_sizes_of_weights() -> None:
         "small": torch.full((4,), 0.004),
         "also small": torch.full((2, 2), 0.0043),
         "one": torch.ones(2),
+        "zero, given a size": torch.zeros(1),
     }
-    groups = {group["lr"]: group["params"] for group in training_loop._groups(weights)}
+    found = training_loop._groups(weights, {"zero, given a size": 0.98})
+    groups = {group["lr"]: group["params"] for group in found}
     assert list(groups) == [LEAST_SIZE, 2.0**-8, 1.0]
-    assert [len(members) for members in groups.values()] == [1, 2, 1]
-    assert groups[1.0][0] is weights["one"]
+    assert [len(members) for members in groups.values()] == [1, 2, 2]
+    assert groups[1.0][0] is weights["one"] and groups[1.0][1] is weights["zero, given a size"]
 
 
 def test_the_first_step_changes_each_weight_by_its_share() -> None:
