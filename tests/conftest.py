@@ -141,6 +141,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no GPU")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Fail a test that leaves torch with more threads: they spin at each barrier and slow all later tests down."""
+    yield
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert count == 1, f"torch is left with {count} threads"
+
+
 def make_pico(
     *,
     attention: str = "timm",

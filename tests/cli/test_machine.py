@@ -33,15 +33,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test leaves threads, variables and the device that was found as they were."""
-    before = torch.get_num_threads()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.setenv(name, str(before))
+def device_as_before() -> Iterator[None]:
+    """Each test finds the device anew, and leaves none behind."""
     best_device.cache_clear()
     yield
     best_device.cache_clear()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

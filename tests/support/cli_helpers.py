@@ -14,12 +14,13 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from conftest import REPOSITORY
 
 from ditmoe_cli.cli.app import run as run_program
@@ -36,12 +37,12 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **changes}
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(words: list[str], folder: Path, **env: str) -> subprocess.Popen[str]:
     """Start a program in a folder, with pipes for its output."""
     return subprocess.Popen(
         words,
         cwd=folder,
-        env=environment(),
+        env=environment(**env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,13 +110,29 @@ class _Untouchable(io.StringIO):
         raise AssertionError("stdin was read")
 
 
+@contextlib.contextmanager
+def threads_as_before() -> Iterator[None]:
+    """Leave torch's threads and the environment as they were: ``--threads`` sets both for the whole process."""
+    count = torch.get_num_threads()
+    with mock.patch.dict(os.environ):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(count)
+
+
 def here(*args: object, cwd: Path, stdin: str | None = None) -> Outcome:
     """Run a command inside this process, off a terminal; without `stdin` it must not read any."""
     out, err = io.StringIO(), io.StringIO()
     before = sys.stdin
     sys.stdin = _Untouchable() if stdin is None else io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
     try:
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            threads_as_before(),
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             code = run_program([str(arg) for arg in args])
     finally:
         sys.stdin = before
@@ -149,6 +166,7 @@ def on_terminal(*args: object, cwd: Path, **env: str) -> tuple[int, str]:
     """Run a command in this process on streams that say they are a terminal; return exit code and text."""
     screen = _Terminal()
     with (
+        threads_as_before(),
         mock.patch.dict(os.environ, env),
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(screen),
@@ -169,6 +187,34 @@ def outside(*args: object, cwd: Path, stdin: str = "", timeout: float = 120, **e
         command(*args), cwd=cwd, input=stdin, env=environment(**env), text=True, capture_output=True, timeout=timeout
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def in_two_processes(*args: object, cwd: Path, threads: Sequence[int] = (1, 1)) -> list[Outcome]:
+    """Run a command in two processes of one job, as torchrun does, whose own start takes as long as theirs.
+
+    They meet at a store of this process, on a port that the system gave it: none that others may take meanwhile.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = {
+        "TORCHELASTIC_RUN_ID": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+    }
+    children = [
+        start(command(*args), cwd, **job, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=str(count))
+        for rank, count in enumerate(threads)
+    ]
+    try:
+        said = [child.communicate(timeout=600) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [Outcome(child.returncode, *streams) for child, streams in zip(children, said, strict=True)]
 
 
 _SERIES = """
