@@ -159,7 +159,10 @@ def combination_of(first: str) -> Combination:
 # every ordered pair of commands once: of second stages that take long or differ little, few
 FEW = {
     "mix": (*PACKED, "merge"),
-    "compress": (*PACKED, "prune", "merge"),
+    "compress": (*PACKED, "merge"),
+    "narrow": (*PACKED, "prune", "merge", "bf16"),
+    "delta": (*PACKED, "prune", "uneven", "upstream"),
+    "bf16": ("nf4", "delta", "constants", "upstream"),
     "slice": ("prune", "nf4"),
     "constants": ("constants", "nf4"),
     "uneven": ("delta",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import textwrap
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, contents, here, on_terminal, series, start
+from cli_helpers import command, contents, here, in_two_processes, on_terminal, series, start
 from conftest import make_pico
 from numpy.typing import NDArray
 from PIL import Image
@@ -524,7 +523,8 @@ def numbers(result: Mapping[str, Any]) -> list[float]:
     ]
 
 
-def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folder: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_gone_on_with_and_two_processes_give_the_same(folder: Path) -> None:
     work = folder / "work"
     straight = here(*LONG, "--work", "work", cwd=folder).result
     child = start(command(*LONG, "--work", "work"), folder)
@@ -539,12 +539,9 @@ def test_a_run_that_was_killed_is_gone_on_with_and_torchrun_gives_the_same(folde
     assert "of 24 images that an earlier run left" in again.err
     assert numbers(again.result) == numbers(straight)
     assert list(work.iterdir()) == []
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone")
-    job = start([sys.executable, *launcher, "-m", "ditmoe_cli", *map(str, LONG), "--work", "work"], folder)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0, err
-    assert out.count("\n") == 1, "one process prints"
-    assert numbers(json.loads(out)["result"]) == pytest.approx(numbers(straight), rel=1e-9)
+    printing, silent = in_two_processes(*LONG, "--work", "work", cwd=folder)
+    assert (silent.code, silent.out) == (0, ""), "one process prints"
+    assert numbers(printing.result) == pytest.approx(numbers(straight), rel=1e-9)
     assert list(work.iterdir()) == []
 
 

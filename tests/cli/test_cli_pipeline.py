@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import Outcome, contents, here, outside, shell, tensor_shapes
+from cli_helpers import Outcome, contents, here, piped, shell, tensor_shapes
 from conftest import make_pico
 from PIL import Image
 from safetensors import safe_open
@@ -47,7 +47,7 @@ def commands_of(outcome: Outcome) -> list[str]:
 
 
 def test_the_pipeline_on_the_demo(tmp_path: Path) -> None:
-    outcome = shell(
+    outcome = piped(
         "ditmoe profile-experts demo:digits --images 8 --steps 4 --bins 4 | ditmoe prune --keep 0.5 --refit-tokens 256 "
         "| ditmoe quantize --uniform --bits 4 | ditmoe fid --images 16 --steps 4",
         tmp_path,
@@ -96,7 +96,7 @@ def test_a_reference_can_be_given_what_it_does_not_tell(tmp_path: Path) -> None:
 
 def test_the_pipeline_on_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
     source = shared / "cifar10" / "checkpoint.pt"
-    outcome = shell(
+    outcome = piped(
         f"ditmoe profile-experts {source} --images 4 --steps 2 --bins 2 | ditmoe prune --keep 0.5 --no-refit "
         "| ditmoe quantize --uniform --bits 4 | ditmoe fid --images 4 --steps 2 --extractor pixels",
         tmp_path,
@@ -387,20 +387,15 @@ def test_unknown_extractors_are_usage_errors(name: str, folder: Path) -> None:
     assert "extractor" in here(*words, cwd=folder).error(2)
 
 
-def test_inception_without_weights_is_one_clear_line(folder: Path) -> None:
+def test_inception_without_weights_is_one_clear_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proxy is a port that nobody listens on, so that no machine fetches anything."""
-    outcome = outside(
-        *("fid", "a.safetensors", "--ref", "s.safetensors", *SETTINGS, "--extractor", "inception"),
-        cwd=folder,
-        timeout=60,
-        DITMOE_INCEPTION="",
-        XDG_CACHE_HOME=str(folder / "cache"),
-        https_proxy="http://127.0.0.1:9",
-        HTTPS_PROXY="http://127.0.0.1:9",
-        no_proxy="",
-        NO_PROXY="",
-    )
-    message = outcome.error(3)
+    for name in ("DITMOE_INCEPTION", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    words = ("fid", "a.safetensors", "--ref", "s.safetensors", *SETTINGS, "--extractor", "inception")
+    message = here(*words, cwd=folder).error(3)
     assert "--weights" in message and "DITMOE_INCEPTION" in message
     assert not [file for file in (folder / "cache").rglob("*") if file.is_file()]
 

@@ -32,7 +32,7 @@ UNIFORM = ("quantize", "a.safetensors", "--uniform")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, its profile, a fast one and one of another checkpoint; not to be written to."""
+    """A checkpoint, its profile with what mixes measure, a fast one and another checkpoint's; not to be written to."""
     folder = tmp_path_factory.mktemp("quantize")
     for name, seed in (("a", 0), ("other", 1)):
         pico = make_pico(sampler="rf", in_channels=1, input_size=4, experts=3, seed=seed)
@@ -41,6 +41,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source, *options = words
         command = ("profile-experts", f"{source}.safetensors", *SETTINGS, "--bins", 2, *options)
         assert here(*command, "-o", f"{name}.safetensors", cwd=folder).code == 0
+    with pytest.MonkeyPatch.context() as patched:
+        measure_few_tokens(patched, 512)
+        assert here(*MIX, "--bits", 3, "--dry-run", cwd=folder).code == 0
     return folder
 
 
@@ -239,8 +242,9 @@ def test_experts_in_pieces_from_end_to_end(rounding: tuple[object, ...], wide: P
     described = here("inspect", written.path, cwd=folder).result
     labels = set(map(format_label, cut.values()))
     assert described["history"] == ["quantize"] and labels and not any("*" in label for label in described["formats"])
-    sampled = outside("sample", written.path, "--images", 2, "--steps", 2, "-o", "s.safetensors", cwd=folder)
-    assert sampled.code == 0, sampled.err
+    if rounding == FEW:
+        sampled = outside("sample", written.path, "--images", 2, "--steps", 2, "-o", "s.safetensors", cwd=folder)
+        assert sampled.code == 0, sampled.err
     again = here("convert", written.path, "-o", "copy.safetensors", cwd=folder)
     assert open_checkpoint(again.path).fingerprint == open_checkpoint(written.path).fingerprint
     compared = here("compare", written.path, again.path, *SETTINGS, "--bins", 2, cwd=folder)

@@ -73,9 +73,10 @@ def test_a_terminal_shows_a_table(folder: Path) -> None:
     assert "\033[1m" not in shown
 
 
-def test_page_and_figures_are_written(folder: Path, tmp_path: Path) -> None:
+def test_page_and_figures_are_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    words = ("report", "profile", folder / "p.safetensors", *QUICK, "-o", "r.html", "--png", "figures")
+    SMALL.save(tmp_path / "p.safetensors")
+    words = ("report", "profile", "p.safetensors", *QUICK, "-o", "r.html", "--png", "figures")
     outcome = here(*words, "-q", cwd=tmp_path)
     assert (outcome.code, outcome.out, outcome.err) == (0, f"{tmp_path / 'r.html'}\n", "")
     first = contents(tmp_path)
@@ -143,9 +144,7 @@ def test_targets_that_cannot_be_written_are_refused_before_work(
         assert target in here(*words, "-o", target, cwd=tmp_path).error(5)
 
 
-@pytest.mark.parametrize(
-    "name", ["<b>\"'&.safetensors", "a$\\frac{1$.safetensors", "\udcff\n.safetensors", "图.safetensors"]
-)
+@pytest.mark.parametrize("name", ["<b>\"'&a$\\frac{1$.safetensors", "\udcff\n图.safetensors"])
 def test_any_file_name_is_reported_on(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     SMALL.save(tmp_path / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, contents, here, series, start
+from cli_helpers import command, contents, here, in_two_processes, series, start
 from conftest import make_pico
 from PIL import Image
 from safetensors.numpy import load_file
@@ -270,7 +269,7 @@ def test_heun_samples_but_cannot_be_followed_by_step(folder: Path) -> None:
 LONG = ("--images", 40, "--steps", 20, "--batch", 1, "-o", "s.safetensors")
 
 
-def wait_for(condition: Callable[[], object], child: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], child: subprocess.Popen[str], seconds: float = 600) -> None:
     """Wait until something is so, while a child is at work."""
     end = time.monotonic() + seconds
     while not condition():
@@ -284,16 +283,17 @@ def marks(folder: Path) -> int:
     return len(list(folder.glob(".*.work/*.done")))
 
 
-@pytest.fixture
-def straight(made: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def straight(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run makes."""
-    folder = tmp_path / "straight"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("straight")
     assert here("sample", made / "grey.safetensors", *LONG, cwd=folder).code == 0
     return folder / "s.safetensors"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_cut_off_is_gone_on_with(
     number: signal.Signals, code: int, folder: Path, straight: Path
 ) -> None:
@@ -328,11 +328,11 @@ def rank_of(child: int) -> str | None:
     return next((value[5:].decode() for value in variables if value.startswith(b"RANK=")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
 def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(folder: Path, straight: Path) -> None:
     before = listing(folder)
-    words = torchrun("sample", "grey.safetensors", *LONG)
-    job = start(words, folder)
+    job = start(torchrun("sample", "grey.safetensors", *LONG), folder)
     try:
         wait_for(lambda: marks(folder) >= 4, job)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
@@ -345,11 +345,10 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(folder: Path, st
     assert job.returncode != 0 and out == ""
     assert "internal error" not in err, "the other one says what happened, if it had time to notice"
     assert 4 <= marks(folder) < 40 and not (folder / "s.safetensors").exists()
-    job = start(words, folder)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0, err
-    assert out.count("\n") == 1 and json.loads(out)["samples"] == str(folder / "s.safetensors"), "one process prints"
-    assert err.count("going on with") == 1, "and one speaks"
+    printing, silent = in_two_processes("sample", "grey.safetensors", *LONG, cwd=folder)
+    assert printing.envelope["samples"] == str(folder / "s.safetensors")
+    assert (silent.code, silent.out) == (0, ""), "one process prints"
+    assert (printing.err + silent.err).count("going on with") == 1, "and one speaks"
     assert listing(folder) - before == {"s.safetensors"}
     assert (folder / "s.safetensors").read_bytes() == straight.read_bytes()
 

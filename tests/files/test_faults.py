@@ -17,6 +17,7 @@ SCENES = {
     "a folder over an old one": ("x", "--old"),
     "a folder over an old one, without exchange": ("x", "--old", "--no-exchange"),
 }
+SLOW = (SCENES["a new file"], SCENES["a folder over an old one"])
 
 
 def played(words: tuple[str, ...]) -> dict[str, int]:
@@ -33,7 +34,10 @@ def played(words: tuple[str, ...]) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("words", SCENES.values(), ids=SCENES)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=name, marks=pytest.mark.slow if words in SLOW else ()) for name, words in SCENES.items()],
+)
 def test_a_write_is_all_or_nothing(words: tuple[str, ...]) -> None:
     counts = played(words)
     assert counts["kills"] >= 20 and counts["signals_between"] >= 60

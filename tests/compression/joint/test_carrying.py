@@ -142,7 +142,7 @@ def test_merged_experts_are_rounded_in_the_format_of_the_kept_one(given: Given, 
     assert 0 < error_of(given, made) < 1.5
 
 
-@pytest.mark.parametrize("selection", [None, "elimination"])
+@pytest.mark.parametrize("selection", [pytest.param(None, marks=pytest.mark.slow), "elimination"])
 def test_a_run_that_goes_on_writes_the_same_bytes(selection: Any, given: Given, tmp_path: Path) -> None:
     plan = plan_of(given, NARROW, formats_of_experts(), selection=selection)
     pieces = goes_on_to_the_same_bytes(lambda path: apply(given[0], plan, Output(path), profile=given[1]), tmp_path)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import here, in_two_processes
 from conftest import Pico
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches
@@ -92,28 +88,16 @@ def test_unequal_threads_have_their_flips_counted(pico: Callable[..., Pico], mon
     assert run(tamper=True) == pytest.approx(1 / choices)
 
 
-def test_torchrun_counts_as_one_process_does(pico: Callable[..., Pico], tmp_path: Path) -> None:
+WORDS = ("profile-experts", "a.safetensors", "--steps", 2, "--bins", 2, "--batch", 2)
+
+
+def test_two_processes_count_as_one_does(pico: Callable[..., Pico], tmp_path: Path) -> None:
     pico(sampler="rf", in_channels=1).save(tmp_path / "a.safetensors")
-    words = ["profile-experts", "a.safetensors", "--images", "5", "--steps", "2", "--bins", "2", "--batch", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(*launcher: str, output: str) -> str:
-        command = [sys.executable, "-m", *launcher, "ditmoe_cli", *words, "-o", output]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    two = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone", "-m")
-    printed = run(*two, output="two.safetensors")
-    assert json.loads(printed)["profile"] == str(tmp_path / "two.safetensors"), "one process prints"
-    one = subprocess.run(
-        [sys.executable, "-m", "ditmoe_cli", *words, "-o", "one.safetensors"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        check=True,
-    )
-    assert one.stdout
+    words = (*WORDS, "--images", 5)
+    printing, silent = in_two_processes(*words, "-o", "two.safetensors", cwd=tmp_path)
+    assert printing.envelope["profile"] == str(tmp_path / "two.safetensors")
+    assert (silent.code, silent.out) == (0, ""), "one process prints"
+    assert here(*words, "-o", "one.safetensors", cwd=tmp_path).code == 0
     first, second = read_profile(tmp_path / "one.safetensors"), read_profile(tmp_path / "two.safetensors")
     assert first.header.tensors.keys() == second.header.tensors.keys()
     for name, stored in first.header.tensors.items():
@@ -124,39 +108,8 @@ def test_torchrun_counts_as_one_process_does(pico: Callable[..., Pico], tmp_path
 
 
 def test_processes_of_unequal_threads_report_a_flip_rate(pico: Callable[..., Pico], tmp_path: Path) -> None:
-    """Two real processes, one of them with two threads, as torchrun would start them."""
+    """Two real processes, one of them with two threads."""
     pico(sampler="rf", in_channels=1).save(tmp_path / "a.safetensors")
-    words = [
-        "profile-experts",
-        "a.safetensors",
-        "--images",
-        "4",
-        "--steps",
-        "2",
-        "--bins",
-        "2",
-        "--batch",
-        "2",
-        "--fast",
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ditmoe_cli", *words],
-            cwd=tmp_path,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(rank + 1)}
-            | {"PYTHONFAULTHANDLER": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outcomes = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [0, 0], outcomes
-    result = json.loads(outcomes[0][0])["result"]
-    assert result["flip_rate"] is not None and 0 <= result["flip_rate"] < 0.05
-    assert outcomes[1][0] == "", "one process prints"
+    printing, silent = in_two_processes(*WORDS, "--images", 4, "--fast", cwd=tmp_path, threads=(1, 2))
+    assert printing.result["flip_rate"] is not None and 0 <= printing.result["flip_rate"] < 0.05
+    assert (silent.code, silent.out) == (0, ""), "one process prints"
