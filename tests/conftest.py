@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -133,6 +134,13 @@ class Pico:
             side = self.config.input_size // self.config.patch_size
             model.pos_embed.copy_(sincos_position_embedding(self.config.hidden_size, side))
         return model.eval().requires_grad_(False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spare garbage collections, which `bench` asks for each time, what lives as long as the tests do."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
