@@ -17,6 +17,7 @@ from ditmoe_cli.compression.plan import (
     Experts,
     Formats,
     Repair,
+    Retraining,
     Rounding,
     Selection,
 )
@@ -166,6 +167,14 @@ def selection_text(selection: Selection | None) -> str:
     return "those whose loss costs most stay, once others make up for it"
 
 
+def retraining_text(retraining: Retraining | None) -> str:
+    """Return how long weights are trained."""
+    if retraining is None:
+        return "none"
+    length = f"{retraining.minutes:g} minutes" if retraining.minutes is not None else f"{retraining.steps:,} steps"
+    return f"{length} of training to predict as the original does, before rounding and after"
+
+
 def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_block: bool = False) -> list[Row]:
     """Return what a plan does: experts by block, differences, and formats by group, or by block and group."""
     rows: list[Row] = []
@@ -181,6 +190,8 @@ def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_bl
                 rows.append(("refit", repair_text(stage.repair)))
             case Differences():
                 rows.append(("differences", f"{stage.kind} {stage.ratio:g}"))
+            case Retraining():
+                rows.append(("healing", retraining_text(stage)))
             case Formats():
                 rows += [("orders neurons", f"by {stage.ordering}")] if stage.ordering else []
                 rows += format_rows(stage.formats) if by_block else group_rows(stage.formats, checkpoint)
@@ -200,6 +211,8 @@ def facts(plan: CompressionPlan, checkpoint: Checkpoint) -> dict[str, Any]:
                     found["widths"] = [list(block.widths) for block in stage.blocks]
             case Differences():
                 found["delta"] = asdict(stage)
+            case Retraining():
+                found["retraining"] = asdict(stage)
             case Formats():
                 groups = formats_by_group(stage.formats, checkpoint)
                 found["formats_by_group"] = {group: dict(sorted(counts.items())) for group, counts in groups.items()}
@@ -220,6 +233,9 @@ def error_rows(facts: Mapping[str, Any]) -> list[Row]:
         errors.append(f"solver {facts['solver']}")
     if errors:
         rows.append(("prediction error", ", ".join(errors)))
+    if facts.get("held_error"):
+        before, after = facts["held_error"]
+        rows.append(("healing", f"{number(before)} -> {number(after)} of the guided prediction, on held-out states"))
     rows += _damage_rows(facts)
     if facts.get("untied_error") is not None:
         tied, free = facts["predicted_error"], facts["untied_error"]

@@ -7,13 +7,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ditmoe_cli.cli.costs import GROUPS, error_rows, in_runs, repair_text, rounding_text, selection_text, widths_text
-from ditmoe_cli.compression.plan import FIGURES, BlockPlan, CompressionPlan, Differences, Experts, Formats
+from ditmoe_cli.cli.costs import (
+    GROUPS,
+    error_rows,
+    in_runs,
+    repair_text,
+    retraining_text,
+    rounding_text,
+    selection_text,
+    widths_text,
+)
+from ditmoe_cli.compression.plan import FIGURES, BlockPlan, CompressionPlan, Differences, Experts, Formats, Retraining
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.parameters import group_of
 
-S = TypeVar("S", Experts, Differences, Formats)
+S = TypeVar("S", Experts, Differences, Retraining, Formats)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ def plan_differences(a: CompressionPlan, b: CompressionPlan) -> list[Difference]
         _stage(b, Differences),
         lambda d: f"{d.kind} {d.ratio:g}" if d else "none",
     )
+    found += _worded("healing", a.retraining, b.retraining, retraining_text)
     found += _worded("rounding", formats[0].rounding, formats[1].rounding, rounding_text)
     if formats[0].ordering != formats[1].ordering:
         found.append(Difference("order of neurons", formats[0].ordering or "kept", formats[1].ordering or "kept"))

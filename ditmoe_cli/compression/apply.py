@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from ditmoe_cli.compression.computed import Computing, kept_weight
-from ditmoe_cli.compression.one_pass import OnePass
+from ditmoe_cli.compression.one_pass import write_planned
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
-from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage
+from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, PlanStage, Retraining
 from ditmoe_cli.compression.recorded import Measured
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.staging import check_target
-from ditmoe_cli.files.streaming import one_at_a_time
 from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.progress import BYTES, phase
+from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.profile import RoutingProfile
 
 
@@ -80,6 +79,12 @@ def carry_out(
     if work is None:
         with open_work(output.path, applying_key(plan, profile, device), lambda _: None) as own:
             return carry_out(checkpoint, planned, output, profile, device, own)
+    if plan.retraining is not None:
+        from ditmoe_cli.compression.joint.healed_stages import Means, carry_out_healed
+
+        done = carry_out_healed(checkpoint, plan, Means(profile, device, work, apply))
+        planned = planned.measured(done.measured)
+        return Applied(write_planned(checkpoint, planned, output, done.healed.reader.raw), done.measured, planned)
     loop, kept = work.loop(loop_name(plan), checkpoint.config.depth), None
     if loop.start < loop.total and any(isinstance(stage, Experts) and stage.selection for stage in plan.stages):
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
@@ -162,21 +167,5 @@ def _compute(computing: Computing, stage: PlanStage) -> Measured:
 
             encode_ordered(computing, stage)
             return Measured()
-
-
-def write_planned(
-    checkpoint: Checkpoint,
-    planned: PlannedOutput,
-    output: Output,
-    computed: Callable[[str], memoryview] | None = None,
-    settled: Callable[[], PlannedOutput] | None = None,
-) -> int:
-    """Write an output as it is laid out, in one pass, and return its bytes.
-
-    `computed` returns the bytes of computed tensors; `settled` is that of `carry_out`.
-    """
-    one_pass = OnePass(checkpoint, planned, computed)
-    with phase(f"writing {output.path.name}", one_pass.bytes, BYTES) as progress:
-        jobs = one_pass.jobs(one_at_a_time(progress))
-        final = None if settled is None else lambda: settled().provenance
-        return output.write(planned.infos, jobs, planned.provenance, [checkpoint.path], final)
+        case Retraining():
+            raise AssertionError("is carried out with the stages around it")

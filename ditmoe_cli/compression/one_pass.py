@@ -13,10 +13,11 @@ from threading import Lock
 
 from ditmoe_cli.compression.output import Computed, Copied, Known, Packed, PlannedOutput, Rows
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.streaming import Count, chunks, counted, sha256_of
-from ditmoe_cli.files.writer import Job, Target
+from ditmoe_cli.files.streaming import Count, chunks, counted, one_at_a_time, sha256_of
+from ditmoe_cli.files.writer import Job, Output, Target
 from ditmoe_cli.formats.registry import pack
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.progress import BYTES, phase
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,21 @@ class OnePass:
 
 def _put(name: str, data: memoryview, count: Count, target: Target) -> None:
     target.put(name, counted(chunks(data), count))
+
+
+def write_planned(
+    checkpoint: Checkpoint,
+    planned: PlannedOutput,
+    output: Output,
+    computed: Callable[[str], memoryview] | None = None,
+    settled: Callable[[], PlannedOutput] | None = None,
+) -> int:
+    """Write an output as it is laid out, in one pass, and return its bytes.
+
+    `computed` returns the bytes of computed tensors; `settled` is that of `apply.carry_out`.
+    """
+    one_pass = OnePass(checkpoint, planned, computed)
+    with phase(f"writing {output.path.name}", one_pass.bytes, BYTES) as progress:
+        jobs = one_pass.jobs(one_at_a_time(progress))
+        final = None if settled is None else lambda: settled().provenance
+        return output.write(planned.infos, jobs, planned.provenance, [checkpoint.path], final)

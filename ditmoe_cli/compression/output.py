@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
 from ditmoe_cli.compression.computed import expert_map_bytes, mixture_infos
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
-from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats
+from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, Retraining
 from ditmoe_cli.compression.recorded import Measured, planned_step, with_measured
 from ditmoe_cli.compression.replay.neuron_order import is_ordered
 from ditmoe_cli.compression.rounding.smooth import is_smoothed
@@ -129,9 +129,13 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
                 draft = _with_experts(checkpoint, stage, draft)
             case Differences():
                 draft = _with_differences(checkpoint, stage, draft)
+            case Retraining():
+                pass  # layout and dtypes stay
             case Formats():
                 draft = _with_formats(stage, draft)
     tensors = draft.tensors + [tensor for kept in draft.weights for tensor in _moved(checkpoint, kept)]
+    if plan.retraining is not None:
+        tensors = [replace(tensor, content=Computed()) for tensor in tensors]
     once = {tensor.info.name: tensor for tensor in tensors}  # bases are members of several weights
     config = replace(checkpoint.config, blocks=draft.blocks)
     history = (*base.history, planned_step(plan, checkpoint.config.experts))
@@ -192,6 +196,8 @@ def check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
                     "the plan stores experts as differences and changes which experts there are; make that two plans, "
                     "the differences last"
                 )
+            case Retraining() if before - {Experts}:
+                raise BadInputError("the plan stores differences and trains them; make that two plans (ditmoe heal)")
             case Formats():
                 _check_formats(checkpoint, stage, before)
         before.add(type(stage))

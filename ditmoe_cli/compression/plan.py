@@ -1,12 +1,14 @@
 """Compression plans: everything that is to be done to a checkpoint, as data.
 
 A plan can be printed, compared, edited and applied later. It names its checkpoint by fingerprint and, where its
-choice rests on one, its profile by digest. It lists stages, each of its own type: `Experts`, `Differences`, `Formats`.
+choice rests on one, its profile by digest. It lists stages, each of its own type: `Experts`, `Differences`,
+`Retraining`, `Formats`.
 Making, reading and checking plans needs neither torch nor numpy.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -170,6 +172,30 @@ class Differences:
 
 
 @dataclass(frozen=True)
+class Retraining:
+    """The stage that trains weights to predict as the plan's checkpoint does: before they are rounded, and after.
+
+    Attributes:
+        minutes: how long; None where `steps` say so.
+        steps: of training.
+        seed: of noise and orders.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+    seed: int = 0
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights are computed from calibration data: always."""
+        return True
+
+    def fields(self) -> dict[str, Any]:
+        """Return the stage's fields of the plan's JSON."""
+        return {"retraining": asdict(self)}
+
+
+@dataclass(frozen=True)
 class Formats:
     """The stage that quantises weights.
 
@@ -195,10 +221,10 @@ class Formats:
         return {"formats": dict(sorted(self.formats.items())), "rounding": rounding, "ordering": self.ordering}
 
 
-PlanStage = Experts | Differences | Formats
-S = TypeVar("S", Experts, Differences, Formats)
+PlanStage = Experts | Differences | Retraining | Formats
+S = TypeVar("S", Experts, Differences, Retraining, Formats)
 T = TypeVar("T")
-_ORDER = (Experts, Differences, Formats)
+_ORDER = (Experts, Differences, Retraining, Formats)
 _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order in which they are written
     "blocks": [],
     "formats": {},
@@ -226,7 +252,7 @@ class CompressionPlan:
         options: the options that led here, for the reader, and `FIGURES`.
         calibration: settings of that profile's calibration, which the result's history keeps.
         stages: the changes, in order. JSON of this schema has a place for one stage of each type, in the order
-            `Experts`, `Differences`, `Formats`; others raise `ValueError`.
+            `Experts`, `Differences`, `Retraining`, `Formats`; others raise `ValueError`.
         request: digest of what a planner was asked for, which the result's history keeps.
         written: the digest in the file that the plan was read from, by which planners sign; None where it has none.
     """
@@ -243,7 +269,9 @@ class CompressionPlan:
     def __post_init__(self) -> None:
         places = [_ORDER.index(type(stage)) for stage in self.stages]
         if places != sorted(set(places)):
-            raise ValueError(f"{PLAN_SCHEMA} holds experts, differences and formats, once each, in this order")
+            raise ValueError(
+                f"{PLAN_SCHEMA} holds experts, differences, retraining and formats, once each, in this order"
+            )
 
     @property
     def computes(self) -> bool:
@@ -271,6 +299,11 @@ class CompressionPlan:
         experts = next((stage for stage in self.stages if isinstance(stage, Experts) and stage.blocks), None)
         formats = next((stage for stage in self.stages if isinstance(stage, Formats) and stage.rounding), None)
         return None if experts is None or formats is None else (experts, formats)
+
+    @property
+    def retraining(self) -> Retraining | None:
+        """The stage that trains weights; None where there is none."""
+        return next((stage for stage in self.stages if isinstance(stage, Retraining)), None)
 
     @cached_property
     def work_digest(self) -> str:
@@ -313,7 +346,18 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     fields = check_schema(document, PLAN_SCHEMA, where)
     unknown = sorted(
         set(fields)
-        - {"schema", "command", "source", "profile", "options", "calibration", "selection", *_SIGNS, *_NO_STAGES}
+        - {
+            "schema",
+            "command",
+            "source",
+            "profile",
+            "options",
+            "calibration",
+            "selection",
+            "retraining",
+            *_SIGNS,
+            *_NO_STAGES,
+        }
     )
     if unknown:
         raise BadInputError(f"{where}: unknown field {unknown[0]!r}")
@@ -336,7 +380,8 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         rounding=_parsed(fields, "rounding", _parse_rounding, where),
         ordering=_one_of(fields.get("ordering"), (None, *get_args(Ordering)), f"{where}: field 'ordering'"),
     )
-    stages = (experts, _parsed(fields, "delta", _parse_differences, where), quantised)
+    differences = _parsed(fields, "delta", _parse_differences, where)
+    stages = (experts, differences, _parsed(fields, "retraining", _parse_retraining, where), quantised)
     calibration = None if fields.get("calibration") is None else _field(fields, "calibration", dict, where)
     present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
     written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None
@@ -447,6 +492,17 @@ def _parse_differences(value: object, where: str) -> Differences:
     if type(ratio) not in (int, float) or not 0 < ratio <= 1:
         raise BadInputError(f"{where}: ratio of field 'delta' is {ratio!r}; expected a number above 0 and at most 1")
     return Differences(kind, float(ratio))
+
+
+def _parse_retraining(value: object, where: str) -> Retraining:
+    if not isinstance(value, dict) or value.keys() != {"minutes", "steps", "seed"}:
+        raise BadInputError(f"{where}: field 'retraining' is {value!r}; expected null or minutes, steps and seed")
+    minutes, steps, seed = value["minutes"], value["steps"], value["seed"]
+    timed = type(minutes) in (int, float) and 0 < minutes < math.inf and steps is None
+    counted = type(steps) is int and steps > 0 and minutes is None
+    if not (timed or counted) or type(seed) is not int:
+        raise BadInputError(f"{where}: field 'retraining' is {value!r}; expected minutes or steps above 0, and a seed")
+    return Retraining(None if minutes is None else float(minutes), steps, seed)
 
 
 def _parse_rounding(value: object, where: str) -> Rounding:

@@ -19,6 +19,7 @@ from ditmoe_cli.compression.plan import (
     Experts,
     Formats,
     PlanStage,
+    Retraining,
     Rounding,
     RouterMode,
 )
@@ -40,11 +41,14 @@ class Measured:
         refit_error: each block's held-out error after refitting over that before; empty where none was refitted.
         prediction_error: relative squared error of the guided prediction of a rounded model, on the calibration states.
         top_k_agreement: of each block, the share of selected experts that original and rounded model both select.
+        held_error: of a trained model, the relative squared error of the guided prediction on held-out states, before
+            training and after.
     """
 
     refit_error: tuple[float, ...] = ()
     prediction_error: float | None = None
     top_k_agreement: tuple[float, ...] = ()
+    held_error: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, float | list[float]]:
         """Return the measured errors by name."""
@@ -53,6 +57,8 @@ class Measured:
             result["refit_error"] = list(self.refit_error)
         if self.prediction_error is not None:
             result |= {"prediction_error": self.prediction_error, "top_k_agreement": list(self.top_k_agreement)}
+        if self.held_error:
+            result["held_error"] = list(self.held_error)
         return result
 
     def recorded(self) -> dict[str, list[str]]:
@@ -127,7 +133,9 @@ def recorded_plan(step: Step, source: Checkpoint, target: Checkpoint) -> Compres
         stages.append(Experts(blocks, step.options.get("method")))
     elif "delta" in step.options:
         stages.append(Differences(step.options["delta"], step.options["delta_ratio"]))
-    rounding = Rounding() if "prediction_error" in step.measured else None
+    rounding = Rounding() if {"prediction_error", "held_error"} & set(step.measured) else None
+    if step.options.get("heal"):
+        stages.append(Retraining(step.options.get("minutes")))
     if (formats or rounding) if blocks else "delta" not in step.options:
         stages.append(Formats(formats, rounding))
     return CompressionPlan(step.command, step.source, None, {**step.options, **figures}, tuple(stages))
@@ -167,6 +175,8 @@ def _old_name(name: str, blocks: Sequence[BlockPlan]) -> str:
 
 def _to_be_measured(plan: CompressionPlan, depth: int) -> Measured:
     """Return zeros for what carrying out a plan measures."""
+    if plan.retraining is not None:
+        return Measured(held_error=(0.0, 0.0))
     zeros, refit, rounds = (0.0,) * depth, False, False
     for stage in plan.stages:
         match stage:

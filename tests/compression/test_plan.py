@@ -191,7 +191,7 @@ def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stages", [(QUANTISED, PRUNED), (PRUNED, PRUNED), (QUANTISED, Differences("svd", 0.5))])
 def test_stages_that_this_schema_has_no_place_for_are_refused(stages: tuple[PlanStage, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^ditmoe\.plan/1 holds experts, differences and formats, once each, in this"):
+    with pytest.raises(ValueError, match=r"^ditmoe\.plan/1 holds experts, differences, retraining and formats, once each, in this"):
         CompressionPlan("prune", "a" * 64, stages=stages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -15,6 +16,7 @@ from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Size, Source, parse_size
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.compression.heal.healing import DEFAULT_MINUTES
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
 from ditmoe_cli.compression.joint.size_curve import Curving
@@ -26,6 +28,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe compress ckpt.pt --size 1.2GiB",
     "ditmoe compress ckpt.pt --ratio 0.25 | ditmoe fid",
+    "ditmoe compress ckpt.pt --ratio 0.25 --heal --minutes 5",
     "ditmoe compress ckpt.pt --max-damage 0.02",
     "ditmoe compress ckpt.pt --ratio 0.5 --upstream -o half.safetensors",
     "ditmoe compress ckpt.pt --curve --png curve.png",
@@ -88,6 +91,34 @@ class Tying(Mixing):
 
 
 @dataclass(frozen=True)
+class Retrained:
+    """Training between structure and bits, and after both."""
+
+    panel: ClassVar[str] = "Healing"
+
+    heal: Annotated[
+        bool,
+        typer.Option(
+            "--heal",
+            help="Train weights to predict as the original does, before they are rounded and after, as ditmoe heal.",
+        ),
+    ] = False
+    minutes: Annotated[float, typer.Option("--minutes", metavar="M", help="Time for --heal, beside all else.")] = (
+        DEFAULT_MINUTES
+    )
+
+    @property
+    def length(self) -> float | None:
+        """The minutes to train; None for no training. Raises `UsageError` for times out of range."""
+        if not self.heal:
+            refuse_idle(self, "without --heal", "minutes")
+            return None
+        if not 0 < self.minutes < math.inf:
+            raise UsageError(f"--minutes {self.minutes:g}: give a time above 0")
+        return self.minutes
+
+
+@dataclass(frozen=True)
 class Loading:
     """What the result is to be loaded by."""
 
@@ -132,6 +163,7 @@ def run(
     goals: Goals,
     foresight: Foresight,
     mixing: Tying,
+    retrained: Retrained,
     loading: Loading,
     measuring: Measuring,
     automatic: AutomaticProfile,
@@ -152,6 +184,7 @@ def run(
         refuse_idle(foresight, "with --curve, which has many plans", "plan_only")
         refuse_idle(goals, "with --curve, which tries one plan; give a size", "max_damage")
         refuse_idle(loading, "with --curve", "upstream")
+        refuse_idle(retrained, "with --curve", "heal", "minutes")
         curving = Curving(lambda size: Compressing(Goal(size), mixing.formats, mixing.stacked), goal)
         return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
     refuse_idle(foresight, "without --curve", "png")
@@ -159,8 +192,11 @@ def run(
     planner: Planner
     if loading.upstream:
         refuse_idle(mixing, "with --upstream, which takes no formats", "allow", "floor", "protect", "tie")
+        refuse_idle(retrained, "with --upstream, whose result ditmoe heal takes", "heal", "minutes")
         refuse_idle(goals, "with --upstream; give --size or --ratio", "max_damage")
         planner = ForUpstream(goal)
     else:
-        planner = Compressing(goal, mixing.formats, mixing.stacked)
+        if retrained.heal:
+            refuse_idle(goals, "with --heal, which takes a --size or a --ratio", "max_damage")
+        planner = Compressing(goal, mixing.formats, mixing.stacked, retrained.length)
     return run_planner(planner, measuring, automatic, source, to, printing, plan_only=foresight.plan_only)

@@ -20,7 +20,6 @@ from ditmoe_cli.cli.planning import Job, reuse, size_facts, size_rows
 from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
-from ditmoe_cli.compression.apply import write_planned
 from ditmoe_cli.compression.estimates import profiling_estimate
 from ditmoe_cli.compression.heal.healed_output import healed_output, recorded_errors, with_errors
 from ditmoe_cli.compression.heal.healing import (
@@ -36,6 +35,7 @@ from ditmoe_cli.compression.heal.healing import (
     tensors_to_heal,
 )
 from ditmoe_cli.compression.heal.healing_memory import healing_estimate
+from ditmoe_cli.compression.one_pass import write_planned
 from ditmoe_cli.compression.planner import request_digest
 from ditmoe_cli.compression.training.trained_groups import GROUPS
 from ditmoe_cli.errors import BadInputError, UsageError

@@ -94,11 +94,13 @@ class Compressing(Planner):
         goal: the size to reach.
         candidates: the formats to choose from.
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
+        healing: the minutes for which weights are trained before rounding and after; None for none.
     """
 
     goal: Goal
     candidates: Candidates
     stacked: bool = False
+    healing: float | None = None
     command: ClassVar[str] = "compress"
     needs_profile: ClassVar[bool] = True
     measures: ClassVar[bool] = True
@@ -106,12 +108,16 @@ class Compressing(Planner):
     @property
     def label(self) -> str:
         """The ending of the default output's name."""
-        return label_of(f"{self.command}-{self.goal.label}", *self.candidates.labels(), self.stacked and "stack")
+        healed = f"heal{self.healing:g}min" if self.healing is not None else ""
+        return label_of(
+            f"{self.command}-{self.goal.label}", *self.candidates.labels(), self.stacked and "stack", healed
+        )
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for the options of the plan."""
         stacked = {"tie": ",".join(("stack", *self.candidates.tied))} if self.stacked else {}
-        return {**self.goal.options(), **self.candidates.options(), **stacked}
+        healed = {"heal": True, "minutes": self.healing} if self.healing is not None else {}
+        return {**self.goal.options(), **self.candidates.options(), **stacked, **healed}
 
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a size below the smallest possible or above the file."""
@@ -151,7 +157,7 @@ class Compressing(Planner):
             measuring_estimate(config, counts, branches),
             repeated(trials, "trying {} plans"),
             *carrying_out(work.checkpoint, plan, 0)[:-1],
-        ]
+        ]  # healing takes the time that is given it
 
     def _likely(self, request: JointRequest) -> Draft:
         """Return a draft of likely widths: what experts keep at `_LIKELY_BITS` a weight; formats do not matter here."""
@@ -176,11 +182,12 @@ class Compressing(Planner):
             self.stacked,
             work.calibration(),
             ("tried_error",) if self.goal.max_damage is None else ("tried_error", "damage"),
+            self.healing,
         )
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of least tried error, whose weights stay in the work folder."""
-        from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program, untied_error
+        from ditmoe_cli.compression.joint.choosing import Trials, best_way, best_within, settled_program, untied_error
         from ditmoe_cli.compression.joint.size_search import smallest_within
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
@@ -195,7 +202,11 @@ class Compressing(Planner):
                 program, curves, best, figures = found.program, found.curves, found.tried, found.figures
             else:
                 program, curves = settled_program(request, calibrated, lambda _: limit)
-                best = best_within(program, Trials(request, calibrated, curves, folder), limit)
+                trials = Trials(request, calibrated, curves, folder)
+                if self.healing is not None:
+                    draft = best_way(program, trials, limit).healed().draft(program, calibrated, limit)
+                    return plan_of(request, draft, {}, profile.digest, healing=self.healing)
+                best = best_within(program, trials, limit)
                 figures = {"tried_error": best.held.error}
             if self.stacked or self.candidates.tied:
                 figures["untied_error"] = untied_error(program, curves, best.bytes, best.draft)

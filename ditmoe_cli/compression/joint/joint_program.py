@@ -18,7 +18,17 @@ from ditmoe_cli.compression.joint.expert_options import (
     picked,
 )
 from ditmoe_cli.compression.output import planned_output
-from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding, Selection
+from ditmoe_cli.compression.plan import (
+    BlockPlan,
+    CompressionPlan,
+    Experts,
+    Formats,
+    PlanStage,
+    Repair,
+    Retraining,
+    Rounding,
+    Selection,
+)
 from ditmoe_cli.compression.precision.candidates import Candidates, Offered
 from ditmoe_cli.compression.precision.lagrange import Group, Option, bytes_of, smallest_options
 from ditmoe_cli.compression.precision.mix import UNTOUCHED, fitted
@@ -65,6 +75,7 @@ class JointRequest:
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
         calibration: settings of the calibration, which the history of the result keeps.
         measured: figures of the plan, beside those of the program, which the history of the result keeps.
+        healing: the minutes for which weights are trained in between; None for not.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +87,7 @@ class JointRequest:
     stacked: bool = False
     calibration: Mapping[str, Any] | None = None
     measured: tuple[str, ...] = ("tried_error",)
+    healing: float | None = None
 
     @cached_property
     def ladders(self) -> dict[str, tuple[int, ...]]:
@@ -192,12 +204,19 @@ def plan_of(
     profile: str | None = None,
     *,
     tokens: int = 0,
+    healing: float | None = None,
 ) -> CompressionPlan:
-    """Return the plan that carries a draft out, fitted on `tokens`, 0 for as many as suit it."""
+    """Return the plan that carries a draft out, fitted on `tokens`, 0 for as many as suit it.
+
+    Weights are trained for `healing` minutes in between; None for not.
+    """
     blocks = tuple(_block_plan(request, draft.widths, index) for index in range(request.checkpoint.config.depth))
     selection: Selection | None = None if draft.energies else "elimination"
     experts = Experts(blocks, repair=replace(REPAIR, tokens=tokens), selection=selection)
-    stages = (experts, Formats(dict(draft.formats), Rounding(tokens=tokens)))
+    formats = Formats(dict(draft.formats), Rounding(tokens=tokens))
+    stages: tuple[PlanStage, ...] = (experts, formats)
+    if healing is not None:
+        stages = (experts, Retraining(healing), formats)
     options = {**request.options, **draft.figures, **figures}
     source, calibration = request.checkpoint.fingerprint, request.calibration
     return CompressionPlan(request.command, source, profile, options, stages, calibration=calibration)
@@ -220,7 +239,7 @@ def _block_plan(request: JointRequest, widths: Mapping[str, int], index: int) ->
 def size_of(request: JointRequest, draft: Draft) -> int:
     """Return the exact bytes of a draft's file."""
     figures = dict.fromkeys(("predicted_error", "gap", *request.measured), 0.0)
-    plan = plan_of(request, draft, figures, "0" * 64)
+    plan = plan_of(request, draft, figures, "0" * 64, healing=request.healing)
     plan = replace(plan, request="0" * 64)
     return planned_output(request.checkpoint, plan).predicted_bytes(request.output)
 
