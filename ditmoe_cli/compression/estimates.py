@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ditmoe_cli.compression.block_layout import block_layouts, new_names
+from ditmoe_cli.compression.heal.healing import Healing
+from ditmoe_cli.compression.heal.healing_memory import healing_estimate
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
 from ditmoe_cli.compression.working_sizes import (
     ANCHORS,
@@ -330,7 +332,9 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
     """Return what carrying a plan out (None: a plain copy) takes, phase by phase; `size` is the result's in bytes."""
     found = []
     branches = branches_at(float((plan.calibration or {}).get("cfg", 1.0))) if plan else 1
-    if plan is not None and plan.together is not None:
+    if plan is not None and plan.retraining is not None:
+        found.append(retraining_estimate(checkpoint, plan))
+    elif plan is not None and plan.together is not None:
         return [together_estimate(checkpoint, *plan.together, branches), writing_estimate(size)]
     for stage in plan.stages if plan else ():
         match stage:
@@ -342,6 +346,18 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
             case _:
                 pass
     return [*found, writing_estimate(size)]
+
+
+def retraining_estimate(checkpoint: Checkpoint, plan: CompressionPlan) -> Estimate:
+    """Return what training in between takes: the time that is asked for, whatever the machine, and next to it little.
+
+    Steps are counted with all neurons; the memory is that of healing the whole model.
+    """
+    stage, config = plan.retraining, checkpoint.config
+    assert stage is not None
+    asked = Healing(plan.source, stage.minutes, stage.steps, seed=stage.seed)
+    trained = sum(weight.info.numel for weight in checkpoint.weights.values())
+    return healing_estimate(config, config, asked, trained, {"cfg": 1.0, "steps": 1, **(plan.calibration or {})})
 
 
 def _whole_states(config: DiTMoEConfig, tokens: int) -> int:

@@ -21,6 +21,7 @@ from ditmoe_cli.compression.plan import (
     Formats,
     PlanStage,
     Repair,
+    Retraining,
     Rounding,
     parse_plan,
     read_plan,
@@ -56,6 +57,7 @@ def blocks(draw: st.DrawFn) -> BlockPlan:
 
 repairs = st.builds(
     Repair,
+    Retraining,
     scale=st.booleans(),
     shared=st.booleans(),
     constant=st.booleans(),
@@ -191,7 +193,9 @@ def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stages", [(QUANTISED, PRUNED), (PRUNED, PRUNED), (QUANTISED, Differences("svd", 0.5))])
 def test_stages_that_this_schema_has_no_place_for_are_refused(stages: tuple[PlanStage, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^ditmoe\.plan/1 holds experts, differences, retraining and formats, once each, in this"):
+    with pytest.raises(
+        ValueError, match=r"^ditmoe\.plan/1 holds experts, differences, retraining and formats, once each, in this"
+    ):
         CompressionPlan("prune", "a" * 64, stages=stages)
 
 
@@ -395,3 +399,35 @@ def test_only_a_plan_that_says_so_is_undecided(plan: CompressionPlan, undecided:
     if undecided:
         options["undecided"] = True
     assert replace(plan, options=options).decided is not undecided
+
+
+@pytest.mark.parametrize("stage", [Retraining(minutes=2.5), Retraining(steps=100, seed=7)])
+def test_retraining_is_read_as_it_was_written(stage: Retraining) -> None:
+    plan = CompressionPlan("compress", "0" * 64, stages=(stage,))
+    assert parse_plan(plan.to_json(), "here").stages == (stage,)
+    assert parse_plan(plan.to_json(), "here").retraining == stage
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        {},
+        {"minutes": 0, "steps": None, "seed": 0},
+        {"minutes": None, "steps": 0, "seed": 0},
+        {"minutes": 1, "steps": 1, "seed": 0},
+        {"minutes": None, "steps": None, "seed": 0},
+        {"minutes": True, "steps": None, "seed": 0},
+        {"minutes": float("inf"), "steps": None, "seed": 0},
+        {"minutes": 1, "steps": None, "seed": "x"},
+        {"minutes": 1, "steps": None},
+    ],
+)
+def test_malformed_retraining_is_refused(value: object) -> None:
+    document = {**CompressionPlan("compress", "0" * 64).to_json(), "retraining": value}
+    with pytest.raises(BadInputError, match=r"^here: field 'retraining' is"):
+        parse_plan(document, "here")
+
+
+def test_plans_without_retraining_have_the_digest_that_they_had() -> None:
+    assert "retraining" not in CompressionPlan("prune", "0" * 64).to_json()

@@ -1,0 +1,135 @@
+"""Plans that train weights: their layout, what they measure, and what goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from compressing import opened, profile_of, stored
+from conftest import make_pico
+
+from ditmoe_cli.compression.apply import Applied, apply
+from ditmoe_cli.compression.heal import healed_weights, healing_memory
+from ditmoe_cli.compression.heal.healed_weights import Healed, HealingWork, heal
+from ditmoe_cli.compression.heal.healing import Healing
+from ditmoe_cli.compression.joint import healed_stages
+from ditmoe_cli.compression.output import planned_output
+from ditmoe_cli.compression.plan import (
+    BlockPlan,
+    CompressionPlan,
+    Differences,
+    Experts,
+    Formats,
+    Repair,
+    Retraining,
+    Rounding,
+)
+from ditmoe_cli.compression.replay import states as states_of_fits
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.files.names import MATRICES, in_expert
+from ditmoe_cli.files.writer import Output
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.routing.profile import RoutingProfile
+
+Given = tuple[Checkpoint, RoutingProfile]
+TOKENS = 256
+NARROW = (BlockPlan((0, 2), "ghost", widths=(32, 64)), BlockPlan((0, 1, 2), "ghost", widths=(64, 32, 32)))
+EXPERTS = Experts(NARROW, repair=Repair(linear=False, tokens=TOKENS))
+FORMATS = {
+    in_expert(block, expert, f"{matrix}.weight"): "int4-g32"
+    for block in range(2)
+    for expert in range(3)
+    for matrix in MATRICES
+}
+ROUNDED = Formats(FORMATS, Rounding(tokens=TOKENS))
+
+
+@pytest.fixture(autouse=True)
+def few_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states_of_fits, "FEWEST_TOKENS", TOKENS)
+    monkeypatch.setattr(healed_weights, "HELD_STATES", 16)
+    monkeypatch.setattr(healing_memory, "BLOCK_TOKENS", 64)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    pico = make_pico(hidden=32, input_size=4, sampler="rf", widths=((64,) * 3,) * 2)
+    checkpoint = opened(pico, tmp_path_factory.mktemp("healed"))
+    return checkpoint, profile_of(checkpoint, images=8)
+
+
+def plan_of(given: Given, *stages: Experts | Retraining | Formats) -> CompressionPlan:
+    checkpoint, profile = given
+    settings = profile.calibration
+    return CompressionPlan("compress", checkpoint.fingerprint, profile.digest, {}, stages, calibration=settings)
+
+
+def written(given: Given, path: Path, *stages: Experts | Retraining | Formats) -> Applied:
+    return apply(given[0], plan_of(given, *stages), Output(path), given[1])
+
+
+def layout(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tensor.info.shape) for name, tensor in checkpoint.header.tensors.items()}
+
+
+@pytest.mark.parametrize("stages", [(EXPERTS, ROUNDED), (EXPERTS,), (ROUNDED,)], ids=["both", "experts", "formats"])
+def test_training_changes_values_and_nothing_else(
+    given: Given, tmp_path: Path, stages: tuple[Experts | Formats, ...]
+) -> None:
+    written(given, tmp_path / "plain.safetensors", *stages)
+    plain = open_checkpoint(tmp_path / "plain.safetensors")
+    training = Retraining(steps=5)
+    order = tuple(stage for stage in (EXPERTS, training, ROUNDED) if stage in (*stages, training))
+    done = written(given, tmp_path / "trained.safetensors", *order)
+    trained = open_checkpoint(tmp_path / "trained.safetensors")
+    assert layout(trained) == layout(plain) and trained.config == plain.config
+    assert done.bytes == planned_output(given[0], plan_of(given, *order)).predicted_bytes(Output(Path("x.safetensors")))
+    assert stored(trained) != stored(plain)
+    (step,) = trained.provenance().history
+    assert (step.command, step.source) == ("compress", given[0].fingerprint)
+    before, after = map(float, step.measured["held_error"])
+    assert after > 0 and before == pytest.approx(done.measured.held_error[0], rel=1e-3)
+
+
+def test_training_alone_never_does_harm(given: Given, tmp_path: Path) -> None:
+    """The held-out error of the result is at most that of the refitted experts."""
+    done = written(given, tmp_path / "a.safetensors", EXPERTS, Retraining(steps=4))
+    before, after = done.measured.held_error
+    assert after <= before
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = (EXPERTS, Retraining(steps=3), ROUNDED)
+    written(given, tmp_path / "whole.safetensors", *stages)
+    path = tmp_path / "stopped.safetensors"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(healed_stages, "_new_formats", stop)  # behind the first healing
+        with pytest.raises(KeyboardInterrupt):
+            written(given, path, *stages)
+    assert not path.exists() and (tmp_path / ".stopped.safetensors.work" / "stages" / "healed.safetensors").exists()
+
+    students: list[str] = []
+
+    def noted(work: HealingWork, asked: Healing) -> Healed:
+        students.append(work.student.path.stem)
+        return heal(work, asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(healed_stages, "heal", noted)
+        written(given, path, *stages)
+    assert students == ["rounded"]
+    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not (tmp_path / ".stopped.safetensors.work").exists()
+
+
+def test_differences_are_not_trained(given: Given) -> None:
+    plan = replace(plan_of(given), stages=(Differences("svd", 0.5), Retraining(steps=1)))
+    with pytest.raises(BadInputError, match="make that two plans"):
+        planned_output(given[0], plan)
