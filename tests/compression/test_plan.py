@@ -57,7 +57,6 @@ def blocks(draw: st.DrawFn) -> BlockPlan:
 
 repairs = st.builds(
     Repair,
-    Retraining,
     scale=st.booleans(),
     shared=st.booleans(),
     constant=st.booleans(),
@@ -66,6 +65,9 @@ repairs = st.builds(
 )
 roundings = st.builds(Rounding, tokens=st.integers(0, 10**6), smoothing=st.floats(0, 1))
 differences = st.builds(Differences, st.sampled_from(["svd", "ternary"]), st.floats(0, 1, exclude_min=True))
+retrainings = st.builds(Retraining, minutes=st.floats(0.1, 1e6), seed=st.integers(0, 2**63)) | st.builds(
+    Retraining, steps=st.integers(1, 10**9), seed=st.integers(0, 2**63)
+)
 experts = st.builds(
     Experts,
     blocks=st.lists(blocks(), max_size=4).map(tuple),
@@ -88,6 +90,7 @@ plans = st.builds(
     stages=st.tuples(  # a stage that does nothing leaves no trace in JSON
         st.none() | experts.filter(lambda stage: stage != Experts()),
         st.none() | differences,
+        st.none() | retrainings,
         st.none() | formats.filter(lambda stage: stage != Formats()),
     ).map(lambda stages: tuple(stage for stage in stages if stage is not None)),
 )

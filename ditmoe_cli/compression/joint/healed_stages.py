@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ditmoe_cli.compression.block_layout import block_layouts, new_names
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.heal.healed_output import healed_output
 from ditmoe_cli.compression.heal.healed_weights import PIECE, HealingWork, heal
-from ditmoe_cli.compression.heal.healing import Healing, names_to_train
+from ditmoe_cli.compression.heal.healing import Healing, tensors_to_heal
 from ditmoe_cli.compression.one_pass import write_planned
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Retraining
 from ditmoe_cli.compression.recorded import Measured
@@ -102,28 +101,30 @@ class _Run:
         """Return a student healed for a share of the time, and its held-out errors before and after."""
         path, folder = self._path(name), self.means.work
         if not path.exists():
-            folder.write(f"{name}-errors", {}, {"held_error": list(self._heal(path, student, stage, share))})
+            self._heal(name, student, stage, share)
         kept = folder.read(f"{name}-errors")
         if kept is None:
             raise BadInputError(f"{folder.folder}: what healing has measured is gone; run it again")
         before, after = kept.document["held_error"]
         return open_checkpoint(path), (float(before), float(after))
 
-    def _heal(self, path: Path, student: Checkpoint, stage: Retraining, share: float) -> tuple[float, float]:
-        means, note = self.means, self.means.work.notify
+    def _heal(self, name: str, student: Checkpoint, stage: Retraining, share: float) -> None:
+        """Heal a student for a share of the time; keep its held-out errors, then its file."""
+        means, note, path = self.means, self.means.work.notify, self._path(name)
+        dtype = Calibrated(self.checkpoint, means.profile, means.device).dtype
         minutes = None if stage.minutes is None else share * stage.minutes
         steps = None if stage.steps is None else max(1, round(share * stage.steps))
         asked = Healing(self.checkpoint.fingerprint, minutes, steps, seed=stage.seed)
-        names = names_to_train(student, asked.train)
         key = work_key({"plan": self.plan.digest, "student": student.fingerprint, "device": means.device})
         with open_work(path, key, note) as folder:
-            work = HealingWork(student, self.checkpoint, means.profile, means.device, torch.float32, folder, note)
+            work = HealingWork(student, self.checkpoint, means.profile, means.device, dtype, folder, note)
             done = heal(work, asked)
             piece = folder.read(PIECE)
             assert piece is not None
-            planned = healed_output(student, names, "", asked.options(), means.profile.calibration)
+            means.work.write(f"{name}-errors", {}, {"held_error": [done.before.error, done.after.error]})
+            tensors = tensors_to_heal(student, asked)
+            planned = healed_output(student, tensors, "", asked.options(), means.profile.calibration)
             write_planned(student, planned, Output(path), piece.raw)
-        return done.before.error, done.after.error
 
     def _path(self, name: str) -> Path:
         folder = self.means.work.folder / "stages"
