@@ -17,7 +17,6 @@ from refit_cost import peak_bytes
 from synthetic_checkpoint import MODELS, config_of
 from torch import Tensor
 
-from ditmoe_cli.compression.training.trained_weights import trainable
 from ditmoe_cli.compression.training.training_loop import Course, Objective, train
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import Block
@@ -64,7 +63,7 @@ def main() -> None:
     with torch.no_grad():
         target = torch.cat([teacher(*part, 0, None) for part in zip(x.split(8), c.split(8), strict=True)])
     passing = time.perf_counter() - start
-    weights = trainable(student, "", [name for name, _ in student.named_parameters()])
+    weights = {name: weight.requires_grad_(True) for name, weight in student.named_parameters()}
 
     def losses(rows: Tensor) -> Tensor:
         places = rows.to(device)
