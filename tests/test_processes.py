@@ -48,6 +48,32 @@ def test_a_process_that_ended_is_reported_in_a_line(monkeypatch: pytest.MonkeyPa
         Share(1, 2).from_first(lambda: 3)
 
 
+def test_the_others_compute_when_the_first_has() -> None:
+    """One process waits twice: before the others compute, and until they have."""
+    order: list[str] = []
+
+    class Waiting(Share):
+        def wait(self) -> None:
+            order.append("wait")
+
+    for rank in (0, 1):
+        assert Waiting(rank, 2).after_first(lambda: order.append("compute") or 5) == 5  # type: ignore[func-returns-value]
+    assert order == ["compute", "wait", "wait", "wait", "compute", "wait"]
+    assert WHOLE.after_first(lambda: 3) == 3
+
+
+def test_who_has_joined_the_processes_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "3")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with process_group() as share:  # neither joined again nor left behind
+        assert share == Share(2, 3)
+
+
 class Later(Share):
     """A later process of a job whose first one chose fp32."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,17 +25,21 @@ WORDS = ("heal", "s.safetensors", "--original", "a.safetensors", "--batch", "8",
 
 @pytest.fixture
 def folder(pico: Callable[..., Pico], tmp_path: Path) -> Path:
-    """A folder with an original and a student, whose experts are far from the original's."""
-    original = pico(sampler="rf", in_channels=1, depth=1)
+    """A folder with an original and a student."""
+    student_of(pico(sampler="rf", in_channels=1, depth=1), tmp_path)
+    return tmp_path
+
+
+def student_of(original: Pico, folder: Path) -> None:
+    """Save an original, and a student whose experts are far from its."""
     generator = torch.Generator().manual_seed(1)
     noisy = {
         name.replace(".", "__"): tensor + 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
         for name, tensor in original.state.items()
         if "experts" in name
     }
-    original.save(tmp_path / "a.safetensors")
-    original.with_state(**noisy).save(tmp_path / "s.safetensors")
-    return tmp_path
+    original.save(folder / "a.safetensors")
+    original.with_state(**noisy).save(folder / "s.safetensors")
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -73,6 +79,37 @@ def test_processes_agree_on_how_many_steps_the_time_allows(folder: Path) -> None
     assert job.returncode == 0, err
     result = json.loads(out)["result"]
     assert result["model_steps"] >= 1 and result["held_error"][1] <= result["held_error"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
+def test_a_process_that_dies_ends_the_job_and_the_next_one_goes_on(pico: Callable[..., Pico], tmp_path: Path) -> None:
+    folder = tmp_path
+    student_of(pico(sampler="rf", in_channels=1, depth=3), folder)
+    words = torchrun(*WORDS, "--steps", "3", "--scope", "block", "-o", "two.safetensors")
+    job = start(words, folder)
+    try:
+        end = time.monotonic() + 90
+        while not list(folder.glob(".*.work/healed-block.state.*")):
+            assert job.poll() is None and time.monotonic() < end, "no block was healed"
+            time.sleep(0.01)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        (victim,) = [
+            int(child) for child in children if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ]
+        os.kill(victim, signal.SIGKILL)
+        out, err = job.communicate(timeout=60)
+    finally:
+        job.kill()
+        job.communicate()
+    assert job.returncode != 0 and out == "" and "internal error" not in err
+    assert not (folder / "two.safetensors").exists()
+    job = start(words, folder)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert err.count("going on with block") == 1, "one speaks"
+    assert json.loads(out)["result"]["held_error"][1] < json.loads(out)["result"]["held_error"][0]
+    assert not list(folder.glob(".*"))
 
 
 def test_what_is_refused_is_refused_in_every_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

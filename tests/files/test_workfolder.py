@@ -15,8 +15,16 @@ import torch
 from conftest import REPOSITORY
 from torch import Tensor
 
-from ditmoe_cli.errors import BadInputError, InfeasibleError, OutputExistsError
-from ditmoe_cli.files.workfolder import KeptLoop, WorkFolder, discard_work, open_work, work_folder, work_key
+from ditmoe_cli.errors import BadInputError, DitmoeError, InfeasibleError, OutputExistsError
+from ditmoe_cli.files.workfolder import (
+    KeptLoop,
+    WorkFolder,
+    discard_work,
+    followed_work,
+    open_work,
+    work_folder,
+    work_key,
+)
 
 KEY = work_key({"plan": "a"})
 
@@ -319,3 +327,42 @@ def test_what_is_kept_is_told_of_whole_steps_only(tmp_path: Path) -> None:
     damaged = work_folder(target) / "sum.1.safetensors"
     damaged.write_bytes(cut(damaged.read_bytes()))
     assert run_until(target, 1) == (["kept 1 of 4 blocks; the same command goes on with block 2"], [0])
+
+
+# work folders of several processes
+
+
+def test_a_piece_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        made.append(1)
+        return tensors(), {"n": 5}
+
+    with open_work(tmp_path / "x", KEY, lambda _: None) as work:
+        for _ in range(2):
+            piece = work.made("piece", make)
+            assert piece.document == {"n": 5} and torch.equal(piece.tensor("x"), tensors()["x"])
+    assert made == [1]
+
+
+def test_a_followed_folder_is_read_and_left_alone(tmp_path: Path) -> None:
+    with open_work(tmp_path / "x", KEY, lambda _: None) as work:
+        followed = followed_work(tmp_path / "x", KEY)
+        with pytest.raises(DitmoeError, match="not to be seen from this one; name an output in a folder"):
+            followed.made("piece", lambda: (tensors(), {}))
+        work.write("piece", tensors(), {"n": 1})
+        loop = work.loop("loop", 2)
+        loop.keep(0, tensors(), {}, tensors(2.0))
+        before = {path: path.read_bytes() for path in work.folder.iterdir()}
+        followed.write("other", tensors())
+        followed.write("piece", tensors(3.0))
+        followed.drop("piece")
+        followed.drop_loop("loop")
+        followed.clear()
+        own = followed.loop("loop", 2)
+        own.keep(1, tensors(4.0))
+        assert {path: path.read_bytes() for path in work.folder.iterdir()} == before
+        assert followed.made("piece", lambda: ({}, {})).document == {"n": 1}
+        assert own.start == 1 and own.state is not None and torch.equal(own.state.tensor("x"), tensors(2.0)["x"])
+    assert followed_work(tmp_path / "x", "another key").read("piece") is None

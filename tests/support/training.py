@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,12 @@ class ThreadExchange(Exchange):
         parts = self.all_of([tensor.detach().clone() for tensor in tensors])
         for tensor, *each in zip(tensors, *parts, strict=True):
             tensor.copy_(torch.stack(each).sum(dim=0))
+
+    def hand_out(self, tensors: Mapping[str, Tensor], owners: Mapping[str, int]) -> None:
+        parts = self.all_of({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(parts[owners[name]][name])
 
     def gathered(self, parts: Sequence[Tensor], count: int) -> Tensor:
         found = torch.zeros(count, dtype=torch.float64)

@@ -145,8 +145,7 @@ class _Session:
     def _scopes(self) -> tuple[str, ...]:
         """Return the scopes to heal by, of which there is memory for each. Raises `InfeasibleError`."""
         asked, free = self.asked.scope, free_on(self.device)
-        configs = self.work.student.config, self.work.original.config
-        needed = model_scope_bytes(*configs, self.tensors.count, 1, self.spec.cfg)
+        needed = self._needed(1)
         fits = not free or needed <= MEMORY_SHARE * free
         if asked == "model" and not fits:
             raise InfeasibleError(
@@ -161,11 +160,15 @@ class _Session:
         found = {"auto": ("block", "model") if fits else ("block",), "block": ("block",), "model": ("model",)}
         return found[asked]
 
+    def _needed(self, states: int) -> float:
+        """Return the memory of a process that heals end to end, some states at once."""
+        configs, world = (self.work.student.config, self.work.original.config), self.work.exchange.share.world
+        return model_scope_bytes(*configs, self.tensors.count, states, self.spec.cfg, world)
+
     def _at_once(self) -> int:
         """Return how many states of a process's share of a batch there is memory for at once; 0 for all."""
         free, batch = MEMORY_SHARE * free_on(self.device), -(-self.asked.batch // self.work.exchange.share.world)
-        configs = self.work.student.config, self.work.original.config
-        least, one = (model_scope_bytes(*configs, self.tensors.count, states, self.spec.cfg) for states in (0, 1))
+        least, one = self._needed(0), self._needed(1)
         fitting = int((free - least) // max(one - least, 1)) if free else batch
         return 0 if fitting >= batch else max(1, fitting)
 

@@ -1,8 +1,8 @@
 """What healing takes, from shapes: states, memory of both scopes, and operations. Torch-free.
 
 A trained weight takes 28 bytes (`training_loop`), its own value among them; of a matrix that is trained by an update of
-low rank, each value of the update does, and those of the matrix 4. Recording gradients keeps the activations
-of all blocks that are trained.
+low rank, each value of the update does, and those of the matrix 4. Several processes share all but the value and its
+gradient. Recording gradients keeps the activations of all blocks that are trained.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ditmoe_cli.model.effort import (
 )
 
 TRAINED_BYTES = 28
+_SHARED_BYTES = TRAINED_BYTES - 8  # of them, where several processes train
 BACKWARD = 3  # times the operations, and about the memory, of a forward pass
 BLOCK_TOKENS = 65_536  # of one branch that a block is healed on
 HELD_STATES = 512  # that judge the whole model
@@ -52,10 +53,15 @@ def checks_of(steps: int) -> int:
     return min(max(steps // _STEPS_A_CHECK, 1), _MOST_CHECKS)
 
 
-def model_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, trained: int, states: int, cfg: float) -> float:
-    """Return the memory of healing end to end: both models, `trained` weights, and `states` of a batch at once."""
+def model_scope_bytes(
+    student: DiTMoEConfig, original: DiTMoEConfig, trained: int, states: int, cfg: float, processes: int = 1
+) -> float:
+    """Return the memory of healing end to end: both models, `trained` weights, and `states` of a batch at once.
+
+    It is that of one of some processes.
+    """
     kept = student.depth * activation_bytes(student, states * branches_at(cfg)) * BACKWARD / 2
-    return model_bytes(original) + model_bytes(student) + (TRAINED_BYTES - 4) * trained + kept
+    return model_bytes(original) + model_bytes(student) + (4 + _SHARED_BYTES / processes) * trained + kept
 
 
 def block_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, trained: int, batch: int, cfg: float) -> float:

@@ -1,14 +1,15 @@
 """Training in several processes, as ``torchrun`` starts them: what they add up, and what they agree on.
 
-Each process computes the gradients of its share of a batch's rows; their sum is the gradient of the batch, so that all
-processes take the same step. Gradients go through NCCL where each process has a GPU of its own, else through gloo, and
-what is agreed on through gloo.
+Each process computes the gradients of its share of a batch's rows; their sum is the gradient of the batch. Each weight
+has an owner, which alone keeps what the optimizer keeps of it, takes the step, and hands the new values to the others
+(as ZeRO does: Rajbhandari et al. 2019, https://arxiv.org/abs/1910.02054). Gradients and weights go through NCCL where
+each process has a GPU of its own, else through gloo, and what is agreed on through gloo.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Exchange:
 
     Attributes:
         share: which of how many processes this is.
-        group: the process group that adds up gradients; None for the usual one.
+        group: the process group that gradients and weights go through; None for the usual one.
     """
 
     share: Share = WHOLE
@@ -56,6 +57,43 @@ class Exchange:
                 dist.all_reduce(flat, group=self.group)
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def owners(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return the process that owns each weight, the largest dealt out first, to the one that has least so far."""
+        loads, found = [0] * self.share.world, dict[str, int]()
+        for name in sorted(weights, key=lambda name: -weights[name].numel()):
+            found[name] = loads.index(min(loads))
+            loads[found[name]] += weights[name].numel()
+        return found
+
+    @torch.no_grad()
+    def hand_out(self, tensors: Mapping[str, Tensor], owners: Mapping[str, int]) -> None:
+        """Replace tensors of one dtype and device by those of their owners.
+
+        Raises `DitmoeError` where another process has ended.
+        """
+        for owner in range(self.share.world) if self.share.world > 1 else ():
+            for bucket in _buckets([tensor for name, tensor in tensors.items() if owners[name] == owner]):
+                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+                with ended_processes_reported():
+                    dist.broadcast(flat, owner, group=self.group)
+                for tensor, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def collected(
+        self, own: Mapping[str, Tensor], like: Mapping[str, Tensor], owners: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return in the first process the tensors of all owners, on the CPU, each of the shape of its weight in `like`.
+
+        Raises `DitmoeError` where another process has ended.
+        """
+        found: dict[str, Tensor] = {}
+        for name, weight in like.items():
+            tensor = own[name].detach() if name in own else torch.empty_like(weight, requires_grad=False)
+            self.hand_out({name: tensor}, owners)
+            if self.share.first:
+                found[name] = tensor.cpu().contiguous()
+        return found
 
     def gathered(self, parts: Sequence[Tensor], count: int) -> Tensor:
         """Return the values (count,) of all rows, in fp64 on the CPU, from those of this process's share, in `parts`.

@@ -15,7 +15,8 @@ is computed in parts where memory demands it, and by several processes where the
 by rounding only.
 
 A weight of n values takes 28 n bytes: itself, its gradient, two moments, the averaged values, the best ones, and during
-a check those that training goes on with; AdamW's own temporaries come for a moment in place of the last.
+a check those that training goes on with; AdamW's own temporaries come for a moment in place of the last. All but the
+first two are kept by one of several processes (`exchange`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _WARM_UP = 0.05  # of all steps
 _BETAS = (0.9, 0.99)
 _AVERAGING = 0.99
 _PIECE = "training"  # of the work folder
+_KEPT = ("weight", "averaged", "best", "first", "second")  # of each weight there
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def train(
     with phase(title, course.steps, "steps", start=run.step) as progress:
         while run.step < course.steps and run.advance():
             progress(1)
-            if work is not None and course.is_check(run.step) and pace.is_due:
+            if work is not None and course.is_check(run.step) and means.exchange.agreed(pace.is_due):
                 with pace.keeping():
                     work.write(_PIECE, run.tensors(), run.document())
     run.put(run.best)
@@ -191,7 +193,7 @@ def _kept(means: Means) -> Piece | None:
 
 @dataclass
 class _Run:
-    """A run under way."""
+    """A run under way. Of several processes each keeps what there is to keep of its `own` weights."""
 
     weights: Mapping[str, Tensor]
     objective: Objective
@@ -206,12 +208,14 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.error, self.part = self.before, self.course.part
-        self.optimizer = torch.optim.AdamW(
-            _groups(self.weights, self.sizes), betas=_BETAS, weight_decay=0.0, foreach=True
-        )
+        self.owners = self.means.exchange.owners(self.weights)
+        rank = self.means.exchange.share.rank
+        self.own = {name: weight for name, weight in self.weights.items() if self.owners[name] == rank}
+        groups = _groups(self.own, self.sizes) or [{"params": [torch.zeros(1)], "lr": 0.0}]  # torch refuses none
+        self.optimizer = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, foreach=True)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.averaged = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.averaged = {name: weight.detach().clone() for name, weight in self.own.items()}
+        self.best = {name: weight.detach().clone() for name, weight in self.own.items()}
 
     def go_on(self, kept: Piece) -> None:
         """Take up what an earlier run has kept."""
@@ -220,25 +224,28 @@ class _Run:
         self.losses, self.part = document["losses"], document["part"]
         self.checks = [Check(**check) for check in document["checks"]]
         device = next(iter(self.weights.values())).device
-        values = {name: kept.tensor(name).to(device) for name in kept.names}
-        self.put({name: values[f"weight.{name}"] for name in self.weights})
-        for name, weight in self.weights.items():
-            self.averaged[name], self.best[name] = values[f"averaged.{name}"], values[f"best.{name}"]
+        values = {name: {of: kept.tensor(f"{of}.{name}").to(device) for of in _KEPT} for name in self.own}
+        self.put({name: each["weight"] for name, each in values.items()})
+        for name, weight in self.own.items():
+            self.averaged[name], self.best[name] = values[name]["averaged"], values[name]["best"]
             self.optimizer.state[weight] = {
                 "step": torch.tensor(float(self.step)),
-                "exp_avg": values[f"first.{name}"],
-                "exp_avg_sq": values[f"second.{name}"],
+                "exp_avg": values[name]["first"],
+                "exp_avg_sq": values[name]["second"],
             }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that going on takes."""
-        found: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            state = self.optimizer.state[weight]
-            found |= {f"weight.{name}": weight.detach(), f"averaged.{name}": self.averaged[name]}
-            found |= {f"best.{name}": self.best[name]}
-            found |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
-        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+        """Return all tensors that going on takes, in the first process."""
+        state = {name: self.optimizer.state[weight] for name, weight in self.own.items()}
+        own: dict[str, Mapping[str, Tensor]] = {
+            "weight": self.own,
+            "averaged": self.averaged,
+            "best": self.best,
+            "first": {name: each["exp_avg"] for name, each in state.items()},
+            "second": {name: each["exp_avg_sq"] for name, each in state.items()},
+        }
+        collected = {of: self.means.exchange.collected(own[of], self.weights, self.owners) for of in _KEPT}
+        return {f"{of}.{name}": tensor for of, tensors in collected.items() for name, tensor in tensors.items()}
 
     def document(self) -> dict[str, Any]:
         """Return all numbers that going on takes."""
@@ -247,10 +254,11 @@ class _Run:
         return {**{name: getattr(self, name) for name in names}, "checks": checks}
 
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Give the weights other values."""
+        """Give the weights other values, of which each process has those of its own."""
         with torch.no_grad():
-            for name, weight in self.weights.items():
+            for name, weight in self.own.items():
                 weight.copy_(values[name])
+        self.means.exchange.hand_out(self.weights, self.owners)
 
     def advance(self) -> bool:
         """Take a step, and check behind it where that is due; return whether values are still finite."""
@@ -262,6 +270,7 @@ class _Run:
                 group["lr"] = rate * factor
             self.optimizer.step()
             self._average()
+            self.means.exchange.hand_out(self.weights, self.owners)
             self.losses += loss
         self.step += 1
         if finite and self.course.is_check(self.step):
@@ -280,19 +289,18 @@ class _Run:
 
     def _average(self) -> None:
         decay = min(_AVERAGING, (1 + self.step) / (10 + self.step))
-        names = list(self.weights)
-        torch._foreach_lerp_(
-            [self.averaged[name] for name in names], [self.weights[name].detach() for name in names], 1 - decay
-        )
+        if self.own:
+            values = [weight.detach() for weight in self.own.values()]
+            torch._foreach_lerp_([self.averaged[name] for name in self.own], values, 1 - decay)
 
     def _check(self) -> bool:
         """Judge the averaged weights, keep them where they are the best; return whether they are finite."""
-        current = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        current = {name: weight.detach().clone() for name, weight in self.own.items()}
         self.put(self.averaged)
         error = self.means.exchange.agreed(self.objective.judge())
         if error < self.error:
             self.error = error
-            for name, weight in self.weights.items():
+            for name, weight in self.own.items():
                 self.best[name].copy_(weight.detach())
         self.put(current)
         since = self.step - (self.checks[-1].step if self.checks else 0)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import socket
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from training import in_threads
 
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange, _buckets, exchange_on
-from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, Trained, train
+from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, Trained, _Run, train
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.workfolder import FollowedFolder, WorkFolder
 from ditmoe_cli.processes import WHOLE, Share
@@ -85,6 +88,48 @@ def test_nccl_adds_up_where_each_process_has_a_gpu_of_its_own(monkeypatch: pytes
     assert asked == ["nccl"]
 
 
+def test_owners_have_about_as_much_each() -> None:
+    weights = {name: torch.zeros(size) for name, size in (("a", 5), ("b", 9), ("c", 4), ("d", 1), ("e", 3))}
+    assert Exchange(Share(0, 2)).owners(weights) == {"b": 0, "a": 1, "c": 1, "e": 0, "d": 1}
+    assert Exchange(Share(1, 2)).owners(weights) == Exchange(Share(0, 2)).owners(weights)
+    assert set(ALONE.owners(weights).values()) == {0}
+
+
+def _exchanged(rank: int, port: int, results: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    exchange = exchange_on(Share(rank, 2), CPU)
+    sums = [torch.full((2, 3), rank + 1.0), torch.tensor(10.0 * rank), torch.tensor([0.1, 0.2]) * (rank + 1)]
+    exchange.add_up(sums)
+    weights = {"a": torch.full((2, 2), 1.0 + rank), "b": torch.full((3,), 5.0 + rank), "c": torch.tensor([7.0 + rank])}
+    owners = exchange.owners(weights)
+    own = {name: weight * 10 for name, weight in weights.items() if owners[name] == rank}
+    collected = exchange.collected(own, weights, owners)
+    exchange.hand_out(weights, owners)
+    handed = {name: weight.tolist() for name, weight in weights.items()}
+    gathered = exchange.gathered([torch.tensor([rank + 0.5] if rank == 0 else [7.0])], 2)
+    found = [each.tolist() for each in sums], handed, gathered.tolist(), exchange.agreed(f"of {rank}")
+    results.put((rank, found, {name: tensor.tolist() for name, tensor in collected.items()}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_sums_and_weights_and_the_first_ones_decisions() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_exchanged, (port, results), nprocs=2)
+    (_, first, collected), (_, second, nothing) = sorted([results.get(), results.get()], key=lambda each: each[0])
+    assert first == second
+    sums, handed, gathered, said = first
+    assert sums[:2] == [[[3.0] * 3] * 2, 10.0] and sums[2] == pytest.approx([0.3, 0.6])
+    assert handed == {"a": [[1.0] * 2] * 2, "b": [6.0] * 3, "c": [8.0]}, "a is the first process's, the others not"
+    assert collected == {"a": [[10.0] * 2] * 2, "b": [60.0] * 3, "c": [80.0]} and nothing == {}
+    assert gathered == [0.5, 7.0] and said == "of 0"
+
+
 # the loop in several processes
 
 
@@ -120,6 +165,21 @@ def test_processes_that_train_together_train_as_one_does(world: int, part: int) 
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
             assert torch.equal(weight, found[0][1][name]), "all have the same weights"
+
+
+def test_each_process_keeps_the_optimizers_values_of_its_own_weights_alone() -> None:
+    weights = {"a": torch.ones(6), "b": torch.ones(5), "c": torch.ones(3)}
+
+    def work(exchange: Exchange) -> tuple[set[str], int]:
+        own = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        objective = Objective(4, lambda rows: sum(w.sum() for w in own.values()).expand(len(rows)), lambda: 1.0)  # type: ignore[union-attr]
+        run = _Run(own, objective, Course(steps=1, batch=4, checks=1), Means(exchange=exchange), 1.0, {})
+        assert run.advance()
+        kept = {id(weight) for weight in run.optimizer.state}
+        return {name for name, weight in own.items() if id(weight) in kept}, len(run.averaged) + len(run.best)
+
+    assert in_threads(2, work) == [({"a"}, 2), ({"b", "c"}, 4)]
+    assert in_threads(4, work)[3] == (set(), 0), "more processes than weights"
 
 
 def test_one_step_is_that_of_one_process_up_to_rounding() -> None:
