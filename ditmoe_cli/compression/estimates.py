@@ -13,6 +13,7 @@ from ditmoe_cli.compression.block_layout import block_layouts, new_names
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.heal.healing_memory import healing_estimate
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
+from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.compression.working_sizes import (
     ANCHORS,
     DOUBLE_FEATURES,
@@ -356,8 +357,8 @@ def retraining_estimate(checkpoint: Checkpoint, plan: CompressionPlan) -> Estima
     stage, config = plan.retraining, checkpoint.config
     assert stage is not None
     asked = Healing(plan.source, stage.minutes, stage.steps, seed=stage.seed)
-    trained = sum(weight.info.numel for weight in checkpoint.weights.values())
-    return healing_estimate(config, config, asked, trained, {"cfg": 1.0, "steps": 1, **(plan.calibration or {})})
+    size = TrainedSize(sum(weight.info.numel for weight in checkpoint.weights.values()))
+    return healing_estimate(config, config, asked, size, {"cfg": 1.0, "steps": 1, **(plan.calibration or {})})
 
 
 def _whole_states(config: DiTMoEConfig, tokens: int) -> int:

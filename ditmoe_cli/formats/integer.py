@@ -148,27 +148,25 @@ class Integer(GroupedFormat):
         return True
 
     def trained_parts(self, info: TensorInfo, codes: bool = False) -> dict[str, int]:
-        """Return the parts that training changes, and how many values each has: scales, zero points, and `codes`."""
+        """Return the parts that training changes, and how many values each has: scales, and `codes`.
+
+        Zero points stay: a step of one moves a whole group by a scale, and training with rounded ones ended worse.
+        """
         scales = info.shape[0] * self.groups(info.shape[1])
-        zeros = {} if self.symmetric else {"zero_point": scales}
-        return {"scale": scales, **zeros, **({"packed": info.numel} if codes else {})}
+        return {"scale": scales, **({"packed": info.numel} if codes else {})}
 
     def trained_part(self, info: TensorInfo, part: str, tensor: Tensor) -> TrainedPart:
         """Return one of the `trained_parts` of the weight `info`, stored as `tensor`, as training sees it."""
-        from ditmoe_cli.formats.integer_arithmetic import trained_codes, trained_zero_points
+        from ditmoe_cli.formats.integer_arithmetic import trained_codes
 
-        if part == "packed":
-            return trained_codes(info.shape[1], self.bits)
-        if part == "zero_point":
-            return trained_zero_points(info.shape[0], self.bits)
-        return super().trained_part(info, part, tensor)
+        return trained_codes(info.shape[1], self.bits) if part == "packed" else super().trained_part(info, part, tensor)
 
     def composition(self, info: TensorInfo, members: Mapping[str, Tensor]) -> Composition:
-        """Return how the matrix of the weight `info` is made of codes, zero points and scales."""
+        """Return how the matrix of the weight `info` is made of scales, and of codes where these are trained."""
         from ditmoe_cli.formats.integer_arithmetic import composed_integer
 
         tensors = self.load(info, members).tensors
-        return partial(composed_integer, tensors, columns=info.shape[1], bits=self.bits, group=self.group)
+        return partial(composed_integer, tensors, shape=info.shape, bits=self.bits, group=self.group)
 
 
 def _named_bits(weight: str, raw: RawBytes) -> tuple[int, ...]:

@@ -264,15 +264,18 @@ def unpack_integer(tensors: Mapping[str, Tensor], out: Tensor, *, bits: int, gro
 
 
 def composed_integer(
-    tensors: Mapping[str, Tensor], numbers: Mapping[str, Tensor], *, columns: int, bits: int, group: int
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Tensor], *, shape: tuple[int, ...], bits: int, group: int
 ) -> Tensor:
-    """Return the matrix of `numbers` by part: scales, and zero points and codes, both less 2^(bits-1), or as stored.
+    """Return the matrix of ``scale`` and, where they are trained, `trained_codes` among `numbers`, with gradients.
 
     `tensors` are what is stored, by part.
     """
+    rows, columns = shape
     codes = numbers["packed"] if "packed" in numbers else _centred_codes(tensors["packed"], columns, bits)
-    zero = numbers.get("zero_point")
-    return group_products(codes, numbers["scale"], group, None if zero is None else zero - 2 ** (bits - 1))
+    if "zero_point" not in tensors:
+        return group_products(codes, numbers["scale"], group)
+    zero = unpack_columns(tensors["zero_point"], rows, bits).float().sub_(2 ** (bits - 1))
+    return group_products(codes, numbers["scale"], group, zero)
 
 
 def trained_codes(columns: int, bits: int) -> WholeNumbers:
@@ -286,16 +289,6 @@ def trained_codes(columns: int, bits: int) -> WholeNumbers:
         half - 1,
         pack=lambda numbers: pack_rows((numbers + half).to(torch.uint8), bits),
         unpack=lambda words: _centred_codes(words, columns, bits),
-    )
-
-
-def trained_zero_points(rows: int, bits: int) -> WholeNumbers:
-    """Return zero points (rows, groups) as training sees them."""
-    return WholeNumbers(
-        0,
-        2**bits - 1,
-        pack=lambda numbers: pack_columns(numbers.to(torch.uint8), bits),
-        unpack=lambda words: unpack_columns(words, rows, bits).float(),
     )
 
 

@@ -7,7 +7,7 @@ matrix is made of:
 |---|---|---|---|
 | `Cast`: floating weights and factors | t | v | t |
 | `Factors`: scales | f | t_0 f | 1 |
-| `WholeNumbers`: packed codes, zero points | c | round(v), within the range of the bits | c |
+| `WholeNumbers`: packed codes | c | round(v), within the range of the bits | c |
 
 Scales are trained by factors, so that one rate suits those of all sizes. Whole numbers are rounded where the matrix is
 computed, and gradients pass the rounding as if it were none (straight through: https://arxiv.org/abs/1308.3432).

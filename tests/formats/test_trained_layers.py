@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from packed import KINDS, info_of, random, weight_of
-from stored_parts import parts_of, stored_as, values_of
-from torch import nn
+from stored_parts import parts_of, stored_as, values_of, written
+from torch import Tensor, nn
 
 from ditmoe_cli.formats.layers import PackedLinear
 from ditmoe_cli.formats.registry import Format, pack
@@ -46,3 +46,39 @@ def test_gradients_reach_the_input_and_the_parts_through_layers_in_a_row(fmt: Fo
     torch.testing.assert_close(first.grad, x.grad, rtol=1e-4, atol=1e-4 * float(x.grad.abs().max()))
     for name, parameter in trained.named_parameters():
         assert name == "bias" or (parameter.grad is not None and bool(parameter.grad.any()))
+
+
+@pytest.mark.parametrize("fmt", ["int2-g32", "int3-g64-sym", "int4-g32"])
+def test_codes_that_are_wrong_are_learned(fmt: Format) -> None:
+    """Some codes are moved by one; trained on what the right ones give, most come back, and scales alone do worse."""
+    generator = torch.Generator().manual_seed(7)
+    matrix = torch.randn(6, 96, generator=generator) / 10
+    weight, right = weight_of(matrix, fmt), pack(matrix, info_of(matrix), fmt)
+    before = values_of(weight, right)
+    wrong = (torch.rand(6, 96, generator=generator) < 0.1).float() * (1 - 2 * (before["packed"] > 0).float())
+    members = written(weight, right, before | {"packed": before["packed"] + wrong})
+    x = torch.randn(512, 96, generator=generator)
+    expected = x @ weight.unpack(right).float().T
+
+    def trained(codes: bool) -> tuple[float, dict[str, Tensor]]:
+        parts = parts_of(weight, members, codes)
+        values = {part: nn.Parameter(value) for part, value in values_of(weight, members, codes).items()}
+        layer = TrainedLinear(
+            {part: (parts[part], values[part]) for part in parts},
+            stored_as(weight).composition(weight.info, members),
+            None,
+        )
+        optimizer = torch.optim.Adam(values.values(), lr=0.02)
+        for step in range(200):
+            optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 200)
+            optimizer.zero_grad()
+            (layer(x) - expected).square().sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            rounded = {part: parts[part].rounded(value) for part, value in values.items()}
+            return float((layer(x) - expected).square().sum()), rounded
+
+    error, learned = trained(codes=True)
+    assert error < 0.3 * trained(codes=False)[0]
+    off = (learned["packed"] != before["packed"]).sum()
+    assert off < 0.5 * (wrong != 0).sum()

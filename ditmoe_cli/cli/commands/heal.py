@@ -38,6 +38,7 @@ from ditmoe_cli.compression.heal.healing_memory import healing_estimate
 from ditmoe_cli.compression.one_pass import write_planned
 from ditmoe_cli.compression.planner import request_digest
 from ditmoe_cli.compression.training.trained_groups import GROUPS
+from ditmoe_cli.compression.training.trained_tensors import TrainedSize, trained_size
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.staging import check_space, check_target
 from ditmoe_cli.files.workfolder import WorkFolder, followed_work, open_work, work_key
@@ -112,8 +113,7 @@ class Teaching:
             "--codes",
             metavar="fixed|learn",
             callback=one_of(*CODES),
-            help="Of quantised weights, fixed: train scales and zero points, not codes; learn: codes of integer "
-            "formats too.",
+            help="Of quantised weights, fixed: train scales, not codes; learn: codes of integer formats too.",
         ),
     ] = "fixed"
     batch: Annotated[
@@ -193,14 +193,14 @@ def run(
     if made is not None:
         errors = measured_errors(last_step(made))
         return reuse(job, made, basis.path, None, {"original": str(original.path), **errors}, dry_run=to.dry_run)
-    trained = sum(tensor.values for tensor in tensors.values())
+    trained = trained_size(student, tensors)
     estimates = _estimates(student, original, asked, trained, basis)
     planned = healed_output(student, tensors, request, options, basis.settings)
     size = planned.predicted_bytes(job.output)
     if to.dry_run:
         check_target(job.output.path, job.output.force, [student.path, original.path])
         rate = known_rate(likely_device(measuring.device))
-        facts = {**size_facts(student, size), "original": str(original.path), "trained_weights": trained}
+        facts = {**size_facts(student, size), "original": str(original.path), "trained_weights": trained.values}
         result = {**facts, "estimate": estimate_of(estimates, rate), "plan": None, "dry_run": True}
         rows: list[Row] = [("would write", job.output.path), *size_rows(result), estimate_row(estimates, rate)]
         return emit(printing, stage.to_json(result), rows, str(job.output.path), editable=True)
@@ -235,7 +235,9 @@ def _request(asked: Healing, student: Checkpoint, basis: Basis, profile: Routing
     return request_digest(asked, student.fingerprint, basis.settings, profile.digest if profile else None)
 
 
-def _estimates(student: Checkpoint, original: Checkpoint, asked: Healing, trained: int, basis: Basis) -> list[Estimate]:
+def _estimates(
+    student: Checkpoint, original: Checkpoint, asked: Healing, trained: TrainedSize, basis: Basis
+) -> list[Estimate]:
     """Return what making the profile, and healing, take."""
     made = [profiling_estimate(original.config, basis.calibration)] if basis.calibration is not None else []
     return [*made, healing_estimate(student.config, original.config, asked, trained, basis.settings)]

@@ -163,7 +163,7 @@ class _Session:
     def _needed(self, states: int) -> float:
         """Return the memory of a process that heals end to end, some states at once."""
         configs, world = (self.work.student.config, self.work.original.config), self.work.exchange.share.world
-        return model_scope_bytes(*configs, self.tensors.count, states, self.spec.cfg, world)
+        return model_scope_bytes(*configs, self.tensors.size, states, self.spec.cfg, world)
 
     def _at_once(self) -> int:
         """Return how many states of a process's share of a batch there is memory for at once; 0 for all."""

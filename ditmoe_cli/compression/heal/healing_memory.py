@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ditmoe_cli.compression.heal.healing import Healing
+from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import (
@@ -29,6 +30,7 @@ from ditmoe_cli.model.effort import (
 )
 
 TRAINED_BYTES = 28
+COMPOSED_BYTES = 5  # of a weight of a matrix that is put together, beside itself in fp32: its codes, packed and in fp32
 _SHARED_BYTES = TRAINED_BYTES - 8  # of them, where several processes train
 BACKWARD = 3  # times the operations, and about the memory, of a forward pass
 BLOCK_TOKENS = 65_536  # of one branch that a block is healed on
@@ -54,28 +56,34 @@ def checks_of(steps: int) -> int:
 
 
 def model_scope_bytes(
-    student: DiTMoEConfig, original: DiTMoEConfig, trained: int, states: int, cfg: float, processes: int = 1
+    student: DiTMoEConfig, original: DiTMoEConfig, size: TrainedSize, states: int, cfg: float, processes: int = 1
 ) -> float:
-    """Return the memory of healing end to end: both models, `trained` weights, and `states` of a batch at once.
+    """Return the memory of healing end to end: both models, what is trained, and `states` of a batch at once.
 
     It is that of one of some processes.
     """
     kept = student.depth * activation_bytes(student, states * branches_at(cfg)) * BACKWARD / 2
-    return model_bytes(original) + model_bytes(student) + (4 + _SHARED_BYTES / processes) * trained + kept
+    weights = (4 + _SHARED_BYTES / processes) * size.values + COMPOSED_BYTES * size.composed
+    return model_bytes(original) + model_bytes(student) + weights + kept
 
 
-def block_scope_bytes(student: DiTMoEConfig, original: DiTMoEConfig, trained: int, batch: int, cfg: float) -> float:
+def block_scope_bytes(
+    student: DiTMoEConfig, original: DiTMoEConfig, size: TrainedSize, batch: int, cfg: float
+) -> float:
     """Return the memory of healing block after block, `batch` states at once.
 
-    The `trained` weights of all blocks are taken to be spread over them as all weights are.
+    What is trained of all blocks is taken to be spread over them as all weights are.
     """
     branches, states = branches_at(cfg), block_states(original)
     widest = max(block_weights(student, block) for block in student.blocks)
     other = max(block_weights(original, block) for block in original.blocks)
     tokens = 4 * states * branches * student.num_patches * student.hidden_size
     kept = activation_bytes(student, min(batch, states) * branches) * BACKWARD / 2
-    at_once = widest * min(1.0, trained / sum(block_weights(student, block) for block in student.blocks))
-    return 4 * widest + (TRAINED_BYTES - 4) * at_once + 4 * other + STREAMS * tokens + kept
+    share = widest / sum(block_weights(student, block) for block in student.blocks)
+    weights = (TRAINED_BYTES - 4) * min(widest, size.values * share) + COMPOSED_BYTES * min(
+        widest, size.composed * share
+    )
+    return 4 * widest + weights + 4 * other + STREAMS * tokens + kept
 
 
 def model_scope_effort(student: DiTMoEConfig, original: DiTMoEConfig, steps: int, batch: int, cfg: float) -> Effort:
@@ -106,7 +114,7 @@ def block_scope_effort(student: DiTMoEConfig, original: DiTMoEConfig, steps: int
 
 
 def healing_estimate(
-    student: DiTMoEConfig, original: DiTMoEConfig, asked: Healing, trained: int, calibration: Mapping[str, Any]
+    student: DiTMoEConfig, original: DiTMoEConfig, asked: Healing, size: TrainedSize, calibration: Mapping[str, Any]
 ) -> Estimate:
     """Return what healing is expected to take, on the states of a calibration.
 
@@ -118,12 +126,12 @@ def healing_estimate(
     memory = 0.0
     if asked.scope != "model":
         effort += block_scope_effort(student, original, steps, asked.batch, cfg)
-        memory = block_scope_bytes(student, original, trained, asked.batch, cfg)
+        memory = block_scope_bytes(student, original, size, asked.batch, cfg)
     if asked.scope != "block":
         images = images_for(steps, asked.batch)
         evaluations = int(calibration["steps"]) * branches_at(cfg)
         effort += model_scope_effort(student, original, steps, asked.batch, cfg)
         effort += passes(original, images, evaluations, images)
-        memory = max(memory, model_scope_bytes(student, original, trained, asked.batch, cfg))
+        memory = max(memory, model_scope_bytes(student, original, size, asked.batch, cfg))
     seconds = 60 * asked.minutes if asked.minutes is not None else 0.0
     return Estimate(f"healing {student.depth} blocks", effort, BASELINE_BYTES + memory, seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ditmoe_cli.compression.training.trained_groups import has_low_rank_update, trained_groups, trained_values
@@ -28,13 +28,27 @@ class TrainedTensor:
     rank: int | None = None
 
 
+@dataclass(frozen=True)
+class TrainedSize:
+    """How many values are trained, and how many weights are put together for each product (`TrainedLinear`)."""
+
+    values: int
+    composed: int = 0
+
+
+def trained_size(checkpoint: Checkpoint, tensors: Mapping[str, TrainedTensor]) -> TrainedSize:
+    """Return the size of what is trained of a checkpoint."""
+    composed = sum(weight.info.numel for weight in checkpoint.weights.values() if weight.quantized)
+    return TrainedSize(sum(tensor.values for tensor in tensors.values()), composed)
+
+
 def tensors_to_train(
     checkpoint: Checkpoint, groups: Collection[str], codes: bool = False, rank: int | None = None
 ) -> dict[str, TrainedTensor]:
     """Return the stored tensors of a checkpoint that are trained, by name.
 
-    They are all plain weights in some `groups`, and of stored ones what `StoredFormat.trained_parts` says: scales, zero
-    points, factors; with `codes`, those of integer formats too. With a `rank`, plain matrices are trained by updates of
+    They are all plain weights in some `groups`, and of stored ones what `StoredFormat.trained_parts` says: scales,
+    factors; with `codes`, those of integer formats too. With a `rank`, plain matrices are trained by updates of
     that rank. Raises `BadInputError` for none.
     """
     found: dict[str, TrainedTensor] = {}

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
+from ditmoe_cli.compression.training.trained_tensors import TrainedSize, TrainedTensor, trained_size
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.base import StoredFormat, Weight
 from ditmoe_cli.formats.trained_layers import TrainedLinear
@@ -30,9 +30,9 @@ class TrainedTensors:
     _parts: dict[str, TrainedPart] = field(default_factory=dict)
 
     @property
-    def count(self) -> int:
-        """How many values are trained."""
-        return sum(tensor.values for tensor in self.tensors.values())
+    def size(self) -> TrainedSize:
+        """The size of what is trained."""
+        return trained_size(self.checkpoint, self.tensors)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from packed import KINDS, packed_pico
 from stored_parts import wholly_packed
 
 from ditmoe_cli.compression.training.trained_groups import GROUPS
-from ditmoe_cli.compression.training.trained_tensors import tensors_to_train
+from ditmoe_cli.compression.training.trained_tensors import TrainedSize, tensors_to_train, trained_size
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.checkpoint import open_checkpoint
@@ -35,6 +35,8 @@ def test_codes_are_trained_where_asked_for_and_where_there_are_whole_ones(tmp_pa
     assert codes
     assert set(learned) - set(fixed) == codes
     assert all(learned[name].values == learned[name].weight.info.numel for name in codes)
+    composed = sum(weight.info.numel for weight in checkpoint.weights.values() if weight.quantized)
+    assert trained_size(checkpoint, fixed) == TrainedSize(sum(each.values for each in fixed.values()), composed)
     assert "blocks.0.attn.qkv.weight" not in learned
     assert "blocks.0.attn.qkv.weight.absmax" in learned
 

@@ -180,4 +180,4 @@ def test_experts_share_the_values_of_their_base(tmp_path: Path) -> None:
     base = weights["blocks.0.moe.base.up_proj.weight"]
     layers = [expert.up_proj for expert in model.blocks[0].moe.experts]
     assert all(layer.base is base for layer in layers)
-    assert trained(checkpoint).count == sum(value.numel() for value in weights.values())
+    assert trained(checkpoint).size.values == sum(value.numel() for value in weights.values())
