@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.compression.heal.healed_output import healing_record
 from ditmoe_cli.compression.plan import (
     FIGURES,
     BlockPlan,
@@ -34,6 +36,7 @@ GROUPS: Mapping[WeightGroup, str] = {
     "modulation": "modulation",
     "embedders": "embedders",
 }
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 _MOST_RUNS = 6  # of widths that are listed; more are told by their range
 
 
@@ -265,12 +268,20 @@ def _damage_rows(facts: Mapping[str, Any]) -> list[Row]:
 def step_text(step: Step) -> str:
     """Return a step of a history in one line: ``prune --keep 0.5 --method reap, refit error 0.03``."""
     words = [step.command, *(word for name, value in step.options.items() for word in _flag(name, value))]
+    record = healing_record(step)
     measured = [
         f"{name.replace('_', ' ')} {_spread(list(map(float, texts)))}"
         for name, texts in step.measured.items()
-        if texts and name != "gap"
+        if texts and name != "gap" and record is None
     ]
+    if record is not None:
+        measured.append(f"held error {held_text(record.held_error)}")
     return ", ".join([" ".join(words), *measured]) + " (by an edited plan)" * step.edited
+
+
+def held_text(errors: Sequence[float]) -> str:
+    """Return an error on held-out states before and after training: ``0.12 -> 0.03``."""
+    return " -> ".join(map(number, errors))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -283,4 +294,9 @@ def _flag(name: str, value: object) -> Iterator[str]:
     flag = "--" + name.replace("_", "-")
     for each in value if isinstance(value, list) else [value]:
         if each is not False and each is not None:
-            yield flag if each is True else f"{flag} {each}"
+            yield flag if each is True else f"{flag} {_shortened(each)}"
+
+
+def _shortened(value: object) -> object:
+    """Return a value of an option; of a fingerprint its first digits, as everywhere in tables."""
+    return value[:12] if isinstance(value, str) and _FINGERPRINT.fullmatch(value) else value

@@ -351,6 +351,14 @@ def _settling(checkpoint: Checkpoint, choice: Choice | None) -> Callable[[], Pla
     return settled
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is told of a stage: the options that were given, and what it did, for reading."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+
+
 def reuse(
     job: Job,
     made: Checkpoint,
@@ -358,11 +366,13 @@ def reuse(
     plan: CompressionPlan | None = None,
     details: Mapping[str, Any] | None = None,
     *,
+    told: Told | None = None,
     dry_run: bool = False,
 ) -> None:
     """Print the result of a stage that was run before, whose output is up to date, as far as the output tells it.
 
-    A dry run says the same; what an interrupted run left beside the output then stays.
+    Options and rows are those of the plan, or what is `told` without one. A dry run says the same; what an interrupted
+    run left beside the output then stays.
     """
     path = job.output.path
     note(f"{path} is up to date")
@@ -381,9 +391,9 @@ def reuse(
         **({"dry_run": True} if dry_run else {}),
     }
     paths = {"profile": profile} if profile is not None and profile.is_file() else {}
-    options = plan.options if plan else {}
-    stage = job.stage.done(job.command, options, checkpoint=path, samples=None, **paths)
-    rows = [("up to date", path), *(plan_rows(plan, job.checkpoint) if plan else []), *size_rows(result)]
+    told = told or (Told(plan.options, plan_rows(plan, job.checkpoint)) if plan else Told())
+    stage = job.stage.done(job.command, told.options, checkpoint=path, samples=None, **paths)
+    rows = [("up to date", path), *told.rows, *size_rows(result)]
     emit(job.printing, stage.to_json(result), rows, str(path))
 
 

@@ -79,7 +79,7 @@ def plan_of(made: Checkpoint, source: Checkpoint) -> CompressionPlan:
 
 def measured_errors(step: Step) -> Mapping[str, Any]:
     """Return the errors that a step recorded, one a block as lists."""
-    lists = ("refit_error", "top_k_agreement", "held_error", "held_error_before", "held_error_after")
+    lists = ("refit_error", "top_k_agreement")
     return {
         name: [float(text) for text in texts] if name in lists else float(texts[0])
         for name, texts in step.measured.items()

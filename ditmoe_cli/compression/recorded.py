@@ -76,6 +76,11 @@ def fixed(values: Iterable[float]) -> list[str]:
     return [f"{0.0 if value < 1e-99 else math.inf if value > 9e99 else value:.3e}".rjust(_WIDTH) for value in values]
 
 
+def whole(counts: Iterable[int]) -> list[str]:
+    """Return whole numbers of at most nine digits as texts of one width."""
+    return [f"{count:{_WIDTH}d}" for count in counts]
+
+
 def planned_step(plan: CompressionPlan, experts: Sequence[int]) -> Step:
     """Return the step of a plan for a model with so many experts in each block.
 

@@ -12,16 +12,16 @@ from typing import Annotated, Any, ClassVar, cast
 import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.costs import number
+from ditmoe_cli.cli.costs import held_text
 from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.cli.groups import at_least, completing, one_of, seed_of_64_bits
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source, checked_device, complete_checkpoint, dtype_on
-from ditmoe_cli.cli.planning import Job, reuse, size_facts, size_rows
-from ditmoe_cli.cli.reuse import last_step, made_before, measured_errors
+from ditmoe_cli.cli.planning import Job, Told, reuse, size_facts, size_rows
+from ditmoe_cli.cli.reuse import last_step, made_before
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.estimates import profiling_estimate
-from ditmoe_cli.compression.heal.healed_output import healed_output, recorded_errors, with_errors
+from ditmoe_cli.compression.heal.healed_output import HealingRecord, healed_output, healing_record
 from ditmoe_cli.compression.heal.healing import (
     CODES,
     DEFAULT_BATCH,
@@ -31,6 +31,7 @@ from ditmoe_cli.compression.heal.healing import (
     Healing,
     Scope,
     check_pair,
+    check_profile,
     kept_codes,
     tensors_to_heal,
 )
@@ -59,8 +60,10 @@ EXAMPLES = (
 
 
 def parse_groups(text: str) -> tuple[str, ...]:
-    """Return the groups of weights that a list names, all for ``all``."""
-    return GROUPS if text.strip() == "all" else tuple(word.strip() for word in text.split(","))
+    """Return the groups of weights that a list names, each once and in the order of `GROUPS`, all for ``all``."""
+    words = {word.strip() for word in text.split(",")}
+    unknown = sorted(words - {"all", *GROUPS})
+    return (*(group for group in GROUPS if words & {"all", group}), *unknown)
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,13 @@ class Teaching:
             seed=self.seed,
         )
 
-    def opened(self, stage: Stage) -> Checkpoint:
-        """Return the original. Raises `UsageError` where nothing names it."""
-        if self.original is None and (stage.original is None or stage.original == stage.checkpoint):
+    def named(self, stage: Stage) -> Stage:
+        """Return the stage with its original. Raises `UsageError` where nothing names it."""
+        if self.original is not None:
+            return replace(stage, original=str(resolve_path(self.original, note).absolute()))
+        if stage.original is None or stage.original == stage.checkpoint:
             raise UsageError("--original is missing: give the checkpoint that the one to heal was made from")
-        path = str(resolve_path(self.original, note).absolute()) if self.original is not None else None
-        return open_stage(stage, path or stage.original)
+        return stage
 
 
 def run(
@@ -172,9 +176,8 @@ def run(
     """
     started = time.monotonic()
     tell = note if first_process() else lambda _: None
-    stage = source.stage(shared=True)
-    student, original = open_stage(stage), teaching.opened(stage)
-    stage = replace(stage, original=str(original.path.absolute()))
+    stage = teaching.named(source.stage(shared=True))
+    student, original = open_stage(stage), open_stage(stage, stage.original)
     asked = teaching.request(original)
     warning = check_pair(student, original)
     if warning is not None:
@@ -185,30 +188,36 @@ def run(
         tell(kept)
     job = Job("heal", stage, student, to.at(student.path, asked.label), printing, started)
     basis = search(original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), tell)
+    check_profile(basis.profile, basis.settings)
     options = asked.options()
     request = _request(asked, student, basis, basis.profile)
     made = made_before(job.output, student, request)
     if not first_process() and (made is not None or to.dry_run):
         return None  # the first process prints
     if made is not None:
-        errors = measured_errors(last_step(made))
-        return reuse(job, made, basis.path, None, {"original": str(original.path), **errors}, dry_run=to.dry_run)
+        record = healing_record(last_step(made)) or HealingRecord()
+        details = {"original": str(original.path), **record.to_json()}
+        told = Told(options, record_rows(record))
+        return reuse(job, made, basis.path, None, details, told=told, dry_run=to.dry_run)
     trained = trained_size(student, tensors)
     estimates = _estimates(student, original, asked, trained, basis)
     planned = healed_output(student, tensors, request, options, basis.settings)
     size = planned.predicted_bytes(job.output)
+    inputs = [student.path, original.path, basis.path]
     if to.dry_run:
-        check_target(job.output.path, job.output.force, [student.path, original.path])
+        check_target(job.output.path, job.output.force, inputs)
         rate = known_rate(likely_device(measuring.device))
         facts = {**size_facts(student, size), "original": str(original.path), "trained_weights": trained.values}
         result = {**facts, "estimate": estimate_of(estimates, rate), "plan": None, "dry_run": True}
         rows: list[Row] = [("would write", job.output.path), *size_rows(result), estimate_row(estimates, rate)]
         return emit(printing, stage.to_json(result), rows, str(job.output.path), editable=True)
-    beside = [path for path in (original.path, basis.path) if path.exists()]
-    check_target(job.output.path, job.output.force, [student.path, *beside])
+    check_target(job.output.path, job.output.force, inputs)
     check_space(job.output.path, planned.needed_bytes(job.output))
+    from ditmoe_cli.compression.heal.healed_weights import require_finite
+
     device = checked_device(measuring.device)
     foretell(estimates, lambda: device)
+    require_finite(student)
     with process_group() as share:
         profile = made_profile(original, basis, lambda: device, tell)
         return _heal(job, original, asked, basis, profile, device, measuring, share)
@@ -283,36 +292,40 @@ def _heal(
     with _shared_folder(output.path, work_key(key), share) as folder:
         exchange = exchange_on(share, torch.device(device))
         work = HealingWork(student, original, profile, device, torch_dtype_of(dtype), folder, tell, exchange)
-        healed = heal(work, asked)
+        record = heal(work, asked)
         if not share.first:
             return  # the first process writes and prints
         piece = folder.read(PIECE)
         if piece is None:
             raise BadInputError(f"{folder.folder}: the healed weights are gone; run it again")
-        held = (healed.before.error, healed.after.error)
-        errors = recorded_errors(held, healed.before.by_bin, healed.after.by_bin)
-        planned = healed_output(student, tensors_to_heal(student, asked), request, asked.options(), profile.calibration)
-        size = write_planned(student, with_errors(planned, errors), output, piece.raw)
+        tensors = tensors_to_heal(student, asked)
+        planned = healed_output(student, tensors, request, asked.options(), profile.calibration, record)
+        size = write_planned(student, planned, output, piece.raw)
     seconds = round(time.monotonic() - job.started, 1)
     result: Mapping[str, Any] = {
         **size_facts(student, size),
         "original": str(original.path),
-        "scopes": list(healed.scopes),
-        "images": healed.images,
-        "block_steps": healed.block_steps,
-        "model_steps": healed.model_steps,
-        "held_error": list(held),
-        "held_error_before": list(healed.before.by_bin),
-        "held_error_after": list(healed.after.by_bin),
+        **record.to_json(),
         "plan_digest": None,
         "seconds": seconds,
     }
     stage = job.stage.done("heal", asked.options(), checkpoint=output.path, samples=None, profile=profile.path)
     rows: list[Row] = [
         ("wrote", output.path),
-        ("healed", f"{' and '.join(healed.scopes)}, on {healed.images:,} images noised anew"),
-        ("error", f"{number(held[0])} -> {number(held[1])} of the guided prediction, on held-out states"),
+        *record_rows(record),
         *size_rows(result),
         ("seconds", f"{seconds:,.1f}"),
     ]
     emit(job.printing, stage.to_json(result), rows, str(output.path))
+
+
+def record_rows(record: HealingRecord) -> list[Row]:
+    """Return what healing has done, for reading."""
+    course = (("each block", record.block_steps), ("the model", record.model_steps))
+    steps = " and ".join(f"{count:,} steps of {scope}" for scope, count in course if count)
+    before, after = record.held_error_before, record.held_error_after
+    return [
+        ("healed", f"{steps}, on {record.images:,} images noised anew"),
+        ("error", f"{held_text(record.held_error)} of the guided prediction, on held-out states"),
+        ("worst bin", f"{held_text((max(before), max(after)))}, of {len(before)} step bins"),
+    ]

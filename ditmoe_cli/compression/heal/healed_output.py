@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ditmoe_cli.compression.output import Computed, Copied, PlannedOutput, PlannedTensor
-from ditmoe_cli.compression.recorded import fixed
+from ditmoe_cli.compression.recorded import fixed, whole
 from ditmoe_cli.compression.training.error_bins import BINS
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint
+
+_COURSE = "course"
+
+
+@dataclass(frozen=True)
+class HealingRecord:
+    """What healing has done, as the history of its output keeps it.
+
+    Attributes:
+        images: images that were noised.
+        block_steps: steps of training of each block; 0 where the model alone was trained.
+        model_steps: steps of training end to end; 0 where blocks alone were trained.
+        held_error: relative squared error on held-out states, before and after.
+        held_error_before, held_error_after: the same by step bin, from noise to image.
+    """
+
+    images: int = 0
+    block_steps: int = 0
+    model_steps: int = 0
+    held_error: Sequence[float] = (0.0, 0.0)
+    held_error_before: Sequence[float] = (0.0,) * BINS
+    held_error_after: Sequence[float] = (0.0,) * BINS
+
+    @property
+    def scopes(self) -> list[str]:
+        """The scopes that weights were trained in."""
+        steps = (("block", self.block_steps), ("model", self.model_steps))
+        return [scope for scope, count in steps if count]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a result holds it."""
+        lists = {name: list(value) if isinstance(value, Sequence) else value for name, value in asdict(self).items()}
+        return {"scopes": self.scopes, **lists}
+
+    def measured(self) -> dict[str, list[str]]:
+        """Return the record as provenance holds it, in texts of one width each."""
+        errors = {name: fixed(value) for name, value in asdict(self).items() if isinstance(value, Sequence)}
+        return {_COURSE: whole([self.images, self.block_steps, self.model_steps]), **errors}
+
+
+def healing_record(step: Step) -> HealingRecord | None:
+    """Return what a step of a history tells of healing; None for one of another kind, or that is malformed."""
+    if step.command != "heal" or _COURSE not in step.measured:
+        return None
+    try:
+        images, block_steps, model_steps = map(int, step.measured[_COURSE])
+        errors = {name: tuple(map(float, texts)) for name, texts in step.measured.items() if name != _COURSE}
+        record = HealingRecord(images, block_steps, model_steps, **errors)
+    except (ValueError, TypeError):
+        return None
+    lengths = [len(values) for values in (record.held_error, record.held_error_before, record.held_error_after)]
+    return record if lengths == [2, BINS, BINS] else None
 
 
 def healed_output(
@@ -19,10 +71,12 @@ def healed_output(
     request: str,
     options: Mapping[str, Any],
     calibration: Mapping[str, Any],
+    record: HealingRecord | None = None,
 ) -> PlannedOutput:
-    """Return the layout of a healed student, whose tensors `trained` are computed; its errors are yet to be measured.
+    """Return the layout of a healed student, whose tensors `trained` are computed.
 
-    `request` is the digest of what was asked for, `options` what was given, `calibration` the profile's settings.
+    `request` is the digest of what was asked for, `options` what was given, `calibration` the profile's settings,
+    `record` what was done, without which the layout has as many bytes.
     """
     computed = set(trained)
     tensors = tuple(
@@ -35,22 +89,8 @@ def healed_output(
         source=student.fingerprint,
         plan=request,
         options=options,
-        measured=recorded_errors((0.0, 0.0), (0.0,) * BINS, (0.0,) * BINS),
+        measured=(record or HealingRecord()).measured(),
         request=request,
         calibration=calibration,
     )
     return PlannedOutput(None, tensors, student.config, replace(base, history=(*base.history, step)))
-
-
-def recorded_errors(
-    held: tuple[float, float], before: Sequence[float], after: Sequence[float]
-) -> Mapping[str, Sequence[str]]:
-    """Return errors on held-out states as provenance keeps them: before and after, of all and by step bin."""
-    return {"held_error": fixed(held), "held_error_before": fixed(before), "held_error_after": fixed(after)}
-
-
-def with_errors(planned: PlannedOutput, errors: Mapping[str, Sequence[str]]) -> PlannedOutput:
-    """Return the layout with errors that were measured; its bytes are as many."""
-    *before, last = planned.provenance.history
-    history = (*before, last.with_measured(errors))
-    return replace(planned, provenance=replace(planned.provenance, history=history))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditmoe_cli.compression.computed import as_stored
 from ditmoe_cli.compression.heal.block_scope import BlocksHealed, heal_blocks
+from ditmoe_cli.compression.heal.healed_output import HealingRecord
 from ditmoe_cli.compression.heal.healing import Healing, tensors_to_heal
 from ditmoe_cli.compression.heal.healing_memory import (
     HELD_STATES,
@@ -50,7 +51,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.offload import OffloadedDiTMoE
-from ditmoe_cli.progress import readable_bytes
+from ditmoe_cli.progress import BYTES, phase, readable_bytes
 from ditmoe_cli.routing.calibration_settings import profiled_spec
 from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -89,25 +90,29 @@ class HealingWork:
     exchange: Exchange = ALONE
 
 
-@dataclass(frozen=True)
-class Healed:
-    """What healing has done: what it trained on, and errors on held-out states."""
-
-    scopes: tuple[str, ...]
-    images: int
-    block_steps: int
-    model_steps: int
-    before: JudgedErrors
-    after: JudgedErrors
-
-
-def heal(work: HealingWork, asked: Healing) -> Healed:
+def heal(work: HealingWork, asked: Healing) -> HealingRecord:
     """Heal a student, and keep the trained weights, as they are written, as the piece `PIECE` of the work folder.
 
     Raises `BadInputError` for a profile without states, predictions that are not finite, and no weights to train;
     `InfeasibleError` where the memory does not suffice for the scope that is asked for.
     """
-    return _Session(work, asked).healed()
+    document = work.exchange.share.from_first(lambda: _document(work.folder, PIECE))
+    return _Session(work, asked).healed() if document is None else HealingRecord(**document)
+
+
+def _document(folder: WorkFolder, name: str) -> Mapping[str, Any] | None:
+    """Return the document of a piece of a work folder; None where it is not kept."""
+    piece = folder.read(name)
+    return None if piece is None else piece.document
+
+
+def require_finite(checkpoint: Checkpoint) -> None:
+    """Raise `BadInputError` that names the first tensor of a checkpoint with NaN or infinite values."""
+    size = sum(info.nbytes for info in checkpoint.header.tensors.values())
+    with phase(f"reading {checkpoint.name}", size, BYTES) as progress:
+        for name, info in checkpoint.header.tensors.items():
+            checkpoint.shared_tensor(name)
+            progress(info.nbytes)
 
 
 @dataclass
@@ -124,7 +129,7 @@ class _Session:
         self.tensors = TrainedTensors(self.work.student, tensors_to_heal(self.work.student, self.asked))
         self.course = Course(1, self.asked.batch, self.asked.rate or Course.rate, self.asked.seed)
 
-    def healed(self) -> Healed:
+    def healed(self) -> HealingRecord:
         """Heal by all scopes, and keep the result."""
         work = self.work
         scopes = work.exchange.share.from_first(self._scopes)
@@ -136,11 +141,10 @@ class _Session:
         if teacher is not None:
             return self._heal_model(teacher, data, values, block_steps)
         assert blocks is not None
-        if blocks.after.error >= blocks.before.error:
+        if not blocks.after.error < blocks.before.error:
             work.note("no block-healed weights were better on held-out states: the output has those of the input")
             blocks, values = replace(blocks, after=blocks.before), {}
-        self._keep(values)
-        return Healed(scopes, len(data.images), block_steps, 0, blocks.before, blocks.after)
+        return self._kept(values, _record(len(data.images), block_steps, 0, blocks.before, blocks.after))
 
     def _scopes(self) -> tuple[str, ...]:
         """Return the scopes to heal by, of which there is memory for each. Raises `InfeasibleError`."""
@@ -236,7 +240,7 @@ class _Session:
         """
         folder, piece = self.work.folder, f"{name}-course"
         chosen = self.course
-        if not self.work.exchange.share.from_first(lambda: folder.read(piece) is not None):
+        if self.work.exchange.share.from_first(lambda: _document(folder, piece)) is None:
             course = replace(self.course, part=self._at_once() if name == "model" else 0)
             if self.asked.steps is not None:
                 chosen = replace(course, steps=self.asked.steps, checks=checks_of(self.asked.steps))
@@ -278,20 +282,20 @@ class _Session:
         states = in_branches(States(z, t, labels, rows % len(data.images), held, self.spec.cfg), original)
         kept = work.exchange.share.after_first(lambda: work.folder.loop("healed-block", config.depth))
         share = (1.0 if last else BLOCKS_SHARE) / config.depth
-        done: list[Course] = []
 
         def course(weights: Mapping[str, Tensor], objective: Objective) -> Course:
-            if not done:
-                done.append(self._course("block", share, int(held.sum()), weights, objective))
-            return done[0]
+            return self._course("block", share, int(held.sum()), weights, objective)
 
         blocks = heal_blocks(student, original, states, held, self._updates, course, kept, self._means())
         values = {
             name: kept.result(index).tensor(name) for index in range(kept.total) for name in kept.result(index).names
         }
-        return blocks, values, done[0].steps if done else 0
+        chosen = work.exchange.share.from_first(lambda: _document(work.folder, "block-course"))
+        return blocks, values, int(chosen["steps"]) if chosen is not None else 0
 
-    def _heal_model(self, teacher: DiTMoE, data: _Images, values: Mapping[str, Tensor], block_steps: int) -> Healed:
+    def _heal_model(
+        self, teacher: DiTMoE, data: _Images, values: Mapping[str, Tensor], block_steps: int
+    ) -> HealingRecord:
         """Heal end to end, from block-healed `values` where there are any that are better; keep the result."""
         work = self.work
         student = build_model(work.student, self.device)
@@ -315,14 +319,11 @@ class _Session:
 
         updates = self._updating(student, "", weights)
         result = heal_model(student, updates, source, held, course, batch, self._means(work.folder))
-        if not result.after.error < before.error:
+        after, trained = result.after, updates.written()
+        if not after.error < before.error:
             work.note("no trained weights were better on held-out states: the output has those of the input")
-            self._keep({})
-            result = replace(result, after=before)
-        else:
-            self._keep(updates.written())
-        scopes = ("block", "model") if values else ("model",)
-        return Healed(scopes, len(data.images), block_steps, result.steps, before, result.after)
+            after, trained = before, {}
+        return self._kept(trained, _record(len(data.images), block_steps, result.steps, before, after))
 
     def _updates(self, model: nn.Module, prefix: str) -> Updates:
         return self._updating(model, prefix, self.tensors.in_model(model, prefix))
@@ -332,16 +333,24 @@ class _Session:
         return low_rank_updates(model, prefix, weights, self.tensors.ranks, self.tensors.rounded, self.asked.seed)
 
     def _means(self, folder: WorkFolder | None = None) -> Means:
-        return Means(folder, self.work.note, self.work.exchange)
+        return Means(folder, self.work.note, self.work.exchange, str(self.work.student.path))
 
-    def _keep(self, values: Mapping[str, Tensor]) -> None:
+    def _kept(self, values: Mapping[str, Tensor], record: HealingRecord) -> HealingRecord:
         """Keep all tensors that could be trained, as they are written; those not in `values` are the input's."""
         student = self.work.student
         written = {}
         for name in self.tensors.tensors:
             stored = self.tensors.stored(name, values[name]) if name in values else student.finite_tensor(name)
             written[name] = as_stored(student, name, stored, stored.dtype)
-        self.work.folder.write(PIECE, written)
+        self.work.folder.write(PIECE, written, asdict(record))
+        return record
+
+
+def _record(
+    images: int, block_steps: int, model_steps: int, before: JudgedErrors, after: JudgedErrors
+) -> HealingRecord:
+    errors = (before.error, after.error)
+    return HealingRecord(images, block_steps, model_steps, errors, before.by_bin, after.by_bin)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from ditmoe_cli.compression.planner import label_of
 from ditmoe_cli.compression.training.trained_groups import GROUPS
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor, tensors_to_train
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.names import split_name
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.lineage import Lineage, kinship
+from ditmoe_cli.routing.profile import RoutingProfile
 
 Scope = Literal["auto", "block", "model"]
 SCOPES: tuple[Scope, ...] = ("auto", "block", "model")
@@ -22,6 +24,7 @@ Codes = Literal["fixed", "learn"]
 CODES: tuple[Codes, ...] = ("fixed", "learn")
 DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
 LOW_RANK = "lora:"
+_FEWEST_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,11 @@ class Healing:
         """The ending of the default output's name."""
         length = f"{self.minutes:g}min" if self.minutes is not None else f"{self.steps}steps"
         groups = "" if set(self.train) == set(GROUPS) else "+".join(self.train).replace(":", "")
+        batch = self.batch != DEFAULT_BATCH and f"batch{self.batch}"
+        rate = self.rate is not None and f"rate{self.rate:g}"
         seed = f"seed{self.seed}" if self.seed else ""
         codes = self.codes == "learn" and "codes"
-        return label_of(f"heal-{length}", self.scope != "auto" and self.scope, groups, codes, seed)
+        return label_of(f"heal-{length}", self.scope != "auto" and self.scope, groups, codes, batch, rate, seed)
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for histories; defaults are left out."""
@@ -100,16 +105,17 @@ class Healing:
 
 
 def check_pair(student: Checkpoint, original: Checkpoint) -> str | None:
-    """Return a warning where nothing tells whether `student` was made from `original`, None where it was.
+    """Return a warning where `student` is not known to be made from `original`, None where it is.
 
     Raises `BadInputError` where it was not, where both are the same, and where their shapes do not correspond.
     """
-    ours, theirs = student.config, original.config
     for name in _ALIKE:
-        if getattr(ours, name) != getattr(theirs, name):
+        ours, theirs = (getattr(checkpoint.config, name) for checkpoint in (student, original))
+        if ours != theirs:
+            given = f", or ⟨{_GIVEN[name]}⟩ where its file cannot tell" if name in _GIVEN else ""
             raise BadInputError(
-                f"{student.path}: its {_ALIKE[name]} is {getattr(ours, name)}, and that of {original.path} is "
-                f"{getattr(theirs, name)}; give the checkpoint that it was made from as ⟨original⟩"
+                f"{student.path}: its {_ALIKE[name]} is {ours}, and that of {original.path} is {theirs}; "
+                f"give the checkpoint that it was made from as ⟨original⟩{given}"
             )
     if student.fingerprint == original.fingerprint:
         raise BadInputError(f"{student.path}: is the original itself, and there is nothing to heal; compress it first")
@@ -117,13 +123,16 @@ def check_pair(student: Checkpoint, original: Checkpoint) -> str | None:
         Lineage(original.fingerprint, original.provenance().history),
         Lineage(student.fingerprint, student.provenance().history),
     ).relation
-    if relation in ("ancestor", "siblings"):
+    if relation == "ancestor":
         return None
+    if relation == "siblings":
+        return f"{student.name} was not made from {original.name}: both were made from a third checkpoint"
     if relation == "descendant":
         raise BadInputError(f"{original.path}: was made from {student.path}; give them the other way round")
-    if student.ancestors:
+    made = next((step for step in student.provenance().history if step.command != "convert"), None)
+    if made is not None:
         raise BadInputError(
-            f"{student.path}: was made from another checkpoint ({student.ancestors[0][:12]}) than {original.path} "
+            f"{student.path}: was made from another checkpoint ({made.source[:12]}) than {original.path} "
             f"({original.fingerprint[:12]}); give that one as ⟨original⟩"
         )
     return f"nothing tells whether {student.name} was made from {original.name}; their shapes correspond"
@@ -133,16 +142,38 @@ _ALIKE = {
     "sampler": "family",
     "hidden_size": "width",
     "depth": "number of blocks",
+    "attention": "kind of attention",
+    "num_heads": "number of attention heads",
+    "top_k": "number of experts a token",
     "patch_size": "patch size",
     "input_size": "size of inputs",
     "in_channels": "number of channels",
     "out_channels": "number of output channels",
     "num_classes": "number of classes",
+    "label_rows": "number of label rows",
 }
+_GIVEN = {"sampler": "sampler", "num_heads": "heads", "top_k": "top_k", "num_classes": "num_classes"}
+
+
+def check_profile(profile: RoutingProfile | None, calibration: Mapping[str, Any]) -> None:
+    """Raise `BadInputError` for a profile without states, or of so few images that none can be kept to judge by.
+
+    `profile` is None where it is yet to be made with the settings `calibration`.
+    """
+    if profile is not None and not {"states.z", "image.final"} <= profile.header.tensors.keys():
+        raise BadInputError(
+            f"{profile.path}: keeps no states to train on; profile the original without ⟨fast⟩ and with a ⟨reservoir⟩"
+        )
+    if int(calibration["images"]) < _FEWEST_IMAGES:
+        where = f"{profile.path}: " if profile is not None else ""
+        raise BadInputError(
+            f"{where}{calibration['images']} images are too few, since some of them judge: profile the original on at "
+            f"least {_FEWEST_IMAGES}"
+        )
 
 
 def tensors_to_heal(student: Checkpoint, asked: Healing) -> dict[str, TrainedTensor]:
-    """Return the student's stored tensors that are trained, by name.
+    """Return the student's stored tensors that are trained, by name; in scope ``block`` those of its blocks.
 
     Raises `BadInputError` for none, and `UsageError` where codes are asked for and none can be trained, and for updates
     of a rank above the width of the model.
@@ -154,6 +185,12 @@ def tensors_to_heal(student: Checkpoint, asked: Healing) -> dict[str, TrainedTen
         )
     groups = asked.train if asked.rank is None else GROUPS
     found = tensors_to_train(student, groups, asked.codes == "learn", asked.rank)
+    if asked.scope == "block":
+        found = {name: trained for name, trained in found.items() if split_name(name).block is not None}
+        if not found:
+            raise BadInputError(
+                f"{student.path}: has no weights to train in {', '.join(asked.train)} of its blocks; give ⟨scope⟩ model"
+            )
     if asked.codes == "learn" and not any(has_codes(trained.weight) for trained in found.values()):
         raise UsageError(
             f"⟨codes⟩ learn has no effect: of {student.name} no weight that is trained is of an integer format; "

@@ -121,9 +121,9 @@ class _Run:
             done = heal(work, asked)
             piece = folder.read(PIECE)
             assert piece is not None
-            means.work.write(f"{name}-errors", {}, {"held_error": [done.before.error, done.after.error]})
+            means.work.write(f"{name}-errors", {}, {"held_error": list(done.held_error)})
             tensors = tensors_to_heal(student, asked)
-            planned = healed_output(student, tensors, "", asked.options(), means.profile.calibration)
+            planned = healed_output(student, tensors, "", asked.options(), means.profile.calibration, done)
             write_planned(student, planned, Output(path), piece.raw)
 
     def _path(self, name: str) -> Path:

@@ -139,11 +139,13 @@ class Means:
         work: keeps what going on takes, now and then; None where nothing does.
         note: takes lines for people.
         exchange: the processes that train together.
+        subject: what is trained, for messages.
     """
 
     work: WorkFolder | None = None
     note: Callable[[str], None] = lambda _: None
     exchange: Exchange = ALONE
+    subject: str = "the model"
 
 
 BARE = Means()
@@ -168,7 +170,7 @@ def train(
     kept, work = _kept(means), means.work
     before = means.exchange.agreed(objective.judge()) if kept is None else float(kept.document["before"])
     if not math.isfinite(before):
-        raise BadInputError("the predictions before training are not finite; is the checkpoint damaged?")
+        raise BadInputError(f"{means.subject}: its predictions before training are not finite; is it damaged?")
     run = _Run(weights, objective, course, means, before, sizes)
     if kept is not None:
         run.go_on(kept)
@@ -176,6 +178,8 @@ def train(
     with phase(title, course.steps, "steps", start=run.step) as progress:
         while run.step < course.steps and run.advance():
             progress(1)
+            if run.checks:
+                progress.title = f"{title} (loss {run.checks[-1].loss:.3g}, held error {run.errors})"
             if work is not None and course.is_check(run.step) and means.exchange.agreed(pace.is_due):
                 with pace.keeping():
                     work.write(_PIECE, run.tensors(), run.document())
@@ -286,6 +290,11 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), CLIP, foreach=True)
         both = torch.stack((loss, norm)).tolist()  # in one wait for the device
         return self.means.exchange.agreed((both[0], both[1]))
+
+    @property
+    def errors(self) -> str:
+        """The held-out errors before and of the best weights so far, for reading."""
+        return f"{self.before:.3g} -> {self.error:.3g}"
 
     def _average(self) -> None:
         decay = min(_AVERAGING, (1 + self.step) / (10 + self.step))

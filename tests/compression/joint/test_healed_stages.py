@@ -11,7 +11,8 @@ from conftest import make_pico
 
 from ditmoe_cli.compression.apply import Applied, apply
 from ditmoe_cli.compression.heal import healed_weights, healing_memory
-from ditmoe_cli.compression.heal.healed_weights import Healed, HealingWork, heal
+from ditmoe_cli.compression.heal.healed_output import HealingRecord
+from ditmoe_cli.compression.heal.healed_weights import HealingWork, heal
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.joint import healed_stages
 from ditmoe_cli.compression.output import planned_output
@@ -116,7 +117,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
     students: list[str] = []
 
-    def noted(work: HealingWork, asked: Healing) -> Healed:
+    def noted(work: HealingWork, asked: Healing) -> HealingRecord:
         students.append(work.student.path.stem)
         return heal(work, asked)
 
