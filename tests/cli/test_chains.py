@@ -17,6 +17,7 @@ import torch
 from cli_helpers import Outcome, here, outputs
 from compressing import compress_on_few_tokens
 from conftest import make_pico
+from healing import heal_on_few_states
 from torch import Tensor
 
 from ditmoe_cli import load_model, open_checkpoint
@@ -41,6 +42,7 @@ WRITING = {
     "plain": "convert --dequantize",
     "upstream": "convert --to-upstream",
 }
+FOLLOWING = {**WRITING, "heal": "heal --steps 2 --batch 4"}
 PACKED = ("delta", "nf4", "mix", "compress")
 READING = {
     "inspect": "inspect",
@@ -61,6 +63,8 @@ def refusal(first: str, second: str) -> str | None:
         return "differ" if second == "merge" else "only experts of one shape"
     if (first, second) in (("merge", "merge"), ("constants", "constants")):
         return "already"
+    if second == "heal" and first in ("plain", "upstream"):
+        return "is the original itself"
     if second == "upstream" and first in ("prune", "constants", "merge", "uneven"):
         return "upstream's code cannot load it"
     return None
@@ -109,9 +113,10 @@ class Chains:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_tokens() -> Iterator[None]:
-    """For compressions."""
+    """For compressions and healing."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         compress_on_few_tokens(monkeypatch)
+        heal_on_few_states(monkeypatch)
         yield
 
 
@@ -138,14 +143,14 @@ def follow(chain: Chains, first: str, second: str) -> None:
     """Hold that the second stage follows the first, or says why it cannot and leaves everything as it was."""
     one, folder = chain.after(first)
     before = outputs(folder)
-    two = here(*WRITING[second].split(), cwd=folder, stdin=one.out)
+    two = here(*FOLLOWING[second].split(), cwd=folder, stdin=one.out)
     said = refusal(first, second)
     if said is not None:
         assert said in two.error(3)
         assert outputs(folder) == before
         return
     assert two.code == 0, two.err
-    commands = ["profile-experts", WRITING[first].split()[0], WRITING[second].split()[0]]
+    commands = ["profile-experts", WRITING[first].split()[0], FOLLOWING[second].split()[0]]
     check_checkpoint(two, one.path, commands)
     if second == "plain" and first not in PACKED:
         assert torch.equal(predicted(two.path), predicted(one.path))
@@ -166,8 +171,9 @@ FEW = {
     "slice": ("prune", "nf4"),
     "constants": ("constants", "nf4"),
     "uneven": ("delta",),
+    "heal": ("narrow", "constants", "delta", "mix", "bf16", "upstream"),
 }
-COVERING = [(first, second) for first, second in product(WRITING, WRITING) if first in FEW.get(second, WRITING)]
+COVERING = [(first, second) for first, second in product(WRITING, FOLLOWING) if first in FEW.get(second, WRITING)]
 
 
 @pytest.mark.parametrize(("first", "second"), COVERING)
@@ -183,7 +189,7 @@ def test_every_stage_follows_every_other_or_says_why_not(
 def test_each_pair_under_each_layout_and_family(
     first: str, combination: Combination, chains: dict[Combination, Chains]
 ) -> None:
-    for second in WRITING:
+    for second in FOLLOWING:
         covered = combination == combination_of(first) and (first, second) in COVERING
         if covered or (second in ("mix", "compress") and first not in (*PACKED, "prune", "uneven", "upstream")):
             continue  # each time, or too long

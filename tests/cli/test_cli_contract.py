@@ -28,6 +28,7 @@ from cli_helpers import (
 )
 from compressing import compress_on_few_tokens
 from conftest import heed_signals, make_pico
+from healing import heal_on_few_states
 
 from ditmoe_cli.errors import DitmoeError
 
@@ -37,9 +38,10 @@ SAMPLING = ("--images", 4, "--steps", 2)
 
 @pytest.fixture(scope="module", autouse=True)
 def few_tokens() -> Iterator[None]:
-    """For compressions in this process."""
+    """For compressions and healing in this process."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         compress_on_few_tokens(monkeypatch)
+        heal_on_few_states(monkeypatch)
         yield
 
 
@@ -51,6 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here("profile-experts", "a.safetensors", *SAMPLING, "--bins", 2, "-o", "p.safetensors", cwd=folder)
     planned = here(*COMMANDS["prune"], "--dry-run", cwd=folder)
     (folder / "plan.json").write_text(planned.out)
+    student = ("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "-o", "b.safetensors")
+    assert here(*student, cwd=folder).code == 0
     assert here("sample", "a.safetensors", *SAMPLING, "-o", "s.safetensors", cwd=folder).code == 0
     return folder
 
@@ -63,6 +67,10 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "merge": ("merge", "a.safetensors", "--groups", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
     "quantize": ("quantize", "a.safetensors", "--uniform", "--bits", 4),
     "compress": ("compress", "a.safetensors", "--ratio", 0.5, "--profile", "p.safetensors"),
+    "heal": (
+        *("heal", "b.safetensors", "--original=a.safetensors", "--profile", "p.safetensors"),
+        *("--steps", 2, "--batch", 4),
+    ),
     "apply": ("apply", "a.safetensors", "--plan", "plan.json", "--profile", "p.safetensors", "-o", "c.safetensors"),
     "sample": ("sample", "a.safetensors", *SAMPLING),
     "fid": ("fid", "a.safetensors", "--ref", "s.safetensors", *SAMPLING),
@@ -79,6 +87,7 @@ MADE = {
     "merge": ("checkpoint", "a.merge-groups2-tokens64.safetensors"),
     "quantize": ("checkpoint", "a.quantize-nf4.safetensors"),
     "compress": ("checkpoint", "a.compress-ratio0.5.safetensors"),
+    "heal": ("checkpoint", "b.heal-2steps-batch4.safetensors"),
     "apply": ("checkpoint", "c.safetensors"),
     "sample": ("samples", "a.samples-images4-steps2.safetensors"),
     "fid": ("checkpoint", "a.safetensors"),
@@ -128,6 +137,8 @@ def test_stderr_holds_notes_only(name: str, ran: dict[str, Outcome]) -> None:
         "using ",
         "measuring ",
         "before refitting, dropping ",
+        "block-healed weights are not better",
+        "no trained weights were better",
     )
     assert all(note.removeprefix("ditmoe: ").startswith(allowed) for note in ran[name].notes)
 
@@ -160,7 +171,7 @@ def test_a_terminal_that_waits_is_no_reason_to_wait(folder: Path) -> None:
 
 
 def words_without_checkpoint(name: str) -> list[object]:
-    return [word for word in COMMANDS[name] if word != "a.safetensors"]
+    return [word for word in COMMANDS[name] if word not in ("a.safetensors", "b.safetensors")]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -282,6 +293,8 @@ def test_an_empty_pipe_names_the_command_before(folder: Path) -> None:
         (("bench", "a.safetensors", "--device", "abacus"), "abacus"),
         (("bench", "a.safetensors", "--sampler", "flow"), "flow"),
         (("bench", "a.safetensors", "-o", "b.safetensors"), "-o"),
+        (("heal", "a.safetensors"), "--original"),
+        (("heal", "a.safetensors", "--original", "s.safetensors", "--scope", "all"), "--scope"),
         (("apply", "a.safetensors"), "--plan"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",

@@ -24,6 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here("profile-experts", "a.safetensors", *settings, "-o", "p.safetensors", cwd=folder)
     pruned = here("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run", cwd=folder)
     (folder / "prune.json").write_text(pruned.out)
+    here("prune", "a.safetensors", "--keep", 2, "--method", "random", "--no-refit", "-o", "s.safetensors", cwd=folder)
     (folder / "quantize.json").write_text(
         here("quantize", "a.safetensors", "--uniform", "--bits", 8, "--dry-run", cwd=folder).out
     )
@@ -54,6 +55,8 @@ LIGHT = (
     ("merge", "a.safetensors", "--groups", 2, "--dry-run"),
     ("quantize", "a.safetensors", "--uniform", "--bits", 4, "--dry-run"),
     ("quantize", "shards", "--uniform", "--bits", 8, "--dry-run"),
+    ("heal", "s.safetensors", "--original", "a.safetensors", "--profile", "p.safetensors", "--dry-run"),
+    ("heal", "s.safetensors", "--original", "a.safetensors", "--scope", "block", "--steps", 5, "--dry-run"),
     ("apply", "a.safetensors", "--plan", "prune.json", "--dry-run"),
     ("apply", "a.safetensors", "--plan", "quantize.json", "--dry-run"),
     ("plan", "prune.json"),
@@ -107,6 +110,7 @@ def test_the_envelope_is_read_before_torch_is_imported(folder: Path) -> None:
         ["prune", "--keep", "2"],
         ["merge", "--groups", "2"],
         ["quantize", "--uniform", "--bits", "4"],
+        ["heal"],
         ["apply", "--plan", "prune.json"],
         ["sample"],
         ["fid"],

@@ -19,6 +19,7 @@ COMMANDS = (
     ("convert",),
     ("sample", "--images", 1, "--steps", 1),
     ("quantize", "--uniform", "--bits", 8),
+    ("heal", "--original", "whole.safetensors", "--steps", 1),
 )
 
 stored = cache(stored_in)

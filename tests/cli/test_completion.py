@@ -36,6 +36,8 @@ def bash(line: str) -> list[str]:
         ("ditmoe fid --convention t", ["torch-fidelity"]),
         ("ditmoe bench --device c", ["cpu", "cuda"]),
         ("ditmoe report p", ["profile"]),
+        ("ditmoe heal --scope b", ["block"]),
+        ("ditmoe heal --train s", ["shared"]),
         ("ditmoe inspect dem", ["demo:digits"]),
         ("ditmoe compare a.pt de", ["demo:digits"]),
         ("ditmoe inspect ", []),  # files, which the shell itself completes
