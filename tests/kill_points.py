@@ -40,12 +40,13 @@ from ditmoe_cli.files.staging import staged
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = "demo:digits"
-LARGE, PROFILE, PLAN = "large.safetensors", "p.safetensors", "plan.json"
+LARGE, PROFILE, PLAN, HALF = "large.safetensors", "p.safetensors", "plan.json", "half.safetensors"
 SHARDS = ("--max-shard-size", "15MB")
 PRUNING = ("--keep", "0.5", "--refit-tokens", "1024", "--profile", PROFILE)
 MIXING = ("--bits", "3.5", "--allow", "3,4", "--tokens", "256", "--profile", PROFILE)
 MERGING = ("--groups", "2", "--refit-tokens", "1024", "--profile", PROFILE)
 COMPRESSING = ("--ratio", "0.3", "--allow", "4,8", "--profile", PROFILE)
+HEALING = ("--original", DEMO, "--steps", "20", "--batch", "32", "--profile", PROFILE)
 UNIFORM = ("--uniform", "--bits", "4")
 WAYS = ("KILL", "TERM", "KILL", "INT", "KILL", "HUP", "KILL", "LIMIT", "KILL", "TERM", "INT", "FULL")
 EXITS = {"KILL": -9, "TERM": 143, "INT": 130, "HUP": 129, "LIMIT": 1, "FULL": 1}
@@ -83,6 +84,7 @@ CASES = (
     Case(("quantize", DEMO, *MIXING), computes=True),
     Case(("merge", DEMO, *MERGING), computes=True),
     Case(("compress", DEMO, *COMPRESSING), computes=True),
+    Case(("heal", HALF, *HEALING), computes=True),
     Case(("profile-experts", DEMO, "--images", "32", "--steps", "8"), computes=True),
     Case(("sample", DEMO, "--images", "32", "--steps", "8"), computes=True),
 )
@@ -199,6 +201,7 @@ class Points:
         calibrating = ("--images", "8", "--steps", "2")
         run(Case(("profile-experts", LARGE, *calibrating), "large.profile.safetensors"), self.inputs)
         run(Case(("profile-experts", DEMO, "--images", "32", "--steps", "8"), PROFILE), self.inputs)
+        run(Case(("prune", DEMO, "--keep", "4", "--no-refit", "--profile", PROFILE), HALF), self.inputs)
         planned = [sys.executable, "-m", "ditmoe_cli", "quantize", LARGE, *UNIFORM, "--dry-run", "--json"]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         with (self.inputs / PLAN).open("w") as file:

@@ -76,7 +76,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # students of every kind
 
 
-@pytest.mark.parametrize(("student", "layout"), zip(STUDENTS, cycle(LAYOUTS), strict=False))
+@pytest.mark.parametrize(("student", "layout"), list(zip(STUDENTS, cycle(LAYOUTS), strict=False)))
 def test_students_of_each_kind_are_healed_in_a_pipe(
     student: str, layout: str, profiled: dict[str, Path], tmp_path: Path
 ) -> None:

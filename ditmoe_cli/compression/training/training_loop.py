@@ -42,6 +42,7 @@ LEAST_SIZE = 2.0**-10
 _WARM_UP = 0.05  # of all steps
 _BETAS = (0.9, 0.99)
 _AVERAGING = 0.99
+_AT_ONCE = 2**24  # values that AdamW changes at once, unless one weight has more
 _PIECE = "training"  # of the work folder
 _KEPT = ("weight", "averaged", "best", "first", "second")  # of each weight there
 
@@ -368,9 +369,15 @@ def _gradient(weight: Tensor) -> Tensor:
 
 
 def _groups(weights: Mapping[str, Tensor], sizes: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return weights in groups of one size each, whose learning rate that is."""
-    groups: dict[float, list[Tensor]] = {}
+    """Return weights in groups of one size each, whose learning rate that is.
+
+    AdamW's temporaries are those of a group at a time, so a group ends where it would have more than `_AT_ONCE` values.
+    """
+    groups: dict[float, list[list[Tensor]]] = {}
     for name, weight in weights.items():
         size = sizes[name] if name in sizes else float(weight.detach().float().square().mean().sqrt())
-        groups.setdefault(2.0 ** round(math.log2(max(size, LEAST_SIZE))), []).append(weight)
-    return [{"params": members, "lr": size} for size, members in sorted(groups.items())]
+        alike = groups.setdefault(2.0 ** round(math.log2(max(size, LEAST_SIZE))), [[]])
+        if alike[-1] and sum(member.numel() for member in alike[-1]) + weight.numel() > _AT_ONCE:
+            alike.append([])
+        alike[-1].append(weight)
+    return [{"params": members, "lr": size} for size, alike in sorted(groups.items()) for members in alike]

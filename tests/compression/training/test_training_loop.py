@@ -121,6 +121,20 @@ def test_rates_are_relative_to_the_sizes_of_weights() -> None:
     assert groups[1.0][0] is weights["one"] and groups[1.0][1] is weights["zero, given a size"]
 
 
+def test_no_group_is_so_large_that_its_temporaries_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "_AT_ONCE", 10)
+    weights = {str(n): torch.ones(n) for n in (4, 6, 1, 12, 3)}
+    groups = [[len(weight) for weight in group["params"]] for group in training_loop._groups(weights, {})]
+    assert groups == [[4, 6], [1], [12], [3]]
+
+
+def test_groups_of_one_size_train_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parted = Regression(), Regression()
+    expected = whole.trained()
+    monkeypatch.setattr(training_loop, "_AT_ONCE", 1)
+    assert parted.trained() == expected and parted.values() == whole.values()
+
+
 def test_the_first_step_changes_each_weight_by_its_share() -> None:
     """AdamW's first step is the sign of the gradient times the rate, whatever the gradient."""
     regression = Regression()
