@@ -13,6 +13,7 @@ PRUNE = ("prune", "a.safetensors", *PROFILE)
 MERGE = ("merge", "a.safetensors", *PROFILE)
 MIX = ("quantize", "a.safetensors", *PROFILE, "--bits", 4)
 UNIFORM = ("quantize", "a.safetensors", "--uniform", "--bits", 4)
+COMPRESS = ("compress", "a.safetensors", *PROFILE)
 SVD = (*MERGE, "--delta", "svd")
 
 
@@ -59,6 +60,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((*MIX, "--allow", "16"), "--allow 16: leaves every weight as it is"),
         ((*MIX, "--allow", "1.58,16", "--symmetric"), "--symmetric has no effect with --allow 1.58,16"),
         ((*MIX, "--group-size", 10**9), "--group-size 1000000000: choose from 32, 64, 128"),
+        ((*COMPRESS, "--ratio", 0.5, "--minutes", 3), "--minutes has no effect without --heal"),
+        ((*COMPRESS, "--ratio", 0.5, "--heal", "--minutes", 0), "--minutes 0: give a time above 0"),
+        ((*COMPRESS, "--max-damage", 0.1, "--heal"), "--max-damage has no effect with --heal"),
+        ((*COMPRESS, "--ratio", 0.5, "--upstream", "--heal"), "--heal has no effect with --upstream"),
+        ((*COMPRESS, "--curve", "--heal"), "--heal has no effect with --curve"),
         (("convert", "a.safetensors", "-o", "b.safetensors", "--max-shard-size", "1MB"), "on a single file"),
         (("profile-experts", "a.safetensors", "--fast", "--reservoir", 64), "--reservoir has no effect with --fast"),
         (("profile-experts", "a.safetensors", "--seed", 2**70), "must fit 64 bits"),
