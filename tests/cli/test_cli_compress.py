@@ -16,6 +16,7 @@ import torch
 from cli_helpers import Outcome, bytes_of, here, outputs, piped
 from compressing import compress_on_few_tokens
 from conftest import make_pico
+from healing import heal_on_few_states
 from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows
@@ -300,3 +301,19 @@ def test_a_run_that_is_interrupted_in_each_phase_goes_on_to_the_same_bytes(
     assert done.code == 0 and not any("trying plan" in note for note in done.notes), done.err
     assert (folder / COPY).read_bytes() == expected
     assert set(outputs(folder)) == set(before), "nothing but what is measured is left"
+
+
+def test_healing_keeps_to_the_size_and_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heal_on_few_states(monkeypatch)
+    make_pico(**SMALL).save(tmp_path / "m.safetensors")
+    profiling = f"ditmoe profile-experts m.safetensors {' '.join(map(str, SETTINGS))}"
+    words = "--ratio 0.5 --allow 4,8 --heal --minutes 0.001"
+    outcome = piped(f"{profiling} | ditmoe compress {words}", tmp_path)
+    assert outcome.path.name == "m.compress-ratio0.5-allow4,8-heal0.001min.safetensors"
+    assert outcome.result["bytes"] <= 0.5 * (tmp_path / "m.safetensors").stat().st_size
+    assert len(outcome.result["held_error"]) == 2 and outcome.result["retraining"]["minutes"] == 0.001
+    (step,) = open_checkpoint(outcome.path).provenance().history
+    assert (step.command, step.options["heal"]) == ("compress", True)
+    again = piped(f"{profiling} | ditmoe compress {words}", tmp_path)
+    assert again.result["up_to_date"] and again.result["retraining"]["minutes"] == 0.001
+    assert not list(tmp_path.glob(".*"))
