@@ -175,7 +175,7 @@ def retraining_text(retraining: Retraining | None) -> str:
     if retraining is None:
         return "none"
     length = f"{retraining.minutes:g} minutes" if retraining.minutes is not None else f"{retraining.steps:,} steps"
-    return f"{length} of training to predict as the original does, before rounding and after"
+    return f"{length} of training to predict as the original does"
 
 
 def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_block: bool = False) -> list[Row]:

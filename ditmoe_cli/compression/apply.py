@@ -84,7 +84,7 @@ def carry_out(
 
         done = carry_out_healed(checkpoint, plan, Means(profile, device, work, apply))
         planned = planned.measured(done.measured)
-        return Applied(write_planned(checkpoint, planned, output, done.healed.reader.raw), done.measured, planned)
+        return Applied(write_planned(checkpoint, planned, output, done.bytes_of), done.measured, planned)
     loop, kept = work.loop(loop_name(plan), checkpoint.config.depth), None
     if loop.start < loop.total and any(isinstance(stage, Experts) and stage.selection for stage in plan.stages):
         from ditmoe_cli.compression.replay.kept_measures import kept_measures

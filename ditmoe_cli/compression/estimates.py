@@ -350,7 +350,7 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
 
 
 def retraining_estimate(checkpoint: Checkpoint, plan: CompressionPlan) -> Estimate:
-    """Return what training in between takes: the time that is asked for, whatever the machine, and next to it little.
+    """Return what training takes: the time that is asked for, whatever the machine, and next to it little.
 
     Steps are counted with all neurons; the memory is that of healing the whole model.
     """

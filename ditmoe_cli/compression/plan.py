@@ -173,7 +173,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Retraining:
-    """The stage that trains weights to predict as the plan's checkpoint does: before they are rounded, and after.
+    """The stage that trains what all others made to predict as the plan's checkpoint does.
 
     Attributes:
         minutes: how long; None where `steps` say so.

@@ -92,7 +92,7 @@ class Tying(Mixing):
 
 @dataclass(frozen=True)
 class Retrained:
-    """Training between structure and bits, and after both."""
+    """Training of what was compressed."""
 
     panel: ClassVar[str] = "Healing"
 
@@ -100,7 +100,7 @@ class Retrained:
         bool,
         typer.Option(
             "--heal",
-            help="Train weights to predict as the original does, before they are rounded and after, as ditmoe heal.",
+            help="Train the result to predict as the original does, as ditmoe heal.",
         ),
     ] = False
     minutes: Annotated[float, typer.Option("--minutes", metavar="M", help="Time for --heal, beside all else.")] = (

@@ -45,8 +45,6 @@ WORTH_TRYING = 1.25
 
 It is predicted as if it kept the program's neurons and not those of highest energy, so that it is worse in truth.
 """
-HEALED = 4.0
-"""How many times less structure costs once weights are trained, against bits, about."""
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)  # of neurons, of plans in two stages
 
 
@@ -65,10 +63,6 @@ class Way:
     """How drafts of any size are made: by the program with a weight κ, or in two stages where that is None."""
 
     kappa: float | None = FIRST_KAPPA
-
-    def healed(self) -> Way:
-        """Return the way for weights that are trained in between, which makes up for structure more than for bits."""
-        return self if self.kappa is None else Way(self.kappa / HEALED)
 
     def draft(self, program: JointProgram, calibrated: Calibrated, limit: int) -> Draft:
         """Return the draft of least predicted error within `limit` bytes, of the first κ where two stages find none."""

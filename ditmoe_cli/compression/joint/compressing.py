@@ -94,7 +94,7 @@ class Compressing(Planner):
         goal: the size to reach.
         candidates: the formats to choose from.
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
-        healing: the minutes for which weights are trained before rounding and after; None for none.
+        healing: the minutes for which weights are trained in the end; None for none.
     """
 
     goal: Goal
@@ -187,7 +187,7 @@ class Compressing(Planner):
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of least tried error, whose weights stay in the work folder."""
-        from ditmoe_cli.compression.joint.choosing import Trials, best_way, best_within, settled_program, untied_error
+        from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program, untied_error
         from ditmoe_cli.compression.joint.size_search import smallest_within
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
@@ -203,14 +203,11 @@ class Compressing(Planner):
             else:
                 program, curves = settled_program(request, calibrated, lambda _: limit)
                 trials = Trials(request, calibrated, curves, folder)
-                if self.healing is not None:
-                    draft = best_way(program, trials, limit).healed().draft(program, calibrated, limit)
-                    return plan_of(request, draft, {}, profile.digest, healing=self.healing)
                 best = best_within(program, trials, limit)
                 figures = {"tried_error": best.held.error}
             if self.stacked or self.candidates.tied:
                 figures["untied_error"] = untied_error(program, curves, best.bytes, best.draft)
-        return plan_of(request, best.draft, figures, profile.digest)
+        return plan_of(request, best.draft, figures, profile.digest, healing=self.healing)
 
     def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
         """Return the expected distance of the written file's images, where a damage was asked for."""

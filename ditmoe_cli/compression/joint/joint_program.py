@@ -75,7 +75,7 @@ class JointRequest:
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
         calibration: settings of the calibration, which the history of the result keeps.
         measured: figures of the plan, beside those of the program, which the history of the result keeps.
-        healing: the minutes for which weights are trained in between; None for not.
+        healing: the minutes for which weights are trained in the end; None for not.
     """
 
     checkpoint: Checkpoint
@@ -208,7 +208,7 @@ def plan_of(
 ) -> CompressionPlan:
     """Return the plan that carries a draft out, fitted on `tokens`, 0 for as many as suit it.
 
-    Weights are trained for `healing` minutes in between; None for not.
+    Weights are trained for `healing` minutes in the end; None for not.
     """
     blocks = tuple(_block_plan(request, draft.widths, index) for index in range(request.checkpoint.config.depth))
     selection: Selection | None = None if draft.energies else "elimination"

@@ -32,7 +32,7 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.progress import phase
 
 PURPOSE = "healing"
-_ROUNDS = 64  # states of each image
+_ROUNDS = 512  # states of each image
 _NULL_EVERY = 10
 
 
@@ -97,7 +97,8 @@ class StateSource(Protocol):
 class Noising:
     """Images noised anew: state n is image n mod I at a time and with a noise of its own, functions of the seed and n.
 
-    Times cover (0, 1] of a rectified flow, and DDPM's 0 to 999, evenly, and so do those of any few states.
+    Times cover (0, 1] of a rectified flow, and DDPM's 0 to 999, evenly, and so do those of each image, and of any few
+    neighbouring states.
 
     Attributes:
         images: (I, C, S, S) latents, or pixels in [-1, 1].
@@ -118,12 +119,12 @@ class Noising:
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return noisy images z (n, C, S, S), times t (n,) and labels (n,) of some states."""
-        chosen = rows % len(self.images)
+        chosen, rounds = rows % len(self.images), rows // len(self.images)
         noise = image_noise(self.seed, rows.tolist(), torch.device("cpu"), self.purpose).draw(self.images.shape[1:])
-        z, t = _noised(self.images[chosen], noise, spread(rows, self.seed), self.family)
+        z, t = _noised(self.images[chosen], noise, spread(chosen, rounds, self.seed), self.family)
         labels = self.labels[chosen]
         if self.null is not None:
-            labels = labels.masked_fill(rows % _NULL_EVERY == _NULL_EVERY - 1, self.null)
+            labels = labels.masked_fill((chosen + rounds) % _NULL_EVERY == _NULL_EVERY - 1, self.null)
         return z, t, labels
 
 
@@ -146,10 +147,13 @@ class NoisedImages:
         return TeacherStates(z, t, labels, targets, self.cfg)
 
 
-def spread(rows: Tensor, seed: int) -> Tensor:
-    """Return a number in [0, 1) for each row: the fractional part of n φ + seed √2, evenly spread (Kronecker)."""
+def spread(images: Tensor, rounds: Tensor, seed: int) -> Tensor:
+    """Return a number in [0, 1) for each image i and round r: the fractional part of i √3 + r φ + seed √2.
+
+    Both the rounds of an image and the images of a round are evenly spread (Kronecker).
+    """
     golden = (5**0.5 - 1) / 2
-    return ((rows.double() + 1) * golden + seed * 2**0.5) % 1.0
+    return ((images.double() + 1) * 3**0.5 + rounds.double() * golden + seed * 2**0.5) % 1.0
 
 
 def _noised(images: Tensor, noise: Tensor, places: Tensor, family: Sampler) -> tuple[Tensor, Tensor]:

@@ -110,21 +110,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(healed_stages, "_new_formats", stop)  # behind the first healing
+        patched.setattr(healed_stages, "heal", stop)
         with pytest.raises(KeyboardInterrupt):
             written(given, path, *stages)
-    assert not path.exists() and (tmp_path / ".stopped.safetensors.work" / "stages" / "healed.safetensors").exists()
-
-    students: list[str] = []
+    kept = tmp_path / ".stopped.safetensors.work" / "stages" / "compressed.safetensors"
+    assert not path.exists() and kept.exists()
+    made = kept.stat().st_mtime_ns
+    seen: list[int] = []
 
     def noted(work: HealingWork, asked: Healing) -> HealingRecord:
-        students.append(work.student.path.stem)
+        seen.append(kept.stat().st_mtime_ns)
         return heal(work, asked)
 
     with monkeypatch.context() as patched:
         patched.setattr(healed_stages, "heal", noted)
         written(given, path, *stages)
-    assert students == ["rounded"]
+    assert seen == [made], "what was compressed is not made anew"
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not (tmp_path / ".stopped.safetensors.work").exists()
 
