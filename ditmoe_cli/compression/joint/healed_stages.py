@@ -1,8 +1,8 @@
 """A plan that trains weights, carried out: first all other stages, then what they made is healed.
 
-Training comes last, on the codes that weights were rounded to, which stay: scales, routers, norms and all else then make
-up for what went and for rounding at once. Training before rounding and after left more in as many steps, and so did
-learned codes (docs/results.md).
+Training comes last, on the codes that weights were rounded to, which stay: scales, routers, norms and all else then
+make up for what went and for rounding at once. Training before rounding and after left more in as many steps, and so
+did learned codes (docs/results.md).
 
 What the other stages make is a checkpoint in the work folder, from which an unfinished run goes on. What is written is
 laid out by the whole plan, as one step of the history.
