@@ -96,7 +96,8 @@ def test_students_of_each_kind_are_healed_in_a_pipe(
     assert tensor_shapes(two.path) == tensor_shapes(one.path)
     old, new = load_file(one.path), load_file(two.path)
     kept = {name for name in old if torch.equal(old[name], new[name])}
-    assert kept == {name for name in old if name == "pos_embed" or name.endswith("expert_of")}
+    fixed = {name for name in old if name == "pos_embed" or name.endswith("expert_of")}
+    assert fixed <= kept and not any(name.startswith("blocks.") for name in kept - fixed), "others where blocks did best"
     assert {name: tensor.dtype for name, tensor in old.items()} == {name: tensor.dtype for name, tensor in new.items()}
 
     envelope = two.envelope
@@ -131,10 +132,10 @@ def test_a_healed_student_is_quantised_scored_and_healed_again(profiled: dict[st
 
 @pytest.mark.parametrize("scope", ["block", "model"])
 def test_one_scope_alone(scope: str, folder: Path) -> None:
-    outcome = here(*HEAL, "--scope", scope, "--steps", 30, cwd=folder)
+    outcome = here(*HEAL, "--scope", scope, "--steps", 60, cwd=folder)
     assert outcome.result["scopes"] == [scope]
     assert outcome.result["held_error"][1] < outcome.result["held_error"][0]
-    assert outcome.path.name == f"s.heal-30steps-{scope}-batch8.safetensors"
+    assert outcome.path.name == f"s.heal-60steps-{scope}-batch8.safetensors"
 
 
 @pytest.mark.parametrize(
