@@ -196,7 +196,7 @@ def check_plan(checkpoint: Checkpoint, plan: CompressionPlan) -> None:
                     "the plan stores experts as differences and changes which experts there are; make that two plans, "
                     "the differences last"
                 )
-            case Retraining() if before - {Experts}:
+            case Retraining() if Differences in before:
                 raise BadInputError("the plan stores differences and trains them; make that two plans (ditmoe heal)")
             case Formats():
                 _check_formats(checkpoint, stage, before)

@@ -2,7 +2,7 @@
 
 A plan can be printed, compared, edited and applied later. It names its checkpoint by fingerprint and, where its
 choice rests on one, its profile by digest. It lists stages, each of its own type: `Experts`, `Differences`,
-`Retraining`, `Formats`.
+`Formats`, `Retraining`.
 Making, reading and checking plans needs neither torch nor numpy.
 """
 
@@ -172,30 +172,6 @@ class Differences:
 
 
 @dataclass(frozen=True)
-class Retraining:
-    """The stage that trains what all others made to predict as the plan's checkpoint does.
-
-    Attributes:
-        minutes: how long; None where `steps` say so.
-        steps: of training.
-        seed: of noise and orders.
-    """
-
-    minutes: float | None = None
-    steps: int | None = None
-    seed: int = 0
-
-    @property
-    def computes(self) -> bool:
-        """Whether weights are computed from calibration data: always."""
-        return True
-
-    def fields(self) -> dict[str, Any]:
-        """Return the stage's fields of the plan's JSON."""
-        return {"retraining": asdict(self)}
-
-
-@dataclass(frozen=True)
 class Formats:
     """The stage that quantises weights.
 
@@ -221,10 +197,34 @@ class Formats:
         return {"formats": dict(sorted(self.formats.items())), "rounding": rounding, "ordering": self.ordering}
 
 
-PlanStage = Experts | Differences | Retraining | Formats
-S = TypeVar("S", Experts, Differences, Retraining, Formats)
+@dataclass(frozen=True)
+class Retraining:
+    """The stage that trains what all others made to predict as the plan's checkpoint does.
+
+    Attributes:
+        minutes: how long; None where `steps` say so.
+        steps: of training.
+        seed: of noise and orders.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+    seed: int = 0
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights are computed from calibration data: always."""
+        return True
+
+    def fields(self) -> dict[str, Any]:
+        """Return the stage's fields of the plan's JSON."""
+        return {"retraining": asdict(self)}
+
+
+PlanStage = Experts | Differences | Formats | Retraining
+S = TypeVar("S", Experts, Differences, Formats, Retraining)
 T = TypeVar("T")
-_ORDER = (Experts, Differences, Retraining, Formats)
+_ORDER = (Experts, Differences, Formats, Retraining)
 _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order in which they are written
     "blocks": [],
     "formats": {},
@@ -252,7 +252,7 @@ class CompressionPlan:
         options: the options that led here, for the reader, and `FIGURES`.
         calibration: settings of that profile's calibration, which the result's history keeps.
         stages: the changes, in order. JSON of this schema has a place for one stage of each type, in the order
-            `Experts`, `Differences`, `Retraining`, `Formats`; others raise `ValueError`.
+            `Experts`, `Differences`, `Formats`, `Retraining`; others raise `ValueError`.
         request: digest of what a planner was asked for, which the result's history keeps.
         written: the digest in the file that the plan was read from, by which planners sign; None where it has none.
     """
@@ -270,7 +270,7 @@ class CompressionPlan:
         places = [_ORDER.index(type(stage)) for stage in self.stages]
         if places != sorted(set(places)):
             raise ValueError(
-                f"{PLAN_SCHEMA} holds experts, differences, retraining and formats, once each, in this order"
+                f"{PLAN_SCHEMA} holds experts, differences, formats and retraining, once each, in this order"
             )
 
     @property
@@ -381,7 +381,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
         ordering=_one_of(fields.get("ordering"), (None, *get_args(Ordering)), f"{where}: field 'ordering'"),
     )
     differences = _parsed(fields, "delta", _parse_differences, where)
-    stages = (experts, differences, _parsed(fields, "retraining", _parse_retraining, where), quantised)
+    stages = (experts, differences, quantised, _parsed(fields, "retraining", _parse_retraining, where))
     calibration = None if fields.get("calibration") is None else _field(fields, "calibration", dict, where)
     present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
     written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None

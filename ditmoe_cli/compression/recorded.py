@@ -139,10 +139,10 @@ def recorded_plan(step: Step, source: Checkpoint, target: Checkpoint) -> Compres
     elif "delta" in step.options:
         stages.append(Differences(step.options["delta"], step.options["delta_ratio"]))
     rounding = Rounding() if {"prediction_error", "held_error"} & set(step.measured) else None
-    if step.options.get("heal"):
-        stages.append(Retraining(step.options.get("minutes")))
     if (formats or rounding) if blocks else "delta" not in step.options:
         stages.append(Formats(formats, rounding))
+    if step.options.get("heal"):
+        stages.append(Retraining(step.options.get("minutes")))
     return CompressionPlan(step.command, step.source, None, {**step.options, **figures}, tuple(stages))
 
 

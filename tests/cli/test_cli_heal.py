@@ -97,7 +97,9 @@ def test_students_of_each_kind_are_healed_in_a_pipe(
     old, new = load_file(one.path), load_file(two.path)
     kept = {name for name in old if torch.equal(old[name], new[name])}
     fixed = {name for name in old if name == "pos_embed" or name.endswith("expert_of")}
-    assert fixed <= kept and not any(name.startswith("blocks.") for name in kept - fixed), "others where blocks did best"
+    assert fixed <= kept and not any(name.startswith("blocks.") for name in kept - fixed), (
+        "others where blocks did best"
+    )
     assert {name: tensor.dtype for name, tensor in old.items()} == {name: tensor.dtype for name, tensor in new.items()}
 
     envelope = two.envelope

@@ -90,8 +90,8 @@ plans = st.builds(
     stages=st.tuples(  # a stage that does nothing leaves no trace in JSON
         st.none() | experts.filter(lambda stage: stage != Experts()),
         st.none() | differences,
-        st.none() | retrainings,
         st.none() | formats.filter(lambda stage: stage != Formats()),
+        st.none() | retrainings,
     ).map(lambda stages: tuple(stage for stage in stages if stage is not None)),
 )
 
@@ -197,7 +197,7 @@ def test_every_part_of_a_plan_enters_its_digest(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stages", [(QUANTISED, PRUNED), (PRUNED, PRUNED), (QUANTISED, Differences("svd", 0.5))])
 def test_stages_that_this_schema_has_no_place_for_are_refused(stages: tuple[PlanStage, ...]) -> None:
     with pytest.raises(
-        ValueError, match=r"^ditmoe\.plan/1 holds experts, differences, retraining and formats, once each, in this"
+        ValueError, match=r"^ditmoe\.plan/1 holds experts, differences, formats and retraining, once each, in this"
     ):
         CompressionPlan("prune", "a" * 64, stages=stages)
 

@@ -216,7 +216,7 @@ def plan_of(
     formats = Formats(dict(draft.formats), Rounding(tokens=tokens))
     stages: tuple[PlanStage, ...] = (experts, formats)
     if healing is not None:
-        stages = (experts, Retraining(healing), formats)
+        stages = (experts, formats, Retraining(healing))
     options = {**request.options, **draft.figures, **figures}
     source, calibration = request.checkpoint.fingerprint, request.calibration
     return CompressionPlan(request.command, source, profile, options, stages, calibration=calibration)

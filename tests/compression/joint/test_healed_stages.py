@@ -81,7 +81,7 @@ def test_training_changes_values_and_nothing_else(
     written(given, tmp_path / "plain.safetensors", *stages)
     plain = open_checkpoint(tmp_path / "plain.safetensors")
     training = Retraining(steps=5)
-    order = tuple(stage for stage in (EXPERTS, training, ROUNDED) if stage in (*stages, training))
+    order = tuple(stage for stage in (EXPERTS, ROUNDED, training) if stage in (*stages, training))
     done = written(given, tmp_path / "trained.safetensors", *order)
     trained = open_checkpoint(tmp_path / "trained.safetensors")
     assert layout(trained) == layout(plain) and trained.config == plain.config
@@ -102,7 +102,7 @@ def test_training_alone_never_does_harm(given: Given, tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = (EXPERTS, Retraining(steps=3), ROUNDED)
+    stages = (EXPERTS, ROUNDED, Retraining(steps=3))
     written(given, tmp_path / "whole.safetensors", *stages)
     path = tmp_path / "stopped.safetensors"
 
