@@ -174,7 +174,7 @@ def retraining_text(retraining: Retraining | None) -> str:
     """Return how long weights are trained."""
     if retraining is None:
         return "none"
-    length = f"{retraining.minutes:g} minutes" if retraining.minutes is not None else f"{retraining.steps:,} steps"
+    length = f"{retraining.minutes:g} min" if retraining.minutes is not None else f"{retraining.steps:,} steps"
     return f"{length} of training to predict as the original does"
 
 

@@ -88,6 +88,8 @@ def _by_onednn(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
         return False  # compiled code takes this operation for constant weights alone
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, other)):
         return False
+    if not (weight.is_mkldnn or weight.is_contiguous()):
+        return False  # a part of a wider matrix, which oneDNN multiplies some hundred times as slowly
     least = LEAST_MULTIPLICATIONS if x.dtype == torch.float32 else LEAST_HALF_MULTIPLICATIONS
     return weight.numel() >= LEAST_PACKED or x.numel() * weight.shape[0] >= least
 

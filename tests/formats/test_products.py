@@ -119,3 +119,10 @@ def test_what_gains_nothing_is_not_prepacked() -> None:
     for weight in (torch.zeros(8, 8), torch.zeros(512, 384, dtype=torch.float16), torch.zeros(512, 384).double()):
         assert prepacked(weight) is weight
     assert prepacked(torch.empty(512, 384, device="meta")).is_meta
+
+
+def test_parts_of_wider_matrices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's layer takes hundreds of times as long for them."""
+    monkeypatch.setattr(products, "_onednn", lambda _: pytest.fail("asked for"))
+    x, weight = torch.randn(600, 416), torch.randn(128, 448)[:, :416]
+    torch.testing.assert_close(products.linear(x, weight), x @ weight.T)
