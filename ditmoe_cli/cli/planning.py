@@ -305,7 +305,7 @@ def write(
     check_space(job.output.path, planned.needed_bytes(job.output))
     estimates = carrying_out(job.checkpoint, plan, planned.predicted_bytes(job.output))
     is_tried = choice is not None and choice.is_carried_out(job.checkpoint.config.depth)
-    foretell(estimates[-1:] if is_tried else estimates, lambda: place)
+    foretell(estimates[1:] if is_tried else estimates, lambda: place)
     with _work_folder(job, choice, place) as work:
         settled = _settling(job.checkpoint, choice)
         applied = carry_out(job.checkpoint, planned, job.output, profile, place, work, settled)

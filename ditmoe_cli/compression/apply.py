@@ -82,7 +82,7 @@ def carry_out(
     if plan.retraining is not None:
         from ditmoe_cli.compression.joint.healed_stages import Means, carry_out_healed
 
-        done = carry_out_healed(checkpoint, plan, Means(profile, device, work, apply))
+        done = carry_out_healed(checkpoint, plan, Means(profile, device, work, carry_out))
         planned = planned.measured(done.measured)
         return Applied(write_planned(checkpoint, planned, output, done.bytes_of), done.measured, planned)
     loop, kept = work.loop(loop_name(plan), checkpoint.config.depth), None

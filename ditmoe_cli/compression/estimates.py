@@ -333,11 +333,10 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
     """Return what carrying a plan out (None: a plain copy) takes, phase by phase; `size` is the result's in bytes."""
     found = []
     branches = branches_at(float((plan.calibration or {}).get("cfg", 1.0))) if plan else 1
-    if plan is not None and plan.retraining is not None:
-        found.append(retraining_estimate(checkpoint, plan))
-    elif plan is not None and plan.together is not None:
-        return [together_estimate(checkpoint, *plan.together, branches), writing_estimate(size)]
-    for stage in plan.stages if plan else ():
+    together = plan.together if plan is not None else None
+    if together is not None:
+        found.append(together_estimate(checkpoint, *together, branches))
+    for stage in plan.stages if plan is not None and together is None else ():
         match stage:
             case Experts() if stage.repair is not None:
                 kept = [layout.config for layout in block_layouts(checkpoint, stage)]
@@ -346,6 +345,8 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
                 found.append(rounding_estimate(checkpoint, stage, branches))
             case _:
                 pass
+    if plan is not None and plan.retraining is not None:
+        found.append(retraining_estimate(checkpoint, plan))
     return [*found, writing_estimate(size)]
 
 

@@ -307,10 +307,10 @@ class CompressionPlan:
 
     @cached_property
     def work_digest(self) -> str:
-        """SHA-256 of the stages alone: of all that decides which weights are computed."""
+        """SHA-256 of the stages alone, but for training: of all that decides which weights are computed before it."""
         fields = dict(_NO_STAGES)
         for stage in self.stages:
-            fields |= stage.fields()
+            fields |= {} if isinstance(stage, Retraining) else stage.fields()
         return digest(fields)
 
     def stage(self, kind: type[S]) -> S:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.heal.healed_weights import PIECE, HealingWork, heal
 from ditmoe_cli.compression.heal.healing import Healing
+from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Retraining
 from ditmoe_cli.compression.recorded import Measured
 from ditmoe_cli.errors import BadInputError
@@ -24,18 +25,18 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
 
-Apply = Callable[[Checkpoint, CompressionPlan, Output, RoutingProfile, str], object]
-"""Writes the result of a plan (`apply.apply`)."""
+CarryOut = Callable[[Checkpoint, PlannedOutput, Output, RoutingProfile, str, WorkFolder], object]
+"""Writes an output as it is laid out (`apply.carry_out`)."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """How a plan is carried out: the original's profile, the device, the work folder, what applies plans."""
+    """How a plan is carried out: the original's profile, the device, the work folder, what carries plans out."""
 
     profile: RoutingProfile
     device: str
     work: WorkFolder
-    apply: Apply
+    carry_out: CarryOut
 
 
 @dataclass(frozen=True)
@@ -86,5 +87,6 @@ def _before_training(checkpoint: Checkpoint, plan: CompressionPlan, means: Means
     folder.mkdir(exist_ok=True)
     path = folder / "compressed.safetensors"
     if not path.exists():
-        means.apply(checkpoint, replace(plan, stages=others), Output(path), means.profile, means.device)
+        planned = planned_output(checkpoint, replace(plan, stages=others))
+        means.carry_out(checkpoint, planned, Output(path), means.profile, means.device, means.work)
     return open_checkpoint(path)
