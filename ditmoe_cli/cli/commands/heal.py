@@ -203,15 +203,13 @@ def run(
     estimates = _estimates(student, original, asked, trained, basis)
     planned = healed_output(student, tensors, request, options, basis.settings)
     size = planned.predicted_bytes(job.output)
-    inputs = [student.path, original.path, basis.path]
+    check_target(job.output.path, job.output.force, [student.path, original.path, basis.path])
     if to.dry_run:
-        check_target(job.output.path, job.output.force, inputs)
         rate = known_rate(likely_device(measuring.device))
         facts = {**size_facts(student, size), "original": str(original.path), "trained_weights": trained.values}
         result = {**facts, "estimate": estimate_of(estimates, rate), "plan": None, "dry_run": True}
         rows: list[Row] = [("would write", job.output.path), *size_rows(result), estimate_row(estimates, rate)]
         return emit(printing, stage.to_json(result), rows, str(job.output.path), editable=True)
-    check_target(job.output.path, job.output.force, inputs)
     check_space(job.output.path, planned.needed_bytes(job.output))
     from ditmoe_cli.compression.heal.healed_weights import require_finite
 

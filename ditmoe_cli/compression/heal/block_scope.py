@@ -41,11 +41,10 @@ Updating = Callable[[nn.Module, str], Updates]
 
 @dataclass(frozen=True)
 class BlocksHealed:
-    """Errors on held-out states: of the prediction before and after, and of each block's output before and after."""
+    """Errors of the prediction on held-out states, before and after."""
 
     before: JudgedErrors
     after: JudgedErrors
-    blocks: tuple[tuple[float, float], ...]
 
 
 @dataclass
@@ -104,8 +103,7 @@ def heal_blocks(
     )
     means.exchange.share.wait()  # the first process has kept all blocks
     before, after = means.exchange.agreed((before, after))
-    documents = [kept.result(index).document for index in range(kept.total)]
-    return BlocksHealed(before, after, tuple((float(each["before"]), float(each["after"])) for each in documents))
+    return BlocksHealed(before, after)
 
 
 def _errors(prediction: Tensor, expected: Tensor, states: GuidedStates) -> JudgedErrors:

@@ -306,11 +306,14 @@ class _Session:
         )
         source = NoisedImages(teacher, self._noising(data.training), self.spec.cfg)
         weights = self.tensors.in_model(student)
-        before = judged_errors(student, held, batch, work.exchange)
+        before = start = judged_errors(student, held, batch, work.exchange)
         if values:
             own = {name: weights[name].detach().clone() for name in values}
             _put(weights, values)
-            if not judged_errors(student, held, batch, work.exchange).error < before.error:
+            of_blocks = judged_errors(student, held, batch, work.exchange)
+            if of_blocks.error < before.error:
+                start = of_blocks
+            else:
                 work.note("block-healed weights are not better on held-out states: training goes on with the input's")
                 _put(weights, own)
 
@@ -318,7 +321,7 @@ class _Session:
             return self._course("model", 1.0, len(held), weights, objective)
 
         updates = self._updating(student, "", weights)
-        result = heal_model(student, updates, source, held, course, batch, self._means(work.folder))
+        result = heal_model(student, updates, source, held, start, course, batch, self._means(work.folder))
         after, trained = result.after, updates.written()
         if not after.error < before.error:
             work.note("no trained weights were better on held-out states: the output has those of the input")

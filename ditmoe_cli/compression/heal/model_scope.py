@@ -32,10 +32,9 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class ModelHealed:
-    """The result of healing end to end: the steps of its course, and errors on held-out states before and after."""
+    """The result of healing end to end: the steps of its course, and errors on held-out states after it."""
 
     steps: int
-    before: JudgedErrors
     after: JudgedErrors
 
 
@@ -44,6 +43,7 @@ def heal_model(
     updates: Updates,
     source: StateSource,
     held: TeacherStates,
+    before: JudgedErrors,
     course: CourseOf,
     batch: int,
     means: Means = BARE,
@@ -51,11 +51,10 @@ def heal_model(
 ) -> ModelHealed:
     """Train some weights of a student on states of `source`, and leave the best `updates` of them.
 
-    `course` returns how they are trained. Values that are judged, and left, are rounded to what is written of them.
-    `batch` states are judged at once.
+    `before` are the errors of the weights as they are, and `course` returns how they are trained. Values that are
+    judged, and left, are rounded to what is written of them. `batch` states are judged at once.
     """
     family, device, exchange = student.config.sampler, student.device, means.exchange
-    before = judged_errors(student, held, batch, exchange)
     scale = max(sum(before.references) / len(held), _TINY)
     by_bin = bin_weights(before, balance).div(scale).to(device)
 
@@ -71,4 +70,4 @@ def heal_model(
     weights = updates.trained()
     chosen = course(weights, objective)
     train(weights, objective, chosen, "healing the model", means, updates.sizes())
-    return ModelHealed(chosen.steps, before, judged_errors(student, held, batch, exchange))
+    return ModelHealed(chosen.steps, judged_errors(student, held, batch, exchange))
