@@ -143,7 +143,7 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
         plan=plan,
         tensors=tuple(sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))),
         config=config,
-        provenance=Provenance(config.to_json(), history, base.card),
+        provenance=replace(base, config=config.to_json(), history=history),
     )
 
 

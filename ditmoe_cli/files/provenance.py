@@ -1,7 +1,8 @@
-"""The provenance of a checkpoint: its configuration, history and card, in the ``ditmoe`` metadata of the file."""
+"""The provenance of a checkpoint: configuration, history, card and few steps, in a file's ``ditmoe`` metadata."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -124,12 +125,39 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """By which few steps a distilled checkpoint is sampled, and which guidance went into its weights.
+
+    Attributes:
+        solver, steps: what it was trained for; one evaluation a step, of the conditional branch alone.
+        cfg: scale of classifier-free guidance in the weights; 1 for none.
+        guide: the weaker model whose guidance is in the weights: its fingerprint, or ``top1`` or ``rank2``; None.
+        guide_scale: the scale W of that guidance.
+        guide_interval: noise levels, 0 to 1, within which it guided.
+        teacher_solver, teacher_steps: by which the original's paths were sampled.
+    """
+
+    solver: str
+    steps: int
+    cfg: float = 1.0
+    guide: str | None = None
+    guide_scale: float = 0.0
+    guide_interval: tuple[float, float] = (0.0, 1.0)
+    teacher_solver: str = ""
+    teacher_steps: int = 0
+
+
+@dataclass(frozen=True)
 class Provenance:
-    """Configuration, history and card of a checkpoint; on disk, the hashes of its tensors stand beside them."""
+    """Configuration, history and card of a checkpoint; on disk, the hashes of its tensors stand beside them.
+
+    `distilled` says by which few steps it is sampled; None where any will do.
+    """
 
     config: Mapping[str, Any]
     history: tuple[Step, ...] = ()
     card: Card = field(default_factory=Card)
+    distilled: Distilled | None = None
 
     @property
     def calibration(self) -> Mapping[str, Any] | None:
@@ -150,6 +178,8 @@ class Provenance:
             "card": asdict(self.card),
             "tensors": dict(hashes),
         }
+        if self.distilled is not None:
+            document["distilled"] = asdict(self.distilled)
         return {"format": "pt", "ditmoe": canonical_json(document)}
 
 
@@ -178,6 +208,20 @@ def parse_card(document: Mapping[str, Any]) -> Card:
     return card
 
 
+def parse_distilled(document: Mapping[str, Any] | None) -> Distilled | None:
+    """Read how a distilled checkpoint is sampled; None for None. Raises `ValueError` or `TypeError` where malformed."""
+    if document is None:
+        return None
+    low, high = document.get("guide_interval", (0.0, 1.0))
+    found = Distilled(**{**document, "guide_interval": (float(low), float(high))})
+    texts = isinstance(found.solver, str) and isinstance(found.teacher_solver, str)
+    counts = type(found.steps) is int and found.steps >= 1 and type(found.teacher_steps) is int
+    scales = all(math.isfinite(value) for value in (found.cfg, found.guide_scale, *found.guide_interval))
+    if not (texts and counts and scales and isinstance(found.guide, str | None)):
+        raise ValueError(f"distilled {dict(document)}")
+    return found
+
+
 def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
     """Return the provenance in a file's metadata, None without any. Raises `BadInputError` where it is malformed."""
     if "ditmoe" not in metadata:
@@ -188,6 +232,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
             config=dict(document["config"]),
             history=tuple(parse_step(step) for step in document["history"]),
             card=parse_card(document["card"]),
+            distilled=parse_distilled(document.get("distilled")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({first_line(error)})") from None

@@ -14,7 +14,7 @@ from ditmoe_cli.files.fingerprint import fingerprint
 from ditmoe_cli.files.finite import all_finite, finite_values
 from ditmoe_cli.files.hub_names import is_hub_name, told_name
 from ditmoe_cli.files.names import EXPERT_OF, in_block
-from ditmoe_cli.files.provenance import Card, Provenance
+from ditmoe_cli.files.provenance import Card, Distilled, Provenance
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader, shared_tensor
 from ditmoe_cli.files.streaming import chunks, hash_tensors
 from ditmoe_cli.formats.base import Weight
@@ -76,6 +76,11 @@ class Checkpoint:
         return self.header.provenance.card if self.header.provenance else Card()
 
     @property
+    def distilled(self) -> Distilled | None:
+        """By which few steps the checkpoint is sampled; None where it was not distilled."""
+        return self.header.provenance.distilled if self.header.provenance else None
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all tensors and the configuration. Reads what is not yet hashed, without torch for safetensors."""
         return self._computed_fingerprint if self.claimed is None else self.claimed
@@ -123,7 +128,7 @@ class Checkpoint:
         """Return the metadata that a copy of this checkpoint would carry."""
         config = self.config.to_json()
         old = self.header.provenance
-        return Provenance(config, old.history, old.card) if old else Provenance(config)
+        return replace(old, config=config) if old else Provenance(config)
 
     def settled(self) -> Checkpoint:
         """Return the checkpoint with the fingerprint that it has, not that claimed; reads what is not yet hashed."""

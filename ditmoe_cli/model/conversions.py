@@ -11,7 +11,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import DTYPES, CastReader
 from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import natural_key
-from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.files.reader import TensorReader, tensor_bytes
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -129,7 +129,7 @@ def recorded(checkpoint: Checkpoint, source: Checkpoint, options: Mapping[str, o
         return checkpoint
     old = source.provenance()
     step = Step("convert", source.fingerprint, "", dict(options))
-    provenance = Provenance(checkpoint.config.to_json(), (*old.history, step), old.card)
+    provenance = replace(old, config=checkpoint.config.to_json(), history=(*old.history, step))
     return replace(checkpoint, header=replace(checkpoint.header, provenance=provenance), original=source)
 
 

@@ -13,6 +13,7 @@ from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.provenance import (
     CHECKPOINT_SCHEMA,
     Card,
+    Distilled,
     Provenance,
     Step,
     check_schema,
@@ -31,6 +32,18 @@ PROVENANCES = st.builds(
         max_size=3,
     ).map(tuple),
     st.builds(Card, st.none() | TEXT, st.integers(1, 255)),
+    st.none()
+    | st.builds(
+        Distilled,
+        TEXT,
+        st.integers(1, 999),
+        st.floats(0, 9),
+        st.none() | TEXT,
+        st.floats(-2, 2),
+        st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)),
+        TEXT,
+        st.integers(0, 999),
+    ),
 )
 
 

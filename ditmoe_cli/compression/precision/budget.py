@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ditmoe_cli.compression.precision.candidates import Candidates
 from ditmoe_cli.compression.precision.uniform import INTEGER_BITS, uniform_formats
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
-from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.registry import quantized_members
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ class FileSizes:
         self._checkpoint, self._output = checkpoint, output
         base = checkpoint.provenance()
         history = (*base.history, step or Step("quantize", checkpoint.fingerprint, _NO_DIGEST, request=_NO_DIGEST))
-        self._provenance = Provenance(checkpoint.config.to_json(), history, base.card)
+        self._provenance = replace(base, history=history)
 
     def of(self, formats: Mapping[str, str]) -> int:
         """Return the bytes of the file with weights in `formats`."""
