@@ -336,7 +336,7 @@ def sampling(oracles: Sequence[str]) -> Iterator[Case]:
     guided = f"--steps 5 --cfg 2 --cfg-interval 0.2,0.8 --classes 3,7 --seed 5 --batch 3 {few}"
     yield case("sample-guided", f"sample {DEMO} {guided}")
     yield case("sample-upstream", f"sample {DEMO} --upstream-exact {few}")
-    for solver in ("ddim", "ddpm", "dpmpp-2m"):
+    for solver in ("ddim", "ddim-trailing", "ddpm", "dpmpp-2m"):
         yield case(f"sample-small-{solver}", f"sample {SMALL} --solver {solver} --steps 4 --cfg 1.5 {few}")
     for name in (name for name in oracles if name != "deepspeed"):
         yield case(f"sample-{name}", f"sample {{convert-{name}}}/c.safetensors --steps 3 --cfg 1.5 {few}")

@@ -82,7 +82,8 @@ class SamplingOptions:
             "--solver",
             metavar="NAME",
             autocompletion=complete_solver,
-            help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
+            help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
+            "dpmpp-2m for ddpm. "
             "[default: ab2 for rf, dpmpp-2m for ddpm]",
         ),
     ] = None
@@ -166,7 +167,8 @@ class ImageSampling(UpstreamSampling):
             "--solver",
             metavar="NAME",
             autocompletion=complete_solver,
-            help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
+            help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
+            "dpmpp-2m for ddpm. "
             "[default: ab2 for rf, dpmpp-2m for ddpm]",
         ),
     ] = None

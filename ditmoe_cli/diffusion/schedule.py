@@ -5,7 +5,7 @@ Rectified-flow models are evaluated at t in (0, 1], 1 being noise; DDPM models a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 
-Solver = Literal["euler", "heun", "ab2", "ab4", "dpmpp-2m", "ddim", "ddpm", "ddpm-dpmpp-2m"]
+Solver = Literal["euler", "heun", "ab2", "ab4", "dpmpp-2m", "ddim", "ddim-trailing", "ddpm", "ddpm-dpmpp-2m"]
 Interval = tuple[float, float]
 ALWAYS: Interval = (0.0, 1.0)
 TRAINING_STEPS = 1000
@@ -35,6 +35,7 @@ SOLVERS: Mapping[Solver, SolverInfo] = {
     "ab4": SolverInfo("rf", "ab4", "Adams-Bashforth of order 4"),
     "dpmpp-2m": SolverInfo("rf", "dpmpp-2m", "DPM-Solver++(2M)"),
     "ddim": SolverInfo("ddpm", "ddim", "DDIM, eta 0, upstream's spacing"),
+    "ddim-trailing": SolverInfo("ddpm", "ddim-trailing", "DDIM, eta 0, equal steps from timestep 999"),
     "ddpm": SolverInfo("ddpm", "ddpm", "ancestral sampling"),
     "ddpm-dpmpp-2m": SolverInfo("ddpm", "dpmpp-2m", "DPM-Solver++(2M)"),
 }
@@ -105,11 +106,26 @@ def data_timesteps(steps: int) -> list[int]:
     return [round((TRAINING_STEPS - 1) * i / steps) for i in range(1, steps + 1)]
 
 
+def trailing_timesteps(steps: int) -> list[int]:
+    """Return round(1000 i / steps) - 1 for i = 1 … steps: equal steps from 999, the last of which ends on the image.
+
+    diffusers' ``timestep_spacing="trailing"`` (https://huggingface.co/docs/diffusers/api/schedulers/ddim;
+    https://arxiv.org/abs/2305.08891, table 2). Where `steps` divides M, these are among those of M steps.
+    """
+    return [round(TRAINING_STEPS * i / steps) - 1 for i in range(1, steps + 1)]
+
+
+_TIMESTEPS: Mapping[Solver, Callable[[int], list[int]]] = {
+    "ddim": ddim_timesteps,
+    "ddim-trailing": trailing_timesteps,
+    "ddpm": ancestral_timesteps,
+    "ddpm-dpmpp-2m": data_timesteps,
+}
+
+
 def ddpm_timesteps(solver: Solver, steps: int) -> list[int]:
     """Return the timesteps, ascending, of a solver for DDPM weights."""
-    if solver == "ddim":
-        return ddim_timesteps(steps)
-    return data_timesteps(steps) if solver == "ddpm-dpmpp-2m" else ancestral_timesteps(steps)
+    return _TIMESTEPS[solver](steps)
 
 
 def evaluation_times(solver: Solver, steps: int) -> list[float]:

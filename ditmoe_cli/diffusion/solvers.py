@@ -33,6 +33,7 @@ def integrate(solver: Solver, steps: int, predict: Predictor, z: Tensor, noise: 
     }
     ddpm: Mapping[Solver, Callable[[Schedule], Tensor]] = {
         "ddim": lambda schedule: ddim(predict, z, schedule),
+        "ddim-trailing": lambda schedule: ddim(predict, z, schedule),
         "ddpm": lambda schedule: ancestral(predict, z, schedule, noise),
         "ddpm-dpmpp-2m": lambda schedule: ddpm_dpmpp_2m(predict, z, schedule),
     }

@@ -32,7 +32,7 @@ def bash(line: str) -> list[str]:
         ("ditmoe merge --method m-", ["m-smoe"]),
         ("ditmoe quantize --format i", ["int8", "int"]),
         ("ditmoe quantize --method c", ["camera-q"]),
-        ("ditmoe sample a.pt --solver d", ["dpmpp-2m", "ddim", "ddpm"]),
+        ("ditmoe sample a.pt --solver d", ["dpmpp-2m", "ddim", "ddim-trailing", "ddpm"]),
         ("ditmoe fid --convention t", ["torch-fidelity"]),
         ("ditmoe bench --device c", ["cpu", "cuda"]),
         ("ditmoe report p", ["profile"]),

@@ -21,6 +21,7 @@ from ditmoe_cli.diffusion.schedule import (
     flow_times,
     is_guided,
     noise_level,
+    trailing_timesteps,
 )
 from ditmoe_cli.errors import UsageError
 
@@ -69,7 +70,23 @@ def test_ddim_steps_take_the_smallest_stride_that_fits(steps: int) -> None:
         assert 1000 - found[-1] <= 1000 // steps + 1, "the last step is as near to noise as the others are apart"
 
 
-@pytest.mark.parametrize("spacing", [ancestral_timesteps, ddim_timesteps])
+def test_trailing_steps_are_those_of_diffusers() -> None:
+    """As `DDIMScheduler.set_timesteps` writes them; where 1000 / N is no float, its positions add up rounding."""
+    for steps in (*range(1, 48), 50, 100, 125, 200, 250, 500, 1000):
+        diffusers = np.round(np.arange(1000, 0, -1000 / steps)).astype(np.int64) - 1
+        assert trailing_timesteps(steps) == sorted(diffusers)
+    assert trailing_timesteps(4) == [249, 499, 749, 999]
+
+
+@given(few=st.integers(1, 60), times=st.integers(1, 16))
+def test_trailing_steps_are_among_those_of_a_multiple(few: int, times: int) -> None:
+    found = trailing_timesteps(few)
+    assert set(found) <= set(trailing_timesteps(few * times))
+    assert len(set(found)) == few
+    assert found[0] >= 0 and found[-1] == 999
+
+
+@pytest.mark.parametrize("spacing", [ancestral_timesteps, ddim_timesteps, trailing_timesteps])
 def test_a_single_step_is_at_pure_noise(spacing: Callable[[int], list[int]]) -> None:
     """Upstream's would be at 0, as `space_timesteps` has it, where noise passes for an image."""
     assert space_timesteps(1) == [0]
@@ -102,7 +119,9 @@ def test_solvers_fit_their_family() -> None:
         assert choose_solver(kind.name, kind.family) == choose_solver(key, kind.family) == key
     with pytest.raises(UsageError, match="solver ddim: is not for rf weights; choose euler, heun, ab2, ab4, dpmpp"):
         choose_solver("ddim", "rf")
-    with pytest.raises(UsageError, match="solver heun: is not for ddpm weights; choose ddim, ddpm, dpmpp-2m"):
+    with pytest.raises(
+        UsageError, match="solver heun: is not for ddpm weights; choose ddim, ddim-trailing, ddpm, dpmpp-2m"
+    ):
         choose_solver("heun", "ddpm")
     with pytest.raises(UsageError, match="unknown; choose euler"):
         choose_solver("heun9", "rf")

@@ -234,8 +234,9 @@ def test_one_step_moves_from_noise_to_the_data(solver: str, mean: float) -> None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 60])
-def test_ddim_is_exact_where_the_noise_is_known(steps: int) -> None:
-    found = by_ddim(point_eps, noise(), steps)
+@pytest.mark.parametrize("solver", ["ddim", "ddim-trailing"])
+def test_ddim_is_exact_where_the_noise_is_known(solver: Solver, steps: int) -> None:
+    found = integrate(solver, steps, point_eps, noise(), torch.zeros_like)
     torch.testing.assert_close(found, torch.full(SHAPE, MEAN, dtype=torch.float64))
 
 
@@ -249,6 +250,35 @@ def test_ddim_follows_the_probability_flow_of_a_gaussian() -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
     assert 1.6 < errors[0] / errors[1] < 2.4, "first order"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20])
+def test_trailing_ddim_is_the_scheduler_of_diffusers_written_out(steps: int) -> None:
+    """``DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False).step`` at eta 0.
+
+    It steps from t to t - 1000 // N, which for these N is the next timestep, and below 0 to ᾱ = 1.
+    """
+    expected = z = noise()
+    for t in np.round(np.arange(1000, 0, -1000 / steps)).astype(int) - 1:
+        previous = t - 1000 // steps
+        a, b = ALPHAS_BAR[t], ALPHAS_BAR[previous] if previous >= 0 else 1.0
+        eps = gaussian_eps(expected, t)
+        x0 = (expected - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        expected = math.sqrt(b) * x0 + math.sqrt(1 - b) * eps
+    torch.testing.assert_close(integrate("ddim-trailing", steps, gaussian_eps, z, torch.zeros_like), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])
+def test_trailing_ddim_of_a_linear_model_is_a_product(steps: int) -> None:
+    """With eps = √(1 - ᾱ) z a step from ᾱ to ᾱ' multiplies z by √(ᾱ ᾱ') + √((1 - ᾱ)(1 - ᾱ')); the last has ᾱ' = 1."""
+
+    def predict(z: Tensor, t: float) -> Tensor:
+        return math.sqrt(1 - ALPHAS_BAR[int(t)]) * z
+
+    kept = [*(ALPHAS_BAR[1000 * i // steps - 1] for i in range(steps, 0, -1)), 1.0]
+    factors = (math.sqrt(a * b) + math.sqrt((1 - a) * (1 - b)) for a, b in itertools.pairwise(kept))
+    found = integrate("ddim-trailing", steps, predict, noise(), torch.zeros_like)
+    torch.testing.assert_close(found, math.prod(factors) * noise())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 60])

@@ -58,7 +58,8 @@ class Calibrating(SamplingOptions):
             "--solver",
             metavar="NAME",
             autocompletion=complete_solver,
-            help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddpm or dpmpp-2m for ddpm. "
+            help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
+            "dpmpp-2m for ddpm. "
             "[default: euler for rf, ddim for ddpm]",
         ),
     ] = None
