@@ -18,7 +18,7 @@ from interrupting import StoppedError, goes_on_to_the_same_bytes, stopping_after
 from safetensors.torch import load_file
 
 from ditmoe_cli import open_checkpoint
-from ditmoe_cli.compression.heal import healing_memory
+from ditmoe_cli.compression.training import training_memory
 from ditmoe_cli.files import pacing
 
 PROFILING = "profile-experts --images 10 --steps 2 --bins 2"
@@ -498,7 +498,7 @@ def healed_or_stopped(folder: Path, *words: object) -> Outcome:
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pacing, "WORK_PER_KEEPING", 0.0)
-    monkeypatch.setattr(healing_memory, "_STEPS_A_CHECK", 2)
+    monkeypatch.setattr(training_memory, "_STEPS_A_CHECK", 2)
     (folder / "runs").mkdir()
 
     def run(target: Path) -> None:
@@ -507,7 +507,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(folder: Path, monkeypat
     pieces = goes_on_to_the_same_bytes(run, folder / "runs")
     assert [name.split(".")[0] for name in pieces] == [
         *("images", "block-course", "healed-block", "healed-block", "healed-block", "healed-block"),
-        *("model-course", "training", "training", "healed"),
+        *("model-course", "training", "training", "trained"),
     ]
 
 

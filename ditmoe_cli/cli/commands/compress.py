@@ -16,12 +16,12 @@ from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Size, Source, parse_size
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
-from ditmoe_cli.compression.heal.healing import DEFAULT_MINUTES
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
 from ditmoe_cli.compression.joint.size_curve import Curving
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
+from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
 from ditmoe_cli.errors import UsageError
 
 MACHINE = Models

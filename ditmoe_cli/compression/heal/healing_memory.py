@@ -1,9 +1,4 @@
-"""What healing takes, from shapes: states, memory of both scopes, and operations. Torch-free.
-
-A trained weight takes 28 bytes (`training_loop`), its own value among them; of a matrix that is trained by an update of
-low rank, each value of the update does, and those of the matrix 4. Several processes share all but the value and its
-gradient. Recording gradients keeps the activations of all blocks that are trained.
-"""
+"""What healing takes, from shapes: states, memory of both scopes, and operations. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,6 +7,13 @@ from typing import Any
 
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
+from ditmoe_cli.compression.training.training_memory import (
+    BACKWARD,
+    COMPOSED_BYTES,
+    TRAINED_BYTES,
+    checks_of,
+    end_to_end_bytes,
+)
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import (
@@ -29,15 +31,10 @@ from ditmoe_cli.model.effort import (
     total,
 )
 
-TRAINED_BYTES = 28
-COMPOSED_BYTES = 5  # of a weight of a matrix that is put together, beside itself in fp32: its codes, packed and in fp32
-_SHARED_BYTES = TRAINED_BYTES - 8  # of them, where several processes train
-BACKWARD = 3  # times the operations, and about the memory, of a forward pass
 BLOCK_TOKENS = 65_536  # of one branch that a block is healed on
 HELD_STATES = 512  # that judge the whole model
 STREAMS = 5  # tokens of all states that are in memory at once
 _MOST_IMAGES, _STATES_AN_IMAGE = 4096, 64  # that are sampled; states of a run that a new image is worth sampling for
-_MOST_CHECKS, _STEPS_A_CHECK = 25, 20
 
 
 def block_states(config: DiTMoEConfig) -> int:
@@ -50,11 +47,6 @@ def images_for(steps: int | None, batch: int) -> int:
     return _MOST_IMAGES if steps is None else min(_MOST_IMAGES, steps * batch // _STATES_AN_IMAGE)
 
 
-def checks_of(steps: int) -> int:
-    """Return how often a course of some steps is judged."""
-    return min(max(steps // _STEPS_A_CHECK, 1), _MOST_CHECKS)
-
-
 def model_scope_bytes(
     student: DiTMoEConfig, original: DiTMoEConfig, size: TrainedSize, states: int, cfg: float, processes: int = 1
 ) -> float:
@@ -62,9 +54,7 @@ def model_scope_bytes(
 
     It is that of one of some processes.
     """
-    kept = student.depth * activation_bytes(student, states * branches_at(cfg)) * BACKWARD / 2
-    weights = (4 + _SHARED_BYTES / processes) * size.values + COMPOSED_BYTES * size.composed
-    return model_bytes(original) + model_bytes(student) + weights + kept
+    return model_bytes(original) + end_to_end_bytes(student, size, states * branches_at(cfg), processes)
 
 
 def block_scope_bytes(
@@ -121,7 +111,7 @@ def healing_estimate(
     What is asked for in minutes takes these, or what a single step takes where that is more. The memory of ``auto`` is
     that of the whole model, which is trained where there is so much.
     """
-    cfg, steps = float(calibration["cfg"]), asked.steps or 1
+    cfg, steps = float(calibration["cfg"]), asked.iterations or 1
     effort = loading(original) + loading(student)
     memory = 0.0
     if asked.scope != "model":

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ditmoe_cli.compression.calibrated import Calibrated
-from ditmoe_cli.compression.heal.healed_weights import PIECE, HealingWork, heal
+from ditmoe_cli.compression.heal.healed_weights import heal
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Retraining
 from ditmoe_cli.compression.recorded import Measured
+from ditmoe_cli.compression.training.training_session import PIECE, TrainingWork
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
 from ditmoe_cli.files.writer import Output
@@ -60,8 +61,8 @@ def carry_out_healed(checkpoint: Checkpoint, plan: CompressionPlan, means: Means
     dtype = Calibrated(checkpoint, means.profile, means.device).dtype
     if work.read(PIECE) is None:
         with open_work(work.folder / "stages" / "healing", key, work.notify) as folder:
-            healing = HealingWork(student, checkpoint, means.profile, means.device, dtype, folder, work.notify)
-            done = heal(healing, asked)
+            healing = TrainingWork(student, checkpoint, means.device, dtype, folder, work.notify)
+            done = heal(healing, means.profile, asked)
             made = folder.read(PIECE)
             assert made is not None
             tensors = {name: made.tensor(name) for name in made.names}

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from ditmoe_cli.cli.commands.heal import parse_groups
-from ditmoe_cli.compression.heal.healing import DEFAULT_BATCH, Healing
+from ditmoe_cli.cli.training import parse_groups
+from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.planner import request_digest
 from ditmoe_cli.compression.training.trained_groups import GROUPS
+from ditmoe_cli.compression.training.training_request import DEFAULT_BATCH
 
 OTHERS: dict[str, dict[str, Any]] = {
     "heal-10min": {},
     "heal-2.5min": {"minutes": 2.5},
-    "heal-2000steps": {"minutes": None, "steps": 2000},
+    "heal-2000steps": {"minutes": None, "iterations": 2000},
     "heal-10min-block": {"scope": "block"},
     "heal-10min-router+norms": {"train": ("router", "norms")},
     "heal-10min-lora8": {"train": ("lora:8",)},
@@ -24,7 +25,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "heal-10min-seed3": {"seed": 3},
     "heal-7steps-model-down-codes-batch4-rate0.5-seed1": {
         "minutes": None,
-        "steps": 7,
+        "iterations": 7,
         "scope": "model",
         "train": ("down",),
         "codes": "learn",
@@ -33,6 +34,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
 }
+
+NAMES = {"iterations": "steps"}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -46,7 +49,9 @@ def test_each_setting_changes_the_request_and_is_an_option_of_the_history() -> N
     assert len(digests) == len(asked) + 1
     for each, fields in zip(asked, OTHERS.values(), strict=True):
         train = {"train": ",".join(fields["train"])} if "train" in fields else {}
-        given = {name: value for name, value in fields.items() if name != "train" and value is not None}
+        given = {
+            NAMES.get(name, name): value for name, value in fields.items() if name != "train" and value is not None
+        }
         assert each.options() == {"original": "f", **given, **train}
 
 

@@ -11,17 +11,16 @@ from conftest import make_pico
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.heal.healing_memory import (
     HELD_STATES,
-    TRAINED_BYTES,
     block_scope_bytes,
     block_scope_effort,
     block_states,
-    checks_of,
     healing_estimate,
     images_for,
     model_scope_bytes,
     model_scope_effort,
 )
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
+from ditmoe_cli.compression.training.training_memory import TRAINED_BYTES, checks_of
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.effort import activation_bytes, block_flops, image_flops, model_bytes
 
@@ -71,7 +70,7 @@ def test_operations_by_hand() -> None:
 
 
 def estimated(**fields: Any) -> tuple[float, float]:
-    asked = Healing("f", **{"minutes": None, "steps": 2000, **fields})
+    asked = Healing("f", **{"minutes": None, "iterations": 2000, **fields})
     estimate = healing_estimate(HALF, SMALL, asked, TrainedSize(model_bytes(HALF) // 4, 0), CALIBRATION)
     assert estimate.what == "healing 12 blocks"
     return estimate.seconds(1e12), estimate.memory
@@ -81,7 +80,7 @@ def test_estimates_follow_what_is_asked() -> None:
     block, model, auto = (estimated(scope=scope) for scope in ("block", "model", "auto"))
     assert block[0] < model[0] < auto[0] < block[0] + model[0], "both models are loaded once"
     assert block[1] < model[1] == auto[1]
-    assert estimated(steps=4000)[0] > 1.6 * auto[0] and estimated(batch=64)[0] < 0.6 * auto[0]
+    assert estimated(iterations=4000)[0] > 1.6 * auto[0] and estimated(batch=64)[0] < 0.6 * auto[0]
 
 
 def test_minutes_take_minutes_unless_a_single_step_takes_longer() -> None:
@@ -90,5 +89,7 @@ def test_minutes_take_minutes_unless_a_single_step_takes_longer() -> None:
     assert estimate.seconds(1e15) == estimate.seconds(1e13) == 420
     slow = estimate.seconds(1e9)
     assert slow > 10_000, "a machine on which nothing is done in seven minutes"
-    single = healing_estimate(HALF, SMALL, replace(asked, minutes=None, steps=1), TrainedSize(1000, 0), CALIBRATION)
+    single = healing_estimate(
+        HALF, SMALL, replace(asked, minutes=None, iterations=1), TrainedSize(1000, 0), CALIBRATION
+    )
     assert slow == pytest.approx(single.seconds(1e9))

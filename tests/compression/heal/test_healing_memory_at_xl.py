@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ditmoe_cli.compression.heal.healing_memory import TRAINED_BYTES, block_scope_bytes, model_scope_bytes
+from ditmoe_cli.compression.heal.healing_memory import block_scope_bytes, model_scope_bytes
 from ditmoe_cli.compression.training.trained_groups import trained_groups, trained_values
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
+from ditmoe_cli.compression.training.training_memory import TRAINED_BYTES
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
 

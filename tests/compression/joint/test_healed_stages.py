@@ -12,7 +12,7 @@ from conftest import make_pico
 from ditmoe_cli.compression.apply import Applied, apply
 from ditmoe_cli.compression.heal import healed_weights, healing_memory
 from ditmoe_cli.compression.heal.healed_output import HealingRecord
-from ditmoe_cli.compression.heal.healed_weights import HealingWork, heal
+from ditmoe_cli.compression.heal.healed_weights import heal
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.joint import healed_stages
 from ditmoe_cli.compression.output import planned_output
@@ -27,6 +27,7 @@ from ditmoe_cli.compression.plan import (
     Rounding,
 )
 from ditmoe_cli.compression.replay import states as states_of_fits
+from ditmoe_cli.compression.training.training_session import TrainingWork
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.files.writer import Output
@@ -118,9 +119,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     made = kept.stat().st_mtime_ns
     seen: list[int] = []
 
-    def noted(work: HealingWork, asked: Healing) -> HealingRecord:
+    def noted(work: TrainingWork, profile: RoutingProfile, asked: Healing) -> HealingRecord:
         seen.append(kept.stat().st_mtime_ns)
-        return heal(work, asked)
+        return heal(work, profile, asked)
 
     with monkeypatch.context() as patched:
         patched.setattr(healed_stages, "heal", noted)

@@ -1,0 +1,106 @@
+"""What is asked of training a checkpoint towards another's predictions. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from ditmoe_cli.compression.planner import label_of
+from ditmoe_cli.compression.training.trained_groups import GROUPS
+from ditmoe_cli.errors import UsageError
+
+Codes = Literal["fixed", "learn"]
+CODES: tuple[Codes, ...] = ("fixed", "learn")
+DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
+LOW_RANK = "lora:"
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A request to train a checkpoint.
+
+    Attributes:
+        original: fingerprint of the checkpoint that it is trained towards.
+        minutes: how long to train; None where `iterations` say so.
+        iterations: steps of training.
+        train: groups of weights to train (`trained_groups.GROUPS`), or ``lora:R`` alone: all, matrices by updates of
+            rank R.
+        codes: of quantised weights: ``fixed``, or ``learn`` for those of integer formats.
+        batch: states of a step.
+        rate: learning rate, relative to the size of weights; None for the one that a range test finds.
+        seed: of noise and orders.
+    """
+
+    original: str
+    minutes: float | None = DEFAULT_MINUTES
+    iterations: int | None = None
+    train: tuple[str, ...] = GROUPS
+    codes: Codes = "fixed"
+    batch: int = DEFAULT_BATCH
+    rate: float | None = None
+    seed: int = 0
+
+    command: ClassVar[str] = "train"
+    length: ClassVar[str] = "iterations"  # what the setting of `iterations` is called
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.iterations is None):
+            raise UsageError(f"give ⟨minutes⟩, as 10, or ⟨{self.length}⟩, as 2000, and not both")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise UsageError(f"⟨minutes⟩ {self.minutes:g}: give a time above 0")
+        if self.iterations is not None and self.iterations < 1:
+            raise UsageError(f"⟨{self.length}⟩ {self.iterations}: give at least 1")
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise UsageError(f"⟨rate⟩ {self.rate:g}: give a share of a weight's size, above 0 and below 1, as 0.01")
+        self._check_train()
+
+    def _check_train(self) -> None:
+        """Raise `UsageError` for what cannot be trained."""
+        low_rank = [name for name in self.train if name.startswith(LOW_RANK)]
+        if low_rank and len(self.train) > 1:
+            raise UsageError(
+                f"⟨train⟩ {','.join(self.train)}: {low_rank[0]} stands alone; it trains matrices by updates of low "
+                "rank, and all other weights as they are"
+            )
+        if low_rank and not (low_rank[0][len(LOW_RANK) :].isdecimal() and self.rank):
+            raise UsageError(f"⟨train⟩ {low_rank[0]}: give a rank of 1 or more, as {LOW_RANK}8")
+        unknown = [name for name in self.train if name not in GROUPS and not low_rank]
+        if unknown or not self.train:
+            raise UsageError(f"⟨train⟩ {','.join(unknown)}: choose from all, {', '.join(GROUPS)}, or {LOW_RANK}R")
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of updates; None where weights are trained as they are."""
+        return int(self.train[0][len(LOW_RANK) :]) if self.train and self.train[0].startswith(LOW_RANK) else None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of weights that are trained, whole or by updates."""
+        return self.train if self.rank is None else GROUPS
+
+    @property
+    def label(self) -> str:
+        """The ending of the default output's name."""
+        length = f"{self.minutes:g}min" if self.minutes is not None else f"{self.iterations}{self.length}"
+        groups = "" if set(self.train) == set(GROUPS) else "+".join(self.train).replace(":", "")
+        batch = self.batch != DEFAULT_BATCH and f"batch{self.batch}"
+        rate = self.rate is not None and f"rate{self.rate:g}"
+        seed = f"seed{self.seed}" if self.seed else ""
+        codes = self.codes == "learn" and "codes"
+        return label_of(f"{self.command}-{length}", self.own_label(), groups, codes, batch, rate, seed)
+
+    def own_label(self) -> str:
+        """Return the part of `label` that other settings of a command make."""
+        return ""
+
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for, by the names of the options, for histories; defaults are left out."""
+        found = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in ("original", "train") or value is None or value == each.default:
+                continue
+            found[self.length if each.name == "iterations" else each.name] = value
+        groups = {} if set(self.train) == set(GROUPS) else {"train": ",".join(self.train)}
+        return {"original": self.original, **found, **groups}
