@@ -16,9 +16,9 @@ from ditmoe_cli.diffusion.schedule import (
     check_guidance,
     evaluation_times,
     flow_times,
-    is_guided,
 )
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
+from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide, check_guide_settings
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dtypes import Dtype
@@ -35,7 +35,8 @@ class SampleSpec:
     """The settings that determine sampled images; batch size and device do not.
 
     Image i has the noise of (seed, i) and the label ``classes[i mod len(classes)]``. Guidance of scale `cfg` applies at
-    noise levels (0 image, 1 noise) inside `interval`. `dtype` is what the model computes in (`model.dtypes`).
+    noise levels (0 image, 1 noise) inside `interval`. `dtype` is what the model computes in (`model.dtypes`), `guide`
+    the weaker model that guides too, if any.
     """
 
     images: int
@@ -46,6 +47,12 @@ class SampleSpec:
     classes: tuple[int, ...]
     interval: Interval = ALWAYS
     dtype: Dtype = "fp32"
+    guide: Guide | None = None
+
+    @property
+    def guidance(self) -> Guidance:
+        """How predictions are guided."""
+        return Guidance(self.family, self.cfg, self.interval, self.guide)
 
     @property
     def family(self) -> Sampler:
@@ -56,17 +63,27 @@ class SampleSpec:
         """Return the labels of the images `indices`."""
         return [self.classes[i % len(self.classes)] for i in indices]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as JSON, as files and keys of kept results record it; without `guide` where there is none."""
+        document = asdict(self)
+        del document["guide"]
+        return {**document, "guide": self.guide.to_json()} if self.guide else document
+
     def conditions(self) -> dict[str, Any]:
         """Return the spec as JSON; classes 0 to n are written as ``"0-n"``."""
         is_range = self.classes == tuple(range(len(self.classes)))
         classes = f"0-{len(self.classes) - 1}" if is_range else list(self.classes)
-        return {**asdict(self), "classes": classes, "interval": list(self.interval)}
+        return {**self.to_json(), "classes": classes, "interval": list(self.interval)}
 
     @property
     def nfe(self) -> int:
-        """The number of model evaluations per image, both guidance branches counted."""
-        times = evaluation_times(self.solver, self.steps)
-        return sum(2 if is_guided(t, self.cfg, self.family, self.interval) else 1 for t in times)
+        """The number of model evaluations per image, both guidance branches and the weaker model counted."""
+        return sum(self.guidance.evaluations(t) for t in evaluation_times(self.solver, self.steps))
+
+    @property
+    def weak_nfe(self) -> int:
+        """The number of evaluations of the weaker model among them."""
+        return sum(self.guidance.takes_weak(t) for t in evaluation_times(self.solver, self.steps))
 
 
 def check_spec(spec: SampleSpec, config: DiTMoEConfig, allow_null: bool = False) -> SampleSpec:
@@ -84,6 +101,8 @@ def check_spec(spec: SampleSpec, config: DiTMoEConfig, allow_null: bool = False)
     low_noise, high_noise = spec.interval
     if not 0.0 <= low_noise < high_noise <= 1.0:
         raise UsageError(f"⟨cfg_interval⟩ {low_noise:g},{high_noise:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
+    if spec.guide is not None:
+        check_guide_settings(spec.guide)
     labels = config.label_rows if allow_null else config.num_classes
     bad = next((c for c in spec.classes if not 0 <= c < labels), None)
     if bad is not None or not spec.classes:
@@ -143,12 +162,14 @@ def sample_batch(
     indices: Sequence[int],
     watchers: Watchers = UNWATCHED,
     purpose: str = "image",
+    weak: Denoiser | None = None,
 ) -> Tensor:
     """Sample the images `indices`; return latents, or pixel values in [-1, 1], (N, C, S, S) in fp32.
 
-    Each `purpose` has noise of its own for equal seeds.
+    Each `purpose` has noise of its own for equal seeds. `weak` is the model of ``spec.guide``, by `weak_model`.
 
-    Raises `BadInputError` where the model produces NaN or infinite values, naming image, seed and evaluation.
+    Raises `BadInputError` where a model produces NaN or infinite values, naming image, seed and evaluation, and the
+    weaker model where it is that one.
     """
     import torch
 
@@ -161,8 +182,8 @@ def sample_batch(
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
     times = evaluation_times(spec.solver, spec.steps)
-    predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, watchers, times)
-    finite = _FinitePredictor(predict, spec, indices)
+    predict = guided_predictor(model, labels, spec.guidance, watchers, times, weak)
+    finite = _FinitePredictor(predict, spec, indices, None if weak is None else _alone(weak, labels))
     with torch.inference_mode():
         asked = watchers.through(finite)
         images = integrate(spec.solver, spec.steps, asked, stream.draw(shape), lambda _: stream.draw(shape))
@@ -170,17 +191,24 @@ def sample_batch(
         return images
 
 
+def _alone(model: Denoiser, labels: Tensor) -> Predictor:
+    """Return the predictor of the conditional branch of a model."""
+    return lambda x, t: model.prepared([t], labels)(x, t)
+
+
 class _FinitePredictor:
     """A predictor that raises `BadInputError` for the first image whose prediction is not finite.
 
     On a GPU a prediction is looked at when the next one has been asked for, so that the device need not wait for the
-    host; `settle` looks at the last one.
+    host; `settle` looks at the last one. The weaker model, if any, is then asked again whether it was that one.
     """
 
-    def __init__(self, predict: Predictor, spec: SampleSpec, indices: Sequence[int]) -> None:
-        self._predict, self._spec, self._indices = predict, spec, indices
+    def __init__(
+        self, predict: Predictor, spec: SampleSpec, indices: Sequence[int], weak: Predictor | None = None
+    ) -> None:
+        self._predict, self._spec, self._indices, self._weak = predict, spec, indices, weak
         self._evaluations = 0
-        self._unseen: tuple[Tensor, int] | None = None
+        self._unseen: _Unseen | None = None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Return the prediction for x (N, C, S, S) at time t."""
@@ -188,7 +216,7 @@ class _FinitePredictor:
         self._evaluations += 1
         finite = output.isfinite().flatten(1).all(dim=1)
         self.settle()
-        self._unseen = finite, self._evaluations
+        self._unseen = _Unseen(finite, self._evaluations, x, t)
         if not output.is_cuda:
             self.settle()
         return output
@@ -197,15 +225,35 @@ class _FinitePredictor:
         """Look at the last prediction, where that is still to be done."""
         if self._unseen is None:
             return
-        (finite, number), self._unseen = self._unseen, None
-        if bool(finite.all()):
+        unseen, self._unseen = self._unseen, None
+        if bool(unseen.finite.all()):
             return
-        first = int((~finite).nonzero()[0])
+        first = int((~unseen.finite).nonzero()[0])
         spec = self._spec
         raise BadInputError(
             f"sampling produced NaN or infinite values in image {self._indices[first]} (seed {spec.seed}) at "
-            f"evaluation {number} of {len(evaluation_times(spec.solver, spec.steps))}; {_suspicion(spec)}"
+            f"evaluation {unseen.number} of {len(evaluation_times(spec.solver, spec.steps))}"
+            f"{self._culprit(unseen)}; {_suspicion(spec)}"
         )
+
+    def _culprit(self, unseen: _Unseen) -> str:
+        """Return which of two models it was; nothing where there is one."""
+        guide = self._spec.guide
+        if self._weak is None or guide is None:
+            return ""
+        named = f"routing {guide.model}" if guide.rank is not None else f"of fingerprint {guide.model[:12]}…"
+        broken = not bool(self._weak(unseen.x, unseen.t).isfinite().all())
+        return f", in the weaker model ({named})" if broken else ", in the guided model, not the weaker one"
+
+
+@dataclass(frozen=True)
+class _Unseen:
+    """Which images of an evaluation, counted from 1, are finite (N,), and what was asked for there."""
+
+    finite: Tensor
+    number: int
+    x: Tensor
+    t: float
 
 
 def _suspicion(spec: SampleSpec) -> str:
@@ -238,7 +286,8 @@ def visit_noised(
     labels = torch.tensor(spec.labels(indices), device=model.device)
     times = sampling_times(spec)
     asked = [time.t for time in times]
-    predict = watchers.through(guided_predictor(model, labels, spec.cfg, spec.family, watchers=watchers, times=asked))
+    guidance = Guidance(spec.family, spec.cfg)
+    predict = watchers.through(guided_predictor(model, labels, guidance, watchers, asked))
     with torch.inference_mode():
         for time in times:
             predict(time.noised(clean, noise), time.t)

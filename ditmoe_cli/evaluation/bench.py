@@ -24,6 +24,7 @@ from torch import Tensor
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.schedule import check_guidance
+from ditmoe_cli.diffusion.weak_guidance import Guidance
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.evaluation.memory_use import (
     Footprint,
@@ -429,7 +430,7 @@ def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         with torch.inference_mode():
-            predict = guided_predictor(model, labels, load.cfg, config.sampler, times=[t])
+            predict = guided_predictor(model, labels, Guidance(config.sampler, load.cfg), times=[t])
             return predict(x, t)[:, : config.in_channels]  # DDPM's learned variance is no prediction
 
     return step

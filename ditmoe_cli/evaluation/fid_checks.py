@@ -16,7 +16,7 @@ from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
 from ditmoe_cli.evaluation.scores.metrics import Request
 from ditmoe_cli.model.dtypes import recorded_dtype
 
-_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval", "dtype")
+_MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval", "dtype", "guide")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _identity(item: Item, spec_of: SpecOf) -> dict[str, Any]:
     """Return what determines a side, as JSON: contents, and for a checkpoint its card and how it would be sampled."""
     if item.checkpoint is None:
         return {"contents": images_digest(item.path)}
-    spec = asdict(spec_of(item.checkpoint))
+    spec = spec_of(item.checkpoint).to_json()
     return {"checkpoint": item.checkpoint.fingerprint, "card": asdict(item.checkpoint.card), "spec": spec}
 
 

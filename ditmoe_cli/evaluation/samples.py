@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS, evaluation_times
 from ditmoe_cli.diffusion.watchers import Watchers
+from ditmoe_cli.diffusion.weak_guidance import check_guide, parse_guide
 from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation.batch_halving import computed_batches
 from ditmoe_cli.evaluation.image_exports import (
@@ -68,16 +69,20 @@ class SamplesOrigin:
 
     def to_json(self) -> dict[str, Any]:
         """Return the origin as JSON."""
-        return asdict(self)
+        return {**asdict(self), "spec": self.spec.to_json()}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A checkpoint to sample, the spec, and the decoder that turns its latents into images, if any."""
+    """A checkpoint to sample, the spec, the decoder that turns its latents into images, and the checkpoint that guides.
+
+    `decoder` and `weak` are None without any; `weak` is the checkpoint that the spec's guide names, if it names one.
+    """
 
     checkpoint: Checkpoint
     spec: SampleSpec
     decoder: Decoder | None = None
+    weak: Checkpoint | None = None
 
     @property
     def images(self) -> bool:
@@ -182,11 +187,6 @@ def fill(
     `after(first, values)` is called with each batch and the index of its first image. Where memory runs out, batches
     are halved. Raises `BadInputError` where the model gives NaN or infinite values.
     """
-    import torch
-
-    from ditmoe_cli.model.acceleration import Acceleration, accelerated
-    from ditmoe_cli.model.loading import build_model
-
     share = worker.share
     share.check_same("dtype", sampling.spec.dtype)
     if share.first:
@@ -199,24 +199,53 @@ def fill(
         worker.notify(f"using the {work.rows} images of {sampling.checkpoint.name} that an earlier run kept")
     batches = share.of(missing)
     if batches:
-        dtype = torch_dtype_of(sampling.spec.dtype)
-        runtime = worker.runtime
-        plain = build_model(sampling.checkpoint, torch.device(runtime.device), dtype)
-        model = accelerated(plain, Acceleration(runtime.compiled, runtime.graphs))
+        models = load_models(sampling, worker.runtime)
 
         def halved(size: int, half: int) -> None:
             worker.notify(f"out of memory with {size} images at a time; going on with {half}")
-            _release_cache(model)
+            _release_caches(models)
 
         title = f"sampling {sampling.checkpoint.name}"
         with _kept_on_interrupts(work, worker), phase(title, sum(map(len, batches)), "images") as progress:
-            for indices, values in computed_batches(lambda part: sample(model, sampling, part), batches, halved):
+            for indices, values in computed_batches(lambda part: sample(models, sampling, part), batches, halved):
                 work.put(SAMPLES, indices.start, values)
                 progress(len(indices))
                 after(indices.start, values)
     share.wait()
     work.require_whole([SAMPLES])
     share.wait()  # until all have looked: the first one deletes the folder once its outputs are written
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """The model to sample, and the weaker one that guides it, if any."""
+
+    model: Denoiser
+    weak: Denoiser | None = None
+
+
+def load_models(sampling: Sampling, runtime: Runtime) -> LoadedModels:
+    """Return the models of a sampling; they share the memory for unpacked weights.
+
+    Raises `BadInputError` for a guide whose checkpoint is not given.
+    """
+    import torch
+
+    from ditmoe_cli.diffusion.weak_models import weak_model
+    from ditmoe_cli.formats.unpacked_weights import unpacked_weights
+    from ditmoe_cli.model.acceleration import Acceleration, accelerated
+    from ditmoe_cli.model.loading import build_model
+
+    check_guide(sampling.spec.guide, sampling.checkpoint, sampling.weak)
+    unpacked = unpacked_weights()
+
+    def load(checkpoint: Checkpoint | None) -> Denoiser:
+        assert checkpoint is not None  # as `check_guide` saw to
+        plain = build_model(checkpoint, torch.device(runtime.device), torch_dtype_of(sampling.spec.dtype), unpacked)
+        return accelerated(plain, Acceleration(runtime.compiled, runtime.graphs))
+
+    model = load(sampling.checkpoint)
+    return LoadedModels(model, weak_model(model, sampling.spec.guide, lambda: load(sampling.weak)))
 
 
 @contextmanager
@@ -233,18 +262,19 @@ def _kept_on_interrupts(work: Workspace, worker: Worker) -> Iterator[None]:
         raise
 
 
-def _release_cache(model: Denoiser) -> None:
+def _release_caches(models: LoadedModels) -> None:
     import torch
 
     from ditmoe_cli.model.acceleration import GraphedDiTMoE
 
-    if isinstance(model, GraphedDiTMoE):
-        model.forget()
-    if model.device.type == "cuda":
+    for model in (models.model, models.weak):
+        if isinstance(model, GraphedDiTMoE):
+            model.forget()
+    if models.model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def sample(model: Denoiser, sampling: Sampling, indices: Sequence[int]) -> Batch:
+def sample(models: LoadedModels, sampling: Sampling, indices: Sequence[int]) -> Batch:
     """Return the images uint8 (N, H, W, C), or latents fp32 (N, C, S, S), of the given indices.
 
     Raises `BadInputError`, which names the image, for NaN or infinite values.
@@ -252,7 +282,8 @@ def sample(model: Denoiser, sampling: Sampling, indices: Sequence[int]) -> Batch
     spec, decoder = sampling.spec, sampling.decoder
     share = len(indices) * (1.0 if decoder is None else 0.5)
     with phase("evaluating", len(evaluation_times(spec.solver, spec.steps)), "steps", share=share) as progress:
-        latents = sample_batch(model, spec, indices, Watchers(through=lambda predict: _counted(predict, progress)))
+        watchers = Watchers(through=lambda predict: _counted(predict, progress))
+        latents = sample_batch(models.model, spec, indices, watchers, weak=models.weak)
     if not sampling.images:
         return np.asarray(latents.cpu().numpy())
     try:
@@ -293,7 +324,7 @@ def check_targets(sampling: Sampling, targets: Targets, will_decode: bool = Fals
     if targets.exports and not will_decode:
         require_images(sampling)
     listed = [("file", targets.file), *targets.exports.items()]
-    inputs = [sampling.checkpoint.path, *targets.inputs]
+    inputs = _inputs(sampling, targets)
     made = is_made(sampling, targets, undecided)
     if not made and not targets.force:
         _refuse_other_samples(sampling, targets.file)
@@ -308,6 +339,12 @@ def check_targets(sampling: Sampling, targets: Targets, will_decode: bool = Fals
             check_target(target.absolute(), targets.force or _is_empty(target), inputs, PNG_FILES)
         else:
             check_target(target.absolute(), targets.force, inputs)
+
+
+def _inputs(sampling: Sampling, targets: Targets) -> list[Path]:
+    """Return what is read, and must not be written to."""
+    weak = [sampling.weak.path] if sampling.weak is not None else []
+    return [sampling.checkpoint.path, *weak, *targets.inputs]
 
 
 def is_made(sampling: Sampling, targets: Targets, undecided: bool = False) -> bool:
@@ -342,7 +379,9 @@ def _refuse_other_samples(sampling: Sampling, file: Path) -> None:
         return
     there, here = theirs.to_json(), sampling.origin.to_json()
     differing = [name for name in ("checkpoint", "vae") if there[name] != here[name]]
-    differing += [f"{name} {there['spec'][name]}" for name in here["spec"] if there["spec"][name] != here["spec"][name]]
+    before, now = there["spec"], here["spec"]
+    names = dict.fromkeys((*now, *before))  # a guide has its place only where there is one
+    differing += [f"{name} {before.get(name)}" for name in names if before.get(name) != now.get(name)]
     if differing:
         raise OutputExistsError(
             f"{file.absolute()}: exists already, sampled in another way (other {', '.join(differing)[:200]}); give "
@@ -470,7 +509,7 @@ def _writers(
     sampling: Sampling, targets: Targets, values: NDArray[Any], labels: NDArray[np.int64]
 ) -> Mapping[str, Callable[[Path], int]]:
     """Return the function that writes each kind of export."""
-    inputs, force = [sampling.checkpoint.path, *targets.inputs], targets.force
+    inputs, force = _inputs(sampling, targets), targets.force
     return {
         "png": lambda path: write_png_folder(path, values, force=force, inputs=inputs),
         "npz": lambda path: write_adm_npz(path, values, labels, force, inputs),
@@ -485,7 +524,7 @@ def _write(sampling: Sampling, targets: Targets, work: Workspace) -> int:
     """
     from ditmoe_cli.diffusion.noise import image_seed
 
-    spec, inputs, force = sampling.spec, [sampling.checkpoint.path, *targets.inputs], targets.force
+    spec, inputs, force = sampling.spec, _inputs(sampling, targets), targets.force
     seeds = np.asarray([image_seed(spec.seed, i) for i in range(spec.images)], dtype=np.int64)
     labels, values = sampling.labels, work.array(SAMPLES)
     writers = _writers(sampling, targets, values, labels)
@@ -521,9 +560,10 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SamplesOrigin:
         low, high = spec.get("interval", ALWAYS)  # older files have neither an interval nor a VAE nor a dtype
         spec["dtype"] = parse_dtype(recorded_dtype(spec))
         spec["interval"] = (float(low), float(high))
+        spec["guide"] = parse_guide(spec.get("guide"))
         vae = document.get("vae")
         if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):
             raise ValueError(f"solver {spec['solver']}, vae {vae}")
         return SamplesOrigin(str(document["checkpoint"]), SampleSpec(**spec), parse_card(document["card"]), vae)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInputError(f"{path}: the samples' metadata is malformed ({error})") from None

@@ -123,7 +123,7 @@ class GraphedDiTMoE:
     """
 
     def __init__(self, model: DiTMoE, capture: Capture = cuda_capture) -> None:
-        self.model, self._capture = model, capture
+        self.model, self.capture = model, capture
         self._captured: dict[torch.Size, _Captured] = {}
 
     @property
@@ -151,7 +151,7 @@ class GraphedDiTMoE:
             if observer is not None:
                 return self.model.modulated(x, modulation_of, observer)
             if x.shape not in self._captured:
-                self._captured[x.shape] = _Captured(self.model, x, modulation_of, self._capture)
+                self._captured[x.shape] = _Captured(self.model, x, modulation_of, self.capture)
             return self._captured[x.shape](x, modulation_of)
 
         return predict

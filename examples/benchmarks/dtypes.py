@@ -96,7 +96,7 @@ def states_of(model: DiTMoE, spec: SampleSpec, count: int) -> list[State]:
 def evaluated(model: DiTMoE, spec: SampleSpec, states: Sequence[State]) -> list[Evaluation]:
     """Evaluate a model at states of the first batch."""
     labels = torch.tensor(spec.labels(range(len(states[0][0]))))
-    predict = guided_predictor(model, labels, spec.cfg, spec.family, spec.interval, times=[t for _, t in states])
+    predict = guided_predictor(model, labels, spec.guidance, times=[t for _, t in states])
     with torch.inference_mode():
         return [Evaluation(*routed_step(model, lambda x=x, t=t: predict(x, t))) for x, t in states]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -28,9 +28,13 @@ from ditmoe_cli.diffusion.sampling import (
     steps_of_bins,
     visit_noised,
 )
-from ditmoe_cli.diffusion.schedule import SOLVERS
+from ditmoe_cli.diffusion.schedule import SOLVERS, Solver
 from ditmoe_cli.diffusion.watchers import Watchers
+from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide
+from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.model.dit import Denoiser, DiTMoE, Prediction
+from ditmoe_cli.model.moe import Observer
 
 SPEC = SampleSpec(images=7, steps=4, cfg=1.5, seed=3, solver="euler", classes=(0, 1, 2))
 CONFIG = make_pico(sampler="rf", depth=1).config  # of three classes
@@ -151,6 +155,8 @@ def test_batches_of_nothing_are_refused(batch: int) -> None:
         ({"interval": (-0.1, 0.5)}, "cfg_interval"),
         ({"interval": (0.1, 1.5)}, "cfg_interval"),
         ({"interval": (NAN, 1.0)}, "cfg_interval"),
+        ({"guide": Guide("top1", NAN)}, "guide_scale"),
+        ({"guide": Guide("top1", 0.5, (0.6, 0.5))}, "guide_interval 0.6,0.5"),
     ],
 )
 def test_specs_out_of_range_are_refused_by_option(change: dict[str, object], named: str) -> None:
@@ -184,10 +190,10 @@ def test_the_null_class_is_a_label_only_where_it_is_asked_for_and_there_is_one()
 def test_predictors_refuse_guidance_without_a_null_class(pico: Callable[..., Pico]) -> None:
     model = pico(sampler="rf", null_class=False).model()
     labels = torch.tensor([0, 2])
-    plain = guided_predictor(model, labels, 1.0, "rf")(torch.zeros(2, 4, 8, 8), 0.5)
+    plain = guided_predictor(model, labels, Guidance("rf"))(torch.zeros(2, 4, 8, 8), 0.5)
     assert plain.isfinite().all()
     with pytest.raises(UsageError, match="no null class"):
-        guided_predictor(model, labels, 1.5, "rf")
+        guided_predictor(model, labels, Guidance("rf", 1.5))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +212,83 @@ def test_evaluations_are_what_the_spec_says(pico: Callable[..., Pico], change: d
     spec = replace(SPEC, **change)  # type: ignore[arg-type]
     sample_batch(model, spec, [0], Watchers(lambda event: rows.append(len(event.gamma))))
     assert sum(rows) == spec.nfe == nfe
+
+
+GUIDES = (Guide("f" * 64, 0.6), Guide("top1", 0.6), Guide("rank2", 0.6, (0.3, 1.0)))
+
+
+def weak_of(model: DiTMoE, guide: Guide, pico: Callable[..., Pico]) -> Denoiser:
+    """Return the model of a guide; a checkpoint is another one of the same family."""
+    found = weak_model(model, guide, pico(sampler=model.config.sampler, seed=1, widths=((8, 8),) * 2).model)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=["checkpoint", "top1", "rank2"])
+@pytest.mark.parametrize(("solver", "cfg"), [("ab2", 1.0), ("heun", 1.5), ("ddim", 1.5), ("ddpm", 1.0)])
+def test_images_guided_by_a_weaker_model_do_not_depend_on_the_batch(
+    pico: Callable[..., Pico], guide: Guide, solver: Solver, cfg: float
+) -> None:
+    model = pico(sampler=SOLVERS[solver].family).model()
+    weak, spec = weak_of(model, guide, pico), replace(SPEC, solver=solver, cfg=cfg, guide=guide)
+    whole = sample_batch(model, spec, range(7), weak=weak)
+    for part in ([0], [6, 2]):
+        torch.testing.assert_close(sample_batch(model, spec, part, weak=weak), whole[part], rtol=1e-4, atol=1e-4)
+    assert torch.equal(sample_batch(model, spec, range(7), weak=weak), whole)
+    unguided = sample_batch(model, replace(spec, guide=None), range(7))
+    assert not torch.allclose(whole, unguided, atol=1e-2)
+    assert torch.equal(sample_batch(model, replace(spec, guide=replace(guide, scale=0.0)), range(7)), unguided)
+
+
+def test_a_copy_of_the_model_as_the_weaker_one_guides_nowhere(pico: Callable[..., Pico]) -> None:
+    model, copy = pico(sampler="rf").model(), pico(sampler="rf").model()
+    spec = replace(SPEC, guide=Guide("f" * 64, 2.0))
+    guided = sample_batch(model, spec, range(7), weak=copy)
+    torch.testing.assert_close(guided, sample_batch(model, replace(spec, guide=None), range(7)), rtol=1e-4, atol=1e-4)
+
+
+def test_evaluations_of_the_weaker_model_count_inside_its_interval(pico: Callable[..., Pico]) -> None:
+    model, asked = pico(sampler="rf").model(), []
+    guide = Guide("f" * 64, 0.5, (0.3, 0.8))
+
+    class Counted:
+        config, device = model.config, model.device
+
+        def prepared(self, times: Sequence[float], labels: Tensor) -> Prediction:
+            predict = model.prepared(times, labels)
+
+            def counted(x: Tensor, t: float, observer: Observer | None = None) -> Tensor:
+                asked.append(t)
+                return predict(x, t, observer)
+
+            return counted
+
+    for cfg, nfe in ((1.0, 6), (1.5, 10)):
+        asked.clear()
+        spec = replace(SPEC, cfg=cfg, guide=guide)
+        sample_batch(model, spec, [0], weak=Counted())
+        assert asked == [0.75, 0.5]
+        assert (spec.nfe, spec.weak_nfe) == (nfe, 2)
+
+
+def test_a_guide_is_in_the_conditions_only_where_there_is_one() -> None:
+    assert "guide" not in SPEC.conditions() and "guide" not in SPEC.to_json()
+    guided = replace(SPEC, guide=Guide("top1", 0.5))
+    recorded = {"model": "top1", "scale": 0.5, "interval": [0.0, 1.0]}
+    assert guided.conditions() == {**SPEC.conditions(), "guide": recorded}
+    assert guided.to_json() == {**SPEC.to_json(), "guide": recorded}
+
+
+@pytest.mark.parametrize("broken", ["strong", "weak"])
+def test_of_two_models_the_one_that_makes_nan_is_named(pico: Callable[..., Pico], broken: str) -> None:
+    model, weak = pico(sampler="rf").model(), pico(sampler="rf", seed=1).model()
+    (weak if broken == "weak" else model).y_embedder.embedding_table.weight[1] = NAN
+    spec = replace(SPEC, cfg=1.0, guide=Guide("f" * 64, 0.5))
+    said = (
+        r"in the weaker model \(of fingerprint f{12}…\)" if broken == "weak" else "in the guided model, not the weaker"
+    )
+    with pytest.raises(BadInputError, match=f"in image 1 .seed 3. at evaluation 1 of 4, {said}"):
+        sample_batch(model, spec, [0, 1, 2], weak=weak)
 
 
 @pytest.mark.parametrize(("solver", "value"), [("ab2", NAN), ("heun", INF), ("ddim", INF), ("ddpm", NAN)])

@@ -22,6 +22,7 @@ from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, Outp
 from ditmoe_cli.evaluation import samples
 from ditmoe_cli.evaluation.samples import (
     SAMPLES,
+    LoadedModels,
     Sampling,
     Targets,
     check_targets,
@@ -73,7 +74,7 @@ def worker(batch: int, share: Share = WHOLE, notify: Notify = silent) -> Worker:
 
 def whole(what: Sampling) -> NDArray[Any]:
     """Return all samples at once, without a workspace."""
-    return _sampled(build_model(what.checkpoint, torch.device("cpu")), what, range(what.spec.images))
+    return _sampled(LoadedModels(build_model(what.checkpoint, torch.device("cpu"))), what, range(what.spec.images))
 
 
 def assert_equal_but_rounding(result: NDArray[Any], expected: NDArray[Any]) -> None:
@@ -779,6 +780,6 @@ def test_steps_within_a_batch_count(what: Sampling) -> None:
 
         model = Watched(build_model(what.checkpoint, torch.device("cpu")))
         with phase("sampling", what.spec.images, "images") as progress:
-            samples.sample(model, what, range(what.spec.images))  # type: ignore[arg-type]
+            samples.sample(LoadedModels(model), what, range(what.spec.images))  # type: ignore[arg-type]
             progress(what.spec.images)
     assert fractions == pytest.approx(np.arange(len(fractions)) / len(fractions)) and len(fractions) > 1

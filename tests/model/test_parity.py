@@ -14,6 +14,7 @@ from conftest import Oracle, load_oracle, oracle_folders
 
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.solvers import integrate
+from ditmoe_cli.diffusion.weak_guidance import Guidance
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
@@ -62,20 +63,20 @@ def mass(oracle: Oracle, model: DiTMoE) -> np.ndarray:
 
 def guided(oracle: Oracle, model: DiTMoE) -> np.ndarray:
     # upstream repeats the guided half; we compute it once
-    out = guided_predictor(model, tensor(oracle, "y_cond"), 4.0, "ddpm")(tensor(oracle, "z"), 500.0)
+    out = guided_predictor(model, tensor(oracle, "y_cond"), Guidance("ddpm", 4.0))(tensor(oracle, "z"), 500.0)
     return out.repeat(2, 1, 1, 1).numpy()
 
 
 def euler(scale: float) -> Callable[[Oracle, DiTMoE], np.ndarray]:
     def compute(oracle: Oracle, model: DiTMoE) -> np.ndarray:
-        predict = guided_predictor(model, tensor(oracle, "y_cond"), scale, "rf")
+        predict = guided_predictor(model, tensor(oracle, "y_cond"), Guidance("rf", scale))
         return integrate("euler", 10, predict, tensor(oracle, "z"), torch.randn_like).numpy()
 
     return compute
 
 
 def ddim(oracle: Oracle, model: DiTMoE) -> np.ndarray:
-    predict = guided_predictor(model, tensor(oracle, "y_cond"), 1.5, "ddpm")
+    predict = guided_predictor(model, tensor(oracle, "y_cond"), Guidance("ddpm", 1.5))
     return integrate("ddim", 10, predict, tensor(oracle, "z"), torch.randn_like).numpy()
 
 
@@ -85,7 +86,7 @@ def ancestral(oracle: Oracle, model: DiTMoE) -> np.ndarray:
     def noise(z: torch.Tensor) -> torch.Tensor:  # upstream draws for both branches and uses the first half
         return torch.randn(2 * len(z), *z.shape[1:], generator=generator)[: len(z)]
 
-    predict = guided_predictor(model, tensor(oracle, "y_cond"), 1.5, "ddpm")
+    predict = guided_predictor(model, tensor(oracle, "y_cond"), Guidance("ddpm", 1.5))
     return integrate("ddpm", 10, predict, tensor(oracle, "z"), noise).numpy()
 
 

@@ -24,6 +24,7 @@ from ditmoe_cli.diffusion.forward_process import respaced_schedule
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.diffusion.weak_guidance import Guidance
 from ditmoe_cli.model.config import Sampler
 
 FAMILIES: tuple[Sampler, ...] = ("rf", "ddpm")
@@ -55,7 +56,7 @@ def test_guided_predictions_are_those_that_samplers_step_by(family: Sampler, cfg
     pico = make_pico(sampler=family)
     z, y = images(3), torch.tensor([0, 2, 1])
     for t in (0.3, 0.9) if family == "rf" else (7.0, 998.0):
-        expected = guided_predictor(pico.model(), y, cfg, family)(z, t)
+        expected = guided_predictor(pico.model(), y, Guidance(family, cfg))(z, t)
         found = guided_prediction(pico.model(), z, torch.full((3,), t), y, cfg)
         torch.testing.assert_close(found, expected[:, : target_channels(pico.config)])
 
