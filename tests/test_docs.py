@@ -20,6 +20,7 @@ COMMANDS = (
     "quantize",
     "compress",
     "heal",
+    "distill",
     "plan",
     "apply",
     "sample",

@@ -42,7 +42,8 @@ ALLOWED = {
 }
 # rooms of compression whose methods share other rooms, and never import from each other
 WALLED = {
-    f"{NAME}.compression.{name}" for name in ("prune", "merge", "delta", "repair", "precision", "rounding", "heal")
+    f"{NAME}.compression.{name}"
+    for name in ("prune", "merge", "delta", "repair", "precision", "rounding", "heal", "distill")
 }
 TERMINAL = {"typer", "rich", "click"}
 

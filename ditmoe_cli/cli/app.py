@@ -37,6 +37,7 @@ COMMANDS = {
     "quantize": "Store weights in fewer bits.",
     "compress": "Compress to a size: fewer neurons and fewer bits from one budget.",
     "heal": "Train a compressed checkpoint to predict as its original does.",
+    "distill": "Train a checkpoint to be sampled in few steps, guidance in its weights.",
     "plan": "Show, check or compare compression plans.",
     "apply": "Carry out a compression plan.",
     "sample": "Sample images.",

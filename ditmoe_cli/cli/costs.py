@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.compression.distill.distilled_output import distilling_record
 from ditmoe_cli.compression.heal.healed_output import healing_record
 from ditmoe_cli.compression.plan import (
     FIGURES,
@@ -268,7 +269,7 @@ def _damage_rows(facts: Mapping[str, Any]) -> list[Row]:
 def step_text(step: Step) -> str:
     """Return a step of a history in one line: ``prune --keep 0.5 --method reap, refit error 0.03``."""
     words = [step.command, *(word for name, value in step.options.items() for word in _flag(name, value))]
-    record = healing_record(step)
+    record = healing_record(step) or distilling_record(step)
     measured = [
         f"{name.replace('_', ' ')} {_spread(list(map(float, texts)))}"
         for name, texts in step.measured.items()

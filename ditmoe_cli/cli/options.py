@@ -329,6 +329,16 @@ class Accelerating(Running):
 
 
 @dataclass(frozen=True)
+class Computing:
+    """Where models are computed, and in what."""
+
+    panel: ClassVar[str] = "Machine"
+
+    device: DeviceOpt = "auto"
+    dtype: DtypeOpt = AUTO
+
+
+@dataclass(frozen=True)
 class Measuring:
     """Profile, device and dtype that a plan is made with."""
 

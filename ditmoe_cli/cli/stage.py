@@ -77,8 +77,8 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False, missing
     """
     if under_torchrun() and not shared:
         raise UsageError(
-            "this command works in one process; start it without torchrun (profile-experts, sample, fid and heal can "
-            "share)"
+            "this command works in one process; start it without torchrun (profile-experts, sample, fid, heal and "
+            "distill can share)"
         )
     if checkpoint is not None:
         path = str(resolve_path(checkpoint, note).absolute())

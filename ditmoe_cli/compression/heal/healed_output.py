@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ditmoe_cli.compression.output import Computed, Copied, PlannedOutput, PlannedTensor
+from ditmoe_cli.compression.output import PlannedOutput
 from ditmoe_cli.compression.recorded import fixed, whole
 from ditmoe_cli.compression.training.error_bins import BINS
+from ditmoe_cli.compression.training.trained_output import trained_output
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -78,12 +79,6 @@ def healed_output(
     `request` is the digest of what was asked for, `options` what was given, `calibration` the profile's settings,
     `record` what was done, without which the layout has as many bytes.
     """
-    computed = set(trained)
-    tensors = tuple(
-        PlannedTensor(info, Computed() if info.name in computed else Copied(info.name))
-        for info in student.header.tensors.values()
-    )
-    base = student.provenance()
     step = Step(
         command="heal",
         source=student.fingerprint,
@@ -93,4 +88,4 @@ def healed_output(
         request=request,
         calibration=calibration,
     )
-    return PlannedOutput(None, tensors, student.config, replace(base, history=(*base.history, step)))
+    return trained_output(student, trained, step)

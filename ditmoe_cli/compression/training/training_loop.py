@@ -43,7 +43,6 @@ _WARM_UP = 0.05  # of all steps
 _BETAS = (0.9, 0.99)
 _AVERAGING = 0.99
 _AT_ONCE = 2**24  # values that AdamW changes at once, unless one weight has more
-_PIECE = "training"  # of the work folder
 _KEPT = ("weight", "averaged", "best", "first", "second")  # of each weight there
 
 
@@ -141,12 +140,14 @@ class Means:
         note: takes lines for people.
         exchange: the processes that train together.
         subject: what is trained, for messages.
+        piece: the name under which the work folder keeps that.
     """
 
     work: WorkFolder | None = None
     note: Callable[[str], None] = lambda _: None
     exchange: Exchange = ALONE
     subject: str = "the model"
+    piece: str = "training"
 
 
 BARE = Means()
@@ -183,14 +184,14 @@ def train(
                 progress.title = f"{title} (loss {run.checks[-1].loss:.3g}, held error {run.errors})"
             if work is not None and course.is_check(run.step) and means.exchange.agreed(pace.is_due):
                 with pace.keeping():
-                    work.write(_PIECE, run.tensors(), run.document())
+                    work.write(means.piece, run.tensors(), run.document())
     run.put(run.best)
     return Trained(run.before, run.error, tuple(run.checks))
 
 
 def _kept(means: Means) -> Piece | None:
     """Return what an earlier run has kept; all processes go on from it, or none does."""
-    piece = means.work.read(_PIECE) if means.work is not None else None
+    piece = means.work.read(means.piece) if means.work is not None else None
     if means.exchange.agreed(piece is not None) and piece is None:
         raise DitmoeError("what the first process keeps is not to be seen from this one; use a folder that they share")
     return piece

@@ -80,6 +80,11 @@ class TrainingRequest:
         return self.train if self.rank is None else GROUPS
 
     @property
+    def name(self) -> str:
+        """The command, as part of a name."""
+        return self.command
+
+    @property
     def label(self) -> str:
         """The ending of the default output's name."""
         length = f"{self.minutes:g}min" if self.minutes is not None else f"{self.iterations}{self.length}"
@@ -88,7 +93,7 @@ class TrainingRequest:
         rate = self.rate is not None and f"rate{self.rate:g}"
         seed = f"seed{self.seed}" if self.seed else ""
         codes = self.codes == "learn" and "codes"
-        return label_of(f"{self.command}-{length}", self.own_label(), groups, codes, batch, rate, seed)
+        return label_of(f"{self.name}-{length}", self.own_label(), groups, codes, batch, rate, seed)
 
     def own_label(self) -> str:
         """Return the part of `label` that other settings of a command make."""

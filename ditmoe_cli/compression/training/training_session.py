@@ -122,9 +122,9 @@ class Session:
         fitting = int((free - least) // max(one - least, 1)) if free else batch
         return 0 if fitting >= batch else max(1, fitting)
 
-    def means(self, folder: WorkFolder | None = None) -> Means:
-        """Return by which means is trained; `folder` keeps what going on takes."""
-        return Means(folder, self.work.note, self.work.exchange, str(self.work.student.path))
+    def means(self, folder: WorkFolder | None = None, piece: str = "training") -> Means:
+        """Return by which means is trained; `folder` keeps what going on takes, as a `piece`."""
+        return Means(folder, self.work.note, self.work.exchange, str(self.work.student.path), piece)
 
     def updates(self, model: nn.Module, prefix: str = "") -> Updates:
         """Return the trained weights of a model, or of a part of it, or the updates that train them."""

@@ -1,0 +1,110 @@
+"""``ditmoe distill``: a checkpoint trained to be sampled in few steps, with guidance in its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, cast
+
+import typer
+
+from ditmoe_cli.cli.costs import held_text
+from ditmoe_cli.cli.groups import at_least, one_of
+from ditmoe_cli.cli.options import Computing, Destination, Models, Source
+from ditmoe_cli.cli.planning import Job
+from ditmoe_cli.cli.stage import open_stage
+from ditmoe_cli.cli.terminal import Printing, Row
+from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_training
+from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
+from ditmoe_cli.compression.distill.distilling import DEFAULT_STUDENT_STEPS, STATES, Distilling, States
+from ditmoe_cli.compression.distill.distilling_trainer import DistillingTrainer
+from ditmoe_cli.model.checkpoint import Checkpoint
+
+MACHINE = Models
+EXAMPLES = (
+    "ditmoe distill half.safetensors --original ckpt.pt --steps 4 --cfg 1.5",
+    "ditmoe prune ckpt.pt --neurons 0.5 | ditmoe distill --steps 2 | ditmoe quantize --bits 4 | ditmoe fid",
+    "ditmoe distill ckpt.pt --steps 4 --minutes 30",
+)
+
+
+@dataclass(frozen=True)
+class Teaching(TrainingOptions):
+    """Which steps are learned of what, for how long."""
+
+    panel: ClassVar[str] = "Distilling"
+
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", metavar="N", callback=at_least(1), help="Steps of the student, one evaluation each: 1, 2, 4, 8."
+        ),
+    ] = DEFAULT_STUDENT_STEPS
+    cfg: Annotated[
+        float,
+        typer.Option(
+            "--cfg", metavar="S", help="Scale of classifier-free guidance that goes into the weights; 1 is none."
+        ),
+    ] = 1.0
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", metavar="N", help="Iterations of training in place of a time.")
+    ] = None
+    teacher_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--teacher-steps",
+            metavar="N",
+            callback=at_least(1),
+            help="Steps of the original, a multiple of the student's. [default: 16 for rf, 20 for ddpm, or the next "
+            "multiple]",
+        ),
+    ] = None
+    states: Annotated[
+        str,
+        typer.Option(
+            "--states",
+            metavar="teacher|own",
+            callback=one_of(*STATES),
+            help="Where the student is asked: on the original's paths; or half of the time where its own steps led it.",
+        ),
+    ] = "teacher"
+    progressive: Annotated[
+        bool, typer.Option("--progressive", help="Learn 8, 4 and 2 steps first, in equal parts of the time.")
+    ] = False
+
+    def request(self, original: Checkpoint) -> Distilling:
+        """Return what is asked for. Raises `UsageError` for values out of range."""
+        return Distilling(
+            **self.fields(original, self.iterations),
+            steps=self.steps,
+            cfg=self.cfg,
+            teacher_steps=self.teacher_steps,
+            states=cast(States, self.states),
+            progressive=self.progressive,
+        )
+
+
+def run(teaching: Teaching, computing: Computing, source: Source, to: Destination, printing: Printing) -> None:
+    """Train a checkpoint for some minutes to be sampled in few steps, without data.
+
+    It learns the original's own paths from noise to images, in N steps of one evaluation each; guidance goes into the
+    weights, so that no null branch is left. The student is any compression of the original, or the original itself.
+    Held-out paths judge: the weights whose images are nearest to the original's are kept. The output has the same
+    tensors and bytes, and says by which steps it is sampled. torchrun's processes share the training.
+    """
+    stage = teaching.named(source.stage(shared=True), may_be_same=True)
+    student, original = open_stage(stage), open_stage(stage, stage.original)
+    asked = teaching.request(original)
+    trainer = DistillingTrainer(asked)
+    opened_pair(trainer, student, original)
+    job = Job(asked.command, stage, student, to.at(student.path, asked.label), printing)
+    run_training(Training(job, trainer, original, record_rows, computing.device, computing.dtype), to)
+
+
+def record_rows(record: DistillingRecord) -> list[Row]:
+    """Return what distilling has done, for reading."""
+    behind = ", ".join(held_text(pair) for pair in zip(record.before, record.after, strict=True))
+    return [
+        ("distilled", f"to {len(record.after)} steps, in {record.iterations:,} iterations on {record.paths:,} paths"),
+        ("error", f"{held_text(record.held_error)} of images, on held-out noise"),
+        ("behind steps", behind),
+    ]

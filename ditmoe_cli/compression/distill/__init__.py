@@ -1,0 +1,1 @@
+"""Checkpoints trained to be sampled in few steps."""

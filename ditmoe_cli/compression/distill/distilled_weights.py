@@ -1,0 +1,165 @@
+"""Distilling carried out: paths of the original, training on them, and the weights that come of it.
+
+The student is asked at N times of the original's paths, and learns the slopes to their next states. With states of its
+own, half of the states that it learns from are those that its own steps have led it to, from which it learns to get
+back: its errors then add up less. The loss of step i is weighted by e_i^-1/2, e_i being the mean ‖z' - z_{i+1}‖² of
+that step before training, so that no step is sacrificed to another.
+
+Held-out paths judge, by the images in which the student's own steps end. Paths are sampled once, and kept in the work
+folder; so are the number of iterations, and the state of training now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
+from ditmoe_cli.compression.distill.distilling import Distilling, tensors_to_distill
+from ditmoe_cli.compression.distill.distilling_memory import distilling_bytes, held_paths, most_paths, paths_for
+from ditmoe_cli.compression.distill.student_errors import PathErrors, own_states, path_errors, step_errors
+from ditmoe_cli.compression.distill.teacher_paths import Paths, StudentSteps, sampled_paths, student_steps
+from ditmoe_cli.compression.training.low_rank_updates import Updates
+from ditmoe_cli.compression.training.trained_weights import TrainedTensors
+from ditmoe_cli.compression.training.training_loop import Objective, train
+from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork
+from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.formats.unpacked_weights import free_on
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.loading import build_model
+from ditmoe_cli.progress import readable_bytes
+
+PATHS_SHARE = 0.4  # of the time goes to the original's paths, at most
+BALANCE = 0.5  # strength of the weights of steps
+_SAMPLED = 256  # paths that are sampled at once
+_TINY = 1e-30
+
+
+def distill(work: TrainingWork, asked: Distilling) -> DistillingRecord:
+    """Distil, and keep the trained weights, as they are written, as the piece `PIECE` of the work folder.
+
+    Raises `BadInputError` for predictions that are not finite and no weights to train; `InfeasibleError` where memory
+    does not suffice.
+    """
+    document = work.document(PIECE)
+    return _Distilling(work, asked).distilled() if document is None else DistillingRecord(**document)
+
+
+@dataclass
+class _Distilling:
+    """A student being distilled: what its parts share."""
+
+    work: TrainingWork
+    asked: Distilling
+
+    def __post_init__(self) -> None:
+        self.family = self.work.original.config.sampler
+        self.tensors = TrainedTensors(self.work.student, tensors_to_distill(self.work.student, self.asked))
+        self.session = Session(self.work, self.asked, self.tensors, self._needed)
+
+    def distilled(self) -> DistillingRecord:
+        """Distil through all stages, and keep the result."""
+        self._check_memory()
+        paths, work = self._paths(), self.work
+        judged = held_paths(len(paths))
+        held, others = paths.at(slice(0, judged)), paths.at(slice(judged, None))
+        student = build_model(work.student, self.session.device)
+        student.compute_in(work.dtype)
+        updates = self.session.updates(student)
+        stages, iterations = self.asked.stages(self.family), 0
+        before = after = self._errors(student, held, self.asked.steps)
+        for number, steps in enumerate(stages):
+            iterations += self._trained(student, updates, held, others, steps, len(stages) - number)
+        after = self._errors(student, held, self.asked.steps)
+        trained = updates.written()
+        if not after.image < before.image:
+            work.note("no trained weights were better on held-out paths: the output has those of the input")
+            after, trained = before, {}
+        record = DistillingRecord(len(paths), iterations, before.by_step, after.by_step)
+        self.session.keep(trained, asdict(record))
+        return record
+
+    def _needed(self, states: int) -> float:
+        world = self.work.exchange.share.world
+        return distilling_bytes(self.work.student.config, self.tensors.size, states, world)
+
+    def _check_memory(self) -> None:
+        """Raise `InfeasibleError` where one state at once is too much."""
+        free, needed = free_on(self.session.device), self._needed(1)
+        if free and needed > MEMORY_SHARE * free:
+            raise InfeasibleError(
+                f"distilling {self.work.student.name} takes {readable_bytes(needed)}, and {readable_bytes(free)} are "
+                "free; give ⟨train⟩ fewer weights, or lora:8"
+            )
+
+    def _paths(self) -> Paths:
+        """Return the original's paths, as many as the iterations are worth, or the time allows."""
+        kept = self.asked.stages(self.family)[0]
+
+        def made() -> tuple[Mapping[str, Tensor], Mapping[str, int]]:
+            teacher = build_model(self.work.original, self.session.device, self.work.dtype)
+            spec = self.asked.teacher_spec(self.work.original.config, self._count(teacher, kept))
+            paths = sampled_paths(teacher, spec, kept, _SAMPLED)
+            return {"z": paths.z, "labels": paths.labels}, {"paths": len(paths)}
+
+        piece = self.work.made("paths", made)
+        return Paths(piece.tensor("z"), piece.tensor("labels"))
+
+    def _count(self, teacher: DiTMoE, kept: int) -> int:
+        config, most = self.work.original.config, most_paths(self.work.original.config, kept)
+        if self.asked.minutes is None:
+            return paths_for(config, self.asked)
+        spec = self.asked.teacher_spec(config, 1)
+        affordable = self.session.images_within(teacher, spec, PATHS_SHARE * self.session.left, _SAMPLED)
+        return min(max(affordable, 2), most)
+
+    def _errors(self, student: DiTMoE, held: Paths, steps: int) -> PathErrors:
+        batch = self.session.at_once() or self.asked.batch
+        few = student_steps(self.family, steps, student.device)
+        return path_errors(student, few, held.in_steps(steps), batch, self.work.exchange)
+
+    def _trained(self, student: DiTMoE, updates: Updates, held: Paths, others: Paths, steps: int, left: int) -> int:
+        """Train a student of some steps, in one of the `left` parts of what is left; return the iterations."""
+        few, paths = student_steps(self.family, steps, student.device), others.in_steps(steps)
+        weights_of = _step_weights(student, few, held.in_steps(steps)).to(student.device)
+
+        def losses(rows: Tensor) -> Tensor:
+            step, part = rows // len(paths), paths.at(rows % len(paths))
+            z, after = (part.z[torch.arange(len(rows)), step + more] for more in (0, 1))
+            z, after, labels, step = (each.to(student.device) for each in (z, after, part.labels, step))
+            if self.asked.states == "own":
+                own = own_states(student, few, part.z[:, 0].to(student.device), labels, step)
+                z = torch.where((rows % 2 == 0).to(student.device).reshape(-1, 1, 1, 1), own, z)
+            return step_errors(student, few, z, after, labels, step) * weights_of[step]
+
+        def judge() -> float:
+            updates.round()
+            return self._errors(student, held, steps).image
+
+        objective, weights = Objective(len(paths) * steps, losses, judge), updates.trained()
+        asked, name = self.asked.iterations, f"distilling-{steps}"
+        each = None if asked is None else max(asked // len(self.asked.stages(self.family)), 1)
+        course = self.session.course(
+            name, 1 / left, len(held) * steps, weights, objective, each, self.session.at_once()
+        )
+        means = self.session.means(self.work.folder, f"training-{steps}")
+        train(weights, objective, course, f"distilling to {steps} steps", means, updates.sizes())
+        return course.steps
+
+
+def _step_weights(student: DiTMoE, few: StudentSteps, held: Paths) -> Tensor:
+    """Return the weight of squared errors of each step (N,), of mean 1 after division by the mean ‖z'‖² of paths."""
+    labels, means = held.labels.to(student.device), list[Tensor]()
+    with torch.no_grad():
+        for number in range(len(few)):
+            z, after = (held.z[:, number + more].to(student.device) for more in (0, 1))
+            step = torch.full_like(labels, number)
+            means.append(step_errors(student, few, z, after, labels, step).mean())
+    found = torch.stack(means).cpu()
+    if not bool(found.isfinite().all()):
+        raise BadInputError("the student's predictions are not finite")
+    weights = found.clamp_min(float(found.mean()) * 1e-3 + _TINY).pow(-BALANCE)
+    return weights / weights.mean() / held.z[:, 1:].square().flatten(2).sum(dim=2).mean()

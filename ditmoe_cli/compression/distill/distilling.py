@@ -1,0 +1,129 @@
+"""What is asked of distilling, and what can be refused before it begins. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
+from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
+from ditmoe_cli.compression.training.training_request import TrainingRequest
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, DEFAULT_STEPS, Solver
+from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.provenance import Distilled
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+
+States = Literal["teacher", "own"]
+STATES: tuple[States, ...] = ("teacher", "own")
+DEFAULT_STUDENT_STEPS = 4
+STUDENT_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim-trailing"}
+
+
+@dataclass(frozen=True)
+class Distilling(TrainingRequest):
+    """A request to distil an original's paths, from noise to images, into few steps of a student.
+
+    Attributes:
+        steps: N, of the student, one evaluation each.
+        cfg: scale of the classifier-free guidance that the original is sampled with; 1 for none.
+        teacher_steps: steps of the original, a multiple of N; None for the default solver's, or the next multiple.
+        states: where the student is asked: ``teacher``, on the original's paths; ``own``, half of the time where its
+            own steps have led it.
+        progressive: whether it learns 8, 4, 2, … steps before N, as far as they divide the original's.
+    """
+
+    steps: int = DEFAULT_STUDENT_STEPS
+    cfg: float = 1.0
+    teacher_steps: int | None = None
+    states: States = "teacher"
+    progressive: bool = False
+
+    command: ClassVar[str] = "distill"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise UsageError(f"⟨steps⟩ {self.steps}: give at least 1")
+        if self.teacher_steps is not None and (self.teacher_steps < self.steps or self.teacher_steps % self.steps):
+            raise UsageError(
+                f"⟨teacher_steps⟩ {self.teacher_steps}: give a multiple of the {self.steps} steps of the student"
+            )
+
+    @property
+    def name(self) -> str:
+        """The command and the steps, as part of a name."""
+        return f"{self.command}-{self.steps}steps"
+
+    def own_label(self) -> str:
+        """Return guidance, states and the original's steps, as part of a name."""
+        parts = (
+            self.cfg != 1.0 and f"cfg{self.cfg:g}",
+            self.states != "teacher" and self.states,
+            self.progressive and "progressive",
+            self.teacher_steps is not None and f"from{self.teacher_steps}",
+        )
+        return "-".join(str(part) for part in parts if part)
+
+    def path_steps(self, family: Sampler) -> int:
+        """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes.
+
+        Raises `UsageError` for a student of more steps than the original's.
+        """
+        usual = DEFAULT_STEPS[family]
+        if self.teacher_steps is None and self.steps > usual:
+            raise UsageError(
+                f"⟨steps⟩ {self.steps}: the original itself takes {usual} of {DEFAULT_SOLVER[family]}; give fewer, or "
+                "⟨teacher_steps⟩ with more"
+            )
+        return self.teacher_steps or -(-usual // self.steps) * self.steps
+
+    def stages(self, family: Sampler) -> tuple[int, ...]:
+        """Return the numbers of steps that are learned one after the other, N the last."""
+        taught = self.path_steps(family)
+        before = [count for count in (8, 4, 2) if self.steps < count < taught and count % self.steps == 0]
+        return (*(count for count in before if self.progressive and taught % count == 0), self.steps)
+
+    def teacher_spec(self, config: DiTMoEConfig, images: int) -> SampleSpec:
+        """Return how the original is sampled. Raises `UsageError` for guidance without a null class."""
+        family, classes = config.sampler, tuple(range(config.num_classes))
+        spec = SampleSpec(images, self.path_steps(family), self.cfg, self.seed, DEFAULT_SOLVER[family], classes)
+        return check_spec(spec, config)
+
+    def distilled(self, family: Sampler) -> Distilled:
+        """Return by which few steps the student is sampled, and what is in its weights."""
+        return Distilled(
+            STUDENT_SOLVER[family],
+            self.steps,
+            cfg=self.cfg,
+            teacher_solver=DEFAULT_SOLVER[family],
+            teacher_steps=self.path_steps(family),
+        )
+
+
+def check_distilled(student: Checkpoint, original: Checkpoint, asked: Distilling) -> str | None:
+    """Return a warning as `check_pair` does; the student may be the original itself.
+
+    Raises `BadInputError` for a pair that does not correspond, and for an original that is distilled; `UsageError` for
+    steps and guidance that it cannot be sampled by.
+    """
+    if original.distilled is not None:
+        raise BadInputError(
+            f"{original.path}: was distilled to {original.distilled.steps} steps itself; give the checkpoint that it "
+            "was made from as ⟨original⟩"
+        )
+    warning = check_pair(student, original)
+    asked.teacher_spec(original.config, 1)
+    return warning
+
+
+def tensors_to_distill(student: Checkpoint, asked: Distilling) -> dict[str, TrainedTensor]:
+    """Return the student's stored tensors that are trained, by name.
+
+    Raises as `requested_tensors` and `require_codes` do.
+    """
+    found = requested_tensors(student, asked)
+    require_codes(student, asked, found)
+    return found
