@@ -35,7 +35,9 @@ class AutomaticProfile:
     calibration_steps: Annotated[
         int | None,
         typer.Option(
-            "--calibration-steps", metavar="N", help="Sampling steps. [default: those of the ancestor's, else 20]"
+            "--calibration-steps",
+            metavar="N",
+            help="Sampling steps. [default: those of the ancestor's, else 20; a distilled checkpoint's own]",
         ),
     ] = None
     calibration_images: Annotated[
@@ -82,6 +84,7 @@ class AutomaticProfile:
         lay = next((s["options"]["path"] for s in reversed(stage.history) if _names_data(s)), None)
         return ProfileRequest(
             given=planning.profile_for(stage),
+            is_piped=planning.profile is None,
             wanted=wanted,
             data=self.calibration_data,
             piped_data=Path(lay) if lay else None,

@@ -8,7 +8,8 @@ from typing import Any
 
 from ditmoe_cli.cli.costs import GROUPS, blockwise, in_runs, number, step_text
 from ditmoe_cli.cli.terminal import Row, human_bytes
-from ditmoe_cli.files.provenance import Step
+from ditmoe_cli.diffusion.few_steps import told_steps
+from ditmoe_cli.files.provenance import Distilled, Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.checkpoint_differences import Change, Differences, Group, grouped
 from ditmoe_cli.model.lineage import Kept
@@ -75,7 +76,7 @@ def comparison_rows(a: Checkpoint, b: Checkpoint, found: Differences, each: bool
         ("parameters", _counted(counts[0].total, counts[1].total)),
         ("activated", _counted(counts[0].activated, counts[1].activated)),
         ("bytes", f"{_counted(*sizes)}, {human_bytes(sizes[0])} | {human_bytes(sizes[1])}"),
-        *((name, f"{_setting(x)} | {_setting(y)}") for name, (x, y) in _configuration(found).items()),
+        *((name, f"{_setting(name, x)} | {_setting(name, y)}") for name, (x, y) in _configuration(found).items()),
         *_history_rows(found),
         *_kept_rows(found.kept),
         *changes,
@@ -111,7 +112,9 @@ def _configuration(found: Differences) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _setting(value: object) -> str:
+def _setting(name: str, value: Any) -> str:
+    if name == "distilled":
+        return "no" if value is None else told_steps(Distilled(**value))
     text = "unknown" if value is None else str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 

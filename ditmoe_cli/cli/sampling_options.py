@@ -6,19 +6,20 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
 from ditmoe_cli.cli.groups import completing, seed_of_64_bits
 from ditmoe_cli.cli.options import DtypeOpt, dtype_on
-from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.cli.terminal import Row, note
 from ditmoe_cli.compression.planner import label_of
+from ditmoe_cli.diffusion.few_steps import check_unguided, other_steps, told_steps, usual_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import (
     ALWAYS,
     DEFAULT_SOLVER,
-    DEFAULT_STEPS,
     SOLVERS,
     UPSTREAM,
     Interval,
@@ -27,8 +28,9 @@ from ditmoe_cli.diffusion.schedule import (
 )
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.config import DiTMoEConfig, Sampler
+from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dtypes import AUTO, Dtype, recorded_dtype
+from ditmoe_cli.processes import first_process
 
 _LONGEST = 24  # characters of a list of classes in a name
 
@@ -70,7 +72,11 @@ class SamplingOptions:
     images: ImagesOpt = 64
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="N", help="Sampling steps. [default: 16 for rf, 20 for ddpm]"),
+        typer.Option(
+            "--steps",
+            metavar="N",
+            help="Sampling steps. [default: 16 for rf, 20 for ddpm; a distilled checkpoint's own]",
+        ),
     ] = None
     cfg: Annotated[
         float, typer.Option("--cfg", metavar="S", help="Scale of classifier-free guidance; 1 is no guidance.")
@@ -83,8 +89,7 @@ class SamplingOptions:
             metavar="NAME",
             autocompletion=complete_solver,
             help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
-            "dpmpp-2m for ddpm. "
-            "[default: ab2 for rf, dpmpp-2m for ddpm]",
+            "dpmpp-2m for ddpm. [default: ab2 for rf, dpmpp-2m for ddpm; a distilled checkpoint's own]",
         ),
     ] = None
     upstream: bool = False
@@ -103,24 +108,43 @@ class SamplingOptions:
     def on(self, device: str, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> Callable[[Checkpoint], SampleSpec]:
         """Return what gives the spec for a checkpoint on a device; dtype ``auto`` is chosen for the first of them.
 
-        It is fp32 where upstream is followed, which samples so.
+        It is fp32 where upstream is followed, which samples so. Of each distilled checkpoint it is said once by which
+        steps it is sampled.
         """
         dtype_of = dtype_on("fp32" if self.upstream and self.dtype == AUTO else self.dtype, device)
-        return lambda checkpoint: self.spec(checkpoint, solvers, dtype_of(checkpoint))
+        told = set[Path]()
+
+        def spec_of(checkpoint: Checkpoint) -> SampleSpec:
+            spec = self.spec(checkpoint, solvers, dtype_of(checkpoint))
+            if checkpoint.path not in told:
+                told.add(checkpoint.path)
+                note_steps(checkpoint, spec)
+            return spec
+
+        return spec_of
 
     def spec(
         self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER, dtype: Dtype = "fp32"
     ) -> SampleSpec:
         """Return the spec that the options ask for; `solvers` are those of each family where none is named.
 
-        Raises `UsageError` for values out of range.
+        Those of a distilled checkpoint are its own. Raises `UsageError` for values out of range, and for guidance of a
+        distilled checkpoint.
         """
-        config = checkpoint.config
+        config, distilled = checkpoint.config, checkpoint.distilled
         if self.upstream and (self.solver is not None or self.steps is not None):
             raise UsageError("--upstream-exact names solver and steps; leave out --solver and --steps")
-        solver, steps = choose_solver(self.solver, config.sampler, solvers), DEFAULT_STEPS[config.sampler]
+        if self.upstream and distilled is not None:
+            raise UsageError(
+                f"--upstream-exact: {checkpoint.name} was distilled to {told_steps(distilled)}, and its weights are "
+                "right at these alone; leave it out"
+            )
+        check_unguided(checkpoint, self.cfg, None if self.interval == ALWAYS else self.interval)
+        solver, steps = usual_sampling(checkpoint, solvers)
         if self.upstream:
             solver, steps = UPSTREAM[config.sampler]
+        if self.solver is not None:
+            solver = choose_solver(self.solver, config.sampler)
         spec = SampleSpec(
             images=self.images,
             steps=steps if self.steps is None else self.steps,
@@ -168,8 +192,7 @@ class ImageSampling(UpstreamSampling):
             metavar="NAME",
             autocompletion=complete_solver,
             help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
-            "dpmpp-2m for ddpm. "
-            "[default: ab2 for rf, dpmpp-2m for ddpm]",
+            "dpmpp-2m for ddpm. [default: ab2 for rf, dpmpp-2m for ddpm; a distilled checkpoint's own]",
         ),
     ] = None
     vae: Annotated[
@@ -193,14 +216,24 @@ class ImageSampling(UpstreamSampling):
         return spec
 
 
-def samples_label(spec: SampleSpec, options: ImageSampling, config: DiTMoEConfig) -> str:
+def note_steps(checkpoint: Checkpoint, spec: SampleSpec) -> None:
+    """Say by which steps a distilled checkpoint is sampled, and what other steps than its own cost."""
+    distilled = checkpoint.distilled
+    if distilled is None or not first_process():
+        return
+    warning = other_steps(checkpoint, spec.solver, spec.steps)
+    note(warning or f"{checkpoint.name}: distilled to {told_steps(distilled)}; sampling so")
+
+
+def samples_label(spec: SampleSpec, options: ImageSampling, checkpoint: Checkpoint) -> str:
     """Return the ending of the name of samples: ``samples``, and all settings that are not the default."""
-    usual, everything = type(options)(), tuple(range(config.num_classes))
+    usual, everything = type(options)(), tuple(range(checkpoint.config.num_classes))
+    solver, steps = usual_sampling(checkpoint)
     parts = (
         "samples",
         spec.images != usual.images and f"images{spec.images}",
-        spec.solver != DEFAULT_SOLVER[config.sampler] and SOLVERS[spec.solver].name,
-        spec.steps != DEFAULT_STEPS[config.sampler] and f"steps{spec.steps}",
+        spec.solver != solver and SOLVERS[spec.solver].name,
+        spec.steps != steps and f"steps{spec.steps}",
         spec.cfg != usual.cfg and f"cfg{spec.cfg:g}",
         spec.interval != usual.interval and "from{:g}to{:g}".format(*spec.interval),
         spec.classes != everything and f"classes{short_list(spec.classes)}",

@@ -12,6 +12,7 @@ from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.json_text import parse_json
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
+DISTILLING = "distill"  # the command whose output has few steps of its own
 _MOST_DIGITS = 6  # of an expert's number
 STAGE_SCHEMA = "ditmoe.stage/1"
 
@@ -161,8 +162,42 @@ class Provenance:
 
     @property
     def calibration(self) -> Mapping[str, Any] | None:
-        """Settings of the last calibration in the history; None without any."""
-        return next((step.calibration for step in reversed(self.history) if step.calibration is not None), None)
+        """Settings of the last calibration in the history; None without any.
+
+        Of a distilled checkpoint those from before it was distilled do not count: the states there are others.
+        """
+        settings = (step.calibration for step in reversed(self._since_distilling) if step.calibration is not None)
+        return next(settings, None)
+
+    @property
+    def _since_distilling(self) -> tuple[Step, ...]:
+        """The steps whose calibrations hold for the checkpoint; the distilling's own only if it took the same steps."""
+        if self.distilled is None:
+            return self.history
+        last, own = self._distilling, (self.distilled.solver, self.distilled.steps)
+        doubtful, since = (
+            (self.history, ()) if last is None else (self.history[last : last + 1], self.history[last + 1 :])
+        )
+        return (*(step for step in doubtful if _solver_and_steps(step.calibration) == own), *since)
+
+    @property
+    def _distilling(self) -> int | None:
+        """The place in the history of the last distilling; None where none is recorded."""
+        places = (place for place, step in enumerate(self.history) if step.command == DISTILLING)
+        return max(places, default=None)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoints that this one is a distilled copy of, oldest first; none for any other.
+
+        They are its ancestors before it was distilled, and the original that it was distilled towards.
+        """
+        last = self._distilling if self.distilled is not None else None
+        if last is None:
+            return ()
+        original = self.history[last].options.get("original")
+        named = (original,) if isinstance(original, str) else ()
+        return tuple(dict.fromkeys((*(step.source for step in self.history[: last + 1]), *named)))
 
     @property
     def ancestors(self) -> tuple[str, ...]:
@@ -181,6 +216,10 @@ class Provenance:
         if self.distilled is not None:
             document["distilled"] = asdict(self.distilled)
         return {"format": "pt", "ditmoe": canonical_json(document)}
+
+
+def _solver_and_steps(settings: Mapping[str, Any] | None) -> tuple[Any, Any] | None:
+    return None if settings is None else (settings.get("solver"), settings.get("steps"))
 
 
 def recorded_hashes(metadata: Mapping[str, str], where: str) -> Mapping[str, str]:

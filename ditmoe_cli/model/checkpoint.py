@@ -120,8 +120,16 @@ class Checkpoint:
         return self.header.provenance.ancestors if self.header.provenance else ()
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoints that this one is a distilled copy of; none where it was not distilled."""
+        return self.header.provenance.teachers if self.header.provenance else ()
+
+    @property
     def calibration(self) -> Mapping[str, Any] | None:
-        """Settings of the last calibration that an ancestor was profiled with; None where the file names none."""
+        """Settings of the last calibration that an ancestor was profiled with; None where the file names none.
+
+        Those from before it was distilled do not count.
+        """
         return self.header.provenance.calibration if self.header.provenance else None
 
     def provenance(self) -> Provenance:

@@ -7,7 +7,7 @@ Whether two weights have equal bytes is told by SHA-256 where both are known, an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
@@ -101,7 +101,7 @@ def differences(a: Checkpoint, b: Checkpoint, read: bool = False) -> Differences
     other = pairs.unequal(alike)
     changes += [Change(name, "other bytes", left.stored(name), right.stored(name)) for name in other]
     changes.sort(key=lambda change: natural_key(change.name))
-    fields = _fields(a.config.to_json(), b.config.to_json())
+    fields = _fields(_settings(a), _settings(b))
     both = {name: (left.weights[name], right.weights[name]) for name in left.weights if name in right.weights}
     comparable = {name: (x, y) for name, (x, y) in both.items() if x.info.shape == y.info.shape}
     return Differences(fields, tuple(changes), len(alike) - len(other), pairs.evidence, kin, kept, comparable)
@@ -215,6 +215,12 @@ class _Pairs:
 def _same_bytes(a: memoryview, b: memoryview) -> bool:
     # as bytes, since comparing views takes their elements one by one
     return a.nbytes == b.nbytes and all(bytes(x) == bytes(y) for x, y in zip(chunks(a), chunks(b), strict=True))
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the configuration, and how the checkpoint was distilled where it was."""
+    distilled = checkpoint.distilled
+    return {**checkpoint.config.to_json(), **({"distilled": asdict(distilled)} if distilled is not None else {})}
 
 
 def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

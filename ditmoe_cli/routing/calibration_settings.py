@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ditmoe_cli.diffusion.few_steps import check_unguided, own_sampling
 from ditmoe_cli.diffusion.sampling import MOST_BINS, SampleSpec, check_followable, check_spec, choose_bins
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
 from ditmoe_cli.errors import BadInputError, UsageError, named
@@ -20,13 +21,15 @@ SHARED_TOKENS = 4096  # of the reservoir, at most, that all experts of a block r
 SHARED_BATCH = 256  # of them in one estimate of HSIC, whose Gram matrices grow with their square
 
 
-def usual_images(patches: int) -> int:
+def usual_images(patches: int, steps: int = STEPS) -> int:
     """Return the default number of images of so many patches: about `TOKENS` tokens in all steps, in whole eights.
 
     64 for 64 patches and less, 24 for 256, 16 for 512 and more: what is fitted needs so many different patches, not so
-    many images (docs/results.md), and every eighth image is held out.
+    many images (docs/results.md), and every eighth image is held out. In other `steps` than 20 they are as many
+    evaluations, at most.
     """
-    return min(max(TOKENS // (STEPS * patches) // 8 * 8, FEWEST_IMAGES), MOST_IMAGES)
+    most = min(TOKENS // (steps * patches), MOST_IMAGES * STEPS // steps)
+    return max(most // 8 * 8, FEWEST_IMAGES)
 
 
 def usual_classes(images: int, classes: int) -> tuple[int, ...]:
@@ -104,6 +107,7 @@ class WantedCalibration:
             spec = replace(spec, classes=usual_classes(spec.images, checkpoint.config.num_classes))
         bins = base.bins if base.bins <= spec.steps else choose_bins(None, spec.steps)
         try:
+            check_unguided(checkpoint, spec.cfg)
             check_spec(spec, checkpoint.config, allow_null=base.data is not None)
         except UsageError as error:
             raise UsageError(named(error.message, setting)) from None
@@ -134,11 +138,14 @@ def told(document: Mapping[str, Any]) -> str:
 
 
 def default_calibration(checkpoint: Checkpoint, dtype: Dtype = "fp32") -> Calibration:
-    """Return the settings of a plain ``ditmoe profile-experts``, which computes in `dtype`."""
-    solver = CALIBRATION_SOLVER[checkpoint.config.sampler]
-    images = usual_images(checkpoint.config.num_patches)
+    """Return the settings of a plain ``ditmoe profile-experts``, which computes in `dtype`.
+
+    A distilled checkpoint is followed by its own solver and steps, whose times alone it knows.
+    """
+    solver, steps = own_sampling(checkpoint) or (CALIBRATION_SOLVER[checkpoint.config.sampler], STEPS)
+    images = usual_images(checkpoint.config.num_patches, steps)
     classes = usual_classes(images, checkpoint.config.num_classes)
-    return Calibration(SampleSpec(images, STEPS, 1.0, 0, solver, classes, dtype=dtype))
+    return Calibration(SampleSpec(images, steps, 1.0, 0, solver, classes, dtype=dtype), bins=choose_bins(None, steps))
 
 
 def _has_usual_classes(spec: SampleSpec, checkpoint: Checkpoint) -> bool:

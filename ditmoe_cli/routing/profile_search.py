@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.diffusion.few_steps import other_steps, told_steps
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dtypes import Dtype
@@ -43,6 +44,7 @@ class ProfileRequest:
         usual: files that ``ditmoe profile-experts`` writes without a name for its output.
         beside: folder that a profile is kept in where planning makes it.
         dtype: returns the dtype of a new calibration where neither it nor an ancestor's profile names one.
+        is_piped: whether `given` came through a pipe.
     """
 
     given: Path | None = None
@@ -52,6 +54,7 @@ class ProfileRequest:
     usual: tuple[Path, ...] = ()
     beside: Path = Path()
     dtype: Callable[[Checkpoint], Dtype] = lambda _: "fp32"
+    is_piped: bool = False
 
     def refuse_settings(self, who: str) -> None:
         """Raise `UsageError` where settings were asked for and nobody, named by `who`, would profile with them."""
@@ -87,19 +90,40 @@ def search(checkpoint: Checkpoint, request: ProfileRequest, note: Note) -> Basis
     unrelated checkpoint and for images that are not at hand, `UsageError` for settings that the given profile was not
     made with, or that are out of range.
     """
-    given = read_profile(request.given) if request.given is not None else None
+    given = _of_these_states(checkpoint, request, note)
     if given is not None and given.checkpoint not in checkpoint.ancestors:
         return _own(require_profile_of(given, checkpoint.fingerprint, checkpoint.path), request)
     found = _with_usual_name(checkpoint, request, note) if given is None else None
     if found is not None:
         return Basis(found, found.calibration, found.path)
     inherited = given.calibration if given is not None else checkpoint.calibration
-    basis = _to_make(checkpoint, request, inherited)
+    basis = _to_make(checkpoint, request, inherited, note)
     kept = own_profile(checkpoint, basis.path, lambda _: None)
     if kept is not None and dict(kept.calibration) == dict(basis.settings):
         note(f"using the profile kept in {kept.path} ({told(kept.calibration)})")
         return Basis(kept, kept.calibration, kept.path)
     return basis
+
+
+def _of_these_states(checkpoint: Checkpoint, request: ProfileRequest, note: Note) -> RoutingProfile | None:
+    """Return the given profile; None without any, and for a piped one from before the checkpoint was distilled.
+
+    Raises `BadInputError` for one that was given otherwise: its states are not those of the distilled checkpoint.
+    """
+    profile = read_profile(request.given) if request.given is not None else None
+    if profile is None or checkpoint.distilled is None or profile.checkpoint not in checkpoint.teachers:
+        return profile
+    steps = told_steps(checkpoint.distilled)
+    if request.is_piped:
+        note(
+            f"{profile.path}: from before {checkpoint.name} was distilled to {steps}; its states are others, and it is "
+            "not used"
+        )
+        return None
+    raise BadInputError(
+        f"{profile.path}: is of a checkpoint from before {checkpoint.name} was distilled to {steps}, whose states are "
+        "others; leave it out, or profile the distilled checkpoint"
+    )
 
 
 def _own(profile: RoutingProfile, request: ProfileRequest) -> Basis:
@@ -161,16 +185,21 @@ def own_profile(checkpoint: Checkpoint, path: Path, note: Note) -> RoutingProfil
     return profile
 
 
-def _to_make(checkpoint: Checkpoint, request: ProfileRequest, inherited: Mapping[str, Any] | None) -> Basis:
+def _to_make(checkpoint: Checkpoint, request: ProfileRequest, inherited: Mapping[str, Any] | None, note: Note) -> Basis:
     """Return the calibration that has to make the profile."""
     usual = default_calibration(checkpoint, "fp32" if inherited is not None else request.dtype(checkpoint))
     settings = usual if inherited is None else parse_calibration(inherited, checkpoint)
     # planners may need what a fast profile lacks, and would notice only after it was made
     settings = replace(settings, fast=False, reservoir=settings.reservoir or usual.reservoir)
     whose = "no profile was given" if inherited is None else "as the profile of its ancestor"
+    if inherited is None and checkpoint.distilled is not None:
+        whose = f"distilled to {told_steps(checkpoint.distilled)}"
     if request.wanted.given() or request.data is not None:
         whose += " but for what was asked for" if inherited is not None else ""
     settings, data = _with_data(checkpoint, request, settings)
+    warning = other_steps(checkpoint, settings.spec.solver, settings.spec.steps)
+    if warning is not None:
+        note(warning)
     document = settings.to_json()
     path = request.beside / kept_name(checkpoint, checkpoint.fingerprint)
     return Basis(None, document, path, settings, data, f"{whose}: {told(document)}")

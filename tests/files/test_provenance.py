@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,67 @@ def test_the_last_calibration_is_that_of_the_newest_step_that_has_one() -> None:
     assert Provenance({}, steps).calibration == {"cfg": 1.5}
     assert Provenance({}, steps[2:]).calibration is None
     assert "calibration" not in steps[2].to_json()
+
+
+OWN = {"solver": "euler", "steps": 4}
+TEACHERS = {"solver": "euler", "steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("commands", "calibration"),
+    [
+        ([("prune", TEACHERS), ("distill", None)], None),
+        ([("prune", OWN), ("distill", None)], None),
+        ([("prune", TEACHERS), ("distill", TEACHERS)], None),
+        ([("prune", TEACHERS), ("distill", OWN)], OWN),
+        ([("distill", OWN), ("distill", None)], None),
+        ([("prune", TEACHERS), ("distill", None), ("quantize", {**TEACHERS, "cfg": 1.0})], {**TEACHERS, "cfg": 1.0}),
+        ([("prune", TEACHERS)], None),
+        ([("prune", OWN)], OWN),
+    ],
+)
+def test_of_a_distilled_checkpoint_no_calibration_from_before_counts(
+    commands: list[tuple[str, dict[str, Any] | None]], calibration: dict[str, Any] | None
+) -> None:
+    history = tuple(Step(name, name, "", calibration=settings) for name, settings in commands)
+    assert Provenance({}, history, distilled=Distilled("euler", 4)).calibration == calibration
+
+
+def test_the_teachers_of_a_distilled_checkpoint_are_all_up_to_the_last_distilling() -> None:
+    history = (
+        Step("prune", "a", ""),
+        Step("distill", "b", "", {"original": "a"}),
+        Step("distill", "c", "", {"original": "x"}),
+        Step("quantize", "d", ""),
+    )
+    assert Provenance({}, history, distilled=Distilled("euler", 4)).teachers == ("a", "b", "c", "x")
+    assert Provenance({}, history[:2], distilled=Distilled("euler", 4)).teachers == ("a", "b")
+    assert Provenance({}, history).teachers == ()
+    assert Provenance({}, history[:1], distilled=Distilled("euler", 4)).teachers == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"steps": 4.0},
+        {"solver": None},
+        {"cfg": "x"},
+        {"cfg": float("inf")},
+        {"guide": 5},
+        {"guide_interval": [0.1]},
+        {"guide_interval": None},
+        {"unknown": 1},
+    ],
+)
+def test_malformed_words_on_distilling_are_refused_by_file(changes: dict[str, Any]) -> None:
+    document = json.dumps({**GOOD, "distilled": {"solver": "euler", "steps": 4, **changes}})
+    with pytest.raises(BadInputError, match=r"x\.safetensors"):
+        read_provenance({"ditmoe": document}, "x.safetensors")
+
+
+def test_nothing_is_said_of_distilling_where_there_was_none() -> None:
+    assert "distilled" not in json.loads(Provenance({}).to_metadata({})["ditmoe"])
 
 
 def test_other_peoples_files_have_no_provenance() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import make_pico
+from distilling import FOUR, distilled_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from profiling import opened
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, UsageError, named
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.routing.calibration_settings import (
     Calibration,
     WantedCalibration,
@@ -146,6 +148,30 @@ def test_fewer_images_of_many_patches_are_calibrated_on() -> None:
     for patches in range(1, 400):
         assert 16 <= usual_images(patches) <= 64 and usual_images(patches) % 8 == 0
         assert usual_images(patches + 1) <= usual_images(patches)
+
+
+def test_in_fewer_steps_more_images_are_calibrated_on_at_the_same_cost() -> None:
+    assert [usual_images(64, steps) for steps in (1, 2, 4, 8, 20)] == [1280, 640, 320, 160, 64]
+    assert [usual_images(256, steps) for steps in (1, 2, 4, 8, 20)] == [512, 256, 128, 64, 24]
+    for steps, patches in itertools.product(range(1, 100), (1, 64, 256, 1024)):
+        images = usual_images(patches, steps)
+        assert images == 16 or (images * steps <= 64 * 20 and images * steps * patches <= 131_072)
+
+
+@pytest.mark.parametrize("sampler", ["rf", "ddpm"])
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_a_distilled_checkpoint_is_calibrated_by_its_own_steps(sampler: str, steps: int, tmp_path: Path) -> None:
+    solver = "euler" if sampler == "rf" else "ddim-trailing"
+    pair = distilled_pair(tmp_path, replace(FOUR, solver=solver, steps=steps), sampler=sampler)
+    few = open_checkpoint(pair.few)
+    settings = default_calibration(few)
+    assert (settings.spec.solver, settings.spec.steps, settings.spec.cfg) == (solver, steps, 1.0)
+    assert settings.bins == min(10, steps)
+    assert few.calibration is None, "the teacher's settings are of other states"
+    with pytest.raises(UsageError, match="calibration_cfg 4: few"):
+        WantedCalibration(cfg=4.0).over(settings, few)
+    assert WantedCalibration(steps=40).over(settings, few).bins == settings.bins
+    assert default_calibration(open_checkpoint(pair.original)).spec.steps == 20
 
 
 @given(images=st.integers(1, 1100), classes=st.integers(1, 1000))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from compressing import pruning
 from conftest import make_pico
+from distilling import DistilledPair, distilled_pair
 from profiling import opened
 
 from ditmoe_cli.compression.apply import apply
@@ -174,3 +175,60 @@ def test_settings_are_refused_where_nobody_profiles() -> None:
     ProfileRequest().refuse_settings("quantize")
     with pytest.raises(UsageError, match="calibration_cfg has no effect: quantize takes no profile"):
         ProfileRequest(wanted=WantedCalibration(cfg=2.0)).refuse_settings("quantize")
+
+
+# distilled checkpoints
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> DistilledPair:
+    return distilled_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def teachers_profile(pair: DistilledPair) -> RoutingProfile:
+    spec = SampleSpec(images=3, steps=4, cfg=1.5, seed=11, solver="euler", classes=(0, 2))
+    path = pair.original.with_name("teacher.profile.safetensors")
+    profile = calibrate(open_checkpoint(pair.original), replace(SETTINGS, spec=spec), Run("cpu"), path)
+    assert profile is not None
+    return profile
+
+
+def test_a_piped_profile_from_before_the_distilling_is_not_used(
+    pair: DistilledPair, teachers_profile: RoutingProfile, tmp_path: Path
+) -> None:
+    few = open_checkpoint(pair.few)
+    for checkpoint in (few, descendant(few, tmp_path / "small.safetensors", (0, 1, 2), None)):
+        basis, notes = found(checkpoint, ProfileRequest(teachers_profile.path, is_piped=True))
+        assert basis.profile is None and basis.calibration == default_calibration(checkpoint)
+        assert basis.reason.startswith(
+            "distilled to 4 steps of euler, with guidance 1.5 in its weights: cfg 1, 4 steps"
+        )
+        name = checkpoint.name
+        assert notes == [
+            f"{teachers_profile.path}: from before {name} was distilled to 4 steps of euler, with guidance 1.5 in its "
+            "weights; its states are others, and it is not used"
+        ]
+
+
+def test_a_given_profile_from_before_the_distilling_is_refused(
+    pair: DistilledPair, teachers_profile: RoutingProfile, tmp_path: Path
+) -> None:
+    few = open_checkpoint(pair.few)
+    for checkpoint in (few, descendant(few, tmp_path / "small.safetensors", (0, 1, 2), None)):
+        with pytest.raises(BadInputError, match=f"teacher.*is of a checkpoint from before {checkpoint.name} was dist"):
+            search(checkpoint, ProfileRequest(teachers_profile.path), print)
+
+
+def test_settings_since_the_distilling_are_inherited(pair: DistilledPair, tmp_path: Path) -> None:
+    few = open_checkpoint(pair.few)
+    mine = replace(default_calibration(few), reservoir=24, spec=replace(default_calibration(few).spec, seed=5))
+    small = descendant(few, tmp_path / "small.safetensors", (0, 1, 2), mine)
+    basis, notes = found(small, ProfileRequest())
+    assert (basis.calibration, notes) == (mine, [])
+
+
+def test_other_calibration_steps_than_its_own_are_warned_of(pair: DistilledPair) -> None:
+    basis, notes = found(open_checkpoint(pair.few), ProfileRequest(wanted=WantedCalibration(steps=8)))
+    assert basis.settings["steps"] == 8
+    assert len(notes) == 1 and notes[0].startswith("warning: few.safetensors: distilled to 4 steps of euler, and ")

@@ -16,8 +16,9 @@ from ditmoe_cli.cli.planning import Job, preview, reuse, size_facts, size_rows, 
 from ditmoe_cli.cli.reuse import made_before
 from ditmoe_cli.cli.stage import Stage, open_stage, stem
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
-from ditmoe_cli.cli.upstream_script import sampling
+from ditmoe_cli.cli.upstream_script import Sampling, sampling
 from ditmoe_cli.compression.estimates import carrying_out
+from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.casting import DTYPES
 from ditmoe_cli.files.pipelines import model_folder
@@ -184,6 +185,11 @@ def _write_upstream(
 ) -> None:
     """Write a checkpoint for upstream's code, preview it or find it up to date, and print the result."""
     started, path = time.monotonic(), file.path
+    if checkpoint.distilled is not None:
+        note(
+            f"warning: files of upstream's do not say that it was distilled to {told_steps(checkpoint.distilled)}: "
+            "give these to whatever samples it"
+        )
     size = file.archive(checkpoint).nbytes
     estimates, rate = carrying_out(checkpoint, None, size), known_rate(likely_device("cpu"))
     result = {**size_facts(checkpoint, size), **_for_upstream(checkpoint, path)}
@@ -211,6 +217,8 @@ def _write_upstream(
 def _for_upstream(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     """Return how upstream's code builds and samples a model."""
     way = sampling(checkpoint.config, path)
+    if checkpoint.distilled is not None:
+        way = Sampling(None, f"it has no {told_steps(checkpoint.distilled)}")
     told = {"sample": way.command, "no_sample": way.reason, "arguments": arguments(checkpoint.config)}
     return {"upstream": told}
 

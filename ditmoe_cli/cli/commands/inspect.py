@@ -22,10 +22,11 @@ from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, note, with_options
+from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, GateError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.integrity import require_whole
-from ditmoe_cli.files.provenance import parse_step
+from ditmoe_cli.files.provenance import Distilled, parse_step
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
@@ -262,6 +263,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "loads_upstream": barrier is None,
         "upstream_obstacle": with_options(barrier) if barrier is not None else None,
         "extractor": checkpoint.card.extractor,
+        **({"distilled": asdict(checkpoint.distilled)} if checkpoint.distilled is not None else {}),
         "fingerprint": checkpoint.written_fingerprint,
         "history": [step.command for step in provenance.history] if provenance else [],
         "steps": [step.to_json() for step in provenance.history] if provenance else [],
@@ -312,6 +314,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
         ("formats", ", ".join(f"{count} {name}" for name, count in result["formats"].items())),
         ("layout", result["layout"]),
         ("sampler", config["sampler"]),
+        *([("distilled", distilled_text(result["distilled"]))] if "distilled" in result else []),
         ("loads upstream", "yes" if result["loads_upstream"] else f"no: {result['upstream_obstacle']}"),
         *fingerprint_rows(result),
         *(("history", step_text(parse_step(step))) for step in result["steps"] or ()),
@@ -320,6 +323,13 @@ def rows(result: dict[str, Any]) -> list[Row]:
         *(("assumed", text) for text in result["assumptions"]),
         *(("warning", text) for text in result["warnings"]),
     ]
+
+
+def distilled_text(document: dict[str, Any]) -> str:
+    """Return by which steps a checkpoint is sampled, and from which it was distilled."""
+    distilled = Distilled(**document)
+    teacher = f", from {distilled.teacher_steps} of {distilled.teacher_solver}" if distilled.teacher_solver else ""
+    return f"to {told_steps(distilled)}{teacher}"
 
 
 def fingerprint_rows(result: dict[str, Any]) -> list[Row]:

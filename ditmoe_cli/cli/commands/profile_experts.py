@@ -27,7 +27,13 @@ from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.processes import first_process
 from ditmoe_cli.routing.calibrate import Run, calibrate, made_before
 from ditmoe_cli.routing.calibration_data import CalibrationData, read_data
-from ditmoe_cli.routing.calibration_settings import STEPS, Calibration, check_settings, usual_classes, usual_images
+from ditmoe_cli.routing.calibration_settings import (
+    STEPS,
+    Calibration,
+    check_settings,
+    default_calibration,
+    usual_classes,
+)
 from ditmoe_cli.routing.profile import RoutingProfile
 from ditmoe_cli.routing.saliency import frequency, reap
 
@@ -51,7 +57,10 @@ class Calibrating(SamplingOptions):
             help="Images to calibrate on. [default: 64, fewer of more than 64 tokens: 24 of 256, 16 of 512 and more]",
         ),
     ] = None  # type: ignore[assignment]
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Sampling steps.")] = STEPS
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", help=f"Sampling steps. [default: {STEPS}; a distilled checkpoint's own]"),
+    ] = None
     solver: Annotated[
         str | None,
         typer.Option(
@@ -59,8 +68,7 @@ class Calibrating(SamplingOptions):
             metavar="NAME",
             autocompletion=complete_solver,
             help="Solver: euler, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
-            "dpmpp-2m for ddpm. "
-            "[default: euler for rf, ddim for ddpm]",
+            "dpmpp-2m for ddpm. [default: euler for rf, ddim for ddpm; a distilled checkpoint's own]",
         ),
     ] = None
 
@@ -76,7 +84,7 @@ class Calibrating(SamplingOptions):
 
     def images_of(self, checkpoint: Checkpoint) -> int:
         """Return the number of images: as many as `usual_images` where none is given."""
-        return self.images if self.images is not None else usual_images(checkpoint.config.num_patches)
+        return self.images if self.images is not None else default_calibration(checkpoint).spec.images
 
     def spec(
         self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = CALIBRATION_SOLVER, dtype: Dtype = "fp32"
@@ -87,7 +95,8 @@ class Calibrating(SamplingOptions):
         """
         images = self.images_of(checkpoint)
         classes = usual_classes(images, checkpoint.config.num_classes) if self.classes is None else self.classes
-        counted = replace(self, images=images, classes=classes)
+        steps = default_calibration(checkpoint).spec.steps if self.steps is None else self.steps
+        counted = replace(self, images=images, classes=classes, steps=steps)
         return super(Calibrating, counted).spec(checkpoint, solvers, dtype)
 
 

@@ -78,7 +78,7 @@ def run(sampling: Images, running: Accelerating, source: Source, to: ImageFiles,
     from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder
 
     vae = sampling.vae
-    label = samples_label(spec, sampling, opened.config)
+    label = samples_label(spec, sampling, opened)
     targets = to.targets(opened.path, label, (Path(vae).expanduser(),) if vae is not None else ())
     images = Sampling(opened, spec)
     check_targets(images, targets, will_decode=vae is not None)
