@@ -44,6 +44,13 @@ class Guide:
         """The rank of the expert that the guided model takes alone; None where another checkpoint guides."""
         return RANKS.get(self.model)
 
+    @property
+    def told(self) -> str:
+        """The guide in words, as ``top1 at 0.5``; a checkpoint by the beginning of its fingerprint."""
+        named = self.model if self.rank is not None else f"{self.model[:12]}…"
+        low, high = self.interval
+        return f"{named} at {self.scale:g}" + ("" if self.interval == ALWAYS else f" from {low:g} to {high:g}")
+
     def to_json(self) -> dict[str, Any]:
         """Return the guide as JSON."""
         return {"model": self.model, "scale": self.scale, "interval": list(self.interval)}
@@ -112,7 +119,7 @@ def check_guide(guide: Guide | None, checkpoint: Checkpoint, weak: Checkpoint | 
     if weak is None or weak.fingerprint != guide.model:
         raise BadInputError(
             f"{checkpoint.path}: is to be guided by the checkpoint of fingerprint {guide.model[:12]}…; give that one "
-            "with ⟨guide_with⟩"
+            f"with ⟨guide_with⟩, at ⟨guide_scale⟩ {guide.scale:g}"
         )
     if weak.fingerprint == checkpoint.fingerprint:
         raise BadInputError(

@@ -24,7 +24,8 @@ from torch import Tensor
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.schedule import check_guidance
-from ditmoe_cli.diffusion.weak_guidance import Guidance
+from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide, check_guide
+from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.evaluation.memory_use import (
     Footprint,
@@ -35,6 +36,7 @@ from ditmoe_cli.evaluation.memory_use import (
     loaded_bytes,
     peak_during,
     private_bytes,
+    tensor_bytes,
 )
 from ditmoe_cli.evaluation.step_parts import (
     Clock,
@@ -65,7 +67,8 @@ class Load:
     """The work to time: `batch` images in one pass (twice as many rows where `cfg` is not 1), in `repeats` rounds.
 
     On the CPU it is timed with each number of `threads`; with none given, with as many as torch uses. With
-    `processor_time`, one thread computes, and its processor time counts in place of the clock on the wall.
+    `processor_time`, one thread computes, and its processor time counts in place of the clock on the wall. With `guide`
+    a pass asks the weaker model too.
     """
 
     batch: int = 8
@@ -76,6 +79,7 @@ class Load:
     threads: tuple[int, ...] = ()
     dtype: Dtype = "fp32"
     processor_time: bool = False
+    guide: Guide | None = None
 
     @property
     def rows(self) -> int:
@@ -103,7 +107,8 @@ class Load:
     def passes(self) -> int:
         """The number of forward passes of one checkpoint."""
         reference = 0 if self.dtype == "fp32" else 1
-        return reference + WARM_UPS + 1 + (1 + self.repeats) * len(self.counts) + self.traced
+        routed = 1 if self.guide is None else 2
+        return reference + WARM_UPS + routed + (1 + self.repeats) * len(self.counts) + self.traced
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Bench:
     """A checkpoint's footprint, its memory, its speed, and the seconds of each timed pass by the number of threads.
 
     `threads` is the number that the seconds hold for; `difference` is None in fp32. `kept` are the bytes of unpacked
-    weights that steps left in memory for the next, beside what is needed.
+    weights that steps left in memory for the next, beside what is needed; `weak` those of the weaker model's weights.
     """
 
     load: Load
@@ -148,6 +153,7 @@ class Bench:
     speed: Speed
     difference: Difference | None = None
     kept: int = 0
+    weak: int = 0
 
     @property
     def seconds(self) -> tuple[float, ...]:
@@ -160,19 +166,25 @@ class Bench:
         return self.speed.flops / min(self.seconds)
 
     @property
+    def least(self) -> int:
+        """Bytes of all weights and of the largest buffer."""
+        return self.footprint.least + self.weak
+
+    @property
     def needed(self) -> int:
         """Bytes of weights and working memory: the measured growth, but at least the counted bytes.
 
         Weights of a mapped pickle are pages of the file, which are needed but are no private memory.
         """
-        return max(self.footprint.least, self.memory.growth or 0)
+        return max(self.least, self.memory.growth or 0)
 
     def to_json(self) -> dict[str, Any]:
         """Return bytes, memory, seconds, speed and conditions as JSON."""
         footprint, growth, least = self.footprint, self.memory.growth, min(self.seconds)
         traced = sum(self.speed.parts.values())
         given = asdict(self.load)
-        del given["processor_time"]
+        del given["processor_time"], given["guide"]
+        guided = {"guide": self.load.guide.to_json(), "weak_bytes": self.weak} if self.load.guide else {}
         return {
             "bytes": {
                 "file": footprint.file,
@@ -184,7 +196,7 @@ class Bench:
             "memory": {
                 **asdict(self.memory),
                 "growth": growth,
-                "beyond": None if growth is None else growth - footprint.least,
+                "beyond": None if growth is None else growth - self.least,
                 "needed": self.needed,
                 "kept": self.kept,
             },
@@ -208,6 +220,7 @@ class Bench:
                 "threads": self.threads,
                 "waiting": waiting(),
                 "clock": "processor" if self.load.processor_time else "wall",
+                **guided,
             },
         }
 
@@ -255,51 +268,104 @@ def check_load(load: Load, config: DiTMoEConfig) -> Load:
     return load
 
 
-def fit_together(checkpoints: Sequence[Checkpoint], load: Load) -> bool:
-    """Return whether the models of all checkpoints have room in memory at once, with the largest one's activations."""
+def fit_together(checkpoints: Sequence[Checkpoint], load: Load, weak: Checkpoint | None = None) -> bool:
+    """Return whether the models of all checkpoints have room in memory at once, with the largest one's activations.
+
+    Each has a copy of the weaker model `weak`, if any, beside it.
+    """
     working = max(activation_bytes(checkpoint.config, load.rows) for checkpoint in checkpoints)
-    return sum(map(loaded_bytes, checkpoints)) + working <= available_bytes(torch.device(load.device))
+    guiding = len(checkpoints) * loaded_bytes(weak) if weak is not None else 0
+    return sum(map(loaded_bytes, checkpoints)) + guiding + working <= available_bytes(torch.device(load.device))
 
 
-def bench(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock | None = None) -> Benches:
+def bench(
+    checkpoints: Sequence[Checkpoint], load: Load, clock: Clock | None = None, weak: Checkpoint | None = None
+) -> Benches:
     """Run denoising steps of checkpoints on noise at a time in the middle of their families' ranges.
 
     All are loaded, and their steps take turns; where memory is too small for that, they follow each other. The number
     of threads is the same for all: that of the least product of least seconds, of those who come first where they
-    follow each other. Seconds are those of `clock`, by default of `load`.
+    follow each other. Seconds are those of `clock`, by default of `load`. `weak` is the checkpoint that guides, if any;
+    its memory is counted for each.
 
-    Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded.
+    Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded, or be
+    guided so.
     """
     for checkpoint in checkpoints:
         check_load(load, checkpoint.config)
-    together = len(checkpoints) == 1 or fit_together(checkpoints, load)
+        check_guide(load.guide, checkpoint, weak)
+    together = len(checkpoints) == 1 or fit_together(checkpoints, load, weak)
     named = checkpoints[0].name if len(checkpoints) == 1 else f"{len(checkpoints)} checkpoints"
     results: list[Bench] = []
     with phase(f"measuring {named}", len(checkpoints) * load.passes, "passes") as progress:
         for group in [checkpoints] if together else [[checkpoint] for checkpoint in checkpoints]:
             counts = (results[0].threads,) if results else load.counts
-            results += _taking_turns(group, replace(load, threads=counts), clock or load.clock, progress)
+            work = _Work(replace(load, threads=counts), weak, progress)
+            results += _taking_turns(work, group, clock or load.clock)
     return Benches(tuple(replace(result, load=load) for result in results), together)
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What is measured, the checkpoint that guides, if any, and the phase that counts passes."""
+
+    load: Load
+    weak: Checkpoint | None
+    progress: Phase
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all models."""
+        return torch.device(self.load.device)
+
+    def weaker(self, model: DiTMoE, load: Callable[[Checkpoint], DiTMoE]) -> DiTMoE | None:
+        """Return the model that guides another one, loaded as that was; None without any."""
+
+        def guiding() -> DiTMoE:
+            assert self.weak is not None  # as `check_guide` saw to
+            return load(self.weak)
+
+        found = weak_model(model, self.load.guide, guiding)
+        assert found is None or isinstance(found, DiTMoE)
+        return found
+
+
+@dataclass(frozen=True)
 class _Loaded:
-    """A model in memory, its step, and what was found while it was loaded."""
+    """A model in memory, the weaker one that guides it, if any, their step, and what was found while they were loaded.
+
+    `weak_bytes` are those of the weaker model's own weights.
+    """
 
     model: DiTMoE
+    weak: DiTMoE | None
     step: Callable[[], Tensor]
     footprint: Footprint
     memory: Memory
     unpacked: UnpackedWeights
+    weak_bytes: int
+
+    @property
+    def models(self) -> list[DiTMoE]:
+        """All models that a step asks."""
+        return [self.model] if self.weak is None else [self.model, self.weak]
+
+    def flops(self, load: Load, chosen: Sequence[Tensor]) -> float:
+        """Return the operations of a step in which the routers of the model chose experts (T, k)."""
+        found = evaluation_flops(self.model.config, load.rows, slots_of(self.model, chosen))
+        if self.weak is None:
+            return found
+        _, by_weak = routed_step(self.weak, self.step)
+        return found + evaluation_flops(self.weak.config, load.batch, slots_of(self.weak, by_weak))
 
 
-def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, progress: Phase) -> list[Bench]:
+def _taking_turns(work: _Work, checkpoints: Sequence[Checkpoint], clock: Clock) -> list[Bench]:
     """Return the results of checkpoints that are in memory at once."""
-    device = torch.device(load.device)
+    load, device, progress = work.load, work.device, work.progress
     watch = stopwatch(device, clock)
-    references = [_reference(checkpoint, load, device, progress) for checkpoint in checkpoints]
+    references = [_reference(checkpoint, work) for checkpoint in checkpoints]
     with using_threads(load.counts[0]):
-        loaded = [_load(checkpoint, load, device, progress) for checkpoint in checkpoints]
+        loaded = [_load(checkpoint, work) for checkpoint in checkpoints]
     timed = _timed_rounds(loaded, load, partial(_seconds, clock, watch), progress)
     threads = best_count(timed)
     with using_threads(threads):
@@ -307,9 +373,9 @@ def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, p
         results = []
         for index, (each, reference) in enumerate(zip(loaded, references, strict=True)):
             output, chosen = routed_step(each.model, each.step)
-            slots = slots_of(each.model, chosen)
-            parts = step_parts(each.model, each.step, load.traced, watch)
-            progress(1 + load.traced)
+            flops = each.flops(load, chosen)
+            parts = step_parts(each.models, each.step, load.traced, watch)
+            progress(len(each.models) + load.traced)
             results.append(
                 Bench(
                     load=load,
@@ -318,35 +384,43 @@ def _taking_turns(checkpoints: Sequence[Checkpoint], load: Load, clock: Clock, p
                     memory=each.memory,
                     timed={count: seconds[index] for count, seconds in timed.items()},
                     threads=threads,
-                    speed=Speed(evaluation_flops(each.model.config, load.rows, slots), peak, parts),
+                    speed=Speed(flops, peak, parts),
                     difference=None if reference is None else difference((output, chosen), reference),
                     kept=each.unpacked.kept_bytes,
+                    weak=each.weak_bytes,
                 )
             )
     return results
 
 
-def _load(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Phase) -> _Loaded:
+def _load(checkpoint: Checkpoint, work: _Work) -> _Loaded:
     """Load a checkpoint and measure memory in `WARM_UPS` passes, which are not timed since measuring slows them.
 
     They keep no unpacked weights, so that memory is what running needs at the least.
     """
+    load, device = work.load, work.device
     empty = empty_model(checkpoint)  # before measuring, since it makes torch import modules
     let_go()
     before = private_bytes(device)
     unpacked = unpacked_weights()
-    model = build_model(checkpoint, device, torch_dtype_of(load.dtype), unpacked).prepack()
+
+    def ready(each: Checkpoint) -> DiTMoE:
+        return build_model(each, device, torch_dtype_of(load.dtype), unpacked).prepack()
+
+    model = ready(checkpoint)
+    weak = work.weaker(model, ready)
     loaded = private_bytes(device)
-    step = denoising_step(model, load)
+    step = denoising_step(model, load, weak)
 
     def warm_up() -> None:
         for _ in range(WARM_UPS):
             step()
-            progress(1)
+            work.progress(1)
 
     with unpacked.paused():
         peak = peak_during(device, warm_up)
-    return _Loaded(model, step, footprint(checkpoint, model, empty), Memory(before, loaded, peak), unpacked)
+    own = 0 if weak is None or work.weak is None else tensor_bytes(weak)
+    return _Loaded(model, weak, step, footprint(checkpoint, model, empty), Memory(before, loaded, peak), unpacked, own)
 
 
 def _timed_rounds(
@@ -416,9 +490,10 @@ def waiting() -> str:
     return os.environ.get("OMP_WAIT_POLICY", f"spin {rounds}").lower()
 
 
-def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
+def denoising_step(model: DiTMoE, load: Load, weak: DiTMoE | None = None) -> Callable[[], Tensor]:
     """Return a function that predicts once from noise (N, C, S, S): that of (seed, i), with label i mod classes.
 
+    `weak` is the model of the load's guide, if any.
     Each call embeds its time and labels anew, as each step of a sampling run has a time of its own.
     """
     config = model.config
@@ -427,10 +502,11 @@ def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
     )
     labels = torch.arange(load.batch, device=model.device) % config.num_classes
     t = config.middle_time
+    guidance = Guidance(config.sampler, load.cfg, guide=load.guide)
 
     def step() -> Tensor:
         with torch.inference_mode():
-            predict = guided_predictor(model, labels, Guidance(config.sampler, load.cfg), times=[t])
+            predict = guided_predictor(model, labels, guidance, times=[t], weak=weak)
             return predict(x, t)[:, : config.in_channels]  # DDPM's learned variance is no prediction
 
     return step
@@ -441,13 +517,14 @@ def denoising_step(model: DiTMoE, load: Load) -> Callable[[], Tensor]:
 _Routed = tuple[Tensor, list[Tensor]]
 
 
-def _reference(checkpoint: Checkpoint, load: Load, device: torch.device, progress: Phase) -> _Routed | None:
+def _reference(checkpoint: Checkpoint, work: _Work) -> _Routed | None:
     """Return the prediction and the chosen experts in fp32; None where that is the dtype to time."""
-    if load.dtype == "fp32":
+    if work.load.dtype == "fp32":
         return None
-    model = build_model(checkpoint, device)
-    result = routed_step(model, denoising_step(model, load))
-    progress(1)
+    model = build_model(checkpoint, work.device)
+    weak = work.weaker(model, lambda each: build_model(each, work.device))
+    result = routed_step(model, denoising_step(model, work.load, weak))
+    work.progress(1)
     return result
 
 

@@ -25,6 +25,7 @@ from ditmoe_cli.diffusion.sampling import (
     steps_of_bins,
 )
 from ditmoe_cli.diffusion.watchers import Watchers
+from ditmoe_cli.diffusion.weak_guidance import check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
 from ditmoe_cli.evaluation.image_grids import pair_grid, write_png
@@ -45,7 +46,7 @@ from ditmoe_cli.progress import Phase, phase
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.model.dit import DiTMoE
+    from ditmoe_cli.model.dit import Denoiser, DiTMoE
     from ditmoe_cli.model.moe import MoEEvent
 
     RowMap = Tensor | None
@@ -62,27 +63,40 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CheckpointPair:
-    """Checkpoints A and B to compare, the spec that samples both, and the step bins of the results."""
+    """Checkpoints A and B to compare, the spec that samples both, and the step bins of the results.
+
+    `weak` is the checkpoint that guides both, if any.
+    """
 
     a: Checkpoint
     b: Checkpoint
     spec: SampleSpec
     bins: int
+    weak: Checkpoint | None = None
 
     @property
     def paths(self) -> tuple[Path, Path]:
         """Paths of A and B."""
         return self.a.path, self.b.path
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Paths of all checkpoints."""
+        return (*self.paths, self.weak.path) if self.weak is not None else self.paths
+
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Models A and B, their paths, and for each block which of A's router rows each of B's is (None if unknown)."""
+    """Models A and B, their paths, and for each block which of A's router rows each of B's is (None if unknown).
+
+    `weak` are the models that guide A and B, if any: one checkpoint's, or other routings of each.
+    """
 
     a: DiTMoE
     b: DiTMoE
     paths: tuple[Path, Path]
     rows: tuple[RowMap, ...]
+    weak: tuple[Denoiser, Denoiser] | None = None
 
 
 @dataclass(frozen=True)
@@ -314,7 +328,7 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     rows = matching_rows(a, b)
     dtype = torch_dtype_of(spec.dtype)
     model_a, model_b = (build_model(each, device, dtype).prepack() for each in (a, b))
-    models = ModelPair(model_a, model_b, pair.paths, rows)
+    models = ModelPair(model_a, model_b, pair.paths, rows, _weak_models(pair, (model_a, model_b)))
     with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
     sums = parts[0].sums
@@ -337,8 +351,25 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
         conditions=_conditions(pair),
     )
     grid = pair_grid(images[0], images[1], spec.labels(range(spec.images))) if images and outputs.grid else None
-    _write(result, grid, outputs, pair.paths)
+    _write(result, grid, outputs, pair.inputs)
     return result
+
+
+def _weak_models(pair: CheckpointPair, models: tuple[DiTMoE, DiTMoE]) -> tuple[Denoiser, Denoiser] | None:
+    """Return the models that guide A and B; a checkpoint is loaded once. None without any."""
+    from ditmoe_cli.diffusion.weak_models import weak_model
+    from ditmoe_cli.model.loading import build_model
+
+    loaded: list[Denoiser] = []
+
+    def load() -> Denoiser:
+        assert pair.weak is not None  # as `check_guide` saw to
+        if not loaded:
+            loaded.append(build_model(pair.weak, models[0].device, torch_dtype_of(pair.spec.dtype)).prepack())
+        return loaded[0]
+
+    of_a, of_b = (weak_model(model, pair.spec.guide, load) for model in models)
+    return None if of_a is None or of_b is None else (of_a, of_b)
 
 
 def check_pair(pair: CheckpointPair, outputs: Outputs) -> None:
@@ -346,6 +377,8 @@ def check_pair(pair: CheckpointPair, outputs: Outputs) -> None:
     a, spec = pair.a, pair.spec
     require_same_architecture(a, pair.b)
     check_followable(spec)
+    for each in (a, pair.b):
+        check_guide(spec.guide, each, pair.weak)
     choose_bins(pair.bins, spec.steps)
     _check_memory(pair)
     if outputs.grid is not None and not a.config.pixel_space:
@@ -355,7 +388,7 @@ def check_pair(pair: CheckpointPair, outputs: Outputs) -> None:
         )
     for target in (outputs.numbers, outputs.grid):
         if target is not None:
-            check_target(target.absolute(), outputs.force, pair.paths)
+            check_target(target.absolute(), outputs.force, pair.inputs)
 
 
 def _check_memory(pair: CheckpointPair) -> None:
@@ -492,22 +525,29 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
 
     a, b = models.a, models.b
     labels = torch.tensor(spec.labels(indices), device=a.device)
-    times, predictions, blocks = [], [], []
+    times: list[float] = []
+    predictions, blocks = [], []
+    weak_a, weak_b = models.weak or (None, None)
 
     def watch(z: Tensor, t: float) -> None:
         x, times_of_rows, y = _branches(z, t, labels, a.config.num_classes, spec.cfg)
         v_a, v_b, by_block = run_blocks(models, x, times_of_rows, y)
-        v_a, v_b = (_guided(v, spec)[:, : z.shape[1]].double() for v in (v_a, v_b))
+        step = f"step {len(times) + 1} of {spec.steps}"
+        blocks.append(by_block.cpu().numpy())
+        weak_v_a, weak_v_b = _weak_predictions(models, spec, z, t, labels) or (None, None)
+        if np.isfinite(blocks[-1]).all():  # else it is a model itself that is broken
+            _require_finite_guide(spec, step, weak_v_a, weak_v_b)
+        v_a, v_b = (_guided(v, spec, weak)[:, : z.shape[1]].double() for v, weak in ((v_a, weak_v_a), (v_b, weak_v_b)))
         predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
         times.append(float(t))
-        blocks.append(by_block.cpu().numpy())
-        _require_finite(blocks[-1], predicted, models.paths, f"step {len(times)} of {spec.steps}")
+        _require_finite(blocks[-1], predicted, models.paths, step)
         predictions.append([*predicted, v_a.numel()])
         progress(len(indices))
 
-    final_a = sample_batch(a, spec, indices, Watchers(on_step=watch))
+    final_a = sample_batch(a, spec, indices, Watchers(on_step=watch), weak=weak_a)
     try:
-        final_b = sample_batch(b, spec, indices, Watchers(on_step=lambda _z, _t: progress(len(indices))))
+        each_step = Watchers(on_step=lambda _z, _t: progress(len(indices)))
+        final_b = sample_batch(b, spec, indices, each_step, weak=weak_b)
     except BadInputError as error:
         raise BadInputError(f"{models.paths[1]}: {error}") from None
     sums = Sums(np.asarray(times), np.asarray(predictions, dtype=np.float64), np.stack(blocks))
@@ -524,14 +564,38 @@ def _branches(z: Tensor, t: float, labels: Tensor, null: int, scale: float) -> t
     return torch.cat((z, z)), torch.cat((times, times)), torch.cat((labels, torch.full_like(labels, null)))
 
 
-def _guided(output: Tensor, spec: SampleSpec) -> Tensor:
-    """Return the guided prediction from the output of the branches, in fp32."""
-    from ditmoe_cli.diffusion.guidance import combine
+def _weak_predictions(
+    models: ModelPair, spec: SampleSpec, z: Tensor, t: float, labels: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Return what the weaker models of A and B predict for z (N, C, S, S) at time t; None where they do not guide."""
+    if models.weak is None or not spec.guidance.takes_weak(t):
+        return None
+    of_a, of_b = models.weak
+    first = of_a.prepared([t], labels)(z, t).float()
+    return first, first if of_b is of_a else of_b.prepared([t], labels)(z, t).float()
 
-    if spec.cfg == 1.0:
-        return output.float()
-    cond, uncond = output.float().chunk(2)
-    return combine(cond, uncond, spec.cfg, spec.family)
+
+def _require_finite_guide(spec: SampleSpec, step: str, *predictions: Tensor | None) -> None:
+    """Raise `BadInputError` where a prediction of a weaker model is not finite."""
+    for prediction in predictions:
+        if prediction is not None and spec.guide is not None and not bool(prediction.isfinite().all()):
+            raise BadInputError(
+                f"the weaker model that guides, {spec.guide.told}, makes NaN or infinite values at {step}; are its "
+                "weights whole?"
+            )
+
+
+def _guided(output: Tensor, spec: SampleSpec, weak: Tensor | None = None) -> Tensor:
+    """Return the guided prediction from the output of the branches and that of the weaker model, if any, in fp32."""
+    from ditmoe_cli.diffusion.guidance import away_from_weak, combine
+
+    output = cond = output.float()
+    if spec.cfg != 1.0:
+        cond, uncond = output.chunk(2)
+        output = combine(cond, uncond, spec.cfg, spec.family)
+    if weak is None or spec.guide is None:
+        return output
+    return away_from_weak(output, cond, weak, spec.guide.scale, spec.family)
 
 
 def run_blocks(models: ModelPair, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

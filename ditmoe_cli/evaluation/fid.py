@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import choose_solver
+from ditmoe_cli.diffusion.weak_guidance import check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extraction import Extraction, cached_statistics, keep_statistics
 from ditmoe_cli.evaluation.features.extractors import (
@@ -68,6 +69,7 @@ class FidSettings:
         request: scores beside the distance.
         precision: of Inception.
         vae: decodes latents.
+        weak: the checkpoint that guides, where one was given.
         work: folder of workspaces; None for the cache.
         statistics: file to write the subject's statistics to, with spatial ones where the convention has sFID.
         force: whether that file is replaced.
@@ -79,6 +81,7 @@ class FidSettings:
     request: Request = field(default_factory=Request)
     precision: str = "fp32"
     vae: str | None = None
+    weak: Checkpoint | None = None
     work: Path | None = None
     statistics: Path | None = None
     force: bool = False
@@ -293,7 +296,7 @@ def _plan_samplings(
     for item in comparison.items:
         if item.checkpoint is None or item.path in samplings:
             continue
-        own_spec = _followed(spec, item.checkpoint) if spec else spec_of(item.checkpoint)
+        own_spec = _followed(spec, item.checkpoint, settings.weak) if spec else spec_of(item.checkpoint)
         decoder = shared.decoders[0] if shared.decoders and not item.checkpoint.config.pixel_space else None
         if decoder is None and not (item.checkpoint.config.pixel_space and _any_latents(comparison)):
             decoder = open_decoder(item.checkpoint, settings.vae, device)
@@ -302,7 +305,7 @@ def _plan_samplings(
             from ditmoe_cli.diffusion.vae import check_fits
 
             check_fits(decoder, item.checkpoint.config.in_channels, item.path)
-        samplings[item.path] = Sampling(item.checkpoint, own_spec, decoder)
+        samplings[item.path] = Sampling(item.checkpoint, own_spec, decoder, settings.weak)
         require_images(samplings[item.path])
     if settings.vae is not None and not samplings:
         raise UsageError(f"⟨vae⟩ {settings.vae}: no side is a checkpoint whose latents it could decode")
@@ -314,13 +317,14 @@ def _any_latents(comparison: Comparison) -> bool:
     return any(item.checkpoint is not None and not item.checkpoint.config.pixel_space for item in comparison.items)
 
 
-def _followed(spec: SampleSpec, checkpoint: Checkpoint) -> SampleSpec:
+def _followed(spec: SampleSpec, checkpoint: Checkpoint, weak: Checkpoint | None) -> SampleSpec:
     """Return the subject's spec. Raises `BadInputError` where another checkpoint cannot be sampled by it."""
     try:
         choose_solver(spec.solver, checkpoint.config.sampler)
+        check_guide(spec.guide, checkpoint, weak)
         return check_spec(spec, checkpoint.config)
-    except UsageError as error:
-        raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error}") from None
+    except (UsageError, BadInputError) as error:
+        raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error.message}") from None
 
 
 # ------------------------------------------------------------------ sampling and features

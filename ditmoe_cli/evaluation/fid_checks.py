@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.weak_guidance import parse_guide
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features.extraction import Extraction
 from ditmoe_cli.evaluation.fid_sides import Comparison, Side, check_statistics
@@ -108,6 +109,12 @@ def _check_shapes(inputs: Inputs) -> None:
             raise BadInputError(f"sizes or channels differ: {sizes}; make both alike, or give ⟨anyway⟩")
 
 
+def _told(name: str, value: Any) -> Any:
+    """Return a setting as messages tell it: guides in words, others as they are recorded."""
+    guide = parse_guide(value) if name == "guide" else None
+    return value if guide is None else guide.told
+
+
 def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
@@ -115,7 +122,7 @@ def _by(shape: tuple[int, ...]) -> str:
 def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise for a reference of other sampling settings; another seed or number of images is allowed."""
     sides = [{**side["sampling"], "dtype": recorded_dtype(side["sampling"])} for side in (theirs, ours)]
-    pairs = [(name, *(side.get(name) for side in sides)) for name in _MUST_AGREE]
+    pairs = [(name, *(_told(name, side.get(name)) for side in sides)) for name in _MUST_AGREE]
     there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
     pairs.append(("VAE", there, here))
     differing = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)

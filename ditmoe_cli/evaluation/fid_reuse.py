@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.diffusion.vae import decoding_digest
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import EXTRACTORS
 from ditmoe_cli.evaluation.features.inception_weights import checked_weights, will_fetch
 from ditmoe_cli.evaluation.fid import FidSettings, SpecOf, extractor_name
@@ -50,7 +50,7 @@ def score_key(comparison: Comparison, spec_of: SpecOf, settings: FidSettings, de
         return None
     try:
         sides = {side: _identity(getattr(comparison, side), spec_of) for side in _SIDES}
-    except UsageError:  # which the comparison itself reports
+    except (UsageError, BadInputError):  # which the comparison itself reports
         return None
     return result_key(
         "fid",

@@ -104,6 +104,11 @@ def footprint(checkpoint: Checkpoint, model: nn.Module, empty: nn.Module) -> Foo
     )
 
 
+def tensor_bytes(model: nn.Module) -> int:
+    """Return the bytes of a loaded model's parameters and buffers."""
+    return sum(tensor.nbytes for _, tensor in _tensors(model))
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter and buffer once, even if modules share it."""
     yield from model.named_parameters()

@@ -17,6 +17,7 @@ nothing waits meanwhile. A part's time is its own: that of parts within it is th
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,8 +69,16 @@ def stopwatch(device: torch.device, clock: Clock = time.perf_counter) -> Stopwat
     return Stopwatch(mark, read, lambda: torch.cuda.synchronize(device))
 
 
-def parts_of(model: DiTMoE) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model whose calls are a part's."""
+def parts_of(models: Sequence[DiTMoE]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of models whose calls are a part's, each once, even where models share it."""
+    seen: set[nn.Module] = set()
+    for part, module in itertools.chain.from_iterable(map(_parts_of, models)):
+        if module not in seen:
+            seen.add(module)
+            yield part, module
+
+
+def _parts_of(model: DiTMoE) -> Iterator[tuple[str, nn.Module]]:
     final = model.final_layer
     yield from (("head", model.x_embedder), ("head", final), ("modulation", final.adaLN_modulation))
     yield from (("modulation", model.t_embedder), ("modulation", model.y_embedder))
@@ -117,22 +126,25 @@ def own_seconds(parts: Sequence[str | None], times: Sequence[float]) -> dict[str
 
 
 @contextmanager
-def traced(model: DiTMoE, trace: Trace) -> Iterator[None]:
-    """Note in `trace` when the model's parts begin and end while the context lasts."""
+def traced(models: Sequence[DiTMoE], trace: Trace) -> Iterator[None]:
+    """Note in `trace` when the parts of models begin and end while the context lasts."""
     with ExitStack() as hooks:
-        for part, module in parts_of(model):
+        for part, module in parts_of(models):
             hooks.callback(module.register_forward_pre_hook(lambda *_, part=part: trace.begin(part)).remove)
             hooks.callback(module.register_forward_hook(lambda *_: trace.end()).remove)
         yield
 
 
-def step_parts(model: DiTMoE, step: Callable[[], object], passes: int, watch: Stopwatch) -> dict[str, float]:
-    """Return the seconds of each of `PARTS` and `OTHER` in the fastest of some steps; hooks lengthen each a little."""
+def step_parts(models: Sequence[DiTMoE], step: Callable[[], object], passes: int, watch: Stopwatch) -> dict[str, float]:
+    """Return the seconds of each of `PARTS` and `OTHER` in the fastest of some steps; hooks lengthen each a little.
+
+    A step may ask several models, whose parts are added up.
+    """
     found: list[dict[str, float]] = []
     for _ in range(passes):
         watch.wait()
         trace = Trace(watch.mark)
-        with traced(model, trace):
+        with traced(models, trace):
             step()
         trace.end()
         found.append(own_seconds(trace.parts, watch.read(trace.marks)))

@@ -13,7 +13,7 @@ image the modulation. Embedding and final layer take 2 P D p² (C_in + C_out) + 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ditmoe_cli.model.config import FREQUENCIES, BlockConfig, DiTMoEConfig
 
@@ -183,17 +183,44 @@ def branches_at(cfg: float) -> int:
     return 1 if cfg == 1.0 else 2
 
 
-def passes_estimate(config: DiTMoEConfig, images: int, branches: int, count: int) -> Estimate:
+@dataclass(frozen=True)
+class WeakModel:
+    """A weaker model that guides: its configuration, and its evaluations an image.
+
+    With `shared` weights it is another routing of the guided model, and takes no memory of its own.
+    """
+
+    config: DiTMoEConfig
+    evaluations: int
+    shared: bool = False
+
+
+def passes_estimate(
+    config: DiTMoEConfig, images: int, branches: int, count: int, weak: WeakModel | None = None
+) -> Estimate:
     """Return what loading a model and `count` evaluations for a batch of `images` take, in each of the branches."""
     memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, branches * images)
     effort = passes(config, images, count * branches, images) + loading(config)
-    return Estimate(f"{count} passes of {images:,} images", effort, memory)
+    return _guided(Estimate(f"{count} passes of {images:,} images", effort, memory), images, images, weak)
 
 
-def sampling_estimate(config: DiTMoEConfig, images: int, nfe: int, batch: int) -> Estimate:
-    """Return what sampling takes: `nfe` evaluations an image, counting each branch of guidance."""
+def sampling_estimate(
+    config: DiTMoEConfig, images: int, nfe: int, batch: int, weak: WeakModel | None = None
+) -> Estimate:
+    """Return what sampling takes: `nfe` evaluations an image, counting each branch of guidance, and those of `weak`."""
     memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, min(2 * batch, 2 * images))
-    return Estimate(f"sampling {images:,} images", passes(config, images, nfe, batch) + loading(config), memory)
+    effort = passes(config, images, nfe, batch) + loading(config)
+    return _guided(Estimate(f"sampling {images:,} images", effort, memory), images, batch, weak)
+
+
+def _guided(estimate: Estimate, images: int, batch: int, weak: WeakModel | None) -> Estimate:
+    """Return an estimate with what a weaker model takes beside the guided one."""
+    if weak is None:
+        return estimate
+    effort = estimate.effort + passes(weak.config, images, weak.evaluations, batch)
+    if weak.shared:
+        return replace(estimate, effort=effort)
+    return replace(estimate, effort=effort + loading(weak.config), memory=estimate.memory + model_bytes(weak.config))
 
 
 def loading(config: DiTMoEConfig) -> Effort:

@@ -90,7 +90,7 @@ def test_each_module_counts_for_its_part(
         if leaf in seconds:
             winding(module, seconds[leaf])
     step = step_of(model)
-    found = step_parts(model, step, 2, stopwatch(CPU, lambda: now[0]))
+    found = step_parts([model], step, 2, stopwatch(CPU, lambda: now[0]))
     assert found == {
         "attention": depth * 1.0,
         "router": depth * 10.0,
@@ -111,10 +111,10 @@ def test_the_fastest_pass_counts_and_hooks_are_gone() -> None:
         plain()
         now[0] += next(passes)
 
-    found = step_parts(model, step, 3, stopwatch(CPU, lambda: now[0]))
+    found = step_parts([model], step, 3, stopwatch(CPU, lambda: now[0]))
     assert found == dict.fromkeys(PARTS, 0.0) | {OTHER: 2.0}
     with pytest.raises(StopIteration):
-        step_parts(model, step, 1, stopwatch(CPU, lambda: now[0]))
+        step_parts([model], step, 1, stopwatch(CPU, lambda: now[0]))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -131,7 +131,7 @@ def test_watching_changes_no_result() -> None:
     exact = step()
     assert torch.equal(routed_step(model, step)[0], exact)
     outputs: list[Tensor] = []
-    step_parts(model, lambda: outputs.append(step()), 1, stopwatch(CPU))
+    step_parts([model], lambda: outputs.append(step()), 1, stopwatch(CPU))
     assert torch.equal(outputs[0], exact)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import refuse_idle, seed_of_64_bits
+from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding
 from ditmoe_cli.cli.options import (
     DeviceOpt,
     DtypeOpt,
@@ -26,7 +27,7 @@ from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
 from ditmoe_cli.errors import GateError
 from ditmoe_cli.model.dtypes import AUTO
-from ditmoe_cli.model.effort import branches_at, passes_estimate
+from ditmoe_cli.model.effort import Estimate, branches_at, passes_estimate
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.bench import Bench, Benches, Difference, Load, Spread
@@ -38,6 +39,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe bench small.safetensors",
     "ditmoe bench ckpt.pt pruned.safetensors nf4.safetensors --batch 1 --repeats 9 --max-ratio 1.1",
+    "ditmoe bench ckpt.pt --guide-with half.safetensors --guide-scale 0.5",
     "ditmoe bench ckpt.pt --dtype bf16 --device cuda --batch 32 --cfg 1.5",
     "ditmoe quantize ckpt.pt --bits 4 --uniform | ditmoe bench --batch 32 --cfg 1.5 --max-memory 8GiB",
 )
@@ -122,7 +124,9 @@ class BenchPrinting(Printing):
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; end in an exit code only.")] = False
 
 
-def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threads: Models) -> None:
+def run(
+    measuring: Measuring, weaker: StepGuiding, measured: Measured, printing: BenchPrinting, threads: Models
+) -> None:
     """Measure memory and time of checkpoints.
 
     Prints the bytes of a checkpoint's weights in memory, private memory before and after loading and at its peak, the
@@ -136,14 +140,14 @@ def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threa
         refuse_idle(measuring, "with one checkpoint; give OTHERS", "max_ratio")
     stages = measured.stages()
     opened = [open_stage(stage) for stage in stages]
+    guiding = weaker.opened(measured.given)
+    for each in opened:
+        guiding.check(each)
     from ditmoe_cli.evaluation.bench import bench
 
-    load = load_of(measuring, threads, opened)
-    foretell(
-        [passes_estimate(each.config, load.batch, branches_at(load.cfg), load.passes) for each in opened],
-        lambda: load.device,
-    )
-    found = bench(opened, load)
+    load = replace(load_of(measuring, threads, opened), guide=guiding.used)
+    foretell([expected(each, load, guiding) for each in opened], lambda: load.device)
+    found = bench(opened, load, weak=guiding.weak)
     if len(opened) == 1:
         [result] = found.results
         emit(printing, stages[0].done("bench", {}).to_json(result.to_json()), rows(result), "")
@@ -154,6 +158,12 @@ def run(measuring: Measuring, measured: Measured, printing: BenchPrinting, threa
         document = several.done("bench", {}).to_json(comparison_json(opened, found))
         emit(printing, document, comparison_rows(opened, found), "")
     check_limits(measuring, opened, found)
+
+
+def expected(checkpoint: Checkpoint, load: Load, guiding: Guiding) -> Estimate:
+    """Return what measuring a checkpoint takes, the weaker model included."""
+    weak = guiding.model_for(checkpoint.config, load.passes if load.guide is not None else 0)
+    return passes_estimate(checkpoint.config, load.batch, branches_at(load.cfg), load.passes, weak)
 
 
 def load_of(measuring: Measuring, threads: Models, opened: Sequence[Checkpoint]) -> Load:
@@ -265,9 +275,10 @@ def work_text(result: Bench) -> str:
     threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
     place = f"{load.device}, {threads}" if load.device == "cpu" else load.device
     branches = "one branch" if load.rows == load.batch else "both branches"
+    guided = f", guided by {load.guide.told}" if load.guide is not None else ""
     clock = ", processor time" if load.processor_time else ""
     images = f"{load.batch} image{'s' if load.batch > 1 else ''}"
-    return f"{images}, {branches}, on {place} in {load.dtype}{clock}"
+    return f"{images}, {branches}{guided}, on {place} in {load.dtype}{clock}"
 
 
 def peak_text(result: Bench) -> str:
@@ -290,7 +301,7 @@ def rows(result: Bench) -> list[Row]:
     """Return the measurements as a table."""
     footprint, memory, load = result.footprint, result.memory, result.load
     buffer, least = footprint.buffer, min(result.seconds)
-    beyond = "" if memory.growth is None else f", {human(memory.growth - footprint.least)} beyond weights and buffer"
+    beyond = "" if memory.growth is None else f", {human(memory.growth - result.least)} beyond weights and buffer"
     by_threads = ", ".join(f"{count}: {seconds_text(min(seconds))}" for count, seconds in result.timed.items())
     return [
         ("file", human_bytes(footprint.file)),
@@ -298,6 +309,7 @@ def rows(result: Bench) -> list[Row]:
         ("by kind", parts(footprint.weights, "kinds")),
         ("by group", parts(footprint.weights, "groups")),
         ("in fp32", f"{human_bytes(footprint.fp32.total)}: {parts(footprint.fp32, 'groups')}"),
+        *([("weaker model", f"{human_bytes(result.weak)} of weights")] if result.weak else []),
         ("unpacked at a time", f"{human_bytes(buffer.bytes)} ({buffer.name or 'no packed weight'})"),
         (
             "private memory",

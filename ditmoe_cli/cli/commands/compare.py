@@ -12,6 +12,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
+from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
@@ -19,7 +20,6 @@ from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, n
 from ditmoe_cli.diffusion.sampling import choose_bins
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.files.arrays import disk_bytes
-from ditmoe_cli.model.effort import sampling_estimate
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
@@ -29,6 +29,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe compare ckpt.pt small.safetensors --grid pairs.png",
     "ditmoe quantize ckpt.pt --bits 4 | ditmoe compare --max-error 0.1",
+    "ditmoe compare ckpt.pt small.safetensors --guide-with half.safetensors --guide-scale 0.5",
 )
 
 
@@ -150,6 +151,7 @@ class ComparisonFiles:
 
 def run(
     sampling: UpstreamSampling,
+    weaker: WeakGuiding,
     comparing: Comparing,
     running: Running,
     pair: Pair,
@@ -166,11 +168,12 @@ def run(
     if len(stages) > 1 and to.path:
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
-    spec = sampling.on(running.device)(a)
+    guiding = weaker.opened(pair.given)
+    spec = guiding.over(sampling.on(running.device))(a)
     bins = choose_bins(comparing.bins, spec.steps)
     from ditmoe_cli.evaluation.compare import CheckpointPair
 
-    pairs = [CheckpointPair(a, open_stage(stage), spec, bins) for stage in stages]
+    pairs = [CheckpointPair(a, open_stage(stage), spec, bins, guiding.weak) for stage in stages]
     results = compared(pairs, running, to.outputs)
     if len(results) == 1:
         emit(printing, stages[0].done("compare", {}).to_json(results[0].result), rows(results[0].result), to.path)
@@ -209,7 +212,7 @@ def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs
         note(f"{which} kept from an earlier run; --force measures anew")
     runtime = running.runtime if todo else None
     estimates = [
-        sampling_estimate(each.config, pair.spec.images, pair.spec.nfe, running.batch)
+        sampling_work(each, pair.spec, running.batch, Guiding(pair.spec.guide, pair.weak))
         for pair in (pairs[index] for index in todo)
         for each in (pair.a, pair.b)
     ]

@@ -11,6 +11,7 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import completing, ending, one_of
+from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Accelerating, Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
@@ -25,7 +26,7 @@ from ditmoe_cli.files.cache import find_cache
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
-from ditmoe_cli.model.effort import Estimate, sampling_estimate
+from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.processes import first_process
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 MACHINE = Models
 EXAMPLES = (
     "ditmoe fid small.safetensors --ref ckpt.pt",
+    "ditmoe fid small.safetensors --ref ckpt.pt --guide-by top1 --guide-scale 0.5",
     "ditmoe fid samples.safetensors --ref images --extractor pixels --metrics all",
     "ditmoe prune ckpt.pt --keep 0.5 | ditmoe fid --max 10",
 )
@@ -260,6 +262,7 @@ class ScoreFile:
 def run(
     compared: Compared,
     sampling: Images,
+    weaker: WeakGuiding,
     running: Accelerating,
     scoring: Scoring,
     overrides: Overrides,
@@ -278,11 +281,13 @@ def run(
     stages = compared.stages(overrides.given)
     check_outputs(scoring, to, len(stages))
     settings = scoring.settings(compared.anyway, sampling.vae, to.force)
+    guiding = weaker.opened(overrides.given)
+    settings = replace(settings, weak=guiding.weak)
     if scoring.statistics and scoring.limit is not None and not compared.has_reference(stages[0]):
         raise UsageError("--max: there is nothing to be near to; give --ref")
     items = Items(overrides.given)
     comparisons = [items.comparison(stage, compared, alone=scoring.statistics is not None) for stage in stages]
-    results = scores(comparisons, sampling.on(running.device), settings, running, to)
+    results = scores(comparisons, guiding.over(sampling.on(running.device)), settings, running, to)
     if results is None:
         return  # another rank prints
     path = str(to.output.absolute()) if to.output else ""
@@ -329,6 +334,7 @@ def scores(
 
     inputs = [item.path for comparison in comparisons for item in comparison.items]
     inputs += [settings.weights] if settings.weights else []
+    inputs += [settings.weak.path] if settings.weak else []
     inputs += [Path(settings.vae).expanduser()] if settings.vae else []
     for target in (to.output, settings.statistics):
         if target is not None and not target.is_file():
@@ -388,9 +394,8 @@ def measure(
     results = list(done)
     todo = [index for index, each in enumerate(done) if each is None]
     said: list[str] = []
-    foretell(
-        sampling_estimates([comparisons[index] for index in todo], spec_of, running), lambda: running.runtime.device
-    )
+    expected = sampling_estimates([comparisons[index] for index in todo], spec_of, running, settings.weak)
+    foretell(expected, lambda: running.runtime.device)
 
     def say(message: str) -> None:
         said.append(message)
@@ -416,17 +421,24 @@ def measure(
 
 
 def sampling_estimates(
-    comparisons: Sequence[Comparison], spec_of: Callable[[Checkpoint], SampleSpec], running: Running
+    comparisons: Sequence[Comparison],
+    spec_of: Callable[[Checkpoint], SampleSpec],
+    running: Running,
+    weak: Checkpoint | None = None,
 ) -> list[Estimate]:
-    """Return what sampling takes at most, each checkpoint once and as the subject is; kept images take nothing."""
+    """Return what sampling takes at most, each checkpoint once and as the subject is; kept images take nothing.
+
+    `weak` is the checkpoint that guides, if any.
+    """
     found: dict[Path, Estimate] = {}
     for comparison in comparisons:
         if comparison.subject.checkpoint is None:
             continue
         spec = spec_of(comparison.subject.checkpoint)
+        guiding = Guiding(spec.guide, weak)
         for item in comparison.items:
             if item.checkpoint is not None:
-                found[item.path] = sampling_estimate(item.checkpoint.config, spec.images, spec.nfe, running.batch)
+                found[item.path] = sampling_work(item.checkpoint, spec, running.batch, guiding)
     return list(found.values())
 
 

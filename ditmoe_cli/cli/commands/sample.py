@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +10,11 @@ import typer
 
 from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
+from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Accelerating, FileDestination, Models, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
-from ditmoe_cli.model.effort import sampling_estimate
 from ditmoe_cli.processes import first_process
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MACHINE = Models
 EXAMPLES = (
     "ditmoe sample ckpt.pt --images 64 --cfg 4 --grid grid.png",
+    "ditmoe sample ckpt.pt --guide-with half.safetensors --guide-scale 0.5",
     "ditmoe sample ckpt.pt --vae stabilityai/sd-vae-ft-mse --png images",
     "torchrun --nproc-per-node 8 -m ditmoe_cli sample ckpt.pt --images 50000 --npz samples.npz",
 )
@@ -65,7 +66,14 @@ class ImageFiles(FileDestination):
         return Targets(file, png=self.png, npz=self.npz, grid=self.grid, force=self.force, inputs=inputs)
 
 
-def run(sampling: Images, running: Accelerating, source: Source, to: ImageFiles, printing: Printing) -> None:
+def run(
+    sampling: Images,
+    weaker: WeakGuiding,
+    running: Accelerating,
+    source: Source,
+    to: ImageFiles,
+    printing: Printing,
+) -> None:
     """Sample images.
 
     Image i depends on (seed, i) and its label alone. Pixel models, and latent models with --vae, give images as uint8
@@ -74,17 +82,18 @@ def run(sampling: Images, running: Accelerating, source: Source, to: ImageFiles,
     """
     stage = source.stage(shared=True)
     opened = open_stage(stage)
-    spec = sampling.on(running.device)(opened)
+    guiding = weaker.opened(source.given)
+    spec = guiding.over(sampling.on(running.device))(opened)
     from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder
 
     vae = sampling.vae
     label = samples_label(spec, sampling, opened)
     targets = to.targets(opened.path, label, (Path(vae).expanduser(),) if vae is not None else ())
-    images = Sampling(opened, spec)
+    images = Sampling(opened, spec, weak=guiding.weak)
     check_targets(images, targets, will_decode=vae is not None)
     if vae is not None:
-        images = Sampling(opened, spec, open_decoder(opened, vae, running.runtime.device))
-    size = write_or_reuse(images, running, targets)
+        images = replace(images, decoder=open_decoder(opened, vae, running.runtime.device))
+    size = write_or_reuse(images, running, targets, guiding)
     if size is None:
         return  # another rank writes and prints
     done = stage.done("sample", spec.conditions(), samples=targets.file)
@@ -92,7 +101,7 @@ def run(sampling: Images, running: Accelerating, source: Source, to: ImageFiles,
     emit(printing, document, rows(images, targets, size), str(targets.file.absolute()))
 
 
-def write_or_reuse(images: Sampling, running: Running, targets: Targets) -> int | None:
+def write_or_reuse(images: Sampling, running: Running, targets: Targets, guiding: Guiding) -> int | None:
     """Return the bytes of the samples file, which an earlier run may have written; None where another rank prints.
 
     Torch is not imported where samples of pixels are there already.
@@ -100,8 +109,8 @@ def write_or_reuse(images: Sampling, running: Running, targets: Targets) -> int 
     from ditmoe_cli.evaluation.samples import check_targets, complete_samples, is_made, write_samples
 
     if not is_made(images, targets):
-        runtime, spec = running.runtime, images.spec
-        expected = sampling_estimate(images.checkpoint.config, spec.images, spec.nfe, runtime.batch)
+        runtime = running.runtime
+        expected = sampling_work(images.checkpoint, images.spec, runtime.batch, guiding)
         foretell([expected], lambda: runtime.device)
         return write_samples(images, runtime, targets, note)
     check_targets(images, targets)
