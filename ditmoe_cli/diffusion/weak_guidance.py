@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.diffusion.schedule import ALWAYS, Interval, is_guided, noise_level
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -103,12 +104,18 @@ def check_guide_settings(guide: Guide) -> None:
 def check_guide(guide: Guide | None, checkpoint: Checkpoint, weak: Checkpoint | None) -> None:
     """Raise where a checkpoint cannot be guided so; `weak` is the checkpoint that the guide names, if it names one.
 
-    Raises `UsageError` for settings out of range, and for another routing of a model that has one expert a token;
-    `BadInputError` for a weaker checkpoint of another family, latents or classes, and for the guided one itself.
+    Raises `UsageError` for settings out of range, for a distilled checkpoint, and for another routing of a model that
+    has one expert a token; `BadInputError` for a weaker checkpoint of another family, latents or classes, for a
+    distilled one, and for the guided one itself.
     """
     if guide is None:
         return
     check_guide_settings(guide)
+    if checkpoint.distilled is not None:
+        raise UsageError(
+            f"⟨guide_scale⟩ {guide.scale:g}: {checkpoint.name} was distilled to {told_steps(checkpoint.distilled)}, "
+            "and is sampled by its own steps alone; leave it out"
+        )
     if guide.rank is not None:
         if checkpoint.config.top_k <= 1:
             raise UsageError(
@@ -125,6 +132,11 @@ def check_guide(guide: Guide | None, checkpoint: Checkpoint, weak: Checkpoint | 
         raise BadInputError(
             f"{weak.path}: is the checkpoint that it would guide, and a model is not guided by itself; give a weaker "
             "copy, such as one with half the experts"
+        )
+    if weak.distilled is not None:
+        raise BadInputError(
+            f"{weak.path}: was distilled to {told_steps(weak.distilled)}, and guides at no others; give a weaker copy "
+            "that was not distilled"
         )
     pairs = [(name, getattr(checkpoint.config, name), getattr(weak.config, name)) for name in _MUST_AGREE]
     differing = ", ".join(f"{name} {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs)

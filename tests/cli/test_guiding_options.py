@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_helpers import here
 from conftest import Pico, make_pico
+from distilling import save_distilled
 from safetensors.numpy import load_file
 
 from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding, WeakGuiding
@@ -29,20 +30,33 @@ def pixels(**changes: Any) -> Pico:
     return make_pico(**{"sampler": "rf", "in_channels": 1, "widths": ((16,) * 4,) * 2, **changes})
 
 
+def swapped(model: Pico) -> Pico:
+    """Return the same function in other weights: experts 0 and 1 of each block change places, with their rows."""
+    state = dict(model.state)
+    for block in range(2):
+        moe = f"blocks.{block}.moe"
+        state[f"{moe}.gate.weight"] = model.state[f"{moe}.gate.weight"][torch.tensor([1, 0, 2, 3])]
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            first, second = (f"{moe}.experts.{expert}.{matrix}.weight" for expert in (0, 1))
+            state[first], state[second] = model.state[second], model.state[first]
+    return Pico(model.config, state)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a narrower one, copies in other numbers, and others that cannot guide it."""
+    """A model, a narrower one, the same function in other weights, and others that cannot guide it."""
     made = tmp_path_factory.mktemp("guiding")
     pixels().save(made / "a.safetensors")
     pixels(seed=1).save(made / "b.safetensors")
     pixels(seed=2, widths=((8,) * 4,) * 2).save(made / "weak.safetensors")
-    pixels(dtype=torch.float64).save(made / "copy.safetensors")
+    swapped(pixels()).save(made / "copy.safetensors")
     pixels(top_k=1).save(made / "one.safetensors")
     pixels(sampler="ddpm").save(made / "ddpm.safetensors")
     pixels(sampler="ddpm", seed=1).save(made / "ddpm-weak.safetensors")
     pixels(input_size=4).save(made / "small.safetensors")
     pixels(num_classes=5).save(made / "classes.safetensors")
     make_pico(sampler="rf").save(made / "latents.safetensors")
+    save_distilled(pixels(seed=3), made / "few.safetensors", "f" * 64)
     return made
 
 
@@ -66,7 +80,7 @@ def images(path: Path) -> np.ndarray[Any, Any]:
         (("--guide-by", "top1", "--guide-scale", "inf"), "--guide-scale inf: must be a finite"),
         (
             ("--guide-by", "top1", "--guide-scale=-1"),
-            "--guide-scale -1.0: must be a finite guidance scale of at least 0",
+            "--guide-scale -1.0: must be a finite guidance",
         ),
         ((*BY, "--guide-interval", "0.8,0.2"), "--guide-interval 0.8,0.2: give two noise levels, 0 <= LOW < HIGH <= 1"),
         ((*BY, "--guide-interval", "wide"), "--guide-interval wide: give two noise levels"),
@@ -121,6 +135,19 @@ def test_a_scale_of_zero_is_checked_and_guides_nowhere(folder: Path) -> None:
         StepGuiding(guide_scale=0.5).opened(given)
 
 
+@pytest.mark.parametrize("guide", [WITH, BY])
+def test_a_distilled_checkpoint_is_not_guided(folder: Path, guide: tuple[Any, ...]) -> None:
+    said = here("sample", "few.safetensors", "--images", 2, *guide, cwd=folder).error(2)
+    assert said.startswith("--guide-scale 0.5: few.safetensors was distilled to 4 steps of euler, with guidance 1.5")
+    assert said.endswith("is sampled by its own steps alone; leave it out")
+
+
+def test_a_distilled_checkpoint_guides_none(folder: Path) -> None:
+    guide = ("--guide-with", "few.safetensors", "--guide-scale", 0.5)
+    said = here("sample", "a.safetensors", *QUICK, *guide, cwd=folder).error(3)
+    assert "few.safetensors: was distilled to 4 steps of euler" in said and "guides at no others" in said
+
+
 # what is done
 
 
@@ -153,7 +180,7 @@ def test_unguided_and_zero_are_the_same_bytes_in_the_same_file(folder: Path, tmp
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
-def test_a_copy_in_other_numbers_guides_nowhere(folder: Path, tmp_path: Path) -> None:
+def test_the_same_function_in_other_weights_guides_nowhere(folder: Path, tmp_path: Path) -> None:
     words = ("sample", folder / "a.safetensors", *QUICK)
     guide = ("--guide-with", folder / "copy.safetensors", "--guide-scale", 2)
     assert here(*words, "-o", "x.safetensors", cwd=tmp_path).code == 0
@@ -234,9 +261,8 @@ def test_compare_guides_both(folder: Path, guide: tuple[Any, ...]) -> None:
     words = ("compare", "a.safetensors", "b.safetensors", "--images", 3, "--steps", 3, "--cfg", 1.5)
     plain, guided = here(*words, cwd=folder).result, here(*words, *guide, cwd=folder).result
     assert guided["conditions"]["sampling"]["guide"]["scale"] == 0.5
-    assert guided["conditions"]["sampling"]["nfe"] == plain["conditions"]["sampling"]["nfe"] + (
-        2 if len(guide) > 4 else 3
-    )
+    added = guided["conditions"]["sampling"]["nfe"] - plain["conditions"]["sampling"]["nfe"]
+    assert added == (2 if "--guide-interval" in guide else 3)
     assert guided["prediction"]["relative_error"] != plain["prediction"]["relative_error"]
     same = here("compare", "a.safetensors", "a.safetensors", "--images", 2, "--steps", 2, *guide, cwd=folder).result
     assert same["prediction"]["relative_error"] == same["images"]["mse"] == 0
