@@ -26,8 +26,10 @@ from ditmoe_cli.compression.training.low_rank_updates import Updates
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Objective, train
 from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork
+from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.formats.unpacked_weights import free_on
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.progress import readable_bytes
@@ -38,14 +40,16 @@ _SAMPLED = 256  # paths that are sampled at once
 _TINY = 1e-30
 
 
-def distill(work: TrainingWork, asked: Distilling) -> DistillingRecord:
+def distill(work: TrainingWork, asked: Distilling, weak: Checkpoint | None = None) -> DistillingRecord:
     """Distil, and keep the trained weights, as they are written, as the piece `PIECE` of the work folder.
+
+    `weak` is the checkpoint that guides the original, if one does.
 
     Raises `BadInputError` for predictions that are not finite and no weights to train; `InfeasibleError` where memory
     does not suffice.
     """
     document = work.document(PIECE)
-    return _Distilling(work, asked).distilled() if document is None else DistillingRecord(**document)
+    return _Distilling(work, asked, weak).distilled() if document is None else DistillingRecord(**document)
 
 
 @dataclass
@@ -54,6 +58,7 @@ class _Distilling:
 
     work: TrainingWork
     asked: Distilling
+    weak: Checkpoint | None
 
     def __post_init__(self) -> None:
         self.family = self.work.original.config.sampler
@@ -101,19 +106,27 @@ class _Distilling:
 
         def made() -> tuple[Mapping[str, Tensor], Mapping[str, int]]:
             teacher = build_model(self.work.original, self.session.device, self.work.dtype)
+            weak = weak_model(teacher, self.asked.guide, self._loaded_weak)
             spec = self.asked.teacher_spec(self.work.original.config, self._count(teacher, kept))
-            paths = sampled_paths(teacher, spec, kept, _SAMPLED)
+            paths = sampled_paths(teacher, spec, kept, _SAMPLED, weak)
             return {"z": paths.z, "labels": paths.labels}, {"paths": len(paths)}
 
         piece = self.work.made("paths", made)
         return Paths(piece.tensor("z"), piece.tensor("labels"))
+
+    def _loaded_weak(self) -> DiTMoE:
+        assert self.weak is not None
+        return build_model(self.weak, self.session.device, self.work.dtype)
 
     def _count(self, teacher: DiTMoE, kept: int) -> int:
         config, most = self.work.original.config, most_paths(self.work.original.config, kept)
         if self.asked.minutes is None:
             return paths_for(config, self.asked)
         spec = self.asked.teacher_spec(config, 1)
-        affordable = self.session.images_within(teacher, spec, PATHS_SHARE * self.session.left, _SAMPLED)
+        seconds = (
+            PATHS_SHARE * self.session.left * (spec.nfe - spec.weak_nfe) / spec.nfe
+        )  # a weaker model takes its part
+        affordable = self.session.images_within(teacher, spec, seconds, _SAMPLED)
         return min(max(affordable, 2), most)
 
     def _errors(self, student: DiTMoE, held: Paths, steps: int) -> PathErrors:

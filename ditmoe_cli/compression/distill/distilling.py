@@ -11,6 +11,7 @@ from ditmoe_cli.compression.training.training_pair import check_pair, requested_
 from ditmoe_cli.compression.training.training_request import TrainingRequest
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, DEFAULT_STEPS, Solver
+from ditmoe_cli.diffusion.weak_guidance import Guide, check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import Distilled
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ class Distilling(TrainingRequest):
     Attributes:
         steps: N, of the student, one evaluation each.
         cfg: scale of the classifier-free guidance that the original is sampled with; 1 for none.
+        guide: the weaker model that guides the original too; None.
         teacher_steps: steps of the original, a multiple of N; None for the default solver's, or the next multiple.
         states: where the student is asked: ``teacher``, on the original's paths; ``own``, half of the time where its
             own steps have led it.
@@ -37,6 +39,7 @@ class Distilling(TrainingRequest):
 
     steps: int = DEFAULT_STUDENT_STEPS
     cfg: float = 1.0
+    guide: Guide | None = None
     teacher_steps: int | None = None
     states: States = "teacher"
     progressive: bool = False
@@ -61,6 +64,7 @@ class Distilling(TrainingRequest):
         """Return guidance, states and the original's steps, as part of a name."""
         parts = (
             self.cfg != 1.0 and f"cfg{self.cfg:g}",
+            self.guide is not None and f"guide{self.guide.scale:g}",
             self.states != "teacher" and self.states,
             self.progressive and "progressive",
             self.teacher_steps is not None and f"from{self.teacher_steps}",
@@ -89,22 +93,29 @@ class Distilling(TrainingRequest):
     def teacher_spec(self, config: DiTMoEConfig, images: int) -> SampleSpec:
         """Return how the original is sampled. Raises `UsageError` for guidance without a null class."""
         family, classes = config.sampler, tuple(range(config.num_classes))
-        spec = SampleSpec(images, self.path_steps(family), self.cfg, self.seed, DEFAULT_SOLVER[family], classes)
+        solver = DEFAULT_SOLVER[family]
+        spec = SampleSpec(images, self.path_steps(family), self.cfg, self.seed, solver, classes, guide=self.guide)
         return check_spec(spec, config)
 
     def distilled(self, family: Sampler) -> Distilled:
         """Return by which few steps the student is sampled, and what is in its weights."""
+        guide = self.guide or Guide("", 0.0)
         return Distilled(
             STUDENT_SOLVER[family],
             self.steps,
             cfg=self.cfg,
+            guide=guide.model or None,
+            guide_scale=guide.scale,
+            guide_interval=guide.interval,
             teacher_solver=DEFAULT_SOLVER[family],
             teacher_steps=self.path_steps(family),
         )
 
 
-def check_distilled(student: Checkpoint, original: Checkpoint, asked: Distilling) -> str | None:
-    """Return a warning as `check_pair` does; the student may be the original itself.
+def check_distilled(
+    student: Checkpoint, original: Checkpoint, asked: Distilling, weak: Checkpoint | None = None
+) -> str | None:
+    """Return a warning as `check_pair` does; the student may be the original itself. `weak` is that of the guide.
 
     Raises `BadInputError` for a pair that does not correspond, and for an original that is distilled; `UsageError` for
     steps and guidance that it cannot be sampled by.
@@ -116,6 +127,7 @@ def check_distilled(student: Checkpoint, original: Checkpoint, asked: Distilling
         )
     warning = check_pair(student, original)
     asked.teacher_spec(original.config, 1)
+    check_guide(asked.guide, original, weak)
     return warning
 
 

@@ -55,7 +55,7 @@ def distilling_bytes(student: DiTMoEConfig, size: TrainedSize, states: int, proc
 def distilling_effort(student: DiTMoEConfig, original: DiTMoEConfig, asked: Distilling, iterations: int) -> Effort:
     """Return the operations of sampling paths, and of training on them."""
     paths = paths_for(original, asked) if asked.iterations is not None else _FEWEST_PATHS
-    branches = branches_at(asked.cfg)
+    branches = branches_at(asked.cfg) + (asked.guide is not None)
     sampled = passes(original, branches * paths, asked.path_steps(original.sampler), branches * min(paths, 256))
     own = 1 + (asked.steps - 1) / 2 if asked.states == "own" else 1
     step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own - 1)

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DistillingTrainer:
-    """Distils as asked (`training.trainer.Trainer`)."""
+    """Distils as asked (`training.trainer.Trainer`); `weak` is the checkpoint that guides the original, if one does."""
 
     asked: Distilling
+    weak: Checkpoint | None = None
 
     def check(self, student: Checkpoint, original: Checkpoint) -> Iterable[str]:
         """Return a warning where nothing tells that the student was made from the original."""
-        warning = check_distilled(student, original, self.asked)
+        warning = check_distilled(student, original, self.asked, self.weak)
         return () if warning is None else (f"warning: {warning}",)
 
     def tensors(self, student: Checkpoint) -> dict[str, TrainedTensor]:
@@ -61,4 +62,4 @@ class DistillingTrainer:
         """Distil, and keep the trained tensors in the work folder."""
         from ditmoe_cli.compression.distill.distilled_weights import distill
 
-        return distill(work, self.asked)
+        return distill(work, self.asked, self.weak)

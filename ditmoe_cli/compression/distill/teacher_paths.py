@@ -24,7 +24,7 @@ from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.schedule import flow_times
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import Sampler
-from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.progress import phase
 
 PURPOSE = "distilling"
@@ -93,17 +93,20 @@ class Paths:
         return Paths(self.z[:, :: (self.z.shape[1] - 1) // steps], self.labels)
 
 
-def sampled_paths(teacher: DiTMoE, spec: SampleSpec, kept: int, batch: int) -> Paths:
-    """Return the teacher's paths to the images of `spec`, of which `kept` states and the images are kept."""
+def sampled_paths(teacher: DiTMoE, spec: SampleSpec, kept: int, batch: int, weak: Denoiser | None = None) -> Paths:
+    """Return the teacher's paths to the images of `spec`, of which `kept` states and the images are kept.
+
+    `weak` is the model of the spec's guide.
+    """
     parts: list[Tensor] = []
     with phase("sampling from the original", spec.images, "images") as progress:
         for indices in batches(spec.images, batch):
-            parts.append(_path(teacher, spec, kept, indices))
+            parts.append(_path(teacher, spec, kept, indices, weak))
             progress(len(indices))
     return Paths(torch.cat(parts), torch.tensor(spec.labels(range(spec.images))))
 
 
-def _path(teacher: DiTMoE, spec: SampleSpec, kept: int, indices: Sequence[int]) -> Tensor:
+def _path(teacher: DiTMoE, spec: SampleSpec, kept: int, indices: Sequence[int], weak: Denoiser | None) -> Tensor:
     every, states = spec.steps // kept, list[Tensor]()
 
     def through(predict: Predictor) -> Predictor:
@@ -116,5 +119,5 @@ def _path(teacher: DiTMoE, spec: SampleSpec, kept: int, indices: Sequence[int]) 
 
         return watched
 
-    images = sample_batch(teacher, spec, indices, Watchers(through=through), PURPOSE)
+    images = sample_batch(teacher, spec, indices, Watchers(through=through), PURPOSE, weak)
     return torch.stack([*states, images.float().cpu()], dim=1)
