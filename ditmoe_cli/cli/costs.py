@@ -37,6 +37,7 @@ GROUPS: Mapping[WeightGroup, str] = {
     "modulation": "modulation",
     "embedders": "embedders",
 }
+_GUIDED = "the guided prediction, on held-out states"
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 _MOST_RUNS = 6  # of widths that are listed; more are told by their range
 
@@ -176,6 +177,8 @@ def retraining_text(retraining: Retraining | None) -> str:
     if retraining is None:
         return "none"
     length = f"{retraining.minutes:g} min" if retraining.minutes is not None else f"{retraining.steps:,} steps"
+    if retraining.student_steps is not None:
+        return f"{length} of training to be sampled in {retraining.student_steps} steps"
     return f"{length} of training to predict as the original does"
 
 
@@ -195,7 +198,7 @@ def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_bl
             case Differences():
                 rows.append(("differences", f"{stage.kind} {stage.ratio:g}"))
             case Retraining():
-                rows.append(("healing", retraining_text(stage)))
+                rows.append(("training", retraining_text(stage)))
             case Formats():
                 rows += [("orders neurons", f"by {stage.ordering}")] if stage.ordering else []
                 rows += format_rows(stage.formats) if by_block else group_rows(stage.formats, checkpoint)
@@ -216,7 +219,7 @@ def facts(plan: CompressionPlan, checkpoint: Checkpoint) -> dict[str, Any]:
             case Differences():
                 found["delta"] = asdict(stage)
             case Retraining():
-                found["retraining"] = asdict(stage)
+                found["retraining"] = stage.to_json()
             case Formats():
                 groups = formats_by_group(stage.formats, checkpoint)
                 found["formats_by_group"] = {group: dict(sorted(counts.items())) for group, counts in groups.items()}
@@ -239,7 +242,8 @@ def error_rows(facts: Mapping[str, Any]) -> list[Row]:
         rows.append(("prediction error", ", ".join(errors)))
     if facts.get("held_error"):
         before, after = facts["held_error"]
-        rows.append(("healing", f"{number(before)} -> {number(after)} of the guided prediction, on held-out states"))
+        what = "images, on held-out noise" if facts.get("retraining", {}).get("student_steps") else _GUIDED
+        rows.append(("training", f"{number(before)} -> {number(after)} of {what}"))
     rows += _damage_rows(facts)
     if facts.get("untied_error") is not None:
         tied, free = facts["predicted_error"], facts["untied_error"]

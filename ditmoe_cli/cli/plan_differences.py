@@ -68,7 +68,7 @@ def plan_differences(a: CompressionPlan, b: CompressionPlan) -> list[Difference]
         _stage(b, Differences),
         lambda d: f"{d.kind} {d.ratio:g}" if d else "none",
     )
-    found += _worded("healing", a.retraining, b.retraining, retraining_text)
+    found += _worded("training", a.retraining, b.retraining, retraining_text)
     found += _worded("rounding", formats[0].rounding, formats[1].rounding, rounding_text)
     if formats[0].ordering != formats[1].ordering:
         found.append(Difference("order of neurons", formats[0].ordering or "kept", formats[1].ordering or "kept"))

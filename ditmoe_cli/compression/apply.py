@@ -80,9 +80,9 @@ def carry_out(
         with open_work(output.path, applying_key(plan, profile, device), lambda _: None) as own:
             return carry_out(checkpoint, planned, output, profile, device, own)
     if plan.retraining is not None:
-        from ditmoe_cli.compression.joint.healed_stages import Means, carry_out_healed
+        from ditmoe_cli.compression.joint.trained_stages import Means, carry_out_trained
 
-        done = carry_out_healed(checkpoint, plan, Means(profile, device, work, carry_out))
+        done = carry_out_trained(checkpoint, plan, Means(profile, device, work, carry_out))
         planned = planned.measured(done.measured)
         return Applied(write_planned(checkpoint, planned, output, done.bytes_of), done.measured, planned)
     loop, kept = work.loop(loop_name(plan), checkpoint.config.depth), None

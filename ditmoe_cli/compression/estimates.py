@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ditmoe_cli.compression.block_layout import block_layouts, new_names
-from ditmoe_cli.compression.heal.healing import Healing
+from ditmoe_cli.compression.distill.distilling import Distilling
+from ditmoe_cli.compression.distill.distilling_memory import distilling_estimate
 from ditmoe_cli.compression.heal.healing_memory import healing_estimate
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Formats, Repair
+from ditmoe_cli.compression.planned_training import planned_training
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.compression.working_sizes import (
     ANCHORS,
@@ -353,12 +355,12 @@ def carrying_out(checkpoint: Checkpoint, plan: CompressionPlan | None, size: int
 def retraining_estimate(checkpoint: Checkpoint, plan: CompressionPlan) -> Estimate:
     """Return what training takes: the time that is asked for, whatever the machine, and next to it little.
 
-    Steps are counted with all neurons; the memory is that of healing the whole model.
+    Steps are counted with all neurons; the memory is that of training the whole model.
     """
-    stage, config = plan.retraining, checkpoint.config
-    assert stage is not None
-    asked = Healing(plan.source, stage.minutes, stage.steps, seed=stage.seed)
+    config, asked = checkpoint.config, planned_training(plan)
     size = TrainedSize(sum(weight.info.numel for weight in checkpoint.weights.values()))
+    if isinstance(asked, Distilling):
+        return distilling_estimate(config, config, asked, size)
     return healing_estimate(config, config, asked, size, {"cfg": 1.0, "steps": 1, **(plan.calibration or {})})
 
 

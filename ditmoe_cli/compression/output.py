@@ -11,14 +11,16 @@ from dataclasses import dataclass, field, replace
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
 from ditmoe_cli.compression.computed import expert_map_bytes, mixture_infos
 from ditmoe_cli.compression.delta.delta_sizes import delta_tensors
+from ditmoe_cli.compression.distill.distilling import Distilling
 from ditmoe_cli.compression.plan import CompressionPlan, Differences, Experts, Formats, Retraining
+from ditmoe_cli.compression.planned_training import planned_training
 from ditmoe_cli.compression.recorded import Measured, planned_step, with_measured
 from ditmoe_cli.compression.replay.neuron_order import is_ordered
 from ditmoe_cli.compression.rounding.smooth import is_smoothed
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
-from ditmoe_cli.files.provenance import Provenance
+from ditmoe_cli.files.provenance import Distilled, Provenance
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.registry import Format, is_quantizable, quantized_members
@@ -111,6 +113,12 @@ class PlannedOutput:
         return replace(self, provenance=replace(self.provenance, history=history))
 
 
+def _few_steps(plan: CompressionPlan, config: DiTMoEConfig) -> Distilled | None:
+    """Return by which few steps the result of a plan is sampled; None where it distils none."""
+    asked = planned_training(plan) if plan.retraining is not None else None
+    return asked.distilled(config.sampler) if isinstance(asked, Distilling) else None
+
+
 def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> PlannedOutput:
     """Lay out the result of applying `plan` (None: a plain copy) to `checkpoint`.
 
@@ -139,11 +147,12 @@ def planned_output(checkpoint: Checkpoint, plan: CompressionPlan | None) -> Plan
     once = {tensor.info.name: tensor for tensor in tensors}  # bases are members of several weights
     config = replace(checkpoint.config, blocks=draft.blocks)
     history = (*base.history, planned_step(plan, checkpoint.config.experts))
+    few = _few_steps(plan, config) or base.distilled
     return PlannedOutput(
         plan=plan,
         tensors=tuple(sorted(once.values(), key=lambda tensor: natural_key(tensor.info.name))),
         config=config,
-        provenance=replace(base, config=config.to_json(), history=history),
+        provenance=replace(base, config=config.to_json(), history=history, distilled=few),
     )
 
 

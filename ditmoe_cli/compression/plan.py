@@ -205,20 +205,26 @@ class Retraining:
         minutes: how long; None where `steps` say so.
         steps: of training.
         seed: of noise and orders.
+        student_steps: of sampling, which it is distilled to; None where it is healed.
     """
 
     minutes: float | None = None
     steps: int | None = None
     seed: int = 0
+    student_steps: int | None = None
 
     @property
     def computes(self) -> bool:
         """Whether weights are computed from calibration data: always."""
         return True
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the stage as JSON; without `student_steps` where it is healed."""
+        return {name: value for name, value in asdict(self).items() if name != "student_steps" or value is not None}
+
     def fields(self) -> dict[str, Any]:
         """Return the stage's fields of the plan's JSON."""
-        return {"retraining": asdict(self)}
+        return {"retraining": self.to_json()}
 
 
 PlanStage = Experts | Differences | Formats | Retraining
@@ -495,14 +501,16 @@ def _parse_differences(value: object, where: str) -> Differences:
 
 
 def _parse_retraining(value: object, where: str) -> Retraining:
-    if not isinstance(value, dict) or value.keys() != {"minutes", "steps", "seed"}:
+    if not isinstance(value, dict) or value.keys() - {"student_steps"} != {"minutes", "steps", "seed"}:
         raise BadInputError(f"{where}: field 'retraining' is {value!r}; expected null or minutes, steps and seed")
-    minutes, steps, seed = value["minutes"], value["steps"], value["seed"]
+    minutes, steps, seed, few = value["minutes"], value["steps"], value["seed"], value.get("student_steps")
     timed = type(minutes) in (int, float) and 0 < minutes < math.inf and steps is None
     counted = type(steps) is int and steps > 0 and minutes is None
+    if few is not None and (type(few) is not int or few < 1):
+        raise BadInputError(f"{where}: student_steps of field 'retraining' is {few!r}; expected null or at least 1")
     if not (timed or counted) or type(seed) is not int:
         raise BadInputError(f"{where}: field 'retraining' is {value!r}; expected minutes or steps above 0, and a seed")
-    return Retraining(None if minutes is None else float(minutes), steps, seed)
+    return Retraining(None if minutes is None else float(minutes), steps, seed, few)
 
 
 def _parse_rounding(value: object, where: str) -> Rounding:

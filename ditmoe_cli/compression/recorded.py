@@ -141,8 +141,8 @@ def recorded_plan(step: Step, source: Checkpoint, target: Checkpoint) -> Compres
     rounding = Rounding() if {"prediction_error", "held_error"} & set(step.measured) else None
     if (formats or rounding) if blocks else "delta" not in step.options:
         stages.append(Formats(formats, rounding))
-    if step.options.get("heal"):
-        stages.append(Retraining(step.options.get("minutes")))
+    if step.options.get("heal") or "steps" in step.options:
+        stages.append(Retraining(step.options.get("minutes"), student_steps=step.options.get("steps")))
     return CompressionPlan(step.command, step.source, None, {**step.options, **figures}, tuple(stages))
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
-from ditmoe_cli.cli.groups import ending, refuse_idle
+from ditmoe_cli.cli.groups import at_least, ending, refuse_idle
 from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Size, Source, parse_size
 from ditmoe_cli.cli.planning import run_planner
@@ -19,6 +19,7 @@ from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
 from ditmoe_cli.compression.joint.size_curve import Curving
+from ditmoe_cli.compression.plan import Retraining
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
@@ -94,7 +95,7 @@ class Tying(Mixing):
 class Retrained:
     """Training of what was compressed."""
 
-    panel: ClassVar[str] = "Healing"
+    panel: ClassVar[str] = "Training"
 
     heal: Annotated[
         bool,
@@ -103,19 +104,31 @@ class Retrained:
             help="Train the result to predict as the original does, as ditmoe heal.",
         ),
     ] = False
-    minutes: Annotated[float, typer.Option("--minutes", metavar="M", help="Time for --heal, beside all else.")] = (
-        DEFAULT_MINUTES
-    )
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            callback=at_least(1),
+            help="Train the result to be sampled in N steps, with the guidance of the profile in its weights, as "
+            "ditmoe distill.",
+        ),
+    ] = None
+    minutes: Annotated[
+        float, typer.Option("--minutes", metavar="M", help="Time for --heal or --steps, beside all else.")
+    ] = DEFAULT_MINUTES
 
     @property
-    def length(self) -> float | None:
-        """The minutes to train; None for no training. Raises `UsageError` for times out of range."""
-        if not self.heal:
-            refuse_idle(self, "without --heal", "minutes")
+    def stage(self) -> Retraining | None:
+        """The stage that trains; None for no training. Raises `UsageError` for times out of range."""
+        if not self.heal and self.steps is None:
+            refuse_idle(self, "without --heal or --steps", "minutes")
             return None
+        if self.heal:
+            refuse_idle(self, "with --heal; learning few steps heals too", "steps")
         if not 0 < self.minutes < math.inf:
             raise UsageError(f"--minutes {self.minutes:g}: give a time above 0")
-        return self.minutes
+        return Retraining(self.minutes, student_steps=self.steps)
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,7 @@ def run(
         refuse_idle(foresight, "with --curve, which has many plans", "plan_only")
         refuse_idle(goals, "with --curve, which tries one plan; give a size", "max_damage")
         refuse_idle(loading, "with --curve", "upstream")
-        refuse_idle(retrained, "with --curve", "heal", "minutes")
+        refuse_idle(retrained, "with --curve", "heal", "steps", "minutes")
         curving = Curving(lambda size: Compressing(Goal(size), mixing.formats, mixing.stacked), goal)
         return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
     refuse_idle(foresight, "without --curve", "png")
@@ -192,11 +205,11 @@ def run(
     planner: Planner
     if loading.upstream:
         refuse_idle(mixing, "with --upstream, which takes no formats", "allow", "floor", "protect", "tie")
-        refuse_idle(retrained, "with --upstream, whose result ditmoe heal takes", "heal", "minutes")
+        refuse_idle(retrained, "with --upstream, whose result ditmoe heal takes", "heal", "steps", "minutes")
         refuse_idle(goals, "with --upstream; give --size or --ratio", "max_damage")
         planner = ForUpstream(goal)
     else:
-        if retrained.heal:
-            refuse_idle(goals, "with --heal, which takes a --size or a --ratio", "max_damage")
-        planner = Compressing(goal, mixing.formats, mixing.stacked, retrained.length)
+        if retrained.stage is not None:
+            refuse_idle(goals, "with --heal and --steps, which take a --size or a --ratio", "max_damage")
+        planner = Compressing(goal, mixing.formats, mixing.stacked, retrained.stage)
     return run_planner(planner, measuring, automatic, source, to, printing, plan_only=foresight.plan_only)

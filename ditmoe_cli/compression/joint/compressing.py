@@ -16,7 +16,7 @@ from ditmoe_cli.compression.estimates import carrying_out, elimination_estimate,
 from ditmoe_cli.compression.joint.damage import FEWEST_HELD, too_few
 from ditmoe_cli.compression.joint.expert_options import WidthCurve
 from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, Measures, plan_of
-from ditmoe_cli.compression.plan import CompressionPlan, Experts
+from ditmoe_cli.compression.plan import CompressionPlan, Experts, Retraining
 from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.budget import size_label
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
@@ -94,13 +94,13 @@ class Compressing(Planner):
         goal: the size to reach.
         candidates: the formats to choose from.
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
-        healing: the minutes for which weights are trained in the end; None for none.
+        retraining: trains weights in the end; None for none.
     """
 
     goal: Goal
     candidates: Candidates
     stacked: bool = False
-    healing: float | None = None
+    retraining: Retraining | None = None
     command: ClassVar[str] = "compress"
     needs_profile: ClassVar[bool] = True
     measures: ClassVar[bool] = True
@@ -108,16 +108,24 @@ class Compressing(Planner):
     @property
     def label(self) -> str:
         """The ending of the default output's name."""
-        healed = f"heal{self.healing:g}min" if self.healing is not None else ""
+        trained = ""
+        if self.retraining is not None:
+            few = self.retraining.student_steps
+            trained = f"{'heal' if few is None else f'{few}steps'}{self.retraining.minutes:g}min"
         return label_of(
-            f"{self.command}-{self.goal.label}", *self.candidates.labels(), self.stacked and "stack", healed
+            f"{self.command}-{self.goal.label}", *self.candidates.labels(), self.stacked and "stack", trained
         )
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for the options of the plan."""
         stacked = {"tie": ",".join(("stack", *self.candidates.tied))} if self.stacked else {}
-        healed = {"heal": True, "minutes": self.healing} if self.healing is not None else {}
-        return {**self.goal.options(), **self.candidates.options(), **stacked, **healed}
+        return {**self.goal.options(), **self.candidates.options(), **stacked, **self._training_options()}
+
+    def _training_options(self) -> dict[str, Any]:
+        if self.retraining is None:
+            return {}
+        few = self.retraining.student_steps
+        return {**({"heal": True} if few is None else {"steps": few}), "minutes": self.retraining.minutes}
 
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a size below the smallest possible or above the file."""
@@ -157,7 +165,7 @@ class Compressing(Planner):
             measuring_estimate(config, counts, branches),
             repeated(trials, "trying {} plans"),
             *carrying_out(work.checkpoint, plan, 0)[:-1],
-        ]  # healing takes the time that is given it
+        ]  # training takes the time that is given it
 
     def _likely(self, request: JointRequest) -> Draft:
         """Return a draft of likely widths: what experts keep at `_LIKELY_BITS` a weight; formats do not matter here."""
@@ -182,7 +190,7 @@ class Compressing(Planner):
             self.stacked,
             work.calibration(),
             ("tried_error",) if self.goal.max_damage is None else ("tried_error", "damage"),
-            self.healing,
+            self.retraining,
         )
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
@@ -207,7 +215,7 @@ class Compressing(Planner):
                 figures = {"tried_error": best.held.error}
             if self.stacked or self.candidates.tied:
                 figures["untied_error"] = untied_error(program, curves, best.bytes, best.draft)
-        return plan_of(request, best.draft, figures, profile.digest, healing=self.healing)
+        return plan_of(request, best.draft, figures, profile.digest, retraining=self.retraining)
 
     def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
         """Return the expected distance of the written file's images, where a damage was asked for."""

@@ -75,7 +75,7 @@ class JointRequest:
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
         calibration: settings of the calibration, which the history of the result keeps.
         measured: figures of the plan, beside those of the program, which the history of the result keeps.
-        healing: the minutes for which weights are trained in the end; None for not.
+        retraining: trains weights in the end; None for not.
     """
 
     checkpoint: Checkpoint
@@ -87,7 +87,7 @@ class JointRequest:
     stacked: bool = False
     calibration: Mapping[str, Any] | None = None
     measured: tuple[str, ...] = ("tried_error",)
-    healing: float | None = None
+    retraining: Retraining | None = None
 
     @cached_property
     def ladders(self) -> dict[str, tuple[int, ...]]:
@@ -204,19 +204,19 @@ def plan_of(
     profile: str | None = None,
     *,
     tokens: int = 0,
-    healing: float | None = None,
+    retraining: Retraining | None = None,
 ) -> CompressionPlan:
     """Return the plan that carries a draft out, fitted on `tokens`, 0 for as many as suit it.
 
-    Weights are trained for `healing` minutes in the end; None for not.
+    `retraining` trains weights in the end; None for not.
     """
     blocks = tuple(_block_plan(request, draft.widths, index) for index in range(request.checkpoint.config.depth))
     selection: Selection | None = None if draft.energies else "elimination"
     experts = Experts(blocks, repair=replace(REPAIR, tokens=tokens), selection=selection)
     formats = Formats(dict(draft.formats), Rounding(tokens=tokens))
     stages: tuple[PlanStage, ...] = (experts, formats)
-    if healing is not None:
-        stages = (experts, formats, Retraining(healing))
+    if retraining is not None:
+        stages = (experts, formats, retraining)
     options = {**request.options, **draft.figures, **figures}
     source, calibration = request.checkpoint.fingerprint, request.calibration
     return CompressionPlan(request.command, source, profile, options, stages, calibration=calibration)
@@ -239,7 +239,7 @@ def _block_plan(request: JointRequest, widths: Mapping[str, int], index: int) ->
 def size_of(request: JointRequest, draft: Draft) -> int:
     """Return the exact bytes of a draft's file."""
     figures = dict.fromkeys(("predicted_error", "gap", *request.measured), 0.0)
-    plan = plan_of(request, draft, figures, "0" * 64, healing=request.healing)
+    plan = plan_of(request, draft, figures, "0" * 64, retraining=request.retraining)
     plan = replace(plan, request="0" * 64)
     return planned_output(request.checkpoint, plan).predicted_bytes(request.output)
 

@@ -1,4 +1,4 @@
-"""A plan that trains weights, carried out: first all other stages, then what they made is healed.
+"""A plan that trains weights, carried out: first all other stages, then what they made is healed, or distilled.
 
 Training comes last, on the codes that weights were rounded to, which stay: scales, routers, norms and all else then
 make up for what went and for rounding at once. Training before rounding and after left more in as many steps, and so
@@ -14,10 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ditmoe_cli.compression.calibrated import Calibrated
+from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
+from ditmoe_cli.compression.distill.distilled_weights import distill
+from ditmoe_cli.compression.distill.distilling import Distilling
+from ditmoe_cli.compression.heal.healed_output import HealingRecord
 from ditmoe_cli.compression.heal.healed_weights import heal
-from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Retraining
+from ditmoe_cli.compression.planned_training import planned_training
 from ditmoe_cli.compression.recorded import Measured
 from ditmoe_cli.compression.training.training_session import PIECE, TrainingWork
 from ditmoe_cli.errors import BadInputError
@@ -41,28 +45,25 @@ class Means:
 
 
 @dataclass(frozen=True)
-class HealedStages:
+class TrainedStages:
     """What the other stages made, the bytes of each tensor after training, and what was measured."""
 
     bytes_of: Callable[[str], memoryview]
     measured: Measured
 
 
-def carry_out_healed(checkpoint: Checkpoint, plan: CompressionPlan, means: Means) -> HealedStages:
+def carry_out_trained(checkpoint: Checkpoint, plan: CompressionPlan, means: Means) -> TrainedStages:
     """Carry out all other stages of a plan that trains weights, and then train.
 
     Raises `BadInputError` as `apply.carry_out` does.
     """
-    stage = plan.retraining
-    assert stage is not None
     student, work = _before_training(checkpoint, plan, means), means.work
-    asked = Healing(checkpoint.fingerprint, stage.minutes, stage.steps, seed=stage.seed)
     key = work_key({"plan": plan.digest, "student": student.fingerprint, "device": means.device.partition(":")[0]})
     dtype = Calibrated(checkpoint, means.profile, means.device).dtype
     if work.read(PIECE) is None:
-        with open_work(work.folder / "stages" / "healing", key, work.notify) as folder:
-            healing = TrainingWork(student, checkpoint, means.device, dtype, folder, work.notify)
-            done = heal(healing, means.profile, asked)
+        with open_work(work.folder / "stages" / "training", key, work.notify) as folder:
+            training = TrainingWork(student, checkpoint, means.device, dtype, folder, work.notify)
+            done = _trained(training, plan, means.profile)
             made = folder.read(PIECE)
             assert made is not None
             tensors = {name: made.tensor(name) for name in made.names}
@@ -76,7 +77,13 @@ def carry_out_healed(checkpoint: Checkpoint, plan: CompressionPlan, means: Means
     def bytes_of(name: str) -> memoryview:
         return piece.raw(name) if name in trained else student.reader.raw(name)
 
-    return HealedStages(bytes_of, Measured(held_error=(float(before), float(after))))
+    return TrainedStages(bytes_of, Measured(held_error=(float(before), float(after))))
+
+
+def _trained(work: TrainingWork, plan: CompressionPlan, profile: RoutingProfile) -> HealingRecord | DistillingRecord:
+    """Heal or distil what the other stages made, and keep the result in the work folder."""
+    asked = planned_training(plan)
+    return distill(work, asked) if isinstance(asked, Distilling) else heal(work, profile, asked)
 
 
 def _before_training(checkpoint: Checkpoint, plan: CompressionPlan, means: Means) -> Checkpoint:

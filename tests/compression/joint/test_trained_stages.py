@@ -14,7 +14,7 @@ from ditmoe_cli.compression.heal import healed_weights, healing_memory
 from ditmoe_cli.compression.heal.healed_output import HealingRecord
 from ditmoe_cli.compression.heal.healed_weights import heal
 from ditmoe_cli.compression.heal.healing import Healing
-from ditmoe_cli.compression.joint import healed_stages
+from ditmoe_cli.compression.joint import trained_stages
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import (
     BlockPlan,
@@ -25,6 +25,7 @@ from ditmoe_cli.compression.plan import (
     Repair,
     Retraining,
     Rounding,
+    parse_plan,
 )
 from ditmoe_cli.compression.replay import states as states_of_fits
 from ditmoe_cli.compression.training.training_session import TrainingWork
@@ -111,7 +112,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(healed_stages, "heal", stop)
+        patched.setattr(trained_stages, "heal", stop)
         with pytest.raises(KeyboardInterrupt):
             written(given, path, *stages)
     kept = tmp_path / ".stopped.safetensors.work" / "stages" / "compressed.safetensors"
@@ -124,7 +125,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         return heal(work, profile, asked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(healed_stages, "heal", noted)
+        patched.setattr(trained_stages, "heal", noted)
         written(given, path, *stages)
     assert seen == [made], "what was compressed is not made anew"
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
@@ -135,3 +136,16 @@ def test_differences_are_not_trained(given: Given) -> None:
     plan = replace(plan_of(given), stages=(Differences("svd", 0.5), Retraining(steps=1)))
     with pytest.raises(BadInputError, match="make that two plans"):
         planned_output(given[0], plan)
+
+
+def test_what_was_compressed_is_distilled_to_few_steps(given: Given, tmp_path: Path) -> None:
+    stages = (EXPERTS, ROUNDED, Retraining(steps=6, student_steps=2))
+    done = written(given, tmp_path / "few.safetensors", *stages)
+    made = open_checkpoint(tmp_path / "few.safetensors")
+    assert made.distilled is not None and (made.distilled.solver, made.distilled.steps) == ("euler", 2)
+    assert made.distilled.cfg == given[1].calibration["cfg"]
+    before, after = done.measured.held_error
+    assert 0 < after <= before
+    assert done.bytes == planned_output(given[0], plan_of(given, *stages)).predicted_bytes(Output(Path("x.safetensors")))
+    plan = plan_of(given, *stages)
+    assert parse_plan(plan.document(), "x").retraining == plan.retraining
