@@ -26,7 +26,7 @@ from ditmoe_cli.diffusion.schedule import (
     Solver,
     choose_solver,
 )
-from ditmoe_cli.diffusion.weak_guidance import Guide, parse_guide
+from ditmoe_cli.diffusion.weak_guidance import parse_guide
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
@@ -237,19 +237,13 @@ def samples_label(spec: SampleSpec, options: ImageSampling, checkpoint: Checkpoi
         spec.steps != steps and f"steps{spec.steps}",
         spec.cfg != usual.cfg and f"cfg{spec.cfg:g}",
         spec.interval != usual.interval and "from{:g}to{:g}".format(*spec.interval),
-        spec.guide is not None and guide_label(spec.guide),
+        spec.guide is not None and spec.guide.label,
         spec.classes != everything and f"classes{short_list(spec.classes)}",
         spec.seed != usual.seed and f"seed{spec.seed}",
         options.vae is not None and "vae",
         spec.dtype != "fp32" and spec.dtype,
     )
     return label_of(*parts)
-
-
-def guide_label(guide: Guide) -> str:
-    """Return a guide as part of a name, as ``guide0.5bytop1``; a checkpoint by the beginning of its fingerprint."""
-    interval = "" if guide.interval == ALWAYS else "from{:g}to{:g}".format(*guide.interval)
-    return f"guide{guide.scale:g}by{guide.model[:8]}{interval}"
 
 
 def short_list(numbers: Sequence[int]) -> str:

@@ -52,6 +52,12 @@ class Guide:
         low, high = self.interval
         return f"{named} at {self.scale:g}" + ("" if self.interval == ALWAYS else f" from {low:g} to {high:g}")
 
+    @property
+    def label(self) -> str:
+        """The guide as part of a name, as ``guide0.5bytop1``; a checkpoint by the beginning of its fingerprint."""
+        interval = "" if self.interval == ALWAYS else "from{:g}to{:g}".format(*self.interval)
+        return f"guide{self.scale:g}by{self.model[:8]}{interval}"
+
     def to_json(self) -> dict[str, Any]:
         """Return the guide as JSON."""
         return {"model": self.model, "scale": self.scale, "interval": list(self.interval)}

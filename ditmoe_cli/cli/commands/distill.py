@@ -9,6 +9,7 @@ import typer
 
 from ditmoe_cli.cli.costs import held_text
 from ditmoe_cli.cli.groups import at_least, one_of
+from ditmoe_cli.cli.guiding_options import WeakGuiding
 from ditmoe_cli.cli.options import Computing, Destination, Models, Source
 from ditmoe_cli.cli.planning import Job
 from ditmoe_cli.cli.stage import open_stage
@@ -17,13 +18,14 @@ from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_
 from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
 from ditmoe_cli.compression.distill.distilling import DEFAULT_STUDENT_STEPS, STATES, Distilling, States
 from ditmoe_cli.compression.distill.distilling_trainer import DistillingTrainer
+from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 MACHINE = Models
 EXAMPLES = (
     "ditmoe distill half.safetensors --original ckpt.pt --steps 4 --cfg 1.5",
     "ditmoe prune ckpt.pt --neurons 0.5 | ditmoe distill --steps 2 | ditmoe quantize --bits 4 | ditmoe fid",
-    "ditmoe distill ckpt.pt --steps 4 --minutes 30",
+    "ditmoe distill half.safetensors --original ckpt.pt --guide-with weak.safetensors --guide-scale 0.5",
 )
 
 
@@ -71,19 +73,27 @@ class Teaching(TrainingOptions):
         bool, typer.Option("--progressive", help="Learn 8, 4 and 2 steps first, in equal parts of the time.")
     ] = False
 
-    def request(self, original: Checkpoint) -> Distilling:
-        """Return what is asked for. Raises `UsageError` for values out of range."""
+    def request(self, original: Checkpoint, guide: Guide | None) -> Distilling:
+        """Return what is asked for, of an original that `guide` guides. Raises `UsageError` for values out of range."""
         return Distilling(
             **self.fields(original, self.iterations),
             steps=self.steps,
             cfg=self.cfg,
+            guide=guide,
             teacher_steps=self.teacher_steps,
             states=cast(States, self.states),
             progressive=self.progressive,
         )
 
 
-def run(teaching: Teaching, computing: Computing, source: Source, to: Destination, printing: Printing) -> None:
+def run(
+    teaching: Teaching,
+    weaker: WeakGuiding,
+    computing: Computing,
+    source: Source,
+    to: Destination,
+    printing: Printing,
+) -> None:
     """Train a checkpoint for some minutes to be sampled in few steps, without data.
 
     It learns the original's own paths from noise to images, in N steps of one evaluation each; guidance goes into the
@@ -93,11 +103,14 @@ def run(teaching: Teaching, computing: Computing, source: Source, to: Destinatio
     """
     stage = teaching.named(source.stage(shared=True), may_be_same=True)
     student, original = open_stage(stage), open_stage(stage, stage.original)
-    asked = teaching.request(original)
-    trainer = DistillingTrainer(asked)
+    guiding = weaker.opened(source.given)
+    asked = teaching.request(original, guiding.used)
+    trainer = DistillingTrainer(asked, guiding.weak)
     opened_pair(trainer, student, original)
     job = Job(asked.command, stage, student, to.at(student.path, asked.label), printing)
-    run_training(Training(job, trainer, original, record_rows, computing.device, computing.dtype), to)
+    inputs = [guiding.weak.path] if guiding.weak is not None else []
+    training = Training(job, trainer, original, record_rows, computing.device, computing.dtype, inputs=inputs)
+    run_training(training, to)
 
 
 def record_rows(record: DistillingRecord) -> list[Row]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
 from ditmoe_cli.compression.training.training_request import TrainingRequest
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
-from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, DEFAULT_STEPS, Solver
+from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, DEFAULT_STEPS, Solver
 from ditmoe_cli.diffusion.weak_guidance import Guide, check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import Distilled
@@ -64,12 +64,22 @@ class Distilling(TrainingRequest):
         """Return guidance, states and the original's steps, as part of a name."""
         parts = (
             self.cfg != 1.0 and f"cfg{self.cfg:g}",
-            self.guide is not None and f"guide{self.guide.scale:g}",
+            self.guide is not None and self.guide.label,
             self.states != "teacher" and self.states,
             self.progressive and "progressive",
             self.teacher_steps is not None and f"from{self.teacher_steps}",
         )
         return "-".join(str(part) for part in parts if part)
+
+    def options(self) -> dict[str, Any]:
+        """Return what was asked for, by the names of the options, for histories; defaults are left out."""
+        found = super().options()
+        guide: Guide | None = found.pop("guide", None)
+        if guide is None:
+            return found
+        interval = {} if guide.interval == ALWAYS else {"guide_interval": "{:g},{:g}".format(*guide.interval)}
+        which = "guide_with" if guide.rank is None else "guide_by"
+        return {**found, which: guide.model, "guide_scale": guide.scale, **interval}
 
     def path_steps(self, family: Sampler) -> int:
         """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes.

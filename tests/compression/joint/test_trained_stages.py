@@ -146,6 +146,8 @@ def test_what_was_compressed_is_distilled_to_few_steps(given: Given, tmp_path: P
     assert made.distilled.cfg == given[1].calibration["cfg"]
     before, after = done.measured.held_error
     assert 0 < after <= before
-    assert done.bytes == planned_output(given[0], plan_of(given, *stages)).predicted_bytes(Output(Path("x.safetensors")))
+    assert done.bytes == planned_output(given[0], plan_of(given, *stages)).predicted_bytes(
+        Output(Path("x.safetensors"))
+    )
     plan = plan_of(given, *stages)
     assert parse_plan(plan.document(), "x").retraining == plan.retraining
