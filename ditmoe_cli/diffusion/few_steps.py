@@ -15,6 +15,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
 
 MOST_STEPS = 1000
+_ROUTINGS = ("top1", "rank2")  # of `weak_guidance.RANKS`, which rests on this module
 
 
 def own_sampling(checkpoint: Checkpoint) -> tuple[Solver, int] | None:
@@ -51,12 +52,18 @@ def usual_sampling(checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = D
 
 def told_steps(distilled: Distilled) -> str:
     """Return how a checkpoint was distilled in words, as ``4 steps of euler, with guidance 1.5 in its weights``."""
+    guided = distilled.cfg != 1.0 or distilled.guide is not None
+    said = f"with {told_guidance(distilled)} in its weights" if guided else "without guidance"
+    return f"{_steps(distilled.steps, distilled.solver)}, {said}"
+
+
+def told_guidance(distilled: Distilled) -> str:
+    """Return the guidance in the weights in words, as ``guidance 1.5 and guidance 0.5 by a weaker copy``."""
     guidance = [f"guidance {distilled.cfg:g}"] if distilled.cfg != 1.0 else []
     if distilled.guide is not None:
-        weaker = f"its {distilled.guide} experts" if distilled.guide in ("top1", "rank2") else "a weaker copy"
+        weaker = f"its {distilled.guide} experts" if distilled.guide in _ROUTINGS else "a weaker copy"
         guidance.append(f"guidance {distilled.guide_scale:g} by {weaker}")
-    said = f"with {' and '.join(guidance)} in its weights" if guidance else "without guidance"
-    return f"{_steps(distilled.steps, distilled.solver)}, {said}"
+    return " and ".join(guidance) or "no guidance"
 
 
 def check_unguided(checkpoint: Checkpoint, cfg: float, interval: Interval | None = None) -> None:

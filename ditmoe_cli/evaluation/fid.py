@@ -6,16 +6,14 @@ Inputs are read and checked first; then checkpoints are sampled, features are ta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
-from ditmoe_cli.diffusion.schedule import choose_solver
-from ditmoe_cli.diffusion.weak_guidance import check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extraction import Extraction, cached_statistics, keep_statistics
 from ditmoe_cli.evaluation.features.extractors import (
@@ -41,6 +39,8 @@ from ditmoe_cli.evaluation.fid_sides import (
     with_features,
     workspace_of,
 )
+from ditmoe_cli.evaluation.fid_specs import SideSpecs, SpecOf, side_specs
+from ditmoe_cli.evaluation.sampled_models import other_guidance
 from ditmoe_cli.evaluation.samples import Sampling, open_decoder, require_images
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS
 from ditmoe_cli.evaluation.scores.metrics import Request
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from ditmoe_cli.diffusion.vae import Decoder
 
 KEPT_BYTES = 2 * 10**9  # of images and features in the cache, after a run
-SpecOf = Callable[[Checkpoint], SampleSpec]
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ def measure_distances(
 ) -> Iterator[Measured | None]:
     """Yield the score of each comparison, once all their inputs are checked; what two share is sampled once.
 
-    `spec_of` returns a subject's spec, which the other sides follow. Under torchrun the work is shared, and all ranks
-    but the first yield None. Raises `BadInputError` where sides do not fit together, and `UsageError` for an extractor
-    that cannot be imported, or that lacks activations which a score needs.
+    `spec_of` returns a checkpoint's spec; other sides follow the subject's (`side_specs`). Under torchrun the work is
+    shared, and all ranks but the first yield None. Raises `BadInputError` where sides do not fit together, and
+    `UsageError` for an extractor that cannot be imported, or that lacks activations which a score needs.
     """
     with process_group() as share:
         worker = Worker(runtime, share, notify if share.first else _drop_message)
@@ -134,7 +133,9 @@ def measure_distances(
             paths = dict.fromkeys(item for item in comparison.items if item.checkpoint is None)
             stored = {item.path: shared.read(item, worker.notify) for item in paths}
             extraction = _make_extraction(comparison, stored, settings, worker, shared)
-            inputs = _plan_samplings(comparison, stored, spec_of, settings, runtime.device, shared)
+            specs = side_specs(comparison, spec_of, settings.weak)
+            inputs = _plan_samplings(comparison, stored, specs, settings, runtime.device, shared)
+            _warn_of_guidance(inputs, worker.notify)
             check_inputs(inputs, extraction, settings.request, settings.anyway)
             checked.append((inputs, extraction))
         if share.first:
@@ -280,23 +281,21 @@ def _named_extractor(statistics: list[StoredStatistics], name: str | None) -> Na
 def _plan_samplings(
     comparison: Comparison,
     stored: Mapping[Path, Side],
-    spec_of: SpecOf,
+    specs: SideSpecs,
     settings: FidSettings,
     device: str,
     shared: _Shared,
 ) -> Inputs:
     """Return the inputs with a sampling for each checkpoint; all use one VAE.
 
-    Raises `BadInputError` for checkpoints that cannot be sampled as the subject is or need a VAE, `UsageError` for a
-    VAE without a checkpoint.
+    Raises `BadInputError` for checkpoints that need a VAE, `UsageError` for a VAE without a checkpoint.
     """
-    subject = comparison.subject
-    spec = spec_of(subject.checkpoint) if subject.checkpoint is not None else stored[subject.path].spec
     samplings: dict[Path, Sampling] = {}
     for item in comparison.items:
         if item.checkpoint is None or item.path in samplings:
             continue
-        own_spec = _followed(spec, item.checkpoint, settings.weak) if spec else spec_of(item.checkpoint)
+        own_spec = specs.specs[item.path]
+        assert own_spec is not None  # of all checkpoints
         decoder = shared.decoders[0] if shared.decoders and not item.checkpoint.config.pixel_space else None
         if decoder is None and not (item.checkpoint.config.pixel_space and _any_latents(comparison)):
             decoder = open_decoder(item.checkpoint, settings.vae, device)
@@ -309,7 +308,7 @@ def _plan_samplings(
         require_images(samplings[item.path])
     if settings.vae is not None and not samplings:
         raise UsageError(f"⟨vae⟩ {settings.vae}: no side is a checkpoint whose latents it could decode")
-    return Inputs(comparison, stored, samplings, spec)
+    return Inputs(comparison, stored, samplings, specs.subject)
 
 
 def _any_latents(comparison: Comparison) -> bool:
@@ -317,14 +316,16 @@ def _any_latents(comparison: Comparison) -> bool:
     return any(item.checkpoint is not None and not item.checkpoint.config.pixel_space for item in comparison.items)
 
 
-def _followed(spec: SampleSpec, checkpoint: Checkpoint, weak: Checkpoint | None) -> SampleSpec:
-    """Return the subject's spec. Raises `BadInputError` where another checkpoint cannot be sampled by it."""
-    try:
-        choose_solver(spec.solver, checkpoint.config.sampler)
-        check_guide(spec.guide, checkpoint, weak)
-        return check_spec(spec, checkpoint.config)
-    except (UsageError, BadInputError) as error:
-        raise BadInputError(f"{checkpoint.path}: cannot be sampled as the other side is: {error.message}") from None
+def _warn_of_guidance(inputs: Inputs, notify: Notify) -> None:
+    """Say where an original's images have another guidance than what is in the weights of its distilled copy."""
+    paths = dict.fromkeys(item.path for item in inputs.comparison.items)
+    for copied, other in permutations(paths, 2):
+        copy, model, spec = inputs.model(copied), inputs.model(other), inputs.spec_of(other)
+        if copy is None or model is None or spec is None or not copy.is_taught_by(model):
+            continue
+        difference = other_guidance(copy, spec) if model.distilled is None else None
+        if difference is not None:
+            notify(f"warning: {other.name} against {copied.name}: {difference}, which scores tell of too")
 
 
 # ------------------------------------------------------------------ sampling and features

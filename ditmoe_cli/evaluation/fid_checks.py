@@ -12,12 +12,14 @@ from ditmoe_cli.diffusion.weak_guidance import parse_guide
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features.extraction import Extraction
 from ditmoe_cli.evaluation.fid_sides import Comparison, Side, check_statistics
+from ditmoe_cli.evaluation.sampled_models import SampledModel, are_copies, have_same_noise, model_of
 from ditmoe_cli.evaluation.samples import Sampling
 from ditmoe_cli.evaluation.scores.extrapolation import sizes_for
 from ditmoe_cli.evaluation.scores.metrics import Request
 from ditmoe_cli.model.dtypes import recorded_dtype
 
 _MUST_AGREE = ("steps", "cfg", "solver", "classes", "interval", "dtype", "guide")
+_MUST_AGREE_OF_COPIES = ("classes", "dtype")  # the others belong to the model where it is distilled
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,22 @@ class Inputs:
         source = self.sides[path].source
         return source if source is not None and source["sampling"] is not None else None
 
+    def model(self, path: Path) -> SampledModel | None:
+        """Return the checkpoint that a side's images come from; None where it is not known."""
+        return model_of(self.samplings[path].checkpoint) if path in self.samplings else self.sides[path].model
+
+    def spec_of(self, path: Path) -> SampleSpec | None:
+        """Return how a side's images are sampled; None where that is not known."""
+        return self.samplings[path].spec if path in self.samplings else self.sides[path].spec
+
+    def are_copies(self, path: Path) -> bool:
+        """Return whether of a side's checkpoint and the subject's one is a distilled copy of the other."""
+        return are_copies(self.model(path), self.model(self.comparison.subject.path))
+
     def original_pairs(self) -> bool:
-        """Return whether the original is sampled as the subject is."""
-        side = self.sides.get(self.comparison.original.path)
-        return self.spec is not None and (side is None or side.spec == self.spec)
+        """Return whether the original's images have the noise and labels of the subject's."""
+        path = self.comparison.original.path
+        return have_same_noise(self.spec, self.spec_of(path), copies=self.are_copies(path))
 
 
 def check_inputs(inputs: Inputs, extraction: Extraction, request: Request, anyway: bool) -> None:
@@ -72,7 +86,8 @@ def check_inputs(inputs: Inputs, extraction: Extraction, request: Request, anywa
         _check_shapes(inputs)
         theirs, ours = inputs.source(reference.path), inputs.source(subject.path)
         if theirs is not None and ours is not None:
-            _check_settings(reference.path, theirs, ours)
+            must_agree = _MUST_AGREE_OF_COPIES if inputs.are_copies(reference.path) else _MUST_AGREE
+            _check_settings(reference.path, theirs, ours, must_agree)
 
 
 def _check_images(
@@ -119,10 +134,12 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _check_settings(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def _check_settings(
+    path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], must_agree: tuple[str, ...]
+) -> None:
     """Raise for a reference of other sampling settings; another seed or number of images is allowed."""
     sides = [{**side["sampling"], "dtype": recorded_dtype(side["sampling"])} for side in (theirs, ours)]
-    pairs = [(name, *(_told(name, side.get(name)) for side in sides)) for name in _MUST_AGREE]
+    pairs = [(name, *(_told(name, side.get(name)) for side in sides)) for name in must_agree]
     there, here = (side["vae"]["digest"] if side.get("vae") else None for side in (theirs, ours))
     pairs.append(("VAE", there, here))
     differing = ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)

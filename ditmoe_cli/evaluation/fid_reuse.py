@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.vae import decoding_digest
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation.features.extractors import EXTRACTORS
 from ditmoe_cli.evaluation.features.inception_weights import checked_weights, will_fetch
-from ditmoe_cli.evaluation.fid import FidSettings, SpecOf, extractor_name
+from ditmoe_cli.evaluation.fid import FidSettings, extractor_name
 from ditmoe_cli.evaluation.fid_score import Score, parse_score
 from ditmoe_cli.evaluation.fid_sides import Comparison, Item
+from ditmoe_cli.evaluation.fid_specs import SpecOf, side_specs
 from ditmoe_cli.evaluation.images import images_digest
 from ditmoe_cli.evaluation.kept_results import keep, read_kept, result_key
 from ditmoe_cli.evaluation.worker import Notify
 from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 _SIDES = ("subject", "reference", "original")
 
@@ -49,7 +52,7 @@ def score_key(comparison: Comparison, spec_of: SpecOf, settings: FidSettings, de
     if settings.vae is not None and vae is None:
         return None
     try:
-        sides = {side: _identity(getattr(comparison, side), spec_of) for side in _SIDES}
+        sides = _identities(comparison, spec_of, settings.weak)
     except (UsageError, BadInputError):  # which the comparison itself reports
         return None
     return result_key(
@@ -68,12 +71,24 @@ def score_key(comparison: Comparison, spec_of: SpecOf, settings: FidSettings, de
     )
 
 
-def _identity(item: Item, spec_of: SpecOf) -> dict[str, Any]:
+def _identities(comparison: Comparison, spec_of: SpecOf, weak: Checkpoint | None) -> dict[str, Any]:
+    """Return what determines each side, as JSON; of distilled checkpoints and their originals how they were sampled."""
+    specs, found = side_specs(comparison, spec_of, weak), dict[str, Any]()
+    for side in _SIDES:
+        item: Item = getattr(comparison, side)
+        spec, model = specs.specs[item.path], specs.models[item.path]
+        if item.checkpoint is not None and not specs.distilled:
+            spec = spec_of(item.checkpoint)
+        found[side] = {**_identity(item, spec), **(model.to_json() if model is not None else {})}
+    return found
+
+
+def _identity(item: Item, spec: SampleSpec | None) -> dict[str, Any]:
     """Return what determines a side, as JSON: contents, and for a checkpoint its card and how it would be sampled."""
-    if item.checkpoint is None:
+    if item.checkpoint is None or spec is None:
         return {"contents": images_digest(item.path)}
-    spec = spec_of(item.checkpoint).to_json()
-    return {"checkpoint": item.checkpoint.fingerprint, "card": asdict(item.checkpoint.card), "spec": spec}
+    card = asdict(item.checkpoint.card)
+    return {"checkpoint": item.checkpoint.fingerprint, "card": card, "spec": spec.to_json()}
 
 
 def kept_score(key: str, comparison: Comparison) -> KeptScore | None:

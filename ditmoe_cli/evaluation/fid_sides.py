@@ -25,6 +25,7 @@ from ditmoe_cli.evaluation.features.extraction import (
 from ditmoe_cli.evaluation.features.extractors import Activations
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable, read_statistics
 from ditmoe_cli.evaluation.images import ImageSet, Kind, images_digest, kind_of, read_images
+from ditmoe_cli.evaluation.sampled_models import SampledModel, are_copies, have_same_noise, model_of, parse_model
 from ditmoe_cli.evaluation.samples import SAMPLES, Sampling, fill, read_origin
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.worker import Notify, Worker
@@ -67,7 +68,7 @@ class Side:
         identity: a checkpoint's fingerprint, or the digest of a file.
         images: its images; None for statistics without any.
         statistics: statistics that its file holds.
-        spec, vae: how its images were sampled; None for images of other programs.
+        spec, vae, model: how its images were sampled, and of which checkpoint; None for images of other programs.
         activations: features of the images, once taken.
     """
 
@@ -78,18 +79,23 @@ class Side:
     statistics: StoredStatistics | None = None
     spec: SampleSpec | None = None
     vae: Mapping[str, Any] | None = None
+    model: SampledModel | None = None
     activations: Activations | None = None
 
     def conditions(self) -> dict[str, Any]:
-        """Return kind, path, identity, sampling and VAE as JSON."""
+        """Return kind, path, identity, sampling, VAE, and how a distilled checkpoint was distilled, as JSON."""
         sampling = {**self.spec.conditions(), "nfe": self.spec.nfe} if self.spec else None
         vae = dict(self.vae) if self.vae else None
-        return {"kind": self.kind, "path": self.path, "identity": self.identity, "sampling": sampling, "vae": vae}
+        named = {"kind": self.kind, "path": self.path, "identity": self.identity}
+        return {**named, "sampling": sampling, "vae": vae, **(self.model.to_json() if self.model else {})}
 
     def paired_with(self, other: Side) -> bool:
-        """Return whether image i of both has the same noise, label, sampling settings and size."""
-        same_sampling = self.spec is not None and self.spec == other.spec
-        return same_sampling and _identity_of_vae(self.vae) == _identity_of_vae(other.vae) and self.shape == other.shape
+        """Return whether image i of both has the same noise, label and size, and only the models differ.
+
+        Steps and guidance belong to the model where one is a distilled copy of the other.
+        """
+        same_noise = have_same_noise(self.spec, other.spec, copies=are_copies(self.model, other.model))
+        return same_noise and _identity_of_vae(self.vae) == _identity_of_vae(other.vae) and self.shape == other.shape
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -127,8 +133,14 @@ def read_side(path: Path, notify: Notify = lambda _: None) -> Side:
     kind = kind_of(path)
     if kind == "statistics":
         images = read_images(path) if _holds_images(path) else None
+        statistics = read_statistics(path)
         return Side(
-            path=str(path), kind=kind, identity=images_digest(path), images=images, statistics=read_statistics(path)
+            path=str(path),
+            kind=kind,
+            identity=images_digest(path),
+            images=images,
+            statistics=statistics,
+            model=_model_of_source(statistics.source, path),
         )
     origin = read_origin(path)
     return Side(
@@ -138,7 +150,18 @@ def read_side(path: Path, notify: Notify = lambda _: None) -> Side:
         images=read_images(path, notify),
         spec=origin.spec if origin else None,
         vae=origin.vae if origin else None,
+        model=origin.model if origin else None,
     )
+
+
+def _model_of_source(source: Mapping[str, Any] | None, path: Path) -> SampledModel | None:
+    """Return the checkpoint that statistics were taken of; None where they do not tell."""
+    if source is None or source.get("kind") != "checkpoint":
+        return None
+    try:
+        return parse_model(str(source["identity"]), source)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInputError(f"{path}: the statistics' metadata is malformed ({error})") from None
 
 
 def _holds_images(path: Path) -> bool:
@@ -186,6 +209,7 @@ def sampled_side(sampling: Sampling, extraction: Extraction, worker: Worker) -> 
         images=images,
         spec=sampling.spec,
         vae=sampling.origin.vae,
+        model=model_of(sampling.checkpoint),
         activations=extract_missing(work, extraction, images.images, path.name, worker),
     )
 

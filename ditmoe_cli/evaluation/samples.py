@@ -33,6 +33,7 @@ from ditmoe_cli.evaluation.image_exports import (
 )
 from ditmoe_cli.evaluation.image_grids import holds_picture, sample_grid, write_png
 from ditmoe_cli.evaluation.images import SAMPLES_SCHEMA, ImageSet, read_images, to_uint8, write_images
+from ditmoe_cli.evaluation.sampled_models import SampledModel, model_of, parse_model
 from ditmoe_cli.evaluation.worker import Notify, Runtime, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
 from ditmoe_cli.files.arrays import read_document, write_arrays
@@ -60,16 +61,22 @@ Batch = NDArray[Any]
 
 @dataclass(frozen=True)
 class SamplesOrigin:
-    """Origin of samples, as their file records it: fingerprint of the checkpoint, spec, card, and the VAE if any."""
+    """Origin of samples, as their file records it: the checkpoint, spec, card, and the VAE if any."""
 
-    checkpoint: str
+    model: SampledModel
     spec: SampleSpec
     card: Card
     vae: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the origin as JSON."""
-        return {**asdict(self), "spec": self.spec.to_json()}
+        """Return the origin as JSON, which tells of a distilled checkpoint how it was distilled."""
+        return {
+            "checkpoint": self.model.fingerprint,
+            "spec": self.spec.to_json(),
+            "card": asdict(self.card),
+            "vae": self.vae,
+            **self.model.to_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Sampling:
     def origin(self) -> SamplesOrigin:
         """Origin that files of these samples record."""
         vae = self.decoder.to_json() if self.decoder is not None else None
-        return SamplesOrigin(self.checkpoint.fingerprint, self.spec, self.checkpoint.card, vae)
+        return SamplesOrigin(model_of(self.checkpoint), self.spec, self.checkpoint.card, vae)
 
     @property
     def key(self) -> str:
@@ -564,6 +571,7 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SamplesOrigin:
         vae = document.get("vae")
         if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):
             raise ValueError(f"solver {spec['solver']}, vae {vae}")
-        return SamplesOrigin(str(document["checkpoint"]), SampleSpec(**spec), parse_card(document["card"]), vae)
+        model = parse_model(str(document["checkpoint"]), document)
+        return SamplesOrigin(model, SampleSpec(**spec), parse_card(document["card"]), vae)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInputError(f"{path}: the samples' metadata is malformed ({error})") from None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_helpers import Outcome, here
 from conftest import make_pico
-from distilling import FOUR, DistilledPair, distilled_pair, moved, save_distilled
+from distilling import FOUR, SMALL, DistilledPair, distilled_pair, moved, save_distilled
 
+from ditmoe_cli.evaluation.images import read_images
+from ditmoe_cli.evaluation.scores.paired_error import paired_error
+from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.routing.profile import read_profile
 
@@ -20,6 +25,12 @@ OTHERS = "warning: few.safetensors: distilled to 4 steps of euler, and sampled b
 @pytest.fixture
 def pair(tmp_path: Path) -> DistilledPair:
     return distilled_pair(tmp_path)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a file of ours says of itself."""
+    document: dict[str, Any] = json.loads(read_safetensors_header(path).metadata["ditmoe"])
+    return document
 
 
 def notes_of(outcome: Outcome, word: str = "distilled to") -> list[str]:
@@ -165,3 +176,157 @@ def test_two_that_are_sampled_otherwise_differ(pair: DistilledPair, tmp_path: Pa
     )
     same = here("inspect", pair.few, few.name, cwd=tmp_path).result
     assert same["same"] and "distilled" not in same["configuration"]
+
+
+# fid
+
+FID = ("--images", 8, "--extractor", "pixels")
+
+
+def conditions(outcome: Outcome, side: str) -> tuple[Any, ...]:
+    sampling = outcome.result["conditions"][side]["sampling"]
+    return tuple(sampling[name] for name in ("solver", "steps", "cfg", "nfe", "images", "seed"))
+
+
+def test_a_copy_is_scored_at_its_own_steps_against_the_original_at_its_own(pair: DistilledPair, tmp_path: Path) -> None:
+    scored = here("fid", pair.few, "--ref", pair.original, *FID, cwd=tmp_path)
+    assert conditions(scored, "subject") == ("euler", 4, 1.0, 4, 8, 0)
+    assert conditions(scored, "reference") == conditions(scored, "original") == ("ab2", 16, 1.5, 32, 8, 0)
+    assert scored.result["paired"]["n"] == 8
+    assert scored.result["conditions"]["subject"]["distilled"]["steps"] == 4
+    assert "distilled" not in scored.result["conditions"]["reference"]
+    assert notes_of(scored) == [f"{TOLD}; sampling so"]
+    text = here("fid", pair.few, "--ref", pair.original, *FID, "--text", cwd=tmp_path).out
+    assert "euler, 4 steps, cfg 1, 4 NFE an image" in text
+    assert "solver of the reference" in text and "ab2, 16 steps, cfg 1.5, 32 NFE an image" in text
+    few, fine = (
+        here("sample", path, "--images", 8, *settings, "-o", name, cwd=tmp_path)
+        for path, name, settings in ((pair.few, "a.safetensors", ()), (pair.original, "b.safetensors", ("--cfg", 1.5)))
+    )
+    a, b = (read_images(Path(each.envelope["samples"])).images for each in (few, fine))
+    assert scored.result["paired"] == asdict(paired_error(a, b, 255))
+
+
+def test_samples_of_a_copy_and_of_the_original_pair(pair: DistilledPair, tmp_path: Path) -> None:
+    here("sample", pair.few, "--images", 8, "-o", "few.samples.safetensors", cwd=tmp_path)
+    fine = here(
+        "sample", pair.original, "--images", 8, "--steps", 64, "--cfg", 1.5, "-o", "fine.safetensors", cwd=tmp_path
+    )
+    assert "distilled" not in read_header(Path(fine.envelope["samples"]))
+    assert read_header(tmp_path / "few.samples.safetensors")["distilled"]["steps"] == 4
+    direct = here("fid", pair.few, "--ref", "fine.safetensors", *FID, cwd=tmp_path)
+    stored = here("fid", "few.samples.safetensors", "--ref", "fine.safetensors", *FID, cwd=tmp_path)
+    assert conditions(direct, "reference") == ("ab2", 64, 1.5, 128, 8, 0)
+    assert direct.result["paired"] == stored.result["paired"] and direct.result["paired"]["n"] == 8
+    assert direct.result["frechet"] == stored.result["frechet"]
+    against = here("fid", "few.samples.safetensors", "--ref", pair.original, *FID, "--seed", 5, cwd=tmp_path)
+    assert conditions(against, "original") == ("ab2", 16, 1.5, 32, 8, 0)
+    assert against.result["paired"]["n"] == 8
+
+
+def test_other_guidance_than_that_in_the_weights_is_warned_of(pair: DistilledPair, tmp_path: Path) -> None:
+    here("sample", pair.original, "--images", 8, "-o", "plain.safetensors", cwd=tmp_path)
+    scored = here("fid", pair.few, "--ref", "plain.safetensors", *FID, cwd=tmp_path)
+    said = "warning: plain.safetensors against few.safetensors: no guidance at sampling, guidance 1.5 in the weights"
+    assert any(said in line for line in scored.notes) and scored.result["paired"]["n"] == 8
+    again = here("fid", pair.few, "--ref", "plain.safetensors", *FID, cwd=tmp_path)
+    assert any(said in line for line in again.notes), "also where the score was kept"
+
+
+@pytest.mark.parametrize(("guide", "by"), [("top1", "top1"), ("ab" * 32, None)])
+def test_guidance_by_a_weaker_model_is_the_originals_too_where_it_can_be(
+    guide: str, by: str | None, tmp_path: Path
+) -> None:
+    distilled = replace(FOUR, guide=guide, guide_scale=0.5, guide_interval=(0.0, 0.9))
+    pair = distilled_pair(tmp_path, distilled)
+    scored = here("fid", pair.few, "--ref", pair.original, *FID, cwd=tmp_path)
+    found = scored.result["conditions"]["reference"]["sampling"].get("guide")
+    expected = {"model": "top1", "scale": 0.5, "interval": [0.0, 0.9]}
+    assert found == (expected if by else None)
+    warned = [line for line in scored.notes if "guidance 0.5 by a weaker copy in the weights" in line]
+    assert len(warned) == (0 if by else 1)
+
+
+def test_what_became_of_a_copy_pairs_with_the_original_and_with_the_copy(pair: DistilledPair, tmp_path: Path) -> None:
+    small = here(
+        "quantize", pair.few, "--bits", 8, "--uniform", "--rounding", "nearest", "-o", "s.safetensors", cwd=tmp_path
+    ).path
+    against = here("fid", small, "--ref", pair.original, *FID, cwd=tmp_path)
+    assert conditions(against, "reference") == ("ab2", 16, 1.5, 32, 8, 0) and against.result["paired"]["n"] == 8
+    copy = here("fid", small, "--ref", pair.few, *FID, cwd=tmp_path)
+    assert conditions(copy, "reference") == conditions(copy, "subject") == ("euler", 4, 1.0, 4, 8, 0)
+    assert copy.result["paired"]["mse"] < against.result["paired"]["mse"]
+
+
+def test_the_original_as_subject_is_guided_as_its_copy_is(pair: DistilledPair, tmp_path: Path) -> None:
+    scored = here("fid", pair.original, "--ref", pair.few, *FID, cwd=tmp_path)
+    assert conditions(scored, "subject") == ("ab2", 16, 1.5, 32, 8, 0)
+    assert conditions(scored, "reference") == ("euler", 4, 1.0, 4, 8, 0) and scored.result["paired"]["n"] == 8
+
+
+def test_several_subjects_are_each_sampled_in_their_own_way(pair: DistilledPair, tmp_path: Path) -> None:
+    small = here(
+        "quantize",
+        pair.original,
+        "--bits",
+        8,
+        "--uniform",
+        "--rounding",
+        "nearest",
+        "-o",
+        "s.safetensors",
+        cwd=tmp_path,
+    ).path
+    scored = here("fid", small, pair.few, "--ref", pair.original, *FID, cwd=tmp_path)
+    sides = [file["conditions"] for file in scored.result["files"]]
+    assert [side["subject"]["sampling"]["nfe"] for side in sides] == [16, 4]
+    assert [side["reference"]["sampling"]["nfe"] for side in sides] == [16, 32]
+    assert all(file["paired"]["n"] == 8 for file in scored.result["files"])
+    text = here("fid", small, pair.few, "--ref", pair.original, *FID, "--text", cwd=tmp_path).out
+    assert "NFE an image" in text
+    alike = here("fid", small, small, "--ref", pair.original, *FID, "--text", cwd=tmp_path).out
+    assert "NFE an image" not in alike
+
+
+def test_strangers_are_not_paired_and_take_anyway(pair: DistilledPair, tmp_path: Path) -> None:
+    """Neither a model of the same shape, nor a narrowed copy that the distilled one was not made from."""
+    stranger = make_pico(sampler="rf", **{**SMALL, "seed": 9}).save(tmp_path / "stranger.safetensors")
+    sibling = here(
+        "prune", pair.original, "--keep", 0.5, "--calibration-images", 4, "-o", "h.safetensors", cwd=tmp_path
+    ).path
+    for other in (stranger, sibling):
+        refused = here("fid", pair.few, "--ref", other, *FID, cwd=tmp_path).error(3)
+        assert "was sampled under other settings (steps 16 there, 4 here" in refused
+        scored = here("fid", pair.few, "--ref", other, *FID, "--anyway", cwd=tmp_path)
+        assert scored.result["paired"] is None
+        assert conditions(scored, "reference") == ("ab2", 16, 1.0, 16, 8, 0)
+
+
+def test_statistics_of_the_original_serve_as_reference(pair: DistilledPair, tmp_path: Path) -> None:
+    here("fid", pair.original, *FID, "--cfg", 1.5, "--save-statistics", "st.safetensors", cwd=tmp_path)
+    scored = here("fid", pair.few, "--ref", "st.safetensors", *FID, cwd=tmp_path)
+    direct = here("fid", pair.few, "--ref", pair.original, *FID, cwd=tmp_path)
+    assert scored.result["frechet"] == pytest.approx(direct.result["frechet"])
+
+
+def test_scores_of_copies_are_kept_by_how_they_were_distilled(pair: DistilledPair, tmp_path: Path) -> None:
+    """The same weights of other words on distilling are sampled otherwise: nothing is taken for the other's."""
+    first = here("fid", pair.few, "--ref", pair.original, *FID, cwd=tmp_path)
+    assert any(
+        "kept from an earlier run" in line
+        for line in here("fid", pair.few, "--ref", pair.original, *FID, cwd=tmp_path).notes
+    )
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = distilled_pair(folder, replace(FOUR, cfg=4.0))
+    second = here("fid", other.few, "--ref", other.original, *FID, cwd=tmp_path)
+    assert conditions(second, "reference")[2] == 4.0
+    assert second.result["paired"]["mse"] != first.result["paired"]["mse"]
+
+
+def test_a_pipe_scores_samples_of_a_copy_against_the_original(pair: DistilledPair, tmp_path: Path) -> None:
+    sampled = here("sample", pair.few, "--images", 8, cwd=tmp_path)
+    envelope = {**sampled.envelope, "original": str(pair.original)}
+    scored = here("fid", *FID, cwd=tmp_path, stdin=json.dumps(envelope))
+    assert conditions(scored, "subject") == ("euler", 4, 1.0, 4, 8, 0)
+    assert conditions(scored, "reference") == ("ab2", 16, 1.5, 32, 8, 0) and scored.result["paired"]["n"] == 8

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from distilling import FOUR, FOUR_DDPM, distilled_pair
 
-from ditmoe_cli.diffusion.few_steps import check_unguided, other_steps, own_sampling, told_steps, usual_sampling
+from ditmoe_cli.diffusion.few_steps import (
+    _ROUTINGS,
+    check_unguided,
+    other_steps,
+    own_sampling,
+    told_steps,
+    usual_sampling,
+)
+from ditmoe_cli.diffusion.weak_guidance import RANKS
 from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.files.provenance import Distilled
 from ditmoe_cli.model.checkpoint import open_checkpoint
@@ -73,3 +81,7 @@ def test_steps_that_cannot_be_are_refused_by_file(changes: dict[str, object], tm
     few = open_checkpoint(distilled_pair(tmp_path, replace(FOUR, **changes)).few)  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match=r"few\.safetensors: its metadata says that it was distilled to"):
         own_sampling(few)
+
+
+def test_routings_are_those_that_guide() -> None:
+    assert set(_ROUTINGS) == set(RANKS)

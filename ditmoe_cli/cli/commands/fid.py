@@ -426,19 +426,22 @@ def sampling_estimates(
     running: Running,
     weak: Checkpoint | None = None,
 ) -> list[Estimate]:
-    """Return what sampling takes at most, each checkpoint once and as the subject is; kept images take nothing.
+    """Return what sampling takes at most, each checkpoint once in a way; kept images take nothing.
 
     `weak` is the checkpoint that guides, if any.
     """
-    found: dict[Path, Estimate] = {}
+    from ditmoe_cli.evaluation.fid_specs import side_specs
+
+    found: dict[tuple[Path, SampleSpec], Estimate] = {}
     for comparison in comparisons:
         if comparison.subject.checkpoint is None:
             continue
-        spec = spec_of(comparison.subject.checkpoint)
-        guiding = Guiding(spec.guide, weak)
+        specs = side_specs(comparison, spec_of, weak).specs
         for item in comparison.items:
-            if item.checkpoint is not None:
-                found[item.path] = sampling_work(item.checkpoint, spec, running.batch, guiding)
+            spec = specs[item.path]
+            if item.checkpoint is not None and spec is not None:
+                work = sampling_work(item.checkpoint, spec, running.batch, Guiding(spec.guide, weak))
+                found[item.path, spec] = work
     return list(found.values())
 
 
@@ -495,7 +498,8 @@ def file_json(comparison: Comparison, result: KeptScore) -> dict[str, Any]:
 def table_rows(results: Sequence[KeptScore], files: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return several scores as one table, a row a file."""
     metric = results[0].score.metric
-    lines = [("bytes", "paired mse", metric, "seconds")]
+    evaluations = [evaluations_of(result.score) for result in results]
+    lines: list[tuple[str, ...]] = [("bytes", "paired mse", metric, "seconds")]
     for result, file in zip(results, files, strict=True):
         paired = result.score.paired
         lines.append(
@@ -506,6 +510,8 @@ def table_rows(results: Sequence[KeptScore], files: Sequence[Mapping[str, Any]])
                 f"{result.seconds:.1f}",
             )
         )
+    if len(set(evaluations)) > 1:
+        lines = [(*line, cell) for line, cell in zip(lines, ("NFE an image", *evaluations), strict=True)]
     names = ["file", *(Path(file["path"]).name for file in files)]
     return list(zip(names, columns(lines), strict=True))
 
@@ -528,11 +534,29 @@ def rows(result: Score) -> list[Row]:
             if (features := result.paired_features)
             else []
         ),
-        *([solver_row(sampling)] if (sampling := result.conditions["subject"]["sampling"]) else []),
+        *sampling_rows(result.conditions),
         ("extractor", extractor),
         ("subject", result.conditions["subject"]["path"]),
         ("reference", result.conditions["reference"]["path"]),
     ]
+
+
+def evaluations_of(result: Score) -> str:
+    """Return the evaluations that an image of the subject took, n/a where that is not known."""
+    sampling = result.conditions["subject"]["sampling"]
+    return str(sampling["nfe"]) if sampling else "n/a"
+
+
+def sampling_rows(conditions: Mapping[str, Any]) -> list[Row]:
+    """Return how the subject was sampled, and the sides that were sampled otherwise."""
+    subject = conditions["subject"]["sampling"]
+    rows: list[Row] = [solver_row(subject)] if subject else []
+    for side in ("reference", "original"):
+        sampling = conditions[side]["sampling"] if conditions[side] else None
+        text = solver_row(sampling)[1] if sampling and subject else None
+        if text is not None and text not in [told for _, told in rows]:
+            rows.append((f"solver of the {side}", text))
+    return rows
 
 
 def interval_row(interval: Interval | None) -> str:
