@@ -44,6 +44,16 @@ def parse_groups(text: str) -> tuple[str, ...]:
     return (*(group for group in GROUPS if words & {"all", group}), *unknown)
 
 
+RateOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--rate",
+        metavar="R",
+        help="Learning rate, relative to the size of weights. [default: 0.01 to heal, 0.003 to distil]",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """What is trained towards what, for how long, and how."""
@@ -92,10 +102,7 @@ class TrainingOptions:
             help="States of a step; computed in parts, to the same result, where memory demands it.",
         ),
     ] = DEFAULT_BATCH
-    rate: Annotated[
-        float | None,
-        typer.Option("--rate", metavar="R", help="Learning rate, relative to the size of weights. [default: 0.01]"),
-    ] = None
+    rate: RateOpt = None
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of noise and orders.")
     ] = 0

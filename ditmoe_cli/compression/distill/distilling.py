@@ -45,6 +45,7 @@ class Distilling(TrainingRequest):
     progressive: bool = False
 
     command: ClassVar[str] = "distill"
+    usual_rate: ClassVar[float] = 0.003
 
     def __post_init__(self) -> None:
         super().__post_init__()

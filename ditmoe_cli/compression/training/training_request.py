@@ -28,7 +28,7 @@ class TrainingRequest:
             rank R.
         codes: of quantised weights: ``fixed``, or ``learn`` for those of integer formats.
         batch: states of a step.
-        rate: learning rate, relative to the size of weights; None for the one that a range test finds.
+        rate: learning rate, relative to the size of weights; None for `usual_rate`.
         seed: of noise and orders.
     """
 
@@ -43,6 +43,7 @@ class TrainingRequest:
 
     command: ClassVar[str] = "train"
     length: ClassVar[str] = "iterations"  # what the setting of `iterations` is called
+    usual_rate: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.iterations is None):

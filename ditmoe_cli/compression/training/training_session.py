@@ -102,7 +102,7 @@ class Session:
     @property
     def base(self) -> Course:
         """The course of a single step, as asked for."""
-        return Course(1, self.asked.batch, self.asked.rate or Course.rate, self.asked.seed)
+        return Course(1, self.asked.batch, self.asked.rate or self.asked.usual_rate, self.asked.seed)
 
     @property
     def elapsed(self) -> float:

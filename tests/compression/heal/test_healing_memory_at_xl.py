@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from real_sizes import of_xl, trained
 
 from ditmoe_cli.compression.heal.healing_memory import block_scope_bytes, model_scope_bytes
-from ditmoe_cli.compression.training.trained_groups import trained_groups, trained_values
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.compression.training.training_memory import TRAINED_BYTES
-from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
 
-
-def of_xl(inner: int, shared: int) -> DiTMoEConfig:
-    """DiT-MoE-XL with experts of some width."""
-    return DiTMoEConfig(
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        out_channels=8,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        num_classes=1000,
-        top_k=2,
-        attention="flash",
-        sampler="rf",
-        blocks=(BlockConfig(8, (inner,) * 8, shared, False),) * 28,
-        null_class=True,
-    )
-
-
-ORIGINAL, HALF = of_xl(4608, 2304), of_xl(2304, 2304)
-
-
-def trained(rank: int | None) -> TrainedSize:
-    shapes = expected_weights(HALF)
-    infos = [TensorInfo(name, "F32", tuple(shape)) for name, shape in shapes.items() if trained_groups(name)]
-    return TrainedSize(sum(trained_values(info, rank) for info in infos))
+ORIGINAL, HALF = of_xl(4608), of_xl(2304)
 
 
 # docs/heal.md shows these
@@ -48,7 +20,7 @@ def trained(rank: int | None) -> TrainedSize:
 def test_memory_at_xl_falls_with_the_rank_and_with_processes(
     rank: int | None, millions: int, alone: float, of_eight: float
 ) -> None:
-    size = trained(rank)
+    size = trained(HALF, rank)
     assert round(size.values / 1e6) == millions
     found = [model_scope_bytes(ORIGINAL, HALF, size, 1, 1.5, processes) / 1e9 for processes in (1, 8)]
     assert found == pytest.approx([alone, of_eight], abs=0.05)
@@ -64,8 +36,11 @@ def test_a_trained_weight_takes_less_of_one_of_several_processes() -> None:
 
 def test_a_block_takes_its_part_of_what_is_trained() -> None:
     whole, low, none = (
-        block_scope_bytes(ORIGINAL, HALF, size, 128, 1.5) for size in (trained(None), trained(8), TrainedSize(0))
+        block_scope_bytes(ORIGINAL, HALF, size, 128, 1.5)
+        for size in (trained(HALF, None), trained(HALF, 8), TrainedSize(0))
     )
     widest = 6 * 1152**2 + 4 * 1152**2 + 8 * 3 * 1152 * 2304 + 3 * 1152 * 2304  # modulation, attention, experts
     assert (whole - none) / widest == pytest.approx(TRAINED_BYTES - 4, rel=0.02)
-    assert (low - none) == pytest.approx((whole - none) * trained(8).values / trained(None).values, rel=0.05)
+    assert (low - none) == pytest.approx(
+        (whole - none) * trained(HALF, 8).values / trained(HALF, None).values, rel=0.05
+    )
