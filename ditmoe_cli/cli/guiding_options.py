@@ -37,10 +37,25 @@ class Guiding:
         """Raise where a checkpoint cannot be guided so, as `check_guide` does."""
         check_guide(self.guide, checkpoint, self.weak)
 
-    def over(self, spec_of: Callable[[Checkpoint], SampleSpec]) -> Callable[[Checkpoint], SampleSpec]:
-        """Return what gives the spec for a checkpoint, with the guide, once that is checked."""
+    def is_in_weights(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a distilled checkpoint has this guidance in its weights."""
+        guide, has = self.guide, checkpoint.distilled
+        if guide is None or has is None:
+            return False
+        return (guide.model, guide.scale, guide.interval) == (has.guide, has.guide_scale, has.guide_interval)
+
+    def over(
+        self, spec_of: Callable[[Checkpoint], SampleSpec], beside_copies: bool = False
+    ) -> Callable[[Checkpoint], SampleSpec]:
+        """Return what gives the spec for a checkpoint, with the guide, once that is checked.
+
+        With `beside_copies`, where originals are scored beside distilled copies, a copy that has the guide in its
+        weights is sampled as it is.
+        """
 
         def guided(checkpoint: Checkpoint) -> SampleSpec:
+            if beside_copies and self.is_in_weights(checkpoint):
+                return spec_of(checkpoint)
             self.check(checkpoint)
             spec = spec_of(checkpoint)
             return replace(spec, guide=self.used) if self.used is not None else spec

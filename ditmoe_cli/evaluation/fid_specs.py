@@ -52,10 +52,10 @@ def side_specs(comparison: Comparison, spec_of: SpecOf, weak: Checkpoint | None 
     scored, subject = comparison.subject, specs.get(comparison.subject.path)
     own = models[scored.path]
     if scored.checkpoint is not None and own is not None:
-        subject = specs[scored.path] = guided_as(spec_of(scored.checkpoint), own, models.values())
+        subject = specs[scored.path] = guided_as(spec_of(scored.checkpoint), own, models.values(), weak)
     for path, checkpoint in items.items():
         if checkpoint is not None and path != scored.path:
-            spec = spec_beside(checkpoint, spec_of, subject, own, models.values())
+            spec = spec_beside(checkpoint, spec_of, subject, own, models.values(), weak)
             specs[path] = _checked(spec, checkpoint, weak) if subject is not None else spec
     return SideSpecs(models, specs, subject)
 

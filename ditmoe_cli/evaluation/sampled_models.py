@@ -74,16 +74,18 @@ def have_same_noise(a: SampleSpec | None, b: SampleSpec | None, *, copies: bool)
     return a == b or (copies and (a.images, a.seed, a.classes) == (b.images, b.seed, b.classes))
 
 
-def guided_as(spec: SampleSpec, model: SampledModel, others: Iterable[SampledModel | None]) -> SampleSpec:
+def guided_as(
+    spec: SampleSpec, model: SampledModel, others: Iterable[SampledModel | None], weak: Checkpoint | None = None
+) -> SampleSpec:
     """Return the spec of an original with the guidance that is in the weights of its distilled copy among `others`.
 
-    Guidance by a weaker checkpoint is left out, which is not at hand.
+    Guidance by a weaker checkpoint is left out, unless that is `weak`: it is not at hand.
     """
     copy = distilled_copy(model, others)
     if copy is None or copy.distilled is None or model.distilled is not None:
         return spec
     distilled = copy.distilled
-    known = distilled.guide in RANKS
+    known = distilled.guide in RANKS or (weak is not None and weak.fingerprint == distilled.guide)
     guide = Guide(str(distilled.guide), distilled.guide_scale, distilled.guide_interval) if known else None
     return replace(spec, cfg=distilled.cfg, interval=ALWAYS, guide=guide)
 
@@ -96,7 +98,7 @@ def distilled_copy(model: SampledModel, others: Iterable[SampledModel | None]) -
 def other_guidance(copy: SampledModel, spec: SampleSpec) -> str | None:
     """Return how an original's guidance differs from that in the weights of its distilled copy; None where it does not.
 
-    It does where samples were made beforehand, and where a weaker checkpoint guided, which is not at hand.
+    It does where samples were made beforehand, and where a weaker checkpoint guided that is not at hand.
     """
     if copy.distilled is None:
         return None
@@ -115,6 +117,7 @@ def spec_beside(
     subject: SampleSpec | None,
     subject_model: SampledModel | None,
     others: Iterable[SampledModel | None],
+    weak: Checkpoint | None = None,
 ) -> SampleSpec:
     """Return how a checkpoint is sampled beside a subject of spec `subject`: so too, if they have the same few steps.
 
@@ -127,4 +130,4 @@ def spec_beside(
     own = spec_of(checkpoint)
     if subject is not None:
         own = replace(own, images=subject.images, seed=subject.seed, classes=subject.classes, dtype=subject.dtype)
-    return guided_as(own, model, others)
+    return guided_as(own, model, others, weak)

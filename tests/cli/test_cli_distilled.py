@@ -247,6 +247,22 @@ def test_guidance_by_a_weaker_model_is_the_originals_too_where_it_can_be(
     assert len(warned) == (0 if by else 1)
 
 
+def test_the_weaker_copy_that_guided_is_given_to_score_a_distilled_one(tmp_path: Path) -> None:
+    weak = make_pico(sampler="rf", **{**SMALL, "seed": 8}).save(tmp_path / "weak.safetensors")
+    guide = open_checkpoint(weak).fingerprint
+    pair = distilled_pair(tmp_path, replace(FOUR, guide=guide, guide_scale=0.5, guide_interval=(0.0, 0.9)))
+    given = ("--guide-with", weak, "--guide-scale", 0.5, "--guide-interval", "0,0.9")
+    for subject, ref, guided in ((pair.few, pair.original, "reference"), (pair.original, pair.few, "subject")):
+        scored = here("fid", subject, "--ref", ref, *FID, *given, cwd=tmp_path)
+        sampled = {side: scored.result["conditions"][side]["sampling"] for side in ("subject", "reference")}
+        assert sampled.pop(guided)["guide"] == {"model": guide, "scale": 0.5, "interval": [0.0, 0.9]}
+        assert [each.get("guide") for each in sampled.values()] == [None]
+        assert scored.result["paired"]["n"] == 8
+        assert not any("in the weights, which" in line for line in scored.notes)
+    other = here("fid", pair.few, "--ref", pair.original, *FID, *given[:3], 0.3, cwd=tmp_path).error(2)
+    assert other.startswith("--guide-scale 0.3: few.safetensors was distilled to 4 steps")
+
+
 def test_what_became_of_a_copy_pairs_with_the_original_and_with_the_copy(pair: DistilledPair, tmp_path: Path) -> None:
     small = here(
         "quantize", pair.few, "--bits", 8, "--uniform", "--rounding", "nearest", "-o", "s.safetensors", cwd=tmp_path

@@ -104,6 +104,19 @@ def test_samples(made: Path, dtype: str, cfg: float) -> None:
         assert int((images[0].int() - images[1].int()).abs().max()) <= 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guide", [("--guide-with", "b.safetensors"), ("--guide-by", "top1")])
+def test_samples_guided_by_a_weaker_model(made: Path, dtype: str, guide: tuple[str, str]) -> None:
+    make_pico(sampler="rf", in_channels=1, hidden=64, seed=1).save(made / "b.safetensors", force=True)
+    images = []
+    for device in ("cpu", TRIED_ON):
+        name, precision = f"g-{device}-{guide[1]}-{dtype}.safetensors", "fp32" if device == "cpu" else dtype
+        words = (*guide, "--guide-scale", 0.5, "--cfg", 1.5, "--dtype", precision, "-o", name, "--force")
+        ran(made, "sample", "a.safetensors", *SMALL, *words, device)
+        images.append(load_file(made / name)["images"])
+    assert norm_of_difference(*images) <= 2 * CLOSE[dtype], "a difference of two predictions rounds more"
+
+
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_profiles(made: Path, dtype: str, offload: bool) -> None:
@@ -188,13 +201,15 @@ def test_benchmarks(made: Path, halved: Path, dtype: str) -> None:
     assert found and "NaN" not in text
 
 
-def test_accelerated_samples(made: Path) -> None:
+@pytest.mark.parametrize("guide", [(), ("--guide-by", "rank2", "--guide-scale", 0.5)])
+def test_accelerated_samples(made: Path, guide: tuple[object, ...]) -> None:
     if TRIED_ON == "cpu":
         pytest.skip("graphs take a GPU")
     images = {}
     for how in ("--no-cuda-graphs", "--cuda-graphs", "--compile"):
-        name = f"fast{how}.safetensors"
-        ran(made, "sample", "a.safetensors", *SMALL, "--cfg", 1.5, "--dtype", "bf16", how, "-o", name, TRIED_ON)
+        name = f"fast{how}{len(guide)}.safetensors"
+        words = (*SMALL, "--cfg", 1.5, *guide, "--dtype", "bf16", how, "-o", name)
+        ran(made, "sample", "a.safetensors", *words, TRIED_ON)
         images[how] = load_file(made / name)["images"]
     assert torch.equal(images["--cuda-graphs"], images["--no-cuda-graphs"])
     assert norm_of_difference(images["--compile"], images["--no-cuda-graphs"]) <= CLOSE["bf16"]

@@ -287,7 +287,7 @@ def run(
         raise UsageError("--max: there is nothing to be near to; give --ref")
     items = Items(overrides.given)
     comparisons = [items.comparison(stage, compared, alone=scoring.statistics is not None) for stage in stages]
-    results = scores(comparisons, guiding.over(sampling.on(running.device)), settings, running, to)
+    results = scores(comparisons, guiding.over(sampling.on(running.device), beside_copies=True), settings, running, to)
     if results is None:
         return  # another rank prints
     path = str(to.output.absolute()) if to.output else ""
