@@ -41,6 +41,4 @@ def test_a_block_takes_its_part_of_what_is_trained() -> None:
     )
     widest = 6 * 1152**2 + 4 * 1152**2 + 8 * 3 * 1152 * 2304 + 3 * 1152 * 2304  # modulation, attention, experts
     assert (whole - none) / widest == pytest.approx(TRAINED_BYTES - 4, rel=0.02)
-    assert (low - none) == pytest.approx(
-        (whole - none) * trained(HALF, 8).values / trained(HALF, None).values, rel=0.05
-    )
+    assert (low - none) == pytest.approx((whole - none) * few.values / every.values, rel=0.05)
