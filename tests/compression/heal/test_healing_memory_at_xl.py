@@ -35,10 +35,8 @@ def test_a_trained_weight_takes_less_of_one_of_several_processes() -> None:
 
 
 def test_a_block_takes_its_part_of_what_is_trained() -> None:
-    whole, low, none = (
-        block_scope_bytes(ORIGINAL, HALF, size, 128, 1.5)
-        for size in (trained(HALF, None), trained(HALF, 8), TrainedSize(0))
-    )
+    every, few = trained(HALF, None), trained(HALF, 8)
+    whole, low, none = (block_scope_bytes(ORIGINAL, HALF, size, 128, 1.5) for size in (every, few, TrainedSize(0)))
     widest = 6 * 1152**2 + 4 * 1152**2 + 8 * 3 * 1152 * 2304 + 3 * 1152 * 2304  # modulation, attention, experts
     assert (whole - none) / widest == pytest.approx(TRAINED_BYTES - 4, rel=0.02)
     assert (low - none) == pytest.approx((whole - none) * few.values / every.values, rel=0.05)
