@@ -3,6 +3,8 @@
 Both models predict from the states z of A's sampling trajectories, so that predictions differ by B's weights alone.
 Final latents and images come from each model's own trajectory, where errors accumulate. Under guidance predictions are
 the guided ones; blocks and routing are compared on both branches.
+
+A distilled checkpoint has steps of its own. Beside a model of other steps, final latents and images alone are compared.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ Array = NDArray[np.float64]
 class CheckpointPair:
     """Checkpoints A and B to compare, the spec that samples both, and the step bins of the results.
 
-    `weak` is the checkpoint that guides both, if any.
+    `weak` is the checkpoint that guides both, if any. `own` is the spec of B where that is another one.
     """
 
     a: Checkpoint
@@ -73,6 +75,12 @@ class CheckpointPair:
     spec: SampleSpec
     bins: int
     weak: Checkpoint | None = None
+    own: SampleSpec | None = None
+
+    @property
+    def sampled(self) -> tuple[tuple[Checkpoint, SampleSpec], tuple[Checkpoint, SampleSpec]]:
+        """A and B, and how each is sampled."""
+        return (self.a, self.spec), (self.b, self.own or self.spec)
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -142,7 +150,7 @@ class Divergence:
     """The results of a comparison.
 
     Attributes:
-        sums: along A's trajectories.
+        sums: along A's trajectories; None where B is sampled by other steps.
         bins: step bins of the results.
         kind: of the prediction, ``"velocity"`` or ``"noise"``.
         latents: (3,) ‖z_B - z_A‖², ‖z_A‖² and number of values, of the final latents of each model's own trajectory.
@@ -153,7 +161,7 @@ class Divergence:
         conditions: both checkpoints and the sampling.
     """
 
-    sums: Sums
+    sums: Sums | None
     bins: int
     kind: str
     latents: Array
@@ -163,23 +171,11 @@ class Divergence:
     note: str | None
     conditions: dict[str, Any]
 
-    @property
-    def relative_error(self) -> float:
-        """Σ‖v_B - v_A‖² / Σ‖v_A‖² over all steps and images."""
-        return float(relative(self.sums.prediction.sum(axis=0)))
-
     def arrays(self) -> dict[str, Array]:
         """Return the numbers by name: NaN where unknown, infinity for an error relative to zero."""
-        binned = self.sums.binned(self.bins)
-        blocks = self.sums.blocks.sum(axis=0)
-        numbers = {
-            "prediction.relative_error": np.asarray(self.relative_error),
-            "prediction.mse": np.asarray(mean_square(self.sums.prediction.sum(axis=0))),
-            "prediction.steps.t": self.sums.times,
-            "prediction.steps.relative_error": relative(self.sums.prediction),
-            "prediction.steps.mse": mean_square(self.sums.prediction),
-            "prediction.bins.relative_error": relative(binned.prediction),
-            "prediction.bins.mse": mean_square(binned.prediction),
+        stepwise = {} if self.sums is None else by_steps(self.sums, self.bins)
+        numbers = {name: values for name, values in stepwise.items() if name.startswith("prediction.")}
+        numbers |= {
             "latents.relative_error": relative(self.latents),
             "latents.mse": mean_square(self.latents),
             "latents.low": np.asarray(self.error.low if self.error else np.nan),
@@ -187,21 +183,18 @@ class Divergence:
             "quick.frechet": np.asarray(self.quick.estimate if self.quick else np.nan),
             "quick.low": np.asarray(self.quick.low if self.quick else np.nan),
             "quick.high": np.asarray(self.quick.high if self.quick else np.nan),
-            "depth.added": added(blocks),
-            "depth.cumulative": cumulative(blocks),
-            "depth.bins.added": added(binned.blocks),
-            "depth.bins.cumulative": cumulative(binned.blocks),
-            "routing.overlap": np.asarray(overlap(blocks.sum(axis=0))),
-            "routing.blocks.overlap": overlap(blocks),
-            "routing.bins.overlap": overlap(binned.blocks),
         }
+        numbers |= stepwise
         if self.images is not None:
             values = {name: np.nan if value is None else value for name, value in self.images.to_json().items()}
             numbers |= {f"images.{name}": np.asarray(value) for name, value in values.items()}
         return {name: np.asarray(value, dtype=np.float64) for name, value in numbers.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers nested by their names, null where unknown or infinite, with note and conditions."""
+        """Return the numbers nested by their names, null where unknown or infinite, with note and conditions.
+
+        Prediction, depth and routing are null where steps differ.
+        """
         document: dict[str, Any] = {"conditions": self.conditions, "images": None}
         for name, values in self.arrays().items():
             if name.startswith(("images.", "quick.")):
@@ -211,8 +204,11 @@ class Divergence:
             for group in groups:
                 place = place.setdefault(group, {})
             place[leaf] = finite_json(values.tolist())
-        document["prediction"]["kind"] = self.kind
-        document["routing"]["note"] = self.note
+        if self.sums is None:
+            document |= {"prediction": None, "depth": None, "routing": None}
+        else:
+            document["prediction"]["kind"] = self.kind
+            document["routing"]["note"] = self.note
         document["quick"] = asdict(self.quick) if self.quick else None
         return {**document, "images": self.images.to_json() if self.images else None}
 
@@ -237,6 +233,30 @@ class KeptComparison:
 
     result: Mapping[str, Any]
     seconds: float
+
+
+def by_steps(sums: Sums, bins: int) -> dict[str, Array]:
+    """Return errors of predictions, of blocks and of routing by name: over all, by step, by bin and by block.
+
+    The relative error of the prediction is Σ‖v_B - v_A‖² / Σ‖v_A‖² over all steps and images.
+    """
+    binned, blocks = sums.binned(bins), sums.blocks.sum(axis=0)
+    return {
+        "prediction.relative_error": relative(sums.prediction.sum(axis=0)),
+        "prediction.mse": np.asarray(mean_square(sums.prediction.sum(axis=0))),
+        "prediction.steps.t": sums.times,
+        "prediction.steps.relative_error": relative(sums.prediction),
+        "prediction.steps.mse": mean_square(sums.prediction),
+        "prediction.bins.relative_error": relative(binned.prediction),
+        "prediction.bins.mse": mean_square(binned.prediction),
+        "depth.added": added(blocks),
+        "depth.cumulative": cumulative(blocks),
+        "depth.bins.added": added(binned.blocks),
+        "depth.bins.cumulative": cumulative(binned.blocks),
+        "routing.overlap": np.asarray(overlap(blocks.sum(axis=0))),
+        "routing.blocks.overlap": overlap(blocks),
+        "routing.bins.overlap": overlap(binned.blocks),
+    }
 
 
 def relative(sums: Array) -> Array:
@@ -318,23 +338,10 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     Raises `BadInputError` where the checkpoints differ in architecture, a model gives NaN, or a grid of latents is
     asked for, and `UsageError` for more bins than steps.
     """
-    import torch
-
-    from ditmoe_cli.model.loading import build_model
-
     check_pair(pair, outputs)
-    a, b, spec = pair.a, pair.b, pair.spec
-    device = torch.device(runtime.device)
-    rows = matching_rows(a, b)
-    dtype = torch_dtype_of(spec.dtype)
-    model_a, model_b = (build_model(each, device, dtype).prepack() for each in (a, b))
-    models = ModelPair(model_a, model_b, pair.paths, rows, _weak_models(pair, (model_a, model_b)))
-    with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
-        parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
-    sums = parts[0].sums
-    for part in parts[1:]:
-        sums += part.sums
-    final_a, final_b = (np.concatenate(finals) for finals in zip(*(part.finals for part in parts), strict=True))
+    a, spec = pair.a, pair.spec
+    rows = matching_rows(a, pair.b) if pair.own is None else ()
+    sums, (final_a, final_b) = _followed(pair, rows, runtime) if pair.own is None else (None, _sampled(pair, runtime))
     images = [_images(final) for final in (final_a, final_b)] if a.config.pixel_space else None
     features_a, features_b = (_features(a, final) for final in (images or (final_a, final_b)))
     with phase("comparing features"):
@@ -353,6 +360,46 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     grid = pair_grid(images[0], images[1], spec.labels(range(spec.images))) if images and outputs.grid else None
     _write(result, grid, outputs, pair.inputs)
     return result
+
+
+def _followed(
+    pair: CheckpointPair, rows: tuple[RowMap, ...], runtime: Runtime
+) -> tuple[Sums, Sequence[NDArray[np.float32]]]:
+    """Return the sums along A's trajectories, and the final latents (N, C, S, S) of A and of B."""
+    import torch
+
+    from ditmoe_cli.model.loading import build_model
+
+    a, b, spec = pair.a, pair.b, pair.spec
+    device, dtype = torch.device(runtime.device), torch_dtype_of(spec.dtype)
+    model_a, model_b = (build_model(each, device, dtype).prepack() for each in (a, b))
+    models = ModelPair(model_a, model_b, pair.paths, rows, _weak_models(pair, (model_a, model_b)))
+    with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
+        parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
+    sums = parts[0].sums
+    for part in parts[1:]:
+        sums += part.sums
+    return sums, [np.concatenate(finals) for finals in zip(*(part.finals for part in parts), strict=True)]
+
+
+def _sampled(pair: CheckpointPair, runtime: Runtime) -> Sequence[NDArray[np.float32]]:
+    """Return the final latents (N, C, S, S) of A and of B, each sampled in its own way, one after the other."""
+    from ditmoe_cli.evaluation.samples import Sampling, load_models
+
+    finals = []
+    for checkpoint, spec in pair.sampled:
+        models = load_models(Sampling(checkpoint, spec, weak=pair.weak), runtime)
+        parts = []
+        with phase(f"sampling {checkpoint.name}", spec.images, "images") as progress:
+            for indices in batches(spec.images, runtime.batch):
+                try:
+                    final = sample_batch(models.model, spec, indices, weak=models.weak)
+                except BadInputError as error:
+                    raise BadInputError(f"{checkpoint.path}: {error}") from None
+                parts.append(final.cpu().numpy())
+                progress(len(indices))
+        finals.append(np.concatenate(parts))
+    return finals
 
 
 def _weak_models(pair: CheckpointPair, models: tuple[DiTMoE, DiTMoE]) -> tuple[Denoiser, Denoiser] | None:
@@ -376,10 +423,11 @@ def check_pair(pair: CheckpointPair, outputs: Outputs) -> None:
     """Raise where a comparison cannot be made, or its outputs cannot be written; see `compare_checkpoints`."""
     a, spec = pair.a, pair.spec
     require_same_architecture(a, pair.b)
-    check_followable(spec)
-    for each in (a, pair.b):
-        check_guide(spec.guide, each, pair.weak)
-    choose_bins(pair.bins, spec.steps)
+    if pair.own is None:
+        check_followable(spec)
+        choose_bins(pair.bins, spec.steps)
+    for each, sampling in pair.sampled:
+        check_guide(sampling.guide, each, pair.weak)
     _check_memory(pair)
     if outputs.grid is not None and not a.config.pixel_space:
         raise BadInputError(
@@ -436,11 +484,13 @@ def keep_comparison(key: str, kept: KeptComparison, outputs: Outputs, notify: No
 
 
 def _conditions(pair: CheckpointPair) -> dict[str, Any]:
+    own = {} if pair.own is None else {"sampling_b": {**pair.own.conditions(), "nfe": pair.own.nfe}}
     return {
         "a": {"path": str(pair.a.path), "identity": pair.a.fingerprint},
         "b": {"path": str(pair.b.path), "identity": pair.b.fingerprint},
         "sampling": {**pair.spec.conditions(), "nfe": pair.spec.nfe},
-        "bins": pair.bins,
+        **own,
+        "bins": pair.bins if pair.own is None else None,
         "grey_levels": pair.a.card.grey_levels,
     }
 

@@ -12,7 +12,6 @@ from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.json_text import parse_json
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
-DISTILLING = "distill"  # the command whose output has few steps of its own
 _MOST_DIGITS = 6  # of an expert's number
 STAGE_SCHEMA = "ditmoe.stage/1"
 
@@ -58,6 +57,11 @@ class Step:
     def with_measured(self, measured: Mapping[str, Sequence[str]]) -> Step:
         """Return the step with other errors."""
         return replace(self, measured=measured)
+
+    @property
+    def distils(self) -> bool:
+        """Whether its output has few steps of its own: that of ``distill``, and of ``compress`` with steps."""
+        return self.command == "distill" or (self.command == "compress" and "steps" in self.options)
 
     def to_json(self) -> dict[str, Any]:
         """Return the step as JSON, fields at their defaults left out."""
@@ -183,8 +187,7 @@ class Provenance:
     @property
     def _distilling(self) -> int | None:
         """The place in the history of the last distilling; None where none is recorded."""
-        places = (place for place, step in enumerate(self.history) if step.command == DISTILLING)
-        return max(places, default=None)
+        return max((place for place, step in enumerate(self.history) if step.distils), default=None)
 
     @property
     def teachers(self) -> tuple[str, ...]:

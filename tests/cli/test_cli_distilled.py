@@ -346,3 +346,61 @@ def test_a_pipe_scores_samples_of_a_copy_against_the_original(pair: DistilledPai
     scored = here("fid", *FID, cwd=tmp_path, stdin=json.dumps(envelope))
     assert conditions(scored, "subject") == ("euler", 4, 1.0, 4, 8, 0)
     assert conditions(scored, "reference") == ("ab2", 16, 1.5, 32, 8, 0) and scored.result["paired"]["n"] == 8
+
+
+# compare
+
+COMPARE = ("--images", 4)
+
+
+def test_images_alone_are_compared_where_steps_differ(pair: DistilledPair, tmp_path: Path) -> None:
+    found = here("compare", pair.original, pair.few, *COMPARE, "-o", "c.safetensors", "--grid", "g.png", cwd=tmp_path)
+    result = found.result
+    a, b = result["conditions"]["sampling"], result["conditions"]["sampling_b"]
+    assert [(each["solver"], each["steps"], each["cfg"], each["nfe"]) for each in (a, b)] == [
+        ("ab2", 16, 1.5, 32),
+        ("euler", 4, 1.0, 4),
+    ]
+    assert result["prediction"] is result["depth"] is result["routing"] is None
+    scored = here("fid", pair.few, "--ref", pair.original, *COMPARE, "--extractor", "pixels", cwd=tmp_path).result
+    assert result["images"]["mse"] == scored["paired"]["mse"] and result["images"]["n"] == 4
+    assert result["quick"]["estimate"] == pytest.approx(scored["frechet"])
+    assert any("images alone are compared; ditmoe inspect --values compares their weights" in n for n in found.notes)
+    assert not any("prediction" in name for name in read_safetensors_header(tmp_path / "c.safetensors").tensors)
+    kept = here("compare", pair.original, pair.few, *COMPARE, cwd=tmp_path)
+    assert any("kept from an earlier run" in line for line in kept.notes) and kept.result == result
+    text = here("compare", pair.few, pair.original, *COMPARE, "--text", cwd=tmp_path).out
+    assert "solver of A" in text and "euler, 4 steps, cfg 1, 4 NFE an image" in text
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-error", 0.1), ("--bins", 2)])
+def test_what_is_measured_by_steps_is_refused_where_these_differ(
+    option: str, value: float, pair: DistilledPair, tmp_path: Path
+) -> None:
+    said = here("compare", pair.original, pair.few, *COMPARE, option, value, cwd=tmp_path).error(2)
+    assert said.startswith(
+        f"{option} has no effect where original.safetensors and few.safetensors are sampled by other"
+    )
+
+
+def test_copies_of_the_same_steps_are_compared_step_by_step(pair: DistilledPair, tmp_path: Path) -> None:
+    small = here(
+        "quantize", pair.few, "--bits", 8, "--uniform", "--rounding", "nearest", "-o", "s.safetensors", cwd=tmp_path
+    ).path
+    found = here("compare", pair.few, small, *COMPARE, cwd=tmp_path).result
+    assert found["conditions"]["sampling"]["nfe"] == found["conditions"]["bins"] == 4
+    assert "sampling_b" not in found["conditions"] and found["prediction"]["relative_error"] > 0
+    same = here("compare", pair.few, pair.few, *COMPARE, cwd=tmp_path).result
+    assert same["prediction"]["relative_error"] == 0
+
+
+def test_steps_that_are_named_hold_for_both(tmp_path: Path) -> None:
+    """Without guidance in the weights, the same steps of both are followed one by one, with the warning of all such."""
+    pair = distilled_pair(tmp_path, replace(FOUR, cfg=1.0))
+    options = ("--steps", 6, "--solver", "euler")
+    found = here("compare", pair.original, pair.few, *COMPARE, *options, cwd=tmp_path)
+    assert found.result["prediction"] is not None and len(notes_of(found)) == 1
+    several = here("compare", pair.original, pair.few, pair.original, *COMPARE, cwd=tmp_path).result["files"]
+    assert several[0]["prediction"] is None and several[1]["prediction"]["relative_error"] == 0
+    text = here("compare", pair.original, pair.few, pair.original, *COMPARE, "--text", cwd=tmp_path).out
+    assert "n/a" in text

@@ -104,7 +104,7 @@ def test_ghosting_nobody_and_ghosting_the_unused_change_nothing(tmp_path: Path) 
     mapped = pixels(expert_of=((0, 1, 2, 3),) * 3)
     plain = replace(pixels(), state={n: t for n, t in mapped.state.items() if "expert_of" not in n})
     results = compared(plain, mapped, tmp_path)
-    assert results.relative_error == 0
+    assert results.arrays()["prediction.relative_error"] == 0
     assert results.to_json()["routing"]["overlap"] == 1
 
 
@@ -158,7 +158,7 @@ def test_the_learned_variance_is_no_part_of_the_prediction(solver: str, blind: b
     weight[1::2] *= 3  # rows are (patch, patch, channel), channels being noise and variance
     b = a.with_state(final_layer__linear__weight=weight)
     results = compared(a, b, tmp_path, replace(spec_for(a), solver=solver))  # type: ignore[arg-type]
-    assert results.relative_error == 0
+    assert results.arrays()["prediction.relative_error"] == 0
     assert (results.arrays()["latents.mse"] == 0) == blind
 
 
@@ -167,7 +167,8 @@ def test_under_guidance_the_fourth_channel_of_noise_is_the_conditional_one(tmp_p
     table = a.state["y_embedder.embedding_table.weight"].clone()
     table[-1] += 1  # the null class
     b = a.with_state(y_embedder__embedding_table__weight=table)
-    assert compared(a, b, tmp_path, spec_for(a, 1.0)).relative_error == 0, "never asked for"
+    unguided = compared(a, b, tmp_path, spec_for(a, 1.0)).arrays()
+    assert unguided["prediction.relative_error"] == 0, "never asked for"
     results = compared(a, b, tmp_path, spec_for(a, 3.0))
     assert results.relative_error > 0
     assert results.images is None and results.to_json()["images"] is None

@@ -80,6 +80,8 @@ TEACHERS = {"solver": "euler", "steps": 20}
         ([("prune", TEACHERS), ("distill", OWN)], OWN),
         ([("distill", OWN), ("distill", None)], None),
         ([("prune", TEACHERS), ("distill", None), ("quantize", {**TEACHERS, "cfg": 1.0})], {**TEACHERS, "cfg": 1.0}),
+        ([("compress", TEACHERS)], None),
+        ([("compress", TEACHERS), ("quantize", {**OWN, "seed": 5})], {**OWN, "seed": 5}),
         ([("prune", TEACHERS)], None),
         ([("prune", OWN)], OWN),
     ],
@@ -87,7 +89,7 @@ TEACHERS = {"solver": "euler", "steps": 20}
 def test_of_a_distilled_checkpoint_no_calibration_from_before_counts(
     commands: list[tuple[str, dict[str, Any] | None]], calibration: dict[str, Any] | None
 ) -> None:
-    history = tuple(Step(name, name, "", calibration=settings) for name, settings in commands)
+    history = tuple(Step(name, name, "", {"steps": 4}, calibration=settings) for name, settings in commands)
     assert Provenance({}, history, distilled=Distilled("euler", 4)).calibration == calibration
 
 
@@ -101,6 +103,10 @@ def test_the_teachers_of_a_distilled_checkpoint_are_all_up_to_the_last_distillin
     assert Provenance({}, history, distilled=Distilled("euler", 4)).teachers == ("a", "b", "c", "x")
     assert Provenance({}, history[:2], distilled=Distilled("euler", 4)).teachers == ("a", "b")
     assert Provenance({}, history).teachers == ()
+    compressed = (Step("compress", "a", "", {"steps": 4}), Step("quantize", "b", ""))
+    assert Provenance({}, compressed, distilled=Distilled("euler", 4)).teachers == ("a",)
+    plain = (Step("compress", "a", "", {"heal": True}),)
+    assert Provenance({}, plain, distilled=Distilled("euler", 4)).teachers == ()
     assert Provenance({}, history[:1], distilled=Distilled("euler", 4)).teachers == ()
 
 

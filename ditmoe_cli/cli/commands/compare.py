@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from ditmoe_cli.cli.foretelling import foretell
-from ditmoe_cli.cli.groups import ending
+from ditmoe_cli.cli.groups import ending, refuse_idle
 from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
-from ditmoe_cli.diffusion.sampling import choose_bins
+from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.files.arrays import disk_bytes
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
@@ -162,18 +163,16 @@ def run(
 
     Samples both with the same seeds and labels, and prints the error of the prediction by step along A's trajectory,
     the errors of the final latents and images, the overlap of routing, and the error that each block adds. An unchanged
-    model scores exactly 0.
+    model scores exactly 0. Where one of both was distilled to other steps, final latents and images alone are compared,
+    each at its own steps.
     """
     stages = pair.stages()
     if len(stages) > 1 and to.path:
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
     guiding = weaker.opened(pair.given)
-    spec = guiding.over(sampling.on(running.device))(a)
-    bins = choose_bins(comparing.bins, spec.steps)
-    from ditmoe_cli.evaluation.compare import CheckpointPair
-
-    pairs = [CheckpointPair(a, open_stage(stage), spec, bins, guiding.weak) for stage in stages]
+    spec_of = guiding.over(sampling.on(running.device))
+    pairs = [pair_of(a, open_stage(stage), spec_of, guiding, comparing) for stage in stages]
     results = compared(pairs, running, to.outputs)
     if len(results) == 1:
         emit(printing, stages[0].done("compare", {}).to_json(results[0].result), rows(results[0].result), to.path)
@@ -182,6 +181,27 @@ def run(
         several = replace(stages[0], checkpoint=None)
         emit(printing, several.done("compare", {}).to_json({"files": files}), table_rows(files), to.path)
     check_limit(comparing.max_error, [result.result for result in results])
+
+
+def pair_of(
+    a: Checkpoint, b: Checkpoint, spec_of: Callable[[Checkpoint], SampleSpec], guiding: Guiding, comparing: Comparing
+) -> CheckpointPair:
+    """Return A and B with how they are sampled: both as A, or each in its own way where few steps are one's own.
+
+    Raises `UsageError` for what is measured step by step, where steps differ.
+    """
+    from ditmoe_cli.evaluation.compare import CheckpointPair
+    from ditmoe_cli.evaluation.sampled_models import guided_as, model_of, spec_beside
+
+    models = model_of(a), model_of(b)
+    spec = guided_as(spec_of(a), models[0], models)
+    own = spec_beside(b, spec_of, spec, models[0], models)
+    if own == spec:
+        return CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps), guiding.weak)
+    apart = f"{a.name} and {b.name} are sampled by other steps, so that images alone are compared"
+    refuse_idle(comparing, f"where {apart}", "bins", "max_error")
+    note(f"{apart}; ditmoe inspect --values compares their weights")
+    return CheckpointPair(a, b, spec, choose_bins(None, spec.steps), guiding.weak, own)
 
 
 def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs) -> list[KeptComparison]:
@@ -212,9 +232,9 @@ def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs
         note(f"{which} kept from an earlier run; --force measures anew")
     runtime = running.runtime if todo else None
     estimates = [
-        sampling_work(each, pair.spec, running.batch, Guiding(pair.spec.guide, pair.weak))
+        sampling_work(each, spec, running.batch, Guiding(spec.guide, pair.weak))
         for pair in (pairs[index] for index in todo)
-        for each in (pair.a, pair.b)
+        for each, spec in pair.sampled
     ]
     if runtime is not None:
         foretell(estimates, lambda: runtime.device)
@@ -256,7 +276,7 @@ def table_rows(files: Sequence[Mapping[str, Any]]) -> list[Row]:
         lines.append(
             (
                 human_bytes(file["bytes"]),
-                number(file["prediction"]["relative_error"]),
+                number(file["prediction"]["relative_error"] if file["prediction"] else None),
                 number(images["mse"]) if images else "n/a",
                 number(quick["estimate"]) if quick else "n/a",
                 f"{file['seconds']:.1f}",
@@ -266,7 +286,9 @@ def table_rows(files: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def rows(result: Mapping[str, Any]) -> list[Row]:
-    """Return the comparison as a table."""
+    """Return the comparison as a table; without steps in common, images and solvers alone."""
+    if result["prediction"] is None:
+        return images_rows(result)
     prediction, latents, depth, routing = (result[name] for name in ("prediction", "latents", "depth", "routing"))
     kind = prediction["kind"]
     blocks = zip(depth["added"], depth["cumulative"], routing["blocks"]["overlap"], strict=True)
@@ -284,6 +306,20 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
         solver_row(result["conditions"]["sampling"]),
         ("A", result["conditions"]["a"]["path"]),
         ("B", result["conditions"]["b"]["path"]),
+    ]
+
+
+def images_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Return the comparison of images that were sampled by different steps as a table."""
+    latents, conditions = result["latents"], result["conditions"]
+    return [
+        ("quick score", quick_row(result["quick"])),
+        ("final latents", f"relative {number(latents['relative_error'])}, mse {number(latents['mse'])}"),
+        *([("final images", images_row(result["images"]))] if result["images"] else []),
+        ("solver of A", solver_row(conditions["sampling"])[1]),
+        ("solver of B", solver_row(conditions["sampling_b"])[1]),
+        ("A", conditions["a"]["path"]),
+        ("B", conditions["b"]["path"]),
     ]
 
 
