@@ -54,7 +54,7 @@ def told_steps(distilled: Distilled) -> str:
     """Return how a checkpoint was distilled in words, as ``4 steps of euler, with guidance 1.5 in its weights``."""
     guided = distilled.cfg != 1.0 or distilled.guide is not None
     said = f"with {told_guidance(distilled)} in its weights" if guided else "without guidance"
-    return f"{_steps(distilled.steps, distilled.solver)}, {said}"
+    return f"{told_sampling(distilled.solver, distilled.steps)}, {said}"
 
 
 def told_guidance(distilled: Distilled) -> str:
@@ -82,13 +82,14 @@ def other_steps(checkpoint: Checkpoint, solver: Solver, steps: int) -> str | Non
     own = own_sampling(checkpoint)
     if own is None or own == (solver, steps):
         return None
+    by = told_sampling(solver, steps)
     return (
-        f"warning: {checkpoint.name}: distilled to {_steps(own[1], own[0])}, and sampled by {_steps(steps, solver)}: "
-        "its weights are right at its own times only, and images get worse than the original's; distill again for "
-        "these steps"
+        f"warning: {checkpoint.name}: distilled to {told_sampling(*own)}, and sampled by {by}: its weights are right "
+        "at its own times only, and images get worse than the original's; distill again for these steps"
     )
 
 
-def _steps(count: int, solver: str) -> str:
+def told_sampling(solver: str, count: int) -> str:
+    """Return steps in words, as ``4 steps of euler``."""
     name = next((info.name for key, info in SOLVERS.items() if key == solver), solver)
     return f"{count} step{'' if count == 1 else 's'} of {name}"

@@ -16,14 +16,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import log
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ditmoe_cli.diffusion.few_steps import check_unguided, usual_sampling
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.schedule import check_guidance
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.schedule import SOLVERS, check_guidance
 from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide, check_guide
 from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.errors import UsageError
@@ -38,6 +41,7 @@ from ditmoe_cli.evaluation.memory_use import (
     private_bytes,
     tensor_bytes,
 )
+from ditmoe_cli.evaluation.sampled_models import guided_as, model_of
 from ditmoe_cli.evaluation.step_parts import (
     Clock,
     Stopwatch,
@@ -142,9 +146,11 @@ class Bench:
 
     `threads` is the number that the seconds hold for; `difference` is None in fp32. `kept` are the bytes of unpacked
     weights that steps left in memory for the next, beside what is needed; `weak` those of the weaker model's weights.
+    `spec` says how an image is sampled.
     """
 
     load: Load
+    spec: SampleSpec
     time: float
     footprint: Footprint
     memory: Memory
@@ -159,6 +165,12 @@ class Bench:
     def seconds(self) -> tuple[float, ...]:
         """The seconds of each pass with that number of threads, in the order of rounds."""
         return self.timed[self.threads]
+
+    @property
+    def image_seconds(self) -> float:
+        """Seconds that the evaluations of an image take in such batches, by the fastest pass."""
+        in_a_pass = self.spec.guidance.evaluations(self.time)
+        return min(self.seconds) / self.load.batch * self.spec.nfe / in_a_pass
 
     @property
     def rate(self) -> float:
@@ -204,6 +216,12 @@ class Bench:
             "median_seconds": statistics.median(self.seconds),
             "seconds_by_threads": {str(count): min(seconds) for count, seconds in self.timed.items()},
             "images_per_second": self.load.batch / least,
+            "image": {
+                "solver": SOLVERS[self.spec.solver].name,
+                "steps": self.spec.steps,
+                "nfe": self.spec.nfe,
+                "seconds": self.image_seconds,
+            },
             "flops": self.speed.flops,
             "flops_per_second": self.rate,
             "peak_flops_per_second": self.speed.peak.flops,
@@ -268,6 +286,25 @@ def check_load(load: Load, config: DiTMoEConfig) -> Load:
     return load
 
 
+def image_specs(checkpoints: Sequence[Checkpoint], load: Load) -> dict[Path, SampleSpec]:
+    """Return by path how each checkpoint is sampled: as usual, with the guidance of `load`; a distilled one by its own.
+
+    An original beside a distilled copy of it has the guidance that is in the copy's weights. Raises `UsageError` for
+    guidance of a distilled checkpoint.
+    """
+    specs: dict[Path, SampleSpec] = {}
+    for checkpoint in checkpoints:
+        check_unguided(checkpoint, load.cfg)
+        solver, steps = usual_sampling(checkpoint)
+        specs[checkpoint.path] = SampleSpec(
+            load.batch, steps, load.cfg, load.seed, solver, (0,), dtype=load.dtype, guide=load.guide
+        )
+    if any(checkpoint.distilled is not None for checkpoint in checkpoints):
+        models = {checkpoint.path: model_of(checkpoint) for checkpoint in checkpoints}
+        return {path: guided_as(spec, models[path], models.values()) for path, spec in specs.items()}
+    return specs
+
+
 def fit_together(checkpoints: Sequence[Checkpoint], load: Load, weak: Checkpoint | None = None) -> bool:
     """Return whether the models of all checkpoints have room in memory at once, with the largest one's activations.
 
@@ -291,27 +328,40 @@ def bench(
     Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded, or be
     guided so.
     """
+    specs = image_specs(checkpoints, load)
     for checkpoint in checkpoints:
         check_load(load, checkpoint.config)
-        check_guide(load.guide, checkpoint, weak)
-    together = len(checkpoints) == 1 or fit_together(checkpoints, load, weak)
+        check_guide(specs[checkpoint.path].guide, checkpoint, weak)
+    most = replace(load, cfg=max(spec.cfg for spec in specs.values()))
+    together = len(checkpoints) == 1 or fit_together(checkpoints, most, weak)
+    passes = sum(guided_load(load, specs[checkpoint.path]).passes for checkpoint in checkpoints)
     named = checkpoints[0].name if len(checkpoints) == 1 else f"{len(checkpoints)} checkpoints"
     results: list[Bench] = []
-    with phase(f"measuring {named}", len(checkpoints) * load.passes, "passes") as progress:
+    with phase(f"measuring {named}", passes, "passes") as progress:
         for group in [checkpoints] if together else [[checkpoint] for checkpoint in checkpoints]:
             counts = (results[0].threads,) if results else load.counts
-            work = _Work(replace(load, threads=counts), weak, progress)
+            work = _Work(replace(load, threads=counts), weak, progress, specs)
             results += _taking_turns(work, group, clock or load.clock)
-    return Benches(tuple(replace(result, load=load) for result in results), together)
+    return Benches(tuple(replace(each, load=replace(each.load, threads=load.threads)) for each in results), together)
+
+
+def guided_load(load: Load, spec: SampleSpec) -> Load:
+    """Return the work to time with the guidance of a spec."""
+    return replace(load, cfg=spec.cfg, guide=spec.guide)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is measured, the checkpoint that guides, if any, and the phase that counts passes."""
+    """What is measured, the checkpoint that guides, if any, the phase that counts passes, and specs by path."""
 
     load: Load
     weak: Checkpoint | None
     progress: Phase
+    specs: Mapping[Path, SampleSpec]
+
+    def of(self, checkpoint: Checkpoint) -> _Work:
+        """Return the work with the guidance of a checkpoint."""
+        return replace(self, load=guided_load(self.load, self.specs[checkpoint.path]))
 
     @property
     def device(self) -> torch.device:
@@ -363,22 +413,24 @@ def _taking_turns(work: _Work, checkpoints: Sequence[Checkpoint], clock: Clock) 
     """Return the results of checkpoints that are in memory at once."""
     load, device, progress = work.load, work.device, work.progress
     watch = stopwatch(device, clock)
-    references = [_reference(checkpoint, work) for checkpoint in checkpoints]
+    references = [_reference(checkpoint, work.of(checkpoint)) for checkpoint in checkpoints]
     with using_threads(load.counts[0]):
-        loaded = [_load(checkpoint, work) for checkpoint in checkpoints]
+        loaded = [_load(checkpoint, work.of(checkpoint)) for checkpoint in checkpoints]
     timed = _timed_rounds(loaded, load, partial(_seconds, clock, watch), progress)
     threads = best_count(timed)
     with using_threads(threads):
         peak = peak_rate(str(device), load.dtype, threads, clock)
         results = []
         for index, (each, reference) in enumerate(zip(loaded, references, strict=True)):
+            own = work.of(checkpoints[index]).load
             output, chosen = routed_step(each.model, each.step)
-            flops = each.flops(load, chosen)
+            flops = each.flops(own, chosen)
             parts = step_parts(each.models, each.step, load.traced, watch)
             progress(len(each.models) + load.traced)
             results.append(
                 Bench(
-                    load=load,
+                    load=own,
+                    spec=work.specs[checkpoints[index].path],
                     time=each.model.config.middle_time,
                     footprint=each.footprint,
                     memory=each.memory,

@@ -237,7 +237,9 @@ def test_several_checkpoints_make_two_tables(folder: Path) -> None:
     words = ("bench", "a.safetensors", "shards/nf4.safetensors", *SETTINGS, "--text")
     lines = here(*words, cwd=folder).out.splitlines()
     assert len(lines) == 8
-    assert re.match(r"file +step +median +ratio to the first +images/s +weights +needed +GFLOP/s +of peak$", lines[0])
+    assert re.match(
+        r"file +step +median +ratio to the first +images/s +weights +needed +GFLOP/s +of peak +an image +NFE$", lines[0]
+    )
     assert re.match(r"a\.safetensors +\S+ m?s +\S+ m?s +1 +\d", lines[1])
     assert re.match(r"nf4\.safetensors +\S+ m?s +\S+ m?s +\d+\.\d{3} \(\d\S+ to \d\S+\) +\d", lines[2])
     assert re.match(r"measured +2 images, one branch, on cpu, 1 thread in fp32; 1 round in turn$", lines[3])

@@ -404,3 +404,20 @@ def test_steps_that_are_named_hold_for_both(tmp_path: Path) -> None:
     assert several[0]["prediction"] is None and several[1]["prediction"]["relative_error"] == 0
     text = here("compare", pair.original, pair.few, pair.original, *COMPARE, "--text", cwd=tmp_path).out
     assert "n/a" in text
+
+
+# bench
+
+
+def test_bench_tells_what_an_image_takes_of_each_at_its_own_steps(pair: DistilledPair, tmp_path: Path) -> None:
+    options = ("--batch", 2, "--repeats", 1, "--threads", 1)
+    found = here("bench", pair.original, pair.few, *options, cwd=tmp_path)
+    images = [file["image"] for file in found.result["files"]]
+    assert [(image["solver"], image["steps"], image["nfe"]) for image in images] == [("ab2", 16, 32), ("euler", 4, 4)]
+    assert notes_of(found) == [f"{TOLD}; sampling so"]
+    text = here("bench", pair.original, pair.few, *options, "--text", cwd=tmp_path).out
+    assert "by 16 steps of ab2, cfg 1.5, 32 NFE" in text and "by 4 steps of euler, 4 NFE" in text
+    alone = here("bench", pair.few, *options, "--text", cwd=tmp_path).out
+    assert "by 4 steps of euler, 4 NFE" in alone
+    said = here("bench", pair.original, pair.few, *options, "--cfg", 1.5, cwd=tmp_path).error(2)
+    assert said.startswith("--cfg 1.5: few.safetensors was distilled to 4 steps of euler")

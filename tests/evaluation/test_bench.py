@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pico, make_pico
+from distilling import distilled_pair
 from packed import packed_pico
 from torch import Tensor
 
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.evaluation import bench as benching
 from ditmoe_cli.evaluation import memory_use
@@ -55,11 +58,16 @@ def saved(pico: Pico, folder: Path, name: str = "a") -> Checkpoint:
 
 
 def result_of(
-    timed: dict[int, tuple[float, ...]], threads: int = 1, batch: int = 6, memory: Memory | None = None
+    timed: dict[int, tuple[float, ...]],
+    threads: int = 1,
+    batch: int = 6,
+    memory: Memory | None = None,
+    spec: SampleSpec | None = None,
 ) -> Bench:
     """A result with these seconds by number of threads."""
     footprint = Footprint(1, NOTHING, NOTHING, Buffer(0, None))
-    return Bench(Load(batch=batch), 0.5, footprint, memory or Memory(1, 2, 3), timed, threads, SPEED)
+    spec = spec or SampleSpec(batch, 16, 1.0, 0, "ab2", (0,))
+    return Bench(Load(batch=batch), spec, 0.5, footprint, memory or Memory(1, 2, 3), timed, threads, SPEED)
 
 
 def only(checkpoint: Checkpoint, load: Load) -> Bench:
@@ -315,3 +323,38 @@ def test_the_difference_of_predictions_by_hand() -> None:
     assert difference(reference, reference) == Difference(0.0, 0.0)
     found = difference(other, reference)
     assert (found.prediction, found.rerouted) == (pytest.approx(0.2), 0.25)
+
+
+# what an image takes
+
+
+@pytest.mark.parametrize(
+    ("spec", "nfe", "in_a_pass"),
+    [
+        (SampleSpec(6, 16, 1.0, 0, "ab2", (0,)), 16, 1),
+        (SampleSpec(6, 16, 1.5, 0, "ab2", (0,)), 32, 2),
+        (SampleSpec(6, 4, 1.0, 0, "euler", (0,)), 4, 1),
+        (SampleSpec(6, 4, 1.0, 0, "euler", (0,), guide=Guide("top1", 0.5, (0.0, 0.6))), 6, 2),
+    ],
+)
+def test_an_image_takes_its_evaluations(spec: SampleSpec, nfe: int, in_a_pass: int) -> None:
+    """The fastest pass of 6 images takes 3 s, for one or two evaluations of each."""
+    found = result_of({1: (4.0, 3.0)}, spec=spec)
+    assert found.spec.nfe == nfe
+    assert found.image_seconds == pytest.approx(3.0 / 6 / in_a_pass * nfe)
+    image = found.to_json()["image"]
+    assert image == {"solver": spec.solver, "steps": spec.steps, "nfe": nfe, "seconds": found.image_seconds}
+
+
+def test_a_distilled_copy_is_timed_without_guidance_and_its_original_with_the_copys(tmp_path: Path) -> None:
+    pair = distilled_pair(tmp_path)
+    original, few = open_checkpoint(pair.original), open_checkpoint(pair.few)
+    found = bench([original, few], Load(batch=2, repeats=1, threads=(1,)))
+    assert [result.load.cfg for result in found.results] == [1.5, 1.0]
+    assert [(result.spec.steps, result.spec.nfe) for result in found.results] == [(16, 32), (4, 4)]
+    a, b = (result.speed.flops for result in found.results)
+    assert a > 1.9 * b, "both branches"
+    alone = bench([original], Load(batch=2, repeats=1, threads=(1,))).results[0]
+    assert (alone.load.cfg, alone.spec.nfe) == (1.0, 16)
+    with pytest.raises(UsageError, match=r"few\.safetensors was distilled"):
+        bench([original, few], Load(cfg=1.5))

@@ -170,7 +170,7 @@ def test_under_guidance_the_fourth_channel_of_noise_is_the_conditional_one(tmp_p
     unguided = compared(a, b, tmp_path, spec_for(a, 1.0)).arrays()
     assert unguided["prediction.relative_error"] == 0, "never asked for"
     results = compared(a, b, tmp_path, spec_for(a, 3.0))
-    assert results.relative_error > 0
+    assert results.arrays()["prediction.relative_error"] > 0
     assert results.images is None and results.to_json()["images"] is None
 
 

@@ -23,8 +23,10 @@ from ditmoe_cli.cli.options import (
     dtype_on,
     parse_size,
 )
+from ditmoe_cli.cli.sampling_options import note_steps
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
+from ditmoe_cli.diffusion.few_steps import check_unguided, told_sampling
 from ditmoe_cli.errors import GateError
 from ditmoe_cli.model.dtypes import AUTO
 from ditmoe_cli.model.effort import Estimate, branches_at, passes_estimate
@@ -143,10 +145,14 @@ def run(
     guiding = weaker.opened(measured.given)
     for each in opened:
         guiding.check(each)
-    from ditmoe_cli.evaluation.bench import bench
+        check_unguided(each, measuring.cfg)
+    from ditmoe_cli.evaluation.bench import bench, guided_load, image_specs
 
     load = replace(load_of(measuring, threads, opened), guide=guiding.used)
-    foretell([expected(each, load, guiding) for each in opened], lambda: load.device)
+    specs = image_specs(opened, load)
+    for each in opened:
+        note_steps(each, specs[each.path])
+    foretell([expected(each, guided_load(load, specs[each.path]), guiding) for each in opened], lambda: load.device)
     found = bench(opened, load, weak=guiding.weak)
     if len(opened) == 1:
         [result] = found.results
@@ -218,14 +224,27 @@ def comparison_rows(opened: Sequence[Checkpoint], found: Benches) -> list[Row]:
     """Return several measurements as two tables, a row a checkpoint: sizes and speeds, and the parts of a step."""
     results, first = found.results, found.results[0]
     names = labels(opened)
-    heads = ("step", "median", "ratio to the first", "images/s", "weights", "needed", "GFLOP/s", "of peak")
+    heads = (
+        "step",
+        "median",
+        "ratio to the first",
+        "images/s",
+        "weights",
+        "needed",
+        "GFLOP/s",
+        "of peak",
+        "an image",
+        "NFE",
+    )
     speeds = [heads, *(speed_cells(result, ratio) for result, ratio in zip(results, found.ratios, strict=True))]
+    apart = len({result.spec for result in results}) > 1
     shares = [tuple(first.speed.parts), *(tuple(part_texts(result).values()) for result in results)]
     return [
         *zip(["file", *names], columns(speeds), strict=True),
         ("measured", f"{work_text(first)}; {order_text(found)}"),
         *zip(["parts of a step", *names], columns(shares), strict=True),
         ("peak", peak_text(first)),
+        *((f"{name}, an image", image_text(result)) for name, result in zip(names, results, strict=True) if apart),
         *(
             (f"{name} against fp32", difference_text(result.difference))
             for name, result in zip(names, results, strict=True)
@@ -252,7 +271,17 @@ def speed_cells(result: Bench, ratio: Spread) -> tuple[str, ...]:
         human_bytes(result.needed),
         f"{result.rate / 1e9:,.1f}",
         f"{result.rate / result.speed.peak.flops:.0%}",
+        seconds_text(result.image_seconds),
+        str(result.spec.nfe),
     )
+
+
+def image_text(result: Bench) -> str:
+    """Return what sampling an image takes."""
+    spec = result.spec
+    guided = f", cfg {spec.cfg:g}" if spec.cfg != 1.0 else ""
+    guided += f", guided by {spec.guide.told}" if spec.guide is not None else ""
+    return f"{seconds_text(result.image_seconds)} by {told_sampling(spec.solver, spec.steps)}{guided}, {spec.nfe} NFE"
 
 
 def ratio_text(ratio: Spread) -> str:
@@ -320,6 +349,7 @@ def rows(result: Bench) -> list[Row]:
         ("step", f"{seconds_text(least)} for {work_text(result)}"),
         *([("by threads", by_threads)] if len(result.timed) > 1 else []),
         ("images per second", f"{load.batch / least:.4g}"),
+        ("an image", image_text(result)),
         (
             "speed",
             f"{result.rate / 1e9:,.1f} GFLOP/s, {result.rate / result.speed.peak.flops:.0%} of {peak_text(result)}",
