@@ -40,7 +40,7 @@ from ditmoe_cli.evaluation.fid_sides import (
     workspace_of,
 )
 from ditmoe_cli.evaluation.fid_specs import SideSpecs, SpecOf, side_specs
-from ditmoe_cli.evaluation.sampled_models import other_guidance
+from ditmoe_cli.evaluation.sampled_models import guidance_warning
 from ditmoe_cli.evaluation.samples import Sampling, open_decoder, require_images
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS
 from ditmoe_cli.evaluation.scores.metrics import Request
@@ -320,12 +320,9 @@ def _warn_of_guidance(inputs: Inputs, notify: Notify) -> None:
     """Say where an original's images have another guidance than what is in the weights of its distilled copy."""
     paths = dict.fromkeys(item.path for item in inputs.comparison.items)
     for copied, other in permutations(paths, 2):
-        copy, model, spec = inputs.model(copied), inputs.model(other), inputs.spec_of(other)
-        if copy is None or model is None or spec is None or not copy.is_taught_by(model):
-            continue
-        difference = other_guidance(copy, spec) if model.distilled is None else None
-        if difference is not None:
-            notify(f"warning: {other.name} against {copied.name}: {difference}, which scores tell of too")
+        warning = guidance_warning(copied, inputs.model(copied), other, inputs.model(other), inputs.spec_of(other))
+        if warning is not None:
+            notify(warning)
 
 
 # ------------------------------------------------------------------ sampling and features

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.diffusion.few_steps import told_guidance
@@ -109,6 +110,18 @@ def other_guidance(copy: SampledModel, spec: SampleSpec) -> str | None:
     if sampled == copy.distilled:
         return None
     return f"{told_guidance(sampled)} at sampling, {told_guidance(copy.distilled)} in the weights"
+
+
+def guidance_warning(
+    copied: Path, copy: SampledModel | None, other: Path, model: SampledModel | None, spec: SampleSpec | None
+) -> str | None:
+    """Return a warning where `other` is an original of the copy at `copied` and is sampled with other guidance."""
+    if copy is None or model is None or spec is None or not copy.is_taught_by(model) or model.distilled is not None:
+        return None
+    difference = other_guidance(copy, spec)
+    if difference is None:
+        return None
+    return f"warning: {other.name} against {copied.name}: {difference}, which scores tell of too"
 
 
 def spec_beside(

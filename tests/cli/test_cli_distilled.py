@@ -421,3 +421,14 @@ def test_bench_tells_what_an_image_takes_of_each_at_its_own_steps(pair: Distille
     assert "by 4 steps of euler, 4 NFE" in alone
     said = here("bench", pair.original, pair.few, *options, "--cfg", 1.5, cwd=tmp_path).error(2)
     assert said.startswith("--cfg 1.5: few.safetensors was distilled to 4 steps of euler")
+
+
+def test_compare_guides_the_original_by_the_weaker_copy_that_guided(tmp_path: Path) -> None:
+    weak = make_pico(sampler="rf", **{**SMALL, "seed": 8}).save(tmp_path / "weak.safetensors")
+    pair = distilled_pair(tmp_path, replace(FOUR, guide=open_checkpoint(weak).fingerprint, guide_scale=0.5))
+    lacking = here("compare", pair.original, pair.few, *COMPARE, cwd=tmp_path)
+    assert any("guidance 1.5 and guidance 0.5 by a weaker copy in the weights" in line for line in lacking.notes)
+    given = ("--guide-with", weak, "--guide-scale", 0.5)
+    guided = here("compare", pair.original, pair.few, *COMPARE, *given, cwd=tmp_path)
+    assert guided.result["conditions"]["sampling"]["nfe"] == 48 and not any("warning" in line for line in guided.notes)
+    assert guided.result["images"]["mse"] != lacking.result["images"]["mse"]

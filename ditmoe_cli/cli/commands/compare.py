@@ -171,7 +171,7 @@ def run(
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
     guiding = weaker.opened(pair.given)
-    spec_of = guiding.over(sampling.on(running.device))
+    spec_of = guiding.over(sampling.on(running.device), beside_copies=True)
     pairs = [pair_of(a, open_stage(stage), spec_of, guiding, comparing) for stage in stages]
     results = compared(pairs, running, to.outputs)
     if len(results) == 1:
@@ -191,11 +191,17 @@ def pair_of(
     Raises `UsageError` for what is measured step by step, where steps differ.
     """
     from ditmoe_cli.evaluation.compare import CheckpointPair
-    from ditmoe_cli.evaluation.sampled_models import guided_as, model_of, spec_beside
+    from ditmoe_cli.evaluation.sampled_models import guidance_warning, guided_as, model_of, spec_beside
 
     models = model_of(a), model_of(b)
-    spec = guided_as(spec_of(a), models[0], models)
-    own = spec_beside(b, spec_of, spec, models[0], models)
+    spec = guided_as(spec_of(a), models[0], models, guiding.weak)
+    own = spec_beside(b, spec_of, spec, models[0], models, guiding.weak)
+    for warning in (
+        guidance_warning(b.path, models[1], a.path, models[0], spec),
+        guidance_warning(a.path, models[0], b.path, models[1], own),
+    ):
+        if warning is not None:
+            note(warning)
     if own == spec:
         return CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps), guiding.weak)
     apart = f"{a.name} and {b.name} are sampled by other steps, so that images alone are compared"
