@@ -1,11 +1,8 @@
 """States that a model is trained on, with what its teacher predicts there.
 
-Two sources:
-
-- `NoisedImages`: images that the forward process noises to times and by noise that differ from state to state; the
-  teacher predicts each time that a state is asked for;
-- `TeacherStates`: states whose predictions are kept: those that judge (`kept_states`), and the teacher's own paths
-  (`trajectories`), which give a state and a prediction at each step of sampling.
+`NoisedImages` are images that the forward process noises to times and by noise that differ from state to state; the
+teacher predicts each time that a state is asked for. `TeacherStates` are states whose predictions are kept, as those
+that judge (`kept_states`).
 
 Targets are guided predictions v = s v_c - (s - 1) v_u. A rectified flow's second half of the output means nothing and
 is left out; DDPM's learned variance is kept beside the prediction.
@@ -13,7 +10,7 @@ is left out; DDPM's learned variance is kept beside the prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,10 +20,8 @@ from torch import Tensor
 from ditmoe_cli.diffusion.forward_process import interpolate, respaced_schedule
 from ditmoe_cli.diffusion.guidance import combine
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
-from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.progress import phase
@@ -176,57 +171,14 @@ def kept_states(source: StateSource, count: int, batch: int) -> TeacherStates:
     return _joined(parts)
 
 
-def trajectories(teacher: DiTMoE, spec: SampleSpec, batch: int, purpose: str = PURPOSE) -> tuple[TeacherStates, Tensor]:
-    """Return the states and predictions on the teacher's paths to the images of `spec`, and the images (I, C, S, S).
-
-    Noise of each `purpose` is its own.
-    """
-    parts: list[TeacherStates] = []
-    images = sampled_images(teacher, spec, batch, purpose, parts.append)
-    return _joined(parts), images
-
-
-def sampled_images(
-    teacher: DiTMoE,
-    spec: SampleSpec,
-    batch: int,
-    purpose: str = PURPOSE,
-    keep: Callable[[TeacherStates], None] | None = None,
-) -> Tensor:
-    """Return the teacher's images (I, C, S, S) of `spec`; `keep` is handed the states of each batch at each step.
-
-    Noise of each `purpose` is its own.
-    """
+def sampled_images(teacher: DiTMoE, spec: SampleSpec, batch: int, purpose: str = PURPOSE) -> Tensor:
+    """Return the teacher's images (I, C, S, S) of `spec`; noise of each `purpose` is its own."""
     images: list[Tensor] = []
     with phase("sampling from the original", spec.images, "images") as progress:
         for indices in batches(spec.images, batch):
-            images.append(_path(teacher, spec, indices, purpose, keep).float().cpu())
+            images.append(sample_batch(teacher, spec, indices, purpose=purpose).float().cpu())
             progress(len(indices))
     return torch.cat(images)
-
-
-def _path(
-    teacher: DiTMoE,
-    spec: SampleSpec,
-    indices: range,
-    purpose: str,
-    keep: Callable[[TeacherStates], None] | None,
-) -> Tensor:
-    """Return the images of a batch, whose states `keep` is handed step by step."""
-    if keep is None:
-        return sample_batch(teacher, spec, indices, purpose=purpose)
-    channels, labels = target_channels(teacher.config), torch.tensor(spec.labels(indices))
-
-    def through(predict: Predictor) -> Predictor:
-        def recorded(x: Tensor, t: float) -> Tensor:
-            output = predict(x, t)
-            times = torch.full((len(x),), t)
-            keep(TeacherStates(x.float().cpu(), times, labels, output[:, :channels].float().cpu(), spec.cfg))
-            return output
-
-        return recorded
-
-    return sample_batch(teacher, spec, indices, Watchers(through=through), purpose)
 
 
 def _joined(parts: Sequence[TeacherStates]) -> TeacherStates:
