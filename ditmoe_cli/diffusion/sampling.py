@@ -86,15 +86,22 @@ class SampleSpec:
         return sum(self.guidance.takes_weak(t) for t in evaluation_times(self.solver, self.steps))
 
 
+def most_steps(solver: Solver) -> int:
+    """Return the most steps that a solver takes: DDPM weights know 1,000 timesteps."""
+    if SOLVERS[solver].family == "rf":
+        return 100_000
+    return TRAINING_STEPS - (solver == "ddpm-dpmpp-2m")  # whose timesteps leave out 0
+
+
 def check_spec(spec: SampleSpec, config: DiTMoEConfig, allow_null: bool = False) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where a value is out of range for a model of `config`.
 
     With `allow_null`, the null class is a label as others are, where the model has one.
     """
-    limit = TRAINING_STEPS if spec.family == "ddpm" else 100_000
-    if spec.solver == "ddpm-dpmpp-2m":
-        limit -= 1  # its timesteps leave out 0
-    for name, value, low, high in (("images", spec.images, 1, 10**9), ("steps", spec.steps, 1, limit)):
+    for name, value, low, high in (
+        ("images", spec.images, 1, 10**9),
+        ("steps", spec.steps, 1, most_steps(spec.solver)),
+    ):
         if not low <= value <= high:
             raise UsageError(f"⟨{name}⟩ {value}: must be between {low} and {high}")
     check_guidance(spec.cfg, config)

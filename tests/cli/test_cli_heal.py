@@ -16,28 +16,14 @@ from conftest import make_pico
 from healing import SMALL, changed, heal_on_few_states, pair
 from interrupting import StoppedError, goes_on_to_the_same_bytes, stopping_after
 from safetensors.torch import load_file
+from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused
 
 from ditmoe_cli import open_checkpoint
 from ditmoe_cli.compression.training import training_memory
 from ditmoe_cli.files import pacing
 
-PROFILING = "profile-experts --images 10 --steps 2 --bins 2"
 SHORT = ("--steps", 6, "--batch", 8)
 HEAL = ("heal", "s.safetensors", "--original", "a.safetensors", "--profile", "p.safetensors", *SHORT)
-STUDENTS = {
-    "slice": "prune --keep 2 --router slice --no-refit",
-    "ghost": "prune --keep 2 --no-refit",
-    "mass": "prune --keep 2 --router mass --no-refit",
-    "constants": "prune --keep 2 --constants --residual-rank 2 --refit-tokens 64",
-    "narrow": "prune --neurons 0.5 --multiple 4 --allocate global --refit-tokens 64",
-    "merge": "merge --groups 2 --no-refit",
-}
-LAYOUTS = {
-    "timm rf": ({"attention": "timm", "sampler": "rf"}, "1"),
-    "flash ddpm": ({"attention": "flash", "sampler": "ddpm", "in_channels": 4}, "1.5"),
-    "flash rf": ({"attention": "flash", "sampler": "rf"}, "1.5"),
-    "timm ddpm": ({"attention": "timm", "sampler": "ddpm", "in_channels": 4}, "1"),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,35 +279,13 @@ def test_given_images_are_trained_on_alone(folder: Path) -> None:
 # bad input
 
 
-def refused(folder: Path, code: int, *words: object, stdin: str | None = None) -> str:
-    """The one error of a command that changes nothing in its folder and leaves no work folder."""
-    before = sorted(folder.iterdir()), contents(folder)
-    message = here(*words, cwd=folder, stdin=stdin).error(code)
-    assert (sorted(folder.iterdir()), contents(folder)) == before
-    return message
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--minutes", 0), "--minutes 0: give a time above 0"),
-        (("--minutes", -1), "--minutes -1"),
-        (("--minutes", "nan"), "--minutes nan"),
-        (("--minutes", "inf"), "--minutes inf"),
+        *OUT_OF_RANGE,
         (("--steps", 0), "--steps 0: give at least 1"),
         (("--steps", 5, "--minutes", 5), "--minutes, as 10, or --steps"),
-        (("--steps", 5, "--train", "routers"), "--train routers: choose from all, router"),
-        (("--steps", 5, "--train", ""), "--train"),
-        (("--steps", 5, "--train", "all,x"), "--train x"),
-        (("--steps", 5, "--rate", 0), "--rate 0"),
-        (("--steps", 5, "--rate", 1), "--rate 1"),
-        (("--steps", 5, "--rate", "nan"), "--rate nan"),
-        (("--steps", 5, "--batch", 0), "--batch 0"),
         (("--steps", 5, "--scope", "everything"), "--scope"),
-        (("--steps", 5, "--seed", 2**64), "64 bits"),
-        (("--steps", 5, "--device", "abacus"), "abacus"),
-        (("--steps", 5, "--dtype", "fp8"), "fp8"),
-        (("--steps", 5, "-o", "x.pt"), "x.pt"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -375,22 +339,7 @@ def test_what_nothing_tells_the_origin_of_is_healed_with_a_warning(folder: Path)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"hidden": 64}, "width is 64"),
-        ({"depth": 3, "widths": ((16,) * 3,) * 3}, "number of blocks is 3"),
-        ({"heads": 4}, "number of attention heads is 4"),
-        ({"attention": "flash"}, "kind of attention is flash"),
-        ({"top_k": 1}, "number of experts a token is 1"),
-        ({"num_classes": 4}, "number of classes is 4"),
-        ({"null_class": False}, "number of label rows is 3"),
-        ({"sampler": "ddpm"}, "family is ddpm"),
-        ({"input_size": 8}, "size of inputs is 8"),
-        ({"patch": 4}, "patch size is 4"),
-        ({"in_channels": 3}, "number of channels is 3"),
-        ({"learn_sigma": False}, "number of output channels is 1"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ("options", "said"), UNLIKE, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
 )
 def test_shapes_that_cannot_correspond(options: dict[str, Any], said: str, folder: Path) -> None:
     make_pico(**{**SMALL, **options}).save(folder / "x.safetensors")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
 from ditmoe_cli.compression.training.training_request import TrainingRequest
-from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec, most_steps
 from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, DEFAULT_STEPS, Solver
 from ditmoe_cli.diffusion.weak_guidance import Guide, check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
@@ -85,9 +85,11 @@ class Distilling(TrainingRequest):
     def path_steps(self, family: Sampler) -> int:
         """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes.
 
-        Raises `UsageError` for a student of more steps than the original's.
+        Raises `UsageError` for a student of more steps than the original's, and for more than its solver takes.
         """
-        usual = DEFAULT_STEPS[family]
+        usual, most = DEFAULT_STEPS[family], most_steps(DEFAULT_SOLVER[family])
+        if self.teacher_steps is not None and self.teacher_steps > most:
+            raise UsageError(f"⟨teacher_steps⟩ {self.teacher_steps}: {DEFAULT_SOLVER[family]} takes at most {most}")
         if self.teacher_steps is None and self.steps > usual:
             raise UsageError(
                 f"⟨steps⟩ {self.steps}: the original itself takes {usual} of {DEFAULT_SOLVER[family]}; give fewer, or "
@@ -129,7 +131,7 @@ def check_distilled(
     """Return a warning as `check_pair` does; the student may be the original itself. `weak` is that of the guide.
 
     Raises `BadInputError` for a pair that does not correspond, and for an original that is distilled; `UsageError` for
-    steps and guidance that it cannot be sampled by.
+    steps and guidance that it cannot be sampled by, and for settings that have no effect.
     """
     if original.distilled is not None:
         raise BadInputError(
@@ -139,6 +141,14 @@ def check_distilled(
     warning = check_pair(student, original)
     asked.teacher_spec(original.config, 1)
     check_guide(asked.guide, original, weak)
+    stages = asked.stages(original.config.sampler)
+    if asked.progressive and len(stages) == 1:
+        raise UsageError(
+            f"⟨progressive⟩ has no effect: between the {asked.steps} steps of the student and the original's "
+            f"{asked.path_steps(original.config.sampler)} are no 8, 4 or 2 that both go with; leave it out"
+        )
+    if asked.states == "own" and stages == (1,):
+        raise UsageError("⟨states⟩ own has no effect with ⟨steps⟩ 1: a single step begins at noise; leave it out")
     return warning
 
 
