@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -105,12 +106,20 @@ def complete_checkpoint(incomplete: str) -> list[str]:
     return [name for name in names if incomplete and name.startswith(incomplete)]
 
 
+def named_device(name: str) -> str:
+    """Return the name of a device. Raises `ValueError` for none of torch's, as far as it can be told without torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("choose auto, cpu, cuda or cuda:N")
+    return name
+
+
 DeviceOpt = Annotated[
     str,
     typer.Option(
         "--device",
         metavar="NAME",
         rich_help_panel="Machine",
+        callback=named_device,
         autocompletion=complete_device,
         help="auto, cpu, cuda or cuda:N; auto is cuda where it can be used, else cpu.",
     ),

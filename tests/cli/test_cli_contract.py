@@ -324,7 +324,8 @@ def test_torchrun_is_for_shared_work_on_an_explicit_checkpoint(folder: Path, mon
     for name in COMMANDS:
         assert "torchrun" in here(*words_without_checkpoint(name), cwd=folder, stdin=envelope).error(2)
     assert "one process" in here("prune", "a.safetensors", "--keep", "0.5", cwd=folder).error(2)
-    assert "profile-experts, sample, fid and heal can share" in here("convert", "a.safetensors", cwd=folder).error(2)
+    told = here("convert", "a.safetensors", cwd=folder).error(2)
+    assert "profile-experts, sample, fid, heal and distill can share" in told
 
 
 def test_an_envelope_goes_through_a_pipe(folder: Path) -> None:

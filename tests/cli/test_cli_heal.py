@@ -291,6 +291,7 @@ def test_given_images_are_trained_on_alone(folder: Path) -> None:
 )
 def test_settings_out_of_range(words: tuple[object, ...], said: str, folder: Path) -> None:
     assert said in refused(folder, 2, *HEAL[:-4], *words)
+    assert said in refused(folder, 2, *HEAL[:-4], *words, "--dry-run")
 
 
 def test_the_original_has_to_be_named(folder: Path) -> None:

@@ -16,7 +16,13 @@ from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row
 from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_training
 from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
-from ditmoe_cli.compression.distill.distilling import DEFAULT_STUDENT_STEPS, STATES, Distilling, States
+from ditmoe_cli.compression.distill.distilling import (
+    DEFAULT_STUDENT_STEPS,
+    STATES,
+    Distilling,
+    States,
+    check_own_teacher,
+)
 from ditmoe_cli.compression.distill.distilling_trainer import DistillingTrainer
 from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -103,6 +109,8 @@ def run(
     """
     stage = teaching.named(source.stage(shared=True), may_be_same=True)
     student, original = open_stage(stage), open_stage(stage, stage.original)
+    if teaching.original is None and stage.original == stage.checkpoint:
+        check_own_teacher(student)
     guiding = weaker.opened(source.given)
     asked = teaching.request(original, guiding.used)
     trainer = DistillingTrainer(asked, guiding.weak)

@@ -19,13 +19,26 @@ from torch import Tensor
 
 from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
 from ditmoe_cli.compression.distill.distilling import Distilling, tensors_to_distill
-from ditmoe_cli.compression.distill.distilling_memory import distilling_bytes, held_paths, most_paths, paths_for
-from ditmoe_cli.compression.distill.student_errors import PathErrors, own_states, path_errors, step_errors
-from ditmoe_cli.compression.distill.teacher_paths import Paths, StudentSteps, sampled_paths, student_steps
+from ditmoe_cli.compression.distill.distilling_memory import (
+    SAMPLED,
+    distilling_bytes,
+    held_paths,
+    most_paths,
+    paths_for,
+)
+from ditmoe_cli.compression.distill.student_errors import (
+    PathErrors,
+    mean_step_errors,
+    own_states,
+    path_errors,
+    step_errors,
+)
+from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths, student_steps
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.low_rank_updates import Updates
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Objective, train
-from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork
+from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork, naming
 from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.formats.unpacked_weights import free_on
@@ -36,7 +49,6 @@ from ditmoe_cli.progress import readable_bytes
 
 PATHS_SHARE = 0.4  # of the time goes to the original's paths, at most
 BALANCE = 0.5  # strength of the weights of steps
-_SAMPLED = 256  # paths that are sampled at once
 _TINY = 1e-30
 
 
@@ -67,7 +79,7 @@ class _Distilling:
 
     def distilled(self) -> DistillingRecord:
         """Distil through all stages, and keep the result."""
-        self._check_memory()
+        self.work.exchange.share.from_first(self._check_memory)
         paths, work = self._paths(), self.work
         judged = held_paths(len(paths))
         held, others = paths.at(slice(0, judged)), paths.at(slice(judged, None))
@@ -107,8 +119,10 @@ class _Distilling:
         def made() -> tuple[Mapping[str, Tensor], Mapping[str, int]]:
             teacher = build_model(self.work.original, self.session.device, self.work.dtype)
             weak = weak_model(teacher, self.asked.guide, self._loaded_weak)
-            spec = self.asked.teacher_spec(self.work.original.config, self._count(teacher, kept))
-            paths = sampled_paths(teacher, spec, kept, _SAMPLED, weak)
+            batch = FittingBatches(SAMPLED, self.work.note)
+            spec = self.asked.teacher_spec(self.work.original.config, self._count(teacher, kept, batch))
+            with naming(self.work.original):
+                paths = sampled_paths(teacher, spec, kept, batch, weak)
             return {"z": paths.z, "labels": paths.labels}, {"paths": len(paths)}
 
         piece = self.work.made("paths", made)
@@ -118,7 +132,7 @@ class _Distilling:
         assert self.weak is not None
         return build_model(self.weak, self.session.device, self.work.dtype)
 
-    def _count(self, teacher: DiTMoE, kept: int) -> int:
+    def _count(self, teacher: DiTMoE, kept: int, batch: FittingBatches) -> int:
         config, most = self.work.original.config, most_paths(self.work.original.config, kept)
         if self.asked.minutes is None:
             return paths_for(config, self.asked)
@@ -126,18 +140,22 @@ class _Distilling:
         seconds = (
             PATHS_SHARE * self.session.left * (spec.nfe - spec.weak_nfe) / spec.nfe
         )  # a weaker model takes its part
-        affordable = self.session.images_within(teacher, spec, seconds, _SAMPLED)
+        affordable = self.session.images_within(teacher, spec, seconds, batch)
         return min(max(affordable, 2), most)
 
     def _errors(self, student: DiTMoE, held: Paths, steps: int) -> PathErrors:
-        batch = self.session.at_once() or self.asked.batch
         few = student_steps(self.family, steps, student.device)
-        return path_errors(student, few, held.in_steps(steps), batch, self.work.exchange)
+        return path_errors(student, few, held.in_steps(steps), self.session.judging(), self.work.exchange)
 
     def _trained(self, student: DiTMoE, updates: Updates, held: Paths, others: Paths, steps: int, left: int) -> int:
         """Train a student of some steps, in one of the `left` parts of what is left; return the iterations."""
         few, paths = student_steps(self.family, steps, student.device), others.in_steps(steps)
-        weights_of = _step_weights(student, few, held.in_steps(steps)).to(student.device)
+        errors = mean_step_errors(student, few, held.in_steps(steps), self.session.judging(), self.work.exchange)
+        if not bool(errors.isfinite().all()):
+            raise BadInputError(
+                f"{self.work.student.path}: its predictions before training are not finite; is it damaged?"
+            )
+        weights_of = step_weights(errors, held.in_steps(steps)).to(student.device)
 
         def losses(rows: Tensor) -> Tensor:
             step, part = rows // len(paths), paths.at(rows % len(paths))
@@ -154,7 +172,9 @@ class _Distilling:
 
         objective, weights = Objective(len(paths) * steps, losses, judge), updates.trained()
         asked, name = self.asked.iterations, f"distilling-{steps}"
-        each = None if asked is None else max(asked // len(self.asked.stages(self.family)), 1)
+        each = None if asked is None else asked // len(self.asked.stages(self.family))
+        if asked is not None and each is not None and left == 1:
+            each = asked - each * (len(self.asked.stages(self.family)) - 1)
         course = self.session.course(
             name, 1 / left, len(held) * steps, weights, objective, each, self.session.at_once()
         )
@@ -163,16 +183,11 @@ class _Distilling:
         return course.steps
 
 
-def _step_weights(student: DiTMoE, few: StudentSteps, held: Paths) -> Tensor:
-    """Return the weight of squared errors of each step (N,), of mean 1 after division by the mean ‖z'‖² of paths."""
-    labels, means = held.labels.to(student.device), list[Tensor]()
-    with torch.no_grad():
-        for number in range(len(few)):
-            z, after = (held.z[:, number + more].to(student.device) for more in (0, 1))
-            step = torch.full_like(labels, number)
-            means.append(step_errors(student, few, z, after, labels, step).mean())
-    found = torch.stack(means).cpu()
-    if not bool(found.isfinite().all()):
-        raise BadInputError("the student's predictions are not finite")
-    weights = found.clamp_min(float(found.mean()) * 1e-3 + _TINY).pow(-BALANCE)
-    return weights / weights.mean() / held.z[:, 1:].square().flatten(2).sum(dim=2).mean()
+def step_weights(errors: Tensor, held: Paths) -> Tensor:
+    """Return the weight of squared errors of each step (N,), of mean 1 after division by the mean ‖z'‖² of paths.
+
+    `errors` (N,) are the means of each step before training.
+    """
+    weights = errors.clamp_min(float(errors.mean()) * 1e-3 + _TINY).pow(-BALANCE)
+    scale = held.z[:, 1:].double().square().flatten(2).sum(dim=2).mean().clamp_min(_TINY)
+    return (weights / weights.mean() / scale).float()

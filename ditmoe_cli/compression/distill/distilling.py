@@ -147,9 +147,23 @@ def check_distilled(
             f"⟨progressive⟩ has no effect: between the {asked.steps} steps of the student and the original's "
             f"{asked.path_steps(original.config.sampler)} are no 8, 4 or 2 that both go with; leave it out"
         )
+    if asked.iterations is not None and asked.iterations < len(stages):
+        raise UsageError(
+            f"⟨iterations⟩ {asked.iterations}: give at least {len(stages)}, one for each number of steps to learn"
+        )
     if asked.states == "own" and stages == (1,):
         raise UsageError("⟨states⟩ own has no effect with ⟨steps⟩ 1: a single step begins at noise; leave it out")
     return warning
+
+
+def check_own_teacher(student: Checkpoint) -> None:
+    """Raise `UsageError` where a student that was made from another checkpoint would learn from itself unasked."""
+    made = next((step for step in student.provenance().history if step.command != "convert"), None)
+    if made is not None and student.distilled is None:
+        raise UsageError(
+            f"⟨original⟩ is missing: {student.name} was made from another checkpoint ({made.source[:12]}) by "
+            f"{made.command}; give that one, or {student.name} itself to learn from its own images"
+        )
 
 
 def tensors_to_distill(student: Checkpoint, asked: Distilling) -> dict[str, TrainedTensor]:

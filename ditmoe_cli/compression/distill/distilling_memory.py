@@ -20,6 +20,7 @@ from ditmoe_cli.model.effort import (
 
 PATH_BYTES = 2 * 2**30  # that all paths take at most
 HELD_PATHS = 256  # that judge
+SAMPLED = 256  # that are sampled at once
 _PASSES = 2  # over all states, which is how often training gains by a state
 _MOST_PATHS, _FEWEST_PATHS = 65_536, 16
 
@@ -56,7 +57,7 @@ def distilling_effort(student: DiTMoEConfig, original: DiTMoEConfig, asked: Dist
     """Return the operations of sampling paths, and of training on them."""
     paths = paths_for(original, asked) if asked.iterations is not None else _FEWEST_PATHS
     branches = branches_at(asked.cfg) + (asked.guide is not None)
-    sampled = passes(original, branches * paths, asked.path_steps(original.sampler), branches * min(paths, 256))
+    sampled = passes(original, branches * paths, asked.path_steps(original.sampler), branches * min(paths, SAMPLED))
     own = 1 + (asked.steps - 1) / 2 if asked.states == "own" else 1
     step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own - 1)
     judged = passes(student, held_paths(paths), asked.steps * (checks_of(iterations) + 2), asked.batch)
@@ -69,7 +70,8 @@ def distilling_estimate(
     """Return what distilling is expected to take; what is asked for in minutes takes these, or a step where more."""
     iterations = asked.iterations or 1
     effort = loading(original) + loading(student) + distilling_effort(student, original, asked, iterations)
-    sampling = model_bytes(original) + activation_bytes(original, branches_at(asked.cfg) * 256)
+    at_once = SAMPLED if asked.iterations is None else min(SAMPLED, paths_for(original, asked))
+    sampling = model_bytes(original) + activation_bytes(original, branches_at(asked.cfg) * at_once)
     memory = max(sampling, distilling_bytes(student, size, asked.batch))
     seconds = 60 * asked.minutes if asked.minutes is not None else 0.0
     return Estimate(f"distilling to {asked.steps} steps", effort, BASELINE_BYTES + memory, seconds)

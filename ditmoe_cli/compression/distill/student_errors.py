@@ -6,7 +6,7 @@ judged by the student's own steps from its noise: by ‖x - z_N‖² of the imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.distill.teacher_paths import Paths, StudentSteps
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.model.dit import DiTMoE
 
 _TINY = 1e-30
@@ -50,19 +51,46 @@ class PathErrors:
 
 @torch.no_grad()
 def path_errors(
-    student: DiTMoE, steps: StudentSteps, paths: Paths, batch: int, exchange: Exchange = ALONE
+    student: DiTMoE, steps: StudentSteps, paths: Paths, batch: FittingBatches, exchange: Exchange = ALONE
 ) -> PathErrors:
-    """Return the errors of a student on paths, `batch` at a time; each process computes those of its share."""
-    device, found = student.device, []
-    for rows in exchange.parts(torch.arange(len(paths)), batch):
-        part = paths.at(rows)
-        path, labels = part.z.to(device), part.labels.to(device)
-        z, errors = path[:, 0], []
+    """Return the errors of a student on paths, in batches; each process computes those of its share."""
+
+    def errors(part: Paths) -> Tensor:
+        path, labels = part.z.to(student.device), part.labels.to(student.device)
+        z, found = path[:, 0], []
         for number in range(len(steps)):
             here = torch.full_like(labels, number)
             z = steps.advanced(z, student(z, steps.times[here], labels).float(), here)
-            errors.append((z - path[:, number + 1]).square().flatten(1).sum(dim=1))
-        found.append(torch.stack(errors, dim=1))
-    each = [exchange.gathered([part[:, number] for part in found], len(paths)) for number in range(len(steps))]
+            found.append((z - path[:, number + 1]).square().flatten(1).sum(dim=1))
+        return torch.stack(found, dim=1)
+
+    each = _of_all(errors, paths, batch, exchange)
     references = paths.z[:, 1:].double().square().flatten(2).sum(dim=2).sum(dim=0).clamp_min(_TINY)
-    return PathErrors(exchange.agreed((torch.stack(each).sum(dim=1) / references).tolist()))
+    return PathErrors(exchange.agreed((each.sum(dim=0) / references).tolist()))
+
+
+@torch.no_grad()
+def mean_step_errors(
+    student: DiTMoE, steps: StudentSteps, paths: Paths, batch: FittingBatches, exchange: Exchange = ALONE
+) -> Tensor:
+    """Return the mean ‖z' - z_{i+1}‖² (N,) of each step i from the states of paths, in batches, as `path_errors`."""
+
+    def errors(part: Paths) -> Tensor:
+        path, labels = part.z.to(student.device), part.labels.to(student.device)
+        numbers = (torch.full_like(labels, number) for number in range(len(steps)))
+        return torch.stack(
+            [step_errors(student, steps, path[:, i], path[:, i + 1], labels, step) for i, step in enumerate(numbers)],
+            dim=1,
+        )
+
+    return exchange.agreed(_of_all(errors, paths, batch, exchange).mean(dim=0))
+
+
+def _of_all(errors: Callable[[Paths], Tensor], paths: Paths, batch: FittingBatches, exchange: Exchange) -> Tensor:
+    """Return what `errors` returns of paths (P, N), in fp64 on the CPU, of all processes' shares."""
+    mine = exchange.own(torch.arange(len(paths)))
+    found = [part for _, part in batch.computed(lambda rows: errors(paths.at(mine[rows.start : rows.stop])), len(mine))]
+    count = paths.z.shape[1] - 1
+    return torch.stack(
+        [exchange.gathered([part[:, number] for part in found], len(paths)) for number in range(count)], dim=1
+    )

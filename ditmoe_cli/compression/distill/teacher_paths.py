@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.predictor import Predictor
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import flow_times
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import Sampler
@@ -93,15 +94,17 @@ class Paths:
         return Paths(self.z[:, :: (self.z.shape[1] - 1) // steps], self.labels)
 
 
-def sampled_paths(teacher: DiTMoE, spec: SampleSpec, kept: int, batch: int, weak: Denoiser | None = None) -> Paths:
+def sampled_paths(
+    teacher: DiTMoE, spec: SampleSpec, kept: int, batch: FittingBatches, weak: Denoiser | None = None
+) -> Paths:
     """Return the teacher's paths to the images of `spec`, of which `kept` states and the images are kept.
 
     `weak` is the model of the spec's guide.
     """
     parts: list[Tensor] = []
     with phase("sampling from the original", spec.images, "images") as progress:
-        for indices in batches(spec.images, batch):
-            parts.append(_path(teacher, spec, kept, indices, weak))
+        for indices, part in batch.computed(lambda rows: _path(teacher, spec, kept, rows, weak), spec.images):
+            parts.append(part)
             progress(len(indices))
     return Paths(torch.cat(parts), torch.tensor(spec.labels(range(spec.images))))
 

@@ -19,6 +19,7 @@ from ditmoe_cli.compression.heal.healing_memory import HELD_STATES, block_states
 from ditmoe_cli.compression.heal.model_scope import heal_model
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import States, image_count
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.prediction_error import JudgedErrors, judged_errors
 from ditmoe_cli.compression.training.teacher_states import (
     PURPOSE,
@@ -29,7 +30,7 @@ from ditmoe_cli.compression.training.teacher_states import (
 )
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Objective
-from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork
+from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork, naming
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.formats.unpacked_weights import free_on
@@ -124,7 +125,7 @@ class _Healing:
 
     def _sampled(self, teacher: DiTMoE) -> Tensor:
         """Return as many images of the original as the steps are worth, or the time allows; maybe none."""
-        batch = max(1, min(_SAMPLED, self.session.at_once() or _SAMPLED))
+        batch = FittingBatches(max(1, min(_SAMPLED, self.session.at_once() or _SAMPLED)), self.work.note)
         minutes = self.asked.minutes
         count = images_for(self.asked.iterations, self.asked.batch)
         if minutes is not None:
@@ -133,7 +134,8 @@ class _Healing:
         config = teacher.config
         sampled = torch.zeros(0, config.in_channels, config.input_size, config.input_size)
         if count:
-            sampled = sampled_images(teacher, replace(self.spec, images=count), batch, "healing images")
+            with naming(self.work.original):
+                sampled = sampled_images(teacher, replace(self.spec, images=count), batch, "healing images")
         return sampled
 
     def _noising(self, data: _Images, purpose: str = PURPOSE) -> Noising:
@@ -172,7 +174,7 @@ class _Healing:
         work = self.work
         student = build_model(work.student, self.device)
         student.compute_in(work.dtype)
-        batch = self.session.at_once() or self.asked.batch
+        batch = self.session.judging()
         held = kept_states(
             NoisedImages(teacher, self._noising(data.held, "judging"), self.spec.cfg), HELD_STATES, batch
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.low_rank_updates import Updates
 from ditmoe_cli.compression.training.prediction_error import (
     JudgedErrors,
@@ -45,14 +46,14 @@ def heal_model(
     held: TeacherStates,
     before: JudgedErrors,
     course: CourseOf,
-    batch: int,
+    batch: FittingBatches,
     means: Means = BARE,
     balance: float = BALANCE,
 ) -> ModelHealed:
     """Train some weights of a student on states of `source`, and leave the best `updates` of them.
 
     `before` are the errors of the weights as they are, and `course` returns how they are trained. Values that are
-    judged, and left, are rounded to what is written of them. `batch` states are judged at once.
+    judged, and left, are rounded to what is written of them. States are judged in batches.
     """
     family, device, exchange = student.config.sampler, student.device, means.exchange
     scale = max(sum(before.references) / len(held), _TINY)

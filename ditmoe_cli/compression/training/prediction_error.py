@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ditmoe_cli.compression.training.error_bins import BINS
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.teacher_states import TeacherStates, guided_prediction
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
 from ditmoe_cli.model.config import Sampler
@@ -58,13 +59,17 @@ class JudgedErrors:
         return tuple(e / max(r, _TINY) for e, r in zip(self.errors, self.references, strict=True))
 
 
-def judged_errors(model: DiTMoE, states: TeacherStates, batch: int, exchange: Exchange = ALONE) -> JudgedErrors:
-    """Return a model's errors on states, `batch` of them at a time; each process computes those of its share."""
+def judged_errors(
+    model: DiTMoE, states: TeacherStates, batch: FittingBatches, exchange: Exchange = ALONE
+) -> JudgedErrors:
+    """Return a model's errors on states, in batches; each process computes those of its share."""
+    mine = exchange.own(torch.arange(len(states)))
     with torch.inference_mode():
-        own = [state_errors(model, states.at(rows)) for rows in exchange.parts(torch.arange(len(states)), batch)]
-    found = exchange.gathered(own, len(states))
+        found = batch.computed(lambda rows: state_errors(model, states.at(mine[rows.start : rows.stop])), len(mine))
+        own = [errors for _, errors in found]
+    gathered = exchange.gathered(own, len(states))
     references = states.targets.square().flatten(1).sum(dim=1)
-    return exchange.agreed(by_bin(found, references, bins_of(states.t, model.config.sampler)))
+    return exchange.agreed(by_bin(gathered, references, bins_of(states.t, model.config.sampler)))
 
 
 def by_bin(errors: Tensor, references: Tensor, bins: Tensor) -> JudgedErrors:

@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.forward_process import interpolate, respaced_schedule
 from ditmoe_cli.diffusion.guidance import combine
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dit import DiTMoE
@@ -161,23 +162,25 @@ def _noised(images: Tensor, noise: Tensor, places: Tensor, family: Sampler) -> t
     return kept.sqrt().float() * images + (1 - kept).sqrt().float() * noise, steps.float()
 
 
-def kept_states(source: StateSource, count: int, batch: int) -> TeacherStates:
+def kept_states(source: StateSource, count: int, batch: FittingBatches) -> TeacherStates:
     """Return the first states of a source, kept."""
     parts = []
     with phase("asking the original", count, "states") as progress:
-        for rows in torch.split(torch.arange(count), batch):
-            parts.append(source.at(rows))
+        for rows, states in batch.computed(lambda rows: source.at(torch.arange(count)[rows.start : rows.stop]), count):
+            parts.append(states)
             progress(len(rows))
     return _joined(parts)
 
 
-def sampled_images(teacher: DiTMoE, spec: SampleSpec, batch: int, purpose: str = PURPOSE) -> Tensor:
-    """Return the teacher's images (I, C, S, S) of `spec`; noise of each `purpose` is its own."""
+def sampled_images(teacher: DiTMoE, spec: SampleSpec, batch: FittingBatches, purpose: str = PURPOSE) -> Tensor:
+    """Return the teacher's images (I, C, S, S) of `spec`. Noise of each `purpose` is its own."""
     images: list[Tensor] = []
     with phase("sampling from the original", spec.images, "images") as progress:
-        for indices in batches(spec.images, batch):
-            images.append(sample_batch(teacher, spec, indices, purpose=purpose).float().cpu())
-            progress(len(indices))
+        for rows, some in batch.computed(
+            lambda rows: sample_batch(teacher, spec, rows, purpose=purpose).float().cpu(), spec.images
+        ):
+            images.append(some)
+            progress(len(rows))
     return torch.cat(images)
 
 

@@ -6,7 +6,8 @@ With the same request an unfinished run goes on from its work folder, to the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ditmoe_cli.compression.computed import as_stored
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.low_rank_updates import Updates, low_rank_updates
 from ditmoe_cli.compression.training.teacher_states import guided_prediction
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
@@ -23,6 +25,7 @@ from ditmoe_cli.compression.training.training_memory import BACKWARD, checks_of
 from ditmoe_cli.compression.training.training_request import TrainingRequest
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import evaluation_times
+from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.formats.unpacked_weights import free_on
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -71,6 +74,15 @@ class TrainingWork:
         return self.exchange.share.after_first(lambda: self.folder.made(piece, make))
 
 
+@contextmanager
+def naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Name a checkpoint in each `BadInputError`, where two are at work and a message tells of neither."""
+    try:
+        yield
+    except BadInputError as error:
+        raise BadInputError(f"{checkpoint.path}: {error.message}") from None
+
+
 def require_finite(checkpoint: Checkpoint) -> None:
     """Raise `BadInputError` that names the first tensor of a checkpoint with NaN or infinite values."""
     size = sum(info.nbytes for info in checkpoint.header.tensors.values())
@@ -93,6 +105,7 @@ class Session:
     tensors: TrainedTensors
     needed: Callable[[int], float]
     started: float = field(default_factory=time.monotonic)
+    _judging: FittingBatches | None = None
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +134,12 @@ class Session:
         least, one = self.needed(0), self.needed(1)
         fitting = int((free - least) // max(one - least, 1)) if free else batch
         return 0 if fitting >= batch else max(1, fitting)
+
+    def judging(self) -> FittingBatches:
+        """Return the batches in which is judged, at first of as many states as are trained on at once."""
+        if self._judging is None:
+            self._judging = FittingBatches(self.at_once() or self.asked.batch, self.work.note)
+        return self._judging
 
     def means(self, folder: WorkFolder | None = None, piece: str = "training") -> Means:
         """Return by which means is trained; `folder` keeps what going on takes, as a `piece`."""
@@ -177,23 +196,28 @@ class Session:
         checks = min(max(int(_JUDGING_SHARE * steps / check), 2), checks_of(int(steps)))
         return replace(course, steps=max(1, int(steps - check * (checks + 1))), checks=checks, part=part)
 
-    def images_within(self, teacher: DiTMoE, spec: SampleSpec, seconds: float, batch: int) -> int:
-        """Return how many images can be sampled within some seconds, at most `batch` at once, by timing predictions.
+    def images_within(self, teacher: DiTMoE, spec: SampleSpec, seconds: float, batch: FittingBatches) -> int:
+        """Return how many images can be sampled within some seconds, in batches at most, by timing predictions.
 
         They are timed on twice as many images each time, until they take a hundredth of the seconds.
         """
-        config, size = teacher.config, min(_FEWEST_SAMPLED, batch)
-        while True:
+        config, wanted = teacher.config, _FEWEST_SAMPLED
+
+        def timed(rows: range) -> float:
+            size = len(rows)
             z = torch.zeros(size, config.in_channels, config.input_size, config.input_size, device=self.device)
             t, labels = torch.ones(size, device=self.device), torch.zeros(size, dtype=torch.long, device=self.device)
             start = time.monotonic()
             with torch.inference_mode():
                 float(guided_prediction(teacher, z, t, labels, spec.cfg).sum())  # waits for the device
-            taken = time.monotonic() - start
-            if 2 * taken > 0.01 * seconds or size == batch:
+            return time.monotonic() - start
+
+        while True:
+            rows, taken = next(batch.computed(timed, min(wanted, batch.size)))
+            if 2 * taken > 0.01 * seconds or len(rows) == batch.size:
                 break
-            size = min(2 * size, batch)
-        return max(0, int(seconds * size / taken) // len(evaluation_times(spec.solver, spec.steps)))
+            wanted *= 2
+        return max(0, int(seconds * len(rows) / taken) // len(evaluation_times(spec.solver, spec.steps)))
 
     def keep(self, values: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Keep all tensors that could be trained, as they are written; those not in `values` are the input's."""

@@ -93,28 +93,34 @@ def test_the_originals_steps_are_a_multiple(family: Sampler, steps: int, given: 
     assert Distilling("f", steps=steps, teacher_steps=given).path_steps(family) == taken
 
 
-@pytest.mark.parametrize(("family", "steps", "given", "said"), [
-    ("rf", 17, None, "steps 17: the original itself takes 16 of ab2; give fewer, or teacher_steps with more"),
-    ("ddpm", 21, None, "steps 21: the original itself takes 20"),
-    ("ddpm", 4, 1000, "teacher_steps 1000: ddpm-dpmpp-2m takes at most 999"),
-    ("rf", 4, 10**9, "teacher_steps 1000000000: ab2 takes at most 100000"),
-])
+@pytest.mark.parametrize(
+    ("family", "steps", "given", "said"),
+    [
+        ("rf", 17, None, "steps 17: the original itself takes 16 of ab2; give fewer, or teacher_steps with more"),
+        ("ddpm", 21, None, "steps 21: the original itself takes 20"),
+        ("ddpm", 4, 1000, "teacher_steps 1000: ddpm-dpmpp-2m takes at most 999"),
+        ("rf", 4, 10**9, "teacher_steps 1000000000: ab2 takes at most 100000"),
+    ],
+)
 def test_steps_that_the_original_does_not_take(family: Sampler, steps: int, given: int | None, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Distilling("f", steps=steps, teacher_steps=given).path_steps(family)
 
 
-@pytest.mark.parametrize(("fields", "said"), [
-    ({"steps": 0}, "steps 0: give at least 1"),
-    ({"steps": -4}, "steps -4"),
-    ({"teacher_steps": 6}, "teacher_steps 6: give a multiple of the 4 steps of the student"),
-    ({"teacher_steps": 2}, "teacher_steps 2: give a multiple of the 4"),
-    ({"teacher_steps": 0}, "teacher_steps 0: give a multiple"),
-    ({"minutes": 0}, "minutes 0: give a time above 0"),
-    ({"minutes": None}, "give minutes, as 10, or iterations, as 2000, and not both"),
-    ({"iterations": 5}, "and not both"),
-    ({"minutes": None, "iterations": 0}, "iterations 0: give at least 1"),
-])
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"steps": 0}, "steps 0: give at least 1"),
+        ({"steps": -4}, "steps -4"),
+        ({"teacher_steps": 6}, "teacher_steps 6: give a multiple of the 4 steps of the student"),
+        ({"teacher_steps": 2}, "teacher_steps 2: give a multiple of the 4"),
+        ({"teacher_steps": 0}, "teacher_steps 0: give a multiple"),
+        ({"minutes": 0}, "minutes 0: give a time above 0"),
+        ({"minutes": None}, "give minutes, as 10, or iterations, as 2000, and not both"),
+        ({"iterations": 5}, "and not both"),
+        ({"minutes": None, "iterations": 0}, "iterations 0: give at least 1"),
+    ],
+)
 def test_requests_that_cannot_be(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Distilling("f", **fields)
@@ -172,7 +178,9 @@ def test_a_student_may_be_the_original_itself(tmp_path: Path) -> None:
 def test_what_is_distilled_already_teaches_nobody_and_learns_on(tmp_path: Path) -> None:
     path, _ = pair(tmp_path)
     original = open_checkpoint(path)
-    few = open_checkpoint(save_distilled(make_pico(**SMALL, seed=4), tmp_path / "few.safetensors", original.fingerprint))
+    few = open_checkpoint(
+        save_distilled(make_pico(**SMALL, seed=4), tmp_path / "few.safetensors", original.fingerprint)
+    )
     assert few.distilled == FOUR
     for student in (few, original):
         with pytest.raises(BadInputError, match=r"few\.safetensors: was distilled to 4 steps itself"):
@@ -180,16 +188,19 @@ def test_what_is_distilled_already_teaches_nobody_and_learns_on(tmp_path: Path) 
     assert check_distilled(few, original, Distilling("f", steps=2)) is None
 
 
-@pytest.mark.parametrize(("fields", "said"), [
-    ({"cfg": -1.0}, "cfg -1"),
-    ({"cfg": float("nan")}, "cfg nan"),
-    ({"cfg": float("inf")}, "cfg inf"),
-    ({"steps": 17}, "the original itself takes 16"),
-    ({"steps": 8, "progressive": True}, "progressive has no effect: between the 8 steps of the student"),
-    ({"steps": 3, "progressive": True}, "progressive has no effect"),
-    ({"steps": 4, "teacher_steps": 8, "progressive": True}, "progressive has no effect"),
-    ({"steps": 1, "states": "own"}, "states own has no effect with steps 1"),
-])
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"cfg": -1.0}, "cfg -1"),
+        ({"cfg": float("nan")}, "cfg nan"),
+        ({"cfg": float("inf")}, "cfg inf"),
+        ({"steps": 17}, "the original itself takes 16"),
+        ({"steps": 8, "progressive": True}, "progressive has no effect: between the 8 steps of the student"),
+        ({"steps": 3, "progressive": True}, "progressive has no effect"),
+        ({"steps": 4, "teacher_steps": 8, "progressive": True}, "progressive has no effect"),
+        ({"steps": 1, "states": "own"}, "states own has no effect with steps 1"),
+    ],
+)
 def test_settings_that_a_pair_cannot_have(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     original = open_checkpoint(pair(tmp_path)[0])
     with pytest.raises(UsageError, match=said):
@@ -203,7 +214,7 @@ def test_own_states_matter_before_the_last_of_several_stages(tmp_path: Path) -> 
 
 def test_guidance_takes_a_null_class(tmp_path: Path) -> None:
     original = open_checkpoint(pair(tmp_path, null_class=False)[0])
-    with pytest.raises(UsageError, match="cfg 1.5: the checkpoint was trained without class dropout"):
+    with pytest.raises(UsageError, match=r"cfg 1\.5: the checkpoint was trained without class dropout"):
         check_distilled(original, original, Distilling("f", cfg=1.5))
     assert check_distilled(original, original, Distilling("f")) is None
 

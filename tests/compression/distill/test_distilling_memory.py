@@ -40,7 +40,9 @@ def test_paths_by_hand() -> None:
     assert most_paths(huge, 4) == 16, "and however large"
 
 
-@pytest.mark.parametrize(("count", "judging"), [(1, 1), (2, 1), (15, 1), (16, 2), (128, 16), (2048, 256), (65_536, 256)])
+@pytest.mark.parametrize(
+    ("count", "judging"), [(1, 1), (2, 1), (15, 1), (16, 2), (128, 16), (2048, 256), (65_536, 256)]
+)
 def test_paths_that_judge(count: int, judging: int) -> None:
     assert held_paths(count) == judging
 
@@ -78,7 +80,7 @@ def test_memory_is_that_of_the_student_alone() -> None:
 
 
 def test_operations_by_hand() -> None:
-    """Paths 16 · N steps · branches, three passes a state, and checks; between 16 and 32 iterations no path is added."""
+    """Paths 16 · N steps · branches, three passes a state, and checks; the fewest paths are taken."""
     tiny: dict[str, Any] = {"batch": 4, "teacher_steps": 8}
     one, two = (distilling_effort(SMALL, XL, asked(n, **tiny), n) for n in (1, 2))
     assert two.flops - one.flops == pytest.approx(4 * 3 * image_flops(SMALL))

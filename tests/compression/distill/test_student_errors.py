@@ -12,6 +12,7 @@ from training import in_threads
 from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER
 from ditmoe_cli.compression.distill.student_errors import PathErrors, own_states, path_errors, step_errors
 from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths, student_steps
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER
 from ditmoe_cli.model.config import Sampler
@@ -29,15 +30,15 @@ def paths_of(family: Sampler, own_solver: bool = False, images: int = 7) -> Path
     """Paths of an original, by its default solver in twice as many steps, or by the student's in as many."""
     solver = STUDENT_SOLVER[family] if own_solver else DEFAULT_SOLVER[family]
     spec = SampleSpec(images, STEPS * (1 if own_solver else 2), 1.0, 3, solver, (0, 1, 2))
-    return sampled_paths(original(family).model(), spec, STEPS, 256)
+    return sampled_paths(original(family).model(), spec, STEPS, FittingBatches(256))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_teacher_sampled_as_its_own_student_has_no_error(family: Sampler) -> None:
     model, paths, few = original(family).model(), paths_of(family, own_solver=True), student_steps(family, STEPS, CPU)
-    found = path_errors(model, few, paths, 3)
+    found = path_errors(model, few, paths, FittingBatches(3))
     assert len(found.by_step) == STEPS and max(found.by_step) < 1e-9
-    other = path_errors(changed(original(family)).model(), few, paths, 3)
+    other = path_errors(changed(original(family)).model(), few, paths, FittingBatches(3))
     assert min(other.by_step) > 1e-5
 
 
@@ -54,7 +55,7 @@ def test_errors_by_hand(family: Sampler) -> None:
             z = float(few.keep[i]) * z + float(few.gain[i]) * out
             ours[i] += (z - path[i + 1]).square().sum()
             theirs[i] += path[i + 1].square().sum()
-    found = path_errors(student, few, paths, 3)
+    found = path_errors(student, few, paths, FittingBatches(3))
     assert list(found.by_step) == pytest.approx((ours / theirs).tolist(), rel=1e-4)
     assert found.image == found.by_step[-1]
 
@@ -62,11 +63,11 @@ def test_errors_by_hand(family: Sampler) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_errors_are_the_same_in_any_batches_and_processes(family: Sampler) -> None:
     student, paths, few = changed(original(family)).model(), paths_of(family), student_steps(family, STEPS, CPU)
-    whole = path_errors(student, few, paths, 100)
+    whole = path_errors(student, few, paths, FittingBatches(100))
     for batch in (1, 2, 7):
-        assert path_errors(student, few, paths, batch).by_step == pytest.approx(whole.by_step, rel=1e-5)
+        assert path_errors(student, few, paths, FittingBatches(batch)).by_step == pytest.approx(whole.by_step, rel=1e-5)
     for world in (2, 3, 9):  # of nine two have no path
-        each = in_threads(world, lambda exchange: path_errors(student, few, paths, 2, exchange))
+        each = in_threads(world, lambda exchange: path_errors(student, few, paths, FittingBatches(2), exchange))
         assert all(found == each[0] for found in each), "all processes have the same bits"
         assert each[0].by_step == pytest.approx(whole.by_step, rel=1e-5)
 
@@ -74,7 +75,7 @@ def test_errors_are_the_same_in_any_batches_and_processes(family: Sampler) -> No
 def test_paths_of_zeros_are_judged_without_a_division_by_zero() -> None:
     student, few = original("rf").model(), student_steps("rf", STEPS, CPU)
     zeros = Paths(torch.zeros(2, STEPS + 1, 4, 4, 4), torch.tensor([0, 1]))
-    assert all(0 < error < float("inf") for error in path_errors(student, few, zeros, 2).by_step)
+    assert all(0 < error < float("inf") for error in path_errors(student, few, zeros, FittingBatches(2)).by_step)
     assert PathErrors((0.5, 0.25)).image == 0.25
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER
 from ditmoe_cli.compression.distill.teacher_paths import PURPOSE, Paths, StudentSteps, sampled_paths, student_steps
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.forward_process import respaced_schedule, sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, Solver, evaluation_times, flow_times, trailing_timesteps
 from ditmoe_cli.diffusion.solvers import ddim, euler
+from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import DiTMoE
 
@@ -113,7 +115,9 @@ def test_a_chain_of_steps_is_the_solver(family: Sampler, steps: int, learns_sigm
 # paths
 
 
-def spec_of(family: Sampler, images: int = 5, steps: int = 8, cfg: float = 1.0, solver: Solver | None = None) -> SampleSpec:
+def spec_of(
+    family: Sampler, images: int = 5, steps: int = 8, cfg: float = 1.0, solver: Solver | None = None
+) -> SampleSpec:
     return SampleSpec(images, steps, cfg, 7, solver or DEFAULT_SOLVER[family], (0, 2))
 
 
@@ -121,13 +125,15 @@ def spec_of(family: Sampler, images: int = 5, steps: int = 8, cfg: float = 1.0, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paths_are_from_the_samplers_noise_to_its_images(family: Sampler, cfg: float) -> None:
     model, spec = model_of(family), spec_of(family, cfg=cfg)
-    paths = sampled_paths(model, spec, 4, 2)
+    paths = sampled_paths(model, spec, 4, FittingBatches(2))
     assert len(paths) == 5 and paths.z.shape == (5, 5, *SHAPE) and paths.z.dtype == torch.float32
     assert paths.labels.tolist() == [0, 2, 0, 2, 0]
     first = image_noise(7, range(5), CPU, PURPOSE).draw(SHAPE)
     torch.testing.assert_close(paths.z[:, 0], first)
-    torch.testing.assert_close(paths.z[:, -1], sample_batch(model, spec, range(5), purpose=PURPOSE), rtol=1e-4, atol=1e-5)
-    whole = sampled_paths(model, spec, 4, 256)
+    torch.testing.assert_close(
+        paths.z[:, -1], sample_batch(model, spec, range(5), purpose=PURPOSE), rtol=1e-4, atol=1e-5
+    )
+    whole = sampled_paths(model, spec, 4, FittingBatches(256))
     torch.testing.assert_close(paths.z, whole.z, rtol=1e-4, atol=1e-4)
 
 
@@ -144,11 +150,9 @@ def test_the_states_that_are_kept_are_those_that_the_solver_passed(family: Sampl
 
         return seen
 
-    from ditmoe_cli.diffusion.watchers import Watchers
-
     image = sample_batch(model, spec, range(5), Watchers(through=through), PURPOSE)
     every = torch.stack([*passed, image], dim=1)
-    paths = sampled_paths(model, spec, kept, 256)
+    paths = sampled_paths(model, spec, kept, FittingBatches(256))
     assert torch.equal(paths.z, every[:, :: 8 // kept])
     for fewer in (count for count in (1, 2, 4) if kept % count == 0):
         assert torch.equal(paths.in_steps(fewer).z, every[:, :: 8 // fewer])
@@ -165,7 +169,7 @@ def test_some_of_the_paths() -> None:
 def test_along_its_own_solvers_paths_a_teacher_predicts_the_targets(family: Sampler) -> None:
     """A teacher that takes the student's steps: its predictions are the targets."""
     model = model_of(family)
-    paths = sampled_paths(model, spec_of(family, steps=4, solver=STUDENT_SOLVER[family]), 4, 256)
+    paths = sampled_paths(model, spec_of(family, steps=4, solver=STUDENT_SOLVER[family]), 4, FittingBatches(256))
     few: StudentSteps = student_steps(family, 4, CPU)
     target: Callable[[int], Tensor] = lambda i: few.target(paths.z[:, i], paths.z[:, i + 1], torch.full((5,), i))  # noqa: E731
     for i in range(4):

@@ -7,6 +7,7 @@ import torch
 from conftest import make_pico
 
 from ditmoe_cli.compression.training.error_bins import BINS
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.prediction_error import (
     JudgedErrors,
     bin_weights,
@@ -38,8 +39,8 @@ def test_a_model_has_no_error_to_itself_and_another_one_has(sampler: str, cfg: f
     pico, other = make_pico(sampler=sampler), make_pico(sampler=sampler, seed=1)
     images = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     noising = Noising(images, torch.arange(6) % 3, pico.config.sampler, 0)
-    states = kept_states(NoisedImages(pico.model(), noising, cfg), 12, 5)
-    own, others = (judged_errors(each.model(), states, 7) for each in (pico, other))
+    states = kept_states(NoisedImages(pico.model(), noising, cfg), 12, FittingBatches(5))
+    own, others = (judged_errors(each.model(), states, FittingBatches(7)) for each in (pico, other))
     assert own.error < 1e-11 and others.error > 0.1
     assert sum(others.counts) == 12
     per_state = state_errors(other.model(), states)

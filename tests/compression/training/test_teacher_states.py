@@ -10,6 +10,7 @@ import torch
 from conftest import make_pico
 from torch import Tensor
 
+from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.teacher_states import (
     NoisedImages,
     Noising,
@@ -128,18 +129,19 @@ def test_the_teacher_is_asked_about_its_states(family: Sampler, cfg: float) -> N
         assert torch.equal(found, expected)
     torch.testing.assert_close(states.targets, guided_prediction(model, z, t, labels, cfg))
     assert not states.targets.requires_grad
-    kept = kept_states(source, 10, 4)
+    kept = kept_states(source, 10, FittingBatches(4))
     assert len(kept) == 10
     torch.testing.assert_close(kept.at(rows).targets, states.targets)
 
 
-# the teacher's paths
+# the teacher's images
 
 
 @pytest.mark.parametrize(("family", "cfg"), [("rf", 1.0), ("ddpm", 1.5)])
-def test_images_are_those_of_the_sampler_for_a_purpose(family: Sampler, cfg: float) -> None:
+def test_images_are_those_that_are_sampled(family: Sampler, cfg: float) -> None:
     model = make_pico(sampler=family).model()
     spec = SampleSpec(5, 3, cfg, 7, "euler" if family == "rf" else "ddim", (0, 2))
-    found = sampled_images(model, spec, 2, "a test")
+    found = sampled_images(model, spec, FittingBatches(2), "a test")
     torch.testing.assert_close(found, sample_batch(model, spec, range(5), purpose="a test").float())
-    assert not torch.equal(found, sampled_images(model, spec, 2, "another")), "each purpose has noise of its own"
+    other = sampled_images(model, spec, FittingBatches(2), "another")
+    assert not torch.equal(found, other), "each purpose has noise of its own"
