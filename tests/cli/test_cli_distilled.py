@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_helpers import Outcome, here
 from conftest import make_pico
 from distilling import FOUR, SMALL, DistilledPair, distilled_pair, moved, save_distilled
+from healing import heal_on_few_states
 
+from ditmoe_cli.compression.training.teacher_states import NoisedImages
 from ditmoe_cli.evaluation.images import read_images
 from ditmoe_cli.evaluation.scores.paired_error import paired_error
 from ditmoe_cli.files.header import read_safetensors_header
@@ -432,3 +435,66 @@ def test_compare_guides_the_original_by_the_weaker_copy_that_guided(tmp_path: Pa
     guided = here("compare", pair.original, pair.few, *COMPARE, *given, cwd=tmp_path)
     assert guided.result["conditions"]["sampling"]["nfe"] == 48 and not any("warning" in line for line in guided.notes)
     assert guided.result["images"]["mse"] != lacking.result["images"]["mse"]
+
+
+# heal
+
+
+def test_a_distilled_student_is_not_healed_towards_an_original_of_other_steps(
+    pair: DistilledPair, tmp_path: Path
+) -> None:
+    said = here("heal", pair.few, "--original", pair.original, cwd=tmp_path).error(3)
+    assert "few.safetensors: was distilled to 4 steps of euler, with guidance 1.5 in its weights" in said
+    assert "train it on with ditmoe distill" in said
+    two = save_distilled(
+        moved(make_pico(sampler="rf", **SMALL), 0.05),
+        tmp_path / "two.safetensors",
+        open_checkpoint(pair.few).fingerprint,
+        replace(FOUR, steps=2),
+    )
+    said = here("heal", two, "--original", pair.few, cwd=tmp_path).error(3)
+    assert "two.safetensors: is not sampled by the steps that" in said
+
+
+@pytest.mark.parametrize("sampler", ["rf", "ddpm"])
+def test_a_compressed_copy_is_healed_towards_the_distilled_one_at_its_own_times(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heal_on_few_states(monkeypatch)
+    asked: list[float] = []
+    monkeypatch.setattr(NoisedImages, "at", _watched(NoisedImages.at, asked))
+    pair = distilled_pair(tmp_path, sampler=sampler)
+    half = here("prune", pair.few, "--keep", 0.5, "--no-refit", "--calibration-images", 8, cwd=tmp_path)
+    healed = here(
+        "heal",
+        "--original",
+        pair.few,
+        "--steps",
+        4,
+        "--batch",
+        8,
+        "--calibration-images",
+        8,
+        "--scope",
+        "model",
+        cwd=tmp_path,
+        stdin=json.dumps(half.envelope),
+    )
+    assert open_checkpoint(healed.path).distilled == open_checkpoint(pair.few).distilled
+    assert set(asked) == ({1.0, 0.75, 0.5, 0.25} if sampler == "rf" else {999.0, 749.0, 499.0, 249.0})
+    before, after = healed.result["held_error"]
+    assert after <= before
+
+
+def _watched(at: Any, asked: list[float]) -> Any:
+    def watched(states: NoisedImages, rows: torch.Tensor) -> Any:
+        found = at(states, rows)
+        asked.extend(found.t.tolist())
+        return found
+
+    return watched
+
+
+def test_compress_does_not_distil_a_distilled_checkpoint_again(pair: DistilledPair, tmp_path: Path) -> None:
+    said = here("compress", pair.few, "--ratio", 0.6, "--steps", 2, "--calibration-images", 16, cwd=tmp_path).error(2)
+    assert said.startswith("--steps 2: few.safetensors was distilled to 4 steps of euler")

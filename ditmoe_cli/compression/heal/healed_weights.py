@@ -32,6 +32,8 @@ from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Objective
 from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork, naming
 from ditmoe_cli.compression.working_sizes import HELD_OUT
+from ditmoe_cli.diffusion.few_steps import own_sampling
+from ditmoe_cli.diffusion.schedule import evaluation_times
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.formats.unpacked_weights import free_on
 from ditmoe_cli.model.dit import DiTMoE
@@ -140,8 +142,10 @@ class _Healing:
 
     def _noising(self, data: _Images, purpose: str = PURPOSE) -> Noising:
         config = self.work.original.config
-        null = config.num_classes if config.null_class and self.spec.cfg == 1.0 else None
-        return Noising(data.images, data.labels, config.sampler, self.asked.seed, null, purpose)
+        few = own_sampling(self.work.original)  # then it knows no other times, and no null class
+        null = config.num_classes if config.null_class and self.spec.cfg == 1.0 and few is None else None
+        times = () if few is None else tuple(evaluation_times(*few))
+        return Noising(data.images, data.labels, config.sampler, self.asked.seed, null, purpose, times)
 
     def _heal_blocks(self, data: _Images, last: bool) -> tuple[BlocksHealed, dict[str, Tensor], int]:
         """Heal block after block; return errors, all healed weights, and the steps of a block."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
 from ditmoe_cli.compression.training.training_request import TrainingRequest
+from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -43,6 +44,16 @@ def check_healed(student: Checkpoint, original: Checkpoint) -> str | None:
     warning = check_pair(student, original)
     if student.fingerprint == original.fingerprint:
         raise BadInputError(f"{student.path}: is the original itself, and there is nothing to heal; compress it first")
+    if student.distilled is not None and original.distilled is None:
+        raise BadInputError(
+            f"{student.path}: was distilled to {told_steps(student.distilled)}, and its original was not; train it on "
+            "with ditmoe distill, or give the distilled checkpoint that it was made from as ⟨original⟩"
+        )
+    if student.distilled != original.distilled:
+        raise BadInputError(
+            f"{student.path}: is not sampled by the steps that {original.path} was distilled to; give the checkpoint "
+            "that it was made from as ⟨original⟩"
+        )
     return warning
 
 

@@ -22,6 +22,7 @@ from ditmoe_cli.compression.precision.budget import size_label
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
 from ditmoe_cli.compression.precision.mixed import held_formats
 from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS, judged_images
+from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.names import MATRICES, SHARED, in_expert
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
@@ -130,6 +131,11 @@ class Compressing(Planner):
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, and of a size below the smallest possible or above the file."""
         require_original(work.checkpoint)
+        if work.checkpoint.distilled is not None and self.retraining is not None and self.retraining.student_steps:
+            raise UsageError(
+                f"⟨steps⟩ {self.retraining.student_steps}: {work.checkpoint.name} was distilled to "
+                f"{told_steps(work.checkpoint.distilled)}, which its copies keep; leave it out"
+            )
         if self.stacked:
             _require_alike(work.checkpoint)
         self.least_bytes(work)

@@ -93,8 +93,8 @@ class StateSource(Protocol):
 class Noising:
     """Images noised anew: state n is image n mod I at a time and with a noise of its own, functions of the seed and n.
 
-    Times cover (0, 1] of a rectified flow, and DDPM's 0 to 999, evenly, and so do those of each image, and of any few
-    neighbouring states.
+    Times cover (0, 1] of a rectified flow, and DDPM's 0 to 999, or `times` alone, evenly, and so do those of each
+    image, and of any few neighbouring states.
 
     Attributes:
         images: (I, C, S, S) latents, or pixels in [-1, 1].
@@ -104,6 +104,7 @@ class Noising:
         null: the label of every tenth state in place of its own, so that the unconditional branch is trained too; None
             where guidance trains it, or there is none.
         purpose: noise of each has seeds of its own.
+        times: of a model that knows no others; empty for all.
     """
 
     images: Tensor
@@ -112,12 +113,15 @@ class Noising:
     seed: int
     null: int | None = None
     purpose: str = PURPOSE
+    times: tuple[float, ...] = ()
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return noisy images z (n, C, S, S), times t (n,) and labels (n,) of some states."""
         chosen, rounds = rows % len(self.images), rows // len(self.images)
         noise = image_noise(self.seed, rows.tolist(), torch.device("cpu"), self.purpose).draw(self.images.shape[1:])
-        z, t = _noised(self.images[chosen], noise, spread(chosen, rounds, self.seed), self.family)
+        places = spread(chosen, rounds, self.seed)
+        t = _times(places, self.family) if not self.times else torch.tensor(self.times)[_part(places, len(self.times))]
+        z = _noised(self.images[chosen], noise, t, self.family)
         labels = self.labels[chosen]
         if self.null is not None:
             labels = labels.masked_fill((chosen + rounds) % _NULL_EVERY == _NULL_EVERY - 1, self.null)
@@ -152,14 +156,22 @@ def spread(images: Tensor, rounds: Tensor, seed: int) -> Tensor:
     return ((images.double() + 1) * 3**0.5 + rounds.double() * golden + seed * 2**0.5) % 1.0
 
 
-def _noised(images: Tensor, noise: Tensor, places: Tensor, family: Sampler) -> tuple[Tensor, Tensor]:
-    """Return images (n, C, S, S) noised to times at `places` (n,) in [0, 1), and the times as the model takes them."""
+def _part(places: Tensor, count: int) -> Tensor:
+    """Return in which of `count` even parts of [0, 1) places (n,) lie."""
+    return (places * count).long().clamp_max(count - 1)
+
+
+def _times(places: Tensor, family: Sampler) -> Tensor:
+    """Return the times at `places` (n,) in [0, 1), as the model takes them."""
+    return (1.0 - places).float() if family == "rf" else _part(places, TRAINING_STEPS).float()
+
+
+def _noised(images: Tensor, noise: Tensor, t: Tensor, family: Sampler) -> Tensor:
+    """Return images (n, C, S, S) noised to times t (n,), as the model takes them."""
     if family == "rf":
-        t = (1.0 - places).float()
-        return interpolate(images, noise, t), t
-    steps = (places * TRAINING_STEPS).long().clamp_max(TRAINING_STEPS - 1)
-    kept = respaced_schedule(list(range(TRAINING_STEPS))).alphas_bar[steps].reshape(-1, 1, 1, 1)
-    return kept.sqrt().float() * images + (1 - kept).sqrt().float() * noise, steps.float()
+        return interpolate(images, noise, t)
+    kept = respaced_schedule(list(range(TRAINING_STEPS))).alphas_bar[t.long()].reshape(-1, 1, 1, 1)
+    return kept.sqrt().float() * images + (1 - kept).sqrt().float() * noise
 
 
 def kept_states(source: StateSource, count: int, batch: FittingBatches) -> TeacherStates:

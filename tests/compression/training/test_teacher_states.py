@@ -92,6 +92,21 @@ def test_times_cover_all_evenly_also_those_of_few_states(seed: int) -> None:
     assert float(steps.min()) < 4 and float(steps.max()) > 995
 
 
+@pytest.mark.parametrize(("family", "times"), [("rf", (1.0, 0.75, 0.5, 0.25)), ("ddpm", (999.0, 749.0, 499.0, 249.0))])
+def test_a_model_of_few_steps_is_asked_at_their_times_alone(family: Sampler, times: tuple[float, ...]) -> None:
+    given = noising(family=family, times=times, purpose="a test")
+    z, t, _ = given.at(torch.arange(400))
+    counts = Counter(t.tolist())
+    assert counts.keys() == set(times) and max(counts.values()) - min(counts.values()) < 8
+    assert all(len(given.at(image + 6 * torch.arange(20))[1].unique()) == 4 for image in range(6)), "each image at all"
+    noise = image_noise(0, [7], torch.device("cpu"), "a test").draw((4, 8, 8))
+    if family == "rf":
+        torch.testing.assert_close(z[7:8], (1 - t[7]) * given.images[1:2] + t[7] * noise)
+    else:
+        kept = float(respaced_schedule([int(t[7])]).alphas_bar[0])
+        torch.testing.assert_close(z[7:8], kept**0.5 * given.images[1:2] + (1 - kept) ** 0.5 * noise)
+
+
 @pytest.mark.parametrize("images", [10, 34, 55, 64])
 def test_each_image_is_seen_at_all_times_and_with_both_labels(images: int) -> None:
     """Whatever the number of images: a Fibonacci number, or a multiple of ten."""
