@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditmoe_cli.diffusion.few_steps import own_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER
 from ditmoe_cli.diffusion.watchers import Watchers
@@ -24,7 +25,6 @@ from ditmoe_cli.progress import phase
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditmoe_cli.model.config import DiTMoEConfig
     from ditmoe_cli.model.offload import OffloadedDiTMoE
 
 MOST_DIFFERENCE = 0.03  # ‖v_bf16 - v_fp32‖ / ‖v_fp32‖ of predictions that ``auto`` accepts
@@ -79,8 +79,9 @@ def chosen_dtype(
 def measured_difference(checkpoint: Checkpoint, device: str, dtype: Dtype) -> float:
     """Return ‖v - v_fp32‖ / ‖v_fp32‖ of predictions v in a dtype near the end of sampling, where they differ most.
 
-    The state is the last of 8 steps of the default solver in fp32, of 4 images without guidance. Takes one evaluation
-    in `dtype` and 9 in fp32, each with one block in memory. 1e30 where predictions are not finite.
+    The state is the last of 8 steps of the default solver in fp32, of 4 images without guidance; of a distilled
+    checkpoint that of its own steps. Takes one evaluation in `dtype` and 9 in fp32, each with one block in memory.
+    1e30 where predictions are not finite.
     """
     import torch
 
@@ -89,26 +90,28 @@ def measured_difference(checkpoint: Checkpoint, device: str, dtype: Dtype) -> fl
     def model(kind: Dtype) -> OffloadedDiTMoE:
         return OffloadedDiTMoE(checkpoint, torch.device(device), _IMAGES, _IMAGES, dtype=torch_dtype_of(kind))
 
-    with phase(f"comparing {dtype} with fp32", _STEPS + 2, "passes") as progress, torch.inference_mode():
+    spec = _spec(checkpoint)
+    with phase(f"comparing {dtype} with fp32", spec.steps + 2, "passes") as progress, torch.inference_mode():
         exact = model("fp32")
         try:
-            x, t = _last_state(exact, lambda: progress(1))
+            x, t = _last_state(exact, spec, lambda: progress(1))
         except BadInputError:  # predictions in fp32 are not finite, which sampling will tell
             return _NOT_FINITE
         predictions = []
         for each in (exact, model(dtype)):
-            predictions.append(_prediction(each, x, t))
+            predictions.append(_prediction(each, spec, x, t))
             progress(1)
     difference = relative_difference(predictions[1], predictions[0])
     return difference if math.isfinite(difference) else _NOT_FINITE
 
 
-def _spec(config: DiTMoEConfig) -> SampleSpec:
-    classes = tuple(range(config.num_classes))
-    return SampleSpec(_IMAGES, _STEPS, 1.0, _SEED, DEFAULT_SOLVER[config.sampler], classes)
+def _spec(checkpoint: Checkpoint) -> SampleSpec:
+    config = checkpoint.config
+    solver, steps = own_sampling(checkpoint) or (DEFAULT_SOLVER[config.sampler], _STEPS)
+    return SampleSpec(_IMAGES, steps, 1.0, _SEED, solver, tuple(range(config.num_classes)))
 
 
-def _last_state(model: OffloadedDiTMoE, progress: Callable[[], None]) -> tuple[Tensor, float]:
+def _last_state(model: OffloadedDiTMoE, spec: SampleSpec, progress: Callable[[], None]) -> tuple[Tensor, float]:
     """Return the state x (4, C, S, S) and the time of the last evaluation."""
     seen: list[tuple[Tensor, float]] = []
 
@@ -116,15 +119,15 @@ def _last_state(model: OffloadedDiTMoE, progress: Callable[[], None]) -> tuple[T
         seen[:] = [(x.clone(), t)]
         progress()
 
-    sample_batch(model, _spec(model.config), range(_IMAGES), Watchers(on_step=on_step))
+    sample_batch(model, spec, range(_IMAGES), Watchers(on_step=on_step))
     return seen[0]
 
 
-def _prediction(model: OffloadedDiTMoE, x: Tensor, t: float) -> Tensor:
+def _prediction(model: OffloadedDiTMoE, spec: SampleSpec, x: Tensor, t: float) -> Tensor:
     """Return what a model predicts for states x (4, C, S, S) at a time; DDPM's learned variance is no prediction."""
     import torch
 
-    labels = torch.tensor(_spec(model.config).labels(range(_IMAGES)), device=model.device)
+    labels = torch.tensor(spec.labels(range(_IMAGES)), device=model.device)
     return model.prepared([t], labels)(x, t)[:, : model.config.in_channels]
 
 

@@ -498,3 +498,26 @@ def _watched(at: Any, asked: list[float]) -> Any:
 def test_compress_does_not_distil_a_distilled_checkpoint_again(pair: DistilledPair, tmp_path: Path) -> None:
     said = here("compress", pair.few, "--ratio", 0.6, "--steps", 2, "--calibration-images", 16, cwd=tmp_path).error(2)
     assert said.startswith("--steps 2: few.safetensors was distilled to 4 steps of euler")
+
+
+# words on distilling that cannot be
+
+
+@pytest.mark.parametrize("changes", [{"solver": "nonsense"}, {"solver": "ddim"}, {"steps": 2000}])
+def test_a_file_that_names_impossible_steps_is_refused_where_it_is_sampled(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    pair = distilled_pair(tmp_path, replace(FOUR, **changes))
+    for words in (
+        ("sample", pair.few),
+        ("profile-experts", pair.few),
+        ("fid", pair.few, "--ref", pair.original),
+        ("compare", pair.original, pair.few),
+        ("bench", pair.few),
+        ("prune", pair.few, "--keep", 0.5),
+        ("prune", pair.few, "--keep", 0.5, "--dry-run"),
+    ):
+        said = here(*words, cwd=tmp_path).error(3)
+        assert "few.safetensors: its metadata says that it was distilled to" in said
+    assert here("inspect", pair.few, cwd=tmp_path).result["distilled"]["steps"] == changes.get("steps", 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.safetensors", "original.safetensors"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Pico, make_pico
+from distilling import distilled_pair
 
 from ditmoe_cli.diffusion import automatic_dtype as module
 from ditmoe_cli.diffusion.automatic_dtype import (
@@ -116,16 +117,20 @@ def test_predictions_that_are_not_finite_are_told_and_kept(tmp_path: Path, monke
     assert len(asked) == 2, "measured once"
 
 
-@pytest.mark.parametrize(("sampler", "last"), [("rf", 1 / 8), ("ddpm", 125)])
+@pytest.mark.parametrize(
+    ("sampler", "distilled", "last"),
+    [("rf", False, 1 / 8), ("ddpm", False, 125), ("rf", True, 1 / 4), ("ddpm", True, 249)],
+)
 def test_it_is_measured_at_the_end_of_the_path(
-    sampler: str, last: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: str, distilled: bool, last: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_checkpoint(make_pico(sampler=sampler).save(tmp_path / "a.safetensors"))
+    pair = distilled_pair(tmp_path, sampler=sampler)
+    checkpoint = open_checkpoint(pair.few if distilled else pair.original)
     judged, honest = [], module._prediction
 
-    def prediction(model: Any, x: torch.Tensor, t: float) -> torch.Tensor:
+    def prediction(model: Any, spec: Any, x: torch.Tensor, t: float) -> torch.Tensor:
         judged.append((model.dtype, x, t))
-        return honest(model, x, t)
+        return honest(model, spec, x, t)
 
     monkeypatch.setattr(module, "_prediction", prediction)
     assert measured_difference(checkpoint, "cpu", "bf16") > 0
