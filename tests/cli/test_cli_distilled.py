@@ -112,7 +112,9 @@ WRITING = {
 }
 
 
-@pytest.mark.parametrize("command", WRITING)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] if name == "compress" else []) for name in WRITING]
+)
 def test_what_is_made_from_it_is_sampled_as_it_is(command: str, pair: DistilledPair, tmp_path: Path) -> None:
     name, *options = WRITING[command]
     made = here(name, pair.few, *options, "-o", "made.safetensors", cwd=tmp_path)
