@@ -47,6 +47,7 @@ MIXING = ("--bits", "3.5", "--allow", "3,4", "--tokens", "256", "--profile", PRO
 MERGING = ("--groups", "2", "--refit-tokens", "1024", "--profile", PROFILE)
 COMPRESSING = ("--ratio", "0.3", "--allow", "4,8", "--profile", PROFILE)
 HEALING = ("--original", DEMO, "--steps", "20", "--batch", "32", "--profile", PROFILE)
+DISTILLING = ("--original", DEMO, "--steps", "2", "--teacher-steps", "4", "--iterations", "20", "--batch", "32")
 UNIFORM = ("--uniform", "--bits", "4")
 WAYS = ("KILL", "TERM", "KILL", "INT", "KILL", "HUP", "KILL", "LIMIT", "KILL", "TERM", "INT", "FULL")
 EXITS = {"KILL": -9, "TERM": 143, "INT": 130, "HUP": 129, "LIMIT": 1, "FULL": 1}
@@ -85,6 +86,7 @@ CASES = (
     Case(("merge", DEMO, *MERGING), computes=True),
     Case(("compress", DEMO, *COMPRESSING), computes=True),
     Case(("heal", HALF, *HEALING), computes=True),
+    Case(("distill", HALF, *DISTILLING), computes=True),
     Case(("profile-experts", DEMO, "--images", "32", "--steps", "8"), computes=True),
     Case(("sample", DEMO, "--images", "32", "--steps", "8"), computes=True),
 )

@@ -17,7 +17,7 @@ from interrupting import StoppedError, goes_on_to_the_same_bytes, stopping_after
 from packed import packed_pico
 from safetensors.torch import load_file
 from stored_parts import wholly_packed
-from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused
+from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused, short_of_memory
 
 from ditmoe_cli import open_checkpoint
 from ditmoe_cli.compression.training import training_memory
@@ -560,22 +560,14 @@ def test_another_request_starts_anew(folder: Path) -> None:
 def test_batches_are_halved_where_memory_runs_out(
     guided: tuple[object, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In sampling, in judging and in training: a model that has no memory for more than four states at once."""
-    from ditmoe_cli.model.dit import DiTMoE
-
+    """In sampling, in judging and in training: no memory for more than four states at once."""
     words = (*DISTILL, "--batch", 64, *guided)
     whole = here(*words, "-o", "x.safetensors", cwd=folder)
-    patches = DiTMoE.patches
-
-    def short(self: DiTMoE, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return patches(self, x)
-
-    monkeypatch.setattr(DiTMoE, "patches", short)
-    outcome = here(*words, "-o", "y.safetensors", cwd=folder)
+    with monkeypatch.context() as short:
+        short_of_memory(short, 4)
+        outcome = here(*words, "-o", "y.safetensors", cwd=folder)
     assert outcome.code == 0, outcome.err
     told = [note for note in outcome.notes if "out of memory with" in note]
     assert sum("to the same gradients" in note for note in told) == 4, "64 states, 32, 16 and 8"
-    assert len(told) > 4 + 4, "paths and what judges, too, and only once"
+    assert len(told) > 4 + 4, "paths and what judges, too"
     assert outcome.result["held_error"] == pytest.approx(whole.result["held_error"], rel=1e-3)

@@ -16,7 +16,7 @@ from conftest import make_pico
 from healing import SMALL, changed, heal_on_few_states, pair
 from interrupting import StoppedError, goes_on_to_the_same_bytes, stopping_after
 from safetensors.torch import load_file
-from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused
+from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused, short_of_memory
 
 from ditmoe_cli import open_checkpoint
 from ditmoe_cli.compression.training import training_memory
@@ -432,6 +432,20 @@ def test_memory_that_does_not_suffice(folder: Path, monkeypatch: pytest.MonkeyPa
     outcome = here(*HEAL, cwd=folder)
     assert outcome.result["scopes"] == ["block"]
     assert any("healing block after block alone: end to end takes" in note for note in outcome.notes)
+
+
+def test_batches_are_halved_where_memory_runs_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sampling, in judging and in training: no memory for more than four states at once."""
+    words = (*HEAL, "--scope", "model", "--batch", 64, "--steps", 8)
+    whole = here(*words, "-o", "x.safetensors", cwd=folder)
+    with monkeypatch.context() as short:
+        short_of_memory(short, 4)
+        outcome = here(*words, "-o", "y.safetensors", cwd=folder)
+    assert outcome.code == 0, outcome.err
+    told = [note for note in outcome.notes if "out of memory with" in note]
+    assert sum("to the same gradients" in note for note in told) == 4, "64 states, 32, 16 and 8"
+    assert len(told) == len(set(told)) > 4 + 3, "images, what judges, too, and each size only once"
+    assert outcome.result["held_error"] == pytest.approx(whole.result["held_error"], rel=1e-3)
 
 
 # going on

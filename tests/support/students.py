@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from cli_helpers import contents, here
+from torch import Tensor
+
+from ditmoe_cli.model.dit import DiTMoE
 
 PROFILING = "profile-experts --images 10 --steps 2 --bins 2"
 STUDENTS = {
@@ -65,6 +70,18 @@ OUT_OF_RANGE: list[tuple[tuple[object, ...], str]] = [
     ((*LONG_ENOUGH, "-o", "x.pt"), "x.pt"),
 ]
 """Settings of any training that are refused, and what is said of each."""
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let memory run out where a model is asked about more than that many states at once."""
+    patches = DiTMoE.patches
+
+    def limited(self: DiTMoE, x: Tensor) -> Tensor:
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return patches(self, x)
+
+    monkeypatch.setattr(DiTMoE, "patches", limited)
 
 
 def refused(folder: Path, code: int, *words: object, stdin: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """Paths of an original from noise to its images, as far as a student of few steps follows them.
 
 A student of N steps follows z_0 (noise), z_1, …, z_N (image), of which the original's solver, in a multiple of N steps,
-passes each. Its own steps are affine in its prediction f,
+passes each: of DDPM's some at the timestep beside the student's. Its own steps are affine in its prediction f,
 
     z' = a z + b f(z, t)
 

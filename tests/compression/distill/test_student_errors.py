@@ -10,7 +10,13 @@ from torch import Tensor
 from training import in_threads
 
 from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER
-from ditmoe_cli.compression.distill.student_errors import PathErrors, own_states, path_errors, step_errors
+from ditmoe_cli.compression.distill.student_errors import (
+    PathErrors,
+    mean_step_errors,
+    own_states,
+    path_errors,
+    step_errors,
+)
 from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths, student_steps
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.sampling import SampleSpec
@@ -95,6 +101,23 @@ def test_errors_of_steps_have_gradients_and_are_those_of_the_target(family: Samp
     errors.sum().backward()
     weight = student.get_parameter("blocks.0.moe.shared_experts.up_proj.weight")
     assert weight.grad is not None and float(weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_means_of_steps_are_those_of_all_paths_in_any_batches_and_processes(family: Sampler) -> None:
+    student, paths, few = changed(original(family)).model(), paths_of(family), student_steps(family, STEPS, CPU)
+    with torch.no_grad():
+        expected = [
+            float(step_errors(student, few, paths.z[:, i], paths.z[:, i + 1], paths.labels, torch.full((7,), i)).mean())
+            for i in range(STEPS)
+        ]
+    for batch in (1, 3, 7):
+        found = mean_step_errors(student, few, paths, FittingBatches(batch))
+        assert found.tolist() == pytest.approx(expected, rel=1e-4) and not found.requires_grad
+    for world in (2, 9):
+        each = in_threads(world, lambda exchange: mean_step_errors(student, few, paths, FittingBatches(2), exchange))
+        assert all(torch.equal(found, each[0]) for found in each)
+        assert each[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
