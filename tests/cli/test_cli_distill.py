@@ -427,6 +427,24 @@ def test_the_wrong_way_round(folder: Path) -> None:
     assert "give them the other way round" in message and student in message
 
 
+def test_what_was_trained_towards_an_original_is_trained_towards_it_again(folder: Path) -> None:
+    """Also where nothing tells that it was made from it, and with all that was done to it in between."""
+    few = here(*DISTILL, "-o", "few.safetensors", cwd=folder).path.name
+    small = here("quantize", few, "--uniform", "--bits", 8, "-o", "small.safetensors", cwd=folder).path.name
+    for student in (few, small):
+        outcome = here("distill", student, *DISTILL[2:], "--steps", 1, cwd=folder)
+        assert outcome.code == 0 and outcome.notes == [], outcome.err
+    make_pico(**SMALL, seed=9).save(folder / "b.safetensors")
+    message = refused(folder, 3, "distill", few, "--original", "b.safetensors", *SHORT)
+    assert f"{few}: was made from another checkpoint" in message
+
+
+def test_assumptions_of_the_original_as_its_own_student_are_told_once(folder: Path) -> None:
+    make_pico(**SMALL).save_pt(folder / "a.pt")
+    outcome = here("distill", "a.pt", "--heads", 2, *SHORT, "--dry-run", cwd=folder)
+    assert outcome.notes and len(outcome.notes) == len(set(outcome.notes))
+
+
 def test_a_student_of_another_model(folder: Path) -> None:
     make_pico(**SMALL, seed=9).save(folder / "b.safetensors")
     other = here("prune", "b.safetensors", "--keep", 2, "--method", "random", "--no-refit", cwd=folder).path.name

@@ -108,7 +108,8 @@ def run(
     tensors and bytes, and says by which steps it is sampled. torchrun's processes share the training.
     """
     stage = teaching.named(source.stage(shared=True), may_be_same=True)
-    student, original = open_stage(stage), open_stage(stage, stage.original)
+    student = open_stage(stage)
+    original = student if stage.original == stage.checkpoint else open_stage(stage, stage.original)
     if teaching.original is None and stage.original == stage.checkpoint:
         check_own_teacher(student)
     guiding = weaker.opened(source.given)

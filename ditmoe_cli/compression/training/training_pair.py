@@ -38,7 +38,10 @@ def check_pair(student: Checkpoint, original: Checkpoint) -> str | None:
         return f"{student.name} was not made from {original.name}: both were made from a third checkpoint"
     if relation == "descendant":
         raise BadInputError(f"{original.path}: was made from {student.path}; give them the other way round")
-    made = next((step for step in student.provenance().history if step.command != "convert"), None)
+    history = student.provenance().history
+    if any(step.options.get("original") == original.fingerprint for step in history):
+        return None  # it was trained towards it before
+    made = next((step for step in history if step.command != "convert"), None)
     if made is not None:
         raise BadInputError(
             f"{student.path}: was made from another checkpoint ({made.source[:12]}) than {original.path} "
