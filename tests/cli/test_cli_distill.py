@@ -20,6 +20,7 @@ from stored_parts import wholly_packed
 from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused, short_of_memory
 
 from ditmoe_cli import open_checkpoint
+from ditmoe_cli.compression.distill import kept_paths
 from ditmoe_cli.compression.training import training_memory
 from ditmoe_cli.files import pacing
 
@@ -547,6 +548,7 @@ def distilled_or_stopped(folder: Path, *words: object) -> Outcome:
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pacing, "WORK_PER_KEEPING", 0.0)
     monkeypatch.setattr(training_memory, "_STEPS_A_CHECK", 2)
+    monkeypatch.setattr(kept_paths, "SAMPLED", 16)
     (folder / "runs").mkdir()
     words = ("--progressive", "--states", "own", "--teacher-steps", 8, "--iterations", 8)
 
@@ -555,7 +557,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(folder: Path, monkeypat
 
     pieces = goes_on_to_the_same_bytes(run, folder / "runs")
     assert pieces == [
-        "paths",
+        *("paths", "paths-0", "paths-16"),
         *("distilling-4-course", *["training-4"] * 2),
         *("distilling-2-course", *["training-2"] * 2),
         "trained",

@@ -11,7 +11,6 @@ folder; so are the number of iterations, and the state of training now and then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,13 +18,8 @@ from torch import Tensor
 
 from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
 from ditmoe_cli.compression.distill.distilling import Distilling, tensors_to_distill
-from ditmoe_cli.compression.distill.distilling_memory import (
-    SAMPLED,
-    distilling_bytes,
-    held_paths,
-    most_paths,
-    paths_for,
-)
+from ditmoe_cli.compression.distill.distilling_memory import distilling_bytes, held_paths
+from ditmoe_cli.compression.distill.kept_paths import KeptPaths
 from ditmoe_cli.compression.distill.student_errors import (
     PathErrors,
     mean_step_errors,
@@ -33,13 +27,11 @@ from ditmoe_cli.compression.distill.student_errors import (
     path_errors,
     step_errors,
 )
-from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths, student_steps
-from ditmoe_cli.compression.training.fitting_batches import FittingBatches
+from ditmoe_cli.compression.distill.teacher_paths import Paths, student_steps
 from ditmoe_cli.compression.training.low_rank_updates import Updates
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Objective, train
-from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork, naming
-from ditmoe_cli.diffusion.weak_models import weak_model
+from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.formats.unpacked_weights import free_on
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -47,7 +39,6 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.progress import readable_bytes
 
-PATHS_SHARE = 0.4  # of the time goes to the original's paths, at most
 BALANCE = 0.5  # strength of the weights of steps
 _TINY = 1e-30
 
@@ -80,7 +71,8 @@ class _Distilling:
     def distilled(self) -> DistillingRecord:
         """Distil through all stages, and keep the result."""
         self.work.exchange.share.from_first(self._check_memory)
-        paths, work = self._paths(), self.work
+        work = self.work
+        paths = KeptPaths(work, self.asked, self.session, self.weak).paths()
         judged = held_paths(len(paths))
         held, others = paths.at(slice(0, judged)), paths.at(slice(judged, None))
         student = build_model(work.student, self.session.device)
@@ -111,37 +103,6 @@ class _Distilling:
                 f"distilling {self.work.student.name} takes {readable_bytes(needed)}, and {readable_bytes(free)} are "
                 "free; give ⟨train⟩ fewer weights, or lora:8"
             )
-
-    def _paths(self) -> Paths:
-        """Return the original's paths, as many as the iterations are worth, or the time allows."""
-        kept = self.asked.stages(self.family)[0]
-
-        def made() -> tuple[Mapping[str, Tensor], Mapping[str, int]]:
-            teacher = build_model(self.work.original, self.session.device, self.work.dtype)
-            weak = weak_model(teacher, self.asked.guide, self._loaded_weak)
-            batch = FittingBatches(SAMPLED, self.work.note)
-            spec = self.asked.teacher_spec(self.work.original.config, self._count(teacher, kept, batch))
-            with naming(self.work.original):
-                paths = sampled_paths(teacher, spec, kept, batch, weak)
-            return {"z": paths.z, "labels": paths.labels}, {"paths": len(paths)}
-
-        piece = self.work.made("paths", made)
-        return Paths(piece.tensor("z"), piece.tensor("labels"))
-
-    def _loaded_weak(self) -> DiTMoE:
-        assert self.weak is not None
-        return build_model(self.weak, self.session.device, self.work.dtype)
-
-    def _count(self, teacher: DiTMoE, kept: int, batch: FittingBatches) -> int:
-        config, most = self.work.original.config, most_paths(self.work.original.config, kept)
-        if self.asked.minutes is None:
-            return paths_for(config, self.asked)
-        spec = self.asked.teacher_spec(config, 1)
-        seconds = (
-            PATHS_SHARE * self.session.left * (spec.nfe - spec.weak_nfe) / spec.nfe
-        )  # a weaker model takes its part
-        affordable = self.session.images_within(teacher, spec, seconds, batch)
-        return min(max(affordable, 2), most)
 
     def _errors(self, student: DiTMoE, held: Paths, steps: int) -> PathErrors:
         few = student_steps(self.family, steps, student.device)

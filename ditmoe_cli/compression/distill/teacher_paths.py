@@ -95,18 +95,25 @@ class Paths:
 
 
 def sampled_paths(
-    teacher: DiTMoE, spec: SampleSpec, kept: int, batch: FittingBatches, weak: Denoiser | None = None
+    teacher: DiTMoE,
+    spec: SampleSpec,
+    kept: int,
+    batch: FittingBatches,
+    weak: Denoiser | None = None,
+    rows: range | None = None,
 ) -> Paths:
     """Return the teacher's paths to the images of `spec`, of which `kept` states and the images are kept.
 
-    `weak` is the model of the spec's guide.
+    `weak` is the model of the spec's guide. With `rows` they are those of these images alone.
     """
-    parts: list[Tensor] = []
-    with phase("sampling from the original", spec.images, "images") as progress:
-        for indices, part in batch.computed(lambda rows: _path(teacher, spec, kept, rows, weak), spec.images):
+    parts, chosen = list[Tensor](), range(spec.images) if rows is None else rows
+    with phase("sampling from the original", len(chosen), "images") as progress:
+        for some, part in batch.computed(
+            lambda rows: _path(teacher, spec, kept, chosen[rows.start : rows.stop], weak), len(chosen)
+        ):
             parts.append(part)
-            progress(len(indices))
-    return Paths(torch.cat(parts), torch.tensor(spec.labels(range(spec.images))))
+            progress(len(some))
+    return Paths(torch.cat(parts), torch.tensor(spec.labels(chosen)))
 
 
 def _path(teacher: DiTMoE, spec: SampleSpec, kept: int, indices: Sequence[int], weak: Denoiser | None) -> Tensor:
