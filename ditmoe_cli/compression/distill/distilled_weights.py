@@ -119,13 +119,15 @@ class _Distilling:
         weights_of = step_weights(errors, held.in_steps(steps)).to(student.device)
 
         def losses(rows: Tensor) -> Tensor:
-            step, part = rows // len(paths), paths.at(rows % len(paths))
-            z, after = (part.z[torch.arange(len(rows)), step + more] for more in (0, 1))
-            z, after, labels, step = (each.to(student.device) for each in (z, after, part.labels, step))
+            step, path = rows // len(paths), rows % len(paths)
+            part = paths.at(path)
+            z, after = (part.z[torch.arange(len(rows)), step + more].to(student.device) for more in (0, 1))
+            labels, here = part.labels.to(student.device), step.to(student.device)
             if self.asked.states == "own":
-                own = own_states(student, few, part.z[:, 0].to(student.device), labels, step)
-                z = torch.where((rows % 2 == 0).to(student.device).reshape(-1, 1, 1, 1), own, z)
-            return step_errors(student, few, z, after, labels, step) * weights_of[step]
+                own = ((path + step) % 2 == 0).nonzero().flatten()
+                noise, there = part.z[own, 0].to(student.device), own.to(student.device)
+                z[there] = own_states(student, few, noise, labels[there], step[own])
+            return step_errors(student, few, z, after, labels, here) * weights_of[here]
 
         def judge() -> float:
             updates.round()

@@ -58,8 +58,8 @@ def distilling_effort(student: DiTMoEConfig, original: DiTMoEConfig, asked: Dist
     paths = paths_for(original, asked) if asked.iterations is not None else _FEWEST_PATHS
     branches = branches_at(asked.cfg) + (asked.guide is not None)
     sampled = passes(original, branches * paths, asked.path_steps(original.sampler), branches * min(paths, SAMPLED))
-    own = 1 + (asked.steps - 1) / 2 if asked.states == "own" else 1
-    step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own - 1)
+    own = (asked.steps - 1) / 4 if asked.states == "own" else 0  # of half of the states, half of the steps on average
+    step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own)
     judged = passes(student, held_paths(paths), asked.steps * (checks_of(iterations) + 2), asked.batch)
     return total([sampled, step * iterations, judged])
 

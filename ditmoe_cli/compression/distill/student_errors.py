@@ -28,10 +28,13 @@ def step_errors(student: DiTMoE, steps: StudentSteps, z: Tensor, after: Tensor, 
 
 @torch.no_grad()
 def own_states(student: DiTMoE, steps: StudentSteps, noise: Tensor, labels: Tensor, step: Tensor) -> Tensor:
-    """Return where the student's own steps lead from noise (n, C, S, S), before the steps of numbers `step` (n,)."""
+    """Return where the student's own steps lead from noise (n, C, S, S), before the steps of numbers `step` (n,).
+
+    `step` is on the CPU, so that a GPU is not waited for.
+    """
     z = noise.clone()
-    for number in range(int(step.max())):
-        rows = (step > number).nonzero().flatten()
+    for number in range(int(step.max()) if len(step) else 0):
+        rows = (step > number).nonzero().flatten().to(z.device)
         here = torch.full_like(rows, number)
         z[rows] = steps.advanced(z[rows], student(z[rows], steps.times[here], labels[rows]).float(), here)
     return z

@@ -90,7 +90,9 @@ def test_operations_by_hand() -> None:
     guided = distilling_effort(SMALL, XL, asked(1, cfg=1.5, **tiny), 1)
     assert guided.flops - one.flops == pytest.approx(sampled), "of the original both branches, of the student one"
     own = distilling_effort(SMALL, XL, asked(1, states="own", **tiny), 1)
-    assert own.flops - one.flops == pytest.approx(4 * 1.5 * image_flops(SMALL)), "on the way to a step three halves"
+    assert own.flops - one.flops == pytest.approx(2 * 1.5 * image_flops(SMALL)), (
+        "of half of them three halves on the way"
+    )
 
 
 def test_minutes_take_minutes_unless_a_single_step_takes_longer() -> None:

@@ -149,3 +149,5 @@ def test_own_states_ask_no_more_than_they_have_to(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(student), "forward", counted)
     own_states(student, few, torch.randn(4, 4, 4, 4), torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 3, 1]))
     assert asked == [3, 1, 1]
+    nothing = own_states(student, few, torch.zeros(0, 4, 4, 4), torch.zeros(0).long(), torch.zeros(0).long())
+    assert len(nothing) == 0 and len(asked) == 3
