@@ -249,6 +249,49 @@ def test_states_of_its_own_and_progress(
     assert results[0]["held_error"][0] == pytest.approx(results[1]["held_error"][0]), "judged on the same paths"
 
 
+@pytest.mark.parametrize(
+    "guide",
+    [
+        ("--guide-by", "top1", "--guide-scale", 0.5),
+        ("--guide-with", "weak.safetensors", "--guide-scale", 1, "--guide-interval", "0.2,0.8", "--cfg", 1.5),
+    ],
+)
+def test_guidance_by_a_weaker_model_goes_into_the_weights(guide: tuple[object, ...], folder: Path) -> None:
+    changed(make_pico(**SMALL), 0.3, seed=9).save(folder / "weak.safetensors")
+    words = ("distill", "a.safetensors", *LEARNING, *guide)
+    dry, outcome = here(*words, "--dry-run", cwd=folder), here(*words, cwd=folder)
+    assert outcome.code == 0, outcome.err
+    assert outcome.result["held_error"][1] < outcome.result["held_error"][0]
+    assert outcome.result["bytes"] == dry.result["bytes"] == outcome.path.stat().st_size
+    assert here(*words, cwd=folder).result["up_to_date"]
+    few = open_checkpoint(outcome.path).distilled
+    weak = open_checkpoint(folder / "weak.safetensors").fingerprint
+    assert few is not None and few.guide_scale == guide[3] and few.guide == ("top1" if guide[1] == "top1" else weak)
+    plain = here("distill", "a.safetensors", *LEARNING, "-o", "plain.safetensors", cwd=folder)
+    assert plain.path.read_bytes() != outcome.path.read_bytes()
+    assert plain.result["held_error"] != outcome.result["held_error"], "of other images"
+
+
+def test_weaker_models_that_cannot_guide(folder: Path) -> None:
+    pico = changed(make_pico(**SMALL), 0.3, seed=9)
+    huge = {name.replace(".", "__"): 1e30 * value for name, value in pico.state.items() if "moe" in name}
+    pico.with_state(**huge).save(folder / "huge.safetensors")
+    pico.state["blocks.0.moe.gate.weight"][0, 0] = float("nan")
+    pico.save(folder / "nan.safetensors")
+    make_pico(**{**SMALL, "in_channels": 3}).save(folder / "other.safetensors")
+    for name, said in (
+        ("huge", "in the weaker model"),
+        ("nan", "nan.safetensors: tensor 'blocks.0.moe.gate.weight' holds NaN"),
+        ("other", "other.safetensors"),
+        ("a", "a model is not guided by itself"),
+        ("gone", "gone.safetensors: no such file"),
+    ):
+        assert said in refused(folder, 3, *DISTILL, "--guide-with", f"{name}.safetensors", "--guide-scale", 1)
+    assert "is the input itself" in refused(
+        folder, 5, *DISTILL, "--guide-with", "s.safetensors", "--guide-scale", 1, "-o", "s.safetensors", "--force"
+    )
+
+
 def test_iterations_are_shared_by_stages_to_the_last_one(folder: Path) -> None:
     words = ("distill", "a.safetensors", "--steps", 1, "--teacher-steps", 8, "--progressive", "--batch", 4)
     for asked in (1, 2, 3, 7):

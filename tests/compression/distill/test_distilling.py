@@ -18,6 +18,7 @@ from ditmoe_cli.compression.distill.distilling import (
 )
 from ditmoe_cli.compression.planner import request_digest
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, DEFAULT_STEPS
+from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import Distilled
 from ditmoe_cli.model.checkpoint import open_checkpoint
@@ -29,6 +30,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "distill-4steps-2.5min": {"minutes": 2.5},
     "distill-4steps-2000iterations": {"minutes": None, "iterations": 2000},
     "distill-4steps-10min-cfg1.5": {"cfg": 1.5},
+    "distill-4steps-10min-guide0.5bytop1": {"guide": Guide("top1", 0.5)},
+    "distill-4steps-10min-guide1bytop1": {"guide": Guide("top1", 1.0)},
     "distill-4steps-10min-own": {"states": "own"},
     "distill-4steps-10min-progressive": {"progressive": True},
     "distill-4steps-10min-from32": {"teacher_steps": 32},
@@ -66,7 +69,9 @@ def test_each_setting_changes_the_request_and_is_an_option_of_the_history() -> N
     assert len(digests) == len(asked) + 1
     for each, fields in zip(asked, OTHERS.values(), strict=True):
         train = {"train": ",".join(fields["train"])} if "train" in fields else {}
-        given = {name: value for name, value in fields.items() if name != "train" and value is not None}
+        given = {name: value for name, value in fields.items() if name not in ("train", "guide") and value is not None}
+        if "guide" in fields:
+            given |= {"guide_by": fields["guide"].model, "guide_scale": fields["guide"].scale}
         assert each.options() == {"original": "f", **given, **train}
 
 
@@ -163,6 +168,19 @@ def test_how_both_are_sampled(family: Sampler) -> None:
     assert asked.distilled(family) == Distilled(
         STUDENT_SOLVER[family], 4, cfg=1.5, teacher_solver=teacher[0], teacher_steps=teacher[1]
     )
+
+
+def test_a_weaker_model_guides_and_its_guidance_is_told() -> None:
+    config = make_pico(sampler="rf").config
+    for guide in (Guide("top1", 0.5), Guide("f" * 64, 2.0, (0.2, 0.8))):
+        asked = Distilling("f", cfg=1.5, guide=guide)
+        assert asked.teacher_spec(config, 1).guide == guide
+        few = asked.distilled("rf")
+        assert (few.guide, few.guide_scale, few.guide_interval) == (guide.model, guide.scale, guide.interval)
+    named = asked.options()
+    assert named["guide_with"] == "f" * 64 and named["guide_scale"] == 2.0 and named["guide_interval"] == "0.2,0.8"
+    assert "guide" not in named and "guide_by" not in named
+    assert Distilling("f").distilled("rf").guide is None
 
 
 # pairs

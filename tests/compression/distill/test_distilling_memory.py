@@ -21,6 +21,7 @@ from ditmoe_cli.compression.distill.distilling_memory import (
 )
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.compression.training.training_memory import end_to_end_bytes
+from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.model.effort import BASELINE_BYTES, activation_bytes, image_flops, model_bytes
 
 SMALL, XL = upstream(12, 384, 6, 8, "flash"), upstream(28, 1152, 16, 8, "flash")
@@ -89,6 +90,8 @@ def test_operations_by_hand() -> None:
     assert one.flops == pytest.approx(sampled + judged + 4 * 3 * image_flops(SMALL))
     guided = distilling_effort(SMALL, XL, asked(1, cfg=1.5, **tiny), 1)
     assert guided.flops - one.flops == pytest.approx(sampled), "of the original both branches, of the student one"
+    weak = distilling_effort(SMALL, XL, asked(1, guide=Guide("top1", 1.0), **tiny), 1)
+    assert weak.flops == pytest.approx(guided.flops), "a weaker model is taken for as large"
     own = distilling_effort(SMALL, XL, asked(1, states="own", **tiny), 1)
     assert own.flops - one.flops == pytest.approx(2 * 1.5 * image_flops(SMALL)), (
         "of half of them three halves on the way"
