@@ -20,6 +20,7 @@ from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 States = Literal["teacher", "own"]
 STATES: tuple[States, ...] = ("teacher", "own")
 DEFAULT_STUDENT_STEPS = 4
+_MOST_STAGES = 8  # steps that are learned first
 STUDENT_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim-trailing"}
 
 
@@ -83,7 +84,8 @@ class Distilling(TrainingRequest):
         return {**found, which: guide.model, "guide_scale": guide.scale, **interval}
 
     def path_steps(self, family: Sampler) -> int:
-        """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes.
+        """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes; of 8
+        where these are learned first.
 
         Raises `UsageError` for a student of more steps than the original's, and for more than its solver takes.
         """
@@ -95,12 +97,13 @@ class Distilling(TrainingRequest):
                 f"⟨steps⟩ {self.steps}: the original itself takes {usual} of {DEFAULT_SOLVER[family]}; give fewer, or "
                 "⟨teacher_steps⟩ with more"
             )
-        return self.teacher_steps or -(-usual // self.steps) * self.steps
+        unit = _MOST_STAGES if self.progressive and _MOST_STAGES % self.steps == 0 else self.steps
+        return self.teacher_steps or -(-usual // unit) * unit
 
     def stages(self, family: Sampler) -> tuple[int, ...]:
         """Return the numbers of steps that are learned one after the other, N the last."""
         taught = self.path_steps(family)
-        before = [count for count in (8, 4, 2) if self.steps < count < taught and count % self.steps == 0]
+        before = [count for count in (_MOST_STAGES, 4, 2) if self.steps < count < taught and count % self.steps == 0]
         return (*(count for count in before if self.progressive and taught % count == 0), self.steps)
 
     def teacher_spec(self, config: DiTMoEConfig, images: int) -> SampleSpec:

@@ -142,9 +142,10 @@ def test_requests_that_cannot_be(fields: dict[str, Any], said: str) -> None:
         ("rf", 1, 8, (4, 2, 1)),
         ("rf", 1, 6, (2, 1)),
         ("rf", 4, 8, (4,)),
-        ("ddpm", 1, None, (4, 2, 1)),
-        ("ddpm", 2, None, (4, 2)),
-        ("ddpm", 4, None, (4,)),
+        ("ddpm", 1, None, (8, 4, 2, 1)),
+        ("ddpm", 2, None, (8, 4, 2)),
+        ("ddpm", 4, None, (8, 4)),
+        ("ddpm", 1, 20, (4, 2, 1)),
         ("ddpm", 1, 40, (8, 4, 2, 1)),
     ],
 )
