@@ -84,8 +84,9 @@ class Distilling(TrainingRequest):
         return {**found, which: guide.model, "guide_scale": guide.scale, **interval}
 
     def path_steps(self, family: Sampler) -> int:
-        """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes; of 8
-        where these are learned first.
+        """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes.
+
+        Where 8 steps are learned first, it is a multiple of 8.
 
         Raises `UsageError` for a student of more steps than the original's, and for more than its solver takes.
         """
