@@ -26,7 +26,7 @@ from ditmoe_cli.files import pacing
 
 SHORT = ("--steps", 2, "--iterations", 6, "--batch", 8, "--teacher-steps", 4)
 DISTILL = ("distill", "s.safetensors", "--original", "a.safetensors", *SHORT)
-LEARNING = ("--steps", 2, "--iterations", 40, "--batch", 16, "--teacher-steps", 4, "--rate", 0.005)
+LEARNING = ("--steps", 2, "--iterations", 24, "--batch", 16, "--teacher-steps", 4, "--rate", 0.005)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_students_of_each_kind_are_distilled_in_a_pipe(
     assert two.code == 0, two.err
     before, after = two.result["held_error"]
     assert 0 < after < before
-    assert two.result["iterations"] == 40 and two.result["paths"] == 160 + 20
+    assert two.result["iterations"] == 24 and two.result["paths"] == 96 + 12
     assert len(two.result["path_error_before"]) == len(two.result["path_error_after"]) == 2
     assert two.result["path_error_after"][-1] == after
 
@@ -93,7 +93,7 @@ def test_students_of_each_kind_are_distilled_in_a_pipe(
     assert (few.solver, few.steps, few.cfg) == ({"rf": "euler", "ddpm": "ddim-trailing"}[family], 2, float(cfg))
     assert (few.teacher_solver, few.teacher_steps) == ({"rf": "ab2", "ddpm": "ddpm-dpmpp-2m"}[family], 4)
     last = checkpoint.provenance().history[-1]
-    assert last.command == "distill" and last.options["steps"] == 2 and last.options["iterations"] == 40
+    assert last.command == "distill" and last.options["steps"] == 2 and last.options["iterations"] == 24
     assert list(map(float, last.measured["path_error_after"])) == pytest.approx(
         two.result["path_error_after"], rel=1e-3
     )
@@ -129,7 +129,7 @@ def test_the_original_itself_is_a_student(words: tuple[str, ...], folder: Path) 
     before, after = outcome.result["held_error"]
     assert after < before and not any("warning" in line for line in outcome.notes)
     assert outcome.result["original"] == str(folder / "a.safetensors")
-    assert outcome.path.name == "a.distill-2steps-40iterations-from4-batch16-rate0.005.safetensors"
+    assert outcome.path.name == "a.distill-2steps-24iterations-from4-batch16-rate0.005.safetensors"
 
 
 def test_the_original_itself_is_a_student_in_a_pipe(folder: Path) -> None:
@@ -313,7 +313,7 @@ def test_minutes_are_kept_within(folder: Path) -> None:
 
 
 def test_a_useless_rate_leaves_the_weights_of_the_input(folder: Path) -> None:
-    outcome = here(*DISTILL, "--rate", 0.99, "--iterations", 20, cwd=folder)
+    outcome = here(*DISTILL, "--rate", 0.99, "--iterations", 30, cwd=folder)
     before, after = outcome.result["held_error"]
     assert after <= before, "never worse than the input"
     if after == before:

@@ -180,6 +180,35 @@ def halved(made: Path) -> Path:
     return ran(made, "prune", "a.safetensors", *words, "cpu").path
 
 
+TRAINED = {
+    "heal": ("heal", "--steps", 30),
+    "heal lora": ("heal", "--steps", 30, "--scope", "model", "--train", "lora:2"),
+    "distill": ("distill", "--steps", 2, "--teacher-steps", 8, "--iterations", 30, "--cfg", 1.5),
+    "distill own": ("distill", "--steps", 2, "--teacher-steps", 8, "--iterations", 30, "--states", "own"),
+    "distill guided": ("distill", "--steps", 2, "--iterations", 30, "--guide-by", "top1", "--guide-scale", 0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", TRAINED)
+def test_training(made: Path, training: str, dtype: str) -> None:
+    """Held-out errors before and after are those of the CPU."""
+    prune = ("--keep", "0.5", "--no-refit", "--profile", PROFILE, "-o", "damaged.safetensors", "--force")
+    student = ran(made, "prune", "a.safetensors", *prune, "cpu").path
+    results, paths = [], []
+    for device, precision in (("cpu", "fp32"), (TRIED_ON, dtype)):
+        command, *words = TRAINED[training]
+        words += ["--profile", f"p-{precision}.safetensors"] if command == "heal" else []
+        output = ("-o", f"{training.replace(' ', '-')}-{device}-{precision}.safetensors", "--force")
+        ending = ("--original", "a.safetensors", "--batch", 16, "--rate", 0.004, "--dtype", precision, *output)
+        outcome = ran(made, command, student.name, *words, *ending, device)
+        results.append(outcome.result["held_error"])
+        paths.append(outcome.path)
+    assert results[0][1] < results[0][0]
+    assert results[1] == pytest.approx(results[0], rel=NEAR[dtype] - 1)
+    assert tensor_shapes(paths[1]) == tensor_shapes(paths[0]) == tensor_shapes(student)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores(made: Path, halved: Path, dtype: str) -> None:
     def scores(device: str, precision: str) -> tuple[float, float]:
