@@ -19,6 +19,7 @@ TOKENS = 131_072  # of all these images in all steps, about
 
 SHARED_TOKENS = 4096  # of the reservoir, at most, that all experts of a block run on
 SHARED_BATCH = 256  # of them in one estimate of HSIC, whose Gram matrices grow with their square
+_GOLDEN = (5**0.5 - 1) / 2  # φ
 
 
 def usual_images(patches: int, steps: int = STEPS) -> int:
@@ -103,7 +104,7 @@ class WantedCalibration:
         if not self.given():
             return base
         spec = replace(base.spec, **self.given())
-        if self.classes is None and base.data is None and _has_usual_classes(base.spec, checkpoint):
+        if self.classes is None and base.data is None and has_usual_classes(base.spec, checkpoint):
             spec = replace(spec, classes=usual_classes(spec.images, checkpoint.config.num_classes))
         bins = base.bins if base.bins <= spec.steps else choose_bins(None, spec.steps)
         try:
@@ -148,7 +149,12 @@ def default_calibration(checkpoint: Checkpoint, dtype: Dtype = "fp32") -> Calibr
     return Calibration(SampleSpec(images, steps, 1.0, 0, solver, classes, dtype=dtype), bins=choose_bins(None, steps))
 
 
-def _has_usual_classes(spec: SampleSpec, checkpoint: Checkpoint) -> bool:
+def spread_classes(classes: int) -> tuple[int, ...]:
+    """Return all classes in an order of which every beginning is spread evenly over them: by the fractions of c φ."""
+    return tuple(sorted(range(classes), key=lambda c: c * _GOLDEN % 1.0))
+
+
+def has_usual_classes(spec: SampleSpec, checkpoint: Checkpoint) -> bool:
     """Return whether the labels are those of no ⟨classes⟩, so that they change with the number of images."""
     return spec.classes == usual_classes(spec.images, checkpoint.config.num_classes)
 

@@ -19,8 +19,12 @@ from safetensors.torch import load_file
 from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused, short_of_memory
 
 from ditmoe_cli import open_checkpoint
+from ditmoe_cli.compression.heal import healed_weights
 from ditmoe_cli.compression.training import training_memory
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files import pacing
+from ditmoe_cli.model.dit import DiTMoE
+from ditmoe_cli.routing.calibration_settings import spread_classes
 
 SHORT = ("--steps", 6, "--batch", 8)
 HEAL = ("heal", "s.safetensors", "--original", "a.safetensors", "--profile", "p.safetensors", *SHORT)
@@ -241,6 +245,25 @@ def test_minutes_are_kept_within(folder: Path) -> None:
     result = outcome.result
     assert result["block_steps"] >= 1 and result["model_steps"] >= 1 and result["images"] >= 10
     assert outcome.path.name == "s.heal-0.03min-batch8.safetensors"
+
+
+@pytest.mark.parametrize(("given", "spread"), [((), True), (("--calibration-classes", "3,5,7"), False)])
+def test_sampled_images_are_of_all_classes_unless_told(
+    given: tuple[object, ...], spread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model of 40 classes, whose profile has room for ten."""
+    pair(tmp_path, num_classes=40)
+    asked, sampled = list[tuple[int, ...]](), healed_weights.sampled_images
+
+    def seen(teacher: DiTMoE, spec: SampleSpec, *more: Any) -> torch.Tensor:
+        asked.append(spec.classes)
+        return sampled(teacher, spec, *more)
+
+    monkeypatch.setattr(healed_weights, "sampled_images", seen)
+    words = ("--calibration-images", 10, "--calibration-steps", 2, *given, "--steps", 16, "--batch", 32)
+    outcome = here(*HEAL[:4], *words, "--scope", "model", cwd=tmp_path)
+    assert outcome.code == 0 and outcome.result["images"] == 18, outcome.err
+    assert asked == [spread_classes(40) if spread else (3, 5, 7)]
 
 
 # profiles

@@ -23,6 +23,7 @@ from ditmoe_cli.routing.calibration_settings import (
     WantedCalibration,
     default_calibration,
     parse_calibration,
+    spread_classes,
     usual_classes,
     usual_images,
 )
@@ -34,6 +35,16 @@ SETTINGS = Calibration(SPEC, bins=2, reservoir=24, batch=2)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return opened(make_pico(hidden=16, input_size=4, seed=3), tmp_path_factory.mktemp("settings"))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 1000])
+def test_every_beginning_of_spread_classes_is_spread(classes: int) -> None:
+    order = spread_classes(classes)
+    assert sorted(order) == list(range(classes))
+    for count in (2, 16, 67, 540):
+        seen = sorted(order[:count])
+        gaps = [b - a for a, b in itertools.pairwise([*seen, seen[0] + classes])]
+        assert count >= classes or max(gaps) <= 3 * classes / count, count
 
 
 specs = st.builds(

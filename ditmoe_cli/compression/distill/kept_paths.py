@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.distill.distilling import Distilling
-from ditmoe_cli.compression.distill.distilling_memory import SAMPLED, most_paths, paths_for
+from ditmoe_cli.compression.distill.distilling_memory import SAMPLED, held_paths, most_paths, paths_for
 from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.training_session import Session, TrainingWork, naming
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.progress import phase
+from ditmoe_cli.routing.calibration_settings import spread_classes
 
 PATHS_SHARE = 0.4  # of the time goes to the original's paths, at most
 _FEWEST = 2  # of which one judges
@@ -57,14 +59,17 @@ class KeptPaths:
             for name, rows in pieces.items():
                 z[rows.start : rows.stop] = self.work.made(name, partial(self._sampled, count, rows)).tensor("z")
                 progress(0 if name in before else len(rows))
-        labels = self.asked.teacher_spec(self.config, count).labels(range(count))
-        return Paths(z, torch.tensor(labels))
+        return Paths(z, torch.tensor(self._spec(count).labels(range(count))))
 
     def _sampled(self, count: int, rows: range) -> tuple[Mapping[str, Tensor], Mapping[str, int]]:
         teacher, weak = self._models
-        spec = self.asked.teacher_spec(self.config, count)
         with naming(self.work.original):
-            return {"z": sampled_paths(teacher, spec, self.kept, self._batch, weak, rows).z}, {}
+            return {"z": sampled_paths(teacher, self._spec(count), self.kept, self._batch, weak, rows).z}, {}
+
+    def _spec(self, count: int) -> SampleSpec:
+        """Return how so many paths are sampled: of classes spread evenly, where those that judge are not of all."""
+        spec, classes = self.asked.teacher_spec(self.config, count), self.config.num_classes
+        return spec if held_paths(count) >= classes else replace(spec, classes=spread_classes(classes))
 
     @cached_property
     def _models(self) -> tuple[DiTMoE, Denoiser | None]:

@@ -33,6 +33,7 @@ from ditmoe_cli.compression.training.training_loop import Course, Objective
 from ditmoe_cli.compression.training.training_session import MEMORY_SHARE, PIECE, Session, TrainingWork, naming
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.diffusion.few_steps import own_sampling
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import evaluation_times
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.formats.unpacked_weights import free_on
@@ -40,7 +41,7 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.offload import OffloadedDiTMoE
 from ditmoe_cli.progress import readable_bytes
-from ditmoe_cli.routing.calibration_settings import profiled_spec
+from ditmoe_cli.routing.calibration_settings import has_usual_classes, profiled_spec, spread_classes
 from ditmoe_cli.routing.profile import RoutingProfile
 
 IMAGES_SHARE = 0.1  # of the time goes to images that the original samples, at most
@@ -122,8 +123,16 @@ class _Healing:
         if teacher is not None and profile.calibration.get("data") is None:
             sampled = self.work.made("images", lambda: ({"images": self._sampled(teacher)}, {})).tensor("images")
             images = torch.cat((images, sampled))
-            labels = torch.cat((labels, torch.tensor(spec.labels(range(len(sampled))), dtype=labels.dtype)))
+            more = torch.tensor(self._sampling.labels(range(len(sampled))), dtype=labels.dtype)
+            labels = torch.cat((labels, more))
         return _Images(images, labels)
+
+    @property
+    def _sampling(self) -> SampleSpec:
+        """How images are sampled: as the profile's, but of all classes, where it had no room for all."""
+        spec, original = self.spec, self.work.original
+        chosen = len(spec.classes) == original.config.num_classes or not has_usual_classes(spec, original)
+        return spec if chosen else replace(spec, classes=spread_classes(original.config.num_classes))
 
     def _sampled(self, teacher: DiTMoE) -> Tensor:
         """Return as many images of the original as the steps are worth, or the time allows; maybe none."""
@@ -137,7 +146,7 @@ class _Healing:
         sampled = torch.zeros(0, config.in_channels, config.input_size, config.input_size)
         if count:
             with naming(self.work.original):
-                sampled = sampled_images(teacher, replace(self.spec, images=count), batch, "healing images")
+                sampled = sampled_images(teacher, replace(self._sampling, images=count), batch, "healing images")
         return sampled
 
     def _noising(self, data: _Images, purpose: str = PURPOSE) -> Noising:
