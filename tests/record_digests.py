@@ -335,6 +335,9 @@ def sampling(oracles: Sequence[str]) -> Iterator[Case]:
         yield case(f"sample-{solver}", f"sample {DEMO} --solver {solver} --steps 5 {few}")
     guided = f"--steps 5 --cfg 2 --cfg-interval 0.2,0.8 --classes 3,7 --seed 5 --batch 3 {few}"
     yield case("sample-guided", f"sample {DEMO} {guided}")
+    weak = "--guide-with {prune-reap}/o.safetensors --guide-scale 0.5 --guide-interval 0.1,0.9"
+    yield case("sample-weak", f"sample {DEMO} --steps 5 --cfg 1.5 {weak} {few}")
+    yield case("sample-top1", f"sample {SMALL} --steps 3 --guide-by top1 --guide-scale 1 {few}")
     yield case("sample-upstream", f"sample {DEMO} --upstream-exact {few}")
     for solver in ("ddim", "ddim-trailing", "ddpm", "dpmpp-2m"):
         yield case(f"sample-small-{solver}", f"sample {SMALL} --solver {solver} --steps 4 --cfg 1.5 {few}")
@@ -365,6 +368,8 @@ def scoring() -> Iterator[Case]:
     yield case("compare-pipe", "compare --images 4 --steps 4 --bins 2 --cfg 2", stdin="{quantize-pruned.out}")
     latent = "--images 2 --steps 3 --bins 1 --solver ddim --cfg 1.5 {quantize-mix}/o.safetensors"
     yield case("compare-small", f"compare {SMALL} {latent}")
+    guided = "--images 4 --steps 4 --guide-by rank2 --guide-scale 0.5"
+    yield case("compare-guided", f"compare {DEMO} {{prune-slice}}/o.safetensors {guided}")
     yield case("compare-same", f"compare {DEMO} {{convert-demo}}/c.safetensors --images 2 --steps 2 --bins 1")
     gate = "--images 2 --steps 2 --bins 1 --max-error 0.0001"
     yield case("gate-compare", f"compare {DEMO} {{prune-reap}}/o.safetensors {gate}", code=6)
