@@ -119,6 +119,32 @@ def test_checkpoints_that_cannot_guide_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["sample", "fid", "compare", "bench"])
+def test_nan_in_the_weaker_copy_is_named(folder: Path, tmp_path: Path, command: str) -> None:
+    a, b = (str(folder / f"{name}.safetensors") for name in ("a", "b"))
+    words = {"sample": (a,), "fid": (a, "--ref", b), "compare": (a, b), "bench": (a,)}[command]
+    weak = pixels(seed=2)
+    nan = torch.full_like(weak.state["final_layer.linear.bias"], torch.nan)
+    path = weak.with_state(final_layer__linear__bias=nan).save(tmp_path / "nan.safetensors")
+    said = here(command, *words, "--guide-with", path, "--guide-scale", 1, cwd=tmp_path).error(3)
+    assert "nan.safetensors" in said and "final_layer.linear.bias" in said
+    assert [each.name for each in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+@pytest.mark.parametrize("family", ["rf", "ddpm"])
+def test_a_weaker_copy_whose_predictions_overflow_is_named(folder: Path, tmp_path: Path, family: str) -> None:
+    """In fp16, whose largest value is 65,504: the weights are finite, and so is all that the guided model predicts."""
+    weak = pixels(seed=2, sampler=family)
+    huge = {f"blocks.0.moe.shared_experts.{name}.weight": 1e4 for name in ("gate_proj", "up_proj", "down_proj")}
+    changes = {name: weak.state[name] * by for name, by in huge.items()}
+    path = weak.with_state(**changes).save(tmp_path / "w.safetensors")
+    model = folder / ("a.safetensors" if family == "rf" else "ddpm.safetensors")
+    guide = ("--guide-with", path, "--guide-scale", 1, "--dtype", "fp16", "-o", "s.safetensors")
+    said = here("sample", model, "--images", 2, "--steps", 2, *guide, cwd=tmp_path).error(3)
+    assert "in image 0 (seed 0) at evaluation 1 of 2, in the weaker model (of fingerprint" in said
+    assert not (tmp_path / "s.safetensors").exists()
+
+
 @pytest.mark.parametrize("command", ["sample", "bench"])
 def test_a_model_of_one_expert_a_token_has_no_other_routing(folder: Path, command: str) -> None:
     said = here(command, "one.safetensors", "--guide-by", "rank2", "--guide-scale", 1, cwd=folder).error(2)
