@@ -25,6 +25,7 @@ from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import MoEEvent
+from ditmoe_cli.model.rerouting import with_one_rank
 
 CPU = torch.device("cpu")
 
@@ -101,6 +102,20 @@ def test_each_module_counts_for_its_part(
         "head": 2e6,
         OTHER: 0.0,
     }
+
+
+def test_parts_that_two_models_share_count_in_each_call_once() -> None:
+    """A view with other routers shares attention and experts: a step that asks both has two calls of each."""
+    model = make_model()
+    view = with_one_rank(model, 0)
+    assert isinstance(view, DiTMoE)
+    now = [0.0]
+    for name, module in (*model.named_modules(), *view.named_modules()):
+        if name.rpartition(".")[2] == "attn" and not module._forward_hooks:
+            module.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1.0))
+    steps = [step_of(model), step_of(view)]
+    found = step_parts([model, view], lambda: [step() for step in steps], 1, stopwatch(CPU, lambda: now[0]))
+    assert found["attention"] == 2 * model.config.depth == sum(found.values())
 
 
 def test_the_fastest_pass_counts_and_hooks_are_gone() -> None:

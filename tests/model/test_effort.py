@@ -12,6 +12,7 @@ from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.effort import (
     BASELINE_BYTES,
     Effort,
+    WeakModel,
     attention_flops,
     block_weights,
     evaluation_flops,
@@ -116,6 +117,20 @@ def test_memory_of_sampling_is_the_model_and_a_batch() -> None:
     assert found.memory == BASELINE_BYTES + model_bytes(config(depth=1)) + 4 * 8 * 256 * token
     assert sampling_estimate(config(depth=1), 64, 10, 8).memory > found.memory
     assert sampling_estimate(config(depth=2), 64, 10, 4).memory > found.memory
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weaker_model_adds_its_evaluations_and_its_weights_where_they_are_its_own(shared: bool) -> None:
+    weak = WeakModel(config(depth=2), 10, shared)
+    for alone, guided, images in (
+        (sampling_estimate(config(), 64, 16, 4), sampling_estimate(config(), 64, 16, 4, weak), 64),
+        (passes_estimate(config(), 8, 2, 3), passes_estimate(config(), 8, 2, 3, weak), 8),
+    ):
+        own = 0 if shared else model_bytes(config(depth=2))
+        assert guided.what == alone.what
+        assert guided.memory == alone.memory + own
+        assert guided.effort.flops == alone.effort.flops + images * 10 * image_flops(config(depth=2))
+        assert guided.effort.nbytes == alone.effort.nbytes + own
 
 
 def test_passes_of_a_batch_are_those_of_its_images_in_each_branch() -> None:
