@@ -94,6 +94,18 @@ def test_the_quantisation_benchmark_prints_a_row_per_variant(
     assert lines[2].startswith("| fp4 |") and f" | {told['bytes']:,} |" in lines[2]
 
 
+@pytest.mark.parametrize("row", ["top1, W 0.5", "half the experts, W 1"])
+def test_guidance_by_a_weaker_copy_is_scored(
+    row: str, benchmark_lines: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = importlib.import_module("weak_guidance")
+    monkeypatch.setitem(study.COPIES, study.HALF, ("prune", "--keep", "0.5", "--calibration-images", "4"))
+    lines = benchmark_lines("weak_guidance", row, str(tmp_path / "pico.safetensors"), "--images", "9")
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert len(lines) == 3 and cells[:2] == [row, "32"]
+    assert float(cells[2]) > 0 and cells[6].endswith(" %")
+
+
 @pytest.mark.parametrize("model", ["S", "demo"])
 def test_compressed_steps_are_printed_against_the_original(
     model: str, benchmark_lines: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch

@@ -71,12 +71,12 @@ class Row:
 HALF, QUARTER, BITS = COPIES
 ROWS = (
     Row(short=True),
-    Row(cfg=1.1),
+    Row(cfg=1.1, short=True),
     Row(cfg=1.25, short=True),
     *(Row(weak=HALF, scale=scale, short=scale != 2) for scale in (0.25, 0.5, 1, 2)),
-    *(Row(weak=QUARTER, scale=scale, short=scale == 0.5) for scale in (0.25, 0.5, 1, 2)),
+    *(Row(weak=QUARTER, scale=scale, short=scale < 1) for scale in (0.25, 0.5, 1, 2)),
     *(Row(weak=BITS, scale=scale) for scale in (0.25, 0.5, 1, 2)),
-    *(Row(weak="top1", scale=scale, short=scale in (0.5, 1)) for scale in (0.25, 0.5, 1, 2)),
+    *(Row(weak="top1", scale=scale, short=scale != 2) for scale in (0.25, 0.5, 1, 2)),
     *(Row(weak="rank2", scale=scale) for scale in (0.25, 0.5, 1)),
     *(Row(weak=HALF, scale=1, interval=within) for within in ((0.0, 0.5), (0.5, 1.0), (0.2, 0.8))),
     Row(cfg=1.1, weak=HALF, scale=0.5),
@@ -163,7 +163,7 @@ def line(row: Row, nfe: int, found: Sequence[Sequence[float]]) -> str:
     """Return a row of the table."""
     distances = " / ".join(f"{scores[0]:.2f}" for scores in found)
     precision, recall, spread, right = (float(np.mean([scores[i] for scores in found])) for i in range(1, 5))
-    accuracy = "–" if np.isnan(right) else f"{right:.1%}"
+    accuracy = "–" if np.isnan(right) else f"{100 * right:.1f} %"
     return f"| {row.label} | {nfe} | {distances} | {precision:.3f} | {recall:.3f} | {spread:.3f} | {accuracy} |"
 
 
