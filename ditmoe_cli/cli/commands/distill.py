@@ -30,7 +30,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 MACHINE = Models
 EXAMPLES = (
     "ditmoe distill half.safetensors --original ckpt.pt --steps 4 --cfg 1.5",
-    "ditmoe prune ckpt.pt --neurons 0.5 | ditmoe distill --steps 2 | ditmoe quantize --bits 4 | ditmoe fid",
+    "ditmoe prune ckpt.pt --neurons 0.5 | ditmoe distill --steps 2 | ditmoe quantize --bits 4",
     "ditmoe distill half.safetensors --original ckpt.pt --guide-with weak.safetensors --guide-scale 0.5",
 )
 
