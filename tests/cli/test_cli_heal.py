@@ -307,6 +307,7 @@ def test_given_images_are_trained_on_alone(folder: Path) -> None:
     [
         *OUT_OF_RANGE,
         (("--steps", 0), "--steps 0: give at least 1"),
+        (("--steps", 10**9), "give at most 999,999,999"),
         (("--steps", 5, "--minutes", 5), "--minutes, as 10, or --steps"),
         (("--steps", 5, "--scope", "everything"), "--scope"),
     ],

@@ -64,6 +64,7 @@ OUT_OF_RANGE: list[tuple[tuple[object, ...], str]] = [
     ((*LONG_ENOUGH, "--rate", 1), "--rate 1"),
     ((*LONG_ENOUGH, "--rate", "nan"), "--rate nan"),
     ((*LONG_ENOUGH, "--batch", 0), "--batch 0"),
+    ((*LONG_ENOUGH, "--batch", 10**30), "give 1 to 1,048,576 states"),
     ((*LONG_ENOUGH, "--seed", 2**64), "64 bits"),
     ((*LONG_ENOUGH, "--device", "abacus"), "abacus"),
     ((*LONG_ENOUGH, "--dtype", "fp8"), "fp8"),

@@ -96,7 +96,7 @@ class Distilling(TrainingRequest):
         if self.teacher_steps is None and self.steps > usual:
             raise UsageError(
                 f"⟨steps⟩ {self.steps}: the original itself takes {usual} of {DEFAULT_SOLVER[family]}; give fewer, or "
-                "⟨teacher_steps⟩ with more"
+                "more ⟨teacher_steps⟩ to ditmoe distill"
             )
         unit = _MOST_STAGES if self.progressive and _MOST_STAGES % self.steps == 0 else self.steps
         return self.teacher_steps or -(-usual // unit) * unit

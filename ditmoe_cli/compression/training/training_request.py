@@ -14,6 +14,7 @@ Codes = Literal["fixed", "learn"]
 CODES: tuple[Codes, ...] = ("fixed", "learn")
 DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
 LOW_RANK = "lora:"
+_MOST_ITERATIONS, _MOST_BATCH = 10**9 - 1, 2**20
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class TrainingRequest:
             raise UsageError(f"⟨minutes⟩ {self.minutes:g}: give a time above 0")
         if self.iterations is not None and self.iterations < 1:
             raise UsageError(f"⟨{self.length}⟩ {self.iterations}: give at least 1")
+        if self.iterations is not None and self.iterations > _MOST_ITERATIONS:
+            raise UsageError(f"⟨{self.length}⟩ {self.iterations}: give at most {_MOST_ITERATIONS:,}")
+        if not 1 <= self.batch <= _MOST_BATCH:
+            raise UsageError(f"⟨batch⟩ {self.batch}: give 1 to {_MOST_BATCH:,} states")
         if self.rate is not None and not 0 < self.rate < 1:
             raise UsageError(f"⟨rate⟩ {self.rate:g}: give a share of a weight's size, above 0 and below 1, as 0.01")
         self._check_train()

@@ -101,7 +101,12 @@ def test_the_originals_steps_are_a_multiple(family: Sampler, steps: int, given: 
 @pytest.mark.parametrize(
     ("family", "steps", "given", "said"),
     [
-        ("rf", 17, None, "steps 17: the original itself takes 16 of ab2; give fewer, or teacher_steps with more"),
+        (
+            "rf",
+            17,
+            None,
+            "steps 17: the original itself takes 16 of ab2; give fewer, or more teacher_steps to ditmoe distill",
+        ),
         ("ddpm", 21, None, "steps 21: the original itself takes 20"),
         ("ddpm", 4, 1000, "teacher_steps 1000: ddpm-dpmpp-2m takes at most 999"),
         ("rf", 4, 10**9, "teacher_steps 1000000000: ab2 takes at most 100000"),
