@@ -5,8 +5,9 @@ own, half of the states that it learns from are those that its own steps have le
 back: its errors then add up less. The loss of step i is weighted by e_i^-1/2, e_i being the mean ‖z' - z_{i+1}‖² of
 that step before training, so that no step is sacrificed to another.
 
-Held-out paths judge, by the images in which the student's own steps end. Paths are sampled once, and kept in the work
-folder; so are the number of iterations, and the state of training now and then.
+Held-out paths judge. Which weights are kept is decided by the same loss on them: images in which the student's own
+steps end say less of so few paths, since some flip to others by little. Images decide whether there is a gain at all.
+Paths are sampled once, and kept in the work folder; so are the number of iterations, and the state of training.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class _Distilling:
 
         def judge() -> float:
             updates.round()
-            return self._errors(student, held, steps).image
+            found = mean_step_errors(student, few, held.in_steps(steps), self.session.judging(), self.work.exchange)
+            return float((found * weights_of.cpu()).mean())
 
         objective, weights = Objective(len(paths) * steps, losses, judge), updates.trained()
         asked, name = self.asked.iterations, f"distilling-{steps}"

@@ -19,7 +19,7 @@ from ditmoe_cli.model.effort import (
 )
 
 PATH_BYTES = 2 * 2**30  # that all paths take at most
-HELD_PATHS = 256  # that judge
+HELD_PATHS = 512  # that judge
 SAMPLED = 256  # that are sampled at once
 _PASSES = 2  # over all states, which is how often training gains by a state
 _MOST_PATHS, _FEWEST_PATHS = 65_536, 16

@@ -1,7 +1,7 @@
 """How far a student's few steps lead away from its original's paths: what is trained on, and what judges.
 
-The loss of a state z_i of step i is w_i ‖z' - z_{i+1}‖², z' being where the student's step leads from there. A path is
-judged by the student's own steps from its noise: by ‖x - z_N‖² of the image x that they end in.
+The loss of a state z_i of step i is w_i ‖z' - z_{i+1}‖², z' being where the student's step leads from there. The error
+of a path is that of the student's own steps from its noise: ‖x - z_N‖² of the image x that they end in.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_paths_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "judging"), [(1, 1), (2, 1), (15, 1), (16, 2), (128, 16), (2048, 256), (65_536, 256)]
+    ("count", "judging"), [(1, 1), (2, 1), (15, 1), (16, 2), (128, 16), (2048, 256), (65_536, 512)]
 )
 def test_paths_that_judge(count: int, judging: int) -> None:
     assert held_paths(count) == judging
@@ -51,7 +51,7 @@ def test_paths_that_judge(count: int, judging: int) -> None:
 @pytest.mark.parametrize(
     ("iterations", "fields", "expected"),
     [
-        (2000, {}, 32_000 + 256),  # 2000 · 128 states, each met twice: 128,000 states of four steps a path
+        (2000, {}, 32_000 + 512),  # 2000 · 128 states, each met twice: 128,000 states of four steps a path
         (2000, {"steps": 1}, 65_536),
         (100, {}, 1600 + 200),
         (100, {"batch": 64}, 800 + 100),
