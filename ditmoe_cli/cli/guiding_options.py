@@ -11,7 +11,7 @@ import typer
 from ditmoe_cli.cli.groups import one_of
 from ditmoe_cli.cli.options import complete_checkpoint
 from ditmoe_cli.cli.sampling_options import parse_interval
-from ditmoe_cli.cli.stage import incoming, open_stage
+from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import ALWAYS, Interval
 from ditmoe_cli.diffusion.weak_guidance import RANKS, Guide, check_guide, check_guide_settings
@@ -66,9 +66,19 @@ class Guiding:
         """Return what the weaker model takes beside one of `config`; None where it is not evaluated."""
         if not evaluations:
             return None
-        if self.weak is not None:
-            return WeakModel(self.weak.config, evaluations)
-        return WeakModel(replace(config, top_k=1), evaluations, shared=True)
+        if self.weak is None or (self.guide is not None and self.guide.rank is not None):
+            return WeakModel(replace(config, top_k=1), evaluations, shared=True)
+        return WeakModel(self.weak.config, evaluations)
+
+    def beside(self, stage: Stage) -> Guiding:
+        """Return the same with the weaker checkpoint that a pipe names, where none was given."""
+        if self.weak is not None or stage.weak is None:
+            return self
+        return replace(self, weak=open_stage(stage, stage.weak))
+
+    def marked(self, stage: Stage) -> Stage:
+        """Return a stage that names the weaker checkpoint for the commands after this one."""
+        return replace(stage, weak=str(self.weak.path.absolute())) if self.weak is not None else stage
 
 
 def sampling_work(checkpoint: Checkpoint, spec: SampleSpec, batch: int, guiding: Guiding) -> Estimate:

@@ -23,7 +23,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_pat
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.processes import under_torchrun
 
-_PATHS = ("checkpoint", "original", "profile", "samples")
+_PATHS = ("checkpoint", "original", "profile", "samples", "weak")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Stage:
         original: the checkpoint that the pipeline began with.
         profile: the routing profile of either.
         samples: images of the checkpoint.
+        weak: the checkpoint that guided those images, or the original in a distilled one's weights; written where there
+            is one.
         given: the overrides (heads, top-k, sampler, classes) that the original was opened with; files that we write
             carry their whole configuration and need none.
         history: the commands that ran, with their options and the paths that they wrote.
@@ -48,11 +50,14 @@ class Stage:
     given: Mapping[str, Any] | None = None
     history: tuple[Mapping[str, Any], ...] = ()
     piped: bool = False
+    weak: str | None = None
 
     def to_json(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Return the envelope with this command's result."""
         document = {"schema": STAGE_SCHEMA, **asdict(self), "history": list(self.history), "result": dict(result)}
         del document["piped"]
+        if self.weak is None:
+            del document["weak"]
         return document
 
     def done(self, command: str, options: Mapping[str, Any], **paths: Path | None) -> Stage:
@@ -145,6 +150,7 @@ def parse_stage(text: str) -> Stage:
         samples=paths["samples"],
         given=given,
         history=tuple(history),
+        weak=paths["weak"],
     )
 
 

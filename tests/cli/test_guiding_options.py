@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 from cli_helpers import here
 from conftest import Pico, make_pico
-from distilling import save_distilled
+from distilling import FOUR, save_distilled
 from safetensors.numpy import load_file
 
 from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding, WeakGuiding
+from ditmoe_cli.cli.stage import Stage, parse_stage
 from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import open_checkpoint
@@ -274,6 +277,32 @@ def test_guided_samples_take_their_guide_to_sample_an_original(folder: Path, tmp
     assert found["paired"]["n"] == 8
     assert here("sample", b, *many, *BY, "-o", "by.safetensors", cwd=tmp_path).code == 0
     assert here("fid", "by.safetensors", "--ref", a, cwd=tmp_path).result["paired"]["n"] == 8
+
+
+def test_a_pipe_hands_the_weaker_checkpoint_on(folder: Path, tmp_path: Path) -> None:
+    a, weak = folder / "a.safetensors", folder / "weak.safetensors"
+    sampled = here("sample", a, "--images", 8, "--steps", 2, "--guide-with", weak, "--guide-scale", 0.5, cwd=tmp_path)
+    assert sampled.envelope["weak"] == str(weak)
+    scored = here("fid", cwd=tmp_path, stdin=sampled.out)
+    assert scored.result["paired"]["mse"] == 0, "the original is guided too"
+    assert scored.result["conditions"]["original"]["sampling"]["guide"]["scale"] == 0.5
+    assert "weak" not in here("sample", a, "--images", 8, "--steps", 1, *BY, cwd=tmp_path).envelope
+
+
+def test_a_pipe_that_distilled_hands_on_what_guided(folder: Path, tmp_path: Path) -> None:
+    """The original is guided as the copy was taught, without the weaker checkpoint being named again."""
+    original, weak = open_checkpoint(folder / "a.safetensors"), open_checkpoint(folder / "weak.safetensors")
+    taught = replace(FOUR, cfg=1.0, guide=weak.fingerprint, guide_scale=0.5)
+    few = save_distilled(pixels(seed=3), tmp_path / "few.safetensors", original.fingerprint, taught)
+    made = Stage(str(few), str(original.path), piped=True)
+    for stage, guide in ((made, None), (replace(made, weak=str(weak.path)), weak.fingerprint)):
+        envelope = json.dumps(stage.to_json({}))
+        assert parse_stage(envelope).weak == stage.weak
+        words = ("--images", 8, "--extractor", "pixels")
+        found = here("fid", *words, cwd=tmp_path, stdin=envelope).result["conditions"]["reference"]["sampling"]
+        assert found.get("guide", {}).get("model") == guide
+        compared = here("compare", "--images", 2, cwd=tmp_path, stdin=envelope)
+        assert ("in the weights, which" in compared.err) == (guide is None)
 
 
 def test_a_reference_that_guides_is_refused(folder: Path) -> None:

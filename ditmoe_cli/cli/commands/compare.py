@@ -170,7 +170,7 @@ def run(
     if len(stages) > 1 and to.path:
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
-    guiding = weaker.opened(pair.given)
+    guiding = weaker.opened(pair.given).beside(stages[0])
     spec_of = guiding.over(sampling.on(running.device), beside_copies=True)
     pairs = [pair_of(a, open_stage(stage), spec_of, guiding, comparing) for stage in stages]
     results = compared(pairs, running, to.outputs)

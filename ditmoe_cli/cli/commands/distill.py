@@ -116,7 +116,7 @@ def run(
     asked = teaching.request(original, guiding.used)
     trainer = DistillingTrainer(asked, guiding.weak)
     opened_pair(trainer, student, original)
-    job = Job(asked.command, stage, student, to.at(student.path, asked.label), printing)
+    job = Job(asked.command, guiding.marked(stage), student, to.at(student.path, asked.label), printing)
     inputs = [guiding.weak.path] if guiding.weak is not None else []
     training = Training(job, trainer, original, record_rows, computing.device, computing.dtype, inputs=inputs)
     run_training(training, to)

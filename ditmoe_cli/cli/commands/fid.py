@@ -281,7 +281,7 @@ def run(
     stages = compared.stages(overrides.given)
     check_outputs(scoring, to, len(stages))
     settings = scoring.settings(compared.anyway, sampling.vae, to.force)
-    guiding = weaker.opened(overrides.given)
+    guiding = weaker.opened(overrides.given).beside(stages[0])
     settings = replace(settings, weak=guiding.weak)
     if scoring.statistics and scoring.limit is not None and not compared.has_reference(stages[0]):
         raise UsageError("--max: there is nothing to be near to; give --ref")

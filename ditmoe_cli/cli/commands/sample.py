@@ -96,7 +96,7 @@ def run(
     size = write_or_reuse(images, running, targets, guiding)
     if size is None:
         return  # another rank writes and prints
-    done = stage.done("sample", spec.conditions(), samples=targets.file)
+    done = guiding.marked(stage).done("sample", spec.conditions(), samples=targets.file)
     document = done.to_json(result(images, targets, size))
     emit(printing, document, rows(images, targets, size), str(targets.file.absolute()))
 
