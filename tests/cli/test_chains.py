@@ -42,7 +42,8 @@ WRITING = {
     "plain": "convert --dequantize",
     "upstream": "convert --to-upstream",
 }
-FOLLOWING = {**WRITING, "heal": "heal --steps 2 --batch 4"}
+FEW_STEPS = "distill --steps 2 --teacher-steps 2 --iterations 1 --batch 4"
+FOLLOWING = {**WRITING, "heal": "heal --steps 2 --batch 4", "distill": FEW_STEPS}
 PACKED = ("delta", "nf4", "mix", "compress")
 READING = {
     "inspect": "inspect",
@@ -172,6 +173,7 @@ FEW = {
     "constants": ("constants", "nf4"),
     "uneven": ("delta",),
     "heal": ("narrow", "constants", "delta", "mix", "bf16", "upstream"),
+    "distill": ("narrow", "constants", "delta", "mix", "bf16", "upstream"),
 }
 COVERING = [(first, second) for first, second in product(WRITING, FOLLOWING) if first in FEW.get(second, WRITING)]
 

@@ -62,6 +62,8 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "dry run": ("quantize", "{}", "--uniform", "--bits", 8, "--dry-run"),
     "heal": ("heal", "{}", "--original", "good.safetensors", "--profile", "profile.safetensors", "--steps", 1),
     "heal --original": ("heal", "good.safetensors", "--original", "{}", "--steps", 1),
+    "distill": ("distill", "{}", "--original", "good.safetensors", "--iterations", 1, "--batch", 4),
+    "distill --original": ("distill", "good.safetensors", "--original", "{}", "--iterations", 1, "--batch", 4),
     "apply": ("apply", "{}", "--plan", "plan.json"),
     "sample": ("sample", "{}", *SETTINGS),
     "fid": ("fid", "{}", "--ref", "samples.safetensors", *SETTINGS),
@@ -273,7 +275,7 @@ def test_a_folder_that_may_not_be_written(folder: Path) -> None:
 )
 def test_what_cannot_be_known_or_be_true(options: tuple[object, ...], said: str, folder: Path) -> None:
     pixel_pico().save_pt(folder / "x.pt")
-    left_out = {"compare B", "heal --original"}  # said of the other checkpoint too
+    left_out = {"compare B", "heal --original", "distill --original"}  # said of the other checkpoint too
     left_out |= set() if options else {"inspect"}  # which leaves heads open
     for name in [name for name in COMMANDS if name not in left_out]:
         message = refused(name, "x.pt", folder, *options)

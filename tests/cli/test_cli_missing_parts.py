@@ -20,6 +20,7 @@ COMMANDS = (
     ("sample", "--images", 1, "--steps", 1),
     ("quantize", "--uniform", "--bits", 8),
     ("heal", "--original", "whole.safetensors", "--steps", 1),
+    ("distill", "--original", "whole.safetensors", "--iterations", 1),
 )
 
 stored = cache(stored_in)

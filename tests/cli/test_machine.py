@@ -126,7 +126,19 @@ def test_a_missing_torch_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_that_run_models_take_memory_for_unpacked_weights(name: str) -> None:
     options = {option for parameter in load_command(name).params for option in parameter.opts}
-    running = {"sample", "fid", "compare", "bench", "profile-experts", "prune", "merge", "quantize", "compress", "heal"}
+    training = {"heal", "distill"}
+    running = {
+        "sample",
+        "fid",
+        "compare",
+        "bench",
+        "profile-experts",
+        "prune",
+        "merge",
+        "quantize",
+        "compress",
+        *training,
+    }
     assert ("--weights-memory" in options) is (name in running)
 
 
