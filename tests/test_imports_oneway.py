@@ -31,7 +31,7 @@ ALLOWED = {
     "routing": {"processes", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},
     "compression": {
         *("routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "version", "errors"),
-        "processes",
+        *("processes", "threads"),
     },
     "cli": {
         *("processes", "compression", "evaluation", "routing", "diffusion", "model", "formats", "files", "progress"),

@@ -44,7 +44,8 @@ class KeptPaths:
     _batch: FittingBatches = field(init=False)
 
     def __post_init__(self) -> None:
-        self._batch = FittingBatches(SAMPLED, self.work.note)
+        packed = self.weak is not None and any(weight.quantized for weight in self.weak.weights.values())
+        self._batch = FittingBatches(SAMPLED, self.work.note, 1 if packed else self.session.workers)
         self.config = self.work.original.config
         self.kept = self.asked.stages(self.config.sampler)[0]
 

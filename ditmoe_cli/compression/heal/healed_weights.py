@@ -136,7 +136,8 @@ class _Healing:
 
     def _sampled(self, teacher: DiTMoE) -> Tensor:
         """Return as many images of the original as the steps are worth, or the time allows; maybe none."""
-        batch = FittingBatches(max(1, min(_SAMPLED, self.session.at_once() or _SAMPLED)), self.work.note)
+        size = max(1, min(_SAMPLED, self.session.at_once() or _SAMPLED))
+        batch = FittingBatches(size, self.work.note, self.session.workers)
         minutes = self.asked.minutes
         count = images_for(self.asked.iterations, self.asked.batch)
         if minutes is not None:

@@ -22,7 +22,7 @@ first two are kept by one of several processes (`exchange`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
+from ditmoe_cli.compression.training.side_by_side import side_by_side
 from ditmoe_cli.errors import BadInputError, DitmoeError, is_out_of_memory
 from ditmoe_cli.files.pacing import Pace
 from ditmoe_cli.files.workfolder import Piece, WorkFolder
@@ -141,6 +142,7 @@ class Means:
         exchange: the processes that train together.
         subject: what is trained, for messages.
         piece: the name under which the work folder keeps that.
+        workers: threads that a batch is divided over (`side_by_side`).
     """
 
     work: WorkFolder | None = None
@@ -148,6 +150,7 @@ class Means:
     exchange: Exchange = ALONE
     subject: str = "the model"
     piece: str = "training"
+    workers: int = 1
 
 
 BARE = Means()
@@ -338,7 +341,7 @@ def accumulate(
         for weight in weights.values():
             weight.grad = None
         try:
-            total = _accumulated(losses, own, part or len(rows), len(rows))
+            total = _accumulated(weights, losses, own, part or len(rows), len(rows), means.workers)
             gradients = [_gradient(weight) for weight in weights.values()]
             break
         except (MemoryError, RuntimeError) as error:
@@ -352,13 +355,32 @@ def accumulate(
     return total, part
 
 
-def _accumulated(losses: Callable[[Tensor], Tensor], rows: Tensor, part: int, count: int) -> Tensor:
+def _accumulated(
+    weights: Mapping[str, Tensor],
+    losses: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    part: int,
+    count: int,
+    workers: int,
+) -> Tensor:
     """Add the gradients of Σ ``losses(rows)`` / `count`, and return it."""
-    total = torch.zeros(())
-    for some in torch.split(rows, part) if len(rows) else ():
+    total, leaves = torch.zeros(()), list(weights.values())
+
+    def summed(some: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         loss = losses(some).sum() / count
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = total.to(loss.device) + loss.detach()
+        return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    for some in torch.split(rows, part) if len(rows) else ():
+        if workers == 1:
+            loss = losses(some).sum() / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total.to(loss.device) + loss.detach()
+            continue
+        for one, gradients in side_by_side(summed, torch.chunk(some, workers)):
+            total = total + one
+            for weight, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
     return total
 
 

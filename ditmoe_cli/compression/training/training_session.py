@@ -6,6 +6,7 @@ With the same request an unfinished run goes on from its work folder, to the sam
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from ditmoe_cli.compression.computed import as_stored
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.low_rank_updates import Updates, low_rank_updates
+from ditmoe_cli.compression.training.side_by_side import workers_for
 from ditmoe_cli.compression.training.teacher_states import guided_prediction
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, accumulate
@@ -113,6 +115,12 @@ class Session:
         return torch.device(self.work.device)
 
     @property
+    def workers(self) -> int:
+        """Over how many threads batches are divided; packed weights of an original are unpacked into one place."""
+        packed = any(weight.quantized for weight in self.work.original.weights.values())
+        return 1 if packed else workers_for(self.device, self.tensors.size.values)
+
+    @property
     def base(self) -> Course:
         """The course of a single step, as asked for."""
         return Course(1, self.asked.batch, self.asked.rate or self.asked.usual_rate, self.asked.seed)
@@ -138,12 +146,12 @@ class Session:
     def judging(self) -> FittingBatches:
         """Return the batches in which is judged, at first of as many states as are trained on at once."""
         if self._judging is None:
-            self._judging = FittingBatches(self.at_once() or self.asked.batch, self.work.note)
+            self._judging = FittingBatches(self.at_once() or self.asked.batch, self.work.note, self.workers)
         return self._judging
 
     def means(self, folder: WorkFolder | None = None, piece: str = "training") -> Means:
         """Return by which means is trained; `folder` keeps what going on takes, as a `piece`."""
-        return Means(folder, self.work.note, self.work.exchange, str(self.work.student.path), piece)
+        return Means(folder, self.work.note, self.work.exchange, str(self.work.student.path), piece, self.workers)
 
     def updates(self, model: nn.Module, prefix: str = "") -> Updates:
         """Return the trained weights of a model, or of a part of it, or the updates that train them."""
@@ -203,21 +211,22 @@ class Session:
         """
         config, wanted = teacher.config, _FEWEST_SAMPLED
 
-        def timed(rows: range) -> float:
+        def predicted(rows: range) -> None:
             size = len(rows)
             z = torch.zeros(size, config.in_channels, config.input_size, config.input_size, device=self.device)
             t, labels = torch.ones(size, device=self.device), torch.zeros(size, dtype=torch.long, device=self.device)
-            start = time.monotonic()
             with torch.inference_mode():
                 float(guided_prediction(teacher, z, t, labels, spec.cfg).sum())  # waits for the device
-            return time.monotonic() - start
 
         while True:
-            rows, taken = next(batch.computed(timed, min(wanted, batch.size)))
-            if 2 * taken > 0.01 * seconds or len(rows) == batch.size:
+            count = min(wanted, batch.size)
+            start = time.monotonic()
+            deque(batch.computed(predicted, count), maxlen=0)
+            taken = time.monotonic() - start
+            if 2 * taken > 0.01 * seconds or count >= batch.size:
                 break
             wanted *= 2
-        return max(0, int(seconds * len(rows) / taken) // len(evaluation_times(spec.solver, spec.steps)))
+        return max(0, int(seconds * count / taken) // len(evaluation_times(spec.solver, spec.steps)))
 
     def keep(self, values: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Keep all tensors that could be trained, as they are written; those not in `values` are the input's."""
