@@ -36,10 +36,14 @@ def most_paths(config: DiTMoEConfig, kept: int) -> int:
 
 
 def paths_for(config: DiTMoEConfig, asked: Distilling) -> int:
-    """Return how many paths some iterations are worth: each of their states is trained on twice, and others judge."""
+    """Return how many paths some iterations are worth, beside those that judge.
+
+    Each of their states is trained on twice; or more often, where paths would take more than two thirds of what training
+    takes, three predictions a state.
+    """
     assert asked.iterations is not None
-    kept = asked.stages(config.sampler)[0]
-    worth = asked.iterations * asked.batch // (_PASSES * asked.steps)
+    kept, states = asked.stages(config.sampler)[0], asked.iterations * asked.batch
+    worth = min(states // (_PASSES * asked.steps), 2 * states // asked.path_steps(config.sampler))
     return min(max(worth + held_paths(worth), _FEWEST_PATHS), most_paths(config, kept))
 
 
