@@ -38,8 +38,8 @@ def most_paths(config: DiTMoEConfig, kept: int) -> int:
 def paths_for(config: DiTMoEConfig, asked: Distilling) -> int:
     """Return how many paths some iterations are worth, beside those that judge.
 
-    Each of their states is trained on twice; or more often, where paths would take more than two thirds of what training
-    takes, three predictions a state.
+    Each of their states is trained on twice; or more often, where paths would take more than two thirds of what
+    training takes, three predictions a state.
     """
     assert asked.iterations is not None
     kept, states = asked.stages(config.sampler)[0], asked.iterations * asked.batch
