@@ -81,6 +81,7 @@ def test_a_score_tells_what_its_images_cost(sampled: bool) -> None:
         "extractor": {"name": "pixels"},
         "subject": {"path": "a", "sampling": sampling if sampled else None},
         "reference": {"path": "b", "sampling": {**sampling, "nfe": 7}},
+        "original": {"path": "b", "sampling": None},
     }
     found = dict(rows(Score("frechet", 1.0, 8, 8, None, conditions=conditions)))
     assert found.get("solver") == ("heun, 10 steps, cfg 1.5, 38 NFE an image" if sampled else None)
