@@ -17,9 +17,10 @@ def experts(*inners: int, width: int = 16) -> list[SwiGLU]:
     with torch.device("meta"):
         made = [SwiGLU(width, inner) for inner in inners]
     reserve(made, CPU, torch.float32)
+    generator = torch.Generator().manual_seed(1)
     for expert in made:
         for weight in expert.parameters():
-            weight.data.normal_()
+            weight.data.normal_(generator=generator)
     return made
 
 
