@@ -84,7 +84,7 @@ def test_replaced_weights_leave_the_stack(
     u = drawn.to(made[number].down_proj.weight.dtype)
     if change is not cut:
         gate, up = made[number].gate_proj, made[number].up_proj
-        torch.testing.assert_close(made[number].neurons(u), nn.functional.silu(gate(u)) * up(u))
+        torch.testing.assert_close(made[number].neurons(u), nn.functional.silu(gate(u)) * up(u), rtol=1e-5, atol=1e-4)
 
 
 def test_nothing_is_no_stack() -> None:
