@@ -44,16 +44,6 @@ def parse_groups(text: str) -> tuple[str, ...]:
     return (*(group for group in GROUPS if words & {"all", group}), *unknown)
 
 
-RateOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--rate",
-        metavar="R",
-        help="Learning rate, relative to the size of weights. [default: 0.01 to heal, 0.003 to distil]",
-    ),
-]
-
-
 @dataclass(frozen=True)
 class TrainingOptions:
     """What is trained towards what, for how long, and how."""
@@ -102,7 +92,14 @@ class TrainingOptions:
             help="States of a step; computed in parts, to the same result, where memory demands it.",
         ),
     ] = DEFAULT_BATCH
-    rate: RateOpt = None
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate",
+            metavar="R",
+            help="Learning rate, relative to the size of weights. [default: 0.01 to heal, 0.003 to distil]",
+        ),
+    ] = None
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of noise and orders.")
     ] = 0
@@ -134,10 +131,11 @@ def opened_pair(trainer: Trainer, student: Checkpoint, original: Checkpoint) -> 
     lines = list(trainer.check(student, original))
     kept = kept_codes(trainer.tensors(student)) if trainer.asked.codes == "learn" else None
     for line in (*lines, *([kept] if kept is not None else [])):
-        _telling()(line)
+        telling()(line)
 
 
-def _telling() -> Callable[[str], None]:
+def telling() -> Callable[[str], None]:
+    """Return what takes lines for people: of several processes the first one's notes."""
     return note if first_process() else lambda _: None
 
 
@@ -216,7 +214,7 @@ def run_training(training: Training, to: Destination) -> None:
     with process_group() as share:
         if basis is None or training.with_profile is None:
             return _trained(training, None, device, share)
-        profile = made_profile(original, basis, lambda: device, _telling())
+        profile = made_profile(original, basis, lambda: device, telling())
         return _trained(replace(training, trainer=training.with_profile(profile)), profile, device, share)
 
 
@@ -251,7 +249,7 @@ def _trained(training: Training, profile: RoutingProfile | None, device: str, sh
     with _shared_folder(output.path, work_key(key), share) as folder:
         exchange = exchange_on(share, torch.device(device))
         record = trainer.trained(
-            TrainingWork(student, original, device, torch_dtype_of(dtype), folder, _telling(), exchange)
+            TrainingWork(student, original, device, torch_dtype_of(dtype), folder, telling(), exchange)
         )
         if not share.first:
             return  # the first process writes and prints

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import TensorInfo
@@ -47,31 +47,36 @@ def sha256_of(parts: Iterable[memoryview]) -> str:
     return hashed.hexdigest()
 
 
-def in_threads(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+def in_threads(jobs: Sequence[Callable[[], Result]], kept: ThreadPoolExecutor | None = None) -> list[Result]:
     """Do jobs in as many threads as torch would compute with, each computing by itself, and return their results.
 
-    Where a job fails, or a signal comes, jobs that wait are dropped, and those under way end before the error is
-    raised: none is left to write to a file that is closed.
+    The threads are those of `kept`, which stay, or new ones, which end. Where a job fails, or a signal comes, jobs that
+    wait are dropped, and those under way end before the error is raised: none is left to write to a closed file.
     """
     workers = min(usable_threads(), len(jobs))
     if workers < 2:
         return [job() for job in jobs]
     with one_thread_each():
-        pool = ThreadPoolExecutor(workers, "ditmoe")
+        pool = ThreadPoolExecutor(workers, "ditmoe") if kept is None else kept
         futures: list[Future[Result]] = []
         try:
             futures += (pool.submit(job) for job in jobs)
             return [future.result() for future in futures]
         finally:
-            _to_the_end(partial(pool.shutdown, cancel_futures=True))
+            _to_the_end(partial(pool.shutdown, cancel_futures=True) if kept is None else partial(_settle, futures))
 
 
-def _to_the_end(wait: Callable[[], None]) -> None:
+def _settle(futures: Sequence[Future[Any]]) -> None:
+    """Drop jobs that wait, and wait for those under way."""
+    wait([future for future in futures if not future.cancel()])
+
+
+def _to_the_end(ending: Callable[[], object]) -> None:
     """Wait for threads to end, whatever signals come meanwhile."""
     raised: BaseException | None = None
     while True:
         try:
-            wait()
+            ending()
             break
         except BaseException as error:  # of a signal; it is raised when no thread writes any more
             raised = error

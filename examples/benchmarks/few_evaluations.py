@@ -127,11 +127,15 @@ class Study:
 
     def _file(self, stem: str, words: Sequence[str], source: str) -> str:
         path = self.folder / f"{stem}.safetensors"
-        if "--guide-with" in words and not (self.folder / "weak.safetensors").exists():
-            ditmoe(WEAK[0], self.checkpoint, *WEAK[1:], "-o", "weak.safetensors", folder=self.folder)
+        self._make_weak(words)
         if not path.exists():
             ditmoe(words[0], source, *words[1:], "-o", path, folder=self.folder)
         return str(path)
+
+    def _make_weak(self, words: Sequence[str]) -> None:
+        """Make the weaker copy that a command names, where it is not there."""
+        if "--guide-with" in words and not (self.folder / "weak.safetensors").exists():
+            ditmoe(WEAK[0], self.checkpoint, *WEAK[1:], "-o", "weak.safetensors", folder=self.folder)
 
     def _kept_seconds(self, name: str, seconds: float) -> float:
         record = Path(f"{name}.seconds")
@@ -144,8 +148,7 @@ class Study:
         path = self.folder / f"{stem}.{seed}.samples.safetensors"
         if not path.exists():
             asked = ("--images", str(self.images), "--seed", str(seed), *words)
-            if "--guide-with" in words and not (self.folder / "weak.safetensors").exists():
-                ditmoe(WEAK[0], self.checkpoint, *WEAK[1:], "-o", "weak.safetensors", folder=self.folder)
+            self._make_weak(words)
             ditmoe("sample", name, *asked, "-o", path, folder=self.folder)
         return np.asarray(read_images(path).images)
 

@@ -104,8 +104,9 @@ def run(
 
     It learns the original's own paths from noise to images, in N steps of one evaluation each; guidance goes into the
     weights, so that no null branch is left. The student is any compression of the original, or the original itself.
-    Held-out paths judge: the weights whose images are nearest to the original's are kept. The output has the same
-    tensors and bytes, and says by which steps it is sampled. torchrun's processes share the training.
+    Held-out paths judge: the weights whose steps are nearest to the original's are kept, and never ones of worse images
+    than the input's. The output has the same tensors and bytes, and says by which steps it is sampled. torchrun's
+    processes share the training.
     """
     stage = teaching.named(source.stage(shared=True), may_be_same=True)
     student = open_stage(stage)

@@ -14,13 +14,12 @@ from ditmoe_cli.cli.groups import one_of
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source, dtype_on
 from ditmoe_cli.cli.planning import Job
 from ditmoe_cli.cli.stage import Stage, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, note
-from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_training
+from ditmoe_cli.cli.terminal import Printing, Row
+from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_training, telling
 from ditmoe_cli.compression.heal.healed_output import HealingRecord
 from ditmoe_cli.compression.heal.healing import SCOPES, Healing, Scope, check_profile
 from ditmoe_cli.compression.heal.healing_trainer import HealingTrainer
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.processes import first_process
 from ditmoe_cli.routing.profile import read_profile
 from ditmoe_cli.routing.profile_search import ProfileRequest, search
 
@@ -78,8 +77,9 @@ def run(
     trainer = HealingTrainer(asked)
     opened_pair(trainer, student, original)
     job = Job("heal", stage, student, to.at(student.path, asked.label), printing)
-    tell = note if first_process() else lambda _: None
-    basis = search(original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), tell)
+    basis = search(
+        original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), telling()
+    )
     check_profile(basis.profile, basis.settings)
     training = Training(
         job,

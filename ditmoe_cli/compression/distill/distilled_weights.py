@@ -79,8 +79,8 @@ class _Distilling:
         student = build_model(work.student, self.session.device)
         student.compute_in(work.dtype)
         updates = self.session.updates(student)
-        stages, iterations = self.asked.stages(self.family), 0
-        before = after = self._errors(student, held, self.asked.steps)
+        before, iterations = self._errors(student, held, self.asked.steps), 0
+        stages = self.asked.stages(self.family)
         for number, steps in enumerate(stages):
             iterations += self._trained(student, updates, held, others, steps, len(stages) - number)
         after = self._errors(student, held, self.asked.steps)
@@ -111,13 +111,18 @@ class _Distilling:
 
     def _trained(self, student: DiTMoE, updates: Updates, held: Paths, others: Paths, steps: int, left: int) -> int:
         """Train a student of some steps, in one of the `left` parts of what is left; return the iterations."""
-        few, paths = student_steps(self.family, steps, student.device), others.in_steps(steps)
-        errors = mean_step_errors(student, few, held.in_steps(steps), self.session.judging(), self.work.exchange)
+        few = student_steps(self.family, steps, student.device)
+        paths, judging = others.in_steps(steps), held.in_steps(steps)
+
+        def judged() -> Tensor:
+            return mean_step_errors(student, few, judging, self.session.judging(), self.work.exchange)
+
+        errors = judged()
         if not bool(errors.isfinite().all()):
             raise BadInputError(
                 f"{self.work.student.path}: its predictions before training are not finite; is it damaged?"
             )
-        weights_of = step_weights(errors, held.in_steps(steps)).to(student.device)
+        weights_of = step_weights(errors, judging).to(student.device)
 
         def losses(rows: Tensor) -> Tensor:
             step, path = rows // len(paths), rows % len(paths)
@@ -132,16 +137,15 @@ class _Distilling:
 
         def judge() -> float:
             updates.round()
-            found = mean_step_errors(student, few, held.in_steps(steps), self.session.judging(), self.work.exchange)
-            return float((found * weights_of.cpu()).mean())
+            return float((judged() * weights_of.cpu()).mean())
 
         objective, weights = Objective(len(paths) * steps, losses, judge), updates.trained()
-        asked, name = self.asked.iterations, f"distilling-{steps}"
-        each = None if asked is None else asked // len(self.asked.stages(self.family))
-        if asked is not None and each is not None and left == 1:
-            each = asked - each * (len(self.asked.stages(self.family)) - 1)
+        name, stages = f"distilling-{steps}", len(self.asked.stages(self.family))
+        each = self.asked.iterations
+        if each is not None:  # the last stage takes what does not divide
+            each = each // stages + (each % stages if left == 1 else 0)
         course = self.session.course(
-            name, 1 / left, len(held) * steps, weights, objective, each, self.session.at_once()
+            name, 1 / left, len(judging) * steps, weights, objective, each, self.session.at_once()
         )
         means = self.session.means(self.work.folder, f"training-{steps}")
         train(weights, objective, course, f"distilling to {steps} steps", means, updates.sizes())

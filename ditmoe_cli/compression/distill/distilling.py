@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from ditmoe_cli.compression.planner import label_of
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
 from ditmoe_cli.compression.training.training_request import TrainingRequest
@@ -64,14 +65,13 @@ class Distilling(TrainingRequest):
 
     def own_label(self) -> str:
         """Return guidance, states and the original's steps, as part of a name."""
-        parts = (
+        return label_of(
             self.cfg != 1.0 and f"cfg{self.cfg:g}",
             self.guide is not None and self.guide.label,
             self.states != "teacher" and self.states,
             self.progressive and "progressive",
             self.teacher_steps is not None and f"from{self.teacher_steps}",
         )
-        return "-".join(str(part) for part in parts if part)
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for histories; defaults are left out."""

@@ -13,7 +13,7 @@ from ditmoe_cli.compression.distill.distilling import Distilling
 from ditmoe_cli.compression.distill.distilling_memory import SAMPLED, held_paths, most_paths, paths_for
 from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
-from ditmoe_cli.compression.training.training_session import Session, TrainingWork, naming
+from ditmoe_cli.compression.training.training_session import Session, TrainingWork, is_packed, naming
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ class KeptPaths:
     _batch: FittingBatches = field(init=False)
 
     def __post_init__(self) -> None:
-        packed = self.weak is not None and any(weight.quantized for weight in self.weak.weights.values())
+        packed = self.weak is not None and is_packed(self.weak)
         self._batch = FittingBatches(SAMPLED, self.work.note, 1 if packed else self.session.workers)
         self.config = self.work.original.config
         self.kept = self.asked.stages(self.config.sampler)[0]

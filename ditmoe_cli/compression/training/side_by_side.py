@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
 
-from ditmoe_cli.threads import one_thread_each, usable_threads
+from ditmoe_cli.files.streaming import in_threads
+from ditmoe_cli.threads import usable_threads
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -31,23 +32,15 @@ def workers_for(device: torch.device, values: int) -> int:
 def side_by_side(compute: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """Return the result of each part, one thread a part; gradients are recorded there as they are here.
 
-    Raises the error of the first part that fails, once all have ended.
+    Raises the error of the first part that fails, once those under way have ended (`in_threads`).
     """
-    if len(parts) == 1:
-        return [compute(parts[0])]
     recording, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def computed(part: Part) -> Result:
         with torch.inference_mode(inference), torch.set_grad_enabled(recording and not inference):
             return compute(part)
 
-    with one_thread_each():
-        waiting = [_pool(len(parts)).submit(computed, part) for part in parts]
-        errors = [each.exception() for each in waiting]
-    failed = next((error for error in errors if error is not None), None)
-    if failed is not None:
-        raise failed
-    return [each.result() for each in waiting]
+    return in_threads([partial(computed, part) for part in parts], _pool(len(parts)))
 
 
 @lru_cache(maxsize=1)

@@ -76,6 +76,11 @@ class TrainingWork:
         return self.exchange.share.after_first(lambda: self.folder.made(piece, make))
 
 
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Return whether some weights of a checkpoint are quantised, which a model unpacks into one place."""
+    return any(weight.quantized for weight in checkpoint.weights.values())
+
+
 @contextmanager
 def naming(checkpoint: Checkpoint) -> Iterator[None]:
     """Name a checkpoint in each `BadInputError`, where two are at work and a message tells of neither."""
@@ -117,8 +122,7 @@ class Session:
     @property
     def workers(self) -> int:
         """Over how many threads batches are divided; packed weights of an original are unpacked into one place."""
-        packed = any(weight.quantized for weight in self.work.original.weights.values())
-        return 1 if packed else workers_for(self.device, self.tensors.size.values)
+        return 1 if is_packed(self.work.original) else workers_for(self.device, self.tensors.size.values)
 
     @property
     def base(self) -> Course:

@@ -22,6 +22,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_each_part_has_a_thread_that_computes_with_one() -> None:
     meeting = threading.Barrier(2, timeout=20)  # passed only where both are at work at once
@@ -35,6 +42,7 @@ def test_each_part_has_a_thread_that_computes_with_one() -> None:
     assert side_by_side(lambda _: threading.current_thread(), [0]) == [threading.current_thread()]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_gradients_are_recorded_as_by_the_caller() -> None:
     modes = (torch.enable_grad(), torch.no_grad(), torch.inference_mode())
     found = []
@@ -44,10 +52,12 @@ def test_gradients_are_recorded_as_by_the_caller() -> None:
     assert found == [[(True, False)] * 2, [(False, False)] * 2, [(False, True)] * 2]
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_the_first_error_is_raised_once_all_have_ended() -> None:
-    ended = []
+    ended, meeting = [], threading.Barrier(3, timeout=20)
 
     def compute(part: int) -> int:
+        meeting.wait()
         ended.append(part)
         if part:
             raise ValueError(f"part {part}")
@@ -66,6 +76,7 @@ def test_threads_for_small_gradients_on_a_cpu_alone() -> None:
     assert workers_for(torch.device("cuda"), 1000) == 1
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_gradients_of_a_model_are_those_of_one_thread() -> None:
     model = make_pico(sampler="rf", input_size=4, in_channels=1).model()
     weights = {name: weight.requires_grad_(True) for name, weight in model.named_parameters() if name != "pos_embed"}
@@ -84,11 +95,13 @@ def test_gradients_of_a_model_are_those_of_one_thread() -> None:
             torch.testing.assert_close(weights[name].grad, gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_batches_are_divided_and_come_in_order() -> None:
     found = list(FittingBatches(4, workers=2).computed(lambda rows: sum(rows), 7))
     assert found == [(range(2), 1), (range(2, 4), 5), (range(4, 6), 9), (range(6, 7), 6)]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_memory_that_runs_out_in_a_thread_halves_the_batch() -> None:
     told: list[str] = []
 
@@ -100,3 +113,15 @@ def test_memory_that_runs_out_in_a_thread_halves_the_batch() -> None:
     batch = FittingBatches(4, told.append, workers=2)
     assert [row for _, rows in batch.computed(compute, 5) for row in rows] == list(range(5))
     assert batch.size == 2 and told == ["out of memory with 4 at once: going on with 2"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_kept_for_the_next_step() -> None:
+    meeting = threading.Barrier(2, timeout=20)
+
+    def compute(_: int) -> threading.Thread:
+        meeting.wait()
+        return threading.current_thread()
+
+    first, second = (set(side_by_side(compute, [0, 1])) for _ in range(2))
+    assert first == second and threading.current_thread() not in first
