@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "inspect",
     "convert",
+    "export",
     "profile-experts",
     "prune",
     "merge",

@@ -29,13 +29,14 @@ ALLOWED = {
     "diffusion": {"model", "files", "progress", "errors"},
     "evaluation": {"processes", "free_memory", "diffusion", "model", "formats", "files", "progress", "errors"},
     "routing": {"processes", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},
+    "export": {"diffusion", "model", "formats", "files", "progress", "errors"},
     "compression": {
-        *("routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "version", "errors"),
+        *("export", "routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "version", "errors"),
         *("processes", "threads"),
     },
     "cli": {
-        *("processes", "compression", "evaluation", "routing", "diffusion", "model", "formats", "files", "progress"),
-        *("threads", "errors", ""),
+        *("compression", "export", "evaluation", "routing", "diffusion", "model", "formats", "files", "progress"),
+        *("processes", "threads", "errors", ""),
     },
     "__main__": {"cli"},
     "": {"model", "version"},  # the package itself: its lazy public interface

@@ -31,6 +31,7 @@ from ditmoe_cli.threads import prepare_threads, usable_cores
 COMMANDS = {
     "inspect": "Print what a checkpoint is.",
     "convert": "Write a checkpoint of any layout as safetensors.",
+    "export": "Write a checkpoint in the layout of another program.",
     "profile-experts": "Sample a model and count how it routes.",
     "prune": "Keep the most salient experts of each block.",
     "merge": "Merge experts, or store them as differences.",

@@ -20,11 +20,13 @@ from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
 from ditmoe_cli.diffusion.automatic_dtype import chosen_dtype
 from ditmoe_cli.errors import UsageError, first_line
+from ditmoe_cli.files.casting import DTYPES as CASTS
 from ditmoe_cli.files.hub_names import HUB_PREFIX, PUBLISHED
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
 from ditmoe_cli.formats.unpacking_budget import set_default_budget
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Given, Sampler
+from ditmoe_cli.model.conversions import Storage
 from ditmoe_cli.model.dtypes import AUTO, DTYPES, Dtype, parse_dtype
 from ditmoe_cli.model.throughput import likely_device
 from ditmoe_cli.processes import first_process, own_device
@@ -222,11 +224,39 @@ class Source(Overrides):
         return incoming(self.checkpoint, self.given, shared)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How the output's weights are stored."""
+
+    panel: ClassVar[str] = "Weights"
+
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            callback=one_of(*CASTS),
+            help="Dtype of all weights that are not quantised: fp32, bf16 or fp16. [default: as stored]",
+        ),
+    ] = None
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="Store quantised weights, and experts that are differences, as plain weights."
+        ),
+    ] = False
+
+    @property
+    def storage(self) -> Storage:
+        """The settings as conversions take them."""
+        return Storage(self.dtype, self.dequantize)
+
+
 def checkpoint_path(path: Path) -> Path:
     """Return where a checkpoint is written. Raises `ValueError` for an ending that we do not write."""
     is_slip = path.suffix.startswith(".safe") and path.suffix != ".safetensors"
     if is_slip or path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".npz", ".json"):
-        raise ValueError("checkpoints are written as FILE.safetensors or into a folder")
+        raise ValueError("checkpoints are written as FILE.safetensors or into a folder; other layouts by ditmoe export")
     return path
 
 

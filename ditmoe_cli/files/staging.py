@@ -41,9 +41,10 @@ def check_target(
 ) -> None:
     """Check that an output may and can be written to `target`, before any work.
 
-    A folder is replaced only where all its files match `contents`. Raises `OutputExistsError` where the target exists
-    (without `force`), is an input or a folder around one, or is a link or a special file; `BadInputError` where the
-    folder to write into is missing, or cannot be written.
+    A folder is replaced only where all that it holds matches `contents`: files as ``config.json`` or
+    ``vae/config.json``, folders as ``vae/``. Raises `OutputExistsError` where the target exists (without `force`), is
+    an input or a folder around one, or is a link or a special file; `BadInputError` where the folder to write into is
+    missing, or cannot be written.
     """
     _refuse(target, force, inputs, contents)
     _require_writable(target)
@@ -83,14 +84,24 @@ def _existing(target: Path) -> OutputExistsError:
 def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str], named: Path) -> None:
     """Raise `OutputExistsError`, which calls it `named`, where a folder to be replaced holds files of others."""
     try:
-        foreign = next((c for c in sorted(folder.iterdir()) if c.is_dir() or not contents.fullmatch(c.name)), None)
+        foreign = next((name for name in _held(folder) if not contents.fullmatch(name)), None)
     except PermissionError:
         raise BadInputError(f"{named}: cannot be read, so it is not replaced; name another output") from None
     if foreign is not None:
         raise OutputExistsError(
-            f"{named}: holds {foreign.name}, which is no part of such an output, so it is not replaced; "
+            f"{named}: holds {foreign.removesuffix('/')}, which is no part of such an output, so it is not replaced; "
             "name another output"
         )
+
+
+def _held(folder: Path, before: str = "") -> Iterator[str]:
+    """Yield the names of what a folder holds, ``sub/`` and then ``sub/file`` for one in it; links are files."""
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink():
+            yield f"{before}{child.name}/"
+            yield from _held(child, f"{before}{child.name}/")
+        else:
+            yield f"{before}{child.name}"
 
 
 def _is_mount_point(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +92,43 @@ def _in_dtype(weight: Weight, code: str) -> Weight:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How weights are to be stored: cast to a `dtype` of `DTYPES` (None: as they are), quantised ones as plain."""
+
+    dtype: str | None = None
+    dequantize: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the name of an output tells of it, such as ``-dequantize-bf16``."""
+        return f"{'-dequantize' if self.dequantize else ''}{f'-{self.dtype}' if self.dtype else ''}"
+
+    def of(self, source: Checkpoint, tell: Callable[[str], None]) -> tuple[Checkpoint, dict[str, object]]:
+        """Return a checkpoint whose weights are stored so, and what was done of it, by the names of the settings.
+
+        `tell` takes lines on what has no effect.
+        """
+        converted, done = source, dict[str, object]()
+        if self.dequantize:
+            converted = unpacked(source)
+            if converted is source:
+                tell("warning: ⟨dequantize⟩ has no effect: all weights are plain")
+            else:
+                done["dequantize"] = True
+        if self.dtype is None:
+            return converted, done
+        kept = sum(weight.quantized for weight in converted.weights.values())
+        if kept:
+            tell(f"{kept} quantised weights stay as they are; ⟨dtype⟩ is for the others (or give ⟨dequantize⟩)")
+        cast = in_dtype(converted, self.dtype)
+        if cast is converted:
+            tell(f"warning: ⟨dtype⟩ {self.dtype} has no effect: the weights are stored in it")
+        else:
+            done["dtype"] = self.dtype
+        return cast, done
+
+
+@dataclass(frozen=True)
 class _PositionReader:
     """Read by another reader, and the fixed position embedding that its file lacks."""
 
@@ -123,7 +160,7 @@ def with_positions(checkpoint: Checkpoint) -> Checkpoint:
     return _read_by(checkpoint, _PositionReader(checkpoint.reader, config), ordered, weights)
 
 
-def recorded(checkpoint: Checkpoint, source: Checkpoint, options: Mapping[str, object]) -> Checkpoint:
+def recorded(checkpoint: Checkpoint, options: Mapping[str, object], source: Checkpoint) -> Checkpoint:
     """Return a checkpoint that was converted from `source` with the step in its history."""
     if checkpoint is source:
         return checkpoint

@@ -20,11 +20,11 @@ from healing import heal_on_few_states
 from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows
+from ditmoe_cli.export.upstream import obstacle
 from ditmoe_cli.files import pacing, streaming, writer
 from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
-from ditmoe_cli.model.upstream import obstacle
 
 SETTINGS = ("--images", 8, "--steps", 2, "--bins", 2)
 SMALL: dict[str, Any] = {"sampler": "rf", "in_channels": 1, "input_size": 4, "hidden": 32}
@@ -145,7 +145,7 @@ def test_what_upstream_loads(folder: Path) -> None:
     assert {len(block.expert_widths) for block in after.config.blocks} == {written.result["experts"]}
     assert {width for block in after.config.blocks for width in block.expert_widths} == {written.result["width"]}
     assert 0 < written.result["tried_error"] < 2
-    converted = here("convert", "u.safetensors", "--to-upstream", "-o", "u.pt", cwd=folder)
+    converted = here("export", "u.safetensors", "--to", "upstream", "-o", "u.pt", cwd=folder)
     assert converted.code == 0, converted.err
     assert (folder / "u.pt").stat().st_size > 0
     assert here(*words, "--profile", "p.safetensors", cwd=folder).result["up_to_date"] is True

@@ -1,4 +1,4 @@
-"""``ditmoe convert`` to and from the layouts of other programs: upstream's files and diffusers' pipelines."""
+"""``ditmoe convert`` from the folders of diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -8,139 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import contents, here, on_terminal, piped, series
+from cli_helpers import here
 from conftest import Pico, make_pico
 from safetensors.torch import load_file, save_file
-from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli import open_checkpoint
-
-# ------------------------------------------------------------------ to upstream
-
-
-def test_upstream_loads_the_file_and_it_reads_back(tmp_path: Path) -> None:
-    model = make_pico(attention="flash", sampler="rf")
-    model.save(tmp_path / "x.safetensors")
-    predicted = here("convert", "x.safetensors", "--to-upstream", "--dry-run", cwd=tmp_path)
-    assert predicted.path == tmp_path / "x.safetensors"
-    assert not (tmp_path / "x.upstream.pt").exists()
-    outcome = here("convert", "x.safetensors", "--to-upstream", cwd=tmp_path)
-    assert outcome.path == tmp_path / "x.upstream.pt"
-    assert outcome.result["bytes"] == predicted.result["bytes"] == outcome.path.stat().st_size
-    built = UpstreamDiT(**outcome.result["upstream"]["arguments"])
-    built.load_state_dict(find_model(outcome.path))
-    assert here("convert", "x.upstream.pt", "-o", "y.safetensors", cwd=tmp_path).code == 0
-    assert (tmp_path / "y.safetensors").stat().st_size > 0
-    assert (
-        open_checkpoint(tmp_path / "y.safetensors").fingerprint
-        == open_checkpoint(tmp_path / "x.safetensors").fingerprint
-    )
-
-
-def test_dry_runs_import_no_torch(tmp_path: Path) -> None:
-    make_pico().save(tmp_path / "x.safetensors")
-    ((outcome, heavy),) = series([("convert", "x.safetensors", "--to-upstream", "--dry-run")], tmp_path)
-    assert outcome.code == 0, outcome.err
-    assert not heavy
-
-
-def test_equal_work_gives_equal_bytes_and_is_not_done_twice(tmp_path: Path) -> None:
-    model = make_pico()
-    model.save(tmp_path / "x.safetensors")
-    model.save(tmp_path / "shards", shard_bytes=20_000)
-    for source in ("x.safetensors", "shards"):
-        assert here("convert", source, "--to-upstream", "-o", f"{source}.pt", cwd=tmp_path).code == 0
-    assert (tmp_path / "x.safetensors.pt").read_bytes() == (tmp_path / "shards.pt").read_bytes()
-    before = contents(tmp_path)
-    again = here("convert", "x.safetensors", "--to-upstream", "-o", "shards.pt", cwd=tmp_path)
-    assert again.result["up_to_date"] is True
-    assert contents(tmp_path) == before
-    make_pico(seed=1).save(tmp_path / "other.safetensors")
-    words = ("convert", "other.safetensors", "--to-upstream", "-o", "shards.pt")
-    assert "is no copy of this input" in here(*words, cwd=tmp_path).error(5)
-    assert here(*words, "--force", cwd=tmp_path).code == 0
-
-
-QUANTISED = ["quantize --uniform --bits 4", "quantize --uniform --format nf4", "quantize --uniform --format int8"]
-
-
-@pytest.mark.parametrize("line", QUANTISED)
-def test_quantised_weights_are_written_as_the_model_sees_them(tmp_path: Path, line: str) -> None:
-    make_pico(hidden=64).save(tmp_path / "x.safetensors")
-    assert here(*line.split(), "x.safetensors", "-o", "q.safetensors", cwd=tmp_path).code == 0
-    outcome = here("convert", "q.safetensors", "--to-upstream", "-o", "q.pt", cwd=tmp_path)
-    assert any("weights are dequantised, since upstream's code loads plain ones only" in n for n in outcome.notes)
-    assert here("convert", "q.safetensors", "--dequantize", "-o", "plain.safetensors", cwd=tmp_path).code == 0
-    checkpoint, found = open_checkpoint(tmp_path / "q.safetensors"), find_model(tmp_path / "q.pt")
-    plain = load_file(tmp_path / "plain.safetensors")
-    assert found.keys() == plain.keys() == checkpoint.weights.keys()
-    for name, weight in checkpoint.weights.items():
-        expected = weight.unpack({member: checkpoint.reader.tensor(member) for member in weight.members})
-        assert torch.equal(found[name], expected)
-        assert torch.equal(plain[name], expected)
-    assert open_checkpoint(tmp_path / "plain.safetensors").ancestors[-1] == checkpoint.fingerprint
-    UpstreamDiT(**outcome.result["upstream"]["arguments"]).load_state_dict(found)
-
-
-def test_a_dtype_goes_with_dequantised_weights(tmp_path: Path) -> None:
-    make_pico(hidden=64).save(tmp_path / "x.safetensors")
-    assert here(*QUANTISED[0].split(), "x.safetensors", "-o", "q.safetensors", cwd=tmp_path).code == 0
-    assert here("convert", "q.safetensors", "--dequantize", "--dtype", "bf16", "-o", "b", cwd=tmp_path).code == 0
-    (step,) = [s for s in open_checkpoint(tmp_path / "b").provenance().history if s.command == "convert"]
-    assert step.options == {"dequantize": True, "dtype": "bf16"}
-    assert {info.dtype for info in open_checkpoint(tmp_path / "b").header.tensors.values()} == {"BF16"}
-    assert here("convert", "q.safetensors", "--to-upstream", "--dtype", "fp32", "-o", "b.pt", cwd=tmp_path).code == 0
-    assert {value.dtype for value in find_model(tmp_path / "b.pt").values()} == {torch.float32}
-
-
-def test_a_position_embedding_that_is_absent_is_rebuilt_for_upstream(tmp_path: Path) -> None:
-    model = make_pico()
-    model.with_state(pos_embed=None).save(tmp_path / "x.safetensors")
-    outcome = here("convert", "x.safetensors", "--to-upstream", "-o", "x.pt", cwd=tmp_path)
-    assert any("pos_embed is rebuilt" in note for note in outcome.notes)
-    assert torch.equal(find_model(tmp_path / "x.pt")["pos_embed"], model.state["pos_embed"])
-
-
-def test_ghost_rows_have_no_place_upstream(tmp_path: Path) -> None:
-    model = make_pico(expert_of=((0, 1, -1, 2), (0, 1, 2, 3)), widths=((64,) * 3, (64,) * 4))
-    model.save(tmp_path / "x.safetensors")
-    message = here("convert", "x.safetensors", "--to-upstream", cwd=tmp_path).error(3)
-    assert message.endswith("prune or merge with --router slice instead")
-    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("-o", "y.pt"), "give --to-upstream"),
-        (("--to-upstream", "-o", "y.safetensors"), "name FILE.pt"),
-        (("--to-upstream", "-o", "folder"), "name FILE.pt"),
-        (("--to-upstream", "--max-shard-size", "1MB"), "--max-shard-size has no effect on a single file"),
-        (("-o", "y.ckpt"), "checkpoints are written as"),
-    ],
-)
-def test_names_that_do_not_fit_the_layout(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
-    make_pico().save(tmp_path / "x.safetensors")
-    assert said in here("convert", "x.safetensors", *words, cwd=tmp_path).error(2)
-
-
-def test_broken_weights_are_refused_by_name(tmp_path: Path) -> None:
-    model = make_pico()
-    model.state["final_layer.linear.bias"][3] = float("nan")
-    model.save(tmp_path / "x.safetensors")
-    assert "'final_layer.linear.bias' holds NaN" in here(
-        "convert", "x.safetensors", "--to-upstream", cwd=tmp_path
-    ).error(3)
-    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_the_table_tells_how_to_build_it(tmp_path: Path) -> None:
-    make_pico().save(tmp_path / "x.safetensors")
-    _, text = on_terminal("convert", "x.safetensors", "--to-upstream", cwd=tmp_path)
-    assert "it has no model of width 32, depth 2, patch 2 and 2 heads; build it as DiT(input_size=8" in text
-
-
-# ------------------------------------------------------------------ from diffusers
 
 
 def pipeline(folder: Path, model: Pico, scheduler: str | None, in_index: bool = False, **config: Any) -> Path:
@@ -258,21 +130,3 @@ def test_a_scheduler_that_cannot_be_read_tells_nothing(tmp_path: Path, text: str
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         (tmp_path / "p" / name).write_text(text)
     assert open_checkpoint(tmp_path / "p").config.sampler == "ddpm"
-
-
-def test_a_pipeline_goes_to_upstream_and_through_a_pipe(tmp_path: Path) -> None:
-    model = make_pico(sampler="rf")
-    pipeline(tmp_path / "p", model, FLOW)
-    outcome = piped("ditmoe convert p --from-diffusers --to-upstream | ditmoe convert -o z.safetensors", tmp_path)
-    assert outcome.path == tmp_path / "z.safetensors"
-    found = find_model(tmp_path / "p.upstream.pt")
-    assert all(torch.equal(found[name], value) for name, value in model.state.items())
-    assert open_checkpoint(tmp_path / "z.safetensors").config == model.config
-
-
-def test_the_input_is_no_target(tmp_path: Path) -> None:
-    make_pico().save_pt(tmp_path / "x.pt")
-    words = ("convert", "x.pt", "--heads", "2", "--to-upstream", "-o", "x.pt", "--force")
-    before = contents(tmp_path)
-    assert "is the input itself" in here(*words, cwd=tmp_path).error(5)
-    assert contents(tmp_path) == before

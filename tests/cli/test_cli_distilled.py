@@ -138,7 +138,7 @@ def test_shards_keep_the_steps(pair: DistilledPair, tmp_path: Path) -> None:
 
 
 def test_a_file_for_upstream_is_told_to_be_sampled_otherwise(pair: DistilledPair, tmp_path: Path) -> None:
-    made = here("convert", pair.few, "--to-upstream", "-o", "few.pt", cwd=tmp_path)
+    made = here("export", pair.few, "--to", "upstream", "-o", "few.pt", cwd=tmp_path)
     assert any("do not say that it was distilled to 4 steps of euler" in line for line in made.notes)
     assert made.result["upstream"]["sample"] is None and "4 steps of euler" in made.result["upstream"]["no_sample"]
 

@@ -45,6 +45,7 @@ LIGHT = (
     ("inspect", "a.safetensors", "shards", "--verify"),
     ("inspect", "a.safetensors", "demo:digits"),
     ("convert", "a.safetensors", "--dry-run"),
+    ("export", "a.safetensors", "--to", "upstream", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--router", "slice", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--method", "frequency", "--profile", "p.safetensors", "--dry-run"),

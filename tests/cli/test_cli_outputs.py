@@ -68,8 +68,8 @@ writers = pytest.mark.parametrize("words", WRITERS.values(), ids=list(WRITERS))
         (("convert",), "a.converted.safetensors"),
         (("convert", "--dtype", "bf16"), "a.converted-bf16.safetensors"),
         (("convert", "--dequantize", "--dtype", "fp16"), "a.converted-dequantize-fp16.safetensors"),
-        (("convert", "--to-upstream"), "a.upstream.pt"),
-        (("convert", "--to-upstream", "--dtype", "fp16"), "a.upstream-fp16.pt"),
+        (("export", "--to", "upstream"), "a.upstream.pt"),
+        (("export", "--to", "upstream", "--dtype", "fp16"), "a.upstream-fp16.pt"),
         (("prune", "--keep", "0.5", *PLAINLY), "a.prune-keep0.5-random-norefit.safetensors"),
         (("prune", "--keep", "2", *PLAINLY), "a.prune-keep2-random-norefit.safetensors"),
         (("quantize", "--uniform", "--bits", "4"), "a.quantize-nf4.safetensors"),
@@ -82,7 +82,7 @@ def test_default_names_are_in_the_working_directory(words: tuple[str, ...], name
     first, *rest = words
     outcome = here(first, folder / "a.safetensors", *rest, "--dry-run", "-q", cwd=elsewhere)
     assert outcome.out == f"{elsewhere / name}\n"
-    assert here(first, folder / "a.safetensors", *rest, cwd=elsewhere).path == elsewhere / name
+    assert here(first, folder / "a.safetensors", *rest, "-q", cwd=elsewhere).out == f"{elsewhere / name}\n"
     assert [file.name for file in elsewhere.iterdir()] == [name]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli import open_checkpoint
-from ditmoe_cli.model.upstream import arguments
+from ditmoe_cli.export.upstream import arguments
 
 HEADS = 2
 
@@ -49,7 +49,8 @@ def assert_same(found: Mapping[str, Tensor], model: Pico) -> None:
 
 
 def converted(source: str, output: str, *words: str, cwd: Path) -> Path:
-    outcome = here("convert", source, *words, "-o", output, cwd=cwd)
+    command = "export" if "--to" in words else "convert"
+    outcome = here(command, source, *words, "-o", output, cwd=cwd)
     assert outcome.code == 0, outcome.err
     assert outcome.result["bytes"] == sum(
         file.stat().st_size for file in ([cwd / output] if (cwd / output).is_file() else (cwd / output).iterdir())
@@ -91,7 +92,7 @@ def test_every_byte_survives(model: Pico, source: str, sharded: bool) -> None:
     with folder() as where:
         SOURCES[source](model, where / source)
         ours = converted(source, first, *told, *shards, cwd=where)
-        upstream = converted(first, "upstream.pt", "--to-upstream", cwd=where)
+        upstream = converted(first, "upstream.pt", "--to", "upstream", cwd=where)
         again = converted("upstream.pt", last, *told, *shards, cwd=where)
         assert_same(find_model(upstream), model)
         UpstreamDiT(**arguments(config)).load_state_dict(find_model(upstream))
@@ -112,7 +113,7 @@ def test_a_dtype_is_given_to_every_layout(tmp_path: Path, source: str, dtype: st
     cast = Pico(model.config, {name: value.to(wanted) for name, value in model.state.items()})
     given = ("--heads", str(HEADS))
     converted(source, "y.safetensors", *given, "--dtype", dtype, cwd=tmp_path)
-    converted(source, "y.pt", *given, "--dtype", dtype, "--to-upstream", cwd=tmp_path)
+    converted(source, "y.pt", *given, "--dtype", dtype, "--to", "upstream", cwd=tmp_path)
     assert_same(load_file(tmp_path / "y.safetensors"), cast)
     assert_same(find_model(tmp_path / "y.pt"), cast)
     converted("y.safetensors", "wide.safetensors", "--dtype", "fp32", cwd=tmp_path)
@@ -120,16 +121,14 @@ def test_a_dtype_is_given_to_every_layout(tmp_path: Path, source: str, dtype: st
     assert_same(load_file(tmp_path / "back.safetensors"), cast)
 
 
-@pytest.mark.parametrize("to_upstream", [(), ("--to-upstream",)])
+@pytest.mark.parametrize("command", [("convert",), ("export", "--to", "upstream")], ids=["convert", "export"])
 @pytest.mark.parametrize("source", sorted(SOURCES))
-def test_overflow_is_refused_by_tensor_in_every_layout(
-    tmp_path: Path, source: str, to_upstream: tuple[str, ...]
-) -> None:
+def test_overflow_is_refused_by_tensor_in_every_layout(tmp_path: Path, source: str, command: tuple[str, ...]) -> None:
     model, name = make_pico(hidden=16), "blocks.1.moe.experts.3.down_proj.weight"
     model.state[name][0, 0] = 7e4
     SOURCES[source](model, tmp_path / source)
     before = sorted(path.name for path in tmp_path.iterdir())
-    words = ("convert", source, "--heads", str(HEADS), "--dtype", "fp16", *to_upstream)
+    words = (*command, source, "--heads", str(HEADS), "--dtype", "fp16")
     message = here(*words, cwd=tmp_path).error(3)
     assert f"tensor {name!r} holds 70000, beyond the 65504 that fp16 can hold; choose a wider dtype" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -49,7 +49,7 @@ def test_quantised_files_do_not_load_there(folder: Path) -> None:
     described = here("inspect", "q.safetensors", cwd=folder).result
     assert described["loads_upstream"] is False
     assert described["upstream_obstacle"].endswith(
-        "weights are quantised or differences, which convert --to-upstream writes whole"
+        "weights are quantised or differences, which export --to upstream writes whole"
     )
 
 
@@ -60,4 +60,4 @@ def test_what_keeps_upstream_from_loading_a_file_is_said(folder: Path) -> None:
     assert "no: block 0 has a router with rows that select no expert" in said
     assert "--router slice instead" in said
     said = here("inspect", "n.safetensors", "--text", cwd=folder).out
-    assert "no: pos_embed is absent, which convert --to-upstream rebuilds" in said
+    assert "no: pos_embed is absent, which export --to upstream rebuilds" in said

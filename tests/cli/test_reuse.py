@@ -97,7 +97,7 @@ def test_a_dry_run_refuses_what_is_not_up_to_date(folder: Path) -> None:
 def test_dry_runs_of_applying_and_of_files_for_upstream_tell_it_too(folder: Path) -> None:
     (folder / "plan.json").write_text(here(*STAGES["prune"], "--dry-run", cwd=folder).out)
     apply = ("apply", "a.safetensors", "--plan", "plan.json", *PROFILED, "-o", "x.safetensors")
-    upstream = ("convert", "a.safetensors", "--to-upstream", "-o", "a.pt")
+    upstream = ("export", "a.safetensors", "--to", "upstream", "-o", "a.pt")
     for words in (apply, upstream):
         assert "up_to_date" not in here(*words, "--dry-run", cwd=folder).result
         here(*words, cwd=folder)

@@ -15,12 +15,12 @@ from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.export.upstream import arguments
 from ditmoe_cli.files.casting import DTYPES
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.conversions import in_dtype, packed_weights, recorded, unpacked, with_positions
-from ditmoe_cli.model.upstream import arguments
 
 DIFFERENCES = ("svd", "ternary")
 
@@ -39,7 +39,7 @@ def test_a_cast_reaches_all_but_quantised_weights(tmp_path: Path, family: str, d
     """A base and factors of differences are cast, codes and scales are not, and the file opens again."""
     source = open_checkpoint(stored_in(family).model.save(tmp_path / "x.safetensors"))
     cast = in_dtype(source, dtype)
-    apply(recorded(cast, source, {"dtype": dtype}), None, Output(tmp_path / "y.safetensors"))
+    apply(recorded(cast, {"dtype": dtype}, source), None, Output(tmp_path / "y.safetensors"))
     found, wanted = open_checkpoint(tmp_path / "y.safetensors"), torch_dtype(DTYPES[dtype])
     assert found.config == source.config
     assert found.weights.keys() == source.weights.keys()
@@ -73,7 +73,7 @@ def test_unpacked_weights_are_those_that_the_model_sees(tmp_path: Path, family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_upstream_gets_what_the_model_sees(tmp_path: Path, family: str) -> None:
     source = open_checkpoint(stored_in(family).model.save(tmp_path / "x.safetensors"))
-    outcome = here("convert", "x.safetensors", "--to-upstream", "-o", "y.pt", cwd=tmp_path)
+    outcome = here("export", "x.safetensors", "--to", "upstream", "-o", "y.pt", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     found, expected = find_model(tmp_path / "y.pt"), read(source)
     assert found.keys() == expected.keys()
@@ -86,7 +86,7 @@ def test_plain_checkpoints_are_left_as_they_are(tmp_path: Path) -> None:
     assert unpacked(source) is source
     assert in_dtype(source, "fp32") is source
     assert with_positions(source) is source
-    assert recorded(source, source, {}) is source
+    assert recorded(source, {}, source) is source
 
 
 @pytest.mark.parametrize("family", ["svd", "ternary"])

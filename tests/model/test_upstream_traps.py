@@ -287,9 +287,9 @@ def test_trap_13_views_on_one_flat_buffer_are_written_one_by_one(tmp_path: Path)
     for words in (
         ("-o", "y.safetensors"),
         ("-o", "shards", "--max-shard-size", "100KB"),
-        ("--to-upstream", "-o", "y.pt"),
+        ("--to", "upstream", "-o", "y.pt"),
     ):
-        outcome = here("convert", "x.pt", "--heads", "2", *words, cwd=tmp_path)
+        outcome = here("export" if "--to" in words else "convert", "x.pt", "--heads", "2", *words, cwd=tmp_path)
         assert outcome.code == 0, outcome.err
         assert_holds(tmp_path / words[words.index("-o") + 1], expected)
     tensors = sum(value.nbytes for value in state.values())
@@ -304,8 +304,8 @@ def test_trap_13_tensors_that_share_all_their_values_are_written_twice(tmp_path:
             name = f"blocks.0.moe.experts.{{}}.{matrix}.weight"
             model.state[name.format(expert)] = model.state[name.format(0)]
     torch.save(dict(model.state), tmp_path / "x.pt")
-    for words in (("-o", "y.safetensors"), ("--to-upstream", "-o", "y.pt")):
-        assert here("convert", "x.pt", "--heads", "2", *words, cwd=tmp_path).code == 0
+    for words in (("convert", "-o", "y.safetensors"), ("export", "--to", "upstream", "-o", "y.pt")):
+        assert here(words[0], "x.pt", "--heads", "2", *words[1:], cwd=tmp_path).code == 0
         assert_holds(tmp_path / words[-1], model)
 
 
@@ -319,7 +319,7 @@ def test_trap_14_512_pixels_and_an_absent_position_embedding(tmp_path: Path) -> 
     assert open_checkpoint(tmp_path / "x.pt", num_heads=2).config.input_size == 64
     model.with_state(pos_embed=None).save_pt(tmp_path / "y.pt", "train", num_heads=2, image_size=512)
     assert open_checkpoint(tmp_path / "y.pt").config == open_checkpoint(tmp_path / "x.pt", num_heads=2).config
-    assert here("convert", "y.pt", "--to-upstream", "-o", "z.pt", cwd=tmp_path).code == 0
+    assert here("export", "y.pt", "--to", "upstream", "-o", "z.pt", cwd=tmp_path).code == 0
     assert torch.equal(torch.load(tmp_path / "z.pt")["ema"]["pos_embed"], sincos_position_embedding(16, 32))
 
 

@@ -24,6 +24,7 @@ from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, note, with_options
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, GateError
+from ditmoe_cli.export.upstream import obstacle
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.integrity import require_whole
 from ditmoe_cli.files.provenance import Distilled, parse_step
@@ -34,7 +35,6 @@ from ditmoe_cli.model.checkpoint_differences import differences
 from ditmoe_cli.model.config import UNKNOWN, Given
 from ditmoe_cli.model.conversions import POSITIONS, packed_weights
 from ditmoe_cli.model.parameters import count_parameters
-from ditmoe_cli.model.upstream import obstacle
 from ditmoe_cli.model.verification import Verification, verify, verify_tensors
 
 EXAMPLES = (
@@ -279,8 +279,8 @@ def upstream_obstacle(checkpoint: Checkpoint) -> str | None:
     if (problem := obstacle(checkpoint.config)) is not None:
         return problem
     if packed:
-        return f"{packed} weights are quantised or differences, which convert ⟨to_upstream⟩ writes whole"
-    return None if POSITIONS in checkpoint.weights else "pos_embed is absent, which convert ⟨to_upstream⟩ rebuilds"
+        return f"{packed} weights are quantised or differences, which export ⟨to⟩ upstream writes whole"
+    return None if POSITIONS in checkpoint.weights else "pos_embed is absent, which export ⟨to⟩ upstream rebuilds"
 
 
 def rows(result: dict[str, Any]) -> list[Row]:

@@ -1,10 +1,10 @@
 """The planner of a compression that upstream's code loads: fewer and narrower experts, alike in all blocks. Torch-free.
 
-Upstream (`model.upstream`) builds all blocks alike: one number of experts, one width that is a multiple of the model's,
-a whole shared expert, a router row for each expert, and weights without formats. So few pairs of number and width are
-within a size. Of each width the largest number that fits is carried out whole, without what upstream has no module for,
-and the plan of least error on held-out calibration images is taken. Which experts stay is the choice of REAP, and which
-neurons that of `compression.replay.eliminations`.
+Upstream (`export.upstream`) builds all blocks alike: one number of experts, one width that is a multiple of the
+model's, a whole shared expert, a router row for each expert, and weights without formats. So few pairs of number and
+width are within a size. Of each width the largest number that fits is carried out whole, without what upstream has no
+module for, and the plan of least error on held-out calibration images is taken. Which experts stay is the choice of
+REAP, and which neurons that of `compression.replay.eliminations`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, For
 from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
 from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.export.upstream import obstacle
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.effort import Estimate, branches_at
-from ditmoe_cli.model.upstream import obstacle
 from ditmoe_cli.routing.profile import RoutingProfile
 
 _REPAIR = Repair(constant=False, linear=False)  # upstream's blocks have no place for either

@@ -14,10 +14,16 @@ from conftest import Pico, load_oracle, make_pico, oracle_folders
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.export.exported import Wanted
+from ditmoe_cli.export.targets import TARGETS, laid_out
+from ditmoe_cli.export.upstream import arguments, obstacle
+from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import BlockConfig, expected_weights
-from ditmoe_cli.model.upstream import arguments, obstacle
-from ditmoe_cli.model.upstream_file import UpstreamFile
+
+
+def write_for_upstream(path: Path, checkpoint: Checkpoint) -> None:
+    laid_out(TARGETS["upstream"], checkpoint, Wanted(path), lambda _: None).write()
+
 
 HELD: dict[str, dict[str, Any]] = {
     "timm": {},
@@ -37,7 +43,7 @@ def test_upstreams_code_loads_what_it_has_modules_for(tmp_path: Path, case: str,
     model = make_pico(sampler=sampler, **HELD[case])
     assert obstacle(model.config) is None
     checkpoint = open_checkpoint(model.save(tmp_path / "x.safetensors"))
-    UpstreamFile(tmp_path / "x.pt").write(checkpoint)
+    write_for_upstream(tmp_path / "x.pt", checkpoint)
     state = find_model(tmp_path / "x.pt")
     built = UpstreamDiT(**arguments(model.config))
     built.load_state_dict(state)
@@ -48,7 +54,7 @@ def test_upstreams_code_loads_what_it_has_modules_for(tmp_path: Path, case: str,
 
 def test_a_flash_model_of_one_expert_is_a_bare_state_dict_as_upcycling_reads(tmp_path: Path) -> None:
     model = make_pico(attention="flash", experts=1, top_k=1)
-    UpstreamFile(tmp_path / "x.pt").write(open_checkpoint(model.save(tmp_path / "x.safetensors")))
+    write_for_upstream(tmp_path / "x.pt", open_checkpoint(model.save(tmp_path / "x.safetensors")))
     assert torch.load(tmp_path / "x.pt", weights_only=True).keys() == model.state.keys()
 
 
@@ -84,7 +90,7 @@ def test_a_model_that_it_cannot_hold_is_refused_before_anything_is_written(tmp_p
     model = make_pico(expert_of=((0, 1, -1, 2), (0, 1, 2, 3)), widths=((64,) * 3, (64,) * 4))
     checkpoint = open_checkpoint(model.save(tmp_path / "x.safetensors"))
     with pytest.raises(BadInputError, match="cannot load it: block 0 has a router with rows that select no expert"):
-        UpstreamFile(tmp_path / "x.pt").write(checkpoint)
+        write_for_upstream(tmp_path / "x.pt", checkpoint)
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -105,6 +111,6 @@ def test_arguments_are_those_that_upstream_built_its_models_with(tmp_path: Path,
     found = arguments(checkpoint.config)
     built = {key: value for key, value in oracle.about["config"].items() if key != "pretraining_tp"}  # of arithmetic
     assert {key: found[key] for key in built} == built
-    UpstreamFile(tmp_path / "x.pt").write(checkpoint)
+    write_for_upstream(tmp_path / "x.pt", checkpoint)
     UpstreamDiT(**found).load_state_dict(find_model(tmp_path / "x.pt"))
     assert open_checkpoint(tmp_path / "x.pt").fingerprint == checkpoint.fingerprint

@@ -1,0 +1,90 @@
+"""The contract of layouts of other programs: checkpoints laid out, all bytes known, before anything is written."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ditmoe_cli.errors import OutputExistsError
+from ditmoe_cli.files.staging import CHECKPOINT_FILES, check_target
+from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.conversions import Storage
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where an export goes, and how its weights are stored.
+
+    Attributes:
+        path: the file or folder to write.
+        force: whether to replace what stands there.
+        shard_bytes: bytes of tensors in the largest file of a folder.
+        storage: in which dtype, and whether quantised weights are stored as plain ones.
+    """
+
+    path: Path
+    force: bool = False
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    storage: Storage = field(default_factory=Storage)
+
+
+@dataclass(frozen=True)
+class Export(ABC):
+    """A checkpoint as another program reads it: all its bytes are known from headers, and none is written yet.
+
+    Attributes:
+        checkpoint: the checkpoint, its weights stored as they will be written.
+        wanted: where it goes.
+        contents: what a folder of this layout may hold, as `check_target` takes it.
+    """
+
+    checkpoint: Checkpoint
+    wanted: Wanted
+    contents: ClassVar[re.Pattern[str]] = CHECKPOINT_FILES
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The exact bytes of all files."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write all files, or none, a weight at a time.
+
+        Raises `BadInputError` for NaN and infinite weights, and what `check_target` raises.
+        """
+
+    @abstractmethod
+    def difference(self) -> str | None:
+        """Return how what stands at the path differs, as ``is no copy of this input``; None where it is this export."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return how the other program opens it, for programs."""
+
+    @abstractmethod
+    def usage(self) -> Sequence[tuple[str, str]]:
+        """Return the same for reading: labels and texts."""
+
+    def check(self) -> bool:
+        """Return whether the export stands at its path already.
+
+        Raises `OutputExistsError` where something else does, which is not to be replaced, and what `check_target`
+        raises.
+        """
+        path, inputs = self.wanted.path, [self.checkpoint.path]
+        if self.wanted.force or not path.exists():
+            check_target(path, self.wanted.force, inputs, self.contents)
+            return False
+        check_target(path, True, inputs, self.contents)
+        reason = self.difference()
+        if reason is None:
+            return True
+        raise OutputExistsError(
+            f"{path}: exists already, and {reason}; give ⟨force⟩ to replace it, or -o for another name"
+        )
