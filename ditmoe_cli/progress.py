@@ -36,6 +36,18 @@ def readable_bytes(count: float, decimals: int = 1, largest: str = "TB") -> str:
     return f"{count / 1000**power:.{decimals if power else 0}f} {sizes[power]}"
 
 
+def human_bytes(count: float) -> str:
+    """Return a byte count in decimal units, as file managers print it."""
+    return readable_bytes(count, decimals=2, largest="GB")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for reading, in two digits or three."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass
 class Phase:
     """Work under way. Called with a number of units, it counts them as done.

@@ -34,12 +34,16 @@ ALLOWED = {
         *("export", "routing", "evaluation", "diffusion", "model", "formats", "files", "progress", "version", "errors"),
         *("processes", "threads"),
     },
+    "api": {
+        *("processes", "compression", "export", "evaluation", "routing", "diffusion", "model", "formats", "files"),
+        *("threads", "errors", "version", "progress"),
+    },
     "cli": {
-        *("compression", "export", "evaluation", "routing", "diffusion", "model", "formats", "files", "progress"),
-        *("processes", "threads", "errors", ""),
+        *("api", "compression", "export", "evaluation", "routing", "diffusion", "model", "formats", "files"),
+        *("processes", "progress", "threads", "errors", ""),
     },
     "__main__": {"cli"},
-    "": {"model", "version"},  # the package itself: its lazy public interface
+    "": {"api", "model", "version"},  # the package itself: its lazy public interface
 }
 # rooms of compression whose methods share other rooms, and never import from each other
 WALLED = {

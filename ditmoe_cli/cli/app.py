@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from ditmoe_cli.api.notes import told_to
+
 # plain help and one-line usage errors: rich would wrap long paths, and costs start-up time
 os.environ.setdefault("TYPER_USE_RICH", "0")
 
@@ -22,7 +24,7 @@ from ditmoe_cli.cli.help_texts import Program, SectionedCommand
 from ditmoe_cli.cli.interruption import INTERRUPTED, EndedBySignals, ended_by_signal, ignore_signals, leave
 from ditmoe_cli.cli.machine import Threads, versions
 from ditmoe_cli.cli.progress_display import shown
-from ditmoe_cli.cli.terminal import clipped, print_anything, printable, with_options
+from ditmoe_cli.cli.terminal import clipped, note, print_anything, printable, with_options
 from ditmoe_cli.errors import DitmoeError, is_out_of_memory
 from ditmoe_cli.progress import watched_by
 from ditmoe_cli.threads import prepare_threads, usable_cores
@@ -180,7 +182,7 @@ def run(arguments: list[str]) -> int:
     if not (_has_working_folder() or _ASKING & set(arguments)):  # torch's libraries end the process without one
         return _fail("the working directory is not there any more; change into one that is", 3)
     try:
-        with watched_by(shown), announced_imports():
+        with told_to(note), watched_by(shown), announced_imports():
             code = _invoke(arguments)
         sys.stdout.flush()
         return code

@@ -8,10 +8,11 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api.output_names import usual_profiles
 from ditmoe_cli.cli.groups import seed_of_64_bits
 from ditmoe_cli.cli.options import Measuring
 from ditmoe_cli.cli.sampling_options import parse_classes
-from ditmoe_cli.cli.stage import Stage, default_output
+from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dtypes import AUTO, parse_dtype
 from ditmoe_cli.routing.calibration_settings import WantedCalibration
@@ -91,12 +92,6 @@ class AutomaticProfile:
             usual=usual_profiles(checkpoint),
             beside=beside,
         )
-
-
-def usual_profiles(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Return where ``ditmoe profile-experts`` puts a checkpoint's profile: the working folder, and beside the file."""
-    name = default_output(checkpoint.path, "profile").name
-    return tuple(dict.fromkeys((Path(name).absolute(), checkpoint.path.absolute().parent / name)))
 
 
 def _names_data(step: object) -> bool:

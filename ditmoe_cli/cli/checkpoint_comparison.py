@@ -6,14 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ditmoe_cli.cli.costs import GROUPS, blockwise, in_runs, number, step_text
-from ditmoe_cli.cli.terminal import Row, human_bytes
+from ditmoe_cli.api.plan_facts import GROUPS
+from ditmoe_cli.api.step_texts import number, step_text
+from ditmoe_cli.cli.costs import blockwise, in_runs
+from ditmoe_cli.cli.terminal import Row, with_options
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.files.provenance import Distilled, Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.checkpoint_differences import Change, Differences, Group, grouped
 from ditmoe_cli.model.lineage import Kept
 from ditmoe_cli.model.parameters import count_parameters
+from ditmoe_cli.progress import human_bytes
 
 _MOST_RESTS = 6  # endings of names that a row lists
 _LONGEST = 48  # characters of a setting
@@ -149,7 +152,7 @@ def _history_rows(found: Differences) -> list[Row]:
 
 
 def _steps(label: str, steps: Iterable[Step]) -> list[Row]:
-    return [(f"made {label}", step_text(step)) for step in steps]
+    return [(f"made {label}", with_options(step_text(step))) for step in steps]
 
 
 def _kept_rows(kept: Sequence[Kept | None]) -> list[Row]:

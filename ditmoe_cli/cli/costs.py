@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from ditmoe_cli.api.plan_facts import GROUPS, formats_by_group
+from ditmoe_cli.api.step_texts import number
 from ditmoe_cli.cli.terminal import Row
-from ditmoe_cli.compression.distill.distilled_output import distilling_record
-from ditmoe_cli.compression.heal.healed_output import healing_record
 from ditmoe_cli.compression.plan import (
-    FIGURES,
     BlockPlan,
     CompressionPlan,
     Differences,
@@ -25,31 +21,20 @@ from ditmoe_cli.compression.plan import (
     Selection,
 )
 from ditmoe_cli.files.names import split_name
-from ditmoe_cli.files.provenance import Step
-from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.parameters import WeightGroup, group_of, weight_group
 
-GROUPS: Mapping[WeightGroup, str] = {
-    "experts": "routed experts",
-    "shared": "shared experts",
-    "attn": "attention",
-    "modulation": "modulation",
-    "embedders": "embedders",
-}
 _GUIDED = "the guided prediction, on held-out states"
-_FINGERPRINT = re.compile("[0-9a-f]{64}")
 _MOST_RUNS = 6  # of widths that are listed; more are told by their range
 
 
 def in_runs(numbers: Iterable[int]) -> str:
     """Return ascending numbers with runs joined: ``0 2-5 7``."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+    for each in numbers:
+        if runs and each == runs[-1][1] + 1:
+            runs[-1][1] = each
         else:
-            runs.append([number, number])
+            runs.append([each, each])
     return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
@@ -59,11 +44,6 @@ def widths_text(widths: Sequence[int]) -> str:
     if len(runs) > _MOST_RUNS:
         return f"{min(widths)} to {max(widths)}, {sum(widths) / len(widths):.0f} on average"
     return ", ".join(f"{width} x{count}" if count > 1 else f"{width}" for width, count in runs)
-
-
-def number(value: float) -> str:
-    """Return an error or a gap for reading, in three digits."""
-    return f"{value:.3g}"
 
 
 def range_text(values: Sequence[float], worst: int) -> str:
@@ -104,20 +84,6 @@ def block_text(block: BlockPlan, experts: int | None) -> str:
 def counts_text(counts: Mapping[str, int]) -> str:
     """Return counted formats: ``int3-g64 x20, int4-g64 x4``."""
     return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
-
-
-def formats_by_group(formats: Mapping[str, str], checkpoint: Checkpoint | None) -> dict[WeightGroup, Counter[str]]:
-    """Return how many matrices of each group have which format; with the checkpoint also those without one."""
-    counts: dict[WeightGroup, Counter[str]] = {group: Counter() for group in GROUPS}
-    for name, fmt in formats.items():
-        group = group_of(name)
-        if group is not None:
-            counts[group][format_label(fmt)] += 1
-    for name, weight in checkpoint.weights.items() if checkpoint else ():
-        group = weight_group(weight.info)
-        if group is not None and name not in formats:
-            counts[group][format_label(weight.format or weight.info.dtype)] += 1
-    return {group: counted for group, counted in counts.items() if counted}
 
 
 def group_rows(formats: Mapping[str, str], checkpoint: Checkpoint | None) -> list[Row]:
@@ -206,26 +172,6 @@ def plan_rows(plan: CompressionPlan, checkpoint: Checkpoint | None = None, by_bl
     return rows
 
 
-def facts(plan: CompressionPlan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a plan does to a checkpoint as JSON: the facts that its rows tell."""
-    found: dict[str, Any] = {name: plan.options[name] for name in FIGURES if name in plan.options}
-    for stage in plan.stages:
-        match stage:
-            case Experts():
-                found["experts_before"] = [len(block.expert_widths) for block in checkpoint.config.blocks]
-                found["kept"] = [list(block.keep) for block in stage.blocks]
-                if any(block.widths for block in stage.blocks):
-                    found["widths"] = [list(block.widths) for block in stage.blocks]
-            case Differences():
-                found["delta"] = asdict(stage)
-            case Retraining():
-                found["retraining"] = stage.to_json()
-            case Formats():
-                groups = formats_by_group(stage.formats, checkpoint)
-                found["formats_by_group"] = {group: dict(sorted(counts.items())) for group, counts in groups.items()}
-    return found
-
-
 def error_rows(facts: Mapping[str, Any]) -> list[Row]:
     """Return the errors among the facts of a stage, and the agreement of routing, as far as they are known."""
     rows: list[Row] = []
@@ -268,40 +214,3 @@ def _damage_rows(facts: Mapping[str, Any]) -> list[Row]:
         what = f"mean squared error of {distance['of']} to the original's, mean of {distance['images']} images"
         rows.append(("paired distance", f"{number(distance['mean'])} ({spread}, 95 %): {what}"))
     return rows
-
-
-def step_text(step: Step) -> str:
-    """Return a step of a history in one line: ``prune --keep 0.5 --method reap, refit error 0.03``."""
-    words = [step.command, *(word for name, value in step.options.items() for word in _flag(name, value))]
-    record = healing_record(step) or distilling_record(step)
-    measured = [
-        f"{name.replace('_', ' ')} {_spread(list(map(float, texts)))}"
-        for name, texts in step.measured.items()
-        if texts and name != "gap" and record is None
-    ]
-    if record is not None:
-        measured.append(f"held error {held_text(record.held_error)}")
-    return ", ".join([" ".join(words), *measured]) + " (by an edited plan)" * step.edited
-
-
-def held_text(errors: Sequence[float]) -> str:
-    """Return an error on held-out states before and after training: ``0.12 -> 0.03``."""
-    return " -> ".join(map(number, errors))
-
-
-def _spread(values: Sequence[float]) -> str:
-    low, high = number(min(values)), number(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
-def _flag(name: str, value: object) -> Iterator[str]:
-    """Yield an option as it is given; switches have no value, and lists are given one by one."""
-    flag = "--" + name.replace("_", "-")
-    for each in value if isinstance(value, list) else [value]:
-        if each is not False and each is not None:
-            yield flag if each is True else f"{flag} {_shortened(each)}"
-
-
-def _shortened(value: object) -> object:
-    """Return a value of an option; of a fingerprint its first digits, as everywhere in tables."""
-    return value[:12] if isinstance(value, str) and _FINGERPRINT.fullmatch(value) else value

@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.api.devices import checked_device, dtype_on
+from ditmoe_cli.api.foretelling import foretell
+from ditmoe_cli.api.planner_runs import choosing, prepared
+from ditmoe_cli.api.step_texts import number
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.costs import number
-from ditmoe_cli.cli.foretelling import foretell
 from ditmoe_cli.cli.groups import refuse_idle
-from ditmoe_cli.cli.options import Destination, Measuring, Source, checked_device, dtype_on
-from ditmoe_cli.cli.planning import choosing, prepared
+from ditmoe_cli.cli.options import Destination, Measuring, Source
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
 from ditmoe_cli.compression.joint.size_curve import CurvePoint, Curving, SizeCurve
 from ditmoe_cli.compression.planner import Work
 from ditmoe_cli.files.staging import check_target, staged
+from ditmoe_cli.progress import human_bytes
 from ditmoe_cli.routing.calibrate import made_profile
 
 if TYPE_CHECKING:

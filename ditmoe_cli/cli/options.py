@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
+from ditmoe_cli.api.devices import checked_device
+from ditmoe_cli.api.output_names import DEFAULT_SHARD, Size, default_output, parse_size
 from ditmoe_cli.cli.groups import at_least, ending, one_of, refuse_idle
 from ditmoe_cli.cli.machine import Threads
-from ditmoe_cli.cli.stage import Stage, default_output, incoming
-from ditmoe_cli.cli.terminal import note
+from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
-from ditmoe_cli.diffusion.automatic_dtype import chosen_dtype
-from ditmoe_cli.errors import UsageError, first_line
 from ditmoe_cli.files.casting import DTYPES as CASTS
 from ditmoe_cli.files.hub_names import HUB_PREFIX, PUBLISHED
-from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output
+from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.unpacking_budget import set_default_budget
-from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.model.conversions import Storage
-from ditmoe_cli.model.dtypes import AUTO, DTYPES, Dtype, parse_dtype
-from ditmoe_cli.model.throughput import likely_device
-from ditmoe_cli.processes import first_process, own_device
+from ditmoe_cli.model.dtypes import AUTO, DTYPES
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.worker import Runtime
 
 _DEMO = "demo:digits"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True)
-class Size:
-    """A number of bytes, and the text that it was given as, such as ``5GB``."""
-
-    text: str
-    bytes: int
-
-
-def parse_size(text: str) -> Size:
-    """Return the size that is written as ``5GB`` or ``2.5GiB``. Raises `ValueError`."""
-    cleaned = text.strip().upper()
-    unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if cleaned.endswith(u)), None)
-    try:
-        size = int(float(cleaned.removesuffix(unit or "").removesuffix("B")) * (_UNITS[unit] if unit else 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise ValueError("give a size such as 5GB, 500MB or 2.5GiB")
-    return Size(text, size)
 
 
 def unpacked_bytes(text: str) -> int | None:
@@ -140,22 +111,6 @@ DtypeOpt = Annotated[
         "six times as long as fp32.",
     ),
 ]
-
-
-def dtype_on(name: str, device: str, measures: bool = True) -> Callable[[Checkpoint], Dtype]:
-    """Return what gives a checkpoint's dtype on a device; ``auto`` is chosen for the first, and holds for all.
-
-    Without `measures`, as for dry runs, it is chosen without computing anything.
-    """
-    chosen: list[Dtype] = [] if name == AUTO else [parse_dtype(name)]
-
-    def dtype_of(checkpoint: Checkpoint) -> Dtype:
-        if not chosen:
-            tell = note if first_process() else lambda _: None
-            chosen.append(chosen_dtype(checkpoint, own_device(likely_device(device)), measures, tell))
-        return chosen[0]
-
-    return dtype_of
 
 
 @dataclass(frozen=True)
@@ -288,7 +243,7 @@ class Destination:
             parser=parse_size,
             help="Size of the largest file of a folder, as 5GB or 500MB. [default: 10GB]",
         ),
-    ] = Size("10GB", DEFAULT_SHARD_BYTES)
+    ] = DEFAULT_SHARD
 
     def at(self, checkpoint: Path, suffix: str) -> Output:
         """Return the output; without --output it is named after the input and `suffix`."""
@@ -451,41 +406,3 @@ class Refitting:
             refuse_idle(self, "with --no-refit", "refit_tokens")
         beyond = router != "slice"
         return Repair(constant=beyond, linear=beyond, tokens=self.refit_tokens) if self.refit else None
-
-
-def checked_device(name: str) -> str:
-    """Return the name of a device, for ``auto`` the one to use. Raises `UsageError` where it cannot be used here."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are fp32, in every thread
-    if name == "auto":
-        return best_device()
-    try:
-        device = torch.device(own_device(name))
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError("choose auto, cpu, cuda or cuda:N")
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # kernels of Triton start on the current one
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0][:100]})") from None
-    return str(device)
-
-
-@cache
-def best_device() -> str:
-    """Return ``cuda`` where torch can compute on it, else ``cpu``; say which where there is a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    device = own_device("cuda")
-    try:
-        torch.empty(1, device=device)
-        name = torch.cuda.get_device_name(device)
-    except (RuntimeError, AssertionError) as error:
-        note(f"the GPU cannot be used ({first_line(error)[:100]}); computing on the cpu")
-        return "cpu"
-    if os.environ.get("RANK", "0") == "0":
-        note(f"computing on {device} ({name})")
-    return device

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ditmoe_cli.api.plan_facts import GROUPS
 from ditmoe_cli.cli.costs import (
-    GROUPS,
     error_rows,
     in_runs,
     repair_text,

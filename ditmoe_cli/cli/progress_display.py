@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from threading import Event, Thread
 from typing import TYPE_CHECKING, TextIO
 
-from ditmoe_cli.cli.terminal import duration, human_bytes, uses_colour
+from ditmoe_cli.cli.terminal import uses_colour
 from ditmoe_cli.files.cleanup import Undoing
 from ditmoe_cli.processes import first_process
-from ditmoe_cli.progress import BYTES, Phase
+from ditmoe_cli.progress import BYTES, Phase, duration, human_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,7 +16,6 @@ from typing import Any
 
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.files.hub_names import told_name
 from ditmoe_cli.files.json_text import parse_json
 from ditmoe_cli.files.provenance import STAGE_SCHEMA
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
@@ -186,17 +185,3 @@ def open_stage(
     for assumption in checkpoint.assumptions if not stage.piped else ():  # the pipe's first command prints them
         note(f"assuming {assumption}")
     return checkpoint
-
-
-def stem(path: Path) -> str:
-    """Return the name of a file or folder without the ending of its format; outputs are named after it."""
-    name = told_name(path)
-    for ending in (".safetensors.index.json", ".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
-        if name.endswith(ending):
-            return name.removesuffix(ending)
-    return name
-
-
-def default_output(checkpoint: Path, suffix: str) -> Path:
-    """Return the default output in the working directory: ``NAME.SUFFIX.safetensors``."""
-    return Path(f"{stem(checkpoint)}.{suffix}.safetensors")

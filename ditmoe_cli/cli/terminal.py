@@ -19,7 +19,6 @@ from typing import Annotated, Any, ClassVar, TextIO
 import typer
 
 from ditmoe_cli.errors import UsageError, named
-from ditmoe_cli.progress import readable_bytes
 
 Row = tuple[str, object]
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -148,18 +147,6 @@ def columns(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
-def human_bytes(count: float) -> str:
-    """Return a byte count in decimal units, as file managers print it."""
-    return readable_bytes(count, decimals=2, largest="GB")
-
-
 def rate(speed: float) -> str:
     """Return a rate for reading."""
     return f"{speed:,.0f}/s" if speed >= 1000 else f"{speed:.3g}/s"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration for reading, in two digits or three."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

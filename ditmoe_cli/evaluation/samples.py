@@ -392,7 +392,7 @@ def _refuse_other_samples(sampling: Sampling, file: Path) -> None:
     if differing:
         raise OutputExistsError(
             f"{file.absolute()}: exists already, sampled in another way (other {', '.join(differing)[:200]}); give "
-            "⟨force⟩ to replace it, or -o for another name"
+            "⟨force⟩ to replace it, or ⟨output⟩ for another name"
         )
 
 

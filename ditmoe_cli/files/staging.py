@@ -78,7 +78,7 @@ def _refuse(target: Path, force: bool, inputs: Iterable[Path], contents: re.Patt
 
 
 def _existing(target: Path) -> OutputExistsError:
-    return OutputExistsError(f"{target}: exists already; give ⟨force⟩ to replace it, or -o for another name")
+    return OutputExistsError(f"{target}: exists already; give ⟨force⟩ to replace it, or ⟨output⟩ for another name")
 
 
 def _refuse_foreign_folder(folder: Path, contents: re.Pattern[str], named: Path) -> None:

@@ -125,7 +125,7 @@ def made_before(checkpoint: Checkpoint, settings: Calibration, path: Path) -> Ro
     if profile.checkpoint != checkpoint.fingerprint:
         differs = f"of another checkpoint ({profile.checkpoint[:12]})"
     raise OutputExistsError(
-        f"{path}: exists already, a profile {differs}; give ⟨force⟩ to replace it, or -o for another name"
+        f"{path}: exists already, a profile {differs}; give ⟨force⟩ to replace it, or ⟨output⟩ for another name"
     )
 
 

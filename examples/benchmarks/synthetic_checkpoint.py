@@ -31,7 +31,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.cli.options import parse_size
+from ditmoe_cli.api.output_names import parse_size
 from ditmoe_cli.files.header import TensorInfo, encode_header
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.writer import FOLDER_STEM, plan_shards

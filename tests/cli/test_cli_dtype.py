@@ -12,7 +12,7 @@ from conftest import make_pico
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ditmoe_cli.cli import options
+from ditmoe_cli.api import devices
 from ditmoe_cli.evaluation.samples import read_origin
 from ditmoe_cli.routing.profile import read_profile
 
@@ -79,7 +79,7 @@ def test_a_plan_without_a_profile_takes_no_dtype(folder: Path) -> None:
 
 def test_auto_is_chosen_once_a_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(options, "chosen_dtype", lambda *arguments: asked.append(arguments[1]) or "bf16")
+    monkeypatch.setattr(devices, "chosen_dtype", lambda *arguments: asked.append(arguments[1]) or "bf16")
     done = here("sample", "a.safetensors", *SHORT, "-o", "auto.safetensors", cwd=folder)
     assert done.code == 0, done.err
     assert asked == ["cpu"]
@@ -94,7 +94,7 @@ def test_an_unknown_dtype_is_refused(folder: Path) -> None:
 
 
 def test_upstream_is_followed_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "chosen_dtype", lambda *_: "bf16")
+    monkeypatch.setattr(devices, "chosen_dtype", lambda *_: "bf16")
     words = ("sample", "a.safetensors", "--images", "1", "--upstream-exact", "--quiet")
     assert here(*words, "-o", "upstream.safetensors", cwd=folder).code == 0
     origin = read_origin(folder / "upstream.safetensors")

@@ -159,6 +159,7 @@ def imported(*words: str, cwd: Path) -> tuple[int, set[str]]:
 
 
 HELP = {
+    *("api", "api.notes"),
     *(
         "cli",
         "cli.announced_imports",

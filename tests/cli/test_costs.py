@@ -10,17 +10,9 @@ from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditmoe_cli.cli.costs import (
-    block_text,
-    blockwise,
-    error_rows,
-    formats_by_group,
-    in_runs,
-    plan_rows,
-    range_text,
-    step_text,
-    widths_text,
-)
+from ditmoe_cli.api.plan_facts import formats_by_group
+from ditmoe_cli.api.step_texts import step_text
+from ditmoe_cli.cli.costs import block_text, blockwise, error_rows, in_runs, plan_rows, range_text, widths_text
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding
 from ditmoe_cli.files.provenance import Step
 
@@ -125,6 +117,6 @@ def test_a_step_is_told_as_the_command_that_made_it() -> None:
     options = {"keep": "0.5", "method": "reap", "constants": True, "floor": ["attn=4", "shared=3"]}
     step = Step("prune", "a", "b", options, {"refit_error": ["3.000e-02", "4.000e-02"], "gap": ["1.000e-05"]})
     assert step_text(step) == (
-        "prune --keep 0.5 --method reap --constants --floor attn=4 --floor shared=3, refit error 0.03 to 0.04"
+        "prune ⟨keep⟩ 0.5 ⟨method⟩ reap ⟨constants⟩ ⟨floor⟩ attn=4 ⟨floor⟩ shared=3, refit error 0.03 to 0.04"
     )
     assert step_text(Step("quantize", "a", "b", edited=True)) == "quantize (by an edited plan)"

@@ -15,9 +15,10 @@ from cli_helpers import environment, here
 from conftest import make_pico
 
 from ditmoe_cli import __version__
+from ditmoe_cli.api.devices import best_device, checked_device
 from ditmoe_cli.cli.app import COMMANDS, load_command
 from ditmoe_cli.cli.machine import gpu_driver, versions
-from ditmoe_cli.cli.options import best_device, checked_device, unpacked_bytes
+from ditmoe_cli.cli.options import unpacked_bytes
 from ditmoe_cli.formats.unpacking_budget import default_budget
 
 DRIVER = (

@@ -69,7 +69,7 @@ def test_a_stage_that_is_run_again_is_up_to_date(name: str, folder: Path, monkey
     words = (*STAGES[name], "-o", "x.safetensors")
     first = here(*words, cwd=folder)
     before = contents(folder)
-    monkeypatch.setattr("ditmoe_cli.cli.planning.carry_out", lambda *_: pytest.fail("carried out again"))
+    monkeypatch.setattr("ditmoe_cli.api.planner_runs.carry_out", lambda *_: pytest.fail("carried out again"))
     again = here(*words, cwd=folder)
     same_results(again, first)
     assert f"ditmoe: {folder / 'x.safetensors'} is up to date" in again.notes

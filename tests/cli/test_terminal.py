@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.cli.commands.fid import rows
-from ditmoe_cli.cli.terminal import duration, indented, rate
+from ditmoe_cli.cli.terminal import indented, rate
 from ditmoe_cli.evaluation.fid_score import Score
+from ditmoe_cli.progress import duration
 
 
 def test_numbers_for_reading() -> None:

@@ -13,7 +13,7 @@ import torch
 from cli_helpers import here
 from conftest import make_pico
 
-from ditmoe_cli.cli import planning
+from ditmoe_cli.api import planner_runs
 from ditmoe_cli.cli.commands import apply, convert
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_is_read_while_writing_gives_the_bytes_of_one_that_was
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = here(*COMMANDS[name], "-o", "late.safetensors", cwd=folder)
-    for module in (planning, convert, apply):
+    for module in (planner_runs, convert, apply):
         monkeypatch.setattr(module, "unread", lambda checkpoint, *_: checkpoint)
     early = here(*COMMANDS[name], "-o", "early.safetensors", cwd=folder)
     assert late.result["plan_digest"] == early.result["plan_digest"]
@@ -140,7 +140,7 @@ def test_a_profile_or_plan_of_another_checkpoint_leaves_nothing(
 def test_a_plan_that_the_metadata_speaks_against_is_refused_before_anything_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "carry_out", lambda *_: pytest.fail("it is written"))
+    monkeypatch.setattr(planner_runs, "carry_out", lambda *_: pytest.fail("it is written"))
     words = ("apply", "packed.safetensors", "--plan", "plan.json", "-o", "out.safetensors")
     assert "the plan is for another checkpoint" in here(*words, cwd=folder).error(3)
 
@@ -154,7 +154,7 @@ def test_an_output_is_laid_out_once_before_it_is_read_and_once_after(
         laid_out.append(checkpoint.fingerprint)
         return planned_output(checkpoint, plan)
 
-    monkeypatch.setattr(planning, "planned_output", counting)
+    monkeypatch.setattr(planner_runs, "planned_output", counting)
     assert here(*COMMANDS["prune at random"], "-o", "out.safetensors", cwd=folder).code == 0
     assert laid_out == [UNREAD, open_checkpoint(folder / "a.safetensors").fingerprint]
 

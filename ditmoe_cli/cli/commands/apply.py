@@ -8,10 +8,12 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.calibration_options import usual_profiles
-from ditmoe_cli.cli.options import Destination, DeviceOpt, Source, checked_device
-from ditmoe_cli.cli.planning import Choice, Job, preview, reuse, unread, write
-from ditmoe_cli.cli.reuse import made_before
+from ditmoe_cli.api.devices import checked_device
+from ditmoe_cli.api.earlier_results import made_before
+from ditmoe_cli.api.output_names import usual_profiles
+from ditmoe_cli.api.planner_runs import Choice, foresee, found_again, unread, write
+from ditmoe_cli.cli.options import Destination, DeviceOpt, Source
+from ditmoe_cli.cli.planning import Job, show_foreseen, show_written
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, note
 from ditmoe_cli.compression.output import check_plan
@@ -76,12 +78,14 @@ def run(planned: Planned, source: Source, to: Destination, printing: Printing) -
     check_plan(job.checkpoint, plan)
     made = made_before(job.output, job.checkpoint, request_of(plan), plan)
     if made is not None:
-        return reuse(job, made, path if plan.computes else None, plan, dry_run=to.dry_run)
+        profile_path = path if plan.computes else None
+        found = found_again(job.checkpoint, job.output, made, profile_path, plan, dry_run=to.dry_run)
+        return show_written(job, found, dry_run=to.dry_run)
     if to.dry_run:
-        return preview(job, plan, planned.device)
+        return show_foreseen(job, foresee(job.checkpoint, job.output, plan, planned.device))
     profile = read_profile(path) if path and plan.computes else None
     device = checked_device(planned.device)
-    return write(job, Choice(plan, profile), lambda: device)
+    return show_written(job, write(job.checkpoint, job.output, Choice(plan, profile), lambda: device))
 
 
 def profile_of_plan(checkpoint: Checkpoint, plan: CompressionPlan, beside: Path) -> Path | None:

@@ -9,27 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.foretelling import foretell
+from ditmoe_cli.api.devices import checked_device, dtype_on
+from ditmoe_cli.api.foretelling import foretell
+from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.groups import refuse_idle, seed_of_64_bits
 from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding
-from ditmoe_cli.cli.options import (
-    DeviceOpt,
-    DtypeOpt,
-    Models,
-    Size,
-    Source,
-    checked_device,
-    complete_checkpoint,
-    dtype_on,
-    parse_size,
-)
+from ditmoe_cli.cli.options import DeviceOpt, DtypeOpt, Models, Source, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import note_steps
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
 from ditmoe_cli.diffusion.few_steps import check_unguided, told_sampling
 from ditmoe_cli.errors import GateError
 from ditmoe_cli.model.dtypes import AUTO
 from ditmoe_cli.model.effort import Estimate, branches_at, passes_estimate
+from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.bench import Bench, Benches, Difference, Load, Spread

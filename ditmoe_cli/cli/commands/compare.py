@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.foretelling import foretell
+from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.cli.groups import ending, refuse_idle
 from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
 from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.files.arrays import disk_bytes
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs

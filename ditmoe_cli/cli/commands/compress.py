@@ -9,11 +9,12 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
 from ditmoe_cli.cli.groups import at_least, ending, refuse_idle
 from ditmoe_cli.cli.mixing_options import Mixing, parse_names
-from ditmoe_cli.cli.options import Destination, Measuring, Models, Size, Source, parse_size
+from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal

@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api.earlier_results import made_before
+from ditmoe_cli.api.planner_runs import foresee, found_again, unread, write
 from ditmoe_cli.cli.options import Destination, Source, Weights
-from ditmoe_cli.cli.planning import Job, preview, reuse, unread, write
-from ditmoe_cli.cli.reuse import made_before
+from ditmoe_cli.cli.planning import Job, show_foreseen, show_written
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, note
 from ditmoe_cli.files.pipelines import model_folder
@@ -61,5 +62,8 @@ def run(source: Source, weights: Weights, layouts: Layouts, to: Destination, pri
     job = Job("convert", stage, converted, output, printing)
     made = made_before(job.output, job.checkpoint, None)
     if made is not None:
-        return reuse(job, made, dry_run=to.dry_run)
-    return preview(job, None) if to.dry_run else write(job, None)
+        found = found_again(job.checkpoint, output, made, dry_run=to.dry_run)
+        return show_written(job, found, dry_run=to.dry_run)
+    if to.dry_run:
+        return show_foreseen(job, foresee(job.checkpoint, output, None))
+    return show_written(job, write(job.checkpoint, output, None))

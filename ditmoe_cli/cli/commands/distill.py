@@ -7,14 +7,15 @@ from typing import Annotated, ClassVar, cast
 
 import typer
 
-from ditmoe_cli.cli.costs import held_text
+from ditmoe_cli.api.step_texts import held_text
+from ditmoe_cli.api.training_runs import Training, check_pair, trained_result
 from ditmoe_cli.cli.groups import at_least, one_of
 from ditmoe_cli.cli.guiding_options import WeakGuiding
 from ditmoe_cli.cli.options import Computing, Destination, Models, Source
 from ditmoe_cli.cli.planning import Job
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row
-from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_training
+from ditmoe_cli.cli.training import TrainingOptions, show_trained
 from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
 from ditmoe_cli.compression.distill.distilling import (
     DEFAULT_STUDENT_STEPS,
@@ -116,11 +117,11 @@ def run(
     guiding = weaker.opened(source.given)
     asked = teaching.request(original, guiding.used)
     trainer = DistillingTrainer(asked, guiding.weak)
-    opened_pair(trainer, student, original)
+    check_pair(trainer, student, original)
     job = Job(asked.command, guiding.marked(stage), student, to.at(student.path, asked.label), printing)
     inputs = [guiding.weak.path] if guiding.weak is not None else []
-    training = Training(job, trainer, original, record_rows, computing.device, computing.dtype, inputs=inputs)
-    run_training(training, to)
+    training = Training(student, job.output, trainer, original, computing.device, computing.dtype, inputs=inputs)
+    show_trained(job, trainer, trained_result(training, dry_run=to.dry_run), record_rows, dry_run=to.dry_run)
 
 
 def record_rows(record: DistillingRecord) -> list[Row]:

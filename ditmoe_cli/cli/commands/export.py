@@ -9,11 +9,13 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
+from ditmoe_cli.api.foretelling import estimate_of, estimate_row, foretell
+from ditmoe_cli.api.output_names import stem
+from ditmoe_cli.api.written_checkpoints import size_facts
 from ditmoe_cli.cli.groups import one_of, refuse_idle
 from ditmoe_cli.cli.options import Destination, Source, Weights
-from ditmoe_cli.cli.planning import size_facts, size_rows
-from ditmoe_cli.cli.stage import open_stage, stem
+from ditmoe_cli.cli.planning import size_rows
+from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.estimates import carrying_out
 from ditmoe_cli.export.exported import Wanted
@@ -84,7 +86,7 @@ def run(source: Source, layout: Layout, weights: Weights, to: ExportDestination,
     path, size = wanted.path, export.nbytes
     estimates, rate = carrying_out(export.checkpoint, None, size), known_rate(likely_device("cpu"))
     is_there = export.check()
-    result = {**size_facts(checkpoint, size), target.name: export.facts()}
+    result = {**size_facts(size, checkpoint.header.file_bytes), target.name: export.facts()}
     rows: list[Row] = [*size_rows(result), *export.usage()]
     if is_there:
         note(f"{path} is up to date")

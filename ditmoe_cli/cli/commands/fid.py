@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.foretelling import foretell
+from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.cli.groups import completing, ending, one_of
 from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Accelerating, Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, human_bytes, note
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
@@ -28,6 +28,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.processes import first_process
+from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.fid import FidSettings

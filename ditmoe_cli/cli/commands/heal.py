@@ -8,14 +8,16 @@ from typing import Annotated, ClassVar, cast
 
 import typer
 
+from ditmoe_cli.api.devices import dtype_on
+from ditmoe_cli.api.step_texts import held_text
+from ditmoe_cli.api.training_runs import Training, check_pair, telling, trained_result
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.costs import held_text
 from ditmoe_cli.cli.groups import one_of
-from ditmoe_cli.cli.options import Destination, Measuring, Models, Source, dtype_on
+from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import Job
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row
-from ditmoe_cli.cli.training import Training, TrainingOptions, opened_pair, run_training, telling
+from ditmoe_cli.cli.training import TrainingOptions, show_trained
 from ditmoe_cli.compression.heal.healed_output import HealingRecord
 from ditmoe_cli.compression.heal.healing import SCOPES, Healing, Scope, check_profile
 from ditmoe_cli.compression.heal.healing_trainer import HealingTrainer
@@ -75,23 +77,23 @@ def run(
     student, original = open_stage(stage), open_stage(stage, stage.original)
     asked = teaching.request(original)
     trainer = HealingTrainer(asked)
-    opened_pair(trainer, student, original)
+    check_pair(trainer, student, original)
     job = Job("heal", stage, student, to.at(student.path, asked.label), printing)
     basis = search(
         original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), telling()
     )
     check_profile(basis.profile, basis.settings)
     training = Training(
-        job,
+        student,
+        job.output,
         replace(trainer, settings=basis.settings),
         original,
-        record_rows,
         measuring.device,
         measuring.dtype,
         basis,
         lambda profile: HealingTrainer(asked, profile.calibration, profile),
     )
-    run_training(training, to)
+    show_trained(job, trainer, trained_result(training, dry_run=to.dry_run), record_rows, dry_run=to.dry_run)
 
 
 def profile_request(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api.step_texts import step_text
 from ditmoe_cli.cli.checkpoint_comparison import (
     comparison_json,
     comparison_rows,
@@ -17,11 +18,10 @@ from ditmoe_cli.cli.checkpoint_comparison import (
     measured_distances,
     value_rows,
 )
-from ditmoe_cli.cli.costs import step_text
 from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, note, with_options
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, note, with_options
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, GateError
 from ditmoe_cli.export.upstream import obstacle
@@ -36,6 +36,7 @@ from ditmoe_cli.model.config import UNKNOWN, Given
 from ditmoe_cli.model.conversions import POSITIONS, packed_weights
 from ditmoe_cli.model.parameters import count_parameters
 from ditmoe_cli.model.verification import Verification, verify, verify_tensors
+from ditmoe_cli.progress import human_bytes
 
 EXAMPLES = (
     "ditmoe inspect ckpt.pt",
@@ -317,7 +318,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
         *([("distilled", distilled_text(result["distilled"]))] if "distilled" in result else []),
         ("loads upstream", "yes" if result["loads_upstream"] else f"no: {result['upstream_obstacle']}"),
         *fingerprint_rows(result),
-        *(("history", step_text(parse_step(step))) for step in result["steps"] or ()),
+        *(("history", with_options(step_text(parse_step(step)))) for step in result["steps"] or ()),
         *(() if result["steps"] else (("history", "none"),)),
         *(("read", text) for text in result["notes"]),
         *(("assumed", text) for text in result["assumptions"]),

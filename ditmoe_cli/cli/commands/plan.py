@@ -11,9 +11,10 @@ import typer
 from ditmoe_cli.cli.costs import error_rows, plan_rows
 from ditmoe_cli.cli.plan_differences import plan_differences
 from ditmoe_cli.cli.stage import Stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit
 from ditmoe_cli.compression.plan import FIGURES, CompressionPlan, read_plan
 from ditmoe_cli.files.json_text import read_json
+from ditmoe_cli.progress import human_bytes
 
 EXAMPLES = (
     "ditmoe prune ckpt.pt --keep 0.5 --dry-run > plan.json",

@@ -7,10 +7,11 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.groups import completing, one_of
 from ditmoe_cli.cli.mixing_options import Mixing
-from ditmoe_cli.cli.options import Destination, Models, Planning, Size, Source, parse_size
+from ditmoe_cli.cli.options import Destination, Models, Planning, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES

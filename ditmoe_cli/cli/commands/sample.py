@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditmoe_cli.cli.foretelling import foretell
+from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Accelerating, FileDestination, Models, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
+from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.processes import first_process
+from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.samples import Sampling, Targets

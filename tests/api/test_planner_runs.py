@@ -11,7 +11,7 @@ import pytest
 from compressing import opened, profile_of
 from conftest import make_pico
 
-from ditmoe_cli.cli.planning import chosen, foreseen, prepared
+from ditmoe_cli.api.planner_runs import chosen, foreseen, prepared
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work
 from ditmoe_cli.errors import InfeasibleError, OutputExistsError

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ditmoe_cli.cli.terminal import Row, duration, human_bytes, note
+from ditmoe_cli.api.notes import note
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import Rate, known_rate, measured_rate
 from ditmoe_cli.processes import first_process
+from ditmoe_cli.progress import duration, human_bytes
 
 _WORTH_TELLING = 60.0  # seconds
 _WORTH_MEASURING = 15.0  # seconds at the assumed rate
@@ -51,8 +52,8 @@ def estimate_of(estimates: Sequence[Estimate], rate: Rate) -> dict[str, Any]:
     }
 
 
-def estimate_row(estimates: Sequence[Estimate], rate: Rate) -> Row:
-    """Return an estimate as a row of a table."""
+def estimate_row(estimates: Sequence[Estimate], rate: Rate) -> tuple[str, str]:
+    """Return an estimate as the row of a table."""
     assumed = "" if rate.measured else f" (assuming {rate.flops / 1e9:.0f} GFLOP/s)"
     return ("estimate", told(estimates, rate) + assumed)
 

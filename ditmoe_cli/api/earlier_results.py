@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditmoe_cli.cli.costs import step_text
+from ditmoe_cli.api.step_texts import step_text
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import is_answered, is_same_but_for_profile
 from ditmoe_cli.compression.recorded import recorded_plan
@@ -32,8 +32,8 @@ def made_before(
     if made is not None and not reason:
         return made
     raise OutputExistsError(
-        f"{output.path}: exists already{f', and {reason}' if reason else ''}; give ⟨force⟩ to replace it, or -o for "
-        "another name"
+        f"{output.path}: exists already{f', and {reason}' if reason else ''}; give ⟨force⟩ to replace it, or "
+        "⟨output⟩ for another name"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from cli_helpers import here, on_terminal, series
 from conftest import make_pico
 
-from ditmoe_cli.cli.foretelling import estimate_of, estimate_row, foretell
+from ditmoe_cli.api.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.model.effort import Effort, Estimate
 from ditmoe_cli.model.throughput import Rate
 
