@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.export import upstream
+from ditmoe_cli.export import pack_quantized, sdnq, upstream
+from ditmoe_cli.export.choices import Choices, Shortfall
 from ditmoe_cli.export.exported import Export, Wanted
+from ditmoe_cli.export.recoded import QuantizedLayout
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.formats.base import StoredFormat
+from ditmoe_cli.formats.bitsandbytes import BLOCK, FourBit, Int8
+from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.conversions import packed_weights
 
@@ -30,6 +36,7 @@ class Target:
         folder: whether it may be a folder.
         plain: whether quantised weights are stored as plain ones in any case.
         extra: the extra of this package that installs the program; None where it is no package.
+        choices: what a planner may choose so that the layout expresses the result.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Target:
     folder: bool = False
     plain: bool = False
     extra: str | None = None
+    choices: Choices = field(default_factory=Choices)
 
     @property
     def output(self) -> str:
@@ -70,6 +78,52 @@ def _for_upstream(checkpoint: Checkpoint, wanted: Wanted, tell: Tell) -> Export:
     return laid_out(checkpoint, wanted, tell)
 
 
+def _bitsandbytes_shortfall(info: TensorInfo, fmt: StoredFormat) -> str | None:
+    """Return why bitsandbytes does not read a weight in a format; None where it does."""
+    if isinstance(fmt, Int8):
+        return None
+    if not isinstance(fmt, FourBit):
+        return f"is {fmt.name}, and it reads nf4, fp4 and int8"
+    if info.shape[1] % BLOCK:
+        return f"has rows of {info.shape[1]}, and its dequantiser on CPUs is right for whole blocks of {BLOCK} only"
+    return None
+
+
+def _quantized(
+    layout: QuantizedLayout,
+    summary: str,
+    shortfall: Shortfall,
+    *,
+    endings: tuple[str, ...] = (),
+    extra: str | None = None,
+    widths: Mapping[str, tuple[Format, ...]] | None = None,
+) -> Target:
+    """Return the target of a layout of quantised weights, which holds those without a `shortfall`."""
+
+    def obstacle(checkpoint: Checkpoint) -> str | None:
+        for weight in checkpoint.weights.values():
+            reason = None if weight.stored_as is None else shortfall(weight.info, weight.stored_as)
+            if reason is not None:
+                remedy = f"compress its original for that (ditmoe compress ⟨target⟩ {layout.target})"
+                return f"{weight.info.name!r} {reason}; {remedy}"
+        return None
+
+    def lays_out(checkpoint: Checkpoint, wanted: Wanted, _: Tell) -> Export:
+        return layout.of(checkpoint, wanted)
+
+    return Target(
+        layout.target,
+        summary,
+        layout.target,
+        endings,
+        obstacle,
+        lays_out,
+        folder=True,
+        extra=extra,
+        choices=Choices(shortfall, widths),
+    )
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -81,6 +135,26 @@ TARGETS = {
             _upstream_obstacle,
             _for_upstream,
             plain=True,
+            choices=Choices(alike=True),
+        ),
+        _quantized(
+            pack_quantized.LAYOUT,
+            "a folder of integer weights in whole groups, each matrix of its own bits",
+            pack_quantized.shortfall,
+            extra="test",
+        ),
+        _quantized(
+            sdnq.LAYOUT,
+            "a folder of weights of mixed integer widths, and of low-rank differences",
+            sdnq.shortfall,
+        ),
+        _quantized(
+            QuantizedLayout("bitsandbytes", "bitsandbytes, a matrix at a time"),
+            "nf4, fp4 and int8 weights as they are",
+            _bitsandbytes_shortfall,
+            endings=(".safetensors",),
+            extra="bnb",
+            widths={"4": ("nf4-dq", "nf4"), "8": ("int8",)},
         ),
     )
 }
@@ -101,4 +175,6 @@ def laid_out(target: Target, checkpoint: Checkpoint, wanted: Wanted, tell: Tell)
         tell(f"{packed} weights are dequantised, since {target.reader} loads plain ones only")
         storage = replace(storage, dequantize=True)
     stored, _ = storage.of(checkpoint, tell)
+    if stored is not checkpoint:
+        stored = replace(stored, original=checkpoint)
     return target.lays_out(stored, wanted, tell)

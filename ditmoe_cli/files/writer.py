@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.header import DTYPE_BYTES, FileHeader, TensorInfo, encode_header, read_safetensors_header
@@ -88,11 +88,19 @@ def plan_shards(tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_
 
 @dataclass(frozen=True)
 class Output:
-    """The destination of a checkpoint: one ``.safetensors`` file, or a folder in diffusers' layout."""
+    """The destination of a checkpoint: one ``.safetensors`` file, or a folder in diffusers' layout.
+
+    Attributes:
+        path: of the file or folder.
+        force: whether to replace what stands there.
+        shard_bytes: bytes of tensors in the largest file of a folder.
+        settings: what ``config.json`` of a folder says besides the configuration.
+    """
 
     path: Path
     force: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_file(self) -> bool:
@@ -102,11 +110,14 @@ class Output:
     def _shards(self, tensors: Sequence[TensorInfo]) -> list[Shard]:
         return [Shard(self.path.name, tuple(tensors))] if self.is_file else plan_shards(tensors, self.shard_bytes)
 
+    def _texts(self, shards: list[Shard], provenance: Provenance) -> dict[str, bytes]:
+        return _folder_texts(shards, {**provenance.config, **self.settings})
+
     def predicted_bytes(self, tensors: Sequence[TensorInfo], provenance: Provenance) -> int:
         """Return the exact bytes of all files that `write` would write."""
         shards = self._shards(tensors)
         size = sum(file_bytes(shard.tensors, provenance.to_metadata) for shard in shards)
-        return size if self.is_file else size + sum(map(len, _folder_texts(shards, provenance).values()))
+        return size if self.is_file else size + sum(map(len, self._texts(shards, provenance).values()))
 
     def write(
         self,
@@ -134,7 +145,7 @@ class Output:
             if self.is_file:
                 return write_files({staging: shards[0].tensors}, jobs, provenance.to_metadata, final)
             staging.mkdir()
-            for name, text in _folder_texts(shards, provenance).items():
+            for name, text in self._texts(shards, provenance).items():
                 (staging / name).write_bytes(text)
             files = {staging / shard.name: shard.tensors for shard in shards}
             write_files(files, jobs, provenance.to_metadata, final)
@@ -158,7 +169,7 @@ class Output:
             provenance = read_provenance(next(iter(headers.values())).metadata, str(self.path))
             if provenance is None:
                 return "does not tell how it was made"
-            texts = {} if self.is_file else _folder_texts(shards, provenance)
+            texts = {} if self.is_file else self._texts(shards, provenance)
             changed = (name for name, text in texts.items() if (folder / name).read_bytes() != text)
             wrong = next(changed, None) or _wrong(headers, known)
         except (DitmoeError, OSError, KeyError, ValueError, StopIteration):
@@ -176,10 +187,9 @@ def _wrong(headers: Mapping[str, FileHeader], known: Mapping[str, str]) -> str |
     return next((name for name in stored if found[name] != told[name]), None)
 
 
-def _folder_texts(shards: list[Shard], provenance: Provenance) -> dict[str, bytes]:
+def _folder_texts(shards: list[Shard], settings: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the JSON files of a checkpoint folder: ``config.json``, and the index where there are shards."""
-    config = {"_class_name": "DiTMoE", **provenance.config}
-    texts = {"config.json": _pretty(config)}
+    texts = {"config.json": _pretty({"_class_name": "DiTMoE", **settings})}
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(info.nbytes for shard in shards for info in shard.tensors)},

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_PREFIX = "demo:"
+UNREAD_LAYOUTS = ("compressed-tensors", "sdnq")
+"""Values of ``quant_method`` in a ``config.json`` beside weights that are not read."""
 UNREAD = "0" * 64
 """Stands for the fingerprint of a checkpoint that is yet to be read."""
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
@@ -244,8 +246,20 @@ def open_checkpoint(
         return _opened(path, resolved, Given(num_heads, top_k, sampler, num_classes), allow_unknown)
 
 
+def _refuse_exported(path: str | Path, header: CheckpointHeader) -> None:
+    """Raise `BadInputError` where a ``config.json`` says that weights are quantised in a layout that is not read."""
+    quantization = header.hints.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in UNREAD_LAYOUTS:
+        raise BadInputError(
+            f"{path}: holds weights in the layout of {method}, which ditmoe writes and does not read; name the "
+            "checkpoint that it was exported from"
+        )
+
+
 def _opened(path: str | Path, resolved: Path, given: Given, allow_unknown: bool) -> Checkpoint:
     header, reader = open_reader(resolved)
+    _refuse_exported(path, header)
     doubles = doubles_as_floats(header.tensors)
     if doubles:
         told = f"{len(doubles)} tensors in fp64 are read as fp32"

@@ -9,7 +9,9 @@ from typing import Any
 
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.files.header import FLOATING
+from ditmoe_cli.export.choices import Choices
+from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.formats.registry import format_label, is_quantizable
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -38,6 +40,7 @@ class Candidates:
         floors: fewest bits, by group of weights.
         protected: groups of weights that stay as they are.
         tied: matrices of an expert, shared or routed, that take the same format.
+        target: the name of the target whose layout has to hold the result; None for none.
     """
 
     allowed: tuple[str, ...] = DEFAULT_ALLOWED
@@ -46,6 +49,7 @@ class Candidates:
     floors: Mapping[str, float] = field(default_factory=lambda: DEFAULT_FLOORS)
     protected: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    target: str | None = None
 
     def __post_init__(self) -> None:
         for setting, values, known in (
@@ -54,6 +58,7 @@ class Candidates:
             ("⟨protect⟩", self.protected, GROUPS),
             ("⟨tie⟩", self.tied, tuple(matrix.removesuffix("_proj") for matrix in MATRICES)),
             ("⟨group_size⟩", (self.group_size,), GROUP_SIZES),
+            ("⟨target⟩", () if self.target is None else (self.target,), tuple(TARGETS)),
         ):
             unknown = next((value for value in values if value not in known), None)
             if unknown is not None:
@@ -74,6 +79,8 @@ class Candidates:
         given |= {name: value for name, value in lists.items() if value}
         if self.group_size != plain.group_size:
             given["group_size"] = self.group_size
+        if self.target is not None:
+            given["target"] = self.target
         return {**given, "symmetric": True} if self.symmetric else given
 
     def labels(self) -> tuple[str | bool, ...]:
@@ -87,7 +94,22 @@ class Candidates:
             bool(floors) and f"floor{','.join(floors)}",
             bool(self.protected) and f"protect{','.join(self.protected)}",
             bool(self.tied) and f"tie{','.join(self.tied)}",
+            self.target is not None and self.target,
         )
+
+    @property
+    def choices(self) -> Choices:
+        """What the target's layout holds."""
+        return Choices() if self.target is None else TARGETS[self.target].choices
+
+    def take(self, info: TensorInfo, fmt: str) -> bool:
+        """Return whether a weight may be stored in a format: by its shape, and by the target's layout."""
+        return is_quantizable(info, fmt) and self.choices.hold(info, fmt)
+
+    def formats_of(self, width: str) -> tuple[str | None, ...]:
+        """Return the formats of a width, narrowest first; None for 16, which leaves a weight as it is."""
+        widths = self.choices.widths
+        return (self.format_of(width),) if widths is None or width == "16" else widths.get(width, ())
 
     def format_of(self, width: str) -> str | None:
         """Return the format of a width; None for 16, which leaves a weight as it is."""
@@ -116,8 +138,8 @@ def candidate_formats(checkpoint: Checkpoint, candidates: Candidates) -> dict[st
                 f"⟨allow⟩ {','.join(candidates.allowed)} and ⟨floor⟩ {group}={floor:g} leave nothing; allow a wider "
                 f"one, or ⟨protect⟩ {group}"
             )
-        formats = (candidates.format_of(width) for width in widths)
-        offered[name] = tuple(fmt for fmt in formats if fmt is None or is_quantizable(weight.info, fmt))
+        formats = (fmt for width in widths for fmt in candidates.formats_of(width))
+        offered[name] = tuple(fmt for fmt in formats if fmt is None or candidates.take(weight.info, fmt))
     if candidates.protected and not offered:
         raise UsageError(f"⟨protect⟩ {','.join(candidates.protected)}: leaves nothing to quantise")
     if not any(any(formats) for formats in offered.values()):

@@ -1,0 +1,171 @@
+"""Checkpoints in the tensors of other programs: some weights are stored anew, all other tensors are copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.export.exported import Export, Wanted
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import natural_key
+from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.reader import open_reader, tensor_bytes
+from ditmoe_cli.files.streaming import Count, chunks, counted, one_at_a_time, sha256_of
+from ditmoe_cli.files.writer import Job, Output, Target
+from ditmoe_cli.formats.base import Weight
+from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint
+from ditmoe_cli.progress import BYTES, phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recoded:
+    """A weight in the tensors of another program.
+
+    Attributes:
+        tensors: what it is stored in.
+        values: returns these tensors by name, of the stored tensors of the weight by name.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    values: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RecodedFiles(Export):
+    """A safetensors file, or a folder of them with a ``config.json``, some weights of which are stored anew.
+
+    Attributes:
+        target: the name of what it is for, which the history keeps.
+        opening: what opens it.
+        recoded: the weights that are stored anew, by name.
+        settings: what ``config.json`` says besides the configuration.
+    """
+
+    target: str
+    opening: str
+    recoded: Mapping[str, Recoded] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def _source(self) -> Checkpoint:
+        """The checkpoint on disk."""
+        return self.checkpoint.original or self.checkpoint
+
+    @cached_property
+    def _copied(self) -> list[TensorInfo]:
+        """The tensors that are copied; those that store a weight anew are not."""
+        weights, stored = self.checkpoint.weights, self.checkpoint.header.tensors
+        kept = {member for name in weights if name not in self.recoded for member in weights[name].members}
+        replaced = {member for name in self.recoded for member in weights[name].members}
+        return [info for name, info in stored.items() if name in kept or name not in replaced]
+
+    @cached_property
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors, in natural order."""
+        made = (info for each in self.recoded.values() for info in each.tensors)
+        return sorted((*self._copied, *made), key=lambda info: natural_key(info.name))
+
+    @property
+    def _output(self) -> Output:
+        return Output(self.wanted.path, self.wanted.force, self.wanted.shard_bytes, self.settings)
+
+    def _provenance(self, fingerprint: str) -> Provenance:
+        """Return the metadata of the export of a checkpoint with this fingerprint."""
+        old, storage = self.checkpoint.provenance(), self.wanted.storage
+        options = {"to": self.target, **({"dtype": storage.dtype} if storage.dtype else {})}
+        return replace(old, history=(*old.history, Step("export", fingerprint, "", options)))
+
+    @property
+    def nbytes(self) -> int:
+        """The exact bytes of all files."""
+        return self._output.predicted_bytes(self.tensors, self._provenance(UNREAD))
+
+    def write(self) -> None:
+        """Write all files, or none, a weight at a time. What is read is hashed on the way, for the fingerprint.
+
+        Raises `BadInputError` for NaN and infinite weights, and for bytes that stand for no codes, and what
+        `check_target` raises.
+        """
+        checkpoint, total = self.checkpoint, sum(info.nbytes for info in self.tensors)
+        with phase(f"writing {self.wanted.path.name}", total, BYTES) as progress:
+            count = one_at_a_time(progress)
+            jobs: list[Job] = [partial(self._copy, info.name, count) for info in self._copied]
+            jobs += [
+                partial(self._recode, checkpoint.weights[name], each, count) for name, each in self.recoded.items()
+            ]
+            self._output.write(
+                self.tensors,
+                jobs,
+                self._provenance(UNREAD),
+                [checkpoint.path],
+                lambda: self._provenance(self._source.fingerprint),
+            )
+
+    def _copy(self, name: str, count: Count, target: Target) -> None:
+        checkpoint = self.checkpoint
+        checkpoint.hashes[name] = target.put(name, counted(checkpoint.finite_parts(name), count))
+
+    def _recode(self, weight: Weight, recoded: Recoded, count: Count, target: Target) -> None:
+        checkpoint = self.checkpoint
+        for member in weight.members:
+            if member not in checkpoint.hashes:
+                checkpoint.hashes[member] = sha256_of(chunks(checkpoint.reader.raw(member)))
+        try:
+            made = recoded.values({member: checkpoint.shared_tensor(member) for member in weight.members})
+        except BadInputError as error:
+            raise BadInputError(f"{checkpoint.path}: {error}") from None
+        for info in recoded.tensors:
+            target.put(info.name, counted(chunks(tensor_bytes(made[info.name])), count))
+
+    def difference(self) -> str | None:
+        """Return how what stands at the path differs; None where it is this export, whole."""
+        try:
+            header, _ = open_reader(self.wanted.path)
+        except BadInputError:
+            return "is damaged"
+        if header.provenance != self._provenance(self._source.fingerprint):
+            return "is no export of this input"
+        return self._output.damage({})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what opens it, and what ``config.json`` says besides the configuration."""
+        return {"open": self.opening, **self.settings}
+
+    def usage(self) -> Sequence[tuple[str, str]]:
+        """Return what opens it."""
+        return [("open with", self.opening)]
+
+
+@dataclass(frozen=True)
+class QuantizedLayout:
+    """How a program stores quantised weights.
+
+    Attributes:
+        target: the name of the target.
+        opening: what opens its folders.
+        recoded: returns a weight that the layout holds in its tensors; None where they are those that store it.
+        config: returns the ``quantization_config`` of a ``config.json``, of all weights by name; None for none.
+    """
+
+    target: str
+    opening: str
+    recoded: Callable[[Weight], Recoded] | None = None
+    config: Callable[[Mapping[str, Weight]], dict[str, Any]] | None = None
+
+    def of(self, checkpoint: Checkpoint, wanted: Wanted) -> RecodedFiles:
+        """Lay a checkpoint out whose weights the layout holds. Raises `BadInputError` where none is quantised."""
+        packed = {name: weight for name, weight in checkpoint.weights.items() if weight.stored_as is not None}
+        if not packed:
+            raise BadInputError(
+                f"{checkpoint.path}: no weight is quantised, and {self.target} is a layout of quantised ones; leave "
+                f"⟨dequantize⟩ out, or compress it first (ditmoe compress ⟨target⟩ {self.target})"
+            )
+        recoded = {} if self.recoded is None else {name: self.recoded(weight) for name, weight in packed.items()}
+        settings = {} if self.config is None else {"quantization_config": self.config(checkpoint.weights)}
+        return RecodedFiles(checkpoint, wanted, self.target, self.opening, recoded, settings)
