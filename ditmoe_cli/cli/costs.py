@@ -191,14 +191,28 @@ def error_rows(facts: Mapping[str, Any]) -> list[Row]:
         what = "images, on held-out noise" if facts.get("retraining", {}).get("student_steps") else _GUIDED
         rows.append(("training", f"{number(before)} -> {number(after)} of {what}"))
     rows += _damage_rows(facts)
-    if facts.get("untied_error") is not None:
-        tied, free = facts["predicted_error"], facts["untied_error"]
-        times = f", {tied / free:.2f} times as much" if free else ""
-        rows.append(("price of --tie", f"predicted {number(tied)}, {number(free)} without{times}"))
+    rows += [
+        (f"price of --{option}", f"{label} {_times_as_much(facts[own], facts[freer])}")
+        for option, label, own, freer in _PRICES
+        if facts.get(freer) is not None
+    ]
     agreement = facts.get("top_k_agreement")
     if agreement:
         rows.append(("top-k agreement", range_text(agreement, agreement.index(min(agreement)))))
     return rows
+
+
+_PRICES = (
+    ("tie", "predicted", "predicted_error", "untied_error"),
+    ("target", "predicted", "predicted_error", "free_error"),
+    ("target", "tried", "tried_error", "free_tried_error"),
+)
+"""Options that leave choices out, and the errors of plans of as many bytes with them and without."""
+
+
+def _times_as_much(own: float, freer: float) -> str:
+    """Return an error beside that without an option, and how many times as large it is."""
+    return f"{number(own)}, {number(freer)} without{f', {own / freer:.2f} times as much' if freer else ''}"
 
 
 def _damage_rows(facts: Mapping[str, Any]) -> list[Row]:

@@ -241,7 +241,10 @@ _NO_STAGES: Mapping[str, Any] = {  # the JSON fields of all stages, in the order
     "ordering": None,
 }
 _SIGNS = ("request", "digest")  # fields by which planners sign
-FIGURES = ("predicted_error", "untied_error", "tried_error", "damage", "next_smaller", "bound", "gap", "solver")
+FIGURES = (
+    *("predicted_error", "untied_error", "free_error", "tried_error", "free_tried_error"),
+    *("damage", "next_smaller", "bound", "gap", "solver"),
+)
 """Entries of a plan's options that nobody gave: figures of the choice itself."""
 UNDECIDED = "undecided"
 """The entry in the options of a plan that stands for its size only."""

@@ -20,6 +20,7 @@ from healing import heal_on_few_states
 from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows
+from ditmoe_cli.export.targets import TARGETS
 from ditmoe_cli.export.upstream import obstacle
 from ditmoe_cli.files import pacing, streaming, writer
 from ditmoe_cli.files.names import MATRICES, in_expert
@@ -136,15 +137,30 @@ def test_experts_of_several_dtypes_are_not_stacked(folder: Path) -> None:
     assert "block 1" in said and "F16 and F32" in said
 
 
+@pytest.mark.parametrize("target", ["compressed-tensors", "sdnq", "bitsandbytes"])
+def test_a_target_holds_what_is_planned_for_it(target: str, folder: Path) -> None:
+    written = here(*COMPRESS, "--ratio", 0.3, "--target", target, cwd=folder)
+    result = written.result
+    assert result["bytes"] <= 0.3 * (folder / "a.safetensors").stat().st_size
+    assert 0 < result["free_error"] <= result["predicted_error"]
+    assert dict(error_rows(result))["price of --target"].startswith("predicted ")
+    assert written.path.name == f"a.compress-ratio0.3-{target}.safetensors"
+    assert TARGETS[target].obstacle(open_checkpoint(written.path)) is None
+    exported = here("export", written.path, "--to", target, "-o", "out", cwd=folder)
+    assert exported.code == 0, exported.err
+    assert any(result["formats"])
+
+
 def test_what_upstream_loads(folder: Path) -> None:
-    words = ("compress", "a.safetensors", "--ratio", 0.8, "--upstream", "-o", "u.safetensors")
+    words = ("compress", "a.safetensors", "--ratio", 0.8, "--target", "upstream", "-o", "u.safetensors")
     written = here(*words, "--profile", "p.safetensors", cwd=folder)
     before, after = (open_checkpoint(folder / name) for name in ("a.safetensors", "u.safetensors"))
     assert obstacle(after.config) is None and written.result["bytes"] <= 0.8 * before.header.file_bytes
     assert all(weight.format is None for weight in after.weights.values())
     assert {len(block.expert_widths) for block in after.config.blocks} == {written.result["experts"]}
     assert {width for block in after.config.blocks for width in block.expert_widths} == {written.result["width"]}
-    assert 0 < written.result["tried_error"] < 2
+    assert 0 < written.result["free_tried_error"] < written.result["tried_error"] < 2
+    assert dict(error_rows(written.result))["price of --target"].startswith("tried ")
     converted = here("export", "u.safetensors", "--to", "upstream", "-o", "u.pt", cwd=folder)
     assert converted.code == 0, converted.err
     assert (folder / "u.pt").stat().st_size > 0
@@ -153,13 +169,14 @@ def test_what_upstream_loads(folder: Path) -> None:
 
 @pytest.mark.parametrize("option", [("--allow", "4"), ("--floor", "attn=4"), ("--tie", "stack"), ("--protect", "attn")])
 def test_upstream_takes_no_formats(option: tuple[str, str], folder: Path) -> None:
-    said = here(*COMPRESS, "--ratio", 0.8, "--upstream", *option, cwd=folder).error(2)
-    assert said.startswith(option[0]) and "--upstream" in said
+    said = here(*COMPRESS, "--ratio", 0.8, "--target", "upstream", *option, cwd=folder).error(2)
+    assert said.startswith(option[0]) and "--target upstream" in said
 
 
 def test_what_upstream_cannot_load_in_any_case(folder: Path) -> None:
     make_pico(**SMALL, shared_width=32).save(folder / "b.safetensors")
-    assert "shared expert" in here("compress", "b.safetensors", "--ratio", 0.8, "--upstream", cwd=folder).error(3)
+    words = ("compress", "b.safetensors", "--ratio", 0.8, "--target", "upstream")
+    assert "shared expert" in here(*words, cwd=folder).error(3)
 
 
 def test_a_checkpoint_without_shared_experts_is_refused(folder: Path) -> None:
@@ -186,7 +203,9 @@ def refused(folder: Path, code: int, *words: object) -> str:
         (("--ratio", "nan"), 2, "above 0"),
         (("--size", "1GB"), 4, "nothing to do"),
         (("--size", "9KB"), 4, "smallest file takes"),
-        (("--ratio", 0.1, "--upstream"), 4, "the smallest file that upstream's code loads takes"),
+        (("--ratio", 0.1, "--target", "upstream"), 4, "the smallest file that upstream's code loads takes"),
+        (("--ratio", 0.3, "--target", "nobody"), 2, "--target"),
+        (("--ratio", 0.3, "--target", "bitsandbytes", "--allow", "2,3"), 2, "allow a wider"),
         (("--ratio", 0.5, "--tie", "gate"), 2, "--tie"),
         (("--ratio", 0.5, "--tie", "stack,left"), 2, "--tie left"),
         (("--ratio", 0.5, "--protect", "experts,shared,attn,modulation,embedders"), 2, "--protect"),

@@ -12,11 +12,11 @@ import typer
 from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
-from ditmoe_cli.cli.groups import at_least, ending, refuse_idle
+from ditmoe_cli.cli.groups import at_least, ending, one_of, refuse_idle
 from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import run_planner
-from ditmoe_cli.cli.terminal import Printing
+from ditmoe_cli.cli.terminal import Printing, note
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
 from ditmoe_cli.compression.joint.size_curve import Curving
@@ -25,6 +25,8 @@ from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
 from ditmoe_cli.errors import UsageError
+from ditmoe_cli.export.choices import Choices
+from ditmoe_cli.export.targets import TARGETS
 
 MACHINE = Models
 EXAMPLES = (
@@ -32,7 +34,7 @@ EXAMPLES = (
     "ditmoe compress ckpt.pt --ratio 0.25 | ditmoe fid",
     "ditmoe compress ckpt.pt --ratio 0.25 --heal --minutes 5",
     "ditmoe compress ckpt.pt --max-damage 0.02",
-    "ditmoe compress ckpt.pt --ratio 0.5 --upstream -o half.safetensors",
+    "ditmoe compress ckpt.pt --ratio 0.25 --target sdnq | ditmoe export --to sdnq",
     "ditmoe compress ckpt.pt --curve --png curve.png",
     "ditmoe compress ckpt.pt --size 1.2GiB --plan-only > plan.json",
 )
@@ -138,14 +140,21 @@ class Loading:
 
     panel: ClassVar[str] = "Result"
 
-    upstream: Annotated[
-        bool,
+    target: Annotated[
+        str | None,
         typer.Option(
-            "--upstream",
-            help="Choose only what upstream's code (feizc/DiT-MoE) loads: as many experts of one width in each block, "
-            "and no formats.",
+            "--target",
+            metavar="NAME",
+            callback=one_of(*TARGETS),
+            help=f"Choose only what ditmoe export --to NAME can write: {', '.join(TARGETS)}. The result says what it "
+            "costs.",
         ),
-    ] = False
+    ] = None
+
+    @property
+    def choices(self) -> Choices:
+        """What may be chosen."""
+        return Choices() if self.target is None else TARGETS[self.target].choices
 
 
 @dataclass(frozen=True)
@@ -197,20 +206,26 @@ def run(
     if foresight.curve:
         refuse_idle(foresight, "with --curve, which has many plans", "plan_only")
         refuse_idle(goals, "with --curve, which tries one plan; give a size", "max_damage")
-        refuse_idle(loading, "with --curve", "upstream")
+        if loading.choices.alike:
+            refuse_idle(loading, "with --curve", "target")
         refuse_idle(retrained, "with --curve", "heal", "steps", "minutes")
-        curving = Curving(lambda size: Compressing(Goal(size), mixing.formats, mixing.stacked), goal)
+        formats = replace(mixing.formats, target=loading.target)
+        curving = Curving(lambda size: Compressing(Goal(size), formats, mixing.stacked), goal)
         return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
     refuse_idle(foresight, "without --curve", "png")
     assert goal is not None
+    if loading.target is not None and not loading.choices.restrict:
+        note(f"--target {loading.target} leaves nothing out: it holds whatever compress may choose")
     planner: Planner
-    if loading.upstream:
-        refuse_idle(mixing, "with --upstream, which takes no formats", "allow", "floor", "protect", "tie")
-        refuse_idle(retrained, "with --upstream, whose result ditmoe heal takes", "heal", "steps", "minutes")
-        refuse_idle(goals, "with --upstream; give --size or --ratio", "max_damage")
+    if loading.choices.alike:
+        beside = f"with --target {loading.target}"
+        refuse_idle(mixing, f"{beside}, which takes no formats", "allow", "floor", "protect", "tie")
+        refuse_idle(retrained, f"{beside}, whose result ditmoe heal takes", "heal", "steps", "minutes")
+        refuse_idle(goals, f"{beside}; give --size or --ratio", "max_damage")
         planner = ForUpstream(goal)
     else:
         if retrained.stage is not None:
             refuse_idle(goals, "with --heal and --steps, which take a --size or a --ratio", "max_damage")
-        planner = Compressing(goal, mixing.formats, mixing.stacked, retrained.stage)
+        formats = replace(mixing.formats, target=loading.target)
+        planner = Compressing(goal, formats, mixing.stacked, retrained.stage)
     return run_planner(planner, measuring, automatic, source, to, printing, plan_only=foresight.plan_only)

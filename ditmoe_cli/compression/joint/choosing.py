@@ -75,8 +75,7 @@ def measure(request: JointRequest, calibrated: Calibrated) -> tuple[Curves, Sens
 
     Mixtures that are offered no format are measured in one all the same: errors of widths are amplified alike.
     """
-    curves = neuron_curves(calibrated)
-    rounded = {name: tuple(fmt for fmt in formats if fmt) for name, formats in request.offered.items()}
+    curves, rounded = neuron_curves(calibrated), request.measured_formats
     return curves, measured_sensitivities(calibrated, rounded | _for_amplification(request, rounded))
 
 
@@ -116,19 +115,18 @@ def width_curves(request: JointRequest, curves: Curves) -> dict[str, WidthCurve]
     return found
 
 
-def untied_error(program: JointProgram, curves: Curves, limit: int, draft: Draft) -> float:
-    """Return the predicted error of the plan of `limit` bytes that ties nothing, at the κ of a draft that does.
+def freer_error(program: JointProgram, freer: JointRequest, curves: Curves, tried: Tried) -> float:
+    """Return the predicted error of a freer request's plan of as many bytes, at the κ of what was `tried`.
 
-    It is at most that of the draft, which such a plan may choose too.
+    It is at most that of what was tried, which the freer plan may choose too.
     """
-    request = program.request
-    free = replace(request, stacked=False, candidates=replace(request.candidates, tied=()))
-    measures = replace(program.measures, curves=width_curves(free, curves))
-    tied = float(draft.figures["predicted_error"])
+    own = float(tried.draft.figures["predicted_error"])
+    measures = replace(program.measures, curves=width_curves(freer, curves))
     try:
-        return min(tied, float(JointProgram(free, measures).solved(limit, draft.kappa).figures["predicted_error"]))
+        found = JointProgram(freer, measures).solved(tried.bytes, tried.draft.kappa)
+        return min(own, float(found.figures["predicted_error"]))
     except InfeasibleError:  # a block's narrowest expert may offer widths that its others alone do not have
-        return tied
+        return own
 
 
 def settled_program(

@@ -19,7 +19,7 @@ from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, Join
 from ditmoe_cli.compression.plan import CompressionPlan, Experts, Retraining
 from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.budget import size_label
-from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, format_counts
+from ditmoe_cli.compression.precision.candidates import Candidates, Offered, candidate_formats, format_counts
 from ditmoe_cli.compression.precision.mixed import held_formats
 from ditmoe_cli.compression.working_sizes import MOST_TRIED, SEARCH_TOKENS, judged_images
 from ditmoe_cli.diffusion.few_steps import told_steps
@@ -160,7 +160,7 @@ class Compressing(Planner):
     def estimates(self, work: Work, cfg: float) -> list[Estimate]:
         """Return what measuring takes, and carrying out plans of likely widths: those that are tried, and the best."""
         config, request, branches = work.checkpoint.config, self.request(work), branches_at(cfg)
-        counts = {name: sum(fmt is not None for fmt in formats) for name, formats in request.offered.items()}
+        counts = {name: len(formats) for name, formats in request.measured_formats.items()}
         likely, settings = self._likely(request), {"cfg": cfg}
         plan, tried = (
             replace(plan_of(request, likely, {}, tokens=tokens), calibration=settings) for tokens in (0, SEARCH_TOKENS)
@@ -186,6 +186,7 @@ class Compressing(Planner):
 
     def request(self, work: Work) -> JointRequest:
         """Return the request to the program."""
+        free = replace(self.candidates, target=None)
         return JointRequest(
             work.checkpoint,
             work.output,
@@ -197,11 +198,12 @@ class Compressing(Planner):
             work.calibration(),
             ("tried_error",) if self.goal.max_damage is None else ("tried_error", "damage"),
             self.retraining,
+            candidate_formats(work.checkpoint, free) if self.candidates.choices.restrict else {},
         )
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of least tried error, whose weights stay in the work folder."""
-        from ditmoe_cli.compression.joint.choosing import Trials, best_within, settled_program, untied_error
+        from ditmoe_cli.compression.joint.choosing import Trials, best_within, freer_error, settled_program
         from ditmoe_cli.compression.joint.size_search import smallest_within
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
 
@@ -220,7 +222,9 @@ class Compressing(Planner):
                 best = best_within(program, trials, limit)
                 figures = {"tried_error": best.held.error}
             if self.stacked or self.candidates.tied:
-                figures["untied_error"] = untied_error(program, curves, best.bytes, best.draft)
+                figures["untied_error"] = freer_error(program, request.untied, curves, best)
+            if request.unrestricted:
+                figures["free_error"] = freer_error(program, request.free, curves, best)
         return plan_of(request, best.draft, figures, profile.digest, retraining=self.retraining)
 
     def judged(self, work: Work, profile: RoutingProfile, plan: CompressionPlan, written: Path) -> Mapping[str, Any]:
@@ -271,10 +275,16 @@ def unmeasured(request: JointRequest) -> Measures:
 
 def holding(request: JointRequest) -> JointRequest:
     """Return the request without the formats that do not hold a weight's values."""
-    name = request.checkpoint.name
-    checked = each(request.offered, f"checking the values of {name}", "matrices")
-    held = {name: held_formats(request.checkpoint, name, request.offered[name]) for name in checked}
-    return replace(request, offered=held)
+    checkpoint = request.checkpoint
+    checked = each(request.measured_formats.items(), f"checking the values of {checkpoint.name}", "matrices")
+    held = {name: {None, *held_formats(checkpoint, name, formats)} for name, formats in checked}
+
+    def kept(offered: Offered) -> Offered:
+        return {
+            name: tuple(fmt for fmt in formats if fmt in held[name]) or (None,) for name, formats in offered.items()
+        }
+
+    return replace(request, offered=kept(request.offered), unrestricted=kept(request.unrestricted))
 
 
 def _require_alike(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -84,12 +84,14 @@ class ExpertDecision:
         block: its block.
         offers: the experts.
         tied: which of their matrices take one format, as indices.
+        takes: returns whether a matrix may be stored in a format.
     """
 
     name: str
     block: int
     offers: tuple[ExpertOffer, ...]
     tied: tuple[int, ...] = ()
+    takes: Callable[[TensorInfo, str], bool] = is_quantizable
 
     @cached_property
     def _fronts(self) -> tuple[tuple[_Point, ...], ...]:
@@ -123,7 +125,7 @@ class ExpertDecision:
         points = []
         for fmt in self.offers[0].formats[unit[0]]:
             offered = all(fmt in offer.formats[matrix] for offer, matrix in members)
-            if offered and (fmt is None or all(is_quantizable(info, fmt) for info in infos)):
+            if offered and (fmt is None or all(self.takes(info, fmt) for info in infos)):
                 sizes = sum(bytes_of_weight(info.shape, info.dtype, fmt) for info in infos)
                 errors = sum(offer.formats[matrix][fmt] * offer.curve.growth[place] for offer, matrix in members)
                 points.append(_Point(sizes, errors, (fmt,) * len(unit)))

@@ -4,7 +4,8 @@ Upstream (`export.upstream`) builds all blocks alike: one number of experts, one
 model's, a whole shared expert, a router row for each expert, and weights without formats. So few pairs of number and
 width are within a size. Of each width the largest number that fits is carried out whole, without what upstream has no
 module for, and the plan of least error on held-out calibration images is taken. Which experts stay is the choice of
-REAP, and which neurons that of `compression.replay.eliminations`.
+REAP, and which neurons that of `compression.replay.eliminations`. In the end the plan of as many bytes that nothing
+restricts is carried out too, which tells the price.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditmoe_cli.compression.block_layout import require_original
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.counts import Keep
-from ditmoe_cli.compression.estimates import carrying_out, elimination_estimate, repeated
-from ditmoe_cli.compression.joint.compressing import Goal, once, tried_in
+from ditmoe_cli.compression.estimates import carrying_out, repeated
+from ditmoe_cli.compression.joint.compressing import Compressing, Goal, holding, once, tried_in
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding
 from ditmoe_cli.compression.planner import Planner, Work, label_of
+from ditmoe_cli.compression.precision.candidates import Candidates
 from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.export.upstream import obstacle
+from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.effort import Estimate, branches_at
+from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.routing.profile import RoutingProfile
 
 _REPAIR = Repair(constant=False, linear=False)  # upstream's blocks have no place for either
@@ -54,7 +58,7 @@ class ForUpstream(Planner):
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for the options of the plan."""
-        return {**self.goal.options(), "upstream": True}
+        return {**self.goal.options(), "target": "upstream"}
 
     def check(self, work: Work) -> None:
         """Raise the errors of quantised checkpoints, of what upstream cannot load, and of a size out of reach."""
@@ -78,18 +82,17 @@ class ForUpstream(Planner):
         return least
 
     def estimates(self, work: Work, cfg: float) -> list[Estimate]:
-        """Return what eliminating neurons and trying each shape takes."""
-        config, settings = work.checkpoint.config, {"cfg": cfg}
-        tried = []
+        """Return what eliminating neurons and trying each shape takes, and the plan that nothing restricts."""
+        tried, settings = [], {"cfg": cfg}
         for shape in self._worth_trying(work):
             plan = replace(self._plan(work, _first(work.checkpoint, shape.experts), shape), calibration=settings)
             tried += carrying_out(work.checkpoint, plan, 0)[:-1]
-        return [elimination_estimate(config, branches_at(cfg)), repeated(tried, "trying {} plans")]
+        elimination, measuring, _, *carrying = self._free.estimates(work, cfg)
+        return [elimination, repeated(tried, "trying {} plans"), measuring, *carrying]
 
     def plan(self, work: Work, profile: RoutingProfile | None) -> CompressionPlan:
         """Return the plan of least tried error, whose weights stay in the work folder."""
         from ditmoe_cli.compression.apply import loop_name
-        from ditmoe_cli.compression.calibrated import Calibrated
         from ditmoe_cli.compression.joint.choosing import tried_errors
         from ditmoe_cli.compression.rebuild import neuron_orders
         from ditmoe_cli.compression.replay.kept_measures import kept_measures
@@ -113,10 +116,28 @@ class ForUpstream(Planner):
                 tried.sort(key=lambda each: each[0])
                 for _, worse in tried[1:]:
                     folder.drop_loop(loop_name(worse))
-        if not tried:
-            raise InfeasibleError(f"{checkpoint.path}: no choice of experts is within {limit:,} bytes; give more")
+            if not tried:
+                raise InfeasibleError(f"{checkpoint.path}: no choice of experts is within {limit:,} bytes; give more")
+            size = planned_output(checkpoint, tried[0][1]).predicted_bytes(work.output)
+            free = self._free_error(work, calibrated, folder, size)
         error, plan = tried[0]
-        return replace(plan, options={**plan.options, "tried_error": error})
+        return replace(plan, options={**plan.options, "tried_error": error, "free_tried_error": free})
+
+    @property
+    def _free(self) -> Compressing:
+        """The planner of the same goal that nothing restricts."""
+        return Compressing(self.goal, Candidates())
+
+    def _free_error(self, work: Work, calibrated: Calibrated, folder: WorkFolder, size: int) -> float:
+        """Return the tried error of a plan of at most `size` bytes that nothing restricts."""
+        from ditmoe_cli.compression.joint.choosing import FIRST_KAPPA, Trials, settled_program
+
+        request = holding(self._free.request(work))
+        program, curves = settled_program(request, calibrated, lambda _: size)
+        trials = Trials(request, calibrated, curves, folder)
+        tried = trials.carried_out(program.solved(size, FIRST_KAPPA))
+        trials.drop(tried)
+        return tried.held.error
 
     def undecided(self, checkpoint: Checkpoint) -> CompressionPlan:
         """Raise `BadInputError`: errors are measured with a profile."""

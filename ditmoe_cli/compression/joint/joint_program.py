@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +76,8 @@ class JointRequest:
         calibration: settings of the calibration, which the history of the result keeps.
         measured: figures of the plan, beside those of the program, which the history of the result keeps.
         retraining: trains weights in the end; None for not.
+        unrestricted: the formats that each weight might take if no target had to hold the result, which are measured
+            too; empty where none has to.
     """
 
     checkpoint: Checkpoint
@@ -88,6 +90,25 @@ class JointRequest:
     calibration: Mapping[str, Any] | None = None
     measured: tuple[str, ...] = ("tried_error",)
     retraining: Retraining | None = None
+    unrestricted: Offered = field(default_factory=dict)
+
+    @property
+    def untied(self) -> JointRequest:
+        """The same request without ties."""
+        return replace(self, stacked=False, candidates=replace(self.candidates, tied=()))
+
+    @property
+    def free(self) -> JointRequest:
+        """The same request where no target has to hold the result."""
+        candidates = replace(self.candidates, target=None)
+        return replace(self, candidates=candidates, offered=self.unrestricted, unrestricted={})
+
+    @property
+    def measured_formats(self) -> dict[str, tuple[str, ...]]:
+        """The formats of each weight that errors are measured of."""
+        both = (self.offered, self.unrestricted)
+        listed = {name: [fmt for offered in both for fmt in offered.get(name, ()) if fmt] for name in self.offered}
+        return {name: tuple(dict.fromkeys(formats)) for name, formats in listed.items()}
 
     @cached_property
     def ladders(self) -> dict[str, tuple[int, ...]]:
@@ -124,7 +145,8 @@ class JointRequest:
             curve = measures.curves[stem].without_zero if stem in staying else measures.curves[stem]
             offers.setdefault(name, []).append(ExpertOffer(stem, infos, curve, formats))
         blocks = {name: split_name(f"{name}.").block or 0 for name in offers}
-        return [ExpertDecision(name, blocks[name], tuple(own), self._tied) for name, own in offers.items()]
+        takes = self.candidates.take
+        return [ExpertDecision(name, blocks[name], tuple(own), self._tied, takes) for name, own in offers.items()]
 
     @property
     def _tied(self) -> tuple[int, ...]:

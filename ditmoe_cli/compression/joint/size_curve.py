@@ -173,7 +173,7 @@ class Curving:
         planner = self.planner(work)
         kept = kept_measures(work.checkpoint, profile, work.device(), once(work.note))
         calibrated = Calibrated(work.checkpoint, profile, work.device(), kept=kept)
-        request = replace(holding(planner.request(work)), calibration=profile.calibration)
+        request = replace(holding(replace(planner.request(work), unrestricted={})), calibration=profile.calibration)
         before = work.checkpoint.header.file_bytes
         program, curves = settled_program(request, calibrated, lambda program: middle_of(grid(program.least, before)))
         goal = self.goal.limit(work.checkpoint) if self.goal is not None else None

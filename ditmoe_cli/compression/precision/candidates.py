@@ -163,7 +163,11 @@ def idle_settings(checkpoint: Checkpoint, candidates: Candidates, offered: Offer
     ]
     if candidates.allowed == DEFAULT_ALLOWED:
         return notes
-    idle = [width for width in candidates.allowed if width != "16" and candidates.format_of(width) not in possible]
+    idle = [
+        width
+        for width in candidates.allowed
+        if width != "16" and not possible.intersection(candidates.formats_of(width))
+    ]
     return [
         *notes,
         *(f"⟨allow⟩ {width} has no effect: no weight may take it, by its shape or ⟨floor⟩" for width in idle),

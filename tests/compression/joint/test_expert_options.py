@@ -23,6 +23,7 @@ from ditmoe_cli.compression.joint.expert_options import (
     picked,
     worthwhile,
 )
+from ditmoe_cli.compression.precision.candidates import Candidates
 from ditmoe_cli.compression.precision.mix import UNTOUCHED
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import MATRICES
@@ -222,3 +223,15 @@ def test_multiples_are_powers_of_two_up_to_64(width: int) -> None:
 )
 def test_multiples_of_known_widths(width: int, expected: int) -> None:
     assert default_multiple(width) == expected
+
+
+def test_a_target_holds_no_rows_that_are_no_whole_groups() -> None:
+    """Rows of the matrix down are as long as an expert is wide, those of gate have 64 columns."""
+    takes = Candidates(target="compressed-tensors").take
+    decision = ExpertDecision("blocks.0.moe.experts.0", 0, (offer(),), takes=takes)
+
+    def formats(matrix: int, width: int) -> set[str | None]:
+        return {point.formats[0] for point in decision._of_unit((matrix,), WIDTHS.index(width), width)}
+
+    assert formats(0, 96) == formats(2, 64) == set(FORMATS)
+    assert formats(2, 96) == set(FORMATS) - {"int4-g64"}

@@ -13,6 +13,7 @@ from conftest import make_pico
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats, ties
 from ditmoe_cli.compression.precision.uniform import plan_uniform
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 
@@ -66,3 +67,30 @@ def test_router_norms_and_tables_are_never_planned(checkpoint: Checkpoint) -> No
     left = {name.split(".")[-2] for name in checkpoint.weights if name not in planned and name.endswith(".weight")}
     assert left == {"gate", "proj", "embedding_table"}  # router, patch embedding, label table
     assert "blocks.0.moe.gate.weight" not in planned and "x_embedder.proj.weight" not in planned
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "offered"),
+    [
+        (None, (64, 96), ("int2-g64", "int4-g64", "int8-g64", None)),
+        ("compressed-tensors", (64, 96), (None,)),
+        ("compressed-tensors", (64, 128), ("int2-g64", "int4-g64", "int8-g64", None)),
+        ("sdnq", (64, 96), ("int2-g64", "int4-g64", "int8-g64", None)),
+        ("bitsandbytes", (64, 96), ("int8", None)),
+        ("bitsandbytes", (64, 128), ("nf4-dq", "nf4", "int8", None)),
+    ],
+)
+def test_a_target_offers_what_it_holds(
+    target: str | None, shape: tuple[int, int], offered: tuple[str | None, ...]
+) -> None:
+    candidates = Candidates(allowed=("2", "4", "8", "16"), target=target)
+    info = TensorInfo("blocks.0.moe.experts.0.down_proj.weight", "F32", shape)
+    formats = [fmt for width in candidates.allowed for fmt in candidates.formats_of(width)]
+    assert tuple(fmt for fmt in formats if fmt is None or candidates.take(info, fmt)) == offered
+
+
+def test_a_target_is_an_option_and_part_of_the_name() -> None:
+    assert Candidates(target="sdnq").options() == {"target": "sdnq"}
+    assert "sdnq" in Candidates(target="sdnq").labels() and not any(Candidates().labels())
+    with pytest.raises(UsageError, match="target nobody: choose from upstream"):
+        Candidates(target="nobody")
