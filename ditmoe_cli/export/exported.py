@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ditmoe_cli.errors import OutputExistsError
+from ditmoe_cli.files.provenance import Provenance, Step
 from ditmoe_cli.files.staging import CHECKPOINT_FILES, check_target
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -70,6 +71,13 @@ class Export(ABC):
     @abstractmethod
     def usage(self) -> Sequence[tuple[str, str]]:
         """Return the same for reading: labels and texts."""
+
+    def recorded(self, target: str, fingerprint: str) -> Provenance:
+        """Return the metadata of the checkpoint, its last step the export of one with this fingerprint to a target."""
+        old, storage = self.checkpoint.provenance(), self.wanted.storage
+        given = {"dequantize": storage.dequantize, "dtype": storage.dtype}
+        options = {"to": target, **{name: value for name, value in given.items() if value}}
+        return replace(old, history=(*old.history, Step("export", fingerprint, "", options)))
 
     def check(self) -> bool:
         """Return whether the export stands at its path already.

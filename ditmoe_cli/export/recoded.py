@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.export.exported import Export, Wanted
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
-from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.reader import open_reader, tensor_bytes
 from ditmoe_cli.files.streaming import Count, chunks, counted, one_at_a_time, sha256_of
 from ditmoe_cli.files.writer import Job, Output, Target
@@ -77,9 +77,7 @@ class RecodedFiles(Export):
 
     def _provenance(self, fingerprint: str) -> Provenance:
         """Return the metadata of the export of a checkpoint with this fingerprint."""
-        old, storage = self.checkpoint.provenance(), self.wanted.storage
-        options = {"to": self.target, **({"dtype": storage.dtype} if storage.dtype else {})}
-        return replace(old, history=(*old.history, Step("export", fingerprint, "", options)))
+        return self.recorded(self.target, fingerprint)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The programs that checkpoints are exported to. Torch-free; what lays an export out is imported when it is called."""
+"""The programs that checkpoints are exported to. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.export import pack_quantized, sdnq, upstream
+from ditmoe_cli.export import diffusers_folder, pack_quantized, sdnq, upstream, upstream_file
 from ditmoe_cli.export.choices import Choices, Shortfall
 from ditmoe_cli.export.exported import Export, Wanted
 from ditmoe_cli.export.recoded import QuantizedLayout
@@ -72,12 +72,6 @@ def _upstream_obstacle(checkpoint: Checkpoint) -> str | None:
     return upstream.obstacle(checkpoint.config)
 
 
-def _for_upstream(checkpoint: Checkpoint, wanted: Wanted, tell: Tell) -> Export:
-    from ditmoe_cli.export.upstream_file import laid_out
-
-    return laid_out(checkpoint, wanted, tell)
-
-
 def _bitsandbytes_shortfall(info: TensorInfo, fmt: StoredFormat) -> str | None:
     """Return why bitsandbytes does not read a weight in a format; None where it does."""
     if isinstance(fmt, Int8):
@@ -133,9 +127,19 @@ TARGETS = {
             "upstream's code",
             (".pt", ".pth"),
             _upstream_obstacle,
-            _for_upstream,
+            upstream_file.laid_out,
             plain=True,
             choices=Choices(alike=True),
+        ),
+        Target(
+            "diffusers",
+            "a folder with its own code that DiffusionPipeline opens, weights packed or not",
+            "diffusers",
+            (),
+            diffusers_folder.obstacle,
+            diffusers_folder.laid_out,
+            folder=True,
+            extra="vae",
         ),
         _quantized(
             pack_quantized.LAYOUT,

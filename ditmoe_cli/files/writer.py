@@ -189,17 +189,22 @@ def _wrong(headers: Mapping[str, FileHeader], known: Mapping[str, str]) -> str |
 
 def _folder_texts(shards: list[Shard], settings: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the JSON files of a checkpoint folder: ``config.json``, and the index where there are shards."""
-    texts = {"config.json": _pretty({"_class_name": "DiTMoE", **settings})}
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(info.nbytes for shard in shards for info in shard.tensors)},
-            "weight_map": {info.name: shard.name for shard in shards for info in shard.tensors},
-        }
-        texts[f"{FOLDER_STEM}.safetensors.index.json"] = _pretty(index)
-    return texts
+    return {"config.json": pretty({"_class_name": "DiTMoE", **settings}), **index_text(shards)}
 
 
-def _pretty(document: object) -> bytes:
+def index_text(shards: Sequence[Shard]) -> dict[str, bytes]:
+    """Return the index of a folder's shards by its name; nothing for a single file."""
+    if len(shards) == 1:
+        return {}
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for shard in shards for info in shard.tensors)},
+        "weight_map": {info.name: shard.name for shard in shards for info in shard.tensors},
+    }
+    return {f"{FOLDER_STEM}.safetensors.index.json": pretty(index)}
+
+
+def pretty(document: object) -> bytes:
+    """Return a document as JSON for reading, its keys in order."""
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -153,3 +153,69 @@ def test_the_input_is_no_target(tmp_path: Path) -> None:
     before = contents(tmp_path)
     assert "is the input itself" in here(*words, cwd=tmp_path).error(5)
     assert contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------ diffusers
+
+
+def test_a_folder_for_diffusers_has_the_bytes_that_a_dry_run_tells(tmp_path: Path) -> None:
+    make_pico(sampler="rf").save(tmp_path / "x.safetensors")
+    words = ("export", "x.safetensors", "--to", "diffusers", "--max-shard-size", "50KB")
+    predicted = here(*words, "--dry-run", cwd=tmp_path)
+    assert not (tmp_path / "x.diffusers").exists()
+    written = here(*words, cwd=tmp_path)
+    files = [file for file in (tmp_path / "x.diffusers").rglob("*") if file.is_file()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) > 1
+    assert predicted.result["bytes"] == written.result["bytes"] == sum(file.stat().st_size for file in files)
+    assert written.result["diffusers"]["steps"] == 50
+    assert here("inspect", "x.diffusers", cwd=tmp_path).result["config"]["sampler"] == "rf"
+    read = here("convert", "x.diffusers", "--from-diffusers", "-o", "y.safetensors", cwd=tmp_path)
+    assert open_checkpoint(read.path).fingerprint == open_checkpoint(tmp_path / "x.safetensors").fingerprint
+
+
+def test_a_folder_is_written_once_and_replaced_where_it_is_an_export(tmp_path: Path) -> None:
+    make_pico().save(tmp_path / "x.safetensors")
+    make_pico(seed=1).save(tmp_path / "y.safetensors")
+    words = ("--to", "diffusers", "-o", "out")
+    assert here("export", "x.safetensors", *words, cwd=tmp_path).code == 0
+    (tmp_path / "out" / "README.md").write_text("about it")
+    before = contents(tmp_path)
+    assert here("export", "x.safetensors", *words, cwd=tmp_path).result["up_to_date"] is True
+    assert contents(tmp_path) == before
+    assert "exists already, and is no copy of this input" in here(
+        "export", "y.safetensors", *words, cwd=tmp_path
+    ).error(5)
+    code = tmp_path / "out" / "pipeline_ditmoe.py"
+    code.write_text(code.read_text() + "# changed")
+    assert "its pipeline_ditmoe.py is another" in here("export", "x.safetensors", *words, cwd=tmp_path).error(5)
+    assert here("export", "y.safetensors", *words, "--force", cwd=tmp_path).code == 0
+    (tmp_path / "out" / "scheduler" / "mine.txt").write_text("keep it")
+    refused = here("export", "x.safetensors", *words, "--force", cwd=tmp_path).error(5)
+    assert "holds scheduler/mine.txt, which is no part of such an output" in refused
+
+
+def test_other_folders_files_and_broken_weights_are_refused(tmp_path: Path) -> None:
+    model = make_pico()
+    model.save(tmp_path / "x.safetensors")
+    (tmp_path / "mine").mkdir()
+    words = ("export", "x.safetensors", "--to", "diffusers")
+    assert "is no such folder" in here(*words, "-o", "mine", cwd=tmp_path).error(5)
+    assert "--to diffusers writes a folder" in here(*words, "-o", "y.safetensors", cwd=tmp_path).error(2)
+    model.state["final_layer.linear.bias"][3] = float("nan")
+    model.save(tmp_path / "b.safetensors")
+    before = contents(tmp_path)
+    assert "'final_layer.linear.bias' holds NaN" in here(
+        "export", "b.safetensors", "--to", "diffusers", cwd=tmp_path
+    ).error(3)
+    assert contents(tmp_path) == before
+
+
+def test_weights_for_diffusers_are_cast_and_unpacked_where_asked_for(tmp_path: Path) -> None:
+    make_pico(hidden=64, sampler="rf").save(tmp_path / "x.safetensors")
+    here("quantize", "x.safetensors", "--uniform", "--bits", 4, "-o", "q.safetensors", cwd=tmp_path)
+    kept = here("export", "q.safetensors", "--to", "diffusers", "-o", "packed", cwd=tmp_path)
+    assert kept.result["diffusers"]["packed"] == {"nf4": 34}
+    here("export", "q.safetensors", "--to", "diffusers", "--dequantize", "--dtype", "bf16", "-o", "plain", cwd=tmp_path)
+    made = open_checkpoint(tmp_path / "plain")
+    assert {info.dtype for info in made.header.tensors.values()} == {"BF16"}
+    assert made.ancestors[-1] == open_checkpoint(tmp_path / "q.safetensors").fingerprint

@@ -46,6 +46,7 @@ LIGHT = (
     ("inspect", "a.safetensors", "demo:digits"),
     ("convert", "a.safetensors", "--dry-run"),
     ("export", "a.safetensors", "--to", "upstream", "--dry-run"),
+    ("export", "a.safetensors", "--to", "diffusers", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--profile", "p.safetensors", "--router", "slice", "--dry-run"),
     ("prune", "a.safetensors", "--keep", 2, "--method", "frequency", "--profile", "p.safetensors", "--dry-run"),

@@ -23,7 +23,11 @@ from ditmoe_cli.export.targets import TARGETS, Target, laid_out
 from ditmoe_cli.files.staging import check_space
 from ditmoe_cli.model.throughput import known_rate, likely_device
 
-EXAMPLES = ("ditmoe export pruned.safetensors --to upstream -o pruned.pt",)
+EXAMPLES = (
+    "ditmoe export small.safetensors --to diffusers -o small",
+    "ditmoe export pruned.safetensors --to upstream -o pruned.pt",
+    "ditmoe compress ckpt.pt --ratio 0.25 | ditmoe export --to diffusers -o quarter | ditmoe fid",
+)
 
 
 @dataclass(frozen=True)

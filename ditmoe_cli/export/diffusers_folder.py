@@ -1,0 +1,232 @@
+"""Checkpoints as folders of diffusers pipelines, with the code that runs them. Torch-free.
+
+``transformer/`` holds the tensors as they are stored, packed ones too, under their own names, and so is a checkpoint as
+ours are; ``config.json`` beside them has the shapes of all blocks and the format of each packed layer. The code is that
+in `diffusers_code`, copied. ``scheduler/`` has a scheduler of diffusers whose steps are those of our solvers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, UPSTREAM
+from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.export.exported import Export, Wanted
+from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.names import natural_key
+from ditmoe_cli.files.provenance import Provenance
+from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.streaming import Count, counted, one_at_a_time
+from ditmoe_cli.files.writer import Shard, Target, file_bytes, index_text, plan_shards, pretty, write_files
+from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint, open_checkpoint
+from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
+from ditmoe_cli.model.conversions import with_positions
+from ditmoe_cli.progress import BYTES, phase
+
+OLDEST = "0.35.0"
+"""The oldest diffusers that the code was run with."""
+MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
+MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
+VAE = "stabilityai/sd-vae-ft-mse"
+_CODE = Path(__file__).resolve().parent / "diffusers_code"
+_STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
+_DISTILLED_TO = ("euler", "ddim-trailing")  # solvers that schedulers of diffusers have
+_LATENTS = 4  # channels of the VAE's
+
+
+def obstacle(checkpoint: Checkpoint) -> str | None:
+    """Return what a pipeline of diffusers cannot express of a checkpoint, and what to do instead; None for nothing."""
+    distilled = checkpoint.distilled
+    if distilled is not None and distilled.solver not in _DISTILLED_TO:
+        return (
+            f"it was distilled to steps of {distilled.solver}, which no scheduler of diffusers takes; distil its "
+            f"original to steps of {' or '.join(_DISTILLED_TO)}"
+        )
+    return None
+
+
+def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]) -> DiffusersFolder:
+    """Lay a checkpoint out, whose position embedding is rebuilt where the file has none."""
+    whole = with_positions(checkpoint)
+    if whole is not checkpoint:
+        tell("pos_embed is rebuilt, since the model of the folder has it in its weights")
+    return DiffusersFolder(replace(whole, original=checkpoint.original), wanted)
+
+
+@dataclass(frozen=True)
+class DiffusersFolder(Export):
+    """The folder of a checkpoint that ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` opens."""
+
+    contents: ClassVar[re.Pattern[str]] = re.compile(
+        r"(transformer|scheduler)/|README\.md|model_index\.json|pipeline_ditmoe\.py|scheduler/scheduler_config\.json"
+        r"|transformer/(config\.json|modeling_ditmoe\.py|diffusion_pytorch_model.*\.safetensors(\.index\.json)?)"
+    )
+
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        tensors = sorted(self.checkpoint.header.tensors.values(), key=lambda info: natural_key(info.name))
+        return plan_shards(tensors, self.wanted.shard_bytes)
+
+    @cached_property
+    def texts(self) -> Mapping[str, bytes]:
+        """All files but those of weights, by their paths in the folder."""
+        index = index_text(self._shards)
+        return {
+            "model_index.json": pretty(pipeline_settings(self.checkpoint)),
+            f"{PIPELINE_CODE}.py": (_CODE / f"{PIPELINE_CODE}.py").read_bytes(),
+            "scheduler/scheduler_config.json": pretty(scheduler_settings(self.checkpoint)),
+            "transformer/config.json": pretty(model_settings(self.checkpoint)),
+            f"transformer/{MODEL_CODE}.py": (_CODE / f"{MODEL_CODE}.py").read_bytes(),
+            **{f"transformer/{name}": text for name, text in index.items()},
+        }
+
+    def _provenance(self, fingerprint: str | None = None) -> Provenance:
+        """Return the metadata: that of a copy, or of an export where weights are stored otherwise than in the input.
+
+        Without the input's `fingerprint`, it is read.
+        """
+        source = self.checkpoint.original
+        if source is None:
+            return self.checkpoint.provenance()
+        return self.recorded("diffusers", source.fingerprint if fingerprint is None else fingerprint)
+
+    @property
+    def nbytes(self) -> int:
+        """The exact bytes of all files."""
+        metadata = self._provenance(UNREAD).to_metadata
+        weights = sum(file_bytes(shard.tensors, metadata) for shard in self._shards)
+        return weights + sum(map(len, self.texts.values()))
+
+    def write(self) -> None:
+        """Write all files, or none, by several threads that take a weight each.
+
+        Raises `BadInputError` for NaN and infinite weights, and what `check_target` raises.
+        """
+        path, metadata = self.wanted.path, self._provenance().to_metadata
+        total = sum(info.nbytes for shard in self._shards for info in shard.tensors)
+        with (
+            staged(path, self.wanted.force, [self.checkpoint.path], self.contents) as staging,
+            phase(f"writing {path.name}", total, BYTES) as progress,
+        ):
+            for name, text in self.texts.items():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).write_bytes(text)
+            files = {staging / "transformer" / shard.name: shard.tensors for shard in self._shards}
+            put = partial(self._put, one_at_a_time(progress))
+            write_files(files, [partial(put, info) for shard in self._shards for info in shard.tensors], metadata)
+
+    def _put(self, count: Count, info: TensorInfo, target: Target) -> None:
+        target.put(info.name, counted(self.checkpoint.finite_parts(info.name), count))
+
+    def difference(self) -> str | None:
+        """Return how what stands at the path differs; None where files, tensors and history are the same."""
+        folder = self.wanted.path
+        try:
+            held = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {"README.md"}
+            if held != {*self.texts, *(f"transformer/{shard.name}" for shard in self._shards)}:
+                return "is no such folder"
+            changed = next((name for name, text in self.texts.items() if (folder / name).read_bytes() != text), None)
+            if changed is not None:
+                return f"its {changed} is another"
+            made = open_checkpoint(folder / "transformer")
+            same = made.provenance() == self._provenance() and made.fingerprint == self.checkpoint.fingerprint
+        except (BadInputError, OSError):
+            return "cannot be read as one"
+        return None if same else "is no copy of this input"
+
+    def facts(self) -> dict[str, Any]:
+        """Return steps and scheduler of the pipeline, and the diffusers that it needs."""
+        settings = pipeline_settings(self.checkpoint)
+        return {
+            "scheduler": settings["scheduler"][1],
+            "steps": settings["num_inference_steps"],
+            "distilled": settings["distilled"],
+            "vae": settings["vae_repository"],
+            "diffusers": OLDEST,
+            "packed": {name: len(layers) for name, layers in packed_layers(self.checkpoint).items()},
+        }
+
+    def usage(self) -> Sequence[tuple[str, str]]:
+        """Return how to open and sample it."""
+        steps = pipeline_settings(self.checkpoint)["num_inference_steps"]
+        opened = f"DiffusionPipeline.from_pretrained({str(self.wanted.path)!r}, trust_remote_code=True)"
+        return [("open with", opened), ("sample with", f"pipeline(class_labels=[0]), {steps} steps by default")]
+
+
+def model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return ``config.json`` of the model: the arguments of its class."""
+    config = checkpoint.config
+    own = {field.name: getattr(config, field.name) for field in fields(DiTMoEConfig)}
+    del own["depth"], own["blocks"]
+    return {
+        "_class_name": MODEL_CLASS,
+        "_diffusers_version": OLDEST,
+        "auto_map": {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"},
+        **own,
+        "mixtures": [_mixture_settings(block) for block in config.blocks],
+        "packed": packed_layers(checkpoint),
+    }
+
+
+def _mixture_settings(block: BlockConfig) -> dict[str, Any]:
+    """Return what the mixture of a block has, without what it has not."""
+    return {name: value for name, value in asdict(block).items() if value}
+
+
+def packed_layers(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Return the names of the layers that are stored in each format."""
+    layers: dict[str, list[str]] = {}
+    for name, weight in checkpoint.weights.items():
+        if weight.format is not None:
+            layers.setdefault(weight.format, []).append(name.removesuffix(".weight"))
+    return {fmt: sorted(names, key=natural_key) for fmt, names in sorted(layers.items())}
+
+
+def scheduler_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return ``scheduler_config.json``.
+
+    Rectified flow takes equal Euler steps, unshifted. DDPM takes DDIM steps (eta 0) from timestep 999; where those of a
+    distilled model do not divide 1,000, diffusers' DDIM would miss their ends, and DPM-Solver++ of order 1, which is
+    DDIM too, takes them.
+    """
+    if checkpoint.config.sampler == "rf":
+        own = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, "use_dynamic_shifting": False}
+    else:
+        own = {
+            "_class_name": "DDIMScheduler",
+            "beta_start": 1e-4,
+            "beta_end": 2e-2,
+            "beta_schedule": "linear",
+            "prediction_type": "epsilon",
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+        }
+        if checkpoint.distilled is not None and TRAINING_STEPS % checkpoint.distilled.steps:
+            del own["clip_sample"]
+            own |= {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "dpmsolver++",
+                "solver_order": 1,
+                "final_sigmas_type": "zero",
+            }
+    return {**own, "_diffusers_version": OLDEST, "num_train_timesteps": TRAINING_STEPS}
+
+
+def pipeline_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return ``model_index.json``: the parts of the pipeline, and the arguments of its class."""
+    config, distilled = checkpoint.config, checkpoint.distilled
+    return {
+        "_class_name": [PIPELINE_CODE, PIPELINE_CLASS],
+        "_diffusers_version": OLDEST,
+        "transformer": [MODEL_CODE, MODEL_CLASS],
+        "scheduler": ["diffusers", scheduler_settings(checkpoint)["_class_name"]],
+        "vae": [None, None],
+        "num_inference_steps": _STEPS[config.sampler] if distilled is None else distilled.steps,
+        "distilled": distilled is not None,
+        "vae_repository": VAE if config.in_channels == _LATENTS else None,
+    }
