@@ -1,28 +1,56 @@
 """ditmoe: profile, prune, quantise, re-sample and score pretrained DiT-MoE checkpoints.
 
-Importing this package costs nothing; `load_model` and `open_checkpoint` bring in torch when first used.
+What the commands do, as functions; docs/python.md describes them. Importing this package costs nothing: each name
+brings in what it needs when it is first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.version import __version__
 
 if TYPE_CHECKING:
-    from ditmoe_cli.model.checkpoint import open_checkpoint
-    from ditmoe_cli.model.loading import load_model
+    from ditmoe_cli.api.calling import quiet
+    from ditmoe_cli.api.opening import load_model, open_checkpoint, read_profile
+    from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize
+    from ditmoe_cli.errors import DitmoeError
 
-__all__ = ["__version__", "load_model", "open_checkpoint"]
+_MODULES = {
+    "DitmoeError": "errors",
+    "apply": "api.planners",
+    "compress": "api.planners",
+    "load_model": "api.opening",
+    "open_checkpoint": "api.opening",
+    "plan_merge": "api.planners",
+    "plan_prune": "api.planners",
+    "plan_quantize": "api.planners",
+    "quiet": "api.calling",
+    "read_profile": "api.opening",
+}
+
+__all__ = [
+    "DitmoeError",
+    "__version__",
+    "apply",
+    "compress",
+    "load_model",
+    "open_checkpoint",
+    "plan_merge",
+    "plan_prune",
+    "plan_quantize",
+    "quiet",
+    "read_profile",
+]
 
 
 def __getattr__(name: str) -> object:
-    if name == "load_model":
-        from ditmoe_cli.model.loading import load_model
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return found
 
-        return load_model
-    if name == "open_checkpoint":
-        from ditmoe_cli.model.checkpoint import open_checkpoint
 
-        return open_checkpoint
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

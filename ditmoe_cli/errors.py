@@ -11,7 +11,8 @@
     └── GateError          6  a threshold that the user set was not met
 
 Each message is one line with the problem, its place and the remedy. It names a setting as ``⟨group_size⟩``, which `str`
-shows as ``group_size`` and the command line as the option of that name (`named`).
+shows as ``group_size`` and the command line as the option of that name (`named`). ``⟨no_refit⟩`` is a
+switch turned off.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from collections.abc import Callable
 _SETTING = re.compile("⟨([a-z_]+)⟩")
 
 
-def named(message: str, name_of: Callable[[str], str] = str) -> str:
+def as_argument(setting: str) -> str:
+    """Return a setting as Python users give it: ``refit=False`` for ``no_refit``."""
+    return f"{setting.removeprefix('no_')}=False" if setting.startswith("no_") else setting
+
+
+def named(message: str, name_of: Callable[[str], str] = as_argument) -> str:
     """Return a message with each ``⟨setting⟩`` replaced by ``name_of(setting)``."""
     return _SETTING.sub(lambda match: name_of(match[1]), message)
 

@@ -110,6 +110,11 @@ _watcher: ContextVar[Watcher] = ContextVar("watcher", default=_nobody)
 _current: ContextVar[Phase | None] = ContextVar("current", default=None)
 
 
+def is_watched() -> bool:
+    """Return whether somebody watches the phases of this thread."""
+    return _watcher.get() is not _nobody
+
+
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
     """Have `watcher` show the phases of this thread while the context lasts."""

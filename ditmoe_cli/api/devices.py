@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -13,6 +14,13 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dtypes import AUTO, Dtype, parse_dtype
 from ditmoe_cli.model.throughput import likely_device
 from ditmoe_cli.processes import first_process, own_device
+
+
+def named_device(name: str) -> str:
+    """Return the name of a device. Raises `ValueError` for none of torch's, as far as it can be told without torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("choose auto, cpu, cuda or cuda:N")
+    return name
 
 
 def checked_device(name: str) -> str:

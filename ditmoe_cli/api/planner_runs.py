@@ -55,8 +55,6 @@ class PlannerRun:
 def chosen_alone(run: PlannerRun) -> Iterator[Choice]:
     """Yield the plan of a request that is not carried out; what stands at the output's place stays."""
     run = replace(run, output=replace(run.output, force=True))
-    if not run.planner.measures:
-        run = replace(run, checkpoint=_claimed(run.planner, run.wanted.given, run.checkpoint, run.output))
     work, basis = prepared(run.planner, run.work, run.wanted)
     with chosen(run.planner, work, basis) as choice:
         yield choice

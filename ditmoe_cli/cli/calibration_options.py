@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.api.output_names import usual_profiles
-from ditmoe_cli.cli.groups import seed_of_64_bits
+from ditmoe_cli.api import planning_requests
+from ditmoe_cli.api.argument_checks import seed_of_64_bits
 from ditmoe_cli.cli.options import Measuring
 from ditmoe_cli.cli.sampling_options import parse_classes
 from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.dtypes import AUTO, parse_dtype
-from ditmoe_cli.routing.calibration_settings import WantedCalibration
 from ditmoe_cli.routing.profile_search import ProfileRequest
 
 
 @dataclass(frozen=True)
-class AutomaticProfile:
+class AutomaticProfile(planning_requests.AutomaticProfile):
     """How the checkpoint is profiled where no profile of it is at hand."""
 
     panel: ClassVar[str] = "Profile, where one has to be made"
@@ -72,25 +70,16 @@ class AutomaticProfile:
         ),
     ] = None
 
-    def request(self, stage: Stage, checkpoint: Checkpoint, planning: Measuring, beside: Path) -> ProfileRequest:
-        """Return what is asked of the profile; a new one is kept in the folder `beside`."""
-        wanted = WantedCalibration(
-            images=self.calibration_images,
-            steps=self.calibration_steps,
-            cfg=self.calibration_cfg,
-            seed=self.calibration_seed,
-            classes=self.calibration_classes,
-            dtype=None if planning.dtype == AUTO else parse_dtype(planning.dtype),
-        )
+    def request(
+        self, stage: Stage, checkpoint: Checkpoint, planning: Measuring, beside: Path, *, measures: bool = True
+    ) -> ProfileRequest:
+        """Return what is asked of the profile, which the pipe may name; see `wanted`."""
         lay = next((s["options"]["path"] for s in reversed(stage.history) if _names_data(s)), None)
-        return ProfileRequest(
+        return replace(
+            self.wanted(checkpoint, planning, beside, measures=measures),
             given=planning.profile_for(stage),
             is_piped=planning.profile is None,
-            wanted=wanted,
-            data=self.calibration_data,
             piped_data=Path(lay) if lay else None,
-            usual=usual_profiles(checkpoint),
-            beside=beside,
         )
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.api.devices import checked_device, dtype_on
+from ditmoe_cli.api.argument_checks import refuse_idle
+from ditmoe_cli.api.devices import checked_device
 from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.planner_runs import choosing, prepared
 from ditmoe_cli.api.step_texts import number
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import Destination, Measuring, Source
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
@@ -49,10 +49,7 @@ def run_curve(
     if png is not None:
         _check_picture(png, to.force, (checkpoint.path, *filter(None, [measuring.profile_for(stage)])))
     work = Work(checkpoint, beside, lambda: checked_device(measuring.device), note)
-    wanted = replace(
-        automatic.request(stage, checkpoint, measuring, beside.path.parent),
-        dtype=dtype_on(measuring.dtype, measuring.device, measures=True),
-    )
+    wanted = automatic.request(stage, checkpoint, measuring, beside.path.parent)
     planner = curving.planner(work)
     work, basis = prepared(planner, work, wanted)
     assert basis is not None

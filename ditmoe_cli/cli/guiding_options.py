@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.groups import one_of
+from ditmoe_cli.api.argument_checks import one_of
 from ditmoe_cli.cli.options import complete_checkpoint
 from ditmoe_cli.cli.sampling_options import parse_interval
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_FLOORS, Candidates
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.api import quantizing_requests as asked
+from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -17,7 +17,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class Mixing(asked.Mixing):
     """Formats that a planned mix may choose from."""
 
     panel: ClassVar[str] = "Formats of a mix"
@@ -51,27 +51,3 @@ class Mixing:
             "--tie", metavar="gate,up", parser=parse_names, help="Matrices of an expert to give the same format."
         ),
     ] = ()
-
-    def candidates(self, group_size: int, *, symmetric: bool) -> Candidates:
-        """Return the formats to choose from. Raises `UsageError` for unknown names and what has no effect."""
-        protected = next((text for text in self.floor or () if parse_floor(text)[0] in self.protect), None)
-        if protected is not None:
-            raise UsageError(f"--floor {protected} has no effect with --protect {','.join(self.protect)}")
-        floors = {**DEFAULT_FLOORS, **dict(parse_floor(text) for text in self.floor or ())}
-        return Candidates(
-            allowed=self.allow,
-            group_size=group_size,
-            symmetric=symmetric,
-            floors=floors,
-            protected=self.protect,
-            tied=self.tie,
-        )
-
-
-def parse_floor(text: str) -> tuple[str, float]:
-    """Return the group and the bits of ``GROUP=B``. Raises `UsageError`."""
-    group, _, width = text.partition("=")
-    try:
-        return group, float(width)
-    except ValueError:
-        raise UsageError(f"--floor {text}: give a group and its fewest bits, as attn=4") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
-from ditmoe_cli.api.devices import checked_device
-from ditmoe_cli.api.output_names import DEFAULT_SHARD, Size, default_output, parse_size
-from ditmoe_cli.cli.groups import at_least, ending, one_of, refuse_idle
+from ditmoe_cli.api import output_names as asked
+from ditmoe_cli.api import planning_requests
+from ditmoe_cli.api.argument_checks import at_least, ending, one_of
+from ditmoe_cli.api.devices import checked_device, named_device
+from ditmoe_cli.api.output_names import DEFAULT_SHARD, Size, checkpoint_path, default_output, parse_size
+from ditmoe_cli.api.planning_requests import fitted_tokens
 from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.stage import Stage, incoming
-from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
 from ditmoe_cli.files.casting import DTYPES as CASTS
 from ditmoe_cli.files.hub_names import HUB_PREFIX, PUBLISHED
-from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.unpacking_budget import set_default_budget
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.model.conversions import Storage
@@ -77,13 +77,6 @@ def complete_checkpoint(incomplete: str) -> list[str]:
             return []
     names = (_DEMO, *(HUB_PREFIX + name for name in PUBLISHED))
     return [name for name in names if incomplete and name.startswith(incomplete)]
-
-
-def named_device(name: str) -> str:
-    """Return the name of a device. Raises `ValueError` for none of torch's, as far as it can be told without torch."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError("choose auto, cpu, cuda or cuda:N")
-    return name
 
 
 DeviceOpt = Annotated[
@@ -207,16 +200,8 @@ class Weights:
         return Storage(self.dtype, self.dequantize)
 
 
-def checkpoint_path(path: Path) -> Path:
-    """Return where a checkpoint is written. Raises `ValueError` for an ending that we do not write."""
-    is_slip = path.suffix.startswith(".safe") and path.suffix != ".safetensors"
-    if is_slip or path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".npz", ".json"):
-        raise ValueError("checkpoints are written as FILE.safetensors or into a folder; other layouts by ditmoe export")
-    return path
-
-
 @dataclass(frozen=True)
-class Destination:
+class Destination(asked.Destination):
     """Where a checkpoint goes."""
 
     panel: ClassVar[str] = "Output"
@@ -244,14 +229,6 @@ class Destination:
             help="Size of the largest file of a folder, as 5GB or 500MB. [default: 10GB]",
         ),
     ] = DEFAULT_SHARD
-
-    def at(self, checkpoint: Path, suffix: str) -> Output:
-        """Return the output; without --output it is named after the input and `suffix`."""
-        path = self.output or default_output(checkpoint, suffix)
-        output = Output(path.absolute(), self.force, self.max_shard_size.bytes)
-        if output.is_file:
-            refuse_idle(self, "on a single file; give a folder as --output", "max_shard_size")
-        return output
 
 
 @dataclass(frozen=True)
@@ -333,7 +310,7 @@ class Computing:
 
 
 @dataclass(frozen=True)
-class Measuring:
+class Measuring(planning_requests.Measuring):
     """Profile, device and dtype that a plan is made with."""
 
     panel: ClassVar[str] = "Plan"
@@ -366,15 +343,8 @@ class Planning(Measuring):
     ] = False
 
 
-def fitted_tokens(tokens: int) -> int:
-    """Return a number of calibration tokens to fit on, 0 for the default. Raises `ValueError` out of range."""
-    if not 0 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"give at most {MOST_TOKENS}, since all are in memory at once; 0 is the default")
-    return tokens
-
-
 @dataclass(frozen=True)
-class Refitting:
+class Refitting(planning_requests.Refitting):
     """How the remaining experts are fitted to the original output."""
 
     panel: ClassVar[str] = "Refitting"
@@ -396,13 +366,3 @@ class Refitting:
             help="Calibration tokens to refit on. [default: 32 for each unknown, at most 65536]",
         ),
     ] = 0
-
-    def repair(self, router: str) -> Repair | None:
-        """Return how to refit, or None for not at all.
-
-        The residual constant and map are left out of sliced checkpoints, since upstream, which loads those, lacks them.
-        """
-        if not self.refit:
-            refuse_idle(self, "with --no-refit", "refit_tokens")
-        beyond = router != "slice"
-        return Repair(constant=beyond, linear=beyond, tokens=self.refit_tokens) if self.refit else None

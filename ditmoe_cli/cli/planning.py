@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ditmoe_cli.api.devices import dtype_on
+from ditmoe_cli.api.argument_checks import refuse_idle
 from ditmoe_cli.api.foretelling import estimate_row
 from ditmoe_cli.api.planner_runs import Choice, PlannerRun, chosen_alone, foreseen_result, laid_out, planned_result
 from ditmoe_cli.api.written_checkpoints import ForeseenCheckpoint, WrittenCheckpoint
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.costs import error_rows, plan_rows
-from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import Destination, Measuring, Source
 from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
@@ -60,16 +59,13 @@ def run_planner(
     checkpoint = open_stage(stage)
     output = to.at(checkpoint.path, planner.label)
     job = Job(planner.command, stage, checkpoint, output, printing)
-    wanted = replace(
-        automatic.request(stage, checkpoint, planning, output.path.parent),
-        dtype=dtype_on(planning.dtype, planning.device, measures=not to.dry_run),
-    )
+    wanted = automatic.request(stage, checkpoint, planning, output.path.parent, measures=not to.dry_run)
     run = PlannerRun(planner, checkpoint, output, wanted, planning.device)
     if plan_only:
         with chosen_alone(run) as choice:
             return show_plan(job, choice, planning.device)
     if to.dry_run:
-        return show_foreseen(job, foreseen_result(run))
+        return show_result(job, foreseen_result(run), dry_run=True)
     result = planned_result(run)
     show_written(job, result)
     closing = None if result.up_to_date else planner.closing(result.figures)
@@ -78,13 +74,18 @@ def run_planner(
     return None
 
 
-def show_foreseen(job: Job, result: ForeseenCheckpoint | WrittenCheckpoint) -> None:
+def show_result(job: Job, result: ForeseenCheckpoint | WrittenCheckpoint, *, dry_run: bool) -> None:
+    """Print what was written or would be."""
+    if isinstance(result, ForeseenCheckpoint):
+        return show_foreseen(job, result)
+    return show_written(job, result, dry_run=dry_run)
+
+
+def show_foreseen(job: Job, result: ForeseenCheckpoint) -> None:
     """Print what would be written: bytes, estimate and plan; an undecided plan has the right size only, and is not."""
-    if isinstance(result, WrittenCheckpoint):
-        return show_written(job, result, dry_run=True)
     document = job.stage.to_json({**result.to_json(), "dry_run": True})
     rows: list[Row] = [("would write", job.output.path), *_foreseen_rows(job, result)]
-    return emit(job.printing, document, rows, str(job.output.path), editable=True)
+    emit(job.printing, document, rows, str(job.output.path), editable=True)
 
 
 def show_plan(job: Job, choice: Choice, device: str = "cpu") -> None:

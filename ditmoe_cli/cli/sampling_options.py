@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api.argument_checks import seed_of_64_bits
 from ditmoe_cli.api.devices import dtype_on
-from ditmoe_cli.cli.groups import completing, seed_of_64_bits
+from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.options import DtypeOpt
 from ditmoe_cli.cli.terminal import Row, note
 from ditmoe_cli.compression.planner import label_of

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ditmoe_cli.api.opening import tell_of
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.json_text import parse_json
@@ -178,10 +179,5 @@ def open_stage(
     own = chosen in (stage.original, stage.checkpoint)
     overrides = dict(stage.given or {}) if own else asdict(given) if given else {}
     checkpoint = open_checkpoint(chosen, allow_unknown=allow_unknown, **overrides)
-    for message in checkpoint.notes if not stage.piped else ():
-        note(f"{checkpoint.name}: {message}")
-    for warning in checkpoint.warnings:
-        note(f"warning: {warning}")
-    for assumption in checkpoint.assumptions if not stage.piped else ():  # the pipe's first command prints them
-        note(f"assuming {assumption}")
+    tell_of(checkpoint, first=not stage.piped)  # the pipe's first command prints them
     return checkpoint

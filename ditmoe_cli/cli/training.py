@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, cast
 
 import typer
 
+from ditmoe_cli.api.argument_checks import at_least, one_of, seed_of_64_bits
 from ditmoe_cli.api.training_runs import ForeseenTraining, TrainedCheckpoint
-from ditmoe_cli.cli.groups import at_least, completing, one_of, seed_of_64_bits
+from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.options import complete_checkpoint
 from ditmoe_cli.cli.planning import Job, Told, show_foreseen, show_written
 from ditmoe_cli.cli.stage import Stage

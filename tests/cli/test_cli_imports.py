@@ -160,7 +160,7 @@ def imported(*words: str, cwd: Path) -> tuple[int, set[str]]:
 
 
 HELP = {
-    *("api", "api.notes"),
+    *("api", "api.notes", "api.shown_progress"),
     *(
         "cli",
         "cli.announced_imports",

@@ -10,7 +10,8 @@ from typing import Annotated
 import pytest
 import typer
 
-from ditmoe_cli.cli.groups import at_least, ending, one_of, spliced
+from ditmoe_cli.api.argument_checks import at_least, ending, one_of
+from ditmoe_cli.cli.groups import spliced
 from ditmoe_cli.errors import UsageError
 
 

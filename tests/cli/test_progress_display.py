@@ -12,9 +12,11 @@ from threading import Event
 
 import pytest
 
+from ditmoe_cli.api import shown_progress
+from ditmoe_cli.api.shown_progress import Pace, bytes_of, counted, looking, paced, parts_of
 from ditmoe_cli.cli import progress_display as display
 from ditmoe_cli.cli.app import run
-from ditmoe_cli.cli.progress_display import Pace, bytes_of, clock, counted, looking, paced, parts_of, shown
+from ditmoe_cli.cli.progress_display import clock, shown
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.progress import BYTES, Phase, each, phase, watched_by
 
@@ -61,8 +63,9 @@ class Gone(io.StringIO):
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(display, "time", found)
-    monkeypatch.setattr(display, "looking", found.looking)
+    for module in (display, shown_progress):
+        monkeypatch.setattr(module, "time", found)
+        monkeypatch.setattr(module, "looking", found.looking)
     monkeypatch.delenv("DITMOE_PROGRESS")
     return found
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api.argument_checks import refuse_idle, seed_of_64_bits
 from ditmoe_cli.api.devices import checked_device, dtype_on
 from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.output_names import Size, parse_size
-from ditmoe_cli.cli.groups import refuse_idle, seed_of_64_bits
 from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding
 from ditmoe_cli.cli.options import DeviceOpt, DtypeOpt, Models, Source, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import note_steps

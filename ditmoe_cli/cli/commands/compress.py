@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import compressing_requests as asked
+from ditmoe_cli.api.argument_checks import at_least, ending, one_of, refuse_idle
 from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
-from ditmoe_cli.cli.groups import at_least, ending, one_of, refuse_idle
 from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import run_planner
-from ditmoe_cli.cli.terminal import Printing, note
+from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
-from ditmoe_cli.compression.joint.for_upstream import ForUpstream
 from ditmoe_cli.compression.joint.size_curve import Curving
-from ditmoe_cli.compression.plan import Retraining
-from ditmoe_cli.compression.planner import Planner
-from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
-from ditmoe_cli.errors import UsageError
-from ditmoe_cli.export.choices import Choices
 from ditmoe_cli.export.targets import TARGETS
 
 MACHINE = Models
@@ -38,11 +32,10 @@ EXAMPLES = (
     "ditmoe compress ckpt.pt --curve --png curve.png",
     "ditmoe compress ckpt.pt --size 1.2GiB --plan-only > plan.json",
 )
-STACK = "stack"
 
 
 @dataclass(frozen=True)
-class Goals:
+class Goals(asked.Goals):
     """The size or the damage to reach."""
 
     panel: ClassVar[str] = "Goal"
@@ -66,7 +59,7 @@ class Goals:
 
 
 @dataclass(frozen=True)
-class Tying(Mixing):
+class Tying(asked.Tying, Mixing):
     """Formats that a compression may choose from, and what it chooses alike."""
 
     tie: Annotated[
@@ -80,22 +73,9 @@ class Tying(Mixing):
         ),
     ] = ()
 
-    @property
-    def stacked(self) -> bool:
-        """Whether all experts of a block take one width, and one format for each of their matrices."""
-        return STACK in self.tie
-
-    @property
-    def formats(self) -> Candidates:
-        """The formats to choose from. Raises `UsageError` for unknown names and what has no effect."""
-        if self.stacked and "experts" in self.protect:
-            raise UsageError("--tie stack has no effect with --protect experts, which keeps them as they are")
-        matrices = replace(self, tie=tuple(name for name in self.tie if name != STACK))
-        return matrices.candidates(DEFAULT_GROUP_SIZE, symmetric=False)
-
 
 @dataclass(frozen=True)
-class Retrained:
+class Retrained(asked.Retrained):
     """Training of what was compressed."""
 
     panel: ClassVar[str] = "Training"
@@ -121,21 +101,9 @@ class Retrained:
         float, typer.Option("--minutes", metavar="M", help="Time for --heal or --steps, beside all else.")
     ] = DEFAULT_MINUTES
 
-    @property
-    def stage(self) -> Retraining | None:
-        """The stage that trains; None for no training. Raises `UsageError` for times out of range."""
-        if not self.heal and self.steps is None:
-            refuse_idle(self, "without --heal or --steps", "minutes")
-            return None
-        if self.heal:
-            refuse_idle(self, "with --heal; learning few steps heals too", "steps")
-        if not 0 < self.minutes < math.inf:
-            raise UsageError(f"--minutes {self.minutes:g}: give a time above 0")
-        return Retraining(self.minutes, student_steps=self.steps)
-
 
 @dataclass(frozen=True)
-class Loading:
+class Loading(asked.Loading):
     """What the result is to be loaded by."""
 
     panel: ClassVar[str] = "Result"
@@ -150,11 +118,6 @@ class Loading:
             "costs.",
         ),
     ] = None
-
-    @property
-    def choices(self) -> Choices:
-        """What may be chosen."""
-        return Choices() if self.target is None else TARGETS[self.target].choices
 
 
 @dataclass(frozen=True)
@@ -200,32 +163,16 @@ def run(
     bytes. Plans are carried out and tried on held-out calibration images, and the best one is written: narrowed,
     rounded and refitted block after block.
     """
-    goal = None
-    if not foresight.curve or goals != Goals():
-        goal = Goal(goals.size.bytes if goals.size is not None else None, goals.ratio, goals.max_damage)
     if foresight.curve:
         refuse_idle(foresight, "with --curve, which has many plans", "plan_only")
         refuse_idle(goals, "with --curve, which tries one plan; give a size", "max_damage")
         if loading.choices.alike:
             refuse_idle(loading, "with --curve", "target")
         refuse_idle(retrained, "with --curve", "heal", "steps", "minutes")
+        goal = goals.goal if goals != Goals() else None
         formats = replace(mixing.formats, target=loading.target)
         curving = Curving(lambda size: Compressing(Goal(size), formats, mixing.stacked), goal)
         return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
     refuse_idle(foresight, "without --curve", "png")
-    assert goal is not None
-    if loading.target is not None and not loading.choices.restrict:
-        note(f"--target {loading.target} leaves nothing out: it holds whatever compress may choose")
-    planner: Planner
-    if loading.choices.alike:
-        beside = f"with --target {loading.target}"
-        refuse_idle(mixing, f"{beside}, which takes no formats", "allow", "floor", "protect", "tie")
-        refuse_idle(retrained, f"{beside}, whose result ditmoe heal takes", "heal", "steps", "minutes")
-        refuse_idle(goals, f"{beside}; give --size or --ratio", "max_damage")
-        planner = ForUpstream(goal)
-    else:
-        if retrained.stage is not None:
-            refuse_idle(goals, "with --heal and --steps, which take a --size or a --ratio", "max_damage")
-        formats = replace(mixing.formats, target=loading.target)
-        planner = Compressing(goal, formats, mixing.stacked, retrained.stage)
+    planner = asked.compressing_of(goals, mixing, retrained, loading)
     return run_planner(planner, measuring, automatic, source, to, printing, plan_only=foresight.plan_only)

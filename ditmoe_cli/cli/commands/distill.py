@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, cast
 
 import typer
 
+from ditmoe_cli.api.argument_checks import at_least, one_of
 from ditmoe_cli.api.step_texts import held_text
 from ditmoe_cli.api.training_runs import Training, check_pair, trained_result
-from ditmoe_cli.cli.groups import at_least, one_of
 from ditmoe_cli.cli.guiding_options import WeakGuiding
 from ditmoe_cli.cli.options import Computing, Destination, Models, Source
 from ditmoe_cli.cli.planning import Job

@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api.argument_checks import one_of, refuse_idle
 from ditmoe_cli.api.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.api.output_names import stem
 from ditmoe_cli.api.written_checkpoints import size_facts
-from ditmoe_cli.cli.groups import one_of, refuse_idle
 from ditmoe_cli.cli.options import Destination, Source, Weights
 from ditmoe_cli.cli.planning import size_rows
 from ditmoe_cli.cli.stage import open_stage

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api.argument_checks import ending, one_of
 from ditmoe_cli.api.foretelling import foretell
-from ditmoe_cli.cli.groups import completing, ending, one_of
+from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Accelerating, Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row

@@ -8,11 +8,10 @@ from typing import Annotated, ClassVar, cast
 
 import typer
 
-from ditmoe_cli.api.devices import dtype_on
+from ditmoe_cli.api.argument_checks import one_of
 from ditmoe_cli.api.step_texts import held_text
 from ditmoe_cli.api.training_runs import Training, check_pair, telling, trained_result
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import one_of
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import Job
 from ditmoe_cli.cli.stage import Stage, open_stage
@@ -105,12 +104,12 @@ def profile_request(
     to: Destination,
 ) -> ProfileRequest:
     """Return what is asked of the original's profile; that of the pipe counts where it is the original's."""
-    found = automatic.request(stage, original, measuring, beside)
+    found = automatic.request(stage, original, measuring, beside, measures=not to.dry_run)
     if measuring.profile is None and found.given is not None:
         piped = read_profile(found.given)
         if piped.checkpoint not in (original.fingerprint, *original.ancestors):
             found = replace(found, given=None)
-    return replace(found, dtype=dtype_on(measuring.dtype, measuring.device, measures=not to.dry_run))
+    return found
 
 
 def record_rows(record: HealingRecord) -> list[Row]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api.argument_checks import refuse_idle
 from ditmoe_cli.api.step_texts import step_text
 from ditmoe_cli.cli.checkpoint_comparison import (
     comparison_json,
@@ -18,7 +19,6 @@ from ditmoe_cli.cli.checkpoint_comparison import (
     measured_distances,
     value_rows,
 )
-from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, note, with_options

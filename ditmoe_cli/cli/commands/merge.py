@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import merging_requests as asked
+from ditmoe_cli.api.argument_checks import known, one_of
+from ditmoe_cli.api.merging_requests import delta_ratio_in_range, differencing_of, merging_of
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import known, one_of, refuse_idle
 from ditmoe_cli.cli.options import Destination, Models, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
-from ditmoe_cli.compression.counts import parse_keep
-from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS, Differencing
-from ditmoe_cli.compression.merge.merging import Merging
+from ditmoe_cli.compression.delta.delta_plan import DEFAULT_RATIOS
 from ditmoe_cli.compression.methods import MERGES
-from ditmoe_cli.compression.plan import Differences
-from ditmoe_cli.errors import UsageError
-from ditmoe_cli.formats.differences import DeltaFormat
 
 MACHINE = Models
 EXAMPLES = (
@@ -28,7 +25,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Grouping:
+class Grouping(asked.Grouping):
     """How experts are merged."""
 
     panel: ClassVar[str] = "Merging"
@@ -60,15 +57,8 @@ class Grouping:
     ] = "map"
 
 
-def delta_ratio(ratio: float) -> float:
-    """Return a ratio that is above 0 and at most 1. Raises `ValueError` for any other."""
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError("give a number above 0 and at most 1.0")
-    return ratio
-
-
 @dataclass(frozen=True)
-class DeltaOptions:
+class DeltaOptions(asked.DeltaOptions):
     """How experts are stored as differences."""
 
     panel: ClassVar[str] = "Differences"
@@ -87,7 +77,7 @@ class DeltaOptions:
         typer.Option(
             "--delta-ratio",
             metavar="R",
-            callback=delta_ratio,
+            callback=delta_ratio_in_range,
             help="svd: size of a difference's two factors over that of its matrix; ternary: share of entries that are "
             "not 0. [default: 0.25 for svd, 0.5 for ternary]",
         ),
@@ -112,26 +102,3 @@ def run(
         return print_methods("merge", printing)
     planner = differencing_of(delta, grouping, refitting) or merging_of(grouping, refitting)
     return run_planner(planner, planning, automatic, source, to, printing)
-
-
-def merging_of(grouping: Grouping, refitting: Refitting) -> Merging:
-    """Return what to merge. Raises `UsageError` for unknown names and values out of range."""
-    groups, method, router = grouping.groups, grouping.method, grouping.router
-    if groups is None:
-        raise UsageError("--groups is missing: give a ratio such as 0.5 or a count such as 4, or --delta in its place")
-    keep = parse_keep(groups, "groups")
-    return Merging(keep, method, "slice" if router == "slice" else "ghost", refitting.repair(router))
-
-
-def differencing_of(options: DeltaOptions, grouping: Grouping, refitting: Refitting) -> Differencing | None:
-    """Return how to store differences, None where that is not asked for. Raises `UsageError`."""
-    if options.delta is None:
-        if options.delta_ratio is not None:
-            raise UsageError("--delta-ratio needs --delta svd or --delta ternary")
-        return None
-    if grouping.groups is not None:
-        raise UsageError("--groups and --delta exclude each other: differences leave every expert in its place")
-    refuse_idle(grouping, "with --delta, which merges no experts", "method", "router")
-    refuse_idle(refitting, "with --delta, which refits no experts", "refit", "refit_tokens")
-    kind, ratio = cast(DeltaFormat, options.delta), options.delta_ratio
-    return Differencing(Differences(kind, DEFAULT_RATIOS[kind] if ratio is None else ratio))

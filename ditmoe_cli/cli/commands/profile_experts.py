@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api.argument_checks import refuse_idle
 from ditmoe_cli.api.devices import checked_device
 from ditmoe_cli.api.foretelling import foretell
-from ditmoe_cli.cli.groups import refuse_idle
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Models, Source
 from ditmoe_cli.cli.sampling_options import SamplingOptions, complete_solver, parse_classes
 from ditmoe_cli.cli.stage import open_stage

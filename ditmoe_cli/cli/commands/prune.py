@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast, get_args
+from typing import Annotated, ClassVar, get_args
 
 import typer
 
+from ditmoe_cli.api import pruning_requests as asked
+from ditmoe_cli.api.argument_checks import at_least, known, one_of, seed_of_64_bits
+from ditmoe_cli.api.pruning_requests import pruning_of
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import at_least, known, one_of, refuse_idle, seed_of_64_bits
 from ditmoe_cli.cli.options import Destination, Models, Planning, Refitting, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
-from ditmoe_cli.compression.counts import parse_keep
 from ditmoe_cli.compression.methods import METHODS
-from ditmoe_cli.compression.plan import Repair, RouterMode
-from ditmoe_cli.compression.prune.pruning import Pruning
-from ditmoe_cli.compression.prune.widths import widths_of_ratio
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.compression.plan import RouterMode
 
 MACHINE = Models
 EXAMPLES = (
@@ -28,7 +26,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Dropping:
+class Dropping(asked.Dropping):
     """Which experts are kept, and how routers go on."""
 
     panel: ClassVar[str] = "Choice of experts"
@@ -78,7 +76,7 @@ class Dropping:
 
 
 @dataclass(frozen=True)
-class Narrowing:
+class Narrowing(asked.Narrowing):
     """How kept experts are narrowed."""
 
     panel: ClassVar[str] = "Narrowing"
@@ -94,7 +92,7 @@ class Narrowing:
 
 
 @dataclass(frozen=True)
-class Replacing(Refitting):
+class Replacing(asked.Replacing, Refitting):
     """Repairs and replacements of dropped experts."""
 
     scale: Annotated[
@@ -112,13 +110,6 @@ class Replacing(Refitting):
             help="Replace each dropped expert by a constant and a linear map of rank R.",
         ),
     ] = 0
-
-    def repair(self, router: str) -> Repair | None:
-        """Return how to refit or scale, or None for neither. Raises `UsageError` for --scale with --no-refit."""
-        if self.scale and not self.refit:
-            raise UsageError("--scale is a repair; leave out --no-refit")
-        scaling = Repair(scale=True, shared=False, constant=False, linear=False, tokens=self.refit_tokens)
-        return scaling if self.scale else super().repair(router)
 
 
 def run(
@@ -138,38 +129,3 @@ def run(
     if planning.list_methods:
         return print_methods("prune", printing)
     return run_planner(pruning_of(dropping, narrowing, replacing), planning, automatic, source, to, printing)
-
-
-def pruning_of(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -> Pruning:
-    """Return what to prune. Raises `UsageError` for unknown names and values out of range."""
-    keep = "1.0" if dropping.keep is None and narrowing.neurons != 1.0 else dropping.keep
-    if keep is None:
-        raise UsageError(
-            "--keep is missing: give a ratio such as 0.5 or a count such as 4, or --neurons to narrow only"
-        )
-    widths_of_ratio(narrowing.multiple, narrowing.neurons, narrowing.multiple)  # refuses what is out of range
-    refuse_idle_options(dropping, narrowing, replacing)
-    return Pruning(
-        keep=parse_keep(keep),
-        method=dropping.method,
-        router=None if dropping.router == "auto" else cast(RouterMode, dropping.router),
-        seed=dropping.seed,
-        repair=replacing.repair(dropping.router),
-        shared_budget=dropping.allocate == "global",
-        neurons=narrowing.neurons,
-        multiple=narrowing.multiple,
-        narrow_shared=narrowing.narrow_shared,
-        constants=replacing.constants or replacing.residual_rank > 0,
-        rank=replacing.residual_rank,
-    )
-
-
-def refuse_idle_options(dropping: Dropping, narrowing: Narrowing, replacing: Replacing) -> None:
-    """Raise `UsageError` for an option that has no effect beside the others."""
-    if dropping.keep is None:
-        refuse_idle(dropping, "without --keep, since all experts stay", "method", "seed", "router")
-        refuse_idle(replacing, "without --keep, since all experts stay", "constants", "residual_rank")
-    if dropping.method != "random":
-        refuse_idle(dropping, "without --method random", "seed")
-    if narrowing.neurons == 1.0:
-        refuse_idle(narrowing, "without --neurons", "multiple", "narrow_shared")

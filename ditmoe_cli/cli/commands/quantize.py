@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import quantizing_requests as asked
+from ditmoe_cli.api.argument_checks import one_of
 from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
-from ditmoe_cli.cli.groups import completing, one_of
+from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.mixing_options import Mixing
 from ditmoe_cli.cli.options import Destination, Models, Planning, Source
 from ditmoe_cli.cli.planning import print_methods, run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MIXES
-from ditmoe_cli.compression.plan import MOST_TOKENS, Rounding
-from ditmoe_cli.compression.planner import Planner
-from ditmoe_cli.compression.precision.budget import Budget
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE
-from ditmoe_cli.compression.precision.mixed import TYING, MixedPrecision
-from ditmoe_cli.compression.precision.uniform import KINDS, UniformPrecision, format_named
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.compression.precision.uniform import KINDS
 
 MACHINE = Models
 EXAMPLES = (
@@ -32,7 +29,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Precision:
+class Precision(asked.Precision):
     """How precise weights stay: the size to meet, by one format or a planned mix."""
 
     panel: ClassVar[str] = "Precision"
@@ -74,7 +71,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Grids:
+class Grids(asked.Grids):
     """The grids that weights are rounded to."""
 
     panel: ClassVar[str] = "Grids"
@@ -95,7 +92,7 @@ class Grids:
 
 
 @dataclass(frozen=True)
-class RoundingOptions:
+class RoundingOptions(asked.RoundingOptions):
     """How weights are rounded."""
 
     panel: ClassVar[str] = "Rounding"
@@ -128,17 +125,6 @@ class RoundingOptions:
         ),
     ] = 0.0
 
-    def method(self, uniform: bool) -> Rounding | None:
-        """Return how weights are rounded, None for to the nearest. Raises `UsageError` for values out of range."""
-        nearest = (self.rounding or ("nearest" if uniform else "gptq")) == "nearest"
-        if self.tokens < 0 or (self.tokens and nearest):
-            raise UsageError(f"--tokens {self.tokens}: give at least 1, and --rounding gptq")
-        if self.tokens > MOST_TOKENS:
-            raise UsageError(f"--tokens {self.tokens}: give at most {MOST_TOKENS}, since all are in memory at once")
-        if not 0 <= self.smooth <= 1 or (self.smooth and nearest):
-            raise UsageError(f"--smooth {self.smooth:g}: give 0 to 1, and --rounding gptq")
-        return None if nearest else Rounding("gptq", self.tokens, self.smooth)
-
 
 def run(
     precision: Precision,
@@ -159,53 +145,5 @@ def run(
     """
     if planning.list_methods:
         return print_methods("quantize", printing)
-    rounded = rounding.method(precision.uniform)
-    planner_of = uniform_of if precision.uniform else mix_of
-    planner: Planner = planner_of(precision, grids, mixing, rounded)
+    planner = asked.quantizing_of(precision, grids, mixing, rounding)
     return run_planner(planner, planning, automatic, source, to, printing)
-
-
-def known_method(name: str) -> str:
-    """Return the name of a method. Raises `UsageError` for an unknown one."""
-    if name not in MIXES:
-        raise UsageError(f"--method {name}: unknown; choose from {', '.join(MIXES)}")
-    return name
-
-
-def uniform_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Rounding | None) -> UniformPrecision:
-    """Return what --uniform asks for. Raises `UsageError` for what does not go together."""
-    if known_method(precision.method) != DEFAULT_METHODS["quantize"]:
-        raise UsageError(f"--method {precision.method}: plans a mix; leave out --uniform")
-    refuse_mixing(mixing)
-    if precision.size is not None:
-        raise UsageError("--size plans a mix; give --bits with --uniform")
-    name = format_named(
-        precision.format,
-        precision.bits,
-        group_size=grids.group_size,
-        symmetric=grids.symmetric,
-        double_quant=grids.double_quant,
-    )
-    return UniformPrecision(name, rounding)
-
-
-def mix_of(precision: Precision, grids: Grids, mixing: Mixing, rounding: Rounding | None) -> MixedPrecision:
-    """Return what a planned mix is to be. Raises `UsageError` for unknown names and values out of range."""
-    method = known_method(precision.method)
-    if precision.format is not None or grids.double_quant:
-        raise UsageError("--format and --double-quant: a mix has formats of its own; give --uniform, or --allow")
-    size = precision.size
-    if precision.bits is None and size is None:
-        raise UsageError("--bits is missing: give a width, as 4 or 3.25, or a --size")
-    budget = Budget(precision.bits, size.bytes if size is not None else None)
-    if mixing.tie and method not in TYING:
-        raise UsageError(f"--tie has no effect with --method {method}; only {' and '.join(TYING)} tie matrices")
-    candidates = mixing.candidates(grids.group_size, symmetric=grids.symmetric)
-    return MixedPrecision(budget, candidates, method, rounding)
-
-
-def refuse_mixing(mixing: Mixing) -> None:
-    """Raise `UsageError` for the first option that shapes a mix, where one format is asked for."""
-    for field in fields(mixing):
-        if getattr(mixing, field.name) != field.default:
-            raise UsageError(f"--{field.name}: shapes a planned mix; leave out --uniform")

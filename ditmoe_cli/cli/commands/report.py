@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from ditmoe_cli import __version__
+from ditmoe_cli.api.argument_checks import ending, seed_of_64_bits
 from ditmoe_cli.api.output_names import usual_profiles
-from ditmoe_cli.cli.groups import completing, ending, seed_of_64_bits
+from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, emit, note
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError

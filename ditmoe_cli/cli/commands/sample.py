@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditmoe_cli.api.argument_checks import ending
 from ditmoe_cli.api.foretelling import foretell
-from ditmoe_cli.cli.groups import ending
 from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
 from ditmoe_cli.cli.options import Accelerating, FileDestination, Models, Running, Source
 from ditmoe_cli.cli.sampling_options import ImageSampling, samples_label, solver_row
