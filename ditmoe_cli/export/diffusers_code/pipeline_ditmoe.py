@@ -1,11 +1,13 @@
 """Sampling of DiT-MoE by class labels, for diffusers."""
 
-from __future__ import annotations
-
-from typing import Any
+# No annotations from __future__ here: diffusers reads those of `__init__` as types.
+from typing import Any, Optional
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -29,12 +31,12 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def __init__(
         self,
-        transformer: Any,
-        scheduler: Any,
-        vae: Any = None,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: Optional[AutoencoderKL] = None,  # noqa: UP045
         num_inference_steps: int = 50,
         distilled: bool = False,
-        vae_repository: str | None = None,
+        vae_repository: Optional[str] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -128,8 +130,6 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.vae is None and self.config.vae_repository is not None:
-            from diffusers import AutoencoderKL
-
             vae = AutoencoderKL.from_pretrained(self.config.vae_repository)
             self.register_modules(vae=vae.to(latents.device))
         if self.vae is None:
