@@ -168,6 +168,27 @@ def decoding_digest(where: str) -> str | None:
     return digest([file_digest(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
 
 
+def vae_on_disk(where: str, in_channels: int) -> Path | None:
+    """Return the folder of a VAE on disk that decodes latents of `in_channels`, None for the name of one on the hub.
+
+    Raises `BadInputError` where `where` is neither, and for a VAE that `open_vae` does not open.
+    """
+    given = Path(where).expanduser()
+    if not given.exists() and _HUB_NAME.fullmatch(where):
+        return None
+    found = _vae_in(given)
+    if found is None:
+        problem = _NO_VAE if given.is_dir() else "no such folder, and no hub name (owner/name)"
+        raise BadInputError(f"{where}: {problem}")
+    config = _read_config(found / CONFIG_NAME)
+    _scaling(config, found / CONFIG_NAME)
+    _check_weights_file(found)
+    channels = config.get("latent_channels", in_channels)
+    if channels != in_channels:
+        raise BadInputError(f"{where}: decodes latents of {channels} channels, and the checkpoint makes {in_channels}")
+    return found
+
+
 def _name(where: str) -> str:
     path = Path(where).expanduser()
     return path.resolve().name if path.exists() else where

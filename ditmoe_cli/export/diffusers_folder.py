@@ -8,6 +8,7 @@ in `diffusers_code`, copied. ``scheduler/`` has a scheduler of diffusers whose s
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, UPSTREAM
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.diffusion.vae import CONFIG_NAME, VAE_CLASS, WEIGHTS_NAME, vae_on_disk
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.export.exported import Export, Wanted
+from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance
@@ -28,15 +31,14 @@ from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.conversions import with_positions
 from ditmoe_cli.progress import BYTES, phase
 
-OLDEST = "0.35.0"
+OLDEST = "0.33.0"
 """The oldest diffusers that the code was run with."""
 MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
 MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
-VAE = "stabilityai/sd-vae-ft-mse"
+VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-mse", 4
 _CODE = Path(__file__).resolve().parent / "diffusers_code"
 _STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
 _DISTILLED_TO = ("euler", "ddim-trailing")  # solvers that schedulers of diffusers have
-_LATENTS = 4  # channels of the VAE's
 
 
 def obstacle(checkpoint: Checkpoint) -> str | None:
@@ -51,21 +53,45 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]) -> DiffusersFolder:
-    """Lay a checkpoint out, whose position embedding is rebuilt where the file has none."""
+    """Lay a checkpoint out, whose position embedding is rebuilt where the file has none.
+
+    Raises `UsageError` for a VAE of a model of pixels, and `BadInputError` as `vae_on_disk` does.
+    """
+    config, folder = checkpoint.config, None
+    if wanted.vae is not None and config.pixel_space:
+        raise UsageError(f"⟨vae⟩ {wanted.vae}: {checkpoint.name} makes pixels, which need none; leave it out")
+    if wanted.vae is not None:
+        folder = vae_on_disk(wanted.vae, config.in_channels)
     whole = with_positions(checkpoint)
     if whole is not checkpoint:
         tell("pos_embed is rebuilt, since the model of the folder has it in its weights")
-    return DiffusersFolder(replace(whole, original=checkpoint.original), wanted)
+    return DiffusersFolder(replace(whole, original=checkpoint.original), wanted, folder)
 
 
 @dataclass(frozen=True)
 class DiffusersFolder(Export):
-    """The folder of a checkpoint that ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` opens."""
+    """The folder of a checkpoint that ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` opens.
+
+    `vae` is the folder of the VAE that it holds a copy of, if any.
+    """
+
+    vae: Path | None = None
 
     contents: ClassVar[re.Pattern[str]] = re.compile(
-        r"(transformer|scheduler)/|README\.md|model_index\.json|pipeline_ditmoe\.py|scheduler/scheduler_config\.json"
+        r"(transformer|scheduler|vae)/|README\.md|model_index\.json|pipeline_ditmoe\.py|scheduler/scheduler_config\.json"
         r"|transformer/(config\.json|modeling_ditmoe\.py|diffusion_pytorch_model.*\.safetensors(\.index\.json)?)"
+        r"|vae/(config\.json|diffusion_pytorch_model\.safetensors)"
     )
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What is read, and must not be written."""
+        return (self.checkpoint.path, *(self._copies.values()))
+
+    @cached_property
+    def _copies(self) -> Mapping[str, Path]:
+        """The files that are copied, by their paths in the folder: those of the VAE."""
+        return {} if self.vae is None else {f"vae/{name}": self.vae / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
 
     @cached_property
     def _shards(self) -> list[Shard]:
@@ -74,10 +100,10 @@ class DiffusersFolder(Export):
 
     @cached_property
     def texts(self) -> Mapping[str, bytes]:
-        """All files but those of weights, by their paths in the folder."""
+        """All files but those of weights and copies, by their paths in the folder."""
         index = index_text(self._shards)
         return {
-            "model_index.json": pretty(pipeline_settings(self.checkpoint)),
+            "model_index.json": pretty(self._settings),
             f"{PIPELINE_CODE}.py": (_CODE / f"{PIPELINE_CODE}.py").read_bytes(),
             "scheduler/scheduler_config.json": pretty(scheduler_settings(self.checkpoint)),
             "transformer/config.json": pretty(model_settings(self.checkpoint)),
@@ -100,7 +126,8 @@ class DiffusersFolder(Export):
         """The exact bytes of all files."""
         metadata = self._provenance(UNREAD).to_metadata
         weights = sum(file_bytes(shard.tensors, metadata) for shard in self._shards)
-        return weights + sum(map(len, self.texts.values()))
+        copies = sum(file.stat().st_size for file in self._copies.values())
+        return weights + copies + sum(map(len, self.texts.values()))
 
     def write(self) -> None:
         """Write all files, or none, by several threads that take a weight each.
@@ -110,12 +137,15 @@ class DiffusersFolder(Export):
         path, metadata = self.wanted.path, self._provenance().to_metadata
         total = sum(info.nbytes for shard in self._shards for info in shard.tensors)
         with (
-            staged(path, self.wanted.force, [self.checkpoint.path], self.contents) as staging,
+            staged(path, self.wanted.force, self.inputs, self.contents) as staging,
             phase(f"writing {path.name}", total, BYTES) as progress,
         ):
             for name, text in self.texts.items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).write_bytes(text)
+            for name, file in self._copies.items():
+                (staging / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, staging / name)
             files = {staging / "transformer" / shard.name: shard.tensors for shard in self._shards}
             put = partial(self._put, one_at_a_time(progress))
             write_files(files, [partial(put, info) for shard in self._shards for info in shard.tensors], metadata)
@@ -128,9 +158,12 @@ class DiffusersFolder(Export):
         folder = self.wanted.path
         try:
             held = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {"README.md"}
-            if held != {*self.texts, *(f"transformer/{shard.name}" for shard in self._shards)}:
+            if held != {*self.texts, *self._copies, *(f"transformer/{shard.name}" for shard in self._shards)}:
                 return "is no such folder"
             changed = next((name for name, text in self.texts.items() if (folder / name).read_bytes() != text), None)
+            if changed is None:
+                copies = self._copies.items()
+                changed = next((name for name, file in copies if file_digest(folder / name) != file_digest(file)), None)
             if changed is not None:
                 return f"its {changed} is another"
             made = open_checkpoint(folder / "transformer")
@@ -139,21 +172,27 @@ class DiffusersFolder(Export):
             return "cannot be read as one"
         return None if same else "is no copy of this input"
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What ``model_index.json`` says."""
+        repository = self.wanted.vae or (VAE if self.checkpoint.config.in_channels == VAE_CHANNELS else None)
+        return pipeline_settings(self.checkpoint, None if self.vae is not None else repository, self.vae is not None)
+
     def facts(self) -> dict[str, Any]:
         """Return steps and scheduler of the pipeline, and the diffusers that it needs."""
-        settings = pipeline_settings(self.checkpoint)
+        settings = self._settings
         return {
             "scheduler": settings["scheduler"][1],
             "steps": settings["num_inference_steps"],
             "distilled": settings["distilled"],
-            "vae": settings["vae_repository"],
+            "vae": str(self.vae) if self.vae is not None else settings["vae_repository"],
             "diffusers": OLDEST,
             "packed": {name: len(layers) for name, layers in packed_layers(self.checkpoint).items()},
         }
 
     def usage(self) -> Sequence[tuple[str, str]]:
         """Return how to open and sample it."""
-        steps = pipeline_settings(self.checkpoint)["num_inference_steps"]
+        steps = self._settings["num_inference_steps"]
         opened = f"DiffusionPipeline.from_pretrained({str(self.wanted.path)!r}, trust_remote_code=True)"
         return [("open with", opened), ("sample with", f"pipeline(class_labels=[0]), {steps} steps by default")]
 
@@ -217,16 +256,19 @@ def scheduler_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**own, "_diffusers_version": OLDEST, "num_train_timesteps": TRAINING_STEPS}
 
 
-def pipeline_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return ``model_index.json``: the parts of the pipeline, and the arguments of its class."""
+def pipeline_settings(checkpoint: Checkpoint, repository: str | None, has_vae: bool) -> dict[str, Any]:
+    """Return ``model_index.json``: the parts of the pipeline, and the arguments of its class.
+
+    `repository` is the VAE on the hub that decodes latents where the folder has none.
+    """
     config, distilled = checkpoint.config, checkpoint.distilled
     return {
         "_class_name": [PIPELINE_CODE, PIPELINE_CLASS],
         "_diffusers_version": OLDEST,
         "transformer": [MODEL_CODE, MODEL_CLASS],
         "scheduler": ["diffusers", scheduler_settings(checkpoint)["_class_name"]],
-        "vae": [None, None],
+        "vae": ["diffusers", VAE_CLASS] if has_vae else [None, None],
         "num_inference_steps": _STEPS[config.sampler] if distilled is None else distilled.steps,
         "distilled": distilled is not None,
-        "vae_repository": VAE if config.in_channels == _LATENTS else None,
+        "vae_repository": repository,
     }

@@ -26,12 +26,14 @@ class Wanted:
         force: whether to replace what stands there.
         shard_bytes: bytes of tensors in the largest file of a folder.
         storage: in which dtype, and whether quantised weights are stored as plain ones.
+        vae: the VAE that decodes latents, where the layout holds one: a folder, or a name on the Hugging Face hub.
     """
 
     path: Path
     force: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
     storage: Storage = field(default_factory=Storage)
+    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Export(ABC):
     checkpoint: Checkpoint
     wanted: Wanted
     contents: ClassVar[re.Pattern[str]] = CHECKPOINT_FILES
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What is read, and must not be written."""
+        return (self.checkpoint.path,)
 
     @property
     @abstractmethod
@@ -85,11 +92,11 @@ class Export(ABC):
         Raises `OutputExistsError` where something else does, which is not to be replaced, and what `check_target`
         raises.
         """
-        path, inputs = self.wanted.path, [self.checkpoint.path]
+        path = self.wanted.path
         if self.wanted.force or not path.exists():
-            check_target(path, self.wanted.force, inputs, self.contents)
+            check_target(path, self.wanted.force, self.inputs, self.contents)
             return False
-        check_target(path, True, inputs, self.contents)
+        check_target(path, True, self.inputs, self.contents)
         reason = self.difference()
         if reason is None:
             return True

@@ -101,7 +101,7 @@ class RecodedFiles(Export):
                 self.tensors,
                 jobs,
                 self._provenance(UNREAD),
-                [checkpoint.path],
+                self.inputs,
                 lambda: self._provenance(self._source.fingerprint),
             )
 

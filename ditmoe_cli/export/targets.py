@@ -34,6 +34,7 @@ class Target:
         lays_out: returns the export of a checkpoint that has no obstacle, whose weights are stored as wanted. Lines on
             what is written otherwise than it is stored go to the last argument.
         folder: whether it may be a folder.
+        vae: whether it holds a VAE.
         plain: whether quantised weights are stored as plain ones in any case.
         extra: the extra of this package that installs the program; None where it is no package.
         choices: what a planner may choose so that the layout expresses the result.
@@ -46,6 +47,7 @@ class Target:
     obstacle: Callable[[Checkpoint], str | None]
     lays_out: Callable[[Checkpoint, Wanted, Tell], Export]
     folder: bool = False
+    vae: bool = False
     plain: bool = False
     extra: str | None = None
     choices: Choices = field(default_factory=Choices)
@@ -139,6 +141,7 @@ TARGETS = {
             diffusers_folder.obstacle,
             diffusers_folder.laid_out,
             folder=True,
+            vae=True,
             extra="vae",
         ),
         _quantized(
@@ -165,11 +168,14 @@ TARGETS = {
 
 
 def laid_out(target: Target, checkpoint: Checkpoint, wanted: Wanted, tell: Tell) -> Export:
-    """Lay a checkpoint out for a target. Raises `BadInputError` where the layout cannot express it.
+    """Lay a checkpoint out for a target.
 
+    Raises `BadInputError` where the layout cannot express it, and `UsageError` for a path or a VAE that it has not.
     `tell` takes lines on what is written otherwise than it is stored.
     """
     target.is_file(wanted.path)
+    if wanted.vae is not None and not target.vae:
+        raise UsageError(f"⟨vae⟩ has no effect with ⟨to⟩ {target.name}, which writes none")
     problem = target.obstacle(checkpoint)
     if problem is not None:
         raise BadInputError(f"{checkpoint.path}: {target.reader} cannot load it: {problem}")

@@ -62,7 +62,7 @@ class UpstreamFile(Export):
         archive, path = self._archive, self.wanted.path
         total = sum(info.nbytes for info in archive.tensors)
         with (
-            staged(path, self.wanted.force, [self.checkpoint.path]) as staging,
+            staged(path, self.wanted.force, self.inputs) as staging,
             phase(f"writing {path.name}", total, BYTES) as progress,
         ):
             count = one_at_a_time(progress)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_helpers import contents, here, on_terminal, piped, series
 from conftest import make_pico
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli import open_checkpoint
@@ -219,3 +221,39 @@ def test_weights_for_diffusers_are_cast_and_unpacked_where_asked_for(tmp_path: P
     made = open_checkpoint(tmp_path / "plain")
     assert {info.dtype for info in made.header.tensors.values()} == {"BF16"}
     assert made.ancestors[-1] == open_checkpoint(tmp_path / "q.safetensors").fingerprint
+
+
+def test_a_vae_is_copied_or_pointed_to(tmp_path: Path) -> None:
+    make_pico().save(tmp_path / "x.safetensors")
+    make_pico(in_channels=1).save(tmp_path / "grey.safetensors")
+    vae = tmp_path / "pipeline" / "vae"
+    vae.mkdir(parents=True)
+    (vae / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 4}')
+    save_file({"decoder.weight": torch.ones(3)}, vae / "diffusion_pytorch_model.safetensors")
+    words = ("export", "x.safetensors", "--to", "diffusers")
+
+    def index(folder: str) -> dict[str, Any]:
+        document = json.loads((tmp_path / folder / "model_index.json").read_text())
+        return {name: document[name] for name in ("vae", "vae_repository")}
+
+    predicted = here(*words, "--vae", "pipeline", "-o", "whole", "--dry-run", cwd=tmp_path).result["bytes"]
+    whole = here(*words, "--vae", "pipeline", "-o", "whole", cwd=tmp_path)
+    assert predicted == sum(f.stat().st_size for f in (tmp_path / "whole").rglob("*") if f.is_file())
+    assert index("whole") == {"vae": ["diffusers", "AutoencoderKL"], "vae_repository": None}
+    assert contents(tmp_path / "whole" / "vae") == contents(vae)
+    assert whole.result["diffusers"]["vae"] == str(Path("pipeline") / "vae")
+    assert here(*words, "--vae", "pipeline", "-o", "whole", cwd=tmp_path).result["up_to_date"] is True
+    assert here(*words, "--vae", "pipeline", "-o", "whole", "--force", cwd=tmp_path).code == 0
+    here(*words, "--vae", "owner/name", "-o", "pointing", cwd=tmp_path)
+    assert index("pointing") == {"vae": [None, None], "vae_repository": "owner/name"}
+    here(*words, "-o", "usual", cwd=tmp_path)
+    assert index("usual") == {"vae": [None, None], "vae_repository": "stabilityai/sd-vae-ft-mse"}
+    here("export", "grey.safetensors", "--to", "diffusers", "-o", "pixels", cwd=tmp_path)
+    assert index("pixels") == {"vae": [None, None], "vae_repository": None}
+    assert "no such folder" in here(*words, "--vae", "nowhere", cwd=tmp_path).error(3)
+    (vae / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
+    assert "decodes latents of 16 channels" in here(*words, "--vae", "pipeline", cwd=tmp_path).error(3)
+    grey = ("export", "grey.safetensors", "--to", "diffusers", "--vae", "pipeline")
+    assert "makes pixels, which need none" in here(*grey, cwd=tmp_path).error(2)
+    upstream = ("export", "x.safetensors", "--to", "upstream", "--vae", "pipeline")
+    assert "--vae has no effect with --to upstream" in here(*upstream, cwd=tmp_path).error(2)

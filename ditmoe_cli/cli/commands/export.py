@@ -18,6 +18,7 @@ from ditmoe_cli.cli.planning import size_rows
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.estimates import carrying_out
+from ditmoe_cli.export.diffusers_folder import VAE
 from ditmoe_cli.export.exported import Wanted
 from ditmoe_cli.export.targets import TARGETS, Target, laid_out
 from ditmoe_cli.files.staging import check_space
@@ -66,6 +67,16 @@ class ExportDestination(Destination):
         ),
     ] = None
 
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            "--vae",
+            metavar="PATH",
+            help="What decodes latents, for diffusers: a folder of an AutoencoderKL, which is copied, or a hub name, "
+            f"which is fetched when images are first decoded. [default: {VAE}]",
+        ),
+    ] = None
+
     def wanted(self, target: Target, checkpoint: Path, weights: Weights) -> Wanted:
         """Return where the export goes; without --output it is named after the input, the program and the weights."""
         storage = weights.storage
@@ -74,7 +85,7 @@ class ExportDestination(Destination):
         path = self.output or Path(f"{stem(checkpoint)}.{target.name}{told}{ending}")
         if target.is_file(path):
             refuse_idle(self, "on a single file", "max_shard_size")
-        return Wanted(path.absolute(), self.force, self.max_shard_size.bytes, storage)
+        return Wanted(path.absolute(), self.force, self.max_shard_size.bytes, storage, self.vae)
 
 
 def run(source: Source, layout: Layout, weights: Weights, to: ExportDestination, printing: Printing) -> None:

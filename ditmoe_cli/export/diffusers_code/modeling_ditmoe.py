@@ -66,47 +66,62 @@ def unpack(packing: str, shape: tuple[int, int], part: Part, base: Tensor | None
         return part("weight").float() * (part("SCB") / 127.0)[:, None]
     if base is not None:
         return restore(part, base, packing)
-    group = int(settings[0].removeprefix("g"))
-
-    def by_column(values: Tensor) -> Tensor:
-        return values.repeat_interleave(group, dim=1)[:, : shape[1]]
-
-    scale = by_column(part("weight_scale").float())
+    group, scale = int(settings[0].removeprefix("g")), part("weight_scale").float()
     if kind == "ternary":
-        return scale.mul_(base3_digits(part("weight_packed"), shape))
+        return by_groups(base3_digits(part("weight_packed"), shape), scale, group)
     bits = int(kind.removeprefix("int"))
     codes = bit_fields(part("weight_packed"), shape[1], bits)
     if settings[-1] == "sym":
-        return scale.mul_(codes - 2 ** (bits - 1))
+        return by_groups(codes, scale, group, 2 ** (bits - 1))
     zeros = bit_fields(part("weight_zero_point").T.contiguous(), shape[0], bits).T
-    return scale.mul_(codes - by_column(zeros))
+    return by_groups(codes, scale, group, zeros[..., None])
+
+
+def by_groups(values: Tensor, scale: Tensor, group: int, zero: Tensor | int | None = None) -> Tensor:
+    """Return (values - zero) · scale in fp32 for values (rows, n), a scale (rows, groups) for `group` columns each.
+
+    Zeros are one for all, or (rows, groups, 1).
+    """
+    rows, n = values.shape
+    whole = F.pad(values, (0, -n % group)) if n % group else values
+    grouped = whole.view(rows, -1, group)
+    return ((grouped if zero is None else grouped - zero) * scale[..., None]).view(rows, -1)[:, :n]
 
 
 def bit_fields(words: Tensor, count: int, bits: int) -> Tensor:
-    """Return the codes (rows, count) in rows of int32 words: code j in bits b j to b j + b - 1, the lowest first."""
-    data = F.pad(words.view(torch.uint8), (0, 1)).int()
-    start = torch.arange(count, device=words.device) * bits
-    pairs = data[:, start // 8] | data[:, start // 8 + 1] << 8
-    codes: Tensor = pairs.bitwise_right_shift_((start % 8).int()).bitwise_and_(2**bits - 1)
-    return codes
+    """Return the codes (rows, count) in rows of int32 words: code j in bits b j to b j + b - 1, the lowest first.
+
+    Eight codes fill b bytes, and each lies in one or two of them.
+    """
+    data = words.view(torch.uint8)
+    eights = F.pad(data, (0, -data.shape[1] % bits)).view(len(data), -1, bits).short()
+    codes = []
+    for start in range(0, 8 * bits, bits):
+        byte, shift = divmod(start, 8)
+        code = eights[..., byte] >> shift
+        if shift + bits > 8:
+            code |= eights[..., byte + 1] << (8 - shift)
+        codes.append(code & (2**bits - 1))
+    return torch.stack(codes, dim=2).flatten(1)[:, :count]
 
 
 def base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the codes -1, 0 and 1 of a matrix in fp32, five of which make a byte Σ_i (code_i + 1) 3^i."""
-    powers = 3 ** torch.arange(5, device=packed.device)
-    return (packed[:, None].long() // powers % 3 - 1).flatten()[: math.prod(shape)].view(shape).float()
+    values = torch.arange(3**5, device=packed.device)[:, None] // 3 ** torch.arange(5, device=packed.device) % 3 - 1
+    return values.float().index_select(0, packed.int()).flatten()[: math.prod(shape)].view(shape)
 
 
 def unpack_four_bit(part: Part, shape: tuple[int, int], kind: str) -> Tensor:
-    """Return a weight in bitsandbytes' NF4 or FP4: two codes a byte, the first in its high half, times absmax."""
+    """Return a weight in bitsandbytes' NF4 or FP4: two codes a byte, the first in its high half, absmax by block."""
     state = json.loads(bytes(part(f"weight.quant_state.bitsandbytes__{kind}").tolist()))
-    absmax, packed, count = part("weight.absmax"), part("weight").flatten(), math.prod(shape)
+    absmax, codes = part("weight.absmax")[None], part("weight.quant_map")
     if "nested_blocksize" in state:
-        scales = part("weight.nested_absmax").repeat_interleave(state["nested_blocksize"])[: len(absmax)]
-        absmax = part("weight.nested_quant_map")[absmax.long()] * scales + state["nested_offset"]
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count]
-    values = part("weight.quant_map")[codes.long()] * absmax.repeat_interleave(state["blocksize"])[:count]
-    return values.view(shape)
+        sizes = part("weight.nested_quant_map").index_select(0, absmax[0].int())
+        absmax = by_groups(sizes[None], part("weight.nested_absmax")[None], state["nested_blocksize"])
+        absmax = absmax + state["nested_offset"]
+    pairs = torch.cartesian_prod(codes, codes)  # the two weights of each byte
+    values = pairs.index_select(0, part("weight").flatten().int()).view(1, -1)[:, : math.prod(shape)]
+    return by_groups(values, absmax, state["blocksize"]).view(shape)
 
 
 def pieces_of(packing: str) -> list[tuple[str, int]]:
