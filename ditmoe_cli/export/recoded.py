@@ -132,8 +132,8 @@ class RecodedFiles(Export):
         return self._output.damage({})
 
     def facts(self) -> dict[str, Any]:
-        """Return what opens it, and what ``config.json`` says besides the configuration."""
-        return {"open": self.opening, **self.settings}
+        """Return what opens it."""
+        return {"open": self.opening}
 
     def usage(self) -> Sequence[tuple[str, str]]:
         """Return what opens it."""
