@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +19,12 @@ from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, UPSTREAM
 from ditmoe_cli.diffusion.vae import CONFIG_NAME, VAE_CLASS, WEIGHTS_NAME, vae_on_disk
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.export.exported import Export, Wanted
+from ditmoe_cli.export.recoded import Recoding
 from ditmoe_cli.files.fingerprint import file_digest
-from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.staging import staged
-from ditmoe_cli.files.streaming import Count, counted, one_at_a_time
-from ditmoe_cli.files.writer import Shard, Target, file_bytes, index_text, plan_shards, pretty, write_files
+from ditmoe_cli.files.writer import Shard, file_bytes, index_text, plan_shards, pretty, write_files
 from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 from ditmoe_cli.model.conversions import with_positions
@@ -94,9 +93,18 @@ class DiffusersFolder(Export):
         return {} if self.vae is None else {f"vae/{name}": self.vae / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
 
     @cached_property
+    def recoding(self) -> Recoding:
+        """The tensors of the model: those that are stored."""
+        return Recoding(self.checkpoint)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The ``config.json`` of the model."""
+        return model_settings(self.checkpoint)
+
+    @cached_property
     def _shards(self) -> list[Shard]:
-        tensors = sorted(self.checkpoint.header.tensors.values(), key=lambda info: natural_key(info.name))
-        return plan_shards(tensors, self.wanted.shard_bytes)
+        return plan_shards(self.recoding.tensors, self.wanted.shard_bytes)
 
     @cached_property
     def texts(self) -> Mapping[str, bytes]:
@@ -106,7 +114,7 @@ class DiffusersFolder(Export):
             "model_index.json": pretty(self._settings),
             f"{PIPELINE_CODE}.py": (_CODE / f"{PIPELINE_CODE}.py").read_bytes(),
             "scheduler/scheduler_config.json": pretty(scheduler_settings(self.checkpoint)),
-            "transformer/config.json": pretty(model_settings(self.checkpoint)),
+            "transformer/config.json": pretty(self.model_settings),
             f"transformer/{MODEL_CODE}.py": (_CODE / f"{MODEL_CODE}.py").read_bytes(),
             **{f"transformer/{name}": text for name, text in index.items()},
         }
@@ -134,7 +142,7 @@ class DiffusersFolder(Export):
 
         Raises `BadInputError` for NaN and infinite weights, and what `check_target` raises.
         """
-        path, metadata = self.wanted.path, self._provenance().to_metadata
+        path, metadata = self.wanted.path, self._provenance(UNREAD).to_metadata
         total = sum(info.nbytes for shard in self._shards for info in shard.tensors)
         with (
             staged(path, self.wanted.force, self.inputs, self.contents) as staging,
@@ -147,11 +155,7 @@ class DiffusersFolder(Export):
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, staging / name)
             files = {staging / "transformer" / shard.name: shard.tensors for shard in self._shards}
-            put = partial(self._put, one_at_a_time(progress))
-            write_files(files, [partial(put, info) for shard in self._shards for info in shard.tensors], metadata)
-
-    def _put(self, count: Count, info: TensorInfo, target: Target) -> None:
-        target.put(info.name, counted(self.checkpoint.finite_parts(info.name), count))
+            write_files(files, self.recoding.jobs(progress), metadata, lambda: self._provenance().to_metadata)
 
     def difference(self) -> str | None:
         """Return how what stands at the path differs; None where files, tensors and history are the same."""
@@ -166,11 +170,15 @@ class DiffusersFolder(Export):
                 changed = next((name for name, file in copies if file_digest(folder / name) != file_digest(file)), None)
             if changed is not None:
                 return f"its {changed} is another"
-            made = open_checkpoint(folder / "transformer")
-            same = made.provenance() == self._provenance() and made.fingerprint == self.checkpoint.fingerprint
+            same = self.holds_input(folder / "transformer")
         except (BadInputError, OSError):
             return "cannot be read as one"
         return None if same else "is no copy of this input"
+
+    def holds_input(self, model: Path) -> bool:
+        """Return whether the folder of a model has this export's tensors and history. Raises `BadInputError`."""
+        made = open_checkpoint(model)
+        return made.provenance() == self._provenance() and made.fingerprint == self.checkpoint.fingerprint
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Export(ABC):
     def usage(self) -> Sequence[tuple[str, str]]:
         """Return the same for reading: labels and texts."""
 
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint on disk."""
+        return self.checkpoint.original or self.checkpoint
+
     def recorded(self, target: str, fingerprint: str) -> Provenance:
         """Return the metadata of the checkpoint, its last step the export of one with this fingerprint to a target."""
         old, storage = self.checkpoint.provenance(), self.wanted.storage

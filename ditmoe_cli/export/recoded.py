@@ -11,7 +11,6 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.export.exported import Export, Wanted
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
-from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.reader import open_reader, tensor_bytes
 from ditmoe_cli.files.streaming import Count, chunks, counted, one_at_a_time, sha256_of
 from ditmoe_cli.files.writer import Job, Output, Target
@@ -37,25 +36,16 @@ class Recoded:
 
 
 @dataclass(frozen=True)
-class RecodedFiles(Export):
-    """A safetensors file, or a folder of them with a ``config.json``, some weights of which are stored anew.
+class Recoding:
+    """The tensors of a checkpoint as they are written.
 
     Attributes:
-        target: the name of what it is for, which the history keeps.
-        opening: what opens it.
-        recoded: the weights that are stored anew, by name.
-        settings: what ``config.json`` says besides the configuration.
+        checkpoint: the checkpoint.
+        recoded: the weights that are stored anew, by name; all others are copied.
     """
 
-    target: str
-    opening: str
+    checkpoint: Checkpoint
     recoded: Mapping[str, Recoded] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def _source(self) -> Checkpoint:
-        """The checkpoint on disk."""
-        return self.checkpoint.original or self.checkpoint
 
     @cached_property
     def _copied(self) -> list[TensorInfo]:
@@ -71,39 +61,15 @@ class RecodedFiles(Export):
         made = (info for each in self.recoded.values() for info in each.tensors)
         return sorted((*self._copied, *made), key=lambda info: natural_key(info.name))
 
-    @property
-    def _output(self) -> Output:
-        return Output(self.wanted.path, self.wanted.force, self.wanted.shard_bytes, self.settings)
+    def jobs(self, progress: Count) -> list[Job]:
+        """Return jobs that put all tensors, a weight each, and tell `progress` of their bytes.
 
-    def _provenance(self, fingerprint: str) -> Provenance:
-        """Return the metadata of the export of a checkpoint with this fingerprint."""
-        return self.recorded(self.target, fingerprint)
-
-    @property
-    def nbytes(self) -> int:
-        """The exact bytes of all files."""
-        return self._output.predicted_bytes(self.tensors, self._provenance(UNREAD))
-
-    def write(self) -> None:
-        """Write all files, or none, a weight at a time. What is read is hashed on the way, for the fingerprint.
-
-        Raises `BadInputError` for NaN and infinite weights, and for bytes that stand for no codes, and what
-        `check_target` raises.
+        What is read is hashed on the way, for the fingerprint. They raise `BadInputError` for NaN and infinite weights,
+        and for bytes that stand for no codes.
         """
-        checkpoint, total = self.checkpoint, sum(info.nbytes for info in self.tensors)
-        with phase(f"writing {self.wanted.path.name}", total, BYTES) as progress:
-            count = one_at_a_time(progress)
-            jobs: list[Job] = [partial(self._copy, info.name, count) for info in self._copied]
-            jobs += [
-                partial(self._recode, checkpoint.weights[name], each, count) for name, each in self.recoded.items()
-            ]
-            self._output.write(
-                self.tensors,
-                jobs,
-                self._provenance(UNREAD),
-                self.inputs,
-                lambda: self._provenance(self._source.fingerprint),
-            )
+        count, weights = one_at_a_time(progress), self.checkpoint.weights
+        jobs: list[Job] = [partial(self._copy, info.name, count) for info in self._copied]
+        return jobs + [partial(self._recode, weights[name], each, count) for name, each in self.recoded.items()]
 
     def _copy(self, name: str, count: Count, target: Target) -> None:
         checkpoint = self.checkpoint
@@ -121,13 +87,59 @@ class RecodedFiles(Export):
         for info in recoded.tensors:
             target.put(info.name, counted(chunks(tensor_bytes(made[info.name])), count))
 
+
+@dataclass(frozen=True)
+class RecodedFiles(Export):
+    """A safetensors file, or a folder of them with a ``config.json``, some weights of which are stored anew.
+
+    Attributes:
+        target: the name of what it is for, which the history keeps.
+        opening: what opens it.
+        recoded: the weights that are stored anew, by name.
+        settings: what ``config.json`` says besides the configuration.
+    """
+
+    target: str
+    opening: str
+    recoded: Mapping[str, Recoded] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _recoding(self) -> Recoding:
+        return Recoding(self.checkpoint, self.recoded)
+
+    @property
+    def _output(self) -> Output:
+        return Output(self.wanted.path, self.wanted.force, self.wanted.shard_bytes, self.settings)
+
+    @property
+    def nbytes(self) -> int:
+        """The exact bytes of all files."""
+        return self._output.predicted_bytes(self._recoding.tensors, self.recorded(self.target, UNREAD))
+
+    def write(self) -> None:
+        """Write all files, or none, a weight at a time.
+
+        Raises what the jobs of `Recoding` and `check_target` do.
+        """
+        recoding, path = self._recoding, self.wanted.path
+        total = sum(info.nbytes for info in recoding.tensors)
+        with phase(f"writing {path.name}", total, BYTES) as progress:
+            self._output.write(
+                recoding.tensors,
+                recoding.jobs(progress),
+                self.recorded(self.target, UNREAD),
+                self.inputs,
+                lambda: self.recorded(self.target, self.source.fingerprint),
+            )
+
     def difference(self) -> str | None:
         """Return how what stands at the path differs; None where it is this export, whole."""
         try:
             header, _ = open_reader(self.wanted.path)
         except BadInputError:
             return "is damaged"
-        if header.provenance != self._provenance(self._source.fingerprint):
+        if header.provenance != self.recorded(self.target, self.source.fingerprint):
             return "is no export of this input"
         return self._output.damage({})
 
@@ -138,6 +150,20 @@ class RecodedFiles(Export):
     def usage(self) -> Sequence[tuple[str, str]]:
         """Return what opens it."""
         return [("open with", self.opening)]
+
+
+def quantized_weights(checkpoint: Checkpoint, target: str) -> dict[str, Weight]:
+    """Return the weights that are stored in other tensors than themselves, by name.
+
+    Raises `BadInputError` where there is none, for a `target` whose layout is of such weights.
+    """
+    packed = {name: weight for name, weight in checkpoint.weights.items() if weight.stored_as is not None}
+    if not packed:
+        raise BadInputError(
+            f"{checkpoint.path}: no weight is quantised, and {target} is a layout of quantised ones; leave "
+            f"⟨dequantize⟩ out, or compress it first (ditmoe compress ⟨target⟩ {target})"
+        )
+    return packed
 
 
 @dataclass(frozen=True)
@@ -156,14 +182,9 @@ class QuantizedLayout:
     recoded: Callable[[Weight], Recoded] | None = None
     config: Callable[[Mapping[str, Weight]], dict[str, Any]] | None = None
 
-    def of(self, checkpoint: Checkpoint, wanted: Wanted) -> RecodedFiles:
+    def laid_out(self, checkpoint: Checkpoint, wanted: Wanted, _: Callable[[str], None]) -> RecodedFiles:
         """Lay a checkpoint out whose weights the layout holds. Raises `BadInputError` where none is quantised."""
-        packed = {name: weight for name, weight in checkpoint.weights.items() if weight.stored_as is not None}
-        if not packed:
-            raise BadInputError(
-                f"{checkpoint.path}: no weight is quantised, and {self.target} is a layout of quantised ones; leave "
-                f"⟨dequantize⟩ out, or compress it first (ditmoe compress ⟨target⟩ {self.target})"
-            )
+        packed = quantized_weights(checkpoint, self.target)
         recoded = {} if self.recoded is None else {name: self.recoded(weight) for name, weight in packed.items()}
         settings = {} if self.config is None else {"quantization_config": self.config(checkpoint.weights)}
         return RecodedFiles(checkpoint, wanted, self.target, self.opening, recoded, settings)

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.export.recoded import QuantizedLayout, Recoded
+from ditmoe_cli.export.recoded import Recoded
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import StoredFormat, Weight
 from ditmoe_cli.formats.bitsandbytes import Int8
@@ -275,6 +275,3 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
         drawn = units[:, move.code].bitwise_right_shift(move.bit).bitwise_and_((1 << move.number) - 1)
         packed[:, move.byte] |= drawn.bitwise_left_shift_(move.place)
     return packed.view(-1) if packing.bytes == 1 else packed
-
-
-LAYOUT = QuantizedLayout("sdnq", "sdnq.loader.load_sdnq_model, given a model's class", recoded, quantization_config)

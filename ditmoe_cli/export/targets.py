@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.export import diffusers_folder, pack_quantized, sdnq, upstream, upstream_file
+from ditmoe_cli.export import diffusers_folder, pack_quantized, sdnq, sdnq_folder, upstream, upstream_file
 from ditmoe_cli.export.choices import Choices, Shortfall
 from ditmoe_cli.export.exported import Export, Wanted
 from ditmoe_cli.export.recoded import QuantizedLayout
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import StoredFormat
 from ditmoe_cli.formats.bitsandbytes import BLOCK, FourBit, Int8
-from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.conversions import packed_weights
 
@@ -85,39 +84,22 @@ def _bitsandbytes_shortfall(info: TensorInfo, fmt: StoredFormat) -> str | None:
     return None
 
 
-def _quantized(
-    layout: QuantizedLayout,
-    summary: str,
-    shortfall: Shortfall,
-    *,
-    endings: tuple[str, ...] = (),
-    extra: str | None = None,
-    widths: Mapping[str, tuple[Format, ...]] | None = None,
-) -> Target:
-    """Return the target of a layout of quantised weights, which holds those without a `shortfall`."""
+def _unheld(target: str, shortfall: Shortfall) -> Callable[[Checkpoint], str | None]:
+    """Return an obstacle: the first weight that a layout of quantised weights does not hold, and why."""
 
     def obstacle(checkpoint: Checkpoint) -> str | None:
         for weight in checkpoint.weights.values():
             reason = None if weight.stored_as is None else shortfall(weight.info, weight.stored_as)
             if reason is not None:
-                remedy = f"compress its original for that (ditmoe compress ⟨target⟩ {layout.target})"
+                remedy = f"compress its original for that (ditmoe compress ⟨target⟩ {target})"
                 return f"{weight.info.name!r} {reason}; {remedy}"
         return None
 
-    def lays_out(checkpoint: Checkpoint, wanted: Wanted, _: Tell) -> Export:
-        return layout.of(checkpoint, wanted)
+    return obstacle
 
-    return Target(
-        layout.target,
-        summary,
-        layout.target,
-        endings,
-        obstacle,
-        lays_out,
-        folder=True,
-        extra=extra,
-        choices=Choices(shortfall, widths),
-    )
+
+def _sdnq_obstacle(checkpoint: Checkpoint) -> str | None:
+    return _unheld("sdnq", sdnq.shortfall)(checkpoint) or diffusers_folder.obstacle(checkpoint)
 
 
 TARGETS = {
@@ -144,24 +126,38 @@ TARGETS = {
             vae=True,
             extra="vae",
         ),
-        _quantized(
-            pack_quantized.LAYOUT,
+        Target(
+            "compressed-tensors",
             "a folder of integer weights in whole groups, each matrix of its own bits",
-            pack_quantized.shortfall,
+            "compressed-tensors",
+            (),
+            _unheld("compressed-tensors", pack_quantized.shortfall),
+            pack_quantized.LAYOUT.laid_out,
+            folder=True,
             extra="test",
+            choices=Choices(pack_quantized.shortfall),
         ),
-        _quantized(
-            sdnq.LAYOUT,
-            "a folder of weights of mixed integer widths, and of low-rank differences",
-            sdnq.shortfall,
+        Target(
+            "sdnq",
+            "the folder of diffusers, its weights of mixed integer widths as SDNQ stores them",
+            "sdnq",
+            (),
+            _sdnq_obstacle,
+            sdnq_folder.laid_out,
+            folder=True,
+            vae=True,
+            choices=Choices(sdnq.shortfall),
         ),
-        _quantized(
-            QuantizedLayout("bitsandbytes", "bitsandbytes, a matrix at a time"),
+        Target(
+            "bitsandbytes",
             "nf4, fp4 and int8 weights as they are",
-            _bitsandbytes_shortfall,
-            endings=(".safetensors",),
+            "bitsandbytes",
+            (".safetensors",),
+            _unheld("bitsandbytes", _bitsandbytes_shortfall),
+            QuantizedLayout("bitsandbytes", "bitsandbytes, a matrix at a time").laid_out,
+            folder=True,
             extra="bnb",
-            widths={"4": ("nf4-dq", "nf4"), "8": ("int8",)},
+            choices=Choices(_bitsandbytes_shortfall, {"4": ("nf4-dq", "nf4"), "8": ("int8",)}),
         ),
     )
 }

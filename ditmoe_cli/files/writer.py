@@ -171,14 +171,17 @@ class Output:
                 return "does not tell how it was made"
             texts = {} if self.is_file else self._texts(shards, provenance)
             changed = (name for name, text in texts.items() if (folder / name).read_bytes() != text)
-            wrong = next(changed, None) or _wrong(headers, known)
+            wrong = next(changed, None) or changed_tensor(headers, known)
         except (DitmoeError, OSError, KeyError, ValueError, StopIteration):
             return "is damaged"
         return None if wrong is None else f"is damaged ({wrong!r} is not what was written)"
 
 
-def _wrong(headers: Mapping[str, FileHeader], known: Mapping[str, str]) -> str | None:
-    """Return a tensor whose bytes are not those that its file was written with; None for none."""
+def changed_tensor(headers: Mapping[str, FileHeader], known: Mapping[str, str]) -> str | None:
+    """Return a tensor whose bytes are not those that its file was written with; None for none.
+
+    Hashes all tensors but those of `known` SHA-256. Raises `KeyError` where a file does not tell how it was written.
+    """
     told = {tensor: text for name, h in headers.items() for tensor, text in recorded_hashes(h.metadata, name).items()}
     stored = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
     left = [tensor.info for name, tensor in stored.items() if name not in known]

@@ -27,7 +27,7 @@ WIDTHS = ((64, 64, 128), (64, 24, 192))  # of 24 neurons a row is one group
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     mixed_pico(FORMATS, widths=WIDTHS).save(folder / "a.safetensors")
-    LAYOUT.of(open_checkpoint(folder / "a.safetensors"), Wanted(folder / "out")).write()
+    LAYOUT.laid_out(open_checkpoint(folder / "a.safetensors"), Wanted(folder / "out"), print).write()
     return folder
 
 
@@ -107,5 +107,5 @@ def test_values_that_are_infinite_in_the_dtype_of_the_library_are_refused(tmp_pa
     scale[0, 0] = 30000.0
     pico.save(tmp_path / "a.safetensors")
     with pytest.raises(BadInputError, match=r"blocks\.0\.moe\.experts\.0\.gate_proj\.weight.* beyond fp16"):
-        LAYOUT.of(open_checkpoint(tmp_path / "a.safetensors"), Wanted(tmp_path / "out")).write()
+        LAYOUT.laid_out(open_checkpoint(tmp_path / "a.safetensors"), Wanted(tmp_path / "out"), print).write()
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import bytes_of, contents, here, series
+from cli_helpers import contents, here, series
 from conftest import Pico, make_pico
 from foreign_models import mixed_pico
 
@@ -52,8 +52,9 @@ def test_the_export_is_what_the_dry_run_said_and_keeps_where_it_comes_from(folde
     predicted = here(*words, "--dry-run", cwd=folder)
     assert not (folder / "out").exists()
     written = here(*words, cwd=folder)
-    assert written.result["bytes"] == predicted.result["bytes"] == bytes_of(folder / "out")
-    files = sorted((folder / "out").glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in (folder / "out").rglob("*") if file.is_file())
+    assert written.result["bytes"] == predicted.result["bytes"] == size
+    files = sorted((folder / "out").rglob("*.safetensors"))
     assert len(files) > 1
     document = json.loads(read_safetensors_header(files[0]).metadata["ditmoe"])
     source = open_checkpoint(folder / f"{target}.safetensors")
@@ -77,20 +78,21 @@ def test_equal_work_gives_equal_bytes_and_is_not_done_twice(folder: Path) -> Non
     before = contents(folder)
     assert here(*words, "one", cwd=folder).result["up_to_date"] is True
     assert contents(folder) == before
-    mixed_pico(FORMATS["sdnq"], seed=1).save(folder / "other.safetensors")
+    pico = mixed_pico(FORMATS["sdnq"], seed=1)
+    pico.save(folder / "other.safetensors", provenance=provenance(pico))
     other = ("export", "other.safetensors", "--to", "sdnq", "-o", "one")
-    assert "is no export of this input" in here(*other, cwd=folder).error(5)
+    assert "is no copy of this input" in here(*other, cwd=folder).error(5)
     assert here(*other, "--force", cwd=folder).code == 0
-    config = folder / "two" / "config.json"
+    config = folder / "two" / "transformer" / "config.json"
     config.write_text(config.read_text().replace("uint4", "uint5"))
-    assert "is damaged" in here(*words, "two", cwd=folder).error(5)
+    assert "config.json is another" in here(*words, "two", cwd=folder).error(5)
 
 
 def test_plain_weights_take_another_dtype_and_quantised_ones_stay(folder: Path) -> None:
     words = ("export", "sdnq.safetensors", "--to", "sdnq", "--dtype", "bf16")
     written = here(*words, cwd=folder)
     assert written.code == 0, written.err
-    (file,) = (folder / "sdnq.sdnq-bf16").glob("*.safetensors")
+    (file,) = (folder / "sdnq.sdnq-bf16").rglob("*.safetensors")
     dtypes = {name: stored.info.dtype for name, stored in read_safetensors_header(file).tensors.items()}
     assert dtypes["blocks.0.attn.qkv.weight"] == "BF16" and dtypes["blocks.0.moe.experts.0.gate_proj.scale"] == "F32"
     document = json.loads(read_safetensors_header(file).metadata["ditmoe"])

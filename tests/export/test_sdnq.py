@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.sdnq import LAYOUT, packed_codes, shortfall
+from ditmoe_cli.export.sdnq import packed_codes, shortfall
+from ditmoe_cli.export.targets import TARGETS, laid_out
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.differences import SvdDifference
 from ditmoe_cli.formats.integer import BITS
 from ditmoe_cli.formats.registry import parse_format
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.loading import load_model
 
 FORMATS = (
     *(f"int{bits}-g{group}{sym}" for bits in BITS for group, sym in ((64, ""), (32, "-sym"))),
@@ -33,7 +35,7 @@ UNITS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3)}  # codes and byt
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of mixed formats, its first block's third expert a base plus a product of factors; and its export."""
     folder = tmp_path_factory.mktemp("sdnq")
-    pico = mixed_pico(FORMATS, widths=WIDTHS)
+    pico = mixed_pico(FORMATS, widths=WIDTHS, expert_of=((0, -1, 2, 1), (2, 1, 0)), sampler="rf")
     state = dict(pico.state)
     for matrix in ("gate", "up", "down"):
         name = f"blocks.0.moe.experts.2.{matrix}_proj.weight"
@@ -43,11 +45,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             del state[member]
         shape = (64, 128) if matrix == "down" else (128, 64)
         generator = torch.Generator().manual_seed(len(matrix))
-        state[f"blocks.0.moe.base.{matrix}_proj.weight"] = torch.randn(shape, generator=generator).bfloat16()
+        state[f"blocks.0.moe.base.{matrix}_proj.weight"] = 0.1 * torch.randn(shape, generator=generator)
         factors = (torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator))
-        state |= SvdDifference.pack(name, *(factor.bfloat16() for factor in factors))
+        state |= SvdDifference.pack(name, *(0.1 * factor for factor in factors))
     type(pico)(pico.config, state).save(folder / "a.safetensors")
-    LAYOUT.of(open_checkpoint(folder / "a.safetensors"), Wanted(folder / "out")).write()
+    laid_out(TARGETS["sdnq"], open_checkpoint(folder / "a.safetensors"), Wanted(folder / "out"), print).write()
     return folder
 
 
@@ -57,12 +59,14 @@ def checkpoint(folder: Path) -> Checkpoint:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
+    config: dict[str, Any] = json.loads((folder / "out" / "transformer" / "config.json").read_text())[
+        "quantization_config"
+    ]
     return config
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    (file,) = (folder / "out").glob("*.safetensors")
+    (file,) = (folder / "out" / "transformer").glob("*.safetensors")
     return load_file(file)
 
 
@@ -142,9 +146,34 @@ def test_the_package_opens_it_to_our_values(
     monkeypatch.setenv("SDNQ_USE_TORCH_COMPILE", "0")
     pytest.importorskip("accelerate")
     sdnq = pytest.importorskip("sdnq.dequantizer", exc_type=ImportError)
-    model = documented("Mixed widths for SDNQ")["load"](lambda **_: bare_model(checkpoint), folder / "out")
+    model = documented("Mixed widths for SDNQ")["load"](
+        lambda **_: bare_model(checkpoint), folder / "out" / "transformer"
+    )
     model = sdnq.dequantize_sdnq_model(model)
     require_equal(model.state_dict(), checkpoint)
+
+
+def test_diffusers_opens_it_by_the_package(
+    folder: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its predictions are ours in fp32, in which it stays packed; in bf16 they are near."""
+    monkeypatch.setenv("SDNQ_USE_TORCH_COMPILE", "0")
+    pytest.importorskip("accelerate")
+    pytest.importorskip("sdnq.dequantizer", exc_type=ImportError)
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    times, labels = torch.tensor([0.3, 0.8]), torch.tensor([0, 2])
+    expected = load_model(checkpoint.path, dtype=torch.float32)(noise, times, labels)[:, :4]
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(folder / "out"), trust_remote_code=True, torch_dtype=dtype
+        )
+        found = pipeline.transformer(noise, times, labels).sample
+        assert (found - expected).norm() <= near * expected.norm()
+        kinds = {type(module).__name__ for module in pipeline.transformer.modules()}
+        assert "SDNQLinear" in kinds and "PackedLinear" not in kinds
 
 
 @pytest.mark.parametrize(

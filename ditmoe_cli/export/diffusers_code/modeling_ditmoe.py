@@ -21,6 +21,12 @@ from torch.nn import functional as F
 Part = Callable[[str], Tensor]  # returns a tensor that stores a weight X.weight, by the end of its name behind X.
 Settings = dict[str, Any]
 EPS = 1e-6
+_EXACT = (
+    *("x_embedder", "y_embedder", "pos_embed", "gate", "q_norm", "k_norm"),
+    *("constants", "constants_up", "constants_down", "residual_constant", "residual_linear"),
+)
+"""Parts that stay in fp32 also where SDNQ loads a model in another dtype."""
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies", "force_download")
 
 # ------------------------------------------------------------------ packed weights
 
@@ -193,15 +199,24 @@ class Stored(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight."""
+    """A linear layer that computes in the dtype of its weight, or of what SDNQ makes of it, which keeps hooks."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b."""
-        return super().forward(x.to(self.weight.dtype))
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.register_forward_pre_hook(cast_input)
 
 
-class ExactLinear(KeepsDtype, nn.Linear):
+def cast_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Return the input of a linear layer in the dtype that it computes in; SDNQ's tell theirs."""
+    dtype = layer.dtype if hasattr(layer, "dtype") else cast(Tensor, layer.weight).dtype
+    return (inputs[0].to(cast(torch.dtype, dtype)),)
+
+
+class ExactLinear(KeepsDtype, Linear):
     """A linear layer that stays in fp32."""
+
+
+ExactLinear.__name__ = "Linear"  # SDNQ goes by the names of classes
 
 
 class ExactConv(KeepsDtype, nn.Conv2d):
@@ -527,7 +542,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for packing, names in (packed or {}).items():
             for name in names:
                 self._pack(name, packing)
-        self.to_empty(device="cpu").requires_grad_(False)
+        if not nn.Linear(1, 1).weight.is_meta:  # as where a quantiser loads the weights
+            self.to_empty(device="cpu")
+        self.requires_grad_(False)
 
     def _pack(self, name: str, packing: str) -> None:
         """Put a packed layer in the place of a plain one. Experts that are differences share a base."""
@@ -551,6 +568,13 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises `ValueError` for a `device_map` of several devices.
         """
+        where = {name: settings[name] for name in _WHERE if name in settings}
+        if "quantization_config" in cls.load_config(path, **where):  # of SDNQ, which has no packed parts of ours
+            cls._keep_in_fp32_modules = list(_EXACT)
+            try:
+                return super().from_pretrained(path, **settings)
+            finally:
+                cls._keep_in_fp32_modules = None
         device_map = settings.pop("device_map", None)
         devices = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
         if len(devices) != 1 or devices[0] in ("auto", "balanced", "balanced_low_0", "sequential"):
