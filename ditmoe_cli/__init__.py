@@ -13,35 +13,51 @@ from ditmoe_cli.version import __version__
 
 if TYPE_CHECKING:
     from ditmoe_cli.api.calling import quiet
+    from ditmoe_cli.api.measurements import compare, profile, report, sample, score
     from ditmoe_cli.api.opening import load_model, open_checkpoint, read_profile
     from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize
+    from ditmoe_cli.api.trainers import distill, heal
     from ditmoe_cli.errors import DitmoeError
 
 _MODULES = {
     "DitmoeError": "errors",
     "apply": "api.planners",
+    "compare": "api.measurements",
     "compress": "api.planners",
+    "distill": "api.trainers",
+    "heal": "api.trainers",
     "load_model": "api.opening",
     "open_checkpoint": "api.opening",
     "plan_merge": "api.planners",
     "plan_prune": "api.planners",
     "plan_quantize": "api.planners",
+    "profile": "api.measurements",
     "quiet": "api.calling",
     "read_profile": "api.opening",
+    "report": "api.measurements",
+    "sample": "api.measurements",
+    "score": "api.measurements",
 }
 
 __all__ = [
     "DitmoeError",
     "__version__",
     "apply",
+    "compare",
     "compress",
+    "distill",
+    "heal",
     "load_model",
     "open_checkpoint",
     "plan_merge",
     "plan_prune",
     "plan_quantize",
+    "profile",
     "quiet",
     "read_profile",
+    "report",
+    "sample",
+    "score",
 ]
 
 

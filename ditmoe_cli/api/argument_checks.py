@@ -66,10 +66,11 @@ def _completing(check: Callable[[str], str], choices: tuple[str, ...]) -> Callab
     return check
 
 
-def ending(*endings: str) -> Callable[[Path], Path]:
+def ending(*endings: str) -> Callable[[str | Path], Path]:
     """Return a callback that refuses paths with other endings."""
 
-    def checked(path: Path) -> Path:
+    def checked(path: str | Path) -> Path:
+        path = Path(path)
         if path.suffix not in endings:
             raise ValueError(f"give a name that ends in {' or '.join(endings)}")
         return path

@@ -18,6 +18,7 @@ from ditmoe_cli.api.notes import note_nothing, told_to
 from ditmoe_cli.api.shown_progress import shown_nowhere, shown_to_users
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.processes import under_torchrun
 from ditmoe_cli.progress import is_watched, watched_by
 
 P = ParamSpec("P")
@@ -30,6 +31,7 @@ AnyCheckpoint = str | Path | Checkpoint
 Seed = Annotated[int, seed_of_64_bits]
 Count = Annotated[int, at_least(1)]
 Device = Annotated[str, named_device]
+NamedDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 _WORDS: Mapping[Any, str] = {
     bool: "True or False",
@@ -80,6 +82,12 @@ def quiet() -> Iterator[None]:
     """Show neither progress nor notes while the context lasts."""
     with told_to(note_nothing), watched_by(shown_nowhere):
         yield
+
+
+def alone() -> None:
+    """Raise `UsageError` in one of several processes of torchrun, whose first alone would have a result."""
+    if under_torchrun():
+        raise UsageError("this function works in one process; under torchrun start the command in its place")
 
 
 def checked(name: str, value: object, hint: Any) -> Any:

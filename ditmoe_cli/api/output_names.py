@@ -100,3 +100,15 @@ def size_of(name: str, size: int | str | None) -> Size | None:
         return parse_size(f"{size}B" if isinstance(size, int) else size)
     except ValueError as error:
         raise UsageError(f"⟨{name}⟩ {size}: {error}") from None
+
+
+@dataclass(frozen=True)
+class FileDestination:
+    """Where a single safetensors file goes."""
+
+    output: Path | None = None
+    force: bool = False
+
+    def at(self, checkpoint: Path, suffix: str) -> Path:
+        """Return the file; without ⟨output⟩ it is named after the input and `suffix`."""
+        return self.output or default_output(checkpoint, suffix)

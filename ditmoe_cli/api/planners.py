@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ditmoe_cli.api.argument_checks import at_least, known, one_of
-from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, Seed, public
+from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
 from ditmoe_cli.api.compressing_requests import Goals, Loading, Retrained, Tying, compressing_of
 from ditmoe_cli.api.merging_requests import DeltaOptions, Grouping, delta_ratio_in_range, differencing_of, merging_of
 from ditmoe_cli.api.notes import note
@@ -47,7 +47,6 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 
 AnySize = int | str
 Width = int | float | str
-_DTYPE = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @public
@@ -69,7 +68,7 @@ def plan_prune(
     residual_rank: Annotated[int, at_least(0)] = 0,
     profile: AnyProfile | None = None,
     device: Device = "auto",
-    dtype: _DTYPE = "auto",
+    dtype: NamedDtype = "auto",
     calibration_cfg: float | None = None,
     calibration_steps: int | None = None,
     calibration_images: int | None = None,
@@ -94,6 +93,7 @@ def plan_prune(
         BadInputError: the checkpoint or the profile cannot be used.
         InfeasibleError: the checkpoint cannot be pruned so.
     """
+    alone()
     pruning = pruning_of(
         Dropping(None if keep is None else str(keep), method, seed, router, allocate),
         Narrowing(neurons, multiple, narrow_shared),
@@ -123,7 +123,7 @@ def plan_merge(
     refit_tokens: Annotated[int, fitted_tokens] = 0,
     profile: AnyProfile | None = None,
     device: Device = "auto",
-    dtype: _DTYPE = "auto",
+    dtype: NamedDtype = "auto",
     calibration_cfg: float | None = None,
     calibration_steps: int | None = None,
     calibration_images: int | None = None,
@@ -141,6 +141,7 @@ def plan_merge(
 
     All others are the options of the same names in docs/merge.md. Raises what `plan_prune` does.
     """
+    alone()
     grouping = Grouping(None if groups is None else str(groups), method, router)
     refitting = Refitting(refit, refit_tokens)
     planner = differencing_of(DeltaOptions(delta, delta_ratio), grouping, refitting) or merging_of(grouping, refitting)
@@ -176,7 +177,7 @@ def plan_quantize(
     smooth: float = 0.0,
     profile: AnyProfile | None = None,
     device: Device = "auto",
-    dtype: _DTYPE = "auto",
+    dtype: NamedDtype = "auto",
     calibration_cfg: float | None = None,
     calibration_steps: int | None = None,
     calibration_images: int | None = None,
@@ -198,6 +199,7 @@ def plan_quantize(
 
     All others are the options of the same names in docs/quantize.md. Raises what `plan_prune` does.
     """
+    alone()
     planner = quantizing_of(
         Precision(bits, size_of("size", size), method, uniform, format),
         Grids(double_quant, group_size, symmetric),
@@ -232,7 +234,7 @@ def compress(
     target: Annotated[str, one_of(*TARGETS)] | None = None,
     profile: AnyProfile | None = None,
     device: Device = "auto",
-    dtype: _DTYPE = "auto",
+    dtype: NamedDtype = "auto",
     calibration_cfg: float | None = None,
     calibration_steps: int | None = None,
     calibration_images: int | None = None,
@@ -260,6 +262,7 @@ def compress(
 
     Raises what `plan_prune` does, and `OutputExistsError` where something else stands at the output.
     """
+    alone()
     found = opened(checkpoint)
     planner = compressing_of(
         Goals(size_of("size", size), ratio, max_damage),
@@ -305,6 +308,7 @@ def apply(
         BadInputError: the plan is for another checkpoint, or its profile is not there.
         OutputExistsError: something else stands at the output.
     """
+    alone()
     files = []
     if not isinstance(plan, CompressionPlan):
         files = [Path(plan)]

@@ -1,4 +1,5 @@
-"""How phases are shown to whoever calls from Python: a bar of tqdm where that is installed, else lines on stderr.
+"""How phases are shown to whoever calls from Python: a bar of tqdm in notebooks and on terminals, where
+tqdm is installed, else lines on stderr.
 
 Both follow the clock, not the work, so that a step which takes an hour still shows what is under way: a thread looks at
 the phase (`ditmoe_cli.progress.Phase`). A line is written when a phase has lasted a second, and one a minute. Of
@@ -185,10 +186,11 @@ class NotebookBar:
             self._draw()
 
     def end(self) -> None:
-        """Draw the bar as the phase left it, and leave it there."""
+        """Draw the bar as the phase left it, which stays where the phase took seconds."""
         if self.bar is not None:
             with suppress(OSError, ValueError):
                 self._draw()
+                self.bar.leave = time.monotonic() - self.start > _LEAST_SECONDS
                 self.bar.close()
 
     def _draw(self) -> None:
@@ -205,6 +207,7 @@ class NotebookBar:
                 unit_scale=in_bytes,
                 mininterval=0,
             )
+            self.bar.start_t -= time.monotonic() - self.start
         parts = parts_of(phase)
         if parts != (self.bar.postfix or ""):
             self.bar.set_postfix_str(parts, refresh=False)
@@ -218,10 +221,11 @@ def shown_nowhere(_: Phase) -> AbstractContextManager[None]:
 
 
 def shown_to_users(phase: Phase) -> AbstractContextManager[None]:
-    """Show a phase while the context lasts: as a bar of tqdm where that is installed, else in lines on stderr."""
+    """Show a phase while the context lasts: as a bar of tqdm where that can be drawn, else in lines on stderr."""
     if is_silent():
         return nullcontext()
-    return _as_bar(phase) if find_spec("tqdm") is not None else in_lines(phase)
+    draws = "ipykernel" in sys.modules or sys.stderr.isatty()  # a notebook, or a terminal
+    return _as_bar(phase) if draws and find_spec("tqdm") is not None else in_lines(phase)
 
 
 @contextmanager

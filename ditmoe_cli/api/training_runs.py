@@ -26,6 +26,7 @@ from ditmoe_cli.files.staging import check_space, check_target
 from ditmoe_cli.files.workfolder import WorkFolder, followed_work, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.dtypes import AUTO
 from ditmoe_cli.model.throughput import known_rate, likely_device
 from ditmoe_cli.processes import Share, first_process, process_group
 from ditmoe_cli.routing.calibrate import made_profile
@@ -52,8 +53,8 @@ class Training:
     output: Output
     trainer: Trainer
     original: Checkpoint
-    device: str
-    dtype: str
+    device: str = "auto"
+    dtype: str = AUTO
     basis: Basis | None = None
     with_profile: Callable[[RoutingProfile], Trainer] | None = None
     inputs: Sequence[Path] = ()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
 from ditmoe_cli.api import output_names as asked
-from ditmoe_cli.api import planning_requests
+from ditmoe_cli.api import output_names as output_names
+from ditmoe_cli.api import planning_requests, sampling_requests
 from ditmoe_cli.api.argument_checks import at_least, ending, one_of
-from ditmoe_cli.api.devices import checked_device, named_device
-from ditmoe_cli.api.output_names import DEFAULT_SHARD, Size, checkpoint_path, default_output, parse_size
+from ditmoe_cli.api.devices import named_device
+from ditmoe_cli.api.output_names import DEFAULT_SHARD, Size, checkpoint_path, parse_size
 from ditmoe_cli.api.planning_requests import fitted_tokens
 from ditmoe_cli.cli.machine import Threads
 from ditmoe_cli.cli.stage import Stage, incoming
@@ -25,7 +26,7 @@ from ditmoe_cli.model.conversions import Storage
 from ditmoe_cli.model.dtypes import AUTO, DTYPES
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.worker import Runtime
+    pass
 
 _DEMO = "demo:digits"
 
@@ -232,7 +233,7 @@ class Destination(asked.Destination):
 
 
 @dataclass(frozen=True)
-class FileDestination:
+class FileDestination(output_names.FileDestination):
     """Where a single safetensors file goes."""
 
     panel: ClassVar[str] = "Output"
@@ -249,13 +250,9 @@ class FileDestination:
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False
 
-    def at(self, checkpoint: Path, suffix: str) -> Path:
-        """Return the file; without --output it is named after the input and `suffix`."""
-        return self.output or default_output(checkpoint, suffix)
-
 
 @dataclass(frozen=True)
-class Running:
+class Running(sampling_requests.Running):
     """Where a model runs, and on how many images at a time."""
 
     panel: ClassVar[str] = "Machine"
@@ -266,16 +263,9 @@ class Running:
     ] = 64
     device: DeviceOpt = "auto"
 
-    @property
-    def runtime(self) -> Runtime:
-        """Device and batch as samplers take them. Raises `UsageError` for a device that is not there."""
-        from ditmoe_cli.evaluation.worker import Runtime
-
-        return Runtime(checked_device(self.device), self.batch)
-
 
 @dataclass(frozen=True)
-class Accelerating(Running):
+class Accelerating(sampling_requests.Accelerating, Running):
     """Where a model runs that is asked many times, and how it is sped up there."""
 
     compiled: Annotated[
@@ -292,11 +282,6 @@ class Accelerating(Running):
             "bf16 and experts of one width. [default: where that is so]",
         ),
     ] = None
-
-    @property
-    def runtime(self) -> Runtime:
-        """Device, batch and speeding up as samplers take them. Raises `UsageError` for a device that is not there."""
-        return replace(super().runtime, compiled=self.compiled, graphs=self.graphs)
 
 
 @dataclass(frozen=True)

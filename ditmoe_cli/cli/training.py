@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api import training_requests as asked
 from ditmoe_cli.api.argument_checks import at_least, one_of, seed_of_64_bits
-from ditmoe_cli.api.training_runs import ForeseenTraining, TrainedCheckpoint
+from ditmoe_cli.api.training_requests import parse_groups
+from ditmoe_cli.api.training_runs import ForeseenTraining, TrainedCheckpoint, Training
 from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.options import complete_checkpoint
 from ditmoe_cli.cli.planning import Job, Told, show_foreseen, show_written
 from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import Row, note
 from ditmoe_cli.compression.training.trained_groups import GROUPS
-from ditmoe_cli.compression.training.trainer import Trainer
-from ditmoe_cli.compression.training.training_request import CODES, DEFAULT_BATCH, DEFAULT_MINUTES, Codes
+from ditmoe_cli.compression.training.training_request import CODES, DEFAULT_BATCH, DEFAULT_MINUTES
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
-
-
-def parse_groups(text: str) -> tuple[str, ...]:
-    """Return the groups of weights that a list names, each once and in the order of `GROUPS`, all for ``all``."""
-    words = {word.strip() for word in text.split(",")}
-    unknown = sorted(words - {"all", *GROUPS})
-    return (*(group for group in GROUPS if words & {"all", group}), *unknown)
+from ditmoe_cli.model.checkpoint import resolve_path
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(asked.TrainingOptions):
     """What is trained towards what, for how long, and how."""
 
     panel: ClassVar[str] = "Training"
@@ -89,19 +83,6 @@ class TrainingOptions:
         int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of noise and orders.")
     ] = 0
 
-    def fields(self, original: Checkpoint, iterations: int | None) -> dict[str, Any]:
-        """Return what is asked for, as fields of a `TrainingRequest`."""
-        return {
-            "original": original.fingerprint,
-            "minutes": DEFAULT_MINUTES if self.minutes is None and iterations is None else self.minutes,
-            "iterations": iterations,
-            "train": self.train,
-            "codes": cast(Codes, self.codes),
-            "batch": self.batch,
-            "rate": self.rate,
-            "seed": self.seed,
-        }
-
     def named(self, stage: Stage, may_be_same: bool = False) -> Stage:
         """Return the stage with its original. Raises `UsageError` where nothing names it."""
         if self.original is not None:
@@ -113,7 +94,7 @@ class TrainingOptions:
 
 def show_trained(
     job: Job,
-    trainer: Trainer,
+    training: Training,
     result: TrainedCheckpoint | ForeseenTraining | None,
     rows: Callable[[Any], list[Row]],
     *,
@@ -123,6 +104,6 @@ def show_trained(
     if isinstance(result, ForeseenTraining):
         return show_foreseen(job, result)
     if result is not None:
-        told = Told(trainer.asked.options(), rows(result.record))
+        told = Told(training.trainer.asked.options(), rows(result.record))
         return show_written(job, result, told, dry_run=dry_run)
     return None

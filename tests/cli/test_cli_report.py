@@ -112,7 +112,7 @@ def test_a_report_that_is_there_is_not_made_again(
             assert "exists already" in here(*words, "-o", "r.html", *other, cwd=tmp_path).error(5)
         fast = folder / "fast.safetensors"
         assert "exists already" in here("report", "profile", fast, *QUICK, "-o", "r.html", cwd=tmp_path).error(5)
-        patched.setattr("ditmoe_cli.cli.commands.report.__version__", "0")
+        patched.setattr("ditmoe_cli.api.report_runs.__version__", "0")
         assert "exists already" in here(*words, "-o", "r.html", cwd=tmp_path).error(5)
     (tmp_path / "r.html").unlink()
     assert "figures is up to date" in here(*both, cwd=tmp_path).err

@@ -10,7 +10,7 @@ import pytest
 from cli_helpers import here
 from conftest import make_pico
 
-from ditmoe_cli.cli.sampling_options import short_list
+from ditmoe_cli.api.sampling_requests import short_list
 
 NAMES = {
     "prune --keep 0.5": "a.prune-keep0.5",

@@ -15,7 +15,8 @@ from conftest import Pico, make_pico
 from distilling import FOUR, save_distilled
 from safetensors.numpy import load_file
 
-from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding, WeakGuiding
+from ditmoe_cli.api.guiding_requests import Guiding
+from ditmoe_cli.cli.guiding_options import StepGuiding, WeakGuiding
 from ditmoe_cli.cli.stage import Stage, parse_stage
 from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.errors import UsageError

@@ -12,10 +12,11 @@ import typer
 from ditmoe_cli.api.argument_checks import refuse_idle, seed_of_64_bits
 from ditmoe_cli.api.devices import checked_device, dtype_on
 from ditmoe_cli.api.foretelling import foretell
+from ditmoe_cli.api.guiding_requests import Guiding
 from ditmoe_cli.api.output_names import Size, parse_size
-from ditmoe_cli.cli.guiding_options import Guiding, StepGuiding
+from ditmoe_cli.api.sampling_requests import note_steps
+from ditmoe_cli.cli.guiding_options import StepGuiding
 from ditmoe_cli.cli.options import DeviceOpt, DtypeOpt, Models, Source, complete_checkpoint
-from ditmoe_cli.cli.sampling_options import note_steps
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
 from ditmoe_cli.diffusion.few_steps import check_unguided, told_sampling

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.api.argument_checks import ending, refuse_idle
-from ditmoe_cli.api.foretelling import foretell
-from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
+from ditmoe_cli.api import comparison_runs as asked
+from ditmoe_cli.api.argument_checks import ending
+from ditmoe_cli.api.comparison_runs import compared, pair_of
+from ditmoe_cli.cli.guiding_options import WeakGuiding, beside
 from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
-from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.files.arrays import disk_bytes
-from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
+    from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison
 
 
 MACHINE = Models
@@ -84,7 +82,7 @@ class Pair(Overrides):
 
 
 @dataclass(frozen=True)
-class Comparing:
+class Comparing(asked.Comparing):
     """Step bins of the measured errors, and the largest error allowed."""
 
     panel: ClassVar[str] = "Comparing"
@@ -109,7 +107,7 @@ class Comparing:
 
 
 @dataclass(frozen=True)
-class ComparisonFiles:
+class ComparisonFiles(asked.ComparisonFiles):
     """The files that a comparison writes, each where it is asked for."""
 
     panel: ClassVar[str] = "Output"
@@ -137,19 +135,6 @@ class ComparisonFiles:
         bool, typer.Option("--force", help="Replace existing outputs, and measure anew what was kept.")
     ] = False
 
-    @property
-    def outputs(self) -> Outputs:
-        """The same as the comparison takes them."""
-        from ditmoe_cli.evaluation.compare import Outputs
-
-        return Outputs(self.output, self.grid, self.force)
-
-    @property
-    def path(self) -> str:
-        """The absolute path that ``-q`` prints."""
-        written = self.output or self.grid
-        return str(written.absolute()) if written else ""
-
 
 def run(
     sampling: UpstreamSampling,
@@ -171,7 +156,7 @@ def run(
     if len(stages) > 1 and to.path:
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
-    guiding = weaker.opened(pair.given).beside(stages[0])
+    guiding = beside(weaker.opened(pair.given), stages[0])
     spec_of = guiding.over(sampling.on(running.device), beside_copies=True)
     pairs = [pair_of(a, open_stage(stage), spec_of, guiding, comparing) for stage in stages]
     results = compared(pairs, running, to.outputs)
@@ -182,82 +167,6 @@ def run(
         several = replace(stages[0], checkpoint=None)
         emit(printing, several.done("compare", {}).to_json({"files": files}), table_rows(files), to.path)
     check_limit(comparing.max_error, [result.result for result in results])
-
-
-def pair_of(
-    a: Checkpoint, b: Checkpoint, spec_of: Callable[[Checkpoint], SampleSpec], guiding: Guiding, comparing: Comparing
-) -> CheckpointPair:
-    """Return A and B with how they are sampled: both as A, or each in its own way where few steps are one's own.
-
-    Raises `UsageError` for what is measured step by step, where steps differ.
-    """
-    from ditmoe_cli.evaluation.compare import CheckpointPair
-    from ditmoe_cli.evaluation.sampled_models import guidance_warning, guided_as, model_of, spec_beside
-
-    models = model_of(a), model_of(b)
-    spec = guided_as(spec_of(a), models[0], models, guiding.weak)
-    own = spec_beside(b, spec_of, spec, models[0], models, guiding.weak)
-    for warning in (
-        guidance_warning(b.path, models[1], a.path, models[0], spec),
-        guidance_warning(a.path, models[0], b.path, models[1], own),
-    ):
-        if warning is not None:
-            note(warning)
-    if own == spec:
-        return CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps), guiding.weak)
-    apart = f"{a.name} and {b.name} are sampled by other steps, so that images alone are compared"
-    refuse_idle(comparing, f"where {apart}", "bins", "max_error")
-    note(f"{apart}; ditmoe inspect --values compares their weights")
-    return CheckpointPair(a, b, spec, choose_bins(None, spec.steps), guiding.weak, own)
-
-
-def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs) -> list[KeptComparison]:
-    """Return the result of each comparison, kept from an earlier run or measured; all are checked before any work.
-
-    Torch is not imported where all were kept.
-    """
-    from ditmoe_cli.evaluation.compare import (
-        KeptComparison,
-        check_pair,
-        compare_checkpoints,
-        comparison_key,
-        keep_comparison,
-        kept_comparison,
-    )
-
-    for pair in pairs:
-        check_pair(pair, replace(outputs, numbers=None, grid=None))
-    keys = [comparison_key(pair, running.device) for pair in pairs]
-    results: list[KeptComparison | None] = [
-        None if outputs.force else kept_comparison(key, pair, outputs) for key, pair in zip(keys, pairs, strict=True)
-    ]
-    todo = [index for index, result in enumerate(results) if result is None]
-    for index in todo:
-        check_pair(pairs[index], outputs)
-    if len(todo) < len(pairs):
-        which = f"{len(pairs) - len(todo)} of {len(pairs)} results are" if len(pairs) > 1 else "the result is"
-        note(f"{which} kept from an earlier run; --force measures anew")
-    runtime = running.runtime if todo else None
-    estimates = [
-        sampling_work(each, spec, running.batch, Guiding(spec.guide, pair.weak))
-        for pair in (pairs[index] for index in todo)
-        for each, spec in pair.sampled
-    ]
-    if runtime is not None:
-        foretell(estimates, lambda: runtime.device)
-    for index in todo:
-        assert runtime is not None
-        start = time.monotonic()
-        try:
-            measured = compare_checkpoints(pairs[index], runtime, outputs)
-        except BaseException:
-            finished = sum(result is not None for result in results)
-            if finished:
-                note(f"kept the results of {finished} of {len(pairs)} files; the same command goes on from there")
-            raise
-        results[index] = kept = KeptComparison(measured.to_json(), time.monotonic() - start)
-        keep_comparison(keys[index], kept, outputs, note)
-    return [result for result in results if result]
 
 
 def check_limit(limit: float | None, results: Sequence[Mapping[str, Any]]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import distilling_requests as asked
 from ditmoe_cli.api.argument_checks import at_least, one_of
 from ditmoe_cli.api.step_texts import held_text
-from ditmoe_cli.api.training_runs import Training, check_pair, trained_result
-from ditmoe_cli.cli.guiding_options import WeakGuiding
+from ditmoe_cli.api.training_runs import trained_result
+from ditmoe_cli.cli.guiding_options import WeakGuiding, marked
 from ditmoe_cli.cli.options import Computing, Destination, Models, Source
 from ditmoe_cli.cli.planning import Job
 from ditmoe_cli.cli.stage import open_stage
@@ -20,13 +21,8 @@ from ditmoe_cli.compression.distill.distilled_output import DistillingRecord
 from ditmoe_cli.compression.distill.distilling import (
     DEFAULT_STUDENT_STEPS,
     STATES,
-    Distilling,
-    States,
     check_own_teacher,
 )
-from ditmoe_cli.compression.distill.distilling_trainer import DistillingTrainer
-from ditmoe_cli.diffusion.weak_guidance import Guide
-from ditmoe_cli.model.checkpoint import Checkpoint
 
 MACHINE = Models
 EXAMPLES = (
@@ -37,7 +33,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Teaching(TrainingOptions):
+class Teaching(asked.Teaching, TrainingOptions):
     """Which steps are learned of what, for how long."""
 
     panel: ClassVar[str] = "Distilling"
@@ -80,18 +76,6 @@ class Teaching(TrainingOptions):
         bool, typer.Option("--progressive", help="Learn 8, 4 and 2 steps first, in equal parts of the time.")
     ] = False
 
-    def request(self, original: Checkpoint, guide: Guide | None) -> Distilling:
-        """Return what is asked for, of an original that `guide` guides. Raises `UsageError` for values out of range."""
-        return Distilling(
-            **self.fields(original, self.iterations),
-            steps=self.steps,
-            cfg=self.cfg,
-            guide=guide,
-            teacher_steps=self.teacher_steps,
-            states=cast(States, self.states),
-            progressive=self.progressive,
-        )
-
 
 def run(
     teaching: Teaching,
@@ -115,13 +99,12 @@ def run(
     if teaching.original is None and stage.original == stage.checkpoint:
         check_own_teacher(student)
     guiding = weaker.opened(source.given)
-    asked = teaching.request(original, guiding.used)
-    trainer = DistillingTrainer(asked, guiding.weak)
-    check_pair(trainer, student, original)
-    job = Job(asked.command, guiding.marked(stage), student, to.at(student.path, asked.label), printing)
-    inputs = [guiding.weak.path] if guiding.weak is not None else []
-    training = Training(student, job.output, trainer, original, computing.device, computing.dtype, inputs=inputs)
-    show_trained(job, trainer, trained_result(training, dry_run=to.dry_run), record_rows, dry_run=to.dry_run)
+    distilling = teaching.request(original, guiding.used)
+    output = to.at(student.path, distilling.label)
+    job = Job(distilling.command, marked(guiding, stage), student, output, printing)
+    training = asked.distilling_training(distilling, student, original, output, guiding.weak)
+    training = replace(training, device=computing.device, dtype=computing.dtype)
+    show_trained(job, training, trained_result(training, dry_run=to.dry_run), record_rows, dry_run=to.dry_run)
 
 
 def record_rows(record: DistillingRecord) -> list[Row]:

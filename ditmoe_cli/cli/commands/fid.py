@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api import score_runs as asked
 from ditmoe_cli.api.argument_checks import ending, one_of
-from ditmoe_cli.api.foretelling import foretell
+from ditmoe_cli.api.score_runs import check_outputs, compared_sides, enough_images, enough_resamples, scores
 from ditmoe_cli.cli.groups import completing
-from ditmoe_cli.cli.guiding_options import Guiding, WeakGuiding, sampling_work
-from ditmoe_cli.cli.options import Accelerating, Models, Overrides, Running, complete_checkpoint
+from ditmoe_cli.cli.guiding_options import WeakGuiding, beside
+from ditmoe_cli.cli.options import Accelerating, Models, Overrides, complete_checkpoint
 from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
-from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, PRECISIONS
-from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION, Request, parse_scores
+from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION
 from ditmoe_cli.files.arrays import disk_bytes
-from ditmoe_cli.files.cache import find_cache
-from ditmoe_cli.files.staging import check_target
-from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
+from ditmoe_cli.model.checkpoint import resolve_path
 from ditmoe_cli.model.config import Given
-from ditmoe_cli.model.effort import Estimate
-from ditmoe_cli.processes import first_process
 from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.fid import FidSettings
     from ditmoe_cli.evaluation.fid_reuse import KeptScore
     from ditmoe_cli.evaluation.fid_score import Score
     from ditmoe_cli.evaluation.fid_sides import Comparison, Item
@@ -48,30 +43,11 @@ EXAMPLES = (
 )
 
 
-MOST_RESAMPLES = 1_000_000
-
-
-def enough_images(count: int) -> int:
-    """Return a number of images of which a distance can be taken. Raises `ValueError`."""
-    if count < 2:
-        raise ValueError("a distance needs at least 2 images")
-    return count
-
-
 def positive_distance(value: float) -> float:
     """Return a distance that may be a limit. Raises `ValueError`."""
     if not value >= 0:
         raise ValueError("give a distance of at least 0")
     return value
-
-
-def enough_resamples(count: int) -> int:
-    """Return a number of resamples of which an interval can be taken, or 0. Raises `ValueError`."""
-    if count < 0 or count == 1:
-        raise ValueError("give at least 2 resamples, or 0 for none")
-    if count > MOST_RESAMPLES:
-        raise ValueError(f"give at most {MOST_RESAMPLES}; an interval needs some thousands")
-    return count
 
 
 @dataclass(frozen=True)
@@ -138,7 +114,7 @@ class Images(ImageSampling):
 
 
 @dataclass(frozen=True)
-class Scoring:
+class Scoring(asked.Scoring):
     """How images are scored."""
 
     panel: ClassVar[str] = "Scoring"
@@ -216,32 +192,9 @@ class Scoring:
         ),
     ] = None
 
-    def request(self) -> Request:
-        """Return the scores that are asked for. Raises `UsageError` for unknown names."""
-        return Request(parse_scores(self.metrics, self.convention), self.convention, self.resamples)
-
-    def settings(self, anyway: bool, vae: str | None, force: bool) -> FidSettings:
-        """Return how to compare. Raises `UsageError` for an unknown extractor."""
-        from ditmoe_cli.evaluation.features.extractors import check_extractor_name
-        from ditmoe_cli.evaluation.fid import FidSettings
-
-        if self.extractor is not None:
-            check_extractor_name(self.extractor)
-        return FidSettings(
-            extractor=self.extractor,
-            weights=self.weights,
-            anyway=anyway,
-            request=self.request(),
-            precision=self.precision,
-            vae=vae,
-            work=self.work.absolute() if self.work else None,
-            statistics=self.statistics,
-            force=force,
-        )
-
 
 @dataclass(frozen=True)
-class ScoreFile:
+class ScoreFile(asked.ScoreFile):
     """Where the score is written beside stdout."""
 
     panel: ClassVar[str] = "Output"
@@ -282,9 +235,8 @@ def run(
     """
     stages = compared.stages(overrides.given)
     check_outputs(scoring, to, len(stages))
-    settings = scoring.settings(compared.anyway, sampling.vae, to.force)
-    guiding = weaker.opened(overrides.given).beside(stages[0])
-    settings = replace(settings, weak=guiding.weak)
+    guiding = beside(weaker.opened(overrides.given), stages[0])
+    settings = scoring.settings(compared.anyway, sampling.vae, to.force, guiding.weak)
     if scoring.statistics and scoring.limit is not None and not compared.has_reference(stages[0]):
         raise UsageError("--max: there is nothing to be near to; give --ref")
     items = Items(overrides.given)
@@ -309,142 +261,6 @@ def check_limit(limit: float | None, results: Sequence[Score]) -> None:
     if above:
         which = f"{above[0].conditions['subject']['path']}: " if len(results) > 1 else ""
         raise GateError(f"{which}{above[0].metric} {above[0].value:.4g} is above --max {limit:g}")
-
-
-def check_outputs(scoring: Scoring, to: ScoreFile, count: int) -> None:
-    """Raise `UsageError` where score and statistics, or the scores of several files, would be written to one file."""
-    if scoring.statistics and to.output and scoring.statistics.resolve() == to.output.resolve():
-        raise UsageError(f"{scoring.statistics}: named twice; give each output a name of its own")
-    written = to.output or scoring.statistics
-    if count > 1 and written is not None:
-        raise UsageError(f"{written}: holds the score or the statistics of one file, and {count} are given")
-
-
-def scores(
-    comparisons: Sequence[Comparison],
-    spec_of: Callable[[Checkpoint], SampleSpec],
-    settings: FidSettings,
-    running: Running,
-    to: ScoreFile,
-) -> list[KeptScore] | None:
-    """Return the score of each comparison, kept from an earlier run or measured; None where another rank prints.
-
-    Outputs are refused before anything is sampled. Torch is not imported where all scores were kept.
-    """
-    from ditmoe_cli.evaluation.fid_reuse import kept_score, score_key
-    from ditmoe_cli.evaluation.fid_score import write_score
-
-    inputs = [item.path for comparison in comparisons for item in comparison.items]
-    inputs += [settings.weights] if settings.weights else []
-    inputs += [settings.weak.path] if settings.weak else []
-    inputs += [Path(settings.vae).expanduser()] if settings.vae else []
-    for target in (to.output, settings.statistics):
-        if target is not None and not target.is_file():
-            check_target(target.absolute(), to.force, inputs)
-    if settings.work is None and (problem := find_cache().problem):
-        note(problem)
-    keys = [score_key(comparison, spec_of, settings, running.device) for comparison in comparisons]
-    kept = [
-        kept_score(key, comparison) if key is not None and not to.force else None
-        for key, comparison in zip(keys, comparisons, strict=True)
-    ]
-    done = [each if each is not None and each.has_statistics(settings.statistics) else None for each in kept]
-    if to.output is not None and to.output.is_file() and not (done[0] and holds_score(to.output, done[0].score)):
-        check_target(to.output.absolute(), to.force, inputs)
-    if settings.statistics is not None and not done[0]:
-        check_target(settings.statistics.absolute(), to.force, inputs)
-    for each in done:
-        for message in each.notes if each else ():
-            note(message)
-    if any(done):
-        reused = sum(each is not None for each in done)
-        which = "the score is" if len(done) == 1 else f"{reused} of {len(done)} scores are"
-        note(f"{which} kept from an earlier run; --force measures anew")
-    if all(done):
-        results = [each for each in done if each]
-        if not first_process():
-            return None
-    else:
-        measured = measure(comparisons, keys, done, spec_of, settings, running)
-        if measured is None:
-            return None
-        results = measured
-    if to.output is not None and not holds_score(to.output, results[0].score):
-        write_score(to.output, results[0].score, to.force, inputs)
-    return results
-
-
-def holds_score(path: Path, score: Score) -> bool:
-    """Return whether a file holds a score, as it would be written."""
-    from ditmoe_cli.evaluation.fid_score import is_written
-
-    return is_written(path, score)
-
-
-def measure(
-    comparisons: Sequence[Comparison],
-    keys: Sequence[str | None],
-    done: Sequence[KeptScore | None],
-    spec_of: Callable[[Checkpoint], SampleSpec],
-    settings: FidSettings,
-    running: Running,
-) -> list[KeptScore] | None:
-    """Measure what is not done, and keep each score as it comes; return all, or None where another rank prints."""
-    from ditmoe_cli.evaluation.fid import measure_distances
-    from ditmoe_cli.evaluation.fid_reuse import KeptScore, keep_score, score_key
-
-    results = list(done)
-    todo = [index for index, each in enumerate(done) if each is None]
-    said: list[str] = []
-    expected = sampling_estimates([comparisons[index] for index in todo], spec_of, running, settings.weak)
-    foretell(expected, lambda: running.runtime.device)
-
-    def say(message: str) -> None:
-        said.append(message)
-        note(message)
-
-    measured = measure_distances([comparisons[index] for index in todo], spec_of, settings, running.runtime, say)
-    try:
-        for index, result in zip(todo, measured, strict=True):
-            if result is None:
-                continue
-            warnings = tuple(message for message in said if message.startswith("warning: "))
-            said.clear()
-            results[index] = kept = KeptScore(result.score, result.seconds, warnings)
-            key = keys[index] or score_key(comparisons[index], spec_of, settings, running.device)
-            if key is not None:
-                keep_score(key, kept, settings.statistics, note)
-    except BaseException:
-        finished = sum(each is not None for each in results)
-        if finished and first_process():
-            note(f"kept the scores of {finished} of {len(results)} files; the same command goes on from there")
-        raise
-    return [each for each in results if each] if first_process() else None
-
-
-def sampling_estimates(
-    comparisons: Sequence[Comparison],
-    spec_of: Callable[[Checkpoint], SampleSpec],
-    running: Running,
-    weak: Checkpoint | None = None,
-) -> list[Estimate]:
-    """Return what sampling takes at most, each checkpoint once in a way; kept images take nothing.
-
-    `weak` is the checkpoint that guides, if any.
-    """
-    from ditmoe_cli.evaluation.fid_specs import side_specs
-
-    found: dict[tuple[Path, SampleSpec], Estimate] = {}
-    for comparison in comparisons:
-        if comparison.subject.checkpoint is None:
-            continue
-        specs = side_specs(comparison, spec_of, weak).specs
-        for item in comparison.items:
-            spec = specs[item.path]
-            if item.checkpoint is not None and spec is not None:
-                work = sampling_work(item.checkpoint, spec, running.batch, Guiding(spec.guide, weak))
-                found[item.path, spec] = work
-    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -472,23 +288,15 @@ class Items:
         without either it is the reference. Without --ref the reference is the original, or the subject itself if that
         may stand `alone`.
         """
-        from ditmoe_cli.evaluation.fid_sides import Comparison
 
-        ref, original = compared.ref, compared.original or (stage.original if stage.piped else None)
         subject = stage.samples or stage.checkpoint
         if subject is None:
             raise BadInputError("stdin: the envelope names no checkpoint and no samples to score")
-        if ref is None and original is None:
-            if not alone:
-                raise UsageError("nothing to compare with: give --ref (a checkpoint, samples, statistics or images)")
-            ref = subject
+        original = compared.original or (stage.original if stage.piped else None)
         if stage.samples:
             note(f"scoring the images in {stage.samples}: sampling options are theirs")
-        scored = self.item(stage, subject, own=True)
-        first = self.item(stage, original, own=False) if original else None
-        reference = self.item(stage, ref, own=False) if ref else first
-        assert reference is not None
-        return Comparison(scored, reference, first or reference)
+        others = [self.item(stage, path, own=False) if path else None for path in (original, compared.ref)]
+        return compared_sides(self.item(stage, subject, own=True), others[1], others[0], alone=alone)
 
 
 def file_json(comparison: Comparison, result: KeptScore) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import healing_requests as asked
 from ditmoe_cli.api.argument_checks import one_of
 from ditmoe_cli.api.step_texts import held_text
-from ditmoe_cli.api.training_runs import Training, check_pair, telling, trained_result
+from ditmoe_cli.api.training_runs import trained_result
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import Job
@@ -18,11 +19,10 @@ from ditmoe_cli.cli.stage import Stage, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row
 from ditmoe_cli.cli.training import TrainingOptions, show_trained
 from ditmoe_cli.compression.heal.healed_output import HealingRecord
-from ditmoe_cli.compression.heal.healing import SCOPES, Healing, Scope, check_profile
-from ditmoe_cli.compression.heal.healing_trainer import HealingTrainer
+from ditmoe_cli.compression.heal.healing import SCOPES
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import read_profile
-from ditmoe_cli.routing.profile_search import ProfileRequest, search
+from ditmoe_cli.routing.profile_search import ProfileRequest
 
 MACHINE = Models
 EXAMPLES = (
@@ -33,7 +33,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Teaching(TrainingOptions):
+class Teaching(asked.Teaching, TrainingOptions):
     """What is trained towards what, for how long, and in which scope."""
 
     panel: ClassVar[str] = "Healing"
@@ -53,10 +53,6 @@ class Teaching(TrainingOptions):
         ),
     ] = "auto"
 
-    def request(self, original: Checkpoint) -> Healing:
-        """Return what is asked for. Raises `UsageError` for values out of range."""
-        return Healing(**self.fields(original, self.steps), scope=cast(Scope, self.scope))
-
 
 def run(
     teaching: Teaching,
@@ -74,25 +70,11 @@ def run(
     """
     stage = teaching.named(source.stage(shared=True))
     student, original = open_stage(stage), open_stage(stage, stage.original)
-    asked = teaching.request(original)
-    trainer = HealingTrainer(asked)
-    check_pair(trainer, student, original)
-    job = Job("heal", stage, student, to.at(student.path, asked.label), printing)
-    basis = search(
-        original, profile_request(stage, original, measuring, automatic, job.output.path.parent, to), telling()
-    )
-    check_profile(basis.profile, basis.settings)
-    training = Training(
-        student,
-        job.output,
-        replace(trainer, settings=basis.settings),
-        original,
-        measuring.device,
-        measuring.dtype,
-        basis,
-        lambda profile: HealingTrainer(asked, profile.calibration, profile),
-    )
-    show_trained(job, trainer, trained_result(training, dry_run=to.dry_run), record_rows, dry_run=to.dry_run)
+    healing = teaching.request(original)
+    job = Job("heal", stage, student, to.at(student.path, healing.label), printing)
+    wanted = profile_request(stage, original, measuring, automatic, job.output.path.parent, to)
+    training = asked.healing_training(healing, student, original, job.output, wanted, measuring)
+    show_trained(job, training, trained_result(training, dry_run=to.dry_run), record_rows, dry_run=to.dry_run)
 
 
 def profile_request(

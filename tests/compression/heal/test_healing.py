@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ditmoe_cli.cli.training import parse_groups
+from ditmoe_cli.api.training_requests import parse_groups
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.planner import request_digest
 from ditmoe_cli.compression.training.trained_groups import GROUPS

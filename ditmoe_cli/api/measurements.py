@@ -1,0 +1,288 @@
+"""Profiles, images, scores and reports from Python: what profile-experts, sample, fid, compare and report do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ditmoe_cli.api.argument_checks import at_least, ending
+from ditmoe_cli.api.calibration_requests import Calibrating, Profiling, profiled
+from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
+from ditmoe_cli.api.comparison_runs import ComparedCheckpoints, Comparing, ComparisonFiles, compared, pair_of
+from ditmoe_cli.api.guiding_requests import StepGuiding
+from ditmoe_cli.api.opening import NOTHING_GIVEN, opened
+from ditmoe_cli.api.output_names import FileDestination
+from ditmoe_cli.api.planning_requests import AnyProfile
+from ditmoe_cli.api.report_runs import ProfileFindings, ReportFiles, Reporting, few_enough_replicates, findings_of
+from ditmoe_cli.api.sample_runs import ImageFiles, SampledImages, sampled
+from ditmoe_cli.api.sampling_requests import Accelerating, ImageSampling, Running, SamplingOptions, interval_of
+from ditmoe_cli.api.score_runs import (
+    ScoreFile,
+    Scoring,
+    check_outputs,
+    compared_sides,
+    enough_images,
+    enough_resamples,
+    scores,
+    side_of,
+)
+from ditmoe_cli.evaluation.fid_score import Score
+from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION
+from ditmoe_cli.routing.calibration_settings import Calibration
+from ditmoe_cli.routing.profile import RoutingProfile
+
+OneFile = Annotated[AnyPath, ending(".safetensors")]
+Picture = Annotated[AnyPath, ending(".png")]
+
+
+@public
+def profile(
+    checkpoint: AnyCheckpoint,
+    *,
+    images: int | None = None,
+    steps: int | None = None,
+    cfg: float = 1.0,
+    solver: str | None = None,
+    classes: Sequence[int] | None = None,
+    seed: Seed = 0,
+    dtype: NamedDtype = "auto",
+    data: AnyPath | None = None,
+    bins: int | None = None,
+    reservoir: int = Calibration.reservoir,
+    fast: bool = False,
+    offload: bool = False,
+    batch: int = Calibration.batch,
+    device: Device = "auto",
+    output: OneFile | None = None,
+    force: bool = False,
+) -> RoutingProfile:
+    """Sample a checkpoint and count how it routes, as ``ditmoe profile-experts``.
+
+    Args:
+        checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
+        images, steps, cfg, solver, classes, seed, dtype: how calibration images are sampled.
+        data: images to add noise to instead of sampling.
+        output: file ``….safetensors``; by default ``NAME.profile.safetensors`` in the working folder.
+        force: whether to replace what stands there. A profile of the same settings is up to date without it.
+
+    All others are the options of the same names in docs/profile-experts.md.
+
+    Raises:
+        UsageError: an argument is out of range, or has no effect beside the others.
+        BadInputError: the checkpoint or the images cannot be used.
+        OutputExistsError: something else stands at the output.
+    """
+    alone()
+    found = opened(checkpoint)
+    labels = None if classes is None else tuple(classes)
+    sampling = Calibrating(images, steps, cfg, solver=solver, classes=labels, seed=seed, dtype=dtype)
+    profiling = Profiling(_path(data), bins, reservoir, fast, offload, batch, device)
+    target = FileDestination(_path(output), force).at(found.path, "profile").absolute()
+    result = profiled(found, sampling, profiling, target, force)
+    assert result is not None
+    return result
+
+
+@public
+def sample(
+    checkpoint: AnyCheckpoint,
+    *,
+    images: int = SamplingOptions.images,
+    steps: int | None = None,
+    cfg: float = 1.0,
+    cfg_interval: Sequence[float] | None = None,
+    solver: str | None = None,
+    upstream_exact: bool = False,
+    classes: Sequence[int] | None = None,
+    seed: Seed = 0,
+    dtype: NamedDtype = "auto",
+    vae: str | None = None,
+    guide_with: AnyCheckpoint | None = None,
+    guide_by: Literal["top1", "rank2"] | None = None,
+    guide_scale: float | None = None,
+    guide_interval: Sequence[float] | None = None,
+    batch: Count = Running.batch,
+    device: Device = "auto",
+    compile: bool = False,
+    cuda_graphs: bool | None = None,
+    output: OneFile | None = None,
+    png: AnyPath | None = None,
+    npz: Annotated[AnyPath, ending(".npz")] | None = None,
+    grid: Picture | None = None,
+    force: bool = False,
+) -> SampledImages:
+    """Sample images, as ``ditmoe sample``.
+
+    Args:
+        checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
+        images, steps, cfg, solver, classes, seed, dtype: how to sample. Image i depends on seed, i and its label alone.
+        cfg_interval, guide_interval: two noise levels, 0 to 1, between which to guide.
+        vae: AutoencoderKL that decodes latents.
+        output: file ``….safetensors``; by default named after the checkpoint and the settings, in the working folder.
+        png, npz, grid: other files to write the images to.
+        force: whether to replace what stands there. The same images are up to date without it.
+
+    All others are the options of the same names in docs/sample.md. Raises what `profile` does.
+    """
+    alone()
+    found = opened(checkpoint)
+    labels = None if classes is None else tuple(classes)
+    sampling = ImageSampling(
+        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, labels, seed, dtype, vae
+    )
+    guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
+    files = ImageFiles(_path(output), force, _path(png), _path(npz), _path(grid))
+    result = sampled(found, sampling, guiding, Accelerating(batch, device, compile, cuda_graphs), files)
+    assert result is not None
+    return result
+
+
+@public
+def score(
+    subject: AnyCheckpoint | SampledImages,
+    *,
+    ref: AnyCheckpoint | SampledImages | None = None,
+    original: AnyCheckpoint | SampledImages | None = None,
+    anyway: bool = False,
+    images: Annotated[int, enough_images] = 2048,
+    steps: int | None = None,
+    cfg: float = 1.0,
+    cfg_interval: Sequence[float] | None = None,
+    solver: str | None = None,
+    upstream_exact: bool = False,
+    classes: Sequence[int] | None = None,
+    seed: Seed = 0,
+    dtype: NamedDtype = "auto",
+    vae: str | None = None,
+    guide_with: AnyCheckpoint | None = None,
+    guide_by: Literal["top1", "rank2"] | None = None,
+    guide_scale: float | None = None,
+    guide_interval: Sequence[float] | None = None,
+    batch: Count = Running.batch,
+    device: Device = "auto",
+    compile: bool = False,
+    cuda_graphs: bool | None = None,
+    extractor: str | None = None,
+    weights: AnyPath | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    convention: str = DEFAULT_CONVENTION,
+    metrics: str | Sequence[str] | None = None,
+    bootstrap: Annotated[int, enough_resamples] = 0,
+    work: AnyPath | None = None,
+    save_statistics: Annotated[AnyPath, ending(".safetensors", ".npz")] | None = None,
+    output: OneFile | None = None,
+    force: bool = False,
+) -> Score:
+    """Score images against a reference, as ``ditmoe fid``: their Fréchet distance, and errors of the same seeds.
+
+    Args:
+        subject: a checkpoint, samples, statistics or images.
+        ref: the same, to compare with; by default the original's samples of the same seeds.
+        original: checkpoint or samples that the paired error is against; by default the reference.
+        images, steps, cfg, …: how checkpoints are sampled, as for `sample`.
+        metrics: scores beside the distance, as ``["kid", "pr"]`` or ``"all"``.
+        bootstrap: resamples for an interval of the distance; 0 for no interval.
+        output: file ``….safetensors`` to write the score to.
+        force: whether to replace it, and to measure anew what was kept from an earlier run.
+
+    All others are the options of the same names in docs/fid.md. Raises what `profile` does.
+    """
+    alone()
+    labels = None if classes is None else tuple(classes)
+    sampling = ImageSampling(
+        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, labels, seed, dtype, vae
+    )
+    names = metrics if metrics is None or isinstance(metrics, str) else ",".join(metrics)
+    scoring = Scoring(
+        extractor, _path(weights), precision, convention, names, bootstrap, _path(work), _path(save_statistics)
+    )
+    to = ScoreFile(_path(output), force)
+    check_outputs(scoring, to, 1)
+    guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
+    settings = scoring.settings(anyway, vae, force, guiding.weak)
+    others = [None if side is None else side_of(side) for side in (ref, original)]
+    comparison = compared_sides(side_of(subject), *others, alone=save_statistics is not None)
+    spec_of = guiding.over(sampling.on(device), beside_copies=True)
+    results = scores([comparison], spec_of, settings, Accelerating(batch, device, compile, cuda_graphs), to)
+    assert results is not None
+    return results[0].score
+
+
+@public
+def compare(
+    a: AnyCheckpoint,
+    b: AnyCheckpoint,
+    *,
+    images: int = SamplingOptions.images,
+    steps: int | None = None,
+    cfg: float = 1.0,
+    solver: str | None = None,
+    upstream_exact: bool = False,
+    classes: Sequence[int] | None = None,
+    seed: Seed = 0,
+    dtype: NamedDtype = "auto",
+    guide_with: AnyCheckpoint | None = None,
+    guide_by: Literal["top1", "rank2"] | None = None,
+    guide_scale: float | None = None,
+    guide_interval: Sequence[float] | None = None,
+    bins: int | None = None,
+    batch: Count = Running.batch,
+    device: Device = "auto",
+    grid: Picture | None = None,
+    output: OneFile | None = None,
+    force: bool = False,
+) -> ComparedCheckpoints:
+    """Measure how far checkpoint `b` strays from `a` on the same seeds, as ``ditmoe compare``.
+
+    Args:
+        a, b: paths, ``demo:digits``, names on the hub, or opened checkpoints.
+        images, steps, cfg, …: how both are sampled, as for `sample`.
+        bins: bins of steps, from noise to image.
+        grid: PNG to draw pairs of images in.
+        output: file ``….safetensors`` to write the numbers to.
+        force: whether to replace these, and to measure anew what was kept from an earlier run.
+
+    All others are the options of the same names in docs/compare.md. Raises what `profile` does.
+    """
+    alone()
+    labels = None if classes is None else tuple(classes)
+    sampling = SamplingOptions(
+        images, steps, cfg, solver=solver, upstream=upstream_exact, classes=labels, seed=seed, dtype=dtype
+    )
+    guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
+    spec_of = guiding.over(sampling.on(device), beside_copies=True)
+    pair = pair_of(opened(a), opened(b), spec_of, guiding, Comparing(bins))
+    files = ComparisonFiles(_path(grid), _path(output), force)
+    (kept,) = compared([pair], Running(batch, device), files.outputs)
+    return ComparedCheckpoints(kept.result, kept.seconds)
+
+
+@public
+def report(
+    profile: AnyProfile | AnyCheckpoint,
+    *,
+    replicates: Annotated[int, at_least(0), few_enough_replicates] = Reporting.replicates,
+    seed: Seed = 0,
+    weights: AnyCheckpoint | None = None,
+    output: Annotated[AnyPath, ending(".html", ".htm")] | None = None,
+    png: AnyPath | None = None,
+    force: bool = False,
+) -> ProfileFindings:
+    """Report what a profile shows, and whether the paper's claims hold, as ``ditmoe report profile``.
+
+    Args:
+        profile: a profile, its path, or a checkpoint whose profile has its usual name.
+        replicates, seed: of the bootstrap of intervals.
+        weights: the profiled checkpoint, to compare experts by their weights too.
+        output: file ``….html`` to write the report to.
+        png: new folder to write the figures to.
+        force: whether to replace these. A report of the same profile and settings is up to date without it.
+
+    Raises what `profile` does.
+    """
+    return findings_of(profile, Reporting(replicates, seed, weights), ReportFiles(_path(output), _path(png), force))
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
