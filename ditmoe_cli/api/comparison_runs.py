@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.api.argument_checks import refuse_idle
 from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.guiding_requests import Guiding, sampling_work
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.sampling_requests import Running
+from ditmoe_cli.briefs import Brief, Fact, shortened
 from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
-from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
 from ditmoe_cli.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ditmoe_cli.evaluation.compare import CheckpointPair, KeptComparison, Outputs
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs
     return [result for result in results if result]
 
 
-@dataclass(frozen=True)
-class ComparedCheckpoints:
+@dataclass(frozen=True, repr=False)
+class ComparedCheckpoints(Brief):
     """How far one checkpoint strays from another.
 
     Attributes:
@@ -148,6 +151,15 @@ class ComparedCheckpoints:
         images = self.figures["images"]
         error: float | None = images["mse"] if images else None
         return error
+
+    def _brief(self) -> list[Fact]:
+        routing, conditions = self.figures["routing"], self.figures["conditions"]
+        return [
+            ("relative error", shortened(self.relative_error)),
+            ("image mse", shortened(self.image_error)),
+            *([("routing overlap", shortened(routing["overlap"]))] if routing else []),
+            *((side, conditions[side]["path"]) for side in ("a", "b")),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return all that was measured, by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ditmoe_cli.api.argument_checks import at_least, ending
 from ditmoe_cli.api.calibration_requests import Calibrating, Profiling, profiled
@@ -27,10 +27,12 @@ from ditmoe_cli.api.score_runs import (
     scores,
     side_of,
 )
-from ditmoe_cli.evaluation.fid_score import Score
 from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
+
+if TYPE_CHECKING:
+    from ditmoe_cli.evaluation.fid_score import Score
 
 OneFile = Annotated[AnyPath, ending(".safetensors")]
 Picture = Annotated[AnyPath, ending(".png")]

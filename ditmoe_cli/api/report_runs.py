@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.api.calling import AnyCheckpoint
 from ditmoe_cli.api.notes import note
-from ditmoe_cli.api.opening import opened, read_profile
+from ditmoe_cli.api.opening import opened
 from ditmoe_cli.api.output_names import usual_profiles
 from ditmoe_cli.api.planning_requests import AnyProfile
-from ditmoe_cli.cli.terminal import printable
+from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.errors import BadInputError, OutputExistsError, UsageError
 from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.names import ROUTER
 from ditmoe_cli.files.reader import open_reader
 from ditmoe_cli.files.staging import check_target, clean_leftovers, staged
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
-from ditmoe_cli.routing.profile import RoutingProfile, require_profile_of
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 from ditmoe_cli.routing.profile_search import own_profile
-from ditmoe_cli.routing.report.contents import ProfileReport
-from ditmoe_cli.routing.report.marks import holds_figures, numbers_of
+from ditmoe_cli.routing.report.marks import holds_figures, numbers_of, printable
 from ditmoe_cli.version import __version__
+
+if TYPE_CHECKING:
+    from ditmoe_cli.routing.report.contents import ProfileReport
 
 MOST_REPLICATES = 100_000  # all are in memory at once
 
@@ -204,8 +206,8 @@ def required_profile(checkpoint: Checkpoint) -> Path:
     return found
 
 
-@dataclass(frozen=True)
-class ProfileFindings:
+@dataclass(frozen=True, repr=False)
+class ProfileFindings(Brief):
     """What a profile shows.
 
     Attributes:
@@ -221,6 +223,17 @@ class ProfileFindings:
     def claims(self) -> Mapping[str, str]:
         """The verdict on each claim of the paper."""
         return {claim["claim"]: claim["verdict"] for claim in self.figures["claims"]}
+
+    def _brief(self) -> list[Fact]:
+        pairs = {label: self.figures[label] for label in ("dead", "starved")}
+        return [
+            *self.claims.items(),
+            *(
+                (label, ", ".join(f"block {b} expert {e}" for b, e in found) or "none")
+                for label, found in pairs.items()
+            ),
+            *((name, path) for name, path in (("page", self.page), ("png", self.png)) if path is not None),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers by name."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.guiding_requests import Guiding, sampling_work
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.output_names import FileDestination
 from ditmoe_cli.api.sampling_requests import ImageSampling, Running, samples_label
+from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.evaluation.samples import Sampling, Targets
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import first_process
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ditmoe_cli.evaluation.samples import Sampling, Targets
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class ImageFiles(FileDestination):
         return Targets(file, png=self.png, npz=self.npz, grid=self.grid, force=self.force, inputs=inputs)
 
 
-@dataclass(frozen=True)
-class SampledImages:
+@dataclass(frozen=True, repr=False)
+class SampledImages(Brief):
     """Samples of a checkpoint in a file.
 
     Attributes:
@@ -56,10 +62,40 @@ class SampledImages:
     vae: Mapping[str, Any] | None
     exports: Mapping[str, Path]
 
+    @cached_property
+    def values(self) -> NDArray[Any]:
+        """The images or latents as an array of `kind`, read when they are asked for."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path)[self.kind]
+
     @property
     def nfe(self) -> int:
         """Evaluations of the network that an image took."""
         return self.spec.nfe
+
+    def _brief(self) -> list[Fact]:
+        spec = self.spec
+        return [
+            ("", self.path),
+            (self.kind, f"{spec.images} of {' x '.join(map(str, self.shape))}"),
+            ("solver", f"{spec.solver}, {spec.steps} steps, cfg {spec.cfg:g}, {self.nfe} NFE an image"),
+            ("seed", spec.seed),
+            *((kind, path) for kind, path in self.exports.items()),
+        ]
+
+    def _repr_html_(self) -> str:
+        shown = f"<br>{self._picture()}" if self.kind == "images" else ""
+        return f"{super()._repr_html_()}{shown}"
+
+    def _picture(self) -> str:
+        """Return the first images in one picture, as HTML that holds it."""
+        import base64
+
+        from ditmoe_cli.evaluation.image_grids import png_bytes, sample_grid
+
+        text = base64.b64encode(png_bytes(sample_grid(self.values))).decode()
+        return f'<img alt="samples" src="data:image/png;base64,{text}">'
 
     def to_json(self) -> dict[str, Any]:
         """Return size, spec, NFE, VAE and files by name."""

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ditmoe_cli.api.devices import checked_device, dtype_on
 from ditmoe_cli.api.notes import note
@@ -14,11 +15,13 @@ from ditmoe_cli.diffusion.few_steps import check_unguided, other_steps, told_ste
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, SOLVERS, UPSTREAM, Interval, Solver, choose_solver
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.evaluation.worker import Runtime
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dtypes import AUTO, Dtype
 from ditmoe_cli.processes import first_process
+
+if TYPE_CHECKING:
+    from ditmoe_cli.evaluation.worker import Runtime
 
 _LONGEST = 24  # characters of a list of classes in a name
 
@@ -155,6 +158,7 @@ class Running:
     @property
     def runtime(self) -> Runtime:
         """Device and batch as samplers take them. Raises `UsageError` for a device that is not there."""
+
         from ditmoe_cli.evaluation.worker import Runtime
 
         return Runtime(checked_device(self.device), self.batch)

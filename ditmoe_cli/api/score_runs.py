@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ditmoe_cli.api.calling import AnyCheckpoint
 from ditmoe_cli.api.foretelling import foretell
@@ -15,10 +16,6 @@ from ditmoe_cli.api.sample_runs import SampledImages
 from ditmoe_cli.api.sampling_requests import Running
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.evaluation.fid import FidSettings
-from ditmoe_cli.evaluation.fid_reuse import KeptScore
-from ditmoe_cli.evaluation.fid_score import Score
-from ditmoe_cli.evaluation.fid_sides import Comparison, Item
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION, Request, parse_scores
 from ditmoe_cli.files.cache import find_cache
@@ -26,6 +23,12 @@ from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.processes import first_process
+
+if TYPE_CHECKING:
+    from ditmoe_cli.evaluation.fid import FidSettings
+    from ditmoe_cli.evaluation.fid_reuse import KeptScore
+    from ditmoe_cli.evaluation.fid_score import Score
+    from ditmoe_cli.evaluation.fid_sides import Comparison, Item
 
 MOST_RESAMPLES = 1_000_000
 
@@ -230,6 +233,8 @@ def sampling_estimates(
 
 def side_of(given: AnyCheckpoint | SampledImages) -> Item:
     """Return a side of a comparison: a checkpoint, which is opened, or the file or folder of images."""
+    from ditmoe_cli.evaluation.fid_sides import Item
+
     if isinstance(given, Checkpoint):
         return Item(given.path.absolute(), given)
     file = (given.path if isinstance(given, SampledImages) else resolve_path(given, note)).absolute()
@@ -241,6 +246,8 @@ def compared_sides(subject: Item, ref: Item | None, original: Item | None, *, al
 
     Raises `UsageError` where there is nothing to compare with.
     """
+    from ditmoe_cli.evaluation.fid_sides import Comparison
+
     if ref is None and original is None and not alone:
         raise UsageError("nothing to compare with: give ⟨ref⟩ (a checkpoint, samples, statistics or images)")
     reference = ref or original or subject

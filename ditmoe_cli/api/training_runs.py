@@ -67,14 +67,14 @@ class Training:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedCheckpoint(WrittenCheckpoint):
     """A checkpoint that was trained, with the `record` of its training."""
 
     record: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForeseenTraining(ForeseenCheckpoint):
     """What a training would write, and of how many weights it would train how many values."""
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.api.foretelling import estimate_of
+from ditmoe_cli.briefs import Brief, Fact, shortened
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import Rate
 
 
-@dataclass(frozen=True)
-class WrittenCheckpoint:
+@dataclass(frozen=True, repr=False)
+class WrittenCheckpoint(Brief):
     """A checkpoint that was written, or that the same request had written before.
 
     Attributes:
@@ -48,6 +49,18 @@ class WrittenCheckpoint:
         """Whether it was there already, made by the same request."""
         return self.seconds is None
 
+    def _brief(self) -> list[Fact]:
+        errors, held = self.figures.get("refit_error"), self.figures.get("held_error")
+        figures = {name: value for name, value in self.figures.items() if isinstance(value, float)}
+        return [
+            ("", self.path),
+            ("bytes", f"{self.bytes_before:,} to {self.bytes:,} ({self.ratio:.3f} of the input)"),
+            *((name.replace("_", " "), shortened(value)) for name, value in figures.items()),
+            *([("refit error", _worst(errors))] if errors else []),
+            *([("held error", " to ".join(map(shortened, held)))] if held else []),
+            ("up to date", "") if self.seconds is None else ("seconds", f"{self.seconds:,.1f}"),
+        ]
+
     def open(self) -> Checkpoint:
         """Return the checkpoint, opened."""
         return open_checkpoint(self.path)
@@ -58,8 +71,8 @@ class WrittenCheckpoint:
         return {**result, **({"up_to_date": True} if self.up_to_date else {"seconds": self.seconds})}
 
 
-@dataclass(frozen=True)
-class ForeseenCheckpoint:
+@dataclass(frozen=True, repr=False)
+class ForeseenCheckpoint(Brief):
     """What would be written: where, how large, by which plan (None for a copy), and what that would take."""
 
     path: Path
@@ -74,6 +87,9 @@ class ForeseenCheckpoint:
         """The plan; None where it is open until the checkpoint is profiled, when only its size is right."""
         return self.plan if self.plan is not None and self.plan.decided else None
 
+    def _brief(self) -> list[Fact]:
+        return [("would write", self.path), ("bytes", f"{self.bytes_before:,} to {self.bytes:,}")]
+
     def to_json(self) -> dict[str, Any]:
         """Return sizes, estimate and plan by name."""
         plan = self.decided_plan
@@ -82,6 +98,11 @@ class ForeseenCheckpoint:
             "estimate": estimate_of(self.estimates, self.rate),
             "plan": plan.document() if plan is not None else None,
         }
+
+
+def _worst(errors: Sequence[float]) -> str:
+    """Return the largest of one error a block, and where it is."""
+    return f"at most {shortened(max(errors))}, in block {errors.index(max(errors))}"
 
 
 def size_facts(size: int, before: int) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from ditmoe_cli.briefs import Brief, Fact, in_runs_of, shortened
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.json_text import read_json
@@ -250,8 +252,8 @@ UNDECIDED = "undecided"
 """The entry in the options of a plan that stands for its size only."""
 
 
-@dataclass(frozen=True)
-class CompressionPlan:
+@dataclass(frozen=True, repr=False)
+class CompressionPlan(Brief):
     """A command's whole decision.
 
     Attributes:
@@ -329,6 +331,18 @@ class CompressionPlan:
                 return stage
         raise LookupError(f"the plan of {self.command} has no stage {kind.__name__}")
 
+    def _brief(self) -> list[Fact]:
+        options = {name: value for name, value in self.options.items() if name not in FIGURES}
+        figures = {name: value for name, value in self.options.items() if name in FIGURES and isinstance(value, float)}
+        return [
+            ("", self.command),
+            *options.items(),
+            *(fact for stage in self.stages for fact in _stage_facts(stage)),
+            *((name.replace("_", " "), shortened(value)) for name, value in figures.items()),
+            ("digest", self.digest[:12]),
+            ("for checkpoint", self.source[:12]),
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON, the fields of all stages side by side."""
         fields = dict(_NO_STAGES)
@@ -348,6 +362,22 @@ class CompressionPlan:
         """Return the plan as it is written: its JSON, its request, and the digest that it had when it was planned."""
         request = {} if self.request is None else {"request": self.request}
         return {**self.to_json(), **request, "digest": self.written or self.digest}
+
+
+def _stage_facts(stage: PlanStage) -> list[Fact]:
+    """Return what a stage does, in brief."""
+    match stage:
+        case Experts():
+            widths = [width for block in stage.blocks for width in block.widths]
+            narrowed = [("widths", f"{min(widths)} to {max(widths)}")] if widths else []
+            return [("keeps experts", in_runs_of(len(block.keep) for block in stage.blocks)), *narrowed]
+        case Differences():
+            return [("differences", f"{stage.kind} {stage.ratio:g}")]
+        case Formats():
+            counts = Counter(stage.formats.values())
+            return [("formats", ", ".join(f"{name} x{count}" for name, count in sorted(counts.items())))]
+        case Retraining():
+            return [("training", f"{stage.minutes:g} min" if stage.minutes is not None else f"{stage.steps} steps")]
 
 
 def parse_plan(document: object, where: str) -> CompressionPlan:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ditmoe_cli.briefs import Brief, Fact, shortened
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.evaluation.features.extraction import Extraction
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable
@@ -42,8 +43,8 @@ SCORE_SCHEMA = "ditmoe.score/1"
 FEW_IMAGES = 2048
 
 
-@dataclass(frozen=True)
-class Score:
+@dataclass(frozen=True, repr=False)
+class Score(Brief):
     """A distance with its interval, scores beside it, and conditions.
 
     Attributes:
@@ -66,6 +67,18 @@ class Score:
     interval: Interval | None = None
     scores: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def _brief(self) -> list[Fact]:
+        interval = f" ({shortened(self.interval.low)} to {shortened(self.interval.high)})" if self.interval else ""
+        plain = {name: value for name, value in self.scores.items() if isinstance(value, float)}
+        sides = {side: told["path"] for side in ("subject", "reference") if (told := self.conditions.get(side))}
+        return [
+            (self.metric, f"{shortened(self.value)}{interval}"),
+            *((name, shortened(value)) for name, value in plain.items()),
+            *([("paired mse", f"{shortened(self.paired.mse)} over {self.paired.n} pairs")] if self.paired else []),
+            ("images", f"{self.images} against {self.reference_images}"),
+            *sides.items(),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the score as JSON; the distance is keyed by the metric's name."""

@@ -134,12 +134,20 @@ def tiled(cells: NDArray[np.uint8], margin: int, across: int | None = None) -> N
 
 def write_png(path: Path, picture: NDArray[np.uint8], force: bool = False, inputs: Iterable[Path] = ()) -> int:
     """Write a picture (H, W, C), C 1 or 3, as PNG, whole or not at all; return the bytes."""
+    data = png_bytes(picture)
+    with staged(path, force, inputs) as staging:
+        return staging.write_bytes(data)
+
+
+def png_bytes(picture: NDArray[np.uint8]) -> bytes:
+    """Return a picture (H, W, C), C 1 or 3, as PNG."""
+    from io import BytesIO
+
     from PIL import Image
 
-    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
-    with staged(path, force, inputs) as staging:
-        image.save(staging, format="PNG")
-        return staging.stat().st_size
+    data = BytesIO()
+    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(data, format="PNG")
+    return data.getvalue()
 
 
 def holds_picture(path: Path, picture: NDArray[np.uint8]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
@@ -20,7 +22,7 @@ from ditmoe_cli.files.streaming import chunks, hash_tensors
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.weights import logical_weights
 from ditmoe_cli.model.config import GHOST, DiTMoEConfig, Given, Sampler, infer_config, parse_expert_map
-from ditmoe_cli.progress import BYTES, phase
+from ditmoe_cli.progress import BYTES, human_bytes, phase
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,8 @@ UNREAD = "0" * 64
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Brief):
     """An opened checkpoint: headers in memory, tensors read on demand.
 
     `weights` maps the names of the model's weights to their stored tensors; a quantised weight has several.
@@ -133,6 +135,22 @@ class Checkpoint:
         Those from before it was distilled do not count.
         """
         return self.header.provenance.calibration if self.header.provenance else None
+
+    def _brief(self) -> list[Fact]:
+        shapes = [weight.info.shape for weight in self.weights.values()]
+        steps = self.header.provenance.history if self.header.provenance else ()
+        packed = sum(weight.quantized for weight in self.weights.values())
+        config = [fact for fact in self.config._brief() if fact[0] not in ("inputs", "classes")]
+        return [
+            ("", self.name),
+            ("bytes", human_bytes(self.header.file_bytes)),
+            ("parameters", f"{sum(math.prod(shape) for shape in shapes):,}"),
+            *config,
+            *([("quantised weights", packed)] if packed else []),
+            *([("made by", " | ".join(step.command for step in steps))] if steps else []),
+            *([("distilled to", f"{self.distilled.steps} steps")] if self.distilled else []),
+            *(("warning", warning) for warning in self.warnings),
+        ]
 
     def provenance(self) -> Provenance:
         """Return the metadata that a copy of this checkpoint would carry."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from ditmoe_cli.briefs import Brief, Fact, in_runs_of
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import (
@@ -76,8 +77,8 @@ class BlockConfig:
         return not (self.mapped or self.mass or self.constants or self.residual_constant or self.residual_linear)
 
 
-@dataclass(frozen=True)
-class DiTMoEConfig:
+@dataclass(frozen=True, repr=False)
+class DiTMoEConfig(Brief):
     """The configuration of a DiT-MoE.
 
     `input_size` is the side of the latent, or of the image in pixel space. `num_classes` does not count the null class,
@@ -133,6 +134,21 @@ class DiTMoEConfig:
     def num_experts(self) -> int:
         """Routed experts of a block; the largest number where blocks differ."""
         return max(len(block.expert_widths) for block in self.blocks)
+
+    def _brief(self) -> list[Fact]:
+        widths = [width for block in self.blocks for width in block.expert_widths]
+        narrow, wide = min(widths, default=0), max(widths, default=0)
+        return [
+            ("family", self.sampler),
+            ("blocks", self.depth),
+            ("width", self.hidden_size),
+            ("heads", self.num_heads or "unknown"),
+            ("experts", in_runs_of(self.experts)),
+            ("of width", f"{wide}" if narrow == wide else f"{narrow} to {wide}"),
+            ("top-k", self.top_k),
+            ("inputs", f"{self.in_channels} x {self.input_size} x {self.input_size} in patches of {self.patch_size}"),
+            ("classes", f"{self.num_classes}{'' if self.null_class else ' without a null class'}"),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as JSON; values that all blocks share are written once."""

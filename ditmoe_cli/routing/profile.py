@@ -60,6 +60,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.briefs import Brief, Fact, heat_map, in_runs_of
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import canonical_json, file_digest
 from ditmoe_cli.files.header import FileHeader, TensorInfo, read_safetensors_header
@@ -69,6 +70,7 @@ from ditmoe_cli.files.reader import SafetensorsReader, dtype_code, tensor_bytes,
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.writer import write_safetensors
 from ditmoe_cli.model.dtypes import recorded_dtype
+from ditmoe_cli.routing.named_arrays import NamedArrays
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +101,15 @@ class RoutingTables:
     gate_norm: Table
     optional: Mapping[str, Table] = field(default_factory=dict)
 
+    @property
+    def shares(self) -> list[list[float]]:
+        """The share n_j / Σ_i n_i of a block's selections that went to each expert; 0 in a block without any."""
+        totals = [
+            [sum(step[expert] for branch in self.selected[block] for step in branch) for expert in range(n)]
+            for block, n in enumerate(self.experts)
+        ]
+        return [[count / max(sum(block), 1) for count in block] for block in totals]
+
     def table(self, name: str) -> Table:
         """Return an optional table. Raises `BadInputError` where the profile has none."""
         if name not in self.optional:
@@ -106,8 +117,8 @@ class RoutingTables:
         return self.optional[name]
 
 
-@dataclass(frozen=True)
-class RoutingProfile:
+@dataclass(frozen=True, repr=False)
+class RoutingProfile(Brief):
     """A profile file, opened: its metadata at once, its tensors when asked for.
 
     `checkpoint` is the fingerprint of the checkpoint it is valid for; `calibration` the settings of the run.
@@ -127,6 +138,11 @@ class RoutingProfile:
     def digest(self) -> str:
         """SHA-256 of the file."""
         return file_digest(self.path)
+
+    @property
+    def arrays(self) -> NamedArrays:
+        """All stored tensors as arrays of numpy with named axes, each read when it is asked for."""
+        return NamedArrays({name: tensor.info for name, tensor in self.header.tensors.items()}, self._reader.raw)
 
     def tensor(self, name: str) -> Tensor:
         """Return a stored tensor."""
@@ -177,6 +193,23 @@ class RoutingProfile:
             for expert in range(n)
             if not any(step[expert] for branch in selected[block] for step in branch)
         ]
+
+    def _brief(self) -> list[Fact]:
+        run, dead, inputs = self.calibration, self.never_routed(), self.header.tensors.get("reservoir.inputs")
+        return [
+            ("", self.path.name),
+            ("experts", in_runs_of(self.experts)),
+            ("calibration", f"{run['images']} images, {run['steps']} steps of {run['solver']}, cfg {run['cfg']:g}"),
+            ("step bins", run["bins"]),
+            ("kept", f"{inputs.info.shape[1]:,} tokens of each block" if inputs else "counters only"),
+            ("never routed", ", ".join(f"block {b} expert {e}" for b, e in dead) or "none"),
+            ("of checkpoint", self.checkpoint[:12]),
+        ]
+
+    def _repr_html_(self) -> str:
+        uniform = 1 / max(self.experts, default=1)
+        shares = heat_map("Share of a block's selections", self.tables.shares, "block", "expert", uniform)
+        return f"{super()._repr_html_()}{shares}"
 
 
 def empty_tables(experts: tuple[int, ...]) -> RoutingTables:

@@ -69,11 +69,7 @@ def frequency(tables: RoutingTables) -> Scores:
     loss, which makes usage nearly uniform: expect little of it. Source: the hard counts of SEER-MoE (Muzio et al. 2024,
     https://arxiv.org/abs/2404.05089).
     """
-    totals = [
-        [sum(step[expert] for branch in tables.selected[block] for step in branch) for expert in range(n)]
-        for block, n in enumerate(tables.experts)
-    ]
-    return [[count / max(sum(block), 1) for count in block] for block in totals]
+    return tables.shares
 
 
 def random(tables: RoutingTables, seed: int) -> Scores:

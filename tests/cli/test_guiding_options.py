@@ -161,7 +161,7 @@ def test_a_scale_of_zero_is_checked_and_guides_nowhere(folder: Path) -> None:
     given = Given(None, None, None, None)
     assert StepGuiding().opened(given) == Guiding()
     assert WeakGuiding(guide_by="top1", guide_scale=0.0).opened(given).used is None
-    with pytest.raises(UsageError, match="guide-scale"):
+    with pytest.raises(UsageError, match="guide_scale"):
         StepGuiding(guide_scale=0.5).opened(given)
 
 
