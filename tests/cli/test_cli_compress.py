@@ -205,7 +205,7 @@ def refused(folder: Path, code: int, *words: object) -> str:
         (("--size", "9KB"), 4, "smallest file takes"),
         (("--ratio", 0.1, "--target", "upstream"), 4, "the smallest file that upstream's code loads takes"),
         (("--ratio", 0.3, "--target", "nobody"), 2, "--target"),
-        (("--ratio", 0.3, "--target", "bitsandbytes", "--allow", "2,3"), 2, "allow a wider"),
+        (("--ratio", 0.3, "--target", "bitsandbytes", "--allow", "4,3"), 2, "--allow 3 has no effect with --target"),
         (("--ratio", 0.5, "--tie", "gate"), 2, "--tie"),
         (("--ratio", 0.5, "--tie", "stack,left"), 2, "--tie left"),
         (("--ratio", 0.5, "--protect", "experts,shared,attn,modulation,embedders"), 2, "--protect"),

@@ -25,6 +25,8 @@ DEFAULT_ALLOWED = ("2", "3", "4", "5", "6", "8", "16")
 DEFAULT_FLOORS: Mapping[str, float] = {"shared": 3, "attn": 3, "modulation": 4, "embedders": 4}
 
 
+_WHOLE_GROUPS = TensorInfo("weight", "F16", (max(GROUP_SIZES), max(GROUP_SIZES)))
+
 Offered = Mapping[str, tuple[str | None, ...]]
 """The formats that each weight may take, narrowest first; None leaves it as it is."""
 
@@ -69,6 +71,14 @@ class Candidates:
             raise UsageError(f"⟨symmetric⟩ has no effect with ⟨allow⟩ {','.join(self.allowed)}, without integers")
         if self.tied and len(set(self.tied)) == 1:
             raise UsageError(f"⟨tie⟩ {self.tied[0]}: name at least two matrices, as gate,up")
+        idle = [] if self.allowed == DEFAULT_ALLOWED else [width for width in self.allowed if not self._hold(width)]
+        if idle:
+            raise UsageError(f"⟨allow⟩ {idle[0]} has no effect with ⟨target⟩ {self.target}, which holds no such format")
+
+    def _hold(self, width: str) -> bool:
+        """Return whether the target's layout holds a matrix of whole groups at a width."""
+        formats = self.formats_of(width)
+        return any(fmt is None or self.choices.hold(_WHOLE_GROUPS, fmt) for fmt in formats)
 
     def options(self) -> dict[str, Any]:
         """Return what differs from the defaults, by the names of the options, for the options of a plan."""

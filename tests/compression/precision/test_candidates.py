@@ -83,9 +83,9 @@ def test_router_norms_and_tables_are_never_planned(checkpoint: Checkpoint) -> No
 def test_a_target_offers_what_it_holds(
     target: str | None, shape: tuple[int, int], offered: tuple[str | None, ...]
 ) -> None:
-    candidates = Candidates(allowed=("2", "4", "8", "16"), target=target)
+    candidates = Candidates(target=target)
     info = TensorInfo("blocks.0.moe.experts.0.down_proj.weight", "F32", shape)
-    formats = [fmt for width in candidates.allowed for fmt in candidates.formats_of(width)]
+    formats = [fmt for width in ("2", "4", "8", "16") for fmt in candidates.formats_of(width)]
     assert tuple(fmt for fmt in formats if fmt is None or candidates.take(info, fmt)) == offered
 
 
@@ -94,3 +94,10 @@ def test_a_target_is_an_option_and_part_of_the_name() -> None:
     assert "sdnq" in Candidates(target="sdnq").labels() and not any(Candidates().labels())
     with pytest.raises(UsageError, match="target nobody: choose from upstream"):
         Candidates(target="nobody")
+
+
+@pytest.mark.parametrize(("target", "width"), [("bitsandbytes", "3"), ("compressed-tensors", "1.58")])
+def test_widths_that_a_target_has_no_format_for_are_refused(target: str, width: str) -> None:
+    with pytest.raises(UsageError, match=f"allow {width} has no effect with target {target}"):
+        Candidates(allowed=("4", width, "16"), target=target)
+    assert Candidates(allowed=("4", "1.58", "16"), target="sdnq").formats_of("1.58") == ("ternary-g64",)
