@@ -34,6 +34,7 @@ OLDEST = "0.33.0"
 """The oldest diffusers that the code was run with."""
 MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
 MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
+AUTO_MAP = {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"}
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-mse", 4
 _CODE = Path(__file__).resolve().parent / "diffusers_code"
 _STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
@@ -213,7 +214,7 @@ def model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "_class_name": MODEL_CLASS,
         "_diffusers_version": OLDEST,
-        "auto_map": {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"},
+        "auto_map": AUTO_MAP,
         **own,
         "mixtures": [_mixture_settings(block) for block in config.blocks],
         "packed": packed_layers(checkpoint),
@@ -279,4 +280,5 @@ def pipeline_settings(checkpoint: Checkpoint, repository: str | None, has_vae: b
         "num_inference_steps": _STEPS[config.sampler] if distilled is None else distilled.steps,
         "distilled": distilled is not None,
         "vae_repository": repository,
+        "auto_map": AUTO_MAP,
     }

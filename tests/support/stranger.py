@@ -40,7 +40,7 @@ def handled(pipeline: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
     from diffusers import AutoencoderKL, AutoModel
 
     model, folder = pipeline.transformer, pipeline.config._name_or_path
-    alone = AutoModel.from_pretrained(f"{folder}/transformer", trust_remote_code=True)
+    alone = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True)
     asked = (given["latents"], 0.5, given["class_labels"])
     made = {"predicted": model(*asked).sample, "predicted alone": alone(*asked).sample}
     model.save_pretrained(f"{folder}-saved")
@@ -56,7 +56,8 @@ def handled(pipeline: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
         made["decoded"] = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
     made |= {"pt": images["pt"], "np": images["np"], "pil": np.stack([np.asarray(image) for image in images["pil"]])}
     refused = []
-    for wrong in ({"class_labels": [3]}, {"class_labels": []}, {"output_type": "png"}):
+    few, none, short = {"class_labels": []}, {"num_inference_steps": 0}, {"latents": given["latents"][:2]}
+    for wrong in ({"class_labels": [3]}, few, {"output_type": "png"}, none, short):
         try:
             pipeline(**{**given, **wrong})
         except ValueError as error:

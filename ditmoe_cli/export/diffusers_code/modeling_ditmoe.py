@@ -21,6 +21,7 @@ from torch.nn import functional as F
 Part = Callable[[str], Tensor]  # returns a tensor that stores a weight X.weight, by the end of its name behind X.
 Settings = dict[str, Any]
 EPS = 1e-6
+STATE = "weight.quant_state.bitsandbytes__"  # JSON of a four-bit weight
 _EXACT = (
     *("x_embedder", "y_embedder", "pos_embed", "gate", "q_norm", "k_norm"),
     *("constants", "constants_up", "constants_down", "residual_constant", "residual_linear"),
@@ -39,7 +40,7 @@ def part_names(packing: str) -> list[str]:
     kind, *settings = packing.split("-")
     if kind in ("nf4", "fp4"):
         nested = ["weight.nested_absmax", "weight.nested_quant_map"] if settings else []
-        return ["weight", "weight.absmax", "weight.quant_map", *nested, f"weight.quant_state.bitsandbytes__{kind}"]
+        return ["weight", "weight.absmax", "weight.quant_map", *nested, f"{STATE}{kind}"]
     if packing == "int8":
         return ["weight", "SCB", "weight_format"]
     if packing == "svd":
@@ -119,7 +120,7 @@ def base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def unpack_four_bit(part: Part, shape: tuple[int, int], kind: str) -> Tensor:
     """Return a weight in bitsandbytes' NF4 or FP4: two codes a byte, the first in its high half, absmax by block."""
-    state = json.loads(bytes(part(f"weight.quant_state.bitsandbytes__{kind}").tolist()))
+    state = json.loads(bytes(part(f"{STATE}{kind}").tolist()))
     absmax, codes = part("weight.absmax")[None], part("weight.quant_map")
     if "nested_blocksize" in state:
         sizes = part("weight.nested_quant_map").index_select(0, absmax[0].int())
@@ -177,15 +178,19 @@ class Stored(nn.Module):
     def __init__(self, names: list[str]) -> None:
         super().__init__()
         self.names, self.stored = names, KeepsDtype()
+        self.texts: dict[str, Tensor] = {}  # stay where they are read: fetching them from a GPU would stop it
         for name in names:
             self._put(name, torch.empty(0))
 
     def part(self, name: str) -> Tensor:
         """Return a tensor by its name."""
-        return self.stored.get_buffer(name.replace(".", "__"))
+        return self.texts[name] if STATE in name else self.stored.get_buffer(name.replace(".", "__"))
 
     def _put(self, name: str, value: Tensor) -> None:
-        self.stored.register_buffer(name.replace(".", "__"), value, persistent=False)
+        if STATE in name:
+            self.texts[name] = value
+        else:
+            self.stored.register_buffer(name.replace(".", "__"), value, persistent=False)
 
     def _save_to_state_dict(self, destination: Settings, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -8,9 +8,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+logger = logging.get_logger(__name__)
 DDPM_GUIDED_CHANNELS = 3  # of latents and noise, as DiT guides
 
 
@@ -24,6 +26,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: steps where none are named; those that a distilled model was made for.
         distilled: whether the model is right at these steps alone, its guidance in its weights.
         vae_repository: the VAE on the Hugging Face hub that is fetched where latents are to be decoded without `vae`.
+        auto_map: where ``AutoModel`` finds the model's class.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -37,12 +40,12 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 50,
         distilled: bool = False,
         vae_repository: Optional[str] = None,  # noqa: UP045
+        auto_map: Optional[dict[str, str]] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(
-            num_inference_steps=num_inference_steps, distilled=distilled, vae_repository=vae_repository
-        )
+        settings = {"num_inference_steps": num_inference_steps, "distilled": distilled}
+        self.register_to_config(**settings, vae_repository=vae_repository, auto_map=auto_map)
 
     @torch.no_grad()
     def __call__(
@@ -67,22 +70,31 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             return_dict: whether to return an ``ImagePipelineOutput``, or a tuple.
 
         Raises:
-            ValueError: guidance of a model that has no null class, or was distilled; an unknown label or output type.
+            ValueError: guidance of a model that has no null class, or was distilled; an unknown label or output type;
+                no steps; noise of another shape.
         """
         config, device = self.transformer.config, self._execution_device
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         labels = torch.as_tensor(class_labels, device=device).reshape(-1).long()
-        self._check(labels, guidance_scale, output_type)
+        self._check(labels, steps, guidance_scale, output_type)
         shape = (len(labels), config.in_channels, config.input_size, config.input_size)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: give noise of shape {shape}")
         z = randn_tensor(shape, generator, device) if latents is None else latents.to(device, torch.float32)
-        for t in self.progress_bar(self._timesteps(num_inference_steps or self.config.num_inference_steps, device)):
+        for t in self.progress_bar(self._timesteps(steps, device)):
             predicted = self._predicted(z, t, labels, guidance_scale)
             z = self.scheduler.step(predicted, t, z, return_dict=False)[0]
         images = z if output_type == "latent" else self._images(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, labels: Tensor, scale: float, output_type: str) -> None:
+    def _check(self, labels: Tensor, steps: int, scale: float, output_type: str) -> None:
         config = self.transformer.config
+        if steps < 1:
+            raise ValueError(f"num_inference_steps {steps}: give at least 1")
+        if self.config.distilled and steps != self.config.num_inference_steps:
+            own = self.config.num_inference_steps
+            logger.warning(f"the model was distilled to {own} steps, and is right at the times of these only")
         if scale != 1.0 and self.config.distilled:
             raise ValueError(f"guidance_scale {scale}: the model was distilled, and guidance is in its weights; give 1")
         if scale != 1.0 and not config.null_class:
