@@ -37,14 +37,15 @@ def handled(pipeline: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
     """Return what comes of what people do with a pipeline: saving, loading the model alone, unpacking, decoding."""
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL, AutoModel
+    from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline
 
     model, folder = pipeline.transformer, pipeline.config._name_or_path
     alone = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True)
     asked = (given["latents"], 0.5, given["class_labels"])
     made = {"predicted": model(*asked).sample, "predicted alone": alone(*asked).sample}
-    model.save_pretrained(f"{folder}-saved")
-    made["predicted after saving"] = type(model).from_pretrained(f"{folder}-saved")(*asked).sample
+    pipeline.save_pretrained(f"{folder}-saved")
+    again = DiffusionPipeline.from_pretrained(f"{folder}-saved", trust_remote_code=True)
+    made["predicted after saving"] = again.transformer(*asked).sample
     stored = sum(buffer.nbytes for buffer in model.buffers())
     made["predicted in fp32 again"] = alone.bfloat16().float()(*asked).sample
     made["predicted unpacked"] = model.dequantize()(*asked).sample

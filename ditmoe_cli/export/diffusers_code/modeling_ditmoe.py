@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -587,6 +589,11 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         # the other way to load casts all that is floating, and knows no names such as weight.absmax
         model = super().from_pretrained(path, **{**settings, "low_cpu_mem_usage": False})
         return model if devices[0] is None else model.to(devices[0])
+
+    def save_pretrained(self, save_directory: Any, *settings: Any, **named: Any) -> None:
+        """Save as all models of diffusers, and this file beside the weights."""
+        super().save_pretrained(save_directory, *settings, **named)
+        shutil.copyfile(__file__, Path(save_directory) / "modeling_ditmoe.py")
 
     def dequantize(self) -> Any:
         """Unpack all weights for good: more memory, fewer computations a step."""

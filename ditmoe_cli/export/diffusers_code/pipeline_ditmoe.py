@@ -1,6 +1,9 @@
 """Sampling of DiT-MoE by class labels, for diffusers."""
 
 # No annotations from __future__ here: diffusers reads those of `__init__` as types.
+import json
+import shutil
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -46,6 +49,16 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         settings = {"num_inference_steps": num_inference_steps, "distilled": distilled}
         self.register_to_config(**settings, vae_repository=vae_repository, auto_map=auto_map)
+
+    def save_pretrained(self, save_directory: Any, *settings: Any, **named: Any) -> None:
+        """Save as all pipelines of diffusers, and the code too, so that the folder is opened as this one was."""
+        super().save_pretrained(save_directory, *settings, **named)
+        folder = Path(save_directory)
+        shutil.copyfile(__file__, folder / "pipeline_ditmoe.py")
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"_class_name": ["pipeline_ditmoe", type(self).__name__]}
+        index |= {"transformer": ["modeling_ditmoe", type(self.transformer).__name__]}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @torch.no_grad()
     def __call__(
