@@ -178,16 +178,16 @@ class Output:
 
 
 def changed_tensor(headers: Mapping[str, FileHeader], known: Mapping[str, str]) -> str | None:
-    """Return a tensor whose bytes are not those that its file was written with; None for none.
+    """Return a tensor whose bytes are not those that its file says it was written with; None for none.
 
-    Hashes all tensors but those of `known` SHA-256. Raises `KeyError` where a file does not tell how it was written.
+    Hashes all tensors but those of `known` SHA-256.
     """
     told = {tensor: text for name, h in headers.items() for tensor, text in recorded_hashes(h.metadata, name).items()}
     stored = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
     left = [tensor.info for name, tensor in stored.items() if name not in known]
     with phase("checking the output", sum(info.nbytes for info in left), BYTES) as progress:
         found = {**known, **hash_tensors(left, SafetensorsReader(stored).raw, progress)}
-    return next((name for name in stored if found[name] != told[name]), None)
+    return next((name for name in stored if found[name] != told.get(name)), None)
 
 
 def _folder_texts(shards: list[Shard], settings: Mapping[str, Any]) -> dict[str, bytes]:
