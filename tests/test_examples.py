@@ -31,7 +31,19 @@ def run_example(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda script: script.stem)
+NOTEBOOK = EXAMPLES / "notebook.py"  # runs where it is imported
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    run_example(sys.executable, str(NOTEBOOK), cwd=tmp_path)
+    pictures = [tmp_path / "notebook" / f"{name}.png" for name in ("routing", "samples", "damage")]
+    assert all(picture.stat().st_size > 1000 for picture in pictures)
+
+
+@pytest.mark.parametrize("script", sorted({*EXAMPLES.rglob("*.py")} - {NOTEBOOK}), ids=lambda script: script.stem)
 def test_every_example_imports_what_is_there(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
     assert runpy.run_path(str(script))["__doc__"]

@@ -137,7 +137,7 @@ def _as(hint: Any, value: object) -> Any:
 def _as_one_of(hints: Sequence[Any], value: object) -> Any:
     """Return a value as the first of the hints has it that allows its type."""
     refused: ValueError | None = None
-    for hint in hints:
+    for hint in sorted(hints, key=lambda hint: hint is float):  # whole numbers stay whole where they may
         try:
             return _as(hint, value)
         except TypeError:

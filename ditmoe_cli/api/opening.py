@@ -50,7 +50,7 @@ def open_checkpoint(
         BadInputError: the file is missing, damaged, not a DiT-MoE, or leaves its head count open.
     """
     return model_checkpoint.open_checkpoint(
-        resolve_path(path, note),
+        resolve_path(path, note).absolute(),
         num_heads=num_heads,
         top_k=top_k,
         sampler=sampler,
@@ -118,7 +118,7 @@ def opened(checkpoint: AnyCheckpoint, given: Given = NOTHING_GIVEN, *, told: boo
         if wanted is not None:
             raise UsageError(f"⟨{wanted}⟩ has no effect on an opened checkpoint; give it to open_checkpoint")
         return checkpoint
-    found = model_checkpoint.open_checkpoint(resolve_path(checkpoint, note), **asdict(given))
+    found = model_checkpoint.open_checkpoint(resolve_path(checkpoint, note).absolute(), **asdict(given))
     if told:
         tell_of(found)
     return found

@@ -375,7 +375,8 @@ def _stage_facts(stage: PlanStage) -> list[Fact]:
             return [("differences", f"{stage.kind} {stage.ratio:g}")]
         case Formats():
             counts = Counter(stage.formats.values())
-            return [("formats", ", ".join(f"{name} x{count}" for name, count in sorted(counts.items())))]
+            told = ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
+            return [("formats", told)] if told else []
         case Retraining():
             return [("training", f"{stage.minutes:g} min" if stage.minutes is not None else f"{stage.steps} steps")]
 
