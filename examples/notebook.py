@@ -9,8 +9,8 @@
 # From a profile to a score
 
 A notebook in jupytext's percent format: open it in Jupyter with jupytext, or run it with `python examples/notebook.py`.
-It takes the demo checkpoint from a routing profile to compressed files and their scores, in less than two minutes on two
-cores, and writes into the folder `notebook`. docs/python.md describes what it calls.
+It takes the demo checkpoint from a routing profile to compressed files and their scores, in less than two minutes on
+two cores, and writes into the folder `notebook`. docs/python.md describes what it calls.
 """
 
 # %%
