@@ -18,6 +18,7 @@ ALIASES = {
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
     "triton": "torch",  # comes with torch for CUDA, and is taken where it is there
 }
 

@@ -188,6 +188,7 @@ def _trained(training: Training, profile: RoutingProfile | None, device: str, sh
         if piece is None:
             raise BadInputError(f"{folder.folder}: the trained weights are gone; run it again")
         planned = trainer.output(student, trainer.tensors(student), request, record)
+        planned = planned.trained(device, dtype, share.world)
         size = write_planned(student, planned, output, piece.raw)
     return TrainedCheckpoint(
         path=output.path,

@@ -83,7 +83,7 @@ def carry_out(
         from ditmoe_cli.compression.joint.trained_stages import Means, carry_out_trained
 
         done = carry_out_trained(checkpoint, plan, Means(profile, device, work, carry_out))
-        planned = planned.measured(done.measured)
+        planned = planned.measured(done.measured, device)
         return Applied(write_planned(checkpoint, planned, output, done.bytes_of), done.measured, planned)
     loop, kept = work.loop(loop_name(plan), checkpoint.config.depth), None
     if loop.start < loop.total and any(isinstance(stage, Experts) and stage.selection for stage in plan.stages):
@@ -92,7 +92,7 @@ def carry_out(
         kept = kept_measures(checkpoint, profile, device, work.notify)
     computing = Computing(checkpoint, profile, device, work, loop, kept=kept)
     measured = _computed(computing, plan)
-    planned = planned.measured(measured)
+    planned = planned.measured(measured, device)
     computed = partial(kept_weight, computing.blocks)
     return Applied(write_planned(checkpoint, planned, output, computed), measured, planned)
 

@@ -5,7 +5,7 @@ Neither torch nor numpy is imported. `apply` produces the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ditmoe_cli.compression.block_layout import BlockLayout, block_layouts, new_names
@@ -19,8 +19,9 @@ from ditmoe_cli.compression.replay.neuron_order import is_ordered
 from ditmoe_cli.compression.rounding.smooth import is_smoothed
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.making import computed_here
 from ditmoe_cli.files.names import EXPERT_OF, ROUTER, in_block, in_expert, natural_key, split_name
-from ditmoe_cli.files.provenance import Distilled, Provenance
+from ditmoe_cli.files.provenance import Distilled, Provenance, Step
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.base import Weight
 from ditmoe_cli.formats.registry import Format, is_quantizable, quantized_members
@@ -106,11 +107,19 @@ class PlannedOutput:
         computed = sum(tensor.info.nbytes for tensor in self.tensors if isinstance(tensor.content, Computed))
         return self.predicted_bytes(output) + computed
 
-    def measured(self, measured: Measured) -> PlannedOutput:
-        """Return the output with errors that were measured in the last step of its history; its bytes are as many."""
+    def measured(self, measured: Measured, device: str) -> PlannedOutput:
+        """Return the output with what was measured, and on which device; its bytes are as many."""
+        return self._with_last(lambda step: replace(with_measured(step, measured), made=computed_here(device)))
+
+    def trained(self, device: str, dtype: str, processes: int) -> PlannedOutput:
+        """Return the output with what trained it; its bytes are as many."""
+        made = computed_here(device, dtype=dtype, processes=processes)
+        return self._with_last(lambda step: replace(step, made=made))
+
+    def _with_last(self, changed: Callable[[Step], Step]) -> PlannedOutput:
+        """Return the output with another last step of its history."""
         *before, last = self.provenance.history
-        history = (*before, with_measured(last, measured))
-        return replace(self, provenance=replace(self.provenance, history=history))
+        return replace(self, provenance=replace(self.provenance, history=(*before, changed(last))))
 
 
 def _few_steps(plan: CompressionPlan, config: DiTMoEConfig) -> Distilled | None:

@@ -266,6 +266,7 @@ class CompressionPlan(Brief):
             `Experts`, `Differences`, `Formats`, `Retraining`; others raise `ValueError`.
         request: digest of what a planner was asked for, which the result's history keeps.
         written: the digest in the file that the plan was read from, by which planners sign; None where it has none.
+        by_hand: whether it was read from a file that no planner signed.
     """
 
     command: str
@@ -276,6 +277,7 @@ class CompressionPlan(Brief):
     calibration: Mapping[str, Any] | None = field(default=None, kw_only=True)
     written: str | None = field(default=None, compare=False)
     request: str | None = field(default=None, compare=False, kw_only=True)
+    by_hand: bool = field(default=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         places = [_ORDER.index(type(stage)) for stage in self.stages]
@@ -427,7 +429,9 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None
     request = _field(fields, "request", str, where) if fields.get("request") is not None else None
     signs = {"written": written, "request": request if written is not None else None}  # nobody signed it
-    plan = CompressionPlan(command, source, profile, options, present, calibration=calibration, **signs)
+    plan = CompressionPlan(
+        command, source, profile, options, present, calibration=calibration, by_hand=written is None, **signs
+    )
     try:
         canonical_json(plan.to_json())
     except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
 
+from ditmoe_cli.compression.left_out import defaults_of
 from ditmoe_cli.compression.plan import (
     FIGURES,
     UNDECIDED,
@@ -24,6 +25,7 @@ from ditmoe_cli.compression.plan import (
     RouterMode,
 )
 from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.making import computed_here, written_here
 from ditmoe_cli.files.names import in_expert, split_name
 from ditmoe_cli.files.provenance import Step, expert_fates
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -89,6 +91,7 @@ def planned_step(plan: CompressionPlan, experts: Sequence[int]) -> Step:
     options = {name: value for name, value in plan.options.items() if name not in (*FIGURES, UNDECIDED)}
     known = {name: fixed([plan.options[name]]) for name in _RECORDED if name in plan.options}
     open_figures = _to_be_measured(plan, len(experts)).recorded()
+    own = plan.to_json() if plan.edited or plan.by_hand else None
     return Step(
         plan.command,
         plan.source,
@@ -99,6 +102,9 @@ def planned_step(plan: CompressionPlan, experts: Sequence[int]) -> Step:
         experts=_experts(plan, experts),
         request=request_of(plan),
         calibration=plan.calibration,
+        defaults={} if own is not None else defaults_of(plan.command, options),
+        made=computed_here() if plan.computes else written_here(),
+        planned=own,
     )
 
 

@@ -111,3 +111,18 @@ def told_name(path: Path) -> str:
     if path.parent.name == _SNAPSHOTS and _COMMIT.fullmatch(path.name) and repository.startswith(_REPOSITORY_FOLDER):
         return repository.rpartition("--")[2]
     return path.name
+
+
+def hub_name_of(path: Path) -> str | None:
+    """Return the name on the hub of a file or folder in its cache, with its commit; None for any other."""
+    for folder in (path, *path.parents):
+        repository = folder.parent.parent.name
+        if (
+            folder.parent.name == _SNAPSHOTS
+            and _COMMIT.fullmatch(folder.name)
+            and repository.startswith(_REPOSITORY_FOLDER)
+        ):
+            inside = path.relative_to(folder).as_posix()
+            owner = repository.removeprefix(_REPOSITORY_FOLDER).replace("--", "/", 1)
+            return f"{HUB_PREFIX}{owner}{'' if inside == '.' else f'/{inside}'}@{folder.name}"
+    return None

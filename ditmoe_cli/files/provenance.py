@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from ditmoe_cli.files.json_text import parse_json
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
 _MOST_DIGITS = 6  # of an expert's number
 STAGE_SCHEMA = "ditmoe.stage/1"
+_ORIGIN = re.compile(r"(demo|hf):[A-Za-z0-9_.+@/-]{1,500}")
 
 
 def check_schema(value: object, expected: str, where: str) -> dict[str, Any]:
@@ -42,6 +44,10 @@ class Step:
         request: digest of what was asked for, by which the same request is recognised; None in older files.
         calibration: settings of the calibration that the plan rests on, by which a descendant is profiled alike; None
             where it rests on none.
+        defaults: options that shape the result and were left out, at the values that they had, by name.
+        made: versions of the programs that made it, and, where weights are computed, threads, device and the like,
+            whose rounding differs.
+        planned: the plan itself, where no planner chose it: one that was edited, or written by hand; None elsewhere.
     """
 
     command: str
@@ -53,6 +59,9 @@ class Step:
     experts: Sequence[str] = ()
     request: str | None = None
     calibration: Mapping[str, Any] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, Any] | None = None
 
     def with_measured(self, measured: Mapping[str, Sequence[str]]) -> Step:
         """Return the step with other errors."""
@@ -76,6 +85,7 @@ class Step:
             document["experts"] = list(self.experts)
         if self.request is not None:
             document["request"] = self.request
+        document |= {name: dict(value) for name in ("defaults", "made", "planned") if (value := getattr(self, name))}
         return {**document, "edited": True} if self.edited else document
 
 
@@ -83,7 +93,9 @@ def parse_step(document: Mapping[str, Any]) -> Step:
     """Read a step from JSON. Raises `ValueError` or `TypeError` where it is malformed."""
     step = Step(**document)
     texts = all(isinstance(text, str) for text in (step.command, step.source, step.plan, step.request or ""))
-    tables = isinstance(step.options, dict) and isinstance(step.calibration, dict | None)
+    optional = all(isinstance(table, dict | None) for table in (step.calibration, step.planned))
+    tables = optional and all(isinstance(table, dict) for table in (step.options, step.defaults, step.made))
+    texts = texts and tables and all(isinstance(text, str) for text in step.made.values())
     experts = isinstance(step.experts, list | tuple) and all(
         isinstance(block, str) and _are_fates(block) for block in step.experts
     )
@@ -156,13 +168,15 @@ class Distilled:
 class Provenance:
     """Configuration, history and card of a checkpoint; on disk, the hashes of its tensors stand beside them.
 
-    `distilled` says by which few steps it is sampled; None where any will do.
+    `distilled` says by which few steps it is sampled; None where any will do. `origin` is the name of the checkpoint
+    that the history begins with, where it has one that holds everywhere: ``demo:NAME``, or ``hf:…`` on the hub.
     """
 
     config: Mapping[str, Any]
     history: tuple[Step, ...] = ()
     card: Card = field(default_factory=Card)
     distilled: Distilled | None = None
+    origin: str | None = None
 
     @property
     def calibration(self) -> Mapping[str, Any] | None:
@@ -218,6 +232,8 @@ class Provenance:
         }
         if self.distilled is not None:
             document["distilled"] = asdict(self.distilled)
+        if self.origin is not None:
+            document["origin"] = self.origin
         return {"format": "pt", "ditmoe": canonical_json(document)}
 
 
@@ -264,6 +280,13 @@ def parse_distilled(document: Mapping[str, Any] | None) -> Distilled | None:
     return found
 
 
+def parse_origin(document: object) -> str | None:
+    """Read the name of the checkpoint that a history begins with. Raises `ValueError` for what is no such name."""
+    if document is None or (isinstance(document, str) and _ORIGIN.fullmatch(document)):
+        return document
+    raise ValueError(f"origin {str(document)[:60]!r}")
+
+
 def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | None:
     """Return the provenance in a file's metadata, None without any. Raises `BadInputError` where it is malformed."""
     if "ditmoe" not in metadata:
@@ -275,6 +298,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
             history=tuple(parse_step(step) for step in document["history"]),
             card=parse_card(document["card"]),
             distilled=parse_distilled(document.get("distilled")),
+            origin=parse_origin(document.get("origin")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({first_line(error)})") from None

@@ -14,7 +14,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import CastReader, doubles_as_floats
 from ditmoe_cli.files.fingerprint import fingerprint
 from ditmoe_cli.files.finite import all_finite, finite_values
-from ditmoe_cli.files.hub_names import is_hub_name, told_name
+from ditmoe_cli.files.hub_names import hub_name_of, is_hub_name, told_name
 from ditmoe_cli.files.names import EXPERT_OF, in_block
 from ditmoe_cli.files.provenance import Card, Distilled, Provenance
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader, shared_tensor
@@ -155,8 +155,9 @@ class Checkpoint(Brief):
     def provenance(self) -> Provenance:
         """Return the metadata that a copy of this checkpoint would carry."""
         config = self.config.to_json()
-        old = self.header.provenance
-        return replace(old, config=config) if old else Provenance(config)
+        old = self.header.provenance or Provenance(config)
+        origin = old.origin if old.origin is not None or old.history else public_name(self.path)
+        return replace(old, config=config, origin=origin)
 
     def settled(self) -> Checkpoint:
         """Return the checkpoint with the fingerprint that it has, not that claimed; reads what is not yet hashed."""
@@ -216,6 +217,13 @@ class Checkpoint(Brief):
                 f"{len(config.expert_widths)} experts and {config.constants} constants of block {block}"
             )
         return rows
+
+
+def public_name(path: Path) -> str | None:
+    """Return the name of a checkpoint that holds on every machine: ``demo:NAME``, or ``hf:…``; None for any other."""
+    if path.absolute().parent == _DEMO_FOLDER:
+        return f"{DEMO_PREFIX}{path.stem}"
+    return hub_name_of(path.absolute())
 
 
 def resolve_path(path: str | Path, notify: Callable[[str], None] = lambda _: None) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.casting import DTYPES, CastReader
 from ditmoe_cli.files.header import FLOATING, TensorInfo
+from ditmoe_cli.files.making import written_here
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.files.reader import TensorReader, tensor_bytes
@@ -165,7 +166,7 @@ def recorded(checkpoint: Checkpoint, options: Mapping[str, object], source: Chec
     if checkpoint is source:
         return checkpoint
     old = source.provenance()
-    step = Step("convert", source.fingerprint, "", dict(options))
+    step = Step("convert", source.fingerprint, "", dict(options), made=written_here())
     provenance = replace(old, config=checkpoint.config.to_json(), history=(*old.history, step))
     return replace(checkpoint, header=replace(checkpoint.header, provenance=provenance), original=source)
 

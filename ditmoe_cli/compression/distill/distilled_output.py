@@ -61,7 +61,7 @@ def distilled_output(
 
     `request` is the digest of what was asked for, `record` what was done, without which it has as many bytes.
     """
-    zeros = (0.0,) * asked.steps
+    zeros, few = (0.0,) * asked.steps, asked.distilled(student.config.sampler)
     done = record or DistillingRecord(before=zeros, after=zeros)
     measured = {_COURSE: whole([done.paths, done.iterations]), _BEFORE: fixed(done.before), _AFTER: fixed(done.after)}
     step = Step(
@@ -71,5 +71,6 @@ def distilled_output(
         options=asked.options(),
         measured=measured,
         request=request,
+        defaults={**asked.defaults(), **({} if asked.teacher_steps else {"teacher_steps": few.teacher_steps})},
     )
-    return trained_output(student, trained, step, asked.distilled(student.config.sampler))
+    return trained_output(student, trained, step, few)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.output import PlannedOutput
 from ditmoe_cli.compression.recorded import fixed, whole
 from ditmoe_cli.compression.training.error_bins import BINS
@@ -70,22 +71,23 @@ def healed_output(
     student: Checkpoint,
     trained: Collection[str],
     request: str,
-    options: Mapping[str, Any],
+    asked: Healing,
     calibration: Mapping[str, Any],
     record: HealingRecord | None = None,
 ) -> PlannedOutput:
     """Return the layout of a healed student, whose tensors `trained` are computed.
 
-    `request` is the digest of what was asked for, `options` what was given, `calibration` the profile's settings,
-    `record` what was done, without which the layout has as many bytes.
+    `request` is the digest of what was `asked` for, `calibration` are the profile's settings, `record` tells what was
+    done; without it the layout has as many bytes.
     """
     step = Step(
-        command="heal",
+        command=asked.command,
         source=student.fingerprint,
         plan=request,
-        options=options,
+        options=asked.options(),
         measured=(record or HealingRecord()).measured(),
         request=request,
         calibration=calibration,
+        defaults=asked.defaults(),
     )
     return trained_output(student, trained, step)

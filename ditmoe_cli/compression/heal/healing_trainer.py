@@ -60,7 +60,7 @@ class HealingTrainer:
     ) -> PlannedOutput:
         """Return the layout of the output."""
         assert record is None or isinstance(record, HealingRecord)
-        return healed_output(student, tensors, request, self.asked.options(), self.settings or {}, record)
+        return healed_output(student, tensors, request, self.asked, self.settings or {}, record)
 
     def recorded(self, step: Step) -> HealingRecord:
         """Return what a step tells of healing."""

@@ -124,6 +124,20 @@ def format_named(
     return f"ternary-g{group_size}" if kind == "ternary" else f"{kind}{'-dq' if double_quant else ''}"
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """Return the settings of which `format_named` makes a format's name, those at their defaults left out."""
+    stem, *parts = name.split("-")
+    kind = stem.rstrip("0123456789") if stem not in KINDS else stem
+    found: dict[str, Any] = {"format": kind}
+    if kind == "int":
+        found["bits"] = int(stem.removeprefix("int"))
+    group = next((int(part[1:]) for part in parts if part.startswith("g")), DEFAULT_GROUP_SIZE)
+    if group != DEFAULT_GROUP_SIZE:
+        found["group_size"] = group
+    found |= {setting: True for part, setting in (("sym", "symmetric"), ("dq", "double_quant")) if part in parts}
+    return found
+
+
 def uniform_formats(checkpoint: Checkpoint, fmt: str) -> dict[str, str]:
     """Return one format for all routed, shared and attention matrices that it suits."""
     return {

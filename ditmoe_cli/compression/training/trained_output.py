@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ditmoe_cli.compression.output import Computed, Copied, PlannedOutput, PlannedTensor
+from ditmoe_cli.files.making import computed_here
 from ditmoe_cli.files.provenance import Distilled, Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -24,4 +25,5 @@ def trained_output(
     )
     base = student.provenance()
     few = base.distilled if distilled is None else distilled
-    return PlannedOutput(None, tensors, student.config, replace(base, history=(*base.history, step), distilled=few))
+    history = (*base.history, replace(step, made=computed_here(dtype="", processes=1)))
+    return PlannedOutput(None, tensors, student.config, replace(base, history=history, distilled=few))

@@ -115,3 +115,10 @@ class TrainingRequest:
             found[self.length if each.name == "iterations" else each.name] = value
         groups = {} if set(self.train) == set(GROUPS) else {"train": ",".join(self.train)}
         return {"original": self.original, **found, **groups}
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the options that `options` leaves out, at the values that they have, by name; no switches."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "iterations"}
+        values |= {"train": ",".join(self.train), "rate": self.rate or self.usual_rate}
+        left = values.keys() - {"original", *self.options()}
+        return {name: values[name] for name in sorted(left) if values[name] is not None and values[name] is not False}

@@ -11,6 +11,7 @@ from healing import pair
 
 from ditmoe_cli.compression.apply import write_planned
 from ditmoe_cli.compression.heal.healed_output import HealingRecord, healed_output, healing_record
+from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.training.error_bins import BINS
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.files.reader import tensor_bytes
@@ -26,7 +27,7 @@ TRAINED = ("blocks.0.moe.gate.weight", "final_layer.linear.bias")
 def test_bytes_are_known_before_anything_is_measured(tmp_path: Path) -> None:
     _, path = pair(tmp_path)
     student, target = open_checkpoint(path), Output(tmp_path / "h.safetensors")
-    asked = ("request", {"original": "f" * 64, "steps": 5}, {"cfg": 1.5, "images": 4})
+    asked = ("request", Healing("f" * 64, None, 5), {"cfg": 1.5, "images": 4})
     predicted = healed_output(student, TRAINED, *asked).predicted_bytes(target)
     values = {name: student.finite_tensor(name) + 1 for name in TRAINED}
     planned = healed_output(student, TRAINED, *asked, RECORD)
