@@ -43,6 +43,7 @@ COMMANDS = {
     "distill": "Train a checkpoint to be sampled in few steps, guidance in its weights.",
     "plan": "Show, check or compare compression plans.",
     "apply": "Carry out a compression plan.",
+    "run": "Carry out a recipe: the commands that made a checkpoint.",
     "sample": "Sample images.",
     "fid": "Score images against a reference.",
     "report": "Report what a profile shows, and test the paper's claims.",

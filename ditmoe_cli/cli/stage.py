@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_pat
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.processes import under_torchrun
 
+_HANDED: ContextVar[Stage | None] = ContextVar("handed", default=None)
 _PATHS = ("checkpoint", "original", "profile", "samples", "weak")
 
 
@@ -80,6 +83,8 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False, missing
     `shared` between processes: each would write the same file; with the message `missing` where nothing names a
     checkpoint.
     """
+    if checkpoint is None and (handed := _HANDED.get()) is not None:
+        return replace(handed, given=_overridden(handed, given))
     if under_torchrun() and not shared:
         raise UsageError(
             "this command works in one process; start it without torchrun (profile-experts, sample, fid, heal and "
@@ -91,8 +96,22 @@ def incoming(checkpoint: str | None, given: Given, shared: bool = False, missing
     if under_torchrun():
         raise UsageError("under torchrun the checkpoint must be given as an argument, not through a pipe")
     stage = parse_stage(_read_stdin(missing))
-    overrides = {name: value for name, value in asdict(given).items() if value is not None}
-    return replace(stage, given={**(stage.given or {}), **overrides}, piped=True)
+    return replace(stage, given=_overridden(stage, given), piped=True)
+
+
+def _overridden(stage: Stage, given: Given) -> dict[str, Any]:
+    """Return the overrides of a stage, and those that are `given` in place of them."""
+    return {**(stage.given or {}), **{name: value for name, value in asdict(given).items() if value is not None}}
+
+
+@contextmanager
+def handed_on(stage: Stage) -> Iterator[None]:
+    """Have commands that name no checkpoint work on a stage, in place of the envelope on stdin."""
+    before = _HANDED.set(stage)
+    try:
+        yield
+    finally:
+        _HANDED.reset(before)
 
 
 def _read_stdin(missing: str) -> str:

@@ -12,7 +12,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TextIO
 
@@ -23,6 +25,7 @@ from ditmoe_cli.errors import UsageError, named
 Row = tuple[str, object]
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LONGEST = 4000  # characters of a line
+_TAKEN: ContextVar[list[dict[str, Any]] | None] = ContextVar("taken", default=None)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,12 @@ def emit(
 ) -> None:
     """Print a command's result: `document` for programs, `rows` for people, `path` under ``-q``.
 
-    A document that may be edited, as a plan, is indented; others take one line.
+    A document that may be edited, as a plan, is indented; others take one line. `taken_results` takes what is printed.
     """
+    taken = _TAKEN.get()
+    if taken is not None:
+        taken.append(document)
+        return
     if printing.quiet:
         text = path or ""
     elif printing.is_text:
@@ -116,6 +123,17 @@ def emit(
         text = indented(document) if editable else json.dumps(document, sort_keys=True)
     if text:
         print(text, flush=True)
+
+
+@contextmanager
+def taken_results() -> Iterator[list[dict[str, Any]]]:
+    """Yield the list that takes the documents of commands that are called, in place of stdout."""
+    documents: list[dict[str, Any]] = []
+    before = _TAKEN.set(documents)
+    try:
+        yield documents
+    finally:
+        _TAKEN.reset(before)
 
 
 def _table(rows: Sequence[Row]) -> str:

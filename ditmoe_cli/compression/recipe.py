@@ -119,6 +119,10 @@ class Recipe:
         source = {"source": self.source.document()}
         return {"schema": RECIPE_SCHEMA, **source, **{name: value for name, value in more.items() if value}}
 
+    def without_results(self) -> Recipe:
+        """Return the recipe without what it gave, which another source does not give."""
+        return replace(self, stages=tuple(replace(stage, gives=None) for stage in self.stages), result=None)
+
     def text(self) -> str:
         """Return the recipe as YAML."""
         return yaml_text(self.document())
@@ -164,7 +168,8 @@ class _Kitchen:
             self._profile(str(own or step.source), step)
         options = self._options(step)
         command = step.command if step.planned is None else _APPLYING
-        self.stages.append(RecipeStage(command, options, step.defaults, gives, told_making(step.made)))
+        defaults = {name.replace("_", "-"): value for name, value in step.defaults.items()}
+        self.stages.append(RecipeStage(command, options, defaults, gives, told_making(step.made)))
         if gives is not None:
             self.names[gives] = f"${len(self.stages)}"
 
@@ -179,7 +184,11 @@ class _Kitchen:
             options["data"] = self._named(str(step.calibration["data"]), "images")
         if target != step.source:
             options = {"of": self._named(target, "original"), **options}
-        known = step.request[-PROFILE_DIGITS:] if step.request is not None else ""
+        known = (
+            str(step.planned.get("profile"))[:PROFILE_DIGITS]
+            if step.planned
+            else (step.request or "")[-PROFILE_DIGITS:]
+        )
         self.stages.append(RecipeStage(_PROFILING, options, gives=known if known.strip("0") else None))
 
     def _options(self, step: Step) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def planned_step(plan: CompressionPlan, experts: Sequence[int]) -> Step:
     options = {name: value for name, value in plan.options.items() if name not in (*FIGURES, UNDECIDED)}
     known = {name: fixed([plan.options[name]]) for name in _RECORDED if name in plan.options}
     open_figures = _to_be_measured(plan, len(experts)).recorded()
-    own = plan.to_json() if plan.edited or plan.by_hand else None
+    own = {**plan.to_json(), "digest": plan.written} if plan.edited else plan.to_json() if plan.by_hand else None
     return Step(
         plan.command,
         plan.source,

@@ -7,6 +7,7 @@ import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError
@@ -63,6 +64,7 @@ def cached_file(name: str) -> Path:
     return cache.folder / name
 
 
+@cache
 def torch_version() -> str:
     """Return the version of torch, which numbers rest on, without importing it; nothing where it is not installed."""
     from importlib import metadata  # takes as long as all the rest of --help

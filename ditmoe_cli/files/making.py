@@ -6,8 +6,8 @@ Texts are of one width each, so that the bytes of a file are known before anythi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
+from ditmoe_cli.files.cache import torch_version
 from ditmoe_cli.threads import usable_threads
 from ditmoe_cli.version import __version__
 
@@ -27,7 +27,7 @@ def computed_here(device: str = "cpu", **training: object) -> dict[str, str]:
     more = {name: str(value).rjust(_COUNT).ljust(_NAME) for name, value in training.items()}
     return {
         **written_here(),
-        "torch": _torch_version(),
+        "torch": torch_version(),
         "threads": str(usable_threads()).rjust(_COUNT),
         "device": device.partition(":")[0].ljust(_NAME),
         **more,
@@ -37,13 +37,3 @@ def computed_here(device: str = "cpu", **training: object) -> dict[str, str]:
 def told_making(made: Mapping[str, str]) -> dict[str, str]:
     """Return what made a result without the spaces that give all texts one width."""
     return {name: text.strip() for name, text in made.items()}
-
-
-@cache
-def _torch_version() -> str:
-    from importlib import metadata  # takes as long as opening a checkpoint
-
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return "none"

@@ -302,12 +302,12 @@ def work_folder(target: Path) -> Path:
 
 
 @contextmanager
-def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
+def open_work(target: Path, key: str, notify: Notify, keep_refused: bool = False) -> Iterator[WorkFolder]:
     """Yield the work folder of a target, with what an earlier run with the same key left in it.
 
     What killed runs left beside the target is cleaned. Where the block ends normally, nothing is kept, or the input or
-    the request is refused, which going on would not change, the folder is deleted; otherwise it stays, and `notify`
-    takes a line that says what is kept. Raises `OutputExistsError` where
+    the request is refused, which going on would not change unless it is another (`keep_refused`), the folder is
+    deleted; otherwise it stays, and `notify` takes a line that says what is kept. Raises `OutputExistsError` where
     another run is writing the same target, and `BadInputError` where the place is taken by other files.
     """
     folder = work_folder(target)
@@ -325,7 +325,7 @@ def open_work(target: Path, key: str, notify: Notify) -> Iterator[WorkFolder]:
         try:
             yield work
         except BaseException as error:
-            if isinstance(error, (UsageError, BadInputError, InfeasibleError)):
+            if isinstance(error, (UsageError, BadInputError, InfeasibleError)) and not keep_refused:
                 _delete(folder)
             elif not work.is_empty and (kept := work.kept()) is not None:
                 notify(kept)

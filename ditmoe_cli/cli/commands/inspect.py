@@ -21,7 +21,8 @@ from ditmoe_cli.cli.checkpoint_comparison import (
 )
 from ditmoe_cli.cli.options import Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, note, with_options
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, note, with_options
+from ditmoe_cli.compression.recipe import recipe_of
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, GateError
 from ditmoe_cli.export.upstream import obstacle
@@ -44,6 +45,7 @@ EXAMPLES = (
     "ditmoe inspect hf:dit-moe-s",
     "ditmoe inspect ckpt.pt --tensors --text",
     "ditmoe inspect small.safetensors --verify",
+    "ditmoe inspect small.safetensors --recipe > small.yaml",
     "ditmoe inspect ckpt.pt small.safetensors --values",
 )
 _MOST_RUNS = 4  # of equal widths, printed for a block
@@ -77,6 +79,12 @@ class Listing:
         typer.Option(
             "--tensors",
             help="List the stored tensors: name, dtype, shape and bytes. With OTHER, list each weight that differs.",
+        ),
+    ] = False
+    recipe: Annotated[
+        bool,
+        typer.Option(
+            "--recipe", help="Print the commands that made the checkpoint, as YAML that ditmoe run carries out."
         ),
     ] = False
 
@@ -113,6 +121,7 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
     """
     stage, other = inspected.stages()
     if other is not None:
+        refuse_idle(listing, "with OTHER, which has a recipe of its own", "recipe")
         return compare(stage, other, listing, checking, printing)
     refuse_idle(checking, "without OTHER, the checkpoint to compare with", "values", "same")
     try:
@@ -123,6 +132,8 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
             raise
         note(f"warning: {error.message}")
         return show_tensors(stage, *alone, error, checking, printing)
+    if listing.recipe:
+        return show_recipe(stage, opened, printing)
     stored = opened.header.tensors if listing.tensors else {}
     verified = verify(opened, inspected.given) if checking.verify else None
     result = {**describe(opened), "verified": verification_json(verified) if verified else None}
@@ -131,6 +142,14 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
     printed = [*rows(result), *(verification_rows(verified) if verified else ()), *tensor_rows(stored)]
     emit(printing, sound.to_json(document), printed, str(opened.path))
     return require_whole(opened.path, verified.problems) if verified else None
+
+
+def show_recipe(stage: Stage, checkpoint: Checkpoint, printing: JsonPrinting) -> None:
+    """Print the recipe of a checkpoint: as YAML, or within the result where JSON is asked for."""
+    recipe = recipe_of(checkpoint)
+    if printing.as_json:
+        return emit(printing, stage.to_json({"recipe": recipe.document()}), [], None)
+    return print(recipe.text(), end="", flush=True)
 
 
 def show_tensors(

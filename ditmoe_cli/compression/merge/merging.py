@@ -87,7 +87,8 @@ class Merging(Planner):
 
     def options(self) -> dict[str, Any]:
         """Return what was asked for, by the names of the options, for the options of the plan."""
-        given = {"groups": str(self.groups), "method": self.method, "router": self.router}
+        router = "map" if self.router == "ghost" else self.router
+        given = {"groups": str(self.groups), "method": self.method, "router": router}
         return {**given, **repair_options(self.repair)}
 
 

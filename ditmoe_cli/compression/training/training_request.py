@@ -118,7 +118,7 @@ class TrainingRequest:
 
     def defaults(self) -> dict[str, Any]:
         """Return the options that `options` leaves out, at the values that they have, by name; no switches."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "iterations"}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         values |= {"train": ",".join(self.train), "rate": self.rate or self.usual_rate}
-        left = values.keys() - {"original", *self.options()}
+        left = values.keys() - {"original", "iterations", "guide", *self.options()}
         return {name: values[name] for name in sorted(left) if values[name] is not None and values[name] is not False}
