@@ -24,6 +24,7 @@ COMMANDS = (
     "distill",
     "plan",
     "apply",
+    "run",
     "sample",
     "fid",
     "report",

@@ -14,13 +14,14 @@ from typing import Any
 
 from ditmoe_cli.cli.recipe_stages import PLAN, PROFILING, Called
 from ditmoe_cli.cli.stage import Stage
-from ditmoe_cli.cli.terminal import human_bytes, note
+from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.recipe import PROFILE_DIGITS, SOURCE, Recipe
 from ditmoe_cli.errors import DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.workfolder import open_work, work_folder, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import open_checkpoint
+from ditmoe_cli.progress import human_bytes
 
 _FORESEEN = ("cfg", "steps", "images", "seed", "classes")  # settings of a profile that planners take too
 

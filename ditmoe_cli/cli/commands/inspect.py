@@ -21,7 +21,7 @@ from ditmoe_cli.cli.checkpoint_comparison import (
 )
 from ditmoe_cli.cli.options import Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, human_bytes, note, with_options
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, note, with_options
 from ditmoe_cli.compression.recipe import recipe_of
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, GateError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -14,7 +14,7 @@ from ditmoe_cli.cli.options import Destination, Overrides, complete_checkpoint, 
 from ditmoe_cli.cli.recipe_runs import Cooking, Foreseen, cooked, foreseen
 from ditmoe_cli.cli.recipe_stages import Called
 from ditmoe_cli.cli.stage import Stage, incoming
-from ditmoe_cli.cli.terminal import Printing, Row, emit, human_bytes, note
+from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.recipe import Ingredient, Recipe, Result, read_recipe, recipe_of
 from ditmoe_cli.errors import BadInputError, GateError, OutputExistsError, UsageError
 from ditmoe_cli.files.making import computed_here, told_making
@@ -22,6 +22,7 @@ from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
 from ditmoe_cli.model.throughput import likely_device
+from ditmoe_cli.progress import human_bytes
 
 EXAMPLES = (
     "ditmoe inspect small.safetensors --recipe > small.yaml",
@@ -166,12 +167,10 @@ def _begun(asked: RecipeAndSource, recipe: Recipe, where: str) -> tuple[Stage, R
         known = f" ({source.fingerprint[:12]})" if source.fingerprint else ""
         raise UsageError(f"{where}: the recipe knows its source by fingerprint alone{known}; give it as CHECKPOINT")
     stage = incoming(name, asked.given)
-    opened = open_checkpoint(str(stage.checkpoint), **asdict(asked.given))
-    if source.fingerprint is not None and _fingerprint(opened) != source.fingerprint and source.given:
-        given = _recorded_overrides(opened, source)
-        if given is not None:
-            stage = incoming(name, replace(asked.given, **given))
-            opened = open_checkpoint(str(stage.checkpoint), **(stage.given or {}))
+    recorded = _recorded_overrides(stage, source)
+    if recorded is not None:
+        stage = replace(stage, given={**recorded, **_named(stage.given)})
+    opened = open_checkpoint(str(stage.checkpoint), **_named(stage.given))
     if source.fingerprint is None or _fingerprint(opened) == source.fingerprint:
         return stage, recipe
     if asked.checkpoint is None:
@@ -183,15 +182,20 @@ def _begun(asked: RecipeAndSource, recipe: Recipe, where: str) -> tuple[Stage, R
         f"{opened.name} is another source than the recipe's ({_fingerprint(opened)[:12]}, not "
         f"{source.fingerprint[:12]}); there is nothing to hold the result against"
     )
-    return stage, recipe.without_results()
+    return incoming(name, asked.given), recipe.without_results()
 
 
-def _recorded_overrides(opened: Checkpoint, source: Ingredient) -> dict[str, Any] | None:
-    """Return the overrides of a source that its file cannot tell; None where the file carries its configuration."""
-    if opened.header.provenance is not None:
+def _recorded_overrides(stage: Stage, source: Ingredient) -> dict[str, Any] | None:
+    """Return the overrides that a source was opened with; None where its file carries its whole configuration."""
+    if not source.given or open_checkpoint(str(stage.checkpoint), allow_unknown=True).header.provenance is not None:
         return None
     names = {"heads": "num_heads", "top-k": "top_k", "num-classes": "num_classes"}
     return {names.get(name, name): value for name, value in source.given.items()}
+
+
+def _named(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the overrides that there are."""
+    return {name: value for name, value in (given or {}).items() if value is not None}
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

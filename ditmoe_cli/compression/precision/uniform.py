@@ -127,7 +127,7 @@ def format_named(
 def settings_of(name: str) -> dict[str, Any]:
     """Return the settings of which `format_named` makes a format's name, those at their defaults left out."""
     stem, *parts = name.split("-")
-    kind = stem.rstrip("0123456789") if stem not in KINDS else stem
+    kind = "int" if stem.startswith("int") and parts else stem
     found: dict[str, Any] = {"format": kind}
     if kind == "int":
         found["bits"] = int(stem.removeprefix("int"))

@@ -13,8 +13,9 @@ from compressing import FORMATS, applied, formats_of, network, opened, outputs, 
 from conftest import make_pico
 
 from ditmoe_cli.compression.plan import CompressionPlan, Formats
-from ditmoe_cli.compression.precision.uniform import format_named, plan_uniform
+from ditmoe_cli.compression.precision.uniform import format_named, plan_uniform, settings_of
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.formats.registry import FORMATS as ALL_FORMATS
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 WIDTH, INNER = 256, 512
@@ -180,3 +181,9 @@ def test_formats_that_do_not_exist_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         format_named(kind, bits, **settings)
+
+
+@pytest.mark.parametrize("name", ALL_FORMATS)
+def test_settings_make_the_name_that_they_are_read_from(name: str) -> None:
+    settings = settings_of(name)
+    assert format_named(settings.pop("format"), settings.pop("bits", None), **settings) == name
