@@ -19,6 +19,10 @@ _FORMATS: Mapping[str, Any] = {
 
 def defaults_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a planner's command that stand beside those that a plan names, by name."""
+    if options.get("uniform"):
+        return {} if "rounding" in options else {"rounding": "nearest"}
+    if "delta" in options or options.get("target") == "upstream":  # which leave no such choice
+        return {}
     refit = {} if options.get("no_refit") or options.get("scale") else {"refit": True}
     of_command: Mapping[str, Mapping[str, Any]] = {
         "prune": {"allocate": "uniform", "neurons": 1.0, **refit},
@@ -26,7 +30,4 @@ def defaults_of(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
         "quantize": {**_FORMATS, "group_size": DEFAULT_GROUP_SIZE},
         "compress": _FORMATS,
     }
-    fixed = {"quantize": "uniform", "merge": "delta", "compress": "upstream"}  # forms of commands that take none
-    if options.get(fixed.get(command, "")):
-        return {"rounding": "nearest"} if command == "quantize" and "rounding" not in options else {}
     return {name: value for name, value in of_command.get(command, {}).items() if name not in options}
