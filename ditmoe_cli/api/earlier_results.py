@@ -8,7 +8,7 @@ from typing import Any
 from ditmoe_cli.api.step_texts import step_text
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import is_answered, is_same_but_for_profile
-from ditmoe_cli.compression.recorded import recorded_plan
+from ditmoe_cli.compression.recorded import CLOCK, recorded_plan
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.files.staging import check_target
@@ -67,6 +67,17 @@ def _other_request(
     return f"was made by another request: {step_text(step)}"
 
 
+def require_clock(made: Checkpoint, clock: tuple[int, ...] | None) -> None:
+    """Raise `OutputExistsError` where the clock chose otherwise, for what was trained before, than is given."""
+    chosen = tuple(map(int, last_step(made).measured.get(CLOCK, ())))
+    if clock is not None and chosen != clock:
+        told = ",".join(map(str, chosen)) or "none"
+        raise OutputExistsError(
+            f"{made.path}: exists already, and was trained by another ⟨clock⟩ ({told}); "
+            "give ⟨force⟩ to replace it, or ⟨output⟩ for another name"
+        )
+
+
 def last_step(made: Checkpoint) -> Step:
     """Return the step that made a checkpoint."""
     return made.provenance().history[-1]
@@ -83,5 +94,5 @@ def measured_errors(step: Step) -> Mapping[str, Any]:
     return {
         name: [float(text) for text in texts] if name in lists else float(texts[0])
         for name, texts in step.measured.items()
-        if texts
+        if texts and name != CLOCK
     }

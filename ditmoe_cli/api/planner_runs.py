@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.api.devices import checked_device
-from ditmoe_cli.api.earlier_results import last_step, made_before, measured_errors, plan_of
+from ditmoe_cli.api.earlier_results import last_step, made_before, measured_errors, plan_of, require_clock
 from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.plan_facts import facts
@@ -22,6 +22,7 @@ from ditmoe_cli.compression.kept_plan import keep_plan, kept_plan
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.planner import Planner, Work, request_digest
+from ditmoe_cli.compression.recorded import GIVEN_CLOCK
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.arrays import disk_bytes
 from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
@@ -98,6 +99,7 @@ def _made(run: PlannerRun, work: Work, basis: Basis | None, *, dry_run: bool) ->
     made = made_before(run.output, run.checkpoint, request)
     if made is None:
         return None
+    require_clock(made, run.planner.clock)
     plan = plan_of(made, run.checkpoint)
     details = run.planner.details(run.checkpoint, plan)
     profile = basis.path if basis else None
@@ -166,12 +168,14 @@ class Choice:
     """A plan, the profile that it rests on, and the work folder that already keeps it.
 
     `asked` returns the digest of the request for a checkpoint of a given fingerprint, where that is yet to be read.
+    `clock` is what an earlier run chose for its training by the clock, where that is given.
     """
 
     plan: CompressionPlan
     profile: RoutingProfile | None = None
     work: WorkFolder | None = None
     asked: Callable[[str], str] | None = None
+    clock: tuple[int, ...] | None = None
 
     def is_carried_out(self, depth: int) -> bool:
         """Return whether the work folder holds the weights of all blocks already: choosing the plan has tried it."""
@@ -219,7 +223,7 @@ def chosen(planner: Planner, work: Work, basis: Basis | None) -> Iterator[Choice
         if plan is None:
             plan = replace(planner.plan(replace(work, folder=folder), profile), calibration=profile.calibration)
             keep_plan(folder, plan, loop_name(plan) if plan.together else "")
-        yield Choice(replace(plan, request=request), profile, folder)
+        yield Choice(replace(plan, request=request), profile, folder, clock=planner.clock)
 
 
 def _known_before(planner: Planner, work: Work) -> CompressionPlan | None:
@@ -293,6 +297,8 @@ def write(
     is_tried = choice is not None and choice.is_carried_out(checkpoint.config.depth)
     foretell(estimates[1:] if is_tried else estimates, lambda: place)
     with _work_folder(output, choice, place) as work:
+        if choice is not None and choice.clock is not None and work is not None:
+            work.write(GIVEN_CLOCK, {}, {"clock": list(choice.clock)})
         applied = carry_out(checkpoint, planned, output, profile, place, work, _settling(checkpoint, choice))
     _warn_of_changes(checkpoint)
     plan = applied.planned.plan

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ditmoe_cli.compression.distill.distilled_output import distilling_record
 from ditmoe_cli.compression.heal.healed_output import healing_record
+from ditmoe_cli.compression.recorded import CLOCK
 from ditmoe_cli.files.provenance import Step
 
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
@@ -24,7 +25,7 @@ def step_text(step: Step) -> str:
     measured = [
         f"{name.replace('_', ' ')} {_spread(list(map(float, texts)))}"
         for name, texts in step.measured.items()
-        if texts and name != "gap" and record is None
+        if texts and name not in ("gap", CLOCK) and record is None
     ]
     if record is not None:
         measured.append(f"held error {held_text(record.held_error)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.api.devices import checked_device, dtype_on
-from ditmoe_cli.api.earlier_results import last_step, made_before
+from ditmoe_cli.api.earlier_results import last_step, made_before, require_clock
 from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.planner_runs import found_again
@@ -112,6 +112,7 @@ def trained_result(training: Training, *, dry_run: bool = False) -> TrainedCheck
     if not first_process() and (made is not None or dry_run):
         return None
     if made is not None:
+        require_clock(made, trainer.asked.clock)
         record = trainer.recorded(last_step(made))
         details = {"original": str(original.path), **record.to_json()}
         found = found_again(student, output, made, basis.path if basis else None, None, details, dry_run=dry_run)
@@ -176,6 +177,7 @@ def _trained(training: Training, profile: RoutingProfile | None, device: str, sh
     dtype = dtype_on(training.dtype, training.device)(original)
     share.check_same("dtype", dtype)
     given = {"device": device.partition(":")[0], "dtype": dtype, "processes": share.world}
+    given |= {} if trainer.asked.clock is None else {"clock": trainer.asked.clock}
     key = {"request": request, "profile": profile.digest if profile else None, **given}
     with _shared_folder(output.path, work_key(key), share) as folder:
         exchange = exchange_on(share, torch.device(device))

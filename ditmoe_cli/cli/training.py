@@ -23,6 +23,14 @@ from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import resolve_path
 
 
+def parse_clock_numbers(text: str) -> tuple[int, ...]:
+    """Return whole numbers that are separated by commas. Raises `ValueError`."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError("give whole numbers separated by commas, as a recipe has them")
+    return tuple(map(int, parts))
+
+
 @dataclass(frozen=True)
 class TrainingOptions(asked.TrainingOptions):
     """What is trained towards what, for how long, and how."""
@@ -83,6 +91,29 @@ class TrainingOptions(asked.TrainingOptions):
         int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of noise and orders.")
     ] = 0
 
+    clock: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            "--clock",
+            metavar="LIST",
+            parser=parse_clock_numbers,
+            help="What the clock chose in an earlier run of as many --minutes, as its recipe has it.",
+        ),
+    ] = None
+
+    def fields(self, original: Checkpoint, iterations: int | None) -> dict[str, Any]:
+        """Return what is asked for, as fields of a `TrainingRequest`."""
+        return {
+            "original": original.fingerprint,
+            "minutes": DEFAULT_MINUTES if self.minutes is None and iterations is None else self.minutes,
+            "iterations": iterations,
+            "train": self.train,
+            "codes": cast(Codes, self.codes),
+            "batch": self.batch,
+            "rate": self.rate,
+            "seed": self.seed,
+            "clock": self.clock,
+        }
     def named(self, stage: Stage, may_be_same: bool = False) -> Stage:
         """Return the stage with its original. Raises `UsageError` where nothing names it."""
         if self.original is not None:

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -266,7 +266,7 @@ class CompressionPlan(Brief):
             `Experts`, `Differences`, `Formats`, `Retraining`; others raise `ValueError`.
         request: digest of what a planner was asked for, which the result's history keeps.
         written: the digest in the file that the plan was read from, by which planners sign; None where it has none.
-        by_hand: whether it was read from a file that no planner signed.
+        by_hand: whether it comes from a plan file that no planner signed.
     """
 
     command: str
@@ -429,9 +429,7 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None
     request = _field(fields, "request", str, where) if fields.get("request") is not None else None
     signs = {"written": written, "request": request if written is not None else None}  # nobody signed it
-    plan = CompressionPlan(
-        command, source, profile, options, present, calibration=calibration, by_hand=written is None, **signs
-    )
+    plan = CompressionPlan(command, source, profile, options, present, calibration=calibration, **signs)
     try:
         canonical_json(plan.to_json())
     except ValueError as error:  # NaN and infinity, which Python reads but JSON does not know
@@ -595,4 +593,5 @@ def read_plan(path: Path) -> CompressionPlan:
             raise BadInputError(
                 f"{path}: a curve with {len(result['points'])} plans; give one of them, result.points[i].plan"
             )
-    return parse_plan(document, str(path))
+    plan = parse_plan(document, str(path))
+    return replace(plan, by_hand=plan.written is None)

@@ -71,11 +71,11 @@ def request_digest(
 ) -> str:
     """Return the digest of what is asked of a planner, by which a result is known to be the same without planning.
 
-    The first half is of the planner's fields, the fingerprint of the checkpoint `source`, the settings of the
-    calibration that the plan rests on (None for none), and the version of the package. The second half is that of the
-    digest `profile` of the profile itself, zeros where there is none, or not yet.
+    The first half is of the planner's fields but `label` and `clock`, the fingerprint of the checkpoint `source`, the
+    settings of the calibration that the plan rests on (None for none), and the version of the package. The second half
+    is that of the digest `profile` of the profile itself, zeros where there is none, or not yet.
     """
-    fields = {name: value for name, value in asdict(planner).items() if name != "label"}  # type: ignore[call-overload]
+    fields = {name: value for name, value in asdict(planner).items() if name not in ("label", "clock")}  # type: ignore[call-overload]
     kind = type(planner).__name__
     asked = digest(
         {"version": __version__, "planner": kind, "fields": fields, "source": source, "calibration": calibration}
@@ -114,6 +114,11 @@ class Planner(Protocol):
     def measures(self) -> bool:
         """Whether planning takes weights and states, and so long that its plan is kept; by default not."""
         return False
+
+    @property
+    def clock(self) -> tuple[int, ...] | None:
+        """What an earlier run of the same training chose by the clock; by default nothing."""
+        return None
 
     def check(self, work: Work) -> None:
         """Raise the error of whatever cannot be done to the checkpoint, before anything is profiled."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.compression.precision.uniform import settings_of
+from ditmoe_cli.compression.recorded import CLOCK
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.making import told_making
@@ -193,15 +194,16 @@ class _Kitchen:
 
     def _options(self, step: Step) -> dict[str, Any]:
         """Return the options of a step by their names on the command line, checkpoints by theirs here."""
+        clock = {CLOCK: ",".join(text.strip() for text in step.measured[CLOCK])} if CLOCK in step.measured else {}
         if step.planned is not None:
-            return {"plan": dict(step.planned)}
+            return {"plan": dict(step.planned), **clock}
         version = step.made.get("ditmoe")
         if step.edited or step.request == digest({"version": version, "plan": step.plan}):
             raise BadInputError(
                 f"{self.where}: has no recipe: {step.command} carried out a plan that no planner signed, and that its "
                 "history does not hold"
             )
-        options = dict(step.options)
+        options = {**step.options, **clock}
         if step.command == "quantize" and options.get("uniform"):
             options |= settings_of(str(options.pop("format")))
         for name in ("original", "guide_with"):

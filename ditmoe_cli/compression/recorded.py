@@ -31,6 +31,10 @@ from ditmoe_cli.files.provenance import Step, expert_fates
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.version import __version__
 
+CLOCK = "clock"
+"""The entry among what was measured that keeps what the clock chose for a training (`training_request.Clock`)."""
+GIVEN_CLOCK = "given-clock"
+"""The piece of a work folder that holds what an earlier run chose by the clock, where that is given."""
 _WIDTH = 9  # of 1.234e-05
 _RECORDED = ("predicted_error", "tried_error", "damage", "gap")  # figures of a plan that its file keeps
 
@@ -45,12 +49,14 @@ class Measured:
         top_k_agreement: of each block, the share of selected experts that original and rounded model both select.
         held_error: of a trained model, the relative squared error of the guided prediction on held-out states, before
             training and after.
+        clock: of a trained model, what the clock chose for its training.
     """
 
     refit_error: tuple[float, ...] = ()
     prediction_error: float | None = None
     top_k_agreement: tuple[float, ...] = ()
     held_error: tuple[float, ...] = ()
+    clock: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, float | list[float]]:
         """Return the measured errors by name."""
@@ -65,9 +71,10 @@ class Measured:
 
     def recorded(self) -> dict[str, list[str]]:
         """Return the measured errors as provenance holds them."""
-        return {
+        errors = {
             name: fixed(value if isinstance(value, list) else [value]) for name, value in sorted(self.to_json().items())
         }
+        return {**errors, CLOCK: whole(self.clock)} if self.clock else errors
 
 
 def fixed(values: Iterable[float]) -> list[str]:
@@ -187,7 +194,9 @@ def _old_name(name: str, blocks: Sequence[BlockPlan]) -> str:
 def _to_be_measured(plan: CompressionPlan, depth: int) -> Measured:
     """Return zeros for what carrying out a plan measures."""
     if plan.retraining is not None:
-        return Measured(held_error=(0.0, 0.0))
+        few = plan.retraining.student_steps is not None
+        clock = (0,) * (4 if few else 7) if plan.retraining.minutes is not None else ()  # one training, or two
+        return Measured(held_error=(0.0, 0.0), clock=clock)
     zeros, refit, rounds = (0.0,) * depth, False, False
     for stage in plan.stages:
         match stage:

@@ -335,4 +335,8 @@ def test_healing_keeps_to_the_size_and_is_one_step(tmp_path: Path, monkeypatch: 
     assert (step.command, step.options["heal"]) == ("compress", True)
     again = piped(f"{profiling} | ditmoe compress {words}", tmp_path)
     assert again.result["up_to_date"] and again.result["retraining"]["minutes"] == 0.001
+    clock = ",".join(text.strip() for text in step.measured["clock"])
+    assert piped(f"{profiling} | ditmoe compress {words} --clock 8,1,2,0,3,2,0", tmp_path).code == 5
+    chosen = piped(f"{profiling} | ditmoe compress {words} --clock {clock} -o chosen.safetensors", tmp_path)
+    assert chosen.path.read_bytes() == outcome.path.read_bytes(), "the clock chose all that time decides"
     assert not list(tmp_path.glob(".*"))

@@ -16,7 +16,7 @@ from conftest import make_pico
 
 PROFILE = ("--profile", "p.safetensors")
 CURVE = ("compress", "a.safetensors", *PROFILE, "--allow", "2,4,8,16", "--curve")
-COMPRESS = ("compress", "a.safetensors", *PROFILE, "--allow", "2,4,8,16", "--ratio", 0.3)
+COMPRESS = ("compress", "a.safetensors", *PROFILE, "--allow", "2,4,8,16", "--ratio", 0.301)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ("profile-experts", "a.safetensors", "--images", 4, "--steps", 2, "--bins", 2, "-o", "p.safetensors")
     assert here(*command, cwd=folder).code == 0
     before = set(outputs(folder))
-    (folder / "curve.json").write_text(here(*CURVE, "--ratio", 0.3, cwd=folder).out)
+    (folder / "curve.json").write_text(here(*CURVE, "--ratio", 0.301, cwd=folder).out)
     (folder / "there.safetensors").write_text("whatever stands at the output stays")
     (folder / "plan.json").write_text(here(*COMPRESS, "--plan-only", "-o", "there.safetensors", cwd=folder).out)
     kept = {"p.neurons.safetensors", "p.measured.json"}
@@ -59,7 +59,7 @@ def test_a_curve_leaves_the_pipe_with_the_checkpoint_and_has_a_plan_for_each_siz
     points = envelope["result"]["points"]
     assert len(points) >= 10 and sum(point["goal"] for point in points) == sum(point["tried"] for point in points) == 1
     before = envelope["result"]["bytes_before"]
-    assert next(point["size"] for point in points if point["goal"]) == int(0.3 * before)
+    assert next(point["size"] for point in points if point["goal"]) == int(0.301 * before)
     for smaller, larger in pairwise(points):
         assert smaller["bytes"] <= smaller["size"] < larger["size"] <= before
         assert smaller["predicted_error"] > larger["predicted_error"]
@@ -87,7 +87,7 @@ def test_a_curve_is_a_table_for_people_and_is_drawn(folder: Path) -> None:
         pytest.skip("no matplotlib")
     from PIL import Image
 
-    drawn = here(*CURVE, "--ratio", 0.3, "--png", "c.png", "--text", cwd=folder)
+    drawn = here(*CURVE, "--ratio", 0.301, "--png", "c.png", "--text", cwd=folder)
     head, *lines = drawn.out.splitlines()
     assert all(word in head for word in ("neurons", "predicted error", "expected error", "on a GPU"))
     points = read(folder / "curve.json")["result"]["points"]
@@ -100,7 +100,7 @@ def test_a_curve_is_a_table_for_people_and_is_drawn(folder: Path) -> None:
         assert len(image.getcolors(1 << 20) or ()) > 10
     assert "exists" in here(*CURVE, "--png", "c.png", cwd=folder).error(5)
     first = (folder / "c.png").read_bytes()
-    again = here(*CURVE, "--ratio", 0.3, "--png", "c.png", "--force", "-q", cwd=folder)
+    again = here(*CURVE, "--ratio", 0.301, "--png", "c.png", "--force", "-q", cwd=folder)
     assert again.out == f"{folder.resolve() / 'c.png'}\n"
     assert (folder / "c.png").read_bytes() == first, "equal curves, equal bytes"
 
@@ -190,8 +190,8 @@ def test_two_plans_are_compared_by_their_errors_in_one_row(folder: Path) -> None
         (("--curve", "-o", "b.safetensors"), "--output"),
         (("--curve", "--force"), "--force"),
         (("--curve", "--max-damage", 0.1), "--max-damage"),
-        (("--ratio", 0.3, "--png", "c.png"), "--png"),
-        (("--ratio", 0.3, "--plan-only", "--dry-run"), "--dry-run"),
+        (("--ratio", 0.301, "--png", "c.png"), "--png"),
+        (("--ratio", 0.301, "--plan-only", "--dry-run"), "--dry-run"),
         (("--curve", "--png", "c.pdf"), ".png"),
     ],
 )

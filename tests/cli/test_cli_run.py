@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from cli_helpers import Outcome, contents, here, outputs
+from compressing import measure_few_tokens
 from conftest import make_pico
 
 from ditmoe_cli.files.header import read_safetensors_header
@@ -35,6 +36,11 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "folder"))
 
 
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_few_tokens(monkeypatch, 512)
+
+
 def run(*words: object, cwd: Path) -> Outcome:
     outcome = here(*words, cwd=cwd)
     assert outcome.code == 0, f"{words}: {outcome.err}"
@@ -58,6 +64,9 @@ def commands_of(recipe: dict[str, Any]) -> list[str]:
     return [next(iter(stage)) for stage in recipe["stages"]]
 
 
+HEAL = ("heal", "0.safetensors", "--original", A, "--minutes", 0.03, "--batch", 8, *P)
+DISTILL = ("distill", A, "--steps", 2, "--minutes", 0.03, "--batch", 8, "--progressive", "--teacher-steps", 16)
+
 CHAINS = {
     "dtype": [("convert", A, "--dtype", "bf16")],
     "random": [("prune", A, "--keep", 2, "--method", "random", "--seed", 5, "--no-refit", "--router", "slice")],
@@ -78,12 +87,9 @@ SLOW = {
     "merge": [("merge", A, "--groups", 2, "--no-refit", *P)],
     "refit": [("prune", A, "--keep", 2, "--neurons", 0.5, "--multiple", 8, "--constants", *P)],
     "mix": [("quantize", A, "--bits", 3, "--floor", "attn=4", *FEW, *P)],
-    "heal": [
-        ("prune", A, "--keep", 2, "--no-refit", *P),
-        ("heal", "0.safetensors", "--original", A, "--steps", 2, *P),
-    ],
     "guided": [("distill", A, "--steps", 2, "--iterations", 2, "--guide-by", "top1", "--guide-scale", 0.5)],
-    "compress": [("compress", A, "--ratio", 0.5, *P)],
+    "healed by the clock": [("prune", A, "--keep", 2, "--no-refit", *P), HEAL],
+    "distilled by the clock": [DISTILL],
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ditmoe_cli.compression.distill.distilling import Distilling
 from ditmoe_cli.compression.output import PlannedOutput
-from ditmoe_cli.compression.recorded import fixed, whole
+from ditmoe_cli.compression.recorded import CLOCK, fixed, whole
 from ditmoe_cli.compression.training.trained_output import trained_output
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -24,12 +24,14 @@ class DistillingRecord:
         paths: of the original, that were sampled.
         iterations: steps of training.
         before, after: relative squared errors on held-out paths behind each of the student's steps, the images' last.
+        clock: what the clock chose (`training_request.Clock`); nothing where iterations were asked for.
     """
 
     paths: int = 0
     iterations: int = 0
     before: Sequence[float] = field(default_factory=tuple)
     after: Sequence[float] = field(default_factory=tuple)
+    clock: Sequence[int] = ()
 
     @property
     def held_error(self) -> tuple[float, float]:
@@ -39,7 +41,8 @@ class DistillingRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the record as a result holds it."""
         errors = {_BEFORE: list(self.before), _AFTER: list(self.after)}
-        return {"paths": self.paths, "iterations": self.iterations, "held_error": list(self.held_error), **errors}
+        done = {"paths": self.paths, "iterations": self.iterations, "clock": list(self.clock)}
+        return {**done, "held_error": list(self.held_error), **errors}
 
 
 def distilling_record(step: Step) -> DistillingRecord | None:
@@ -49,9 +52,10 @@ def distilling_record(step: Step) -> DistillingRecord | None:
     try:
         paths, iterations = map(int, step.measured[_COURSE])
         before, after = (tuple(map(float, step.measured[name])) for name in (_BEFORE, _AFTER))
+        clock = tuple(map(int, step.measured.get(CLOCK, ())))
     except (ValueError, TypeError):
         return None
-    return DistillingRecord(paths, iterations, before, after) if len(before) == len(after) > 0 else None
+    return DistillingRecord(paths, iterations, before, after, clock) if len(before) == len(after) > 0 else None
 
 
 def distilled_output(
@@ -61,9 +65,12 @@ def distilled_output(
 
     `request` is the digest of what was asked for, `record` what was done, without which it has as many bytes.
     """
-    zeros, few = (0.0,) * asked.steps, asked.distilled(student.config.sampler)
-    done = record or DistillingRecord(before=zeros, after=zeros)
+    family = student.config.sampler
+    zeros, few = (0.0,) * asked.steps, asked.distilled(family)
+    done = record or DistillingRecord(before=zeros, after=zeros, clock=asked.no_clock(len(asked.trainings(family))))
     measured = {_COURSE: whole([done.paths, done.iterations]), _BEFORE: fixed(done.before), _AFTER: fixed(done.after)}
+    if done.clock:
+        measured[CLOCK] = whole(done.clock)
     step = Step(
         command=asked.command,
         source=student.fingerprint,

@@ -67,7 +67,7 @@ class _Distilling:
     def __post_init__(self) -> None:
         self.family = self.work.original.config.sampler
         self.tensors = TrainedTensors(self.work.student, tensors_to_distill(self.work.student, self.asked))
-        self.session = Session(self.work, self.asked, self.tensors, self._needed)
+        self.session = Session(self.work, self.asked, self.tensors, self._needed, self.asked.clocked(self.family))
 
     def distilled(self) -> DistillingRecord:
         """Distil through all stages, and keep the result."""
@@ -88,7 +88,8 @@ class _Distilling:
         if not after.image < before.image:
             work.note("no trained weights were better on held-out paths: the output has those of the input")
             after, trained = before, {}
-        record = DistillingRecord(len(paths), iterations, before.by_step, after.by_step)
+        clock = self.session.clocked(len(paths), self.asked.trainings(self.family))
+        record = DistillingRecord(len(paths), iterations, before.by_step, after.by_step, clock)
         self.session.keep(trained, asdict(record))
         return record
 
@@ -140,7 +141,8 @@ class _Distilling:
             return float((judged() * weights_of.cpu()).mean())
 
         objective, weights = Objective(len(paths) * steps, losses, judge), updates.trained()
-        name, stages = f"distilling-{steps}", len(self.asked.stages(self.family))
+        names = self.asked.trainings(self.family)
+        name, stages = names[-left], len(names)
         each = self.asked.iterations
         if each is not None:  # the last stage takes what does not divide
             each = each // stages + (each % stages if left == 1 else 0)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from ditmoe_cli.compression.planner import label_of
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
-from ditmoe_cli.compression.training.training_request import TrainingRequest
+from ditmoe_cli.compression.training.training_request import Clock, TrainingRequest, parse_clock
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec, most_steps
 from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, DEFAULT_STEPS, Solver
 from ditmoe_cli.diffusion.weak_guidance import Guide, check_guide
@@ -107,6 +107,14 @@ class Distilling(TrainingRequest):
         before = [count for count in (_MOST_STAGES, 4, 2) if self.steps < count < taught and count % self.steps == 0]
         return (*(count for count in before if self.progressive and taught % count == 0), self.steps)
 
+    def trainings(self, family: Sampler) -> tuple[str, ...]:
+        """Return the names of the trainings, one for each number of steps that is learned."""
+        return tuple(f"distilling-{steps}" for steps in self.stages(family))
+
+    def clocked(self, family: Sampler) -> Clock | None:
+        """Return what an earlier run chose by the clock. Raises `UsageError` for numbers of no such distilling."""
+        return None if self.clock is None else parse_clock(self.clock, self.trainings(family))
+
     def teacher_spec(self, config: DiTMoEConfig, images: int) -> SampleSpec:
         """Return how the original is sampled. Raises `UsageError` for guidance without a null class."""
         family, classes = config.sampler, tuple(range(config.num_classes))
@@ -146,6 +154,7 @@ def check_distilled(
     asked.teacher_spec(original.config, 1)
     check_guide(asked.guide, original, weak)
     stages = asked.stages(original.config.sampler)
+    asked.clocked(original.config.sampler)
     if asked.progressive and len(stages) == 1:
         raise UsageError(
             f"⟨progressive⟩ has no effect: between the {asked.steps} steps of the student and the original's "

@@ -16,6 +16,7 @@ from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.training_session import Session, TrainingWork, is_packed, naming
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.weak_models import weak_model
+from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.loading import build_model
@@ -85,7 +86,15 @@ class KeptPaths:
     def _count(self) -> int:
         if self.asked.minutes is None:
             return paths_for(self.config, self.asked)
+        if self.session.clock is not None:
+            return self._clocked(self.session.clock.count)
         spec, (teacher, _) = self.asked.teacher_spec(self.config, 1), self._models
         part = (spec.nfe - spec.weak_nfe) / spec.nfe  # a weaker model takes the rest
         affordable = self.session.images_within(teacher, spec, PATHS_SHARE * self.session.left * part, self._batch)
         return min(max(affordable, _FEWEST), most_paths(self.config, self.kept))
+
+    def _clocked(self, count: int) -> int:
+        """Return how many paths an earlier run sampled. Raises `UsageError` for a number that none would."""
+        if not _FEWEST <= count <= most_paths(self.config, self.kept):
+            raise UsageError(f"⟨clock⟩ {count}: no number of paths that distill would take")
+        return count

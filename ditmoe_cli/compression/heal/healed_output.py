@@ -8,13 +8,14 @@ from typing import Any
 
 from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.output import PlannedOutput
-from ditmoe_cli.compression.recorded import fixed, whole
+from ditmoe_cli.compression.recorded import CLOCK, fixed, whole
 from ditmoe_cli.compression.training.error_bins import BINS
 from ditmoe_cli.compression.training.trained_output import trained_output
 from ditmoe_cli.files.provenance import Step
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 _COURSE = "course"
+_ERRORS = ("held_error", "held_error_before", "held_error_after")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class HealingRecord:
         model_steps: steps of training end to end; 0 where blocks alone were trained.
         held_error: relative squared error on held-out states, before and after.
         held_error_before, held_error_after: the same by step bin, from noise to image.
+        clock: what the clock chose (`training_request.Clock`); nothing where steps were asked for.
     """
 
     images: int = 0
@@ -35,6 +37,7 @@ class HealingRecord:
     held_error: Sequence[float] = (0.0, 0.0)
     held_error_before: Sequence[float] = (0.0,) * BINS
     held_error_after: Sequence[float] = (0.0,) * BINS
+    clock: Sequence[int] = ()
 
     @property
     def scopes(self) -> list[str]:
@@ -49,8 +52,9 @@ class HealingRecord:
 
     def measured(self) -> dict[str, list[str]]:
         """Return the record as provenance holds it, in texts of one width each."""
-        errors = {name: fixed(value) for name, value in asdict(self).items() if isinstance(value, Sequence)}
-        return {_COURSE: whole([self.images, self.block_steps, self.model_steps]), **errors}
+        errors = {name: fixed(getattr(self, name)) for name in _ERRORS}
+        clock = {CLOCK: whole(self.clock)} if self.clock else {}
+        return {_COURSE: whole([self.images, self.block_steps, self.model_steps]), **errors, **clock}
 
 
 def healing_record(step: Step) -> HealingRecord | None:
@@ -59,9 +63,10 @@ def healing_record(step: Step) -> HealingRecord | None:
         return None
     try:
         images, block_steps, model_steps = map(int, step.measured[_COURSE])
-        errors = {name: tuple(map(float, texts)) for name, texts in step.measured.items() if name != _COURSE}
-        record = HealingRecord(images, block_steps, model_steps, **errors)
-    except (ValueError, TypeError):
+        errors = {name: tuple(map(float, step.measured[name])) for name in _ERRORS}
+        clock = tuple(map(int, step.measured.get(CLOCK, ())))
+        record = HealingRecord(images, block_steps, model_steps, **errors, clock=clock)
+    except (ValueError, TypeError, KeyError):
         return None
     lengths = [len(values) for values in (record.held_error, record.held_error_before, record.held_error_after)]
     return record if lengths == [2, BINS, BINS] else None
@@ -85,7 +90,7 @@ def healed_output(
         source=student.fingerprint,
         plan=request,
         options=asked.options(),
-        measured=(record or HealingRecord()).measured(),
+        measured=(record or HealingRecord(clock=asked.no_clock(len(asked.trainings)))).measured(),
         request=request,
         calibration=calibration,
         defaults=asked.defaults(),

@@ -35,7 +35,7 @@ from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.diffusion.few_steps import own_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import evaluation_times
-from ditmoe_cli.errors import InfeasibleError
+from ditmoe_cli.errors import InfeasibleError, UsageError
 from ditmoe_cli.formats.unpacked_weights import free_on
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
@@ -73,7 +73,8 @@ class _Healing:
         self.device = torch.device(self.work.device)
         self.spec = profiled_spec(self.profile.calibration, self.work.original)
         self.tensors = TrainedTensors(self.work.student, tensors_to_heal(self.work.student, self.asked))
-        self.session = Session(self.work, self.asked, self.tensors, self._needed)
+        self.clock = self.asked.clocked
+        self.session = Session(self.work, self.asked, self.tensors, self._needed, self.clock)
 
     def healed(self) -> HealingRecord:
         """Heal by all scopes, and keep the result."""
@@ -94,6 +95,8 @@ class _Healing:
 
     def _scopes(self) -> tuple[str, ...]:
         """Return the scopes to heal by, of which there is memory for each. Raises `InfeasibleError`."""
+        if self.clock is not None:
+            return tuple(scope for scope, (steps, _, _) in self.clock.trainings.items() if steps)
         asked, free = self.asked.scope, free_on(self.device)
         needed = self._needed(1)
         fits = not free or needed <= MEMORY_SHARE * free
@@ -140,7 +143,9 @@ class _Healing:
         batch = FittingBatches(size, self.work.note, self.session.workers)
         minutes = self.asked.minutes
         count = images_for(self.asked.iterations, self.asked.batch)
-        if minutes is not None:
+        if self.clock is not None:
+            count = self._clocked(count)
+        elif minutes is not None:
             seconds = IMAGES_SHARE * 60 * minutes - self.session.elapsed
             count = min(count, self.session.images_within(teacher, self.spec, seconds, batch))
         config = teacher.config
@@ -149,6 +154,14 @@ class _Healing:
             with naming(self.work.original):
                 sampled = sampled_images(teacher, replace(self._sampling, images=count), batch, "healing images")
         return sampled
+
+    def _clocked(self, most: int) -> int:
+        """Return how many images an earlier run sampled. Raises `UsageError` for a number that none would."""
+        assert self.clock is not None
+        count = self.clock.count - image_count(self.profile)
+        if not 0 <= count <= most:
+            raise UsageError(f"⟨clock⟩ {self.clock.count}: no number of images that heal would take")
+        return count
 
     def _noising(self, data: _Images, purpose: str = PURPOSE) -> Noising:
         config = self.work.original.config
@@ -220,6 +233,7 @@ class _Healing:
 
     def _kept(self, values: Mapping[str, Tensor], record: HealingRecord) -> HealingRecord:
         """Keep all tensors that could be trained, as they are written; those not in `values` are the input's."""
+        record = replace(record, clock=self.session.clocked(record.images, self.asked.trainings))
         self.session.keep(values, asdict(record))
         return record
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
-from ditmoe_cli.compression.training.training_request import TrainingRequest
+from ditmoe_cli.compression.training.training_request import Clock, TrainingRequest, parse_clock
 from ditmoe_cli.diffusion.few_steps import told_steps
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.names import split_name
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.routing.profile import RoutingProfile
@@ -31,8 +31,20 @@ class Healing(TrainingRequest):
 
     scope: Scope = "auto"
 
+    trainings: ClassVar[tuple[str, ...]] = ("block", "model")
     command: ClassVar[str] = "heal"
     length: ClassVar[str] = "steps"
+
+    @property
+    def clocked(self) -> Clock | None:
+        """What an earlier run chose by the clock. Raises `UsageError` for numbers of no healing in this scope."""
+        if self.clock is None:
+            return None
+        clock = parse_clock(self.clock, self.trainings)
+        scopes = [scope for scope, (steps, _, _) in clock.trainings.items() if steps]
+        if self.scope != "auto" and scopes != [self.scope]:
+            raise UsageError(f"⟨clock⟩ {','.join(map(str, self.clock))}: has other steps than of ⟨scope⟩ {self.scope}")
+        return clock
 
     def own_label(self) -> str:
         """Return the scope, as part of a name."""

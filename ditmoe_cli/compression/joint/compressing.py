@@ -96,12 +96,14 @@ class Compressing(Planner):
         candidates: the formats to choose from.
         stacked: whether all experts of a block take one width, and one format for each of their matrices.
         retraining: trains weights in the end; None for none.
+        clock: numbers that the clock chose for that in an earlier run, as its history has them; None for none.
     """
 
     goal: Goal
     candidates: Candidates
     stacked: bool = False
     retraining: Retraining | None = None
+    clock: tuple[int, ...] | None = None
     command: ClassVar[str] = "compress"
     needs_profile: ClassVar[bool] = True
     measures: ClassVar[bool] = True

@@ -19,10 +19,11 @@ from ditmoe_cli.compression.distill.distilled_weights import distill
 from ditmoe_cli.compression.distill.distilling import Distilling
 from ditmoe_cli.compression.heal.healed_output import HealingRecord
 from ditmoe_cli.compression.heal.healed_weights import heal
+from ditmoe_cli.compression.heal.healing import Healing
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan, Retraining
 from ditmoe_cli.compression.planned_training import planned_training
-from ditmoe_cli.compression.recorded import Measured
+from ditmoe_cli.compression.recorded import GIVEN_CLOCK, Measured
 from ditmoe_cli.compression.training.training_session import PIECE, TrainingWork
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.workfolder import WorkFolder, open_work, work_key
@@ -58,16 +59,20 @@ def carry_out_trained(checkpoint: Checkpoint, plan: CompressionPlan, means: Mean
     Raises `BadInputError` as `apply.carry_out` does.
     """
     student, work = _before_training(checkpoint, plan, means), means.work
-    key = work_key({"plan": plan.digest, "student": student.fingerprint, "device": means.device.partition(":")[0]})
+    given = work.read(GIVEN_CLOCK)
+    clock = tuple(map(int, given.document["clock"])) if given is not None else None
+    given_key = {} if clock is None else {"clock": clock}
+    device = {"device": means.device.partition(":")[0]}
+    key = work_key({"plan": plan.digest, "student": student.fingerprint, **device, **given_key})
     dtype = Calibrated(checkpoint, means.profile, means.device).dtype
     if work.read(PIECE) is None:
         with open_work(work.folder / "stages" / "training", key, work.notify) as folder:
             training = TrainingWork(student, checkpoint, means.device, dtype, folder, work.notify)
-            done = _trained(training, plan, means.profile)
+            done = _trained(training, replace(planned_training(plan), clock=clock), means.profile)
             made = folder.read(PIECE)
             assert made is not None
             tensors = {name: made.tensor(name) for name in made.names}
-            work.write(PIECE, tensors, {"held_error": list(done.held_error)})
+            work.write(PIECE, tensors, {"held_error": list(done.held_error), "clock": list(done.clock)})
     piece = work.read(PIECE)
     if piece is None:
         raise BadInputError(f"{work.folder}: the healed weights are gone; run it again")
@@ -77,12 +82,14 @@ def carry_out_trained(checkpoint: Checkpoint, plan: CompressionPlan, means: Mean
     def bytes_of(name: str) -> memoryview:
         return piece.raw(name) if name in trained else student.reader.raw(name)
 
-    return TrainedStages(bytes_of, Measured(held_error=(float(before), float(after))))
+    chosen = tuple(map(int, piece.document["clock"]))
+    return TrainedStages(bytes_of, Measured(held_error=(float(before), float(after)), clock=chosen))
 
 
-def _trained(work: TrainingWork, plan: CompressionPlan, profile: RoutingProfile) -> HealingRecord | DistillingRecord:
+def _trained(
+    work: TrainingWork, asked: Healing | Distilling, profile: RoutingProfile
+) -> HealingRecord | DistillingRecord:
     """Heal or distil what the other stages made, and keep the result in the work folder."""
-    asked = planned_training(plan)
     return distill(work, asked) if isinstance(asked, Distilling) else heal(work, profile, asked)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,38 @@ CODES: tuple[Codes, ...] = ("fixed", "learn")
 DEFAULT_MINUTES, DEFAULT_BATCH = 10.0, 128
 LOW_RANK = "lora:"
 _MOST_ITERATIONS, _MOST_BATCH = 10**9 - 1, 2**20
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the clock chose for a training of some minutes.
+
+    Attributes:
+        count: images or paths of the original.
+        trainings: for each training, by its name, steps, checks, and states at once (0 for all of a batch).
+    """
+
+    count: int
+    trainings: Mapping[str, tuple[int, int, int]]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The same in a row, as histories keep it."""
+        return (self.count, *(number for chosen in self.trainings.values() for number in chosen))
+
+
+def parse_clock(numbers: Sequence[int], names: Sequence[str]) -> Clock:
+    """Return what the clock chose for trainings of these names. Raises `UsageError` for numbers that fit none."""
+    expected = 1 + 3 * len(names)
+    if len(numbers) != expected or not all(0 <= number <= _MOST_ITERATIONS for number in numbers):
+        raise UsageError(
+            f"⟨clock⟩ {','.join(map(str, numbers))[:80]}: give {expected} whole numbers, as a recipe has them"
+        )
+    count, *rest = numbers
+    chosen = dict(zip(names, zip(rest[::3], rest[1::3], rest[2::3], strict=True), strict=True))
+    if any(steps and not checks for steps, checks, _ in chosen.values()) or not any(rest[::3]):
+        raise UsageError(f"⟨clock⟩ {','.join(map(str, numbers))}: no steps, or steps without a check")
+    return Clock(count, chosen)
 
 
 @dataclass(frozen=True)
@@ -31,6 +64,8 @@ class TrainingRequest:
         batch: states of a step.
         rate: learning rate, relative to the size of weights; None for `usual_rate`.
         seed: of noise and orders.
+        clock: numbers that the clock chose in an earlier run of so many minutes, as its history has them (`Clock`);
+            None where it chooses anew. They are no part of what is asked for, and of no digest.
     """
 
     original: str
@@ -41,6 +76,7 @@ class TrainingRequest:
     batch: int = DEFAULT_BATCH
     rate: float | None = None
     seed: int = 0
+    clock: tuple[int, ...] | None = None
 
     command: ClassVar[str] = "train"
     length: ClassVar[str] = "iterations"  # what the setting of `iterations` is called
@@ -59,6 +95,8 @@ class TrainingRequest:
             raise UsageError(f"⟨batch⟩ {self.batch}: give 1 to {_MOST_BATCH:,} states")
         if self.rate is not None and not 0 < self.rate < 1:
             raise UsageError(f"⟨rate⟩ {self.rate:g}: give a share of a weight's size, above 0 and below 1, as 0.01")
+        if self.clock is not None and self.minutes is None:
+            raise UsageError(f"⟨clock⟩ has no effect with ⟨{self.length}⟩, which leave the clock nothing to choose")
         self._check_train()
 
     def _check_train(self) -> None:
@@ -101,6 +139,10 @@ class TrainingRequest:
         codes = self.codes == "learn" and "codes"
         return label_of(f"{self.name}-{length}", self.own_label(), groups, codes, batch, rate, seed)
 
+    def no_clock(self, trainings: int) -> tuple[int, ...]:
+        """Return zeros in place of what the clock is yet to choose for some trainings; nothing without minutes."""
+        return (0,) * (1 + 3 * trainings) if self.minutes is not None else ()
+
     def own_label(self) -> str:
         """Return the part of `label` that other settings of a command make."""
         return ""
@@ -110,7 +152,7 @@ class TrainingRequest:
         found = {}
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name in ("original", "train") or value is None or value == each.default:
+            if each.name in ("original", "train", "clock") or value is None or value == each.default:
                 continue
             found[self.length if each.name == "iterations" else each.name] = value
         groups = {} if set(self.train) == set(GROUPS) else {"train": ",".join(self.train)}
@@ -120,5 +162,5 @@ class TrainingRequest:
         """Return the options that `options` leaves out, at the values that they have, by name; no switches."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values |= {"train": ",".join(self.train), "rate": self.rate or self.usual_rate}
-        left = values.keys() - {"original", "iterations", "guide", *self.options()}
+        left = values.keys() - {"original", "iterations", "guide", "clock", *self.options()}
         return {name: values[name] for name in sorted(left) if values[name] is not None and values[name] is not False}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from ditmoe_cli.compression.training.teacher_states import guided_prediction
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, accumulate
 from ditmoe_cli.compression.training.training_memory import BACKWARD, checks_of
-from ditmoe_cli.compression.training.training_request import TrainingRequest
+from ditmoe_cli.compression.training.training_request import Clock, TrainingRequest
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import evaluation_times
 from ditmoe_cli.errors import BadInputError
@@ -38,6 +38,7 @@ MEMORY_SHARE = 0.8  # of what is free may be taken
 PIECE = "trained"  # of the work folder: all trained tensors, as they are written
 _JUDGING_SHARE = 0.1  # of the time
 _TIMED = 2  # steps that are timed, of which the last counts
+_CHOSEN = ("steps", "checks", "part")  # of a course, by the clock or the memory
 _FEWEST_SAMPLED = 8  # images that predictions are timed on at first
 
 
@@ -105,12 +106,14 @@ class Session:
 
     Attributes:
         needed: returns the memory of a process that trains end to end, some states at once.
+        clock: what an earlier run chose by the clock, and this one takes over; None where there is nothing to take.
     """
 
     work: TrainingWork
     asked: TrainingRequest
     tensors: TrainedTensors
     needed: Callable[[int], float]
+    clock: Clock | None = None
     started: float = field(default_factory=time.monotonic)
     _judging: FittingBatches | None = None
 
@@ -183,13 +186,25 @@ class Session:
         piece, chosen = f"{name}-course", self.base
         if self.work.document(piece) is None:
             course = replace(chosen, part=part)
-            if steps is not None:
+            if self.clock is not None and name in self.clock.trainings:
+                steps, checks, own = self.clock.trainings[name]
+                chosen = replace(course, steps=steps, checks=checks, part=own or part)
+            elif steps is not None:
                 chosen = replace(course, steps=steps, checks=checks_of(steps))
             else:
                 chosen = self._affordable(course, share, judged, weights, objective)
-        fields = ("steps", "checks", "part")
-        document = self.work.made(piece, lambda: ({}, {each: getattr(chosen, each) for each in fields})).document
-        return replace(self.base, **{each: int(document[each]) for each in fields})
+        document = self.work.made(piece, lambda: ({}, {each: getattr(chosen, each) for each in _CHOSEN})).document
+        return replace(self.base, **{each: int(document[each]) for each in _CHOSEN})
+
+    def clocked(self, count: int, names: Sequence[str]) -> tuple[int, ...]:
+        """Return what the clock chose for trainings, as histories keep it; nothing where steps were asked for."""
+        if self.asked.minutes is None:
+            return ()
+        trainings: dict[str, tuple[int, int, int]] = {}
+        for name in names:
+            steps, checks, part = (int((self.work.document(f"{name}-course") or {}).get(each, 0)) for each in _CHOSEN)
+            trainings[name] = (steps, checks, part)
+        return Clock(count, trainings).numbers
 
     def _affordable(
         self, course: Course, share: float, judged: int, weights: Mapping[str, Tensor], objective: Objective
