@@ -27,6 +27,14 @@ def seed_of_64_bits(value: int) -> int:
     return value
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Return whole numbers that are separated by commas. Raises `ValueError`."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError("give whole numbers separated by commas, as a recipe has them")
+    return tuple(map(int, parts))
+
+
 def at_least(least: int) -> Callable[[int], int]:
     """Return a callback that refuses numbers below `least`."""
 

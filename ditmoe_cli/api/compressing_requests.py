@@ -63,12 +63,13 @@ class Retrained:
     heal: bool = False
     steps: int | None = None
     minutes: float = DEFAULT_MINUTES
+    clock: tuple[int, ...] | None = None
 
     @property
     def stage(self) -> Retraining | None:
         """The stage that trains; None for no training. Raises `UsageError` for times out of range."""
         if not self.heal and self.steps is None:
-            refuse_idle(self, "without ⟨heal⟩ or ⟨steps⟩", "minutes")
+            refuse_idle(self, "without ⟨heal⟩ or ⟨steps⟩", "minutes", "clock")
             return None
         if self.heal:
             refuse_idle(self, "with ⟨heal⟩; learning few steps heals too", "steps")
@@ -103,4 +104,4 @@ def compressing_of(goals: Goals, mixing: Tying, retrained: Retrained, loading: L
     if retrained.stage is not None:
         refuse_idle(goals, "with ⟨heal⟩ and ⟨steps⟩, which take a ⟨size⟩ or a ⟨ratio⟩", "max_damage")
     formats = replace(mixing.formats, target=loading.target)
-    return Compressing(goal, formats, mixing.stacked, retrained.stage)
+    return Compressing(goal, formats, mixing.stacked, retrained.stage, retrained.clock)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditmoe_cli.api.devices import checked_device
-from ditmoe_cli.api.earlier_results import made_before
+from ditmoe_cli.api.earlier_results import made_before, require_clock
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.output_names import usual_profiles
 from ditmoe_cli.api.planner_runs import Choice, foresee, found_again, unread, write
@@ -15,6 +15,7 @@ from ditmoe_cli.api.written_checkpoints import ForeseenCheckpoint, WrittenCheckp
 from ditmoe_cli.compression.output import check_plan
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.recorded import request_of
+from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.files.writer import Output
@@ -34,6 +35,7 @@ class Application:
         profile: the routing profile that the plan was made with, where it is known.
         device: to compute weights on.
         inputs: paths that are read beside, such as the plan's.
+        clock: what the clock chose for the plan's training in an earlier run; None where it chooses anew.
     """
 
     plan: CompressionPlan
@@ -42,6 +44,7 @@ class Application:
     profile: Path | None = None
     device: str = "auto"
     inputs: Sequence[Path] = ()
+    clock: tuple[int, ...] | None = None
 
 
 def output_label(plan: CompressionPlan) -> str:
@@ -62,14 +65,17 @@ def applied_result(application: Application, *, dry_run: bool = False) -> Writte
     if not plan.computes and not dry_run:
         checkpoint = unread(checkpoint, output, plan.source)
     check_plan(checkpoint, plan)
+    if application.clock is not None and (plan.retraining is None or plan.retraining.minutes is None):
+        raise UsageError("⟨clock⟩ has no effect on a plan that trains nothing by the clock")
     made = made_before(output, checkpoint, request_of(plan), plan)
     if made is not None:
+        require_clock(made, application.clock)
         return found_again(checkpoint, output, made, path if plan.computes else None, plan, dry_run=dry_run)
     if dry_run:
         return foresee(checkpoint, output, plan, application.device)
     profile = read_profile(path) if path and plan.computes else None
     device = checked_device(application.device)
-    return write(checkpoint, output, Choice(plan, profile), lambda: device)
+    return write(checkpoint, output, Choice(plan, profile, clock=application.clock), lambda: device)
 
 
 def profile_of_plan(checkpoint: Checkpoint, plan: CompressionPlan, beside: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ditmoe_cli.api.calling import AnyCheckpoint
@@ -29,11 +29,13 @@ class TrainingOptions:
     batch: int = DEFAULT_BATCH
     rate: float | None = None
     seed: int = 0
+    clock: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def fields(self, original: Checkpoint, iterations: int | None) -> dict[str, Any]:
         """Return what is asked for, as fields of a `TrainingRequest`."""
         return {
             "original": original.fingerprint,
+            "clock": self.clock,
             "minutes": DEFAULT_MINUTES if self.minutes is None and iterations is None else self.minutes,
             "iterations": iterations,
             "train": self.train,

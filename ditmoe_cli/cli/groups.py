@@ -137,37 +137,7 @@ def only_checked() -> Iterator[None]:
     finally:
         _CHECKING.reset(before)
 
-def refuse_idle(group: Any, why: str, *names: str) -> None:
-    """Raise `UsageError` for the first of the named options of a group that is given though it has no effect.
-    `why` goes on after "has no effect", as "without --neurons". An option at its default counts as not given.
-    """
-    given = next((f for f in fields(group) if f.name in names and getattr(group, f.name) != f.default), None)
-    if given is not None:
-        flag = ("no-" if given.default is True else "") + given.name.replace("_", "-")
-        raise UsageError(f"--{flag} has no effect {why}")
-def seed_of_64_bits(value: int) -> int:
-    """Return a seed. Raises `ValueError` where it takes more than 64 bits, as other programs' seeds do not."""
-    if not -(2**63) <= value < 2**64:
-        raise ValueError("must fit 64 bits")
-    return value
-def at_least(least: int) -> Callable[[int], int]:
-    """Return a callback that refuses numbers below `least`."""
-    def checked(value: int) -> int:
-        if value < least:
-            raise ValueError(f"must be at least {least}")
-        return value
-    return checked
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Return a callback that refuses words that are none of the choices."""
-    def checked(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"choose {' or '.join(choices) if len(choices) == 2 else ', '.join(choices)}")
-    return _completing(checked, choices)
-def known(*names: str) -> Callable[[str], str]:
-    """Return a callback that refuses names that are none of those known, of which there are many."""
-        if value not in names:
-            raise ValueError(f"unknown; choose {', '.join(names)}")
-    return _completing(checked, names)
+
 def completing(*words: str) -> Callable[[str], list[str]]:
     """Return the function that completes one of these words, for options whose value is checked later."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]

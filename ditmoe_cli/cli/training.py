@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from ditmoe_cli.api import training_requests as asked
-from ditmoe_cli.api.argument_checks import at_least, one_of, seed_of_64_bits
+from ditmoe_cli.api.argument_checks import at_least, one_of, seed_of_64_bits, whole_numbers
 from ditmoe_cli.api.training_requests import parse_groups
 from ditmoe_cli.api.training_runs import ForeseenTraining, TrainedCheckpoint, Training
 from ditmoe_cli.cli.groups import completing
@@ -21,14 +21,6 @@ from ditmoe_cli.compression.training.trained_groups import GROUPS
 from ditmoe_cli.compression.training.training_request import CODES, DEFAULT_BATCH, DEFAULT_MINUTES
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import resolve_path
-
-
-def parse_clock_numbers(text: str) -> tuple[int, ...]:
-    """Return whole numbers that are separated by commas. Raises `ValueError`."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
-        raise ValueError("give whole numbers separated by commas, as a recipe has them")
-    return tuple(map(int, parts))
 
 
 @dataclass(frozen=True)
@@ -96,24 +88,11 @@ class TrainingOptions(asked.TrainingOptions):
         typer.Option(
             "--clock",
             metavar="LIST",
-            parser=parse_clock_numbers,
+            parser=whole_numbers,
             help="What the clock chose in an earlier run of as many --minutes, as its recipe has it.",
         ),
     ] = None
 
-    def fields(self, original: Checkpoint, iterations: int | None) -> dict[str, Any]:
-        """Return what is asked for, as fields of a `TrainingRequest`."""
-        return {
-            "original": original.fingerprint,
-            "minutes": DEFAULT_MINUTES if self.minutes is None and iterations is None else self.minutes,
-            "iterations": iterations,
-            "train": self.train,
-            "codes": cast(Codes, self.codes),
-            "batch": self.batch,
-            "rate": self.rate,
-            "seed": self.seed,
-            "clock": self.clock,
-        }
     def named(self, stage: Stage, may_be_same: bool = False) -> Stage:
         """Return the stage with its original. Raises `UsageError` where nothing names it."""
         if self.original is not None:

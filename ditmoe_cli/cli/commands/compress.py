@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from ditmoe_cli.api import compressing_requests as asked
-from ditmoe_cli.api.argument_checks import at_least, ending, one_of, refuse_idle
+from ditmoe_cli.api.argument_checks import at_least, ending, one_of, refuse_idle, whole_numbers
 from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
@@ -17,8 +17,6 @@ from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
-from ditmoe_cli.cli.terminal import Printing, note
-from ditmoe_cli.cli.training import parse_clock_numbers
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.size_curve import Curving
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
@@ -102,28 +100,16 @@ class Retrained(asked.Retrained):
     minutes: Annotated[
         float, typer.Option("--minutes", metavar="M", help="Time for --heal or --steps, beside all else.")
     ] = DEFAULT_MINUTES
-
     clock: Annotated[
         tuple[int, ...] | None,
         typer.Option(
             "--clock",
             metavar="LIST",
-            parser=parse_clock_numbers,
+            parser=whole_numbers,
             help="What the clock chose for --heal or --steps in an earlier run, as its recipe has it.",
         ),
     ] = None
 
-    @property
-    def stage(self) -> Retraining | None:
-        """The stage that trains; None for no training. Raises `UsageError` for times out of range."""
-        if not self.heal and self.steps is None:
-            refuse_idle(self, "without --heal or --steps", "minutes", "clock")
-            return None
-        if self.heal:
-            refuse_idle(self, "with --heal; learning few steps heals too", "steps")
-        if not 0 < self.minutes < math.inf:
-            raise UsageError(f"--minutes {self.minutes:g}: give a time above 0")
-        return Retraining(self.minutes, student_steps=self.steps)
 
 @dataclass(frozen=True)
 class Loading(asked.Loading):
@@ -198,19 +184,4 @@ def run(
         return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
     refuse_idle(foresight, "without --curve", "png")
     planner = asked.compressing_of(goals, mixing, retrained, loading)
-    assert goal is not None
-    if loading.target is not None and not loading.choices.restrict:
-        note(f"--target {loading.target} leaves nothing out: it holds whatever compress may choose")
-    planner: Planner
-    if loading.choices.alike:
-        beside = f"with --target {loading.target}"
-        refuse_idle(mixing, f"{beside}, which takes no formats", "allow", "floor", "protect", "tie")
-        refuse_idle(retrained, f"{beside}, whose result ditmoe heal takes", "heal", "steps", "minutes")
-        refuse_idle(goals, f"{beside}; give --size or --ratio", "max_damage")
-        planner = ForUpstream(goal)
-    else:
-        if retrained.stage is not None:
-            refuse_idle(goals, "with --heal and --steps, which take a --size or a --ratio", "max_damage")
-        formats = replace(mixing.formats, target=loading.target)
-        planner = Compressing(goal, formats, mixing.stacked, retrained.stage, retrained.clock)
     return run_planner(planner, measuring, automatic, source, to, printing, plan_only=foresight.plan_only)

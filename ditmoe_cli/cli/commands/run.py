@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.cli.groups import refuse_idle
-from ditmoe_cli.cli.options import Destination, Overrides, complete_checkpoint, complete_device, named_device
+from ditmoe_cli.api.argument_checks import refuse_idle
+from ditmoe_cli.api.devices import named_device
+from ditmoe_cli.cli.options import Destination, Overrides, complete_checkpoint, complete_device
 from ditmoe_cli.cli.recipe_runs import Cooking, Foreseen, cooked, foreseen
 from ditmoe_cli.cli.recipe_stages import Called
 from ditmoe_cli.cli.stage import Stage, incoming
