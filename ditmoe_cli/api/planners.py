@@ -231,6 +231,7 @@ def compress(
     heal: bool = False,
     steps: Count | None = None,
     minutes: float = DEFAULT_MINUTES,
+    clock: Sequence[int] | None = None,
     target: Annotated[str, one_of(*TARGETS)] | None = None,
     profile: AnyProfile | None = None,
     device: Device = "auto",
@@ -254,6 +255,7 @@ def compress(
         max_damage: the smallest file whose relative squared error of the guided prediction is at most this.
         allow, floor, protect, tie: as for `plan_quantize`; ``tie=["stack"]`` gives all experts of a block one width.
         heal, steps, minutes: whether to train the result, to how many sampling steps, and how long.
+        clock: as for `heal`.
         target: choose only what this target of ``ditmoe export`` can write, such as ``"upstream"`` or ``"sdnq"``.
         profile, device, dtype, calibration_…: as for `plan_prune`.
         output: file ``….safetensors`` or folder; by default named after the input, in the working folder.
@@ -267,7 +269,7 @@ def compress(
     planner = compressing_of(
         Goals(size_of("size", size), ratio, max_damage),
         Tying(width_texts(allow), floor_texts(floor), tuple(protect), tuple(tie)),
-        Retrained(heal, steps, minutes),
+        Retrained(heal, steps, minutes, None if clock is None else tuple(clock)),
         Loading(target),
     )
     automatic = automatic_profile(
@@ -289,6 +291,7 @@ def apply(
     plan: CompressionPlan | AnyPath,
     *,
     profile: AnyProfile | None = None,
+    clock: Sequence[int] | None = None,
     device: Device = "auto",
     output: Annotated[AnyPath, checkpoint_path] | None = None,
     force: bool = False,
@@ -301,6 +304,7 @@ def apply(
         plan: what a function ``plan_…`` returned, or a file with a plan.
         profile: the profile that the plan was made with, where it computes weights. Without it, that under a usual
             name, or the one that the planner made.
+        clock: of a plan that trains, as for `heal`.
         device: where weights are computed.
         output, force, max_shard_size: as for `compress`.
 
@@ -317,7 +321,8 @@ def apply(
         note("the plan was edited since it was planned; the history of the output will say so")
     found = opened(checkpoint)
     to = destination(output, force, max_shard_size).at(found.path, output_label(plan))
-    result = applied_result(Application(plan, found, to, profile_path(profile), device, files))
+    chosen = None if clock is None else tuple(clock)
+    result = applied_result(Application(plan, found, to, profile_path(profile), device, files, chosen))
     assert isinstance(result, WrittenCheckpoint)
     return result
 

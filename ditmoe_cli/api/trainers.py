@@ -28,6 +28,7 @@ def heal(
     original: AnyCheckpoint,
     minutes: float | None = None,
     steps: int | None = None,
+    clock: Sequence[int] | None = None,
     train: str | Sequence[str] = "all",
     codes: Literal["fixed", "learn"] = "fixed",
     scope: Literal["auto", "block", "model"] = "auto",
@@ -53,6 +54,7 @@ def heal(
         checkpoint: the checkpoint to train.
         original: the checkpoint that it was made from.
         minutes, steps: how long to train, by time or in steps.
+        clock: what the clock chose in an earlier run of as many minutes, as its recipe has it.
         train: what to train: ``"all"``, groups of weights as ``["experts", "attn"]``, or ``"lora:8"``.
         profile: the routing profile of the original.
         output, force, max_shard_size: as for `compress`.
@@ -66,7 +68,9 @@ def heal(
     """
     alone()
     student, teacher = opened(checkpoint), opened(original)
-    teaching = healing_requests.Teaching(teacher, minutes, _groups(train), codes, batch, rate, seed, steps, scope)
+    teaching = healing_requests.Teaching(
+        teacher, minutes, _groups(train), codes, batch, rate, seed, steps, scope, clock=_numbers(clock)
+    )
     asked = teaching.request(teacher)
     to = destination(output, force, max_shard_size).at(student.path, asked.label)
     measuring = Measuring(profile_path(profile), device, dtype)
@@ -91,6 +95,7 @@ def distill(
     cfg: float = 1.0,
     minutes: float | None = None,
     iterations: int | None = None,
+    clock: Sequence[int] | None = None,
     teacher_steps: Count | None = None,
     states: Literal["teacher", "own"] = "teacher",
     progressive: bool = False,
@@ -117,7 +122,7 @@ def distill(
         steps: steps of the result, one evaluation each.
         cfg: scale of classifier-free guidance that goes into the weights.
         minutes, iterations: how long to train, by time or in iterations.
-        train: as for `heal`.
+        train, clock: as for `heal`.
         guide_with, guide_by, guide_scale, guide_interval: guidance by a weaker model that goes into the weights.
         output, force, max_shard_size: as for `compress`.
 
@@ -141,11 +146,16 @@ def distill(
         teacher_steps=teacher_steps,
         states=states,
         progressive=progressive,
+        clock=_numbers(clock),
     )
     asked = teaching.request(teacher, guiding.used)
     to = destination(output, force, max_shard_size).at(student.path, asked.label)
     training = distilling_training(asked, student, teacher, to, guiding.weak)
     return _trained(replace(training, device=device, dtype=dtype))
+
+
+def _numbers(clock: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if clock is None else tuple(clock)
 
 
 def _groups(train: str | Sequence[str]) -> tuple[str, ...]:

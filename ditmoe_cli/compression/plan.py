@@ -428,10 +428,8 @@ def parse_plan(document: object, where: str) -> CompressionPlan:
     present = tuple(stage for stage in stages if stage not in (None, Experts(), Formats()))
     written = _field(fields, "digest", str, where) if fields.get("digest") is not None else None
     request = _field(fields, "request", str, where) if fields.get("request") is not None else None
-    signs: dict[str, Any] = {
-        "written": written,
-        "request": request if written is not None else None,
-    }  # nobody signed it
+    request = request if written is not None else None  # nobody signed it
+    signs: dict[str, Any] = {"written": written, "request": request}
     plan = CompressionPlan(command, source, profile, options, present, calibration=calibration, **signs)
     try:
         canonical_json(plan.to_json())
