@@ -125,7 +125,7 @@ class ImageSampling(asked.ImageSampling, UpstreamSampling):
             "--solver",
             metavar="NAME",
             autocompletion=complete_solver,
-            help="Solver: euler, heun, ab2, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
+            help="Solver: euler, heun, ab2, ab3, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
             "dpmpp-2m for ddpm. [default: ab2 for rf, dpmpp-2m for ddpm; a distilled checkpoint's own]",
         ),
     ] = None

@@ -121,7 +121,7 @@ def check_followable(spec: SampleSpec) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where steps differ in their number of model evaluations."""
     if len(evaluation_times(spec.solver, spec.steps)) != spec.steps:
         raise UsageError(
-            f"⟨solver⟩ {spec.solver}: evaluates the model twice a step, which profiles and comparisons by step do not "
+            f"⟨solver⟩ {spec.solver}: evaluates the model twice in some steps, which profiles and comparisons by step do not "
             "follow; choose another"
         )
     if spec.interval != ALWAYS:

@@ -13,7 +13,7 @@ from typing import Literal
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 
-Solver = Literal["euler", "heun", "ab2", "ab4", "dpmpp-2m", "ddim", "ddim-trailing", "ddpm", "ddpm-dpmpp-2m"]
+Solver = Literal["euler", "heun", "ab2", "ab3", "ab4", "dpmpp-2m", "ddim", "ddim-trailing", "ddpm", "ddpm-dpmpp-2m"]
 Interval = tuple[float, float]
 ALWAYS: Interval = (0.0, 1.0)
 TRAINING_STEPS = 1000
@@ -32,6 +32,7 @@ SOLVERS: Mapping[Solver, SolverInfo] = {
     "euler": SolverInfo("rf", "euler", "equal Euler steps, upstream's"),
     "heun": SolverInfo("rf", "heun", "Heun's second-order steps, two evaluations each"),
     "ab2": SolverInfo("rf", "ab2", "Adams-Bashforth of order 2"),
+    "ab3": SolverInfo("rf", "ab3", "Adams-Bashforth of order 3, its first two steps Heun's"),
     "ab4": SolverInfo("rf", "ab4", "Adams-Bashforth of order 4"),
     "dpmpp-2m": SolverInfo("rf", "dpmpp-2m", "DPM-Solver++(2M)"),
     "ddim": SolverInfo("ddpm", "ddim", "DDIM, eta 0, upstream's spacing"),
@@ -128,6 +129,9 @@ def ddpm_timesteps(solver: Solver, steps: int) -> list[int]:
     return _TIMESTEPS[solver](steps)
 
 
+HEUN_STARTS = 2  # steps of ab3 that lack the history which the others have
+
+
 def evaluation_times(solver: Solver, steps: int) -> list[float]:
     """Return the time of every model evaluation, in order.
 
@@ -136,9 +140,9 @@ def evaluation_times(solver: Solver, steps: int) -> list[float]:
     if SOLVERS[solver].family == "ddpm":
         return [float(t) for t in reversed(ddpm_timesteps(solver, steps))]
     starts = flow_times(steps)
-    if solver != "heun":
-        return starts
-    return [t for start, end in zip(starts, [*starts[1:], 0.0], strict=True) for t in (start, end) if t > 0]
+    twice = {"heun": steps, "ab3": HEUN_STARTS}.get(solver, 0)
+    ends = zip(starts[:twice], [*starts[1:], 0.0], strict=False)
+    return [t for start, end in ends for t in (start, end) if t > 0] + starts[twice:]
 
 
 def noise_level(t: float, family: Sampler) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditmoe_cli.diffusion.forward_process import Schedule, predicted_x0, sampling_schedule
 from ditmoe_cli.diffusion.predictor import Predictor
-from ditmoe_cli.diffusion.schedule import Solver, flow_times
+from ditmoe_cli.diffusion.schedule import HEUN_STARTS, Solver, flow_times
 
 StepNoise = Callable[[Tensor], Tensor]
 Level = tuple[float, float]  # α and σ
@@ -28,6 +28,7 @@ def integrate(solver: Solver, steps: int, predict: Predictor, z: Tensor, noise: 
         "euler": lambda times: euler(predict, z, times),
         "heun": lambda times: heun(predict, z, times),
         "ab2": lambda times: adams_bashforth(predict, z, times, order=2),
+        "ab3": lambda times: started_adams_bashforth(predict, z, times),
         "ab4": lambda times: adams_bashforth(predict, z, times, order=4),
         "dpmpp-2m": lambda times: flow_dpmpp_2m(predict, z, times),
     }
@@ -61,14 +62,19 @@ def heun(predict: Predictor, z: Tensor, times: Sequence[float]) -> Tensor:
     The global error is O(h²). The last step is Euler's, since the model was not trained at t = 0; its local error of
     O(h²) leaves the order as it is.
     """
-    channels, steps = z.shape[1], len(times)
-    for i, t in enumerate(times, 1):
-        slope = predict(z, t)[:, :channels]
-        end = z - slope / steps
-        if i < steps:
-            end = z - (slope + predict(end, times[i])[:, :channels]) / (2 * steps)
-        z = end
+    channels = z.shape[1]
+    for i, t in enumerate(times):
+        z = _heun_step(predict, z, times, i, predict(z, t)[:, :channels])
     return z
+
+
+def _heun_step(predict: Predictor, z: Tensor, times: Sequence[float], i: int, slope: Tensor) -> Tensor:
+    """Return z after step i of Heun's, whose slope at its start is known."""
+    steps = len(times)
+    end = z - slope / steps
+    if i + 1 == steps:
+        return end
+    return z - (slope + predict(end, times[i + 1])[:, : z.shape[1]]) / (2 * steps)
 
 
 ADAMS_COEFFICIENTS: Mapping[int, tuple[float, ...]] = {
@@ -101,6 +107,22 @@ def adams_bashforth(predict: Predictor, z: Tensor, times: Sequence[float], order
     for t in times:
         slopes = [predict(z, t)[:, :channels], *slopes][:order]
         z = z - adams_slope(slopes) / len(times)
+    return z
+
+
+def started_adams_bashforth(predict: Predictor, z: Tensor, times: Sequence[float]) -> Tensor:
+    """Return z after Adams-Bashforth steps of order 3, the first two by Heun's method: two evaluations more in all.
+
+    A first step of order 1 makes most of the error of `adams_bashforth` where trajectories bend near pure noise.
+    """
+    channels = z.shape[1]
+    slopes: list[Tensor] = []
+    for i, t in enumerate(times):
+        slopes = [predict(z, t)[:, :channels], *slopes][:3]
+        if i < HEUN_STARTS:
+            z = _heun_step(predict, z, times, i, slopes[0])
+        else:
+            z = z - adams_slope(slopes) / len(times)
     return z
 
 

@@ -37,6 +37,7 @@ from ditmoe_cli.diffusion.solvers import (
     flow_dpmpp_2m,
     heun,
     integrate,
+    started_adams_bashforth,
 )
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.loading import build_model
@@ -66,11 +67,15 @@ def ab2(predict: Solve, z: Tensor, times: list[float]) -> Tensor:
     return adams_bashforth(predict, z, times, order=2)
 
 
+def ab3(predict: Solve, z: Tensor, times: list[float]) -> Tensor:
+    return started_adams_bashforth(predict, z, times)
+
+
 def ab4(predict: Solve, z: Tensor, times: list[float]) -> Tensor:
     return adams_bashforth(predict, z, times, order=4)
 
 
-@pytest.mark.parametrize(("solve", "order"), [(euler, 1), (heun, 2), (ab2, 2)], ids=["euler", "heun", "ab2"])
+@pytest.mark.parametrize(("solve", "order"), [(euler, 1), (heun, 2), (ab2, 2), (ab3, 3)], ids=["euler", "heun", "ab2", "ab3"])
 def test_halving_the_step_divides_the_error_by_two_to_the_order(solve: Solve, order: int) -> None:
     coarse, fine = error(solve, 200), error(solve, 400)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
@@ -129,7 +134,7 @@ def test_with_an_exact_start_the_global_error_has_the_full_order(order: int) -> 
     assert math.log2(off(200) / off(400)) == pytest.approx(order, abs=0.25)
 
 
-@pytest.mark.parametrize("solve", [euler, heun, ab2, ab4, flow_dpmpp_2m])
+@pytest.mark.parametrize("solve", [euler, heun, ab2, ab3, ab4, flow_dpmpp_2m])
 def test_one_point_of_data_is_reached_in_any_number_of_steps(solve: Solve) -> None:
     """With all data at one point trajectories are straight lines, which every method follows exactly."""
 

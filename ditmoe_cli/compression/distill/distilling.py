@@ -11,7 +11,7 @@ from ditmoe_cli.compression.training.trained_tensors import TrainedTensor
 from ditmoe_cli.compression.training.training_pair import check_pair, requested_tensors, require_codes
 from ditmoe_cli.compression.training.training_request import Clock, TrainingRequest, parse_clock
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec, most_steps
-from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, DEFAULT_STEPS, Solver
+from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, DEFAULT_STEPS, Solver, evaluation_times
 from ditmoe_cli.diffusion.weak_guidance import Guide, check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import Distilled
@@ -22,6 +22,8 @@ States = Literal["teacher", "own"]
 STATES: tuple[States, ...] = ("teacher", "own")
 DEFAULT_STUDENT_STEPS = 4
 _MOST_STAGES = 8  # steps that are learned first
+TEACHER_SOLVER: Mapping[Sampler, Solver] = {**DEFAULT_SOLVER, "rf": "ab3"}
+TEACHER_STEPS: Mapping[Sampler, int] = {**DEFAULT_STEPS, "rf": 24}
 STUDENT_SOLVER: Mapping[Sampler, Solver] = {"rf": "euler", "ddpm": "ddim-trailing"}
 
 
@@ -33,7 +35,7 @@ class Distilling(TrainingRequest):
         steps: N, of the student, one evaluation each.
         cfg: scale of the classifier-free guidance that the original is sampled with; 1 for none.
         guide: the weaker model that guides the original too; None.
-        teacher_steps: steps of the original, a multiple of N; None for the default solver's, or the next multiple.
+        teacher_steps: steps of the original, a multiple of N; None for those of `TEACHER_STEPS`, or the next multiple.
         states: where the student is asked: ``teacher``, on the original's paths; ``own``, half of the time where its
             own steps have led it.
         progressive: whether it learns 8, 4, 2, … steps before N, as far as they divide the original's.
@@ -84,18 +86,18 @@ class Distilling(TrainingRequest):
         return {**found, which: guide.model, "guide_scale": guide.scale, **interval}
 
     def path_steps(self, family: Sampler) -> int:
-        """Return the steps of the original: those given, else the fewest multiple of N that its default solver takes.
+        """Return the steps of the original: those given, else the fewest multiple of N that its solver takes by default.
 
         Where 8 steps are learned first, it is a multiple of 8.
 
         Raises `UsageError` for a student of more steps than the original's, and for more than its solver takes.
         """
-        usual, most = DEFAULT_STEPS[family], most_steps(DEFAULT_SOLVER[family])
+        usual, most = TEACHER_STEPS[family], most_steps(TEACHER_SOLVER[family])
         if self.teacher_steps is not None and self.teacher_steps > most:
-            raise UsageError(f"⟨teacher_steps⟩ {self.teacher_steps}: {DEFAULT_SOLVER[family]} takes at most {most}")
+            raise UsageError(f"⟨teacher_steps⟩ {self.teacher_steps}: {TEACHER_SOLVER[family]} takes at most {most}")
         if self.teacher_steps is None and self.steps > usual:
             raise UsageError(
-                f"⟨steps⟩ {self.steps}: the original itself takes {usual} of {DEFAULT_SOLVER[family]}; give fewer, or "
+                f"⟨steps⟩ {self.steps}: the original itself takes {usual} of {TEACHER_SOLVER[family]}; give fewer, or "
                 "more ⟨teacher_steps⟩ to ditmoe distill"
             )
         unit = _MOST_STAGES if self.progressive and _MOST_STAGES % self.steps == 0 else self.steps
@@ -118,9 +120,13 @@ class Distilling(TrainingRequest):
     def teacher_spec(self, config: DiTMoEConfig, images: int) -> SampleSpec:
         """Return how the original is sampled. Raises `UsageError` for guidance without a null class."""
         family, classes = config.sampler, tuple(range(config.num_classes))
-        solver = DEFAULT_SOLVER[family]
+        solver = TEACHER_SOLVER[family]
         spec = SampleSpec(images, self.path_steps(family), self.cfg, self.seed, solver, classes, guide=self.guide)
         return check_spec(spec, config)
+
+    def evaluations(self, family: Sampler) -> int:
+        """Return how often the original is evaluated for a path, in one branch."""
+        return len(evaluation_times(TEACHER_SOLVER[family], self.path_steps(family)))
 
     def distilled(self, family: Sampler) -> Distilled:
         """Return by which few steps the student is sampled, and what is in its weights."""
@@ -132,7 +138,7 @@ class Distilling(TrainingRequest):
             guide=guide.model or None,
             guide_scale=guide.scale,
             guide_interval=guide.interval,
-            teacher_solver=DEFAULT_SOLVER[family],
+            teacher_solver=TEACHER_SOLVER[family],
             teacher_steps=self.path_steps(family),
         )
 

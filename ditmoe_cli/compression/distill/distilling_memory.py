@@ -43,7 +43,7 @@ def paths_for(config: DiTMoEConfig, asked: Distilling) -> int:
     """
     assert asked.iterations is not None
     kept, states = asked.stages(config.sampler)[0], asked.iterations * asked.batch
-    worth = min(states // (_PASSES * asked.steps), 2 * states // asked.path_steps(config.sampler))
+    worth = min(states // (_PASSES * asked.steps), 2 * states // asked.evaluations(config.sampler))
     return min(max(worth + held_paths(worth), _FEWEST_PATHS), most_paths(config, kept))
 
 
@@ -61,7 +61,7 @@ def distilling_effort(student: DiTMoEConfig, original: DiTMoEConfig, asked: Dist
     """Return the operations of sampling paths, and of training on them."""
     paths = paths_for(original, asked) if asked.iterations is not None else _FEWEST_PATHS
     branches = branches_at(asked.cfg) + (asked.guide is not None)
-    sampled = passes(original, branches * paths, asked.path_steps(original.sampler), branches * min(paths, SAMPLED))
+    sampled = passes(original, branches * paths, asked.evaluations(original.sampler), branches * min(paths, SAMPLED))
     own = (asked.steps - 1) / 4 if asked.states == "own" else 0  # of half of the states, half of the steps on average
     step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own)
     judged = passes(student, held_paths(paths), asked.steps * (checks_of(iterations) + 2), asked.batch)

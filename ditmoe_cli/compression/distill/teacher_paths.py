@@ -22,7 +22,7 @@ from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
-from ditmoe_cli.diffusion.schedule import flow_times
+from ditmoe_cli.diffusion.schedule import evaluation_times, flow_times
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
@@ -117,17 +117,16 @@ def sampled_paths(
 
 
 def _path(teacher: DiTMoE, spec: SampleSpec, kept: int, indices: Sequence[int], weak: Denoiser | None) -> Tensor:
-    every, states = spec.steps // kept, list[Tensor]()
+    starts = list(dict.fromkeys(evaluation_times(spec.solver, spec.steps)))
+    wanted, states = frozenset(starts[:: spec.steps // kept]), dict[float, Tensor]()
 
     def through(predict: Predictor) -> Predictor:
-        asked = iter(range(spec.steps))
-
         def watched(x: Tensor, t: float) -> Tensor:
-            if next(asked) % every == 0:
-                states.append(x.float().cpu())
+            if t in wanted:  # Heun's method asks at an estimate of the next state before it asks at that
+                states[t] = x.float().cpu()
             return predict(x, t)
 
         return watched
 
     images = sample_batch(teacher, spec, indices, Watchers(through=through), PURPOSE, weak)
-    return torch.stack([*states, images.float().cpu()], dim=1)
+    return torch.stack([*states.values(), images.float().cpu()], dim=1)
