@@ -121,8 +121,8 @@ def check_followable(spec: SampleSpec) -> SampleSpec:
     """Return `spec`, or raise `UsageError` where steps differ in their number of model evaluations."""
     if len(evaluation_times(spec.solver, spec.steps)) != spec.steps:
         raise UsageError(
-            f"⟨solver⟩ {spec.solver}: evaluates the model twice in some steps, which profiles and comparisons by step do not "
-            "follow; choose another"
+            f"⟨solver⟩ {spec.solver}: evaluates the model twice in some steps, which profiles and comparisons by step "
+            "do not follow; choose another"
         )
     if spec.interval != ALWAYS:
         raise UsageError("⟨cfg_interval⟩: profiles and comparisons by step need guidance at all steps; leave it out")

@@ -418,7 +418,7 @@ def test_the_table_of_a_run_and_what_inspect_tells(folder: Path) -> None:
         (("--iterations", 5, "--minutes", 5), "--minutes, as 10, or --iterations"),
         (("--steps", 0), "--steps 0"),
         (("--steps", -1), "--steps -1"),
-        (("--steps", 17), "--steps 17: the original itself takes 16 of ab2; give fewer, or more --teacher-steps"),
+        (("--steps", 25), "--steps 25: the original itself takes 24 of ab3; give fewer, or more --teacher-steps"),
         (("--steps", 32, "--teacher-steps", 16), "--teacher-steps 16: give a multiple of the 32 steps"),
         (("--teacher-steps", 6), "--teacher-steps 6: give a multiple of the 4 steps of the student"),
         (("--teacher-steps", 0), "--teacher-steps 0"),

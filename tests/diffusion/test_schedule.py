@@ -118,7 +118,9 @@ def test_solvers_fit_their_family() -> None:
         assert choose_solver(None, family) == name
     for key, kind in SOLVERS.items():
         assert choose_solver(kind.name, kind.family) == choose_solver(key, kind.family) == key
-    with pytest.raises(UsageError, match="solver ddim: is not for rf weights; choose euler, heun, ab2, ab3, ab4, dpmpp"):
+    with pytest.raises(
+        UsageError, match="solver ddim: is not for rf weights; choose euler, heun, ab2, ab3, ab4, dpmpp"
+    ):
         choose_solver("ddim", "rf")
     with pytest.raises(
         UsageError, match="solver heun: is not for ddpm weights; choose ddim, ddim-trailing, ddpm, dpmpp-2m"

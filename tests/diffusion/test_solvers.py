@@ -75,7 +75,9 @@ def ab4(predict: Solve, z: Tensor, times: list[float]) -> Tensor:
     return adams_bashforth(predict, z, times, order=4)
 
 
-@pytest.mark.parametrize(("solve", "order"), [(euler, 1), (heun, 2), (ab2, 2), (ab3, 3)], ids=["euler", "heun", "ab2", "ab3"])
+@pytest.mark.parametrize(
+    ("solve", "order"), [(euler, 1), (heun, 2), (ab2, 2), (ab3, 3)], ids=["euler", "heun", "ab2", "ab3"]
+)
 def test_halving_the_step_divides_the_error_by_two_to_the_order(solve: Solve, order: int) -> None:
     coarse, fine = error(solve, 200), error(solve, 400)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)

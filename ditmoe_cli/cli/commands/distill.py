@@ -59,8 +59,8 @@ class Teaching(asked.Teaching, TrainingOptions):
             "--teacher-steps",
             metavar="N",
             callback=at_least(1),
-            help="Steps of the original, a multiple of the student's. [default: 16 for rf, 20 for ddpm, or the next "
-            "multiple]",
+            help="Steps of the original, a multiple of the student's. [default: 24 of ab3 for rf, 20 of dpmpp-2m for "
+            "ddpm, or the next multiple]",
         ),
     ] = None
     states: Annotated[

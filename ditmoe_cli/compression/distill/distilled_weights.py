@@ -150,7 +150,7 @@ class _Distilling:
             name, 1 / left, len(judging) * steps, weights, objective, each, self.session.at_once()
         )
         means = self.session.means(self.work.folder, f"training-{steps}")
-        train(weights, objective, course, f"distilling to {steps} steps", means, updates.sizes())
+        train(weights, objective, course, f"distilling to {steps} steps", means, updates.stepping())
         return course.steps
 
 

@@ -86,7 +86,7 @@ class Distilling(TrainingRequest):
         return {**found, which: guide.model, "guide_scale": guide.scale, **interval}
 
     def path_steps(self, family: Sampler) -> int:
-        """Return the steps of the original: those given, else the fewest multiple of N that its solver takes by default.
+        """Return the steps of the original: those given, else the fewest multiple of N that it takes.
 
         Where 8 steps are learned first, it is a multiple of 8.
 

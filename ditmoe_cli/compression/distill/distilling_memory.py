@@ -38,12 +38,12 @@ def most_paths(config: DiTMoEConfig, kept: int) -> int:
 def paths_for(config: DiTMoEConfig, asked: Distilling) -> int:
     """Return how many paths some iterations are worth, beside those that judge.
 
-    Each of their states is trained on twice; or more often, where paths would take more than two thirds of what
-    training takes, three predictions a state.
+    Each of their states is trained on twice; or more often, where paths would take longer than training, which takes
+    three predictions a state.
     """
     assert asked.iterations is not None
     kept, states = asked.stages(config.sampler)[0], asked.iterations * asked.batch
-    worth = min(states // (_PASSES * asked.steps), 2 * states // asked.evaluations(config.sampler))
+    worth = min(states // (_PASSES * asked.steps), BACKWARD * states // asked.evaluations(config.sampler))
     return min(max(worth + held_paths(worth), _FEWEST_PATHS), most_paths(config, kept))
 
 
@@ -72,10 +72,11 @@ def distilling_estimate(
     student: DiTMoEConfig, original: DiTMoEConfig, asked: Distilling, size: TrainedSize
 ) -> Estimate:
     """Return what distilling is expected to take; what is asked for in minutes takes these, or a step where more."""
-    iterations = asked.iterations or 1
+    iterations, kept = asked.iterations or 1, asked.stages(original.sampler)[0]
     effort = loading(original) + loading(student) + distilling_effort(student, original, asked, iterations)
     at_once = SAMPLED if asked.iterations is None else min(SAMPLED, paths_for(original, asked))
     sampling = model_bytes(original) + activation_bytes(original, branches_at(asked.cfg) * at_once)
-    memory = max(sampling, distilling_bytes(student, size, asked.batch))
+    paths = paths_for(original, asked) if asked.iterations is not None else most_paths(original, kept)
+    memory = max(sampling, distilling_bytes(student, size, asked.batch)) + paths * path_bytes(original, kept)
     seconds = 60 * asked.minutes if asked.minutes is not None else 0.0
     return Estimate(f"distilling to {asked.steps} steps", effort, BASELINE_BYTES + memory, seconds)

@@ -167,7 +167,7 @@ class _BlockHealing:
         objective = Objective(len(trained), losses, judge)
         chosen = course(weights, objective)
         chosen = replace(chosen, seed=chosen.seed + index)
-        result = train(weights, objective, chosen, "training", self.means, updates.sizes())
+        result = train(weights, objective, chosen, "training", self.means, updates.stepping())
         self.student.requires_grad_(False)
         written = {name: weight.clone() for name, weight in updates.written().items()}
         return {"before": result.before, "after": result.after}, written

@@ -70,5 +70,5 @@ def heal_model(
     objective = Objective(len(source), losses, judge)
     weights = updates.trained()
     chosen = course(weights, objective)
-    train(weights, objective, chosen, "healing the model", means, updates.sizes())
+    train(weights, objective, chosen, "healing the model", means, updates.stepping())
     return ModelHealed(chosen.steps, judged_errors(student, held, batch, exchange))

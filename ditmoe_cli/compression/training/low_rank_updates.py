@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe_cli.compression.training.trained_weights import Stored, rounded_as_stored
+from ditmoe_cli.compression.training.weight_steps import Stepping
 from ditmoe_cli.formats.products import linear
 from ditmoe_cli.model.linear import Linear
 
@@ -60,24 +61,28 @@ class Updates:
         whole: weights that are trained as they are.
         layers: the layers of the others.
         stored: rounds a weight to what is written of it.
+        matrices: those that step as matrices where they are trained as they are, and how many each is.
     """
 
     whole: Mapping[str, Tensor]
     stored: Stored
     layers: Mapping[str, LowRankLinear] = field(default_factory=dict)
+    matrices: Mapping[str, int] = field(default_factory=dict)
 
     def trained(self) -> dict[str, Tensor]:
         """Return all that is trained, by name, leaves that record gradients."""
         ups = {f"{name}.{UP}": layer.up for name, layer in self.layers.items()}
         return {**self.whole, **ups, **{f"{name}.{DOWN}": layer.down for name, layer in self.layers.items()}}
 
-    def sizes(self) -> dict[str, float]:
-        """Return what the rate of each B is relative to, size(W) √(in / R)."""
-        return {
+    def stepping(self) -> Stepping:
+        """Return how they step: the rate of each B relative to size(W) √(in / R), and some as matrices."""
+        sizes = {
             f"{name}.{UP}": float(layer.layer.weight.square().mean().sqrt())
             * (layer.down.shape[1] / layer.down.shape[0]) ** 0.5
             for name, layer in self.layers.items()
         }
+        matrices = {name: self.matrices[name] for name in self.whole if name in self.matrices}
+        return Stepping(sizes, matrices)
 
     def round(self) -> None:
         """Round weights that are trained as they are, in place, to what is written of them."""

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ditmoe_cli.compression.training.matrix_steps import stacked_matrices
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize, TrainedTensor, trained_size
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.base import StoredFormat, Weight
@@ -38,6 +39,13 @@ class TrainedTensors:
     def ranks(self) -> dict[str, int]:
         """The ranks of the updates that train matrices, by name."""
         return {name: tensor.rank for name, tensor in self.tensors.items() if tensor.rank is not None}
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """How many matrices each plain weight is that steps as such (`matrix_steps`), by name; others are left out."""
+        plain = {name: tensor.weight.info.shape for name, tensor in self.tensors.items() if tensor.part is None}
+        found = {name: stacked_matrices(name, shape) for name, shape in plain.items() if name not in self.ranks}
+        return {name: count for name, count in found.items() if count}
 
     def in_model(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """Return the values of those that are in a model of the checkpoint, or in a part of it, whose names begin so.

@@ -1,22 +1,20 @@
-"""The training loop: AdamW on fp32 weights, a rate that rises and falls, averaged weights, the best of them kept.
+"""The training loop: steps of fp32 weights, a rate that rises and falls, averaged weights, the best of them kept.
 
 Per step k of K, with the gradients of a batch's mean loss, clipped to the norm `CLIP`:
 
-    w <- AdamW(w),  of rate  rate · size(w) · lr(k),  lr(k) = min(1, (k + 1) / (W K)) · (1 + cos(π k / K)) / 2
+    w <- w stepped (`weight_steps`), of rate  rate · lr(k),  lr(k) = min(1, (k + 1) / (W K)) · (1 + cos(π k / K)) / 2
     a <- a + (1 - d_k) (w - a),  d_k = min(d, (1 + k) / (10 + k))
 
-The rate is relative to the size of what it changes: size(w) is the root mean square of a weight before training,
-rounded to a power of two, at least `LEAST_SIZE`; so one rate suits models of all widths. Weights whose size says
-nothing of what they change, as those that begin at 0, are given one. Averaged weights a are judged on held-out states
-every few per cent of the steps; the best of them, or those before training, are the result.
+Averaged weights a are judged on held-out states every few per cent of the steps; the best of them, or those before
+training, are the result.
 
 Which states make a batch depends on seed and step alone: each pass over all states has an order of its own. Each batch
 is computed in parts where memory demands it, and by several processes where there are some, which changes its gradients
 by rounding only.
 
 A weight of n values takes 28 n bytes: itself, its gradient, two moments, the averaged values, the best ones, and during
-a check those that training goes on with; AdamW's own temporaries come for a moment in place of the last. All but the
-first two are kept by one of several processes (`exchange`).
+a check those that training goes on with; temporaries of steps come for a moment in place of the last. Matrices have one
+moment, so take 24 n. All but the first two are kept by one of several processes (`exchange`).
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,18 +30,15 @@ from torch import Tensor
 
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange
 from ditmoe_cli.compression.training.side_by_side import side_by_side
+from ditmoe_cli.compression.training.weight_steps import USUAL, Stepping, WeightSteps
 from ditmoe_cli.errors import BadInputError, DitmoeError, is_out_of_memory
 from ditmoe_cli.files.pacing import Pace
 from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.progress import phase
 
 CLIP = 1.0
-LEAST_SIZE = 2.0**-10
 _WARM_UP = 0.05  # of all steps
-_BETAS = (0.9, 0.99)
 _AVERAGING = 0.99
-_AT_ONCE = 2**24  # values that AdamW changes at once, unless one weight has more
-_KEPT = ("weight", "averaged", "best", "first", "second")  # of each weight there
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Course:
     Attributes:
         steps: K.
         batch: states of a step.
-        rate: rate of AdamW, relative to the size of a weight.
+        rate: of steps, relative to the size of a weight.
         seed: of the order of states.
         checks: how often averaged weights are judged, beside before training.
         part: states that are computed at once; 0 for all of a batch.
@@ -162,11 +156,9 @@ def train(
     course: Course,
     title: str,
     means: Means = BARE,
-    sizes: Mapping[str, float] = MappingProxyType({}),
+    stepping: Stepping = USUAL,
 ) -> Trained:
     """Train weights, by name, leaves that record gradients, and leave the best values in them.
-
-    `sizes` are what the rates of some of them are relative to, in place of their own size.
 
     The best are those of least held-out error; where none has less than the values before training, these stand. What
     going on takes is kept now and then. Raises `BadInputError` where the error before training is not finite; where
@@ -176,7 +168,7 @@ def train(
     before = means.exchange.agreed(objective.judge()) if kept is None else float(kept.document["before"])
     if not math.isfinite(before):
         raise BadInputError(f"{means.subject}: its predictions before training are not finite; is it damaged?")
-    run = _Run(weights, objective, course, means, before, sizes)
+    run = _Run(weights, objective, course, means, before, stepping)
     if kept is not None:
         run.go_on(kept)
     pace = Pace()
@@ -209,7 +201,7 @@ class _Run:
     course: Course
     means: Means
     before: float
-    sizes: Mapping[str, float]
+    stepping: Stepping
     step: int = 0
     checks: list[Check] = field(default_factory=list)
     losses: float = 0.0
@@ -220,9 +212,7 @@ class _Run:
         self.owners = self.means.exchange.owners(self.weights)
         rank = self.means.exchange.share.rank
         self.own = {name: weight for name, weight in self.weights.items() if self.owners[name] == rank}
-        groups = _groups(self.own, self.sizes) or [{"params": [torch.zeros(1)], "lr": 0.0}]  # torch refuses none
-        self.optimizer = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, foreach=True)
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.steps = WeightSteps(self.own, self.stepping, self.means.workers)
         self.averaged = {name: weight.detach().clone() for name, weight in self.own.items()}
         self.best = {name: weight.detach().clone() for name, weight in self.own.items()}
 
@@ -233,28 +223,27 @@ class _Run:
         self.losses, self.part = document["losses"], document["part"]
         self.checks = [Check(**check) for check in document["checks"]]
         device = next(iter(self.weights.values())).device
-        values = {name: {of: kept.tensor(f"{of}.{name}").to(device) for of in _KEPT} for name in self.own}
-        self.put({name: each["weight"] for name, each in values.items()})
-        for name, weight in self.own.items():
-            self.averaged[name], self.best[name] = values[name]["averaged"], values[name]["best"]
-            self.optimizer.state[weight] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": values[name]["first"],
-                "exp_avg_sq": values[name]["second"],
-            }
+        values: dict[str, dict[str, Tensor]] = {}
+        for name in kept.names:
+            of, _, weight = name.partition(".")
+            if weight in self.own:
+                values.setdefault(of, {})[weight] = kept.tensor(name).to(device)
+        self.put(values["weight"])
+        self.averaged, self.best = values["averaged"], values["best"]
+        self.steps.go_on(self.step, values)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that going on takes, in the first process."""
-        state = {name: self.optimizer.state[weight] for name, weight in self.own.items()}
-        own: dict[str, Mapping[str, Tensor]] = {
-            "weight": self.own,
-            "averaged": self.averaged,
-            "best": self.best,
-            "first": {name: each["exp_avg"] for name, each in state.items()},
-            "second": {name: each["exp_avg_sq"] for name, each in state.items()},
-        }
-        collected = {of: self.means.exchange.collected(own[of], self.weights, self.owners) for of in _KEPT}
-        return {f"{of}.{name}": tensor for of, tensors in collected.items() for name, tensor in tensors.items()}
+        own = {"weight": self.own, "averaged": self.averaged, "best": self.best, **self.steps.moments()}
+        found: dict[str, Tensor] = {}
+        for of, tensors in own.items():
+            like = {name: weight for name, weight in self.weights.items() if of != "second" or self._has_second(name)}
+            collected = self.means.exchange.collected(tensors, like, self.owners)
+            found |= {f"{of}.{name}": tensor for name, tensor in collected.items()}
+        return found
+
+    def _has_second(self, name: str) -> bool:
+        return not self.stepping.matrices.get(name)
 
     def document(self) -> dict[str, Any]:
         """Return all numbers that going on takes."""
@@ -274,10 +263,7 @@ class _Run:
         loss, norm = self._gradients()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            factor = self.course.rate * self.course.factor(self.step)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            self.optimizer.step()
+            self.steps.step(self.course.rate * self.course.factor(self.step))
             self._average()
             self.means.exchange.hand_out(self.weights, self.owners)
             self.losses += loss
@@ -389,18 +375,3 @@ def _gradient(weight: Tensor) -> Tensor:
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
-
-
-def _groups(weights: Mapping[str, Tensor], sizes: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return weights in groups of one size each, whose learning rate that is.
-
-    AdamW's temporaries are those of a group at a time, so a group ends where it would have more than `_AT_ONCE` values.
-    """
-    groups: dict[float, list[list[Tensor]]] = {}
-    for name, weight in weights.items():
-        size = sizes[name] if name in sizes else float(weight.detach().float().square().mean().sqrt())
-        alike = groups.setdefault(2.0 ** round(math.log2(max(size, LEAST_SIZE))), [[]])
-        if alike[-1] and sum(member.numel() for member in alike[-1]) + weight.numel() > _AT_ONCE:
-            alike.append([])
-        alike[-1].append(weight)
-    return [{"params": members, "lr": size} for size, alike in sorted(groups.items()) for members in alike]

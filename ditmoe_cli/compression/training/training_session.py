@@ -166,7 +166,9 @@ class Session:
 
     def updating(self, model: nn.Module, prefix: str, weights: Mapping[str, Tensor]) -> Updates:
         """Return the same of weights that are in a model already (`TrainedTensors.in_model`)."""
-        return low_rank_updates(model, prefix, weights, self.tensors.ranks, self.tensors.rounded, self.asked.seed)
+        ranks, rounded = self.tensors.ranks, self.tensors.rounded
+        updates = low_rank_updates(model, prefix, weights, ranks, rounded, self.asked.seed)
+        return replace(updates, matrices=self.tensors.matrices)
 
     def course(
         self,

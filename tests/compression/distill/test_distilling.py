@@ -12,12 +12,13 @@ from healing import SMALL, pair
 
 from ditmoe_cli.compression.distill.distilling import (
     STUDENT_SOLVER,
+    TEACHER_SOLVER,
+    TEACHER_STEPS,
     Distilling,
     check_distilled,
     tensors_to_distill,
 )
 from ditmoe_cli.compression.planner import request_digest
-from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, DEFAULT_STEPS
 from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.files.provenance import Distilled
@@ -81,10 +82,10 @@ def test_each_setting_changes_the_request_and_is_an_option_of_the_history() -> N
 @pytest.mark.parametrize(
     ("family", "steps", "given", "taken"),
     [
-        ("rf", 1, None, 16),
-        ("rf", 4, None, 16),
-        ("rf", 3, None, 18),
-        ("rf", 16, None, 16),
+        ("rf", 1, None, 24),
+        ("rf", 4, None, 24),
+        ("rf", 5, None, 25),
+        ("rf", 16, None, 32),
         ("rf", 4, 4, 4),
         ("rf", 4, 40, 40),
         ("rf", 20, 40, 40),
@@ -103,13 +104,13 @@ def test_the_originals_steps_are_a_multiple(family: Sampler, steps: int, given: 
     [
         (
             "rf",
-            17,
+            25,
             None,
-            "steps 17: the original itself takes 16 of ab2; give fewer, or more teacher_steps to ditmoe distill",
+            "steps 25: the original itself takes 24 of ab3; give fewer, or more teacher_steps to ditmoe distill",
         ),
         ("ddpm", 21, None, "steps 21: the original itself takes 20"),
         ("ddpm", 4, 1000, "teacher_steps 1000: ddpm-dpmpp-2m takes at most 999"),
-        ("rf", 4, 10**9, "teacher_steps 1000000000: ab2 takes at most 100000"),
+        ("rf", 4, 10**9, "teacher_steps 1000000000: ab3 takes at most 100000"),
     ],
 )
 def test_steps_that_the_original_does_not_take(family: Sampler, steps: int, given: int | None, said: str) -> None:
@@ -168,9 +169,9 @@ def test_how_both_are_sampled(family: Sampler) -> None:
     config = make_pico(sampler=family).config
     asked = Distilling("f", cfg=1.5, seed=3)
     spec = asked.teacher_spec(config, 9)
-    assert (spec.images, spec.steps, spec.cfg, spec.seed) == (9, DEFAULT_STEPS[family], 1.5, 3)
-    assert spec.solver == DEFAULT_SOLVER[family] and spec.classes == (0, 1, 2)
-    teacher = (DEFAULT_SOLVER[family], DEFAULT_STEPS[family])
+    assert (spec.images, spec.steps, spec.cfg, spec.seed) == (9, TEACHER_STEPS[family], 1.5, 3)
+    assert spec.solver == TEACHER_SOLVER[family] and spec.classes == (0, 1, 2)
+    teacher = (TEACHER_SOLVER[family], TEACHER_STEPS[family])
     assert asked.distilled(family) == Distilled(
         STUDENT_SOLVER[family], 4, cfg=1.5, teacher_solver=teacher[0], teacher_steps=teacher[1]
     )
@@ -218,7 +219,7 @@ def test_what_is_distilled_already_teaches_nobody_and_learns_on(tmp_path: Path) 
         ({"cfg": -1.0}, "cfg -1"),
         ({"cfg": float("nan")}, "cfg nan"),
         ({"cfg": float("inf")}, "cfg inf"),
-        ({"steps": 17}, "the original itself takes 16"),
+        ({"steps": 25}, "the original itself takes 24"),
         ({"steps": 8, "progressive": True}, "progressive has no effect: between the 8 steps of the student"),
         ({"steps": 3, "progressive": True}, "progressive has no effect"),
         ({"steps": 4, "teacher_steps": 8, "progressive": True}, "progressive has no effect"),

@@ -51,11 +51,12 @@ def test_paths_that_judge(count: int, judging: int) -> None:
 @pytest.mark.parametrize(
     ("iterations", "fields", "expected"),
     [
-        (2000, {}, 32_000 + 512),  # 2000 · 128 states, each met twice: 128,000 states of four steps a path
-        (2000, {"steps": 1}, 32_000 + 512),  # of 16 steps of the original: two thirds of three passes of 256,000 states
-        (2000, {"steps": 1, "teacher_steps": 8}, 64_000 + 512),
-        (100, {}, 1600 + 200),
-        (100, {"batch": 64}, 800 + 100),
+        (2000, {}, 29_538 + 512),  # 2000 · 128 states, three passes each, over 26 evaluations a path
+        (2000, {"steps": 1}, 29_538 + 512),
+        (2000, {"teacher_steps": 16}, 32_000 + 512),  # each state met twice: 128,000 states of four steps a path
+        (2000, {"steps": 1, "teacher_steps": 16}, 42_666 + 512),
+        (100, {}, 1476 + 184),
+        (100, {"batch": 64}, 738 + 92),
         (100, {"steps": 8}, 800 + 100),
         (1, {"batch": 8}, 16),
     ],
@@ -74,20 +75,23 @@ def test_memory_is_that_of_the_student_alone() -> None:
     found = distilling_bytes(SMALL, ALL, 16, 2)
     assert found == end_to_end_bytes(SMALL, ALL, 16, 2) < distilling_bytes(SMALL, ALL, 16)
     estimate = distilling_estimate(SMALL, SMALL, asked(batch=16), ALL)
-    assert estimate.memory == pytest.approx(BASELINE_BYTES + end_to_end_bytes(SMALL, ALL, 16))
+    paths = paths_for(SMALL, asked(batch=16)) * path_bytes(SMALL, 4)
+    assert estimate.memory == pytest.approx(BASELINE_BYTES + end_to_end_bytes(SMALL, ALL, 16) + paths)
     teaching = distilling_estimate(SMALL, XL, asked(batch=1, cfg=1.5), TrainedSize(1000, 0))
-    assert teaching.memory == pytest.approx(BASELINE_BYTES + model_bytes(XL) + activation_bytes(XL, 512)), (
+    paths = paths_for(XL, asked(batch=1)) * path_bytes(XL, 4)
+    at_once = 2 * min(256, paths_for(XL, asked(batch=1)))
+    assert teaching.memory == pytest.approx(BASELINE_BYTES + model_bytes(XL) + activation_bytes(XL, at_once) + paths), (
         "or that of sampling, where it is more"
     )
 
 
 def test_operations_by_hand() -> None:
-    """Paths 16 · N steps · branches, three passes a state, and checks; the fewest paths are taken."""
+    """Paths 16 · evaluations · branches, three passes a state, and checks; the fewest paths are taken."""
     tiny: dict[str, Any] = {"batch": 4, "teacher_steps": 8}
     one, two = (distilling_effort(SMALL, XL, asked(n, **tiny), n) for n in (1, 2))
     assert two.flops - one.flops == pytest.approx(4 * 3 * image_flops(SMALL))
     judged = held_paths(16) * 4 * 3 * image_flops(SMALL)
-    sampled = 16 * 8 * image_flops(XL)
+    sampled = 16 * 10 * image_flops(XL)
     assert one.flops == pytest.approx(sampled + judged + 4 * 3 * image_flops(SMALL))
     guided = distilling_effort(SMALL, XL, asked(1, cfg=1.5, **tiny), 1)
     assert guided.flops - one.flops == pytest.approx(sampled), "of the original both branches, of the student one"

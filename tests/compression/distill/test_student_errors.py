@@ -9,7 +9,7 @@ from healing import changed
 from torch import Tensor
 from training import in_threads
 
-from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER
+from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER, TEACHER_SOLVER
 from ditmoe_cli.compression.distill.student_errors import (
     PathErrors,
     mean_step_errors,
@@ -20,7 +20,6 @@ from ditmoe_cli.compression.distill.student_errors import (
 from ditmoe_cli.compression.distill.teacher_paths import Paths, sampled_paths, student_steps
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.sampling import SampleSpec
-from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER
 from ditmoe_cli.model.config import Sampler
 
 CPU = torch.device("cpu")
@@ -34,7 +33,7 @@ def original(family: Sampler) -> Pico:
 
 def paths_of(family: Sampler, own_solver: bool = False, images: int = 7) -> Paths:
     """Paths of an original, by its default solver in twice as many steps, or by the student's in as many."""
-    solver = STUDENT_SOLVER[family] if own_solver else DEFAULT_SOLVER[family]
+    solver = STUDENT_SOLVER[family] if own_solver else TEACHER_SOLVER[family]
     spec = SampleSpec(images, STEPS * (1 if own_solver else 2), 1.0, 3, solver, (0, 1, 2))
     return sampled_paths(original(family).model(), spec, STEPS, FittingBatches(256))
 

@@ -9,14 +9,14 @@ import torch
 from conftest import make_pico
 from torch import Tensor
 
-from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER
+from ditmoe_cli.compression.distill.distilling import STUDENT_SOLVER, TEACHER_SOLVER
 from ditmoe_cli.compression.distill.teacher_paths import PURPOSE, Paths, StudentSteps, sampled_paths, student_steps
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.diffusion.forward_process import respaced_schedule, sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
-from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, Solver, evaluation_times, flow_times, trailing_timesteps
+from ditmoe_cli.diffusion.schedule import Solver, evaluation_times, flow_times, trailing_timesteps
 from ditmoe_cli.diffusion.solvers import ddim, euler
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.config import Sampler
@@ -118,7 +118,7 @@ def test_a_chain_of_steps_is_the_solver(family: Sampler, steps: int, learns_sigm
 def spec_of(
     family: Sampler, images: int = 5, steps: int = 8, cfg: float = 1.0, solver: Solver | None = None
 ) -> SampleSpec:
-    return SampleSpec(images, steps, cfg, 7, solver or DEFAULT_SOLVER[family], (0, 2))
+    return SampleSpec(images, steps, cfg, 7, solver or TEACHER_SOLVER[family], (0, 2))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 1.5])
@@ -141,17 +141,17 @@ def test_paths_are_from_the_samplers_noise_to_its_images(family: Sampler, cfg: f
 @pytest.mark.parametrize("kept", [1, 2, 4, 8])
 def test_the_states_that_are_kept_are_those_that_the_solver_passed(family: Sampler, kept: int) -> None:
     model, spec = model_of(family), spec_of(family)
-    passed: list[Tensor] = []
+    passed: dict[float, Tensor] = {}
 
     def through(predict: Predictor) -> Predictor:
         def seen(x: Tensor, t: float) -> Tensor:
-            passed.append(x.clone())
+            passed[t] = x.clone()  # the last time that a solver asks there, it is at its state
             return predict(x, t)
 
         return seen
 
     image = sample_batch(model, spec, range(5), Watchers(through=through), PURPOSE)
-    every = torch.stack([*passed, image], dim=1)
+    every = torch.stack([*passed.values(), image], dim=1)
     paths = sampled_paths(model, spec, kept, FittingBatches(256))
     assert torch.equal(paths.z, every[:, :: 8 // kept])
     for fewer in (count for count in (1, 2, 4) if kept % count == 0):

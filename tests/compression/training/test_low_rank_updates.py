@@ -152,7 +152,7 @@ def test_a_step_changes_a_matrix_as_much_as_if_it_were_trained_itself(rank: int)
     judged = iter([2.0, 1.0])
     objective = Objective(300, lambda rows: (model["a"](x[rows]) - y[rows]).square().sum(dim=1), lambda: next(judged))
     course = Course(steps=1, batch=300, rate=0.01, checks=1)
-    train(updates.trained(), objective, course, "fitting", sizes=updates.sizes())
+    train(updates.trained(), objective, course, "fitting", stepping=updates.stepping())
     change = float((updates.written()["a.weight"] - own.weight).square().mean().sqrt())
     averaged = 1 - 2 / 11  # of the step, by the averaging of weights behind the first one
     assert change == pytest.approx(0.01 * 2.0**-4 * averaged, rel=0.5)

@@ -11,10 +11,8 @@ import torch
 from interrupting import StoppedError, stopping_after
 from torch import Tensor
 
-from ditmoe_cli.compression.training import training_loop
 from ditmoe_cli.compression.training.training_loop import (
     BARE,
-    LEAST_SIZE,
     Course,
     Means,
     Objective,
@@ -104,35 +102,6 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 # what a step does
-
-
-def test_rates_are_relative_to_the_sizes_of_weights() -> None:
-    weights = {
-        "zero": torch.zeros(3),
-        "small": torch.full((4,), 0.004),
-        "also small": torch.full((2, 2), 0.0043),
-        "one": torch.ones(2),
-        "zero, given a size": torch.zeros(1),
-    }
-    found = training_loop._groups(weights, {"zero, given a size": 0.98})
-    groups = {group["lr"]: group["params"] for group in found}
-    assert list(groups) == [LEAST_SIZE, 2.0**-8, 1.0]
-    assert [len(members) for members in groups.values()] == [1, 2, 2]
-    assert groups[1.0][0] is weights["one"] and groups[1.0][1] is weights["zero, given a size"]
-
-
-def test_no_group_is_so_large_that_its_temporaries_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_loop, "_AT_ONCE", 10)
-    weights = {str(n): torch.ones(n) for n in (4, 6, 1, 12, 3)}
-    groups = [[len(weight) for weight in group["params"]] for group in training_loop._groups(weights, {})]
-    assert groups == [[4, 6], [1], [12], [3]]
-
-
-def test_groups_of_one_size_train_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, parted = Regression(), Regression()
-    expected = whole.trained()
-    monkeypatch.setattr(training_loop, "_AT_ONCE", 1)
-    assert parted.trained() == expected and parted.values() == whole.values()
 
 
 def test_the_first_step_changes_each_weight_by_its_share() -> None:

@@ -1,0 +1,147 @@
+"""Steps of matrices, all of whose directions are as large (Muon).
+
+Of a matrix with gradient g, where orth(u) has the singular vectors of u, and values of 1:
+
+    m <- μ m + (1 - μ) g
+    u  = μ m + (1 - μ) g
+    w <- w - rate · 0.2 √max(rows, columns) · orth(u)
+
+Such a step is about as large as AdamW's in its root mean square. AdamW's follows the few directions that most gradients
+have, and is slow in all others: where targets have no noise, as those of an original have none, these are what is left.
+
+orth(u) is approximated: X <- a X + (b A + c A²) X with A = X Xᵀ, five times from u / ‖u‖, leaves values of 0.7 to 1.2.
+That takes 10 m² (2 n + m) operations of a matrix of m rows and n ≥ m columns, those of the products; 0.14 TFLOP of
+1,152 × 4,608 (XL), so 92 TFLOP for all routed experts of XL, where the gradients of 128 states take 240; of G (1,408 ×
+5,632) 0.25 and 480. Matrices of one shape are computed together: ``torch.optim.Muon`` takes one at a time, and twice as
+long on narrow models.
+
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; sizes of steps: Liu et al. 2025,
+https://arxiv.org/abs/2502.16982.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.compression.training.side_by_side import side_by_side
+from ditmoe_cli.files.names import ROUTER, split_name
+
+MOMENTUM = 0.9  # μ
+_AS_LARGE = 0.2
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
+_ROUNDS = 5
+_NARROWEST = 16  # rows and columns
+_AT_ONCE = 2**24  # values of matrices that are computed together, unless one has more
+_STACKED = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}  # matrices that are stored as one
+
+
+def stacked_matrices(name: str, shape: Sequence[int]) -> int:
+    """Return how many matrices a weight of a model is, one on the other; 0 where it is none that steps so.
+
+    Those are the matrices of blocks, without routers, whose rows are as many decisions, and narrow ones.
+    """
+    parts = split_name(name)
+    if parts.block is None or len(shape) != 2 or not name.endswith(".weight") or parts.rest == ROUTER:
+        return 0
+    count = _STACKED.get(parts.rest, 1)
+    return count if min(shape[0] // count, shape[1]) >= _NARROWEST and shape[0] % count == 0 else 0
+
+
+@dataclass(frozen=True)
+class SteppedMatrix:
+    """A weight (rows, columns) of `count` matrices, m of it, and the size that its rate is relative to."""
+
+    weight: Tensor
+    momentum: Tensor
+    count: int
+    size: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of one of its matrices."""
+        return self.weight.shape[0] // self.count, self.weight.shape[1]
+
+
+@dataclass
+class MatrixSteps:
+    """The steps of some weights; `workers` threads of a CPU share them."""
+
+    weights: Mapping[str, SteppedMatrix]
+    workers: int = 1
+    _together: list[list[SteppedMatrix]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._together = []
+        by_shape: dict[tuple[int, int], list[SteppedMatrix]] = {}
+        for each in self.weights.values():
+            by_shape.setdefault(each.shape, []).append(each)
+        for alike in by_shape.values():
+            values = 0
+            for each in alike:
+                if not values or values + each.weight.numel() > _AT_ONCE:
+                    self._together.append([])
+                    values = 0
+                self._together[-1].append(each)
+                values += each.weight.numel()
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Take a step by the weights' gradients."""
+
+        def stepped(groups: Sequence[Sequence[SteppedMatrix]]) -> None:
+            for group in groups:
+                _step(group, rate)
+
+        if self.workers == 1:
+            return stepped(self._together)
+        side_by_side(stepped, self._shares())
+        return None
+
+    def _shares(self) -> list[list[list[SteppedMatrix]]]:
+        """Return what each worker computes: about as much each."""
+        shares: list[list[list[SteppedMatrix]]] = [[] for _ in range(self.workers)]
+        loads = [0] * self.workers
+        for group in sorted(self._together, key=_work, reverse=True):
+            least = loads.index(min(loads))
+            shares[least].append(group)
+            loads[least] += _work(group)
+        return shares
+
+
+def _work(group: Sequence[SteppedMatrix]) -> int:
+    return sum(each.weight.numel() * min(each.shape) for each in group)
+
+
+def _step(group: Sequence[SteppedMatrix], rate: float) -> None:
+    """Take a step of weights of matrices of one shape."""
+    rows, columns = group[0].shape
+    steps = []
+    for each in group:
+        gradient = each.weight.grad
+        assert gradient is not None
+        each.momentum.lerp_(gradient, 1 - MOMENTUM)
+        steps.append(gradient.lerp(each.momentum, MOMENTUM).reshape(each.count, rows, columns))
+    found = orthogonal(torch.cat(steps)).mul_(_AS_LARGE * max(rows, columns) ** 0.5)
+    for each, part in zip(group, torch.split(found, [each.count for each in group]), strict=True):
+        each.weight.sub_(part.reshape(each.weight.shape).to(each.weight.dtype), alpha=rate * each.size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Return matrices (n, rows, columns) of the same singular vectors, and values of 0.7 to 1.2 where they were not 0.
+
+    They are computed in bf16 on a GPU, whose error is far less than that of the values.
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.clone()
+    high = x.shape[-2] > x.shape[-1]
+    if high:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)
+    for _ in range(_ROUNDS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if high else x).float()
