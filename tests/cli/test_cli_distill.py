@@ -91,7 +91,7 @@ def test_students_of_each_kind_are_distilled_in_a_pipe(
     few = checkpoint.distilled
     assert few is not None
     assert (few.solver, few.steps, few.cfg) == ({"rf": "euler", "ddpm": "ddim-trailing"}[family], 2, float(cfg))
-    assert (few.teacher_solver, few.teacher_steps) == ({"rf": "ab2", "ddpm": "ddpm-dpmpp-2m"}[family], 4)
+    assert (few.teacher_solver, few.teacher_steps) == ({"rf": "ab3", "ddpm": "ddpm-dpmpp-2m"}[family], 4)
     last = checkpoint.provenance().history[-1]
     assert last.command == "distill" and last.options["steps"] == 2 and last.options["iterations"] == 24
     assert list(map(float, last.measured["path_error_after"])) == pytest.approx(
@@ -422,7 +422,7 @@ def test_the_table_of_a_run_and_what_inspect_tells(folder: Path) -> None:
         (("--steps", 32, "--teacher-steps", 16), "--teacher-steps 16: give a multiple of the 32 steps"),
         (("--teacher-steps", 6), "--teacher-steps 6: give a multiple of the 4 steps of the student"),
         (("--teacher-steps", 0), "--teacher-steps 0"),
-        (("--teacher-steps", 10**9), "--teacher-steps 1000000000: ab2 takes at most 100000"),
+        (("--teacher-steps", 10**9), "--teacher-steps 1000000000: ab3 takes at most 100000"),
         (("--cfg", -1), "--cfg -1"),
         (("--cfg", "nan"), "--cfg nan"),
         (("--cfg", "inf"), "--cfg inf"),

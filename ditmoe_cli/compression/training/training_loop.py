@@ -37,6 +37,7 @@ from ditmoe_cli.files.workfolder import Piece, WorkFolder
 from ditmoe_cli.progress import phase
 
 CLIP = 1.0
+_KEPT = ("weight", "averaged", "best", "first", "second")  # of each weight there, but for second moments of matrices
 _WARM_UP = 0.05  # of all steps
 _AVERAGING = 0.99
 
@@ -223,11 +224,11 @@ class _Run:
         self.losses, self.part = document["losses"], document["part"]
         self.checks = [Check(**check) for check in document["checks"]]
         device = next(iter(self.weights.values())).device
-        values: dict[str, dict[str, Tensor]] = {}
+        values: dict[str, dict[str, Tensor]] = {of: {} for of in _KEPT}
         for name in kept.names:
             of, _, weight = name.partition(".")
             if weight in self.own:
-                values.setdefault(of, {})[weight] = kept.tensor(name).to(device)
+                values[of][weight] = kept.tensor(name).to(device)
         self.put(values["weight"])
         self.averaged, self.best = values["averaged"], values["best"]
         self.steps.go_on(self.step, values)

@@ -19,6 +19,7 @@ from training import in_threads
 
 from ditmoe_cli.compression.training.exchange import ALONE, Exchange, _buckets, exchange_on
 from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, Trained, _Run, train
+from ditmoe_cli.compression.training.weight_steps import USUAL
 from ditmoe_cli.errors import DitmoeError
 from ditmoe_cli.files.workfolder import FollowedFolder, WorkFolder
 from ditmoe_cli.processes import WHOLE, Share
@@ -173,10 +174,9 @@ def test_each_process_keeps_the_optimizers_values_of_its_own_weights_alone() -> 
     def work(exchange: Exchange) -> tuple[set[str], int]:
         own = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         objective = Objective(4, lambda rows: sum(w.sum() for w in own.values()).expand(len(rows)), lambda: 1.0)  # type: ignore[union-attr]
-        run = _Run(own, objective, Course(steps=1, batch=4, checks=1), Means(exchange=exchange), 1.0, {})
+        run = _Run(own, objective, Course(steps=1, batch=4, checks=1), Means(exchange=exchange), 1.0, USUAL)
         assert run.advance()
-        kept = {id(weight) for weight in run.optimizer.state}
-        return {name for name, weight in own.items() if id(weight) in kept}, len(run.averaged) + len(run.best)
+        return set(run.steps.moments()["first"]), len(run.averaged) + len(run.best)
 
     assert in_threads(2, work) == [({"a"}, 2), ({"b", "c"}, 4)]
     assert in_threads(4, work)[3] == (set(), 0), "more processes than weights"
