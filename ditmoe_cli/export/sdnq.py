@@ -21,9 +21,9 @@ less their least, are packed over the flattened matrix, several into a unit of b
                                  and bit 4 (i = 3) or 3 (i = 4) of code 7
               6     4      3     byte i: code i; then bits 4 and 5 (i = 0), 2 and 3, or 0 and 1 (i = 2) of code 3
 
-Weights are exact in fp32: products of codes and fp16 scales have at most 19 digits. Groups that do not divide a row are
-divided further, which repeats their scales. An expert that is a base plus a product of factors has the base as codes of
-a floating dtype with scales 1, each expert its own.
+Weights are exact in fp32: products of codes and fp16 scales have at most 19 significant bits. Groups that do not divide
+a row are divided further, which repeats their scales. An expert that is a base plus a product of factors has the base
+as codes of a floating dtype with scales 1, each expert its own.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_pico
 from foreign_models import bare_model, documented, exact_values, mixed_pico
 from safetensors.torch import load_file
+from stored_parts import wholly_packed
 from torch import Tensor
 
 from ditmoe_cli.export.exported import Wanted
@@ -28,6 +30,7 @@ FORMATS = (
     *("ternary-g64", "int8", None),
 )
 WIDTHS = ((64, 96, 128), (40, 64, 72))  # of 96, 40 and 72 neurons groups are divided, or a row is one
+EXTRAS = {"constants": 2, "rank": 3, "residual_constant": True, "residual_linear": True}
 UNITS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3)}  # codes and bytes
 
 
@@ -35,7 +38,7 @@ UNITS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3)}  # codes and byt
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of mixed formats, its first block's third expert a base plus a product of factors; and its export."""
     folder = tmp_path_factory.mktemp("sdnq")
-    pico = mixed_pico(FORMATS, widths=WIDTHS, expert_of=((0, -1, 2, 1), (2, 1, 0)), sampler="rf")
+    pico = mixed_pico(FORMATS, widths=WIDTHS, expert_of=((0, -2, 2, 1), (2, -1, 0, 1, -3)), extras=EXTRAS, sampler="rf")
     state = dict(pico.state)
     for matrix in ("gate", "up", "down"):
         name = f"blocks.0.moe.experts.2.{matrix}_proj.weight"
@@ -153,9 +156,7 @@ def test_the_package_opens_it_to_our_values(
     require_equal(model.state_dict(), checkpoint)
 
 
-def test_diffusers_opens_it_by_the_package(
-    folder: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_diffusers_opens_it_by_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its predictions are ours in fp32, in which it stays packed; in bf16 they are near."""
     monkeypatch.setenv("SDNQ_USE_TORCH_COMPILE", "0")
     pytest.importorskip("accelerate")
@@ -163,17 +164,18 @@ def test_diffusers_opens_it_by_the_package(
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
+    wholly_packed(make_pico(sampler="rf", attention="flash"), "int4-g32").save(tmp_path / "b.safetensors")
+    laid_out(TARGETS["sdnq"], open_checkpoint(tmp_path / "b.safetensors"), Wanted(tmp_path / "out"), print).write()
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     times, labels = torch.tensor([0.3, 0.8]), torch.tensor([0, 2])
-    expected = load_model(checkpoint.path, dtype=torch.float32)(noise, times, labels)[:, :4]
-    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder / "out"), trust_remote_code=True, torch_dtype=dtype
-        )
-        found = pipeline.transformer(noise, times, labels).sample
-        assert (found - expected).norm() <= near * expected.norm()
-        kinds = {type(module).__name__ for module in pipeline.transformer.modules()}
-        assert "SDNQLinear" in kinds and "PackedLinear" not in kinds
+    for source, out in ((folder / "a.safetensors", folder / "out"), (tmp_path / "b.safetensors", tmp_path / "out")):
+        expected = load_model(source, dtype=torch.float32)(noise, times, labels)[:, :4]
+        for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True, torch_dtype=dtype)
+            found = pipeline.transformer(noise, times, labels).sample
+            assert (found - expected).norm() <= near * expected.norm()
+            kinds = {type(module).__name__ for module in pipeline.transformer.modules()}
+            assert "SDNQLinear" in kinds and "PackedLinear" not in kinds
 
 
 @pytest.mark.parametrize(
