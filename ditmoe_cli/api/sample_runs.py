@@ -85,8 +85,8 @@ class SampledImages(Brief):
         ]
 
     def _repr_html_(self) -> str:
-        shown = f"<br>{self._picture()}" if self.kind == "images" else ""
-        return f"{super()._repr_html_()}{shown}"
+        is_there = self.kind == "images" and self.path.is_file()
+        return super()._repr_html_() + (f"<br>{self._picture()}" if is_there else "")
 
     def _picture(self) -> str:
         """Return the first images in one picture, as HTML that holds it."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from importlib.util import find_spec
 from threading import Event, Thread
 from typing import Any, TextIO
@@ -148,7 +149,8 @@ def looking(look: Callable[[], None], every: float) -> Iterator[None]:
         while not over.wait(every):
             look()
 
-    thread = Thread(target=loop, name="progress", daemon=True)
+    # a notebook knows by the context which cell an output belongs to
+    thread = Thread(target=copy_context().run, args=(loop,), name="progress", daemon=True)
     thread.start()
     try:
         yield

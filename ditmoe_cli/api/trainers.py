@@ -130,7 +130,7 @@ def distill(
     """
     alone()
     student = opened(checkpoint)
-    teacher = student if original == checkpoint else opened(original)
+    teacher = student if original is checkpoint else opened(original)
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
     teaching = distilling_requests.Teaching(
         teacher,

@@ -129,6 +129,7 @@ def pruned(folder: Path) -> WrittenCheckpoint:
     return ditmoe_cli.apply("a.safetensors", plan, profile="p.safetensors", output=folder / "b.safetensors")
 
 
+@pytest.mark.slow
 def test_healing_is_the_command_s(folder: Path) -> None:
     small = pruned(folder)
     asked = {"original": "a.safetensors", "steps": 1, "batch": 4, "scope": "model", "profile": "p.safetensors"}
