@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import typer
 
@@ -24,9 +24,6 @@ from ditmoe_cli.formats.unpacking_budget import set_default_budget
 from ditmoe_cli.model.config import Given, Sampler
 from ditmoe_cli.model.conversions import Storage
 from ditmoe_cli.model.dtypes import AUTO, DTYPES
-
-if TYPE_CHECKING:
-    pass
 
 _DEMO = "demo:digits"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -28,15 +28,10 @@ from ditmoe_cli.model.config import Given
 from ditmoe_cli.routing.profile import read_profile
 from ditmoe_cli.routing.report.claims import VARIABLES
 
-if TYPE_CHECKING:
-    pass
-
 EXAMPLES = (
     "ditmoe report profile ckpt.profile.safetensors -o report.html",
     "ditmoe profile-experts ckpt.pt | ditmoe report profile --png figures",
 )
-
-
 KINDS = ("profile",)
 
 

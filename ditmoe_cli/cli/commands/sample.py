@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,10 +17,6 @@ from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
 from ditmoe_cli.progress import human_bytes
-
-if TYPE_CHECKING:
-    pass
-
 
 MACHINE = Models
 EXAMPLES = (
