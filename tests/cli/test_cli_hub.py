@@ -167,7 +167,7 @@ def test_a_terminal_shows_the_bytes_and_no_other_bar(
     monkeypatch.delenv("DITMOE_PROGRESS")
     monkeypatch.setattr("ditmoe_cli.cli.progress_display.SECONDS_BEFORE_A_BAR", 0.0)
     monkeypatch.setattr("ditmoe_cli.cli.progress_display.SECONDS_BETWEEN_LOOKS", 0.02)
-    server.faults = Faults("GET", seconds=0.2, times=1)
+    server.faults = Faults("GET", seconds=0.6, times=1)
     code, text = on_terminal("inspect", "hf:dit-moe-s", cwd=work, COLUMNS="120")
     assert code == 0 and "fetching hf:dit-moe-s" in text and " kB" in text
     assert not any(mark in text for mark in ("it/s", "B/s]", "%|", "Fetching"))
