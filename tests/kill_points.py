@@ -65,13 +65,15 @@ class Case:
 
     @property
     def label(self) -> str:
-        kind = "file" if self.target.endswith("s") else "folder"
+        kind = "file" if Path(self.target).suffix else "folder"
         return f"{self.words[0]}{' (computed)' if self.computes else ''}, {kind}"
 
 
 CASES = (
     Case(("convert", LARGE)),
     Case(("convert", LARGE, *SHARDS), "x"),
+    Case(("export", LARGE, "--to", "upstream"), "x.pt"),
+    Case(("export", LARGE, "--to", "diffusers", *SHARDS), "x"),
     Case(("quantize", LARGE, *UNIFORM)),
     Case(("quantize", LARGE, *UNIFORM, "--max-shard-size", "3MB"), "x"),
     Case(("apply", LARGE, "--plan", PLAN)),
@@ -128,12 +130,17 @@ def run(case: Case, folder: Path, force: bool = False) -> float:
 Bytes = dict[str, str]
 
 
+def files_of(place: Path) -> list[Path]:
+    """Return a file, or the files in a folder and in those within."""
+    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+
+
 def digests(place: Path) -> Bytes | None:
-    """Return the SHA-256 of a file or of the files in a folder, by their names; None where nothing stands."""
+    """Return the SHA-256 of a file or of the files in a folder, by their paths; None where nothing stands."""
     if place.is_file():
         return {"": hashlib.sha256(place.read_bytes()).hexdigest()}
     if place.is_dir():
-        return {child.name: hashlib.sha256(child.read_bytes()).hexdigest() for child in sorted(place.iterdir())}
+        return {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of(place)}
     return None
 
 
@@ -155,8 +162,7 @@ class Known:
 def stored(place: Path) -> int:
     """Return the bytes that a file, or a folder's files, take on the disk."""
     try:
-        files = list(place.iterdir()) if place.is_dir() else [place]
-        return sum(file.stat().st_blocks * 512 for file in files)
+        return sum(file.stat().st_blocks * 512 for file in files_of(place))
     except OSError:  # it went meanwhile
         return 0
 
@@ -217,7 +223,7 @@ class Points:
             if new is None or hidden(folder):
                 raise RuntimeError(f"{case.label}: leaves {hidden(folder)}")
             place = folder / case.target
-            largest = max(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
+            largest = max(file.stat().st_size for file in files_of(place))
             self.known[case] = Known(new, stored(place), largest, seconds)
             say(f"{case.label}: {seconds:.1f} s, {self.known[case].size / 1e6:.1f} MB")
             shutil.rmtree(folder)
@@ -270,7 +276,7 @@ class Points:
         folder = self.fresh(f"point-{number}", room if way == "FULL" else None)
         target = folder / case.target
         if has_old:
-            self._put_old(target)
+            self._put_old(case, target)
             old = digests(target)
         before = target.stat().st_ino if has_old else None
         limit = draw.randrange(known.largest // 100, known.largest) if way == "LIMIT" else None
@@ -314,15 +320,16 @@ class Points:
         shutil.rmtree(folder)
         return phase, "new" if found == known.new else "old" if has_old else "absent"
 
-    def _put_old(self, target: Path) -> None:
+    def _put_old(self, case: Case, target: Path) -> None:
         """Put an old output in place, large enough that deleting it takes a moment."""
         if target.suffix:
             shutil.copy(self.inputs / LARGE, target)
         else:
-            target.mkdir()
-            (target / "config.json").write_text("{}")
+            place = target / "transformer" if case.words[0] == "export" else target
+            place.mkdir(parents=True)
+            (place / "config.json").write_text("{}")
             for part in range(2):
-                shutil.copy(self.inputs / LARGE, target / f"diffusion_pytorch_model-{part}.safetensors")
+                shutil.copy(self.inputs / LARGE, place / f"diffusion_pytorch_model-{part}.safetensors")
 
     def _happen(self, way: str, child: subprocess.Popen[str], folder: Path, draw: random.Random) -> None:
         if way == "FULL":

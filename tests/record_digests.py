@@ -194,6 +194,8 @@ def opening(oracles: Sequence[str]) -> Iterator[Case]:
     yield case("convert-folder", f"convert {DEMO} -o c --max-shard-size 1MB")
     yield case("convert-dry-run", f"convert {DEMO} -o c --max-shard-size 1MB --dry-run")
     yield case("convert-quiet", f"convert {DEMO} -q")
+    yield case("export-upstream", f"export {DEMO} --to upstream -o c.pt")
+    yield case("export-diffusers", f"export {DEMO} --to diffusers -o c --max-shard-size 1MB")
     yield case("inspect-folder", "inspect {convert-folder}/c")
     for name in oracles:
         path, said = ORACLES[name]

@@ -62,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COMMANDS: dict[str, tuple[object, ...]] = {
     "inspect": ("inspect", "a.safetensors"),
     "convert": ("convert", "a.safetensors"),
+    "export": ("export", "a.safetensors", "--to", "diffusers"),
     "profile-experts": ("profile-experts", "a.safetensors", *SAMPLING, "--bins", 2),
     "prune": ("prune", "a.safetensors", "--keep", 0.5, "--profile", "p.safetensors", "--refit-tokens", 64),
     "merge": ("merge", "a.safetensors", "--groups", 2, "--profile", "p.safetensors", "--refit-tokens", 64),
@@ -82,6 +83,7 @@ PROGRAMS = ("inspect", "sample")
 MADE = {
     "inspect": ("checkpoint", "a.safetensors"),
     "convert": ("checkpoint", "a.converted.safetensors"),
+    "export": ("checkpoint", "a.safetensors"),
     "profile-experts": ("profile", "a.profile.safetensors"),
     "prune": ("checkpoint", "a.prune-keep0.5-tokens64.safetensors"),
     "merge": ("checkpoint", "a.merge-groups2-tokens64.safetensors"),
@@ -143,7 +145,9 @@ def test_stderr_holds_notes_only(name: str, ran: dict[str, Outcome]) -> None:
     assert all(note.removeprefix("ditmoe: ").startswith(allowed) for note in ran[name].notes)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("inspect", "fid", "compare", "bench")])
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if name not in ("inspect", "export", "fid", "compare", "bench")]
+)
 def test_quiet_prints_the_path_alone(name: str, folder: Path) -> None:
     outcome = here(*COMMANDS[name], "--force", "-q", cwd=folder)
     assert outcome.code == 0

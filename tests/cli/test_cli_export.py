@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli import open_checkpoint
+from ditmoe_cli.files import staging
 
 
 def test_upstream_loads_the_file_and_it_reads_back(tmp_path: Path) -> None:
@@ -257,3 +258,12 @@ def test_a_vae_is_copied_or_pointed_to(tmp_path: Path) -> None:
     assert "makes pixels, which need none" in here(*grey, cwd=tmp_path).error(2)
     upstream = ("export", "x.safetensors", "--to", "upstream", "--vae", "pipeline")
     assert "--vae has no effect with --to upstream" in here(*upstream, cwd=tmp_path).error(2)
+
+
+def test_room_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pico().save(tmp_path / "x.safetensors")
+    monkeypatch.setattr(staging, "_free_bytes", lambda _: 1000)
+    before = contents(tmp_path)
+    for target in ("diffusers", "upstream"):
+        assert "1.0 kB free" in here("export", "x.safetensors", "--to", target, cwd=tmp_path).error(1)
+    assert contents(tmp_path) == before
