@@ -53,12 +53,18 @@ def shortened(number: float | None) -> str:
     return "n/a" if number is None else f"{number:.4g}"
 
 
+def span(numbers: Sequence[float]) -> str:
+    """Return numbers by their range: ``64 to 128``, one number where all are equal."""
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def heat_map(title: str, rows: Sequence[Sequence[float]], row: str, column: str, middle: float) -> str:
     """Return rows of numbers as a picture in SVG: white where they are `middle`, red above and blue below.
 
     Each field tells its number, named by what its `row` and `column` count, when it is pointed at.
     """
-    side, left, top = 18, 64, 44
+    side, left, top = 18, 92, 44
     widest = max((len(values) for values in rows), default=0)
     reach = max((abs(value - middle) for values in rows for value in values), default=0.0) or 1.0
     fields = "".join(

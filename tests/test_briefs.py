@@ -11,7 +11,7 @@ from compressing import opened, profile_of
 from conftest import make_pico
 
 import ditmoe_cli
-from ditmoe_cli.briefs import Brief, Fact, heat_map, in_runs_of
+from ditmoe_cli.briefs import Brief, Fact, heat_map, in_runs_of, span
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts
 
 EVIL = '<script>alert("x")</script>'
@@ -76,6 +76,7 @@ def test_equal_numbers_make_no_colours() -> None:
 
 def test_runs_are_counted() -> None:
     assert in_runs_of([8, 8, 4]) == "8 x2, 4" and in_runs_of([]) == ""
+    assert span([64, 128, 64]) == "64 to 128" and span([64]) == "64" and span([]) == "0"
 
 
 def test_all_objects_of_the_api_fit_a_screen(tmp_path: Path) -> None:

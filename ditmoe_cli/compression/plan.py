@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from ditmoe_cli.briefs import Brief, Fact, in_runs_of, shortened
+from ditmoe_cli.briefs import Brief, Fact, in_runs_of, shortened, span
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import canonical_json, digest
 from ditmoe_cli.files.json_text import read_json
@@ -371,7 +371,7 @@ def _stage_facts(stage: PlanStage) -> list[Fact]:
     match stage:
         case Experts():
             widths = [width for block in stage.blocks for width in block.widths]
-            narrowed = [("widths", f"{min(widths)} to {max(widths)}")] if widths else []
+            narrowed = [("widths", span(widths))] if widths else []
             return [("keeps experts", in_runs_of(len(block.keep) for block in stage.blocks)), *narrowed]
         case Differences():
             return [("differences", f"{stage.kind} {stage.ratio:g}")]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ditmoe_cli.briefs import Brief, Fact, in_runs_of
+from ditmoe_cli.briefs import Brief, Fact, in_runs_of, span
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import (
@@ -137,14 +137,13 @@ class DiTMoEConfig(Brief):
 
     def _brief(self) -> list[Fact]:
         widths = [width for block in self.blocks for width in block.expert_widths]
-        narrow, wide = min(widths, default=0), max(widths, default=0)
         return [
             ("family", self.sampler),
             ("blocks", self.depth),
             ("width", self.hidden_size),
             ("heads", self.num_heads or "unknown"),
             ("experts", in_runs_of(self.experts)),
-            ("of width", f"{wide}" if narrow == wide else f"{narrow} to {wide}"),
+            ("of width", span(widths)),
             ("top-k", self.top_k),
             ("inputs", f"{self.in_channels} x {self.input_size} x {self.input_size} in patches of {self.patch_size}"),
             ("classes", f"{self.num_classes}{'' if self.null_class else ' without a null class'}"),
