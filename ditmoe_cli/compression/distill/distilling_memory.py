@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ditmoe_cli.compression.distill.distilling import Distilling
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
-from ditmoe_cli.compression.training.training_memory import BACKWARD, checks_of, end_to_end_bytes
+from ditmoe_cli.compression.training.training_memory import BACKWARD, checks_of, end_to_end_bytes, stepping
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import (
     BASELINE_BYTES,
@@ -57,13 +57,15 @@ def distilling_bytes(student: DiTMoEConfig, size: TrainedSize, states: int, proc
     return end_to_end_bytes(student, size, states, processes)
 
 
-def distilling_effort(student: DiTMoEConfig, original: DiTMoEConfig, asked: Distilling, iterations: int) -> Effort:
+def distilling_effort(
+    student: DiTMoEConfig, original: DiTMoEConfig, asked: Distilling, size: TrainedSize, iterations: int
+) -> Effort:
     """Return the operations of sampling paths, and of training on them."""
     paths = paths_for(original, asked) if asked.iterations is not None else _FEWEST_PATHS
     branches = branches_at(asked.cfg) + (asked.guide is not None)
     sampled = passes(original, branches * paths, asked.evaluations(original.sampler), branches * min(paths, SAMPLED))
     own = (asked.steps - 1) / 4 if asked.states == "own" else 0  # of half of the states, half of the steps on average
-    step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own)
+    step = passes(student, asked.batch, 1, asked.batch) * (BACKWARD + own) + stepping(student, size, asked.batch)
     judged = passes(student, held_paths(paths), asked.steps * (checks_of(iterations) + 2), asked.batch)
     return total([sampled, step * iterations, judged])
 
@@ -73,7 +75,7 @@ def distilling_estimate(
 ) -> Estimate:
     """Return what distilling is expected to take; what is asked for in minutes takes these, or a step where more."""
     iterations, kept = asked.iterations or 1, asked.stages(original.sampler)[0]
-    effort = loading(original) + loading(student) + distilling_effort(student, original, asked, iterations)
+    effort = loading(original) + loading(student) + distilling_effort(student, original, asked, size, iterations)
     at_once = SAMPLED if asked.iterations is None else min(SAMPLED, paths_for(original, asked))
     sampling = model_bytes(original) + activation_bytes(original, branches_at(asked.cfg) * at_once)
     paths = paths_for(original, asked) if asked.iterations is not None else most_paths(original, kept)

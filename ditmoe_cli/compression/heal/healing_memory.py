@@ -13,6 +13,7 @@ from ditmoe_cli.compression.training.training_memory import (
     TRAINED_BYTES,
     checks_of,
     end_to_end_bytes,
+    stepping,
 )
 from ditmoe_cli.compression.working_sizes import HELD_OUT
 from ditmoe_cli.model.config import DiTMoEConfig
@@ -116,11 +117,13 @@ def healing_estimate(
     memory = 0.0
     if asked.scope != "model":
         effort += block_scope_effort(student, original, steps, asked.batch, cfg)
+        effort += stepping(student, size, asked.batch) * steps
         memory = block_scope_bytes(student, original, size, asked.batch, cfg)
     if asked.scope != "block":
         images = images_for(steps, asked.batch)
         evaluations = int(calibration["steps"]) * branches_at(cfg)
         effort += model_scope_effort(student, original, steps, asked.batch, cfg)
+        effort += stepping(student, size, asked.batch) * steps
         effort += passes(original, images, evaluations, images)
         memory = max(memory, model_scope_bytes(student, original, size, asked.batch, cfg))
     seconds = 60 * asked.minutes if asked.minutes is not None else 0.0

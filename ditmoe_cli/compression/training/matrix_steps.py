@@ -9,11 +9,9 @@ Of a matrix with gradient g, where orth(u) has the singular vectors of u, and va
 Such a step is about as large as AdamW's in its root mean square. AdamW's follows the few directions that most gradients
 have, and is slow in all others: where targets have no noise, as those of an original have none, these are what is left.
 
-orth(u) is approximated: X <- a X + (b A + c A²) X with A = X Xᵀ, five times from u / ‖u‖, leaves values of 0.7 to 1.2.
-That takes 10 m² (2 n + m) operations of a matrix of m rows and n ≥ m columns, those of the products; 0.14 TFLOP of
-1,152 × 4,608 (XL), so 92 TFLOP for all routed experts of XL, where the gradients of 128 states take 240; of G (1,408 ×
-5,632) 0.25 and 480. Matrices of one shape are computed together: ``torch.optim.Muon`` takes one at a time, and twice as
-long on narrow models.
+orth(u) is approximated: X <- a X + (b A + c A²) X with A = X Xᵀ, five times from u / ‖u‖, leaves values of 0.7 to 1.2
+(its operations: `stepped_matrices`). Matrices of one shape are computed together: ``torch.optim.Muon`` takes one at a
+time, and twice as long on narrow models.
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; sizes of steps: Liu et al. 2025,
 https://arxiv.org/abs/2502.16982.
@@ -28,27 +26,12 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.training.side_by_side import side_by_side
-from ditmoe_cli.files.names import ROUTER, split_name
+from ditmoe_cli.compression.training.stepped_matrices import ROUNDS
 
 MOMENTUM = 0.9  # μ
 _AS_LARGE = 0.2
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
-_ROUNDS = 5
-_NARROWEST = 16  # rows and columns
 _AT_ONCE = 2**24  # values of matrices that are computed together, unless one has more
-_STACKED = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}  # matrices that are stored as one
-
-
-def stacked_matrices(name: str, shape: Sequence[int]) -> int:
-    """Return how many matrices a weight of a model is, one on the other; 0 where it is none that steps so.
-
-    Those are the matrices of blocks, without routers, whose rows are as many decisions, and narrow ones.
-    """
-    parts = split_name(name)
-    if parts.block is None or len(shape) != 2 or not name.endswith(".weight") or parts.rest == ROUTER:
-        return 0
-    count = _STACKED.get(parts.rest, 1)
-    return count if min(shape[0] // count, shape[1]) >= _NARROWEST and shape[0] % count == 0 else 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     if high:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if high else x).float()

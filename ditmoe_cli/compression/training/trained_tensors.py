@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from ditmoe_cli.compression.training.stepped_matrices import matrix_flops
 from ditmoe_cli.compression.training.trained_groups import has_low_rank_update, trained_groups, trained_values
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.base import Weight
@@ -27,19 +28,32 @@ class TrainedTensor:
     values: int
     rank: int | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a plain weight that is trained itself."""
+        return self.part is None and self.rank is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return tuple(self.weight.info.shape)
+
 
 @dataclass(frozen=True)
 class TrainedSize:
-    """How many values are trained, and how many weights are put together for each product (`TrainedLinear`)."""
+    """How many values are trained, how many weights are put together for each product (`TrainedLinear`), and the
+    operations of a step of all matrices that can step as such (`matrix_steps`)."""
 
     values: int
     composed: int = 0
+    matrix_flops: int = 0
 
 
 def trained_size(checkpoint: Checkpoint, tensors: Mapping[str, TrainedTensor]) -> TrainedSize:
     """Return the size of what is trained of a checkpoint."""
     composed = sum(weight.info.numel for weight in checkpoint.weights.values() if weight.quantized)
-    return TrainedSize(sum(tensor.values for tensor in tensors.values()), composed)
+    matrices = sum(matrix_flops(name, tensor.shape) for name, tensor in tensors.items() if tensor.is_whole)
+    return TrainedSize(sum(tensor.values for tensor in tensors.values()), composed, matrices)
 
 
 def tensors_to_train(

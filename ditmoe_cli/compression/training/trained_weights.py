@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ditmoe_cli.compression.training.matrix_steps import stacked_matrices
+from ditmoe_cli.compression.training.stepped_matrices import stacked_matrices
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize, TrainedTensor, trained_size
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.formats.base import StoredFormat, Weight
@@ -42,9 +42,8 @@ class TrainedTensors:
 
     @property
     def matrices(self) -> dict[str, int]:
-        """How many matrices each plain weight is that steps as such (`matrix_steps`), by name; others are left out."""
-        plain = {name: tensor.weight.info.shape for name, tensor in self.tensors.items() if tensor.part is None}
-        found = {name: stacked_matrices(name, shape) for name, shape in plain.items() if name not in self.ranks}
+        """How many matrices each weight is that can step as such (`matrix_steps`), by name; others are left out."""
+        found = {name: stacked_matrices(name, tensor.shape) for name, tensor in self.tensors.items() if tensor.is_whole}
         return {name: count for name, count in found.items() if count}
 
     def in_model(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ gradient. Recording gradients keeps the activations of all blocks that are train
 
 from __future__ import annotations
 
+from ditmoe_cli.compression.training.stepped_matrices import pays
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.model.config import DiTMoEConfig
-from ditmoe_cli.model.effort import activation_bytes, model_bytes
+from ditmoe_cli.model.effort import Effort, activation_bytes, model_bytes
 
 TRAINED_BYTES = 28
 COMPOSED_BYTES = 5  # of a weight of a matrix that is put together, beside itself in fp32: its codes, packed and in fp32
@@ -21,6 +22,11 @@ _MOST_CHECKS, _STEPS_A_CHECK = 25, 20
 def checks_of(steps: int) -> int:
     """Return how often a course of some steps is judged."""
     return min(max(steps // _STEPS_A_CHECK, 1), _MOST_CHECKS)
+
+
+def stepping(student: DiTMoEConfig, size: TrainedSize, batch: int) -> Effort:
+    """Return the operations of a step beside its gradients: those of matrices, where they step as such."""
+    return Effort(flops=size.matrix_flops if pays(size.matrix_flops, student, batch) else 0)
 
 
 def end_to_end_bytes(student: DiTMoEConfig, size: TrainedSize, predictions: int, processes: int = 1) -> float:

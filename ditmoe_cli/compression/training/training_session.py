@@ -20,6 +20,7 @@ from ditmoe_cli.compression.training.exchange import ALONE, Exchange
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.low_rank_updates import Updates, low_rank_updates
 from ditmoe_cli.compression.training.side_by_side import workers_for
+from ditmoe_cli.compression.training.stepped_matrices import pays
 from ditmoe_cli.compression.training.teacher_states import guided_prediction
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, accumulate
@@ -168,7 +169,8 @@ class Session:
         """Return the same of weights that are in a model already (`TrainedTensors.in_model`)."""
         ranks, rounded = self.tensors.ranks, self.tensors.rounded
         updates = low_rank_updates(model, prefix, weights, ranks, rounded, self.asked.seed)
-        return replace(updates, matrices=self.tensors.matrices)
+        worth = pays(self.tensors.size.matrix_flops, self.work.student.config, self.asked.batch)
+        return replace(updates, matrices=self.tensors.matrices) if worth else updates
 
     def course(
         self,

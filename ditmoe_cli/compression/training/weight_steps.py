@@ -29,7 +29,7 @@ class Stepping:
 
     Attributes:
         sizes: what rates are relative to, in place of their own size.
-        matrices: weights that step as matrices, and how many each is (`matrix_steps.stacked_matrices`).
+        matrices: weights that step as matrices, and how many each is (`stepped_matrices`).
     """
 
     sizes: Mapping[str, float] = field(default_factory=dict)

@@ -66,6 +66,7 @@ def test_a_record_comes_back_from_the_texts_of_a_history(tmp_path: Path) -> None
         "held_error": [0.0, 0.04],
         "path_error_before": list(found.before),
         "path_error_after": list(found.after),
+        "clock": [],
     }
     assert DistillingRecord().held_error == (0.0, 0.0)
 

@@ -88,16 +88,16 @@ def test_memory_is_that_of_the_student_alone() -> None:
 def test_operations_by_hand() -> None:
     """Paths 16 · evaluations · branches, three passes a state, and checks; the fewest paths are taken."""
     tiny: dict[str, Any] = {"batch": 4, "teacher_steps": 8}
-    one, two = (distilling_effort(SMALL, XL, asked(n, **tiny), n) for n in (1, 2))
+    one, two = (distilling_effort(SMALL, XL, asked(n, **tiny), ALL, n) for n in (1, 2))
     assert two.flops - one.flops == pytest.approx(4 * 3 * image_flops(SMALL))
     judged = held_paths(16) * 4 * 3 * image_flops(SMALL)
     sampled = 16 * 10 * image_flops(XL)
     assert one.flops == pytest.approx(sampled + judged + 4 * 3 * image_flops(SMALL))
-    guided = distilling_effort(SMALL, XL, asked(1, cfg=1.5, **tiny), 1)
+    guided = distilling_effort(SMALL, XL, asked(1, cfg=1.5, **tiny), ALL, 1)
     assert guided.flops - one.flops == pytest.approx(sampled), "of the original both branches, of the student one"
-    weak = distilling_effort(SMALL, XL, asked(1, guide=Guide("top1", 1.0), **tiny), 1)
+    weak = distilling_effort(SMALL, XL, asked(1, guide=Guide("top1", 1.0), **tiny), ALL, 1)
     assert weak.flops == pytest.approx(guided.flops), "a weaker model is taken for as large"
-    own = distilling_effort(SMALL, XL, asked(1, states="own", **tiny), 1)
+    own = distilling_effort(SMALL, XL, asked(1, states="own", **tiny), ALL, 1)
     assert own.flops - one.flops == pytest.approx(2 * 1.5 * image_flops(SMALL)), (
         "of half of them three halves on the way"
     )

@@ -1,4 +1,4 @@
-"""Steps of matrices: orthogonal factors, matrices stacked in one weight, threads, and which weights step so."""
+"""Steps of matrices: orthogonal factors, matrices stacked in one weight, and threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.compression.training import matrix_steps
-from ditmoe_cli.compression.training.matrix_steps import MatrixSteps, SteppedMatrix, orthogonal, stacked_matrices
+from ditmoe_cli.compression.training.matrix_steps import MatrixSteps, SteppedMatrix, orthogonal
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -60,23 +60,3 @@ def test_threads_and_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(matrix_steps, "_AT_ONCE", 1)
     for name, found in stepped(weights, counts).items():
         torch.testing.assert_close(found, expected[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "count"),
-    [
-        ("blocks.3.attn.qkv.weight", (192, 64), 3),
-        ("blocks.3.adaLN_modulation.1.weight", (384, 64), 6),
-        ("blocks.3.attn.proj.weight", (64, 64), 1),
-        ("blocks.3.moe.experts.10.down_proj.weight", (64, 17), 1),
-        ("blocks.3.moe.experts.10.down_proj.weight", (64, 15), 0),
-        ("blocks.3.moe.shared_experts.up_proj.weight", (128, 64), 1),
-        ("blocks.3.moe.gate.weight", (16, 64), 0),
-        ("blocks.3.moe.constants", (16, 64), 0),
-        ("blocks.3.attn.qkv.bias", (192,), 0),
-        ("final_layer.linear.weight", (32, 64), 0),
-        ("y_embedder.embedding_table.weight", (1001, 64), 0),
-    ],
-)
-def test_matrices_of_blocks_step_so(name: str, shape: tuple[int, ...], count: int) -> None:
-    assert stacked_matrices(name, shape) == count

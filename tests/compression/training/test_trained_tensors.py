@@ -9,8 +9,9 @@ from conftest import make_pico
 from packed import KINDS, packed_pico
 from stored_parts import wholly_packed
 
+from ditmoe_cli.compression.training.stepped_matrices import matrix_flops
 from ditmoe_cli.compression.training.trained_groups import GROUPS
-from ditmoe_cli.compression.training.trained_tensors import TrainedSize, tensors_to_train, trained_size
+from ditmoe_cli.compression.training.trained_tensors import tensors_to_train, trained_size
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.checkpoint import open_checkpoint
@@ -36,7 +37,10 @@ def test_codes_are_trained_where_asked_for_and_where_there_are_whole_ones(tmp_pa
     assert set(learned) - set(fixed) == codes
     assert all(learned[name].values == learned[name].weight.info.numel for name in codes)
     composed = sum(weight.info.numel for weight in checkpoint.weights.values() if weight.quantized)
-    assert trained_size(checkpoint, fixed) == TrainedSize(sum(each.values for each in fixed.values()), composed)
+    found = trained_size(checkpoint, fixed)
+    assert (found.values, found.composed) == (sum(each.values for each in fixed.values()), composed)
+    plain = [name for name, each in fixed.items() if each.part is None]
+    assert found.matrix_flops == sum(matrix_flops(name, fixed[name].shape) for name in plain) > 0
     assert "blocks.0.attn.qkv.weight" not in learned
     assert "blocks.0.attn.qkv.weight.absmax" in learned
 

@@ -1,0 +1,46 @@
+"""Which weights step as matrices (`matrix_steps`), and what that takes. Torch-free.
+
+orth(u) takes 10 m² (2 n + m) operations of a matrix of m rows and n ≥ m columns: 0.14 TFLOP of 1,152 × 4,608 (XL), so
+100 TFLOP for all matrices of XL, where the gradients of 128 states take 240; of G 500, and 500. So few states of wide
+models step by AdamW alone (`pays`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditmoe_cli.files.names import ROUTER, split_name
+from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.effort import image_flops
+
+ROUNDS = 5
+_NARROWEST = 16  # rows and columns
+_MOST = 0.75  # of the operations of gradients: to the same error it takes about half of the steps
+_BACKWARD = 3
+_STACKED = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}  # matrices that are stored as one
+
+
+def stacked_matrices(name: str, shape: Sequence[int]) -> int:
+    """Return how many matrices a weight of a model is, one on the other; 0 where it is none that steps so.
+
+    Those are the matrices of blocks, without routers, whose rows are as many decisions, and narrow ones.
+    """
+    parts = split_name(name)
+    if parts.block is None or len(shape) != 2 or not name.endswith(".weight") or parts.rest == ROUTER:
+        return 0
+    count = _STACKED.get(parts.rest, 1)
+    return count if min(shape[0] // count, shape[1]) >= _NARROWEST and shape[0] % count == 0 else 0
+
+
+def matrix_flops(name: str, shape: Sequence[int]) -> int:
+    """Return the operations of a step of a weight as matrices; 0 where it is none."""
+    count = stacked_matrices(name, shape)
+    if not count:
+        return 0
+    m, n = sorted((shape[0] // count, shape[1]))
+    return count * ROUNDS * 2 * m**2 * (2 * n + m)
+
+
+def pays(flops: float, student: DiTMoEConfig, batch: int) -> bool:
+    """Return whether steps of so many operations are worth them, beside the gradients of a batch of states."""
+    return flops <= _MOST * _BACKWARD * batch * image_flops(student)
