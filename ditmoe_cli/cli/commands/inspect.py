@@ -35,6 +35,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.checkpoint_differences import differences
 from ditmoe_cli.model.config import UNKNOWN, Given
 from ditmoe_cli.model.conversions import POSITIONS, packed_weights
+from ditmoe_cli.model.gpu_memory import guided_memory
 from ditmoe_cli.model.parameters import count_parameters
 from ditmoe_cli.model.verification import Verification, verify, verify_tensors
 from ditmoe_cli.progress import human_bytes
@@ -275,6 +276,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "layout": checkpoint.header.layout,
         "file_bytes": checkpoint.header.file_bytes,
         "tensor_bytes": sum(info.nbytes for info in checkpoint.header.tensors.values()),
+        "gpu_bytes": guided_memory(checkpoint.header.tensors.values(), checkpoint.config),
         "tensors": len(checkpoint.header.tensors),
         "formats": dict(sorted(formats.items())),
         "expert_widths": [list(block.expert_widths) for block in checkpoint.config.blocks],
@@ -331,6 +333,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
             f"{parameters['routed']:,} routed ({share:.1%})",
         ),
         ("bytes", f"{result['file_bytes']:,} ({human_bytes(result['file_bytes'])})"),
+        ("on a GPU", f"{human_bytes(result['gpu_bytes'])} to sample an image with guidance, in bf16, expected"),
         ("formats", ", ".join(f"{count} {name}" for name, count in result["formats"].items())),
         ("layout", result["layout"]),
         ("sampler", config["sampler"]),
