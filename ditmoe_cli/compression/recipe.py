@@ -24,7 +24,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 
 RECIPE_SCHEMA = "ditmoe.recipe/1"
 SOURCE = "$source"
-_PROFILING, _APPLYING = "profile-experts", "apply"
+_PROFILING, _APPLYING, _EXPORTING = "profile-experts", "apply", "export"
 _STAGE_KEYS = ("defaults", "gives", "made")
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _HEX = re.compile(r"[0-9a-f]{32}([0-9a-f]{32})?")
@@ -144,7 +144,8 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     given = {option: config[name] for option, name in _GIVEN.items()}
     source = Ingredient(provenance.origin, provenance.history[0].source, given)
     kitchen = _Kitchen(str(checkpoint.path), {source.fingerprint or "": SOURCE})
-    result = Result.of(checkpoint)
+    exported = provenance.history[-1].command == _EXPORTING  # in tensors of another program, of which nothing is made
+    result = None if exported else Result.of(checkpoint)
     states = (*(step.source for step in provenance.history[1:]), result.fingerprint if result else None)
     for step, gives in zip(provenance.history, states, strict=True):
         kitchen.add(step, gives)

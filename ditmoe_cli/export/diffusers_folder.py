@@ -35,6 +35,7 @@ OLDEST = "0.33.0"
 MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
 MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
 AUTO_MAP = {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"}
+_CARD = "README.md"
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-mse", 4
 _CODE = Path(__file__).resolve().parent / "diffusers_code"
 _STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
@@ -111,7 +112,9 @@ class DiffusersFolder(Export):
     def texts(self) -> Mapping[str, bytes]:
         """All files but those of weights and copies, by their paths in the folder."""
         index = index_text(self._shards)
+        card = {} if self.wanted.card is None else {_CARD: self.wanted.card.encode()}
         return {
+            **card,
             "model_index.json": pretty(self._settings),
             f"{PIPELINE_CODE}.py": (_CODE / f"{PIPELINE_CODE}.py").read_bytes(),
             "scheduler/scheduler_config.json": pretty(scheduler_settings(self.checkpoint)),
@@ -162,10 +165,11 @@ class DiffusersFolder(Export):
         """Return how what stands at the path differs; None where files, tensors and history are the same."""
         folder = self.wanted.path
         try:
-            held = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {"README.md"}
-            if held != {*self.texts, *self._copies, *(f"transformer/{shard.name}" for shard in self._shards)}:
+            held = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {_CARD}
+            texts = {name: text for name, text in self.texts.items() if name != _CARD}  # which may have been edited
+            if held != {*texts, *self._copies, *(f"transformer/{shard.name}" for shard in self._shards)}:
                 return "is no such folder"
-            changed = next((name for name, text in self.texts.items() if (folder / name).read_bytes() != text), None)
+            changed = next((name for name, text in texts.items() if (folder / name).read_bytes() != text), None)
             if changed is None:
                 copies = self._copies.items()
                 changed = next((name for name, file in copies if file_digest(folder / name) != file_digest(file)), None)
@@ -204,6 +208,15 @@ class DiffusersFolder(Export):
         steps = self._settings["num_inference_steps"]
         opened = f"DiffusionPipeline.from_pretrained({str(self.wanted.path)!r}, trust_remote_code=True)"
         return [("open with", opened), ("sample with", f"pipeline(class_labels=[0]), {steps} steps by default")]
+
+
+def pipeline_code(folder: str) -> str:
+    """Return the Python that opens a folder and samples an image."""
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True)\n"
+        "image = pipeline(class_labels=[0]).images[0]"
+    )
 
 
 def model_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Wanted:
         shard_bytes: bytes of tensors in the largest file of a folder.
         storage: in which dtype, and whether quantised weights are stored as plain ones.
         vae: the VAE that decodes latents, where the layout holds one: a folder, or a name on the Hugging Face hub.
+        card: the model card that a folder of a pipeline holds; None for none.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Wanted:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     storage: Storage = field(default_factory=Storage)
     vae: str | None = None
+    card: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
-from ditmoe_cli.api.argument_checks import refuse_idle
+from ditmoe_cli.api.argument_checks import ending, refuse_idle
+from ditmoe_cli.api.model_cards import Shown, model_card, read_score
 from ditmoe_cli.api.step_texts import step_text
 from ditmoe_cli.cli.checkpoint_comparison import (
     comparison_json,
@@ -24,12 +26,13 @@ from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, note, with_options
 from ditmoe_cli.compression.recipe import recipe_of
 from ditmoe_cli.diffusion.few_steps import told_steps
-from ditmoe_cli.errors import BadInputError, GateError
+from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.export.upstream import obstacle
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.integrity import require_whole
 from ditmoe_cli.files.provenance import Distilled, parse_step
 from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
+from ditmoe_cli.files.staging import check_target, staged
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.model.checkpoint_differences import differences
@@ -47,6 +50,7 @@ EXAMPLES = (
     "ditmoe inspect ckpt.pt --tensors --text",
     "ditmoe inspect small.safetensors --verify",
     "ditmoe inspect small.safetensors --recipe > small.yaml",
+    "ditmoe inspect small.safetensors --card card.md --scores fid.json --picture pairs.png",
     "ditmoe inspect ckpt.pt small.safetensors --values",
 )
 _MOST_RUNS = 4  # of equal widths, printed for a block
@@ -91,6 +95,57 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Carding:
+    """The model card, and what it shows beside what the file records."""
+
+    panel: ClassVar[str] = "Model card"
+
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            "--card", metavar="FILE", callback=ending(".md"), help="Write a model card with the hub's front matter."
+        ),
+    ] = None
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--scores", metavar="FILE", help="What fid or compare printed as JSON, for the card; repeated for several."
+        ),
+    ] = None
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture",
+            metavar="FILE",
+            callback=ending(".png"),
+            help="A PNG of the original's images beside the copy's, as compare --grid draws it, in the card's folder.",
+        ),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing card.")] = False
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write the card. Raises `OutputExistsError` where another one stands there, and what `read_score` raises."""
+        assert self.card is not None
+        path = self.card.absolute()
+        if self.picture is not None and self.picture.absolute().parent != path.parent:
+            raise UsageError(f"--picture {self.picture}: is not in the folder of the card, {path.parent}")
+        if self.picture is not None and not self.picture.is_file():
+            raise BadInputError(f"{self.picture}: no such file")
+        shown = Shown(
+            [read_score(file, checkpoint) for file in self.scores or ()], self.picture.name if self.picture else None
+        )
+        text = model_card(checkpoint, shown, with_options)
+        if path.is_file() and path.read_text(errors="replace") == text:
+            return note(f"{path} is up to date")
+        check_target(
+            path, self.force, [checkpoint.path, *(self.scores or ()), *([self.picture] if self.picture else [])]
+        )
+        with staged(path, self.force) as staging:
+            staging.write_text(text)
+        return note(f"wrote {path}")
+
+
+@dataclass(frozen=True)
 class Checking:
     """What is read besides headers."""
 
@@ -113,7 +168,7 @@ class Checking:
     ] = False
 
 
-def run(inspected: Inspected, listing: Listing, checking: Checking, printing: JsonPrinting) -> None:
+def run(inspected: Inspected, listing: Listing, carding: Carding, checking: Checking, printing: JsonPrinting) -> None:
     """Print what a checkpoint is, or what differs in another one.
 
     Prints architecture, parameters, bytes, layout, sampler family and every assumption. Reads headers only, so that
@@ -123,7 +178,10 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
     stage, other = inspected.stages()
     if other is not None:
         refuse_idle(listing, "with OTHER, which has a recipe of its own", "recipe")
+        refuse_idle(carding, "with OTHER, which has a card of its own", "card", "scores", "picture", "force")
         return compare(stage, other, listing, checking, printing)
+    if carding.card is None:
+        refuse_idle(carding, "without --card", "scores", "picture", "force")
     refuse_idle(checking, "without OTHER, the checkpoint to compare with", "values", "same")
     try:
         opened = open_stage(stage, allow_unknown=True)
@@ -133,6 +191,8 @@ def run(inspected: Inspected, listing: Listing, checking: Checking, printing: Js
             raise
         note(f"warning: {error.message}")
         return show_tensors(stage, *alone, error, checking, printing)
+    if carding.card is not None:
+        carding.write(opened)
     if listing.recipe:
         return show_recipe(stage, opened, printing)
     stored = opened.header.tensors if listing.tensors else {}

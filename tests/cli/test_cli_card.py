@@ -1,0 +1,157 @@
+"""Model cards: what a file records and given scores tell, nothing else; texts of files are no markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_helpers import here
+from conftest import make_pico
+
+from ditmoe_cli.api.model_cards import code, escaped
+from ditmoe_cli.files.provenance import Card, Provenance, Step
+
+A, Q = "a.safetensors", "q.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, a copy that was rounded on calibration states, scores of the copy, and pairs of images."""
+    folder = tmp_path_factory.mktemp("cards")
+    make_pico(sampler="rf", in_channels=1, input_size=4, experts=3).save(folder / A)
+    few = ("--calibration-images", 2, "--calibration-steps", 2, "--tokens", 64)
+    gptq = ("--uniform", "--bits", 3, "--rounding", "gptq", *few)
+    assert here("quantize", A, *gptq, "-o", Q, cwd=folder).code == 0
+    score = here("fid", Q, "--ref", A, "--images", 8, "--steps", 2, cwd=folder)
+    compared = here("compare", A, Q, "--images", 2, "--steps", 2, "--grid", "pairs.png", cwd=folder)
+    for name, outcome in (("fid", score), ("compare", compared)):
+        assert outcome.code == 0, outcome.err
+        (folder / f"{name}.json").write_text(outcome.out)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+def card(folder: Path, *words: object, of: str = Q) -> str:
+    outcome = here("inspect", of, "--card", "card.md", *words, cwd=folder)
+    assert outcome.code == 0, outcome.err
+    return (folder / "card.md").read_text()
+
+
+def front(text: str) -> dict[str, object]:
+    document = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(document, dict)
+    return document
+
+
+def sections(text: str) -> list[str]:
+    return re.findall(r"^## (.+)$", text, re.M)
+
+
+def test_a_card_says_what_was_done_and_how_to_make_it_again(folder: Path) -> None:
+    text = card(folder)
+    assert front(text) == {
+        "library_name": "ditmoe",
+        "tags": ["diffusion", "dit-moe", "mixture-of-experts", "quantized"],
+    }
+    assert sections(text) == ["What was done", "Sizes", "Damage", "How to load it", "Recipe", "Source and licence"]
+    assert "`quantize --format int3-g64 --rounding gptq --tokens 64 --uniform, prediction error" in text
+    recipe = re.search(r"```yaml\n(.*?)```", text, re.S)
+    assert recipe is not None and recipe[1] == here("inspect", Q, "--recipe", cwd=folder).out
+    assert "`int3-g64`" in text and f"ditmoe sample {Q}" in text and str(folder) not in text
+
+
+def test_damage_is_what_was_measured_with_its_conditions(folder: Path) -> None:
+    recorded = card(folder)
+    assert "error of the guided prediction after rounding" in recorded and "`2` images, `2` steps" in recorded
+    assert "frechet" not in recorded
+    text = card(folder, "--scores", "fid.json", "--scores", "compare.json", "--force")
+    score, compared = (json.loads((folder / f"{name}.json").read_text())["result"] for name in ("fid", "compare"))
+    assert f"| `frechet` (`pixels`) | {score['frechet']:.3g} |" in text
+    assert f"| mean squared error of pairs | {score['paired']['mse']:.3g} |" in text
+    assert f"| relative error of the prediction | {compared['prediction']['relative_error']:.3g} |" in text
+    assert "`8` images, `2` steps of `ab2`, cfg `1.0`, seed `0`" in text
+
+
+def test_what_nobody_measured_is_absent(folder: Path) -> None:
+    here("quantize", A, "--uniform", "--format", "int8", "-o", "plain.safetensors", cwd=folder)
+    text = card(folder, of="plain.safetensors")
+    assert "Damage" not in sections(text) and "Images of the same seeds" not in sections(text)
+    source = card(folder, "--force", of=A)
+    assert "Recipe" not in sections(source) and "What was done" not in sections(source)
+
+
+def test_pairs_stand_beside_the_card(folder: Path) -> None:
+    assert "](pairs.png)" in card(folder, "--picture", "pairs.png")
+    (folder / "other").mkdir()
+    elsewhere = here("inspect", Q, "--card", "other/card.md", "--picture", "pairs.png", cwd=folder)
+    assert "is not in the folder of the card" in elsewhere.error(2)
+    assert "no such file" in here("inspect", Q, "--card", "x.md", "--picture", "absent.png", cwd=folder).error(3)
+
+
+def test_scores_of_others_and_no_scores_are_refused(folder: Path) -> None:
+    words = ("inspect", A, "--card", "x.md", "--scores")
+    assert "is a score of" in here(*words, "fid.json", cwd=folder).error(3)
+    assert "no such file" in here(*words, "absent.json", cwd=folder).error(3)
+    for text in ("{", "[]", "{}", '{"conditions": {"b": {"identity": 1}}}', json.dumps({"metric": "x", "x": "y"})):
+        (folder / "bad.json").write_text(text)
+        assert "is no score" in here(*words, "bad.json", cwd=folder).error(3), text
+    assert not (folder / "x.md").exists()
+
+
+def test_a_card_is_replaced_with_force_alone(folder: Path) -> None:
+    text = card(folder)
+    assert any("is up to date" in note for note in here("inspect", Q, "--card", "card.md", cwd=folder).notes)
+    (folder / "card.md").write_text("mine")
+    assert "exists" in here("inspect", Q, "--card", "card.md", cwd=folder).error(5)
+    assert card(folder, "--force") == text
+    assert "--card" in here("inspect", Q, "--card", "card.txt", cwd=folder).error(2)
+    assert "no effect without --card" in here("inspect", Q, "--scores", "fid.json", cwd=folder).error(2)
+    assert "with OTHER" in here("inspect", A, Q, "--card", "card.md", cwd=folder).error(2)
+
+
+def test_source_and_licence_are_carried_over(tmp_path: Path) -> None:
+    model = make_pico()
+    origin = f"hf:owner/some-model/dit.pt@{'0' * 40}"
+    model.save(tmp_path / "folder", provenance=Provenance(model.config.to_json(), card=Card(), origin=origin))
+    (tmp_path / "folder" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model\n")
+    text = card(tmp_path, of="folder")
+    assert front(text)["base_model"] == "owner/some-model" and front(text)["license"] == "cc-by-nc-4.0"
+    for broken in ("---\nlicense: [a]\n---\n", "---\nlicense: '<script>'\n---\n", "no front matter", "---\n&\n---\n"):
+        (tmp_path / "folder" / "README.md").write_text(broken)
+        assert "license" not in front(card(tmp_path, "--force", of="folder"))
+
+
+def test_texts_of_files_are_no_markup(tmp_path: Path) -> None:
+    model, evil = make_pico(), "`</code><script>alert(1)</script> | x\n# heading"
+    step = Step("prune", "0" * 64, "", {"method": evil}, made={"ditmoe": "```\n# heading"})
+    model.save(tmp_path / "e.safetensors", provenance=Provenance(model.config.to_json(), (step,)))
+    text = card(tmp_path, of="e.safetensors")
+    outside = re.sub(r"(`+).*?\1", "", text, flags=re.S)
+    assert "<script>" not in outside and "# heading" not in outside.replace("## ", "")
+
+
+def test_spans_hold_any_text() -> None:
+    assert code("a") == "`a`" and code("a`b") == "``a`b``" and code("`") == "`` ` ``" and code("a\nb|c") == "`a b¦c`"
+    assert escaped("a<b>_c_|d") == "a&lt;b\\>\\_c\\_\\|d"
+
+
+def test_exported_pipelines_have_a_card(folder: Path) -> None:
+    predicted = here("export", Q, "--to", "diffusers", "-o", "out", "--dry-run", cwd=folder).result["bytes"]
+    done = here("export", Q, "--to", "diffusers", "-o", "out", cwd=folder)
+    assert done.code == 0, done.err
+    files = [file for file in (folder / "out").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) == predicted
+    text = (folder / "out" / "README.md").read_text()
+    assert "DiffusionPipeline.from_pretrained('out', trust_remote_code=True)" in text
+    assert "quantized" in str(front(text)["tags"]) and "ditmoe sample" not in text
+    (folder / "out" / "README.md").write_text("mine")
+    again = here("export", Q, "--to", "diffusers", "-o", "out", cwd=folder)
+    assert again.result["up_to_date"] and (folder / "out" / "README.md").read_text() == "mine"
