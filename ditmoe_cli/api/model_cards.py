@@ -280,7 +280,7 @@ def _pictured(picture: str | None) -> list[str]:
 def _loading(checkpoint: Checkpoint, other: Loading | None) -> list[str]:
     if other is not None:
         return [f"With {other.program}:", "", _block(other.code, "python")]
-    return ["With ditmoe:", "", _block(f"ditmoe sample {shell_word(checkpoint.path.name)} --images 16", "bash")]
+    return ["With ditmoe:", "", _block(f"ditmoe sample {shell_word(checkpoint.path.name)}", "bash")]
 
 
 def shell_word(name: str) -> str:
