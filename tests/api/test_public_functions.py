@@ -97,6 +97,7 @@ def test_what_is_done_again_is_up_to_date(profile: RoutingProfile) -> None:
     assert not forced.up_to_date and forced.figures["kept"] != first.figures["kept"]
 
 
+@pytest.mark.slow
 def test_an_output_is_named_as_the_command_names_it(folder: Path) -> None:
     result = ditmoe_cli.compress("a.safetensors", ratio=0.8, target="upstream", profile="p.safetensors")
     assert result.path == folder / "a.compress-ratio0.8-upstream.safetensors"
