@@ -84,17 +84,22 @@ def model_card(checkpoint: Checkpoint, shown: Shown = Shown(), named: Callable[[
         ("Recipe", _recipe(checkpoint)),
         ("Source and licence", _source(checkpoint)),
     ]
-    parts = [f"---\n{yaml_text(front_matter(checkpoint))}---", f"# {escaped(checkpoint.name)}", _summary(checkpoint)]
+    parts = [
+        f"---\n{yaml_text(front_matter(checkpoint, shown.loading))}---",
+        f"# {escaped(checkpoint.name)}",
+        _summary(checkpoint),
+    ]
     parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections if lines]
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(checkpoint: Checkpoint) -> dict[str, Any]:
+def front_matter(checkpoint: Checkpoint, loading: Loading | None = None) -> dict[str, Any]:
     """Return what the hub reads of a card: library, tags, base model and licence, as far as they are known."""
+    library = "ditmoe" if loading is None else loading.program.split()[0]
     history, origin = checkpoint.provenance().history, checkpoint.provenance().origin
     tags = ["diffusion", "dit-moe", "mixture-of-experts"]
     tags += [tag for command, tag in _TAGS.items() if any(step.command == command for step in history)]
-    document: dict[str, Any] = {"library_name": "ditmoe", "tags": tags}
+    document: dict[str, Any] = {"library_name": library, "tags": tags}
     if origin is not None and origin.startswith(HUB_PREFIX):
         document["base_model"] = parse_hub_name(origin).repository
     licence = licence_of(checkpoint)

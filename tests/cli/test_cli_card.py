@@ -151,6 +151,7 @@ def test_exported_pipelines_have_a_card(folder: Path) -> None:
     assert sum(file.stat().st_size for file in files) == predicted
     text = (folder / "out" / "README.md").read_text()
     assert "DiffusionPipeline.from_pretrained('out', trust_remote_code=True)" in text
+    assert front(text)["library_name"] == "diffusers"
     assert "quantized" in str(front(text)["tags"]) and "ditmoe sample" not in text
     (folder / "out" / "README.md").write_text("mine")
     again = here("export", Q, "--to", "diffusers", "-o", "out", cwd=folder)
