@@ -36,7 +36,7 @@ _OWN = {
     **dict.fromkeys(("json", "text", "quiet"), "is given to ditmoe run"),
     **dict.fromkeys(("list-methods", "plan-only", "curve", "png"), "writes no checkpoint"),
 }
-_FREE = ("output", "png", "json")  # of these, what commands may have that write no checkpoint
+_FREE = ("output", "png")  # of these, what commands may have that write no checkpoint
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 

@@ -245,6 +245,15 @@ def test_another_version_is_given_the_defaults_of_the_recipe(folder: Path) -> No
     assert dry.result["stages"][0]["result"]["plan"]["rounding"]["tokens"] == 7
 
 
+def test_inputs_are_never_written_over(folder: Path) -> None:
+    write(folder, broken(inputs={"weak": "weak.safetensors"}))
+    before = contents(folder)
+    for name in (A, "weak.safetensors", "r.yaml"):
+        assert "is the input itself" in here("run", "r.yaml", "-o", name, "--force", cwd=folder).error(5)
+    assert "checkpoints are written as" in here("run", "r.yaml", "-o", "x.pt", cwd=folder).error(2)
+    assert contents(folder) == before
+
+
 def test_a_recipe_records_what_computed_it(folder: Path) -> None:
     recipe = recipe_from(chained([GPTQ], folder).name, folder)
     assert recipe["made"]["device"] == "cpu" and recipe["made"]["threads"] == "1"

@@ -11,6 +11,7 @@ import typer
 
 from ditmoe_cli.api.argument_checks import refuse_idle
 from ditmoe_cli.api.devices import named_device
+from ditmoe_cli.api.output_names import checkpoint_path
 from ditmoe_cli.cli.options import Destination, Overrides, complete_checkpoint, complete_device
 from ditmoe_cli.cli.recipe_runs import Cooking, Foreseen, cooked, foreseen
 from ditmoe_cli.cli.recipe_stages import Called
@@ -109,6 +110,7 @@ class RecipeDestination(Destination):
             "-o",
             "--output",
             metavar="PATH",
+            callback=checkpoint_path,
             help="FILE.safetensors, or a folder for diffusers' sharded layout, for the last checkpoint. "
             "[default: named after source and recipe]",
         ),
@@ -143,7 +145,7 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
     output = to.at(source, Path(where).name.partition(".")[0]) if writers else None
     cooking = Cooking(recipe, called, names, output, where)
     cooking.check_names()
-    inputs = [source, *([own] if own is not None else [])]
+    inputs = [source, *map(Path, names.values()), Path(where) if own is None else own]
     if output is not None:
         check_target(output.path, True, inputs)
         made = _made_before(output, recipe, cooking)
