@@ -41,6 +41,8 @@ LIGHT = (
     ("inspect", "shards"),
     ("inspect", "demo:digits"),
     ("inspect", "a.safetensors", "--verify"),
+    ("inspect", "s.safetensors", "--recipe"),
+    ("run", "s.safetensors", "a.safetensors", "-o", "again.safetensors", "--dry-run"),
     ("inspect", "a.safetensors", "shards"),
     ("inspect", "a.safetensors", "shards", "--verify"),
     ("inspect", "a.safetensors", "demo:digits"),
