@@ -35,7 +35,7 @@ OLDEST = "0.33.0"
 MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
 MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
 AUTO_MAP = {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"}
-_CARD = "README.md"
+_CARD, PICTURE = "README.md", "images.png"
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-mse", 4
 _CODE = Path(__file__).resolve().parent / "diffusers_code"
 _STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
@@ -79,7 +79,7 @@ class DiffusersFolder(Export):
     vae: Path | None = None
 
     contents: ClassVar[re.Pattern[str]] = re.compile(
-        r"(transformer|scheduler|vae)/|README\.md|model_index\.json|pipeline_ditmoe\.py|scheduler/scheduler_config\.json"
+        r"(transformer|scheduler|vae)/|README\.md|images\.png|model_index\.json|pipeline_ditmoe\.py|scheduler/scheduler_config\.json"
         r"|transformer/(config\.json|modeling_ditmoe\.py|diffusion_pytorch_model.*\.safetensors(\.index\.json)?)"
         r"|vae/(config\.json|diffusion_pytorch_model\.safetensors)"
     )
@@ -91,8 +91,10 @@ class DiffusersFolder(Export):
 
     @cached_property
     def _copies(self) -> Mapping[str, Path]:
-        """The files that are copied, by their paths in the folder: those of the VAE."""
-        return {} if self.vae is None else {f"vae/{name}": self.vae / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+        """The files that are copied, by their paths in the folder: those of the VAE, and the card's picture."""
+        picture = {} if self.wanted.picture is None else {PICTURE: self.wanted.picture}
+        names = () if self.vae is None else (CONFIG_NAME, WEIGHTS_NAME)
+        return picture | {f"vae/{name}": self.vae / name for name in names if self.vae is not None}
 
     @cached_property
     def recoding(self) -> Recoding:

@@ -28,6 +28,7 @@ class Wanted:
         storage: in which dtype, and whether quantised weights are stored as plain ones.
         vae: the VAE that decodes latents, where the layout holds one: a folder, or a name on the Hugging Face hub.
         card: the model card that a folder of a pipeline holds; None for none.
+        picture: the picture that it shows, which is copied beside it; None for none.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Wanted:
     storage: Storage = field(default_factory=Storage)
     vae: str | None = None
     card: str | None = None
+    picture: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,21 @@ def test_a_card_is_replaced_with_force_alone(folder: Path) -> None:
     assert "with OTHER" in here("inspect", A, Q, "--card", "card.md", cwd=folder).error(2)
 
 
+def test_cards_of_exports_show_scores_and_pairs(folder: Path) -> None:
+    words = ("export", Q, "--to", "diffusers", "-o", "shown", "--scores", "fid.json", "--picture", "pairs.png")
+    predicted = here(*words, "--dry-run", cwd=folder).result["bytes"]
+    assert here(*words, cwd=folder).code == 0
+    files = [file for file in (folder / "shown").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) == predicted
+    text = (folder / "shown" / "README.md").read_text()
+    assert "](images.png)" in text and "| `frechet` (`pixels`) |" in text
+    assert (folder / "shown" / "images.png").read_bytes() == (folder / "pairs.png").read_bytes()
+    assert here(*words, cwd=folder).result["up_to_date"]
+    assert "no such file" in here(*words[:-1], "absent.png", cwd=folder).error(3)
+    to = ("export", Q, "--to", "compressed-tensors", "-o", "none")
+    assert "--picture has no effect with --to" in here(*to, "--picture", "pairs.png", cwd=folder).error(2)
+
+
 def test_source_and_licence_are_carried_over(tmp_path: Path) -> None:
     model = make_pico()
     origin = f"hf:owner/some-model/dit.pt@{'0' * 40}"

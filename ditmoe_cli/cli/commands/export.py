@@ -14,12 +14,13 @@ from ditmoe_cli.api.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.api.model_cards import Loading, Shown, model_card
 from ditmoe_cli.api.output_names import stem
 from ditmoe_cli.api.written_checkpoints import size_facts
+from ditmoe_cli.cli.card_options import CardContents
 from ditmoe_cli.cli.options import Destination, Source, Weights
 from ditmoe_cli.cli.planning import size_rows
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note, with_options
 from ditmoe_cli.compression.estimates import carrying_out
-from ditmoe_cli.export.diffusers_folder import VAE, pipeline_code
+from ditmoe_cli.export.diffusers_folder import PICTURE, VAE, pipeline_code
 from ditmoe_cli.export.exported import Wanted
 from ditmoe_cli.export.targets import TARGETS, Target, laid_out
 from ditmoe_cli.files.staging import check_space
@@ -89,18 +90,29 @@ class ExportDestination(Destination):
         return Wanted(path.absolute(), self.force, self.max_shard_size.bytes, storage, self.vae)
 
 
-def run(source: Source, layout: Layout, weights: Weights, to: ExportDestination, printing: Printing) -> None:
+def run(
+    source: Source,
+    layout: Layout,
+    weights: Weights,
+    carding: CardContents,
+    to: ExportDestination,
+    printing: Printing,
+) -> None:
     """Write a checkpoint in the layout of another program.
 
-    What the layout cannot express is refused by name. A pipe goes on with the checkpoint that was exported.
+    What the layout cannot express is refused by name. Folders of pipelines have a model card, README.md. A pipe goes on
+    with the checkpoint that was exported.
     """
     started, target = time.monotonic(), layout.target
     stage = source.stage()
     checkpoint = open_stage(stage)
     wanted = to.wanted(target, Path(stage.checkpoint or checkpoint.path), weights)
     if target.vae and not target.is_file(wanted.path):  # the folder of a pipeline, as hubs show it
-        shown = Shown(loading=Loading(target.reader, pipeline_code(wanted.path.name)))
-        wanted = replace(wanted, card=model_card(checkpoint, shown, with_options))
+        scores, picture = carding.read_scores(checkpoint), None if carding.picture is None else PICTURE
+        shown = Shown(scores, picture, Loading(target.reader, pipeline_code(wanted.path.name)))
+        wanted = replace(wanted, card=model_card(checkpoint, shown, with_options), picture=carding.picture)
+    else:
+        refuse_idle(carding, f"with --to {target.name}, whose output has no card", "scores", "picture")
     export = laid_out(target, checkpoint, wanted, note)
     path, size = wanted.path, export.nbytes
     estimates, rate = carrying_out(export.checkpoint, None, size), known_rate(likely_device("cpu"))

@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from ditmoe_cli.api.argument_checks import ending, refuse_idle
-from ditmoe_cli.api.model_cards import Shown, model_card, read_score
+from ditmoe_cli.api.model_cards import Shown, model_card
 from ditmoe_cli.api.step_texts import step_text
+from ditmoe_cli.cli.card_options import CardContents
 from ditmoe_cli.cli.checkpoint_comparison import (
     comparison_json,
     comparison_rows,
@@ -95,10 +96,8 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Carding:
+class Carding(CardContents):
     """The model card, and what it shows beside what the file records."""
-
-    panel: ClassVar[str] = "Model card"
 
     card: Annotated[
         Path | None,
@@ -106,40 +105,19 @@ class Carding:
             "--card", metavar="FILE", callback=ending(".md"), help="Write a model card with the hub's front matter."
         ),
     ] = None
-    scores: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--scores", metavar="FILE", help="What fid or compare printed as JSON, for the card; repeated for several."
-        ),
-    ] = None
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            "--picture",
-            metavar="FILE",
-            callback=ending(".png"),
-            help="A PNG of the original's images beside the copy's, as compare --grid draws it, in the card's folder.",
-        ),
-    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing card.")] = False
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write the card. Raises `OutputExistsError` where another one stands there, and what `read_score` raises."""
+        """Write the card. Raises `OutputExistsError` where another one stands there, and what `read_scores` raises."""
         assert self.card is not None
         path = self.card.absolute()
         if self.picture is not None and self.picture.absolute().parent != path.parent:
             raise UsageError(f"--picture {self.picture}: is not in the folder of the card, {path.parent}")
-        if self.picture is not None and not self.picture.is_file():
-            raise BadInputError(f"{self.picture}: no such file")
-        shown = Shown(
-            [read_score(file, checkpoint) for file in self.scores or ()], self.picture.name if self.picture else None
-        )
+        shown = Shown(self.read_scores(checkpoint), self.picture.name if self.picture else None)
         text = model_card(checkpoint, shown, with_options)
         if path.is_file() and path.read_text(errors="replace") == text:
             return note(f"{path} is up to date")
-        check_target(
-            path, self.force, [checkpoint.path, *(self.scores or ()), *([self.picture] if self.picture else [])]
-        )
+        check_target(path, self.force, [checkpoint.path, *self.inputs])
         with staged(path, self.force) as staging:
             staging.write_text(text)
         return note(f"wrote {path}")
