@@ -12,7 +12,7 @@ import typer
 from ditmoe_cli.api import output_names as asked
 from ditmoe_cli.api import output_names as output_names
 from ditmoe_cli.api import planning_requests, sampling_requests
-from ditmoe_cli.api.argument_checks import at_least, ending, one_of
+from ditmoe_cli.api.argument_checks import at_least, ending, one_of, whole_numbers
 from ditmoe_cli.api.devices import named_device
 from ditmoe_cli.api.output_names import DEFAULT_SHARD, Size, checkpoint_path, parse_size
 from ditmoe_cli.api.planning_requests import fitted_tokens
@@ -76,6 +76,16 @@ def complete_checkpoint(incomplete: str) -> list[str]:
     names = (_DEMO, *(HUB_PREFIX + name for name in PUBLISHED))
     return [name for name in names if incomplete and name.startswith(incomplete)]
 
+
+ClockOpt = Annotated[
+    tuple[int, ...] | None,
+    typer.Option(
+        "--clock",
+        metavar="LIST",
+        parser=whole_numbers,
+        help="What the clock chose in an earlier training of as many minutes, as its recipe has it.",
+    ),
+]
 
 DeviceOpt = Annotated[
     str,

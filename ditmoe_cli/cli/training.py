@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from ditmoe_cli.api import training_requests as asked
-from ditmoe_cli.api.argument_checks import at_least, one_of, seed_of_64_bits, whole_numbers
+from ditmoe_cli.api.argument_checks import at_least, one_of, seed_of_64_bits
 from ditmoe_cli.api.training_requests import parse_groups
 from ditmoe_cli.api.training_runs import ForeseenTraining, TrainedCheckpoint, Training
 from ditmoe_cli.cli.groups import completing
-from ditmoe_cli.cli.options import complete_checkpoint
+from ditmoe_cli.cli.options import ClockOpt, complete_checkpoint
 from ditmoe_cli.cli.planning import Job, Told, show_foreseen, show_written
 from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import Row, note
@@ -83,15 +83,7 @@ class TrainingOptions(asked.TrainingOptions):
         int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of noise and orders.")
     ] = 0
 
-    clock: Annotated[
-        tuple[int, ...] | None,
-        typer.Option(
-            "--clock",
-            metavar="LIST",
-            parser=whole_numbers,
-            help="What the clock chose in an earlier run of as many --minutes, as its recipe has it.",
-        ),
-    ] = None
+    clock: ClockOpt = None
 
     def named(self, stage: Stage, may_be_same: bool = False) -> Stage:
         """Return the stage with its original. Raises `UsageError` where nothing names it."""

@@ -8,9 +8,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.api.argument_checks import whole_numbers
 from ditmoe_cli.api.plan_application import Application, applied_result, output_label
-from ditmoe_cli.cli.options import Destination, DeviceOpt, Source
+from ditmoe_cli.cli.options import ClockOpt, Destination, DeviceOpt, Source
 from ditmoe_cli.cli.planning import Job, show_result
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, note
@@ -40,15 +39,7 @@ class Planned:
             "[default: the one that the pipe names, else NAME.profile.safetensors, else the one that the planner made]",
         ),
     ] = None
-    clock: Annotated[
-        tuple[int, ...] | None,
-        typer.Option(
-            "--clock",
-            metavar="LIST",
-            parser=whole_numbers,
-            help="What the clock chose in an earlier run of a plan that trains, as its recipe has it.",
-        ),
-    ] = None
+    clock: ClockOpt = None
     device: DeviceOpt = "auto"
 
 

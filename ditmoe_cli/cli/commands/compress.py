@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar
 import typer
 
 from ditmoe_cli.api import compressing_requests as asked
-from ditmoe_cli.api.argument_checks import at_least, ending, one_of, refuse_idle, whole_numbers
+from ditmoe_cli.api.argument_checks import at_least, ending, one_of, refuse_idle
 from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.calibration_options import AutomaticProfile
 from ditmoe_cli.cli.curve_printing import CurveOutput, run_curve
 from ditmoe_cli.cli.mixing_options import Mixing, parse_names
-from ditmoe_cli.cli.options import Destination, Measuring, Models, Source
+from ditmoe_cli.cli.options import ClockOpt, Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
@@ -100,15 +100,7 @@ class Retrained(asked.Retrained):
     minutes: Annotated[
         float, typer.Option("--minutes", metavar="M", help="Time for --heal or --steps, beside all else.")
     ] = DEFAULT_MINUTES
-    clock: Annotated[
-        tuple[int, ...] | None,
-        typer.Option(
-            "--clock",
-            metavar="LIST",
-            parser=whole_numbers,
-            help="What the clock chose for --heal or --steps in an earlier run, as its recipe has it.",
-        ),
-    ] = None
+    clock: ClockOpt = None
 
 
 @dataclass(frozen=True)
