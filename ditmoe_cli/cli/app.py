@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -139,9 +140,11 @@ class LazyCommand(SectionedCommand):
         return load_command(self.name).make_context(info_name, args, parent, **extra)
 
 
+@cache
 def load_command(name: str) -> Any:
     """Return the command that `run` in the module of its name is, such as ``profile-experts`` in `profile_experts`.
 
+    Built once in a process, as a recipe asks for the same few again and again.
     `MACHINE` of the module is a group of options that takes the place of `Threads`, such as `Models`.
     """
     module = import_module(f"ditmoe_cli.cli.commands.{name.replace('-', '_')}")
