@@ -248,7 +248,7 @@ def test_constants_are_not_replaced_by_constants(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_is_packed_is_not_computed(bits: int, more: dict[str, Any], tmp_path: Path) -> None:
     packed = quantised(opened(PLAIN, tmp_path), bits, tmp_path / "packed.safetensors")
-    with pytest.raises(BadInputError, match=r"packed\.safetensors: 'blocks\.0\.moe.*already.*no_refit"):
+    with pytest.raises(BadInputError, match=r"packed\.safetensors: 'blocks\.0\.moe.*already.*refit=False"):
         layout(packed, tmp_path, (0, 4), "ghost", **more)
     assert layout(packed, tmp_path, (0, 4), "ghost").selects == (0, -1, -1, -1, 1)
 

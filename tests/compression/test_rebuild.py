@@ -487,7 +487,7 @@ def test_what_is_packed_is_refused(name: str, made: Made, temporary: Path) -> No
     packed = quantised(checkpoint, 8, temporary.parent / "packed.safetensors")
     plan = replace(plan_called(name, checkpoint), source=packed.fingerprint)
     message = refused(packed, plan, profile, temporary.parent)
-    assert "is int8 already" in message and "no_refit" in message
+    assert "is int8 already" in message and "refit=False" in message
 
 
 def test_weights_that_outgrow_their_dtype_are_named(temporary: Path) -> None:

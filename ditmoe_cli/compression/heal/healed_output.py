@@ -59,7 +59,7 @@ class HealingRecord:
 
 def healing_record(step: Step) -> HealingRecord | None:
     """Return what a step of a history tells of healing; None for one of another kind, or that is malformed."""
-    if step.command != "heal" or _COURSE not in step.measured:
+    if step.command != "heal" or not {_COURSE} <= step.measured.keys() <= {_COURSE, CLOCK, *_ERRORS}:
         return None
     try:
         images, block_steps, model_steps = map(int, step.measured[_COURSE])

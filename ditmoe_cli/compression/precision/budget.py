@@ -10,8 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.compression.precision.candidates import Candidates
 from ditmoe_cli.compression.precision.uniform import INTEGER_BITS, uniform_formats
+from ditmoe_cli.compression.recorded import planned_step
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
@@ -21,7 +23,6 @@ from ditmoe_cli.formats.registry import quantized_members
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 _UNITS = {"TB": 10**12, "TiB": 2**40, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "KB": 10**3, "KiB": 2**10}
-_NO_DIGEST = "0" * 64  # as long as that of any plan
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ class FileSizes:
     """The sizes of a checkpoint's file with its weights in any formats, and everything else as it is.
 
     They equal the size of the plan's output (`compression.output.planned_output`) to the byte, and take less work.
-    `step` is the one that the plan will add to the history.
+    `step` is the one that the plan will add to the history; without it that of a plan of no options.
     """
 
     def __init__(self, checkpoint: Checkpoint, output: Output, step: Step | None = None) -> None:
         self._checkpoint, self._output = checkpoint, output
         base = checkpoint.provenance()
-        history = (*base.history, step or Step("quantize", checkpoint.fingerprint, _NO_DIGEST, request=_NO_DIGEST))
+        usual = planned_step(CompressionPlan("quantize", checkpoint.fingerprint), checkpoint.config.experts)
+        history = (*base.history, step or usual)
         self._provenance = replace(base, history=history)
 
     def of(self, formats: Mapping[str, str]) -> int:

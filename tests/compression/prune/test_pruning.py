@@ -183,7 +183,7 @@ def test_what_is_packed_is_refused_before_a_profile_is_made(
 ) -> None:
     packed = quantised(checkpoint, 8, tmp_path / "packed.safetensors")
     check_pruning(packed, Pruning(Keep(count=2)))
-    with pytest.raises(BadInputError, match=r"int8 already.*no_refit"):
+    with pytest.raises(BadInputError, match=r"int8 already.*refit=False"):
         check_pruning(packed, Pruning(Keep(count=2), **more))
 
 
