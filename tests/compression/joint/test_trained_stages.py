@@ -76,7 +76,14 @@ def layout(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.header.tensors.items()}
 
 
-@pytest.mark.parametrize("stages", [(EXPERTS, ROUNDED), (EXPERTS,), (ROUNDED,)], ids=["both", "experts", "formats"])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param((EXPERTS, ROUNDED), id="both"),
+        pytest.param((EXPERTS,), id="experts", marks=pytest.mark.slow),
+        pytest.param((ROUNDED,), id="formats"),
+    ],
+)
 def test_training_changes_values_and_nothing_else(
     given: Given, tmp_path: Path, stages: tuple[Experts | Formats, ...]
 ) -> None:

@@ -34,9 +34,13 @@ BLOCKS: dict[str, tuple[BlockConfig, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("kind", BLOCKS)
-@given(keep=st.sets(st.integers(0, 4), min_size=2), top_k=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+@given(
+    branches=st.sampled_from([1, 2]),
+    keep=st.sets(st.integers(0, 4), min_size=2),
+    top_k=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+)
 def test_a_subsets_error_is_that_of_the_rebuilt_mixture(
     kind: str, branches: int, keep: set[int], top_k: int, seed: int
 ) -> None:
