@@ -52,6 +52,7 @@ def torchrun(*words: object) -> list[str]:
     return [sys.executable, "-m", *launcher, "-m", "ditmoe_cli", *map(str, words)]
 
 
+@pytest.mark.slow  # test_cli_distill_processes.py has two processes train together each time
 def test_two_processes_heal_as_one_does(folder: Path) -> None:
     words = (*WORDS, "--steps", "6")
     job = start(torchrun(*words, "-o", "two.safetensors"), folder)  # makes the profile, too
