@@ -63,9 +63,12 @@ def test_a_profile_is_the_command_s(folder: Path, profile: RoutingProfile) -> No
         (lambda a, p: ditmoe_cli.plan_merge(a, groups=2, profile=p), ("merge", "--groups", 2)),
         (
             lambda a, p: ditmoe_cli.plan_quantize(
-                a, bits=4, allow=(3, 4, 16), floor={"attn": 4}, group_size=32, profile=p
+                a, bits=4, allow=(3, 4, 16), floor={"attn": 4}, group_size=32, rounding="nearest", profile=p
             ),
-            ("quantize", "--bits", 4, "--allow", "3,4,16", "--floor", "attn=4", "--group-size", 32),
+            (
+                *("quantize", "--bits", 4, "--allow", "3,4,16", "--floor", "attn=4"),
+                *("--group-size", 32, "--rounding", "nearest"),
+            ),
         ),
         (lambda a, _: ditmoe_cli.plan_quantize(a, bits=8, uniform=True), ("quantize", "--bits", 8, "--uniform")),
     ],

@@ -187,8 +187,24 @@ def test_the_program_alone_imports_no_command(word: str, most: int, tmp_path: Pa
     assert count < most
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_imported_when_it_is_called(command: str, tmp_path: Path) -> None:
-    _, own = imported(command, "--help", cwd=tmp_path)
-    commands = {name for name in own if name.startswith("cli.commands.")}
-    assert commands == {f"cli.commands.{command.replace('-', '_')}"}
+_EACH_ALONE = """
+import contextlib, io, os, sys
+from ditmoe_cli.cli.app import COMMANDS, run
+for command in COMMANDS:
+    if (child := os.fork()) == 0:
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = run([command, "--help"])
+        called = [name for name in sys.modules if name.startswith("ditmoe_cli.cli.commands.")]
+        print(code, command, *called, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_command_is_imported_when_it_is_called(tmp_path: Path) -> None:
+    """Each in a fork of one process, to which the program is imported and no command."""
+    done = subprocess.run(
+        [sys.executable, "-c", _EACH_ALONE], cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True
+    )
+    modules = {name: f"ditmoe_cli.cli.commands.{name.replace('-', '_')}" for name in COMMANDS}
+    assert done.stdout.splitlines() == [f"0 {name} {module}" for name, module in modules.items()], done.stderr

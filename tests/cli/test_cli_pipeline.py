@@ -94,6 +94,7 @@ def test_a_reference_can_be_given_what_it_does_not_tell(tmp_path: Path) -> None:
         assert here(*words, "--heads", 4, cwd=tmp_path).result["paired"]["mse"] == 0
 
 
+@pytest.mark.slow
 def test_the_pipeline_on_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
     source = shared / "cifar10" / "checkpoint.pt"
     outcome = piped(

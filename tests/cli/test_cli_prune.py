@@ -243,7 +243,10 @@ app.main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_while_refitting_loses_no_block(number: signal.Signals, code: int, folder: Path) -> None:
     whole = here(*PRUNE, "--keep", 2, *FEW, "-o", "whole.safetensors", cwd=folder)
     before = contents(folder)

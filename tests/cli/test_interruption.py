@@ -192,8 +192,21 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("place", ["write", "flush", "exchange"])
+PLACES = ("write", "flush", "exchange")
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        *zip(PLACES, CODES, strict=True),
+        *(
+            pytest.param(place, number, marks=pytest.mark.slow)
+            for place, usual in zip(PLACES, CODES, strict=True)
+            for number in CODES
+            if number != usual
+        ),
+    ],
+)
 def test_a_signal_in_each_phase_of_a_write(
     place: str, number: signal.Signals, tmp_path: Path, pico: Callable[..., Pico]
 ) -> None:
