@@ -48,7 +48,7 @@ def test_what_is_refused_is_refused_in_every_process(tmp_path: Path, monkeypatch
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     for rank in "10":
         monkeypatch.setitem(os.environ, "RANK", rank)
-        assert "--steps 17" in here(*WORDS[:4], "--steps", 17, cwd=tmp_path).error(2)
+        assert "--steps 25" in here(*WORDS[:4], "--steps", 25, cwd=tmp_path).error(2)
         dry = here(*WORDS, "--dry-run", cwd=tmp_path)
         assert dry.code == 0 and bool(dry.out) == (rank == "0"), "the first process prints"
     envelope = here("inspect", "a.safetensors", cwd=tmp_path).out

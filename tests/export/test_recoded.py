@@ -73,8 +73,9 @@ def test_dry_runs_import_no_torch(folder: Path) -> None:
 
 def test_equal_work_gives_equal_bytes_and_is_not_done_twice(folder: Path) -> None:
     words = ("export", "sdnq.safetensors", "--to", "sdnq", "-o")
-    assert here(*words, "one", cwd=folder).code == here(*words, "two", cwd=folder).code == 0
-    assert contents(folder / "one") == contents(folder / "two")
+    (folder / "again").mkdir()
+    assert here(*words, "one", cwd=folder).code == here(*words, "again/one", cwd=folder).code == 0
+    assert contents(folder / "one") == contents(folder / "again" / "one"), "but for its name, which the card tells"
     before = contents(folder)
     assert here(*words, "one", cwd=folder).result["up_to_date"] is True
     assert contents(folder) == before
@@ -83,9 +84,9 @@ def test_equal_work_gives_equal_bytes_and_is_not_done_twice(folder: Path) -> Non
     other = ("export", "other.safetensors", "--to", "sdnq", "-o", "one")
     assert "is no copy of this input" in here(*other, cwd=folder).error(5)
     assert here(*other, "--force", cwd=folder).code == 0
-    config = folder / "two" / "transformer" / "config.json"
+    config = folder / "again" / "one" / "transformer" / "config.json"
     config.write_text(config.read_text().replace("uint4", "uint5"))
-    assert "config.json is another" in here(*words, "two", cwd=folder).error(5)
+    assert "config.json is another" in here(*words, "again/one", cwd=folder).error(5)
 
 
 def test_plain_weights_take_another_dtype_and_quantised_ones_stay(folder: Path) -> None:
