@@ -137,7 +137,7 @@ def test_experts_of_several_dtypes_are_not_stacked(folder: Path) -> None:
     assert "block 1" in said and "F16 and F32" in said
 
 
-@pytest.mark.parametrize("target", ["compressed-tensors", "sdnq", "bitsandbytes"])
+@pytest.mark.parametrize("target", ["compressed-tensors", "bitsandbytes", pytest.param("sdnq", marks=pytest.mark.slow)])
 def test_a_target_holds_what_is_planned_for_it(target: str, folder: Path) -> None:
     written = here(*COMPRESS, "--ratio", 0.3, "--target", target, cwd=folder)
     result = written.result
