@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,8 +27,8 @@ R = TypeVar("R")
 
 AnyPath = str | Path
 """A path."""
-AnyCheckpoint = str | Path | Checkpoint
-"""A checkpoint: a path, ``demo:digits``, ``hf:OWNER/REPO/FILE``, or what `open_checkpoint` returned."""
+AnyCheckpoint = str | os.PathLike[str] | Checkpoint
+"""A checkpoint: a path, ``demo:digits``, ``hf:OWNER/REPO/FILE``, what `open_checkpoint` returned, or a written one."""
 Seed = Annotated[int, seed_of_64_bits]
 Count = Annotated[int, at_least(1)]
 Device = Annotated[str, named_device]
@@ -58,7 +59,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
+        bound = _bound(function.__name__, signature, args, kwargs)
         for name, value in bound.arguments.items():
             bound.arguments[name] = checked(name, value, hints()[name])
         if is_watched():
@@ -67,6 +68,18 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _bound(
+    name: str, signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]
+) -> inspect.BoundArguments:
+    """Return arguments by their names. Raises `TypeError`, as Python does, naming the function and what is near."""
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        unknown = next((word for word in kwargs if word not in signature.parameters), None)
+        near = get_close_matches(unknown, signature.parameters, 1) if unknown is not None else ()
+        raise TypeError(f"{name}(): {error}{f'; did you mean {near[0]}?' if near else ''}") from None
 
 
 def _hint(annotation: str, function: Callable[..., Any]) -> Any:
@@ -131,7 +144,7 @@ def _as(hint: Any, value: object) -> Any:
             return tuple(_as(parts[0], each) for each in iter(value))  # type: ignore[call-overload]
         except TypeError:
             raise TypeError from None
-    return _as_plain(hint, value)
+    return _as_plain(Path if origin is os.PathLike else hint, value)
 
 
 def _as_one_of(hints: Sequence[Any], value: object) -> Any:
@@ -178,6 +191,8 @@ def _words(hint: Any) -> Iterator[str]:
             yield from _words(part)
     elif origin is Literal:
         yield f"one of {', '.join(map(str, parts))}"
+    elif origin is os.PathLike:
+        yield _WORDS[Path]
     elif origin is not None:
         yield "a mapping" if issubclass(origin, Mapping) else "a list"
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ditmoe_cli.api.argument_checks import at_least
-from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, public
+from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, checked, public
 from ditmoe_cli.api.devices import checked_device
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.errors import UsageError
@@ -96,7 +96,7 @@ def load_model(
     from ditmoe_cli.model.loading import build_model
 
     found = opened(checkpoint, Given(num_heads, top_k, sampler, num_classes), told=False)
-    place = torch.device(checked_device(str(device)))
+    place = torch.device(checked_device(checked("device", str(device), Device)))
     return build_model(found, place, _dtype(dtype), UnpackedWeights(weights_memory))
 
 

@@ -25,7 +25,7 @@ from ditmoe_cli.compression.planner import Planner, Work, request_digest
 from ditmoe_cli.compression.recorded import GIVEN_CLOCK
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.arrays import disk_bytes
-from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers
+from ditmoe_cli.files.staging import check_space, check_target, clean_leftovers, require_place
 from ditmoe_cli.files.workfolder import WorkFolder, discard_work, open_work, work_key
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint
@@ -57,7 +57,7 @@ def chosen_alone(run: PlannerRun) -> Iterator[Choice]:
     """Yield the plan of a request that is not carried out; what stands at the output's place stays."""
     run = replace(run, output=replace(run.output, force=True))
     work, basis = prepared(run.planner, run.work, run.wanted)
-    with chosen(run.planner, work, basis) as choice:
+    with chosen(run.planner, work, basis, alone=True) as choice:
         yield choice
 
 
@@ -191,14 +191,18 @@ class Choice:
 
 
 @contextmanager
-def chosen(planner: Planner, work: Work, basis: Basis | None) -> Iterator[Choice]:
+def chosen(planner: Planner, work: Work, basis: Basis | None, *, alone: bool = False) -> Iterator[Choice]:
     """Yield the plan of a request, profiling the checkpoint where that is needed.
 
-    The plan is kept in the work folder, with what carrying it out keeps there, until the block ends.
+    The plan is kept in the work folder, with what carrying it out keeps there, until the block ends. One that is chosen
+    `alone` needs no place for its result, unless it is measured or profiled for.
     """
     target, force = work.output.path, work.output.force
     beside = [part.path for part in (basis.profile, basis.data) if part is not None] if basis is not None else []
-    check_target(target, force, [work.checkpoint.path, *beside])
+    if not alone:
+        check_target(target, force, [work.checkpoint.path, *beside])
+    elif basis is not None and (basis.profile is None or planner.measures):
+        require_place(target.parent, "what a plan rests on")
     if basis is None:
         asked = partial(request_digest, planner, calibration=None, profile=None)
         yield Choice(replace(planner.plan(work, None), request=asked(work.checkpoint.fingerprint)), asked=asked)

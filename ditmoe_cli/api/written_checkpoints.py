@@ -39,6 +39,10 @@ class WrittenCheckpoint(Brief):
     profile: Path | None = None
     seconds: float | None = None
 
+    def __fspath__(self) -> str:
+        """Return its path, so that it stands wherever a checkpoint is taken."""
+        return str(self.path)
+
     @property
     def ratio(self) -> float:
         """Its size as a share of the input's."""

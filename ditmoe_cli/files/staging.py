@@ -128,6 +128,14 @@ def _require_writable(target: Path) -> None:
         raise BadInputError(f"{target}: its files cannot be deleted, so it is not replaced; name another output")
 
 
+def require_place(folder: Path, what: str) -> None:
+    """Raise `BadInputError` where no file can be made in a folder, in which `what` would be kept."""
+    try:
+        _try_to_make_a_file(folder / "any")
+    except OSError as error:
+        raise BadInputError(f"{folder}: cannot be written ({error.strerror}), and {what} is kept there") from None
+
+
 def _try_to_make_a_file(target: Path) -> None:
     """Make a file beside `target`, without a name where the system can, so that even a kill leaves none."""
     nameless = getattr(os, "O_TMPFILE", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -226,12 +227,12 @@ def public_name(path: Path) -> str | None:
     return hub_name_of(path.absolute())
 
 
-def resolve_path(path: str | Path, notify: Callable[[str], None] = lambda _: None) -> Path:
+def resolve_path(path: str | os.PathLike[str], notify: Callable[[str], None] = lambda _: None) -> Path:
     """Return the path of a checkpoint; ``demo:NAME`` is an embedded one, ``hf:…`` one on the hub, which is fetched.
 
     `notify` takes lines on what is fetched. Raises `BadInputError` for an unknown demo, and what `fetched` does.
     """
-    text = str(path)
+    text = os.fspath(path)
     if is_hub_name(text):
         from ditmoe_cli.files.hub import fetched
 

@@ -165,3 +165,17 @@ def test_a_process_of_torchrun_is_refused(folder: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="works in one process"):
         ditmoe_cli.plan_prune(folder / "a.safetensors", keep=0.5)
+
+
+def test_a_wrong_word_is_told_with_the_function_and_the_word_that_is_near() -> None:
+    with pytest.raises(TypeError, match=r"plan_prune\(\): .*'kep'; did you mean keep\?"):
+        ditmoe_cli.plan_prune("a.safetensors", kep=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"heal\(\): missing a required argument: 'original'"):
+        ditmoe_cli.heal("a.safetensors")  # type: ignore[call-arg]
+
+
+def test_devices_are_told_alike_wherever_they_are_given(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    make_pico().save(path)
+    with pytest.raises(UsageError, match="choose auto, cpu, cuda or cuda:N"):
+        ditmoe_cli.load_model(path, device="gpu")

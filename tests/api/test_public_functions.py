@@ -120,6 +120,16 @@ def test_a_plan_that_was_edited_is_known(capsys: pytest.CaptureFixture[str]) -> 
     assert "the plan was edited" in capsys.readouterr().err
 
 
+def test_a_plan_needs_no_place_for_its_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, profile = (folder / name for name in ("a.safetensors", "p.safetensors"))
+    monkeypatch.chdir("/proc")  # in which nobody makes files
+    assert ditmoe_cli.plan_quantize(source, bits=4, uniform=True).stages
+    assert ditmoe_cli.plan_prune(source, keep=0.5, profile=profile).stages
+    for asked in ({"profile": profile, "bits": 4}, {"bits": 3}):
+        with pytest.raises(BadInputError, match=r"/proc: cannot be written .* what a plan rests on is kept there"):
+            ditmoe_cli.plan_quantize(source, **asked)  # type: ignore[arg-type]
+
+
 @pytest.mark.usefixtures("folder")
 def test_a_plan_for_another_checkpoint_is_refused() -> None:
     plan = ditmoe_cli.plan_prune("a.safetensors", keep=2, method="random", refit=False)
@@ -137,7 +147,7 @@ def pruned(folder: Path) -> WrittenCheckpoint:
 def test_healing_is_the_command_s(folder: Path) -> None:
     small = pruned(folder)
     asked = {"original": "a.safetensors", "steps": 1, "batch": 4, "scope": "model", "profile": "p.safetensors"}
-    result = ditmoe_cli.heal(small.path, **asked, output="h.safetensors")  # type: ignore[arg-type]
+    result = ditmoe_cli.heal(small, **asked, output="h.safetensors")  # type: ignore[arg-type]
     words = ("--original", "a.safetensors", "--steps", 1, "--batch", 4, "--scope", "model")
     done = here("heal", small.path, *words, "--profile", "p.safetensors", "-o", "cli.safetensors", cwd=folder)
     assert done.code == 0, done.err
@@ -176,7 +186,7 @@ def test_scores_take_checkpoints_and_samples(folder: Path) -> None:
         for path, name in ((small.path, "b"), (folder / "a.safetensors", "a"))
     )
     by_samples = ditmoe_cli.score(here_, ref=there, extractor="pixels", metrics=["pr"])
-    by_checkpoints = ditmoe_cli.score(small.path, ref="a.safetensors", **SAMPLING, extractor="pixels")  # type: ignore[arg-type]
+    by_checkpoints = ditmoe_cli.score(small, ref="a.safetensors", **SAMPLING, extractor="pixels")  # type: ignore[arg-type]
     done = here("fid", here_.path, "--ref", there.path, "--extractor", "pixels", "--metrics", "pr", cwd=folder)
     assert by_samples.to_json() == done.result
     assert by_checkpoints.value == by_samples.value and by_checkpoints.paired == by_samples.paired
@@ -186,7 +196,7 @@ def test_scores_take_checkpoints_and_samples(folder: Path) -> None:
 
 def test_a_comparison_is_the_command_s(folder: Path) -> None:
     small = pruned(folder)
-    result = ditmoe_cli.compare("a.safetensors", small.path, **SAMPLING)  # type: ignore[arg-type]
+    result = ditmoe_cli.compare("a.safetensors", small, **SAMPLING)  # type: ignore[arg-type]
     done = here("compare", "a.safetensors", small.path, *WORDS, cwd=folder)
     assert result.to_json() == done.result
     assert result.relative_error == done.result["prediction"]["relative_error"]
