@@ -19,6 +19,7 @@ from ditmoe_cli.cli.app import COMMANDS, load_command
 from ditmoe_cli.cli.groups import only_checked
 from ditmoe_cli.cli.stage import Stage, handed_on, parse_stage
 from ditmoe_cli.cli.terminal import taken_results
+from ditmoe_cli.compression.plan import parse_plan
 from ditmoe_cli.compression.recipe import RecipeStage
 from ditmoe_cli.errors import BadInputError, DitmoeError, UsageError
 
@@ -90,11 +91,16 @@ class Called:
                 yield name, value
 
     def check(self) -> None:
-        """Raise `UsageError` for an unknown command, options that it has not, and values that these refuse."""
+        """Raise `UsageError` for an unknown command, options that it has not, and values that these refuse.
+
+        Raises `BadInputError` for a plan that is none.
+        """
         if self.command not in COMMANDS or self.command in _NO_STAGES:
             near = get_close_matches(self.command, COMMANDS, 1)
             told = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise UsageError(f"{self.where}: no such command{told if self.command not in COMMANDS else ' of a pipe'}")
+        if self.plan is not None:
+            parse_plan(self.plan, f"{self.where}: plan")
         with only_checked():
             self._invoke(self.words({}))
 

@@ -7,6 +7,7 @@ PyYAML's safe loader makes no objects, but takes two values of one key, dates, a
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ditmoe_cli.files.json_text import read_file
 
 LONGEST = 4_000_000  # bytes of a file: the reader is slow, half a second for 100,000
 _DEEPEST = 64
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_JSON_NUMBER = re.compile(r"[-+]?(\d|[1-9]\d*|\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
@@ -38,6 +41,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             raise _told(event, "nested too deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if node is not None and node.tag in _NUMBERS and not _JSON_NUMBER.fullmatch(node.value):
+            raise _told(
+                node, f"{node.value[:60]!r} is a number in YAML's own way; write it as JSON has it, or quote it"
+            )
         if node is not None and node.tag not in _TAGS:  # dates, "<<", "="
             raise _told(node, f"{node.value[:60]!r} is no text, number, list or map; put it in quotes")
         return node
@@ -72,7 +79,7 @@ def parse_yaml(data: bytes | str) -> Any:
     """Return the value of a YAML text, UTF-8 in bytes; keys are texts, whatever they look like.
 
     Raises `ValueError` with one line for what is no YAML, or holds a key twice, anchors, aliases, tags, dates, numbers
-    that are not finite, or nests more than 64 deep.
+    that are not finite or that JSON would not have so (1:30 is 90, 010 is 8), or nests more than 64 deep.
     """
     text = data if isinstance(data, str) else data.decode()
     try:

@@ -322,6 +322,7 @@ BROKEN = {
     "number": (broken(stages=[{"prune": {"seed": "x"}}]), 2, "stage 1 (prune): Invalid value for '--seed'"),
     "switch": (broken(stages=[{"prune": {"scale": 3}}]), 2, "it is a switch: give true or false"),
     "no switch": (broken(stages=[{"prune": {"keep": True}}]), 2, "it is no switch: give its value"),
+    "no plan": (broken(stages=[{"apply": {"plan": {"a": 1}}}]), 3, "stage 1 (apply): plan: schema is None"),
     "missing option": (broken(stages=["apply"]), 2, "stage 1 (apply): Missing option '--plan'"),
     "output": (broken(stages=[{"prune": {"output": "x"}}]), 2, "option 'output' of the last checkpoint is given to"),
     "dry run": (broken(stages=[{"sample": {"dry-run": True}}]), 2, "option 'dry-run' is given to ditmoe run"),

@@ -39,6 +39,7 @@ def test_keys_stay_in_order_and_are_texts() -> None:
         ("<<: {a: 1}", "'<<' is no text"),
         ("a: 1\nb: {c: 1, c: 2}", "line 2: the key 'c' stands twice"),
         ("? [1]\n: 2", "a key is no text"),
+        *((f"a: {text}", "a number in YAML's own way") for text in ("1:30", "010", "1_000", "0x1f", "1:30.5")),
         ("a: .inf", "out of range"),
         ("a: [.nan]", "out of range"),
         ("[" * 65 + "]" * 65, "nested too deep"),

@@ -58,7 +58,8 @@ def handled(pipeline: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
     made |= {"pt": images["pt"], "np": images["np"], "pil": np.stack([np.asarray(image) for image in images["pil"]])}
     refused = []
     few, none, short = {"class_labels": []}, {"num_inference_steps": 0}, {"latents": given["latents"][:2]}
-    for wrong in ({"class_labels": [3]}, few, {"output_type": "png"}, none, short):
+    odd = ({"class_labels": [0.5, 1, 1]}, {"class_labels": "cat"}, {"guidance_scale": float("nan")})
+    for wrong in ({"class_labels": [3]}, few, {"output_type": "png"}, none, short, *odd):
         try:
             pipeline(**{**given, **wrong})
         except ValueError as error:

@@ -2,7 +2,9 @@
 
 # No annotations from __future__ here: diffusers reads those of `__init__` as types.
 import json
+import math
 import shutil
+from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
 
@@ -83,12 +85,12 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             return_dict: whether to return an ``ImagePipelineOutput``, or a tuple.
 
         Raises:
-            ValueError: guidance of a model that has no null class, or was distilled; an unknown label or output type;
-                no steps; noise of another shape.
+            ValueError: guidance of a model that has no null class, or was distilled; a scale that is no number; an
+                unknown label or output type; no steps; noise of another shape.
         """
         config, device = self.transformer.config, self._execution_device
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        labels = torch.as_tensor(class_labels, device=device).reshape(-1).long()
+        labels = _whole(class_labels).to(device)
         self._check(labels, steps, guidance_scale, output_type)
         shape = (len(labels), config.in_channels, config.input_size, config.input_size)
         if latents is not None and latents.shape != shape:
@@ -101,13 +103,15 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, labels: Tensor, steps: int, scale: float, output_type: str) -> None:
+    def _check(self, labels: Tensor, steps: int, scale: Any, output_type: str) -> None:
         config = self.transformer.config
         if steps < 1:
             raise ValueError(f"num_inference_steps {steps}: give at least 1")
         if self.config.distilled and steps != self.config.num_inference_steps:
             own = self.config.num_inference_steps
             logger.warning(f"the model was distilled to {own} steps, and is right at the times of these only")
+        if not isinstance(scale, Real) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale {scale!r}: give a number, 1 for none")
         if scale != 1.0 and self.config.distilled:
             raise ValueError(f"guidance_scale {scale}: the model was distilled, and guidance is in its weights; give 1")
         if scale != 1.0 and not config.null_class:
@@ -163,3 +167,14 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         z = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         pixels: Tensor = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
         return pixels
+
+
+def _whole(labels: int | list[int] | Tensor) -> Tensor:
+    """Return labels as a list of whole numbers. Raises `ValueError` for anything else, which would be rounded."""
+    try:
+        found = torch.as_tensor(labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or (found.is_floating_point() and len(found)) or found.dtype == torch.bool:
+        raise ValueError(f"class_labels {labels!r}: give whole numbers")
+    return found.long()
