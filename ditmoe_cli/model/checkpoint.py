@@ -230,9 +230,12 @@ def public_name(path: Path) -> str | None:
 def resolve_path(path: str | os.PathLike[str], notify: Callable[[str], None] = lambda _: None) -> Path:
     """Return the path of a checkpoint; ``demo:NAME`` is an embedded one, ``hf:…`` one on the hub, which is fetched.
 
-    `notify` takes lines on what is fetched. Raises `BadInputError` for an unknown demo, and what `fetched` does.
+    `notify` takes lines on what is fetched. Raises `BadInputError` for an empty name or an unknown demo, and what
+    `fetched` does.
     """
     text = os.fspath(path)
+    if not text:  # as of a variable that is not set; the working folder is "."
+        raise BadInputError("the name of a checkpoint is empty; give a path")
     if is_hub_name(text):
         from ditmoe_cli.files.hub import fetched
 

@@ -179,3 +179,11 @@ def test_devices_are_told_alike_wherever_they_are_given(tmp_path: Path) -> None:
     make_pico().save(path)
     with pytest.raises(UsageError, match="choose auto, cpu, cuda or cuda:N"):
         ditmoe_cli.load_model(path, device="gpu")
+
+
+def test_an_empty_name_is_not_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pico().save(tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert ditmoe_cli.open_checkpoint(".").path == tmp_path
+    with pytest.raises(DitmoeError, match="the name of a checkpoint is empty"):
+        ditmoe_cli.open_checkpoint("")
