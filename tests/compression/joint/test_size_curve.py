@@ -59,16 +59,20 @@ def curve_of(program: JointProgram) -> Callable[..., SizeCurve]:
     return made
 
 
+@pytest.fixture(scope="module")
+def usual(curve_of: Callable[..., SizeCurve]) -> SizeCurve:
+    """The curve without a goal."""
+    return curve_of()
+
+
 def test_a_grid_is_logarithmic_from_the_least_to_the_most() -> None:
     sizes = grid(1000, 64_000, 7)
     assert sizes == [1000, 2000, 4000, 8000, 16_000, 32_000, 64_000] and middle_of(sizes) == 8000
     assert grid(5, 7, 13) == [5, 6, 7]
 
 
-def test_larger_sizes_have_less_error_and_plans_within_them(
-    curve_of: Callable[..., SizeCurve], program: JointProgram
-) -> None:
-    curve, request = curve_of(), program.request
+def test_larger_sizes_have_less_error_and_plans_within_them(usual: SizeCurve, program: JointProgram) -> None:
+    curve, request = usual, program.request
     before = request.checkpoint.header.file_bytes
     assert len(curve.points) >= 12 and curve.bytes_before == before
     assert curve.points[0].size == program.least
@@ -100,20 +104,22 @@ def test_expected_errors_are_predicted_ones_scaled_to_the_one_that_was_tried(
     assert 0 < curve.points.index(curve.tried) < len(curve.points) - 1
 
 
-def test_a_size_that_is_asked_for_is_a_point(curve_of: Callable[..., SizeCurve], program: JointProgram) -> None:
+def test_a_size_that_is_asked_for_is_a_point(
+    curve_of: Callable[..., SizeCurve], usual: SizeCurve, program: JointProgram
+) -> None:
     before = program.request.checkpoint.header.file_bytes
     goal = int((program.least * before) ** 0.5) + 1000
     (marked,) = (point for point in curve_of(goal).points if point.is_goal)
     assert marked.size == goal
-    assert not any(point.is_goal for point in curve_of().points)
+    assert not any(point.is_goal for point in usual.points)
     with pytest.raises(InfeasibleError):
         curve_of(program.least - 1)
 
 
 def test_a_gpu_is_named_at_the_largest_plan_that_it_holds(
-    curve_of: Callable[..., SizeCurve], monkeypatch: pytest.MonkeyPatch
+    curve_of: Callable[..., SizeCurve], usual: SizeCurve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memories = [point.memory for point in curve_of().points]
+    memories = [point.memory for point in usual.points]
     room = (2 * memories[0] + memories[-1]) // 3
     monkeypatch.setattr(curves, "GIGABYTE", 1)
     monkeypatch.setattr(curves, "GPUS", (memories[0] - 1, room, max(memories)))
