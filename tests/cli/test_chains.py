@@ -22,6 +22,7 @@ from healing import heal_on_few_states
 from torch import Tensor
 
 from ditmoe_cli import load_model, open_checkpoint
+from ditmoe_cli.model.checkpoint import Checkpoint
 
 Combination = tuple[str, str]
 COMBINATIONS: list[Combination] = list(product(("timm", "flash"), ("rf", "ddpm")))
@@ -72,9 +73,9 @@ def refusal(first: str, second: str) -> str | None:
     return None
 
 
-def predicted(path: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+def predicted(source: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the model of a checkpoint predicts of one batch, at times from image to noise."""
-    model = load_model(path, dtype=dtype)
+    model = load_model(source, dtype=dtype)
     config = model.config
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(4, config.in_channels, config.input_size, config.input_size, generator=generator)
@@ -138,11 +139,11 @@ def check_checkpoint(outcome: Outcome, before: Path, commands: list[str]) -> Non
     assert [step["command"] for step in outcome.envelope["history"]] == commands
     assert Path(outcome.envelope["original"]).name == "m.safetensors"
     assert checkpoint.config.num_heads == 2
-    exact = predicted(outcome.path)
+    exact = predicted(checkpoint)
     assert exact.isfinite().all()
     assert distance(exact, predicted_once(before)) < 0.35, "independent predictions differ by 1.4"
-    assert distance(predicted(outcome.path, torch.bfloat16), exact) < 0.05
-    assert distance(predicted(outcome.path, torch.float16), exact) < 0.02
+    assert distance(predicted(checkpoint, torch.bfloat16), exact) < 0.05
+    assert distance(predicted(checkpoint, torch.float16), exact) < 0.02
 
 
 def follow(chain: Chains, first: str, second: str) -> None:
