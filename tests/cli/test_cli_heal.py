@@ -79,13 +79,13 @@ def test_students_of_each_kind_are_healed_in_a_pipe(
     source = profiled[layout]
     one = here(*STUDENTS[student].split(), cwd=tmp_path, stdin=(source / "stage.json").read_text())
     assert one.code == 0, one.err
-    heal = ("heal", "--steps", 40, "--batch", 16, "--rate", 0.004)
+    heal = ("heal", "--steps", 60, "--batch", 16, "--rate", 0.004)
     dry = here(*heal, "--dry-run", cwd=tmp_path, stdin=one.out)
     two = here(*heal, cwd=tmp_path, stdin=one.out)
     assert two.code == 0, two.err
     before, after = two.result["held_error"]
     assert 0 < after < before, "steps do what no closed form did"
-    assert two.result["scopes"] == ["block", "model"] and two.result["block_steps"] == two.result["model_steps"] == 40
+    assert two.result["scopes"] == ["block", "model"] and two.result["block_steps"] == two.result["model_steps"] == 60
     assert len(two.result["held_error_before"]) == len(two.result["held_error_after"]) == 10
 
     assert two.result["bytes"] == dry.result["bytes"] == two.path.stat().st_size
@@ -105,7 +105,7 @@ def test_students_of_each_kind_are_healed_in_a_pipe(
     checkpoint = open_checkpoint(two.path)
     assert checkpoint.config == open_checkpoint(one.path).config
     last = checkpoint.provenance().history[-1]
-    assert last.command == "heal" and last.options["steps"] == 40
+    assert last.command == "heal" and last.options["steps"] == 60
     assert list(map(float, last.measured["held_error"])) == pytest.approx([before, after], rel=1e-3)
     assert here("inspect", two.path, "--verify", cwd=tmp_path).code == 0
 
