@@ -106,7 +106,7 @@ def test_the_quantisation_benchmark_prints_a_row_per_variant(
     assert lines[2].startswith("| fp4 |") and f" | {told['bytes']:,} |" in lines[2]
 
 
-@pytest.mark.parametrize("row", ["top1, W 0.5", "half the experts, W 1"])
+@pytest.mark.parametrize("row", ["top1, W 0.5", pytest.param("half the experts, W 1", marks=pytest.mark.slow)])
 def test_guidance_by_a_weaker_copy_is_scored(
     row: str, benchmark_lines: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,7 @@ def forget(folder: Path) -> None:
         (folder / name).unlink()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_each_phase_goes_on_to_the_same_bytes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,6 +488,7 @@ def healed_or_stopped(folder: Path, *words: object) -> Outcome:
     return outcome
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pacing, "WORK_PER_KEEPING", 0.0)
     monkeypatch.setattr(training_memory, "_STEPS_A_CHECK", 2)

@@ -170,7 +170,11 @@ def test_what_is_read_beside_the_checkpoint_is_refused_as_target(folder: Path) -
 
 
 @pytest.mark.parametrize(
-    "words", [*WRITERS.values(), ("report", "profile", "p.safetensors", "--replicates", 20)], ids=[*WRITERS, "report"]
+    "words",
+    [
+        *(pytest.param(words, id=name) for name, words in WRITERS.items()),
+        pytest.param(("report", "profile", "p.safetensors", "--replicates", 20), id="report", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_killed_run_left_is_deleted_by_whatever_writes_there_next(
     words: tuple[object, ...], folder: Path
