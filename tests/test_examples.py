@@ -38,6 +38,7 @@ NOTEBOOK = EXAMPLES / "notebook.py"  # runs where it is imported
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of two processes on two cores wait for each other
     run_example(sys.executable, str(NOTEBOOK), cwd=tmp_path)
     pictures = [tmp_path / "notebook" / f"{name}.png" for name in ("routing", "samples", "damage")]
     assert all(picture.stat().st_size > 1000 for picture in pictures)
