@@ -24,6 +24,7 @@ from ditmoe_cli.compression.plan import (
     Rounding,
     RouterMode,
 )
+from ditmoe_cli.compression.training.training_request import open_clock
 from ditmoe_cli.files.fingerprint import digest
 from ditmoe_cli.files.making import computed_here, written_here
 from ditmoe_cli.files.names import in_expert, split_name
@@ -194,8 +195,8 @@ def _old_name(name: str, blocks: Sequence[BlockPlan]) -> str:
 def _to_be_measured(plan: CompressionPlan, depth: int) -> Measured:
     """Return zeros for what carrying out a plan measures."""
     if plan.retraining is not None:
-        few = plan.retraining.student_steps is not None
-        clock = (0,) * (4 if few else 7) if plan.retraining.minutes is not None else ()  # one training, or two
+        trainings = 1 if plan.retraining.student_steps is not None else 2  # of few steps, or of blocks and the model
+        clock = open_clock(trainings) if plan.retraining.minutes is not None else ()
         return Measured(held_error=(0.0, 0.0), clock=clock)
     zeros, refit, rounds = (0.0,) * depth, False, False
     for stage in plan.stages:

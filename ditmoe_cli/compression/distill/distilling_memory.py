@@ -76,9 +76,8 @@ def distilling_estimate(
     """Return what distilling is expected to take; what is asked for in minutes takes these, or a step where more."""
     iterations, kept = asked.iterations or 1, asked.stages(original.sampler)[0]
     effort = loading(original) + loading(student) + distilling_effort(student, original, asked, size, iterations)
-    at_once = SAMPLED if asked.iterations is None else min(SAMPLED, paths_for(original, asked))
-    sampling = model_bytes(original) + activation_bytes(original, branches_at(asked.cfg) * at_once)
     paths = paths_for(original, asked) if asked.iterations is not None else most_paths(original, kept)
+    sampling = model_bytes(original) + activation_bytes(original, branches_at(asked.cfg) * min(SAMPLED, paths))
     memory = max(sampling, distilling_bytes(student, size, asked.batch)) + paths * path_bytes(original, kept)
     seconds = 60 * asked.minutes if asked.minutes is not None else 0.0
     return Estimate(f"distilling to {asked.steps} steps", effort, BASELINE_BYTES + memory, seconds)

@@ -9,7 +9,7 @@ each process has a GPU of its own, else through gloo, and what is agreed on thro
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ditmoe_cli.compression.training.dividing import buckets, dealt
 from ditmoe_cli.processes import WHOLE, Share, Value, ended_processes_reported
 
 _BUCKET = 2**24  # numbers that are added up at once
@@ -60,11 +61,7 @@ class Exchange:
 
     def owners(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the process that owns each weight, the largest dealt out first, to the one that has least so far."""
-        loads, found = [0] * self.share.world, dict[str, int]()
-        for name in sorted(weights, key=lambda name: -weights[name].numel()):
-            found[name] = loads.index(min(loads))
-            loads[found[name]] += weights[name].numel()
-        return found
+        return dealt({name: weight.numel() for name, weight in weights.items()}, self.share.world)
 
     @torch.no_grad()
     def hand_out(self, tensors: Mapping[str, Tensor], owners: Mapping[str, int]) -> None:
@@ -132,15 +129,6 @@ def exchange_on(share: Share, device: torch.device) -> Exchange:
     return Exchange(share, dist.new_group(backend="nccl") if apart and dist.is_nccl_available() else None)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors in order, together as many as make up a bucket, and at least one."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > _BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in order, together as many as go through at once."""
+    return buckets(tensors, Tensor.numel, _BUCKET)

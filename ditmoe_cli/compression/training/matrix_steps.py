@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.training.dividing import buckets, dealt
 from ditmoe_cli.compression.training.side_by_side import side_by_side
 from ditmoe_cli.compression.training.stepped_matrices import ROUNDS
 
@@ -55,21 +56,15 @@ class MatrixSteps:
 
     weights: Mapping[str, SteppedMatrix]
     workers: int = 1
-    _together: list[list[SteppedMatrix]] = field(init=False)
+    _shares: list[list[list[SteppedMatrix]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._together = []
         by_shape: dict[tuple[int, int], list[SteppedMatrix]] = {}
         for each in self.weights.values():
             by_shape.setdefault(each.shape, []).append(each)
-        for alike in by_shape.values():
-            values = 0
-            for each in alike:
-                if not values or values + each.weight.numel() > _AT_ONCE:
-                    self._together.append([])
-                    values = 0
-                self._together[-1].append(each)
-                values += each.weight.numel()
+        groups = [group for alike in by_shape.values() for group in buckets(alike, _values, _AT_ONCE)]
+        shares = dealt({place: _work(group) for place, group in enumerate(groups)}, self.workers)
+        self._shares = [[groups[place] for place in shares if shares[place] == one] for one in range(self.workers)]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -79,24 +74,15 @@ class MatrixSteps:
             for group in groups:
                 _step(group, rate)
 
-        if self.workers == 1:
-            return stepped(self._together)
-        side_by_side(stepped, self._shares())
-        return None
+        side_by_side(stepped, self._shares)
 
-    def _shares(self) -> list[list[list[SteppedMatrix]]]:
-        """Return what each worker computes: about as much each."""
-        shares: list[list[list[SteppedMatrix]]] = [[] for _ in range(self.workers)]
-        loads = [0] * self.workers
-        for group in sorted(self._together, key=_work, reverse=True):
-            least = loads.index(min(loads))
-            shares[least].append(group)
-            loads[least] += _work(group)
-        return shares
+
+def _values(matrix: SteppedMatrix) -> int:
+    return matrix.weight.numel()
 
 
 def _work(group: Sequence[SteppedMatrix]) -> int:
-    return sum(each.weight.numel() * min(each.shape) for each in group)
+    return sum(_values(each) * min(each.shape) for each in group)
 
 
 def _step(group: Sequence[SteppedMatrix], rate: float) -> None:

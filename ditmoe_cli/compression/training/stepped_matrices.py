@@ -2,7 +2,7 @@
 
 orth(u) takes 10 m² (2 n + m) operations of a matrix of m rows and n ≥ m columns: 0.14 TFLOP of 1,152 × 4,608 (XL,
 1.5 s of one core), 0.25 of 1,408 × 5,632 (G, 2.7 s). All matrices of XL take 111 TFLOP a step, and the gradients of 128
-states 252. So few states of wide models step by AdamW alone (`pays`).
+states 252. So few states of wide models step by AdamW alone (`training_memory.pays`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditmoe_cli.files.names import ROUTER, split_name
-from ditmoe_cli.model.config import DiTMoEConfig
-from ditmoe_cli.model.effort import image_flops
 
 ROUNDS = 5
 _NARROWEST = 16  # rows and columns
-_MOST = 0.75  # of the operations of gradients: to the same error it takes about half of the steps
-_BACKWARD = 3
 _STACKED = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}  # matrices that are stored as one
 
 
@@ -39,8 +35,3 @@ def matrix_flops(name: str, shape: Sequence[int]) -> int:
         return 0
     m, n = sorted((shape[0] // count, shape[1]))
     return count * ROUNDS * 2 * m**2 * (2 * n + m)
-
-
-def pays(flops: float, student: DiTMoEConfig, batch: int) -> bool:
-    """Return whether steps of so many operations are worth them, beside the gradients of a batch of states."""
-    return flops <= _MOST * _BACKWARD * batch * image_flops(student)

@@ -7,15 +7,15 @@ gradient. Recording gradients keeps the activations of all blocks that are train
 
 from __future__ import annotations
 
-from ditmoe_cli.compression.training.stepped_matrices import pays
 from ditmoe_cli.compression.training.trained_tensors import TrainedSize
 from ditmoe_cli.model.config import DiTMoEConfig
-from ditmoe_cli.model.effort import Effort, activation_bytes, model_bytes
+from ditmoe_cli.model.effort import Effort, activation_bytes, image_flops, model_bytes
 
 TRAINED_BYTES = 28
 COMPOSED_BYTES = 5  # of a weight of a matrix that is put together, beside itself in fp32: its codes, packed and in fp32
 BACKWARD = 3  # times the operations, and about the memory, of a forward pass
 _SHARED_BYTES = TRAINED_BYTES - 8  # of them, where several processes train
+_MOST_STEPPING = 0.75  # of the operations of gradients: to the same error matrices take about half of the steps
 _MOST_CHECKS, _STEPS_A_CHECK = 25, 20
 
 
@@ -24,9 +24,14 @@ def checks_of(steps: int) -> int:
     return min(max(steps // _STEPS_A_CHECK, 1), _MOST_CHECKS)
 
 
+def pays(size: TrainedSize, student: DiTMoEConfig, batch: int) -> bool:
+    """Return whether steps of matrices are worth their operations, beside the gradients of a batch of states."""
+    return size.matrix_flops <= _MOST_STEPPING * BACKWARD * batch * image_flops(student)
+
+
 def stepping(student: DiTMoEConfig, size: TrainedSize, batch: int) -> Effort:
     """Return the operations of a step beside its gradients: those of matrices, where they step as such."""
-    return Effort(flops=size.matrix_flops if pays(size.matrix_flops, student, batch) else 0)
+    return Effort(flops=size.matrix_flops if pays(size, student, batch) else 0)
 
 
 def end_to_end_bytes(student: DiTMoEConfig, size: TrainedSize, predictions: int, processes: int = 1) -> float:

@@ -36,9 +36,14 @@ class Clock:
         return (self.count, *(number for chosen in self.trainings.values() for number in chosen))
 
 
+def open_clock(trainings: int) -> tuple[int, ...]:
+    """Return zeros in place of what the clock is yet to choose for some trainings, as many as `Clock.numbers`."""
+    return (0,) * (1 + 3 * trainings)
+
+
 def parse_clock(numbers: Sequence[int], names: Sequence[str]) -> Clock:
     """Return what the clock chose for trainings of these names. Raises `UsageError` for numbers that fit none."""
-    expected = 1 + 3 * len(names)
+    expected = len(open_clock(len(names)))
     if len(numbers) != expected or not all(0 <= number <= _MOST_ITERATIONS for number in numbers):
         raise UsageError(
             f"⟨clock⟩ {','.join(map(str, numbers))[:80]}: give {expected} whole numbers, as a recipe has them"
@@ -141,7 +146,7 @@ class TrainingRequest:
 
     def no_clock(self, trainings: int) -> tuple[int, ...]:
         """Return zeros in place of what the clock is yet to choose for some trainings; nothing without minutes."""
-        return (0,) * (1 + 3 * trainings) if self.minutes is not None else ()
+        return open_clock(trainings) if self.minutes is not None else ()
 
     def own_label(self) -> str:
         """Return the part of `label` that other settings of a command make."""

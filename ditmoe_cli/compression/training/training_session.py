@@ -20,11 +20,10 @@ from ditmoe_cli.compression.training.exchange import ALONE, Exchange
 from ditmoe_cli.compression.training.fitting_batches import FittingBatches
 from ditmoe_cli.compression.training.low_rank_updates import Updates, low_rank_updates
 from ditmoe_cli.compression.training.side_by_side import workers_for
-from ditmoe_cli.compression.training.stepped_matrices import pays
 from ditmoe_cli.compression.training.teacher_states import guided_prediction
 from ditmoe_cli.compression.training.trained_weights import TrainedTensors
 from ditmoe_cli.compression.training.training_loop import Course, Means, Objective, accumulate
-from ditmoe_cli.compression.training.training_memory import BACKWARD, checks_of
+from ditmoe_cli.compression.training.training_memory import BACKWARD, checks_of, pays
 from ditmoe_cli.compression.training.training_request import Clock, TrainingRequest
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import evaluation_times
@@ -169,7 +168,7 @@ class Session:
         """Return the same of weights that are in a model already (`TrainedTensors.in_model`)."""
         ranks, rounded = self.tensors.ranks, self.tensors.rounded
         updates = low_rank_updates(model, prefix, weights, ranks, rounded, self.asked.seed)
-        worth = pays(self.tensors.size.matrix_flops, self.work.student.config, self.asked.batch)
+        worth = pays(self.tensors.size, self.work.student.config, self.asked.batch)
         return replace(updates, matrices=self.tensors.matrices) if worth else updates
 
     def course(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditmoe_cli.compression.training.dividing import buckets
 from ditmoe_cli.compression.training.matrix_steps import MatrixSteps, SteppedMatrix
 
 LEAST_SIZE = 2.0**-10
@@ -101,10 +102,11 @@ def _groups(weights: Mapping[str, Tensor], sizes: Mapping[str, float]) -> list[d
 
     AdamW's temporaries are those of a group at a time, so a group ends where it would have more than `_AT_ONCE` values.
     """
-    groups: dict[float, list[list[Tensor]]] = {}
+    alike: dict[float, list[Tensor]] = {}
     for name, weight in weights.items():
-        alike = groups.setdefault(sizes[name], [[]])
-        if alike[-1] and sum(member.numel() for member in alike[-1]) + weight.numel() > _AT_ONCE:
-            alike.append([])
-        alike[-1].append(weight)
-    return [{"params": members, "lr": size} for size, alike in sorted(groups.items()) for members in alike]
+        alike.setdefault(sizes[name], []).append(weight)
+    return [
+        {"params": members, "lr": size}
+        for size, same in sorted(alike.items())
+        for members in buckets(same, Tensor.numel, _AT_ONCE)
+    ]
