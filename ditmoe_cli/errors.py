@@ -18,7 +18,7 @@ switch turned off.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 _SETTING = re.compile("⟨([a-z_]+)⟩")
 
@@ -31,6 +31,14 @@ def as_argument(setting: str) -> str:
 def named(message: str, name_of: Callable[[str], str] = as_argument) -> str:
     """Return a message with each ``⟨setting⟩`` replaced by ``name_of(setting)``."""
     return _SETTING.sub(lambda match: name_of(match[1]), message)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message that names what is nearest to an unknown word; nothing where nothing is near."""
+    from difflib import get_close_matches  # which nothing else takes
+
+    near = get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ditmoe_cli.errors import UsageError
+
+T = TypeVar("T")
 
 
 def refuse_idle(group: Any, why: str, *names: str) -> None:
@@ -33,6 +35,11 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         raise ValueError("give whole numbers separated by commas, as a recipe has them")
     return tuple(map(int, parts))
+
+
+def tuple_of(values: Iterable[T] | None) -> tuple[T, ...] | None:
+    """Return values as a tuple; None for none."""
+    return None if values is None else tuple(values)
 
 
 def at_least(least: int) -> Callable[[int], int]:

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,7 +16,7 @@ from ditmoe_cli.api.argument_checks import at_least, seed_of_64_bits
 from ditmoe_cli.api.devices import named_device
 from ditmoe_cli.api.notes import note_nothing, told_to
 from ditmoe_cli.api.shown_progress import shown_nowhere, shown_to_users
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.errors import UsageError, did_you_mean
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import under_torchrun
 from ditmoe_cli.progress import is_watched, watched_by
@@ -78,8 +77,8 @@ def _bound(
         return signature.bind(*args, **kwargs)
     except TypeError as error:
         unknown = next((word for word in kwargs if word not in signature.parameters), None)
-        near = get_close_matches(unknown, signature.parameters, 1) if unknown is not None else ()
-        raise TypeError(f"{name}(): {error}{f'; did you mean {near[0]}?' if near else ''}") from None
+        near = did_you_mean(unknown, signature.parameters) if unknown is not None else ""
+        raise TypeError(f"{name}(): {error}{near}") from None
 
 
 def _hint(annotation: str, function: Callable[..., Any]) -> Any:

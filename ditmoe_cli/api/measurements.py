@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from ditmoe_cli.api.argument_checks import at_least, ending
+from ditmoe_cli.api.argument_checks import at_least, ending, tuple_of
 from ditmoe_cli.api.calibration_requests import Calibrating, Profiling, profiled
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
 from ditmoe_cli.api.comparison_runs import ComparedCheckpoints, Comparing, ComparisonFiles, compared, pair_of
@@ -77,8 +77,7 @@ def profile(
     """
     alone()
     found = opened(checkpoint)
-    labels = None if classes is None else tuple(classes)
-    sampling = Calibrating(images, steps, cfg, solver=solver, classes=labels, seed=seed, dtype=dtype)
+    sampling = Calibrating(images, steps, cfg, solver=solver, classes=tuple_of(classes), seed=seed, dtype=dtype)
     profiling = Profiling(_path(data), bins, reservoir, fast, offload, batch, device)
     target = FileDestination(_path(output), force).at(found.path, "profile").absolute()
     result = profiled(found, sampling, profiling, target, force)
@@ -129,9 +128,8 @@ def sample(
     """
     alone()
     found = opened(checkpoint)
-    labels = None if classes is None else tuple(classes)
     sampling = ImageSampling(
-        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, labels, seed, dtype, vae
+        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, tuple_of(classes), seed, dtype, vae
     )
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
     files = ImageFiles(_path(output), force, _path(png), _path(npz), _path(grid))
@@ -191,9 +189,8 @@ def score(
     All others are the options of the same names in docs/fid.md. Raises what `profile` does.
     """
     alone()
-    labels = None if classes is None else tuple(classes)
     sampling = ImageSampling(
-        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, labels, seed, dtype, vae
+        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, tuple_of(classes), seed, dtype, vae
     )
     names = metrics if metrics is None or isinstance(metrics, str) else ",".join(metrics)
     scoring = Scoring(
@@ -248,9 +245,8 @@ def compare(
     All others are the options of the same names in docs/compare.md. Raises what `profile` does.
     """
     alone()
-    labels = None if classes is None else tuple(classes)
     sampling = SamplingOptions(
-        images, steps, cfg, solver=solver, upstream=upstream_exact, classes=labels, seed=seed, dtype=dtype
+        images, steps, cfg, solver=solver, upstream=upstream_exact, classes=tuple_of(classes), seed=seed, dtype=dtype
     )
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
     spec_of = guiding.over(sampling.on(device), beside_copies=True)

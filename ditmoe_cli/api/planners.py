@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ditmoe_cli.api.argument_checks import at_least, known, one_of
+from ditmoe_cli.api.argument_checks import at_least, known, one_of, tuple_of
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
 from ditmoe_cli.api.compressing_requests import Goals, Loading, Retrained, Tying, compressing_of
 from ditmoe_cli.api.merging_requests import DeltaOptions, Grouping, delta_ratio_in_range, differencing_of, merging_of
@@ -269,7 +269,7 @@ def compress(
     planner = compressing_of(
         Goals(size_of("size", size), ratio, max_damage),
         Tying(width_texts(allow), floor_texts(floor), tuple(protect), tuple(tie)),
-        Retrained(heal, steps, minutes, None if clock is None else tuple(clock)),
+        Retrained(heal, steps, minutes, tuple_of(clock)),
         Loading(target),
     )
     automatic = automatic_profile(
@@ -321,8 +321,7 @@ def apply(
         note("the plan was edited since it was planned; the history of the output will say so")
     found = opened(checkpoint)
     to = destination(output, force, max_shard_size).at(found.path, output_label(plan))
-    chosen = None if clock is None else tuple(clock)
-    result = applied_result(Application(plan, found, to, profile_path(profile), device, files, chosen))
+    result = applied_result(Application(plan, found, to, profile_path(profile), device, files, tuple_of(clock)))
     assert isinstance(result, WrittenCheckpoint)
     return result
 

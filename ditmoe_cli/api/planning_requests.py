@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditmoe_cli.api.argument_checks import refuse_idle
+from ditmoe_cli.api.argument_checks import refuse_idle, tuple_of
 from ditmoe_cli.api.devices import dtype_on
 from ditmoe_cli.api.output_names import usual_profiles
 from ditmoe_cli.compression.plan import MOST_TOKENS, Repair
@@ -108,4 +108,4 @@ def automatic_profile(
 ) -> AutomaticProfile:
     """Return how a checkpoint is profiled where no profile of it is at hand."""
     path = None if data is None else Path(data)
-    return AutomaticProfile(cfg, steps, images, path, None if classes is None else tuple(classes), seed)
+    return AutomaticProfile(cfg, steps, images, path, tuple_of(classes), seed)

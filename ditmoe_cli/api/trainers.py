@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from ditmoe_cli.api import distilling_requests, healing_requests
+from ditmoe_cli.api.argument_checks import tuple_of
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
 from ditmoe_cli.api.distilling_requests import distilling_training
 from ditmoe_cli.api.guiding_requests import StepGuiding
@@ -69,7 +70,7 @@ def heal(
     alone()
     student, teacher = opened(checkpoint), opened(original)
     teaching = healing_requests.Teaching(
-        teacher, minutes, _groups(train), codes, batch, rate, seed, steps, scope, clock=_numbers(clock)
+        teacher, minutes, _groups(train), codes, batch, rate, seed, steps, scope, clock=tuple_of(clock)
     )
     asked = teaching.request(teacher)
     to = destination(output, force, max_shard_size).at(student.path, asked.label)
@@ -146,16 +147,12 @@ def distill(
         teacher_steps=teacher_steps,
         states=states,
         progressive=progressive,
-        clock=_numbers(clock),
+        clock=tuple_of(clock),
     )
     asked = teaching.request(teacher, guiding.used)
     to = destination(output, force, max_shard_size).at(student.path, asked.label)
     training = distilling_training(asked, student, teacher, to, guiding.weak)
     return _trained(replace(training, device=device, dtype=dtype))
-
-
-def _numbers(clock: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if clock is None else tuple(clock)
 
 
 def _groups(train: str | Sequence[str]) -> tuple[str, ...]:

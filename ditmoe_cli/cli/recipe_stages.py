@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -21,7 +20,7 @@ from ditmoe_cli.cli.stage import Stage, handed_on, parse_stage
 from ditmoe_cli.cli.terminal import taken_results
 from ditmoe_cli.compression.plan import parse_plan
 from ditmoe_cli.compression.recipe import RecipeStage
-from ditmoe_cli.errors import BadInputError, DitmoeError, UsageError
+from ditmoe_cli.errors import BadInputError, DitmoeError, UsageError, did_you_mean
 
 PROFILING = "profile-experts"
 WRITERS = ("convert", "prune", "merge", "quantize", "compress", "heal", "distill", "apply")
@@ -96,8 +95,7 @@ class Called:
         Raises `BadInputError` for a plan that is none.
         """
         if self.command not in COMMANDS or self.command in _NO_STAGES:
-            near = get_close_matches(self.command, COMMANDS, 1)
-            told = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
+            told = did_you_mean(self.command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
             raise UsageError(f"{self.where}: no such command{told if self.command not in COMMANDS else ' of a pipe'}")
         if self.plan is not None:
             parse_plan(self.plan, f"{self.where}: plan")
@@ -117,9 +115,8 @@ class Called:
                 continue
             self._refuse_own(name)
             if name not in parameters:
-                near = get_close_matches(name, parameters, 1)
-                told = f"; did you mean {near[0]}?" if near else ""
-                raise UsageError(f"{self.where}: {self.command} has no option {name!r}{told}")
+                near = did_you_mean(name, parameters)
+                raise UsageError(f"{self.where}: {self.command} has no option {name!r}{near}")
             parameter, is_on = parameters[name]
             named = names.get(value, value) if isinstance(value, str) else value
             words += self._words_of(name, named, parameter, is_on)

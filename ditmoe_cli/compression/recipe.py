@@ -47,6 +47,11 @@ class Ingredient:
     fingerprint: str | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What is `given`, by the names of the configuration."""
+        return {_GIVEN[name]: value for name, value in self.given.items()}
+
     def document(self) -> dict[str, Any]:
         """Return the ingredient as a map, without what is not known."""
         fields = {"checkpoint": self.checkpoint, "fingerprint": self.fingerprint, "given": dict(self.given)}

@@ -107,22 +107,23 @@ def told_name(path: Path) -> str:
 
     It is the repository's for the folder of a commit in the hub's cache, which is called after the commit.
     """
-    repository = path.parent.parent.name
-    if path.parent.name == _SNAPSHOTS and _COMMIT.fullmatch(path.name) and repository.startswith(_REPOSITORY_FOLDER):
-        return repository.rpartition("--")[2]
-    return path.name
+    repository = _repository_of(path)
+    return path.name if repository is None else repository.rpartition("--")[2]
 
 
 def hub_name_of(path: Path) -> str | None:
     """Return the name on the hub of a file or folder in its cache, with its commit; None for any other."""
     for folder in (path, *path.parents):
-        repository = folder.parent.parent.name
-        if (
-            folder.parent.name == _SNAPSHOTS
-            and _COMMIT.fullmatch(folder.name)
-            and repository.startswith(_REPOSITORY_FOLDER)
-        ):
+        repository = _repository_of(folder)
+        if repository is not None:
             inside = path.relative_to(folder).as_posix()
-            owner = repository.removeprefix(_REPOSITORY_FOLDER).replace("--", "/", 1)
+            owner = repository.replace("--", "/", 1)
             return f"{HUB_PREFIX}{owner}{'' if inside == '.' else f'/{inside}'}@{folder.name}"
     return None
+
+
+def _repository_of(folder: Path) -> str | None:
+    """Return the repository, ``OWNER--REPO``, of which the hub's cache keeps a commit in a folder; None for others."""
+    repository = folder.parent.parent.name
+    kept = folder.parent.name == _SNAPSHOTS and _COMMIT.fullmatch(folder.name)
+    return repository.removeprefix(_REPOSITORY_FOLDER) if kept and repository.startswith(_REPOSITORY_FOLDER) else None

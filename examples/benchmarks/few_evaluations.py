@@ -65,6 +65,11 @@ class Row:
     sampling: tuple[str, ...] = ()
 
 
+def stem_of(row: Row) -> str:
+    """Return the name of a row as that of its files begins."""
+    return row.label.replace(" ", "-").replace(",", "")
+
+
 def rows_of(weights: int) -> tuple[Row, ...]:
     """Return all rows; an eighth is that of the original's weights in fp32."""
     eighth = ("quantize", "--size", str(weights // 2))
@@ -152,15 +157,22 @@ class Study:
             ditmoe("sample", name, *asked, "-o", path, folder=self.folder)
         return np.asarray(read_images(path).images)
 
+    def fine(self, guided: Sequence[str], seed: int) -> np.ndarray:
+        """Return the images of the original's fine solution."""
+        return self.samples(self.checkpoint, f"fine{_told(guided)}", seed, ("--steps", str(FINE), *guided))
+
+    def record(self, row: Row, seed: int) -> Path:
+        """Return the file that keeps the score of a row."""
+        return self.folder / f"{stem_of(row)}.{seed}.json"
+
     def scores(self, row: Row, name: str) -> list[Score]:
         """Return the scores of a row, one a noise seed."""
-        found, stem = [], row.label.replace(" ", "-").replace(",", "")
+        found, stem = [], stem_of(row)
         levels = open_checkpoint(self.checkpoint).card.grey_levels
         for seed in self.seeds:
-            record = self.folder / f"{stem}.{seed}.json"
+            record = self.record(row, seed)
             if not record.exists():
-                fine_words = ("--steps", str(FINE), *row.guided)
-                fine = self.samples(self.checkpoint, f"fine{_told(row.guided)}", seed, fine_words)
+                fine = self.fine(row.guided, seed)
                 words = row.sampling if row.steps else (*row.sampling, *row.guided)
                 record.write_text(json.dumps(asdict(self._score(self.samples(name, stem, seed, words), fine, levels))))
             found.append(Score(**json.loads(record.read_text())))

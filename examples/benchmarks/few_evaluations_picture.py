@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from few_evaluations import Row, Study, rows_of
+from few_evaluations import FINE, Row, Study, rows_of, stem_of
 from measuring import ditmoe
 from weak_guidance import Real, real_digits, real_images
 
@@ -28,7 +28,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SHOWN = ("original, 16 steps", "original, 4 steps", "half the neurons, 4", "half, by a weak copy, 4, an eighth")
-FINE = "original, 64 steps"
 _EIGHTH = ", an eighth"
 AREA = 500  # points² of the original's bytes
 IMAGES = 10
@@ -42,8 +41,7 @@ def seconds_an_image(file: str, evaluations: int, folder: Path) -> float:
 
 def measured(study: Study, rows: Sequence[Row]) -> list[tuple[Row, str]]:
     """Return the rows whose scores are in the folder, and their files."""
-    stems = {row: row.label.replace(" ", "-").replace(",", "") for row in rows}
-    kept = [row for row in rows if all((study.folder / f"{stems[row]}.{s}.json").exists() for s in study.seeds)]
+    kept = [row for row in rows if all(study.record(row, seed).exists() for seed in study.seeds)]
     rounded = {row.label.removesuffix(_EIGHTH) for row in kept if row.after}
     return [(row, study.made(row)[0]) for row in kept if row.label not in rounded]
 
@@ -71,12 +69,11 @@ def draw_scores(axes: Any, study: Study, found: Sequence[tuple[Row, str]]) -> No
 def draw_images(axes: Any, study: Study, found: Sequence[tuple[Row, str]]) -> None:
     """Draw images of the first seed, a row a checkpoint, the fine solution first."""
     shown = {row.label: row for row, _ in found if row.label in SHOWN}
-    strips = [study.samples(study.checkpoint, "fine", study.seeds[0], ("--steps", "64"))]
-    names = [FINE]
+    strips = [study.fine((), study.seeds[0])]
+    names = [f"original, {FINE} steps"]
     for label in (label for label in SHOWN if label in shown):
-        stem = label.replace(" ", "-").replace(",", "")
-        file = next(file for row, file in found if row.label == label)
-        strips.append(study.samples(file, stem, study.seeds[0], shown[label].sampling))
+        row = shown[label]
+        strips.append(study.samples(dict(found)[row], stem_of(row), study.seeds[0], row.sampling))
         names.append(label)
     framed = [np.pad(strip[:IMAGES], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for strip in strips]
     side = framed[0].shape[1]

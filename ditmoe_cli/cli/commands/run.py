@@ -192,8 +192,7 @@ def _recorded_overrides(stage: Stage, source: Ingredient) -> dict[str, Any] | No
     """Return the overrides that a source was opened with; None where its file carries its whole configuration."""
     if not source.given or open_checkpoint(str(stage.checkpoint), allow_unknown=True).header.provenance is not None:
         return None
-    names = {"heads": "num_heads", "top-k": "top_k", "num-classes": "num_classes"}
-    return {names.get(name, name): value for name, value in source.given.items()}
+    return source.overrides
 
 
 def _named(given: Mapping[str, Any] | None) -> dict[str, Any]:
