@@ -34,9 +34,6 @@ class Calibrating(SamplingOptions):
     """How calibration images are sampled."""
 
     images: int | None = None  # type: ignore[assignment]
-    steps: int | None = None
-    solver: str | None = None
-    classes: tuple[int, ...] | None = None
 
     def images_of(self, checkpoint: Checkpoint) -> int:
         """Return the number of images: as many as `usual_images` where none is given."""
