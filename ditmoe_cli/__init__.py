@@ -13,7 +13,7 @@ from ditmoe_cli.version import __version__
 
 if TYPE_CHECKING:
     from ditmoe_cli.api.calling import quiet
-    from ditmoe_cli.api.measurements import compare, profile, report, sample, score
+    from ditmoe_cli.api.measurements import bench, compare, profile, report, sample, score
     from ditmoe_cli.api.opening import load_model, open_checkpoint, read_profile
     from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize
     from ditmoe_cli.api.trainers import distill, heal
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "DitmoeError": "errors",
     "apply": "api.planners",
+    "bench": "api.measurements",
     "compare": "api.measurements",
     "compress": "api.planners",
     "distill": "api.trainers",
@@ -43,6 +44,7 @@ __all__ = [
     "DitmoeError",
     "__version__",
     "apply",
+    "bench",
     "compare",
     "compress",
     "distill",

@@ -1,4 +1,4 @@
-"""Profiles, images, scores and reports from Python: what profile-experts, sample, fid, compare and report do."""
+"""Profiles, images, scores and reports from Python: what profile-experts, sample, fid, compare, bench and report do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ditmoe_cli.api.argument_checks import at_least, ending, tuple_of
+from ditmoe_cli.api.bench_runs import BenchedCheckpoints, Measuring, benched
 from ditmoe_cli.api.calibration_requests import Calibrating, Profiling, profiled
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
 from ditmoe_cli.api.comparison_runs import ComparedCheckpoints, Comparing, ComparisonFiles, compared, pair_of
@@ -254,6 +255,41 @@ def compare(
     files = ComparisonFiles(_path(grid), _path(output), force)
     (kept,) = compared([pair], Running(batch, device), files.outputs)
     return ComparedCheckpoints(kept.result, kept.seconds)
+
+
+@public
+def bench(
+    checkpoint: AnyCheckpoint,
+    others: AnyCheckpoint | Sequence[AnyCheckpoint] = (),
+    *,
+    batch: int = Measuring.batch,
+    repeats: int = Measuring.repeats,
+    cfg: float = 1.0,
+    guide_with: AnyCheckpoint | None = None,
+    guide_by: Literal["top1", "rank2"] | None = None,
+    guide_scale: float | None = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: NamedDtype = "auto",
+    processor_time: bool = False,
+    threads: Count | None = None,
+) -> BenchedCheckpoints:
+    """Measure memory and time of checkpoints on noise, as ``ditmoe bench``.
+
+    Args:
+        checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
+        others: more of them, whose steps take turns with those of the first.
+        batch, repeats: images of a step, and how often each step is timed.
+        threads: how many threads to time with on a CPU; by default torch's number, its half and so on, and the fastest
+            counts.
+
+    All others are the options of the same names in docs/bench.md. Raises what `profile` does.
+    """
+    alone()
+    more = others if isinstance(others, tuple) else (others,)
+    found = [opened(each) for each in (checkpoint, *more)]
+    guiding = StepGuiding(guide_with, guide_by, guide_scale).opened(NOTHING_GIVEN)
+    return benched(found, Measuring(batch, repeats, cfg, seed, device, dtype, processor_time), guiding, threads)
 
 
 @public

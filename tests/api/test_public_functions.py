@@ -204,6 +204,21 @@ def test_a_comparison_is_the_command_s(folder: Path) -> None:
     assert unchanged.relative_error == 0.0 and unchanged.image_error == 0.0
 
 
+def test_a_benchmark_measures_what_the_command_does(folder: Path) -> None:
+    work = {"batch": 1, "repeats": 1, "threads": 1}
+    alone = ditmoe_cli.bench("a.safetensors", **work)  # type: ignore[arg-type]
+    done = here("bench", "a.safetensors", "--batch", 1, "--repeats", 1, "--threads", 1, cwd=folder)
+    told = alone.to_json()
+    assert told.keys() == done.result.keys()
+    assert told["bytes"] == done.result["bytes"] and told["flops"] == done.result["flops"]
+    assert alone.seconds == (told["seconds"],) and alone.needed == (told["memory"]["needed"],)
+    both = ditmoe_cli.bench("a.safetensors", ["a.safetensors"], cfg=1.5, **work)  # type: ignore[arg-type]
+    assert [each["path"] for each in both.to_json()["files"]] == [str(folder / "a.safetensors")] * 2
+    assert both.ratios[0].median == 1.0 and both.results[1].load.rows == 2
+    with pytest.raises(DitmoeError, match="repeats 0: must be at least 1"):
+        ditmoe_cli.bench("a.safetensors", "a.safetensors", repeats=0)
+
+
 def test_a_report_is_the_command_s(folder: Path, profile: RoutingProfile) -> None:
     result = ditmoe_cli.report(profile, replicates=20)
     done = here("report", "profile", "p.safetensors", "--replicates", 20, cwd=folder)

@@ -17,7 +17,7 @@ import ditmoe_cli
 PINNED = Path(__file__).with_name("public_surface.txt")
 ASKED_FOR = {
     *("load_model", "open_checkpoint", "profile", "read_profile", "plan_prune", "plan_merge", "plan_quantize"),
-    *("compress", "apply", "heal", "distill", "sample", "score", "compare", "report", "quiet"),
+    *("compress", "apply", "heal", "distill", "sample", "score", "compare", "bench", "report", "quiet"),
 }
 # the command that a function does the work of
 COMMANDS = {
@@ -32,12 +32,13 @@ COMMANDS = {
     "sample": "sample",
     "score": "fid",
     "compare": "compare",
+    "bench": "bench",
     "report": "report",
 }
 OF_THE_TERMINAL = {
     *("help", "json", "text", "quiet", "threads", "weights_memory", "dry_run", "list_methods", "plan_only", "curve"),
     *("heads", "top_k", "sampler", "num_classes"),  # of open_checkpoint
-    *("max", "max_error"),  # exit codes
+    *("max", "max_error", "max_memory", "max_ratio"),  # exit codes
 }
 TO_WRITE = {"output", "force", "max_shard_size"}  # of commands that plan and write; in Python `apply` writes
 
@@ -110,9 +111,11 @@ def test_arguments_are_the_options_of_the_command(name: str) -> None:
         theirs -= {"png"}  # of --curve
     if name == "apply":
         ours |= {"plan"}
+    if name == "bench":
+        theirs |= {"threads"}  # which are measured
     missing = theirs - ours - (TO_WRITE if name.startswith("plan_") else set())
     assert not missing
-    positional = {"checkpoint", "subject", "a", "b", "profile"}
+    positional = {"checkpoint", "others", "subject", "a", "b", "profile"}
     assert not ours - theirs - positional
 
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import bench_runs as asked
 from ditmoe_cli.api.argument_checks import refuse_idle, seed_of_64_bits
-from ditmoe_cli.api.devices import checked_device, dtype_on
-from ditmoe_cli.api.foretelling import foretell
-from ditmoe_cli.api.guiding_requests import Guiding
+from ditmoe_cli.api.bench_runs import benched, labels, seconds_text
 from ditmoe_cli.api.output_names import Size, parse_size
-from ditmoe_cli.api.sampling_requests import note_steps
 from ditmoe_cli.cli.guiding_options import StepGuiding
 from ditmoe_cli.cli.options import DeviceOpt, DtypeOpt, Models, Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
-from ditmoe_cli.diffusion.few_steps import check_unguided, told_sampling
+from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
+from ditmoe_cli.diffusion.few_steps import told_sampling
 from ditmoe_cli.errors import GateError
 from ditmoe_cli.model.dtypes import AUTO
-from ditmoe_cli.model.effort import Estimate, branches_at, passes_estimate
 from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.bench import Bench, Benches, Difference, Load, Spread
+    from ditmoe_cli.evaluation.bench import Bench, Benches, Difference, Spread
     from ditmoe_cli.evaluation.memory_use import Sizes
     from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -67,8 +64,8 @@ class Measured(Source):
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """The forward passes to measure, and their device."""
+class Measuring(asked.Measuring):
+    """The forward passes to measure, their device, and the most that they may take."""
 
     panel: ClassVar[str] = "Measuring"
 
@@ -85,6 +82,13 @@ class Measuring:
     seed: Annotated[int, typer.Option("--seed", metavar="N", callback=seed_of_64_bits, help="Seed of the noise.")] = 0
     device: DeviceOpt = "auto"
     dtype: DtypeOpt = AUTO
+    processor_time: Annotated[
+        bool,
+        typer.Option(
+            "--processor-time",
+            help="Time one thread by the processor time that it takes: other work of the machine lengthens it little.",
+        ),
+    ] = False
     max_memory: Annotated[
         Size | None,
         typer.Option(
@@ -104,13 +108,6 @@ class Measuring:
             "median over rounds.",
         ),
     ] = None
-    processor_time: Annotated[
-        bool,
-        typer.Option(
-            "--processor-time",
-            help="Time one thread by the processor time that it takes: other work of the machine lengthens it little.",
-        ),
-    ] = False
 
 
 @dataclass(frozen=True)
@@ -136,57 +133,11 @@ def run(
         refuse_idle(measuring, "with one checkpoint; give OTHERS", "max_ratio")
     stages = measured.stages()
     opened = [open_stage(stage) for stage in stages]
-    guiding = weaker.opened(measured.given)
-    for each in opened:
-        guiding.check(each)
-        check_unguided(each, measuring.cfg)
-    from ditmoe_cli.evaluation.bench import bench, guided_load, image_specs
-
-    load = replace(load_of(measuring, threads, opened), guide=guiding.used)
-    specs = image_specs(opened, load)
-    for each in opened:
-        note_steps(each, specs[each.path])
-    foretell([expected(each, guided_load(load, specs[each.path]), guiding) for each in opened], lambda: load.device)
-    found = bench(opened, load, weak=guiding.weak)
-    if len(opened) == 1:
-        [result] = found.results
-        emit(printing, stages[0].done("bench", {}).to_json(result.to_json()), rows(result), "")
-    else:
-        if not found.interleaved:
-            note("the checkpoints do not fit in memory together: each was timed after the other, and ratios vary more")
-        several = replace(stages[0], checkpoint=None)
-        document = several.done("bench", {}).to_json(comparison_json(opened, found))
-        emit(printing, document, comparison_rows(opened, found), "")
-    check_limits(measuring, opened, found)
-
-
-def expected(checkpoint: Checkpoint, load: Load, guiding: Guiding) -> Estimate:
-    """Return what measuring a checkpoint takes, the weaker model included."""
-    weak = guiding.model_for(checkpoint.config, load.passes if load.guide is not None else 0)
-    return passes_estimate(checkpoint.config, load.batch, branches_at(load.cfg), load.passes, weak)
-
-
-def load_of(measuring: Measuring, threads: Models, opened: Sequence[Checkpoint]) -> Load:
-    """Return the work to time, checked for all checkpoints."""
-    from torch import get_num_threads
-
-    from ditmoe_cli.evaluation.bench import Load, check_load, thread_counts
-
-    device = checked_device(measuring.device)
-    given = threads.threads
-    tried = () if measuring.processor_time else thread_counts(get_num_threads())
-    load = Load(
-        batch=measuring.batch,
-        repeats=measuring.repeats,
-        cfg=measuring.cfg,
-        seed=measuring.seed,
-        device=device,
-        threads=tried if given is None else (given,),
-        processor_time=measuring.processor_time,
-    )
-    for checkpoint in opened:
-        check_load(load, checkpoint.config)
-    return replace(load, dtype=dtype_on(measuring.dtype, device)(opened[0]))
+    found = benched(opened, measuring, weaker.opened(measured.given), threads.threads)
+    done = stages[0] if len(opened) == 1 else replace(stages[0], checkpoint=None)
+    printed = rows(found.results[0]) if len(opened) == 1 else comparison_rows(opened, found.found)
+    emit(printing, done.done("bench", {}).to_json(found.to_json()), printed, "")
+    check_limits(measuring, opened, found.found)
 
 
 def check_limits(measuring: Measuring, opened: Sequence[Checkpoint], found: Benches) -> None:
@@ -201,17 +152,6 @@ def check_limits(measuring: Measuring, opened: Sequence[Checkpoint], found: Benc
         if most is not None and ratio.median > most:
             than = f"{ratio.median:.4g} times as long as one of {opened[0].path}"
             raise GateError(f"{which}a step takes {than}, above --max-ratio {most:g}")
-
-
-def comparison_json(opened: Sequence[Checkpoint], found: Benches) -> dict[str, Any]:
-    """Return several measurements as JSON: of each, its path, its ratio to the first, and what a single one has."""
-    return {
-        "interleaved": found.interleaved,
-        "files": [
-            {"path": str(checkpoint.path), "ratio": asdict(ratio), **result.to_json()}
-            for checkpoint, result, ratio in zip(opened, found.results, found.ratios, strict=True)
-        ],
-    }
 
 
 def comparison_rows(opened: Sequence[Checkpoint], found: Benches) -> list[Row]:
@@ -245,13 +185,6 @@ def comparison_rows(opened: Sequence[Checkpoint], found: Benches) -> list[Row]:
             if result.difference
         ),
     ]
-
-
-def labels(opened: Sequence[Checkpoint]) -> list[str]:
-    """Return names to tell checkpoints by: those of their files, or their paths where two files have one name."""
-    names = [checkpoint.name for checkpoint in opened]
-    paths = [str(checkpoint.path) for checkpoint in opened]
-    return names if len(set(names)) == len(set(paths)) else paths
 
 
 def speed_cells(result: Bench, ratio: Spread) -> tuple[str, ...]:
@@ -313,11 +246,6 @@ def part_texts(result: Bench) -> dict[str, str]:
     """Return the seconds of each part of a step and its share, by part."""
     whole = sum(result.speed.parts.values())
     return {part: f"{seconds_text(each)} {each / whole:.0%}" for part, each in result.speed.parts.items()}
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a duration for reading, in four digits."""
-    return f"{seconds:.4g} s" if seconds >= 1 else f"{1000 * seconds:.4g} ms"
 
 
 def rows(result: Bench) -> list[Row]:
