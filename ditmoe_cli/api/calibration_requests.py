@@ -13,8 +13,9 @@ from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.sampling_requests import SamplingOptions
 from ditmoe_cli.compression.estimates import profiling_estimate
-from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
+from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, Solver
+from ditmoe_cli.diffusion.step_bins import choose_bins
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.files.staging import check_target, clean_leftovers
 from ditmoe_cli.files.workfolder import discard_work

@@ -14,7 +14,8 @@ from ditmoe_cli.api.guiding_requests import Guiding, sampling_work
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.sampling_requests import Running
 from ditmoe_cli.briefs import Brief, Fact, shortened
-from ditmoe_cli.diffusion.sampling import SampleSpec, choose_bins
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.step_bins import choose_bins
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.diffusion.schedule import (
     ALWAYS,
     SOLVERS,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditmoe_cli.diffusion.predictor import Predictor
+    from ditmoe_cli.diffusion.scheduled_guidance import Scheduled
     from ditmoe_cli.model.dit import Denoiser
 
 
@@ -74,6 +75,11 @@ class SampleSpec:
         is_range = self.classes == tuple(range(len(self.classes)))
         classes = f"0-{len(self.classes) - 1}" if is_range else list(self.classes)
         return {**self.to_json(), "classes": classes, "interval": list(self.interval)}
+
+    @property
+    def way(self) -> ScheduledSampling:
+        """The way of sampling, which schedules of compute are for."""
+        return ScheduledSampling(self.solver, self.steps, self.cfg, self.interval, self.guide)
 
     @property
     def nfe(self) -> int:
@@ -129,32 +135,6 @@ def check_followable(spec: SampleSpec) -> SampleSpec:
     return spec
 
 
-MOST_BINS = 10  # where no number of bins is given
-
-
-def choose_bins(bins: int | None, steps: int) -> int:
-    """Return the number of step bins: `bins`, by default 10, or as many as there are steps where these are fewer.
-
-    Raises `UsageError` for a given number outside 1 to `steps`.
-    """
-    if bins is None:
-        return min(MOST_BINS, steps)
-    if not 1 <= bins <= steps:
-        raise UsageError(f"⟨bins⟩ {bins}: must be between 1 and the {steps} steps")
-    return bins
-
-
-def step_bin(step: int, steps: int, bins: int) -> int:
-    """Return the bin ⌊step · bins / steps⌋ of a step; step 0 starts from pure noise."""
-    return step * bins // steps
-
-
-def steps_of_bins(steps: int, bins: int) -> list[range]:
-    """Return the steps of each bin: the inverse of `step_bin`."""
-    first = [-(-b * steps // bins) for b in range(bins + 1)]
-    return [range(*ends) for ends in itertools.pairwise(first)]
-
-
 def batches(images: int, batch: int) -> Iterator[range]:
     """Yield the image indices of each batch."""
     if batch < 1:
@@ -170,10 +150,12 @@ def sample_batch(
     watchers: Watchers = UNWATCHED,
     purpose: str = "image",
     weak: Denoiser | None = None,
+    scheduled: Scheduled | None = None,
 ) -> Tensor:
     """Sample the images `indices`; return latents, or pixel values in [-1, 1], (N, C, S, S) in fp32.
 
-    Each `purpose` has noise of its own for equal seeds. `weak` is the model of ``spec.guide``, by `weak_model`.
+    Each `purpose` has noise of its own for equal seeds. `weak` is the model of ``spec.guide``, by `weak_model`. Where
+    compute is `scheduled`, the model is a `DiTMoE`, and no watcher is shown its blocks.
 
     Raises `BadInputError` where a model produces NaN or infinite values, naming image, seed and evaluation, and the
     weaker model where it is that one.
@@ -189,13 +171,33 @@ def sample_batch(
     stream = image_noise(spec.seed, indices, model.device, purpose)
     labels = torch.tensor(spec.labels(indices), device=model.device)
     times = evaluation_times(spec.solver, spec.steps)
-    predict = guided_predictor(model, labels, spec.guidance, watchers, times, weak)
+    if scheduled is None:
+        predict = guided_predictor(model, labels, spec.guidance, watchers, times, weak)
+    else:
+        predict = _scheduled(model, labels, spec, scheduled, watchers, weak)
     finite = _FinitePredictor(predict, spec, indices, None if weak is None else _alone(weak, labels))
     with torch.inference_mode():
         asked = watchers.through(finite)
         images = integrate(spec.solver, spec.steps, asked, stream.draw(shape), lambda _: stream.draw(shape))
         finite.settle()
         return images
+
+
+def _scheduled(
+    model: Denoiser,
+    labels: Tensor,
+    spec: SampleSpec,
+    scheduled: Scheduled,
+    watchers: Watchers,
+    weak: Denoiser | None,
+) -> Predictor:
+    """Return the predictor of a schedule. Raises `TypeError` for a model that is not in memory as a whole."""
+    from ditmoe_cli.diffusion.scheduled_guidance import scheduled_predictor
+    from ditmoe_cli.model.dit import DiTMoE
+
+    if not isinstance(model, DiTMoE) or watchers.observer is not None or watchers.on_step is not None:
+        raise TypeError("a schedule takes a model in memory, which nobody watches")
+    return scheduled_predictor(model, labels, spec.guidance, evaluation_times(spec.solver, spec.steps), scheduled, weak)
 
 
 def _alone(model: Denoiser, labels: Tensor) -> Predictor:

@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe_cli.diffusion.sampling import (
-    SampleSpec,
-    batches,
-    check_followable,
-    choose_bins,
-    sample_batch,
-    steps_of_bins,
-)
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch
+from ditmoe_cli.diffusion.step_bins import choose_bins, steps_of_bins
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.diffusion.weak_guidance import check_guide
 from ditmoe_cli.errors import BadInputError, UsageError

@@ -45,9 +45,22 @@ class Attention(nn.Module):
 
     def mixed(self, x: Tensor) -> Tensor:
         """Return the heads' values of tokens x (N, tokens, width), mixed by attention, side by side."""
-        n, tokens, width = x.shape
+        return F.scaled_dot_product_attention(*self._heads(x)).transpose(1, 2).reshape(x.shape)
+
+    def attended_to(self, x: Tensor) -> Tensor:
+        """Return the mean of each column of the attention maps, over queries and heads, for tokens x: (N, tokens)."""
+        q, k, _ = self._heads(x)
+        means = [
+            (queries.float() @ keys.float().mT / self.head_dim**0.5).softmax(dim=-1).mean(dim=(0, 1))
+            for queries, keys in zip(q, k, strict=True)  # image by image: maps take tokens² values a head
+        ]
+        return torch.stack(means)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (N, heads, tokens, head_dim) of tokens x (N, tokens, width)."""
+        n, tokens, _ = x.shape
         packed = (self.Wqkv if self.flash_layout else self.qkv)(x.to(self.dtype or x.dtype))
         q, k, v = packed.reshape(n, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if self.flash_layout:
             q, k = (norm(part.to(norm.weight.dtype)).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        return q, k, v

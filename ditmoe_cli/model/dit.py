@@ -77,7 +77,7 @@ class Block(nn.Module):
 
     def attend_modulated(self, x: Tensor, modulation: Tensor) -> Attended:
         """Return the state after attention on x (N, tokens, width) with its modulation (N, 6 · width)."""
-        return self._gated(x, modulation, self.attn(self.attention_inputs(x, modulation)))
+        return self.attended_by(x, modulation, self.attn(self.attention_inputs(x, modulation)))
 
     def attention_inputs(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Return what attention reads of x (N, tokens, width) with its modulation (N, 6 · width)."""
@@ -86,13 +86,18 @@ class Block(nn.Module):
 
     def attended(self, x: Tensor, modulation: Tensor, mixed: Tensor) -> Attended:
         """Return the state after attention, whose heads' values (N, tokens, width) are `mixed` (`Attention.mixed`)."""
-        return self._gated(x, modulation, self.attn.projected(mixed))
+        return self.attended_by(x, modulation, self.attn.projected(mixed))
 
-    def _gated(self, x: Tensor, modulation: Tensor, attention: Tensor) -> Attended:
-        """Return the state after attention, whose output is `attention` (N, tokens, width)."""
+    def attended_by(self, x: Tensor, modulation: Tensor, attention: Tensor | None) -> Attended:
+        """Return the state after attention, whose output is `attention` (N, tokens, width); None for none."""
         _, _, gate, shift, scale, gamma = modulation.chunk(PARTS, dim=1)
-        x = gated_sum(x, gate, attention)
+        x = x if attention is None else gated_sum(x, gate, attention)
         return Attended(x, modulated_norm(x, shift, scale), gamma)
+
+    def gates(self, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gate of attention and that of the mixture, γ, (N, width) each."""
+        _, _, gate, _, _, gamma = modulation.chunk(PARTS, dim=1)
+        return gate, gamma
 
     def forward(self, x: Tensor, c: Tensor, index: int, observer: Observer | None) -> Tensor:
         """Map tokens x (N, tokens, width) under conditions c (N, width)."""

@@ -37,26 +37,37 @@ class Dispatch:
         tokens: (T k,) the token of each slot.
         ends: (E,) where the slots of each expert end, int32.
         top_k: k.
+        dropped: (T, k) slots that are not computed, behind all others in `order`; None where all are.
     """
 
     order: Tensor
     tokens: Tensor
     ends: Tensor
     top_k: int
+    dropped: Tensor | None = None
 
     @classmethod
-    def of(cls, selected: Tensor, experts: int) -> Dispatch:
-        """Return the dispatch of selections (T, k): an expert e >= 0, or a constant below 0."""
+    def of(cls, selected: Tensor, experts: int, dropped: Tensor | None = None) -> Dispatch:
+        """Return the dispatch of selections (T, k): an expert e >= 0, or a constant below 0.
+
+        The first slot of a token is never among the `dropped` ones.
+        """
+        if dropped is not None:
+            selected = selected.masked_fill(dropped, experts)
         slots, order = selected.reshape(-1).sort(stable=True)
         numbers = torch.arange(experts, device=selected.device)
         ends = torch.searchsorted(slots, numbers, right=True).to(torch.int32)
-        return cls(order, order // selected.shape[1], ends, selected.shape[1])
+        return cls(order, order // selected.shape[1], ends, selected.shape[1], dropped)
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(T k,) the place of each slot in `order`."""
-        places = torch.arange(len(self.order), device=self.order.device)
-        return torch.empty_like(self.order).scatter_(0, self.order, places)
+        """(T k,) the place of each slot in `order`; of a dropped one that of its token's first slot."""
+        count = torch.arange(len(self.order), device=self.order.device)
+        places = torch.empty_like(self.order).scatter_(0, self.order, count)
+        if self.dropped is None:
+            return places
+        by_token = places.view(-1, self.top_k)
+        return torch.where(self.dropped, by_token[:, :1], by_token).reshape(-1)
 
     def by_slot(self, ordered: Tensor) -> Tensor:
         """Return rows (T k, D) in the order of the dispatch as (T, k, D)."""

@@ -111,12 +111,12 @@ class SparseMoE(nn.Module):
         ``watch(expert, slots, φ)`` is shown each expert's neurons; `slots` are indices into the flattened (T, k).
         """
         dispatch = Dispatch.of(selected, len(self.experts))
-        return dispatch.by_slot(self._ordered_outputs(u, selected, dispatch, watch))
+        return dispatch.by_slot(self.ordered_outputs(u, selected, dispatch, watch))
 
-    def _ordered_outputs(
+    def ordered_outputs(
         self, u: Tensor, selected: Tensor, dispatch: Dispatch, watch: NeuronWatcher | None = None
     ) -> Tensor:
-        """Return f_e(u) of all slots (T k, width), in the order of the dispatch."""
+        """Return f_e(u) of all slots (T, k) that are computed, in the order of the dispatch."""
         u = u.to(self.dtype or u.dtype)
         constants = int((selected < 0).sum()) if self.constants is not None else 0
         ordered: Tensor = self.experts(u, dispatch, constants, watch)
@@ -156,7 +156,7 @@ class SparseMoE(nn.Module):
         inputs = flat.to(self.dtype or u.dtype)
         routing: Routing = self.gate(flat)
         dispatch = Dispatch.of(routing.experts, len(self.experts))
-        ordered = self._ordered_outputs(inputs, routing.experts, dispatch, _watcher(observer, block, routing))
+        ordered = self.ordered_outputs(inputs, routing.experts, dispatch, _watcher(observer, block, routing))
         if observer is not None:
             observer(MoEEvent(block, flat, routing, dispatch.by_slot(ordered), gamma, residual))
         mixed = dispatch.weighted_sum(ordered, routing.weights)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ditmoe_cli.diffusion.few_steps import check_unguided, own_sampling
-from ditmoe_cli.diffusion.sampling import MOST_BINS, SampleSpec, check_followable, check_spec, choose_bins
+from ditmoe_cli.diffusion.sampling import SampleSpec, check_followable, check_spec
 from ditmoe_cli.diffusion.schedule import CALIBRATION_SOLVER, choose_solver
+from ditmoe_cli.diffusion.step_bins import MOST_BINS, choose_bins
 from ditmoe_cli.errors import BadInputError, UsageError, named
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dtypes import Dtype, parse_dtype, recorded_dtype

@@ -21,14 +21,12 @@ from ditmoe_cli.diffusion.sampling import (
     batches,
     check_followable,
     check_spec,
-    choose_bins,
     sample_batch,
     sampling_times,
-    step_bin,
-    steps_of_bins,
     visit_noised,
 )
 from ditmoe_cli.diffusion.schedule import SOLVERS, Solver
+from ditmoe_cli.diffusion.step_bins import choose_bins, step_bin, steps_of_bins
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide
 from ditmoe_cli.diffusion.weak_models import weak_model

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.predictor import Predictor
-from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, step_bin, visit_noised
+from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch, visit_noised
+from ditmoe_cli.diffusion.step_bins import step_bin
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.workfolder import WorkFolder

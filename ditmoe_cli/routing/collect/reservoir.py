@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.noise import image_seed
-from ditmoe_cli.diffusion.sampling import SampleSpec, steps_of_bins
+from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.step_bins import steps_of_bins
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.routing.profile import BRANCHES
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.diffusion.step_bins import step_bin
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.progress import watched_by
 from ditmoe_cli.routing.calibration_settings import Calibration, check_settings

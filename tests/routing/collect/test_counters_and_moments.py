@@ -14,7 +14,8 @@ from conftest import Pico
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch, step_bin
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
+from ditmoe_cli.diffusion.step_bins import step_bin
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.moe import MoEEvent

@@ -1,0 +1,112 @@
+"""Guided predictions of a model that computes what a schedule says, evaluation after evaluation.
+
+Where the null class is reused, uncond = cond - (cond' - uncond') with the branches of the evaluation that predicted it
+last (https://arxiv.org/abs/2410.19355); where it is off, the conditional branch stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE, ComputeSchedule
+from ditmoe_cli.diffusion.guidance import away_from_weak, combine
+from ditmoe_cli.diffusion.predictor import Predictor
+from ditmoe_cli.diffusion.step_bins import step_bin
+from ditmoe_cli.diffusion.weak_guidance import Guidance
+from ditmoe_cli.model.block_choices import ComputeTable
+from ditmoe_cli.model.conditions import Conditions, conditions
+from ditmoe_cli.model.dit import Denoiser, DiTMoE, ModulationOf
+from ditmoe_cli.model.partial_mixtures import SlotStatistics
+from ditmoe_cli.model.scheduled import ComputeCount, ScheduledRun, Statistics, no_statistics
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A table with the statistics of its rules on a device, and who is told what each batch computed."""
+
+    table: ComputeTable
+    statistics: Statistics = no_statistics
+    counted: Callable[[ComputeCount], None] = lambda _: None
+
+
+def loaded_schedule(
+    schedule: ComputeSchedule, device: torch.device, counted: Callable[[ComputeCount], None] = lambda _: None
+) -> Scheduled:
+    """Return a schedule with its statistics on a device."""
+    arrays = {name: torch.tensor(array, device=device) for name, array in schedule.statistics().items()}
+    return Scheduled(schedule.table, statistics_of(arrays, schedule.table.evaluations, schedule.bins), counted)
+
+
+def statistics_of(arrays: dict[str, Tensor], evaluations: int, bins: int) -> Statistics:
+    """Return what rules know in each evaluation, branch and block, from `energy`, `scale` and `constant`."""
+    if not arrays:
+        return no_statistics
+    known: dict[tuple[int, int, int], SlotStatistics] = {}
+
+    def at(evaluation: int, branch: int, block: int) -> SlotStatistics:
+        place = (step_bin(evaluation, evaluations, bins), branch if ENERGY in arrays else 0, block)
+        if place not in known:
+            energy = arrays[ENERGY][place] if ENERGY in arrays else None
+            scale, constant = (arrays[name][block] if name in arrays else None for name in (SCALE, CONSTANT))
+            known[place] = SlotStatistics(energy, scale, constant)
+        return known[place]
+
+    return at
+
+
+def scheduled_predictor(
+    model: DiTMoE,
+    labels: Tensor,
+    guidance: Guidance,
+    times: Sequence[float],
+    scheduled: Scheduled,
+    weak: Denoiser | None = None,
+) -> Predictor:
+    """Return a predictor for images with `labels` (N,), asked at all `times` in their order, each once.
+
+    It is `guided_predictor`'s to the bit where everything is computed. Raises `ValueError` for another number of times
+    than the table has evaluations.
+    """
+    table = scheduled.table
+    if table.evaluations != len(times):
+        raise ValueError(f"a table of {table.evaluations} evaluations for {len(times)} times")
+    run = ScheduledRun(model, table, scheduled.statistics)
+    doubled = [t for e, t in enumerate(times) if table.computes_null(e)]
+    single = [t for e, t in enumerate(times) if not table.computes_null(e)]
+    null = torch.full_like(labels, model.config.num_classes)
+    one = _conditions(model, single, labels)
+    two = _conditions(model, doubled, torch.cat((labels, null)))
+    weaker = weak.prepared([t for t in dict.fromkeys(times) if guidance.takes_weak(t)], labels) if weak else None
+    difference: list[Tensor] = []
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        evaluation = run.evaluation
+        if table.computes_null(evaluation):
+            both = run.predict(torch.cat((x, x)), t, _modulations(two, t), (0, 1)).float()
+            cond, uncond = both.chunk(2)
+            difference[:] = [cond - uncond] if "reuse" in table.null[evaluation:] else []
+            output = combine(cond, uncond, guidance.scale, guidance.family)
+        else:
+            output = cond = run.predict(x, t, _modulations(one, t), (0,)).float()
+            if table.null and table.null[evaluation] == "reuse":
+                output = combine(cond, cond - difference[0], guidance.scale, guidance.family)
+        if run.evaluation == table.evaluations:
+            scheduled.counted(run.count)
+        guide = guidance.guide
+        if guide is None or weaker is None or not guidance.takes_weak(t):
+            return output
+        return away_from_weak(output, cond, weaker(x, t).float(), guide.scale, guidance.family)
+
+    return predict
+
+
+def _conditions(model: DiTMoE, times: Sequence[float], labels: Tensor) -> Conditions:
+    return conditions(list(dict.fromkeys(times)), labels, model.condition, model.config)
+
+
+def _modulations(known: Conditions, t: float) -> ModulationOf:
+    return lambda name, modulate: known.at(name, modulate, t)

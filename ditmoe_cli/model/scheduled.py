@@ -1,0 +1,370 @@
+"""A model whose blocks compute what a table says, evaluation after evaluation, with what later ones take from before.
+
+    attention   x ← x + gate ⊙ a,   a = attn(x) | a' | a' + (a' - a'') (t - t') / (t' - t'') | 0
+    mixture     x ← x + γ ⊙ m,      m likewise
+
+a' and a'' are what was computed last and before that, at times t' and t''; gate and γ are those of today. A forecast
+with one earlier output alone is that output (https://arxiv.org/abs/2503.06923, of first order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ditmoe_cli.model.block_choices import BlockChoice, ComputeTable, MixturePart, Part
+from ditmoe_cli.model.compute_cost import attended_to_cost, attention_cost, fixed_cost, shared_cost, unrouted_cost
+from ditmoe_cli.model.dit import Attended, Block, DiTMoE, ModulationOf, gated_sum
+from ditmoe_cli.model.partial_mixtures import (
+    Mixed,
+    SlotOutputs,
+    SlotStatistics,
+    mixed_from_before,
+    mixed_in_part,
+    protected_tokens,
+)
+
+Statistics = Callable[[int, int, int], SlotStatistics]
+"""Takes evaluation, branch and block, and returns what rules for slots know there."""
+
+
+def no_statistics(evaluation: int, branch: int, block: int) -> SlotStatistics:
+    """Return that nothing is known, for tables whose rules need nothing."""
+    del evaluation, branch, block
+    return SlotStatistics()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An output (N, tokens, D) of an evaluation at time `t`, and the last evaluation that takes it."""
+
+    t: float
+    output: Tensor
+    last: int
+
+
+@dataclass
+class _Shelf:
+    """What is kept of one block in one branch: the last two outputs of attention and mixture, and slots."""
+
+    attention: list[_Kept] = field(default_factory=list)
+    mixture: list[_Kept] = field(default_factory=list)
+    slots: SlotOutputs | None = None
+    slots_last: int = -1
+
+    def forget(self, evaluation: int) -> None:
+        """Let go of what no later evaluation takes."""
+        self.attention = [kept for kept in self.attention if kept.last > evaluation]
+        self.mixture = [kept for kept in self.mixture if kept.last > evaluation]
+        if self.slots_last <= evaluation:
+            self.slots = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        tensors = [kept.output for kept in (*self.attention, *self.mixture)]
+        if self.slots is not None:
+            tensors += [self.slots.rows, self.slots.outputs, self.slots.shared]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _takes(part: Part | MixturePart) -> int:
+    """Return how many earlier outputs a part takes."""
+    return {"reuse": 1, "forecast": 2}.get(part, 0)
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """The last evaluation that takes an output, by the evaluation that computed it; -1 for none, of one block."""
+
+    attention: Mapping[int, int]
+    mixture: Mapping[int, int]
+    slots: Mapping[int, int]
+
+
+def lifetimes(table: ComputeTable, branch: int, block: int) -> Lifetimes:
+    """Return how long the outputs of a block are kept."""
+    lasts: dict[str, dict[int, int]] = {"attention": {}, "mixture": {}, "slots": {}}
+    made: dict[str, list[int]] = {"attention": [], "mixture": [], "slots": []}
+    for evaluation in range(table.evaluations):
+        if branch == 1 and not table.computes_null(evaluation):
+            continue
+        choice = table.at(evaluation, branch, block)
+        for name, part in (("attention", choice.attention), ("mixture", choice.mixture)):
+            for source in made[name][-_takes(part) :] if _takes(part) else ():
+                lasts[name][source] = evaluation
+        if choice.mixture == "reuse-slots":
+            lasts["slots"][made["slots"][-1]] = evaluation
+        made["attention"] += [evaluation] if choice.attention == "compute" else []
+        if choice.mixture in ("compute", "reuse-slots"):
+            made["mixture"].append(evaluation)
+            made["slots"] += [evaluation] if choice.slots is None and choice.shared else []
+    return Lifetimes(lasts["attention"], lasts["mixture"], lasts["slots"])
+
+
+@dataclass
+class ComputeCount:
+    """What a run computed for a batch: operations, all branches together, and the most bytes that it kept at a time."""
+
+    flops: float = 0.0
+    most_kept: int = 0
+    _slots: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add_slots(self, counts: Tensor, costs: Tensor) -> None:
+        """Count slots (E,) of experts of these costs (E,); they are summed when the total is asked for."""
+        self._slots.append((counts, costs))
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        routed = sum(float((counts.double().cpu() * costs).sum()) for counts, costs in self._slots)
+        return self.flops + routed
+
+
+class ScheduledRun:
+    """One batch of images, evaluated once after the other as a table says.
+
+    Attributes:
+        count: what was computed so far.
+        evaluation: the number of the next evaluation.
+    """
+
+    def __init__(self, model: DiTMoE, table: ComputeTable, statistics: Statistics = no_statistics) -> None:
+        self._model, self._table, self._statistics = model, table, statistics
+        self._blocks = [block for block in model.blocks if isinstance(block, Block)]
+        pairs = [(branch, block) for branch in range(table.branches) for block in range(len(self._blocks))]
+        self._lifetimes = {(branch, block): lifetimes(table, branch, block) for branch, block in pairs}
+        self._shelves = {pair: _Shelf() for pair in pairs}
+        width = model.config.hidden_size
+        self._expert_costs = [
+            torch.tensor([6.0 * width * inner for inner in block.expert_widths], dtype=torch.float64)
+            for block in model.config.blocks
+        ]
+        self._first: dict[int, _First] = {}
+        self.count, self.evaluation = ComputeCount(), 0
+
+    def predict(self, x: Tensor, t: float, modulation_of: ModulationOf, branches: Sequence[int]) -> Tensor:
+        """Return the prediction for x (B N, C, H, W), N images of each of B branches, at time t, and go on to the next.
+
+        Raises `IndexError` behind the last evaluation of the table.
+        """
+        if self.evaluation >= self._table.evaluations:
+            raise IndexError(f"the table ends after {self._table.evaluations} evaluations")
+        model, config = self._model, self._model.config
+        tokens = model.patches(x)
+        if self._table.residual is None:
+            for index, block in enumerate(self._blocks):
+                modulation = modulation_of(f"blocks.{index}", block.adaLN_modulation)
+                tokens = self._block(index, tokens, modulation, t, branches)
+        else:
+            tokens = self._by_residual(tokens, modulation_of, self._table.residual, branches)
+        self.count.flops += len(x) * fixed_cost(config)
+        kept = sum(shelf.nbytes for shelf in self._shelves.values()) + sum(f.nbytes for f in self._first.values())
+        self.count.most_kept = max(self.count.most_kept, kept)
+        for shelf in self._shelves.values():
+            shelf.forget(self.evaluation)
+        self.evaluation += 1
+        return model.unpatched(tokens, modulation_of("final", model.final_layer.adaLN_modulation))
+
+    # -------------------------------------------------------------- one block
+
+    def _block(self, index: int, x: Tensor, modulation: Tensor, t: float, branches: Sequence[int]) -> Tensor:
+        """Return what a block makes of x; branches of one choice are computed together."""
+        choices = [self._table.at(self.evaluation, branch, index) for branch in branches]
+        statistics = [self._statistics(self.evaluation, branch, index) for branch in branches]
+        alike = all(choice == choices[0] for choice in choices) and (
+            choices[0].slots is None or all(each is statistics[0] for each in statistics)
+        )
+        if alike:
+            return self._chosen(index, choices[0], x, modulation, t, branches, statistics[0])
+        size = len(x) // len(branches)
+        parts = []
+        for place, branch in enumerate(branches):
+            rows = slice(place * size, (place + 1) * size)
+            known = statistics[place]
+            parts.append(self._chosen(index, choices[place], x[rows], modulation[rows], t, (branch,), known))
+        return torch.cat(parts)
+
+    def _chosen(
+        self,
+        index: int,
+        choice: BlockChoice,
+        x: Tensor,
+        modulation: Tensor,
+        t: float,
+        branches: Sequence[int],
+        statistics: SlotStatistics,
+    ) -> Tensor:
+        """Return what a block makes of x (B N, tokens, D) of the branches, all by one choice."""
+        block = self._blocks[index]
+        inputs = x
+        attention = self._attention(index, choice, x, modulation, t, branches)
+        if choice.mixture in ("compute", "reuse-slots"):
+            attended = block.attended_by(x, modulation, attention)
+            protected = self._protected(block, choice, inputs, modulation)
+            mixed = self._mixture(index, choice, attended, t, branches, statistics, protected)
+            return gated_sum(attended.residual, attended.gamma, mixed)
+        gate, gamma = block.gates(modulation)
+        x = x if attention is None else gated_sum(x, gate, attention)
+        taken = self._taken(index, "mixture", choice.mixture, t, branches)
+        return x if taken is None else gated_sum(x, gamma, taken)
+
+    def _attention(
+        self, index: int, choice: BlockChoice, x: Tensor, modulation: Tensor, t: float, branches: Sequence[int]
+    ) -> Tensor | None:
+        """Return the output of attention (B N, tokens, D), computed or from before; None where it is left out."""
+        if choice.attention != "compute":
+            return self._taken(index, "attention", choice.attention, t, branches)
+        block = self._blocks[index]
+        output: Tensor = block.attn(block.attention_inputs(x, modulation))
+        self.count.flops += len(x) * attention_cost(self._model.config)
+        for branch, part in zip(branches, output.chunk(len(branches)), strict=True):
+            last = self._lifetimes[branch, index].attention.get(self.evaluation, -1)
+            self._keep(self._shelves[branch, index].attention, part, t, last)
+        return output
+
+    def _mixture(
+        self,
+        index: int,
+        choice: BlockChoice,
+        attended: Attended,
+        t: float,
+        branches: Sequence[int],
+        statistics: SlotStatistics,
+        protected: Tensor | None,
+    ) -> Tensor:
+        """Return the output of the mixture (B N, tokens, D), computed in whole or in part."""
+        block, config = self._blocks[index], self._model.config
+        u = attended.inputs
+        flat = u.reshape(-1, u.shape[-1])
+        keeps = [self._lifetimes[branch, index].slots.get(self.evaluation, -1) for branch in branches]
+        if choice.mixture == "reuse-slots":
+            mixed = mixed_from_before(block.moe, flat, self._slots_before(index, branches))
+        else:
+            keep = max(keeps) >= 0
+            mixed = mixed_in_part(block.moe, flat, choice.slots, statistics, protected, choice.shared, keep)
+            self.count.flops += len(flat) * (shared_cost(config, config.blocks[index]) if choice.shared else 0.0)
+        self.count.flops += len(flat) * unrouted_cost(config, config.blocks[index])
+        self.count.add_slots(mixed.computed, self._expert_costs[index])
+        output = mixed.output.reshape(u.shape)
+        for place, (branch, part) in enumerate(zip(branches, output.chunk(len(branches)), strict=True)):
+            shelf, lasts = self._shelves[branch, index], self._lifetimes[branch, index]
+            self._keep(shelf.mixture, part, t, lasts.mixture.get(self.evaluation, -1))
+            if keeps[place] >= 0 and mixed.kept is not None:
+                shelf.slots, shelf.slots_last = _part(mixed, place, len(branches)), keeps[place]
+        return output
+
+    def _protected(self, block: Block, choice: BlockChoice, x: Tensor, modulation: Tensor) -> Tensor | None:
+        """Return the tokens (T,) that a rule leaves as they are; None where it does not ask."""
+        if choice.slots is None or choice.slots.rule != "odp":
+            return None
+        self.count.flops += len(x) * attended_to_cost(self._model.config)
+        return protected_tokens(block.attn.attended_to(block.attention_inputs(x, modulation))).reshape(-1)
+
+    def _keep(self, shelf: list[_Kept], output: Tensor, t: float, last: int) -> None:
+        """Keep an output until the last evaluation that takes it."""
+        if last >= 0:
+            shelf.append(_Kept(t, output, last))
+
+    def _slots_before(self, index: int, branches: Sequence[int]) -> SlotOutputs:
+        """Return the slots of branches that were kept, image after image."""
+        kept = [self._shelves[branch, index].slots for branch in branches]
+        found = [each for each in kept if each is not None]
+        if len(found) == 1:
+            return found[0]
+        return SlotOutputs(
+            torch.cat([each.rows for each in found]),
+            torch.cat([each.outputs for each in found]),
+            torch.cat([each.shared for each in found]),
+        )
+
+    def _taken(self, index: int, name: str, part: str, t: float, branches: Sequence[int]) -> Tensor | None:
+        """Return what is taken from before, or extrapolated to time t; None where nothing is."""
+        if part == "skip":
+            return None
+        outputs = []
+        for branch in branches:
+            shelf = self._shelves[branch, index]
+            kept = shelf.attention if name == "attention" else shelf.mixture
+            outputs.append(_extrapolated(kept, t) if part == "forecast" else kept[-1].output)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    # -------------------------------------------------------------- by residuals of the first block
+
+    def _by_residual(
+        self, tokens: Tensor, modulation_of: ModulationOf, threshold: float, branches: Sequence[int]
+    ) -> Tensor:
+        """Return the tokens behind the last block; images whose first block adds nearly the same skip the others."""
+        modulations = [modulation_of(f"blocks.{i}", block.adaLN_modulation) for i, block in enumerate(self._blocks)]
+        behind = self._whole_block(0, tokens, modulations[0])
+        added = behind - tokens
+        size = len(tokens) // len(branches)
+        parts = []
+        for place, branch in enumerate(branches):
+            rows = slice(place * size, (place + 1) * size)
+            first, kept = added[rows], self._first.get(branch)
+            moved = (
+                torch.ones(size, dtype=torch.bool, device=first.device)
+                if kept is None
+                else (first - kept.added).abs().sum(dim=(1, 2)) >= threshold * kept.added.abs().sum(dim=(1, 2))
+            )
+            result = behind[rows] if kept is None else behind[rows] + kept.later
+            if bool(moved.any()):
+                out = behind[rows][moved]
+                for index in range(1, len(self._blocks)):
+                    out = self._whole_block(index, out, modulations[index][rows][moved])
+                later = torch.zeros_like(first) if kept is None else kept.later.clone()
+                base = first if kept is None else torch.where(moved[:, None, None], first, kept.added)
+                later[moved] = out - behind[rows][moved]
+                self._first[branch] = _First(base, later)
+                result = result.clone()
+                result[moved] = out
+            parts.append(result)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _whole_block(self, index: int, x: Tensor, modulation: Tensor) -> Tensor:
+        """Return what a block makes of x, all of it computed."""
+        block, config = self._blocks[index], self._model.config
+        attended = block.attend_modulated(x, modulation)
+        flat = attended.inputs.reshape(-1, x.shape[-1])
+        mixed = mixed_in_part(block.moe, flat)
+        each = unrouted_cost(config, config.blocks[index]) + shared_cost(config, config.blocks[index])
+        self.count.flops += len(x) * attention_cost(config) + len(flat) * each
+        self.count.add_slots(mixed.computed, self._expert_costs[index])
+        return gated_sum(attended.residual, attended.gamma, mixed.output.reshape(x.shape))
+
+
+@dataclass(frozen=True)
+class _First:
+    """What the first block added (N, tokens, D) when all others were computed last, and what these added."""
+
+    added: Tensor
+    later: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.added.numel() * self.added.element_size()
+
+
+def _extrapolated(kept: Sequence[_Kept], t: float) -> Tensor:
+    """Return a' + (a' - a'') (t - t') / (t' - t''), or a' where there is no a'', or both are of one time."""
+    last = kept[-1]
+    if len(kept) < 2 or kept[-2].t == last.t:
+        return last.output
+    factor = (t - last.t) / (last.t - kept[-2].t)
+    return torch.lerp(last.output, kept[-2].output, -factor)
+
+
+def _part(mixed: Mixed, place: int, parts: int) -> SlotOutputs:
+    """Return what is kept of one of several branches."""
+    assert mixed.kept is not None
+    kept = mixed.kept
+    return replace(
+        kept,
+        rows=kept.rows.chunk(parts)[place],
+        outputs=kept.outputs.chunk(parts)[place],
+        shared=kept.shared.chunk(parts)[place],
+    )
