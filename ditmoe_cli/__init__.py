@@ -13,6 +13,7 @@ from ditmoe_cli.version import __version__
 
 if TYPE_CHECKING:
     from ditmoe_cli.api.calling import quiet
+    from ditmoe_cli.api.checkpoint_files import convert, export, inspect
     from ditmoe_cli.api.measurements import bench, compare, profile, report, sample, score
     from ditmoe_cli.api.opening import load_model, open_checkpoint, read_profile
     from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize
@@ -25,8 +26,11 @@ _MODULES = {
     "bench": "api.measurements",
     "compare": "api.measurements",
     "compress": "api.planners",
+    "convert": "api.checkpoint_files",
     "distill": "api.trainers",
+    "export": "api.checkpoint_files",
     "heal": "api.trainers",
+    "inspect": "api.checkpoint_files",
     "load_model": "api.opening",
     "open_checkpoint": "api.opening",
     "plan_merge": "api.planners",
@@ -47,8 +51,11 @@ __all__ = [
     "bench",
     "compare",
     "compress",
+    "convert",
     "distill",
+    "export",
     "heal",
+    "inspect",
     "load_model",
     "open_checkpoint",
     "plan_merge",

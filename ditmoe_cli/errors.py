@@ -28,6 +28,11 @@ def as_argument(setting: str) -> str:
     return f"{setting.removeprefix('no_')}=False" if setting.startswith("no_") else setting
 
 
+def as_option(setting: str) -> str:
+    """Return a setting as the command line has it: ``--group-size`` for ``group_size``."""
+    return "--" + setting.replace("_", "-")
+
+
 def named(message: str, name_of: Callable[[str], str] = as_argument) -> str:
     """Return a message with each ``⟨setting⟩`` replaced by ``name_of(setting)``."""
     return _SETTING.sub(lambda match: name_of(match[1]), message)

@@ -40,11 +40,11 @@ ALLOWED = {
         "errors",
     },
     "routing": {"briefs", "processes", "evaluation", "diffusion", "model", "formats", "files", "progress", "errors"},
-    "export": {"diffusion", "model", "formats", "files", "progress", "errors"},
+    "exporting": {"diffusion", "model", "formats", "files", "progress", "errors"},
     "compression": {
         *(
             "briefs",
-            "export",
+            "exporting",
             "routing",
             "evaluation",
             "diffusion",
@@ -62,7 +62,7 @@ ALLOWED = {
             "briefs",
             "processes",
             "compression",
-            "export",
+            "exporting",
             "evaluation",
             "routing",
             "diffusion",
@@ -73,7 +73,7 @@ ALLOWED = {
         *("briefs", "threads", "errors", "version", "progress"),
     },
     "cli": {
-        *("api", "compression", "export", "evaluation", "routing", "diffusion", "model", "formats", "files"),
+        *("api", "compression", "exporting", "evaluation", "routing", "diffusion", "model", "formats", "files"),
         *("processes", "progress", "threads", "errors", ""),
     },
     "__main__": {"cli"},

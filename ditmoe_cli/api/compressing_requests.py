@@ -16,8 +16,8 @@ from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.export.choices import Choices
-from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.exporting.choices import Choices
+from ditmoe_cli.exporting.targets import TARGETS
 
 STACK = "stack"
 

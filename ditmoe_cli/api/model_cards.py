@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ditmoe_cli.api.step_texts import number, step_text
 from ditmoe_cli.compression.recipe import recipe_of
 from ditmoe_cli.diffusion.few_steps import told_steps
-from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.errors import BadInputError, as_option, named
 from ditmoe_cli.files.hub_names import HUB_PREFIX, parse_hub_name
 from ditmoe_cli.files.json_text import read_file, read_json
 from ditmoe_cli.files.provenance import STAGE_SCHEMA, Step
@@ -69,14 +69,30 @@ class Shown:
     loading: Loading | None = None
 
 
-def model_card(checkpoint: Checkpoint, shown: Shown = Shown(), named: Callable[[str], str] = str) -> str:
-    """Return the model card of a checkpoint as Markdown with the front matter of the hub.
+@dataclass(frozen=True)
+class CardContents:
+    """What a model card shows beside what the file records: files of scores, and a picture."""
 
-    `named` returns a history's line with its settings as the reader writes them.
-    """
+    scores: Sequence[Path] | None = None
+    picture: Path | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files that are read."""
+        return [*(self.scores or ()), *([] if self.picture is None else [self.picture])]
+
+    def read_scores(self, checkpoint: Checkpoint) -> Sequence[Mapping[str, Any]]:
+        """Return the scores. Raises `BadInputError` as `read_score` does, and for a picture that is not there."""
+        if self.picture is not None and not self.picture.is_file():
+            raise BadInputError(f"{self.picture}: no such file")
+        return [read_score(file, checkpoint) for file in self.scores or ()]
+
+
+def model_card(checkpoint: Checkpoint, shown: Shown = Shown()) -> str:
+    """Return the model card of a checkpoint as Markdown with the front matter of the hub."""
     history = checkpoint.provenance().history
     sections = [
-        ("What was done", _done(history, named)),
+        ("What was done", _done(history)),
         ("Sizes", _sizes(checkpoint)),
         ("Damage", _damage(history, shown.scores)),
         ("Images of the same seeds", _pictured(shown.picture)),
@@ -151,8 +167,9 @@ def _summary(checkpoint: Checkpoint) -> str:
     return f"{what} ditmoe.{few}"
 
 
-def _done(history: Sequence[Step], named: Callable[[str], str]) -> list[str]:
-    return [f"{place}. {code(named(step_text(step)))}" for place, step in enumerate(history, 1)]
+def _done(history: Sequence[Step]) -> list[str]:
+    """Return the commands of a history, their settings as the command line has them."""
+    return [f"{place}. {code(named(step_text(step), as_option))}" for place, step in enumerate(history, 1)]
 
 
 def _sizes(checkpoint: Checkpoint) -> list[str]:

@@ -108,8 +108,12 @@ def _dtype(dtype: object) -> torch.dtype:
     raise UsageError(f"⟨dtype⟩ {dtype}: choose {', '.join(DTYPES)}")
 
 
-def opened(checkpoint: AnyCheckpoint, given: Given = NOTHING_GIVEN, *, told: bool = True) -> Checkpoint:
+def opened(
+    checkpoint: AnyCheckpoint, given: Given = NOTHING_GIVEN, *, told: bool = True, allow_unknown: bool = False
+) -> Checkpoint:
     """Return a checkpoint, opened with what is given of it, and tell what there is to tell of it.
+
+    With `allow_unknown`, a head count that cannot be told is left open.
 
     Raises `UsageError` where something is given of a checkpoint that is opened already.
     """
@@ -118,7 +122,8 @@ def opened(checkpoint: AnyCheckpoint, given: Given = NOTHING_GIVEN, *, told: boo
         if wanted is not None:
             raise UsageError(f"⟨{wanted}⟩ has no effect on an opened checkpoint; give it to open_checkpoint")
         return checkpoint
-    found = model_checkpoint.open_checkpoint(resolve_path(checkpoint, note).absolute(), **asdict(given))
+    path = resolve_path(checkpoint, note).absolute()
+    found = model_checkpoint.open_checkpoint(path, allow_unknown=allow_unknown, **asdict(given))
     if told:
         tell_of(found)
     return found

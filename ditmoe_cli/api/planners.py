@@ -15,7 +15,7 @@ from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import opened
 from ditmoe_cli.api.output_names import Destination, checkpoint_path, destination, size_of
 from ditmoe_cli.api.plan_application import Application, applied_result, output_label
-from ditmoe_cli.api.planner_runs import PlannerRun, chosen_alone, planned_result
+from ditmoe_cli.api.planner_runs import PlannerRun, chosen_alone, foreseen_result, planned_result
 from ditmoe_cli.api.planning_requests import (
     AnyProfile,
     AutomaticProfile,
@@ -35,13 +35,13 @@ from ditmoe_cli.api.quantizing_requests import (
     quantizing_of,
     width_texts,
 )
-from ditmoe_cli.api.written_checkpoints import WrittenCheckpoint
+from ditmoe_cli.api.written_checkpoints import AnyForeseen, WrittenCheckpoint
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES, METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, read_plan
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_ALLOWED, DEFAULT_GROUP_SIZE
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
-from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.exporting.targets import TARGETS
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint
 
@@ -75,7 +75,8 @@ def plan_prune(
     calibration_data: AnyPath | None = None,
     calibration_classes: Sequence[int] | None = None,
     calibration_seed: Seed | None = None,
-) -> CompressionPlan:
+    dry_run: bool = False,
+) -> CompressionPlan | AnyForeseen:
     """Choose which experts and neurons of each block stay, as ``ditmoe prune``; `apply` carries the plan out.
 
     Args:
@@ -85,6 +86,8 @@ def plan_prune(
         profile: the routing profile of the checkpoint. Without it, that under a usual name, else a new one, sampled as
             the arguments ``calibration_…`` say.
         device, dtype: where and in what to measure.
+        dry_run: whether to return in place of the plan what carrying it out would write and take, a
+            `ForeseenCheckpoint`. No profile is made for it: without one at hand its plan stays open, its size is exact.
 
     All others are the options of the same names in docs/prune.md.
 
@@ -107,7 +110,7 @@ def plan_prune(
         calibration_classes,
         calibration_seed,
     )
-    return _plan(pruning, opened(checkpoint), Measuring(profile_path(profile), device, dtype), automatic)
+    return _plan(pruning, opened(checkpoint), Measuring(profile_path(profile), device, dtype), automatic, dry_run)
 
 
 @public
@@ -130,14 +133,15 @@ def plan_merge(
     calibration_data: AnyPath | None = None,
     calibration_classes: Sequence[int] | None = None,
     calibration_seed: Seed | None = None,
-) -> CompressionPlan:
+    dry_run: bool = False,
+) -> CompressionPlan | AnyForeseen:
     """Choose which experts of each block are merged, as ``ditmoe merge``; `apply` carries the plan out.
 
     Args:
         checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
         groups: experts to merge each block into: a ratio as ``0.5``, or a count as ``4``.
         delta: ``"svd"`` or ``"ternary"`` stores all experts as their mean and compressed differences from it instead.
-        profile, device, dtype, calibration_…: as for `plan_prune`.
+        profile, device, dtype, calibration_…, dry_run: as for `plan_prune`.
 
     All others are the options of the same names in docs/merge.md. Raises what `plan_prune` does.
     """
@@ -153,7 +157,7 @@ def plan_merge(
         calibration_classes,
         calibration_seed,
     )
-    return _plan(planner, opened(checkpoint), Measuring(profile_path(profile), device, dtype), automatic)
+    return _plan(planner, opened(checkpoint), Measuring(profile_path(profile), device, dtype), automatic, dry_run)
 
 
 @public
@@ -184,7 +188,8 @@ def plan_quantize(
     calibration_data: AnyPath | None = None,
     calibration_classes: Sequence[int] | None = None,
     calibration_seed: Seed | None = None,
-) -> CompressionPlan:
+    dry_run: bool = False,
+) -> CompressionPlan | AnyForeseen:
     """Choose in which format each weight is stored, as ``ditmoe quantize``; `apply` carries the plan out.
 
     Args:
@@ -195,7 +200,7 @@ def plan_quantize(
         allow: widths that a mix may choose from, in bits, as ``(2, 3, 4, 16)``; 16 leaves a weight as it is.
         floor: fewest bits of groups of weights, as ``{"attn": 4}``.
         protect, tie: groups of weights that stay, matrices of an expert that take one format.
-        profile, device, dtype, calibration_…: as for `plan_prune`.
+        profile, device, dtype, calibration_…, dry_run: as for `plan_prune`.
 
     All others are the options of the same names in docs/quantize.md. Raises what `plan_prune` does.
     """
@@ -214,7 +219,7 @@ def plan_quantize(
         calibration_classes,
         calibration_seed,
     )
-    return _plan(planner, opened(checkpoint), Measuring(profile_path(profile), device, dtype), automatic)
+    return _plan(planner, opened(checkpoint), Measuring(profile_path(profile), device, dtype), automatic, dry_run)
 
 
 @public
@@ -245,7 +250,8 @@ def compress(
     output: Annotated[AnyPath, checkpoint_path] | None = None,
     force: bool = False,
     max_shard_size: AnySize = "10GB",
-) -> WrittenCheckpoint:
+    dry_run: bool = False,
+) -> WrittenCheckpoint | AnyForeseen:
     """Compress to a size, as ``ditmoe compress``: fewer neurons and fewer bits, planned together.
 
     Args:
@@ -261,6 +267,8 @@ def compress(
         output: file ``….safetensors`` or folder; by default named after the input, in the working folder.
         force: whether to replace what stands there. What the same request made before is up to date without it.
         max_shard_size: size of the largest file of a folder.
+        dry_run: whether to write nothing, and to return what would be written and take, a `ForeseenCheckpoint`; where
+            the result is up to date, that.
 
     Raises what `plan_prune` does, and `OutputExistsError` where something else stands at the output.
     """
@@ -282,7 +290,8 @@ def compress(
     )
     measuring = Measuring(profile_path(profile), device, dtype)
     to = destination(output, force, max_shard_size).at(found.path, planner.label)
-    return planned_result(_run_of(planner, found, to, measuring, automatic))
+    run = _run_of(planner, found, to, measuring, automatic, dry_run)
+    return foreseen_result(run) if dry_run else planned_result(run)
 
 
 @public
@@ -296,7 +305,8 @@ def apply(
     output: Annotated[AnyPath, checkpoint_path] | None = None,
     force: bool = False,
     max_shard_size: AnySize = "10GB",
-) -> WrittenCheckpoint:
+    dry_run: bool = False,
+) -> WrittenCheckpoint | AnyForeseen:
     """Carry out a plan, as ``ditmoe apply``.
 
     Args:
@@ -306,7 +316,7 @@ def apply(
             name, or the one that the planner made.
         clock: of a plan that trains, as for `heal`.
         device: where weights are computed.
-        output, force, max_shard_size: as for `compress`.
+        output, force, max_shard_size, dry_run: as for `compress`.
 
     Raises:
         BadInputError: the plan is for another checkpoint, or its profile is not there.
@@ -321,23 +331,33 @@ def apply(
         note("the plan was edited since it was planned; the history of the output will say so")
     found = opened(checkpoint)
     to = destination(output, force, max_shard_size).at(found.path, output_label(plan))
-    result = applied_result(Application(plan, found, to, profile_path(profile), device, files, tuple_of(clock)))
-    assert isinstance(result, WrittenCheckpoint)
-    return result
+    application = Application(plan, found, to, profile_path(profile), device, files, tuple_of(clock))
+    return applied_result(application, dry_run=dry_run)
 
 
 def _plan(
-    planner: Planner, checkpoint: Checkpoint, measuring: Measuring, automatic: AutomaticProfile
-) -> CompressionPlan:
-    """Return the plan of a request, signed, so that it is known later whether it was edited."""
-    to = Destination().at(checkpoint.path, planner.label)
-    with chosen_alone(_run_of(planner, checkpoint, to, measuring, automatic)) as choice:
+    planner: Planner, checkpoint: Checkpoint, measuring: Measuring, automatic: AutomaticProfile, dry_run: bool
+) -> CompressionPlan | AnyForeseen:
+    """Return the plan of a request, signed, so that it is known later whether it was edited; what a dry run foresees.
+
+    What stands at the place of the result does not matter.
+    """
+    to = Destination(force=True).at(checkpoint.path, planner.label)
+    run = _run_of(planner, checkpoint, to, measuring, automatic, dry_run)
+    if dry_run:
+        return foreseen_result(run)
+    with chosen_alone(run) as choice:
         plan = choice.of(checkpoint)
         return replace(plan, written=plan.digest)
 
 
 def _run_of(
-    planner: Planner, checkpoint: Checkpoint, to: Output, measuring: Measuring, automatic: AutomaticProfile
+    planner: Planner,
+    checkpoint: Checkpoint,
+    to: Output,
+    measuring: Measuring,
+    automatic: AutomaticProfile,
+    dry_run: bool = False,
 ) -> PlannerRun:
-    wanted = automatic.wanted(checkpoint, measuring, to.path.parent)
+    wanted = automatic.wanted(checkpoint, measuring, to.path.parent, measures=not dry_run)
     return PlannerRun(planner, checkpoint, to, wanted, measuring.device)

@@ -17,7 +17,8 @@ from ditmoe_cli.api.output_names import checkpoint_path, destination
 from ditmoe_cli.api.planning_requests import AnyProfile, Measuring, automatic_profile, profile_path
 from ditmoe_cli.api.sampling_requests import interval_of
 from ditmoe_cli.api.training_requests import parse_groups
-from ditmoe_cli.api.training_runs import TrainedCheckpoint, Training, trained_result
+from ditmoe_cli.api.training_runs import TrainedCheckpoint, trained_result
+from ditmoe_cli.api.written_checkpoints import AnyForeseen
 from ditmoe_cli.compression.distill.distilling import DEFAULT_STUDENT_STEPS
 from ditmoe_cli.compression.training.training_request import DEFAULT_BATCH
 
@@ -48,7 +49,8 @@ def heal(
     output: Annotated[AnyPath, checkpoint_path] | None = None,
     force: bool = False,
     max_shard_size: int | str = "10GB",
-) -> TrainedCheckpoint:
+    dry_run: bool = False,
+) -> TrainedCheckpoint | AnyForeseen:
     """Train a compressed checkpoint to predict as its original does, as ``ditmoe heal``.
 
     Args:
@@ -58,7 +60,7 @@ def heal(
         clock: what the clock chose in an earlier run of as many minutes, as its recipe has it.
         train: what to train: ``"all"``, groups of weights as ``["experts", "attn"]``, or ``"lora:8"``.
         profile: the routing profile of the original.
-        output, force, max_shard_size: as for `compress`.
+        output, force, max_shard_size, dry_run: as for `compress`.
 
     All others are the options of the same names in docs/heal.md, or as for `plan_prune`.
 
@@ -83,8 +85,8 @@ def heal(
         calibration_classes,
         calibration_seed,
     )
-    wanted = automatic.wanted(teacher, measuring, to.path.parent)
-    return _trained(healing_training(asked, student, teacher, to, wanted, measuring))
+    wanted = automatic.wanted(teacher, measuring, to.path.parent, measures=not dry_run)
+    return trained_result(healing_training(asked, student, teacher, to, wanted, measuring), dry_run=dry_run)
 
 
 @public
@@ -114,7 +116,8 @@ def distill(
     output: Annotated[AnyPath, checkpoint_path] | None = None,
     force: bool = False,
     max_shard_size: int | str = "10GB",
-) -> TrainedCheckpoint:
+    dry_run: bool = False,
+) -> TrainedCheckpoint | AnyForeseen:
     """Train a checkpoint to be sampled in few steps, with guidance in its weights, as ``ditmoe distill``.
 
     Args:
@@ -125,7 +128,7 @@ def distill(
         minutes, iterations: how long to train, by time or in iterations.
         train, clock: as for `heal`.
         guide_with, guide_by, guide_scale, guide_interval: guidance by a weaker model that goes into the weights.
-        output, force, max_shard_size: as for `compress`.
+        output, force, max_shard_size, dry_run: as for `compress`.
 
     All others are the options of the same names in docs/distill.md. Raises what `heal` does.
     """
@@ -152,15 +155,9 @@ def distill(
     asked = teaching.request(teacher, guiding.used)
     to = destination(output, force, max_shard_size).at(student.path, asked.label)
     training = distilling_training(asked, student, teacher, to, guiding.weak)
-    return _trained(replace(training, device=device, dtype=dtype))
+    return trained_result(replace(training, device=device, dtype=dtype), dry_run=dry_run)
 
 
 def _groups(train: str | Sequence[str]) -> tuple[str, ...]:
     """Return the groups of weights to train."""
     return parse_groups(train if isinstance(train, str) else ",".join(train))
-
-
-def _trained(training: Training) -> TrainedCheckpoint:
-    result = trained_result(training)
-    assert isinstance(result, TrainedCheckpoint)
-    return result

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from ditmoe_cli.api.foretelling import estimate_of
+from ditmoe_cli.api.foretelling import estimate_of, told
 from ditmoe_cli.briefs import Brief, Fact, shortened
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
@@ -87,21 +87,39 @@ class ForeseenCheckpoint(Brief):
     rate: Rate
 
     @property
+    def ratio(self) -> float:
+        """The size as a share of the input's."""
+        return self.bytes / self.bytes_before
+
+    @property
+    def estimate(self) -> Mapping[str, Any]:
+        """What it would take: ``seconds``, ``memory`` in bytes, and the ``phases``."""
+        return estimate_of(self.estimates, self.rate)
+
+    @property
     def decided_plan(self) -> CompressionPlan | None:
         """The plan; None where it is open until the checkpoint is profiled, when only its size is right."""
         return self.plan if self.plan is not None and self.plan.decided else None
 
     def _brief(self) -> list[Fact]:
-        return [("would write", self.path), ("bytes", f"{self.bytes_before:,} to {self.bytes:,}")]
+        return [
+            ("would write", self.path),
+            ("bytes", f"{self.bytes_before:,} to {self.bytes:,} ({self.ratio:.3f} of the input)"),
+            *([("takes", told(self.estimates, self.rate))] if self.estimates else []),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return sizes, estimate and plan by name."""
         plan = self.decided_plan
         return {
             **size_facts(self.bytes, self.bytes_before),
-            "estimate": estimate_of(self.estimates, self.rate),
+            "estimate": self.estimate,
             "plan": plan.document() if plan is not None else None,
         }
+
+
+AnyForeseen: TypeAlias = Any
+"""A `ForeseenCheckpoint`, of a dry run; any type for type checkers, so that other results need no test for it."""
 
 
 def _worst(errors: Sequence[float]) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import typer
 
+from ditmoe_cli.api import model_cards as asked
 from ditmoe_cli.api.argument_checks import ending
-from ditmoe_cli.api.model_cards import read_score
-from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class CardContents:
+class CardContents(asked.CardContents):
     """What a model card shows beside what the file records."""
 
     panel: ClassVar[str] = "Model card"
@@ -36,14 +33,3 @@ class CardContents:
             help="A PNG of the original's images beside the copy's, as compare --grid draws it, for the card.",
         ),
     ] = None
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The files that are read."""
-        return [*(self.scores or ()), *([] if self.picture is None else [self.picture])]
-
-    def read_scores(self, checkpoint: Checkpoint) -> Sequence[Mapping[str, Any]]:
-        """Return the scores. Raises `BadInputError` as `read_score` does, and for a picture that is not there."""
-        if self.picture is not None and not self.picture.is_file():
-            raise BadInputError(f"{self.picture}: no such file")
-        return [read_score(file, checkpoint) for file in self.scores or ()]

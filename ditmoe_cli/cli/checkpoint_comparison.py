@@ -1,11 +1,11 @@
-"""What two checkpoints differ in, as JSON and as a table."""
+"""What two checkpoints differ in, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
+from ditmoe_cli.api.checkpoint_facts import differing_settings
 from ditmoe_cli.api.plan_facts import GROUPS
 from ditmoe_cli.api.step_texts import number, step_text
 from ditmoe_cli.cli.costs import blockwise, in_runs
@@ -22,51 +22,6 @@ _MOST_RESTS = 6  # endings of names that a row lists
 _LONGEST = 48  # characters of a setting
 
 
-def comparison_json(a: Checkpoint, b: Checkpoint, found: Differences, each: bool) -> dict[str, Any]:
-    """Return what two checkpoints differ in as JSON; with `each`, every weight that differs too."""
-    document: dict[str, Any] = {
-        "same": found.same,
-        "a": _side(a),
-        "b": _side(b),
-        "configuration": {name: {"a": x, "b": y} for name, (x, y) in _configuration(found).items()},
-        "relation": found.kin.relation,
-        "steps": {
-            name: [step.to_json() for step in steps]
-            for name, steps in (("shared", found.kin.shared), ("a", found.kin.a), ("b", found.kin.b))
-        },
-        "kept": {
-            name: [list(block) for block in kept] if kept else None for name, kept in zip("ab", found.kept, strict=True)
-        },
-        "compared_by": {name: sorted(evidence) for name, evidence in found.evidence.items()},
-        "equal": found.equal,
-        "differing": len(found.changes),
-        "groups": [_group_json(group) for group in grouped(found.changes)],
-    }
-    return document | ({"changes": [asdict(change) for change in found.changes]} if each else {})
-
-
-def _side(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "path": str(checkpoint.path),
-        "layout": checkpoint.header.layout,
-        "parameters": asdict(count_parameters(checkpoint)),
-        "file_bytes": checkpoint.header.file_bytes,
-        "tensors": len(checkpoint.header.tensors),
-    }
-
-
-def _group_json(group: Group) -> dict[str, Any]:
-    return {
-        "kind": group.kind,
-        "blocks": [list(run) for run in group.blocks],
-        "experts": None if group.experts is None else list(group.experts),
-        "weights": len(group.names),
-        "rests": list(group.rests),
-        "a": group.a,
-        "b": group.b,
-    }
-
-
 def comparison_rows(a: Checkpoint, b: Checkpoint, found: Differences, each: bool) -> list[Row]:
     """Return what two checkpoints differ in as a table: weights that differ alike in one row, or `each` in its own."""
     counts = count_parameters(a), count_parameters(b)
@@ -79,7 +34,7 @@ def comparison_rows(a: Checkpoint, b: Checkpoint, found: Differences, each: bool
         ("parameters", _counted(counts[0].total, counts[1].total)),
         ("activated", _counted(counts[0].activated, counts[1].activated)),
         ("bytes", f"{_counted(*sizes)}, {human_bytes(sizes[0])} | {human_bytes(sizes[1])}"),
-        *((name, f"{_setting(name, x)} | {_setting(name, y)}") for name, (x, y) in _configuration(found).items()),
+        *((name, f"{_setting(name, x)} | {_setting(name, y)}") for name, (x, y) in differing_settings(found).items()),
         *_history_rows(found),
         *_kept_rows(found.kept),
         *changes,
@@ -106,13 +61,6 @@ def _plural(count: int, one: str, many: str) -> str:
 def _counted(a: int, b: int) -> str:
     change = f" ({b / a - 1:+.1%})" if a and a != b else ""
     return f"{a:,} | {b:,}{change}"
-
-
-def _configuration(found: Differences) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ; None where a file does not tell its number of heads."""
-    return {
-        name: (x or None, y or None) if name == "num_heads" else (x, y) for name, (x, y) in found.configuration.items()
-    }
 
 
 def _setting(name: str, value: Any) -> str:
@@ -200,20 +148,6 @@ def _change_row(change: Change) -> Row:
         for side in (change.a, change.b)
     )
     return (change.name, _how(change.kind, a, b))
-
-
-def measured_distances(a: Checkpoint, b: Checkpoint, found: Differences) -> dict[str, Any]:
-    """Return how far the weights of B are from A's by group as JSON, of those that both have in one shape."""
-    from ditmoe_cli.model.weight_distances import distances
-
-    return {
-        group: {
-            "relative": distance.relative,
-            "weights": distance.weights,
-            "blocks": {str(block): value for block, value in distance.by_block.items()},
-        }
-        for group, distance in distances(a, b, found.pairs).items()
-    }
 
 
 def value_rows(measured: Mapping[str, Any] | None) -> list[Row]:

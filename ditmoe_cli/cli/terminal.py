@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, TextIO
 
 import typer
 
-from ditmoe_cli.errors import UsageError, named
+from ditmoe_cli.errors import UsageError, as_option, named
 
 Row = tuple[str, object]
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -101,7 +101,7 @@ def clipped(message: str) -> str:
 
 def with_options(message: str) -> str:
     """Return a message with its settings named as options: ``⟨group_size⟩`` as ``--group-size``."""
-    return named(message, lambda setting: "--" + setting.replace("_", "-"))
+    return named(message, as_option)
 
 
 def emit(

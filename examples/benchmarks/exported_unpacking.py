@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from ditmoe_cli.export.diffusers_code.modeling_ditmoe import unpack
+from ditmoe_cli.exporting.diffusers_code.modeling_ditmoe import unpack
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.registry import pack, parse_format
 

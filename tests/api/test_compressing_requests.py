@@ -10,7 +10,7 @@ from ditmoe_cli.compression.joint.compressing import Compressing
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.errors import UsageError
-from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.exporting.targets import TARGETS
 
 
 def planner_for(target: str | None) -> tuple[Planner, list[str]]:

@@ -17,7 +17,21 @@ import ditmoe_cli
 PINNED = Path(__file__).with_name("public_surface.txt")
 ASKED_FOR = {
     *("load_model", "open_checkpoint", "profile", "read_profile", "plan_prune", "plan_merge", "plan_quantize"),
-    *("compress", "apply", "heal", "distill", "sample", "score", "compare", "bench", "report", "quiet"),
+    *(
+        "compress",
+        "apply",
+        "heal",
+        "distill",
+        "sample",
+        "score",
+        "compare",
+        "bench",
+        "inspect",
+        "convert",
+        "export",
+        "report",
+        "quiet",
+    ),
 }
 # the command that a function does the work of
 COMMANDS = {
@@ -33,12 +47,16 @@ COMMANDS = {
     "score": "fid",
     "compare": "compare",
     "bench": "bench",
+    "inspect": "inspect",
+    "convert": "convert",
+    "export": "export",
     "report": "report",
 }
 OF_THE_TERMINAL = {
-    *("help", "json", "text", "quiet", "threads", "weights_memory", "dry_run", "list_methods", "plan_only", "curve"),
+    *("help", "json", "text", "quiet", "threads", "weights_memory", "list_methods", "plan_only", "curve"),
+    "recipe",  # of what inspect returns
     *("heads", "top_k", "sampler", "num_classes"),  # of open_checkpoint
-    *("max", "max_error", "max_memory", "max_ratio"),  # exit codes
+    *("max", "max_error", "max_memory", "max_ratio", "same"),  # exit codes
 }
 TO_WRITE = {"output", "force", "max_shard_size"}  # of commands that plan and write; in Python `apply` writes
 
@@ -66,6 +84,12 @@ def test_dir_shows_what_there_is() -> None:
     assert set(dir(ditmoe_cli)) == {*ASKED_FOR, "DitmoeError", "__version__"} == set(ditmoe_cli.__all__)
     for name in ditmoe_cli.__all__:
         assert getattr(ditmoe_cli, name) is not None
+
+
+def test_no_name_is_that_of_a_module() -> None:
+    """Importing a module would set it in place of the function."""
+    folder = Path(ditmoe_cli.__file__).parent
+    assert not {path.stem for path in folder.iterdir()} & ASKED_FOR
 
 
 def test_an_unknown_name_is_said() -> None:
@@ -115,7 +139,7 @@ def test_arguments_are_the_options_of_the_command(name: str) -> None:
         theirs |= {"threads"}  # which are measured
     missing = theirs - ours - (TO_WRITE if name.startswith("plan_") else set())
     assert not missing
-    positional = {"checkpoint", "others", "subject", "a", "b", "profile"}
+    positional = {"checkpoint", "other", "others", "subject", "a", "b", "profile"}
     assert not ours - theirs - positional
 
 

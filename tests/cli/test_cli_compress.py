@@ -20,8 +20,8 @@ from healing import heal_on_few_states
 from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows
-from ditmoe_cli.export.targets import TARGETS
-from ditmoe_cli.export.upstream import obstacle
+from ditmoe_cli.exporting.targets import TARGETS
+from ditmoe_cli.exporting.upstream import obstacle
 from ditmoe_cli.files import pacing, streaming, writer
 from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.files.workfolder import WorkFolder

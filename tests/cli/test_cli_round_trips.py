@@ -19,7 +19,7 @@ from torch import Tensor
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli import open_checkpoint
-from ditmoe_cli.export.upstream import arguments
+from ditmoe_cli.exporting.upstream import arguments
 
 HEADS = 2
 

@@ -15,7 +15,7 @@ from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli.compression.apply import apply
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.upstream import arguments
+from ditmoe_cli.exporting.upstream import arguments
 from ditmoe_cli.files.casting import DTYPES
 from ditmoe_cli.files.reader import torch_dtype
 from ditmoe_cli.files.writer import Output

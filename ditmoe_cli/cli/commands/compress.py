@@ -20,7 +20,7 @@ from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.size_curve import Curving
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
-from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.exporting.targets import TARGETS
 
 MACHINE = Models
 EXAMPLES = (

@@ -8,15 +8,13 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.api.earlier_results import made_before
-from ditmoe_cli.api.planner_runs import foresee, found_again, unread, write
+from ditmoe_cli.api.conversion_runs import converted_result, label_of_conversion
 from ditmoe_cli.cli.options import Destination, Source, Weights
-from ditmoe_cli.cli.planning import Job, show_foreseen, show_written
+from ditmoe_cli.cli.planning import Job, show_result
 from ditmoe_cli.cli.stage import Stage, open_stage
-from ditmoe_cli.cli.terminal import Printing, note
+from ditmoe_cli.cli.terminal import Printing
 from ditmoe_cli.files.pipelines import model_folder
 from ditmoe_cli.model.checkpoint import Checkpoint
-from ditmoe_cli.model.conversions import recorded
 
 EXAMPLES = (
     "ditmoe convert ckpt.pt -o ckpt.safetensors",
@@ -56,14 +54,7 @@ def run(source: Source, weights: Weights, layouts: Layouts, to: Destination, pri
     """
     stage = source.stage()
     opened = layouts.opened(stage)
-    output = to.at(Path(stage.checkpoint or opened.path), f"converted{weights.storage.name}")
-    stored = opened if to.dry_run else unread(opened, output)
-    converted = recorded(*weights.storage.of(stored, note), source=stored)
-    job = Job("convert", stage, converted, output, printing)
-    made = made_before(job.output, job.checkpoint, None)
-    if made is not None:
-        found = found_again(job.checkpoint, output, made, dry_run=to.dry_run)
-        return show_written(job, found, dry_run=to.dry_run)
-    if to.dry_run:
-        return show_foreseen(job, foresee(job.checkpoint, output, None))
-    return show_written(job, write(job.checkpoint, output, None))
+    storage = weights.storage
+    output = to.at(Path(stage.checkpoint or opened.path), label_of_conversion(storage))
+    result = converted_result(opened, storage, output, dry_run=to.dry_run)
+    show_result(Job("convert", stage, opened, output, printing), result, dry_run=to.dry_run)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.api.argument_checks import one_of, refuse_idle
-from ditmoe_cli.api.foretelling import estimate_of, estimate_row, foretell
-from ditmoe_cli.api.model_cards import Loading, Shown, model_card
-from ditmoe_cli.api.output_names import stem
-from ditmoe_cli.api.written_checkpoints import size_facts
+from ditmoe_cli.api import export_runs as asked
+from ditmoe_cli.api.argument_checks import one_of
+from ditmoe_cli.api.export_runs import ForeseenExport, exported_result
+from ditmoe_cli.api.foretelling import estimate_row
 from ditmoe_cli.cli.card_options import CardContents
 from ditmoe_cli.cli.options import Destination, Source, Weights
 from ditmoe_cli.cli.planning import size_rows
 from ditmoe_cli.cli.stage import open_stage
-from ditmoe_cli.cli.terminal import Printing, Row, emit, note, with_options
-from ditmoe_cli.compression.estimates import carrying_out
-from ditmoe_cli.export.diffusers_folder import PICTURE, VAE, pipeline_code
-from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.targets import TARGETS, Target, laid_out
-from ditmoe_cli.files.staging import check_space
-from ditmoe_cli.model.throughput import known_rate, likely_device
+from ditmoe_cli.cli.terminal import Printing, Row, emit
+from ditmoe_cli.exporting.diffusers_folder import VAE
+from ditmoe_cli.exporting.targets import TARGETS, Target
 
 EXAMPLES = (
     "ditmoe export small.safetensors --to diffusers -o small",
@@ -56,8 +50,8 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class ExportDestination(Destination):
-    """Where an export goes."""
+class ExportDestination(asked.ExportDestination, Destination):
+    """Where an export goes, and the VAE that it holds or names."""
 
     output: Annotated[
         Path | None,
@@ -79,16 +73,6 @@ class ExportDestination(Destination):
         ),
     ] = None
 
-    def wanted(self, target: Target, checkpoint: Path, weights: Weights) -> Wanted:
-        """Return where the export goes; without --output it is named after the input, the program and the weights."""
-        storage = weights.storage
-        told = replace(storage, dequantize=storage.dequantize and not target.plain).name
-        ending = target.endings[0] if target.endings else ""
-        path = self.output or Path(f"{stem(checkpoint)}.{target.name}{told}{ending}")
-        if target.is_file(path):
-            refuse_idle(self, "on a single file", "max_shard_size")
-        return Wanted(path.absolute(), self.force, self.max_shard_size.bytes, storage, self.vae)
-
 
 def run(
     source: Source,
@@ -103,34 +87,20 @@ def run(
     What the layout cannot express is refused by name. Folders of pipelines have a model card, README.md. A pipe goes on
     with the checkpoint that was exported.
     """
-    started, target = time.monotonic(), layout.target
-    stage = source.stage()
+    stage, target = source.stage(), layout.target
     checkpoint = open_stage(stage)
-    wanted = to.wanted(target, Path(stage.checkpoint or checkpoint.path), weights)
-    if target.vae and not target.is_file(wanted.path):  # the folder of a pipeline, as hubs show it
-        scores, picture = carding.read_scores(checkpoint), None if carding.picture is None else PICTURE
-        shown = Shown(scores, picture, Loading(target.reader, pipeline_code(wanted.path.name)))
-        wanted = replace(wanted, card=model_card(checkpoint, shown, with_options), picture=carding.picture)
+    wanted = to.wanted(target, Path(stage.checkpoint or checkpoint.path), weights.storage)
+    result = exported_result(checkpoint, target, wanted, carding, dry_run=to.dry_run)
+    document, path = result.to_json(), str(result.path)
+    rows: list[Row] = [*size_rows(document), *result.usage]
+    if isinstance(result, ForeseenExport):
+        rows = [("would write", path), *rows, estimate_row(result.estimates, result.rate)]
+    elif result.seconds is None:
+        rows = [("up to date", path), *rows]
     else:
-        refuse_idle(carding, f"with --to {target.name}, whose output has no card", "scores", "picture")
-    export = laid_out(target, checkpoint, wanted, note)
-    path, size = wanted.path, export.nbytes
-    estimates, rate = carrying_out(export.checkpoint, None, size), known_rate(likely_device("cpu"))
-    is_there = export.check()
-    result = {**size_facts(size, checkpoint.header.file_bytes), target.name: export.facts()}
-    rows: list[Row] = [*size_rows(result), *export.usage()]
-    if is_there:
-        note(f"{path} is up to date")
-        result, rows = {**result, "up_to_date": True}, [("up to date", path), *rows]
+        rows = [("wrote", path), *rows, ("seconds", f"{result.seconds:,.1f}")]
     if to.dry_run:
-        result |= {"dry_run": True, "plan": None, "estimate": None if is_there else estimate_of(estimates, rate)}
-        rows = rows if is_there else [("would write", path), *rows, estimate_row(estimates, rate)]
-        return emit(printing, stage.to_json(result), rows, str(path), editable=True)
-    if not is_there:
-        check_space(path, size)
-        foretell(estimates, lambda: "cpu")
-        export.write()
-        seconds = round(time.monotonic() - started, 1)
-        result, rows = {**result, "seconds": seconds}, [("wrote", path), *rows, ("seconds", f"{seconds:,.1f}")]
-    done = stage.done("export", {"to": target.name, "output": str(path)})
-    return emit(printing, done.to_json(result), rows, str(path))
+        document = {"plan": None, "estimate": None, **document, "dry_run": True}
+        return emit(printing, stage.to_json(document), rows, path, editable=True)
+    done = stage.done("export", {"to": target.name, "output": path})
+    return emit(printing, done.to_json(document), rows, path)

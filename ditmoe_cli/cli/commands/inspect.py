@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
+from ditmoe_cli.api import inspection_runs as asked
 from ditmoe_cli.api.argument_checks import ending, refuse_idle
-from ditmoe_cli.api.model_cards import Shown, model_card
+from ditmoe_cli.api.inspection_runs import InspectedCheckpoint, InspectedTensors, Looking, contrasted, inspected
 from ditmoe_cli.api.step_texts import step_text
 from ditmoe_cli.cli.card_options import CardContents
-from ditmoe_cli.cli.checkpoint_comparison import (
-    comparison_json,
-    comparison_rows,
-    difference_count,
-    measured_distances,
-    value_rows,
-)
+from ditmoe_cli.cli.checkpoint_comparison import comparison_rows, difference_count, value_rows
 from ditmoe_cli.cli.options import Source, complete_checkpoint
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
-from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, note, with_options
+from ditmoe_cli.cli.terminal import JsonPrinting, Row, emit, with_options
 from ditmoe_cli.compression.recipe import recipe_of
 from ditmoe_cli.diffusion.few_steps import told_steps
-from ditmoe_cli.errors import BadInputError, GateError, UsageError
-from ditmoe_cli.export.upstream import obstacle
+from ditmoe_cli.errors import GateError, as_option
 from ditmoe_cli.files.header import TensorInfo
-from ditmoe_cli.files.integrity import require_whole
 from ditmoe_cli.files.provenance import Distilled, parse_step
-from ditmoe_cli.files.reader import CheckpointHeader, TensorReader, open_reader
-from ditmoe_cli.files.staging import check_target, staged
-from ditmoe_cli.formats.registry import format_label
-from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
-from ditmoe_cli.model.checkpoint_differences import differences
-from ditmoe_cli.model.config import UNKNOWN, Given
-from ditmoe_cli.model.conversions import POSITIONS, packed_weights
-from ditmoe_cli.model.gpu_memory import guided_memory
-from ditmoe_cli.model.parameters import count_parameters
-from ditmoe_cli.model.verification import Verification, verify, verify_tensors
+from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import Given
+from ditmoe_cli.model.verification import Verification
 from ditmoe_cli.progress import human_bytes
 
 EXAMPLES = (
@@ -96,8 +82,8 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Carding(CardContents):
-    """The model card, and what it shows beside what the file records."""
+class Carding(asked.Carding, CardContents):
+    """A model card to be written, and what it shows beside what the file records."""
 
     card: Annotated[
         Path | None,
@@ -106,21 +92,6 @@ class Carding(CardContents):
         ),
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing card.")] = False
-
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Write the card. Raises `OutputExistsError` where another one stands there, and what `read_scores` raises."""
-        assert self.card is not None
-        path = self.card.absolute()
-        if self.picture is not None and self.picture.absolute().parent != path.parent:
-            raise UsageError(f"--picture {self.picture}: is not in the folder of the card, {path.parent}")
-        shown = Shown(self.read_scores(checkpoint), self.picture.name if self.picture else None)
-        text = model_card(checkpoint, shown, with_options)
-        if path.is_file() and path.read_text(errors="replace") == text:
-            return note(f"{path} is up to date")
-        check_target(path, self.force, [checkpoint.path, *self.inputs])
-        with staged(path, self.force) as staging:
-            staging.write_text(text)
-        return note(f"wrote {path}")
 
 
 @dataclass(frozen=True)
@@ -146,14 +117,14 @@ class Checking:
     ] = False
 
 
-def run(inspected: Inspected, listing: Listing, carding: Carding, checking: Checking, printing: JsonPrinting) -> None:
+def run(source: Inspected, listing: Listing, carding: Carding, checking: Checking, printing: JsonPrinting) -> None:
     """Print what a checkpoint is, or what differs in another one.
 
     Prints architecture, parameters, bytes, layout, sampler family and every assumption. Reads headers only, so that
     size does not matter, and imports no torch for safetensors. Heads that the file does not tell are left open. With
     OTHER, prints what differs in configuration, weights and history.
     """
-    stage, other = inspected.stages()
+    stage, other = source.stages()
     if other is not None:
         refuse_idle(listing, "with OTHER, which has a recipe of its own", "recipe")
         refuse_idle(carding, "with OTHER, which has a card of its own", "card", "scores", "picture", "force")
@@ -161,26 +132,15 @@ def run(inspected: Inspected, listing: Listing, carding: Carding, checking: Chec
     if carding.card is None:
         refuse_idle(carding, "without --card", "scores", "picture", "force")
     refuse_idle(checking, "without OTHER, the checkpoint to compare with", "values", "same")
-    try:
-        opened = open_stage(stage, allow_unknown=True)
-    except BadInputError as error:
-        alone = _alone(stage) if listing.tensors else None
-        if alone is None:
-            raise
-        note(f"warning: {error.message}")
-        return show_tensors(stage, *alone, error, checking, printing)
-    if carding.card is not None:
-        carding.write(opened)
+    looking = Looking(listing.tensors, checking.verify and not listing.recipe)
+    opening = partial(open_stage, stage, allow_unknown=True)
+    found = inspected(opening, stage.checkpoint, looking, carding, source.given)
+    if isinstance(found, InspectedTensors):
+        return show(stage, found, tensor_rows(found.header.tensors), printing)
     if listing.recipe:
-        return show_recipe(stage, opened, printing)
-    stored = opened.header.tensors if listing.tensors else {}
-    verified = verify(opened, inspected.given) if checking.verify else None
-    result = {**describe(opened), "verified": verification_json(verified) if verified else None}
-    document = result | ({"stored": [_stored(info) for info in stored.values()]} if listing.tensors else {})
-    sound = stage if verified is None or not verified.problems else replace(stage, checkpoint=None)
-    printed = [*rows(result), *(verification_rows(verified) if verified else ()), *tensor_rows(stored)]
-    emit(printing, sound.to_json(document), printed, str(opened.path))
-    return require_whole(opened.path, verified.problems) if verified else None
+        return show_recipe(stage, found.checkpoint, printing)
+    printed = rows(found.to_json(as_option))
+    return show(stage, found, printed, printing, tensor_rows(found.checkpoint.header.tensors if found.lists else {}))
 
 
 def show_recipe(stage: Stage, checkpoint: Checkpoint, printing: JsonPrinting) -> None:
@@ -191,21 +151,20 @@ def show_recipe(stage: Stage, checkpoint: Checkpoint, printing: JsonPrinting) ->
     return print(recipe.text(), end="", flush=True)
 
 
-def show_tensors(
+def show(
     stage: Stage,
-    header: CheckpointHeader,
-    reader: TensorReader,
-    problem: BadInputError,
-    checking: Checking,
+    found: InspectedCheckpoint | InspectedTensors,
+    first: Sequence[Row],
     printing: JsonPrinting,
+    last: Sequence[Row] = (),
 ) -> None:
-    """Print the tensors of a file that is no DiT-MoE's, for the reason that `problem` gives."""
-    verified = verify_tensors(header, reader) if checking.verify else None
-    document = {**_bare(header, problem), "verified": verification_json(verified) if verified else None}
-    printed = [*tensor_rows(header.tensors), *(verification_rows(verified) if verified else ())]
-    sound = replace(stage, checkpoint=None) if verified and verified.problems else stage
-    emit(printing, sound.to_json(document), printed, str(header.path))
-    return require_whole(header.path, verified.problems) if verified else None
+    """Print what was found. Raises `BadInputError` where something is wrong with it."""
+    verified = found.verified
+    sound = replace(stage, checkpoint=None) if verified is not None and verified.problems else stage
+    printed = [*first, *(verification_rows(verified) if verified is not None else ()), *last]
+    path = found.checkpoint.path if isinstance(found, InspectedCheckpoint) else found.header.path
+    emit(printing, sound.to_json(found.to_json(as_option)), printed, str(path))
+    found.require_whole()
 
 
 def compare(stage: Stage, other: Stage, listing: Listing, checking: Checking, printing: JsonPrinting) -> None:
@@ -214,62 +173,20 @@ def compare(stage: Stage, other: Stage, listing: Listing, checking: Checking, pr
     Raises `BadInputError` where one is not what was written, and `GateError` where they should be the same and are not.
     """
     a, b = open_stage(stage, allow_unknown=True), open_stage(other, allow_unknown=True)
-    given = Given(**(stage.given or {}))
-    checked = [verify(each, given) for each in (a, b)] if checking.verify else []
-    found = differences(a, b, read=checking.verify)
-    measured = measured_distances(a, b, found) if checking.values else None
-    result = comparison_json(a, b, found, listing.tensors)
-    result["verified"] = [verification_json(each) for each in checked] or None
-    result["values"] = measured
-    broken = [problem for each in checked for problem in each.problems]
+    looking = Looking(listing.tensors, checking.verify, checking.values)
+    found = contrasted(a, b, looking, Given(**(stage.given or {})))
+    broken = [problem for each in found.verified for problem in each.problems]
     sound = replace(other, checkpoint=None) if broken else other
-    printed = [*comparison_rows(a, b, found, listing.tensors), *value_rows(measured)]
-    for label, each in zip("AB", checked, strict=False):
+    printed = [*comparison_rows(a, b, found.found, listing.tensors), *value_rows(found.distances)]
+    for label, each in zip("AB", found.verified, strict=False):
         printed += [(f"{label} {name}", text) for name, text in verification_rows(each)]
         printed.append((f"{label} fingerprint", f"{each.fingerprint} by all bytes"))
-    emit(printing, sound.to_json(result), printed, None)
-    for checkpoint, each in zip((a, b), checked, strict=False):
-        require_whole(checkpoint.path, each.problems)
+    emit(printing, sound.to_json(found.to_json()), printed, None)
+    found.require_whole()
     if checking.same and not found.same:
         raise GateError(
-            f"{a.path} and {b.path} are not the same: {difference_count(found)}, which --same does not allow"
+            f"{a.path} and {b.path} are not the same: {difference_count(found.found)}, which --same does not allow"
         )
-
-
-def _alone(stage: Stage) -> tuple[CheckpointHeader, TensorReader] | None:
-    """Return header and reader of a file of tensors that are no DiT-MoE's; None where it cannot be read."""
-    try:
-        return open_reader(resolve_path(stage.checkpoint)) if stage.checkpoint else None
-    except BadInputError:
-        return None
-
-
-def _bare(header: CheckpointHeader, problem: BadInputError) -> dict[str, Any]:
-    return {
-        "problem": with_options(problem.message),
-        "layout": header.layout,
-        "file_bytes": header.file_bytes,
-        "tensors": len(header.tensors),
-        "stored": [_stored(info) for info in header.tensors.values()],
-    }
-
-
-def _stored(info: TensorInfo) -> dict[str, Any]:
-    return {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
-
-
-def verification_json(verified: Verification) -> dict[str, Any]:
-    """Return what reading a whole checkpoint has shown as JSON."""
-    found = verified.integrity
-    return {
-        "sound": not verified.problems,
-        "fingerprint": verified.fingerprint,
-        "tensors": len(found.hashes),
-        "bytes": found.bytes,
-        "hashes": found.recorded,
-        "archive_members": found.members,
-        "problems": [asdict(problem) for problem in verified.problems],
-    }
 
 
 def verification_rows(verified: Verification) -> list[Row]:
@@ -293,54 +210,6 @@ def tensor_rows(tensors: Mapping[str, TensorInfo]) -> list[Row]:
     return [
         (name, f"{info.dtype:<4}  {shapes[name]:<{width}}  {info.nbytes:,} bytes") for name, info in tensors.items()
     ]
-
-
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the description of a checkpoint as JSON."""
-    parameters = count_parameters(checkpoint)
-    provenance = checkpoint.header.provenance
-    formats = Counter(format_label(weight.format or weight.info.dtype) for weight in checkpoint.weights.values())
-    config = checkpoint.config.to_json()
-    if checkpoint.config.num_heads == UNKNOWN:
-        config["num_heads"] = None
-    barrier = upstream_obstacle(checkpoint)
-    return {
-        "config": config,
-        "parameters": {
-            "total": parameters.total,
-            "activated": parameters.activated,
-            "routed": parameters.routed,
-        },
-        "layout": checkpoint.header.layout,
-        "file_bytes": checkpoint.header.file_bytes,
-        "tensor_bytes": sum(info.nbytes for info in checkpoint.header.tensors.values()),
-        "gpu_bytes": guided_memory(checkpoint.header.tensors.values(), checkpoint.config),
-        "tensors": len(checkpoint.header.tensors),
-        "formats": dict(sorted(formats.items())),
-        "expert_widths": [list(block.expert_widths) for block in checkpoint.config.blocks],
-        "router_rows": [block.router_rows for block in checkpoint.config.blocks],
-        "ghost_rows": [checkpoint.expert_map(i).count(-1) for i in range(checkpoint.config.depth)],
-        "loads_upstream": barrier is None,
-        "upstream_obstacle": with_options(barrier) if barrier is not None else None,
-        "extractor": checkpoint.card.extractor,
-        **({"distilled": asdict(checkpoint.distilled)} if checkpoint.distilled is not None else {}),
-        "fingerprint": checkpoint.written_fingerprint,
-        "history": [step.command for step in provenance.history] if provenance else [],
-        "steps": [step.to_json() for step in provenance.history] if provenance else [],
-        "notes": [with_options(text) for text in checkpoint.notes],
-        "assumptions": [with_options(text) for text in checkpoint.assumptions],
-        "warnings": [with_options(text) for text in checkpoint.warnings],
-    }
-
-
-def upstream_obstacle(checkpoint: Checkpoint) -> str | None:
-    """Return why upstream's code does not load these tensors; None where it does."""
-    packed = packed_weights(checkpoint)
-    if (problem := obstacle(checkpoint.config)) is not None:
-        return problem
-    if packed:
-        return f"{packed} weights are quantised or differences, which export ⟨to⟩ upstream writes whole"
-    return None if POSITIONS in checkpoint.weights else "pos_embed is absent, which export ⟨to⟩ upstream rebuilds"
 
 
 def rows(result: dict[str, Any]) -> list[Row]:

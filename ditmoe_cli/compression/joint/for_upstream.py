@@ -25,7 +25,7 @@ from ditmoe_cli.compression.planner import Planner, Work, label_of
 from ditmoe_cli.compression.precision.candidates import Candidates
 from ditmoe_cli.compression.prune.pruning import Pruning, plan_prune
 from ditmoe_cli.errors import BadInputError, InfeasibleError
-from ditmoe_cli.export.upstream import obstacle
+from ditmoe_cli.exporting.upstream import obstacle
 from ditmoe_cli.files.workfolder import WorkFolder
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.effort import Estimate

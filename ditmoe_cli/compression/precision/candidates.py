@@ -9,8 +9,8 @@ from typing import Any
 
 from ditmoe_cli.compression.plan import CompressionPlan, Formats, Rounding
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.export.choices import Choices
-from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.exporting.choices import Choices
+from ditmoe_cli.exporting.targets import TARGETS
 from ditmoe_cli.files.header import FLOATING, TensorInfo
 from ditmoe_cli.files.names import MATRICES, split_name
 from ditmoe_cli.formats.registry import format_label, is_quantizable

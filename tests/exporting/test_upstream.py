@@ -14,9 +14,9 @@ from conftest import Pico, load_oracle, make_pico, oracle_folders
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.targets import TARGETS, laid_out
-from ditmoe_cli.export.upstream import arguments, obstacle
+from ditmoe_cli.exporting.exported import Wanted
+from ditmoe_cli.exporting.targets import TARGETS, laid_out
+from ditmoe_cli.exporting.upstream import arguments, obstacle
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.config import BlockConfig, expected_weights
 

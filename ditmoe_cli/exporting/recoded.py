@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.exported import Export, Wanted
+from ditmoe_cli.exporting.exported import Export, Wanted
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.reader import open_reader, tensor_bytes

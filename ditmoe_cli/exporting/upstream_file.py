@@ -8,9 +8,9 @@ from typing import Any
 
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.exported import Export, Wanted
-from ditmoe_cli.export.upstream import arguments
-from ditmoe_cli.export.upstream_script import Sampling, sampling
+from ditmoe_cli.exporting.exported import Export, Wanted
+from ditmoe_cli.exporting.upstream import arguments
+from ditmoe_cli.exporting.upstream_script import Sampling, sampling
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.staging import staged
 from ditmoe_cli.files.streaming import counted, one_at_a_time

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from stored_parts import wholly_packed
 from torch import Tensor
 
-from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.sdnq import packed_codes, shortfall
-from ditmoe_cli.export.targets import TARGETS, laid_out
+from ditmoe_cli.exporting.exported import Wanted
+from ditmoe_cli.exporting.sdnq import packed_codes, shortfall
+from ditmoe_cli.exporting.targets import TARGETS, laid_out
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.differences import SvdDifference
 from ditmoe_cli.formats.integer import BITS

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.export.recoded import Recoded
+from ditmoe_cli.exporting.recoded import Recoded
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import StoredFormat, Weight
 from ditmoe_cli.formats.bitsandbytes import Int8

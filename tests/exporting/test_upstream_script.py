@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from configs import upstream
 
-from ditmoe_cli.export.upstream_script import sampling
+from ditmoe_cli.exporting.upstream_script import sampling
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig
 
 S = replace(upstream(12, 384, 6, 8, "timm"), sampler="ddpm")

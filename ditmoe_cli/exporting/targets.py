@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.export import diffusers_folder, pack_quantized, sdnq, sdnq_folder, upstream, upstream_file
-from ditmoe_cli.export.choices import Choices, Shortfall
-from ditmoe_cli.export.exported import Export, Wanted
-from ditmoe_cli.export.recoded import QuantizedLayout
+from ditmoe_cli.exporting import diffusers_folder, pack_quantized, sdnq, sdnq_folder, upstream, upstream_file
+from ditmoe_cli.exporting.choices import Choices, Shortfall
+from ditmoe_cli.exporting.exported import Export, Wanted
+from ditmoe_cli.exporting.recoded import QuantizedLayout
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import StoredFormat
 from ditmoe_cli.formats.bitsandbytes import BLOCK, FourBit, Int8

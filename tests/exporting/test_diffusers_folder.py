@@ -23,9 +23,9 @@ from stored_parts import wholly_packed
 from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.diffusers_folder import obstacle
-from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.targets import TARGETS, laid_out
+from ditmoe_cli.exporting.diffusers_folder import obstacle
+from ditmoe_cli.exporting.exported import Wanted
+from ditmoe_cli.exporting.targets import TARGETS, laid_out
 from ditmoe_cli.files.provenance import Distilled
 from ditmoe_cli.formats.base import NumberFormat
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint

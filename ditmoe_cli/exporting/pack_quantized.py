@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.recoded import QuantizedLayout, Recoded
+from ditmoe_cli.exporting.recoded import QuantizedLayout, Recoded
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import StoredFormat, Weight
 from ditmoe_cli.formats.bitsandbytes import Int8

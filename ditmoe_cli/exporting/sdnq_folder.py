@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ditmoe_cli.export import diffusers_folder
-from ditmoe_cli.export.diffusers_folder import DiffusersFolder, model_settings
-from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.recoded import Recoding, quantized_weights
-from ditmoe_cli.export.sdnq import quantization_config, recoded
+from ditmoe_cli.exporting import diffusers_folder
+from ditmoe_cli.exporting.diffusers_folder import DiffusersFolder, model_settings
+from ditmoe_cli.exporting.exported import Wanted
+from ditmoe_cli.exporting.recoded import Recoding, quantized_weights
+from ditmoe_cli.exporting.sdnq import quantization_config, recoded
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.reader import open_reader

@@ -9,8 +9,8 @@ import pytest
 import torch
 from foreign_models import documented, exact_values, mixed_pico
 
-from ditmoe_cli.export.choices import Choices
-from ditmoe_cli.export.targets import TARGETS
+from ditmoe_cli.exporting.choices import Choices
+from ditmoe_cli.exporting.targets import TARGETS
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.model.checkpoint import open_checkpoint
 

@@ -12,8 +12,8 @@ from foreign_models import bare_model, documented, exact_values, mixed_pico
 from safetensors.torch import load_file
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.export.exported import Wanted
-from ditmoe_cli.export.pack_quantized import LAYOUT, shortfall
+from ditmoe_cli.exporting.exported import Wanted
+from ditmoe_cli.exporting.pack_quantized import LAYOUT, shortfall
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.integer import BITS
 from ditmoe_cli.formats.registry import parse_format

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, UPSTREAM
 from ditmoe_cli.diffusion.vae import CONFIG_NAME, VAE_CLASS, WEIGHTS_NAME, vae_on_disk
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.export.exported import Export, Wanted
-from ditmoe_cli.export.recoded import Recoding
+from ditmoe_cli.exporting.exported import Export, Wanted
+from ditmoe_cli.exporting.recoded import Recoding
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance
