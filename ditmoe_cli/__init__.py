@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.api.checkpoint_files import convert, export, inspect
     from ditmoe_cli.api.measurements import bench, compare, profile, report, sample, score
     from ditmoe_cli.api.opening import load_model, open_checkpoint, read_profile
-    from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize
+    from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize, size_curve
     from ditmoe_cli.api.trainers import distill, heal
     from ditmoe_cli.errors import DitmoeError
 
@@ -42,6 +42,7 @@ _MODULES = {
     "report": "api.measurements",
     "sample": "api.measurements",
     "score": "api.measurements",
+    "size_curve": "api.planners",
 }
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "report",
     "sample",
     "score",
+    "size_curve",
 ]
 
 

@@ -11,6 +11,7 @@ from ditmoe_cli.api.output_names import Size
 from ditmoe_cli.api.quantizing_requests import Mixing
 from ditmoe_cli.compression.joint.compressing import Compressing, Goal
 from ditmoe_cli.compression.joint.for_upstream import ForUpstream
+from ditmoe_cli.compression.joint.size_curve import Curving
 from ditmoe_cli.compression.plan import Retraining
 from ditmoe_cli.compression.planner import Planner
 from ditmoe_cli.compression.precision.candidates import DEFAULT_GROUP_SIZE, Candidates
@@ -105,3 +106,13 @@ def compressing_of(goals: Goals, mixing: Tying, retrained: Retrained, loading: L
         refuse_idle(goals, "with ⟨heal⟩ and ⟨steps⟩, which take a ⟨size⟩ or a ⟨ratio⟩", "max_damage")
     formats = replace(mixing.formats, target=loading.target)
     return Compressing(goal, formats, mixing.stacked, retrained.stage, retrained.clock)
+
+
+def curving_of(goals: Goals, mixing: Tying, loading: Loading) -> Curving:
+    """Return what curve to measure, on which a size may be marked. Raises `UsageError` as `compressing_of` does."""
+    refuse_idle(goals, "on a curve of sizes, which tries one plan; give a size", "max_damage")
+    if loading.choices.alike:
+        refuse_idle(loading, "on a curve of sizes", "target")
+    goal = None if goals.size is None and goals.ratio is None else goals.goal
+    formats = replace(mixing.formats, target=loading.target)
+    return Curving(lambda size: Compressing(Goal(size), formats, mixing.stacked), goal)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ditmoe_cli.api.argument_checks import at_least, known, one_of, tuple_of
+from ditmoe_cli.api.argument_checks import at_least, ending, known, one_of, refuse_idle, tuple_of
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, Count, Device, NamedDtype, Seed, alone, public
-from ditmoe_cli.api.compressing_requests import Goals, Loading, Retrained, Tying, compressing_of
+from ditmoe_cli.api.compressing_requests import Goals, Loading, Retrained, Tying, compressing_of, curving_of
+from ditmoe_cli.api.curve_runs import CurveFiles, MeasuredCurve, measured_curve
 from ditmoe_cli.api.merging_requests import DeltaOptions, Grouping, delta_ratio_in_range, differencing_of, merging_of
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import opened
@@ -292,6 +293,64 @@ def compress(
     to = destination(output, force, max_shard_size).at(found.path, planner.label)
     run = _run_of(planner, found, to, measuring, automatic, dry_run)
     return foreseen_result(run) if dry_run else planned_result(run)
+
+
+@public
+def size_curve(
+    checkpoint: AnyCheckpoint,
+    *,
+    size: AnySize | None = None,
+    ratio: float | None = None,
+    allow: Sequence[Width] = DEFAULT_ALLOWED,
+    floor: Mapping[str, float] | None = None,
+    protect: Sequence[str] = (),
+    tie: Sequence[str] = (),
+    target: Annotated[str, one_of(*TARGETS)] | None = None,
+    profile: AnyProfile | None = None,
+    device: Device = "auto",
+    dtype: NamedDtype = "auto",
+    calibration_cfg: float | None = None,
+    calibration_steps: int | None = None,
+    calibration_images: int | None = None,
+    calibration_data: AnyPath | None = None,
+    calibration_classes: Sequence[int] | None = None,
+    calibration_seed: Seed | None = None,
+    png: Annotated[AnyPath, ending(".png")] | None = None,
+    force: bool = False,
+) -> MeasuredCurve:
+    """Measure what sizes of a checkpoint cost, as ``ditmoe compress --curve``; `apply` takes the plan of each.
+
+    Args:
+        checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
+        size, ratio: a size to mark, as for `compress`.
+        allow, floor, protect, tie, target: as for `compress`.
+        profile, device, dtype, calibration_…: as for `plan_prune`.
+        png: file ``….png`` to draw the curve to; takes the report extra.
+        force: whether to replace what stands there.
+
+    Raises what `plan_prune` does, and `OutputExistsError` where something stands at `png`.
+    """
+    alone()
+    found = opened(checkpoint)
+    curving = curving_of(
+        Goals(size_of("size", size), ratio),
+        Tying(width_texts(allow), floor_texts(floor), tuple(protect), tuple(tie)),
+        Loading(target),
+    )
+    automatic = automatic_profile(
+        calibration_cfg,
+        calibration_steps,
+        calibration_images,
+        calibration_data,
+        calibration_classes,
+        calibration_seed,
+    )
+    files = CurveFiles(None if png is None else Path(png), force)
+    if files.png is None:
+        refuse_idle(files, "without ⟨png⟩", "force")
+    beside = Destination().at(found.path, "curve").path
+    wanted = automatic.wanted(found, Measuring(profile_path(profile), device, dtype), beside.parent)
+    return measured_curve(curving, found, wanted, device, beside, files)
 
 
 @public

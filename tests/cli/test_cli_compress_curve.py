@@ -14,6 +14,9 @@ from cli_helpers import bytes_of, here, outputs
 from compressing import compress_on_few_tokens
 from conftest import make_pico
 
+import ditmoe_cli
+from ditmoe_cli.errors import UsageError
+
 PROFILE = ("--profile", "p.safetensors")
 CURVE = ("compress", "a.safetensors", *PROFILE, "--allow", "2,4,8,16", "--curve")
 COMPRESS = ("compress", "a.safetensors", *PROFILE, "--allow", "2,4,8,16", "--ratio", 0.301)
@@ -74,6 +77,18 @@ def test_every_point_is_a_plan_that_apply_takes(folder: Path, place: int) -> Non
     assert written.result["bytes"] == point["bytes"] == bytes_of(written.path)
     if point["tried"]:
         assert written.result["prediction_error"] > 0
+
+
+def test_a_curve_from_python_is_the_command_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    arguments = {"allow": (2, 4, 8, 16), "profile": "p.safetensors"}
+    found = ditmoe_cli.size_curve("a.safetensors", ratio=0.301, **arguments)  # type: ignore[arg-type]
+    assert found.to_json() == read(folder / "curve.json")["result"] and found.profile.name == "p.safetensors"
+    foreseen = ditmoe_cli.apply("a.safetensors", found.points[0].plan, output="o.safetensors", dry_run=True)
+    assert foreseen.bytes == found.points[0].bytes
+    for refused in ({"force": True}, {"target": "upstream"}, {"size": 1000, "ratio": 0.5}):
+        with pytest.raises(UsageError):
+            ditmoe_cli.size_curve("a.safetensors", **{**arguments, **refused})  # type: ignore[arg-type]
 
 
 def test_a_curve_as_a_whole_is_no_plan(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -17,8 +17,6 @@ from ditmoe_cli.cli.mixing_options import Mixing, parse_names
 from ditmoe_cli.cli.options import ClockOpt, Destination, Measuring, Models, Source
 from ditmoe_cli.cli.planning import run_planner
 from ditmoe_cli.cli.terminal import Printing
-from ditmoe_cli.compression.joint.compressing import Compressing, Goal
-from ditmoe_cli.compression.joint.size_curve import Curving
 from ditmoe_cli.compression.training.training_request import DEFAULT_MINUTES
 from ditmoe_cli.exporting.targets import TARGETS
 
@@ -166,13 +164,8 @@ def run(
     """
     if foresight.curve:
         refuse_idle(foresight, "with --curve, which has many plans", "plan_only")
-        refuse_idle(goals, "with --curve, which tries one plan; give a size", "max_damage")
-        if loading.choices.alike:
-            refuse_idle(loading, "with --curve", "target")
         refuse_idle(retrained, "with --curve", "heal", "steps", "minutes")
-        goal = goals.goal if goals != Goals() else None
-        formats = replace(mixing.formats, target=loading.target)
-        curving = Curving(lambda size: Compressing(Goal(size), formats, mixing.stacked), goal)
+        curving = asked.curving_of(goals, mixing, loading)
         return run_curve(curving, measuring, automatic, source, CurveOutput(foresight.png, to, printing))
     refuse_idle(foresight, "without --curve", "png")
     planner = asked.compressing_of(goals, mixing, retrained, loading)
