@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ditmoe_cli.api.calling import AnyCheckpoint
 from ditmoe_cli.api.opening import opened
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import ALWAYS, Interval
 from ditmoe_cli.diffusion.weak_guidance import Guide, check_guide, check_guide_settings
@@ -27,6 +28,14 @@ class Guiding:
     def used(self) -> Guide | None:
         """The guide, None at a scale of 0, which guides nowhere and gives the images that are not guided."""
         return self.guide if self.guide is not None and self.guide.scale != 0.0 else None
+
+    def of(self, schedule: ComputeSchedule | None) -> Guiding:
+        """Return the guide that a schedule is for, where none was given and its model is at hand."""
+        guide = schedule.sampling.guide if schedule is not None else None
+        if self.guide is not None or guide is None:
+            return self
+        at_hand = guide.rank is not None or (self.weak is not None and self.weak.fingerprint == guide.model)
+        return replace(self, guide=guide) if at_hand else self
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise where a checkpoint cannot be guided so, as `check_guide` does."""

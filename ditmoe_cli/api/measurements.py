@@ -17,10 +17,18 @@ from ditmoe_cli.api.output_names import FileDestination
 from ditmoe_cli.api.planning_requests import AnyProfile
 from ditmoe_cli.api.report_runs import ProfileFindings, ReportFiles, Reporting, few_enough_replicates, findings_of
 from ditmoe_cli.api.sample_runs import ImageFiles, SampledImages, sampled
-from ditmoe_cli.api.sampling_requests import Accelerating, ImageSampling, Running, SamplingOptions, interval_of
+from ditmoe_cli.api.sampling_requests import (
+    Accelerating,
+    ImageSampling,
+    Running,
+    SamplingOptions,
+    Scheduling,
+    interval_of,
+)
 from ditmoe_cli.api.score_runs import (
     ScoreFile,
     Scoring,
+    by_schedule,
     check_outputs,
     compared_sides,
     enough_images,
@@ -104,6 +112,7 @@ def sample(
     guide_by: Literal["top1", "rank2"] | None = None,
     guide_scale: float | None = None,
     guide_interval: Sequence[float] | None = None,
+    schedule: AnyPath | None = None,
     batch: Count = Running.batch,
     device: Device = "auto",
     compile: bool = False,
@@ -121,6 +130,7 @@ def sample(
         images, steps, cfg, solver, classes, seed, dtype: how to sample. Image i depends on seed, i and its label alone.
         cfg_interval, guide_interval: two noise levels, 0 to 1, between which to guide.
         vae: AutoencoderKL that decodes latents.
+        schedule: file that says what blocks compute; solver, steps and guidance are then those that it is for.
         output: file ``….safetensors``; by default named after the checkpoint and the settings, in the working folder.
         png, npz, grid: other files to write the images to.
         force: whether to replace what stands there. The same images are up to date without it.
@@ -134,7 +144,8 @@ def sample(
     )
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
     files = ImageFiles(_path(output), force, _path(png), _path(npz), _path(grid))
-    result = sampled(found, sampling, guiding, Accelerating(batch, device, compile, cuda_graphs), files)
+    running = Accelerating(batch, device, compile, cuda_graphs)
+    result = sampled(found, sampling, guiding, running, files, Scheduling(_path(schedule)).opened())
     assert result is not None
     return result
 
@@ -160,6 +171,7 @@ def score(
     guide_by: Literal["top1", "rank2"] | None = None,
     guide_scale: float | None = None,
     guide_interval: Sequence[float] | None = None,
+    schedule: AnyPath | None = None,
     batch: Count = Running.batch,
     device: Device = "auto",
     compile: bool = False,
@@ -181,6 +193,7 @@ def score(
         subject: a checkpoint, samples, statistics or images.
         ref: the same, to compare with; by default the original's samples of the same seeds.
         original: checkpoint or samples that the paired error is against; by default the reference.
+        schedule: file that says what blocks of the subject compute; other sides compute everything.
         images, steps, cfg, …: how checkpoints are sampled, as for `sample`.
         metrics: scores beside the distance, as ``["kid", "pr"]`` or ``"all"``.
         bootstrap: resamples for an interval of the distance; 0 for no interval.
@@ -200,11 +213,14 @@ def score(
     to = ScoreFile(_path(output), force)
     check_outputs(scoring, to, 1)
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
+    planned, running = Scheduling(_path(schedule)).opened(), Accelerating(batch, device, compile, cuda_graphs)
+    running.check(planned)
     settings = scoring.settings(anyway, vae, force, guiding.weak)
     others = [None if side is None else side_of(side) for side in (ref, original)]
-    comparison = compared_sides(side_of(subject), *others, alone=save_statistics is not None)
-    spec_of = guiding.over(sampling.on(device), beside_copies=True)
-    results = scores([comparison], spec_of, settings, Accelerating(batch, device, compile, cuda_graphs), to)
+    scored = by_schedule(side_of(subject), planned)
+    comparison = compared_sides(scored, *others, alone=save_statistics is not None)
+    spec_of = guiding.of(planned).over(sampling.on(device, schedule=planned), beside_copies=True)
+    results = scores([comparison], spec_of, settings, running, to)
     assert results is not None
     return results[0].score
 

@@ -12,8 +12,9 @@ from ditmoe_cli.api.foretelling import foretell
 from ditmoe_cli.api.guiding_requests import Guiding, sampling_work
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.output_names import FileDestination
-from ditmoe_cli.api.sampling_requests import ImageSampling, Running, samples_label
+from ditmoe_cli.api.sampling_requests import Accelerating, ImageSampling, Running, samples_label
 from ditmoe_cli.briefs import Brief, Fact
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.processes import first_process
@@ -21,6 +22,7 @@ from ditmoe_cli.processes import first_process
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ditmoe_cli.evaluation.computed_share import Computed
     from ditmoe_cli.evaluation.samples import Sampling, Targets
 
 
@@ -52,6 +54,7 @@ class SampledImages(Brief):
         spec: how they were sampled.
         vae: what decoded them; None for models of pixels, and for latents.
         exports: other files that hold the same images, by kind: png, npz or grid.
+        computed: what a schedule computed of them, and kept; None without a schedule.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class SampledImages(Brief):
     spec: SampleSpec
     vae: Mapping[str, Any] | None
     exports: Mapping[str, Path]
+    computed: Computed | None = None
 
     @cached_property
     def values(self) -> NDArray[Any]:
@@ -72,7 +76,7 @@ class SampledImages(Brief):
     @property
     def nfe(self) -> int:
         """Evaluations of the network that an image took."""
-        return self.spec.nfe
+        return self.spec.nfe if self.computed is None else self.computed.nfe
 
     def _brief(self) -> list[Fact]:
         spec = self.spec
@@ -80,6 +84,7 @@ class SampledImages(Brief):
             ("", self.path),
             (self.kind, f"{spec.images} of {' x '.join(map(str, self.shape))}"),
             ("solver", f"{spec.solver}, {spec.steps} steps, cfg {spec.cfg:g}, {self.nfe} NFE an image"),
+            *([("schedule", self.computed.told)] if self.computed else []),
             ("seed", spec.seed),
             *((kind, path) for kind, path in self.exports.items()),
         ]
@@ -98,29 +103,41 @@ class SampledImages(Brief):
         return f'<img alt="samples" src="data:image/png;base64,{text}">'
 
     def to_json(self) -> dict[str, Any]:
-        """Return size, spec, NFE, VAE and files by name."""
+        """Return size, spec, NFE, VAE and files by name, and what a schedule computed."""
         paths = {name: str(self.exports[name].absolute()) if name in self.exports else None for name in _EXPORTS}
-        return {"bytes": self.bytes, "spec": self.spec.conditions(), "nfe": self.nfe, "vae": self.vae, **paths}
+        computed = {"computed": self.computed.to_json()} if self.computed else {}
+        told = {"bytes": self.bytes, "spec": self.spec.conditions(), "nfe": self.nfe, **computed}
+        return {**told, "vae": self.vae, **paths}
 
 
 _EXPORTS = ("png", "npz", "grid")
 
 
 def sampled(
-    checkpoint: Checkpoint, sampling: ImageSampling, guiding: Guiding, running: Running, to: ImageFiles
+    checkpoint: Checkpoint,
+    sampling: ImageSampling,
+    guiding: Guiding,
+    running: Accelerating,
+    to: ImageFiles,
+    schedule: ComputeSchedule | None = None,
 ) -> SampledImages | None:
-    """Sample a checkpoint, unless the same was sampled before. None in all processes but the first, which writes."""
-    spec = guiding.over(sampling.on(running.device))(checkpoint)
-    from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder
+    """Sample a checkpoint, by a schedule if any, unless the same was sampled before.
+
+    None in all processes but the first, which writes.
+    """
+    running.check(schedule)
+    guided = guiding.of(schedule)
+    spec = guided.over(sampling.on(running.device, schedule=schedule))(checkpoint).by(schedule, checkpoint)
+    from ditmoe_cli.evaluation.samples import Sampling, check_targets, open_decoder, read_computed
 
     vae = sampling.vae
     label = samples_label(spec, sampling, checkpoint)
     targets = to.targets(checkpoint.path, label, (Path(vae).expanduser(),) if vae is not None else ())
-    images = Sampling(checkpoint, spec, weak=guiding.weak)
+    images = Sampling(checkpoint, spec, weak=guided.weak, schedule=schedule)
     check_targets(images, targets, will_decode=vae is not None)
     if vae is not None:
         images = replace(images, decoder=open_decoder(checkpoint, vae, running.runtime.device))
-    size = write_or_reuse(images, running, targets, guiding)
+    size = write_or_reuse(images, running, targets, guided)
     if size is None:
         return None
     return SampledImages(
@@ -131,6 +148,7 @@ def sampled(
         spec=spec,
         vae=images.decoder.to_json() if images.decoder else None,
         exports=targets.exports,
+        computed=read_computed(targets.file),
     )
 
 

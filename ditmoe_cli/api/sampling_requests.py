@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ditmoe_cli.api.devices import checked_device, dtype_on
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.compression.planner import label_of
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule, read_schedule
 from ditmoe_cli.diffusion.few_steps import check_unguided, other_steps, told_steps, usual_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import ALWAYS, DEFAULT_SOLVER, SOLVERS, UPSTREAM, Interval, Solver, choose_solver
@@ -40,23 +41,45 @@ class SamplingOptions:
     seed: int = 0
     dtype: str = AUTO
 
-    def on(self, device: str, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER) -> Callable[[Checkpoint], SampleSpec]:
+    def on(
+        self,
+        device: str,
+        solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER,
+        schedule: ComputeSchedule | None = None,
+    ) -> Callable[[Checkpoint], SampleSpec]:
         """Return what gives the spec for a checkpoint on a device; dtype ``auto`` is chosen for the first of them.
 
         It is fp32 where upstream is followed, which samples so. Of each distilled checkpoint it is said once by which
-        steps it is sampled.
+        steps it is sampled, and of one that has a schedule, which is sampled in the way of that (`as_planned`).
         """
         dtype_of = dtype_on("fp32" if self.upstream and self.dtype == AUTO else self.dtype, device)
         told = set[Path]()
 
         def spec_of(checkpoint: Checkpoint) -> SampleSpec:
-            spec = self.spec(checkpoint, solvers, dtype_of(checkpoint))
+            planned = schedule is not None and schedule.checkpoint == checkpoint.fingerprint
+            asked = self.as_planned(schedule) if schedule is not None and planned else self
+            spec = asked.spec(checkpoint, solvers, dtype_of(checkpoint))
             if checkpoint.path not in told:
                 told.add(checkpoint.path)
                 note_steps(checkpoint, spec)
+                if asked != self and schedule is not None and schedule.is_for(spec.way) and first_process():
+                    note(f"{checkpoint.name}: sampled as its schedule plans, by {spec.way.told}")
             return spec
 
         return spec_of
+
+    def as_planned(self, schedule: ComputeSchedule) -> Self:
+        """Return the options with solver, steps and guidance of a schedule in place of those that were not given."""
+        way = schedule.sampling
+        if self.upstream:
+            return self
+        return replace(
+            self,
+            solver=SOLVERS[way.solver].name if self.solver is None else self.solver,
+            steps=way.steps if self.steps is None else self.steps,
+            cfg=way.cfg if self.cfg == 1.0 else self.cfg,
+            interval=way.interval if self.interval == ALWAYS else self.interval,
+        )
 
     def spec(
         self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER, dtype: Dtype = "fp32"
@@ -113,6 +136,17 @@ class ImageSampling(SamplingOptions):
         return spec
 
 
+@dataclass(frozen=True)
+class Scheduling:
+    """The schedule that says what blocks compute, if any."""
+
+    schedule: Path | None = None
+
+    def opened(self) -> ComputeSchedule | None:
+        """Return the schedule; None without any. Raises `BadInputError` as `read_schedule` does."""
+        return None if self.schedule is None else read_schedule(self.schedule.absolute())
+
+
 def note_steps(checkpoint: Checkpoint, spec: SampleSpec) -> None:
     """Say by which steps a distilled checkpoint is sampled, and what other steps than its own cost."""
     distilled = checkpoint.distilled
@@ -134,6 +168,7 @@ def samples_label(spec: SampleSpec, options: ImageSampling, checkpoint: Checkpoi
         spec.cfg != usual.cfg and f"cfg{spec.cfg:g}",
         spec.interval != usual.interval and "from{:g}to{:g}".format(*spec.interval),
         spec.guide is not None and spec.guide.label,
+        spec.schedule is not None and f"schedule{spec.schedule[:8]}",
         spec.classes != everything and f"classes{short_list(spec.classes)}",
         spec.seed != usual.seed and f"seed{spec.seed}",
         options.vae is not None and "vae",
@@ -175,6 +210,13 @@ class Accelerating(Running):
     def runtime(self) -> Runtime:
         """Device, batch and speeding up as samplers take them. Raises `UsageError` for a device that is not there."""
         return replace(super().runtime, compiled=self.compiled, graphs=self.graphs)
+
+    def check(self, schedule: ComputeSchedule | None) -> None:
+        """Raise `UsageError` for graphs beside a schedule."""
+        if schedule is not None and self.graphs:
+            raise UsageError(
+                "⟨cuda_graphs⟩: a graph replays one step, and ⟨schedule⟩ computes other things at each; leave one out"
+            )
 
 
 def interval_of(levels: Sequence[float] | None) -> Interval:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import opened
 from ditmoe_cli.api.sample_runs import SampledImages
 from ditmoe_cli.api.sampling_requests import Running
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.evaluation.images import kind_of
@@ -119,6 +120,7 @@ def scores(
     from ditmoe_cli.evaluation.fid_score import write_score
 
     inputs = [item.path for comparison in comparisons for item in comparison.items]
+    inputs += [item.schedule.path for comparison in comparisons for item in comparison.items if item.schedule]
     inputs += [settings.weights] if settings.weights else []
     inputs += [settings.weak.path] if settings.weak else []
     inputs += [Path(settings.vae).expanduser()] if settings.vae else []
@@ -224,11 +226,22 @@ def sampling_estimates(
             continue
         specs = side_specs(comparison, spec_of, weak).specs
         for item in comparison.items:
-            spec = specs[item.path]
+            spec = specs[item.key]
             if item.checkpoint is not None and spec is not None:
                 work = sampling_work(item.checkpoint, spec, running.batch, Guiding(spec.guide, weak))
                 found[item.path, spec] = work
     return list(found.values())
+
+
+def by_schedule(subject: Item, schedule: ComputeSchedule | None) -> Item:
+    """Return a side that is sampled by a schedule; as it is without one. Raises `UsageError` for images."""
+    if schedule is None:
+        return subject
+    if subject.checkpoint is None:
+        raise UsageError(
+            f"⟨schedule⟩ {schedule.path}: {subject.path} holds no checkpoint to sample by it; leave it out"
+        )
+    return replace(subject, schedule=schedule)
 
 
 def side_of(given: AnyCheckpoint | SampledImages) -> Item:
@@ -244,10 +257,13 @@ def side_of(given: AnyCheckpoint | SampledImages) -> Item:
 def compared_sides(subject: Item, ref: Item | None, original: Item | None, *, alone: bool = False) -> Comparison:
     """Return what is compared with what: without a reference the original, or the subject if that may stand `alone`.
 
-    Raises `UsageError` where there is nothing to compare with.
+    Without either, a subject that has a schedule is compared with itself without one. Raises `UsageError` where there
+    is nothing to compare with.
     """
     from ditmoe_cli.evaluation.fid_sides import Comparison
 
+    if ref is None and original is None and subject.schedule is not None:
+        ref = replace(subject, schedule=None)
     if ref is None and original is None and not alone:
         raise UsageError("nothing to compare with: give ⟨ref⟩ (a checkpoint, samples, statistics or images)")
     reference = ref or original or subject

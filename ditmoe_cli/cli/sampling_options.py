@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -13,13 +14,16 @@ from ditmoe_cli.api import sampling_requests as asked
 from ditmoe_cli.api.argument_checks import seed_of_64_bits
 from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.options import DtypeOpt
+from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import Row
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.diffusion.schedule import (
     ALWAYS,
     SOLVERS,
     Interval,
 )
 from ditmoe_cli.diffusion.weak_guidance import parse_guide
+from ditmoe_cli.evaluation.computed_share import parse_computed
 from ditmoe_cli.model.dtypes import AUTO, recorded_dtype
 
 _CLASSES = re.compile(r"(?P<first>[0-9]+)(?:-(?P<last>[0-9]+))?")
@@ -135,6 +139,39 @@ class ImageSampling(asked.ImageSampling, UpstreamSampling):
             "--vae", metavar="PATH", help="AutoencoderKL that decodes latents: a diffusers folder or a hub name."
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class Scheduling(asked.Scheduling):
+    """The schedule that says what blocks compute."""
+
+    panel: ClassVar[str] = "Sampling"
+
+    schedule: Annotated[
+        Path | None,
+        typer.Option(
+            "--schedule",
+            metavar="FILE",
+            help="What each block computes in each step, as ditmoe schedule writes it; solver, steps and guidance are "
+            "those that it is for. [default: the one that the pipe names]",
+        ),
+    ] = None
+
+    def of(self, stage: Stage) -> ComputeSchedule | None:
+        """Return the schedule that is given, else the envelope's; None without any."""
+        named = Path(stage.schedule) if stage.schedule is not None else None
+        return asked.Scheduling(named if self.schedule is None else self.schedule).opened()
+
+
+def scheduled(stage: Stage, schedule: ComputeSchedule | None) -> Stage:
+    """Return a stage that names the schedule for the commands after this one."""
+    return stage if schedule is None else replace(stage, schedule=str(schedule.path.absolute()))
+
+
+def schedule_rows(sampling: Mapping[str, Any]) -> list[Row]:
+    """Return what a schedule computed as rows of a table; none without a schedule."""
+    computed = parse_computed(sampling.get("computed"))
+    return [] if computed is None else [("schedule", computed.told)]
 
 
 def solver_row(sampling: Mapping[str, Any]) -> Row:

@@ -26,7 +26,7 @@ from ditmoe_cli.model.config import Given
 from ditmoe_cli.processes import under_torchrun
 
 _HANDED: ContextVar[Stage | None] = ContextVar("handed", default=None)
-_PATHS = ("checkpoint", "original", "profile", "samples", "weak")
+_PATHS = ("checkpoint", "original", "profile", "samples", "weak", "schedule")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Stage:
         samples: images of the checkpoint.
         weak: the checkpoint that guided those images, or the original in a distilled one's weights; written where there
             is one.
+        schedule: the schedule of what the checkpoint's blocks compute; written where there is one.
         given: the overrides (heads, top-k, sampler, classes) that the original was opened with; files that we write
             carry their whole configuration and need none.
         history: the commands that ran, with their options and the paths that they wrote.
@@ -54,20 +55,24 @@ class Stage:
     history: tuple[Mapping[str, Any], ...] = ()
     piped: bool = False
     weak: str | None = None
+    schedule: str | None = None
 
     def to_json(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Return the envelope with this command's result."""
         document = {"schema": STAGE_SCHEMA, **asdict(self), "history": list(self.history), "result": dict(result)}
         del document["piped"]
-        if self.weak is None:
-            del document["weak"]
+        for name in ("weak", "schedule"):
+            if document[name] is None:
+                del document[name]
         return document
 
     def done(self, command: str, options: Mapping[str, Any], **paths: Path | None) -> Stage:
-        """Return the stage after a command, with the paths that it wrote."""
+        """Return the stage after a command, with the paths that it wrote; another checkpoint has no schedule."""
+        schedule = None if "checkpoint" in paths else self.schedule
         written = {name: str(path.absolute()) if path else None for name, path in paths.items()}
         entry = {"command": command, "options": dict(options), **{name: path for name, path in written.items() if path}}
-        return replace(self, history=(*self.history, entry), **written)  # type: ignore[arg-type]
+        found: dict[str, Any] = {"schedule": schedule, **written}
+        return replace(self, history=(*self.history, entry), **found)
 
 
 NO_CHECKPOINT = (
@@ -170,6 +175,7 @@ def parse_stage(text: str) -> Stage:
         given=given,
         history=tuple(history),
         weak=paths["weak"],
+        schedule=paths["schedule"],
     )
 
 

@@ -13,7 +13,7 @@ Reading the metadata needs neither torch nor numpy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.model.block_choices import ComputeTable, NullChoice, Rule, check_table, parse_choice
+from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
 from ditmoe_cli.model.config import DiTMoEConfig
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ class ScheduledSampling:
         """What becomes of the null class where nothing is saved; nothing where it never guides."""
         guided = [self.guidance.takes_null_class(t) for t in self.times]
         return tuple("compute" if each else "off" for each in guided) if any(guided) else ()
+
+    def operations(self, config: DiTMoEConfig) -> float:
+        """Return the operations of the model for one image where everything is computed, both branches counted.
+
+        Experts of several widths count by their mean; a weaker model that guides does not count.
+        """
+        once = fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks)
+        return once * sum(1 + self.guidance.takes_null_class(t) for t in self.times)
 
     @property
     def told(self) -> str:
@@ -103,6 +112,17 @@ class ComputeSchedule:
     def digest(self) -> str:
         """SHA-256 of the file, by which samples name it."""
         return file_digest(self.path)
+
+    def is_for(self, way: ScheduledSampling) -> bool:
+        """Return whether it is for a way of sampling, a weaker model that guides left aside."""
+        return replace(self.sampling, guide=None) == replace(way, guide=None)
+
+    @property
+    def nfe(self) -> int:
+        """The evaluations of an image: of both branches, where they are predicted, and of a weaker model."""
+        guidance, table = self.sampling.guidance, self.table
+        null = sum(table.computes_null(evaluation) for evaluation in range(table.evaluations))
+        return table.evaluations + null + sum(guidance.takes_weak(t) for t in self.sampling.times)
 
     def statistics(self) -> dict[str, NDArray[Any]]:
         """Return the statistics that it holds."""

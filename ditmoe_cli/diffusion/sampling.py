@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule, ScheduledSampling, check_schedule
 from ditmoe_cli.diffusion.schedule import (
     ALWAYS,
     SOLVERS,
@@ -20,6 +20,7 @@ from ditmoe_cli.diffusion.schedule import (
 from ditmoe_cli.diffusion.watchers import UNWATCHED, Watchers
 from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide, check_guide_settings
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import DiTMoEConfig, Sampler
 from ditmoe_cli.model.dtypes import Dtype
 
@@ -37,7 +38,7 @@ class SampleSpec:
 
     Image i has the noise of (seed, i) and the label ``classes[i mod len(classes)]``. Guidance of scale `cfg` applies at
     noise levels (0 image, 1 noise) inside `interval`. `dtype` is what the model computes in (`model.dtypes`), `guide`
-    the weaker model that guides too, if any.
+    the weaker model that guides too, and `schedule` the digest of the schedule that says what is computed, if any.
     """
 
     images: int
@@ -49,6 +50,7 @@ class SampleSpec:
     interval: Interval = ALWAYS
     dtype: Dtype = "fp32"
     guide: Guide | None = None
+    schedule: str | None = None
 
     @property
     def guidance(self) -> Guidance:
@@ -65,10 +67,11 @@ class SampleSpec:
         return [self.classes[i % len(self.classes)] for i in indices]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON, as files and keys of kept results record it; without `guide` where there is none."""
+        """Return the spec as JSON, as files and keys of kept results record it; guide and schedule if there are any."""
         document = asdict(self)
-        del document["guide"]
-        return {**document, "guide": self.guide.to_json()} if self.guide else document
+        del document["guide"], document["schedule"]
+        guided = {"guide": self.guide.to_json()} if self.guide else {}
+        return {**document, **guided, **({"schedule": self.schedule} if self.schedule else {})}
 
     def conditions(self) -> dict[str, Any]:
         """Return the spec as JSON; classes 0 to n are written as ``"0-n"``."""
@@ -80,6 +83,17 @@ class SampleSpec:
     def way(self) -> ScheduledSampling:
         """The way of sampling, which schedules of compute are for."""
         return ScheduledSampling(self.solver, self.steps, self.cfg, self.interval, self.guide)
+
+    @property
+    def whole(self) -> SampleSpec:
+        """The same without a schedule: everything is computed."""
+        return replace(self, schedule=None)
+
+    def by(self, schedule: ComputeSchedule | None, checkpoint: Checkpoint) -> SampleSpec:
+        """Return the spec by a schedule; as it is without one. Raises `BadInputError` as `check_schedule` does."""
+        if schedule is None:
+            return self
+        return replace(self, schedule=check_schedule(schedule, checkpoint, self.way).digest)
 
     @property
     def nfe(self) -> int:

@@ -32,6 +32,7 @@ from ditmoe_cli.evaluation.fid_sides import (
     Comparison,
     Item,
     Side,
+    SideKey,
     card_of,
     read_side,
     sampled_side,
@@ -104,16 +105,16 @@ class Measured:
 class _Shared:
     """What comparisons of one run share: sides on disk, extractions by extractor and grey levels, and the VAE."""
 
-    sides: dict[Path, Side] = field(default_factory=dict)
+    sides: dict[SideKey, Side] = field(default_factory=dict)
     extractions: dict[tuple[str, int], Extraction] = field(default_factory=dict)
     decoders: list[Decoder] = field(default_factory=list)
     used: dict[Path, Workspace] = field(default_factory=dict)
 
     def read(self, item: Item, notify: Notify) -> Side:
         """Return the side of an item on disk, read once."""
-        if item.path not in self.sides:
-            self.sides[item.path] = read_side(item.path, notify)
-        return self.sides[item.path]
+        if item.key not in self.sides:
+            self.sides[item.key] = read_side(item.path, notify)
+        return self.sides[item.key]
 
 
 def measure_distances(
@@ -130,8 +131,8 @@ def measure_distances(
         shared = _Shared()
         checked: list[tuple[Inputs, Extraction]] = []
         for comparison in comparisons:
-            paths = dict.fromkeys(item for item in comparison.items if item.checkpoint is None)
-            stored = {item.path: shared.read(item, worker.notify) for item in paths}
+            read = dict.fromkeys(item for item in comparison.items if item.checkpoint is None)
+            stored = {item.key: shared.read(item, worker.notify) for item in read}
             extraction = _make_extraction(comparison, stored, settings, worker, shared)
             specs = side_specs(comparison, spec_of, settings.weak)
             inputs = _plan_samplings(comparison, stored, specs, settings, runtime.device, shared)
@@ -189,7 +190,7 @@ def _drop_message(_: str) -> None:
 
 
 def _make_extraction(
-    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings, worker: Worker, shared: _Shared
+    comparison: Comparison, stored: Mapping[SideKey, Side], settings: FidSettings, worker: Worker, shared: _Shared
 ) -> Extraction:
     """Return the extraction; the first process downloads weights before the others look for them."""
     named = _named_by_statistics(comparison, stored, settings)
@@ -223,12 +224,12 @@ def _extraction(extractor: Extractor, grey_levels: int, settings: FidSettings, w
 
 
 def _named_by_statistics(
-    comparison: Comparison, stored: Mapping[Path, Side], settings: FidSettings
+    comparison: Comparison, stored: Mapping[SideKey, Side], settings: FidSettings
 ) -> NamedExtractor | None:
     """Return the extractor that both sides' statistics name, where no image is looked at."""
     if settings.request.needs_subject_features or settings.request.needs_reference_features:
         return None
-    pair = [stored.get(item.path) for item in (comparison.subject, comparison.reference)]
+    pair = [stored.get(item.key) for item in (comparison.subject, comparison.reference)]
     statistics = [side.statistics for side in pair if side is not None and side.statistics is not None]
     return _named_extractor(statistics, settings.extractor) if len(statistics) == len(pair) else None
 
@@ -280,7 +281,7 @@ def _named_extractor(statistics: list[StoredStatistics], name: str | None) -> Na
 
 def _plan_samplings(
     comparison: Comparison,
-    stored: Mapping[Path, Side],
+    stored: Mapping[SideKey, Side],
     specs: SideSpecs,
     settings: FidSettings,
     device: str,
@@ -290,11 +291,11 @@ def _plan_samplings(
 
     Raises `BadInputError` for checkpoints that need a VAE, `UsageError` for a VAE without a checkpoint.
     """
-    samplings: dict[Path, Sampling] = {}
+    samplings: dict[SideKey, Sampling] = {}
     for item in comparison.items:
-        if item.checkpoint is None or item.path in samplings:
+        if item.checkpoint is None or item.key in samplings:
             continue
-        own_spec = specs.specs[item.path]
+        own_spec = specs.specs[item.key]
         assert own_spec is not None  # of all checkpoints
         decoder = shared.decoders[0] if shared.decoders and not item.checkpoint.config.pixel_space else None
         if decoder is None and not (item.checkpoint.config.pixel_space and _any_latents(comparison)):
@@ -304,8 +305,8 @@ def _plan_samplings(
             from ditmoe_cli.diffusion.vae import check_fits
 
             check_fits(decoder, item.checkpoint.config.in_channels, item.path)
-        samplings[item.path] = Sampling(item.checkpoint, own_spec, decoder, settings.weak)
-        require_images(samplings[item.path])
+        samplings[item.key] = Sampling(item.checkpoint, own_spec, decoder, settings.weak, item.schedule)
+        require_images(samplings[item.key])
     if settings.vae is not None and not samplings:
         raise UsageError(f"⟨vae⟩ {settings.vae}: no side is a checkpoint whose latents it could decode")
     return Inputs(comparison, stored, samplings, specs.subject)
@@ -318,9 +319,10 @@ def _any_latents(comparison: Comparison) -> bool:
 
 def _warn_of_guidance(inputs: Inputs, notify: Notify) -> None:
     """Say where an original's images have another guidance than what is in the weights of its distilled copy."""
-    paths = dict.fromkeys(item.path for item in inputs.comparison.items)
-    for copied, other in permutations(paths, 2):
-        warning = guidance_warning(copied, inputs.model(copied), other, inputs.model(other), inputs.spec_of(other))
+    keys = dict.fromkeys(item.key for item in inputs.comparison.items)
+    for copied, other in permutations(keys, 2):
+        models = inputs.model(copied), inputs.model(other)
+        warning = guidance_warning(copied[0], models[0], other[0], models[1], inputs.spec_of(other))
         if warning is not None:
             notify(warning)
 
@@ -330,34 +332,34 @@ def _warn_of_guidance(inputs: Inputs, notify: Notify) -> None:
 
 def _take_features(
     inputs: Inputs, extraction: Extraction, request: Request, worker: Worker, shared: _Shared
-) -> tuple[dict[Path, Side], StoredStatistics | None]:
+) -> tuple[dict[SideKey, Side], StoredStatistics | None]:
     """Return all sides with the features that the request needs, and the reference's statistics from the cache.
 
     An original that pairs with nothing, since the subject's spec is unknown, is not sampled.
     """
-    subject, reference, original = (item.path for item in inputs.comparison.items)
+    subject, reference, original = (item.key for item in inputs.comparison.items)
     sides = dict(inputs.sides)
-    for path, sampling in inputs.samplings.items():
-        if inputs.spec is None and path == original and original not in (subject, reference):
+    for key, sampling in inputs.samplings.items():
+        if inputs.spec is None and key == original and original not in (subject, reference):
             continue
         work = workspace_of(sampling, extraction)
         shared.used[work.folder] = work
         with _locked(work, worker):
-            sides[path] = sampled_side(sampling, extraction, worker)
+            sides[key] = sampled_side(sampling, extraction, worker)
     needs = {reference: request.needs_reference_features, subject: request.needs_subject_features}
     # resamples draw from both sides' images, so that statistics alone would give another interval
     statistics_do = not request.needs_reference_features and not request.resamples
     reference_statistics: StoredStatistics | None = None
-    for path, side in inputs.sides.items():
-        if side.images is None or (side.statistics is not None and not needs.get(path)):
+    for key, side in inputs.sides.items():
+        if side.images is None or (side.statistics is not None and not needs.get(key)):
             continue
         work = extraction.workspace(side.identity, len(side.images))
         shared.used[work.folder] = work
         with _locked(work, worker):
-            if path == reference != subject and side.spec is None and side.statistics is None and statistics_do:
-                sides[path], reference_statistics = _reference_features(side, extraction, worker)
+            if key == reference != subject and side.spec is None and side.statistics is None and statistics_do:
+                sides[key], reference_statistics = _reference_features(side, extraction, worker)
             else:
-                sides[path] = with_features(side, extraction, worker)
+                sides[key] = with_features(side, extraction, worker)
     return sides, reference_statistics
 
 
@@ -396,7 +398,7 @@ def _locked(work: Workspace, worker: Worker) -> Iterator[None]:
 
 def _score(
     inputs: Inputs,
-    sides: Mapping[Path, Side],
+    sides: Mapping[SideKey, Side],
     reference_statistics: StoredStatistics | None,
     extraction: Extraction,
     settings: FidSettings,
@@ -404,11 +406,11 @@ def _score(
 ) -> Score:
     """Score the sides, and write the subject's statistics where asked for."""
     comparison = inputs.comparison
-    subject, original = sides[comparison.subject.path], sides.get(comparison.original.path)
+    subject, original = sides[comparison.subject.key], sides.get(comparison.original.key)
     paired = original if original is not None and subject.paired_with(original) else None
-    if original is not None and paired is None and comparison.original.path != comparison.reference.path:
+    if original is not None and paired is None and comparison.original.key != comparison.reference.key:
         worker.notify(f"{comparison.original.path}: pairs with nothing, since it has other seeds, settings or sizes")
-    scored = ScoredSides(subject, sides[comparison.reference.path], paired, reference_statistics)
+    scored = ScoredSides(subject, sides[comparison.reference.key], paired, reference_statistics)
     result = score(scored, extraction, settings.request, worker.notify)
     if settings.statistics is not None:
         paths = [item.path for item in comparison.items]

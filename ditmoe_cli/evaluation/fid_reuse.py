@@ -76,8 +76,8 @@ def _identities(comparison: Comparison, spec_of: SpecOf, weak: Checkpoint | None
     specs, found = side_specs(comparison, spec_of, weak), dict[str, Any]()
     for side in _SIDES:
         item: Item = getattr(comparison, side)
-        spec, model = specs.specs[item.path], specs.models[item.path]
-        if item.checkpoint is not None and not specs.distilled:
+        spec, model = specs.specs[item.key], specs.models[item.key]
+        if item.checkpoint is not None and item.schedule is None and not specs.distilled:
             spec = spec_of(item.checkpoint)
         found[side] = {**_identity(item, spec), **(model.to_json() if model is not None else {})}
     return found

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.errors import BadInputError
+from ditmoe_cli.evaluation.computed_share import Computed
 from ditmoe_cli.evaluation.features.extraction import (
     Extraction,
     background,
@@ -26,7 +28,7 @@ from ditmoe_cli.evaluation.features.extractors import Activations
 from ditmoe_cli.evaluation.features.statistics_files import StoredStatistics, check_comparable, read_statistics
 from ditmoe_cli.evaluation.images import ImageSet, Kind, images_digest, kind_of, read_images
 from ditmoe_cli.evaluation.sampled_models import SampledModel, are_copies, have_same_noise, model_of, parse_model
-from ditmoe_cli.evaluation.samples import SAMPLES, Sampling, fill, read_origin
+from ditmoe_cli.evaluation.samples import SAMPLES, Sampling, computed_of, fill, read_computed, read_origin
 from ditmoe_cli.evaluation.scores.feature_statistics import FeatureStatistics, feature_statistics
 from ditmoe_cli.evaluation.worker import Notify, Worker
 from ditmoe_cli.evaluation.workspace import Workspace
@@ -36,13 +38,22 @@ from ditmoe_cli.files.workfolder import work_key
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.progress import phase
 
+SideKey = tuple[Path, str]
+"""A side by its path, and the digest of its schedule, which is empty where it has none."""
+
 
 @dataclass(frozen=True)
 class Item:
-    """A side before it is read or sampled: its path, and the opened checkpoint if it is one."""
+    """A side before it is read or sampled: its path, the opened checkpoint if it is one, and its schedule, if any."""
 
     path: Path
     checkpoint: Checkpoint | None
+    schedule: ComputeSchedule | None = None
+
+    @property
+    def key(self) -> SideKey:
+        """What tells it from other sides."""
+        return self.path, self.schedule.digest if self.schedule is not None else ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Side:
         statistics: statistics that its file holds.
         spec, vae, model: how its images were sampled, and of which checkpoint; None for images of other programs.
         activations: features of the images, once taken.
+        computed: what a schedule computed of its images; None without a schedule.
     """
 
     path: str
@@ -81,10 +93,12 @@ class Side:
     vae: Mapping[str, Any] | None = None
     model: SampledModel | None = None
     activations: Activations | None = None
+    computed: Computed | None = None
 
     def conditions(self) -> dict[str, Any]:
         """Return kind, path, identity, sampling, VAE, and how a distilled checkpoint was distilled, as JSON."""
-        sampling = {**self.spec.conditions(), "nfe": self.spec.nfe} if self.spec else None
+        nfe = {"nfe": self.computed.nfe, "computed": self.computed.to_json()} if self.computed else {}
+        sampling = {**self.spec.conditions(), "nfe": self.spec.nfe, **nfe} if self.spec else None
         vae = dict(self.vae) if self.vae else None
         named = {"kind": self.kind, "path": self.path, "identity": self.identity}
         return {**named, "sampling": sampling, "vae": vae, **(self.model.to_json() if self.model else {})}
@@ -151,6 +165,7 @@ def read_side(path: Path, notify: Notify = lambda _: None) -> Side:
         spec=origin.spec if origin else None,
         vae=origin.vae if origin else None,
         model=origin.model if origin else None,
+        computed=read_computed(path) if origin else None,
     )
 
 
@@ -211,6 +226,7 @@ def sampled_side(sampling: Sampling, extraction: Extraction, worker: Worker) -> 
         vae=sampling.origin.vae,
         model=model_of(sampling.checkpoint),
         activations=extract_missing(work, extraction, images.images, path.name, worker),
+        computed=computed_of(sampling, work),
     )
 
 

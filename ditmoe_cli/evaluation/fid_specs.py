@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_spec
 from ditmoe_cli.diffusion.schedule import choose_solver
 from ditmoe_cli.diffusion.weak_guidance import check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.evaluation.fid_sides import Comparison
+from ditmoe_cli.evaluation.fid_sides import Comparison, SideKey
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.sampled_models import SampledModel, guided_as, model_of, spec_beside
 from ditmoe_cli.evaluation.samples import read_origin
@@ -21,10 +20,10 @@ SpecOf = Callable[[Checkpoint], SampleSpec]
 
 @dataclass(frozen=True)
 class SideSpecs:
-    """Checkpoints and specs of the sides by path, None where they are not known; `subject` is the subject's spec."""
+    """Checkpoints and specs of the sides by key, None where they are not known; `subject` is the subject's spec."""
 
-    models: Mapping[Path, SampledModel | None]
-    specs: Mapping[Path, SampleSpec | None]
+    models: Mapping[SideKey, SampledModel | None]
+    specs: Mapping[SideKey, SampleSpec | None]
     subject: SampleSpec | None
 
     @property
@@ -37,26 +36,27 @@ def side_specs(comparison: Comparison, spec_of: SpecOf, weak: Checkpoint | None 
     """Return how the sides come about; `spec_of` returns a checkpoint's spec, `weak` guides.
 
     Checkpoints are sampled as the subject is, but for those that a distilled one among the sides was made from, and
-    those that were distilled otherwise (`sampled_models`). Raises `BadInputError` for a checkpoint that cannot be
-    sampled as the subject is, and for malformed files of samples.
+    those that were distilled otherwise (`sampled_models`); a schedule is the subject's alone. Raises `BadInputError`
+    for a checkpoint that cannot be sampled as the subject is, a schedule that does not fit, and malformed samples.
     """
-    items = {item.path: item.checkpoint for item in comparison.items}
-    models: dict[Path, SampledModel | None] = {}
-    specs: dict[Path, SampleSpec | None] = {}
-    for path, checkpoint in items.items():
-        if checkpoint is not None:
-            models[path] = model_of(checkpoint)
+    items = {item.key: item for item in comparison.items}
+    models: dict[SideKey, SampledModel | None] = {}
+    specs: dict[SideKey, SampleSpec | None] = {}
+    for key, item in items.items():
+        if item.checkpoint is not None:
+            models[key] = model_of(item.checkpoint)
             continue
-        origin = read_origin(path) if kind_of(path) == "images" else None
-        models[path], specs[path] = (origin.model, origin.spec) if origin is not None else (None, None)
-    scored, subject = comparison.subject, specs.get(comparison.subject.path)
-    own = models[scored.path]
+        origin = read_origin(item.path) if kind_of(item.path) == "images" else None
+        models[key], specs[key] = (origin.model, origin.spec) if origin is not None else (None, None)
+    scored, subject = comparison.subject, specs.get(comparison.subject.key)
+    own = models[scored.key]
     if scored.checkpoint is not None and own is not None:
-        subject = specs[scored.path] = guided_as(spec_of(scored.checkpoint), own, models.values(), weak)
-    for path, checkpoint in items.items():
-        if checkpoint is not None and path != scored.path:
-            spec = spec_beside(checkpoint, spec_of, subject, own, models.values(), weak)
-            specs[path] = _checked(spec, checkpoint, weak) if subject is not None else spec
+        whole = guided_as(spec_of(scored.checkpoint), own, models.values(), weak)
+        subject = specs[scored.key] = whole.by(scored.schedule, scored.checkpoint)
+    for key, item in items.items():
+        if item.checkpoint is not None and key != scored.key:
+            spec = spec_beside(item.checkpoint, spec_of, subject, own, models.values(), weak)
+            specs[key] = _checked(spec, item.checkpoint, weak) if subject is not None else spec
     return SideSpecs(models, specs, subject)
 
 

@@ -68,11 +68,11 @@ def are_copies(a: SampledModel | None, b: SampledModel | None) -> bool:
 def have_same_noise(a: SampleSpec | None, b: SampleSpec | None, *, copies: bool) -> bool:
     """Return whether image i of both has one noise and label, and nothing but the models makes images differ.
 
-    Of `copies`, solver, steps and guidance belong to the models.
+    Of `copies`, solver, steps and guidance belong to the models; a schedule of compute does so always.
     """
     if a is None or b is None:
         return False
-    return a == b or (copies and (a.images, a.seed, a.classes) == (b.images, b.seed, b.classes))
+    return a.whole == b.whole or (copies and (a.images, a.seed, a.classes) == (b.images, b.seed, b.classes))
 
 
 def guided_as(
@@ -136,10 +136,11 @@ def spec_beside(
 
     Where not, by the solver, steps and guidance that `spec_of` gives it, with the subject's noise, labels and dtype,
     and with the guidance that is in the weights of its copy among `others`. The same where there is no subject's spec.
+    A schedule of compute is the subject's alone.
     """
     model = model_of(checkpoint)
     if subject is not None and model.distilled == (subject_model.distilled if subject_model else None):
-        return subject
+        return subject.whole
     own = spec_of(checkpoint)
     if subject is not None:
         own = replace(own, images=subject.images, seed=subject.seed, classes=subject.classes, dtype=subject.dtype)

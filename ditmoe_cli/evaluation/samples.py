@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule, check_schedule
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import ALWAYS, SOLVERS, evaluation_times
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.diffusion.weak_guidance import check_guide, parse_guide
 from ditmoe_cli.errors import BadInputError, BrokenImageError, DitmoeError, OutputExistsError, UsageError
 from ditmoe_cli.evaluation.batch_halving import computed_batches
+from ditmoe_cli.evaluation.computed_share import COMPUTED, Computed, computed_by, parse_computed, rows_of
 from ditmoe_cli.evaluation.image_exports import (
     PNG_FILES,
     holds_adm_npz,
@@ -51,8 +53,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditmoe_cli.diffusion.predictor import Predictor
+    from ditmoe_cli.diffusion.scheduled_guidance import Scheduled
     from ditmoe_cli.diffusion.vae import Decoder
     from ditmoe_cli.model.dit import Denoiser
+    from ditmoe_cli.model.scheduled import ComputeCount
 
 SAMPLES = "samples"  # name of their array in a workspace
 
@@ -83,13 +87,15 @@ class SamplesOrigin:
 class Sampling:
     """A checkpoint to sample, the spec, the decoder that turns its latents into images, and the checkpoint that guides.
 
-    `decoder` and `weak` are None without any; `weak` is the checkpoint that the spec's guide names, if it names one.
+    `decoder` and `weak` are None without any; `weak` is the checkpoint that the spec's guide names, if it names one,
+    and `schedule` the schedule whose digest the spec has, if it has one.
     """
 
     checkpoint: Checkpoint
     spec: SampleSpec
     decoder: Decoder | None = None
     weak: Checkpoint | None = None
+    schedule: ComputeSchedule | None = None
 
     @property
     def images(self) -> bool:
@@ -198,6 +204,8 @@ def fill(
     share.check_same("dtype", sampling.spec.dtype)
     if share.first:
         work.create(SAMPLES, sampling.shape, np.uint8 if sampling.images else np.float32)
+        if sampling.schedule is not None:
+            work.create(COMPUTED, (2,), np.float64)
     missing = share.from_first(lambda: work.missing([SAMPLES], worker.runtime.batch))
     remaining = sum(map(len, missing))
     if share.first and 0 < remaining < work.rows:
@@ -215,6 +223,8 @@ def fill(
         title = f"sampling {sampling.checkpoint.name}"
         with _kept_on_interrupts(work, worker), phase(title, sum(map(len, batches)), "images") as progress:
             for indices, values in computed_batches(lambda part: sample(models, sampling, part), batches, halved):
+                if sampling.schedule is not None:
+                    work.put(COMPUTED, indices.start, rows_of(models.counts.pop(indices.start), len(indices)))
                 work.put(SAMPLES, indices.start, values)
                 progress(len(indices))
                 after(indices.start, values)
@@ -225,16 +235,21 @@ def fill(
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """The model to sample, and the weaker one that guides it, if any."""
+    """The model to sample, the weaker one that guides it, if any, and the schedule of what it computes, if any.
+
+    `counts` are what was computed of each batch by a schedule, by the index of its first image.
+    """
 
     model: Denoiser
     weak: Denoiser | None = None
+    scheduled: Scheduled | None = None
+    counts: dict[int, ComputeCount] = field(default_factory=dict)
 
 
 def load_models(sampling: Sampling, runtime: Runtime) -> LoadedModels:
-    """Return the models of a sampling; they share the memory for unpacked weights.
+    """Return the models of a sampling; they share the memory for unpacked weights. A schedule is replayed as no graph.
 
-    Raises `BadInputError` for a guide whose checkpoint is not given.
+    Raises `BadInputError` for a guide whose checkpoint is not given, and for a schedule that does not fit.
     """
     import torch
 
@@ -244,15 +259,22 @@ def load_models(sampling: Sampling, runtime: Runtime) -> LoadedModels:
     from ditmoe_cli.model.loading import build_model
 
     check_guide(sampling.spec.guide, sampling.checkpoint, sampling.weak)
-    unpacked = unpacked_weights()
+    unpacked, schedule = unpacked_weights(), sampling.schedule
+    graphs = runtime.graphs if schedule is None else False
 
     def load(checkpoint: Checkpoint | None) -> Denoiser:
         assert checkpoint is not None  # as `check_guide` saw to
         plain = build_model(checkpoint, torch.device(runtime.device), torch_dtype_of(sampling.spec.dtype), unpacked)
-        return accelerated(plain, Acceleration(runtime.compiled, runtime.graphs))
+        return accelerated(plain, Acceleration(runtime.compiled, graphs))
 
     model = load(sampling.checkpoint)
-    return LoadedModels(model, weak_model(model, sampling.spec.guide, lambda: load(sampling.weak)))
+    weak = weak_model(model, sampling.spec.guide, lambda: load(sampling.weak))
+    if schedule is None:
+        return LoadedModels(model, weak)
+    from ditmoe_cli.diffusion.scheduled_guidance import loaded_schedule
+
+    check_schedule(schedule, sampling.checkpoint, sampling.spec.way)
+    return LoadedModels(model, weak, loaded_schedule(schedule, model.device))
 
 
 @contextmanager
@@ -290,7 +312,9 @@ def sample(models: LoadedModels, sampling: Sampling, indices: Sequence[int]) -> 
     share = len(indices) * (1.0 if decoder is None else 0.5)
     with phase("evaluating", len(evaluation_times(spec.solver, spec.steps)), "steps", share=share) as progress:
         watchers = Watchers(through=lambda predict: _counted(predict, progress))
-        latents = sample_batch(models.model, spec, indices, watchers, weak=models.weak)
+        latents = sample_batch(
+            models.model, spec, indices, watchers, weak=models.weak, scheduled=_counting(models, indices)
+        )
     if not sampling.images:
         return np.asarray(latents.cpu().numpy())
     try:
@@ -300,6 +324,17 @@ def sample(models: LoadedModels, sampling: Sampling, indices: Sequence[int]) -> 
             return to_uint8(decoder.decode(latents))
     except BrokenImageError as error:
         raise BadInputError(f"image {indices[error.index]} (seed {sampling.spec.seed}): {error.problem}") from None
+
+
+def _counting(models: LoadedModels, indices: Sequence[int]) -> Scheduled | None:
+    """Return the schedule, which counts what it computes of a batch among the models' counts; None without any."""
+    if models.scheduled is None:
+        return None
+
+    def counted(count: ComputeCount) -> None:
+        models.counts[indices[0]] = count
+
+    return replace(models.scheduled, counted=counted)
 
 
 def _counted(predict: Predictor, progress: Phase) -> Predictor:
@@ -351,7 +386,8 @@ def check_targets(sampling: Sampling, targets: Targets, will_decode: bool = Fals
 def _inputs(sampling: Sampling, targets: Targets) -> list[Path]:
     """Return what is read, and must not be written to."""
     weak = [sampling.weak.path] if sampling.weak is not None else []
-    return [sampling.checkpoint.path, *weak, *targets.inputs]
+    schedule = [sampling.schedule.path] if sampling.schedule is not None else []
+    return [sampling.checkpoint.path, *weak, *schedule, *targets.inputs]
 
 
 def is_made(sampling: Sampling, targets: Targets, undecided: bool = False) -> bool:
@@ -539,14 +575,31 @@ def _write(sampling: Sampling, targets: Targets, work: Workspace) -> int:
         if not _is_written(kind, export, work.folder):
             writers[kind](export)
             _written_mark(kind, export, work.folder).touch()
-    origin = sampling.origin.to_json()
+    computed = computed_of(sampling, work)
+    origin = {**sampling.origin.to_json(), **({"computed": computed.to_json()} if computed else {})}
     if sampling.images:
         return write_images(targets.file, ImageSet(values, labels), seeds, origin, force, inputs)
     arrays = {"latents": values, "labels": labels, "seed": seeds}
     return write_arrays(targets.file, arrays, {**origin, "schema": SAMPLES_SCHEMA}, force, inputs)
 
 
+def computed_of(sampling: Sampling, work: Workspace) -> Computed | None:
+    """Return what a schedule computed of the images of a whole workspace; None without a schedule."""
+    if sampling.schedule is None:
+        return None
+    return computed_by(sampling.schedule, sampling.checkpoint.config, work.array(COMPUTED))
+
+
 # ------------------------------------------------------------------ reading
+
+
+def read_computed(path: Path) -> Computed | None:
+    """Return what a schedule computed of samples in a file; None where it computed everything, or tells nothing."""
+    document = read_document(read_safetensors_header(path), SAMPLES_SCHEMA, path) if is_safetensors(path) else None
+    try:
+        return None if document is None else parse_computed(document.get("computed"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInputError(f"{path}: the samples' metadata is malformed ({error})") from None
 
 
 def read_origin(path: Path) -> SamplesOrigin | None:
@@ -568,7 +621,9 @@ def _parse_origin(document: Mapping[str, Any], path: Path) -> SamplesOrigin:
         spec["dtype"] = parse_dtype(recorded_dtype(spec))
         spec["interval"] = (float(low), float(high))
         spec["guide"] = parse_guide(spec.get("guide"))
-        vae = document.get("vae")
+        vae, schedule = document.get("vae"), spec.get("schedule")
+        if not isinstance(schedule, str | None):
+            raise TypeError(f"schedule {schedule}")
         if spec["solver"] not in SOLVERS or not (vae is None or isinstance(vae, dict)):
             raise ValueError(f"solver {spec['solver']}, vae {vae}")
         model = parse_model(str(document["checkpoint"]), document)

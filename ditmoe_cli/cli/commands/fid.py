@@ -11,13 +11,21 @@ import typer
 
 from ditmoe_cli.api import score_runs as asked
 from ditmoe_cli.api.argument_checks import ending, one_of
-from ditmoe_cli.api.score_runs import check_outputs, compared_sides, enough_images, enough_resamples, scores
+from ditmoe_cli.api.score_runs import (
+    by_schedule,
+    check_outputs,
+    compared_sides,
+    enough_images,
+    enough_resamples,
+    scores,
+)
 from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.guiding_options import WeakGuiding, beside
 from ditmoe_cli.cli.options import Accelerating, Models, Overrides, complete_checkpoint
-from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
+from ditmoe_cli.cli.sampling_options import ImageSampling, Scheduling, schedule_rows, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
 from ditmoe_cli.evaluation.images import kind_of
 from ditmoe_cli.evaluation.scores.conventions import CONVENTIONS, PRECISIONS
@@ -38,6 +46,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe fid small.safetensors --ref ckpt.pt",
     "ditmoe fid small.safetensors --ref ckpt.pt --guide-by top1 --guide-scale 0.5",
+    "ditmoe fid ckpt.pt --schedule half.schedule.safetensors",
     "ditmoe fid samples.safetensors --ref images --extractor pixels --metrics all",
     "ditmoe prune ckpt.pt --keep 0.5 | ditmoe fid --max 10",
 )
@@ -218,6 +227,7 @@ def run(
     compared: Compared,
     sampling: Images,
     weaker: WeakGuiding,
+    scheduling: Scheduling,
     running: Accelerating,
     scoring: Scoring,
     overrides: Overrides,
@@ -236,12 +246,15 @@ def run(
     stages = compared.stages(overrides.given)
     check_outputs(scoring, to, len(stages))
     guiding = beside(weaker.opened(overrides.given), stages[0])
+    schedule = scheduling.of(replace(stages[0], schedule=None) if stages[0].samples else stages[0])
+    running.check(schedule)
     settings = scoring.settings(compared.anyway, sampling.vae, to.force, guiding.weak)
     if scoring.statistics and scoring.limit is not None and not compared.has_reference(stages[0]):
         raise UsageError("--max: there is nothing to be near to; give --ref")
-    items = Items(overrides.given)
+    items = Items(overrides.given, schedule)
     comparisons = [items.comparison(stage, compared, alone=scoring.statistics is not None) for stage in stages]
-    results = scores(comparisons, guiding.over(sampling.on(running.device), beside_copies=True), settings, running, to)
+    spec_of = guiding.of(schedule).over(sampling.on(running.device, schedule=schedule), beside_copies=True)
+    results = scores(comparisons, spec_of, settings, running, to)
     if results is None:
         return  # another rank prints
     path = str(to.output.absolute()) if to.output else ""
@@ -265,9 +278,10 @@ def check_limit(limit: float | None, results: Sequence[Score]) -> None:
 
 @dataclass(frozen=True)
 class Items:
-    """The sides of all comparisons, each opened once."""
+    """The sides of all comparisons, each opened once; `schedule` is that of the subjects, if any."""
 
     given: Given
+    schedule: ComputeSchedule | None = None
     opened: dict[tuple[Path, bool], Item] = field(default_factory=dict)
 
     def item(self, stage: Stage, path: str, own: bool) -> Item:
@@ -285,8 +299,8 @@ class Items:
         """Return what is compared with what.
 
         The subject is the stage's samples or checkpoint. The original is what --original names, else a pipeline's;
-        without either it is the reference. Without --ref the reference is the original, or the subject itself if that
-        may stand `alone`.
+        without either it is the reference. Without --ref the reference is the original, or the subject itself: without
+        its schedule, if it has one, or if it may stand `alone`.
         """
 
         subject = stage.samples or stage.checkpoint
@@ -296,7 +310,8 @@ class Items:
         if stage.samples:
             note(f"scoring the images in {stage.samples}: sampling options are theirs")
         others = [self.item(stage, path, own=False) if path else None for path in (original, compared.ref)]
-        return compared_sides(self.item(stage, subject, own=True), others[1], others[0], alone=alone)
+        scored = by_schedule(self.item(stage, subject, own=True), self.schedule)
+        return compared_sides(scored, others[1], others[0], alone=alone)
 
 
 def file_json(comparison: Comparison, result: KeptScore) -> dict[str, Any]:
@@ -360,12 +375,14 @@ def evaluations_of(result: Score) -> str:
 def sampling_rows(conditions: Mapping[str, Any]) -> list[Row]:
     """Return how the subject was sampled, and the sides that were sampled otherwise."""
     subject = conditions["subject"]["sampling"]
-    rows: list[Row] = [solver_row(subject)] if subject else []
+    rows: list[Row] = [solver_row(subject), *schedule_rows(subject)] if subject else []
     for side in ("reference", "original"):
         sampling = conditions[side]["sampling"] if conditions[side] else None
         text = solver_row(sampling)[1] if sampling and subject else None
         if text is not None and text not in [told for _, told in rows]:
             rows.append((f"solver of the {side}", text))
+        for name, told in schedule_rows(sampling or {}):
+            rows += [] if told in [each for _, each in rows] else [(f"{name} of the {side}", told)]
     return rows
 
 

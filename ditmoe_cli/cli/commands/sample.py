@@ -11,9 +11,9 @@ import typer
 from ditmoe_cli.api import sample_runs as asked
 from ditmoe_cli.api.argument_checks import ending
 from ditmoe_cli.api.sample_runs import SampledImages, sampled
-from ditmoe_cli.cli.guiding_options import WeakGuiding, marked
+from ditmoe_cli.cli.guiding_options import WeakGuiding, beside, marked
 from ditmoe_cli.cli.options import Accelerating, FileDestination, Models, Source
-from ditmoe_cli.cli.sampling_options import ImageSampling, solver_row
+from ditmoe_cli.cli.sampling_options import ImageSampling, Scheduling, schedule_rows, scheduled, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
 from ditmoe_cli.progress import human_bytes
@@ -22,6 +22,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe sample ckpt.pt --images 64 --cfg 4 --grid grid.png",
     "ditmoe sample ckpt.pt --guide-with half.safetensors --guide-scale 0.5",
+    "ditmoe sample ckpt.pt --schedule half.schedule.safetensors",
     "ditmoe sample ckpt.pt --vae stabilityai/sd-vae-ft-mse --png images",
     "torchrun --nproc-per-node 8 -m ditmoe_cli sample ckpt.pt --images 50000 --npz samples.npz",
 )
@@ -59,6 +60,7 @@ class ImageFiles(asked.ImageFiles, FileDestination):
 def run(
     sampling: Images,
     weaker: WeakGuiding,
+    scheduling: Scheduling,
     running: Accelerating,
     source: Source,
     to: ImageFiles,
@@ -72,11 +74,12 @@ def run(
     """
     stage = source.stage(shared=True)
     opened = open_stage(stage)
-    guiding = weaker.opened(source.given)
-    result = sampled(opened, sampling, guiding, running, to)
+    guiding = beside(weaker.opened(source.given), stage)
+    schedule = scheduling.of(stage)
+    result = sampled(opened, sampling, guiding, running, to, schedule)
     if result is None:
         return  # another rank writes and prints
-    done = marked(guiding, stage).done("sample", result.spec.conditions(), samples=result.path)
+    done = scheduled(marked(guiding, stage), schedule).done("sample", result.spec.conditions(), samples=result.path)
     emit(printing, done.to_json(result.to_json()), rows(result), str(result.path.absolute()))
 
 
@@ -87,5 +90,6 @@ def rows(result: SampledImages) -> list[Row]:
         ("wrote", f"{result.path.absolute()} ({human_bytes(result.bytes)})"),
         *(("wrote", path.absolute()) for path in result.exports.values()),
         (result.kind, f"{spec.images} of {' x '.join(map(str, result.shape))}"),
-        solver_row({**spec.conditions(), "nfe": spec.nfe}),
+        solver_row({**spec.conditions(), "nfe": result.nfe}),
+        *schedule_rows(result.to_json()),
     ]
