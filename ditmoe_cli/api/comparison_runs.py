@@ -14,8 +14,10 @@ from ditmoe_cli.api.guiding_requests import Guiding, sampling_work
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.sampling_requests import Running
 from ditmoe_cli.briefs import Brief, Fact, shortened
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule, check_schedule
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.step_bins import choose_bins
+from ditmoe_cli.evaluation.computed_share import parse_computed
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -52,11 +54,17 @@ class ComparisonFiles:
 
 
 def pair_of(
-    a: Checkpoint, b: Checkpoint, spec_of: Callable[[Checkpoint], SampleSpec], guiding: Guiding, comparing: Comparing
+    a: Checkpoint,
+    b: Checkpoint,
+    spec_of: Callable[[Checkpoint], SampleSpec],
+    guiding: Guiding,
+    comparing: Comparing,
+    schedule: ComputeSchedule | None = None,
 ) -> CheckpointPair:
     """Return A and B with how they are sampled: both as A, or each in its own way where few steps are one's own.
 
-    Raises `UsageError` for what is measured step by step, where steps differ.
+    `schedule` is that of B. Raises `UsageError` for what is measured step by step, where steps differ, and
+    `BadInputError` for a schedule that does not fit.
     """
     from ditmoe_cli.evaluation.compare import CheckpointPair
     from ditmoe_cli.evaluation.sampled_models import guidance_warning, guided_as, model_of, spec_beside
@@ -70,12 +78,14 @@ def pair_of(
     ):
         if warning is not None:
             note(warning)
+    if schedule is not None:
+        check_schedule(schedule, b, own.way)
     if own == spec:
-        return CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps), guiding.weak)
+        return CheckpointPair(a, b, spec, choose_bins(comparing.bins, spec.steps), guiding.weak, schedule=schedule)
     apart = f"{a.name} and {b.name} are sampled by other steps, so that images alone are compared"
     refuse_idle(comparing, f"where {apart}", "bins", "max_error")
     note(f"{apart}; ditmoe inspect ⟨values⟩ compares their weights")
-    return CheckpointPair(a, b, spec, choose_bins(None, spec.steps), guiding.weak, own)
+    return CheckpointPair(a, b, spec, choose_bins(None, spec.steps), guiding.weak, own, schedule)
 
 
 def compared(pairs: Sequence[CheckpointPair], running: Running, outputs: Outputs) -> list[KeptComparison]:
@@ -159,6 +169,7 @@ class ComparedCheckpoints(Brief):
             ("relative error", shortened(self.relative_error)),
             ("image mse", shortened(self.image_error)),
             *([("routing overlap", shortened(routing["overlap"]))] if routing else []),
+            *([("schedule", computed.told)] if (computed := parse_computed(self.figures.get("computed"))) else []),
             *((side, conditions[side]["path"]) for side in ("a", "b")),
         ]
 

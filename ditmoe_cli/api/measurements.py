@@ -242,6 +242,7 @@ def compare(
     guide_by: Literal["top1", "rank2"] | None = None,
     guide_scale: float | None = None,
     guide_interval: Sequence[float] | None = None,
+    schedule: AnyPath | None = None,
     bins: int | None = None,
     batch: Count = Running.batch,
     device: Device = "auto",
@@ -254,6 +255,7 @@ def compare(
     Args:
         a, b: paths, ``demo:digits``, names on the hub, or opened checkpoints.
         images, steps, cfg, …: how both are sampled, as for `sample`.
+        schedule: file that says what blocks of `b` compute; `a` computes everything.
         bins: bins of steps, from noise to image.
         grid: PNG to draw pairs of images in.
         output: file ``….safetensors`` to write the numbers to.
@@ -266,8 +268,10 @@ def compare(
         images, steps, cfg, solver=solver, upstream=upstream_exact, classes=tuple_of(classes), seed=seed, dtype=dtype
     )
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
-    spec_of = guiding.over(sampling.on(device), beside_copies=True)
-    pair = pair_of(opened(a), opened(b), spec_of, guiding, Comparing(bins))
+    planned, found = Scheduling(_path(schedule)).opened(), (opened(a), opened(b))
+    guided = guiding.of(planned)
+    spec_of = guided.over(sampling.on(device, schedule=planned, beside=found[1]), beside_copies=True)
+    pair = pair_of(*found, spec_of, guided, Comparing(bins), planned)
     files = ComparisonFiles(_path(grid), _path(output), force)
     (kept,) = compared([pair], Running(batch, device), files.outputs)
     return ComparedCheckpoints(kept.result, kept.seconds)

@@ -46,17 +46,22 @@ class SamplingOptions:
         device: str,
         solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER,
         schedule: ComputeSchedule | None = None,
+        beside: Checkpoint | None = None,
     ) -> Callable[[Checkpoint], SampleSpec]:
         """Return what gives the spec for a checkpoint on a device; dtype ``auto`` is chosen for the first of them.
 
         It is fp32 where upstream is followed, which samples so. Of each distilled checkpoint it is said once by which
-        steps it is sampled, and of one that has a schedule, which is sampled in the way of that (`as_planned`).
+        steps it is sampled, and of one that has a schedule, which is sampled in the way of that (`as_planned`). So are
+        others of the same steps that are sampled `beside` it.
         """
         dtype_of = dtype_on("fp32" if self.upstream and self.dtype == AUTO else self.dtype, device)
         told = set[Path]()
 
         def spec_of(checkpoint: Checkpoint) -> SampleSpec:
-            planned = schedule is not None and schedule.checkpoint == checkpoint.fingerprint
+            planned = schedule is not None and (
+                schedule.checkpoint == checkpoint.fingerprint
+                or (beside is not None and beside.distilled == checkpoint.distilled)
+            )
             asked = self.as_planned(schedule) if schedule is not None and planned else self
             spec = asked.spec(checkpoint, solvers, dtype_of(checkpoint))
             if checkpoint.path not in told:

@@ -81,19 +81,15 @@ def scheduled_predictor(
     one = _conditions(model, single, labels)
     two = _conditions(model, doubled, torch.cat((labels, null)))
     weaker = weak.prepared([t for t in dict.fromkeys(times) if guidance.takes_weak(t)], labels) if weak else None
-    difference: list[Tensor] = []
+    branches = NullGuidance(table, guidance)
 
     def predict(x: Tensor, t: float) -> Tensor:
         evaluation = run.evaluation
         if table.computes_null(evaluation):
-            both = run.predict(torch.cat((x, x)), t, _modulations(two, t), (0, 1)).float()
-            cond, uncond = both.chunk(2)
-            difference[:] = [cond - uncond] if "reuse" in table.null[evaluation:] else []
-            output = combine(cond, uncond, guidance.scale, guidance.family)
+            predicted = run.predict(torch.cat((x, x)), t, _modulations(two, t), (0, 1))
         else:
-            output = cond = run.predict(x, t, _modulations(one, t), (0,)).float()
-            if table.null and table.null[evaluation] == "reuse":
-                output = combine(cond, cond - difference[0], guidance.scale, guidance.family)
+            predicted = run.predict(x, t, _modulations(one, t), (0,))
+        output, cond = branches.guided(predicted, evaluation)
         if run.evaluation == table.evaluations:
             scheduled.counted(run.count)
         guide = guidance.guide
@@ -102,6 +98,29 @@ def scheduled_predictor(
         return away_from_weak(output, cond, weaker(x, t).float(), guide.scale, guidance.family)
 
     return predict
+
+
+class NullGuidance:
+    """Guidance by the null class as a table says, evaluation after evaluation."""
+
+    def __init__(self, table: ComputeTable, guidance: Guidance) -> None:
+        self._table, self._guidance = table, guidance
+        self._difference: Tensor | None = None
+
+    def guided(self, predicted: Tensor, evaluation: int) -> tuple[Tensor, Tensor]:
+        """Return the guided output and the conditional branch (N, C, H, W), in fp32.
+
+        `predicted` are the branches that the table computes, the conditional one first.
+        """
+        scale, family, null = self._guidance.scale, self._guidance.family, self._table.null
+        predicted = predicted.float()
+        if self._table.computes_null(evaluation):
+            cond, uncond = predicted.chunk(2)
+            self._difference = cond - uncond if "reuse" in null[evaluation:] else None
+            return combine(cond, uncond, scale, family), cond
+        if not null or null[evaluation] != "reuse" or self._difference is None:
+            return predicted, predicted
+        return combine(predicted, predicted - self._difference, scale, family), predicted
 
 
 def _conditions(model: DiTMoE, times: Sequence[float], labels: Tensor) -> Conditions:

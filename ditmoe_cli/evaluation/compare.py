@@ -10,19 +10,21 @@ A distilled checkpoint has steps of its own. Beside a model of other steps, fina
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule, check_schedule
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, check_followable, sample_batch
 from ditmoe_cli.diffusion.step_bins import choose_bins, steps_of_bins
 from ditmoe_cli.diffusion.watchers import Watchers
 from ditmoe_cli.diffusion.weak_guidance import check_guide
 from ditmoe_cli.errors import BadInputError, UsageError
+from ditmoe_cli.evaluation.computed_share import Computed, computed_by, rows_of
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor, averaged
 from ditmoe_cli.evaluation.image_grids import pair_grid, write_png
 from ditmoe_cli.evaluation.images import to_uint8
@@ -42,8 +44,12 @@ from ditmoe_cli.progress import Phase, phase
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditmoe_cli.diffusion.predictor import Predictor
+    from ditmoe_cli.diffusion.scheduled_guidance import Scheduled
+    from ditmoe_cli.evaluation.scheduled_side import ScheduledSide
     from ditmoe_cli.model.dit import Denoiser, DiTMoE
     from ditmoe_cli.model.moe import MoEEvent
+    from ditmoe_cli.model.scheduled import ComputeCount
 
     RowMap = Tensor | None
 
@@ -61,7 +67,8 @@ Array = NDArray[np.float64]
 class CheckpointPair:
     """Checkpoints A and B to compare, the spec that samples both, and the step bins of the results.
 
-    `weak` is the checkpoint that guides both, if any. `own` is the spec of B where that is another one.
+    `weak` is the checkpoint that guides both, if any. `own` is the spec of B where that is another one. `schedule` is
+    that of B, if it has one; A computes everything.
     """
 
     a: Checkpoint
@@ -70,6 +77,7 @@ class CheckpointPair:
     bins: int
     weak: Checkpoint | None = None
     own: SampleSpec | None = None
+    schedule: ComputeSchedule | None = None
 
     @property
     def sampled(self) -> tuple[tuple[Checkpoint, SampleSpec], tuple[Checkpoint, SampleSpec]]:
@@ -84,14 +92,16 @@ class CheckpointPair:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Paths of all checkpoints."""
-        return (*self.paths, self.weak.path) if self.weak is not None else self.paths
+        more = [each.path for each in (self.weak, self.schedule) if each is not None]
+        return (*self.paths, *more)
 
 
 @dataclass(frozen=True)
 class ModelPair:
     """Models A and B, their paths, and for each block which of A's router rows each of B's is (None if unknown).
 
-    `weak` are the models that guide A and B, if any: one checkpoint's, or other routings of each.
+    `weak` are the models that guide A and B, if any: one checkpoint's, or other routings of each. `scheduled` says what
+    B computes, if it is not everything.
     """
 
     a: DiTMoE
@@ -99,6 +109,7 @@ class ModelPair:
     paths: tuple[Path, Path]
     rows: tuple[RowMap, ...]
     weak: tuple[Denoiser, Denoiser] | None = None
+    scheduled: Scheduled | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ class Divergence:
         images: errors between final images; None for latents.
         note: why routing overlap is unknown in some blocks; None where it is known in all.
         conditions: both checkpoints and the sampling.
+        computed: what B's schedule computed; None without one.
     """
 
     sums: Sums | None
@@ -164,6 +176,7 @@ class Divergence:
     images: ImageErrors | None
     note: str | None
     conditions: dict[str, Any]
+    computed: Computed | None = None
 
     def arrays(self) -> dict[str, Array]:
         """Return the numbers by name: NaN where unknown, infinity for an error relative to zero."""
@@ -204,7 +217,8 @@ class Divergence:
             document["prediction"]["kind"] = self.kind
             document["routing"]["note"] = self.note
         document["quick"] = asdict(self.quick) if self.quick else None
-        return {**document, "images": self.images.to_json() if self.images else None}
+        computed = {"computed": self.computed.to_json()} if self.computed else {}
+        return {**document, "images": self.images.to_json() if self.images else None, **computed}
 
 
 @dataclass(frozen=True)
@@ -320,8 +334,10 @@ def _matching_rows(a: Checkpoint, b: Checkpoint, block: int) -> RowMap:
     return equal.int().argmax(dim=1) if once else None
 
 
-def rows_note(rows: Sequence[RowMap]) -> str | None:
-    """Return why experts of A and B cannot be matched in some blocks; None where they can be in all."""
+def rows_note(rows: Sequence[RowMap], schedule: ComputeSchedule | None = None) -> str | None:
+    """Return why experts of A and B cannot be matched in some blocks, or by a schedule; None where they can be."""
+    if schedule is not None and schedule.table.residual is not None:
+        return "unknown where blocks are reused together, by the residual of the first"
     unknown = ", ".join(str(block) for block, known in enumerate(rows) if known is None)
     return f"unknown where router rows were deleted and the others changed: blocks {unknown}" if unknown else None
 
@@ -335,7 +351,8 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
     check_pair(pair, outputs)
     a, spec = pair.a, pair.spec
     rows = matching_rows(a, pair.b) if pair.own is None else ()
-    sums, (final_a, final_b) = _followed(pair, rows, runtime) if pair.own is None else (None, _sampled(pair, runtime))
+    found = _followed(pair, rows, runtime) if pair.own is None else _sampled(pair, runtime)
+    sums, (final_a, final_b) = found.sums, found.finals
     images = [_images(final) for final in (final_a, final_b)] if a.config.pixel_space else None
     features_a, features_b = (_features(a, final) for final in (images or (final_a, final_b)))
     with phase("comparing features"):
@@ -348,52 +365,55 @@ def compare_checkpoints(pair: CheckpointPair, runtime: Runtime, outputs: Outputs
         error=latent_error(final_a, final_b),
         quick=quick,
         images=image_errors(images[0], images[1], a.card.grey_levels) if images else None,
-        note=rows_note(rows),
+        note=rows_note(rows, pair.schedule),
         conditions=_conditions(pair),
+        computed=computed_by(pair.schedule, pair.b.config, found.computed) if pair.schedule is not None else None,
     )
     grid = pair_grid(images[0], images[1], spec.labels(range(spec.images))) if images and outputs.grid else None
     _write(result, grid, outputs, pair.inputs)
     return result
 
 
-def _followed(
-    pair: CheckpointPair, rows: tuple[RowMap, ...], runtime: Runtime
-) -> tuple[Sums, Sequence[NDArray[np.float32]]]:
-    """Return the sums along A's trajectories, and the final latents (N, C, S, S) of A and of B."""
+def _followed(pair: CheckpointPair, rows: tuple[RowMap, ...], runtime: Runtime) -> Followed:
+    """Return the sums along A's trajectories, and the final latents of A and of B."""
     import torch
 
+    from ditmoe_cli.diffusion.scheduled_guidance import loaded_schedule
     from ditmoe_cli.model.loading import build_model
 
     a, b, spec = pair.a, pair.b, pair.spec
     device, dtype = torch.device(runtime.device), torch_dtype_of(spec.dtype)
     model_a, model_b = (build_model(each, device, dtype).prepack() for each in (a, b))
-    models = ModelPair(model_a, model_b, pair.paths, rows, _weak_models(pair, (model_a, model_b)))
+    scheduled = None if pair.schedule is None else loaded_schedule(pair.schedule, model_b.device)
+    models = ModelPair(model_a, model_b, pair.paths, rows, _weak_models(pair, (model_a, model_b)), scheduled)
     with phase(f"comparing {b.name} with {a.name}", 2 * spec.images * spec.steps, "steps") as progress:
         parts = [follow(models, spec, indices, progress) for indices in batches(spec.images, runtime.batch)]
-    sums = parts[0].sums
+    found = parts[0]
     for part in parts[1:]:
-        sums += part.sums
-    return sums, [np.concatenate(finals) for finals in zip(*(part.finals for part in parts), strict=True)]
+        found += part
+    return found
 
 
-def _sampled(pair: CheckpointPair, runtime: Runtime) -> Sequence[NDArray[np.float32]]:
-    """Return the final latents (N, C, S, S) of A and of B, each sampled in its own way, one after the other."""
-    from ditmoe_cli.evaluation.samples import Sampling, load_models
+def _sampled(pair: CheckpointPair, runtime: Runtime) -> Followed:
+    """Return the final latents of A and of B, each sampled in its own way, one after the other."""
+    from ditmoe_cli.evaluation.samples import Sampling, counting, load_models
 
-    finals = []
-    for checkpoint, spec in pair.sampled:
-        models = load_models(Sampling(checkpoint, spec, weak=pair.weak), runtime)
+    finals, computed = [], [np.zeros((0, 2))]
+    for schedule, (checkpoint, spec) in zip((None, pair.schedule), pair.sampled, strict=True):
+        models = load_models(Sampling(checkpoint, spec, weak=pair.weak, schedule=schedule), runtime)
         parts = []
         with phase(f"sampling {checkpoint.name}", spec.images, "images") as progress:
             for indices in batches(spec.images, runtime.batch):
                 try:
-                    final = sample_batch(models.model, spec, indices, weak=models.weak)
+                    by = counting(models, indices)
+                    final = sample_batch(models.model, spec, indices, weak=models.weak, scheduled=by)
                 except BadInputError as error:
                     raise BadInputError(f"{checkpoint.path}: {error}") from None
                 parts.append(final.cpu().numpy())
+                computed += [rows_of(models.counts[indices[0]], len(indices))] if schedule is not None else []
                 progress(len(indices))
         finals.append(np.concatenate(parts))
-    return finals
+    return Followed(None, (finals[0], finals[1]), np.concatenate(computed))
 
 
 def _weak_models(pair: CheckpointPair, models: tuple[DiTMoE, DiTMoE]) -> tuple[Denoiser, Denoiser] | None:
@@ -422,6 +442,8 @@ def check_pair(pair: CheckpointPair, outputs: Outputs) -> None:
         choose_bins(pair.bins, spec.steps)
     for each, sampling in pair.sampled:
         check_guide(sampling.guide, each, pair.weak)
+    if pair.schedule is not None:
+        check_schedule(pair.schedule, pair.b, (pair.own or spec).way)
     _check_memory(pair)
     if outputs.grid is not None and not a.config.pixel_space:
         raise BadInputError(
@@ -479,9 +501,10 @@ def keep_comparison(key: str, kept: KeptComparison, outputs: Outputs, notify: No
 
 def _conditions(pair: CheckpointPair) -> dict[str, Any]:
     own = {} if pair.own is None else {"sampling_b": {**pair.own.conditions(), "nfe": pair.own.nfe}}
+    schedule = {} if pair.schedule is None else {"schedule": pair.schedule.digest}
     return {
         "a": {"path": str(pair.a.path), "identity": pair.a.fingerprint},
-        "b": {"path": str(pair.b.path), "identity": pair.b.fingerprint},
+        "b": {"path": str(pair.b.path), "identity": pair.b.fingerprint, **schedule},
         "sampling": {**pair.spec.conditions(), "nfe": pair.spec.nfe},
         **own,
         "bins": pair.bins if pair.own is None else None,
@@ -553,10 +576,20 @@ def _difference(a: NDArray[Any], b: NDArray[Any]) -> Array:
 
 @dataclass(frozen=True)
 class Followed:
-    """Sums along A's trajectories, and the final latents (N, C, S, S) of A and of B."""
+    """Sums along A's trajectories, None where B has other steps, and the final latents (N, C, S, S) of A and of B.
 
-    sums: Sums
+    `computed` are the rows (N, 2) of what a schedule of B computed (`rows_of`), none without one.
+    """
+
+    sums: Sums | None
     finals: tuple[NDArray[np.float32], NDArray[np.float32]]
+    computed: Array
+
+    def __add__(self, other: Followed) -> Followed:
+        """Return what was found of the images of both."""
+        sums = self.sums + other.sums if self.sums is not None and other.sums is not None else None
+        first, second = (np.concatenate(finals) for finals in zip(self.finals, other.finals, strict=True))
+        return Followed(sums, (first, second), np.concatenate((self.computed, other.computed)))
 
 
 def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress: Phase) -> Followed:
@@ -567,35 +600,54 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
     """
     import torch
 
-    a, b = models.a, models.b
+    from ditmoe_cli.evaluation.scheduled_side import ScheduledSide
+
+    a, b, scheduled = models.a, models.b, models.scheduled
     labels = torch.tensor(spec.labels(indices), device=a.device)
+    side = None if scheduled is None else ScheduledSide(b, scheduled, spec.guidance, len(indices))
+    counts: list[ComputeCount] = []
     times: list[float] = []
     predictions, blocks = [], []
     weak_a, weak_b = models.weak or (None, None)
 
     def watch(z: Tensor, t: float) -> None:
         x, times_of_rows, y = _branches(z, t, labels, a.config.num_classes, spec.cfg)
-        v_a, v_b, by_block = run_blocks(models, x, times_of_rows, y)
+        v_a, v_b, by_block = run_blocks(models, x, times_of_rows, y, side)
         step = f"step {len(times) + 1} of {spec.steps}"
         blocks.append(by_block.cpu().numpy())
+        followed = side is None or side.blockwise
         weak_v_a, weak_v_b = _weak_predictions(models, spec, z, t, labels) or (None, None)
-        if np.isfinite(blocks[-1]).all():  # else it is a model itself that is broken
+        if not followed or np.isfinite(blocks[-1]).all():  # else it is a model itself that is broken
             _require_finite_guide(spec, step, weak_v_a, weak_v_b)
-        v_a, v_b = (_guided(v, spec, weak)[:, : z.shape[1]].double() for v, weak in ((v_a, weak_v_a), (v_b, weak_v_b)))
+        v_a = _guided(v_a, spec, weak_v_a)
+        v_b = _guided(v_b, spec, weak_v_b) if side is None else _guided_weakly(*side.guided(v_b), spec, weak_v_b)
+        v_a, v_b = (v[:, : z.shape[1]].double() for v in (v_a, v_b))
         predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
         times.append(float(t))
-        _require_finite(blocks[-1], predicted, models.paths, step)
+        _require_finite(blocks[-1] if followed else np.zeros((0, 6)), predicted, models.paths, step)
         predictions.append([*predicted, v_a.numel()])
         progress(len(indices))
 
     final_a = sample_batch(a, spec, indices, Watchers(on_step=watch), weak=weak_a)
     try:
-        each_step = Watchers(on_step=lambda _z, _t: progress(len(indices)))
-        final_b = sample_batch(b, spec, indices, each_step, weak=weak_b)
+        each_step = Watchers(through=lambda predict: _announced(predict, lambda: progress(len(indices))))
+        by = None if scheduled is None else replace(scheduled, counted=counts.append)
+        final_b = sample_batch(b, spec, indices, each_step, weak=weak_b, scheduled=by)
     except BadInputError as error:
         raise BadInputError(f"{models.paths[1]}: {error}") from None
     sums = Sums(np.asarray(times), np.asarray(predictions, dtype=np.float64), np.stack(blocks))
-    return Followed(sums, (final_a.cpu().numpy(), final_b.cpu().numpy()))
+    computed = [np.zeros((0, 2)), *(rows_of(count, len(indices)) for count in counts)]
+    return Followed(sums, (final_a.cpu().numpy(), final_b.cpu().numpy()), np.concatenate(computed))
+
+
+def _announced(predict: Predictor, tell: Callable[[], None]) -> Predictor:
+    """Return a predictor that tells of each evaluation before it begins."""
+
+    def announced(x: Tensor, t: float) -> Tensor:
+        tell()
+        return predict(x, t)
+
+    return announced
 
 
 def _branches(z: Tensor, t: float, labels: Tensor, null: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -631,39 +683,68 @@ def _require_finite_guide(spec: SampleSpec, step: str, *predictions: Tensor | No
 
 def _guided(output: Tensor, spec: SampleSpec, weak: Tensor | None = None) -> Tensor:
     """Return the guided prediction from the output of the branches and that of the weaker model, if any, in fp32."""
-    from ditmoe_cli.diffusion.guidance import away_from_weak, combine
+    from ditmoe_cli.diffusion.guidance import combine
 
     output = cond = output.float()
     if spec.cfg != 1.0:
         cond, uncond = output.chunk(2)
         output = combine(cond, uncond, spec.cfg, spec.family)
+    return _guided_weakly(output, cond, spec, weak)
+
+
+def _guided_weakly(output: Tensor, cond: Tensor, spec: SampleSpec, weak: Tensor | None) -> Tensor:
+    """Return an output, guided by what the weaker model predicts, if any; `cond` is its conditional branch."""
+    from ditmoe_cli.diffusion.guidance import away_from_weak
+
     if weak is None or spec.guide is None:
         return output
     return away_from_weak(output, cond, weak, spec.guide.scale, spec.family)
 
 
-def run_blocks(models: ModelPair, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def run_blocks(
+    models: ModelPair, x: Tensor, t: Tensor, y: Tensor, side: ScheduledSide | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run both models on the same input, and each of B's blocks on A's stream and conditioning too.
 
-    Returns both outputs (N, out_channels, H, W), and each block's sums as in `Sums`, (depth, 6) in fp64.
+    Returns both outputs (N, out_channels, H, W), and each block's sums as in `Sums`, (depth, 6) in fp64. Where B is the
+    `side` of a schedule, its output and the sums are of the branches that it computes, and the sums NaN where its
+    blocks cannot be told apart.
     """
     import torch
 
     a, b = models.a, models.b
+    rows = slice(None) if side is None else slice(side.images * len(side.branches))
+    if side is not None and not side.blockwise:
+        found = side.predict(x[rows], float(t[0]), b.condition(t[rows], y[rows]))
+        return a(x, t, y), found, torch.full((len(models.rows), 6), torch.nan, dtype=torch.float64)
     stream_a, c_a = a.embed(x, t, y)
-    stream_b, c_b = b.embed(x, t, y)
+    stream_b, c_b = b.embed(x[rows], t[rows], y[rows])
     sums = []
     for index, row_of in enumerate(models.rows):
         after, rows_a = _run_block(a, index, stream_a, c_a)
-        alone, _ = _run_block(b, index, stream_a, c_a)
-        stream_b, rows_b = _run_block(b, index, stream_b, c_b)
-        errors = (alone - after, after - stream_a, stream_b - after, after)
+        if side is None:
+            alone, _ = _run_block(b, index, stream_a, c_a)
+            stream_b, selected = _run_block(b, index, stream_b, c_b)
+            rows_b: RowMap = selected
+        else:
+            made = side.block(index, stream_b, stream_a[rows], (c_b, c_a[rows]), float(t[0]))
+            alone, stream_b, rows_b = made.alone, made.own, made.rows
+        before, then = stream_a[rows], after[rows]
+        errors = (alone - then, then - before, stream_b - then, then)
         squares = torch.stack([error.double().square().sum() for error in errors])
-        unknown = torch.zeros_like(squares[:2])
-        shared = unknown if row_of is None else shared_rows(rows_a, row_of.to(rows_b.device)[rows_b])
+        shared = torch.zeros_like(squares[:2])
+        if row_of is not None and rows_b is not None:
+            shared = _shared(rows_a, rows_b, row_of)
         sums.append(torch.cat((squares, shared)))
         stream_a = after
-    return a.unembed(stream_a, c_a), b.unembed(stream_b, c_b), torch.stack(sums)
+    output = b.unembed(stream_b, c_b) if side is None else side.finish(stream_b, c_b)
+    return a.unembed(stream_a, c_a), output, torch.stack(sums)
+
+
+def _shared(a: Tensor, b: Tensor, row_of: Tensor) -> Tensor:
+    """Return what rows of A and of B share (`shared_rows`), B's being A's `row_of`, of the tokens that B routed."""
+    routed = b[:, 0] >= 0
+    return shared_rows(a[: len(b)][routed], row_of.to(b.device)[b[routed]])
 
 
 def shared_rows(a: Tensor, b: Tensor) -> Tensor:

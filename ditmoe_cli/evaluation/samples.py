@@ -313,7 +313,7 @@ def sample(models: LoadedModels, sampling: Sampling, indices: Sequence[int]) -> 
     with phase("evaluating", len(evaluation_times(spec.solver, spec.steps)), "steps", share=share) as progress:
         watchers = Watchers(through=lambda predict: _counted(predict, progress))
         latents = sample_batch(
-            models.model, spec, indices, watchers, weak=models.weak, scheduled=_counting(models, indices)
+            models.model, spec, indices, watchers, weak=models.weak, scheduled=counting(models, indices)
         )
     if not sampling.images:
         return np.asarray(latents.cpu().numpy())
@@ -326,7 +326,7 @@ def sample(models: LoadedModels, sampling: Sampling, indices: Sequence[int]) -> 
         raise BadInputError(f"image {indices[error.index]} (seed {sampling.spec.seed}): {error.problem}") from None
 
 
-def _counting(models: LoadedModels, indices: Sequence[int]) -> Scheduled | None:
+def counting(models: LoadedModels, indices: Sequence[int]) -> Scheduled | None:
     """Return the schedule, which counts what it computes of a batch among the models' counts; None without any."""
     if models.scheduled is None:
         return None

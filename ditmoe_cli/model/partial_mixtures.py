@@ -41,10 +41,14 @@ class SlotOutputs:
 
 @dataclass(frozen=True)
 class Mixed:
-    """The output of a mixture (T, D), the slots that each expert computed (E,), and what is kept where asked for."""
+    """The output of a mixture (T, D), the slots that each expert computed (E,), router rows (T, k), and what is kept.
+
+    Rows are those that the router selected, left-out slots included.
+    """
 
     output: Tensor
     computed: Tensor
+    rows: Tensor
     kept: SlotOutputs | None = None
 
 
@@ -107,7 +111,7 @@ def mixed_in_part(
     kept = None
     if keep and added is not None and dropped is None:
         kept = SlotOutputs(routing.rows, dispatch.by_slot(ordered), added)
-    return Mixed(output if added is None else output + added, _counts(dispatch, selected), kept)
+    return Mixed(output if added is None else output + added, _counts(dispatch, selected), routing.rows, kept)
 
 
 def _with_left_over(moe: SparseMoE, u: Tensor, weights: Tensor, output: Tensor) -> Tensor:
@@ -153,4 +157,4 @@ def mixed_from_before(moe: SparseMoE, u: Tensor, before: SlotOutputs) -> Mixed:
     output = _with_left_over(moe, u, routing.weights, weighted)
     counts = torch.bincount(chosen[chosen >= 0], minlength=len(moe.experts))
     kept = replace(before, rows=routing.rows, outputs=outputs)
-    return Mixed(output + before.shared, counts, kept)
+    return Mixed(output + before.shared, counts, routing.rows, kept)

@@ -31,6 +31,10 @@ Statistics = Callable[[int, int, int], SlotStatistics]
 """Takes evaluation, branch and block, and returns what rules for slots know there."""
 
 
+Routed = Callable[[int, Sequence[int], Tensor], None]
+"""Takes a block, the branches that it routed, and the router rows (T, k) that their tokens selected."""
+
+
 def no_statistics(evaluation: int, branch: int, block: int) -> SlotStatistics:
     """Return that nothing is known, for tables whose rules need nothing."""
     del evaluation, branch, block
@@ -132,8 +136,15 @@ class ScheduledRun:
         evaluation: the number of the next evaluation.
     """
 
-    def __init__(self, model: DiTMoE, table: ComputeTable, statistics: Statistics = no_statistics) -> None:
-        self._model, self._table, self._statistics = model, table, statistics
+    def __init__(
+        self,
+        model: DiTMoE,
+        table: ComputeTable,
+        statistics: Statistics = no_statistics,
+        routed: Routed | None = None,
+    ) -> None:
+        """Begin; `routed` is told what blocks route, unless later ones are reused by residuals."""
+        self._model, self._table, self._statistics, self._routed = model, table, statistics, routed
         self._blocks = [block for block in model.blocks if isinstance(block, Block)]
         pairs = [(branch, block) for branch in range(table.branches) for block in range(len(self._blocks))]
         self._lifetimes = {(branch, block): lifetimes(table, branch, block) for branch, block in pairs}
@@ -153,26 +164,33 @@ class ScheduledRun:
         """
         if self.evaluation >= self._table.evaluations:
             raise IndexError(f"the table ends after {self._table.evaluations} evaluations")
-        model, config = self._model, self._model.config
+        model = self._model
         tokens = model.patches(x)
         if self._table.residual is None:
             for index, block in enumerate(self._blocks):
                 modulation = modulation_of(f"blocks.{index}", block.adaLN_modulation)
-                tokens = self._block(index, tokens, modulation, t, branches)
+                tokens = self.block(index, tokens, modulation, t, branches)
         else:
             tokens = self._by_residual(tokens, modulation_of, self._table.residual, branches)
-        self.count.flops += len(x) * fixed_cost(config)
+        self.finish(len(x))
+        return model.unpatched(tokens, modulation_of("final", model.final_layer.adaLN_modulation))
+
+    def finish(self, rows: int) -> None:
+        """Count an evaluation of that many rows, let go of what no later one takes, and go on to the next."""
+        self.count.flops += rows * fixed_cost(self._model.config)
         kept = sum(shelf.nbytes for shelf in self._shelves.values()) + sum(f.nbytes for f in self._first.values())
         self.count.most_kept = max(self.count.most_kept, kept)
         for shelf in self._shelves.values():
             shelf.forget(self.evaluation)
         self.evaluation += 1
-        return model.unpatched(tokens, modulation_of("final", model.final_layer.adaLN_modulation))
 
     # -------------------------------------------------------------- one block
 
-    def _block(self, index: int, x: Tensor, modulation: Tensor, t: float, branches: Sequence[int]) -> Tensor:
-        """Return what a block makes of x; branches of one choice are computed together."""
+    def block(self, index: int, x: Tensor, modulation: Tensor, t: float, branches: Sequence[int]) -> Tensor:
+        """Return what a block makes of x (B N, tokens, D) in this evaluation; branches of one choice are one batch.
+
+        Of an evaluation, each block is asked once, and `finish` ends it.
+        """
         choices = [self._table.at(self.evaluation, branch, index) for branch in branches]
         statistics = [self._statistics(self.evaluation, branch, index) for branch in branches]
         alike = all(choice == choices[0] for choice in choices) and (
@@ -249,6 +267,8 @@ class ScheduledRun:
             self.count.flops += len(flat) * (shared_cost(config, config.blocks[index]) if choice.shared else 0.0)
         self.count.flops += len(flat) * unrouted_cost(config, config.blocks[index])
         self.count.add_slots(mixed.computed, self._expert_costs[index])
+        if self._routed is not None:
+            self._routed(index, branches, mixed.rows)
         output = mixed.output.reshape(u.shape)
         for place, (branch, part) in enumerate(zip(branches, output.chunk(len(branches)), strict=True)):
             shelf, lasts = self._shelves[branch, index], self._lifetimes[branch, index]

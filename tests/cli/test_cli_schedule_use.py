@@ -200,6 +200,7 @@ def test_a_distilled_copy_is_scheduled_at_its_own_steps(tmp_path: Path) -> None:
             "not for 3 steps of euler at cfg 1, guided by top1 at 1",
         ),
         ("full", ("--cuda-graphs",), 2, "--cuda-graphs: a graph replays one step"),
+        ("full", ("--solver", "ab2", "--steps", 16), 3, "not for 16 steps of ab2 at cfg 1"),
         ("missing", (), 3, "missing.safetensors: no such schedule; make one with ditmoe schedule"),
         ("a", (), 3, "schema is 'ditmoe.checkpoint/1', expected 'ditmoe.schedule/1'"),
     ],
@@ -274,3 +275,91 @@ def test_a_malformed_schedule_in_an_envelope_is_named(folder: Path, tmp_path: Pa
     document = Stage(checkpoint=str(folder / "a.safetensors")).to_json({})
     said = here("sample", cwd=tmp_path, stdin=json.dumps({**document, "schedule": 3})).error(3)
     assert said == "stdin: field 'schedule' of the envelope is malformed"
+
+
+# compare
+
+
+def test_compare_is_exactly_0_where_everything_is_computed(folder: Path, tmp_path: Path) -> None:
+    a = folder / "a.safetensors"
+    found = here("compare", a, a, *FOUR, "--schedule", folder / "full.safetensors", cwd=tmp_path).result
+    assert found["prediction"]["relative_error"] == found["latents"]["relative_error"] == found["images"]["mse"] == 0
+    assert found["depth"]["cumulative"] == found["depth"]["added"] == [0, 0]
+    assert found["routing"]["overlap"] == 1
+    assert found["computed"]["flops"] == 1 and found["conditions"]["b"]["schedule"]
+
+
+def test_compare_follows_the_schedule_step_by_step(folder: Path, tmp_path: Path) -> None:
+    """Steps that compute everything from the other's state are exact; routing is that of steps that route."""
+    a, half = folder / "a.safetensors", folder / "half.safetensors"
+    found = here("compare", a, a, *FOUR, "--schedule", half, cwd=tmp_path).result
+    by_step = found["prediction"]["steps"]["relative_error"]
+    assert by_step[0] == by_step[2] == 0 and by_step[1] > 0
+    overlaps = found["routing"]["bins"]["overlap"]
+    assert overlaps[0] == overlaps[2] == [1, 1] and overlaps[1] == [None, None]
+    assert found["depth"]["bins"]["added"][0] == [0, 0] and min(found["depth"]["bins"]["added"][1]) > 0
+    assert found["images"]["mse"] > 0 and 0.6 < found["computed"]["flops"] < 0.8
+    again = here("compare", a, a, *FOUR, "--schedule", half, cwd=tmp_path)
+    assert "kept from an earlier run" in again.err and again.result == found
+    other = here("compare", a, a, *FOUR, "--schedule", folder / "full.safetensors", cwd=tmp_path)
+    assert other.result["computed"]["method"] == "full" and other.result["images"]["mse"] == 0
+    parts = here("compare", a, a, *FOUR, "--schedule", half, "--batch", 3, "--force", cwd=tmp_path).result
+    assert parts["computed"] == found["computed"] and parts["images"] == found["images"]
+
+
+@pytest.mark.parametrize("null", [("compute",) * 3, ("compute", "reuse", "off")])
+def test_compare_under_guidance(folder: Path, tmp_path: Path, null: tuple[str, ...]) -> None:
+    a = folder / "a.safetensors"
+    way = replace(EULER, cfg=1.5)
+    write_schedule(tmp_path / "s.safetensors", a, by_evaluation(way, lambda _: "full", null=null), way)
+    found = here("compare", a, a, *FOUR, "--schedule", "s.safetensors", cwd=tmp_path).result
+    errors = found["prediction"]["steps"]["relative_error"]
+    assert [error > 0 for error in errors] == [choice != "compute" for choice in null]
+    assert found["depth"]["cumulative"] == pytest.approx([0, 0], abs=1e-6)  # of the branches that are computed
+    assert found["computed"]["nfe"] == 3 + null.count("compute")
+    assert found["computed"]["flops"] == pytest.approx((3 + null.count("compute")) / 6)
+
+
+def test_compare_by_residuals_knows_no_single_blocks(folder: Path, tmp_path: Path) -> None:
+    a = folder / "a.safetensors"
+    for threshold in (0.0, 100.0):
+        table = replace(all_full(EULER), residual=threshold)
+        write_schedule(tmp_path / f"{threshold}.safetensors", a, table)
+        found = here("compare", a, a, *FOUR, "--schedule", f"{threshold}.safetensors", cwd=tmp_path).result
+        assert found["depth"]["added"] == [None, None]
+        assert found["routing"]["overlap"] is None and "reused together" in found["routing"]["note"]
+        assert (found["prediction"]["relative_error"] > 0) == (threshold > 0)
+
+
+def test_compare_measures_a_compressed_copy_by_its_schedule(folder: Path, tmp_path: Path) -> None:
+    a = folder / "a.safetensors"
+    small = pixels(widths=((8,) * 4,) * 2).save(tmp_path / "small.safetensors")
+    write_schedule(tmp_path / "s.safetensors", small, every_second(EULER, saved="reuse-mixture"))
+    found = here("compare", a, small, *FOUR, "--schedule", "s.safetensors", cwd=tmp_path)
+    assert found.result["conditions"]["sampling"]["steps"] == 3
+    plain = here("compare", a, small, *QUICK, cwd=tmp_path).result
+    steps = [each["prediction"]["steps"]["relative_error"] for each in (found.result, plain)]
+    assert steps[0][0] == steps[1][0] and steps[0][1] != steps[1][1]
+    said = here("compare", small, a, *FOUR, "--schedule", "s.safetensors", cwd=tmp_path).error(3)
+    assert "is a schedule of another checkpoint" in said
+
+
+def test_compare_samples_a_distilled_copy_by_its_schedule_and_the_original_as_usual(tmp_path: Path) -> None:
+    pair = distilled_pair(tmp_path, **SMALL)
+    way = ScheduledSampling("euler", 4)
+    write_schedule(tmp_path / "few.schedule.safetensors", pair.few, every_second(way), way)
+    words = ("--schedule", "few.schedule.safetensors", "--images", 4)
+    found = here("compare", pair.original, pair.few, *words, cwd=tmp_path).result
+    assert found["prediction"] is None and found["computed"]["flops"] < 0.7
+    assert (found["conditions"]["sampling"]["steps"], found["conditions"]["sampling_b"]["steps"]) == (16, 4)
+    plain = here("compare", pair.original, pair.few, "--images", 4, cwd=tmp_path).result
+    assert plain["images"]["mse"] != found["images"]["mse"]
+
+
+def test_tables_tell_what_was_computed(folder: Path, tmp_path: Path) -> None:
+    from cli_helpers import on_terminal
+
+    a, half = folder / "a.safetensors", folder / "half.safetensors"
+    for words in (("sample", a), ("fid", a), ("compare", a, a)):
+        code, text = on_terminal(*words, *FOUR, "--schedule", half, cwd=tmp_path)
+        assert code == 0 and "fora:2: 0.6" in text and "kept an image" in text, text

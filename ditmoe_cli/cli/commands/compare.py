@@ -14,7 +14,7 @@ from ditmoe_cli.api.argument_checks import ending
 from ditmoe_cli.api.comparison_runs import compared, pair_of
 from ditmoe_cli.cli.guiding_options import WeakGuiding, beside
 from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
-from ditmoe_cli.cli.sampling_options import UpstreamSampling, solver_row
+from ditmoe_cli.cli.sampling_options import Scheduling, UpstreamSampling, schedule_rows, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
@@ -29,6 +29,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe compare ckpt.pt small.safetensors --grid pairs.png",
     "ditmoe quantize ckpt.pt --bits 4 | ditmoe compare --max-error 0.1",
+    "ditmoe compare ckpt.pt ckpt.pt --schedule half.schedule.safetensors",
     "ditmoe compare ckpt.pt small.safetensors --guide-with half.safetensors --guide-scale 0.5",
 )
 
@@ -139,6 +140,7 @@ class ComparisonFiles(asked.ComparisonFiles):
 def run(
     sampling: UpstreamSampling,
     weaker: WeakGuiding,
+    scheduling: Scheduling,
     comparing: Comparing,
     running: Running,
     pair: Pair,
@@ -149,16 +151,18 @@ def run(
 
     Samples both with the same seeds and labels, and prints the error of the prediction by step along A's trajectory,
     the errors of the final latents and images, the overlap of routing, and the error that each block adds. An unchanged
-    model scores exactly 0. Where one of both was distilled to other steps, final latents and images alone are compared,
-    each at its own steps.
+    model scores exactly 0. With --schedule, B computes what that says, and A everything. Where one of both was
+    distilled to other steps, final latents and images alone are compared, each at its own steps.
     """
     stages = pair.stages()
     if len(stages) > 1 and to.path:
         raise UsageError(f"{to.path}: holds one comparison, and {len(stages)} checkpoints are given")
     a = open_stage(stages[0], stages[0].original)
-    guiding = beside(weaker.opened(pair.given), stages[0])
-    spec_of = guiding.over(sampling.on(running.device), beside_copies=True)
-    pairs = [pair_of(a, open_stage(stage), spec_of, guiding, comparing) for stage in stages]
+    schedule = scheduling.of(stages[0])
+    guiding = beside(weaker.opened(pair.given), stages[0]).of(schedule)
+    others = [open_stage(stage) for stage in stages]
+    spec_of = guiding.over(sampling.on(running.device, schedule=schedule, beside=others[0]), beside_copies=True)
+    pairs = [pair_of(a, b, spec_of, guiding, comparing, schedule) for b in others]
     results = compared(pairs, running, to.outputs)
     if len(results) == 1:
         emit(printing, stages[0].done("compare", {}).to_json(results[0].result), rows(results[0].result), to.path)
@@ -220,6 +224,7 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
             for i, (alone, sofar, share) in enumerate(blocks)
         ),
         solver_row(result["conditions"]["sampling"]),
+        *schedule_rows(result),
         ("A", result["conditions"]["a"]["path"]),
         ("B", result["conditions"]["b"]["path"]),
     ]
@@ -234,6 +239,7 @@ def images_rows(result: Mapping[str, Any]) -> list[Row]:
         *([("final images", images_row(result["images"]))] if result["images"] else []),
         ("solver of A", solver_row(conditions["sampling"])[1]),
         ("solver of B", solver_row(conditions["sampling_b"])[1]),
+        *schedule_rows(result),
         ("A", conditions["a"]["path"]),
         ("B", conditions["b"]["path"]),
     ]
