@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from ditmoe_cli.api.argument_checks import ending, one_of, refuse_idle
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, alone, public
+from ditmoe_cli.api.card_contents import CardContents, contents_of
 from ditmoe_cli.api.conversion_runs import converted_result, label_of_conversion
 from ditmoe_cli.api.export_runs import ExportDestination, ExportedCheckpoint, exported_result
 from ditmoe_cli.api.inspection_runs import (
@@ -19,10 +20,10 @@ from ditmoe_cli.api.inspection_runs import (
     contrasted,
     inspected,
 )
-from ditmoe_cli.api.model_cards import CardContents
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import NOTHING_GIVEN, opened
 from ditmoe_cli.api.output_names import checkpoint_path, destination
+from ditmoe_cli.api.sample_runs import SampledImages
 from ditmoe_cli.api.written_checkpoints import AnyForeseen, WrittenCheckpoint
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.exporting.targets import TARGETS
@@ -42,6 +43,7 @@ def inspect(
     card: Annotated[AnyPath, ending(".md")] | None = None,
     scores: Sequence[AnyPath] | None = None,
     picture: Annotated[AnyPath, ending(".png")] | None = None,
+    samples: Sequence[AnyPath | SampledImages] | None = None,
     force: bool = False,
     verify: bool = False,
     values: bool = False,
@@ -56,6 +58,7 @@ def inspect(
         card: file ``….md`` to write a model card to.
         scores: files of what `score` and `compare` found, as the commands print it, for the card.
         picture: PNG of pairs of images, for the card.
+        samples: samples of the checkpoint and of its original, by the same seeds, to draw such pairs of.
         force: whether to replace what stands at `card`.
         verify: whether to read all bytes, and compare them with the hashes in the files.
         values: whether to measure how far the weights of `other` are from the first's.
@@ -67,14 +70,14 @@ def inspect(
     """
     alone()
     looking = Looking(tensors, verify, values)
-    carding = Carding(tuple(map(Path, scores)) if scores else None, _path(picture), card=_path(card), force=force)
+    carding = Carding(*contents_of(scores, picture, samples), card=None if card is None else Path(card), force=force)
     if other is not None:
-        refuse_idle(carding, "with other, which has a card of its own", "card", "scores", "picture", "force")
+        refuse_idle(carding, "with other, which has a card of its own", "card", "scores", "picture", "samples", "force")
         found = contrasted(_looked_at(checkpoint), _looked_at(other), looking, NOTHING_GIVEN)
         found.require_whole()
         return found
     if card is None:
-        refuse_idle(carding, "without ⟨card⟩", "scores", "picture", "force")
+        refuse_idle(carding, "without ⟨card⟩", "scores", "picture", "samples", "force")
     refuse_idle(looking, "without other, the checkpoint to compare with", "values")
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
     result = inspected(lambda: _looked_at(checkpoint), path, looking, carding, NOTHING_GIVEN)
@@ -133,6 +136,7 @@ def export(
     dequantize: bool = False,
     scores: Sequence[AnyPath] | None = None,
     picture: Annotated[AnyPath, ending(".png")] | None = None,
+    samples: Sequence[AnyPath | SampledImages] | None = None,
     output: AnyPath | None = None,
     force: bool = False,
     max_shard_size: int | str = "10GB",
@@ -145,7 +149,7 @@ def export(
         checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
         to: the program: ``"diffusers"``, ``"upstream"``, ``"compressed-tensors"``, ``"sdnq"`` or ``"bitsandbytes"``.
         dtype, dequantize: as for `convert`.
-        scores, picture: for the model card of a folder, as for `inspect`.
+        scores, picture, samples: for the model card of a folder, as for `inspect`.
         output: the file or folder; by default named after the checkpoint and the program, in the working folder.
         vae: what decodes latents, for diffusers: a folder that is copied, or a name on the hub.
         force, max_shard_size: as for `compress`.
@@ -160,10 +164,6 @@ def export(
     found, target = opened(checkpoint), TARGETS[to]
     given = destination(output, force, max_shard_size)
     place = ExportDestination(given.output, given.force, max_shard_size=given.max_shard_size, vae=vae)
-    contents = CardContents(tuple(map(Path, scores)) if scores else None, _path(picture))
+    contents = CardContents(*contents_of(scores, picture, samples))
     wanted = place.wanted(target, found.path, Storage(dtype, dequantize))
     return exported_result(found, target, wanted, contents, dry_run=dry_run)
-
-
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ditmoe_cli.api.argument_checks import refuse_idle
+from ditmoe_cli.api.card_contents import CardContents
 from ditmoe_cli.api.foretelling import foretell
-from ditmoe_cli.api.model_cards import CardContents, Loading, Shown, model_card
+from ditmoe_cli.api.model_cards import Loading
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.output_names import Destination, stem
 from ditmoe_cli.api.written_checkpoints import ForeseenCheckpoint, size_facts
 from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.compression.estimates import carrying_out
-from ditmoe_cli.exporting.diffusers_folder import PICTURE, pipeline_code
-from ditmoe_cli.exporting.exported import Wanted
+from ditmoe_cli.exporting.exported import CARD, PICTURE, Wanted
 from ditmoe_cli.exporting.targets import Target, laid_out
 from ditmoe_cli.files.staging import check_space
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -112,12 +112,12 @@ def exported_result(
     Raises `BadInputError` where the layout cannot express it, and `UsageError` for what has no effect on the layout.
     """
     started = time.monotonic()
-    if target.vae and not target.is_file(wanted.path):  # the folder of a pipeline, as hubs show it
-        scores, picture = carding.read_scores(checkpoint), None if carding.picture is None else PICTURE
-        shown = Shown(scores, picture, Loading(target.reader, pipeline_code(wanted.path.name)))
-        wanted = replace(wanted, card=model_card(checkpoint, shown), picture=carding.picture)
+    if target.loading is not None and not target.is_file(wanted.path):
+        loading = Loading(target.library or target.reader, target.loading(wanted.path.name))
+        text, picture = carding.card_of(checkpoint, PICTURE, loading)
+        wanted = replace(wanted, card={CARD: text.encode(), **({} if picture is None else {PICTURE: picture})})
     else:
-        refuse_idle(carding, f"with ⟨to⟩ {target.name}, whose output has no card", "scores", "picture")
+        refuse_idle(carding, f"with ⟨to⟩ {target.name} as a file, which has no card", "scores", "picture", "samples")
     export = laid_out(target, checkpoint, wanted, note)
     path, size, before = wanted.path, export.nbytes, checkpoint.header.file_bytes
     estimates = carrying_out(export.checkpoint, None, size)

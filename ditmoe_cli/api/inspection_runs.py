@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ditmoe_cli.api.card_contents import CardContents
 from ditmoe_cli.api.checkpoint_facts import (
     NameOf,
     comparison_json,
@@ -16,7 +17,6 @@ from ditmoe_cli.api.checkpoint_facts import (
     stored_tensors,
     verification_json,
 )
-from ditmoe_cli.api.model_cards import CardContents, Shown, model_card
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.compression.recipe import recipe_of
@@ -48,19 +48,29 @@ class Carding(CardContents):
     force: bool = False
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write the card. Raises `OutputExistsError` where another one stands there, and what `read_scores` raises."""
+        """Write the card, and beside it the picture that is drawn of samples, under its name.
+
+        Raises `OutputExistsError` where others stand there, and what `card_of` raises.
+        """
         assert self.card is not None
         path = self.card.absolute()
         if self.picture is not None and self.picture.absolute().parent != path.parent:
             raise UsageError(f"⟨picture⟩ {self.picture}: is not in the folder of the card, {path.parent}")
-        shown = Shown(self.read_scores(checkpoint), self.picture.name if self.picture else None)
-        text = model_card(checkpoint, shown)
-        if path.is_file() and path.read_text(errors="replace") == text:
-            return note(f"{path} is up to date")
-        check_target(path, self.force, [checkpoint.path, *self.inputs])
-        with staged(path, self.force) as staging:
-            staging.write_text(text)
-        return note(f"wrote {path}")
+        drawn = path.with_suffix(".png")
+        text, pixels = self.card_of(checkpoint, drawn.name if self.picture is None else self.picture.name)
+        files = (
+            {path: text.encode()}
+            if pixels is None or self.picture is not None
+            else {drawn: pixels, path: text.encode()}
+        )
+        wanted = {file: data for file, data in files.items() if not (file.is_file() and file.read_bytes() == data)}
+        for file in wanted:
+            check_target(file, self.force, [checkpoint.path, *self.inputs])
+        for file, data in wanted.items():
+            with staged(file, self.force) as staging:
+                staging.write_bytes(data)
+        for file in files:
+            note(f"wrote {file}" if file in wanted else f"{file} is up to date")
 
 
 @dataclass(frozen=True, repr=False)

@@ -62,30 +62,19 @@ class Loading:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a card shows beside what the file records: scores, a picture of pairs beside it, who opens it if not we."""
+    """What a card shows beside what the file records.
+
+    Attributes:
+        scores: what was measured.
+        picture: the name of a picture of pairs that stands beside the card; None for none.
+        loading: how another program opens it; None where ditmoe does.
+        sampling: how the pairs were sampled, where that is known.
+    """
 
     scores: Sequence[Mapping[str, Any]] = ()
     picture: str | None = None
     loading: Loading | None = None
-
-
-@dataclass(frozen=True)
-class CardContents:
-    """What a model card shows beside what the file records: files of scores, and a picture."""
-
-    scores: Sequence[Path] | None = None
-    picture: Path | None = None
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The files that are read."""
-        return [*(self.scores or ()), *([] if self.picture is None else [self.picture])]
-
-    def read_scores(self, checkpoint: Checkpoint) -> Sequence[Mapping[str, Any]]:
-        """Return the scores. Raises `BadInputError` as `read_score` does, and for a picture that is not there."""
-        if self.picture is not None and not self.picture.is_file():
-            raise BadInputError(f"{self.picture}: no such file")
-        return [read_score(file, checkpoint) for file in self.scores or ()]
+    sampling: Mapping[str, Any] | None = None
 
 
 def model_card(checkpoint: Checkpoint, shown: Shown = Shown()) -> str:
@@ -95,7 +84,7 @@ def model_card(checkpoint: Checkpoint, shown: Shown = Shown()) -> str:
         ("What was done", _done(history)),
         ("Sizes", _sizes(checkpoint)),
         ("Damage", _damage(history, shown.scores)),
-        ("Images of the same seeds", _pictured(shown.picture)),
+        ("Images of the same seeds", _pictured(shown.picture, shown.sampling)),
         ("How to load it", _loading(checkpoint, shown.loading)),
         ("Recipe", _recipe(checkpoint)),
         ("Source and licence", _source(checkpoint)),
@@ -286,7 +275,7 @@ def read_score(path: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
     return dict(document)
 
 
-def _pictured(picture: str | None) -> list[str]:
+def _pictured(picture: str | None, sampling: Mapping[str, Any] | None) -> list[str]:
     if picture is None:
         return []
     address = "".join(
@@ -296,6 +285,7 @@ def _pictured(picture: str | None) -> list[str]:
         f"![the original beside this copy]({address})",
         "",
         "The original's image beside this copy's, of the same noise and label.",
+        *(["", f"This copy: {_sampled(sampling)}."] if sampling is not None else []),
     ]
 
 

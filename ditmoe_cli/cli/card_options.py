@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from ditmoe_cli.api import model_cards as asked
+from ditmoe_cli.api import card_contents as asked
 from ditmoe_cli.api.argument_checks import ending
 
 
@@ -31,5 +31,14 @@ class CardContents(asked.CardContents):
             metavar="FILE",
             callback=ending(".png"),
             help="A PNG of the original's images beside the copy's, as compare --grid draws it, for the card.",
+        ),
+    ] = None
+    samples: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--samples",
+            metavar="FILE",
+            help="Given twice: what sample wrote of the copy and of its original, by the same seeds, to draw pairs of "
+            "in place of --picture.",
         ),
     ] = None

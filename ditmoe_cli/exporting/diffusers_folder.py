@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ditmoe_cli.diffusion.schedule import TRAINING_STEPS, UPSTREAM
 from ditmoe_cli.diffusion.vae import CONFIG_NAME, VAE_CLASS, WEIGHTS_NAME, vae_on_disk
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.exporting.exported import Export, Wanted
+from ditmoe_cli.exporting.exported import CARD, Export, Wanted
 from ditmoe_cli.exporting.recoded import Recoding
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.names import natural_key
@@ -35,7 +35,6 @@ OLDEST = "0.33.0"
 MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
 MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
 AUTO_MAP = {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"}
-_CARD, PICTURE = "README.md", "images.png"
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-mse", 4
 _CODE = Path(__file__).resolve().parent / "diffusers_code"
 _STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
@@ -91,10 +90,9 @@ class DiffusersFolder(Export):
 
     @cached_property
     def _copies(self) -> Mapping[str, Path]:
-        """The files that are copied, by their paths in the folder: those of the VAE, and the card's picture."""
-        picture = {} if self.wanted.picture is None else {PICTURE: self.wanted.picture}
+        """The files of the VAE that are copied, by their paths in the folder."""
         names = () if self.vae is None else (CONFIG_NAME, WEIGHTS_NAME)
-        return picture | {f"vae/{name}": self.vae / name for name in names if self.vae is not None}
+        return {f"vae/{name}": self.vae / name for name in names if self.vae is not None}
 
     @cached_property
     def recoding(self) -> Recoding:
@@ -114,9 +112,8 @@ class DiffusersFolder(Export):
     def texts(self) -> Mapping[str, bytes]:
         """All files but those of weights and copies, by their paths in the folder."""
         index = index_text(self._shards)
-        card = {} if self.wanted.card is None else {_CARD: self.wanted.card.encode()}
         return {
-            **card,
+            **self.wanted.card,
             "model_index.json": pretty(self._settings),
             f"{PIPELINE_CODE}.py": (_CODE / f"{PIPELINE_CODE}.py").read_bytes(),
             "scheduler/scheduler_config.json": pretty(scheduler_settings(self.checkpoint)),
@@ -167,8 +164,8 @@ class DiffusersFolder(Export):
         """Return how what stands at the path differs; None where files, tensors and history are the same."""
         folder = self.wanted.path
         try:
-            held = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {_CARD}
-            texts = {name: text for name, text in self.texts.items() if name != _CARD}  # which may have been edited
+            held = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {CARD}
+            texts = {name: text for name, text in self.texts.items() if name != CARD}  # which may have been edited
             if held != {*texts, *self._copies, *(f"transformer/{shard.name}" for shard in self._shards)}:
                 return "is no such folder"
             changed = next((name for name, text in texts.items() if (folder / name).read_bytes() != text), None)
@@ -210,15 +207,6 @@ class DiffusersFolder(Export):
         steps = self._settings["num_inference_steps"]
         opened = f"DiffusionPipeline.from_pretrained({str(self.wanted.path)!r}, trust_remote_code=True)"
         return [("open with", opened), ("sample with", f"pipeline(class_labels=[0]), {steps} steps by default")]
-
-
-def pipeline_code(folder: str) -> str:
-    """Return the Python that opens a folder and samples an image."""
-    return (
-        "from diffusers import DiffusionPipeline\n\n"
-        f"pipeline = DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True)\n"
-        "image = pipeline(class_labels=[0]).images[0]"
-    )
 
 
 def model_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,9 @@ from ditmoe_cli.files.staging import CHECKPOINT_FILES, check_target
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.conversions import Storage
+
+CARD, PICTURE = "README.md", "images.png"
+"""The files of a model card in a folder."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,7 @@ class Wanted:
         shard_bytes: bytes of tensors in the largest file of a folder.
         storage: in which dtype, and whether quantised weights are stored as plain ones.
         vae: the VAE that decodes latents, where the layout holds one: a folder, or a name on the Hugging Face hub.
-        card: the model card that a folder of a pipeline holds; None for none.
-        picture: the picture that it shows, which is copied beside it; None for none.
+        card: the model card that a folder holds and the picture that it shows, as files by name.
     """
 
     path: Path
@@ -36,8 +38,7 @@ class Wanted:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     storage: Storage = field(default_factory=Storage)
     vae: str | None = None
-    card: str | None = None
-    picture: Path | None = None
+    card: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

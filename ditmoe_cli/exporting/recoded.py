@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.exporting.exported import Export, Wanted
+from ditmoe_cli.exporting.exported import CARD, PICTURE, Export, Wanted
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.reader import open_reader, tensor_bytes
+from ditmoe_cli.files.staging import CHECKPOINT_FILES
 from ditmoe_cli.files.streaming import Count, chunks, counted, one_at_a_time, sha256_of
 from ditmoe_cli.files.writer import Job, Output, Target
 from ditmoe_cli.formats.base import Weight
@@ -103,6 +105,9 @@ class RecodedFiles(Export):
     opening: str
     recoded: Mapping[str, Recoded] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    contents: ClassVar[re.Pattern[str]] = re.compile(
+        "|".join((CHECKPOINT_FILES.pattern, re.escape(CARD), re.escape(PICTURE)))
+    )
 
     @cached_property
     def _recoding(self) -> Recoding:
@@ -110,7 +115,10 @@ class RecodedFiles(Export):
 
     @property
     def _output(self) -> Output:
-        return Output(self.wanted.path, self.wanted.force, self.wanted.shard_bytes, self.settings)
+        wanted = self.wanted
+        return Output(
+            wanted.path, wanted.force, wanted.shard_bytes, self.settings, beside=wanted.card, contents=self.contents
+        )
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +149,14 @@ class RecodedFiles(Export):
             return "is damaged"
         if header.provenance != self.recorded(self.target, self.source.fingerprint):
             return "is no export of this input"
-        return self._output.damage({})
+        return self._output.damage({}) or self._other_picture()
+
+    def _other_picture(self) -> str | None:
+        """Return that the picture of the card is another; the card itself may have been edited."""
+        shown, file = self.wanted.card.get(PICTURE), self.wanted.path / PICTURE
+        if shown is None or (file.is_file() and file.read_bytes() == shown):
+            return None
+        return f"its {PICTURE} is another"
 
     def facts(self) -> dict[str, Any]:
         """Return what opens it."""

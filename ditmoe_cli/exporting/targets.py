@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ditmoe_cli.errors import BadInputError, UsageError
-from ditmoe_cli.exporting import diffusers_folder, pack_quantized, sdnq, sdnq_folder, upstream, upstream_file
+from ditmoe_cli.exporting import (
+    diffusers_folder,
+    loading_code,
+    pack_quantized,
+    sdnq,
+    sdnq_folder,
+    upstream,
+    upstream_file,
+)
 from ditmoe_cli.exporting.choices import Choices, Shortfall
 from ditmoe_cli.exporting.exported import Export, Wanted
 from ditmoe_cli.exporting.recoded import QuantizedLayout
@@ -36,6 +44,8 @@ class Target:
         vae: whether it holds a VAE.
         plain: whether quantised weights are stored as plain ones in any case.
         extra: the extra of this package that installs the program; None where it is no package.
+        library: the library that opens its folders, where it is another program's.
+        loading: returns the Python that opens a folder of that name, for its model card; None where there is no folder.
         choices: what a planner may choose so that the layout expresses the result.
     """
 
@@ -49,6 +59,8 @@ class Target:
     vae: bool = False
     plain: bool = False
     extra: str | None = None
+    library: str | None = None
+    loading: Callable[[str], str] | None = None
     choices: Choices = field(default_factory=Choices)
 
     @property
@@ -125,6 +137,7 @@ TARGETS = {
             folder=True,
             vae=True,
             extra="vae",
+            loading=loading_code.pipeline,
         ),
         Target(
             "compressed-tensors",
@@ -135,6 +148,7 @@ TARGETS = {
             pack_quantized.LAYOUT.laid_out,
             folder=True,
             extra="test",
+            loading=loading_code.compressed_tensors,
             choices=Choices(pack_quantized.shortfall),
         ),
         Target(
@@ -146,6 +160,8 @@ TARGETS = {
             sdnq_folder.laid_out,
             folder=True,
             vae=True,
+            library="diffusers",
+            loading=loading_code.sdnq_pipeline,
             choices=Choices(sdnq.shortfall),
         ),
         Target(
@@ -157,6 +173,7 @@ TARGETS = {
             QuantizedLayout("bitsandbytes", "bitsandbytes, a matrix at a time").laid_out,
             folder=True,
             extra="bnb",
+            loading=loading_code.bitsandbytes,
             choices=Choices(_bitsandbytes_shortfall, {"4": ("nf4-dq", "nf4"), "8": ("int8",)}),
         ),
     )

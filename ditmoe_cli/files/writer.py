@@ -7,6 +7,7 @@ holds the SHA-256 of each tensor; its length is known, so the header is written 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ditmoe_cli.files.header import DTYPE_BYTES, FileHeader, TensorInfo, encode_
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.reader import SafetensorsReader
-from ditmoe_cli.files.staging import staged
+from ditmoe_cli.files.staging import CHECKPOINT_FILES, staged
 from ditmoe_cli.files.streaming import Count, chunks, digested, hash_tensors, in_threads, syncing, write_at, write_parts
 from ditmoe_cli.progress import BYTES, phase
 
@@ -95,12 +96,16 @@ class Output:
         force: whether to replace what stands there.
         shard_bytes: bytes of tensors in the largest file of a folder.
         settings: what ``config.json`` of a folder says besides the configuration.
+        beside: other files of a folder, by name.
+        contents: what a folder that is replaced may hold, as `check_target` takes it.
     """
 
     path: Path
     force: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
     settings: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    contents: re.Pattern[str] = CHECKPOINT_FILES
 
     @property
     def is_file(self) -> bool:
@@ -117,7 +122,8 @@ class Output:
         """Return the exact bytes of all files that `write` would write."""
         shards = self._shards(tensors)
         size = sum(file_bytes(shard.tensors, provenance.to_metadata) for shard in shards)
-        return size if self.is_file else size + sum(map(len, self._texts(shards, provenance).values()))
+        others = {**self._texts(shards, provenance), **self.beside}
+        return size if self.is_file else size + sum(map(len, others.values()))
 
     def write(
         self,
@@ -141,11 +147,11 @@ class Output:
         def final() -> Metadata:
             return (provenance if settled is None else settled()).to_metadata
 
-        with staged(self.path, self.force, inputs) as staging:
+        with staged(self.path, self.force, inputs, self.contents) as staging:
             if self.is_file:
                 return write_files({staging: shards[0].tensors}, jobs, provenance.to_metadata, final)
             staging.mkdir()
-            for name, text in self._texts(shards, provenance).items():
+            for name, text in {**self._texts(shards, provenance), **self.beside}.items():
                 (staging / name).write_bytes(text)
             files = {staging / shard.name: shard.tensors for shard in shards}
             write_files(files, jobs, provenance.to_metadata, final)

@@ -7,10 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from cli_helpers import here
 from conftest import make_pico
+from PIL import Image
 
 from ditmoe_cli.api.model_cards import code, escaped
 from ditmoe_cli.files.provenance import Card, Provenance, Step
@@ -128,8 +130,89 @@ def test_cards_of_exports_show_scores_and_pairs(folder: Path) -> None:
     assert (folder / "shown" / "images.png").read_bytes() == (folder / "pairs.png").read_bytes()
     assert here(*words, cwd=folder).result["up_to_date"]
     assert "no such file" in here(*words[:-1], "absent.png", cwd=folder).error(3)
-    to = ("export", Q, "--to", "compressed-tensors", "-o", "none")
-    assert "--picture has no effect with --to" in here(*to, "--picture", "pairs.png", cwd=folder).error(2)
+    to = ("export", Q, "--to", "upstream", "-o", "none.pt")
+    assert "--picture has no effect with --to upstream" in here(*to, "--picture", "pairs.png", cwd=folder).error(2)
+
+
+@pytest.fixture
+def samples(folder: Path) -> tuple[object, ...]:
+    """The options that name samples of the copy and of its original, by the same seeds."""
+    for name in (A, Q):
+        done = here("sample", name, "--images", 3, "--steps", 2, "-o", f"{name}.samples.safetensors", cwd=folder)
+        assert done.code == 0, done.err
+    return ("--samples", f"{Q}.samples.safetensors", "--samples", f"{A}.samples.safetensors")
+
+
+def test_pairs_are_drawn_of_samples_in_any_order(folder: Path, samples: tuple[object, ...]) -> None:
+    text = card(folder, *samples)
+    assert "](card.png)" in text and "This copy: `3` images, `2` steps of `ab2`, cfg `1.0`, seed `0`." in text
+    drawn, (first, one, second, two) = (folder / "card.png").read_bytes(), samples
+    compared = ("compare", A, Q, "--images", 3, "--steps", 2, "--grid", "grid.png")
+    assert here(*compared, cwd=folder).code == 0
+    with Image.open(folder / "card.png") as picture, Image.open(folder / "grid.png") as grid:
+        assert np.array_equal(np.asarray(picture), np.asarray(grid)), "as compare draws it"
+    again = here("inspect", Q, "--card", "card.md", second, two, first, one, cwd=folder)
+    assert sum("is up to date" in note for note in again.notes) == 2
+    (folder / "card.png").write_bytes(b"mine")
+    assert "card.png: exists" in here("inspect", Q, "--card", "card.md", *samples, cwd=folder).error(5)
+    assert card(folder, *samples, "--force") == text and (folder / "card.png").read_bytes() == drawn
+    export = ("export", Q, "--to", "diffusers", "-o", "drawn", *samples)
+    predicted = here(*export, "--dry-run", cwd=folder).result["bytes"]
+    assert here(*export, cwd=folder).result["bytes"] == predicted
+    assert (folder / "drawn" / "images.png").read_bytes() == drawn
+    assert here(*export, cwd=folder).result["up_to_date"]
+
+
+def test_samples_that_make_no_pairs_are_refused(folder: Path, samples: tuple[object, ...]) -> None:
+    def refused(*words: object, of: str = Q, code: int = 3) -> str:
+        return here("inspect", of, "--card", "x.md", *words, cwd=folder).error(code)
+
+    _, ours, _, theirs = samples
+    assert "takes two files" in refused("--samples", ours, code=2)
+    assert "give one of both" in refused(*samples, "--picture", "pairs.png", code=2)
+    assert "which q.safetensors was not made from" in refused("--samples", ours, "--samples", ours).replace(
+        f"{folder}/", ""
+    )
+    assert "the samples are others'" in refused("--samples", theirs, "--samples", theirs)
+    assert "holds no samples of ditmoe" in refused("--samples", ours, "--samples", "pairs.png")
+    assert "no such file" in refused("--samples", ours, "--samples", "absent.safetensors")
+    other = ("sample", A, "--images", 3, "--steps", 2, "--seed", 1, "-o", "other.safetensors")
+    assert here(*other, cwd=folder).code == 0
+    assert "other seeds, labels or settings" in refused("--samples", ours, "--samples", "other.safetensors")
+    assert not (folder / "x.md").exists() and not (folder / "x.png").exists()
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "bitsandbytes", "sdnq"])
+def test_folders_of_all_programs_have_a_card(folder: Path, target: str, samples: tuple[object, ...]) -> None:
+    source = Q
+    if target == "bitsandbytes":
+        source, samples = "n.safetensors", ()
+        make_pico(hidden=64, sampler="rf", in_channels=1, input_size=4).save(folder / "wide.safetensors")
+        assert here("quantize", "wide.safetensors", "--uniform", "--bits", 8, "-o", source, cwd=folder).code == 0
+    words = ("export", source, "--to", target, "-o", "out", *samples)
+    predicted = here(*words, "--dry-run", cwd=folder).result["bytes"]
+    done = here(*words, cwd=folder)
+    assert done.code == 0, done.err
+    files = [file for file in (folder / "out").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) == predicted == done.result["bytes"]
+    text = (folder / "out" / "README.md").read_text()
+    library = "diffusers" if target == "sdnq" else target
+    assert front(text)["library_name"] == library and f"With {library}:" in text
+    shown = {
+        "compressed-tensors": "fill(model, 'out')",
+        "bitsandbytes": "linear(file, name)",
+        "sdnq": "sdnq accelerate",
+    }
+    assert shown[target] in text
+    (folder / "out" / "README.md").write_text("mine")
+    assert here(*words, cwd=folder).result["up_to_date"] and (folder / "out" / "README.md").read_text() == "mine"
+    if samples:
+        (folder / "out" / "images.png").write_bytes(b"other")
+        assert "its images.png is another" in here(*words, cwd=folder).error(5)
+    assert here(*words, "--force", cwd=folder).code == 0
+    assert (folder / "out" / "README.md").read_text() == text
+    plain = here("export", source, "--to", target, "-o", "out", "--force", cwd=folder)
+    assert plain.code == 0 and not (folder / "out" / "images.png").exists(), plain.err
 
 
 def test_source_and_licence_are_carried_over(tmp_path: Path) -> None:

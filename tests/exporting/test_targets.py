@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign_models import documented, exact_values, mixed_pico
 
+from ditmoe_cli.exporting import loading_code
 from ditmoe_cli.exporting.choices import Choices
 from ditmoe_cli.exporting.targets import TARGETS
 from ditmoe_cli.files.header import TensorInfo
@@ -50,6 +51,11 @@ def test_choices_hold_what_the_layout_does(target: str, shape: tuple[int, int], 
     formats = {"int4-g32", "int4-g64", "ternary-g64", "int8", "nf4"}
     info = TensorInfo("x.weight", "F16", shape)
     assert {fmt for fmt in formats if TARGETS[target].choices.hold(info, fmt)} == held
+
+
+def test_docs_show_the_code_of_cards() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    assert all(code in text for code in (loading_code.FILL, loading_code.LINEAR))
 
 
 def test_choices_restrict_where_something_is_left_out() -> None:

@@ -84,7 +84,7 @@ def run(
 ) -> None:
     """Write a checkpoint in the layout of another program.
 
-    What the layout cannot express is refused by name. Folders of pipelines have a model card, README.md. A pipe goes on
+    What the layout cannot express is refused by name. Folders have a model card, README.md. A pipe goes on
     with the checkpoint that was exported.
     """
     stage, target = source.stage(), layout.target

@@ -127,10 +127,10 @@ def run(source: Inspected, listing: Listing, carding: Carding, checking: Checkin
     stage, other = source.stages()
     if other is not None:
         refuse_idle(listing, "with OTHER, which has a recipe of its own", "recipe")
-        refuse_idle(carding, "with OTHER, which has a card of its own", "card", "scores", "picture", "force")
+        refuse_idle(carding, "with OTHER, which has a card of its own", "card", "scores", "picture", "samples", "force")
         return compare(stage, other, listing, checking, printing)
     if carding.card is None:
-        refuse_idle(carding, "without --card", "scores", "picture", "force")
+        refuse_idle(carding, "without --card", "scores", "picture", "samples", "force")
     refuse_idle(checking, "without OTHER, the checkpoint to compare with", "values", "same")
     looking = Looking(listing.tensors, checking.verify and not listing.recipe)
     opening = partial(open_stage, stage, allow_unknown=True)
