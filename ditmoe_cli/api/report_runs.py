@@ -22,6 +22,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, resolve_path
 from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 from ditmoe_cli.routing.profile_search import own_profile
 from ditmoe_cli.routing.report.marks import holds_figures, numbers_of, printable
+from ditmoe_cli.routing.sensitivity.sensitivity_map import SensitivityMap, read_map
 from ditmoe_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -39,11 +40,27 @@ def few_enough_replicates(count: int) -> int:
 
 @dataclass(frozen=True)
 class Reporting:
-    """The bootstrap of a report's intervals, and the profiled checkpoint, where experts are compared by weights too."""
+    """The bootstrap of a report's intervals, and what is shown besides.
+
+    `weights` is the profiled checkpoint, where experts are compared by weights too, `sensitivity` a file with its map.
+    """
 
     replicates: int = 200
     seed: int = 0
     weights: AnyCheckpoint | None = None
+    sensitivity: Path | None = None
+
+    def map_of(self, profile: RoutingProfile) -> SensitivityMap | None:
+        """Return the map that is given. Raises `BadInputError` for another kind of file or another checkpoint."""
+        if self.sensitivity is None:
+            return None
+        found = read_map(self.sensitivity)
+        if found.checkpoint != profile.checkpoint:
+            raise BadInputError(
+                f"{self.sensitivity}: is a map of another checkpoint ({found.checkpoint[:12]}), not of the "
+                f"profiled one ({profile.checkpoint[:12]}); make it with ditmoe report sensitivity"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -79,12 +96,14 @@ def reported(
     """Return a report's numbers, and those of its files that had to be written; `name` is that of the checkpoint."""
     profiled = profiled_checkpoint(profile, reporting.weights)
     source = profiled.name if profiled is not None else name
-    request = request_of(profile, reporting, source)
+    sensitivity = reporting.map_of(profile)
+    request = request_of(profile, reporting, source, sensitivity)
     numbers, left = unmade(to, request)
-    check_outputs(left, (profile.path, *([profiled.path] if profiled else [])))
+    beside = [profiled.path] if profiled else []
+    check_outputs(left, (profile.path, *beside, *([reporting.sensitivity] if reporting.sensitivity else [])))
     if numbers is None or left.is_wanted:
         similarities = weight_cosines(profiled) if profiled is not None else None
-        report = build_report_of(profile, reporting, similarities, source)
+        report = build_report_of(profile, reporting, similarities, source, sensitivity)
         write(report, left, profile.path, request)
         numbers = report.to_json()
     return numbers, left
@@ -99,11 +118,14 @@ def profiled_checkpoint(profile: RoutingProfile, weights: AnyCheckpoint | None) 
     return checkpoint
 
 
-def request_of(profile: RoutingProfile, reporting: Reporting, source: str | None) -> str:
+def request_of(
+    profile: RoutingProfile, reporting: Reporting, source: str | None, sensitivity: SensitivityMap | None = None
+) -> str:
     """Return the digest of all that a report's bytes depend on."""
     names = [printable(name) for name in (profile.path.name, source or "")]
     settings = [reporting.replicates, reporting.seed, reporting.weights is not None]
-    return digest([profile.digest, names, settings, __version__])
+    shown = [] if sensitivity is None else [sensitivity.to_json()]
+    return digest([profile.digest, names, settings, __version__, *shown])
 
 
 def unmade(to: ReportFiles, request: str) -> tuple[dict[str, Any] | None, ReportFiles]:
@@ -120,12 +142,16 @@ def unmade(to: ReportFiles, request: str) -> tuple[dict[str, Any] | None, Report
 
 
 def build_report_of(
-    profile: RoutingProfile, reporting: Reporting, similarities: list[Any] | None, source: str | None
+    profile: RoutingProfile,
+    reporting: Reporting,
+    similarities: list[Any] | None,
+    source: str | None,
+    sensitivity: SensitivityMap | None,
 ) -> ProfileReport:
     """Return the report that was asked for."""
     from ditmoe_cli.routing.report.build import build_report
 
-    return build_report(profile, reporting.replicates, reporting.seed, similarities, source)
+    return build_report(profile, reporting.replicates, reporting.seed, similarities, source, sensitivity)
 
 
 def weight_cosines(checkpoint: Checkpoint) -> list[Any]:

@@ -52,6 +52,9 @@ COMMANDS = {
     "bench": "Measure memory and time of a checkpoint.",
 }
 
+# first words of a command that have options of their own: `report sensitivity` is the module `report_sensitivity`
+KINDS = {"report": ("sensitivity",)}
+
 _COMPLETION = ("--install-completion", "--show-completion")
 
 
@@ -137,6 +140,9 @@ class LazyCommand(SectionedCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Return the context of the command itself, which typer then invokes."""
         assert self.name is not None
+        if args and args[0] in KINDS.get(self.name, ()):
+            kind, *rest = args
+            return load_command(f"{self.name}-{kind}").make_context(f"{info_name} {kind}", rest, parent, **extra)
         return load_command(self.name).make_context(info_name, args, parent, **extra)
 
 

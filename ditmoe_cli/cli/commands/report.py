@@ -33,6 +33,7 @@ EXAMPLES = (
     "ditmoe profile-experts ckpt.pt | ditmoe report profile --png figures",
 )
 KINDS = ("profile",)
+SENSITIVITY = "sensitivity"  # a command of its own where it is the first word
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Reporting:
 
     kind: Annotated[
         str,
-        typer.Argument(metavar="WHAT", autocompletion=completing(*KINDS), help="Kind of file to report on: profile."),
+        typer.Argument(
+            metavar="WHAT",
+            autocompletion=completing(*KINDS, SENSITIVITY),
+            help="Kind of file to report on: profile. See ditmoe report sensitivity --help for maps of sensitivity.",
+        ),
     ]
     file: Annotated[
         Path | None,
@@ -71,10 +76,19 @@ class Reporting:
         ),
     ] = None
 
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            metavar="FILE",
+            help="Map of the profiled checkpoint that ditmoe report sensitivity wrote, to show it too.",
+        ),
+    ] = None
+
     @property
     def asked(self) -> asked.Reporting:
         """The same as reports take it."""
-        return asked.Reporting(self.replicates, self.seed, self.weights)
+        return asked.Reporting(self.replicates, self.seed, self.weights, self.sensitivity)
 
     def stage(self) -> Stage:
         """Return the stage of the profile that is named, else the envelope on stdin, which must name one."""
@@ -134,8 +148,12 @@ def run(reporting: Reporting, to: ReportFiles, printing: Printing) -> None:
     Prints the essentials; figures need -o or --png, and matplotlib: pip install 'ditmoe[report]'. A report that is
     there already, of the same profile and settings, is left as it is.
     """
+    if reporting.kind == SENSITIVITY:
+        raise UsageError(
+            "sensitivity has options of its own and goes before them: ditmoe report sensitivity CHECKPOINT …"
+        )
     if reporting.kind not in KINDS:
-        raise UsageError(f"there is no report on {reporting.kind!r}; choose {' or '.join(KINDS)}")
+        raise UsageError(f"there is no report on {reporting.kind!r}; choose {' or '.join((*KINDS, SENSITIVITY))}")
     stage = reporting.stage()
     profile = read_profile(Path(str(stage.profile)))
     numbers, left = reported(profile, reporting.asked, to, profiled_name(stage))

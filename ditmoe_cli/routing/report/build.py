@@ -23,6 +23,7 @@ from ditmoe_cli.routing.report.information import (
 from ditmoe_cli.routing.report.marks import printable
 from ditmoe_cli.routing.report.tables import ProfileTables, read_tables
 from ditmoe_cli.routing.report.trends import Bootstrap, bootstrap_curve, estimate, trend
+from ditmoe_cli.routing.sensitivity.sensitivity_map import SensitivityMap
 
 Array = NDArray[np.float64]
 
@@ -35,10 +36,11 @@ def build_report(
     seed: int,
     weights: Sequence[Array] | None = None,
     source: str | None = None,
+    sensitivity: SensitivityMap | None = None,
 ) -> ProfileReport:
     """Derive a report; `weights` are cosines of the experts' weights (E, E) of each block, where they are known.
 
-    `source` is the name of the profiled checkpoint, where it is known.
+    `source` is the name of the profiled checkpoint, `sensitivity` its map, where these are known.
 
     Raises `UsageError` for settings that give no interval, `BadInputError` for a damaged profile.
     """
@@ -74,6 +76,7 @@ def build_report(
         evidence=evidence,
         claims=judge(evidence),
         missing=tuple(name for name in FULL_ONLY if name not in profile.header.tensors),
+        sensitivity=sensitivity,
     )
 
 

@@ -26,6 +26,10 @@ WEIGHTS = (
 )
 NEXT = "How much more often an expert of one block is followed by an expert of the next than by chance."
 ROUTER = "Entropy of the router's probabilities, margin between the last chosen and the first left out, and top-k mass."
+SENSITIVITY = (
+    "Σ‖v − v'‖² / Σ‖v‖² of guided predictions v, and v' where one block does without a part, at states of the "
+    "checkpoint's own sampling. All panels have one logarithmic scale."
+)
 _KEPT = {
     "step": "at the next step",
     "branch": "by the same token of the other branch",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ditmoe_cli.routing.measures import Agreement
 from ditmoe_cli.routing.report.claims import Claim, Evidence
 from ditmoe_cli.routing.report.information import InformationEstimate
+from ditmoe_cli.routing.sensitivity.sensitivity_map import SensitivityMap
 
 Array = NDArray[np.float64]
 
@@ -117,6 +118,7 @@ class ProfileReport:
         source: name of the checkpoint's file, None where it is not known.
         checkpoint: fingerprint of the checkpoint.
         missing: the tensors that the profile lacks, as a ``fast`` one does.
+        sensitivity: the checkpoint's map of sensitivity, where one was given.
     """
 
     name: str
@@ -131,6 +133,7 @@ class ProfileReport:
     evidence: Evidence
     claims: tuple[Claim, ...]
     missing: tuple[str, ...]
+    sensitivity: SensitivityMap | None = None
 
     @property
     def dead(self) -> list[tuple[int, int]]:
@@ -155,4 +158,5 @@ class ProfileReport:
             "starved": [list(pair) for pair in self.starved],
             "missing": list(self.missing),
             "blocks": [block.to_json() for block in self.blocks],
+            **({"sensitivity": self.sensitivity.to_json()} if self.sensitivity is not None else {}),
         }

@@ -14,15 +14,17 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.progress import phase
 from ditmoe_cli.routing.report import captions, painters
 from ditmoe_cli.routing.report.contents import Array, BlockReport, ProfileReport
-from ditmoe_cli.routing.report.marks import description
+from ditmoe_cli.routing.report.marks import description, printable
 from ditmoe_cli.routing.report.painters import AGREEMENTS, LARGEST_DEVIATION, Scale
 from ditmoe_cli.routing.report.pictures import Drawing, png_of, svg_of
+from ditmoe_cli.routing.sensitivity.sensitivity_map import SensitivityMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BRANCH_NAMES = ("conditional", "unconditional")
 _AXES = {"position": "position", "step": "step bin", "class": "class"}
+SENSITIVITY = "Error without a part of a block"
 _MAP_QUANTILE = 0.995
 
 
@@ -74,6 +76,16 @@ def draw(report: ProfileReport, svg: bool = True, png: bool = False, request: st
             advance(1)
 
 
+def sensitivity_png(found: SensitivityMap, name: str) -> bytes:
+    """Return a map of sensitivity as PNG with the `name` of its checkpoint. Raises `BadInputError` as `draw`."""
+    with styled(), phase("drawing"):
+        return png_of(_painted(_sensitivity(found), f"{SENSITIVITY}: {printable(name)}"))
+
+
+def _sensitivity(found: SensitivityMap) -> Planned:
+    return Planned("sensitivity", SENSITIVITY, captions.SENSITIVITY, lambda f: painters.sensitivity(f, found))
+
+
 def _painted(planned: Planned, heading: str = "") -> Figure:
     """Return a figure, laid out, with a `heading` above where there is one."""
     from matplotlib.figure import Figure
@@ -101,6 +113,8 @@ def planned(report: ProfileReport) -> Iterator[Planned]:
     yield Planned("saliency", "Saliency", captions.saliency(report), lambda f: painters.saliency(f, report))
     if len(report.evidence.concentration) > 1:
         yield Planned("router", "Router by step", captions.ROUTER, lambda f: painters.router(f, report))
+    if report.sensitivity is not None:
+        yield _sensitivity(report.sensitivity)
 
 
 def _maps(report: ProfileReport) -> Iterator[Planned]:

@@ -20,6 +20,7 @@ from ditmoe_cli.routing.report.figures import agreements
 from ditmoe_cli.routing.report.marks import numbers_element
 from ditmoe_cli.routing.report.painters import AGREEMENTS
 from ditmoe_cli.routing.report.pictures import INK, Drawing
+from ditmoe_cli.routing.sensitivity.sensitivity_map import PARTS, SensitivityMap
 
 _CLASSES = {"holds": "holds", "partly": "partly", "does not hold": "not", "cannot be told": "unknown"}
 # the sections that show figures, and how the names of theirs start
@@ -30,6 +31,7 @@ _SECTIONS = {
     "relations": ("coactivation", "similarity", "transitions", "agreement"),
     "saliency": ("saliency",),
     "router": ("router",),
+    "sensitivity": ("sensitivity",),
 }
 _FAMILIES = {"rf": " (rectified flow)", "ddpm": " (DDPM)"}
 _FULL_ONLY = {
@@ -94,6 +96,8 @@ def page(report: ProfileReport, drawings: Iterable[Drawing], request: str = "") 
         rank_agreement=_rank_agreement(blocks),
         saliency=[_saliency(block) for block in blocks],
         router=_router(blocks),
+        sensitivity=_sensitivity(report.sensitivity) if report.sensitivity is not None else None,
+        mapped=_mapped(report.sensitivity) if report.sensitivity is not None else "",
     )
 
 
@@ -223,3 +227,19 @@ def _router(blocks: Sequence[BlockReport]) -> PageTable:
         means = [f"{values.mean():.3f}" for values in b.router.values()]
         rows.append([str(i), *means, "–" if b.next_information is None else f"{100 * b.next_information:.1f} %"])
     return PageTable(head, rows)
+
+
+def _sensitivity(found: SensitivityMap) -> PageTable:
+    """Return the errors without each part over all steps, by block."""
+    errors = [found.by_block(part) for part in found.errors]
+    rows = [[str(i), *(f"{error:.3g}" for error in row)] for i, row in enumerate(zip(*errors, strict=True))]
+    return PageTable(["block", *(f"without {PARTS[part]}" for part in found.errors)], rows)
+
+
+def _mapped(found: SensitivityMap) -> str:
+    """Return how the states of a map were sampled."""
+    run = found.sampling
+    return (
+        f"{_count(int(run['images']), 'image')}, {run['steps']} steps of {run['solver']} in "
+        f"{_count(found.bins, 'bin')}, guidance {float(run['cfg']):g}"
+    )

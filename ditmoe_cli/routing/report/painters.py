@@ -14,6 +14,7 @@ import numpy as np
 from ditmoe_cli.routing.report.claims import VARIABLES
 from ditmoe_cli.routing.report.contents import Array, ProfileReport
 from ditmoe_cli.routing.report.pictures import INK
+from ditmoe_cli.routing.sensitivity.sensitivity_map import PARTS, SensitivityMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ DEPTH = ("#1d9da8", "#6a73de", "#cf3fc4")  # from the first block to the last, r
 LARGEST_DEVIATION = 1.0
 SMALLEST_DEVIATION = 0.1
 LEVELS = 65  # of the scale of deviations; odd, so that one of them is the transparent middle
+DECADES = 1e4  # from the smallest to the largest error of a logarithmic scale
 WIDTH = 9.6  # of a figure, in inches
 AGREEMENTS = {"step": "with the step before", "branch": "with the other branch", "neighbour": "with the next patch"}
 
@@ -368,3 +370,34 @@ def router(figure: Figure, report: ProfileReport) -> None:
         _by_depth(figure, panel, [block.router[name] for block in report.blocks], legend=name == "topk_mass")
         panel.set_title(title)
         _lines(panel, "step bin (0: noise)", "", len(report.blocks[0].router[name]))
+
+
+def sensitivity(figure: Figure, found: SensitivityMap) -> None:
+    """Paint a panel per part: the error without it by block and step bin, all on one logarithmic scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    tables = {part: np.asarray(rows).T for part, rows in found.errors.items()}
+    figure.set_size_inches(WIDTH, min(max(1.4 + 0.1 * found.blocks, 2.0), 5.5))
+    panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    largest = max(float(table.max()) for table in tables.values()) or 1.0
+    scale = LogNorm(largest / DECADES, largest)
+    for panel, (part, table) in zip(panels, tables.items(), strict=True):
+        panel.imshow(
+            np.clip(table, largest / DECADES, None), cmap=_growing(), norm=scale, aspect="auto", interpolation="none"
+        )
+        panel.patch.set_visible(False)
+        panel.set_title(f"without {PARTS[part]}")
+        panel.set_xlabel("step bin (0: noise)")
+        panel.xaxis.set_major_locator(_whole(table.shape[1]))
+        panel.yaxis.set_major_locator(_whole(table.shape[0]))
+    panels[0].set_ylabel("block")
+    bar = figure.colorbar(ScalarMappable(scale, _growing()), ax=panels, pad=0.01, extend="min", label="relative error")
+    bar.outline.set_linewidth(0.6)
+
+
+def _growing() -> Any:
+    """Return a colour map from a transparent page to orange."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("growing", [(0.92, 0.46, 0.12, 0.0), (0.92, 0.46, 0.12, 1.0)], N=LEVELS)
