@@ -36,9 +36,19 @@ from ditmoe_cli.api.score_runs import (
     scores,
     side_of,
 )
+from ditmoe_cli.api.sensitivity_runs import (
+    ForeseenMap,
+    LeavingOut,
+    MapFiles,
+    MappedSampling,
+    chosen_parts,
+    foreseen_map,
+    sensitivity_of,
+)
 from ditmoe_cli.evaluation.scores.metrics import DEFAULT_CONVENTION
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.sensitivity.sensitivity_map import PARTS, SensitivityMap
 
 if TYPE_CHECKING:
     from ditmoe_cli.evaluation.fid_score import Score
@@ -319,6 +329,7 @@ def report(
     replicates: Annotated[int, at_least(0), few_enough_replicates] = Reporting.replicates,
     seed: Seed = 0,
     weights: AnyCheckpoint | None = None,
+    sensitivity: AnyPath | None = None,
     output: Annotated[AnyPath, ending(".html", ".htm")] | None = None,
     png: AnyPath | None = None,
     force: bool = False,
@@ -329,13 +340,62 @@ def report(
         profile: a profile, its path, or a checkpoint whose profile has its usual name.
         replicates, seed: of the bootstrap of intervals.
         weights: the profiled checkpoint, to compare experts by their weights too.
+        sensitivity: file with the map of the profiled checkpoint, to show it too.
         output: file ``….html`` to write the report to.
         png: new folder to write the figures to.
         force: whether to replace these. A report of the same profile and settings is up to date without it.
 
     Raises what `profile` does.
     """
-    return findings_of(profile, Reporting(replicates, seed, weights), ReportFiles(_path(output), _path(png), force))
+    reporting = Reporting(replicates, seed, weights, _path(sensitivity))
+    return findings_of(profile, reporting, ReportFiles(_path(output), _path(png), force))
+
+
+@public
+def sensitivity(
+    checkpoint: AnyCheckpoint,
+    *,
+    images: int = MappedSampling.images,
+    steps: int | None = None,
+    cfg: float = 1.0,
+    solver: str | None = None,
+    upstream_exact: bool = False,
+    classes: Sequence[int] | None = None,
+    seed: Seed = 0,
+    dtype: NamedDtype = "auto",
+    parts: Annotated[Sequence[str], chosen_parts] = tuple(PARTS),
+    bins: int | None = None,
+    batch: Count = 8,
+    device: Device = "auto",
+    output: Annotated[AnyPath, ending(".json")] | None = None,
+    png: Picture | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> SensitivityMap | ForeseenMap:
+    """Map the error of predictions without a part of a block, as ``ditmoe report sensitivity``.
+
+    Args:
+        checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
+        images, steps, cfg, …: how its states are sampled, as for `sample`.
+        parts: what to leave out of a block, some of skip, skip-attention, skip-mixture, top1 and skip-shared.
+        bins: bins of steps, from noise to image; by default one for each step, at most 50.
+        output: file ``….json`` to write the map to.
+        png: PNG to draw it in.
+        force: whether to replace these, and to measure anew what was kept from an earlier run.
+        dry_run: whether to measure nothing, and to return what that would take, a `ForeseenMap`.
+
+    All others are the options of the same names in docs/report.md. Raises what `profile` does.
+    """
+    alone()
+    sampling = MappedSampling(
+        images, steps, cfg, solver=solver, upstream=upstream_exact, classes=tuple_of(classes), seed=seed, dtype=dtype
+    )
+    found = opened(checkpoint)
+    leaving, running = LeavingOut(chosen_parts(parts), bins), Running(batch, device)
+    if dry_run:
+        return foreseen_map(found, sampling, leaving, running)
+    to = MapFiles(_path(output), _path(png), force)
+    return sensitivity_of(found, sampling.on(device)(found), leaving, running, to)
 
 
 def _path(path: str | Path | None) -> Path | None:

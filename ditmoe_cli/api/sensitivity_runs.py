@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ditmoe_cli.api.devices import dtype_on
-from ditmoe_cli.api.foretelling import foretell
+from ditmoe_cli.api.foretelling import estimate_of, estimate_row, foretell
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.sampling_requests import Running, SamplingOptions
+from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.diffusion.sampling import SampleSpec, check_followable
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, Solver
 from ditmoe_cli.diffusion.step_bins import choose_bins
@@ -20,6 +22,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dtypes import AUTO, Dtype
 from ditmoe_cli.model.effort import Estimate
+from ditmoe_cli.model.throughput import Rate, known_rate, likely_device
 from ditmoe_cli.routing.calibration_settings import usual_classes
 from ditmoe_cli.routing.sensitivity.map_effort import map_estimate
 from ditmoe_cli.routing.sensitivity.sensitivity_map import MOST_BINS, PARTS, SensitivityMap, parse_map
@@ -100,6 +103,47 @@ class MapFiles:
             "output": str(self.output.absolute()) if self.output else None,
             "png": str(self.png.absolute()) if self.png else None,
         }
+
+
+@dataclass(frozen=True, repr=False)
+class ForeseenMap(Brief):
+    """What a map would be of, and what it would take.
+
+    Attributes:
+        sampling: how its states would be sampled, as sample specs record it.
+        bins: the step bins.
+        parts: what would be left out.
+        estimates: what measuring takes, from shapes.
+        rate: the machine's speed that they rest on.
+    """
+
+    sampling: Mapping[str, Any]
+    bins: int
+    parts: tuple[str, ...]
+    estimates: Sequence[Estimate]
+    rate: Rate
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        estimate = estimate_of(self.estimates, self.rate)
+        return {"sampling": dict(self.sampling), "bins": self.bins, "parts": list(self.parts), "estimate": estimate}
+
+    def _brief(self) -> list[Fact]:
+        return [("step bins", self.bins), ("parts", ", ".join(self.parts)), estimate_row(self.estimates, self.rate)]
+
+
+def foreseen_map(
+    checkpoint: Checkpoint, sampling: MappedSampling, leaving: LeavingOut, running: Running
+) -> ForeseenMap:
+    """Return what a map would take. Takes neither torch nor numpy."""
+    spec = sampling.foreseen_spec(checkpoint, running.device)
+    return ForeseenMap(
+        {**spec.conditions(), "nfe": spec.nfe},
+        leaving.bins_of(spec),
+        leaving.parts,
+        [leaving.estimate(checkpoint, spec, running.batch)],
+        known_rate(likely_device(running.device)),
+    )
 
 
 def sensitivity_of(

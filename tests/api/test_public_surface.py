@@ -18,7 +18,7 @@ PINNED = Path(__file__).with_name("public_surface.txt")
 ASKED_FOR = {
     *("load_model", "open_checkpoint", "profile", "read_profile", "plan_prune", "plan_merge", "plan_quantize"),
     *("compress", "size_curve", "apply", "heal", "distill", "sample", "score", "compare", "bench", "report"),
-    *("inspect", "convert", "export", "quiet"),
+    *("sensitivity", "inspect", "convert", "export", "quiet"),
 }
 # the command that a function does the work of
 COMMANDS = {
@@ -39,6 +39,7 @@ COMMANDS = {
     "convert": "convert",
     "export": "export",
     "report": "report",
+    "sensitivity": "report-sensitivity",
 }
 OF_THE_TERMINAL = {
     *("help", "json", "text", "quiet", "threads", "weights_memory", "list_methods", "plan_only", "curve"),

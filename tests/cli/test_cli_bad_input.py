@@ -70,6 +70,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "fid --ref": ("fid", "samples.safetensors", "--ref", "{}", *SETTINGS, "--extractor", "pixels"),
     "compare A": ("compare", "{}", "good.safetensors", *SETTINGS, "--bins", 1),
     "compare B": ("compare", "good.safetensors", "{}", *SETTINGS, "--bins", 1),
+    "report sensitivity": ("report", "sensitivity", "{}", *SETTINGS, "--parts", "skip"),
     "bench": ("bench", "{}", "--batch", 1, "--repeats", 1),
 }
 every_command = pytest.mark.parametrize("name", COMMANDS)

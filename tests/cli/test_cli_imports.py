@@ -35,6 +35,8 @@ LIGHT = (
     ("--help",),
     ("--version",),
     *((name, "--help") for name in COMMANDS),
+    ("report", "sensitivity", "--help"),
+    ("report", "sensitivity", "demo:digits", "--dry-run"),
     ("prune", "--list-methods"),
     ("merge", "--list-methods"),
     ("inspect", "a.safetensors"),

@@ -10,14 +10,13 @@ import typer
 
 from ditmoe_cli.api import sensitivity_runs as asked
 from ditmoe_cli.api.argument_checks import at_least, ending
-from ditmoe_cli.api.foretelling import estimate_of, estimate_row
-from ditmoe_cli.api.sensitivity_runs import parse_parts, sensitivity_of
+from ditmoe_cli.api.foretelling import estimate_row
+from ditmoe_cli.api.sensitivity_runs import foreseen_map, parse_parts, sensitivity_of
 from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.options import Models, Running, Source
 from ditmoe_cli.cli.sampling_options import UpstreamSampling, parse_classes, solver_row
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
-from ditmoe_cli.model.throughput import known_rate, likely_device
 from ditmoe_cli.routing.sensitivity.sensitivity_map import PARTS, SensitivityMap
 
 MACHINE = Models
@@ -124,13 +123,9 @@ def run(
     stage = source.stage()
     checkpoint = open_stage(stage)
     if to.dry_run:
-        spec = sampling.foreseen_spec(checkpoint, running.device)
-        estimates = [leaving.estimate(checkpoint, spec, running.batch)]
-        rate = known_rate(likely_device(running.device))
-        told = {**spec.conditions(), "nfe": spec.nfe}
-        foreseen = {"sampling": told, "bins": leaving.bins_of(spec), "parts": list(leaving.parts)}
-        document = stage.to_json({**foreseen, "estimate": estimate_of(estimates, rate)})
-        emit(printing, document, [solver_row(told), estimate_row(estimates, rate)], "")
+        foreseen = foreseen_map(checkpoint, sampling, leaving, running)
+        rows_told = [solver_row(foreseen.sampling), estimate_row(foreseen.estimates, foreseen.rate)]
+        emit(printing, stage.to_json(foreseen.to_json()), rows_told, "")
         return
     spec = sampling.on(running.device)(checkpoint)
     found = sensitivity_of(checkpoint, spec, leaving, running, to)

@@ -33,6 +33,8 @@ from ditmoe_cli.progress import Phase, phase
 from ditmoe_cli.routing.collect.collector import PURPOSE
 from ditmoe_cli.routing.sensitivity.sensitivity_map import PARTS, SensitivityMap
 
+_GOLDEN = (5**0.5 - 1) / 2  # φ
+
 Sums = NDArray[np.float64]
 
 
@@ -41,8 +43,8 @@ def measured_map(
 ) -> SensitivityMap:
     """Return the map of `parts` over states of the images of `spec`, whose noise is that of calibrations.
 
-    Each image is measured once in each bin: image i at step i mod S of the S steps in it. Raises `UsageError` for steps
-    that cannot be followed, and `BadInputError` where predictions are not finite, or are 0.
+    Each image is measured once in each bin, at the step that `turn_of` names. Raises `UsageError` for steps that cannot
+    be followed, and `BadInputError` where predictions are not finite, or are 0.
     """
     check_followable(spec)
     model = build_model(checkpoint, torch.device(runtime.device), torch_dtype_of(spec.dtype)).prepack()
@@ -67,6 +69,11 @@ def measured_map(
         tuple((squares / (spec.images * config.in_channels * config.input_size**2)).tolist()),
         {part: tuple(tuple(row) for row in relative[p].tolist()) for p, part in enumerate(parts)},
     )
+
+
+def turn_of(image: int, steps: int) -> int:
+    """Return at which of a bin's steps an image is measured: ⌊S frac(i φ)⌋, which spreads few images evenly over S."""
+    return int(image * _GOLDEN % 1.0 * steps)
 
 
 def _told_broken(parts: Sequence[str], errors: Sums, spec: SampleSpec) -> str:
@@ -117,7 +124,7 @@ class _Batch:
         steps = steps_of_bins(self._spec.steps, self._bins)[bin_]
         turn = self._step - steps[0]
         self._step += 1
-        images = [row for row, index in enumerate(self._indices) if index % len(steps) == turn]
+        images = [row for row, index in enumerate(self._indices) if turn_of(index, len(steps)) == turn]
         if not images:
             return
         rows = torch.tensor(images, device=x.device)
