@@ -40,7 +40,8 @@ _OF_OTHERS = {  # not ours, or in folders that we write
 _PATH = re.compile(r"`([\w./-]+(?:\.py|/))`|\b((?:ditmoe_cli|tests|examples)/[\w./-]*\w)")
 _MODULE = re.compile(r"\bditmoe_cli(?:\.[a-z_]+)+")
 _BRANCH = re.compile(r"^( +)([\w./]+(?:, [\w./]+)*)(?:  +.*)?$")
-_BLOCK = re.compile(r"## Options\n\n(?:@@HELP@@|```text\n.*?\n```)\n", re.S)
+# commands of two words, on the page of the first
+KINDS = (("report", "sensitivity"),)
 
 
 def help_of(*arguments: str) -> str:
@@ -55,16 +56,28 @@ def help_of(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def with_help(page: str, text: str) -> str:
-    changed, count = _BLOCK.subn(lambda _: f"## Options\n\n```text\n{text}\n```\n", page)
-    assert count == 1, "a page has one section '## Options' with the help text"
+def with_help(page: str, text: str, heading: str = "Options") -> str:
+    block = re.compile(rf"## {heading}\n\n```text\n.*?\n```\n", re.S)
+    changed, count = block.subn(lambda _: f"## {heading}\n\n```text\n{text}\n```\n", page)
+    assert count == 1, f"a page has one section '## {heading}' with the help text"
     return changed
+
+
+def heading_of(kind: str) -> str:
+    """The heading of the help text of a command's kind, such as that of ``report sensitivity``."""
+    return f"Options of {kind}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_page_holds_the_help_of_its_command(command: str) -> None:
     page = (ROOT / "docs" / f"{command}.md").read_text()
     assert page == with_help(page, help_of(command)), "run python tests/test_docs.py"
+
+
+@pytest.mark.parametrize(("command", "kind"), KINDS)
+def test_the_page_of_a_command_holds_the_help_of_its_kinds(command: str, kind: str) -> None:
+    page = (ROOT / "docs" / f"{command}.md").read_text()
+    assert page == with_help(page, help_of(command, kind), heading_of(kind)), "run python tests/test_docs.py"
 
 
 def test_every_command_has_a_page_and_stands_in_the_readme() -> None:
@@ -159,3 +172,6 @@ if __name__ == "__main__":
     for name in COMMANDS:
         file = ROOT / "docs" / f"{name}.md"
         file.write_text(with_help(file.read_text(), help_of(name)))
+    for name, kind in KINDS:
+        file = ROOT / "docs" / f"{name}.md"
+        file.write_text(with_help(file.read_text(), help_of(name, kind), heading_of(kind)))
