@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ditmoe_cli.model.block_choices import BlockChoice, ComputeTable, MixturePart, Part
+from ditmoe_cli.model.block_choices import BlockChoice, ComputeTable
 from ditmoe_cli.model.compute_cost import attended_to_cost, attention_cost, fixed_cost, shared_cost, unrouted_cost
 from ditmoe_cli.model.dit import Attended, Block, DiTMoE, ModulationOf, gated_sum
 from ditmoe_cli.model.partial_mixtures import (
@@ -75,7 +75,7 @@ class _Shelf:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _takes(part: Part | MixturePart) -> int:
+def _takes(part: str) -> int:
     """Return how many earlier outputs a part takes."""
     return {"reuse": 1, "forecast": 2}.get(part, 0)
 
@@ -309,7 +309,8 @@ class ScheduledRun:
         for branch in branches:
             shelf = self._shelves[branch, index]
             kept = shelf.attention if name == "attention" else shelf.mixture
-            outputs.append(_extrapolated(kept, t) if part == "forecast" else kept[-1].output)
+            kept = kept[-_takes(part) :] if part == "forecast" else kept[-1:]
+            outputs.append(extrapolated([each.output for each in kept], [each.t for each in kept], t))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     # -------------------------------------------------------------- by residuals of the first block
@@ -369,13 +370,15 @@ class _First:
         return 2 * self.added.numel() * self.added.element_size()
 
 
-def _extrapolated(kept: Sequence[_Kept], t: float) -> Tensor:
-    """Return a' + (a' - a'') (t - t') / (t' - t''), or a' where there is no a'', or both are of one time."""
-    last = kept[-1]
-    if len(kept) < 2 or kept[-2].t == last.t:
-        return last.output
-    factor = (t - last.t) / (last.t - kept[-2].t)
-    return torch.lerp(last.output, kept[-2].output, -factor)
+def extrapolated(outputs: Sequence[Tensor], times: Sequence[float], t: float) -> Tensor:
+    """Return a' + (a' - a'') (t - t') / (t' - t'') of the last two outputs, a'' before a'.
+
+    It is a' where there is no a'', or where both are of one time.
+    """
+    if len(outputs) < 2 or times[-2] == times[-1]:
+        return outputs[-1]
+    factor = (t - times[-1]) / (times[-1] - times[-2])
+    return torch.lerp(outputs[-1], outputs[-2], -factor)
 
 
 def _part(mixed: Mixed, place: int, parts: int) -> SlotOutputs:

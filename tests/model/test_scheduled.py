@@ -130,7 +130,7 @@ def test_what_is_reused_at_the_same_state_is_the_model(pico: Callable[..., Pico]
         run = ScheduledRun(model, uniform([FULL, parse_choice(text)]))
         with torch.inference_mode():
             c = model.condition(torch.full((3,), 0.5), LABELS)
-            first, second = (run.predict(x, 0.5, lambda _, modulate: modulate(c), (0,)) for _ in range(2))
+            first, second = (run.predict(x, 0.5, lambda _, modulate, c=c: modulate(c), (0,)) for _ in range(2))  # type: ignore[misc]
         assert_close(second, first, rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,355 @@
+"""The schedule of a budget: chosen by the program, tried on other images, and chosen again by what was seen there.
+
+Errors of the program add up over blocks and steps, which they do only near enough. So the program is solved for several
+ways in which they may, each choice is tried on images that nothing was measured on, and the best of all is taken,
+methods that choose for the whole model among it. What an error in a bin makes of the final images is measured by a bin
+in which every second evaluation is extrapolated, all others being computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ditmoe_cli.diffusion.compute_schedule import NEEDED, ScheduledSampling
+from ditmoe_cli.diffusion.scheduled_guidance import statistics_of
+from ditmoe_cli.errors import InfeasibleError
+from ditmoe_cli.model.block_choices import ComputeTable, full_table, table_of
+from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
+from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.scheduled import Statistics, no_statistics
+from ditmoe_cli.progress import phase
+from ditmoe_cli.scheduling.bin_options import Measured, bins_of, measured, measured_evaluations
+from ditmoe_cli.scheduling.patterns import ALWAYS_FULL, Pattern
+from ditmoe_cli.scheduling.schedule_program import (
+    BinOptions,
+    BranchOptions,
+    ChosenBin,
+    ChosenBins,
+    cells_of,
+    chosen_bins,
+    least_flops,
+)
+from ditmoe_cli.scheduling.way_states import Outcome, Visited, Way, by_table, visited
+from ditmoe_cli.scheduling.way_statistics import way_statistics
+from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_states, whole_table
+
+
+@dataclass(frozen=True)
+class Adding:
+    """How errors of bins are taken to add up: what is known of their amplification to a power, and their exponent."""
+
+    amplified: float
+    exponent: float
+
+
+ADDINGS = (Adding(0.0, 0.75), Adding(1.0, 0.75), Adding(0.0, 1.0), Adding(0.5, 0.75), Adding(1.0, 1.0))
+"""How the program is solved, to be tried: as if each bin counted the same, or as was measured; nearly one way, or not."""
+_CORRECTIONS = 2
+_RIVALS = ("fora", "taylor")
+_BOUND = 1.645
+"""Standard errors that an upper bound of 95 % lies above a mean."""
+_TYPICAL = "forecast/2"
+_TAKEN_BEFORE = 2
+"""Evaluations before a bin that its first ones may take from, where those compute everything."""
+_HALVINGS = 6
+_LONGEST_PERIOD = 5
+_TOLERANCE = 0.005
+"""By what share operations on other images may exceed those that are asked for."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a schedule is to be.
+
+    Attributes:
+        method: how it is chosen: ``planned``, or a method of `whole_methods`.
+        flops: the share of all operations that it may take; None where damage decides, or the method itself.
+        max_damage: the largest damage, an upper bound of 95 %; None where operations decide.
+        images: whose way is followed; half of them are measured on, the others tried on.
+        bins: step bins.
+    """
+
+    method: str = PLANNED
+    flops: float | None = None
+    max_damage: float | None = None
+    images: int = 32
+    bins: int = 10
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A table with what it made of the images that tables are tried on.
+
+    Attributes:
+        name: how it was chosen.
+        table: what is computed.
+        damage: Σ‖z - z'‖² / Σ‖z‖² of the final images z, against those with everything computed.
+        bound: its upper bound of 95 %, from the spread over images.
+        flops: the share of all operations.
+        kept: the most bytes that an image keeps for later evaluations.
+        predicted: the damage that the program predicted; None where it did not choose.
+        gap: how far from the optimum the program's choice may be, relative.
+        final: (N, C, H, W) the images.
+    """
+
+    name: str
+    table: ComputeTable
+    damage: float
+    bound: float
+    flops: float
+    kept: float
+    final: Tensor = field(repr=False)
+    predicted: float | None = None
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The schedule that was chosen, what was tried beside it, and the statistics that its rules need."""
+
+    best: Tried
+    others: tuple[Tried, ...]
+    arrays: dict[str, Tensor]
+
+
+def all_flops(config: DiTMoEConfig, sampling: ScheduledSampling) -> float:
+    """Return the operations an image takes with everything computed."""
+    evaluations = len(sampling.times) + sum(choice == "compute" for choice in sampling.null)
+    return evaluations * (fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks))
+
+
+class Trials:
+    """The images that tables are tried on: where they end with everything computed, and by any table."""
+
+    def __init__(self, way: Way, indices: Sequence[int]) -> None:
+        self._way, self._indices = way, indices
+        self.seen: Visited = visited(way, indices)
+        plain = full_table(len(way.sampling.times), way.model.config.depth, way.sampling.null)
+        self._full = by_table(way, indices, plain).flops
+
+    @property
+    def norm(self) -> float:
+        """Σ‖z‖² of the final images with everything computed."""
+        return float(self.seen.final.double().square().sum())
+
+    def run(self, table: ComputeTable, statistics: Statistics, before: int = 0) -> Outcome:
+        """Return where the images end by a table whose first `before` evaluations compute everything."""
+        return by_table(self._way, self._indices, table, statistics, list(self.seen.predictions[:before]))
+
+    def tried(self, name: str, table: ComputeTable, statistics: Statistics) -> Tried:
+        """Return a table with what it makes of the images."""
+        outcome = self.run(table, statistics)
+        off = self._off(outcome)
+        count, mean = len(off), float(off.mean())
+        spread = float(off.std()) / math.sqrt(count) if count > 1 else 0.0
+        scale = count / self.norm
+        return Tried(
+            name,
+            table,
+            mean * scale,
+            (mean + _BOUND * spread) * scale,
+            outcome.flops / self._full,
+            outcome.count.most_kept / count,
+            outcome.final,
+        )
+
+    def error(self, table: ComputeTable, statistics: Statistics, before: int) -> float:
+        """Return the mean squared error of an image."""
+        return float(self._off(self.run(table, statistics, before)).mean())
+
+    def _off(self, outcome: Outcome) -> Tensor:
+        return (outcome.final - self.seen.final).double().square().flatten(1).sum(dim=1)
+
+
+class Planner:
+    """The program over one model's way: measured once, solved for any budget."""
+
+    def __init__(self, way: Way, asked: Asked, trials: Trials, found: Measured) -> None:
+        self._way, self._asked, self._trials, self._found = way, asked, trials, found
+        sampling, config = way.sampling, way.model.config
+        self.statistics = statistics_of(dict(found.known.arrays), len(sampling.times), asked.bins)
+        self._all = all_flops(config, sampling)
+        self._fixed = len(sampling.times) * fixed_cost(config)
+        self._options = [_inherited(each) if asked.method == INHERITED else each for each in found.options]
+        self.least = (self._fixed + least_flops(self._options)) / self._all
+        self.amplification = self._first_amplification()
+
+    def solved(self, share: float, adding: Adding) -> ChosenBins:
+        """Return the program's choice for a share of all operations. Raises `InfeasibleError` below the least."""
+        if share < self.least:
+            raise InfeasibleError(
+                f"⟨flops⟩ {share:g}: the least that can be chosen here is {math.ceil(1000 * self.least) / 1000:g} of "
+                "all operations; give that or more, or take fewer steps"
+            )
+        factors = [factor**adding.amplified for factor in self.amplification]
+        return chosen_bins(self._options, factors, share * self._all - self._fixed, adding.exponent)
+
+    def table(self, chosen: Sequence[ChosenBin]) -> ComputeTable:
+        """Return the table of a choice."""
+        return table_of(*cells_of(chosen, self._found.bins, self._way.sampling.null))
+
+    def tried(self, chosen: ChosenBins) -> Tried:
+        """Return a choice as it was tried."""
+        found = self._trials.tried(self._asked.method, self.table(chosen.bins), self.statistics)
+        errors = zip(self.amplification, chosen.errors, strict=True)
+        predicted = sum(factor * error for factor, error in errors) * len(found.final) / self._trials.norm
+        return replace(found, predicted=predicted, gap=chosen.gap)
+
+    def everything(self) -> Tried:
+        """Return the table in which everything is computed."""
+        sampling = self._way.sampling
+        table = full_table(len(sampling.times), self._way.model.config.depth, sampling.null)
+        return self._trials.tried("full", table, no_statistics)
+
+    def _first_amplification(self) -> list[float]:
+        """Return what errors make of the final images where every second evaluation of a bin is extrapolated."""
+        full, found = self._full_bins(), [1.0] * len(self._options)
+        for b, options in enumerate(self._options):
+            probes = [each for each in options.conditional.alike if each.pattern.text == _TYPICAL]
+            if not probes or probes[0].error <= 0:
+                continue
+            error = probes[0].error
+            probe = replace(full[b], conditional=(probes[0].pattern,) * len(options.conditional.blocks))
+            alone = [probe if other == b else full[other] for other in range(len(full))]
+            found[b] = self._amplified(alone, b, error)
+        known = [factor for factor, options in zip(found, self._options, strict=True) if factor != 1.0]
+        typical = sorted(known)[len(known) // 2] if known else 1.0
+        return [typical if factor == 1.0 else factor for factor in found]
+
+    def _amplified(self, chosen: Sequence[ChosenBin], b: int, error: float) -> float:
+        """Return the error of the final images over that of the predictions in a bin."""
+        first = max(0, self._found.bins[b].start - _TAKEN_BEFORE)
+        return max(self._trials.error(self.table(chosen), self.statistics, first) / error, 1e-12)
+
+    def _full_bins(self) -> list[ChosenBin]:
+        blocks = (ALWAYS_FULL,) * self._way.model.config.depth
+        return [ChosenBin(blocks, blocks if options.null is not None else ()) for options in self._options]
+
+
+def _inherited(options: BinOptions) -> BinOptions:
+    """Return the options of feature inheritance: whole blocks reused, or computed."""
+
+    def kept(branch: BranchOptions) -> BranchOptions:
+        blocks = [[p for p in patterns if _inherits(p.pattern)] for patterns in branch.blocks]
+        return BranchOptions(blocks, [p for p in branch.alike if _inherits(p.pattern)])
+
+    null = options.null
+    return BinOptions(
+        kept(options.conditional), None if null is None else replace(null, branch=kept(null.branch), patterns=())
+    )
+
+
+def _inherits(pattern: Pattern) -> bool:
+    return pattern == ALWAYS_FULL or (pattern.between.text == "reuse" and pattern.period > 1)
+
+
+def chosen_schedule(way: Way, asked: Asked) -> Chosen:
+    """Return the schedule that is asked for.
+
+    Raises `InfeasibleError` where the operations, or the damage, cannot be that few.
+    """
+    measured_on, tried_on = image_shares(asked.images)
+    with phase("following the model's way", 2, "halves") as progress:
+        seen = visited(way, measured_on)
+        progress(1)
+        trials = Trials(way, tried_on)
+        progress(1)
+    if asked.method not in (PLANNED, INHERITED):
+        return _whole(way, asked, trials, seen, measured_on)
+    found = measured(way, seen, measured_on, asked.bins)
+    with phase("what errors make of images", 1, "rounds"):
+        planner = Planner(way, asked, trials, found)
+    if asked.flops is not None:
+        tries = _by_flops(planner, asked.flops)
+    else:
+        assert asked.max_damage is not None
+        tries = _by_damage(planner, asked.max_damage)
+    if asked.method == PLANNED:
+        tries += _rivals(way, trials, asked)
+    best = _best(tries, asked)
+    return Chosen(
+        best, tuple(each for each in tries if each is not best), _needed(best.table, dict(found.known.arrays))
+    )
+
+
+def image_shares(images: int) -> tuple[range, range]:
+    """Return the images that errors are measured on, a quarter of all, and those that tables are tried on."""
+    return range(images // 4), range(images // 4, images)
+
+
+def _whole(way: Way, asked: Asked, trials: Trials, seen: Visited, indices: Sequence[int]) -> Chosen:
+    """Return the schedule of a method that chooses for the whole model."""
+    config = way.model.config
+    if not needs_states(asked.method):
+        table = whole_table(asked.method, config, way.sampling)
+        return Chosen(trials.tried(asked.method, table, no_statistics), (), {})
+    evaluations = measured_evaluations(way.sampling, bins_of(way.sampling, asked.bins))
+    known = way_statistics(way, seen, indices, evaluations)
+    table = whole_table(asked.method, config, way.sampling, known.median_ratio)
+    arrays = dict(known.arrays)
+    statistics = statistics_of(arrays, len(way.sampling.times), asked.bins)
+    return Chosen(trials.tried(asked.method, table, statistics), (), _needed(table, arrays))
+
+
+def _by_flops(planner: Planner, share: float) -> list[Tried]:
+    """Return what was tried for a share of all operations, which tables take on the images that they are tried on."""
+    tries: list[Tried] = []
+    seen = set[tuple[ChosenBin, ...]]()
+    for adding in ADDINGS:
+        budget = share
+        for _ in range(_CORRECTIONS):
+            chosen = planner.solved(max(budget, planner.least), adding)
+            if chosen.bins in seen:
+                break
+            seen.add(chosen.bins)
+            tries.append(planner.tried(chosen))
+            if tries[-1].flops <= share * (1 + _TOLERANCE):
+                break
+            budget *= share / tries[-1].flops
+    return tries
+
+
+def _by_damage(planner: Planner, most: float) -> list[Tried]:
+    """Return what was tried to find the fewest operations of a damage, by halving; everything computed among it."""
+    tries = [planner.everything()]
+    low, high = planner.least, 1.0
+    for _ in range(_HALVINGS):
+        share = (low + high) / 2
+        found = [planner.tried(planner.solved(share, adding)) for adding in ADDINGS[:2]]
+        tries += found
+        low, high = (low, share) if min(each.bound for each in found) <= most else (share, high)
+    return tries
+
+
+def _rivals(way: Way, trials: Trials, asked: Asked) -> list[Tried]:
+    """Return methods that choose for the whole model, in as many operations as are asked for."""
+    found = []
+    for name in _RIVALS:
+        for period in range(2, _LONGEST_PERIOD + 1):
+            method = f"{name}:{period}"
+            rival = trials.tried(method, whole_table(method, way.model.config, way.sampling), no_statistics)
+            found.append(rival)
+            if asked.flops is not None and rival.flops <= asked.flops:
+                break
+    return found
+
+
+def _best(tries: Sequence[Tried], asked: Asked) -> Tried:
+    """Return the least damage of what is within the operations, or the fewest operations of what is within the damage.
+
+    Where thresholds let more slots pass than is asked for, the fewest operations.
+    """
+    if asked.flops is not None:
+        within = [each for each in tries if each.flops <= asked.flops * (1 + _TOLERANCE)]
+        return min(within, key=lambda each: each.damage) if within else min(tries, key=lambda each: each.flops)
+    assert asked.max_damage is not None
+    return min((each for each in tries if each.bound <= asked.max_damage), key=lambda each: each.flops)
+
+
+def _needed(table: ComputeTable, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the statistics that the rules of a table need."""
+    return {name: arrays[name] for rule in table.rules for name in NEEDED.get(rule, ())}

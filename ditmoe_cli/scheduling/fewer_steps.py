@@ -1,0 +1,88 @@
+"""Fewer steps of a solver as the rival of a schedule: which of the two is nearer to the fine solution, at equal cost.
+
+The fine solution is that of many steps of a good solver for the same differential equation. Ancestral sampling has
+none, since its noise is drawn anew at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
+from ditmoe_cli.diffusion.schedule import SOLVERS, Solver, evaluation_times
+from ditmoe_cli.scheduling.way_states import Way, by_solver
+
+_FINE: dict[str, tuple[Solver, int]] = {"rf": ("ab3", 96), "ddpm": ("ddpm-dpmpp-2m", 150)}
+_RIVALS: dict[str, tuple[Solver, ...]] = {"rf": ("ab2", "ab3", "dpmpp-2m"), "ddpm": ("ddpm-dpmpp-2m", "ddim-trailing")}
+STOCHASTIC: tuple[Solver, ...] = ("ddpm",)
+
+
+@dataclass(frozen=True)
+class FewerSteps:
+    """A schedule against fewer steps.
+
+    Attributes:
+        sampling: solver, steps and guidance of the rival.
+        evaluations: of all branches, an image.
+        error: Σ‖z - z*‖² / Σ‖z*‖² of its images z, z* being the fine solution.
+        schedule: the same of the schedule's images.
+        full: the same of the schedule's sampling with everything computed.
+    """
+
+    sampling: ScheduledSampling
+    evaluations: int
+    error: float
+    schedule: float
+    full: float
+
+    @property
+    def wins(self) -> bool:
+        """Whether fewer steps are nearer to the fine solution than the schedule."""
+        return self.error <= self.schedule
+
+
+def evaluations_of(sampling: ScheduledSampling) -> int:
+    """Return the evaluations of an image, of both branches."""
+    return sum(1 + sampling.guidance.takes_null_class(t) for t in sampling.times)
+
+
+def rival_steps(sampling: ScheduledSampling, budget: float) -> list[ScheduledSampling]:
+    """Return the most steps of each good solver that take at most a share of the evaluations of `sampling`."""
+    allowed = budget * evaluations_of(sampling)
+    found = []
+    for solver in _RIVALS[SOLVERS[sampling.solver].family]:
+        fitting = [
+            replace(sampling, solver=solver, steps=steps)
+            for steps in range(1, sampling.steps + 1)
+            if len(evaluation_times(solver, steps)) <= allowed
+        ]
+        within = [each for each in fitting if evaluations_of(each) <= allowed]
+        found += within[-1:]
+    return found
+
+
+def against_fewer_steps(
+    way: Way, indices: Sequence[int], share: float, scheduled: Tensor, full: Tensor
+) -> FewerSteps | None:
+    """Return the best of fewer steps against a schedule that takes a share of all operations.
+
+    `scheduled` and `full` (N, C, H, W) are the images of the schedule, and those with everything computed. None for
+    ancestral sampling, and where no steps are that few.
+    """
+    sampling = way.sampling
+    if sampling.solver in STOCHASTIC:
+        return None
+    solver, steps = _FINE[SOLVERS[sampling.solver].family]
+    fine = by_solver(way, indices, replace(sampling, solver=solver, steps=max(steps, 2 * sampling.steps)))
+
+    def error(images: Tensor) -> float:
+        return float((images - fine).double().square().sum() / fine.double().square().sum())
+
+    rivals = [(error(by_solver(way, indices, each)), each) for each in rival_steps(sampling, share)]
+    if not rivals:
+        return None
+    least, best = min(rivals, key=lambda rival: rival[0])
+    return FewerSteps(best, evaluations_of(best), least, error(scheduled), error(full))
