@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "apply",
     "run",
+    "schedule",
     "sample",
     "fid",
     "report",

@@ -57,10 +57,12 @@ ALLOWED = {
         ),
         *("processes", "threads"),
     },
+    "scheduling": {"compression", "diffusion", "model", "progress", "errors"},
     "api": {
         *(
             "briefs",
             "processes",
+            "scheduling",
             "compression",
             "exporting",
             "evaluation",
@@ -73,7 +75,7 @@ ALLOWED = {
         *("briefs", "threads", "errors", "version", "progress"),
     },
     "cli": {
-        *("api", "compression", "exporting", "evaluation", "routing", "diffusion", "model", "formats", "files"),
+        *("api", "scheduling", "compression", "exporting", "evaluation", "routing", "diffusion", "model", "formats", "files"),
         *("processes", "progress", "threads", "errors", ""),
     },
     "__main__": {"cli"},

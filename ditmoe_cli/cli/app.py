@@ -45,6 +45,7 @@ COMMANDS = {
     "plan": "Show, check or compare compression plans.",
     "apply": "Carry out a compression plan.",
     "run": "Carry out a recipe: the commands that made a checkpoint.",
+    "schedule": "Choose what each block computes in each step.",
     "sample": "Sample images.",
     "fid": "Score images against a reference.",
     "report": "Report what a profile shows, and test the paper's claims.",

@@ -23,6 +23,7 @@ from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.scheduled import Statistics, no_statistics
 from ditmoe_cli.progress import phase
 from ditmoe_cli.scheduling.bin_options import Measured, bins_of, measured, measured_evaluations
+from ditmoe_cli.scheduling.fewer_steps import FewerSteps, against_fewer_steps
 from ditmoe_cli.scheduling.patterns import ALWAYS_FULL, Pattern
 from ditmoe_cli.scheduling.schedule_program import (
     BinOptions,
@@ -33,6 +34,7 @@ from ditmoe_cli.scheduling.schedule_program import (
     chosen_bins,
     least_flops,
 )
+from ditmoe_cli.scheduling.schedule_request import Asked
 from ditmoe_cli.scheduling.way_states import Outcome, Visited, Way, by_table, visited
 from ditmoe_cli.scheduling.way_statistics import way_statistics
 from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_states, whole_table
@@ -46,8 +48,8 @@ class Adding:
     exponent: float
 
 
-ADDINGS = (Adding(0.0, 0.75), Adding(1.0, 0.75), Adding(0.0, 1.0), Adding(0.5, 0.75), Adding(1.0, 1.0))
-"""How the program is solved, to be tried: as if each bin counted the same, or as was measured; nearly one way, or not."""
+ADDINGS = (Adding(0.5, 0.75), Adding(0.0, 1.0), Adding(1.0, 0.75))
+"""How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two."""
 _CORRECTIONS = 2
 _RIVALS = ("fora", "taylor")
 _BOUND = 1.645
@@ -59,25 +61,6 @@ _HALVINGS = 6
 _LONGEST_PERIOD = 5
 _TOLERANCE = 0.005
 """By what share operations on other images may exceed those that are asked for."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a schedule is to be.
-
-    Attributes:
-        method: how it is chosen: ``planned``, or a method of `whole_methods`.
-        flops: the share of all operations that it may take; None where damage decides, or the method itself.
-        max_damage: the largest damage, an upper bound of 95 %; None where operations decide.
-        images: whose way is followed; half of them are measured on, the others tried on.
-        bins: step bins.
-    """
-
-    method: str = PLANNED
-    flops: float | None = None
-    max_damage: float | None = None
-    images: int = 32
-    bins: int = 10
 
 
 @dataclass(frozen=True)
@@ -109,11 +92,21 @@ class Tried:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The schedule that was chosen, what was tried beside it, and the statistics that its rules need."""
+    """The schedule that was chosen.
+
+    Attributes:
+        best: it.
+        others: what was tried beside it.
+        arrays: the statistics that its rules need.
+        tried_on: the images that it was tried on.
+        full: (N, C, H, W) where these end with everything computed.
+    """
 
     best: Tried
     others: tuple[Tried, ...]
     arrays: dict[str, Tensor]
+    tried_on: range
+    full: Tensor = field(repr=False)
 
 
 def all_flops(config: DiTMoEConfig, sampling: ScheduledSampling) -> float:
@@ -258,8 +251,8 @@ def chosen_schedule(way: Way, asked: Asked) -> Chosen:
         progress(1)
         trials = Trials(way, tried_on)
         progress(1)
-    if asked.method not in (PLANNED, INHERITED):
-        return _whole(way, asked, trials, seen, measured_on)
+    if not asked.plans:
+        return _whole(way, asked, trials, seen)
     found = measured(way, seen, measured_on, asked.bins)
     with phase("what errors make of images", 1, "rounds"):
         planner = Planner(way, asked, trials, found)
@@ -271,9 +264,8 @@ def chosen_schedule(way: Way, asked: Asked) -> Chosen:
     if asked.method == PLANNED:
         tries += _rivals(way, trials, asked)
     best = _best(tries, asked)
-    return Chosen(
-        best, tuple(each for each in tries if each is not best), _needed(best.table, dict(found.known.arrays))
-    )
+    others, arrays = tuple(each for each in tries if each is not best), dict(found.known.arrays)
+    return Chosen(best, others, _needed(best.table, arrays), tried_on, trials.seen.final)
 
 
 def image_shares(images: int) -> tuple[range, range]:
@@ -281,18 +273,19 @@ def image_shares(images: int) -> tuple[range, range]:
     return range(images // 4), range(images // 4, images)
 
 
-def _whole(way: Way, asked: Asked, trials: Trials, seen: Visited, indices: Sequence[int]) -> Chosen:
+def _whole(way: Way, asked: Asked, trials: Trials, seen: Visited) -> Chosen:
     """Return the schedule of a method that chooses for the whole model."""
-    config = way.model.config
+    config, (indices, tried_on) = way.model.config, image_shares(asked.images)
     if not needs_states(asked.method):
         table = whole_table(asked.method, config, way.sampling)
-        return Chosen(trials.tried(asked.method, table, no_statistics), (), {})
+        return Chosen(trials.tried(asked.method, table, no_statistics), (), {}, tried_on, trials.seen.final)
     evaluations = measured_evaluations(way.sampling, bins_of(way.sampling, asked.bins))
     known = way_statistics(way, seen, indices, evaluations)
     table = whole_table(asked.method, config, way.sampling, known.median_ratio)
     arrays = dict(known.arrays)
     statistics = statistics_of(arrays, len(way.sampling.times), asked.bins)
-    return Chosen(trials.tried(asked.method, table, statistics), (), _needed(table, arrays))
+    best = trials.tried(asked.method, table, statistics)
+    return Chosen(best, (), _needed(table, arrays), tried_on, trials.seen.final)
 
 
 def _by_flops(planner: Planner, share: float) -> list[Tried]:
@@ -302,7 +295,7 @@ def _by_flops(planner: Planner, share: float) -> list[Tried]:
     for adding in ADDINGS:
         budget = share
         for _ in range(_CORRECTIONS):
-            chosen = planner.solved(max(budget, planner.least), adding)
+            chosen = planner.solved(budget if budget == share else max(budget, planner.least), adding)
             if chosen.bins in seen:
                 break
             seen.add(chosen.bins)
@@ -341,11 +334,12 @@ def _rivals(way: Way, trials: Trials, asked: Asked) -> list[Tried]:
 def _best(tries: Sequence[Tried], asked: Asked) -> Tried:
     """Return the least damage of what is within the operations, or the fewest operations of what is within the damage.
 
-    Where thresholds let more slots pass than is asked for, the fewest operations.
+    Damages are upper bounds, so that no choice rests on images that happen to be easy. Where thresholds let more slots
+    pass than is asked for, it is the fewest operations.
     """
     if asked.flops is not None:
         within = [each for each in tries if each.flops <= asked.flops * (1 + _TOLERANCE)]
-        return min(within, key=lambda each: each.damage) if within else min(tries, key=lambda each: each.flops)
+        return min(within, key=lambda each: each.bound) if within else min(tries, key=lambda each: each.flops)
     assert asked.max_damage is not None
     return min((each for each in tries if each.bound <= asked.max_damage), key=lambda each: each.flops)
 
@@ -353,3 +347,11 @@ def _best(tries: Sequence[Tried], asked: Asked) -> Tried:
 def _needed(table: ComputeTable, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the statistics that the rules of a table need."""
     return {name: arrays[name] for rule in table.rules for name in NEEDED.get(rule, ())}
+
+
+def fewer_steps_than(chosen: Chosen, way: Way) -> FewerSteps | None:
+    """Return fewer steps against a schedule, on the images that it was tried on; None where there are none."""
+    best = chosen.best
+    if best.flops >= 1.0:
+        return None
+    return against_fewer_steps(way, chosen.tried_on, best.flops, best.final, chosen.full)

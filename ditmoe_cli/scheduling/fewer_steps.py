@@ -1,19 +1,22 @@
 """Fewer steps of a solver as the rival of a schedule: which of the two is nearer to the fine solution, at equal cost.
 
 The fine solution is that of many steps of a good solver for the same differential equation. Ancestral sampling has
-none, since its noise is drawn anew at each step.
+none, since its noise is drawn anew at each step. Torch-free but for `against_fewer_steps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.diffusion.schedule import SOLVERS, Solver, evaluation_times
-from ditmoe_cli.scheduling.way_states import Way, by_solver
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditmoe_cli.scheduling.way_states import Way
 
 _FINE: dict[str, tuple[Solver, int]] = {"rf": ("ab3", 96), "ddpm": ("ddpm-dpmpp-2m", 150)}
 _RIVALS: dict[str, tuple[Solver, ...]] = {"rf": ("ab2", "ab3", "dpmpp-2m"), "ddpm": ("ddpm-dpmpp-2m", "ddim-trailing")}
@@ -72,6 +75,8 @@ def against_fewer_steps(
     `scheduled` and `full` (N, C, H, W) are the images of the schedule, and those with everything computed. None for
     ancestral sampling, and where no steps are that few.
     """
+    from ditmoe_cli.scheduling.way_states import by_solver
+
     sampling = way.sampling
     if sampling.solver in STOCHASTIC:
         return None

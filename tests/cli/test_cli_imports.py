@@ -64,6 +64,8 @@ LIGHT = (
     ("heal", "s.safetensors", "--original", "a.safetensors", "--profile", "p.safetensors", "--dry-run"),
     ("heal", "s.safetensors", "--original", "a.safetensors", "--scope", "block", "--steps", 5, "--dry-run"),
     ("distill", "s.safetensors", "--original", "a.safetensors", "--dry-run"),
+    ("schedule", "a.safetensors", "--flops", 0.6, "--dry-run"),
+    ("schedule", "a.safetensors", "--method", "fora:2", "--dry-run"),
     ("distill", "a.safetensors", "--steps", 1, "--cfg", 1.5, "--progressive", "--iterations", 5, "--dry-run"),
     ("apply", "a.safetensors", "--plan", "prune.json", "--dry-run"),
     ("apply", "a.safetensors", "--plan", "quantize.json", "--dry-run"),

@@ -1,0 +1,79 @@
+"""What is asked of a schedule: how it is chosen, within which operations or damage. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
+from ditmoe_cli.errors import UsageError
+from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.effort import BASELINE_BYTES, Estimate, activation_bytes, loading, model_bytes, passes
+from ditmoe_cli.scheduling.fewer_steps import evaluations_of
+from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, check_method, needs_states
+
+LEAST_IMAGES = 8
+_TRIES = 12
+"""Samplings of all images that a plan takes: its ways of adding errors, its rivals, and bins alone."""
+_PROBES = 45
+"""Choices of a block that are replayed in a bin."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a schedule is to be.
+
+    Attributes:
+        method: how it is chosen: ``planned``, or a method of `whole_methods`.
+        flops: the share of all operations that it may take; None where damage decides, or the method itself.
+        max_damage: the largest damage, an upper bound of 95 %; None where operations decide.
+        images: whose way is followed; a quarter of them are measured on, the others tried on.
+        bins: step bins.
+    """
+
+    method: str = PLANNED
+    flops: float | None = None
+    max_damage: float | None = None
+    images: int = 32
+    bins: int = 10
+
+    @property
+    def plans(self) -> bool:
+        """Whether the program chooses."""
+        return self.method in (PLANNED, INHERITED)
+
+
+def check_asked(asked: Asked, config: DiTMoEConfig) -> Asked:
+    """Return what is asked. Raises `UsageError` for values out of range, missing, or without effect."""
+    check_method(asked.method, config)
+    given = [name for name, value in (("flops", asked.flops), ("max_damage", asked.max_damage)) if value is not None]
+    if asked.plans and len(given) != 1:
+        told = "both are given" if given else "nothing says how much to save"
+        raise UsageError(f"⟨flops⟩, ⟨max_damage⟩: {told}; give one, as ⟨flops⟩ 0.6")
+    if given and not asked.plans:
+        raise UsageError(f"⟨{given[0]}⟩: has no effect beside ⟨method⟩ {asked.method}; leave one out")
+    if asked.flops is not None and not 0.0 < asked.flops <= 1.0:
+        raise UsageError(f"⟨flops⟩ {asked.flops:g}: must be a share of all operations, above 0 and at most 1")
+    if asked.max_damage is not None and not 0.0 <= asked.max_damage < math.inf:
+        raise UsageError(f"⟨max_damage⟩ {asked.max_damage:g}: must be at least 0, as 0.001")
+    if asked.images < LEAST_IMAGES:
+        raise UsageError(f"⟨images⟩ {asked.images}: a schedule is chosen on at least {LEAST_IMAGES} images")
+    return asked
+
+
+def schedule_estimate(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling) -> Estimate:
+    """Return what choosing a schedule takes: samplings of all images, and replays in each bin.
+
+    A replay in block l of L passes the L - l blocks behind it, L / 2 on average.
+    """
+    evaluations, branches = evaluations_of(sampling), 2 if sampling.null else 1
+    measured = asked.images // 4
+    samplings = _TRIES if asked.plans else 3
+    work = passes(config, asked.images, samplings * evaluations, asked.images) + loading(config)
+    if asked.plans:
+        work += passes(config, measured, asked.bins * branches * _PROBES * config.depth / 2, measured)
+    elif needs_states(asked.method):
+        work += passes(config, measured, asked.bins * branches, measured)
+    rows = max(branches * asked.images, 256)
+    memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, rows)
+    return Estimate("choosing a schedule", work, memory)
