@@ -75,7 +75,8 @@ ALLOWED = {
         *("briefs", "threads", "errors", "version", "progress"),
     },
     "cli": {
-        *("api", "scheduling", "compression", "exporting", "evaluation", "routing", "diffusion", "model", "formats", "files"),
+        *("api", "scheduling", "compression", "exporting", "evaluation", "routing"),
+        *("diffusion", "model", "formats", "files"),
         *("processes", "progress", "threads", "errors", ""),
     },
     "__main__": {"cli"},
