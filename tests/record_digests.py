@@ -384,6 +384,9 @@ def reporting() -> Iterator[Case]:
     page = f"-o r.html --png figures --weights {DEMO} {some}"
     yield case("report-page", f"report profile {{profile-demo-cfg}}/p.safetensors {page}")
     yield case("report-pipe", f"report profile {some} --seed 1", stdin="{profile-demo-fast.out}")
+    few = "--images 2 --steps 4 --cfg 1.5 -o s.json"
+    yield case("report-sensitivity", f"report sensitivity {DEMO} {few} --png s.png")
+    yield case("report-sensitivity-few", f"report sensitivity {SMALL} {few} --bins 2 --parts top1,skip")
     timed = ("seconds", "seconds_by_threads", "images_per_second", "conditions.threads")
     measured = tuple(f"result.{name}" for name in ("memory", *timed))
     yield case("bench-demo", f"bench {DEMO} --batch 2 --repeats 1 --json", masked=measured)

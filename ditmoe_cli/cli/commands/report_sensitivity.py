@@ -81,7 +81,7 @@ class Measuring(Running):
             "--batch",
             metavar="N",
             callback=at_least(1),
-            help="Images at a time, of which all parts are left out at once.",
+            help="Images at a time, of which all parts are left out at once; rounding may depend on it.",
         ),
     ] = 8
 
