@@ -12,6 +12,7 @@ from ditmoe_cli.api.guiding_requests import Guiding
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.sampling_requests import note_steps
 from ditmoe_cli.briefs import Brief, Fact
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
 from ditmoe_cli.diffusion.few_steps import check_unguided
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.dtypes import AUTO
@@ -19,7 +20,7 @@ from ditmoe_cli.model.effort import Estimate, branches_at, passes_estimate
 from ditmoe_cli.progress import human_bytes
 
 if TYPE_CHECKING:
-    from ditmoe_cli.evaluation.bench import Bench, Benches, Load, Spread
+    from ditmoe_cli.evaluation.bench import Bench, Benches, Load, ScheduledBench, Spread
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,25 @@ class BenchedCheckpoints(Brief):
                 (name, f"{seconds_text(min(result.seconds))}, {human_bytes(result.needed)}{_times(ratio)}")
                 for name, result, ratio in several
             ),
+            *([("schedule", scheduled_text(self.scheduled))] if self.scheduled else []),
             ("a step of", f"{load.batch} images on {load.device} in {load.dtype}, cfg {load.cfg:g}"),
         ]
 
+    @property
+    def scheduled(self) -> ScheduledBench | None:
+        """What sampling by a schedule took; None without one."""
+        return self.found.scheduled
+
     def to_json(self) -> dict[str, Any]:
-        """Return all that was measured, by name: of one checkpoint, or of each of several under ``files``."""
+        """Return all that was measured, by name: of one checkpoint, or of each of several under ``files``.
+
+        Beside it, under ``schedule``, is what a schedule computed and took, if there is one.
+        """
+        by = {"schedule": self.scheduled.to_json()} if self.scheduled is not None else {}
         if len(self.results) == 1:
-            return self.results[0].to_json()
+            return {**self.results[0].to_json(), **by}
         return {
+            **by,
             "interleaved": self.found.interleaved,
             "files": [
                 {"path": str(checkpoint.path), "ratio": asdict(ratio), **result.to_json()}
@@ -115,20 +127,34 @@ class BenchedCheckpoints(Brief):
 
 
 def benched(
-    opened: Sequence[Checkpoint], measuring: Measuring, guiding: Guiding, threads: int | None = None
+    opened: Sequence[Checkpoint],
+    measuring: Measuring,
+    guiding: Guiding,
+    threads: int | None = None,
+    schedule: ComputeSchedule | None = None,
 ) -> BenchedCheckpoints:
-    """Measure steps of checkpoints, which take turns where memory has room for all of them."""
+    """Measure steps of checkpoints, which take turns where memory has room for all of them.
+
+    Of the checkpoint that a schedule is for, sampling by it takes turns with them, at the guidance that it is for.
+    """
+    guiding = guiding.of(schedule)
+    if schedule is not None and measuring.cfg == 1.0:
+        measuring = replace(measuring, cfg=schedule.sampling.cfg)
     for each in opened:
         guiding.check(each)
         check_unguided(each, measuring.cfg)
-    from ditmoe_cli.evaluation.bench import bench, guided_load, image_specs
+    from ditmoe_cli.evaluation.bench import bench, guided_load, image_specs, planned_index, scheduled_passes
 
     load = replace(measuring.load(threads, opened), guide=guiding.used)
     specs = image_specs(opened, load)
     for each in opened:
         note_steps(each, specs[each.path])
-    foretell([_expected(each, guided_load(load, specs[each.path]), guiding) for each in opened], lambda: load.device)
-    found = bench(opened, load, weak=guiding.weak)
+    expected = [_expected(each, guided_load(load, specs[each.path]), guiding) for each in opened]
+    if schedule is not None:
+        config, passes = opened[planned_index(schedule, opened, load)].config, scheduled_passes(schedule, load)
+        expected.append(passes_estimate(config, load.batch, branches_at(load.cfg), passes))
+    foretell(expected, lambda: load.device)
+    found = bench(opened, load, weak=guiding.weak, schedule=schedule)
     if not found.interleaved:
         note("the checkpoints do not fit in memory together: each was timed after the other, and ratios vary more")
     return BenchedCheckpoints(tuple(opened), found)
@@ -150,6 +176,16 @@ def labels(opened: Sequence[Checkpoint]) -> list[str]:
 def seconds_text(seconds: float) -> str:
     """Return a duration for reading, in four digits."""
     return f"{seconds:.4g} s" if seconds >= 1 else f"{1000 * seconds:.4g} ms"
+
+
+def scheduled_text(scheduled: ScheduledBench) -> str:
+    """Return the share of operations that a schedule computed beside that of seconds, for reading."""
+    ratio = scheduled.ratio
+    spread = "" if len(scheduled.seconds) == 1 else f" ({ratio.low:.3f} to {ratio.high:.3f})"
+    return (
+        f"{scheduled.computed.method}: FLOP share {scheduled.computed.flops:.3f}, seconds {ratio.median:.3f}{spread}; "
+        f"{seconds_text(scheduled.step_seconds)} a step, at most {human_bytes(scheduled.computed.kept)} kept an image"
+    )
 
 
 def _times(ratio: Spread) -> str:

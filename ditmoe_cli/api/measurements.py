@@ -298,6 +298,7 @@ def bench(
     guide_with: AnyCheckpoint | None = None,
     guide_by: Literal["top1", "rank2"] | None = None,
     guide_scale: float | None = None,
+    schedule: AnyPath | None = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: NamedDtype = "auto",
@@ -310,6 +311,7 @@ def bench(
         checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
         others: more of them, whose steps take turns with those of the first.
         batch, repeats: images of a step, and how often each step is timed.
+        schedule: file that says what blocks compute; a batch is sampled by it and without it in each round.
         threads: how many threads to time with on a CPU; by default torch's number, its half and so on, and the fastest
             counts.
 
@@ -319,7 +321,11 @@ def bench(
     more = others if isinstance(others, tuple) else (others,)
     found = [opened(each) for each in (checkpoint, *more)]
     guiding = StepGuiding(guide_with, guide_by, guide_scale).opened(NOTHING_GIVEN)
-    return benched(found, Measuring(batch, repeats, cfg, seed, device, dtype, processor_time), guiding, threads)
+    measuring, planned = (
+        Measuring(batch, repeats, cfg, seed, device, dtype, processor_time),
+        Scheduling(_path(schedule)),
+    )
+    return benched(found, measuring, guiding, threads, planned.opened())
 
 
 @public

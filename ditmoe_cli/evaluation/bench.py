@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule, check_schedule
 from ditmoe_cli.diffusion.few_steps import check_unguided, usual_sampling
 from ditmoe_cli.diffusion.guidance import guided_predictor
 from ditmoe_cli.diffusion.noise import image_noise
-from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
 from ditmoe_cli.diffusion.schedule import SOLVERS, check_guidance
+from ditmoe_cli.diffusion.scheduled_guidance import Scheduled, loaded_schedule
 from ditmoe_cli.diffusion.weak_guidance import Guidance, Guide, check_guide
 from ditmoe_cli.diffusion.weak_models import weak_model
 from ditmoe_cli.errors import UsageError
+from ditmoe_cli.evaluation.computed_share import Computed, computed_by, rows_of
 from ditmoe_cli.evaluation.memory_use import (
     Footprint,
     Memory,
@@ -58,6 +61,7 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.dtypes import Dtype, relative_difference, torch_dtype_of
 from ditmoe_cli.model.effort import activation_bytes, evaluation_flops
 from ditmoe_cli.model.loading import build_model, empty_model
+from ditmoe_cli.model.scheduled import ComputeCount
 from ditmoe_cli.model.throughput import Rate, peak_rate
 from ditmoe_cli.progress import Phase, phase
 
@@ -261,11 +265,54 @@ def spread(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
 
 
 @dataclass(frozen=True)
+class ScheduledBench:
+    """What sampling a batch by a schedule took, beside sampling it with everything computed.
+
+    Attributes:
+        index: of the checkpoint among those that were measured.
+        schedule: the schedule.
+        computed: what it computed.
+        seconds: of sampling the batch by the schedule, in each round.
+        whole: the same where everything is computed.
+    """
+
+    index: int
+    schedule: ComputeSchedule
+    computed: Computed
+    seconds: tuple[float, ...]
+    whole: tuple[float, ...]
+
+    @property
+    def ratio(self) -> Spread:
+        """The share of the seconds that it took."""
+        return spread(self.seconds, self.whole)
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean seconds of its steps, of the fastest round."""
+        return min(self.seconds) / self.schedule.table.evaluations
+
+    def to_json(self) -> dict[str, Any]:
+        """Return method, shares of operations and seconds, seconds of a mean step and bytes kept, as JSON."""
+        way = self.schedule.sampling
+        return {
+            **self.computed.to_json(),
+            "digest": self.schedule.digest,
+            "solver": SOLVERS[way.solver].name,
+            "steps": way.steps,
+            "ratio": asdict(self.ratio),
+            "seconds": min(self.seconds),
+            "step_seconds": self.step_seconds,
+        }
+
+
+@dataclass(frozen=True)
 class Benches:
-    """The results of some checkpoints in their order, and whether their steps took turns."""
+    """The results of some checkpoints in their order, whether their steps took turns, and that of a schedule."""
 
     results: tuple[Bench, ...]
     interleaved: bool
+    scheduled: ScheduledBench | None = None
 
     @property
     def ratios(self) -> list[Spread]:
@@ -316,14 +363,19 @@ def fit_together(checkpoints: Sequence[Checkpoint], load: Load, weak: Checkpoint
 
 
 def bench(
-    checkpoints: Sequence[Checkpoint], load: Load, clock: Clock | None = None, weak: Checkpoint | None = None
+    checkpoints: Sequence[Checkpoint],
+    load: Load,
+    clock: Clock | None = None,
+    weak: Checkpoint | None = None,
+    schedule: ComputeSchedule | None = None,
 ) -> Benches:
     """Run denoising steps of checkpoints on noise at a time in the middle of their families' ranges.
 
     All are loaded, and their steps take turns; where memory is too small for that, they follow each other. The number
     of threads is the same for all: that of the least product of least seconds, of those who come first where they
     follow each other. Seconds are those of `clock`, by default of `load`. `weak` is the checkpoint that guides, if any;
-    its memory is counted for each.
+    its memory is counted for each. Of the checkpoint that a `schedule` is for, a batch is sampled by it in each round
+    too, and without it.
 
     Raises `UsageError` for values of `load` out of range, `BadInputError` for a checkpoint that cannot be loaded, or be
     guided so.
@@ -335,14 +387,47 @@ def bench(
     most = replace(load, cfg=max(spec.cfg for spec in specs.values()))
     together = len(checkpoints) == 1 or fit_together(checkpoints, most, weak)
     passes = sum(guided_load(load, specs[checkpoint.path]).passes for checkpoint in checkpoints)
+    planned = None
+    if schedule is not None:
+        planned = planned_index(schedule, checkpoints, load)
+        passes += scheduled_passes(schedule, load)
     named = checkpoints[0].name if len(checkpoints) == 1 else f"{len(checkpoints)} checkpoints"
     results: list[Bench] = []
+    scheduled: list[ScheduledBench] = []
     with phase(f"measuring {named}", passes, "passes") as progress:
         for group in [checkpoints] if together else [[checkpoint] for checkpoint in checkpoints]:
             counts = (results[0].threads,) if results else load.counts
             work = _Work(replace(load, threads=counts), weak, progress, specs)
-            results += _taking_turns(work, group, clock or load.clock)
-    return Benches(tuple(replace(each, load=replace(each.load, threads=load.threads)) for each in results), together)
+            by = None
+            if schedule is not None and planned is not None and checkpoints[planned] in group:
+                by = _Planned(schedule, group.index(checkpoints[planned]), planned, scheduled)
+            results += _taking_turns(work, group, clock or load.clock, by)
+    found = tuple(replace(each, load=replace(each.load, threads=load.threads)) for each in results)
+    return Benches(found, together, scheduled[0] if scheduled else None)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A schedule, the place of its checkpoint among those in memory and among all, and the list for what is found."""
+
+    schedule: ComputeSchedule
+    place: int
+    index: int
+    found: list[ScheduledBench]
+
+
+def planned_index(schedule: ComputeSchedule, checkpoints: Sequence[Checkpoint], load: Load) -> int:
+    """Return which checkpoint a schedule is for. Raises `BadInputError` where it is for none, or for other guidance."""
+    prints = [checkpoint.fingerprint for checkpoint in checkpoints]
+    index = prints.index(schedule.checkpoint) if schedule.checkpoint in prints else 0
+    way = replace(schedule.sampling, cfg=load.cfg, guide=load.guide)
+    check_schedule(schedule, checkpoints[index], way)
+    return index
+
+
+def scheduled_passes(schedule: ComputeSchedule, load: Load) -> int:
+    """Return the evaluations of sampling a batch by a schedule and without it, in each round."""
+    return 2 * schedule.table.evaluations * load.repeats * len(load.counts)
 
 
 def guided_load(load: Load, spec: SampleSpec) -> Load:
@@ -409,15 +494,29 @@ class _Loaded:
         return found + evaluation_flops(self.weak.config, load.batch, slots_of(self.weak, by_weak))
 
 
-def _taking_turns(work: _Work, checkpoints: Sequence[Checkpoint], clock: Clock) -> list[Bench]:
-    """Return the results of checkpoints that are in memory at once."""
+def _taking_turns(
+    work: _Work, checkpoints: Sequence[Checkpoint], clock: Clock, planned: _Planned | None = None
+) -> list[Bench]:
+    """Return the results of checkpoints that are in memory at once; that of a schedule is added to what it found."""
     load, device, progress = work.load, work.device, work.progress
     watch = stopwatch(device, clock)
     references = [_reference(checkpoint, work.of(checkpoint)) for checkpoint in checkpoints]
     with using_threads(load.counts[0]):
         loaded = [_load(checkpoint, work.of(checkpoint)) for checkpoint in checkpoints]
-    timed = _timed_rounds(loaded, load, partial(_seconds, clock, watch), progress)
+    steps: list[_Step] = [(each.step, 1) for each in loaded]
+    counts: list[ComputeCount] = []
+    if planned is not None:
+        own, each = work.of(checkpoints[planned.place]).load, loaded[planned.place]
+        by = loaded_schedule(planned.schedule, device, counts.append)
+        samplings = [batch_sampling(each.model, own, planned.schedule, each.weak, how) for how in (None, by)]
+        steps += [(sampling, planned.schedule.table.evaluations) for sampling in samplings]
+    timed = _timed_rounds(steps, load, partial(_seconds, clock, watch), progress)
     threads = best_count(timed)
+    if planned is not None:
+        checkpoint = checkpoints[planned.place]
+        computed = computed_by(planned.schedule, checkpoint.config, rows_of(counts[-1], own.batch))
+        whole, seconds = timed[threads][-2:]
+        planned.found.append(ScheduledBench(planned.index, planned.schedule, computed, seconds, whole))
     with using_threads(threads):
         peak = peak_rate(str(device), load.dtype, threads, clock)
         results = []
@@ -475,20 +574,25 @@ def _load(checkpoint: Checkpoint, work: _Work) -> _Loaded:
     return _Loaded(model, weak, step, footprint(checkpoint, model, empty), Memory(before, loaded, peak), unpacked, own)
 
 
+_Step = tuple[Callable[[], object], int]
+"""What is timed, and how many passes it makes: one is made before, so that threads have started."""
+
+
 def _timed_rounds(
-    loaded: Sequence[_Loaded], load: Load, seconds_of: Callable[[Callable[[], object]], float], progress: Phase
+    steps: Sequence[_Step], load: Load, seconds_of: Callable[[Callable[[], object]], float], progress: Phase
 ) -> dict[int, list[tuple[float, ...]]]:
-    """Return by number of threads, for each model, the seconds of its steps in each round."""
+    """Return by number of threads, for each of the steps, its seconds in each round."""
     timed: dict[int, list[tuple[float, ...]]] = {}
     for count in in_turn(load.counts):
-        found: list[list[float]] = [[] for _ in loaded]
-        for each in loaded:  # starts the threads
-            each.step()
+        found: list[list[float]] = [[] for _ in steps]
+        for step in (step for step, passes in steps if passes == 1):  # starts the threads
+            step()
             progress(1)
-        for order in rounds(len(loaded), load.repeats):
+        for order in rounds(len(steps), load.repeats):
             for index in order:
-                found[index].append(seconds_of(loaded[index].step))
-                progress(1)
+                step, passes = steps[index]
+                found[index].append(seconds_of(step))
+                progress(passes)
         timed[count] = [tuple(seconds) for seconds in found]
     return timed
 
@@ -562,6 +666,21 @@ def denoising_step(model: DiTMoE, load: Load, weak: DiTMoE | None = None) -> Cal
             return predict(x, t)[:, : config.in_channels]  # DDPM's learned variance is no prediction
 
     return step
+
+
+def batch_sampling(
+    model: DiTMoE, load: Load, schedule: ComputeSchedule, weak: DiTMoE | None, by: Scheduled | None
+) -> Callable[[], Tensor]:
+    """Return a function that samples the batch of a load in the way of a schedule, from the noise of `denoising_step`.
+
+    It computes what `by` says, or everything. Conditions are embedded once a run, as in sampling.
+    """
+    way = schedule.sampling
+    classes = tuple(index % model.config.num_classes for index in range(load.batch))
+    spec = SampleSpec(
+        load.batch, way.steps, way.cfg, load.seed, way.solver, classes, way.interval, load.dtype, way.guide
+    )
+    return lambda: sample_batch(model, spec, range(load.batch), weak=weak, scheduled=by)
 
 
 # ------------------------------------------------------------------ against fp32

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ditmoe_cli.model.block_choices import SlotRule
 from ditmoe_cli.model.mixture_backends import Dispatch
@@ -138,6 +139,17 @@ def _regressed(first: Tensor, routing: Routing, statistics: SlotStatistics) -> T
     return torch.addcmul(constant, factor, first.float())
 
 
+def _weighted(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_k w_k f_k (T, D) of outputs f (T, k, D) in the dtype of weights w (T, k)."""
+    if weights.is_cpu and weights.dtype == torch.float32:
+        places = torch.arange(weights.numel()).view_as(weights)
+        return F.embedding_bag(places, outputs.float().flatten(0, 1), per_sample_weights=weights, mode="sum")
+    total = weights[:, :1] * outputs[:, 0]
+    for slot in range(1, weights.shape[1]):
+        total = torch.addcmul(total, weights[:, slot : slot + 1], outputs[:, slot])
+    return total
+
+
 def mixed_from_before(moe: SparseMoE, u: Tensor, before: SlotOutputs) -> Mixed:
     """Return the mixture of tokens u (T, D) under today's routing, with outputs from before where a row was selected.
 
@@ -153,8 +165,7 @@ def mixed_from_before(moe: SparseMoE, u: Tensor, before: SlotOutputs) -> Mixed:
     chosen = routing.experts[tokens, slots][:, None]
     if len(tokens):
         outputs[tokens, slots] = moe.expert_outputs(u[tokens], chosen)[:, 0].to(outputs.dtype)
-    weighted = (outputs.float() * routing.weights.float()[:, :, None]).sum(dim=1).to(routing.weights.dtype)
-    output = _with_left_over(moe, u, routing.weights, weighted)
+    output = _with_left_over(moe, u, routing.weights, _weighted(outputs, routing.weights))
     counts = torch.bincount(chosen[chosen >= 0], minlength=len(moe.experts))
     kept = replace(before, rows=routing.rows, outputs=outputs)
     return Mixed(output + before.shared, counts, routing.rows, kept)

@@ -1,4 +1,4 @@
-"""Schedules of compute on the command line: sample and fid take them, record them, and refuse those of other ways."""
+"""Schedules in use: sample, fid, compare and bench take them, record them, and refuse those of other ways."""
 
 from __future__ import annotations
 
@@ -360,6 +360,61 @@ def test_tables_tell_what_was_computed(folder: Path, tmp_path: Path) -> None:
     from cli_helpers import on_terminal
 
     a, half = folder / "a.safetensors", folder / "half.safetensors"
-    for words in (("sample", a), ("fid", a), ("compare", a, a)):
-        code, text = on_terminal(*words, *FOUR, "--schedule", half, cwd=tmp_path)
-        assert code == 0 and "fora:2: 0.6" in text and "kept an image" in text, text
+    bench = ("bench", a, "--batch", 2, "--repeats", 1, "--threads", 1)
+    for words in (("sample", a, *FOUR), ("fid", a, *FOUR), ("compare", a, a, *FOUR), bench):
+        code, text = on_terminal(*words, "--schedule", half, cwd=tmp_path)
+        said = " ".join(text.split())
+        assert code == 0 and "fora:2: " in said and " 0.6" in said and "kept an image" in said, text
+
+
+# bench
+
+
+def test_bench_tells_the_share_of_operations_and_of_seconds(folder: Path, tmp_path: Path) -> None:
+    a, b, half = (folder / f"{name}.safetensors" for name in ("a", "b", "half"))
+    quick = ("--batch", 2, "--repeats", 3, "--threads", 1, "--schedule", half)
+    found = here("bench", a, *quick, cwd=tmp_path).result["schedule"]
+    sampled = here("sample", a, *FOUR, "--schedule", half, cwd=tmp_path).result["computed"]
+    assert {name: found[name] for name in sampled} == sampled
+    assert (found["solver"], found["steps"], found["digest"]) == ("euler", 3, read_schedule(half).digest)
+    assert 0 < found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
+    assert found["step_seconds"] == pytest.approx(found["seconds"] / 3)
+    several = here("bench", b, a, *quick, cwd=tmp_path).result
+    assert len(several["files"]) == 2 and several["schedule"]["flops"] == found["flops"]
+    assert "schedule" not in here("bench", a, *quick[:-2], cwd=tmp_path).result
+    said = here("bench", b, *quick, cwd=tmp_path).error(3)
+    assert "is a schedule of another checkpoint" in said
+    assert "not for 3 steps of euler at cfg 2" in here("bench", a, *quick, "--cfg", 2, cwd=tmp_path).error(3)
+    assert list(tmp_path.glob("*.safetensors")) == list(tmp_path.glob("a.samples*"))
+
+
+def test_bench_takes_guidance_from_the_schedule(folder: Path, tmp_path: Path) -> None:
+    a = folder / "a.safetensors"
+    way = replace(EULER, cfg=1.5, guide=Guide("top1", 0.5))
+    write_schedule(
+        tmp_path / "s.safetensors", a, by_evaluation(way, lambda _: "full", null=("compute", "off", "off")), way
+    )
+    words = ("bench", a, "--batch", 2, "--repeats", 1, "--threads", 1, "--schedule", "s.safetensors")
+    found = here(*words, cwd=tmp_path).result
+    assert found["schedule"]["nfe"] == 3 + 1 + 3 and found["schedule"]["flops"] == pytest.approx(4 / 6)
+    assert found["conditions"]["cfg"] == 1.5 and found["conditions"]["guide"]["model"] == "top1"
+
+
+# from Python
+
+
+def test_functions_take_schedules(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ditmoe_cli
+
+    monkeypatch.chdir(tmp_path)
+    a, half = folder / "a.safetensors", folder / "half.safetensors"
+    made = ditmoe_cli.sample(a, images=4, schedule=half)
+    assert made.computed is not None and made.computed.method == "fora:2" and made.nfe == 3
+    assert "fora:2: 0.6" in repr(made)
+    scored = ditmoe_cli.score(a, images=4, schedule=half)
+    assert scored.paired is not None and scored.paired.mse > 0
+    assert ditmoe_cli.score(made, ref=a).paired == scored.paired
+    compared = ditmoe_cli.compare(a, a, images=4, schedule=half)
+    assert compared.figures["computed"] == made.computed.to_json() and "fora:2" in repr(compared)
+    benched = ditmoe_cli.bench(a, batch=2, repeats=1, threads=1, schedule=half)
+    assert benched.scheduled is not None and benched.scheduled.computed.flops == made.computed.flops

@@ -11,10 +11,11 @@ import typer
 
 from ditmoe_cli.api import bench_runs as asked
 from ditmoe_cli.api.argument_checks import refuse_idle, seed_of_64_bits
-from ditmoe_cli.api.bench_runs import benched, labels, seconds_text
+from ditmoe_cli.api.bench_runs import benched, labels, scheduled_text, seconds_text
 from ditmoe_cli.api.output_names import Size, parse_size
-from ditmoe_cli.cli.guiding_options import StepGuiding
+from ditmoe_cli.cli.guiding_options import StepGuiding, beside
 from ditmoe_cli.cli.options import DeviceOpt, DtypeOpt, Models, Source, complete_checkpoint
+from ditmoe_cli.cli.sampling_options import Scheduling
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
 from ditmoe_cli.diffusion.few_steps import told_sampling
@@ -32,6 +33,7 @@ MACHINE = Models
 EXAMPLES = (
     "ditmoe bench small.safetensors",
     "ditmoe bench ckpt.pt pruned.safetensors nf4.safetensors --batch 1 --repeats 9 --max-ratio 1.1",
+    "ditmoe bench ckpt.pt --schedule half.schedule.safetensors --repeats 2",
     "ditmoe bench ckpt.pt --guide-with half.safetensors --guide-scale 0.5",
     "ditmoe bench ckpt.pt --dtype bf16 --device cuda --batch 32 --cfg 1.5",
     "ditmoe quantize ckpt.pt --bits 4 --uniform | ditmoe bench --batch 32 --cfg 1.5 --max-memory 8GiB",
@@ -118,7 +120,12 @@ class BenchPrinting(Printing):
 
 
 def run(
-    measuring: Measuring, weaker: StepGuiding, measured: Measured, printing: BenchPrinting, threads: Models
+    measuring: Measuring,
+    weaker: StepGuiding,
+    scheduling: Scheduling,
+    measured: Measured,
+    printing: BenchPrinting,
+    threads: Models,
 ) -> None:
     """Measure memory and time of checkpoints.
 
@@ -126,16 +133,18 @@ def run(
     time of one denoising step and of the parts of the model in it, and operations a second against those of a large
     product. With OTHERS, steps of all take turns, and ratios to the first are printed with their quartiles. On the CPU
     steps are timed with as many threads as there are cores, with half of them, and so on down to one, unless --threads
-    is given; the fastest is kept. In another dtype than fp32, the difference from fp32 is measured too. Runs on noise;
-    writes nothing.
+    is given; the fastest is kept. In another dtype than fp32, the difference from fp32 is measured too. With
+    --schedule, sampling a batch by it and without it takes turns with steps. Runs on noise; writes nothing.
     """
     if not measured.others:
         refuse_idle(measuring, "with one checkpoint; give OTHERS", "max_ratio")
     stages = measured.stages()
     opened = [open_stage(stage) for stage in stages]
-    found = benched(opened, measuring, weaker.opened(measured.given), threads.threads)
+    guiding = beside(weaker.opened(measured.given), stages[0])
+    found = benched(opened, measuring, guiding, threads.threads, scheduling.of(stages[0]))
     done = stages[0] if len(opened) == 1 else replace(stages[0], checkpoint=None)
     printed = rows(found.results[0]) if len(opened) == 1 else comparison_rows(opened, found.found)
+    printed += [("schedule", scheduled_text(found.scheduled))] if found.scheduled is not None else []
     emit(printing, done.done("bench", {}).to_json(found.to_json()), printed, "")
     check_limits(measuring, opened, found.found)
 
