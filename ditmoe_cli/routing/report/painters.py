@@ -384,7 +384,12 @@ def sensitivity(figure: Figure, found: SensitivityMap) -> None:
     scale = LogNorm(largest / DECADES, largest)
     for panel, (part, table) in zip(panels, tables.items(), strict=True):
         panel.imshow(
-            np.clip(table, largest / DECADES, None), cmap=_growing(), norm=scale, aspect="auto", interpolation="none"
+            np.clip(table, largest / DECADES, None),
+            cmap=_growing(),
+            norm=scale,
+            aspect="auto",
+            interpolation="none",
+            clip_on=False,
         )
         panel.patch.set_visible(False)
         panel.set_title(f"without {PARTS[part]}")
