@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -55,6 +56,7 @@ _RIVALS = ("fora", "taylor")
 _BOUND = 1.645
 """Standard errors that an upper bound of 95 % lies above a mean."""
 _TYPICAL = "forecast/2"
+_LEAST_FACTOR = 1e-12
 _TAKEN_BEFORE = 2
 """Evaluations before a bin that its first ones may take from, where those compute everything."""
 _HALVINGS = 6
@@ -161,7 +163,7 @@ class Trials:
 class Planner:
     """The program over one model's way: measured once, solved for any budget."""
 
-    def __init__(self, way: Way, asked: Asked, trials: Trials, found: Measured) -> None:
+    def __init__(self, way: Way, asked: Asked, trials: Trials, found: Measured, amplification: Sequence[float]) -> None:
         self._way, self._asked, self._trials, self._found = way, asked, trials, found
         sampling, config = way.sampling, way.model.config
         self.statistics = statistics_of(dict(found.known.arrays), len(sampling.times), asked.bins)
@@ -169,7 +171,7 @@ class Planner:
         self._fixed = len(sampling.times) * fixed_cost(config)
         self._options = [_inherited(each) if asked.method == INHERITED else each for each in found.options]
         self.least = (self._fixed + least_flops(self._options)) / self._all
-        self.amplification = self._first_amplification()
+        self.amplification = amplification
 
     def solved(self, share: float, adding: Adding) -> ChosenBins:
         """Return the program's choice for a share of all operations. Raises `InfeasibleError` below the least."""
@@ -198,29 +200,37 @@ class Planner:
         table = full_table(len(sampling.times), self._way.model.config.depth, sampling.null)
         return self._trials.tried("full", table, no_statistics)
 
-    def _first_amplification(self) -> list[float]:
-        """Return what errors make of the final images where every second evaluation of a bin is extrapolated."""
-        full, found = self._full_bins(), [1.0] * len(self._options)
-        for b, options in enumerate(self._options):
-            probes = [each for each in options.conditional.alike if each.pattern.text == _TYPICAL]
-            if not probes or probes[0].error <= 0:
-                continue
-            error = probes[0].error
-            probe = replace(full[b], conditional=(probes[0].pattern,) * len(options.conditional.blocks))
+
+def amplifications(
+    way: Way, trials: Trials, found: Measured, bins: int, progress: Callable[[float], object] = lambda _: None
+) -> list[float]:
+    """Return what errors of each bin make of the final images, where every second evaluation of it is extrapolated.
+
+    It is ‖Δz‖² over the sum of ‖Δv‖² of the bin's evaluations. Bins without such an option have that of the others.
+    """
+    statistics = statistics_of(dict(found.known.arrays), len(way.sampling.times), bins)
+    full = _full_bins(way, found.options)
+    factors: list[float | None] = []
+    for b, options in enumerate(found.options):
+        probes = [each for each in options.conditional.alike if each.pattern.text == _TYPICAL and each.error > 0]
+        if probes:
+            probe = replace(full[b], conditional=(probes[0].pattern,) * way.model.config.depth)
             alone = [probe if other == b else full[other] for other in range(len(full))]
-            found[b] = self._amplified(alone, b, error)
-        known = [factor for factor, options in zip(found, self._options, strict=True) if factor != 1.0]
-        typical = sorted(known)[len(known) // 2] if known else 1.0
-        return [typical if factor == 1.0 else factor for factor in found]
+            table = table_of(*cells_of(alone, found.bins, way.sampling.null))
+            first = max(0, found.bins[b].start - _TAKEN_BEFORE)
+            factors.append(max(trials.error(table, statistics, first) / probes[0].error, _LEAST_FACTOR))
+        else:
+            factors.append(None)
+        progress(1)
+    known = sorted(factor for factor in factors if factor is not None)
+    typical = known[len(known) // 2] if known else 1.0
+    return [typical if factor is None else factor for factor in factors]
 
-    def _amplified(self, chosen: Sequence[ChosenBin], b: int, error: float) -> float:
-        """Return the error of the final images over that of the predictions in a bin."""
-        first = max(0, self._found.bins[b].start - _TAKEN_BEFORE)
-        return max(self._trials.error(self.table(chosen), self.statistics, first) / error, 1e-12)
 
-    def _full_bins(self) -> list[ChosenBin]:
-        blocks = (ALWAYS_FULL,) * self._way.model.config.depth
-        return [ChosenBin(blocks, blocks if options.null is not None else ()) for options in self._options]
+def _full_bins(way: Way, options: Sequence[BinOptions]) -> list[ChosenBin]:
+    """Return the choice that computes everything."""
+    blocks = (ALWAYS_FULL,) * way.model.config.depth
+    return [ChosenBin(blocks, blocks if each.null is not None else ()) for each in options]
 
 
 def _inherited(options: BinOptions) -> BinOptions:
@@ -241,51 +251,71 @@ def _inherits(pattern: Pattern) -> bool:
 
 
 def chosen_schedule(way: Way, asked: Asked) -> Chosen:
-    """Return the schedule that is asked for.
+    """Return the schedule that is asked for. Raises `InfeasibleError` as `Planning.chosen` does."""
+    return Planning(way, asked.images, asked.bins).chosen(asked)
 
-    Raises `InfeasibleError` where the operations, or the damage, cannot be that few.
-    """
-    measured_on, tried_on = image_shares(asked.images)
-    with phase("following the model's way", 2, "halves") as progress:
-        seen = visited(way, measured_on)
-        progress(1)
-        trials = Trials(way, tried_on)
-        progress(1)
-    if not asked.plans:
-        return _whole(way, asked, trials, seen)
-    found = measured(way, seen, measured_on, asked.bins)
-    with phase("what errors make of images", 1, "rounds"):
-        planner = Planner(way, asked, trials, found)
-    if asked.flops is not None:
-        tries = _by_flops(planner, asked.flops)
-    else:
-        assert asked.max_damage is not None
-        tries = _by_damage(planner, asked.max_damage)
-    if asked.method == PLANNED:
-        tries += _rivals(way, trials, asked)
-    best = _best(tries, asked)
-    others, arrays = tuple(each for each in tries if each is not best), dict(found.known.arrays)
-    return Chosen(best, others, _needed(best.table, arrays), tried_on, trials.seen.final)
+
+class Planning:
+    """Schedules of one way of sampling, which share what is measured of it."""
+
+    def __init__(self, way: Way, images: int, bins: int) -> None:
+        self._way, self._bins = way, bins
+        self._measured_on, self._tried_on = image_shares(images)
+        with phase("following the model's way", 2, "parts") as progress:
+            self._seen = visited(way, self._measured_on)
+            progress(1)
+            self._trials = Trials(way, self._tried_on)
+            progress(1)
+
+    def chosen(self, asked: Asked) -> Chosen:
+        """Return the schedule that is asked for, on the images and bins of this planning.
+
+        Raises `InfeasibleError` where the operations, or the damage, cannot be that few.
+        """
+        return self._planned(asked) if asked.plans else self._whole(asked.method)
+
+    @cached_property
+    def _found(self) -> Measured:
+        return measured(self._way, self._seen, self._measured_on, self._bins)
+
+    @cached_property
+    def _amplification(self) -> list[float]:
+        with phase("what errors make of images", len(self._found.options), "bins") as progress:
+            return amplifications(self._way, self._trials, self._found, self._bins, progress)
+
+    def _planned(self, asked: Asked) -> Chosen:
+        planner = Planner(self._way, asked, self._trials, self._found, self._amplification)
+        if asked.flops is not None:
+            tries = _by_flops(planner, asked.flops)
+        else:
+            assert asked.max_damage is not None
+            tries = _by_damage(planner, asked.max_damage)
+        if asked.method == PLANNED:
+            tries += _rivals(self._way, self._trials, asked)
+        best = _best(tries, asked)
+        return self._result(best, tuple(each for each in tries if each is not best), dict(self._found.known.arrays))
+
+    def _whole(self, method: str) -> Chosen:
+        """Return the schedule of a method that chooses for the whole model."""
+        config, sampling = self._way.model.config, self._way.sampling
+        if not needs_states(method):
+            return self._result(
+                self._trials.tried(method, whole_table(method, config, sampling), no_statistics), (), {}
+            )
+        evaluations = measured_evaluations(sampling, bins_of(sampling, self._bins))
+        known = way_statistics(self._way, self._seen, self._measured_on, evaluations)
+        arrays = dict(known.arrays)
+        statistics = statistics_of(arrays, len(sampling.times), self._bins)
+        table = whole_table(method, config, sampling, known.median_ratio)
+        return self._result(self._trials.tried(method, table, statistics), (), arrays)
+
+    def _result(self, best: Tried, others: tuple[Tried, ...], arrays: Mapping[str, Tensor]) -> Chosen:
+        return Chosen(best, others, _needed(best.table, arrays), self._tried_on, self._trials.seen.final)
 
 
 def image_shares(images: int) -> tuple[range, range]:
     """Return the images that errors are measured on, a quarter of all, and those that tables are tried on."""
     return range(images // 4), range(images // 4, images)
-
-
-def _whole(way: Way, asked: Asked, trials: Trials, seen: Visited) -> Chosen:
-    """Return the schedule of a method that chooses for the whole model."""
-    config, (indices, tried_on) = way.model.config, image_shares(asked.images)
-    if not needs_states(asked.method):
-        table = whole_table(asked.method, config, way.sampling)
-        return Chosen(trials.tried(asked.method, table, no_statistics), (), {}, tried_on, trials.seen.final)
-    evaluations = measured_evaluations(way.sampling, bins_of(way.sampling, asked.bins))
-    known = way_statistics(way, seen, indices, evaluations)
-    table = whole_table(asked.method, config, way.sampling, known.median_ratio)
-    arrays = dict(known.arrays)
-    statistics = statistics_of(arrays, len(way.sampling.times), asked.bins)
-    best = trials.tried(asked.method, table, statistics)
-    return Chosen(best, (), _needed(table, arrays), tried_on, trials.seen.final)
 
 
 def _by_flops(planner: Planner, share: float) -> list[Tried]:
