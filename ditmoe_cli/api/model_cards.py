@@ -18,10 +18,11 @@ from ditmoe_cli.api.step_texts import number, step_text
 from ditmoe_cli.compression.recipe import recipe_of
 from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import BadInputError, as_option, named
-from ditmoe_cli.files.hub_names import HUB_PREFIX, parse_hub_name
-from ditmoe_cli.files.json_text import read_file, read_json
+from ditmoe_cli.files.hub_names import HUB_PREFIX, commit_folder, parse_hub_name
+from ditmoe_cli.files.json_text import read_json
+from ditmoe_cli.files.licences import UNKNOWN, licence_in_folder
 from ditmoe_cli.files.provenance import STAGE_SCHEMA, Step
-from ditmoe_cli.files.yaml_text import parse_yaml, yaml_text
+from ditmoe_cli.files.yaml_text import yaml_text
 from ditmoe_cli.formats.registry import format_label
 from ditmoe_cli.model.checkpoint import Checkpoint
 from ditmoe_cli.model.parameters import count_parameters
@@ -47,8 +48,6 @@ _TAGS = {
     "heal": "healed",
     "distill": "distilled",
 }
-_MOST_README = 1_000_000  # bytes
-_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -108,21 +107,46 @@ def front_matter(checkpoint: Checkpoint, loading: Loading | None = None) -> dict
     if origin is not None and origin.startswith(HUB_PREFIX):
         document["base_model"] = parse_hub_name(origin).repository
     licence = licence_of(checkpoint)
-    return document if licence is None else {**document, "license": licence}
+    return document if licence is None else {**document, "license": licence.name}
 
 
-def licence_of(checkpoint: Checkpoint) -> str | None:
-    """Return the licence that a card in the checkpoint's own folder names; None where there is none."""
-    folder = checkpoint.path if checkpoint.path.is_dir() else None
-    try:
-        if folder is None:
-            return None
-        front = _FRONT.match(read_file(folder / "README.md", _MOST_README).decode())
-        document = parse_yaml(front[1]) if front else None
-    except (OSError, ValueError):
-        return None
-    licence = document.get("license") if isinstance(document, dict) else None
-    return licence if isinstance(licence, str) and re.fullmatch(r"[A-Za-z0-9.+-]{1,60}", licence) else None
+@dataclass(frozen=True)
+class Licence:
+    """A licence by the hub's name, and what names it: a file, or the metadata of the source."""
+
+    name: str
+    file: Path | None = None
+
+
+def licence_of(checkpoint: Checkpoint) -> Licence | None:
+    """Return the licence of a checkpoint's source; None where nothing names one.
+
+    That is what its metadata names, what files in its folder say, or beside a single file that nothing was made of, and
+    what files of its source say that lie in the hub's cache.
+    """
+    provenance = checkpoint.provenance()
+    if provenance.licence is not None:
+        return Licence(provenance.licence)
+    found = next((found for folder in _folders(checkpoint) if (found := licence_in_folder(folder)) is not None), None)
+    return None if found is None else Licence(*found)
+
+
+def _folders(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield the folders whose files may say under which licence the source is, the checkpoint's own first."""
+    path, provenance = checkpoint.path, checkpoint.provenance()
+    if path.is_dir():
+        yield path
+    elif not provenance.history:  # beside a copy lies whatever its user works on
+        yield path.parent
+    kept = commit_folder(path)
+    if kept is not None:
+        yield kept
+    if provenance.origin is not None and provenance.origin.startswith(HUB_PREFIX):
+        from ditmoe_cli.files.hub import kept_commit
+
+        source = kept_commit(provenance.origin)
+        if source is not None:
+            yield source
 
 
 def escaped(text: str) -> str:
@@ -316,9 +340,14 @@ def _source(checkpoint: Checkpoint) -> list[str]:
         lines.append(f"Source: the checkpoint of fingerprint {code(provenance.history[0].source)}{named}.")
     elif provenance.origin is not None:
         lines.append(f"Source: {code(provenance.origin)}.")
-    lines.append(
-        f"Licence: {code(licence)}, as the source says."
-        if licence
-        else "The licence is the source's; this file does not name it."
-    )
-    return lines
+    return [*lines, _licence_line(licence)]
+
+
+def _licence_line(licence: Licence | None) -> str:
+    if licence is None:
+        return "The licence is the source's; this file does not name it."
+    if licence.file is None:
+        return f"Licence: {code(licence.name)}, as the metadata of the source says."
+    if licence.name == UNKNOWN:
+        return f"Licence: that of the file {code(licence.file.name)} of the source."
+    return f"Licence: {code(licence.name)}, as the file {code(licence.file.name)} of the source says."

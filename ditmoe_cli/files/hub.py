@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from ditmoe_cli.errors import BadInputError, DitmoeError, first_line
@@ -83,6 +84,18 @@ def fetched(text: str, notify: Notify = lambda _: None, contents: Contents = CHE
             return _without_hub(name, cache, error, notify)
         with _explaining(name, cache):
             return _all_fetched(name, cache, commit, listing, notify)
+
+
+def kept_commit(text: str) -> Path | None:
+    """Return the folder in the hub's cache of the commit that a name tells; None where nothing of it is there.
+
+    The hub is not asked. Raises `BadInputError` for a malformed name.
+    """
+    name = parse_hub_name(text)
+    if name.commit is None or find_spec("huggingface_hub") is None:
+        return None
+    folder = _RepositoryCache(name, CHECKPOINT).snapshot(name.commit)
+    return folder if folder.is_dir() else None
 
 
 def _require_client(name: HubName) -> None:

@@ -113,13 +113,18 @@ def told_name(path: Path) -> str:
 
 def hub_name_of(path: Path) -> str | None:
     """Return the name on the hub of a file or folder in its cache, with its commit; None for any other."""
-    for folder in (path, *path.parents):
-        repository = _repository_of(folder)
-        if repository is not None:
-            inside = path.relative_to(folder).as_posix()
-            owner = repository.replace("--", "/", 1)
-            return f"{HUB_PREFIX}{owner}{'' if inside == '.' else f'/{inside}'}@{folder.name}"
-    return None
+    folder = commit_folder(path)
+    repository = None if folder is None else _repository_of(folder)
+    if folder is None or repository is None:
+        return None
+    inside = path.relative_to(folder).as_posix()
+    owner = repository.replace("--", "/", 1)
+    return f"{HUB_PREFIX}{owner}{'' if inside == '.' else f'/{inside}'}@{folder.name}"
+
+
+def commit_folder(path: Path) -> Path | None:
+    """Return the folder of a commit in the hub's cache that a file or folder lies in; None for any other."""
+    return next((folder for folder in (path, *path.parents) if _repository_of(folder) is not None), None)
 
 
 def _repository_of(folder: Path) -> str | None:

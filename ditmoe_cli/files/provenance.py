@@ -11,6 +11,7 @@ from typing import Any
 from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.json_text import parse_json
+from ditmoe_cli.files.licences import checked_name
 
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
 _MOST_DIGITS = 6  # of an expert's number
@@ -169,7 +170,8 @@ class Provenance:
     """Configuration, history and card of a checkpoint; on disk, the hashes of its tensors stand beside them.
 
     `distilled` says by which few steps it is sampled; None where any will do. `origin` is the name of the checkpoint
-    that the history begins with, where it has one that holds everywhere: ``demo:NAME``, or ``hf:…`` on the hub.
+    that the history begins with, where it has one that holds everywhere: ``demo:NAME``, or ``hf:…`` on the hub, and
+    `licence` that which its metadata names, if any.
     """
 
     config: Mapping[str, Any]
@@ -177,6 +179,7 @@ class Provenance:
     card: Card = field(default_factory=Card)
     distilled: Distilled | None = None
     origin: str | None = None
+    licence: str | None = None
 
     @property
     def calibration(self) -> Mapping[str, Any] | None:
@@ -234,6 +237,8 @@ class Provenance:
             document["distilled"] = asdict(self.distilled)
         if self.origin is not None:
             document["origin"] = self.origin
+        if self.licence is not None:
+            document["licence"] = self.licence
         return {"format": "pt", "ditmoe": canonical_json(document)}
 
 
@@ -299,6 +304,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
             card=parse_card(document["card"]),
             distilled=parse_distilled(document.get("distilled")),
             origin=parse_origin(document.get("origin")),
+            licence=checked_name(document.get("licence")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({first_line(error)})") from None

@@ -17,6 +17,7 @@ from ditmoe_cli.errors import BadInputError, first_line
 from ditmoe_cli.files.containers import Located, consolidation, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.json_text import read_json
+from ditmoe_cli.files.licences import licence_in_metadata
 from ditmoe_cli.files.pickles import read_shards, read_state_dict
 from ditmoe_cli.files.pipelines import pipeline_hints
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
@@ -51,6 +52,7 @@ class CheckpointHeader:
         recorded: the SHA-256 of tensors by upstream name, as that metadata says, whatever became of the tensors since.
         notes: which weights were taken, where there was a choice.
         warnings: what looks like weights, and is not read.
+        licence: what the metadata of safetensors names; None where it names none.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class CheckpointHeader:
     recorded: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    licence: str | None = None
 
 
 def open_reader(path: Path) -> tuple[CheckpointHeader, TensorReader]:
@@ -98,8 +101,10 @@ def _open_safetensors(path: Path, located: Located) -> tuple[CheckpointHeader, T
     stored: dict[str, StoredTensor] = {}
     provenances: dict[Path, Provenance] = {}
     recorded: dict[str, str] = {}
+    licences: list[str] = []
     for shard in located.shards:
         header = read_safetensors_header(shard)
+        licences += filter(None, [licence_in_metadata(header.metadata)])
         twice = stored.keys() & header.tensors.keys()
         if twice:
             raise BadInputError(f"{shard}: tensor {min(twice)!r} stands in another shard too")
@@ -124,7 +129,8 @@ def _open_safetensors(path: Path, located: Located) -> tuple[CheckpointHeader, T
     infos = {name: _renamed(tensor.info, name) for name, tensor in reader.stored.items()}
     size = sum(shard.stat().st_size for shard in located.shards)
     layout = f"{located.layout}, names under {selection.shown!r}" if selection.shown else located.layout
-    return CheckpointHeader(path, layout, infos, size, {}, first, recorded, selection.notes, selection.warnings), reader
+    notes, licence = (selection.notes, selection.warnings), next(iter(licences), None)
+    return CheckpointHeader(path, layout, infos, size, {}, first, recorded, *notes, licence), reader
 
 
 def _refuse_missing(path: Path, recorded: Mapping[str, str], present: Collection[str]) -> None:

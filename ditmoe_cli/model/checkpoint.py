@@ -158,7 +158,8 @@ class Checkpoint(Brief):
         config = self.config.to_json()
         old = self.header.provenance or Provenance(config)
         origin = old.origin if old.origin is not None or old.history else public_name(self.path)
-        return replace(old, config=config, origin=origin)
+        licence = old.licence if old.licence is not None else self.header.licence
+        return replace(old, config=config, origin=origin, licence=licence)
 
     def settled(self) -> Checkpoint:
         """Return the checkpoint with the fingerprint that it has, not that claimed; reads what is not yet hashed."""

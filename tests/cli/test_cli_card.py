@@ -13,7 +13,10 @@ import yaml
 from cli_helpers import here
 from conftest import make_pico
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from ditmoe_cli import open_checkpoint
 from ditmoe_cli.api.model_cards import code, escaped
 from ditmoe_cli.files.provenance import Card, Provenance, Step
 
@@ -225,6 +228,48 @@ def test_source_and_licence_are_carried_over(tmp_path: Path) -> None:
     for broken in ("---\nlicense: [a]\n---\n", "---\nlicense: '<script>'\n---\n", "no front matter", "---\n&\n---\n"):
         (tmp_path / "folder" / "README.md").write_text(broken)
         assert "license" not in front(card(tmp_path, "--force", of="folder"))
+
+
+def test_a_licence_in_the_metadata_goes_with_all_copies(folder: Path) -> None:
+    tensors, metadata = load_file(folder / A), {"license": "cc-by-nc-4.0"}
+    with safe_open(folder / A, "numpy") as file:
+        save_file(tensors, folder / "l.safetensors", {**file.metadata(), **metadata})
+    for words in (("--uniform", "--bits", 8, "-o", "one.safetensors"), ("--uniform", "--bits", 4, "-o", "other")):
+        assert here("quantize", "l.safetensors", *words, cwd=folder).code == 0
+    converted = here("convert", "one.safetensors", "--dequantize", "-o", "two.safetensors", cwd=folder)
+    assert converted.code == 0, converted.err
+    for of in ("l.safetensors", "one.safetensors", "other", "two.safetensors"):
+        text = card(folder, "--force", of=of)
+        assert front(text)["license"] == "cc-by-nc-4.0" and "as the metadata of the source says" in text
+    assert "licence" not in open_checkpoint(folder / Q).provenance().to_metadata({})["ditmoe"], "as before"
+
+
+def test_files_beside_a_source_tell_its_licence_and_those_beside_a_copy_do_not(folder: Path) -> None:
+    (folder / "LICENSE").write_text("Permission is hereby granted, free of charge, to any person obtaining a copy")
+    plain = {name: value.copy() for name, value in load_file(folder / A).items()}
+    save_file(plain, folder / "source.safetensors")
+    assert front(card(folder, of="source.safetensors"))["license"] == "mit"
+    assert "license" not in front(card(folder, "--force"))
+    (folder / "LICENSE").write_text("You may do this and that.")
+    other = card(folder, "--force", of="source.safetensors")
+    assert front(other)["license"] == "other" and "that of the file `LICENSE` of the source" in other
+
+
+def test_the_card_of_the_source_in_the_hub_s_cache_tells_the_licence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    commit = folder / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    shutil.copy(folder / A, commit / "dit.safetensors")
+    quantized = here(
+        "quantize", commit / "dit.safetensors", "--uniform", "--bits", 8, "-o", "h.safetensors", cwd=folder
+    )
+    assert quantized.code == 0 and "license" not in front(card(folder, of="h.safetensors"))
+    (commit / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    document = front(card(folder, "--force", of="h.safetensors"))
+    assert document["base_model"] == "owner/name" and document["license"] == "apache-2.0"
 
 
 def test_texts_of_files_are_no_markup(tmp_path: Path) -> None:
