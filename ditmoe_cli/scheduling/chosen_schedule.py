@@ -202,7 +202,7 @@ class Planner:
 
 
 def amplifications(
-    way: Way, trials: Trials, found: Measured, bins: int, progress: Callable[[float], object] = lambda _: None
+    way: Way, trials: Trials, found: Measured, bins: int, progress: Callable[[int], object] = lambda _: None
 ) -> list[float]:
     """Return what errors of each bin make of the final images, where every second evaluation of it is extrapolated.
 
