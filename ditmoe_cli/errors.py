@@ -29,7 +29,7 @@ def as_argument(setting: str) -> str:
 
 
 def as_option(setting: str) -> str:
-    """Return a setting as the command line has it: ``--group-size`` for ``group_size``."""
+    """Return a setting as the command line has it: with two dashes before it, and dashes between its words."""
     return "--" + setting.replace("_", "-")
 
 

@@ -22,7 +22,7 @@ def strings(file: Path) -> Iterator[str]:
 
 def test_only_the_command_line_names_options() -> None:
     """Messages elsewhere mark settings (`ditmoe_cli.errors`), since Python callers read them too."""
-    of_others = PACKAGE / "export" / "upstream_script.py"  # the options of upstream's program
+    of_others = PACKAGE / "exporting" / "upstream_script.py"  # the options of upstream's program
     outside = [f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] != "cli" and f != of_others]
     named = {
         str(file.relative_to(PACKAGE)): options

@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((*COMPRESS, "--max-damage", 0.1, "--heal"), "--max-damage has no effect with --heal"),
         ((*COMPRESS, "--ratio", 0.5, "--target", "upstream", "--heal"), "--heal has no effect with --target upstream"),
         ((*COMPRESS, "--curve", "--heal"), "--heal has no effect with --curve"),
-        ((*COMPRESS, "--curve", "--target", "upstream"), "--target has no effect with --curve"),
+        ((*COMPRESS, "--curve", "--target", "upstream"), "--target has no effect on a curve of sizes"),
         (("convert", "a.safetensors", "-o", "b.safetensors", "--max-shard-size", "1MB"), "on a single file"),
         (("profile-experts", "a.safetensors", "--fast", "--reservoir", 64), "--reservoir has no effect with --fast"),
         (("profile-experts", "a.safetensors", "--seed", 2**70), "must fit 64 bits"),
