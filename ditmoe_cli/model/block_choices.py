@@ -54,6 +54,13 @@ class SlotRule:
     threshold: float = 0.0
 
     @property
+    def leaves_nothing_out(self) -> bool:
+        """Whether all slots are computed, whatever the routing weights are."""
+        if self.rule == "top-p":
+            return self.threshold >= 1
+        return self.rule in ("odp", "saliency") and self.threshold == 0
+
+    @property
     def text(self) -> str:
         """The rule as a text, with its threshold where it has one."""
         return f"{self.rule}:{self.threshold!r}" if self.rule in WITH_THRESHOLD else self.rule

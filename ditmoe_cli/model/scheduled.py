@@ -191,10 +191,11 @@ class ScheduledRun:
 
         Of an evaluation, each block is asked once, and `finish` ends it.
         """
-        choices = [self._table.at(self.evaluation, branch, index) for branch in branches]
+        choices = [_effective(self._table.at(self.evaluation, branch, index)) for branch in branches]
         statistics = [self._statistics(self.evaluation, branch, index) for branch in branches]
+        rule = choices[0].slots
         alike = all(choice == choices[0] for choice in choices) and (
-            choices[0].slots is None or all(each is statistics[0] for each in statistics)
+            rule is None or rule.rule != "saliency" or all(each is statistics[0] for each in statistics)
         )
         if alike:
             return self._chosen(index, choices[0], x, modulation, t, branches, statistics[0])
@@ -322,29 +323,28 @@ class ScheduledRun:
         modulations = [modulation_of(f"blocks.{i}", block.adaLN_modulation) for i, block in enumerate(self._blocks)]
         behind = self._whole_block(0, tokens, modulations[0])
         added = behind - tokens
-        size = len(tokens) // len(branches)
-        parts = []
-        for place, branch in enumerate(branches):
-            rows = slice(place * size, (place + 1) * size)
-            first, kept = added[rows], self._first.get(branch)
-            moved = (
-                torch.ones(size, dtype=torch.bool, device=first.device)
-                if kept is None
-                else (first - kept.added).abs().sum(dim=(1, 2)) >= threshold * kept.added.abs().sum(dim=(1, 2))
-            )
-            result = behind[rows] if kept is None else behind[rows] + kept.later
-            if bool(moved.any()):
-                out = behind[rows][moved]
-                for index in range(1, len(self._blocks)):
-                    out = self._whole_block(index, out, modulations[index][rows][moved])
-                later = torch.zeros_like(first) if kept is None else kept.later.clone()
-                base = first if kept is None else torch.where(moved[:, None, None], first, kept.added)
-                later[moved] = out - behind[rows][moved]
-                self._first[branch] = _First(base, later)
-                result = result.clone()
-                result[moved] = out
-            parts.append(result)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        kept = [self._first.get(branch) for branch in branches]
+        firsts = added.chunk(len(branches))
+        moved = torch.cat([_moved(first, before, threshold) for first, before in zip(firsts, kept, strict=True)])
+        some, every = bool(moved.any()), bool(moved.all())
+        later = torch.cat(
+            [torch.zeros_like(first) if k is None else k.later for first, k in zip(firsts, kept, strict=True)]
+        )
+        if not some:
+            return behind + later
+        out = behind if every else behind[moved]
+        for index in range(1, len(self._blocks)):
+            out = self._whole_block(index, out, modulations[index] if every else modulations[index][moved])
+        result = out
+        if not every:
+            result = behind + later
+            result[moved] = out
+        later[moved] = out - (behind if every else behind[moved])
+        parts = zip(branches, firsts, later.chunk(len(branches)), moved.chunk(len(branches)), kept, strict=True)
+        for branch, first, behind_first, new, before in parts:
+            base = first if before is None else torch.where(new[:, None, None], first, before.added)
+            self._first[branch] = _First(base, behind_first)
+        return result
 
     def _whole_block(self, index: int, x: Tensor, modulation: Tensor) -> Tensor:
         """Return what a block makes of x, all of it computed."""
@@ -368,6 +368,19 @@ class _First:
     @property
     def nbytes(self) -> int:
         return 2 * self.added.numel() * self.added.element_size()
+
+
+def _effective(choice: BlockChoice) -> BlockChoice:
+    """Return a choice without a rule that leaves nothing out."""
+    return replace(choice, slots=None) if choice.slots is not None and choice.slots.leaves_nothing_out else choice
+
+
+def _moved(first: Tensor, kept: _First | None, threshold: float) -> Tensor:
+    """Return the images (N,) to which the first block adds something else than before: `first` (N, tokens, D)."""
+    if kept is None:
+        return torch.ones(len(first), dtype=torch.bool, device=first.device)
+    change, before = (first - kept.added).abs(), kept.added.abs()
+    return change.sum(dim=(1, 2)) >= threshold * before.sum(dim=(1, 2))
 
 
 def extrapolated(outputs: Sequence[Tensor], times: Sequence[float], t: float) -> Tensor:
