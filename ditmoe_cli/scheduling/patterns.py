@@ -8,6 +8,8 @@ from ditmoe_cli.model.block_choices import FULL, BlockChoice, parse_choice
 
 PERIODS = (2, 3, 4, 5)
 """Every how many evaluations something is computed that is reused or extrapolated in between."""
+MOST_ROWS = 64
+"""Images of all branches and choices that are replayed together."""
 REUSED_AGES = (1, 2, 4)
 """Ages at which reuse is measured; between them errors are interpolated."""
 TAKEN = ("reuse", "reuse-attention", "reuse-mixture", "forecast", "forecast-attention", "forecast-mixture")

@@ -29,12 +29,9 @@ from ditmoe_cli.model.partial_mixtures import (
     protected_tokens,
 )
 from ditmoe_cli.model.scheduled import extrapolated
-from ditmoe_cli.scheduling.patterns import PERIODS, Probe
+from ditmoe_cli.scheduling.patterns import MOST_ROWS, PERIODS, Probe
 from ditmoe_cli.scheduling.way_states import Visited, Way
 from ditmoe_cli.scheduling.way_statistics import WayStatistics
-
-_MOST_ROWS = 256
-"""Images of all branches and choices that pass the later blocks together."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class _Replay:
             for branch in self._branches:
                 found[branch, index] = {}
             probes = [(branch, probe) for branch in self._branches for probe in asked.get((branch, index), ())]
-            parts = max(1, _MOST_ROWS // self._count)
+            parts = max(1, MOST_ROWS // self._count)
             for start in range(0, len(probes), parts):
                 for (branch, probe), result in zip(
                     probes[start : start + parts],

@@ -10,6 +10,7 @@ from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import BASELINE_BYTES, Estimate, activation_bytes, loading, model_bytes, passes
 from ditmoe_cli.scheduling.fewer_steps import evaluations_of
+from ditmoe_cli.scheduling.patterns import MOST_ROWS
 from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, check_method, needs_states
 
 LEAST_IMAGES = 8
@@ -74,6 +75,6 @@ def schedule_estimate(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSam
         work += passes(config, measured, asked.bins * branches * _PROBES * config.depth / 2, measured)
     elif needs_states(asked.method):
         work += passes(config, measured, asked.bins * branches, measured)
-    rows = max(branches * asked.images, 256)
+    rows = max(branches * asked.images, MOST_ROWS)
     memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, rows)
     return Estimate("choosing a schedule", work, memory)
