@@ -318,7 +318,7 @@ def size_curve(
     png: Annotated[AnyPath, ending(".png")] | None = None,
     force: bool = False,
 ) -> MeasuredCurve:
-    """Measure what sizes of a checkpoint cost, as ``ditmoe compress`` does with a curve; `apply` takes the plan of each.
+    """Measure what sizes of a checkpoint cost, as ``ditmoe compress`` does; `apply` takes the plan of each.
 
     Args:
         checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
