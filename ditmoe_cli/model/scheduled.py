@@ -19,7 +19,6 @@ from ditmoe_cli.model.block_choices import BlockChoice, ComputeTable
 from ditmoe_cli.model.compute_cost import attended_to_cost, attention_cost, fixed_cost, shared_cost, unrouted_cost
 from ditmoe_cli.model.dit import Attended, Block, DiTMoE, ModulationOf, gated_sum
 from ditmoe_cli.model.partial_mixtures import (
-    Mixed,
     SlotOutputs,
     SlotStatistics,
     mixed_from_before,
@@ -240,9 +239,8 @@ class ScheduledRun:
         block = self._blocks[index]
         output: Tensor = block.attn(block.attention_inputs(x, modulation))
         self.count.flops += len(x) * attention_cost(self._model.config)
-        for branch, part in zip(branches, output.chunk(len(branches)), strict=True):
-            last = self._lifetimes[branch, index].attention.get(self.evaluation, -1)
-            self._keep(self._shelves[branch, index].attention, part, t, last)
+        lasts = [self._lifetimes[branch, index].attention.get(self.evaluation, -1) for branch in branches]
+        self._keep([self._shelves[branch, index].attention for branch in branches], output, t, lasts)
         return output
 
     def _mixture(
@@ -271,11 +269,13 @@ class ScheduledRun:
         if self._routed is not None:
             self._routed(index, branches, mixed.rows)
         output = mixed.output.reshape(u.shape)
-        for place, (branch, part) in enumerate(zip(branches, output.chunk(len(branches)), strict=True)):
-            shelf, lasts = self._shelves[branch, index], self._lifetimes[branch, index]
-            self._keep(shelf.mixture, part, t, lasts.mixture.get(self.evaluation, -1))
+        shelves = [self._shelves[branch, index] for branch in branches]
+        lasts = [self._lifetimes[branch, index].mixture.get(self.evaluation, -1) for branch in branches]
+        self._keep([shelf.mixture for shelf in shelves], output, t, lasts)
+        for place, shelf in enumerate(shelves):
             if keeps[place] >= 0 and mixed.kept is not None:
-                shelf.slots, shelf.slots_last = _part(mixed, place, len(branches)), keeps[place]
+                part = _part(mixed.kept, place, len(branches))
+                shelf.slots, shelf.slots_last = part if len(set(keeps)) == 1 else _apart(part), keeps[place]
         return output
 
     def _protected(self, block: Block, choice: BlockChoice, x: Tensor, modulation: Tensor) -> Tensor | None:
@@ -285,10 +285,14 @@ class ScheduledRun:
         self.count.flops += len(x) * attended_to_cost(self._model.config)
         return protected_tokens(block.attn.attended_to(block.attention_inputs(x, modulation))).reshape(-1)
 
-    def _keep(self, shelf: list[_Kept], output: Tensor, t: float, last: int) -> None:
-        """Keep an output until the last evaluation that takes it."""
-        if last >= 0:
-            shelf.append(_Kept(t, output, last))
+    def _keep(self, shelves: Sequence[list[_Kept]], output: Tensor, t: float, lasts: Sequence[int]) -> None:
+        """Keep the output of branches until the last evaluation that takes each; apart, where one is let go of before.
+
+        Parts of one output would keep all of it in memory.
+        """
+        for shelf, part, last in zip(shelves, output.chunk(len(shelves)), lasts, strict=True):
+            if last >= 0:
+                shelf.append(_Kept(t, part if len(set(lasts)) == 1 else part.clone(), last))
 
     def _slots_before(self, index: int, branches: Sequence[int]) -> SlotOutputs:
         """Return the slots of branches that were kept, image after image."""
@@ -343,7 +347,8 @@ class ScheduledRun:
         parts = zip(branches, firsts, later.chunk(len(branches)), moved.chunk(len(branches)), kept, strict=True)
         for branch, first, behind_first, new, before in parts:
             base = first if before is None else torch.where(new[:, None, None], first, before.added)
-            self._first[branch] = _First(base, behind_first)
+            found = _First(base, behind_first)
+            self._first[branch] = found if len(branches) == 1 else _First(base.clone(), behind_first.clone())
         return result
 
     def _whole_block(self, index: int, x: Tensor, modulation: Tensor) -> Tensor:
@@ -394,13 +399,16 @@ def extrapolated(outputs: Sequence[Tensor], times: Sequence[float], t: float) ->
     return torch.lerp(outputs[-1], outputs[-2], -factor)
 
 
-def _part(mixed: Mixed, place: int, parts: int) -> SlotOutputs:
+def _part(kept: SlotOutputs, place: int, parts: int) -> SlotOutputs:
     """Return what is kept of one of several branches."""
-    assert mixed.kept is not None
-    kept = mixed.kept
     return replace(
         kept,
         rows=kept.rows.chunk(parts)[place],
         outputs=kept.outputs.chunk(parts)[place],
         shared=kept.shared.chunk(parts)[place],
     )
+
+
+def _apart(kept: SlotOutputs) -> SlotOutputs:
+    """Return the same in memory of its own."""
+    return SlotOutputs(kept.rows.clone(), kept.outputs.clone(), kept.shared.clone())

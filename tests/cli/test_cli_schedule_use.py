@@ -282,7 +282,9 @@ def test_a_malformed_schedule_in_an_envelope_is_named(folder: Path, tmp_path: Pa
 
 def test_compare_is_exactly_0_where_everything_is_computed(folder: Path, tmp_path: Path) -> None:
     a = folder / "a.safetensors"
-    found = here("compare", a, a, *FOUR, "--schedule", folder / "full.safetensors", cwd=tmp_path).result
+    made = here("compare", a, a, *FOUR, "--schedule", folder / "full.safetensors", cwd=tmp_path)
+    assert made.envelope["schedule"] == str(folder / "full.safetensors")
+    found = made.result
     assert found["prediction"]["relative_error"] == found["latents"]["relative_error"] == found["images"]["mse"] == 0
     assert found["depth"]["cumulative"] == found["depth"]["added"] == [0, 0]
     assert found["routing"]["overlap"] == 1

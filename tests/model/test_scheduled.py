@@ -214,6 +214,26 @@ def test_memory_is_let_go_when_nothing_takes_it_any_more(pico: Callable[..., Pic
     assert all(shelf.nbytes == 0 for shelf in run._shelves.values())
 
 
+@pytest.mark.parametrize("saved", ["reuse", "reuse-slots", "forecast"])
+def test_a_branch_that_is_let_go_of_leaves_no_memory_behind(pico: Callable[..., Pico], saved: str) -> None:
+    """The null class is predicted once: of both branches' outputs, those of the conditional one alone are kept."""
+    model = pico().model()
+    second, null = parse_choice(saved), model.config.num_classes
+    cells = [[[FULL] * 2] * 2, [[second] * 2, [FULL] * 2], [[FULL] * 2] * 2]
+    run = ScheduledRun(model, table_of(cells, ("compute", "off", "off")))
+    both = torch.cat((LABELS, torch.full_like(LABELS, null)))
+    x = states(1)[0]
+    with torch.inference_mode():
+        c = model.condition(torch.full((6,), 0.9), both)
+        run.predict(torch.cat((x, x)), 0.9, lambda _, modulate: modulate(c), (0, 1))
+    for (branch, _), shelf in run._shelves.items():
+        tensors = [kept.output for kept in (*shelf.attention, *shelf.mixture)]
+        if shelf.slots is not None:
+            tensors += [shelf.slots.outputs, shelf.slots.shared, shelf.slots.rows]
+        assert bool(tensors) == (branch == 0)
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == shelf.nbytes
+
+
 def test_operations_are_those_of_the_formulas(pico: Callable[..., Pico]) -> None:
     model = pico().model()
     config = model.config

@@ -15,7 +15,7 @@ from ditmoe_cli.api.bench_runs import benched, labels, scheduled_text, seconds_t
 from ditmoe_cli.api.output_names import Size, parse_size
 from ditmoe_cli.cli.guiding_options import StepGuiding, beside
 from ditmoe_cli.cli.options import DeviceOpt, DtypeOpt, Models, Source, complete_checkpoint
-from ditmoe_cli.cli.sampling_options import Scheduling
+from ditmoe_cli.cli.sampling_options import Scheduling, scheduled
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
 from ditmoe_cli.diffusion.few_steps import told_sampling
@@ -141,8 +141,9 @@ def run(
     stages = measured.stages()
     opened = [open_stage(stage) for stage in stages]
     guiding = beside(weaker.opened(measured.given), stages[0])
-    found = benched(opened, measuring, guiding, threads.threads, scheduling.of(stages[0]))
-    done = stages[0] if len(opened) == 1 else replace(stages[0], checkpoint=None)
+    schedule = scheduling.of(stages[0])
+    found = benched(opened, measuring, guiding, threads.threads, schedule)
+    done = scheduled(stages[0], schedule) if len(opened) == 1 else replace(stages[0], checkpoint=None)
     printed = rows(found.results[0]) if len(opened) == 1 else comparison_rows(opened, found.found)
     printed += [("schedule", scheduled_text(found.scheduled))] if found.scheduled is not None else []
     emit(printing, done.done("bench", {}).to_json(found.to_json()), printed, "")

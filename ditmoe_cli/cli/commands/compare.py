@@ -14,7 +14,7 @@ from ditmoe_cli.api.argument_checks import ending
 from ditmoe_cli.api.comparison_runs import compared, pair_of
 from ditmoe_cli.cli.guiding_options import WeakGuiding, beside
 from ditmoe_cli.cli.options import Models, Overrides, Running, complete_checkpoint
-from ditmoe_cli.cli.sampling_options import Scheduling, UpstreamSampling, schedule_rows, solver_row
+from ditmoe_cli.cli.sampling_options import Scheduling, UpstreamSampling, schedule_rows, scheduled, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit
 from ditmoe_cli.errors import BadInputError, GateError, UsageError
@@ -165,7 +165,12 @@ def run(
     pairs = [pair_of(a, b, spec_of, guiding, comparing, schedule) for b in others]
     results = compared(pairs, running, to.outputs)
     if len(results) == 1:
-        emit(printing, stages[0].done("compare", {}).to_json(results[0].result), rows(results[0].result), to.path)
+        emit(
+            printing,
+            scheduled(stages[0], schedule).done("compare", {}).to_json(results[0].result),
+            rows(results[0].result),
+            to.path,
+        )
     else:
         files = [file_json(each, result) for each, result in zip(pairs, results, strict=True)]
         several = replace(stages[0], checkpoint=None)

@@ -22,7 +22,7 @@ from ditmoe_cli.api.score_runs import (
 from ditmoe_cli.cli.groups import completing
 from ditmoe_cli.cli.guiding_options import WeakGuiding, beside
 from ditmoe_cli.cli.options import Accelerating, Models, Overrides, complete_checkpoint
-from ditmoe_cli.cli.sampling_options import ImageSampling, Scheduling, schedule_rows, solver_row
+from ditmoe_cli.cli.sampling_options import ImageSampling, Scheduling, schedule_rows, scheduled, solver_row
 from ditmoe_cli.cli.stage import Stage, incoming, open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, columns, emit, note
 from ditmoe_cli.diffusion.compute_schedule import ComputeSchedule
@@ -260,7 +260,7 @@ def run(
     path = str(to.output.absolute()) if to.output else ""
     if len(results) == 1:
         result = results[0].score
-        emit(printing, stages[0].done("fid", {}).to_json(result.to_json()), rows(result), path)
+        emit(printing, scheduled(stages[0], schedule).done("fid", {}).to_json(result.to_json()), rows(result), path)
     else:
         files = [file_json(comparison, each) for comparison, each in zip(comparisons, results, strict=True)]
         several = replace(stages[0], checkpoint=None, original=None, samples=None, given=None)
