@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditmoe_cli.api.model_cards import Loading, Shown, model_card, read_score
+from ditmoe_cli.api.model_cards import Loading, Measurement, Shown, model_card, read_score
 from ditmoe_cli.api.sample_runs import SampledImages
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -20,26 +20,27 @@ class CardContents:
     """What a model card shows beside what the file records.
 
     Attributes:
-        scores: files of what was measured, as ``fid`` and ``compare`` print it.
+        scores: what `score` and `compare` found, or files of what ``fid`` and ``compare`` printed.
         picture: a PNG of pairs of images.
         samples: two files to draw such pairs of: samples of the checkpoint and of its original, in any order.
     """
 
-    scores: Sequence[Path] | None = None
+    scores: Sequence[Path | Measurement] | None = None
     picture: Path | None = None
     samples: Sequence[Path] | None = None
 
     @property
     def inputs(self) -> list[Path]:
         """The files that are read."""
-        return [*(self.scores or ()), *([] if self.picture is None else [self.picture]), *(self.samples or ())]
+        scores = [score for score in self.scores or () if isinstance(score, Path)]
+        return [*scores, *([] if self.picture is None else [self.picture]), *(self.samples or ())]
 
     def card_of(self, checkpoint: Checkpoint, picture: str, loading: Loading | None = None) -> tuple[str, bytes | None]:
         """Return the card of a checkpoint, which calls its picture so, and that picture; None where it has none.
 
         Raises `BadInputError` as `read_score` and `pairs_of` do, and for a picture that is not there.
         """
-        scores = [read_score(file, checkpoint) for file in self.scores or ()]
+        scores = [read_score(score, checkpoint) for score in self.scores or ()]
         pixels, sampling = self._pictured(checkpoint)
         shown = Shown(scores, None if pixels is None else picture, loading, sampling)
         return model_card(checkpoint, shown), pixels
@@ -61,14 +62,11 @@ class CardContents:
 
 
 def contents_of(
-    scores: Iterable[str | Path] | None,
+    scores: Iterable[str | Path | Measurement] | None,
     picture: str | Path | None,
     samples: Iterable[str | Path | SampledImages] | None,
-) -> tuple[tuple[Path, ...] | None, Path | None, tuple[Path, ...] | None]:
-    """Return the files that a card shows, as paths."""
-    files = None if samples is None else (each.path if isinstance(each, SampledImages) else each for each in samples)
-    return _paths(scores), None if picture is None else Path(picture), _paths(files)
-
-
-def _paths(files: Iterable[str | Path] | None) -> tuple[Path, ...] | None:
-    return tuple(map(Path, files)) or None if files is not None else None
+) -> tuple[tuple[Path | Measurement, ...] | None, Path | None, tuple[Path, ...] | None]:
+    """Return what a card shows, its files as paths."""
+    found = tuple(Path(each) if isinstance(each, str) else each for each in scores or ())
+    files = tuple(each.path if isinstance(each, SampledImages) else Path(each) for each in samples or ())
+    return found or None, None if picture is None else Path(picture), files or None

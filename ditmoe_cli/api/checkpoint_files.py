@@ -20,6 +20,7 @@ from ditmoe_cli.api.inspection_runs import (
     contrasted,
     inspected,
 )
+from ditmoe_cli.api.model_cards import Measurement
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import NOTHING_GIVEN, opened
 from ditmoe_cli.api.output_names import checkpoint_path, destination
@@ -41,7 +42,7 @@ def inspect(
     *,
     tensors: bool = False,
     card: Annotated[AnyPath, ending(".md")] | None = None,
-    scores: Sequence[AnyPath] | None = None,
+    scores: Sequence[AnyPath | Measurement] | None = None,
     picture: Annotated[AnyPath, ending(".png")] | None = None,
     samples: Sequence[AnyPath | SampledImages] | None = None,
     force: bool = False,
@@ -56,7 +57,7 @@ def inspect(
         tensors: whether to list the stored tensors, or with `other` each weight that differs. Of a file that is no
             DiT-MoE the result is then an `InspectedTensors`.
         card: file ``….md`` to write a model card to.
-        scores: files of what `score` and `compare` found, as the commands print it, for the card.
+        scores: what `score` and `compare` found, or files of what the commands printed, for the card.
         picture: PNG of pairs of images, for the card.
         samples: samples of the checkpoint and of its original, by the same seeds, to draw such pairs of.
         force: whether to replace what stands at `card`.
@@ -134,7 +135,7 @@ def export(
     to: Annotated[str, one_of(*TARGETS)],
     dtype: Cast | None = None,
     dequantize: bool = False,
-    scores: Sequence[AnyPath] | None = None,
+    scores: Sequence[AnyPath | Measurement] | None = None,
     picture: Annotated[AnyPath, ending(".png")] | None = None,
     samples: Sequence[AnyPath | SampledImages] | None = None,
     output: AnyPath | None = None,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ditmoe_cli.api.step_texts import number, step_text
 from ditmoe_cli.compression.recipe import recipe_of
@@ -275,25 +275,34 @@ def _sampled(sampling: Mapping[str, Any]) -> str:
     return f"{told}, cfg {code(str(sampling.get('cfg')))}, seed {code(str(sampling.get('seed')))}"
 
 
-def read_score(path: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return a score of the checkpoint, of the JSON that ``fid`` or ``compare`` printed.
+@runtime_checkable
+class Measurement(Protocol):
+    """What `score` and `compare` found."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the command prints it."""
+
+
+def read_score(score: Path | Measurement, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return a score of the checkpoint: of the JSON that ``fid`` or ``compare`` printed, or of what a function found.
 
     Raises `BadInputError` for what is no such file, and for a score of another checkpoint.
     """
+    told = f"{score}" if isinstance(score, Path) else "⟨scores⟩"
     try:
-        document = read_json(path, names=True)
+        document = read_json(score, names=True) if isinstance(score, Path) else score.to_json()
         if isinstance(document, dict) and document.get("schema") == STAGE_SCHEMA:
             document = document["result"]
         is_fid = "metric" in document
         subject = str(document["conditions"]["subject" if is_fid else "b"]["identity"])
         list(_score_rows(document))
     except FileNotFoundError:
-        raise BadInputError(f"{path}: no such file") from None
+        raise BadInputError(f"{told}: no such file") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise BadInputError(f"{path}: is no score; give the JSON that ditmoe fid or compare prints") from None
+        raise BadInputError(f"{told}: is no score; give the JSON that ditmoe fid or compare prints") from None
     if subject != checkpoint.written_fingerprint and subject != checkpoint.fingerprint:
         raise BadInputError(
-            f"{path}: is a score of {subject[:12]}, and {checkpoint.path} is {checkpoint.fingerprint[:12]}; score that "
+            f"{told}: is a score of {subject[:12]}, and {checkpoint.path} is {checkpoint.fingerprint[:12]}; score that "
             "one"
         )
     return dict(document)

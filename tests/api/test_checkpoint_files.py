@@ -108,8 +108,20 @@ def test_an_export_is_the_command_s_and_reads_back_as_the_folder_of_a_pipeline(f
         ditmoe_cli.export("q.safetensors", to="ggml")
 
 
-def test_scores_that_a_card_shows_are_files_of_what_functions_found(folder: Path) -> None:
-    found = ditmoe_cli.compare("a.safetensors", "q.safetensors", images=2, steps=2)
-    (folder / "compare.json").write_text(json.dumps(found.to_json()))
-    ditmoe_cli.export("q.safetensors", to="diffusers", output="shown", scores=["compare.json"])
-    assert "relative error of the prediction" in (folder / "shown" / "README.md").read_text()
+def test_cards_show_what_functions_found_and_draw_what_they_sampled(folder: Path) -> None:
+    few = {"images": 2, "steps": 2}
+    compared = ditmoe_cli.compare("a.safetensors", "q.safetensors", **few)  # type: ignore[arg-type]
+    sampled = [ditmoe_cli.sample(f"{name}.safetensors", **few, output=f"{name}.s.safetensors") for name in "aq"]  # type: ignore[arg-type]
+    scored = ditmoe_cli.score(sampled[1], ref=sampled[0], extractor="pixels")
+    (folder / "compare.json").write_text(json.dumps(compared.to_json()))
+    for name, scores in (("objects", [compared, scored]), ("files", ["compare.json", scored])):
+        made = ditmoe_cli.export("q.safetensors", to="diffusers", output=name, scores=scores, samples=sampled)
+        text = (made.path / "README.md").read_text()
+        assert "relative error of the prediction" in text and "`frechet` (`pixels`)" in text
+        assert "](images.png)" in text and (made.path / "images.png").is_file()
+    with pytest.raises(BadInputError, match="scores: is a score of"):
+        ditmoe_cli.export("a.safetensors", to="diffusers", scores=[compared])
+    with pytest.raises(BadInputError, match="scores: is no score"):
+        ditmoe_cli.inspect("q.safetensors", card="x.md", scores=[sampled[0]])
+    with pytest.raises(UsageError, match="scores 3: give a list"):
+        ditmoe_cli.inspect("q.safetensors", card="x.md", scores=3)  # type: ignore[arg-type]
