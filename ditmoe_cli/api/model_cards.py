@@ -294,18 +294,35 @@ def read_score(score: Path | Measurement, checkpoint: Checkpoint) -> Mapping[str
         if isinstance(document, dict) and document.get("schema") == STAGE_SCHEMA:
             document = document["result"]
         is_fid = "metric" in document
-        subject = str(document["conditions"]["subject" if is_fid else "b"]["identity"])
+        side = document["conditions"]["subject" if is_fid else "b"]
+        subject = str(side["identity"])
         list(_score_rows(document))
     except FileNotFoundError:
         raise BadInputError(f"{told}: no such file") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise BadInputError(f"{told}: is no score; give the JSON that ditmoe fid or compare prints") from None
-    if subject != checkpoint.written_fingerprint and subject != checkpoint.fingerprint:
+    names = (checkpoint.written_fingerprint, checkpoint.fingerprint)
+    if subject not in names and _sampled_by(side) not in names:
         raise BadInputError(
             f"{told}: is a score of {subject[:12]}, and {checkpoint.path} is {checkpoint.fingerprint[:12]}; score that "
             "one"
         )
     return dict(document)
+
+
+def _sampled_by(side: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of the checkpoint that scored samples are of; None where their file is gone or changed."""
+    file = Path(str(side.get("path")))
+    if side.get("kind") != "images" or not file.is_file():
+        return None
+    from ditmoe_cli.evaluation.images import images_digest
+    from ditmoe_cli.evaluation.samples import read_origin
+
+    try:
+        origin = read_origin(file)
+        return origin.model.fingerprint if origin is not None and images_digest(file) == side["identity"] else None
+    except BadInputError:
+        return None
 
 
 def _pictured(picture: str | None, sampling: Mapping[str, Any] | None) -> list[str]:

@@ -166,6 +166,16 @@ def test_pairs_are_drawn_of_samples_in_any_order(folder: Path, samples: tuple[ob
     assert here(*export, cwd=folder).result["up_to_date"]
 
 
+def test_scores_of_samples_are_the_checkpoint_s_that_they_are_of(folder: Path, samples: tuple[object, ...]) -> None:
+    _, ours, _, theirs = samples
+    (folder / "s.json").write_text(here("fid", ours, "--ref", theirs, "--extractor", "pixels", cwd=folder).out)
+    assert "| `frechet` (`pixels`) |" in card(folder, "--scores", "s.json")
+    words = ("inspect", A, "--card", "x.md", "--scores", "s.json")
+    assert "is a score of" in here(*words, cwd=folder).error(3)
+    (folder / str(ours)).unlink()
+    assert "is a score of" in here("inspect", Q, *words[2:], cwd=folder).error(3)
+
+
 def test_samples_that_make_no_pairs_are_refused(folder: Path, samples: tuple[object, ...]) -> None:
     def refused(*words: object, of: str = Q, code: int = 3) -> str:
         return here("inspect", of, "--card", "x.md", *words, cwd=folder).error(code)
