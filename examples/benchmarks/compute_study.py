@@ -86,6 +86,7 @@ class Study:
     folder: Path
     batch: int
     planned_on: int
+    grey_levels: int
 
     @cached_property
     def planning(self) -> Planning:
@@ -138,7 +139,7 @@ def scores(
     study: Study, images: NDArray[Any], way: NDArray[Any], fine: NDArray[Any] | None, pairs: bool
 ) -> dict[str, float]:
     """Return errors and distances of images; NaN where there is nothing to pair with."""
-    levels = study.checkpoint.card.grey_levels
+    levels = study.grey_levels
     features, others = (PixelExtractor(levels)(each) for each in (images, way))
     return {
         "to_way": paired_error(images, way, levels).mse if pairs else float("nan"),
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--real", type=Path, help="npz of real images; scikit-learn's digits where none is given")
+    parser.add_argument("--grey-levels", type=int, help="of real images, 16 for the digits; default: the checkpoint's")
     parser.add_argument("--copy", type=Path, action="append", default=[], help="a distilled copy")
     parser.add_argument("--only", action="append", help="rows of this method, or 'steps'; can be repeated")
     parser.add_argument("--folder", type=Path, required=True, help="where images and the figure go")
@@ -256,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(checkpoint, torch.device("cpu"), torch.float32).prepack()
     real = real_images(options.real) if options.real else real_digits()
-    study = Study(checkpoint, model, spec, real, folder, options.batch, options.planned_on)
+    levels = options.grey_levels or checkpoint.card.grey_levels
+    study = Study(checkpoint, model, spec, real, folder, options.batch, options.planned_on, levels)
     print("| method | operations | seconds | to the full sampling | to the fine solution | ", end="")
     print("distance to the full sampling | to real images |\n|---|---|---|---|---|---|---|")
     wanted = set(options.only or ())
