@@ -119,8 +119,8 @@ def scheduled_result(
     `anyway`, and as `chosen_schedule` does.
     """
     untimed = _untimed(checkpoint, sampling, guiding)
-    asked, way = check_asked(scheduling.asked(untimed), checkpoint.config), untimed.way
-    target = to.at(checkpoint.path, f"{_named(asked)}.{way.solver}{way.steps}.schedule").absolute()
+    asked, way = check_asked(scheduling.asked(untimed), checkpoint.config, untimed.way), untimed.way
+    target = to.at(checkpoint.path, f"{_named(asked)}.{_named_way(way)}.schedule").absolute()
     estimate = schedule_estimate(asked, checkpoint.config, way)
     if dry_run:
         return ForeseenSchedule(target, asked.method, way, estimate, known_rate(likely_device(scheduling.device)))
@@ -129,6 +129,7 @@ def scheduled_result(
     request = _request(checkpoint, spec, asked)
     made = None if to.force else _made_before(target, request)
     if made is not None:
+        _check_rival(made.measured, scheduling.anyway)
         note(f"{target.name}: is up to date")
         return made
     check_target(target, to.force, (checkpoint.path,))
@@ -147,6 +148,11 @@ def _named(asked: Asked) -> str:
     """Return the method, and what it was to keep to, as part of a name."""
     within = f"{asked.flops:g}" if asked.flops is not None else f"damage{asked.max_damage:g}" if asked.plans else ""
     return asked.method.replace(":", "") + within
+
+
+def _named_way(way: ScheduledSampling) -> str:
+    """Return the way of sampling as part of a name."""
+    return f"{way.solver}{way.steps}" + (f"-cfg{way.cfg:g}" if way.cfg != 1.0 else "")
 
 
 def _request(checkpoint: Checkpoint, spec: SampleSpec, asked: Asked) -> str:
@@ -206,9 +212,8 @@ def _chosen(
     way = _way(checkpoint, spec, guiding, scheduling.device)
     chosen = chosen_schedule(way, asked)
     fewer = None if checkpoint.distilled is not None else fewer_steps_than(chosen, way)
-    if fewer is not None and fewer.wins and not scheduling.anyway:
-        raise InfeasibleError(_told_rival(fewer, chosen.best))
     measured = {**_measured(chosen, spec, fewer), "request": request}
+    _check_rival(measured, scheduling.anyway)
     method = asked.method if chosen.best.name in (asked.method, "full") else f"{asked.method} ({chosen.best.name})"
     table = chosen.best.table
     document = schedule_document(checkpoint.fingerprint, spec.way, method, table, asked.bins, measured)
@@ -269,12 +274,15 @@ def _rival_facts(fewer: FewerSteps) -> dict[str, Any]:
     }
 
 
-def _told_rival(fewer: FewerSteps, best: Tried) -> str:
-    """Return that fewer steps win, and what to do."""
-    times = fewer.schedule / max(fewer.error, 1e-30)
-    steps = told_sampling(fewer.sampling.solver, fewer.sampling.steps)
-    return (
-        f"{steps} cost no more ({fewer.evaluations} evaluations, the schedule {best.flops:.2f} of all operations) and "
-        f"err {times:.1f} times less, {fewer.error:.2g} against {fewer.schedule:.2g} of the fine solution; sample so, "
-        "or write the schedule with ⟨anyway⟩"
+def _check_rival(measured: Mapping[str, Any], anyway: bool) -> None:
+    """Raise `InfeasibleError`, which says what to do, where fewer steps win and that is not accepted."""
+    rival = measured["fewer_steps"]
+    if anyway or rival is None or rival["error"] > rival["schedule_error"]:
+        return
+    times = rival["schedule_error"] / max(rival["error"], 1e-30)
+    steps = told_sampling(rival["solver"], rival["steps"])
+    raise InfeasibleError(
+        f"{steps} cost no more ({rival['evaluations']} evaluations, the schedule "
+        f"{measured['flops']:.2f} of all operations) and err {times:.1f} times less, {rival['error']:.2g} against "
+        f"{rival['schedule_error']:.2g} of the fine solution; sample so, or write the schedule with ⟨anyway⟩"
     )

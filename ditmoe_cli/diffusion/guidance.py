@@ -25,20 +25,21 @@ DDPM_GUIDED_CHANNELS = 3
 
 def combine(cond: Tensor, uncond: Tensor, scale: float, sampler: Sampler) -> Tensor:
     """Return the guided output from the outputs of both branches (N, C, H, W)."""
-    guided = _guided_channels(cond, sampler)
+    guided = guided_channels(cond.shape[1], sampler)
     head = uncond[:, :guided] + scale * (cond[:, :guided] - uncond[:, :guided])
     return torch.cat((head, cond[:, guided:]), dim=1)
 
 
 def away_from_weak(output: Tensor, cond: Tensor, weak: Tensor, scale: float, sampler: Sampler) -> Tensor:
     """Return output + W (cond - weak) for W = `scale`, all (N, C, H, W); `output` may be guided by the null class."""
-    guided = _guided_channels(cond, sampler)
+    guided = guided_channels(cond.shape[1], sampler)
     head = output[:, :guided] + scale * (cond[:, :guided] - weak[:, :guided])
     return torch.cat((head, output[:, guided:]), dim=1)
 
 
-def _guided_channels(cond: Tensor, sampler: Sampler) -> int:
-    return cond.shape[1] if sampler == "rf" else DDPM_GUIDED_CHANNELS
+def guided_channels(channels: int, sampler: Sampler) -> int:
+    """Return how many of the channels are guided, the first ones."""
+    return channels if sampler == "rf" else min(channels, DDPM_GUIDED_CHANNELS)
 
 
 class _Announced:

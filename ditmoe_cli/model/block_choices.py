@@ -139,7 +139,10 @@ def parse_rule(text: str) -> SlotRule:
         raise ValueError(f"{text!r}: is no choice of a block")
     if (rule in WITH_THRESHOLD) != bool(colon):
         raise ValueError(f"{text!r}: {'needs' if rule in WITH_THRESHOLD else 'has no'} threshold")
-    threshold = float(value) if colon else 0.0
+    try:
+        threshold = float(value) if colon else 0.0
+    except ValueError:
+        threshold = math.nan
     if not math.isfinite(threshold) or threshold < 0:
         raise ValueError(f"{text!r}: a threshold is a finite number of at least 0")
     return SlotRule(rule, threshold)

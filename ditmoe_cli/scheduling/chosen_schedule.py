@@ -15,12 +15,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ditmoe_cli.diffusion.compute_schedule import NEEDED, ScheduledSampling
+from ditmoe_cli.diffusion.compute_schedule import NEEDED
 from ditmoe_cli.diffusion.scheduled_guidance import statistics_of
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.block_choices import ComputeTable, full_table, table_of
-from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
-from ditmoe_cli.model.config import DiTMoEConfig
+from ditmoe_cli.model.compute_cost import fixed_cost
 from ditmoe_cli.model.scheduled import Statistics, no_statistics
 from ditmoe_cli.progress import phase
 from ditmoe_cli.scheduling.bin_options import Measured, bins_of, measured, measured_evaluations
@@ -35,7 +34,7 @@ from ditmoe_cli.scheduling.schedule_program import (
     chosen_bins,
     least_flops,
 )
-from ditmoe_cli.scheduling.schedule_request import Asked
+from ditmoe_cli.scheduling.schedule_request import Asked, all_flops, check_least
 from ditmoe_cli.scheduling.way_states import Outcome, Visited, Way, by_table, visited
 from ditmoe_cli.scheduling.way_statistics import way_statistics
 from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_states, whole_table
@@ -51,7 +50,8 @@ class Adding:
 
 ADDINGS = (Adding(0.5, 0.75), Adding(0.0, 1.0), Adding(1.0, 0.75))
 """How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two."""
-_CORRECTIONS = 2
+_CORRECTIONS = 3
+"""How often the program is solved for fewer operations, where its thresholds let more slots pass than it counted."""
 _RIVALS = ("fora", "taylor")
 _BOUND = 1.645
 """Standard errors that an upper bound of 95 % lies above a mean."""
@@ -111,20 +111,12 @@ class Chosen:
     full: Tensor = field(repr=False)
 
 
-def all_flops(config: DiTMoEConfig, sampling: ScheduledSampling) -> float:
-    """Return the operations an image takes with everything computed."""
-    evaluations = len(sampling.times) + sum(choice == "compute" for choice in sampling.null)
-    return evaluations * (fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks))
-
-
 class Trials:
     """The images that tables are tried on: where they end with everything computed, and by any table."""
 
     def __init__(self, way: Way, indices: Sequence[int]) -> None:
         self._way, self._indices = way, indices
         self.seen: Visited = visited(way, indices)
-        plain = full_table(len(way.sampling.times), way.model.config.depth, way.sampling.null)
-        self._full = by_table(way, indices, plain).flops
 
     @property
     def norm(self) -> float:
@@ -147,10 +139,15 @@ class Trials:
             table,
             mean * scale,
             (mean + _BOUND * spread) * scale,
-            outcome.flops / self._full,
+            outcome.flops / self.seen.flops,
             outcome.count.most_kept / count,
             outcome.final,
         )
+
+    def everything(self) -> Tried:
+        """Return the table in which everything is computed, which does no damage."""
+        table = full_table(len(self._way.sampling.times), self._way.model.config.depth, self._way.sampling.null)
+        return Tried("full", table, 0.0, 0.0, 1.0, 0.0, self.seen.final)
 
     def error(self, table: ComputeTable, statistics: Statistics, before: int) -> float:
         """Return the mean squared error of an image."""
@@ -175,11 +172,7 @@ class Planner:
 
     def solved(self, share: float, adding: Adding) -> ChosenBins:
         """Return the program's choice for a share of all operations. Raises `InfeasibleError` below the least."""
-        if share < self.least:
-            raise InfeasibleError(
-                f"⟨flops⟩ {share:g}: the least that can be chosen here is {math.ceil(1000 * self.least) / 1000:g} of "
-                "all operations; give that or more, or take fewer steps"
-            )
+        check_least(share, self.least)
         factors = [factor**adding.amplified for factor in self.amplification]
         return chosen_bins(self._options, factors, share * self._all - self._fixed, adding.exponent)
 
@@ -193,12 +186,6 @@ class Planner:
         errors = zip(self.amplification, chosen.errors, strict=True)
         predicted = sum(factor * error for factor, error in errors) * len(found.final) / self._trials.norm
         return replace(found, predicted=predicted, gap=chosen.gap)
-
-    def everything(self) -> Tried:
-        """Return the table in which everything is computed."""
-        sampling = self._way.sampling
-        table = full_table(len(sampling.times), self._way.model.config.depth, sampling.null)
-        return self._trials.tried("full", table, no_statistics)
 
 
 def amplifications(
@@ -285,13 +272,16 @@ class Planning:
 
     def _planned(self, asked: Asked) -> Chosen:
         planner = Planner(self._way, asked, self._trials, self._found, self._amplification)
-        if asked.flops is not None:
-            tries = _by_flops(planner, asked.flops)
-        else:
-            assert asked.max_damage is not None
-            tries = _by_damage(planner, asked.max_damage)
-        if asked.method == PLANNED:
-            tries += _rivals(self._way, self._trials, asked)
+        everything = self._trials.everything()
+        with phase("trying plans"):
+            if asked.flops is not None:
+                tries = _by_flops(planner, asked.flops)
+                tries += [everything] if asked.flops >= 1.0 else []
+            else:
+                assert asked.max_damage is not None
+                tries = _by_damage(planner, everything, asked.max_damage)
+            if asked.method == PLANNED:
+                tries += _rivals(self._way, self._trials, asked)
         best = _best(tries, asked)
         return self._result(best, tuple(each for each in tries if each is not best), dict(self._found.known.arrays))
 
@@ -336,9 +326,9 @@ def _by_flops(planner: Planner, share: float) -> list[Tried]:
     return tries
 
 
-def _by_damage(planner: Planner, most: float) -> list[Tried]:
+def _by_damage(planner: Planner, everything: Tried, most: float) -> list[Tried]:
     """Return what was tried to find the fewest operations of a damage, by halving; everything computed among it."""
-    tries = [planner.everything()]
+    tries = [everything]
     low, high = planner.least, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
@@ -364,12 +354,15 @@ def _rivals(way: Way, trials: Trials, asked: Asked) -> list[Tried]:
 def _best(tries: Sequence[Tried], asked: Asked) -> Tried:
     """Return the least damage of what is within the operations, or the fewest operations of what is within the damage.
 
-    Damages are upper bounds, so that no choice rests on images that happen to be easy. Where thresholds let more slots
-    pass than is asked for, it is the fewest operations.
+    Damages are upper bounds, so that no choice rests on images that happen to be easy. Raises `InfeasibleError` where
+    thresholds let more slots pass than is asked for, again and again.
     """
     if asked.flops is not None:
         within = [each for each in tries if each.flops <= asked.flops * (1 + _TOLERANCE)]
-        return min(within, key=lambda each: each.bound) if within else min(tries, key=lambda each: each.flops)
+        if not within:
+            least = math.ceil(1000 * min(each.flops for each in tries)) / 1000
+            raise InfeasibleError(f"⟨flops⟩ {asked.flops:g}: the fewest that came out are {least:g}; give that or more")
+        return min(within, key=lambda each: each.bound)
     assert asked.max_damage is not None
     return min((each for each in tries if each.bound <= asked.max_damage), key=lambda each: each.flops)
 
@@ -384,4 +377,5 @@ def fewer_steps_than(chosen: Chosen, way: Way) -> FewerSteps | None:
     best = chosen.best
     if best.flops >= 1.0:
         return None
-    return against_fewer_steps(way, chosen.tried_on, best.flops, best.final, chosen.full)
+    with phase("fewer steps"):
+        return against_fewer_steps(way, chosen.tried_on, best.flops, best.final, chosen.full)

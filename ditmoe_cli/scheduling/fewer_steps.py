@@ -6,12 +6,14 @@ none, since its noise is drawn anew at each step. Torch-free but for `against_fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
-from ditmoe_cli.diffusion.schedule import SOLVERS, Solver, evaluation_times
+from ditmoe_cli.diffusion.sampling import most_steps
+from ditmoe_cli.diffusion.schedule import SOLVERS, Solver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,13 +59,10 @@ def rival_steps(sampling: ScheduledSampling, budget: float) -> list[ScheduledSam
     allowed = budget * evaluations_of(sampling)
     found = []
     for solver in _RIVALS[SOLVERS[sampling.solver].family]:
-        fitting = [
-            replace(sampling, solver=solver, steps=steps)
-            for steps in range(1, sampling.steps + 1)
-            if len(evaluation_times(solver, steps)) <= allowed
-        ]
-        within = [each for each in fitting if evaluations_of(each) <= allowed]
-        found += within[-1:]
+        most = min(math.floor(allowed), most_steps(solver))
+        fewer = (replace(sampling, solver=solver, steps=steps) for steps in range(most, 0, -1))
+        within = next((each for each in fewer if evaluations_of(each) <= allowed), None)
+        found += [within] if within is not None else []
     return found
 
 
@@ -81,7 +80,9 @@ def against_fewer_steps(
     if sampling.solver in STOCHASTIC:
         return None
     solver, steps = _FINE[SOLVERS[sampling.solver].family]
-    fine = by_solver(way, indices, replace(sampling, solver=solver, steps=max(steps, 2 * sampling.steps)))
+    fine = by_solver(
+        way, indices, replace(sampling, solver=solver, steps=min(max(steps, 2 * sampling.steps), most_steps(solver)))
+    )
 
     def error(images: Tensor) -> float:
         return float((images - fine).double().square().sum() / fine.double().square().sum())

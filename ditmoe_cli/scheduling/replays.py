@@ -2,8 +2,9 @@
 
 For evaluation k, block l and a choice, the block computes what the choice says and all later blocks compute in full.
 With v_c and v_u the branches of the prediction and s the guidance scale, the error is E‖s Δv_c‖² for the conditional
-branch and E‖(s - 1) Δv_u‖² for the null one: what the guided prediction is off where that branch alone is. Outputs from
-before are those of the same images at earlier evaluations of the way.
+branch and E‖(s - 1) Δv_u‖² for the null one: what the guided prediction is off where that branch alone is; a weaker
+model of scale W that guides makes it s + W. Channels that are not guided are those of the conditional branch. Outputs
+from before are those of the same images at earlier evaluations of the way.
 
 Blocks are gone through in order. Of the 10 evaluations that a choice may take from, the streams are kept, and of the
 block at hand the outputs: some 50 N P D values, N being images of all branches, P tokens and D the width.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE, ScheduledSampling
+from ditmoe_cli.diffusion.guidance import guided_channels
 from ditmoe_cli.model.block_choices import BlockChoice
 from ditmoe_cli.model.conditions import conditions
 from ditmoe_cli.model.dit import Attended, Block, gated_sum
@@ -159,7 +161,7 @@ class _Replay:
                 ):
                     found[branch, index][probe] = result
             for (branch, probe), stream in together.items():
-                together[branch, probe], _ = self._probed(index, branch, probe, stream, computed)
+                together[branch, probe], _ = self._probed(index, branch, probe, stream, computed, own=False)
             self._streams = [gated_sum(each.attended.residual, each.attended.gamma, each.mixture) for each in computed]
         return Replays(found, self._joint(together, joint, whole), *self._null())
 
@@ -176,8 +178,13 @@ class _Replay:
 
     def _off(self, branch: int, output: Tensor, whole: Tensor) -> float:
         """Return the error of the outputs of a branch."""
-        off = (output - whole)[:, : self._model.config.in_channels]
-        return self._scales[branch] ** 2 * float(off.square().flatten(1).sum(dim=1).double().mean())
+        return self._error(branch, (output - whole)[:, : self._model.config.in_channels])
+
+    def _error(self, branch: int, off: Tensor) -> float:
+        """Return the error of the guided prediction where the channels of a branch are off."""
+        guided = guided_channels(off.shape[1], self._way.sampling.guidance.family)
+        beside = 1.0 if branch == 0 else 0.0
+        return self._scales[branch] ** 2 * _mean_square(off[:, :guided]) + beside * _mean_square(off[:, guided:])
 
     def _null(self) -> tuple[dict[int, float], float]:
         """Return the errors of reusing the null class by age, and that of leaving it out; none without guidance."""
@@ -188,11 +195,8 @@ class _Replay:
             for stream, moment in zip(self._streams, self._moments, strict=True)
         ]
         apart = [cond - uncond for cond, uncond in (output.chunk(2) for output in outputs)]
-
-        def error(off: Tensor) -> float:
-            return self._scales[1] ** 2 * float(off.square().flatten(1).sum(dim=1).double().mean())
-
-        return {age: error(apart[-1] - apart[-1 - age]) for age in range(1, len(apart))}, error(apart[-1])
+        reused = {age: self._error(1, apart[-1] - apart[-1 - age]) for age in range(1, len(apart))}
+        return reused, self._error(1, apart[-1])
 
     def _whole(self) -> Tensor:
         """Return the prediction of the evaluation, (rows, C', H, W)."""
@@ -239,13 +243,19 @@ class _Replay:
         return torch.arange(branch * self._count, (branch + 1) * self._count, device=self._model.device)
 
     def _probed(
-        self, index: int, branch: int, probe: Probe, x: Tensor, computed: Sequence[_Computed]
+        self, index: int, branch: int, probe: Probe, x: Tensor, computed: Sequence[_Computed], own: bool = True
     ) -> tuple[Tensor, float]:
-        """Return the stream of a branch behind a block that does what a probe says with x, and its slots."""
+        """Return the stream of a branch behind a block that does what a probe says with x, and its slots.
+
+        Where x is not the model's `own` stream, since blocks before did not compute all, attention is computed on it.
+        """
         block, rows = self._blocks[index], slice(branch * self._count, (branch + 1) * self._count)
         modulation = self._moments[-1].modulations[f"blocks.{index}"][rows]
         choice = probe.choice
-        attention = self._part("attention", choice.attention, probe, computed, rows)
+        if choice.attention == "compute" and not own:
+            attention: Tensor | None = block.attn(block.attention_inputs(x, modulation))
+        else:
+            attention = self._part("attention", choice.attention, probe, computed, rows)
         gate, gamma = block.gates(modulation)
         if choice.mixture not in ("compute", "reuse-slots"):
             x = x if attention is None else gated_sum(x, gate, attention)
@@ -258,7 +268,8 @@ class _Replay:
             mixture = mixed_from_before(block.moe, flat, self._slots(block, computed, probe.age, rows))
         else:
             protected = self._protected(block, choice, x, modulation)
-            mixture = mixed_in_part(block.moe, flat, choice.slots, self._statistics(index, branch), protected)
+            known = self._statistics(index, branch)
+            mixture = mixed_in_part(block.moe, flat, choice.slots, known, protected, choice.shared)
         out = gated_sum(attended.residual, attended.gamma, mixture.output.reshape(u.shape))
         return out, float(mixture.computed.sum()) / len(flat)
 
@@ -293,8 +304,18 @@ class _Replay:
         return SlotStatistics(energy, arrays[SCALE][index], arrays[CONSTANT][index])
 
 
+def _mean_square(off: Tensor) -> float:
+    """Return the mean over images of Σ off² of each."""
+    return float(off.square().flatten(1).sum(dim=1).double().mean())
+
+
 def branch_scales(sampling: ScheduledSampling, evaluation: int) -> tuple[float, ...]:
-    """Return by what an error of each branch counts in the guided prediction: s and s - 1, or 1 without guidance."""
+    """Return by what an error of each branch counts in the guided prediction: s + W and s - 1.
+
+    s is 1 where the null class does not guide, and W 0 where a weaker model does not.
+    """
+    guide = sampling.guide
+    weak = guide.scale if guide is not None and sampling.guidance.takes_weak(sampling.times[evaluation]) else 0.0
     if not sampling.null or sampling.null[evaluation] != "compute":
-        return (1.0,)
-    return (sampling.cfg, abs(sampling.cfg - 1.0))
+        return (1.0 + weak,)
+    return (sampling.cfg + weak, abs(sampling.cfg - 1.0))

@@ -156,7 +156,7 @@ def chosen_bins(
         for b, (both, factor) in enumerate(zip(offers, amplification, strict=True))
         for branch, offered in enumerate(both)
     ]
-    solution = solve(groups, math.floor(budget))
+    solution = solve(groups, _whole_budget(groups, budget, least_flops(bins)))
     numbers = iter(solution.choice)
     picked = [[offered[next(numbers)] for offered in both] for both in offers]
     return ChosenBins(
@@ -169,6 +169,12 @@ def chosen_bins(
         sum(each.flops for taken in picked for each in taken),
         solution.gap,
     )
+
+
+def _whole_budget(groups: Sequence[Group], budget: float, least: float) -> int:
+    """Return a budget in whole operations; options are rounded up, and what is possible stays so."""
+    rounded = sum(min(option.bytes for option in group.options) for group in groups)
+    return max(math.floor(budget), rounded if budget >= least else 0)
 
 
 def _offered(options: BinOptions) -> list[list[_Combination]]:

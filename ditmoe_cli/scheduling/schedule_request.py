@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
-from ditmoe_cli.errors import UsageError
+from ditmoe_cli.errors import InfeasibleError, UsageError
+from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import BASELINE_BYTES, Estimate, activation_bytes, loading, model_bytes, passes
 from ditmoe_cli.scheduling.fewer_steps import evaluations_of
@@ -44,8 +45,27 @@ class Asked:
         return self.method in (PLANNED, INHERITED)
 
 
-def check_asked(asked: Asked, config: DiTMoEConfig) -> Asked:
-    """Return what is asked. Raises `UsageError` for values out of range, missing, or without effect."""
+def all_flops(config: DiTMoEConfig, sampling: ScheduledSampling) -> float:
+    """Return the operations an image takes with everything computed."""
+    evaluations = len(sampling.times) + sum(choice == "compute" for choice in sampling.null)
+    return evaluations * (fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks))
+
+
+def check_least(share: float, least: float) -> None:
+    """Raise `InfeasibleError` where a share of all operations is below the least that can be chosen."""
+    if share < least:
+        raise InfeasibleError(
+            f"⟨flops⟩ {share:g}: the least that can be chosen here is {math.ceil(1000 * least) / 1000:g} of all "
+            "operations; give that or more, or take fewer steps"
+        )
+
+
+def check_asked(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling) -> Asked:
+    """Return what is asked.
+
+    Raises `UsageError` for values out of range, missing, or without effect, `InfeasibleError` for fewer operations than
+    no block takes: those of the ends of the model at each evaluation, the null class left out.
+    """
     check_method(asked.method, config)
     given = [name for name, value in (("flops", asked.flops), ("max_damage", asked.max_damage)) if value is not None]
     if asked.plans and len(given) != 1:
@@ -59,6 +79,8 @@ def check_asked(asked: Asked, config: DiTMoEConfig) -> Asked:
         raise UsageError(f"⟨max_damage⟩ {asked.max_damage:g}: must be at least 0, as 0.001")
     if asked.images < LEAST_IMAGES:
         raise UsageError(f"⟨images⟩ {asked.images}: a schedule is chosen on at least {LEAST_IMAGES} images")
+    if asked.flops is not None:
+        check_least(asked.flops, len(sampling.times) * fixed_cost(config) / all_flops(config, sampling))
     return asked
 
 

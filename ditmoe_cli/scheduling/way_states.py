@@ -14,7 +14,7 @@ from ditmoe_cli.diffusion.noise import image_noise
 from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.scheduled_guidance import Scheduled, scheduled_predictor
 from ditmoe_cli.diffusion.solvers import integrate
-from ditmoe_cli.model.block_choices import ComputeTable
+from ditmoe_cli.model.block_choices import ComputeTable, full_table
 from ditmoe_cli.model.dit import Denoiser, DiTMoE
 from ditmoe_cli.model.scheduled import ComputeCount, Statistics, no_statistics
 
@@ -53,20 +53,23 @@ class Visited:
         states: (K, N, C, H, W) the images that it was given.
         predictions: (K, N, C', H, W) its guided predictions.
         final: (N, C, H, W) where the images ended.
+        flops: operations of an image.
     """
 
     states: Tensor
     predictions: Tensor
     final: Tensor
+    flops: float
 
 
 def visited(way: Way, indices: Sequence[int]) -> Visited:
     """Return the way of the images `indices` with everything computed."""
     states: list[Tensor] = []
     predictions: list[Tensor] = []
-    predict = guided_predictor(
-        way.model, way.labels(indices), way.sampling.guidance, times=way.sampling.times, weak=way.weak
-    )
+    counts: list[ComputeCount] = []
+    times, guidance = way.sampling.times, way.sampling.guidance
+    plain = Scheduled(full_table(len(times), way.model.config.depth, way.sampling.null), counted=counts.append)
+    predict = scheduled_predictor(way.model, way.labels(indices), guidance, times, plain, way.weak)
 
     def kept(x: Tensor, t: float) -> Tensor:
         states.append(x)
@@ -74,7 +77,7 @@ def visited(way: Way, indices: Sequence[int]) -> Visited:
         return predictions[-1]
 
     final = _integrated(way, indices, kept)
-    return Visited(torch.stack(states), torch.stack(predictions), final)
+    return Visited(torch.stack(states), torch.stack(predictions), final, counts[0].total / len(final))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def check_method(method: str, config: DiTMoEConfig) -> str:
     if name in ("full", INHERITED, PLANNED) and not value:
         return method
     if name in ("fora", "taylor", "moeca"):
-        if not (value.isdigit() and 2 <= int(value) <= 1000):
+        if not (value.isascii() and value.isdigit() and 2 <= int(value) <= 1000):
             raise UsageError(f"⟨method⟩ {method}: give every how many evaluations all is computed, as in {name}:2")
         return method
     if name == "residual":
