@@ -14,7 +14,7 @@ from ditmoe_cli.version import __version__
 if TYPE_CHECKING:
     from ditmoe_cli.api.calling import quiet
     from ditmoe_cli.api.checkpoint_files import convert, export, inspect
-    from ditmoe_cli.api.measurements import bench, compare, profile, report, sample, score, sensitivity
+    from ditmoe_cli.api.measurements import bench, compare, profile, report, sample, schedule, score, sensitivity
     from ditmoe_cli.api.opening import load_model, open_checkpoint, read_profile
     from ditmoe_cli.api.planners import apply, compress, plan_merge, plan_prune, plan_quantize, size_curve
     from ditmoe_cli.api.trainers import distill, heal
@@ -41,6 +41,7 @@ _MODULES = {
     "read_profile": "api.opening",
     "report": "api.measurements",
     "sample": "api.measurements",
+    "schedule": "api.measurements",
     "score": "api.measurements",
     "sensitivity": "api.measurements",
     "size_curve": "api.planners",
@@ -68,6 +69,7 @@ __all__ = [
     "read_profile",
     "report",
     "sample",
+    "schedule",
     "score",
     "sensitivity",
     "size_curve",

@@ -25,6 +25,8 @@ from ditmoe_cli.api.sampling_requests import (
     Scheduling,
     interval_of,
 )
+from ditmoe_cli.api.schedule_runs import ForeseenSchedule, MadeSchedule, WaySampling, scheduled_result
+from ditmoe_cli.api.schedule_runs import Scheduling as Planning
 from ditmoe_cli.api.score_runs import (
     ScoreFile,
     Scoring,
@@ -158,6 +160,65 @@ def sample(
     result = sampled(found, sampling, guiding, running, files, Scheduling(_path(schedule)).opened())
     assert result is not None
     return result
+
+
+@public
+def schedule(
+    checkpoint: AnyCheckpoint,
+    *,
+    flops: float | None = None,
+    max_damage: float | None = None,
+    method: str = Planning.method,
+    bins: int | None = None,
+    anyway: bool = False,
+    images: int = WaySampling.images,
+    steps: int | None = None,
+    cfg: float = 1.0,
+    cfg_interval: Sequence[float] | None = None,
+    solver: str | None = None,
+    upstream_exact: bool = False,
+    classes: Sequence[int] | None = None,
+    seed: Seed = 0,
+    dtype: NamedDtype = "auto",
+    guide_with: AnyCheckpoint | None = None,
+    guide_by: Literal["top1", "rank2"] | None = None,
+    guide_scale: float | None = None,
+    guide_interval: Sequence[float] | None = None,
+    device: Device = "auto",
+    output: OneFile | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> MadeSchedule | ForeseenSchedule:
+    """Choose what each block computes in each step of one way of sampling, as ``ditmoe schedule``.
+
+    Args:
+        checkpoint: a path, ``demo:digits``, a name on the hub, or an opened checkpoint.
+        flops: the most operations, as a share of all.
+        max_damage: the largest squared error of the final images, relative to theirs, in place of `flops`.
+        method: ``planned``, or a method for the whole model, as ``fora:2``.
+        anyway: whether to write it also where fewer steps are better at the same cost.
+        images: how many it is chosen on; errors are measured on a quarter of them.
+        steps, cfg, …: the way of sampling that it is for, as for `sample`, which takes its `path` as ``schedule``.
+        output: file ``….safetensors``; by default named after the checkpoint and the settings, in the working folder.
+        force: whether to replace what stands there. The same schedule is up to date without it.
+        dry_run: whether to choose and write nothing, and to return what that would take, a `ForeseenSchedule`.
+
+    All others are the options of the same names in docs/schedule.md.
+
+    Raises:
+        UsageError: an argument is out of range, or has no effect beside the others.
+        BadInputError: the checkpoint cannot be used.
+        InfeasibleError: operations or damage cannot be that few, or fewer steps are better.
+        OutputExistsError: something else stands at the output.
+    """
+    alone()
+    found = opened(checkpoint)
+    sampling = WaySampling(
+        images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, tuple_of(classes), seed, dtype
+    )
+    guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
+    planning = Planning(flops, max_damage, method, bins, anyway, device)
+    return scheduled_result(found, sampling, guiding, planning, FileDestination(_path(output), force), dry_run)
 
 
 @public

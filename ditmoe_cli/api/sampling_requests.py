@@ -131,14 +131,17 @@ class ImageSampling(SamplingOptions):
         self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER, dtype: Dtype = "fp32"
     ) -> SampleSpec:
         """Return the spec that the options ask for. Raises `UsageError` for an interval without guidance."""
-        spec = super().spec(checkpoint, solvers, dtype)
-        if self.interval != ALWAYS and self.cfg == 1.0:
-            low, high = self.interval
-            raise UsageError(
-                f"⟨cfg_interval⟩ {low:g},{high:g}: nothing is guided at a scale of 1; give a scale with ⟨cfg⟩, "
-                "or leave it out"
-            )
-        return spec
+        return guided_in(self.interval, super().spec(checkpoint, solvers, dtype))
+
+
+def guided_in(interval: Interval, spec: SampleSpec) -> SampleSpec:
+    """Return a spec. Raises `UsageError` for an interval that was asked for where nothing is guided."""
+    if interval != ALWAYS and spec.cfg == 1.0:
+        low, high = interval
+        raise UsageError(
+            f"⟨cfg_interval⟩ {low:g},{high:g}: nothing is guided at a scale of 1; give a scale with ⟨cfg⟩, or leave it out"
+        )
+    return spec
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,20 @@ from ditmoe_cli.api.foretelling import estimate_of, foretell
 from ditmoe_cli.api.guiding_requests import Guiding
 from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.output_names import FileDestination
-from ditmoe_cli.api.sampling_requests import SamplingOptions
+from ditmoe_cli.api.sampling_requests import SamplingOptions, guided_in
 from ditmoe_cli.briefs import Brief, Fact
 from ditmoe_cli.diffusion.compute_schedule import SCHEDULE_SCHEMA, ScheduledSampling, read_schedule, schedule_document
 from ditmoe_cli.diffusion.few_steps import told_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec
+from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, Solver
 from ditmoe_cli.diffusion.step_bins import choose_bins
 from ditmoe_cli.errors import BadInputError, InfeasibleError
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.block_choices import ComputeTable
 from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.model.config import Sampler
+from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import Rate, known_rate, likely_device
 from ditmoe_cli.scheduling.fewer_steps import FewerSteps
@@ -35,6 +38,19 @@ from ditmoe_cli.version import __version__
 if TYPE_CHECKING:
     from ditmoe_cli.scheduling.chosen_schedule import Chosen, Tried
     from ditmoe_cli.scheduling.way_states import Way
+
+
+@dataclass(frozen=True)
+class WaySampling(SamplingOptions):
+    """The way of sampling that a schedule is for, and the images that it is chosen on."""
+
+    images: int = 32
+
+    def spec(
+        self, checkpoint: Checkpoint, solvers: Mapping[Sampler, Solver] = DEFAULT_SOLVER, dtype: Dtype = "fp32"
+    ) -> SampleSpec:
+        """Return the spec that the options ask for. Raises `UsageError` for an interval without guidance."""
+        return guided_in(self.interval, super().spec(checkpoint, solvers, dtype))
 
 
 @dataclass(frozen=True)

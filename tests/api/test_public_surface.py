@@ -18,7 +18,7 @@ PINNED = Path(__file__).with_name("public_surface.txt")
 ASKED_FOR = {
     *("load_model", "open_checkpoint", "profile", "read_profile", "plan_prune", "plan_merge", "plan_quantize"),
     *("compress", "size_curve", "apply", "heal", "distill", "sample", "score", "compare", "bench", "report"),
-    *("sensitivity", "inspect", "convert", "export", "quiet"),
+    *("schedule", "sensitivity", "inspect", "convert", "export", "quiet"),
 }
 # the command that a function does the work of
 COMMANDS = {
@@ -32,6 +32,7 @@ COMMANDS = {
     "heal": "heal",
     "distill": "distill",
     "sample": "sample",
+    "schedule": "schedule",
     "score": "fid",
     "compare": "compare",
     "bench": "bench",

@@ -55,7 +55,7 @@ def test_texts_are_those_of_the_table_of_choices() -> None:
         ("top1:0.3", "has no threshold"),
         ("top-p:nan", "finite number"),
         ("odp:-1", "at least 0"),
-        ("top-p:x", "could not convert"),
+        ("top-p:x", "a threshold is a finite number"),
         ("reuse-attention+skip-attention", "twice what becomes of its attention"),
         ("reuse-mixture+reuse-slots", "twice what becomes of its mixture"),
         ("top1+regressed", "two rules"),

@@ -31,7 +31,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class WaySampling(UpstreamSampling):
+class WaySampling(asked.WaySampling, UpstreamSampling):
     """The way of sampling that the schedule is for, and the images that it is chosen on."""
 
     images: Annotated[
