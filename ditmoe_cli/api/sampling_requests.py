@@ -139,7 +139,8 @@ def guided_in(interval: Interval, spec: SampleSpec) -> SampleSpec:
     if interval != ALWAYS and spec.cfg == 1.0:
         low, high = interval
         raise UsageError(
-            f"⟨cfg_interval⟩ {low:g},{high:g}: nothing is guided at a scale of 1; give a scale with ⟨cfg⟩, or leave it out"
+            f"⟨cfg_interval⟩ {low:g},{high:g}: nothing is guided at a scale of 1; give a scale with ⟨cfg⟩, or leave "
+            "it out"
         )
     return spec
 

@@ -117,7 +117,7 @@ def test_methods_for_the_whole_model(method: str) -> None:
         assert (found.best.damage, found.best.flops) == (0.0, 1.0)
         assert fewer_steps_than(found, way) is None
     else:
-        assert 0 < found.best.damage and found.best.flops < 1
+        assert found.best.damage > 0 and found.best.flops < 1
     if method == "fora:2":
         assert found.best.table == whole_table(method, way.model.config, way.sampling)
 
