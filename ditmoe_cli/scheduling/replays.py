@@ -148,7 +148,12 @@ class _Replay:
         }
         for index, block in enumerate(self._blocks):
             before = list(self._streams)
-            computed = [self._computed(block, index, k) for k in range(len(before))]
+            together_at_most = max(1, MOST_ROWS // len(before[0]))
+            computed = [
+                each
+                for start in range(0, len(before), together_at_most)
+                for each in self._computed(block, index, range(len(before))[start : start + together_at_most])
+            ]
             for branch in self._branches:
                 found[branch, index] = {}
             probes = [(branch, probe) for branch in self._branches for probe in asked.get((branch, index), ())]
@@ -210,12 +215,17 @@ class _Replay:
             tokens = block.mix(attended, later, None)
         return self._model.unpatched(tokens, moment.modulations["final"][rows]).float()
 
-    def _computed(self, block: Block, index: int, k: int) -> _Computed:
-        x, modulation = self._streams[k], self._moments[k].modulations[f"blocks.{index}"]
+    def _computed(self, block: Block, index: int, evaluations: range) -> list[_Computed]:
+        """Return what a block computes in some evaluations, all of which pass it together."""
+        x = torch.cat([self._streams[k] for k in evaluations])
+        modulation = torch.cat([self._moments[k].modulations[f"blocks.{index}"] for k in evaluations])
         attention: Tensor = block.attn(block.attention_inputs(x, modulation))
-        attended = block.attended_by(x, modulation, attention)
-        mixture = block.moe(attended.inputs, index, attended.gamma, None, attended.residual)
-        return _Computed(attention, mixture, attended)
+        whole = block.attended_by(x, modulation, attention)
+        mixture = block.moe(whole.inputs, index, whole.gamma, None, whole.residual)
+        parts = (
+            each.chunk(len(evaluations)) for each in (attention, mixture, whole.residual, whole.inputs, whole.gamma)
+        )
+        return [_Computed(a, m, Attended(*attended)) for a, m, *attended in zip(*parts, strict=True)]
 
     def _errors(
         self,

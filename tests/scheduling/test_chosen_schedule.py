@@ -72,11 +72,11 @@ def test_all_operations_do_no_damage(name: str) -> None:
     assert best.flops <= 1.0
 
 
-@pytest.mark.parametrize("name", ["plain", "guided", "compressed"])
+@pytest.mark.parametrize("name", ["plain", "guided"])
 def test_damages_stay_within_their_bound(name: str) -> None:
     _, plans = planning(name)
     shares = []
-    for most in (1.0, 1e-2, 0.0):
+    for most in (1e-2, 0.0):
         found = plans.chosen(asked(max_damage=most))
         assert found.best.damage <= found.best.bound <= most
         assert all(found.best.flops <= each.flops for each in found.others if each.bound <= most)

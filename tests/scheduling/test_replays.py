@@ -136,7 +136,7 @@ def test_rows_that_pass_together_make_no_difference(monkeypatch: pytest.MonkeyPa
     known = way_statistics(way, seen, range(COUNT), [EVALUATION])
     cells = {(branch, 0): PROBES[:12] for branch in range(2)}
     found = replayed(way, seen, range(COUNT), EVALUATION, 0, cells, (), known)
-    monkeypatch.setattr(replays, "_MOST_ROWS", 1)
+    monkeypatch.setattr(replays, "MOST_ROWS", 1)
     again = replayed(way, seen, range(COUNT), EVALUATION, 0, cells, (), known)
     for cell in cells:
         for probe in PROBES[:12]:
