@@ -31,7 +31,7 @@ from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import Rate, known_rate, likely_device
 from ditmoe_cli.scheduling.fewer_steps import FewerSteps
-from ditmoe_cli.scheduling.schedule_request import Asked, check_asked, schedule_estimate
+from ditmoe_cli.scheduling.schedule_request import Asked, check_asked, schedule_estimate, usual_bins
 from ditmoe_cli.scheduling.whole_methods import PLANNED
 from ditmoe_cli.version import __version__
 
@@ -67,7 +67,8 @@ class Scheduling:
     def asked(self, spec: SampleSpec) -> Asked:
         """Return what is asked of a schedule for a way of sampling. Raises `UsageError` for a number of bins."""
         evaluations = len(spec.way.times)
-        return Asked(self.method, self.flops, self.max_damage, spec.images, choose_bins(self.bins, evaluations))
+        bins = choose_bins(usual_bins(evaluations) if self.bins is None else self.bins, evaluations)
+        return Asked(self.method, self.flops, self.max_damage, spec.images, bins)
 
 
 @dataclass(frozen=True, repr=False)

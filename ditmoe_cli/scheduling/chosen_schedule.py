@@ -42,13 +42,26 @@ from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_states
 
 @dataclass(frozen=True)
 class Adding:
-    """How errors of bins are taken to add up: what is known of their amplification to a power, and their exponent."""
+    """How errors of bins are taken to add up.
+
+    Attributes:
+        amplified: the power of what is known of their amplification.
+        exponent: that of errors.
+        alike: whether all blocks of a bin do alike, so that no errors of blocks are added up.
+    """
 
     amplified: float
     exponent: float
+    alike: bool = False
 
 
-ADDINGS = (Adding(0.5, 0.75), Adding(0.0, 1.0), Adding(1.0, 0.75))
+ADDINGS = (
+    Adding(0.5, 0.75, alike=True),
+    Adding(1.0, 1.0, alike=True),
+    Adding(0.0, 1.0, alike=True),
+    Adding(0.5, 0.75),
+    Adding(1.0, 1.0),
+)
 """How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two."""
 _CORRECTIONS = 3
 """How often the program is solved for fewer operations, where its thresholds let more slots pass than it counted."""
@@ -174,7 +187,14 @@ class Planner:
         """Return the program's choice for a share of all operations. Raises `InfeasibleError` below the least."""
         check_least(share, self.least)
         factors = [factor**adding.amplified for factor in self.amplification]
-        return chosen_bins(self._options, factors, share * self._all - self._fixed, adding.exponent)
+        return chosen_bins(self._offered(adding), factors, share * self._all - self._fixed, adding.exponent)
+
+    def allows(self, share: float, adding: Adding) -> bool:
+        """Return whether there is a choice for a share of all operations where errors are taken to add up so."""
+        return share * self._all >= self._fixed + least_flops(self._offered(adding))
+
+    def _offered(self, adding: Adding) -> Sequence[BinOptions]:
+        return [_alike(each) for each in self._options] if adding.alike else self._options
 
     def table(self, chosen: Sequence[ChosenBin]) -> ComputeTable:
         """Return the table of a choice."""
@@ -231,6 +251,16 @@ def _inherited(options: BinOptions) -> BinOptions:
     return BinOptions(
         kept(options.conditional), None if null is None else replace(null, branch=kept(null.branch), patterns=())
     )
+
+
+def _alike(options: BinOptions) -> BinOptions:
+    """Return the options in which all blocks of a branch do alike."""
+
+    def kept(branch: BranchOptions) -> BranchOptions:
+        return replace(branch, blocks=[[p for p in each if p.pattern == ALWAYS_FULL] for each in branch.blocks])
+
+    null = options.null
+    return BinOptions(kept(options.conditional), None if null is None else replace(null, branch=kept(null.branch)))
 
 
 def _inherits(pattern: Pattern) -> bool:
@@ -312,10 +342,13 @@ def _by_flops(planner: Planner, share: float) -> list[Tried]:
     """Return what was tried for a share of all operations, which tables take on the images that they are tried on."""
     tries: list[Tried] = []
     seen = set[tuple[ChosenBin, ...]]()
+    check_least(share, planner.least)
     for adding in ADDINGS:
         budget = share
         for _ in range(_CORRECTIONS):
-            chosen = planner.solved(budget if budget == share else max(budget, planner.least), adding)
+            if not planner.allows(budget, adding):
+                break
+            chosen = planner.solved(budget, adding)
             if chosen.bins in seen:
                 break
             seen.add(chosen.bins)
@@ -332,7 +365,7 @@ def _by_damage(planner: Planner, everything: Tried, most: float) -> list[Tried]:
     low, high = planner.least, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
-        found = [planner.tried(planner.solved(share, adding)) for adding in ADDINGS[:2]]
+        found = [planner.tried(planner.solved(share, adding)) for adding in ADDINGS if planner.allows(share, adding)]
         tries += found
         low, high = (low, share) if min(each.bound for each in found) <= most else (share, high)
     return tries

@@ -8,9 +8,11 @@ from ditmoe_cli.model.block_choices import FULL, BlockChoice, parse_choice
 
 PERIODS = (2, 3, 4, 5)
 """Every how many evaluations something is computed that is reused or extrapolated in between."""
+LONG_PERIODS = (8, 16)
+"""The same, for blocks that are reused as a whole: ways of hundreds of steps hardly move in some of them."""
 MOST_ROWS = 64
 """Images of all branches and choices that are replayed together."""
-REUSED_AGES = (1, 2, 4)
+REUSED_AGES = (1, 2, 4, 8, 15)
 """Ages at which reuse is measured; between them errors are interpolated."""
 TAKEN = ("reuse", "reuse-attention", "reuse-mixture", "forecast", "forecast-attention", "forecast-mixture")
 SLOTS = "reuse-slots"
@@ -48,13 +50,17 @@ JOINT = ("reuse", "forecast", "forecast-mixture")
 
 def periodic_patterns() -> list[Pattern]:
     """Return the patterns that take outputs from before."""
-    found = [Pattern(FULL, parse_choice(text), n) for text in TAKEN for n in PERIODS]
+    found = [Pattern(FULL, parse_choice(text), n) for text in TAKEN for n in _periods_of(text)]
     return [*found, *(Pattern(FULL, parse_choice(SLOTS), n) for n in PERIODS[:2])]
 
 
 def joint_patterns() -> list[Pattern]:
     """Return the patterns that all blocks of a bin may have alike."""
-    return [Pattern(FULL, parse_choice(text), n) for text in JOINT for n in PERIODS]
+    return [Pattern(FULL, parse_choice(text), n) for text in JOINT for n in _periods_of(text)]
+
+
+def _periods_of(text: str) -> tuple[int, ...]:
+    return (*PERIODS, *LONG_PERIODS) if text == "reuse" else PERIODS
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,13 @@ def probes_of(pattern: Pattern) -> list[Probe]:
 
 
 def error_over(pattern: Pattern, evaluations: range, errors: dict[Probe, float]) -> float:
-    """Return the sum of the errors of all evaluations of a bin, by those of the probes."""
+    """Return the sum of the errors of all evaluations of a bin, by those of the probes.
+
+    What is left out in each of N evaluations errs one way in all of them, so that errors themselves add up, not their
+    squares: N² times that of one.
+    """
     if pattern.period == 1:
-        return len(evaluations) * errors[Probe(pattern.computed)]
+        return len(evaluations) ** 2 * errors[Probe(pattern.computed)]
     return sum(_error_at(pattern, pattern.age(k), errors) for k in evaluations if pattern.age(k))
 
 

@@ -6,8 +6,8 @@ branch and E‖(s - 1) Δv_u‖² for the null one: what the guided prediction i
 model of scale W that guides makes it s + W. Channels that are not guided are those of the conditional branch. Outputs
 from before are those of the same images at earlier evaluations of the way.
 
-Blocks are gone through in order. Of the 10 evaluations that a choice may take from, the streams are kept, and of the
-block at hand the outputs: some 50 N P D values, N being images of all branches, P tokens and D the width.
+Blocks are gone through in order. Of the 16 evaluations that a choice may take from, the streams are kept, and of the
+block at hand the outputs: some 80 N P D values, N being images of all branches, P tokens and D the width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ditmoe_cli.model.partial_mixtures import (
     protected_tokens,
 )
 from ditmoe_cli.model.scheduled import extrapolated
-from ditmoe_cli.scheduling.patterns import MOST_ROWS, PERIODS, Probe
+from ditmoe_cli.scheduling.patterns import LONG_PERIODS, MOST_ROWS, PERIODS, Probe
 from ditmoe_cli.scheduling.way_states import Visited, Way
 from ditmoe_cli.scheduling.way_statistics import WayStatistics
 
@@ -87,7 +87,7 @@ class _Computed:
 
 def earlier(evaluation: int) -> range:
     """Return the evaluations that a choice in one may take from, and that one itself."""
-    return range(max(0, evaluation - 2 * max(PERIODS) + 1), evaluation + 1)
+    return range(max(0, evaluation - max(2 * max(PERIODS), max(LONG_PERIODS)) + 1), evaluation + 1)
 
 
 def replayed(

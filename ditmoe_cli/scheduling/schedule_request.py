@@ -60,6 +60,11 @@ def check_least(share: float, least: float) -> None:
         )
 
 
+def usual_bins(evaluations: int) -> int:
+    """Return the number of step bins where none is given: a tenth of the evaluations, 10 to 25, or one for each."""
+    return min(evaluations, max(10, min(25, evaluations // 10)))
+
+
 def check_asked(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling) -> Asked:
     """Return what is asked.
 

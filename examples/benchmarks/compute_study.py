@@ -46,7 +46,7 @@ from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.scheduled import ComputeCount
 from ditmoe_cli.scheduling.chosen_schedule import Planning, all_flops
-from ditmoe_cli.scheduling.schedule_request import Asked
+from ditmoe_cli.scheduling.schedule_request import Asked, usual_bins
 from ditmoe_cli.scheduling.way_states import Way
 
 FINE = {"rf": ("ab3", 96), "ddpm": ("dpmpp-2m", 150)}
@@ -58,7 +58,6 @@ METHODS = (
 )
 PLANS = (("planned", 0.7), ("planned", 0.5), ("planned", 0.35), ("a-sdm", 0.5))
 STOCHASTIC = "ddpm"
-BINS = 10
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,16 @@ class Study:
     planned_on: int
     grey_levels: int
 
+    @property
+    def bins(self) -> int:
+        """The step bins of schedules."""
+        return usual_bins(len(self.spec.way.times))
+
     @cached_property
     def planning(self) -> Planning:
         """What schedules of the way are chosen by."""
         way = Way(self.model, self.spec.way, self.spec.seed, self.spec.classes)
-        return Planning(way, self.planned_on, min(BINS, self.spec.steps))
+        return Planning(way, self.planned_on, self.bins)
 
     @property
     def family(self) -> str:
@@ -171,10 +175,10 @@ def measured(study: Study, copies: Sequence[Path], only: Callable[[str], bool]) 
             add(f"{steps} steps of {solver}", "fewer steps", images, mine, other.nfe / spec.nfe, not stochastic)
     for method in METHODS:
         if only(method.partition(":")[0]):
-            add(method, "whole method", *study.by_schedule(Asked(method, bins=min(BINS, spec.steps)), method))
+            add(method, "whole method", *study.by_schedule(Asked(method, bins=study.bins), method))
     for method, share in PLANS:
         if only(method):
-            asked = Asked(method, flops=share, images=study.planned_on, bins=min(BINS, spec.steps))
+            asked = Asked(method, flops=share, images=study.planned_on, bins=study.bins)
             try:
                 add(f"{method}, {share:g}", method, *study.by_schedule(asked, f"{method}{share:g}"))
             except InfeasibleError as error:

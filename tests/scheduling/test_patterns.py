@@ -7,6 +7,7 @@ import pytest
 from ditmoe_cli.model.block_choices import FULL, parse_choice
 from ditmoe_cli.scheduling.patterns import (
     ALWAYS_FULL,
+    LONG_PERIODS,
     PERIODS,
     REUSED_AGES,
     Pattern,
@@ -37,14 +38,15 @@ def test_patterns_have_names_of_their_own() -> None:
     names = [pattern.text for pattern in periodic_patterns()]
     assert len(names) == len(set(names))
     assert {p.text for p in joint_patterns()} <= set(names)
-    assert {p.period for p in periodic_patterns()} == set(PERIODS)
+    assert {p.period for p in periodic_patterns()} == {*PERIODS, *LONG_PERIODS}
+    assert {p.text for p in periodic_patterns() if p.period in LONG_PERIODS} == {"reuse/8", "reuse/16"}
 
 
 def test_probes_are_what_a_pattern_meets() -> None:
     assert probes_of(ALWAYS_FULL) == [Probe(FULL)]
     assert probes_of(Pattern(FULL, FORECAST, 3)) == [Probe(FORECAST, 1, 3), Probe(FORECAST, 2, 3)]
     assert probes_of(Pattern(FULL, SLOTS, 3)) == [Probe(SLOTS, 1), Probe(SLOTS, 2)]
-    for period in PERIODS:
+    for period in (*PERIODS, *LONG_PERIODS):
         ages = [probe.age for probe in probes_of(Pattern(FULL, REUSE, period))]
         assert ages == [age for age in REUSED_AGES if age < period]
 
@@ -54,7 +56,7 @@ def test_errors_of_a_bin_add_up() -> None:
     errors = {Probe(FORECAST, 1, 3): 2.0, Probe(FORECAST, 2, 3): 7.0, Probe(FORECAST, 1, 2): 100.0}
     assert error_over(Pattern(FULL, FORECAST, 3), range(4, 9), errors) == 2 + 7 + 2 + 7
     top1 = Pattern(parse_choice("top1"))
-    assert error_over(top1, range(4, 9), {Probe(parse_choice("top1")): 0.5}) == 2.5
+    assert error_over(top1, range(4, 9), {Probe(parse_choice("top1")): 0.5}) == 5**2 * 0.5  # it errs one way in all
     assert error_over(Pattern(FULL, FORECAST, 3), range(6, 7), errors) == 0  # computed there
 
 

@@ -145,4 +145,4 @@ def test_rows_that_pass_together_make_no_difference(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_choice_may_take_from() -> None:
     assert earlier(0) == range(1)
-    assert earlier(20) == range(11, 21)
+    assert earlier(20) == range(5, 21)

@@ -95,7 +95,7 @@ class Scheduling(asked.Scheduling):
         typer.Option(
             "--bins",
             metavar="N",
-            help="Bins of steps, with choices of their own. [default: 10, or one for each step]",
+            help="Bins of steps, with choices of their own. [default: a tenth of the steps, 10 to 25]",
         ),
     ] = None
     anyway: Annotated[
