@@ -111,8 +111,8 @@ class UpstreamSampling(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class ImageSampling(asked.ImageSampling, UpstreamSampling):
-    """Sampling for the images alone: with every solver, guided where wished, and decoded."""
+class GuidedSampling(UpstreamSampling):
+    """Sampling with every solver, guided where wished."""
 
     interval: Annotated[
         Interval,
@@ -133,6 +133,12 @@ class ImageSampling(asked.ImageSampling, UpstreamSampling):
             "dpmpp-2m for ddpm. [default: ab2 for rf, dpmpp-2m for ddpm; a distilled checkpoint's own]",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class ImageSampling(asked.ImageSampling, GuidedSampling):
+    """Sampling for the images alone: with every solver, guided where wished, and decoded."""
+
     vae: Annotated[
         str | None,
         typer.Option(

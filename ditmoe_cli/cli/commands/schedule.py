@@ -13,11 +13,10 @@ from ditmoe_cli.api.foretelling import estimate_row
 from ditmoe_cli.api.schedule_runs import ForeseenSchedule, MadeSchedule, scheduled_result
 from ditmoe_cli.cli.guiding_options import WeakGuiding, marked
 from ditmoe_cli.cli.options import DeviceOpt, FileDestination, Models, Source
-from ditmoe_cli.cli.sampling_options import UpstreamSampling, complete_solver, parse_interval
+from ditmoe_cli.cli.sampling_options import GuidedSampling
 from ditmoe_cli.cli.stage import open_stage
 from ditmoe_cli.cli.terminal import Printing, Row, emit
 from ditmoe_cli.diffusion.few_steps import told_sampling
-from ditmoe_cli.diffusion.schedule import ALWAYS, Interval
 from ditmoe_cli.progress import human_bytes
 from ditmoe_cli.scheduling.schedule_request import LEAST_IMAGES
 from ditmoe_cli.scheduling.whole_methods import PLANNED
@@ -31,7 +30,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class WaySampling(asked.WaySampling, UpstreamSampling):
+class WaySampling(asked.WaySampling, GuidedSampling):
     """The way of sampling that the schedule is for, and the images that it is chosen on."""
 
     images: Annotated[
@@ -43,25 +42,6 @@ class WaySampling(asked.WaySampling, UpstreamSampling):
             help="Images to choose on: errors are measured on a quarter of them, plans tried on the others.",
         ),
     ] = 32
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            "--solver",
-            metavar="NAME",
-            autocompletion=complete_solver,
-            help="Solver: euler, heun, ab2, ab3, ab4 or dpmpp-2m for rf; ddim, ddim-trailing, ddpm or "
-            "dpmpp-2m for ddpm. [default: ab2 for rf, dpmpp-2m for ddpm; a distilled checkpoint's own]",
-        ),
-    ] = None
-    interval: Annotated[
-        Interval,
-        typer.Option(
-            "--cfg-interval",
-            metavar="LOW,HIGH",
-            parser=parse_interval,
-            help="Noise levels, 0 to 1, between which to guide. [default: all]",
-        ),
-    ] = ALWAYS
 
 
 @dataclass(frozen=True)
