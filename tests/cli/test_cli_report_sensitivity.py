@@ -62,6 +62,7 @@ def test_a_terminal_shows_tables(folder: Path) -> None:
     assert "ab2, 2 steps, cfg 1, 2 NFE an image" in shown
 
 
+@pytest.mark.slow
 def test_a_map_is_kept_and_files_are_up_to_date(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     shutil.copy(folder / "a.safetensors", tmp_path)
@@ -106,6 +107,7 @@ def test_a_distilled_checkpoint_is_followed_by_its_own_steps(tmp_path: Path) -> 
     assert "--cfg 2" in here("report", "sensitivity", "few.safetensors", "--cfg", 2, cwd=tmp_path).error(2)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_profile_shows_the_map(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     few = {"depth": 1, "experts": 2, "input_size": 2, "num_classes": 1}  # so that there are few figures

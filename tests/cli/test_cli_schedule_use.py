@@ -117,6 +117,7 @@ def test_interrupted_samples_go_on_by_the_schedule(
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(folder: Path, tmp_path: Path) -> None:
     words = ("sample", folder / "a.safetensors", *FOUR, "--schedule", folder / "half.safetensors", "--batch", 2)
     alone = here(*words, "-o", "x.safetensors", cwd=tmp_path)
