@@ -245,15 +245,16 @@ def _way(checkpoint: Checkpoint, spec: SampleSpec, guiding: Guiding, device: str
     import torch
 
     from ditmoe_cli.diffusion.weak_models import weak_model
+    from ditmoe_cli.formats.unpacked_weights import unpacked_weights
     from ditmoe_cli.model.dtypes import torch_dtype_of
     from ditmoe_cli.model.loading import build_model
     from ditmoe_cli.scheduling.way_states import Way
 
-    place, dtype = torch.device(checked_device(device)), torch_dtype_of(spec.dtype)
+    place, dtype, unpacked = torch.device(checked_device(device)), torch_dtype_of(spec.dtype), unpacked_weights()
 
     def load(source: Checkpoint | None) -> Any:
         assert source is not None
-        return build_model(source, place, dtype).prepack()
+        return build_model(source, place, dtype, unpacked).prepack()
 
     model = load(checkpoint)
     return Way(model, spec.way, spec.seed, spec.classes, weak_model(model, spec.guide, lambda: load(guiding.weak)))

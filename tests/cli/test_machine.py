@@ -130,6 +130,7 @@ def test_commands_that_run_models_take_memory_for_unpacked_weights(name: str) ->
     training = {"heal", "distill"}
     running = {
         "sample",
+        "schedule",
         "fid",
         "compare",
         "bench",

@@ -13,8 +13,7 @@ import torch
 from cli_helpers import here
 from conftest import make_pico
 
-from ditmoe_cli.api import plan_application, planner_runs
-from ditmoe_cli.cli.commands import convert
+from ditmoe_cli.api import conversion_runs, plan_application, planner_runs
 from ditmoe_cli.compression.output import PlannedOutput, planned_output
 from ditmoe_cli.compression.plan import CompressionPlan
 from ditmoe_cli.files import streaming, writer
@@ -84,7 +83,7 @@ def test_a_checkpoint_that_is_read_while_writing_gives_the_bytes_of_one_that_was
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = here(*COMMANDS[name], "-o", "late.safetensors", cwd=folder)
-    for module in (planner_runs, convert, plan_application):
+    for module in (planner_runs, conversion_runs, plan_application):
         monkeypatch.setattr(module, "unread", lambda checkpoint, *_: checkpoint)
     early = here(*COMMANDS[name], "-o", "early.safetensors", cwd=folder)
     assert late.result["plan_digest"] == early.result["plan_digest"]
