@@ -16,7 +16,7 @@ from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.output_names import FileDestination
 from ditmoe_cli.api.sampling_requests import SamplingOptions, guided_in
 from ditmoe_cli.briefs import Brief, Fact
-from ditmoe_cli.diffusion.compute_schedule import SCHEDULE_SCHEMA, ScheduledSampling, read_schedule, schedule_document
+from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling, read_schedule, schedule_document
 from ditmoe_cli.diffusion.few_steps import told_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, Solver
@@ -234,7 +234,6 @@ def _chosen(
     method = asked.method if chosen.best.name in (asked.method, "full") else f"{asked.method} ({chosen.best.name})"
     table = chosen.best.table
     document = schedule_document(checkpoint.fingerprint, spec.way, method, table, asked.bins, measured)
-    assert document["schema"] == SCHEDULE_SCHEMA
     arrays = {name: array.cpu().numpy() for name, array in chosen.arrays.items()}
     write_arrays(target, arrays, document, force, (checkpoint.path,))
     return _made(target, method, spec.way, table, measured)

@@ -1,9 +1,9 @@
-"""The schedule of a budget: chosen by the program, tried on other images, and chosen again by what was seen there.
+"""The schedule of a budget: chosen by the program, and tried on other images.
 
 Errors of the program add up over blocks and steps, which they do only near enough. So the program is solved for several
-ways in which they may, each choice is tried on images that nothing was measured on, and the best of all is taken,
-methods that choose for the whole model among it. What an error in a bin makes of the final images is measured by a bin
-in which every second evaluation is extrapolated, all others being computed.
+ways in which they may, each choice is tried on images that its errors were not replayed on, and the best of all is
+taken, methods that choose for the whole model among it. What an error in a bin makes of the final images is measured by
+a bin in which every second evaluation is extrapolated, all others being computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ditmoe_cli.scheduling.schedule_program import (
     chosen_bins,
     least_flops,
 )
-from ditmoe_cli.scheduling.schedule_request import Asked, all_flops, check_least
+from ditmoe_cli.scheduling.schedule_request import Asked, check_least
 from ditmoe_cli.scheduling.way_states import Outcome, Visited, Way, by_table, visited
 from ditmoe_cli.scheduling.way_statistics import way_statistics
 from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_states, whole_table
@@ -177,7 +177,7 @@ class Planner:
         self._way, self._asked, self._trials, self._found = way, asked, trials, found
         sampling, config = way.sampling, way.model.config
         self.statistics = statistics_of(dict(found.known.arrays), len(sampling.times), asked.bins)
-        self._all = all_flops(config, sampling)
+        self._all = sampling.operations(config)
         self._fixed = len(sampling.times) * fixed_cost(config)
         self._options = [_inherited(each) if asked.method == INHERITED else each for each in found.options]
         self.least = (self._fixed + least_flops(self._options)) / self._all
@@ -240,6 +240,12 @@ def _full_bins(way: Way, options: Sequence[BinOptions]) -> list[ChosenBin]:
     return [ChosenBin(blocks, blocks if each.null is not None else ()) for each in options]
 
 
+def _restricted(options: BinOptions, keeps: Callable[[BranchOptions], BranchOptions]) -> BinOptions:
+    """Return the options of a bin of which each branch keeps some."""
+    null = options.null
+    return BinOptions(keeps(options.conditional), None if null is None else replace(null, branch=keeps(null.branch)))
+
+
 def _inherited(options: BinOptions) -> BinOptions:
     """Return the options of feature inheritance: whole blocks reused, or computed."""
 
@@ -247,20 +253,18 @@ def _inherited(options: BinOptions) -> BinOptions:
         blocks = [[p for p in patterns if _inherits(p.pattern)] for patterns in branch.blocks]
         return BranchOptions(blocks, [p for p in branch.alike if _inherits(p.pattern)])
 
-    null = options.null
-    return BinOptions(
-        kept(options.conditional), None if null is None else replace(null, branch=kept(null.branch), patterns=())
-    )
+    found = _restricted(options, kept)
+    return found if found.null is None else replace(found, null=replace(found.null, patterns=()))
 
 
 def _alike(options: BinOptions) -> BinOptions:
     """Return the options in which all blocks of a branch do alike."""
-
-    def kept(branch: BranchOptions) -> BranchOptions:
-        return replace(branch, blocks=[[p for p in each if p.pattern == ALWAYS_FULL] for each in branch.blocks])
-
-    null = options.null
-    return BinOptions(kept(options.conditional), None if null is None else replace(null, branch=kept(null.branch)))
+    return _restricted(
+        options,
+        lambda branch: replace(
+            branch, blocks=[[p for p in each if p.pattern == ALWAYS_FULL] for each in branch.blocks]
+        ),
+    )
 
 
 def _inherits(pattern: Pattern) -> bool:

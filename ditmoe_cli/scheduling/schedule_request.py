@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.errors import InfeasibleError, UsageError
-from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
+from ditmoe_cli.model.compute_cost import fixed_cost
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import BASELINE_BYTES, Estimate, activation_bytes, loading, model_bytes, passes
 from ditmoe_cli.scheduling.fewer_steps import evaluations_of
@@ -45,12 +45,6 @@ class Asked:
         return self.method in (PLANNED, INHERITED)
 
 
-def all_flops(config: DiTMoEConfig, sampling: ScheduledSampling) -> float:
-    """Return the operations an image takes with everything computed."""
-    evaluations = len(sampling.times) + sum(choice == "compute" for choice in sampling.null)
-    return evaluations * (fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks))
-
-
 def check_least(share: float, least: float) -> None:
     """Raise `InfeasibleError` where a share of all operations is below the least that can be chosen."""
     if share < least:
@@ -85,7 +79,7 @@ def check_asked(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling)
     if asked.images < LEAST_IMAGES:
         raise UsageError(f"⟨images⟩ {asked.images}: a schedule is chosen on at least {LEAST_IMAGES} images")
     if asked.flops is not None:
-        check_least(asked.flops, len(sampling.times) * fixed_cost(config) / all_flops(config, sampling))
+        check_least(asked.flops, len(sampling.times) * fixed_cost(config) / sampling.operations(config))
     return asked
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE
-from ditmoe_cli.model.conditions import conditions
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.progress import phase
 from ditmoe_cli.scheduling.way_states import Visited, Way
@@ -90,12 +89,11 @@ def way_statistics(way: Way, seen: Visited, indices: Sequence[int], measured: Se
         for place, evaluation in enumerate(measured):
             t, x = way.sampling.times[evaluation], seen.states[evaluation][: len(indices)]
             for branch in range(branches):
-                known = conditions([t], labels if branch == 0 else null, model.condition, config)
 
                 def watch(event: MoEEvent, place: int = place, branch: int = branch) -> None:
                     _add(sums[event.block], event, place, branch)
 
-                model.modulated(x, lambda name, modulate, known=known, t=t: known.at(name, modulate, t), watch)  # type: ignore[misc]
+                model.prepared([t], null if branch else labels)(x, t, watch)
             progress(1)
     energy = torch.stack([_energies(each) for each in sums], dim=2).float()
     pairs = [_regression(each.moments) for each in sums]

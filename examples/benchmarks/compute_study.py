@@ -45,7 +45,7 @@ from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_pat
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.scheduled import ComputeCount
-from ditmoe_cli.scheduling.chosen_schedule import Planning, all_flops
+from ditmoe_cli.scheduling.chosen_schedule import Planning
 from ditmoe_cli.scheduling.schedule_request import Asked, usual_bins
 from ditmoe_cli.scheduling.way_states import Way
 
@@ -134,7 +134,7 @@ class Study:
             statistics = statistics_of(chosen.arrays, len(self.spec.way.times), asked.bins)
             images, seconds = self.images(name, self.spec, Scheduled(chosen.best.table, statistics, counts.append))
             share = sum(count.total for count in counts) / self.spec.images
-            record.write_text(str(share / all_flops(self.checkpoint.config, self.spec.way)))
+            record.write_text(str(share / self.spec.way.operations(self.checkpoint.config)))
         images, seconds = self.images(name, self.spec)
         return images, seconds, float(record.read_text())
 
@@ -195,7 +195,7 @@ def add_copy(study: Study, path: Path, add: Callable[..., None]) -> None:
     spec = replace(study.spec, solver=solver, steps=steps, cfg=1.0)
     model = build_model(copy, torch.device("cpu"), torch.float32).prepack()
     images, mine = study.images(f"copy.{path.stem}", spec, model=model)
-    share = all_flops(copy.config, spec.way) / all_flops(study.checkpoint.config, study.spec.way)
+    share = spec.way.operations(copy.config) / study.spec.way.operations(study.checkpoint.config)
     add(f"{path.stem}, distilled to {steps}", "distilled", images, mine, share)
 
 

@@ -10,7 +10,7 @@ from conftest import make_pico
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.errors import DitmoeError, InfeasibleError, UsageError
 from ditmoe_cli.model.compute_cost import fixed_cost
-from ditmoe_cli.scheduling.schedule_request import Asked, all_flops, check_asked, schedule_estimate
+from ditmoe_cli.scheduling.schedule_request import Asked, check_asked, schedule_estimate
 
 CONFIG = make_pico(sampler="rf").config
 WAY = ScheduledSampling("euler", 8)
@@ -65,7 +65,7 @@ def test_the_least_is_told_before_anything_is_done(way: ScheduledSampling) -> No
     ) as no:
         check_asked(Asked(flops=0.0001), CONFIG, way)
     told = float(str(no.value).split(" of all")[0].split()[-1])
-    least = len(way.times) * fixed_cost(CONFIG) / all_flops(CONFIG, way)
+    least = len(way.times) * fixed_cost(CONFIG) / way.operations(CONFIG)
     assert 0 <= told - least <= 0.001
     assert check_asked(Asked(flops=told), CONFIG, way).flops == told
     assert check_asked(Asked(max_damage=1e-9), CONFIG, way).flops is None
