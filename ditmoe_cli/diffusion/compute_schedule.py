@@ -7,6 +7,10 @@ its rules for slots need:
     energy            F32  (B, 2, L, R)   E‖γ ⊙ f‖² of what a router row selects
     scale, constant   F32  (L, R, D)      the regression of an expert's output on that of the token's first expert
 
+and, with K evaluations and C channels of the state, where predictions follow it (`followed_predictions`),
+
+    slopes            F32  (K, C, 2)      by which they follow
+
 Reading the metadata needs neither torch nor numpy.
 """
 
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from ditmoe_cli.model.checkpoint import Checkpoint
 
 SCHEDULE_SCHEMA = "ditmoe.schedule/1"
-ENERGY, SCALE, CONSTANT = "energy", "scale", "constant"
+ENERGY, SCALE, CONSTANT, SLOPES = "energy", "scale", "constant", "slopes"
 NEEDED: Mapping[Rule, tuple[str, ...]] = {"saliency": (ENERGY,), "regressed": (SCALE, CONSTANT)}
 """The statistics that a rule for slots needs."""
 
@@ -120,15 +124,15 @@ class ComputeSchedule:
     @property
     def nfe(self) -> int:
         """The evaluations of an image: of both branches, where they are predicted, and of a weaker model."""
-        guidance, table = self.sampling.guidance, self.table
-        null = sum(table.computes_null(evaluation) for evaluation in range(table.evaluations))
-        return table.evaluations + null + sum(guidance.takes_weak(t) for t in self.sampling.times)
+        guidance, table, followed = self.sampling.guidance, self.table, set(self.table.followed)
+        asked = [k for k in range(table.evaluations) if k not in followed]
+        return sum(1 + table.computes_null(k) + guidance.takes_weak(self.sampling.times[k]) for k in asked)
 
     def statistics(self) -> dict[str, NDArray[Any]]:
         """Return the statistics that it holds."""
         from ditmoe_cli.files.arrays import read_arrays
 
-        return read_arrays(self.path, (ENERGY, SCALE, CONSTANT))
+        return read_arrays(self.path, (ENERGY, SCALE, CONSTANT, SLOPES))
 
 
 def schedule_document(
@@ -186,10 +190,16 @@ def read_schedule(path: Path) -> ComputeSchedule:
         _check_guided(table, sampling)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInputError(f"{path}: the schedule is malformed ({error}); make it again") from None
-    missing = [name for rule in sorted(table.rules) for name in NEEDED.get(rule, ()) if name not in header.tensors]
+    missing = [name for name in needed_statistics(table) if name not in header.tensors]
     if missing:
         raise BadInputError(f"{path}: the schedule has no tensor {missing[0]!r}, which its rules need; make it again")
     return schedule
+
+
+def needed_statistics(table: ComputeTable) -> list[str]:
+    """Return the names of the statistics that a table needs."""
+    found = [name for rule in sorted(table.rules) for name in NEEDED.get(rule, ())]
+    return [*found, SLOPES] if table.followed else found
 
 
 def _check_guided(table: ComputeTable, sampling: ScheduledSampling) -> None:
@@ -258,6 +268,7 @@ def check_blocks(schedule: ComputeSchedule, config: DiTMoEConfig) -> None:
         ENERGY: (schedule.bins, 2, blocks, rows),
         SCALE: (blocks, rows, config.hidden_size),
         CONSTANT: (blocks, rows, config.hidden_size),
+        SLOPES: (schedule.table.evaluations, config.in_channels, 2),
     }
     tensors = read_safetensors_header(schedule.path).tensors
     for name, shape in shapes.items():

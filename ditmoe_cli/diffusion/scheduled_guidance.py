@@ -6,13 +6,14 @@ last (https://arxiv.org/abs/2410.19355); where it is off, the conditional branch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE, ComputeSchedule
+from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE, SLOPES, ComputeSchedule
+from ditmoe_cli.diffusion.followed_predictions import FollowedPredictions
 from ditmoe_cli.diffusion.guidance import away_from_weak, combine
 from ditmoe_cli.diffusion.predictor import Predictor
 from ditmoe_cli.diffusion.step_bins import step_bin
@@ -26,11 +27,15 @@ from ditmoe_cli.model.scheduled import ComputeCount, ScheduledRun, Statistics, n
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A table with the statistics of its rules on a device, and who is told what each batch computed."""
+    """A table with the statistics of its rules on a device, and who is told what each batch computed.
+
+    `slopes` (K, C, 2) are those by which predictions follow, where they do (`followed_predictions`).
+    """
 
     table: ComputeTable
     statistics: Statistics = no_statistics
     counted: Callable[[ComputeCount], None] = lambda _: None
+    slopes: Tensor | None = None
 
 
 def loaded_schedule(
@@ -38,12 +43,22 @@ def loaded_schedule(
 ) -> Scheduled:
     """Return a schedule with its statistics on a device."""
     arrays = {name: torch.tensor(array, device=device) for name, array in schedule.statistics().items()}
-    return Scheduled(schedule.table, statistics_of(arrays, schedule.table.evaluations, schedule.bins), counted)
+    return scheduled_with(schedule.table, arrays, schedule.bins, counted)
 
 
-def statistics_of(arrays: dict[str, Tensor], evaluations: int, bins: int) -> Statistics:
+def scheduled_with(
+    table: ComputeTable,
+    arrays: Mapping[str, Tensor],
+    bins: int,
+    counted: Callable[[ComputeCount], None] = lambda _: None,
+) -> Scheduled:
+    """Return a table with the arrays of its file."""
+    return Scheduled(table, statistics_of(arrays, table.evaluations, bins), counted, arrays.get(SLOPES))
+
+
+def statistics_of(arrays: Mapping[str, Tensor], evaluations: int, bins: int) -> Statistics:
     """Return what rules know in each evaluation, branch and block, from `energy`, `scale` and `constant`."""
-    if not arrays:
+    if not {ENERGY, SCALE, CONSTANT} & set(arrays):
         return no_statistics
     known: dict[tuple[int, int, int], SlotStatistics] = {}
 
@@ -74,28 +89,36 @@ def scheduled_predictor(
     table = scheduled.table
     if table.evaluations != len(times):
         raise ValueError(f"a table of {table.evaluations} evaluations for {len(times)} times")
-    run = ScheduledRun(model, table, scheduled.statistics)
+    run, followed = ScheduledRun(model, table, scheduled.statistics), FollowedPredictions(table, scheduled.slopes)
     doubled = [t for e, t in enumerate(times) if table.computes_null(e)]
-    single = [t for e, t in enumerate(times) if not table.computes_null(e)]
+    single = [t for e, t in enumerate(times) if not table.computes_null(e) and not followed.at(e)]
     null = torch.full_like(labels, model.config.num_classes)
     one = _conditions(model, single, labels)
     two = _conditions(model, doubled, torch.cat((labels, null)))
     weaker = weak.prepared([t for t in dict.fromkeys(times) if guidance.takes_weak(t)], labels) if weak else None
     branches = NullGuidance(table, guidance)
 
-    def predict(x: Tensor, t: float) -> Tensor:
-        evaluation = run.evaluation
+    def asked(x: Tensor, t: float, evaluation: int) -> Tensor:
         if table.computes_null(evaluation):
             predicted = run.predict(torch.cat((x, x)), t, _modulations(two, t), (0, 1))
         else:
             predicted = run.predict(x, t, _modulations(one, t), (0,))
         output, cond = branches.guided(predicted, evaluation)
-        if run.evaluation == table.evaluations:
-            scheduled.counted(run.count)
         guide = guidance.guide
         if guide is None or weaker is None or not guidance.takes_weak(t):
             return output
         return away_from_weak(output, cond, weaker(x, t).float(), guide.scale, guidance.family)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        evaluation, run.kept_beside = run.evaluation, followed.nbytes
+        if followed.at(evaluation):
+            output = followed.predicted(evaluation, x)
+            run.finish(0)
+        else:
+            output = followed.kept(evaluation, x, asked(x, t, evaluation))
+        if run.evaluation == table.evaluations:
+            scheduled.counted(run.count)
+        return output
 
     return predict
 

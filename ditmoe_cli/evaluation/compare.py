@@ -612,6 +612,7 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
 
     def watch(z: Tensor, t: float) -> None:
         x, times_of_rows, y = _branches(z, t, labels, a.config.num_classes, spec.cfg)
+        follows = side is not None and side.follows
         v_a, v_b, by_block = run_blocks(models, x, times_of_rows, y, side)
         step = f"step {len(times) + 1} of {spec.steps}"
         blocks.append(by_block.cpu().numpy())
@@ -620,7 +621,10 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
         if not followed or np.isfinite(blocks[-1]).all():  # else it is a model itself that is broken
             _require_finite_guide(spec, step, weak_v_a, weak_v_b)
         v_a = _guided(v_a, spec, weak_v_a)
-        v_b = _guided(v_b, spec, weak_v_b) if side is None else _guided_weakly(*side.guided(v_b), spec, weak_v_b)
+        if side is None:
+            v_b = _guided(v_b, spec, weak_v_b)
+        elif not follows:
+            v_b = side.kept(z, _guided_weakly(*side.guided(v_b), spec, weak_v_b))
         v_a, v_b = (v[:, : z.shape[1]].double() for v in (v_a, v_b))
         predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
         times.append(float(t))
@@ -708,12 +712,14 @@ def run_blocks(
 
     Returns both outputs (N, out_channels, H, W), and each block's sums as in `Sums`, (depth, 6) in fp64. Where B is the
     `side` of a schedule, its output and the sums are of the branches that it computes, and the sums NaN where its
-    blocks cannot be told apart.
+    blocks cannot be told apart; where it follows, its output is the guided prediction, and the sums are 0.
     """
     import torch
 
     a, b = models.a, models.b
     rows = slice(None) if side is None else slice(side.images * len(side.branches))
+    if side is not None and side.follows:
+        return a(x, t, y), side.followed(x[: side.images]), torch.zeros((len(models.rows), 6), dtype=torch.float64)
     if side is not None and not side.blockwise:
         found = side.predict(x[rows], float(t[0]), b.condition(t[rows], y[rows]))
         return a(x, t, y), found, torch.full((len(models.rows), 6), torch.nan, dtype=torch.float64)

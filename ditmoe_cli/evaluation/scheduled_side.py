@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ditmoe_cli.diffusion.followed_predictions import FollowedPredictions
 from ditmoe_cli.diffusion.scheduled_guidance import NullGuidance, Scheduled
 from ditmoe_cli.diffusion.weak_guidance import Guidance
 from ditmoe_cli.model.dit import Block, DiTMoE
@@ -39,6 +40,7 @@ class ScheduledSide:
         self._own = ScheduledRun(model, scheduled.table, scheduled.statistics, self._routed)
         self._alone = ScheduledRun(model, scheduled.table, scheduled.statistics)
         self._null = NullGuidance(scheduled.table, guidance)
+        self._followed = FollowedPredictions(scheduled.table, scheduled.slopes)
         self._rows: dict[int, Tensor] = {}
 
     @property
@@ -47,8 +49,26 @@ class ScheduledSide:
         return self._table.residual is None
 
     @property
+    def follows(self) -> bool:
+        """Whether it is not asked in this evaluation, its prediction following the state."""
+        return self._followed.at(self._own.evaluation)
+
+    def followed(self, x: Tensor) -> Tensor:
+        """Return the guided prediction (N, C', H, W) of an evaluation that follows, and go on."""
+        output = self._followed.predicted(self._own.evaluation, x)
+        for run in (self._own, self._alone):
+            run.finish(0)
+        return output
+
+    def kept(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the guided prediction of the evaluation that was finished last, which later ones may follow."""
+        return self._followed.kept(self._own.evaluation - 1, x, output)
+
+    @property
     def branches(self) -> tuple[int, ...]:
         """The branches that it computes in this evaluation, the conditional one first."""
+        if self.follows:
+            return ()
         return (0, 1) if self._table.computes_null(self._own.evaluation) else (0,)
 
     def predict(self, x: Tensor, t: float, c: Tensor) -> Tensor:

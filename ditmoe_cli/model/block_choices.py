@@ -13,6 +13,7 @@ is computed may leave out slots behind the first of a token.
 | `reuse-slots` | routes anew, and computes only experts that the token did not choose before |
 | `top1`, `regressed`, `top-p:T`, `odp:T`, `saliency:T` | leaves out slots (`SlotRule`) |
 | `skip-shared` | leaves out the shared expert |
+| `follow` | does nothing, nor does any other: predictions follow the state (`diffusion/followed_predictions.py`) |
 
 Texts are joined by ``+``, as in ``forecast-attention+top1``.
 """
@@ -24,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Part = Literal["compute", "reuse", "forecast", "skip"]
-MixturePart = Literal["compute", "reuse", "forecast", "skip", "reuse-slots"]
+Part = Literal["compute", "reuse", "forecast", "skip", "follow"]
+MixturePart = Literal["compute", "reuse", "forecast", "skip", "reuse-slots", "follow"]
 Rule = Literal["top1", "regressed", "top-p", "odp", "saliency"]
 NullChoice = Literal["compute", "reuse", "off"]
 """The null class in one evaluation: predicted; guiding as it did when it was predicted last; or not guiding."""
@@ -89,15 +90,19 @@ class BlockChoice:
 
 
 FULL = BlockChoice()
+FOLLOW = BlockChoice("follow", "follow")
 _WHOLE: Mapping[str, BlockChoice] = {
     "full": FULL,
     "reuse": BlockChoice("reuse", "reuse"),
     "forecast": BlockChoice("forecast", "forecast"),
     "skip": BlockChoice("skip", "skip"),
+    "follow": FOLLOW,
 }
-_ATTENTION: Mapping[str, Part] = {f"{part}-attention": part for part in get_args(Part) if part != "compute"}
+_APART: tuple[Part, ...] = ("reuse", "forecast", "skip")
+"""What one part of a block may do while the other is computed."""
+_ATTENTION: Mapping[str, Part] = {f"{part}-attention": part for part in _APART}
 _MIXTURE: Mapping[str, MixturePart] = {
-    **{f"{part}-mixture": part for part in get_args(Part) if part != "compute"},
+    **{f"{part}-mixture": part for part in _APART},
     "reuse-slots": "reuse-slots",
 }
 
@@ -181,6 +186,21 @@ class ComputeTable:
         """Return what a block computes."""
         return self.choices[self.cells[evaluation][branch][block]]
 
+    def follows(self, evaluation: int) -> bool:
+        """Return whether the model is not asked in an evaluation, its prediction following the state."""
+        return self.at(evaluation, 0, 0) == FOLLOW
+
+    @property
+    def followed(self) -> tuple[int, ...]:
+        """The evaluations in which the model is not asked."""
+        if FOLLOW not in self.choices:
+            return ()
+        return tuple(evaluation for evaluation in range(self.evaluations) if self.follows(evaluation))
+
+    def asked_before(self, evaluation: int) -> tuple[int, ...]:
+        """Return the last two evaluations before one in which the model is asked, or as many as there are."""
+        return tuple(k for k in range(evaluation) if not self.follows(k))[-2:]
+
     def computes_null(self, evaluation: int) -> bool:
         """Return whether the null class is predicted in an evaluation."""
         return bool(self.null) and self.null[evaluation] == "compute"
@@ -230,8 +250,21 @@ def check_table(table: ComputeTable) -> ComputeTable:
             raise ValueError("blocks are chosen by residuals and by cells")
         if not 0 <= table.residual < math.inf:
             raise ValueError(f"a threshold of residuals of {table.residual}")
+    _check_followed(table)
     _check_sources(table, blocks)
     return table
+
+
+def _check_followed(table: ComputeTable) -> None:
+    """Raise `ValueError` where some blocks follow, where nothing was before, and where the null class is predicted."""
+    for evaluation, step in enumerate(table.cells):
+        follow = {table.choices[index] == FOLLOW for branch in step for index in branch}
+        if follow == {True, False}:
+            raise ValueError(f"evaluation {evaluation} follows in some blocks, and not in others")
+        if True in follow and evaluation == 0:
+            raise ValueError("evaluation 0 follows, and there is none before it")
+        if True in follow and table.computes_null(evaluation):
+            raise ValueError(f"evaluation {evaluation} follows, and predicts the null class")
 
 
 def _check_sources(table: ComputeTable, blocks: int) -> None:

@@ -133,6 +133,7 @@ class ScheduledRun:
     Attributes:
         count: what was computed so far.
         evaluation: the number of the next evaluation.
+        kept_beside: bytes that others keep for later evaluations, which are counted with these.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class ScheduledRun:
             for block in model.config.blocks
         ]
         self._first: dict[int, _First] = {}
-        self.count, self.evaluation = ComputeCount(), 0
+        self.count, self.evaluation, self.kept_beside = ComputeCount(), 0, 0
 
     def predict(self, x: Tensor, t: float, modulation_of: ModulationOf, branches: Sequence[int]) -> Tensor:
         """Return the prediction for x (B N, C, H, W), N images of each of B branches, at time t, and go on to the next.
@@ -175,10 +176,13 @@ class ScheduledRun:
         return model.unpatched(tokens, modulation_of("final", model.final_layer.adaLN_modulation))
 
     def finish(self, rows: int) -> None:
-        """Count an evaluation of that many rows, let go of what no later one takes, and go on to the next."""
+        """Count an evaluation of that many rows, let go of what no later one takes, and go on to the next.
+
+        Rows are 0 where the model was not asked.
+        """
         self.count.flops += rows * fixed_cost(self._model.config)
         kept = sum(shelf.nbytes for shelf in self._shelves.values()) + sum(f.nbytes for f in self._first.values())
-        self.count.most_kept = max(self.count.most_kept, kept)
+        self.count.most_kept = max(self.count.most_kept, kept + self.kept_beside)
         for shelf in self._shelves.values():
             shelf.forget(self.evaluation)
         self.evaluation += 1

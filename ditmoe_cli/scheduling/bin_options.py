@@ -21,6 +21,7 @@ from ditmoe_cli.model.compute_cost import (
 )
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.progress import phase
+from ditmoe_cli.scheduling.followed_options import followed_options
 from ditmoe_cli.scheduling.patterns import (
     ALWAYS_FULL,
     PERIODS,
@@ -121,12 +122,14 @@ def _options(
     def together(branch: int) -> list[Priced]:
         return [_alike(p, counted[branch], replays.joint[branch], config) for p in alike]
 
-    if not guided:
-        return BinOptions(BranchOptions(priced(0), together(0)))
     fixed = fixed_cost(config)
+    ends, followed = len(evaluations) * fixed, followed_options(seen, sampling, config, evaluations)
+    conditional = BranchOptions(priced(0), together(0))
+    if not guided:
+        return BinOptions(conditional, None, ends, followed)
     full = fixed + sum(block_cost(config, block) for block in config.blocks)
     null = NullOptions(BranchOptions(priced(1), together(1)), _null_patterns(replays, counted[1]), full, fixed, guided)
-    return BinOptions(BranchOptions(priced(0), together(0)), null)
+    return BinOptions(conditional, null, ends, followed)
 
 
 def predicted_numbers(null: Sequence[NullChoice], evaluations: range) -> range:

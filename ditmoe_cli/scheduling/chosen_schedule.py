@@ -15,11 +15,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ditmoe_cli.diffusion.compute_schedule import NEEDED
+from ditmoe_cli.diffusion.compute_schedule import SLOPES, needed_statistics
+from ditmoe_cli.diffusion.followed_predictions import fitted_slopes
 from ditmoe_cli.diffusion.scheduled_guidance import statistics_of
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.model.block_choices import ComputeTable, full_table, table_of
-from ditmoe_cli.model.compute_cost import fixed_cost
 from ditmoe_cli.model.scheduled import Statistics, no_statistics
 from ditmoe_cli.progress import phase
 from ditmoe_cli.scheduling.bin_options import Measured, bins_of, measured, measured_evaluations
@@ -37,7 +37,7 @@ from ditmoe_cli.scheduling.schedule_program import (
 from ditmoe_cli.scheduling.schedule_request import Asked, check_least
 from ditmoe_cli.scheduling.way_states import Outcome, Visited, Way, by_table, visited
 from ditmoe_cli.scheduling.way_statistics import way_statistics
-from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_states, whole_table
+from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, needs_statistics, whole_table
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ ADDINGS = (
 """How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two."""
 _CORRECTIONS = 3
 """How often the program is solved for fewer operations, where its thresholds let more slots pass than it counted."""
-_RIVALS = ("fora", "taylor")
+_RIVALS = ("fora", "taylor", "follow")
 _BOUND = 1.645
 """Standard errors that an upper bound of 95 % lies above a mean."""
 _TYPICAL = "forecast/2"
@@ -74,7 +74,7 @@ _TAKEN_BEFORE = 2
 """Evaluations before a bin that its first ones may take from, where those compute everything."""
 _HALVINGS = 6
 _LONGEST_PERIOD = 5
-_TOLERANCE = 0.005
+_TOLERANCE = 1e-6
 """By what share operations on other images may exceed those that are asked for."""
 
 
@@ -92,6 +92,7 @@ class Tried:
         predicted: the damage that the program predicted; None where it did not choose.
         gap: how far from the optimum the program's choice may be, relative.
         final: (N, C, H, W) the images.
+        slopes: (K, C, 2) by which predictions follow; None where none do.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Tried:
     final: Tensor = field(repr=False)
     predicted: float | None = None
     gap: float | None = None
+    slopes: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,13 @@ class Chosen:
 
 
 class Trials:
-    """The images that tables are tried on: where they end with everything computed, and by any table."""
+    """The images that tables are tried on: where they end with everything computed, and by any table.
 
-    def __init__(self, way: Way, indices: Sequence[int]) -> None:
-        self._way, self._indices = way, indices
+    Slopes by which predictions follow are fitted to other images, those that were `measured`.
+    """
+
+    def __init__(self, way: Way, indices: Sequence[int], measured: Visited) -> None:
+        self._way, self._indices, self._measured = way, indices, measured
         self.seen: Visited = visited(way, indices)
 
     @property
@@ -136,13 +141,18 @@ class Trials:
         """Σ‖z‖² of the final images with everything computed."""
         return float(self.seen.final.double().square().sum())
 
-    def run(self, table: ComputeTable, statistics: Statistics, before: int = 0) -> Outcome:
+    def run(
+        self, table: ComputeTable, statistics: Statistics, before: int = 0, slopes: Tensor | None = None
+    ) -> Outcome:
         """Return where the images end by a table whose first `before` evaluations compute everything."""
-        return by_table(self._way, self._indices, table, statistics, list(self.seen.predictions[:before]))
+        return by_table(self._way, self._indices, table, statistics, list(self.seen.predictions[:before]), slopes)
 
     def tried(self, name: str, table: ComputeTable, statistics: Statistics) -> Tried:
         """Return a table with what it makes of the images."""
-        outcome = self.run(table, statistics)
+        slopes = None
+        if table.followed:
+            slopes = fitted_slopes(self._measured.states, self._measured.predictions, table)
+        outcome = self.run(table, statistics, slopes=slopes)
         off = self._off(outcome)
         count, mean = len(off), float(off.mean())
         spread = float(off.std()) / math.sqrt(count) if count > 1 else 0.0
@@ -155,6 +165,7 @@ class Trials:
             outcome.flops / self.seen.flops,
             outcome.count.most_kept / count,
             outcome.final,
+            slopes=slopes,
         )
 
     def everything(self) -> Tried:
@@ -175,23 +186,22 @@ class Planner:
 
     def __init__(self, way: Way, asked: Asked, trials: Trials, found: Measured, amplification: Sequence[float]) -> None:
         self._way, self._asked, self._trials, self._found = way, asked, trials, found
-        sampling, config = way.sampling, way.model.config
+        sampling = way.sampling
         self.statistics = statistics_of(dict(found.known.arrays), len(sampling.times), asked.bins)
-        self._all = sampling.operations(config)
-        self._fixed = len(sampling.times) * fixed_cost(config)
+        self._all = sampling.operations(way.model.config)
         self._options = [_inherited(each) if asked.method == INHERITED else each for each in found.options]
-        self.least = (self._fixed + least_flops(self._options)) / self._all
+        self.least = least_flops(self._options) / self._all
         self.amplification = amplification
 
     def solved(self, share: float, adding: Adding) -> ChosenBins:
         """Return the program's choice for a share of all operations. Raises `InfeasibleError` below the least."""
         check_least(share, self.least)
         factors = [factor**adding.amplified for factor in self.amplification]
-        return chosen_bins(self._offered(adding), factors, share * self._all - self._fixed, adding.exponent)
+        return chosen_bins(self._offered(adding), factors, share * self._all, adding.exponent)
 
     def allows(self, share: float, adding: Adding) -> bool:
         """Return whether there is a choice for a share of all operations where errors are taken to add up so."""
-        return share * self._all >= self._fixed + least_flops(self._offered(adding))
+        return share * self._all >= least_flops(self._offered(adding))
 
     def _offered(self, adding: Adding) -> Sequence[BinOptions]:
         return [_alike(each) for each in self._options] if adding.alike else self._options
@@ -243,17 +253,18 @@ def _full_bins(way: Way, options: Sequence[BinOptions]) -> list[ChosenBin]:
 def _restricted(options: BinOptions, keeps: Callable[[BranchOptions], BranchOptions]) -> BinOptions:
     """Return the options of a bin of which each branch keeps some."""
     null = options.null
-    return BinOptions(keeps(options.conditional), None if null is None else replace(null, branch=keeps(null.branch)))
+    kept = None if null is None else replace(null, branch=keeps(null.branch))
+    return replace(options, conditional=keeps(options.conditional), null=kept)
 
 
 def _inherited(options: BinOptions) -> BinOptions:
-    """Return the options of feature inheritance: whole blocks reused, or computed."""
+    """Return the options of feature inheritance: whole blocks reused, or computed; the model is always asked."""
 
     def kept(branch: BranchOptions) -> BranchOptions:
         blocks = [[p for p in patterns if _inherits(p.pattern)] for patterns in branch.blocks]
         return BranchOptions(blocks, [p for p in branch.alike if _inherits(p.pattern)])
 
-    found = _restricted(options, kept)
+    found = replace(_restricted(options, kept), followed=())
     return found if found.null is None else replace(found, null=replace(found.null, patterns=()))
 
 
@@ -285,7 +296,7 @@ class Planning:
         with phase("following the model's way", 2, "parts") as progress:
             self._seen = visited(way, self._measured_on)
             progress(1)
-            self._trials = Trials(way, self._tried_on)
+            self._trials = Trials(way, self._tried_on, self._seen)
             progress(1)
 
     def chosen(self, asked: Asked) -> Chosen:
@@ -322,7 +333,7 @@ class Planning:
     def _whole(self, method: str) -> Chosen:
         """Return the schedule of a method that chooses for the whole model."""
         config, sampling = self._way.model.config, self._way.sampling
-        if not needs_states(method):
+        if not needs_statistics(method):
             return self._result(
                 self._trials.tried(method, whole_table(method, config, sampling), no_statistics), (), {}
             )
@@ -334,7 +345,7 @@ class Planning:
         return self._result(self._trials.tried(method, table, statistics), (), arrays)
 
     def _result(self, best: Tried, others: tuple[Tried, ...], arrays: Mapping[str, Tensor]) -> Chosen:
-        return Chosen(best, others, _needed(best.table, arrays), self._tried_on, self._trials.seen.final)
+        return Chosen(best, others, _needed(best, arrays), self._tried_on, self._trials.seen.final)
 
 
 def image_shares(images: int) -> tuple[range, range]:
@@ -404,9 +415,10 @@ def _best(tries: Sequence[Tried], asked: Asked) -> Tried:
     return min((each for each in tries if each.bound <= asked.max_damage), key=lambda each: each.flops)
 
 
-def _needed(table: ComputeTable, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the statistics that the rules of a table need."""
-    return {name: arrays[name] for rule in table.rules for name in NEEDED.get(rule, ())}
+def _needed(best: Tried, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the statistics that a table needs."""
+    known = arrays if best.slopes is None else {**arrays, SLOPES: best.slopes}
+    return {name: known[name] for name in needed_statistics(best.table)}
 
 
 def fewer_steps_than(chosen: Chosen, way: Way) -> FewerSteps | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ditmoe_cli.model.block_choices import FULL, BlockChoice, parse_choice
+from ditmoe_cli.model.block_choices import FOLLOW, FULL, BlockChoice, parse_choice
 
 PERIODS = (2, 3, 4, 5)
 """Every how many evaluations something is computed that is reused or extrapolated in between."""
 LONG_PERIODS = (8, 16)
 """The same, for blocks that are reused as a whole: ways of hundreds of steps hardly move in some of them."""
+FOLLOWED_PERIODS = (2, 3, 4, 5, 6, 8, 12, 16, 24)
+"""Every how many evaluations the model is asked where its predictions follow the state in between."""
 MOST_ROWS = 64
 """Images of all branches and choices that are replayed together."""
 REUSED_AGES = (1, 2, 4, 8, 15)
@@ -57,6 +59,11 @@ def periodic_patterns() -> list[Pattern]:
 def joint_patterns() -> list[Pattern]:
     """Return the patterns that all blocks of a bin may have alike."""
     return [Pattern(FULL, parse_choice(text), n) for text in JOINT for n in _periods_of(text)]
+
+
+def following_patterns() -> list[Pattern]:
+    """Return the patterns of all blocks in which the model is not asked in between."""
+    return [Pattern(FULL, FOLLOW, n) for n in FOLLOWED_PERIODS]
 
 
 def _periods_of(text: str) -> tuple[int, ...]:

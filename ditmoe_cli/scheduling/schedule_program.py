@@ -7,7 +7,8 @@ With e the error of a pattern and f its operations an image, and A_b what an err
 It is the program that plans formats (`compression/precision/program.py`), operations in place of bytes. What a branch
 does in a bin is one group. Its options are those where all blocks do alike, whose error was replayed together, and
 those where each block has a pattern of its own: the best ones at one price of operations each, for a ladder of prices,
-whose errors add up. The null class may also be predicted in every n-th evaluation, or not at all.
+whose errors add up. The null class may also be predicted in every n-th evaluation, or not at all. Where the model may
+also not be asked, and its predictions follow the state, what both branches do in a bin is one group.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from ditmoe_cli.compression.precision.lagrange import Group, Option
 from ditmoe_cli.compression.precision.program import solve
-from ditmoe_cli.model.block_choices import FULL, BlockChoice, NullChoice
+from ditmoe_cli.model.block_choices import FOLLOW, FULL, BlockChoice, NullChoice
 from ditmoe_cli.scheduling.patterns import ALWAYS_FULL, Pattern
 
 _PRICES = 48
@@ -87,10 +88,19 @@ class NullOptions:
 
 @dataclass(frozen=True)
 class BinOptions:
-    """What there is to choose in a bin, of the conditional branch and of the null class, if that guides."""
+    """What there is to choose in a bin.
+
+    Attributes:
+        conditional: of the conditional branch.
+        null: of the null class, if that guides.
+        ends: operations of the conditional branch that no pattern of blocks saves.
+        followed: patterns in which the model is not asked at times, with the operations of all branches.
+    """
 
     conditional: BranchOptions
     null: NullOptions | None = None
+    ends: float = 0.0
+    followed: Sequence[Priced] = ()
 
 
 @dataclass(frozen=True)
@@ -123,12 +133,18 @@ class ChosenBins:
 
 @dataclass(frozen=True)
 class _Combination:
-    """What a branch does in a bin: the patterns of its blocks, and of the null class where it is that."""
+    """What a branch does in a bin, or both do: the patterns of their blocks, and of the null class."""
 
-    blocks: tuple[Pattern, ...]
     error: float
     flops: float
+    conditional: tuple[Pattern, ...] = ()
+    null: tuple[Pattern, ...] = ()
     null_class: NullPattern = NullPattern()
+
+    def beside(self, null: _Combination) -> _Combination:
+        """Return what both branches do, this one being the conditional one."""
+        error, flops = self.error + null.error, self.flops + null.flops
+        return _Combination(error, flops, self.conditional, null.null, null.null_class)
 
 
 def least_flops(bins: Sequence[BinOptions]) -> float:
@@ -160,15 +176,18 @@ def chosen_bins(
     numbers = iter(solution.choice)
     picked = [[offered[next(numbers)] for offered in both] for both in offers]
     return ChosenBins(
-        tuple(
-            ChosenBin(taken[0].blocks, *((taken[1].blocks, taken[1].null_class) if len(taken) == 2 else ()))
-            for taken in picked
-        ),
+        tuple(_together(taken) for taken in picked),
         tuple(sum(each.error for each in taken) for taken in picked),
         solution.error,
         sum(each.flops for taken in picked for each in taken),
         solution.gap,
     )
+
+
+def _together(taken: Sequence[_Combination]) -> ChosenBin:
+    """Return what a bin does, of which one or two groups tell."""
+    both = taken[0].beside(taken[1]) if len(taken) == 2 else taken[0]
+    return ChosenBin(both.conditional, both.null, both.null_class)
 
 
 def _whole_budget(groups: Sequence[Group], budget: float, least: float) -> int:
@@ -178,23 +197,48 @@ def _whole_budget(groups: Sequence[Group], budget: float, least: float) -> int:
 
 
 def _offered(options: BinOptions) -> list[list[_Combination]]:
-    """Return what each branch may do in a bin."""
-    found = [_combinations(options.conditional)]
-    if options.null is None:
-        return found
-    null = options.null
+    """Return what each branch may do in a bin; both together where predictions may follow."""
+    found = [replace(each, flops=each.flops + options.ends) for each in _combinations(options.conditional)]
+    groups = [found] if options.null is None else [found, _of_null_class(options.null)]
+    if not options.followed:
+        return groups
+    blocks = len(options.conditional.blocks)
+    both = found if len(groups) == 1 else [a.beside(b) for a, b in itertools.product(*map(_undominated, groups))]
+    followed = [
+        _Combination(each.error, each.flops, (each.pattern,) * blocks, (ALWAYS_FULL,) * blocks * (len(groups) - 1))
+        for each in options.followed
+    ]
+    return [_undominated([*both, *followed])]
+
+
+def _of_null_class(null: NullOptions) -> list[_Combination]:
+    """Return what the null branch may do in a bin."""
     always = null.evaluations * null.fixed
-    predicted = [replace(each, flops=each.flops + always) for each in _combinations(null.branch)]
+    predicted = [
+        _Combination(each.error, each.flops + always, null=each.conditional) for each in _combinations(null.branch)
+    ]
     blocks = (ALWAYS_FULL,) * len(null.branch.blocks)
-    skipped = [_Combination(blocks, each.error, each.predicted * null.full, each.pattern) for each in null.patterns]
-    return [*found, [*predicted, *skipped]]
+    skipped = [
+        _Combination(each.error, each.predicted * null.full, null=blocks, null_class=each.pattern)
+        for each in null.patterns
+    ]
+    return [*predicted, *skipped]
+
+
+def _undominated(combinations: Sequence[_Combination]) -> list[_Combination]:
+    """Return those that no other beats both in error and in operations, from few operations to many."""
+    kept: list[_Combination] = []
+    for each in sorted(combinations, key=lambda c: (c.flops, c.error)):
+        if not kept or each.error < kept[-1].error:
+            kept.append(each)
+    return kept
 
 
 def _combinations(options: BranchOptions) -> list[_Combination]:
-    """Return what all blocks may do alike, and what each may do at one price of operations."""
+    """Return what all blocks may do alike, and what each may do at one price of operations, as conditional ones."""
     prices = [0.0, *_ladder(options.blocks), math.inf]
     apart = dict.fromkeys(_at_price(options.blocks, price) for price in prices)
-    alike = [_Combination((each.pattern,) * len(options.blocks), each.error, each.flops) for each in options.alike]
+    alike = [_Combination(each.error, each.flops, (each.pattern,) * len(options.blocks)) for each in options.alike]
     return [*apart, *alike]
 
 
@@ -206,7 +250,7 @@ def _at_price(blocks: Sequence[Sequence[Priced]], price: float) -> _Combination:
 
     best = [min(patterns, key=cost) for patterns in blocks]
     return _Combination(
-        tuple(each.pattern for each in best), sum(each.error for each in best), sum(each.flops for each in best)
+        sum(each.error for each in best), sum(each.flops for each in best), tuple(each.pattern for each in best)
     )
 
 
@@ -237,18 +281,20 @@ def cells_of(
     for b, evaluations in sorted(bins.items()):
         for evaluation in evaluations:
             wanted = [[pattern.at(evaluation) for pattern in chosen[b].conditional]]
+            follows = FOLLOW in wanted[0]
             if null:
-                what: NullChoice = "off" if null[evaluation] == "off" else chosen[b].null_class.at(number)
+                off = null[evaluation] == "off" or follows
+                what: NullChoice = "off" if off else chosen[b].null_class.at(number)
                 what = "compute" if what == "reuse" and not predicted else what
                 patterns = chosen[b].null or (ALWAYS_FULL,) * len(wanted[0])
-                wanted.append([pattern.at(number) for pattern in patterns])
+                wanted.append([FOLLOW if follows else pattern.at(number) for pattern in patterns])
                 number += null[evaluation] == "compute"
                 predicted = predicted or what == "compute"
                 planned.append(what)
             cells.append(
                 [
                     [_possible(choice, made.setdefault((branch, block), set())) for block, choice in enumerate(blocks)]
-                    if branch == 0 or planned[-1] == "compute"
+                    if branch == 0 or planned[-1] == "compute" or follows
                     else [FULL] * len(blocks)
                     for branch, blocks in enumerate(wanted)
                 ]

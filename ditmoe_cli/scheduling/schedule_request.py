@@ -12,7 +12,7 @@ from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.effort import BASELINE_BYTES, Estimate, activation_bytes, loading, model_bytes, passes
 from ditmoe_cli.scheduling.fewer_steps import evaluations_of
 from ditmoe_cli.scheduling.patterns import MOST_ROWS
-from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, check_method, needs_states
+from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, check_method, needs_statistics
 
 LEAST_IMAGES = 8
 _TRIES = 12
@@ -63,7 +63,7 @@ def check_asked(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling)
     """Return what is asked.
 
     Raises `UsageError` for values out of range, missing, or without effect, `InfeasibleError` for fewer operations than
-    no block takes: those of the ends of the model at each evaluation, the null class left out.
+    any schedule takes.
     """
     check_method(asked.method, config)
     given = [name for name, value in (("flops", asked.flops), ("max_damage", asked.max_damage)) if value is not None]
@@ -79,8 +79,13 @@ def check_asked(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling)
     if asked.images < LEAST_IMAGES:
         raise UsageError(f"⟨images⟩ {asked.images}: a schedule is chosen on at least {LEAST_IMAGES} images")
     if asked.flops is not None:
-        check_least(asked.flops, len(sampling.times) * fixed_cost(config) / sampling.operations(config))
+        check_least(asked.flops, _least_operations(asked, config, sampling) / sampling.operations(config))
     return asked
+
+
+def _least_operations(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling) -> float:
+    """Return operations below which no schedule is: of the ends of all evaluations, or of the first one at least."""
+    return fixed_cost(config) * (len(sampling.times) if asked.method == INHERITED else 1)
 
 
 def schedule_estimate(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSampling) -> Estimate:
@@ -94,7 +99,7 @@ def schedule_estimate(asked: Asked, config: DiTMoEConfig, sampling: ScheduledSam
     work = passes(config, asked.images, samplings * evaluations, asked.images) + loading(config)
     if asked.plans:
         work += passes(config, measured, asked.bins * branches * _PROBES * config.depth / 2, measured)
-    elif needs_states(asked.method):
+    elif needs_statistics(asked.method):
         work += passes(config, measured, asked.bins * branches, measured)
     rows = max(branches * asked.images, MOST_ROWS)
     memory = BASELINE_BYTES + model_bytes(config) + activation_bytes(config, rows)

@@ -99,15 +99,17 @@ def by_table(
     table: ComputeTable,
     statistics: Statistics = no_statistics,
     before: Sequence[Tensor] = (),
+    slopes: Tensor | None = None,
 ) -> Outcome:
-    """Return where the images `indices` end where compute goes by a table.
+    """Return where the images `indices` end where compute goes by a table, with slopes where predictions follow.
 
     Predictions `before` stand for those of the first evaluations, which compute everything.
     """
     counts: list[ComputeCount] = []
     first = len(before)
     rest = ComputeTable(table.choices, table.cells[first:], table.null[first:], table.residual)
-    scheduled = Scheduled(rest, lambda k, branch, block: statistics(first + k, branch, block), counts.append)
+    known = None if slopes is None else slopes[first:]
+    scheduled = Scheduled(rest, lambda k, branch, block: statistics(first + k, branch, block), counts.append, known)
     guidance, times = way.sampling.guidance, way.sampling.times[first:]
     predict = scheduled_predictor(way.model, way.labels(indices), guidance, times, scheduled, way.weak)
     kept = iter(before)

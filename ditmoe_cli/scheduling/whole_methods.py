@@ -6,6 +6,7 @@
 | `fora:N` | computes in every N-th evaluation, reuses all in others (https://arxiv.org/abs/2407.01425) |
 | `taylor:N` | the same, extrapolated (https://arxiv.org/abs/2503.06923, of first order) |
 | `moeca:N` | the same, routed anew, by outputs of experts (https://arxiv.org/abs/2606.15615) |
+| `follow:N` | computes in every N-th evaluation; in others predictions follow the state (`followed_predictions`) |
 | `top1`, `regressed` | leaves out all but the first expert; the others by regression on the first |
 | `top-p:T`, `saliency:T` | leaves out experts by their threshold (`model/block_choices.py`) |
 | `odp`, `odp:T` | the same; T is the median of p_2 / p_1 in each block, where it is not given |
@@ -21,9 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.block_choices import (
+    FOLLOW,
     FULL,
     BlockChoice,
     ComputeTable,
+    NullChoice,
     SlotRule,
     full_table,
     parse_choice,
@@ -34,13 +37,13 @@ from ditmoe_cli.model.config import DiTMoEConfig
 
 PLANNED = "planned"
 INHERITED = "a-sdm"
-_BETWEEN: Mapping[str, str] = {"fora": "reuse", "taylor": "forecast", "moeca": "reuse-slots"}
+_BETWEEN: Mapping[str, str] = {"fora": "reuse", "taylor": "forecast", "moeca": "reuse-slots", "follow": "follow"}
 NAMES = (
-    *("full", "fora:N", "taylor:N", "moeca:N", "top1", "regressed"),
+    *("full", "fora:N", "taylor:N", "moeca:N", "follow:N", "top1", "regressed"),
     *("top-p:T", "saliency:T", "odp", "residual:T", "a-sdm"),
 )
-NEED_STATES = ("regressed", "saliency", "odp")
-"""Methods that rest on the model's own states; of `odp` where it has no threshold."""
+NEED_STATISTICS = ("regressed", "saliency", "odp")
+"""Methods whose rules for slots rest on the model's own states; `odp` where it has no threshold."""
 
 
 def check_method(method: str, config: DiTMoEConfig) -> str:
@@ -48,7 +51,7 @@ def check_method(method: str, config: DiTMoEConfig) -> str:
     name, _, value = method.partition(":")
     if name in ("full", INHERITED, PLANNED) and not value:
         return method
-    if name in ("fora", "taylor", "moeca"):
+    if name in _BETWEEN:
         if not (value.isascii() and value.isdigit() and 2 <= int(value) <= 1000):
             raise UsageError(f"⟨method⟩ {method}: give every how many evaluations all is computed, as in {name}:2")
         return method
@@ -77,9 +80,9 @@ def _threshold(method: str, value: str) -> float:
     return threshold
 
 
-def needs_states(method: str) -> bool:
-    """Return whether a method rests on the model's own states."""
-    return method.partition(":")[0] in NEED_STATES and not method.startswith("odp:")
+def needs_statistics(method: str) -> bool:
+    """Return whether the rules of a method rest on the model's own states."""
+    return method.partition(":")[0] in NEED_STATISTICS and not method.startswith("odp:")
 
 
 def whole_table(
@@ -95,11 +98,22 @@ def whole_table(
     if name in _BETWEEN:
         between, period = parse_choice(_BETWEEN[name]), int(argument)
         computed = [FULL] * config.depth
+        if between == FOLLOW:
+            return _asked_every(period, config, sampling)
         return _repeated(sampling, lambda place: [between] * config.depth if place % period else computed)
     if method == "odp":
         choices = [BlockChoice(slots=SlotRule("odp", ratio(block))) for block in range(config.depth)]
         return _repeated(sampling, lambda _: choices)
     return _repeated(sampling, lambda _: [parse_choice(method)] * config.depth)
+
+
+def _asked_every(period: int, config: DiTMoEConfig, sampling: ScheduledSampling) -> ComputeTable:
+    """Return the table in which the model is asked in every `period`-th evaluation."""
+    branches = 2 if sampling.null else 1
+    choices = [FOLLOW if evaluation % period else FULL for evaluation in range(len(sampling.times))]
+    cells = [[[choice] * config.depth] * branches for choice in choices]
+    null: list[NullChoice] = ["off" if k % period else choice for k, choice in enumerate(sampling.null)]
+    return table_of(cells, null)
 
 
 def _repeated(sampling: ScheduledSampling, blocks: Callable[[int], Sequence[BlockChoice]]) -> ComputeTable:

@@ -34,7 +34,7 @@ from weak_guidance import Real, real_digits, real_images
 from ditmoe_cli.diffusion.few_steps import usual_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec, batches, sample_batch
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, choose_solver
-from ditmoe_cli.diffusion.scheduled_guidance import Scheduled, statistics_of
+from ditmoe_cli.diffusion.scheduled_guidance import Scheduled, scheduled_with
 from ditmoe_cli.errors import InfeasibleError
 from ditmoe_cli.evaluation.features.extractors import PixelExtractor
 from ditmoe_cli.evaluation.images import to_uint8
@@ -54,7 +54,7 @@ SOLVERS = {"rf": ("euler", "ab2", "ab3", "dpmpp-2m"), "ddpm": ("ddim", "ddim-tra
 FEWER = (0.7, 0.5, 0.35, 0.2)
 METHODS = (
     *("fora:2", "fora:3", "taylor:2", "taylor:3", "moeca:2", "top1", "regressed", "odp", "top-p:0.4"),
-    *("residual:0.05", "residual:0.1", "residual:0.2"),
+    *("residual:0.05", "residual:0.1", "residual:0.2", "follow:2", "follow:3", "follow:4"),
 )
 PLANS = (("planned", 0.7), ("planned", 0.5), ("planned", 0.35), ("a-sdm", 0.5))
 STOCHASTIC = "ddpm"
@@ -131,8 +131,8 @@ class Study:
             path.unlink(missing_ok=True)
             chosen = self.planning.chosen(asked)
             counts: list[ComputeCount] = []
-            statistics = statistics_of(chosen.arrays, len(self.spec.way.times), asked.bins)
-            images, seconds = self.images(name, self.spec, Scheduled(chosen.best.table, statistics, counts.append))
+            by = scheduled_with(chosen.best.table, chosen.arrays, asked.bins, counts.append)
+            images, seconds = self.images(name, self.spec, by)
             share = sum(count.total for count in counts) / self.spec.images
             record.write_text(str(share / self.spec.way.operations(self.checkpoint.config)))
         images, seconds = self.images(name, self.spec)

@@ -47,7 +47,7 @@ def test_a_schedule_is_planned_and_followed(folder: Path, tmp_path: Path) -> Non
     path = tmp_path / "a.planned0.6.euler6-cfg1.5.schedule.safetensors"
     assert found.envelope["schedule"] == str(path) and found.envelope["checkpoint"] == str(a)
     result, schedule = found.result, read_schedule(path)
-    assert result["flops"] <= 0.6 * 1.005 and result["damage"] <= result["damage_bound"]
+    assert result["flops"] <= 0.6 * (1 + 1e-6) and result["damage"] <= result["damage_bound"]
     assert sum(result["choices"].values()) == pytest.approx(1) and result["kept_bytes"] > 0
     assert schedule.checkpoint == open_checkpoint(a).fingerprint and schedule.bins == 3
     assert schedule.sampling.told == "6 steps of euler at cfg 1.5"
@@ -56,7 +56,9 @@ def test_a_schedule_is_planned_and_followed(folder: Path, tmp_path: Path) -> Non
     assert sampled["flops"] == pytest.approx(result["flops"], abs=0.03) and sampled["method"] == schedule.method
 
 
-@pytest.mark.parametrize("method", ["fora:2", "odp", "regressed", "saliency:0.05", "residual:0.2", "moeca:2", "top1"])
+@pytest.mark.parametrize(
+    "method", ["fora:2", "follow:2", "odp", "regressed", "saliency:0.05", "residual:0.2", "moeca:2", "top1"]
+)
 def test_methods_for_the_whole_model(folder: Path, tmp_path: Path, method: str) -> None:
     a = folder / "a.safetensors"
     found = here("schedule", a, *WAY, "--images", 8, "--method", method, "--anyway", cwd=tmp_path).result

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from schedules import EULER, all_full, by_evaluation, every_second, statistics_for, write_schedule
 
 from ditmoe_cli.cli.stage import Stage, parse_stage
-from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling, read_schedule
+from ditmoe_cli.diffusion.compute_schedule import SLOPES, ScheduledSampling, read_schedule
 from ditmoe_cli.diffusion.weak_guidance import Guide
 from ditmoe_cli.model.checkpoint import open_checkpoint
 
@@ -321,6 +321,20 @@ def test_compare_under_guidance(folder: Path, tmp_path: Path, null: tuple[str, .
     assert found["depth"]["cumulative"] == pytest.approx([0, 0], abs=1e-6)  # of the branches that are computed
     assert found["computed"]["nfe"] == 3 + null.count("compute")
     assert found["computed"]["flops"] == pytest.approx((3 + null.count("compute")) / 6)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 1.5])
+def test_compare_where_predictions_follow(folder: Path, tmp_path: Path, cfg: float) -> None:
+    """Evaluations: asked, followed by what was predicted, asked. Blocks are those of evaluations that are asked."""
+    a, way = folder / "a.safetensors", replace(EULER, cfg=cfg)
+    null = ("compute", "off", "compute") if cfg > 1 else None
+    table = by_evaluation(way, lambda k: "follow" if k == 1 else "full", null=null)
+    write_schedule(tmp_path / "s.safetensors", a, table, way, arrays={SLOPES: np.zeros((3, 1, 2), np.float32)})
+    found = here("compare", a, a, *FOUR, "--schedule", "s.safetensors", cwd=tmp_path).result
+    errors = found["prediction"]["steps"]["relative_error"]
+    assert errors[0] < 1e-6 and errors[2] < 1e-6 and errors[1] > 0.01
+    assert found["depth"]["bins"]["added"][1] == [0, 0] and found["routing"]["bins"]["overlap"][1] == [None, None]
+    assert found["computed"]["flops"] == pytest.approx(2 / 3) and found["images"]["mse"] > 0
 
 
 def test_compare_by_residuals_knows_no_single_blocks(folder: Path, tmp_path: Path) -> None:

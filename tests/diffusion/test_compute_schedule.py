@@ -16,6 +16,7 @@ from ditmoe_cli.diffusion.compute_schedule import (
     CONSTANT,
     ENERGY,
     SCALE,
+    SLOPES,
     ComputeSchedule,
     ScheduledSampling,
     check_schedule,
@@ -209,6 +210,22 @@ def test_files_that_are_no_schedules_are_refused(checkpoint: Checkpoint, tmp_pat
             read_schedule(tmp_path / f"{name}.safetensors")
     with pytest.raises(BadInputError, match="no such schedule; make one with ditmoe schedule"):
         read_schedule(tmp_path)
+
+
+def test_followed_predictions_need_their_slopes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    table, path = every_second(EULER, saved="follow"), tmp_path / "s.safetensors"
+    with pytest.raises(BadInputError, match="has no tensor 'slopes'"):
+        read_schedule(write_schedule(path, checkpoint.path, table))
+    for shape in ((3, 4, 2), (2, 4, 2), (3, 3, 2), (3, 4)):
+        found = read_schedule(
+            write_schedule(path, checkpoint.path, table, arrays={SLOPES: np.zeros(shape, np.float32)})
+        )
+        assert (found.nfe, found.table.followed) == (2, (1,))
+        if shape == (3, 4, 2):
+            assert check_schedule(found, checkpoint, EULER) is found
+        else:
+            with pytest.raises(BadInputError, match="tensor 'slopes' is F32"):
+                check_schedule(found, checkpoint, EULER)
 
 
 @pytest.mark.parametrize(("rule", "needed"), [("saliency:0.1", (ENERGY,)), ("regressed", (SCALE, CONSTANT))])

@@ -9,16 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditmoe_cli.model.block_choices import (
+    FOLLOW,
     FULL,
     BlockChoice,
     ComputeTable,
+    NullChoice,
     SlotRule,
     full_table,
     parse_choice,
     table_of,
 )
 
-PARTS = ("compute", "reuse", "forecast", "skip")
+PARTS = ("compute", "reuse", "forecast", "skip")  # of a block that does something; in `FOLLOW` it does not
 RULES = st.one_of(
     st.sampled_from([SlotRule("top1"), SlotRule("regressed")]),
     st.builds(SlotRule, st.sampled_from(["top-p", "odp", "saliency"]), st.floats(0, 1e6)),
@@ -26,6 +28,7 @@ RULES = st.one_of(
 CHOICES = st.one_of(
     st.builds(BlockChoice, st.sampled_from(PARTS), st.sampled_from((*PARTS, "reuse-slots"))),
     st.builds(BlockChoice, st.sampled_from(PARTS), st.just("compute"), RULES, st.booleans()),
+    st.just(FOLLOW),
 )
 REUSE, FORECAST, SLOTS = (parse_choice(text) for text in ("reuse", "forecast", "reuse-slots"))
 
@@ -51,6 +54,8 @@ def test_texts_are_those_of_the_table_of_choices() -> None:
     [
         ("", "no choice"),
         ("half", "no choice of a block"),
+        ("follow-attention", "no choice of a block"),
+        ("follow+top1", "no choice of a block"),
         ("top-p", "needs threshold"),
         ("top1:0.3", "has no threshold"),
         ("top-p:nan", "finite number"),
@@ -66,6 +71,35 @@ def test_texts_are_those_of_the_table_of_choices() -> None:
 def test_texts_that_say_nothing_are_refused(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         parse_choice(text)
+
+
+def test_a_model_is_asked_or_follows_as_a_whole() -> None:
+    table = table_of([[[FULL, FULL]], [[FOLLOW, FOLLOW]], [[REUSE, FULL]], [[FOLLOW, FOLLOW]], [[FULL, FULL]]])
+    assert table.followed == (1, 3) and [table.follows(k) for k in range(5)] == [False, True, False, True, False]
+    assert [table.asked_before(k) for k in range(5)] == [(), (0,), (0,), (0, 2), (0, 2)]
+    guided = table_of([[[FULL], [FULL]], [[FOLLOW], [FOLLOW]]], ("compute", "off"))
+    assert [guided.computes_null(k) for k in range(2)] == [True, False] and full_table(3, 2).followed == ()
+
+
+@pytest.mark.parametrize(
+    ("cells", "null", "told"),
+    [
+        ([[[FULL, FULL]], [[FOLLOW, FULL]]], (), "evaluation 1 follows in some blocks, and not in others"),
+        ([[[FULL], [FULL]], [[FOLLOW], [FULL]]], ("compute", "off"), "evaluation 1 follows in some blocks"),
+        ([[[FULL], [FULL]], [[FULL], [FOLLOW]]], ("compute", "compute"), "evaluation 1 follows in some blocks"),
+        ([[[FOLLOW]], [[FULL]]], (), "evaluation 0 follows, and there is none before it"),
+        ([[[FULL], [FULL]], [[FOLLOW], [FOLLOW]]], ("compute", "compute"), "follows, and predicts the null class"),
+        ([[[FULL]], [[FOLLOW]], [[parse_choice("skip")]]], (), None),
+    ],
+)
+def test_tables_whose_predictions_follow(
+    cells: list[list[list[BlockChoice]]], null: tuple[NullChoice, ...], told: str | None
+) -> None:
+    if told is None:
+        assert table_of(cells, null).followed == (1,)
+        return
+    with pytest.raises(ValueError, match=told):
+        table_of(cells, null)
 
 
 def test_a_table_keeps_each_choice_once() -> None:

@@ -17,7 +17,7 @@ from ditmoe_cli.scheduling.bin_options import (
     predicted_numbers,
     slot_rules,
 )
-from ditmoe_cli.scheduling.patterns import ALWAYS_FULL, PERIODS, Probe, probes_of
+from ditmoe_cli.scheduling.patterns import ALWAYS_FULL, FOLLOWED_PERIODS, PERIODS, Probe, probes_of
 from ditmoe_cli.scheduling.replays import replayed
 from ditmoe_cli.scheduling.schedule_program import least_flops
 from ditmoe_cli.scheduling.way_states import visited
@@ -123,4 +123,10 @@ def test_options_of_bins() -> None:
                     assert probes_of(each.pattern)
             for each in branch.alike:
                 assert each.flops <= sum(patterns[0].flops for patterns in branch.blocks) * (1 + 1e-9)
-    assert least_flops(found.options) == 0.0  # all skipped, and no null class
+        once = (1 + (options.null is not None)) * (fixed_cost(config) + block_cost(config, config.blocks[0]) * 2)
+        for each in options.followed:
+            asked = [k for k in found.bins[b] if not each.pattern.age(k)]
+            assert each.error >= 0 and len(asked) < len(found.bins[b])
+            assert each.flops == pytest.approx(len(asked) * once)
+        assert {each.pattern.period for each in options.followed} <= set(FOLLOWED_PERIODS)
+    assert least_flops(found.options) == pytest.approx(len(found.bins[0]) * fixed_cost(config))  # skip, and then follow

@@ -55,19 +55,21 @@ def test_what_may_not(asked: Asked, said: str) -> None:
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize("method", ["planned", "a-sdm"])
 @pytest.mark.parametrize(
     "way", [WAY, ScheduledSampling("euler", 8, 2.0), ScheduledSampling("heun", 8, 2.0, (0.2, 0.6))]
 )
-def test_the_least_is_told_before_anything_is_done(way: ScheduledSampling) -> None:
-    """It is what the ends of the model take at every evaluation, the null class left out; what is told may be given."""
+def test_the_least_is_told_before_anything_is_done(way: ScheduledSampling, method: str) -> None:
+    """It is what the ends of the model take where it is asked, the null class left out; what is told may be given."""
     with pytest.raises(
         InfeasibleError, match=r"flops 0\.0001: the least that can be chosen here is (0\.\d+) of all"
     ) as no:
-        check_asked(Asked(flops=0.0001), CONFIG, way)
+        check_asked(Asked(method, flops=0.0001), CONFIG, way)
     told = float(str(no.value).split(" of all")[0].split()[-1])
-    least = len(way.times) * fixed_cost(CONFIG) / way.operations(CONFIG)
+    asked = len(way.times) if method == "a-sdm" else 1
+    least = asked * fixed_cost(CONFIG) / way.operations(CONFIG)
     assert 0 <= told - least <= 0.001
-    assert check_asked(Asked(flops=told), CONFIG, way).flops == told
+    assert check_asked(Asked(method, flops=told), CONFIG, way).flops == told
     assert check_asked(Asked(max_damage=1e-9), CONFIG, way).flops is None
 
 

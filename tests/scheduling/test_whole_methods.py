@@ -8,13 +8,13 @@ from conftest import make_pico
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.block_choices import check_table, full_table
-from ditmoe_cli.scheduling.whole_methods import NAMES, check_method, needs_states, whole_table
+from ditmoe_cli.scheduling.whole_methods import NAMES, check_method, needs_statistics, whole_table
 
 CONFIG = make_pico(sampler="rf").config
 TOP1 = make_pico(sampler="rf", top_k=1).config
 WAY = ScheduledSampling("euler", 5)
 GUIDED = ScheduledSampling("euler", 5, 2.0, (0.3, 0.9))  # at times 0.8, 0.6 and 0.4
-NEEDLESS = ("planned", "full", "a-sdm", "residual:0.15", "fora:2", "taylor:3", "moeca:5")
+NEEDLESS = ("planned", "full", "a-sdm", "residual:0.15", "fora:2", "taylor:3", "moeca:5", "follow:2")
 OF_SLOTS = ("top1", "regressed", "top-p:0.4", "saliency:0.1", "odp", "odp:0.5")
 
 
@@ -48,11 +48,22 @@ def test_the_others() -> None:
     assert residual.null == GUIDED.null
 
 
+def test_the_model_is_asked_in_every_nth_evaluation_of_both_branches() -> None:
+    table = whole_table("follow:3", CONFIG, GUIDED)
+    for branch in (0, 1):
+        assert texts("follow:3", GUIDED, branch) == ["full", "follow", "follow", "full", "follow"]
+    assert table.null == ("off", "off", "off", "compute", "off") and table.followed == (1, 2, 4)
+
+
 @pytest.mark.parametrize("method", [*NEEDLESS[1:2], *NEEDLESS[3:], *OF_SLOTS])
 @pytest.mark.parametrize("way", [WAY, GUIDED, ScheduledSampling("heun", 4, 1.5)], ids=lambda way: way.told)
 def test_tables_can_be_carried_out(method: str, way: ScheduledSampling) -> None:
     table = check_table(whole_table(method, CONFIG, way))
-    assert table.evaluations == len(way.times) and table.null == way.null
+    assert table.evaluations == len(way.times)
+    assert all(
+        mine in (full, "off" if table.follows(k) else full)
+        for k, (mine, full) in enumerate(zip(table.null, way.null, strict=True))
+    )
 
 
 @pytest.mark.parametrize("method", [*NEEDLESS, *OF_SLOTS])
@@ -61,7 +72,11 @@ def test_known_names(method: str) -> None:
 
 
 def test_which_rest_on_states() -> None:
-    assert {method for method in (*NEEDLESS, *OF_SLOTS) if needs_states(method)} == {"regressed", "saliency:0.1", "odp"}
+    assert {method for method in (*NEEDLESS, *OF_SLOTS) if needs_statistics(method)} == {
+        "regressed",
+        "saliency:0.1",
+        "odp",
+    }
 
 
 @pytest.mark.parametrize(
