@@ -112,13 +112,15 @@ def exported_result(
     Raises `BadInputError` where the layout cannot express it, and `UsageError` for what has no effect on the layout.
     """
     started = time.monotonic()
+    export = laid_out(target, checkpoint, wanted, note)
     if target.loading is not None and not target.is_file(wanted.path):
-        loading = Loading(target.library or target.reader, target.loading(wanted.path.name))
+        code, options = target.loading(wanted.path.name), export.options(target.name)
+        loading = Loading(target.library or target.reader, code, wanted.path.name, options)
         text, picture = carding.card_of(checkpoint, PICTURE, loading)
-        wanted = replace(wanted, card={CARD: text.encode(), **({} if picture is None else {PICTURE: picture})})
+        card = {CARD: text.encode(), **({} if picture is None else {PICTURE: picture})}
+        export = replace(export, wanted=replace(wanted, card=card))
     else:
         refuse_idle(carding, f"with ⟨to⟩ {target.name} as a file, which has no card", "scores", "picture", "samples")
-    export = laid_out(target, checkpoint, wanted, note)
     path, size, before = wanted.path, export.nbytes, checkpoint.header.file_bytes
     estimates = carrying_out(export.checkpoint, None, size)
     told = (target.name, export.facts(), export.usage())

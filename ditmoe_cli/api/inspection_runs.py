@@ -124,6 +124,11 @@ class InspectedTensors(Brief):
         """The same as data."""
         return self.to_json()
 
+    @property
+    def recipe(self) -> str:
+        """The recipe of an export for another program, as YAML. Raises `BadInputError` for any other file."""
+        return recipe_of(self.header).text()
+
     def require_whole(self) -> None:
         """Raise `BadInputError` where reading it has shown that something is wrong."""
         require_whole(self.header.path, self.verified.problems if self.verified is not None else ())

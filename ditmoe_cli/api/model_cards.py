@@ -53,10 +53,19 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True)
 class Loading:
-    """How a program opens what a card stands beside: its name, and the Python that does it."""
+    """How a program opens what a card stands beside.
+
+    Attributes:
+        program: its name.
+        code: the Python that does it.
+        folder: the name of the folder.
+        options: the options of ``export`` that wrote it.
+    """
 
     program: str
     code: str
+    folder: str
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,12 @@ def model_card(checkpoint: Checkpoint, shown: Shown = Shown()) -> str:
         ("Damage", _damage(history, shown.scores)),
         ("Images of the same seeds", _pictured(shown.picture, shown.sampling)),
         ("How to load it", _loading(checkpoint, shown.loading)),
-        ("Recipe", _recipe(checkpoint)),
+        ("Recipe", _recipe(checkpoint, shown.loading)),
         ("Source and licence", _source(checkpoint)),
     ]
     parts = [
         f"---\n{yaml_text(front_matter(checkpoint, shown.loading))}---",
-        f"# {escaped(checkpoint.name)}",
+        f"# {escaped(checkpoint.name if shown.loading is None else shown.loading.folder)}",
         _summary(checkpoint),
     ]
     parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections if lines]
@@ -350,9 +359,10 @@ def shell_word(name: str) -> str:
     return shlex.quote(_CONTROL.sub("?", name))
 
 
-def _recipe(checkpoint: Checkpoint) -> list[str]:
+def _recipe(checkpoint: Checkpoint, loading: Loading | None) -> list[str]:
     try:
-        text = recipe_of(checkpoint).text()
+        recipe = recipe_of(checkpoint)
+        text = (recipe if loading is None else recipe.exported(loading.options)).text()
     except BadInputError:
         return []
     return ["`ditmoe run` makes it again from this:", "", _block(text, "yaml")]

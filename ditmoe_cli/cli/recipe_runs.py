@@ -17,6 +17,7 @@ from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.recipe import PROFILE_DIGITS, SOURCE, Recipe
 from ditmoe_cli.errors import DitmoeError, OutputExistsError, UsageError
+from ditmoe_cli.exporting.targets import ENDINGS_OF_FILES
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.workfolder import open_work, work_folder, work_key
 from ditmoe_cli.files.writer import Output
@@ -34,7 +35,7 @@ class Cooking:
         recipe: the recipe.
         called: its stages.
         names: paths of its inputs, by ``$name``.
-        output: where the last checkpoint goes; None where none is written.
+        output: where the last checkpoint goes, or the export that the recipe ends in; None where none is written.
         where: its file, for messages.
     """
 
@@ -43,6 +44,13 @@ class Cooking:
     names: Mapping[str, str]
     output: Output | None
     where: str
+
+    @property
+    def last(self) -> Called | None:
+        """The stage whose output is the result: the export that the recipe ends in, or the last checkpoint's."""
+        if self.called[-1].exports:
+            return self.called[-1]
+        return next((each for each in reversed(self.called) if each.writes), None)
 
     @property
     def target(self) -> Path:
@@ -85,8 +93,8 @@ class _Run:
 
     def path(self, called: Called) -> Path:
         """Return where a stage writes its checkpoint or its profile."""
-        output, writers = self.cooking.output, [each for each in self.cooking.called if each.writes]
-        if output is not None and called.writes and called.number == writers[-1].number:
+        output = self.cooking.output
+        if output is not None and called == self.cooking.last:
             return output.path
         ending = "profile.safetensors" if called.command == PROFILING else "safetensors"
         return self.folder / f"{called.number}-{called.command}.{ending}"
@@ -100,11 +108,12 @@ class _Run:
                 file.write_text(json.dumps(called.plan))
             called = called.with_options(**{PLAN: str(file)})
         words = called.words(self.names)
-        if called.writes or called.command == PROFILING:
+        is_last = output is not None and called == self.cooking.last
+        if called.writes or called.command == PROFILING or is_last:
             words.append(f"--output={self.path(called)}")
-        if called.writes and output is not None and self.path(called) == output.path:
+        if output is not None and is_last:
             words += ["--force"] if output.force else []
-            words += [] if output.is_file else [f"--max-shard-size={output.shard_bytes}"]
+            words += [] if output.path.suffix in ENDINGS_OF_FILES else [f"--max-shard-size={output.shard_bytes}"]
         return words
 
     def carry_out(self, called: Called) -> None:
@@ -179,7 +188,7 @@ class Foreseen:
 def foreseen(cooking: Cooking, stage: Stage) -> Foreseen:
     """Return what a recipe would do, by a dry run of the first stage that writes a checkpoint."""
     run = _Run(cooking, work_folder(cooking.target), stage, {SOURCE: str(stage.checkpoint), **cooking.names})
-    first = next((each for each in cooking.called if each.writes), None)
+    first = next((each for each in cooking.called if each.writes or each == cooking.last), None)
     if first is None or first.plan is not None:
         return Foreseen(cooking.called, {})
     profiled = next((each for each in reversed(cooking.called[: first.number]) if each.command == PROFILING), None)

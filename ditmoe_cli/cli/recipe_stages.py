@@ -21,6 +21,7 @@ from ditmoe_cli.cli.terminal import taken_results
 from ditmoe_cli.compression.plan import parse_plan
 from ditmoe_cli.compression.recipe import RecipeStage
 from ditmoe_cli.errors import BadInputError, DitmoeError, UsageError, did_you_mean
+from ditmoe_cli.files.provenance import EXPORTING
 
 PROFILING = "profile-experts"
 WRITERS = ("convert", "prune", "merge", "quantize", "compress", "heal", "distill", "apply")
@@ -63,6 +64,11 @@ class Called:
     def writes(self) -> bool:
         """Whether it writes a checkpoint."""
         return self.command in WRITERS
+
+    @property
+    def exports(self) -> bool:
+        """Whether it writes for another program, where ``ditmoe run`` says."""
+        return self.command == EXPORTING and "output" not in self.stage.options
 
     @property
     def of(self) -> str | None:

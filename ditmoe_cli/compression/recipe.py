@@ -16,15 +16,18 @@ from typing import Any
 from ditmoe_cli.compression.precision.uniform import settings_of
 from ditmoe_cli.compression.recorded import CLOCK
 from ditmoe_cli.errors import BadInputError
-from ditmoe_cli.files.fingerprint import digest
+from ditmoe_cli.files.fingerprint import digest, file_digest, fingerprint
 from ditmoe_cli.files.making import told_making
-from ditmoe_cli.files.provenance import Step, check_schema
+from ditmoe_cli.files.pipelines import pipeline_folder
+from ditmoe_cli.files.provenance import EXPORTING, Step, check_schema
+from ditmoe_cli.files.reader import CheckpointHeader
 from ditmoe_cli.files.yaml_text import read_yaml, yaml_text
 from ditmoe_cli.model.checkpoint import Checkpoint
 
 RECIPE_SCHEMA = "ditmoe.recipe/1"
 SOURCE = "$source"
-_PROFILING, _APPLYING, _EXPORTING = "profile-experts", "apply", "export"
+_PROFILING, _APPLYING = "profile-experts", "apply"
+_WEIGHTS, _CARD_FILES = ".safetensors", ("README.md", "images.png")  # of folders
 _STAGE_KEYS = ("defaults", "gives", "made")
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _HEX = re.compile(r"[0-9a-f]{32}([0-9a-f]{32})?")
@@ -84,18 +87,45 @@ class RecipeStage:
 
 @dataclass(frozen=True)
 class Result:
-    """What a recipe made: fingerprint of the checkpoint, and SHA-256 of its metadata, in which all hashes stand."""
+    """What a recipe made.
+
+    Attributes:
+        fingerprint: that of the checkpoint, or of the tensors that an export holds.
+        metadata: SHA-256 of the metadata, in which the hashes of all tensors stand.
+        files: SHA-256 of names and contents of the other files of an exported folder, but its card and its VAE's
+            weights; None of anything else.
+    """
 
     fingerprint: str
     metadata: str
+    files: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Result | None:
-        """Return the result that a checkpoint is, as it was written; None where it tells no hashes."""
-        known = checkpoint.written_fingerprint
-        if known is None or checkpoint.header.provenance is None:
+    def of(cls, found: Checkpoint | CheckpointHeader) -> Result | None:
+        """Return the result that a checkpoint or an export is, as it was written; None where it tells no hashes."""
+        header = found if isinstance(found, CheckpointHeader) else found.header
+        hashes = found.recorded if isinstance(found, CheckpointHeader) else found.recorded_hashes
+        config, provenance = _configuration(found), header.provenance
+        if provenance is None or any(name not in hashes for name in header.tensors):
             return None
-        return cls(known, digest(checkpoint.header.provenance.to_metadata(checkpoint.recorded_hashes)["ditmoe"]))
+        metadata = digest(provenance.to_metadata(hashes)["ditmoe"])
+        files = _other_files(header.path) if provenance.export and header.path.is_dir() else None
+        return cls(fingerprint(header.tensors.values(), hashes, config), metadata, files)
+
+
+def _configuration(found: Checkpoint | CheckpointHeader) -> Mapping[str, Any]:
+    """Return the configuration as the metadata has it."""
+    if isinstance(found, Checkpoint):
+        return found.config.to_json()
+    return found.provenance.config if found.provenance is not None else {}
+
+
+def _other_files(folder: Path) -> str:
+    """Return the SHA-256 of names and contents of the files of an exported folder that hold no weights."""
+    root = pipeline_folder(folder) or folder
+    names = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
+    held = [name for name in names if not name.endswith(_WEIGHTS) and name not in _CARD_FILES]
+    return digest([[name, file_digest(root / name)] for name in held])
 
 
 @dataclass(frozen=True)
@@ -121,7 +151,7 @@ class Recipe:
         more: dict[str, Any] = {"inputs": {name: each.document() for name, each in self.inputs.items()}}
         more |= {"stages": [stage.document() for stage in self.stages], "made": dict(self.made)}
         if self.result is not None:
-            more["result"] = {"fingerprint": self.result.fingerprint, "metadata": self.result.metadata}
+            more["result"] = {name: text for name, text in vars(self.result).items() if text is not None}
         source = {"source": self.source.document()}
         return {"schema": RECIPE_SCHEMA, **source, **{name: value for name, value in more.items() if value}}
 
@@ -129,31 +159,38 @@ class Recipe:
         """Return the recipe without what it gave, which another source does not give."""
         return replace(self, stages=tuple(replace(stage, gives=None) for stage in self.stages), result=None)
 
+    def exported(self, options: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of an export of what it makes, to be written by these options."""
+        kitchen = _Kitchen("", {}, list(self.stages), dict(self.inputs))
+        kitchen.add(Step(EXPORTING, "", "", options), None)
+        return replace(self, stages=tuple(kitchen.stages), inputs=kitchen.inputs, result=None)
+
     def text(self) -> str:
         """Return the recipe as YAML."""
         return yaml_text(self.document())
 
 
-def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """Return the recipe of a checkpoint, by its history.
+def recipe_of(found: Checkpoint | CheckpointHeader) -> Recipe:
+    """Return the recipe of a checkpoint, or of an export by its header, by the history.
 
     Raises `BadInputError` for one without a history, and for a step that the history does not tell enough of to be
     carried out again.
     """
-    provenance = checkpoint.header.provenance
-    if provenance is None or not provenance.history:
+    provenance = found.provenance if isinstance(found, CheckpointHeader) else found.header.provenance
+    if provenance is None or not (provenance.history or provenance.exported):
         raise BadInputError(
-            f"{checkpoint.path}: has no history, and so no recipe: nothing was made of it yet, or not by ditmoe"
+            f"{found.path}: has no history, and so no recipe: nothing was made of it yet, or not by ditmoe"
         )
-    config = checkpoint.config.to_json()
-    given = {option: config[name] for option, name in _GIVEN.items()}
-    source = Ingredient(provenance.origin, provenance.history[0].source, given)
-    kitchen = _Kitchen(str(checkpoint.path), {source.fingerprint or "": SOURCE})
-    exported = provenance.history[-1].command == _EXPORTING  # in tensors of another program, of which nothing is made
-    result = None if exported else Result.of(checkpoint)
-    states = (*(step.source for step in provenance.history[1:]), result.fingerprint if result else None)
-    for step, gives in zip(provenance.history, states, strict=True):
-        kitchen.add(step, gives)
+    config, result = _configuration(found), Result.of(found)
+    given = {option: config[name] for option, name in _GIVEN.items() if name in config}
+    history, last = provenance.history, result.fingerprint if result else None
+    source = Ingredient(provenance.origin, history[0].source if history else last, given)
+    kitchen = _Kitchen(str(found.path), {source.fingerprint or "": SOURCE})
+    states = (*(step.source for step in history[1:]), last)
+    for step, gives in zip(history, states, strict=bool(history)):
+        kitchen.add(step, None if step.command == EXPORTING else gives)
+    if provenance.exported:
+        kitchen.add(Step(EXPORTING, "", "", provenance.exported), None)
     made, stages = _common_making(kitchen.stages)
     return Recipe(source, tuple(stages), kitchen.inputs, made, result)
 
@@ -215,6 +252,8 @@ class _Kitchen:
         for name in ("original", "guide_with"):
             if name in options:
                 options[name] = self._named(str(options[name]), name.removesuffix("_with"))
+        if step.command == EXPORTING and _HEX.fullmatch(str(options.get("vae"))):
+            options["vae"] = self._named(str(options["vae"]), "vae")
         return {name.replace("_", "-"): value for name, value in options.items()}
 
     def _named(self, fingerprint: str, name: str) -> str:
@@ -330,11 +369,11 @@ def _parse_result(document: object, where: str) -> Result | None:
     if document is None:
         return None
     fields = _map(document, where)
-    _refuse_unknown(fields, ("fingerprint", "metadata"), where)
+    _refuse_unknown(fields, ("fingerprint", "metadata", "files"), where)
     known = [_digest(fields.get(name), f"{where}: key {name!r}") for name in ("fingerprint", "metadata")]
     if None in known:
         raise BadInputError(f"{where}: expected a fingerprint and the digest of the metadata, or neither")
-    return Result(*map(str, known))
+    return Result(str(known[0]), str(known[1]), _digest(fields.get("files"), f"{where}: key 'files'"))
 
 
 def _map(value: object, where: str) -> dict[str, Any]:

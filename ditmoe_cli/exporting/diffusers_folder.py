@@ -20,7 +20,7 @@ from ditmoe_cli.diffusion.vae import CONFIG_NAME, VAE_CLASS, WEIGHTS_NAME, vae_o
 from ditmoe_cli.errors import BadInputError, UsageError
 from ditmoe_cli.exporting.exported import CARD, Export, Wanted
 from ditmoe_cli.exporting.recoded import Recoding
-from ditmoe_cli.files.fingerprint import file_digest
+from ditmoe_cli.files.fingerprint import digest, file_digest
 from ditmoe_cli.files.names import natural_key
 from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.staging import staged
@@ -36,6 +36,7 @@ MODEL_CLASS, PIPELINE_CLASS = "DiTMoETransformer2DModel", "DiTMoEPipeline"
 MODEL_CODE, PIPELINE_CODE = "modeling_ditmoe", "pipeline_ditmoe"
 AUTO_MAP = {"AutoModel": f"{MODEL_CODE}.{MODEL_CLASS}"}
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-mse", 4
+_TARGET = "diffusers"
 _CODE = Path(__file__).resolve().parent / "diffusers_code"
 _STEPS = {"rf": UPSTREAM["rf"][1], "ddpm": 50}
 _DISTILLED_TO = ("euler", "ddim-trailing")  # solvers that schedulers of diffusers have
@@ -65,7 +66,8 @@ def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]
     whole = with_positions(checkpoint)
     if whole is not checkpoint:
         tell("pos_embed is rebuilt, since the model of the folder has it in its weights")
-    return DiffusersFolder(replace(whole, original=checkpoint.original), wanted, folder)
+    original = checkpoint.original or (None if whole is checkpoint else checkpoint)
+    return DiffusersFolder(replace(whole, original=original), wanted, folder)
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,18 @@ class DiffusersFolder(Export):
         """
         source = self.checkpoint.original
         if source is None:
-            return self.checkpoint.provenance()
-        return self.recorded("diffusers", source.fingerprint if fingerprint is None else fingerprint)
+            return replace(self.checkpoint.provenance(), exported=self.options(_TARGET))
+        return self.recorded(_TARGET, source.fingerprint if fingerprint is None else fingerprint)
+
+    def options(self, target: str) -> dict[str, Any]:
+        """Return the options that shape the files; the VAE by its name on the hub, or the digest of a copied one."""
+        named = self._vae_digest if self.vae is not None else self.wanted.vae
+        return {**super().options(target), **({} if named is None else {"vae": named})}
+
+    @cached_property
+    def _vae_digest(self) -> str:
+        assert self.vae is not None
+        return copied_vae_digest(self.vae)
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +194,7 @@ class DiffusersFolder(Export):
     def holds_input(self, model: Path) -> bool:
         """Return whether the folder of a model has this export's tensors and history. Raises `BadInputError`."""
         made = open_checkpoint(model)
-        return made.provenance() == self._provenance() and made.fingerprint == self.checkpoint.fingerprint
+        return made.header.provenance == self._provenance() and made.fingerprint == self.checkpoint.fingerprint
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -207,6 +219,11 @@ class DiffusersFolder(Export):
         steps = self._settings["num_inference_steps"]
         opened = f"DiffusionPipeline.from_pretrained({str(self.wanted.path)!r}, trust_remote_code=True)"
         return [("open with", opened), ("sample with", f"pipeline(class_labels=[0]), {steps} steps by default")]
+
+
+def copied_vae_digest(folder: Path) -> str:
+    """Return the SHA-256 of the names and digests of the files of a VAE that exports copy."""
+    return digest([[name, file_digest(folder / name)] for name in (CONFIG_NAME, WEIGHTS_NAME)])
 
 
 def model_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ditmoe_cli.errors import OutputExistsError
-from ditmoe_cli.files.provenance import Provenance, Step
+from ditmoe_cli.files.provenance import EXPORTING, Provenance, Step
 from ditmoe_cli.files.staging import CHECKPOINT_FILES, check_target
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES
 from ditmoe_cli.model.checkpoint import Checkpoint
@@ -39,6 +39,11 @@ class Wanted:
     storage: Storage = field(default_factory=Storage)
     vae: str | None = None
     card: Mapping[str, bytes] = field(default_factory=dict)
+
+    def options(self, target: str) -> dict[str, Any]:
+        """Return the options of an export to a target that shape its weights, by their names."""
+        given = {"dequantize": self.storage.dequantize, "dtype": self.storage.dtype}
+        return {"to": target, **{name: value for name, value in given.items() if value}}
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,12 @@ class Export(ABC):
 
     def recorded(self, target: str, fingerprint: str) -> Provenance:
         """Return the metadata of the checkpoint, its last step the export of one with this fingerprint to a target."""
-        old, storage = self.checkpoint.provenance(), self.wanted.storage
-        given = {"dequantize": storage.dequantize, "dtype": storage.dtype}
-        options = {"to": target, **{name: value for name, value in given.items() if value}}
-        return replace(old, history=(*old.history, Step("export", fingerprint, "", options)))
+        old = self.checkpoint.provenance()
+        return replace(old, history=(*old.history, Step(EXPORTING, fingerprint, "", self.options(target))))
+
+    def options(self, target: str) -> dict[str, Any]:
+        """Return the options of the export to a target that shape its files, by their names."""
+        return self.wanted.options(target)
 
     def check(self) -> bool:
         """Return whether the export stands at its path already.

@@ -73,12 +73,12 @@ class Target:
         """Return whether an output is a single file. Raises `UsageError` for an ending that the layout has not."""
         if path.suffix in self.endings:
             return True
-        if self.folder and path.suffix not in _ENDINGS_OF_FILES:
+        if self.folder and path.suffix not in ENDINGS_OF_FILES:
             return False
         raise UsageError(f"⟨output⟩ {path}: ⟨to⟩ {self.name} writes {self.output}")
 
 
-_ENDINGS_OF_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".json")
+ENDINGS_OF_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".json")
 
 
 def _upstream_obstacle(checkpoint: Checkpoint) -> str | None:

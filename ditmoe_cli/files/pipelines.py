@@ -51,6 +51,12 @@ def model_folder(path: Path) -> Path:
     return found
 
 
+def pipeline_folder(path: Path) -> Path | None:
+    """Return the folder of the pipeline that a folder is, or whose model folder it is; None for any other."""
+    folders = (path, path.absolute().parent) if path.name in MODEL_FOLDERS else (path,)
+    return next((folder for folder in folders if (folder / _INDEX).is_file()), None)
+
+
 def _document(path: Path) -> dict[str, Any]:
     """Return a JSON object; an empty one where there is none that can be read, since weights do not depend on it."""
     try:

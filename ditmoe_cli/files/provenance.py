@@ -16,6 +16,8 @@ from ditmoe_cli.files.licences import checked_name
 CHECKPOINT_SCHEMA = "ditmoe.checkpoint/1"
 _MOST_DIGITS = 6  # of an expert's number
 STAGE_SCHEMA = "ditmoe.stage/1"
+EXPORTING = "export"
+"""The command whose steps lay weights out for other programs."""
 _ORIGIN = re.compile(r"(demo|hf):[A-Za-z0-9_.+@/-]{1,500}")
 
 
@@ -171,7 +173,8 @@ class Provenance:
 
     `distilled` says by which few steps it is sampled; None where any will do. `origin` is the name of the checkpoint
     that the history begins with, where it has one that holds everywhere: ``demo:NAME``, or ``hf:…`` on the hub, and
-    `licence` that which its metadata names, if any.
+    `licence` that which its metadata names, if any. `exported` has the options of ``export`` where this is a copy in
+    the layout of another program; what is made of that is none.
     """
 
     config: Mapping[str, Any]
@@ -180,6 +183,13 @@ class Provenance:
     distilled: Distilled | None = None
     origin: str | None = None
     licence: str | None = None
+    exported: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def export(self) -> Mapping[str, Any]:
+        """The options of ``export`` where this is what that wrote; nothing elsewhere."""
+        last = self.history[-1] if self.history else None
+        return last.options if last is not None and last.command == EXPORTING else self.exported
 
     @property
     def calibration(self) -> Mapping[str, Any] | None:
@@ -239,6 +249,8 @@ class Provenance:
             document["origin"] = self.origin
         if self.licence is not None:
             document["licence"] = self.licence
+        if self.exported:
+            document["exported"] = dict(self.exported)
         return {"format": "pt", "ditmoe": canonical_json(document)}
 
 
@@ -305,6 +317,7 @@ def read_provenance(metadata: Mapping[str, str], where: str) -> Provenance | Non
             distilled=parse_distilled(document.get("distilled")),
             origin=parse_origin(document.get("origin")),
             licence=checked_name(document.get("licence")),
+            exported=dict(document.get("exported", {})),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadInputError(f"{where}: the ditmoe metadata is malformed ({first_line(error)})") from None

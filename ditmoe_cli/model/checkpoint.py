@@ -159,7 +159,7 @@ class Checkpoint(Brief):
         old = self.header.provenance or Provenance(config)
         origin = old.origin if old.origin is not None or old.history else public_name(self.path)
         licence = old.licence if old.licence is not None else self.header.licence
-        return replace(old, config=config, origin=origin, licence=licence)
+        return replace(old, config=config, origin=origin, licence=licence, exported={})
 
     def settled(self) -> Checkpoint:
         """Return the checkpoint with the fingerprint that it has, not that claimed; reads what is not yet hashed."""
@@ -277,11 +277,40 @@ def open_checkpoint(
         return _opened(path, resolved, Given(num_heads, top_k, sampler, num_classes), allow_unknown)
 
 
-def _refuse_exported(path: str | Path, header: CheckpointHeader) -> None:
-    """Raise `BadInputError` where a ``config.json`` says that weights are quantised in a layout that is not read."""
+def checkpoint_or_export(path: str | Path) -> Checkpoint | CheckpointHeader:
+    """Open a checkpoint; of an export that another program alone reads return the header, which has its history.
+
+    Raises `BadInputError` as `open_checkpoint` does.
+    """
+    try:
+        return open_checkpoint(path)
+    except BadInputError:
+        header = unread_export(path)
+        if header is None:
+            raise
+        return header
+
+
+def unread_export(path: str | Path) -> CheckpointHeader | None:
+    """Return the header of an export in a layout that ditmoe writes and does not read; None for anything else."""
+    try:
+        header, _ = open_reader(resolve_path(path))
+    except BadInputError:
+        return None
+    return header if _unread_layout(header) is not None and header.provenance is not None else None
+
+
+def _unread_layout(header: CheckpointHeader) -> str | None:
+    """Return the layout that is not read, in which a ``config.json`` says that weights are quantised."""
     quantization = header.hints.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method in UNREAD_LAYOUTS:
+    return method if method in UNREAD_LAYOUTS else None
+
+
+def _refuse_exported(path: str | Path, header: CheckpointHeader) -> None:
+    """Raise `BadInputError` where weights are quantised in a layout that is not read."""
+    method = _unread_layout(header)
+    if method is not None:
         raise BadInputError(
             f"{path}: holds weights in the layout of {method}, which ditmoe writes and does not read; name the "
             "checkpoint that it was exported from"

@@ -25,7 +25,8 @@ from ditmoe_cli.diffusion.few_steps import told_steps
 from ditmoe_cli.errors import GateError, as_option
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Distilled, parse_step
-from ditmoe_cli.model.checkpoint import Checkpoint
+from ditmoe_cli.files.reader import CheckpointHeader
+from ditmoe_cli.model.checkpoint import Checkpoint, unread_export
 from ditmoe_cli.model.config import Given
 from ditmoe_cli.model.verification import Verification
 from ditmoe_cli.progress import human_bytes
@@ -132,6 +133,8 @@ def run(source: Inspected, listing: Listing, carding: Carding, checking: Checkin
     if carding.card is None:
         refuse_idle(carding, "without --card", "scores", "picture", "samples", "force")
     refuse_idle(checking, "without OTHER, the checkpoint to compare with", "values", "same")
+    if listing.recipe and (export := _unread(stage)) is not None:
+        return show_recipe(stage, export, printing)
     looking = Looking(listing.tensors, checking.verify and not listing.recipe)
     opening = partial(open_stage, stage, allow_unknown=True)
     found = inspected(opening, stage.checkpoint, looking, carding, source.given)
@@ -143,9 +146,14 @@ def run(source: Inspected, listing: Listing, carding: Carding, checking: Checkin
     return show(stage, found, printed, printing, tensor_rows(found.checkpoint.header.tensors if found.lists else {}))
 
 
-def show_recipe(stage: Stage, checkpoint: Checkpoint, printing: JsonPrinting) -> None:
-    """Print the recipe of a checkpoint: as YAML, or within the result where JSON is asked for."""
-    recipe = recipe_of(checkpoint)
+def _unread(stage: Stage) -> CheckpointHeader | None:
+    """Return the header of an export that only another program reads; None for anything else."""
+    return unread_export(stage.checkpoint) if stage.checkpoint is not None and Path(stage.checkpoint).is_dir() else None
+
+
+def show_recipe(stage: Stage, found: Checkpoint | CheckpointHeader, printing: JsonPrinting) -> None:
+    """Print the recipe of a checkpoint or an export: as YAML, or within the result where JSON is asked for."""
+    recipe = recipe_of(found)
     if printing.as_json:
         return emit(printing, stage.to_json({"recipe": recipe.document()}), [], None)
     return print(recipe.text(), end="", flush=True)

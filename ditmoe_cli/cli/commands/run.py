@@ -11,18 +11,24 @@ import typer
 
 from ditmoe_cli.api.argument_checks import refuse_idle
 from ditmoe_cli.api.devices import named_device
-from ditmoe_cli.api.output_names import checkpoint_path
+from ditmoe_cli.api.export_runs import ExportDestination
+from ditmoe_cli.api.output_names import checkpoint_path, stem
 from ditmoe_cli.cli.options import Destination, Overrides, complete_checkpoint, complete_device
 from ditmoe_cli.cli.recipe_runs import Cooking, Foreseen, cooked, foreseen
 from ditmoe_cli.cli.recipe_stages import Called
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
 from ditmoe_cli.compression.recipe import Ingredient, Recipe, Result, read_recipe, recipe_of
+from ditmoe_cli.diffusion.vae import CONFIG_NAME, WEIGHTS_NAME
 from ditmoe_cli.errors import BadInputError, GateError, OutputExistsError, UsageError
+from ditmoe_cli.exporting.diffusers_folder import copied_vae_digest
+from ditmoe_cli.exporting.targets import TARGETS
+from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.making import computed_here, told_making
 from ditmoe_cli.files.staging import check_target
-from ditmoe_cli.files.writer import Output
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from ditmoe_cli.files.writer import Output, changed_tensor
+from ditmoe_cli.model.checkpoint import Checkpoint, checkpoint_or_export, open_checkpoint, resolve_path
+from ditmoe_cli.model.conversions import Storage
 from ditmoe_cli.model.throughput import likely_device
 from ditmoe_cli.progress import human_bytes
 
@@ -63,8 +69,8 @@ class RecipeAndSource(Overrides):
         """Return the recipe, and the checkpoint whose own it is. Raises `BadInputError` where there is none."""
         if self.recipe.endswith(_RECIPES):
             return read_recipe(Path(self.recipe)), None
-        opened = open_checkpoint(resolve_path(self.recipe, note))
-        return recipe_of(opened), opened.path
+        path = resolve_path(self.recipe, note)
+        return recipe_of(checkpoint_or_export(path)), path
 
     def named(self) -> dict[str, str]:
         """Return the paths that were given, by name. Raises `UsageError` for what is not ``NAME=PATH``."""
@@ -110,11 +116,23 @@ class RecipeDestination(Destination):
             "-o",
             "--output",
             metavar="PATH",
-            callback=checkpoint_path,
-            help="FILE.safetensors, or a folder for diffusers' sharded layout, for the last checkpoint. "
-            "[default: named after source and recipe]",
+            help="FILE.safetensors, or a folder for diffusers' sharded layout, for the last checkpoint; where a "
+            "recipe ends in export, what that writes. [default: named after source and recipe]",
         ),
     ] = None
+
+    def result(self, source: Path, label: str, last: Called) -> Output:
+        """Return where the result of the last stage goes. Raises `UsageError` for a name that it does not write."""
+        if last.exports:
+            target = TARGETS[str(last.stage.options["to"])]
+            named = ExportDestination(self.output, self.force, max_shard_size=self.max_shard_size)
+            wanted = named.wanted(target, Path(f"{stem(source)}.{label}"), Storage())
+            return Output(wanted.path, wanted.force, wanted.shard_bytes)
+        try:
+            checkpoint_path(self.output or source.with_suffix(""))
+        except ValueError as error:
+            raise UsageError(f"⟨output⟩ {self.output}: {error}") from None
+        return self.at(source, label)
 
 
 def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, printing: Printing) -> None:
@@ -136,27 +154,49 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
         called = tuple(each.with_defaults() for each in called)
     if comparing.device is not None:
         called = tuple(each.with_options(device=comparing.device) if each.takes("device") else each for each in called)
-    writers = [each for each in called if each.writes]
-    if not writers:
+    if not any(each.writes for each in called) and not called[-1].exports:
         refuse_idle(to, "for a recipe that writes no checkpoint", "output", "force", "max_shard_size")
     stage, recipe = _begun(asked, recipe, where)
     names = _inputs(asked, recipe, where)
     source = Path(str(stage.checkpoint))
-    output = to.at(source, Path(where).name.partition(".")[0]) if writers else None
-    cooking = Cooking(recipe, called, names, output, where)
+    cooking = Cooking(recipe, called, names, None, where)
+    last = cooking.last
+    output = to.result(source, Path(where).name.partition(".")[0], last) if last is not None else None
+    cooking = replace(cooking, output=output)
     cooking.check_names()
     inputs = [source, *map(Path, names.values()), Path(where) if own is None else own]
     if output is not None:
         check_target(output.path, True, inputs)
-        made = _made_before(output, recipe, cooking)
-        if made is not None:
-            return _told(printing, replace(stage, checkpoint=str(output.path)), recipe, made, [], {"up_to_date": True})
+        found = _made_before(output, recipe, cooking)
+        if found is not None:
+            return _told(printing, replace(stage, checkpoint=str(output.path)), recipe, found, [], {"up_to_date": True})
     if to.dry_run:
         return _preview(printing, stage, foreseen(cooking, stage), output)
     _warn_of_this_machine(recipe, here)
     after, results = cooked(cooking, stage)
-    made = open_checkpoint(output.path) if output is not None else None
+    made = None
+    if output is not None:
+        made = Made.at(output.path)
+        after = replace(after, checkpoint=str(output.path)) if called[-1].exports else after
     return _told(printing, after, recipe, made, results, {}, gate=comparing.same)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What stands at the output: its path, bytes, fingerprint and result as its metadata tells, and its recipe."""
+
+    path: Path
+    bytes: int
+    result: Result | None
+    recipe: Recipe | None
+
+    @classmethod
+    def at(cls, path: Path) -> Made:
+        """Return what a stage has written at a path. Raises `BadInputError` where it cannot be read."""
+        found = checkpoint_or_export(path)
+        header = found.header if isinstance(found, Checkpoint) else found
+        known = header.provenance is not None
+        return cls(path, header.file_bytes, Result.of(found), recipe_of(found) if known else None)
 
 
 def _begun(asked: RecipeAndSource, recipe: Recipe, where: str) -> tuple[Stage, Recipe]:
@@ -228,18 +268,20 @@ def _inputs(asked: RecipeAndSource, recipe: Recipe, where: str) -> dict[str, str
 
 
 def _digest_of(path: Path) -> str:
-    """Return the fingerprint of a checkpoint, or the digest of images."""
+    """Return the fingerprint of a checkpoint, or the digest of a VAE or of images."""
     if not path.exists():
         raise BadInputError(f"{path}: no such file")
     try:
         return _fingerprint(open_checkpoint(path))
     except BadInputError:
+        if all((path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+            return copied_vae_digest(path)
         from ditmoe_cli.evaluation.images import images_digest
 
         return images_digest(path)
 
 
-def _made_before(output: Output, recipe: Recipe, cooking: Cooking) -> Checkpoint | None:
+def _made_before(output: Output, recipe: Recipe, cooking: Cooking) -> Made | None:
     """Return what stands at the output where it is what the recipe recorded; None where there is nothing, or work kept.
 
     Raises `OutputExistsError` for anything else that is not to be replaced.
@@ -247,8 +289,8 @@ def _made_before(output: Output, recipe: Recipe, cooking: Cooking) -> Checkpoint
     if output.force or not output.path.exists():
         return None
     try:
-        made = open_checkpoint(output.path)
-        same = recipe.result is not None and Result.of(made) == recipe.result and not output.damage(made.hashes)
+        made = Made.at(output.path)
+        same = recipe.result is not None and made.result == recipe.result and not _damage(output, cooking)
     except BadInputError:
         same = False
     if same:
@@ -260,6 +302,15 @@ def _made_before(output: Output, recipe: Recipe, cooking: Cooking) -> Checkpoint
     raise OutputExistsError(
         f"{output.path}: exists already, and {told}; give ⟨force⟩ to replace it, or -o for another name"
     )
+
+
+def _damage(output: Output, cooking: Cooking) -> str | None:
+    """Return how what stands at the output differs from what was written; of an export a tensor that does."""
+    if not cooking.called[-1].exports:
+        return output.damage({})
+    files = [output.path] if output.path.is_file() else sorted(output.path.rglob("*.safetensors"))
+    own = [file for file in files if file.parent.name != "vae"]
+    return changed_tensor({file.name: read_safetensors_header(file) for file in own}, {})
 
 
 def _warn_of_this_machine(recipe: Recipe, here: Mapping[str, str]) -> None:
@@ -285,7 +336,7 @@ def _told(
     printing: Printing,
     stage: Stage,
     recipe: Recipe,
-    made: Checkpoint | None,
+    made: Made | None,
     results: list[dict[str, Any]],
     more: dict[str, Any],
     gate: bool = False,
@@ -296,9 +347,10 @@ def _told(
     document |= {"differences": differences or [], **more}
     rows: list[Row] = []
     if made is not None:
-        size = made.header.file_bytes
-        document |= {"bytes": size, "fingerprint": made.written_fingerprint}
-        rows += [("up to date" if more else "wrote", made.path), ("bytes", f"{size:,} ({human_bytes(size)})")]
+        known = made.result.fingerprint if made.result is not None else None
+        document |= {"bytes": made.bytes, "fingerprint": known}
+        told = f"{made.bytes:,} ({human_bytes(made.bytes)})"
+        rows += [("up to date" if more else "wrote", made.path), ("bytes", told)]
     rows += [(f"stage {number}", each["command"]) for number, each in enumerate(results, 1)]
     if differences is not None:
         rows += [("recorded", text) for text in differences] or [("recorded", "the same bytes")]
@@ -312,20 +364,23 @@ def _told(
         raise GateError(f"{made.path}: is not what the recipe recorded, which --same asks for: {differences[0]}")
 
 
-def _differences(recipe: Recipe, made: Checkpoint) -> list[str]:
+def _differences(recipe: Recipe, made: Made) -> list[str]:
     """Return in what a result differs from what a recipe recorded; nothing where every byte is the same."""
     assert recipe.result is not None
-    now = Result.of(made)
+    now, own = made.result, made.recipe
     if now == recipe.result:
         return []
-    own = recipe_of(made)
+    if own is None:
+        return ["it tells no making"]
     told = []
     if now is None or now.fingerprint != recipe.result.fingerprint:
         pairs = list(zip(recipe.stages, own.stages, strict=False))
         first = next((n for n, (then, here) in enumerate(pairs, 1) if then.gives != here.gives), len(own.stages))
         told.append(f"stage {first} ({own.stages[first - 1].command}) gives others than recorded")
-    else:
+    elif now.metadata != recipe.result.metadata:
         told.append("the weights are the same, the history tells another making")
+    else:
+        told.append("the weights are the same, files beside them are others")
     unlike = [name for name in {**recipe.made, **own.made} if recipe.made.get(name) != own.made.get(name)]
     for name in unlike:
         told.append(f"made with {name} {recipe.made.get(name, 'unknown')}, here {own.made.get(name, 'unknown')}")
