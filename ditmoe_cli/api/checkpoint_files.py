@@ -10,7 +10,7 @@ from ditmoe_cli.api.argument_checks import ending, one_of, refuse_idle
 from ditmoe_cli.api.calling import AnyCheckpoint, AnyPath, alone, public
 from ditmoe_cli.api.card_contents import CardContents, contents_of
 from ditmoe_cli.api.conversion_runs import converted_result, label_of_conversion
-from ditmoe_cli.api.export_runs import ExportDestination, ExportedCheckpoint, exported_result
+from ditmoe_cli.api.export_runs import ExportDestination, ExportedCheckpoint, ForeseenExport, exported_result
 from ditmoe_cli.api.inspection_runs import (
     Carding,
     DifferingCheckpoints,
@@ -25,7 +25,7 @@ from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import NOTHING_GIVEN, opened
 from ditmoe_cli.api.output_names import checkpoint_path, destination
 from ditmoe_cli.api.sample_runs import SampledImages
-from ditmoe_cli.api.written_checkpoints import AnyForeseen, WrittenCheckpoint
+from ditmoe_cli.api.written_checkpoints import ForeseenCheckpoint, WrittenCheckpoint
 from ditmoe_cli.errors import UsageError
 from ditmoe_cli.exporting.targets import TARGETS
 from ditmoe_cli.files.pipelines import model_folder
@@ -102,7 +102,7 @@ def convert(
     force: bool = False,
     max_shard_size: int | str = "10GB",
     dry_run: bool = False,
-) -> WrittenCheckpoint | AnyForeseen:
+) -> WrittenCheckpoint | ForeseenCheckpoint:
     """Write a checkpoint of any layout as safetensors, as ``ditmoe convert``.
 
     Args:
@@ -143,7 +143,7 @@ def export(
     max_shard_size: int | str = "10GB",
     vae: str | None = None,
     dry_run: bool = False,
-) -> ExportedCheckpoint | AnyForeseen:
+) -> ExportedCheckpoint | ForeseenExport:
     """Write a checkpoint in the layout of another program, as ``ditmoe export``.
 
     Args:

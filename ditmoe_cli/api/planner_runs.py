@@ -63,13 +63,19 @@ def chosen_alone(run: PlannerRun) -> Iterator[Choice]:
 
 def foreseen_result(run: PlannerRun) -> ForeseenCheckpoint | WrittenCheckpoint:
     """Return what a planner would write, without writing anything; what stands there already if it is up to date."""
-    planner = run.planner
-    work, basis = prepared(planner, run.work, run.wanted)
-    made = _made(run, work, basis, dry_run=True)
-    if made is not None:
-        return made
-    plan = foreseen(planner, work, basis)
-    return foresee(run.checkpoint, run.output, plan, run.device, choosing(planner, work, basis))
+    work, basis = prepared(run.planner, run.work, run.wanted)
+    return _made(run, work, basis, dry_run=True) or _foreseen(run, work, basis)
+
+
+def foreseen_alone(run: PlannerRun) -> ForeseenCheckpoint:
+    """Return what a planner would write, whatever stands there."""
+    run = replace(run, output=replace(run.output, force=True))
+    return _foreseen(run, *prepared(run.planner, run.work, run.wanted))
+
+
+def _foreseen(run: PlannerRun, work: Work, basis: Basis | None) -> ForeseenCheckpoint:
+    plan = foreseen(run.planner, work, basis)
+    return foresee(run.checkpoint, run.output, plan, run.device, choosing(run.planner, work, basis))
 
 
 def planned_result(run: PlannerRun) -> WrittenCheckpoint:

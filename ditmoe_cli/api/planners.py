@@ -16,7 +16,7 @@ from ditmoe_cli.api.notes import note
 from ditmoe_cli.api.opening import opened
 from ditmoe_cli.api.output_names import Destination, checkpoint_path, destination, size_of
 from ditmoe_cli.api.plan_application import Application, applied_result, output_label
-from ditmoe_cli.api.planner_runs import PlannerRun, chosen_alone, foreseen_result, planned_result
+from ditmoe_cli.api.planner_runs import PlannerRun, chosen_alone, foreseen_alone, foreseen_result, planned_result
 from ditmoe_cli.api.planning_requests import (
     AnyProfile,
     AutomaticProfile,
@@ -36,7 +36,7 @@ from ditmoe_cli.api.quantizing_requests import (
     quantizing_of,
     width_texts,
 )
-from ditmoe_cli.api.written_checkpoints import AnyForeseen, WrittenCheckpoint
+from ditmoe_cli.api.written_checkpoints import ForeseenCheckpoint, WrittenCheckpoint
 from ditmoe_cli.compression.methods import DEFAULT_METHODS, MERGES, METHODS, MIXES
 from ditmoe_cli.compression.plan import CompressionPlan, read_plan
 from ditmoe_cli.compression.planner import Planner
@@ -77,7 +77,7 @@ def plan_prune(
     calibration_classes: Sequence[int] | None = None,
     calibration_seed: Seed | None = None,
     dry_run: bool = False,
-) -> CompressionPlan | AnyForeseen:
+) -> CompressionPlan | ForeseenCheckpoint:
     """Choose which experts and neurons of each block stay, as ``ditmoe prune``; `apply` carries the plan out.
 
     Args:
@@ -135,7 +135,7 @@ def plan_merge(
     calibration_classes: Sequence[int] | None = None,
     calibration_seed: Seed | None = None,
     dry_run: bool = False,
-) -> CompressionPlan | AnyForeseen:
+) -> CompressionPlan | ForeseenCheckpoint:
     """Choose which experts of each block are merged, as ``ditmoe merge``; `apply` carries the plan out.
 
     Args:
@@ -190,7 +190,7 @@ def plan_quantize(
     calibration_classes: Sequence[int] | None = None,
     calibration_seed: Seed | None = None,
     dry_run: bool = False,
-) -> CompressionPlan | AnyForeseen:
+) -> CompressionPlan | ForeseenCheckpoint:
     """Choose in which format each weight is stored, as ``ditmoe quantize``; `apply` carries the plan out.
 
     Args:
@@ -252,7 +252,7 @@ def compress(
     force: bool = False,
     max_shard_size: AnySize = "10GB",
     dry_run: bool = False,
-) -> WrittenCheckpoint | AnyForeseen:
+) -> WrittenCheckpoint | ForeseenCheckpoint:
     """Compress to a size, as ``ditmoe compress``: fewer neurons and fewer bits, planned together.
 
     Args:
@@ -365,7 +365,7 @@ def apply(
     force: bool = False,
     max_shard_size: AnySize = "10GB",
     dry_run: bool = False,
-) -> WrittenCheckpoint | AnyForeseen:
+) -> WrittenCheckpoint | ForeseenCheckpoint:
     """Carry out a plan, as ``ditmoe apply``.
 
     Args:
@@ -396,7 +396,7 @@ def apply(
 
 def _plan(
     planner: Planner, checkpoint: Checkpoint, measuring: Measuring, automatic: AutomaticProfile, dry_run: bool
-) -> CompressionPlan | AnyForeseen:
+) -> CompressionPlan | ForeseenCheckpoint:
     """Return the plan of a request, signed, so that it is known later whether it was edited; what a dry run foresees.
 
     What stands at the place of the result does not matter.
@@ -404,7 +404,7 @@ def _plan(
     to = Destination(force=True).at(checkpoint.path, planner.label)
     run = _run_of(planner, checkpoint, to, measuring, automatic, dry_run)
     if dry_run:
-        return foreseen_result(run)
+        return foreseen_alone(run)
     with chosen_alone(run) as choice:
         plan = choice.of(checkpoint)
         return replace(plan, written=plan.digest)

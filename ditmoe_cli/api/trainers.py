@@ -17,8 +17,7 @@ from ditmoe_cli.api.output_names import checkpoint_path, destination
 from ditmoe_cli.api.planning_requests import AnyProfile, Measuring, automatic_profile, profile_path
 from ditmoe_cli.api.sampling_requests import interval_of
 from ditmoe_cli.api.training_requests import parse_groups
-from ditmoe_cli.api.training_runs import TrainedCheckpoint, trained_result
-from ditmoe_cli.api.written_checkpoints import AnyForeseen
+from ditmoe_cli.api.training_runs import ForeseenTraining, TrainedCheckpoint, Training, trained_result
 from ditmoe_cli.compression.distill.distilling import DEFAULT_STUDENT_STEPS
 from ditmoe_cli.compression.training.training_request import DEFAULT_BATCH
 
@@ -50,7 +49,7 @@ def heal(
     force: bool = False,
     max_shard_size: int | str = "10GB",
     dry_run: bool = False,
-) -> TrainedCheckpoint | AnyForeseen:
+) -> TrainedCheckpoint | ForeseenTraining:
     """Train a compressed checkpoint to predict as its original does, as ``ditmoe heal``.
 
     Args:
@@ -86,7 +85,7 @@ def heal(
         calibration_seed,
     )
     wanted = automatic.wanted(teacher, measuring, to.path.parent, measures=not dry_run)
-    return trained_result(healing_training(asked, student, teacher, to, wanted, measuring), dry_run=dry_run)
+    return _trained(healing_training(asked, student, teacher, to, wanted, measuring), dry_run)
 
 
 @public
@@ -117,7 +116,7 @@ def distill(
     force: bool = False,
     max_shard_size: int | str = "10GB",
     dry_run: bool = False,
-) -> TrainedCheckpoint | AnyForeseen:
+) -> TrainedCheckpoint | ForeseenTraining:
     """Train a checkpoint to be sampled in few steps, with guidance in its weights, as ``ditmoe distill``.
 
     Args:
@@ -155,7 +154,14 @@ def distill(
     asked = teaching.request(teacher, guiding.used)
     to = destination(output, force, max_shard_size).at(student.path, asked.label)
     training = distilling_training(asked, student, teacher, to, guiding.weak)
-    return trained_result(replace(training, device=device, dtype=dtype), dry_run=dry_run)
+    return _trained(replace(training, device=device, dtype=dtype), dry_run)
+
+
+def _trained(training: Training, dry_run: bool) -> TrainedCheckpoint | ForeseenTraining:
+    """Return what a training gives in the one process that there is."""
+    found = trained_result(training, dry_run=dry_run)
+    assert found is not None
+    return found
 
 
 def _groups(train: str | Sequence[str]) -> tuple[str, ...]:

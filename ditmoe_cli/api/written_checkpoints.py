@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from ditmoe_cli.api.foretelling import estimate_of, told
 from ditmoe_cli.briefs import Brief, Fact, shortened
@@ -116,10 +116,6 @@ class ForeseenCheckpoint(Brief):
             "estimate": self.estimate,
             "plan": plan.document() if plan is not None else None,
         }
-
-
-AnyForeseen: TypeAlias = Any
-"""A `ForeseenCheckpoint`, of a dry run; any type for type checkers, so that other results need no test for it."""
 
 
 def _worst(errors: Sequence[float]) -> str:

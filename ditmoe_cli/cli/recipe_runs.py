@@ -52,6 +52,10 @@ class Cooking:
             return self.called[-1]
         return next((each for each in reversed(self.called) if each.writes), None)
 
+    def is_last(self, called: Called) -> bool:
+        """Return whether a stage writes the result."""
+        return self.last is not None and called.number == self.last.number
+
     @property
     def target(self) -> Path:
         """What the work folder is named after."""
@@ -94,7 +98,7 @@ class _Run:
     def path(self, called: Called) -> Path:
         """Return where a stage writes its checkpoint or its profile."""
         output = self.cooking.output
-        if output is not None and called == self.cooking.last:
+        if output is not None and self.cooking.is_last(called):
             return output.path
         ending = "profile.safetensors" if called.command == PROFILING else "safetensors"
         return self.folder / f"{called.number}-{called.command}.{ending}"
@@ -108,7 +112,7 @@ class _Run:
                 file.write_text(json.dumps(called.plan))
             called = called.with_options(**{PLAN: str(file)})
         words = called.words(self.names)
-        is_last = output is not None and called == self.cooking.last
+        is_last = output is not None and self.cooking.is_last(called)
         if called.writes or called.command == PROFILING or is_last:
             words.append(f"--output={self.path(called)}")
         if output is not None and is_last:
@@ -188,7 +192,7 @@ class Foreseen:
 def foreseen(cooking: Cooking, stage: Stage) -> Foreseen:
     """Return what a recipe would do, by a dry run of the first stage that writes a checkpoint."""
     run = _Run(cooking, work_folder(cooking.target), stage, {SOURCE: str(stage.checkpoint), **cooking.names})
-    first = next((each for each in cooking.called if each.writes or each == cooking.last), None)
+    first = next((each for each in cooking.called if each.writes or cooking.is_last(each)), None)
     if first is None or first.plan is not None:
         return Foreseen(cooking.called, {})
     profiled = next((each for each in reversed(cooking.called[: first.number]) if each.command == PROFILING), None)

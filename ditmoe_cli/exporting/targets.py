@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from ditmoe_cli.exporting import (
     upstream_file,
 )
 from ditmoe_cli.exporting.choices import Choices, Shortfall
+from ditmoe_cli.exporting.diffusers_folder import DiffusersFolder
 from ditmoe_cli.exporting.exported import Export, Wanted
-from ditmoe_cli.exporting.recoded import QuantizedLayout
+from ditmoe_cli.exporting.recoded import QuantizedLayout, RecodedFiles
 from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.formats.base import StoredFormat
 from ditmoe_cli.formats.bitsandbytes import BLOCK, FourBit, Int8
@@ -178,6 +180,10 @@ TARGETS = {
         ),
     )
 }
+
+
+CONTENTS = re.compile(f"{DiffusersFolder.contents.pattern}|{RecodedFiles.contents.pattern}")
+"""What a folder that some export wrote may hold, as `check_target` takes it."""
 
 
 def laid_out(target: Target, checkpoint: Checkpoint, wanted: Wanted, tell: Tell) -> Export:

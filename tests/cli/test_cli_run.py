@@ -132,6 +132,60 @@ def test_a_checkpoint_is_its_own_recipe(folder: Path) -> None:
     )
 
 
+NF4, INT8, INT4 = ("--format", "nf4"), ("--format", "int8"), ("--bits", 4, "--format", "int", "--group-size", 32)
+EXPORTS: dict[str, tuple[tuple[object, ...], tuple[object, ...], str]] = {
+    "diffusers": (NF4, ("--to", "diffusers", "--max-shard-size", "50KB"), "out"),
+    "diffusers in bf16": (NF4, ("--to", "diffusers", "--dtype", "bf16"), "out"),
+    "sdnq": (INT4, ("--to", "sdnq"), "out"),
+    "compressed-tensors": (INT4, ("--to", "compressed-tensors"), "out"),
+    "bitsandbytes": (INT8, ("--to", "bitsandbytes"), "out"),
+    "a file": (INT8, ("--to", "bitsandbytes"), "out.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_an_export_says_how_to_make_it_again(folder: Path, case: str) -> None:
+    """All its files, the card too; and it is up to date there."""
+    fmt, words, name = EXPORTS[case]
+    run("quantize", A, "--uniform", *fmt, "-o", "q.safetensors", cwd=folder)
+    run("export", "q.safetensors", *words, "-o", name, cwd=folder)
+    recipe = recipe_from(name, folder)
+    assert commands_of(recipe) == ["quantize", "export"] and recipe["stages"][0]["gives"]
+    (folder / "again").mkdir()
+    where = ("r.yaml", A, "-o", f"again/{name}", *words[2:4] * (words[2:3] == ("--max-shard-size",)))
+    again = run("run", *where, "--same", cwd=folder)
+    assert again.result["same"] is True and again.path == folder / "again" / name
+    ours, theirs = folder / name, folder / "again" / name
+    assert contents(theirs) == contents(ours) if ours.is_dir() else theirs.read_bytes() == ours.read_bytes()
+    assert {each.name for each in (folder / "again").iterdir()} == {name}, "what lay between is gone"
+    assert run("run", *where, cwd=folder).result["up_to_date"]
+
+
+def test_an_export_that_differs_is_told(folder: Path) -> None:
+    run("export", A, "--to", "diffusers", "-o", "out", cwd=folder)
+    assert commands_of(recipe_from("out", folder)) == ["export"]
+    code = folder / "out" / "pipeline_ditmoe.py"
+    code.write_text(code.read_text() + "# changed\n")
+    told = here("run", "out", A, "-o", "again", "--same", cwd=folder)
+    assert told.code == 6 and "files beside them are others" in told.err
+    assert "is not what the recipe recorded" in here("run", "out", A, "-o", "again", cwd=folder).error(5)
+
+
+def test_a_vae_that_an_export_holds_is_an_input(folder: Path) -> None:
+    make_pico(sampler="rf").save(folder / "latent.safetensors")
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
+    vae.save_pretrained(folder / "decoder")
+    run("export", "latent.safetensors", "--to", "diffusers", "--vae", "decoder", "-o", "out", cwd=folder)
+    recipe = recipe_from("out", folder)
+    assert recipe["stages"][-1]["export"] == {"to": "diffusers", "vae": "$vae"} and "vae" in recipe["inputs"]
+    (folder / "again").mkdir()
+    missing = here("run", "out", "latent.safetensors", "-o", "again/out", cwd=folder).error(2)
+    assert "give it as --input vae=PATH" in missing
+    run("run", "out", "latent.safetensors", "--input", "vae=decoder", "-o", "again/out", "--same", cwd=folder)
+    assert contents(folder / "again" / "out") == contents(folder / "out")
+
+
 def test_sources_with_public_names_are_named(tmp_path: Path) -> None:
     run("quantize", "demo:digits", "--uniform", "--format", "int8", "-o", "q.safetensors", cwd=tmp_path)
     assert recipe_from("q.safetensors", tmp_path)["source"]["checkpoint"] == "demo:digits"

@@ -172,7 +172,8 @@ def test_a_stranger_unpacks_exactly_our_weights(name: str, seen: Seen) -> None:
 def test_the_model_is_handled_as_others_are(seen: Seen) -> None:
     """It is saved, loaded without its pipeline, cast there and back, and unpacked for good."""
     made = {what.partition("/")[2]: array for what, array in seen.results.items() if what.startswith("ragged nf4/")}
-    for how in ("alone", "after saving", "unpacked"):
+    assert made["shards"] > 1
+    for how in ("alone", "after saving", "of a variant in shards", "unpacked"):
         np.testing.assert_allclose(made[f"predicted {how}"], made["predicted"], atol=1e-5)
     np.testing.assert_allclose(made["predicted in fp32 again"], made["predicted"], atol=0.1)  # plain weights lost bits
     checkpoint = open_checkpoint(seen.source("ragged nf4"))

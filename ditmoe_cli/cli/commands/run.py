@@ -22,7 +22,7 @@ from ditmoe_cli.compression.recipe import Ingredient, Recipe, Result, read_recip
 from ditmoe_cli.diffusion.vae import CONFIG_NAME, WEIGHTS_NAME
 from ditmoe_cli.errors import BadInputError, GateError, OutputExistsError, UsageError
 from ditmoe_cli.exporting.diffusers_folder import copied_vae_digest
-from ditmoe_cli.exporting.targets import TARGETS
+from ditmoe_cli.exporting.targets import CONTENTS, TARGETS
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.files.making import computed_here, told_making
 from ditmoe_cli.files.staging import check_target
@@ -127,7 +127,7 @@ class RecipeDestination(Destination):
             target = TARGETS[str(last.stage.options["to"])]
             named = ExportDestination(self.output, self.force, max_shard_size=self.max_shard_size)
             wanted = named.wanted(target, Path(f"{stem(source)}.{label}"), Storage())
-            return Output(wanted.path, wanted.force, wanted.shard_bytes)
+            return Output(wanted.path, wanted.force, wanted.shard_bytes, contents=CONTENTS)
         try:
             checkpoint_path(self.output or source.with_suffix(""))
         except ValueError as error:
@@ -166,7 +166,7 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
     cooking.check_names()
     inputs = [source, *map(Path, names.values()), Path(where) if own is None else own]
     if output is not None:
-        check_target(output.path, True, inputs)
+        check_target(output.path, True, inputs, output.contents)
         found = _made_before(output, recipe, cooking)
         if found is not None:
             return _told(printing, replace(stage, checkpoint=str(output.path)), recipe, found, [], {"up_to_date": True})

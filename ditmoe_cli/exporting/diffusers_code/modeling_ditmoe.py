@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -590,6 +591,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         model = super().from_pretrained(path, **{**settings, "low_cpu_mem_usage": False})
         return model if devices[0] is None else model.to(devices[0])
 
+    @wraps(ModelMixin.save_pretrained)  # pipelines look for arguments such as variant in the signature
     def save_pretrained(self, save_directory: Any, *settings: Any, **named: Any) -> None:
         """Save as all models of diffusers, and this file beside the weights."""
         super().save_pretrained(save_directory, *settings, **named)

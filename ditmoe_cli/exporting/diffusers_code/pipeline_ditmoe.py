@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+from functools import wraps
 from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
@@ -52,6 +53,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         settings = {"num_inference_steps": num_inference_steps, "distilled": distilled}
         self.register_to_config(**settings, vae_repository=vae_repository, auto_map=auto_map)
 
+    @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, save_directory: Any, *settings: Any, **named: Any) -> None:
         """Save as all pipelines of diffusers, and the code too, so that the folder is opened as this one was."""
         super().save_pretrained(save_directory, *settings, **named)
