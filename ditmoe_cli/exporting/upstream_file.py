@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from ditmoe_cli.diffusion.few_steps import told_steps
@@ -12,12 +13,15 @@ from ditmoe_cli.exporting.exported import Export, Wanted
 from ditmoe_cli.exporting.upstream import arguments
 from ditmoe_cli.exporting.upstream_script import Sampling, sampling
 from ditmoe_cli.files.header import TensorInfo
+from ditmoe_cli.files.provenance import Provenance
 from ditmoe_cli.files.staging import staged
-from ditmoe_cli.files.streaming import counted, one_at_a_time
+from ditmoe_cli.files.streaming import counted, digested, one_at_a_time
 from ditmoe_cli.files.torch_archive import SavedStateDict
-from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.checkpoint import UNREAD, Checkpoint, open_checkpoint
 from ditmoe_cli.model.conversions import with_positions
 from ditmoe_cli.progress import BYTES, phase
+
+_TARGET = "upstream"
 
 
 def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]) -> UpstreamFile:
@@ -30,7 +34,8 @@ def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]
             f"warning: files of upstream's do not say that it was distilled to {told_steps(checkpoint.distilled)}: "
             "give these to whatever samples it"
         )
-    return UpstreamFile(whole, wanted)
+    original = checkpoint.original or (None if whole is checkpoint else checkpoint)
+    return UpstreamFile(replace(whole, original=original), wanted)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class UpstreamFile(Export):
 
     It holds ``{"ema": {name: tensor}, "args": {…}}``. Upstream's ``find_model`` returns what stands under ``ema``. The
     ``args`` are those of its ``DiT``, and ``rf``, which nothing else in the file tells. A flash model of one expert
-    is a bare state dict, as ``upcycle.py`` reads it.
+    is a bare state dict, as ``upcycle.py`` reads it. Beside the pickle stands our metadata, which torch passes over.
     """
 
     @property
@@ -50,9 +55,25 @@ class UpstreamFile(Export):
     @property
     def _archive(self) -> SavedStateDict:
         config, tensors = self.checkpoint.config, list(self.checkpoint.header.tensors.values())
+        note = len(self._note(self._provenance(UNREAD), {info.name: UNREAD for info in tensors}))
         if config.attention == "flash" and config.num_experts == 1:
-            return SavedStateDict(tensors)
-        return SavedStateDict(tensors, "ema", {"args": {**arguments(config), "rf": config.sampler == "rf"}})
+            return SavedStateDict(tensors, note_bytes=note)
+        args = {**arguments(config), "rf": config.sampler == "rf"}
+        return SavedStateDict(tensors, "ema", {"args": args}, note)
+
+    def _provenance(self, fingerprint: str | None = None) -> Provenance:
+        """Return the metadata: that of a copy, or of an export where weights are stored otherwise than in the input.
+
+        Without the input's `fingerprint`, it is read.
+        """
+        source = self.checkpoint.original
+        if source is None:
+            return replace(self.checkpoint.provenance(), exported=self.options(_TARGET))
+        return self.recorded(_TARGET, source.fingerprint if fingerprint is None else fingerprint)
+
+    @staticmethod
+    def _note(provenance: Provenance, hashes: Mapping[str, str]) -> bytes:
+        return provenance.to_metadata(hashes)["ditmoe"].encode()
 
     def write(self) -> None:
         """Write the file, whole or not at all.
@@ -67,18 +88,22 @@ class UpstreamFile(Export):
         ):
             count = one_at_a_time(progress)
 
-            def content(info: TensorInfo) -> Iterator[memoryview]:
-                return counted(self.checkpoint.finite_parts(info.name), count)
+            hashes: dict[str, str] = {}
 
-            archive.write(staging, content)
+            def content(info: TensorInfo) -> Iterator[memoryview]:
+                hashed = sha256()
+                yield from digested(counted(self.checkpoint.finite_parts(info.name), count), hashed.update)
+                hashes[info.name] = hashed.hexdigest()
+
+            archive.write(staging, content, lambda: self._note(self._provenance(), hashes))
 
     def difference(self) -> str | None:
         """Return how what stands at the path differs; None where it has the same tensors and configuration."""
         path = self.wanted.path
         try:
-            same = path.stat().st_size == self.nbytes and (
-                open_checkpoint(path).fingerprint == self.checkpoint.fingerprint
-            )
+            made = open_checkpoint(path)
+            same = path.stat().st_size == self.nbytes and made.header.provenance == self._provenance()
+            same = same and made.fingerprint == self.checkpoint.fingerprint
         except BadInputError:
             same = False
         return None if same else "is no copy of this input"

@@ -55,6 +55,25 @@ def read_torch_archive(path: Path) -> ArchiveParts:
     return ArchiveParts(data, storages)
 
 
+def read_note(path: Path, name: str) -> str | None:
+    """Return the text of an entry `name` that stands beside the pickle of an archive; None where there is none.
+
+    Raises `BadInputError` where it is none or larger than 64 MiB.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            full = f"{entries[0].filename.partition('/')[0]}/{name}" if entries else name
+            entry = next((each for each in entries if each.filename == full), None)
+            if entry is not None and entry.file_size > _ALWAYS:
+                raise BadInputError(f"{path}: its entry {full!r} has {entry.file_size:,} bytes, too many for metadata")
+            return None if entry is None else _content(path, archive, entry).decode()
+    except ARCHIVE_ERRORS as error:
+        raise BadInputError(f"{path}: its entry {name!r} cannot be read ({first_line(error)})") from None
+
+
 def _content(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     """Return the bytes of an entry that is not compressed; its CRC-32 is 0 where torch saved without."""
     if entry.CRC:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ditmoe_cli.errors import BadInputError, first_line
+from ditmoe_cli.files.archives import read_note
 from ditmoe_cli.files.containers import Located, consolidation, locate
 from ditmoe_cli.files.header import StoredTensor, TensorInfo, read_safetensors_header
 from ditmoe_cli.files.json_text import read_json
@@ -23,6 +24,7 @@ from ditmoe_cli.files.pipelines import pipeline_hints
 from ditmoe_cli.files.provenance import Provenance, read_provenance, recorded_hashes
 from ditmoe_cli.files.selection import Entry, all_of, select
 from ditmoe_cli.files.shared_memory import shared_bytes
+from ditmoe_cli.files.torch_archive import NOTE
 
 if TYPE_CHECKING:
     import torch
@@ -196,9 +198,12 @@ def _open_pickle(path: Path, located: Located) -> tuple[CheckpointHeader, Tensor
             )
     infos = {name: _pickled_info(files[0], name, value) for name, value in reader.state.items()}
     size = sum(file.stat().st_size for file in files)
-    return CheckpointHeader(
-        path, layout, infos, size, pickled.hints, notes=pickled.notes, warnings=pickled.warnings
-    ), reader
+    note = read_note(files[0], NOTE) if len(files) == 1 else None
+    metadata = {} if note is None else {"ditmoe": note}
+    provenance, recorded = read_provenance(metadata, str(files[0])), recorded_hashes(metadata, str(files[0]))
+    _refuse_missing(path, recorded, infos)
+    told = (pickled.hints, provenance, recorded, pickled.notes, pickled.warnings)
+    return CheckpointHeader(path, layout, infos, size, *told), reader
 
 
 def _pickled_info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:

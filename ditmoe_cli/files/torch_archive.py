@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +23,8 @@ from ditmoe_cli.files.streaming import Count, digested, in_threads, syncing, wri
 Plain = str | int | float | bool
 Content = Callable[[TensorInfo], Iterable[memoryview]]
 """Return the bytes of a tensor in parts."""
+NOTE = "ditmoe.json"
+"""An entry that torch passes over: the metadata that safetensors have in their header."""
 
 _STORAGES: Mapping[str, str] = {
     "F64": "Double",
@@ -48,11 +50,11 @@ _VERSION, _VERSION_64 = 20, 45  # of zip, needed to extract
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file in the archive: its name, its size, and the tensor or the bytes that it holds."""
+    """A file in the archive: its name, its size, and the tensor or the bytes that it holds; None for the note."""
 
     name: str
     size: int
-    source: TensorInfo | bytes
+    source: TensorInfo | bytes | None
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,21 @@ class SavedStateDict:
         tensors: the tensors in order, each with a storage of its own.
         key: the key of the state dict; None for a bare one.
         beside: what stands beside it, by key.
+        note_bytes: bytes of the `NOTE`, which is written last; 0 for none.
     """
 
     tensors: Sequence[TensorInfo]
     key: str | None = None
     beside: Mapping[str, Mapping[str, Plain]] = field(default_factory=dict)
+    note_bytes: int = 0
 
     @cached_property
     def _entries(self) -> list[_Entry]:
         texts = {"data.pkl": self._pickle(), "byteorder": b"little"}
         storages = [_Entry(f"{_FOLDER}data/{i}", info.nbytes, info) for i, info in enumerate(self.tensors)]
         first = [_Entry(_FOLDER + name, len(text), text) for name, text in texts.items()]
-        return [*first, *storages, _Entry(_FOLDER + "version", 2, b"3\n")]
+        note = [_Entry(_FOLDER + NOTE, self.note_bytes, None)] if self.note_bytes else []
+        return [*first, *storages, _Entry(_FOLDER + "version", 2, b"3\n"), *note]
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +93,18 @@ class SavedStateDict:
         """Where each entry ends, and so the next begins."""
         return list(accumulate(self._entries, lambda at, e: at + len(_local_header(e, 0, at)) + e.size, initial=0))
 
-    def write(self, path: Path, content: Content) -> int:
-        """Write the archive and return its bytes. Several threads call ``content(info)``, each for its tensor."""
+    def write(self, path: Path, content: Content, note: Callable[[], bytes] = bytes) -> int:
+        """Write the archive and return its bytes. Several threads call ``content(info)``, each for its tensor.
+
+        ``note()`` returns the note, when all tensors are written.
+        """
         with path.open("wb", buffering=0) as opened, syncing([opened.fileno()], self.nbytes) as wrote:
             file = opened.fileno()
-            places = zip(self._entries, self._ends[:-1], strict=True)
-            checksums = in_threads([partial(_put, file, entry, at, content, wrote) for entry, at in places])
+            places = list(zip(self._entries, self._ends[:-1], strict=True))
+            known = [place for place in places if place[0].source is not None]
+            checksums = in_threads([partial(_put, file, entry, at, content, wrote) for entry, at in known])
+            for entry, at in places[len(known) :]:
+                checksums.append(_put(file, replace(entry, source=note()), at, content, wrote))
             write_at(file, memoryview(self._directory(checksums)), self._ends[-1])
         return self.nbytes
 
@@ -128,6 +139,7 @@ def _put(file: int, entry: _Entry, at: int, content: Content, wrote: Count) -> i
         nonlocal checksum
         checksum = zlib.crc32(part, checksum)
 
+    assert entry.source is not None
     parts = [memoryview(entry.source)] if isinstance(entry.source, bytes) else content(entry.source)
     write_parts(file, start, entry.size, digested(parts, update), wrote, entry.name)
     write_at(file, memoryview(_local_header(entry, checksum, at)), at)

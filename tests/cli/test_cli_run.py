@@ -139,6 +139,7 @@ EXPORTS: dict[str, tuple[tuple[object, ...], tuple[object, ...], str]] = {
     "sdnq": (INT4, ("--to", "sdnq"), "out"),
     "compressed-tensors": (INT4, ("--to", "compressed-tensors"), "out"),
     "bitsandbytes": (INT8, ("--to", "bitsandbytes"), "out"),
+    "upstream": (NF4, ("--to", "upstream"), "out.pt"),
     "a file": (INT8, ("--to", "bitsandbytes"), "out.safetensors"),
 }
 

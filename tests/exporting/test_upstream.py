@@ -11,6 +11,7 @@ import pytest
 import torch
 from configs import upstream
 from conftest import Pico, load_oracle, make_pico, oracle_folders
+from distilling import FOUR, save_distilled
 from upstream_code import UpstreamDiT, find_model
 
 from ditmoe_cli.errors import BadInputError
@@ -56,6 +57,22 @@ def test_a_flash_model_of_one_expert_is_a_bare_state_dict_as_upcycling_reads(tmp
     model = make_pico(attention="flash", experts=1, top_k=1)
     write_for_upstream(tmp_path / "x.pt", open_checkpoint(model.save(tmp_path / "x.safetensors")))
     assert torch.load(tmp_path / "x.pt", weights_only=True).keys() == model.state.keys()
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    """Beside what upstream reads stands our metadata: history, steps of a distilled copy, hashes of all tensors."""
+    save_distilled(make_pico(sampler="rf"), tmp_path / "x.safetensors", "a" * 64, FOUR)
+    source = open_checkpoint(tmp_path / "x.safetensors")
+    write_for_upstream(tmp_path / "x.pt", source)
+    back = open_checkpoint(tmp_path / "x.pt")
+    assert back.provenance() == source.provenance() and back.distilled == FOUR
+    assert back.header.provenance is not None and back.header.provenance.export == {"to": "upstream"}
+    assert back.written_fingerprint == back.fingerprint == source.fingerprint
+    damaged = bytearray((tmp_path / "x.pt").read_bytes())
+    damaged[damaged.index(b'"schema"')] = 0
+    (tmp_path / "x.pt").write_bytes(damaged)
+    with pytest.raises(BadInputError, match="cannot be read"):
+        open_checkpoint(tmp_path / "x.pt")
 
 
 def changed(**changes: Any) -> Callable[[Pico], Any]:

@@ -308,6 +308,9 @@ def _damage(output: Output, cooking: Cooking) -> str | None:
     """Return how what stands at the output differs from what was written; of an export a tensor that does."""
     if not cooking.called[-1].exports:
         return output.damage({})
+    if output.path.is_file() and output.path.suffix != ".safetensors":
+        held = open_checkpoint(output.path)
+        return None if held.fingerprint == held.written_fingerprint else "is damaged"
     files = [output.path] if output.path.is_file() else sorted(output.path.rglob("*.safetensors"))
     own = [file for file in files if file.parent.name != "vae"]
     return changed_tensor({file.name: read_safetensors_header(file) for file in own}, {})
