@@ -29,7 +29,7 @@ from ditmoe_cli.errors import BadInputError
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.model.block_choices import ComputeTable, NullChoice, Rule, check_table, parse_choice
-from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
+from ditmoe_cli.model.compute_cost import evaluation_cost
 from ditmoe_cli.model.config import DiTMoEConfig
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class ScheduledSampling:
 
         Experts of several widths count by their mean; a weaker model that guides does not count.
         """
-        once = fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks)
-        return once * sum(1 + self.guidance.takes_null_class(t) for t in self.times)
+        return evaluation_cost(config) * sum(1 + self.guidance.takes_null_class(t) for t in self.times)
 
     @property
     def told(self) -> str:

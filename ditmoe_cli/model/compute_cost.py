@@ -51,3 +51,8 @@ def block_cost(config: DiTMoEConfig, block: BlockConfig) -> float:
     """Return the operations of one image in a block that computes all of it."""
     token = unrouted_cost(config, block) + shared_cost(config, block) + config.top_k * expert_cost(config, block)
     return attention_cost(config) + config.num_patches * token
+
+
+def evaluation_cost(config: DiTMoEConfig) -> float:
+    """Return the operations of one image in one evaluation of one branch that computes everything."""
+    return fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks)

@@ -14,6 +14,7 @@ from ditmoe_cli.model.compute_cost import (
     attended_to_cost,
     attention_cost,
     block_cost,
+    evaluation_cost,
     expert_cost,
     fixed_cost,
     shared_cost,
@@ -127,7 +128,7 @@ def _options(
     conditional = BranchOptions(priced(0), together(0))
     if not guided:
         return BinOptions(conditional, None, ends, followed)
-    full = fixed + sum(block_cost(config, block) for block in config.blocks)
+    full = evaluation_cost(config)
     null = NullOptions(BranchOptions(priced(1), together(1)), _null_patterns(replays, counted[1]), full, fixed, guided)
     return BinOptions(conditional, null, ends, followed)
 

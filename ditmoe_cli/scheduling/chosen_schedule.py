@@ -23,7 +23,7 @@ from ditmoe_cli.model.block_choices import ComputeTable, full_table, table_of
 from ditmoe_cli.model.scheduled import Statistics, no_statistics
 from ditmoe_cli.progress import phase
 from ditmoe_cli.scheduling.bin_options import Measured, bins_of, measured, measured_evaluations
-from ditmoe_cli.scheduling.fewer_steps import FewerSteps, against_fewer_steps
+from ditmoe_cli.scheduling.fewer_steps import FewerSteps, against_fewer_steps, cost_of, weak_share
 from ditmoe_cli.scheduling.patterns import ALWAYS_FULL, Pattern
 from ditmoe_cli.scheduling.schedule_program import (
     BinOptions,
@@ -427,4 +427,5 @@ def fewer_steps_than(chosen: Chosen, way: Way) -> FewerSteps | None:
     if best.flops >= 1.0:
         return None
     with phase("fewer steps"):
-        return against_fewer_steps(way, chosen.tried_on, best.flops, best.final, chosen.full)
+        cost = cost_of(way.sampling, best.table, best.flops, weak_share(way))
+        return against_fewer_steps(way, chosen.tried_on, cost, best.final, chosen.full)

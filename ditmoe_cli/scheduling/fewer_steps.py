@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.diffusion.sampling import most_steps
 from ditmoe_cli.diffusion.schedule import SOLVERS, Solver
+from ditmoe_cli.model.block_choices import ComputeTable
+from ditmoe_cli.model.compute_cost import evaluation_cost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +33,7 @@ class FewerSteps:
 
     Attributes:
         sampling: solver, steps and guidance of the rival.
-        evaluations: of all branches, an image.
+        evaluations: of all branches and a weaker model, an image.
         error: Σ‖z - z*‖² / Σ‖z*‖² of its images z, z* being the fine solution.
         schedule: the same of the schedule's images.
         full: the same of the schedule's sampling with everything computed.
@@ -49,27 +51,39 @@ class FewerSteps:
         return self.error <= self.schedule
 
 
-def evaluations_of(sampling: ScheduledSampling) -> int:
-    """Return the evaluations of an image, of both branches."""
-    return sum(1 + sampling.guidance.takes_null_class(t) for t in sampling.times)
+def evaluations_of(sampling: ScheduledSampling, weak: float = 1.0) -> float:
+    """Return the evaluations of an image, of both branches; one of a weaker model that guides counts as so many."""
+    guidance = sampling.guidance
+    return sum(1 + guidance.takes_null_class(t) + weak * guidance.takes_weak(t) for t in sampling.times)
 
 
-def rival_steps(sampling: ScheduledSampling, budget: float) -> list[ScheduledSampling]:
-    """Return the most steps of each good solver that take at most a share of the evaluations of `sampling`."""
-    allowed = budget * evaluations_of(sampling)
+def cost_of(sampling: ScheduledSampling, table: ComputeTable, share: float, weak: float) -> float:
+    """Return what a schedule costs, in evaluations: a share of the model's own, and those of a weaker model."""
+    asked = set(range(len(sampling.times))) - set(table.followed)
+    guided = sum(sampling.guidance.takes_weak(sampling.times[k]) for k in asked)
+    return share * evaluations_of(sampling, 0.0) + weak * guided
+
+
+def rival_steps(sampling: ScheduledSampling, cost: float, weak: float = 1.0) -> list[ScheduledSampling]:
+    """Return the most steps of each good solver whose evaluations cost at most so many."""
     found = []
     for solver in _RIVALS[SOLVERS[sampling.solver].family]:
-        most = min(math.floor(allowed), most_steps(solver))
+        most = min(math.floor(cost), most_steps(solver))
         fewer = (replace(sampling, solver=solver, steps=steps) for steps in range(most, 0, -1))
-        within = next((each for each in fewer if evaluations_of(each) <= allowed), None)
+        within = next((each for each in fewer if evaluations_of(each, weak) <= cost), None)
         found += [within] if within is not None else []
     return found
 
 
+def weak_share(way: Way) -> float:
+    """Return the operations of a weaker model that guides, relative to those of the model; 0 where none does."""
+    return 0.0 if way.weak is None else evaluation_cost(way.weak.config) / evaluation_cost(way.model.config)
+
+
 def against_fewer_steps(
-    way: Way, indices: Sequence[int], share: float, scheduled: Tensor, full: Tensor
+    way: Way, indices: Sequence[int], cost: float, scheduled: Tensor, full: Tensor
 ) -> FewerSteps | None:
-    """Return the best of fewer steps against a schedule that takes a share of all operations.
+    """Return the best of fewer steps against a schedule that costs so many evaluations (`cost_of`).
 
     `scheduled` and `full` (N, C, H, W) are the images of the schedule, and those with everything computed. None for
     ancestral sampling, and where no steps are that few.
@@ -87,8 +101,8 @@ def against_fewer_steps(
     def error(images: Tensor) -> float:
         return float((images - fine).double().square().sum() / fine.double().square().sum())
 
-    rivals = [(error(by_solver(way, indices, each)), each) for each in rival_steps(sampling, share)]
+    rivals = [(error(by_solver(way, indices, each)), each) for each in rival_steps(sampling, cost, weak_share(way))]
     if not rivals:
         return None
     least, best = min(rivals, key=lambda rival: rival[0])
-    return FewerSteps(best, evaluations_of(best), least, error(scheduled), error(full))
+    return FewerSteps(best, round(evaluations_of(best)), least, error(scheduled), error(full))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.diffusion.followed_predictions import following, slopes_at
-from ditmoe_cli.model.compute_cost import block_cost, fixed_cost
+from ditmoe_cli.model.compute_cost import evaluation_cost
 from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.scheduling.patterns import Pattern, following_patterns
 from ditmoe_cli.scheduling.schedule_program import Priced
@@ -22,7 +22,7 @@ def followed_options(
     seen: Visited, sampling: ScheduledSampling, config: DiTMoEConfig, evaluations: range
 ) -> list[Priced]:
     """Return the patterns of a bin in which predictions follow at times, with errors and operations an image."""
-    once = fixed_cost(config) + sum(block_cost(config, block) for block in config.blocks)
+    once = evaluation_cost(config)
     branches = [1 + (bool(sampling.null) and choice == "compute") for choice in _null_of(sampling)]
     found = []
     for pattern in following_patterns():
