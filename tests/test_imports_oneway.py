@@ -57,7 +57,7 @@ ALLOWED = {
         ),
         *("processes", "threads"),
     },
-    "scheduling": {"compression", "diffusion", "model", "progress", "errors"},
+    "scheduling": {"compression", "routing", "diffusion", "model", "progress", "errors"},
     "api": {
         *(
             "briefs",

@@ -14,7 +14,7 @@ from ditmoe_cli.api.comparison_runs import ComparedCheckpoints, Comparing, Compa
 from ditmoe_cli.api.guiding_requests import StepGuiding
 from ditmoe_cli.api.opening import NOTHING_GIVEN, opened
 from ditmoe_cli.api.output_names import FileDestination
-from ditmoe_cli.api.planning_requests import AnyProfile
+from ditmoe_cli.api.planning_requests import AnyProfile, profile_path
 from ditmoe_cli.api.report_runs import ProfileFindings, ReportFiles, Reporting, few_enough_replicates, findings_of
 from ditmoe_cli.api.sample_runs import ImageFiles, SampledImages, sampled
 from ditmoe_cli.api.sampling_requests import (
@@ -170,6 +170,7 @@ def schedule(
     max_damage: float | None = None,
     method: str = Planning.method,
     bins: int | None = None,
+    profile: AnyProfile | None = None,
     anyway: bool = False,
     images: int = WaySampling.images,
     steps: int | None = None,
@@ -196,6 +197,7 @@ def schedule(
         flops: the most operations, as a share of all.
         max_damage: the largest squared error of the final images, relative to theirs, in place of `flops`.
         method: ``planned``, or a method for the whole model, as ``fora:2``.
+        profile: a profile of the checkpoint, whose norms of experts' outputs choose thresholds of saliency.
         anyway: whether to write it also where fewer steps are better at the same cost.
         images: how many it is chosen on; errors are measured on a quarter of them.
         steps, cfg, …: the way of sampling that it is for, as for `sample`, which takes its `path` as ``schedule``.
@@ -217,7 +219,7 @@ def schedule(
         images, steps, cfg, interval_of(cfg_interval), solver, upstream_exact, tuple_of(classes), seed, dtype
     )
     guiding = StepGuiding(guide_with, guide_by, guide_scale, interval_of(guide_interval)).opened(NOTHING_GIVEN)
-    planning = Planning(flops, max_damage, method, bins, anyway, device)
+    planning = Planning(flops, max_damage, method, bins, profile_path(profile), anyway, device)
     return scheduled_result(found, sampling, guiding, planning, FileDestination(_path(output), force), dry_run)
 
 

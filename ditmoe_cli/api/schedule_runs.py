@@ -21,7 +21,7 @@ from ditmoe_cli.diffusion.few_steps import told_sampling
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.diffusion.schedule import DEFAULT_SOLVER, Solver
 from ditmoe_cli.diffusion.step_bins import choose_bins
-from ditmoe_cli.errors import BadInputError, InfeasibleError
+from ditmoe_cli.errors import BadInputError, InfeasibleError, UsageError
 from ditmoe_cli.files.fingerprint import canonical_json
 from ditmoe_cli.files.staging import check_target
 from ditmoe_cli.model.block_choices import ComputeTable
@@ -30,7 +30,9 @@ from ditmoe_cli.model.config import Sampler
 from ditmoe_cli.model.dtypes import Dtype
 from ditmoe_cli.model.effort import Estimate
 from ditmoe_cli.model.throughput import Rate, known_rate, likely_device
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile, require_profile_of
 from ditmoe_cli.scheduling.fewer_steps import FewerSteps
+from ditmoe_cli.scheduling.profiled_energies import check_profiled, takes_energies
 from ditmoe_cli.scheduling.schedule_request import Asked, check_asked, schedule_estimate, usual_bins
 from ditmoe_cli.scheduling.whole_methods import PLANNED
 from ditmoe_cli.version import __version__
@@ -61,8 +63,22 @@ class Scheduling:
     max_damage: float | None = None
     method: str = PLANNED
     bins: int | None = None
+    profile: Path | None = None
     anyway: bool = False
     device: str = "auto"
+
+    def profiled(self, checkpoint: Checkpoint, asked: Asked, way: ScheduledSampling) -> RoutingProfile | None:
+        """Return the profile whose norms of outputs are taken, if one is given.
+
+        Raises `UsageError` where the method takes none, and `BadInputError` for one of another checkpoint, and as
+        `check_profiled` does.
+        """
+        if self.profile is None:
+            return None
+        if not takes_energies(asked.method):
+            raise UsageError(f"⟨profile⟩: has no effect beside ⟨method⟩ {asked.method}; leave one out")
+        profile = require_profile_of(read_profile(self.profile), checkpoint.fingerprint, checkpoint.path)
+        return check_profiled(profile, checkpoint.config, bool(way.null))
 
     def asked(self, spec: SampleSpec) -> Asked:
         """Return what is asked of a schedule for a way of sampling. Raises `UsageError` for a number of bins."""
@@ -137,13 +153,14 @@ def scheduled_result(
     """
     untimed = _untimed(checkpoint, sampling, guiding)
     asked, way = check_asked(scheduling.asked(untimed), checkpoint.config, untimed.way), untimed.way
+    profile = scheduling.profiled(checkpoint, asked, way)
     target = to.at(checkpoint.path, f"{_named(asked)}.{_named_way(way)}.schedule").absolute()
     estimate = schedule_estimate(asked, checkpoint.config, way)
     if dry_run:
         return ForeseenSchedule(target, asked.method, way, estimate, known_rate(likely_device(scheduling.device)))
     device = checked_device(scheduling.device)
     spec = guiding.over(sampling.on(device))(checkpoint)
-    request = _request(checkpoint, spec, asked)
+    request = _request(checkpoint, spec, asked, profile)
     made = None if to.force else _made_before(target, request)
     if made is not None:
         _check_rival(made.measured, scheduling.anyway)
@@ -151,7 +168,8 @@ def scheduled_result(
         return made
     check_target(target, to.force, (checkpoint.path,))
     foretell([estimate], lambda: device)
-    return _chosen(checkpoint, spec, guiding, asked, scheduling, target, to.force, request)
+    loaded = _way(checkpoint, spec, guiding, scheduling.device)
+    return _chosen(checkpoint, spec, loaded, asked, profile, scheduling.anyway, target, to.force, request)
 
 
 def _untimed(checkpoint: Checkpoint, sampling: SamplingOptions, guiding: Guiding) -> SampleSpec:
@@ -172,9 +190,10 @@ def _named_way(way: ScheduledSampling) -> str:
     return f"{way.solver}{way.steps}" + (f"-cfg{way.cfg:g}" if way.cfg != 1.0 else "")
 
 
-def _request(checkpoint: Checkpoint, spec: SampleSpec, asked: Asked) -> str:
+def _request(checkpoint: Checkpoint, spec: SampleSpec, asked: Asked, profile: RoutingProfile | None) -> str:
     """Return the digest of all that determines a schedule."""
     wanted = {"asked": asdict(asked), "spec": spec.to_json(), "checkpoint": checkpoint.fingerprint}
+    wanted |= {} if profile is None else {"profile": profile.digest}
     return hashlib.sha256(canonical_json({**wanted, "version": __version__}).encode()).hexdigest()
 
 
@@ -216,21 +235,22 @@ def _kind(table: ComputeTable, index: int) -> str:
 def _chosen(
     checkpoint: Checkpoint,
     spec: SampleSpec,
-    guiding: Guiding,
+    way: Way,
     asked: Asked,
-    scheduling: Scheduling,
+    profile: RoutingProfile | None,
+    anyway: bool,
     target: Path,
     force: bool,
     request: str,
 ) -> MadeSchedule:
     from ditmoe_cli.files.arrays import write_arrays
     from ditmoe_cli.scheduling.chosen_schedule import chosen_schedule, fewer_steps_than
+    from ditmoe_cli.scheduling.profiled_energies import profiled_energies
 
-    way = _way(checkpoint, spec, guiding, scheduling.device)
-    chosen = chosen_schedule(way, asked)
+    chosen = chosen_schedule(way, asked, None if profile is None else profiled_energies(profile, asked.bins))
     fewer = None if checkpoint.distilled is not None else fewer_steps_than(chosen, way)
     measured = {**_measured(chosen, spec, fewer), "request": request}
-    _check_rival(measured, scheduling.anyway)
+    _check_rival(measured, anyway)
     method = asked.method if chosen.best.name in (asked.method, "full") else f"{asked.method} ({chosen.best.name})"
     table = chosen.best.table
     document = schedule_document(checkpoint.fingerprint, spec.way, method, table, asked.bins, measured)

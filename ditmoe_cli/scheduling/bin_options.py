@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
 from ditmoe_cli.diffusion.step_bins import steps_of_bins
@@ -82,11 +83,11 @@ def measured_evaluations(sampling: ScheduledSampling, bins: Mapping[int, range])
     return found
 
 
-def measured(way: Way, seen: Visited, indices: Sequence[int], bins: int) -> Measured:
-    """Return what may be chosen in each bin, measured on the images `indices`."""
+def measured(way: Way, seen: Visited, indices: Sequence[int], bins: int, energies: Tensor | None = None) -> Measured:
+    """Return what may be chosen in each bin, measured on the images `indices`; `energies` as in `way_statistics`."""
     ranges = bins_of(way.sampling, bins)
     evaluations = measured_evaluations(way.sampling, ranges)
-    known = way_statistics(way, seen, indices, evaluations)
+    known = way_statistics(way, seen, indices, evaluations, energies)
     options = []
     with phase("errors of choices", len(evaluations), "bins") as progress:
         for b, evaluation in enumerate(evaluations):

@@ -282,16 +282,19 @@ def _inherits(pattern: Pattern) -> bool:
     return pattern == ALWAYS_FULL or (pattern.between.text == "reuse" and pattern.period > 1)
 
 
-def chosen_schedule(way: Way, asked: Asked) -> Chosen:
-    """Return the schedule that is asked for. Raises `InfeasibleError` as `Planning.chosen` does."""
-    return Planning(way, asked.images, asked.bins).chosen(asked)
+def chosen_schedule(way: Way, asked: Asked, energies: Tensor | None = None) -> Chosen:
+    """Return the schedule that is asked for, with `energies` as in `way_statistics`.
+
+    Raises `InfeasibleError` as `Planning.chosen` does.
+    """
+    return Planning(way, asked.images, asked.bins, energies).chosen(asked)
 
 
 class Planning:
     """Schedules of one way of sampling, which share what is measured of it."""
 
-    def __init__(self, way: Way, images: int, bins: int) -> None:
-        self._way, self._bins = way, bins
+    def __init__(self, way: Way, images: int, bins: int, energies: Tensor | None = None) -> None:
+        self._way, self._bins, self._energies = way, bins, energies
         self._measured_on, self._tried_on = image_shares(images)
         with phase("following the model's way", 2, "parts") as progress:
             self._seen = visited(way, self._measured_on)
@@ -308,7 +311,7 @@ class Planning:
 
     @cached_property
     def _found(self) -> Measured:
-        return measured(self._way, self._seen, self._measured_on, self._bins)
+        return measured(self._way, self._seen, self._measured_on, self._bins, self._energies)
 
     @cached_property
     def _amplification(self) -> list[float]:
@@ -338,7 +341,7 @@ class Planning:
                 self._trials.tried(method, whole_table(method, config, sampling), no_statistics), (), {}
             )
         evaluations = measured_evaluations(sampling, bins_of(sampling, self._bins))
-        known = way_statistics(self._way, self._seen, self._measured_on, evaluations)
+        known = way_statistics(self._way, self._seen, self._measured_on, evaluations, self._energies)
         arrays = dict(known.arrays)
         statistics = statistics_of(arrays, len(sampling.times), self._bins)
         table = whole_table(method, config, sampling, known.median_ratio)

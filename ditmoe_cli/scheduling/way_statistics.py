@@ -66,8 +66,12 @@ class _Sums:
     seen: dict[tuple[int, int], Selections] = field(default_factory=dict)
 
 
-def way_statistics(way: Way, seen: Visited, indices: Sequence[int], measured: Sequence[int]) -> WayStatistics:
+def way_statistics(
+    way: Way, seen: Visited, indices: Sequence[int], measured: Sequence[int], energies: Tensor | None = None
+) -> WayStatistics:
     """Return the statistics at the `measured` evaluations, one in each bin, for the images `indices`.
+
+    `energies` (B, 2, L, R) that are known stand in place of those of the images.
 
     The regression of row r is that of f_r on f_1, by channel, over tokens that chose r behind their first expert,
     weighted with p_r²: s = Cov(f_1, f_r) / Var(f_1), c = E f_r - s E f_1. Rows that no token chose so have s = c = 0.
@@ -95,7 +99,7 @@ def way_statistics(way: Way, seen: Visited, indices: Sequence[int], measured: Se
 
                 model.prepared([t], null if branch else labels)(x, t, watch)
             progress(1)
-    energy = torch.stack([_energies(each) for each in sums], dim=2).float()
+    energy = torch.stack([_energies(each) for each in sums], dim=2).float() if energies is None else energies
     pairs = [_regression(each.moments) for each in sums]
     arrays = {
         ENERGY: energy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
@@ -77,6 +78,15 @@ class Scheduling(asked.Scheduling):
             "--bins",
             metavar="N",
             help="Bins of steps, with choices of their own. [default: a tenth of the steps, 10 to 25]",
+        ),
+    ] = None
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="FILE",
+            help="A profile of the checkpoint, whose norms of experts' outputs choose thresholds of saliency. "
+            "[default: those of the images that errors are measured on]",
         ),
     ] = None
     anyway: Annotated[
