@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -247,6 +247,7 @@ def shared_tensor(data: memoryview, info: TensorInfo) -> torch.Tensor:
     return shared_bytes(data).view(dtype).reshape(info.shape) if info.numel else torch.empty(info.shape, dtype=dtype)
 
 
+@cache
 def _dtype_names() -> dict[str, str]:
     floats = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     integers = {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}

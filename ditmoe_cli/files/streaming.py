@@ -161,7 +161,7 @@ def syncing(files: Sequence[int], size: int) -> Iterator[Count]:
     next command could read them there, they would be gone anyway. Raises the `OSError` of a write that failed late, as
     the function does from then on.
     """
-    forgets = hasattr(os, "posix_fadvise") and size > free_memory() / 2
+    forgets = size >= _SYNCED_TOGETHER and hasattr(os, "posix_fadvise") and size > free_memory() / 2
     waiting, counting = 0, Lock()
     wanted: SimpleQueue[bool] = SimpleQueue()
     failed: list[OSError] = []

@@ -11,6 +11,11 @@ from ditmoe_cli.formats.products import linear, prepacked
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input: weight and bias are cast to it where theirs differs."""
 
+    def reset_parameters(self) -> None:
+        """Draw random weights, but on torch's meta device, where there are none and drawing takes longest."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b in the dtype of x (..., in)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
