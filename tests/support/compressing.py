@@ -22,12 +22,13 @@ from ditmoe_cli.compression.replay import amplification, eliminations, guided, s
 from ditmoe_cli.diffusion.sampling import SampleSpec
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
+from ditmoe_cli.model.config import DiTMoEConfig
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.loading import build_model
 from ditmoe_cli.model.moe import Observer
 from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
-from ditmoe_cli.routing.profile import RoutingProfile
+from ditmoe_cli.routing.profile import RoutingProfile, read_profile
 
 FORMATS = {4: "nf4", 8: "int8"}
 EXPERT_OF = "blocks.{}.moe.gate.expert_of"
@@ -89,8 +90,22 @@ def profile_of(
     solver = "euler" if checkpoint.config.sampler == "rf" else "ddim"
     spec = SampleSpec(images, steps, cfg, 1, solver, tuple(range(checkpoint.config.num_classes)))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}.{name}.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), Run("cpu"), path)
+    return calibrated_once(checkpoint, Calibration(spec, bins, reservoir, 4, fast=fast), path)
+
+
+_profiles: dict[tuple[str, DiTMoEConfig, Calibration], bytes] = {}
+
+
+def calibrated_once(checkpoint: Checkpoint, settings: Calibration, path: Path) -> RoutingProfile:
+    """What `calibrate` writes to `path`, computed once for equal checkpoints: equal work gives equal bytes."""
+    key = checkpoint.fingerprint, checkpoint.config, settings
+    if key in _profiles:
+        assert not path.exists()
+        path.write_bytes(_profiles[key])
+        return read_profile(path)
+    found = calibrate(checkpoint, settings, Run("cpu"), path)
     assert found is not None
+    _profiles[key] = path.read_bytes()
     return found
 
 
