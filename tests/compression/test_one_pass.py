@@ -72,16 +72,11 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "folder"))
 
 
-@pytest.fixture(params=[1, 2])
-def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "usable_threads", lambda: request.param)
-
-
-@pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(("name", "threads"), [(name, 1 + i % 2) for i, name in enumerate(COMMANDS)])
 def test_a_checkpoint_that_is_read_while_writing_gives_the_bytes_of_one_that_was_read_before(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, threads: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(streaming, "usable_threads", lambda: threads)
     late = here(*COMMANDS[name], "-o", "late.safetensors", cwd=folder)
     for module in (planner_runs, conversion_runs, plan_application):
         monkeypatch.setattr(module, "unread", lambda checkpoint, *_: checkpoint)
@@ -166,8 +161,11 @@ def test_what_stands_at_the_output_is_compared_with_the_input_as_it_is(folder: P
     assert "another input" in here(*words, cwd=folder).error(5)
 
 
-@pytest.mark.usefixtures("_threads")
-def test_the_first_broken_tensor_is_named_whatever_the_threads(folder: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_first_broken_tensor_is_named_whatever_the_threads(
+    threads: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "usable_threads", lambda: threads)
     pico = make_pico(sampler="rf", in_channels=1, input_size=4, experts=3)
     names = [name for name in pico.state if name.endswith("down_proj.weight")][1:4]
     broken = {name.replace(".", "__"): torch.full_like(pico.state[name], torch.nan) for name in names}

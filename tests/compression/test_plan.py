@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditmoe_cli.cli.plan_differences import plan_differences
@@ -110,6 +110,7 @@ def changed(**fields: Any) -> dict[str, Any]:
     return {**EXAMPLE.to_json(), **fields}
 
 
+@settings(max_examples=10)
 @given(plans)
 def test_a_plan_survives_json_and_an_editor(plan: CompressionPlan) -> None:
     edited = json.loads(json.dumps(plan.to_json(), indent=4, sort_keys=True))

@@ -356,6 +356,7 @@ def test_ancestral_samples_have_the_distribution_of_the_images() -> None:
     assert abs(float(found.mean())) < 0.03
 
 
+@pytest.mark.slow
 def test_the_default_for_ddpm_weights_is_nearer_to_a_trained_models_flow_than_ddim(shared: Path) -> None:
     checkpoint = open_checkpoint(shared / "digits-ddpm" / "checkpoint.pt")
     model = build_model(checkpoint, torch.device("cpu"))

@@ -234,8 +234,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
         yield hub
 
 
-@pytest.mark.parametrize("layout", ["", "vae"])
-@pytest.mark.parametrize("name", ["owner/vae.v1-small", "hf:owner/vae.v1-small@main"])
+@pytest.mark.parametrize(("layout", "name"), [("", "owner/vae.v1-small"), ("vae", "hf:owner/vae.v1-small@main")])
 def test_a_hub_name_is_fetched(saved: Vae, server: FakeHub, tmp_path: Path, layout: str, name: str) -> None:
     folder = saved(f"here/{layout}")
     server.add_folder("owner/vae.v1-small", tmp_path / "here")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import with_slow
 from conftest import Pico, make_pico
 from packed import packed_pico
 
@@ -145,7 +146,7 @@ def test_what_loading_takes_is_known_from_headers(fmt: str, tmp_path: Path) -> N
     assert abs(told - taken) <= (0 if fmt == "fp32" else 0.25 * taken)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", with_slow(["nf4-dq", "int3-g64-sym", *(fmt for fmt in FORMATS if "-dq" not in fmt)], 2))
 def test_the_sums_are_those_of_the_state_dict(fmt: str, tmp_path: Path) -> None:
     checkpoint = saved(packed_pico(make_pico(attention="flash"), fmt), tmp_path)
     model = build_model(checkpoint, CPU)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import with_slow
 from conftest import make_pico
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -50,12 +51,12 @@ def silent(_: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model of pixels and one of latents; tests do not write to it."""
     sampled = tmp_path_factory.mktemp("models")
-    make_pico(sampler="rf", in_channels=1).save(sampled / "pixels.safetensors")
-    make_pico(sampler="rf").save(sampled / "latents.safetensors")
+    make_pico(sampler="rf", in_channels=1, hidden=16, depth=1).save(sampled / "pixels.safetensors")
+    make_pico(sampler="rf", hidden=16, depth=1).save(sampled / "latents.safetensors")
     return sampled
 
 
-@pytest.fixture(params=["pixels", "latents"])
+@pytest.fixture(params=with_slow(["pixels", "latents"]))
 def what(request: pytest.FixtureRequest, folder: Path) -> Sampling:
     """Return a sampling of seven images, or latents."""
     return Sampling(open_checkpoint(folder / f"{request.param}.safetensors"), SPEC)

@@ -57,8 +57,7 @@ def test_own_times_by_hand() -> None:
     assert sum(found.values()) == times[-1] - times[0]
 
 
-@pytest.mark.parametrize("fmt", [None, "nf4", "int4-g32"])
-@pytest.mark.parametrize("attention", ["timm", "flash"])
+@pytest.mark.parametrize(("attention", "fmt"), [("timm", None), ("flash", "nf4"), ("timm", "int4-g32")])
 def test_each_module_counts_for_its_part(
     attention: str, fmt: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,8 +190,8 @@ def test_names_of_a_pickle_may_share_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["data.pkl", "data/0"])
 def test_an_archive_of_torchs_that_expands_is_refused(tmp_path: Path, where: str) -> None:
-    data = state(*[tensor(storage(4), (4,), (1,))], text("x") if where != "data.pkl" else text("x" * 10**8))
-    path = archive(tmp_path / "x.pt", data, 4 if where == "data.pkl" else 10**8, zipfile.ZIP_DEFLATED)
+    data = state(*[tensor(storage(4), (4,), (1,))], text("x") if where != "data.pkl" else text("x" * 10**7))
+    path = archive(tmp_path / "x.pt", data, 4 if where == "data.pkl" else 10**7, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 2 * MIB
     refused(open_reader, path, r"x/data\.pkl' is compressed or encrypted")
 
@@ -267,13 +267,13 @@ def test_a_header_that_asks_for_the_world(tmp_path: Path, case: str) -> None:
 
 def test_a_header_takes_no_more_memory_than_some_times_its_bytes(tmp_path: Path) -> None:
     """Empty lists are what takes most memory for its text: 3 bytes become 64."""
-    header = b'{"__metadata__":{"a":"b"},"a":[' + b"[]," * 600_000 + b"[]]}"
+    header = b'{"__metadata__":{"a":"b"},"a":[' + b"[]," * 150_000 + b"[]]}"
     (tmp_path / "x.safetensors").write_bytes(framed(header, b""))
     tracemalloc.start()
     try:
         with pytest.raises(BadInputError, match="malformed"):
             open_reader(tmp_path / "x.safetensors")
-        assert tracemalloc.get_traced_memory()[1] < 64 * MIB
+        assert tracemalloc.get_traced_memory()[1] < 16 * MIB
     finally:
         tracemalloc.stop()
 
@@ -390,9 +390,9 @@ def test_a_folder_of_links_that_loop(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_thousands_of_files(tmp_path: Path) -> None:
-    for number in range(10_000):
+    for number in range(2_000):
         (tmp_path / f"{number}.safetensors").touch()
-    refused(open_reader, tmp_path, "holds 10000 checkpoints")
+    refused(open_reader, tmp_path, "holds 2000 checkpoints")
 
 
 # ------------------------------------------------------------------ arrays and images

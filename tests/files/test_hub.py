@@ -141,7 +141,7 @@ def test_other_branches_are_read(server: FakeHub, branch: str) -> None:
 def test_of_a_repository_only_what_is_read_is_fetched(
     server: FakeHub, pico: Callable[..., Pico], tmp_path: Path
 ) -> None:
-    shards = pico().save(tmp_path / "shards", shard_bytes=50_000)
+    shards = pico(hidden=16, depth=1, input_size=4).save(tmp_path / "shards", shard_bytes=20_000)
     server.add_folder("owner/shards", shards)
     server.repositories["owner/shards"][COMMIT] |= {
         "diffusion_pytorch_model.fp16.safetensors": WEIGHTS,
@@ -377,7 +377,9 @@ def test_no_hub_and_nothing_in_the_cache(cache: Path, monkeypatch: pytest.Monkey
 def test_without_a_hub_the_cache_is_read_and_said_so(
     server: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str, pico: Callable[..., Pico], tmp_path: Path
 ) -> None:
-    server.add_folder("owner/shards", pico().save(tmp_path / "shards", shard_bytes=50_000))
+    server.add_folder(
+        "owner/shards", pico(hidden=16, depth=1, input_size=4).save(tmp_path / "shards", shard_bytes=20_000)
+    )
     names = [f"hf:{REPO}/a.pt", "hf:owner/shards", f"hf:owner/shards@{COMMIT}"]
     paths = [fetched(name) for name in names]
     if how == "offline":

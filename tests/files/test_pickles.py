@@ -25,7 +25,7 @@ CONTAINERS = ["bare", "ema", "model", "module", "state_dict", "train", "deepspee
 
 @pytest.fixture(scope="module")
 def model(pico: Callable[..., Pico]) -> Pico:
-    return pico(experts=12, hidden=16)
+    return pico(experts=12, hidden=16, depth=1, input_size=4)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -660,9 +660,15 @@ Output(Path(sys.argv[1]), force=True, shard_bytes=8).write(infos, one_by_one(inf
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("name", ["x.safetensors", "x"])
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    ("how", "name", "old"),
+    [
+        (signal.SIGKILL, "x.safetensors", True),
+        (signal.SIGINT, "x", True),
+        (signal.SIGKILL, "x", False),
+        (signal.SIGINT, "x.safetensors", False),
+    ],
+)
 def test_a_killed_writer_leaves_the_old_or_nothing(tmp_path: Path, how: signal.Signals, name: str, old: bool) -> None:
     target = tmp_path / name
     if old:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import GROUPED, dequantized, described, found, in_pieces, infos_of, pieces_of, stored, through
 from torch import Tensor
@@ -60,6 +60,7 @@ def test_pieces_are_joined_again(drawn: tuple[TensorInfo, Pieces], turned: bool)
     assert [a.bits for a in again.formats] == [b.bits for b in cut.formats]
 
 
+@settings(max_examples=10)
 @given(drawn=in_pieces())
 def test_each_piece_is_packed_and_rounded_for_itself(drawn: tuple[Tensor, TensorInfo, Pieces]) -> None:
     weight, info, cut = drawn

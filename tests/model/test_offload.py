@@ -32,12 +32,9 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "fmt", "batch"),
     [
-        ("one branch", None, 5),
         ("one branch", "nf4", 2),
         ("guided", None, 2),
-        ("guided", "int8", 5),
-        ("uneven", "nf4", 5),
-        ("uneven", "int8", 2),
+        ("uneven", "int8", 5),
     ],
 )
 def test_profiles_are_equal_to_the_last_bit(
@@ -76,8 +73,7 @@ def test_one_block_is_resident_at_a_time(tmp_path: Path, pico: Callable[..., Pic
     assert all(next(block.parameters()).is_meta for block in model._model.blocks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fmt", [None, "nf4"])
+@pytest.mark.parametrize(("fmt", "dtype"), [(None, torch.float32), ("nf4", torch.bfloat16)])
 def test_prepacked_models_predict_as_offloaded_ones_to_the_last_bit(
     tmp_path: Path, pico: Callable[..., Pico], monkeypatch: pytest.MonkeyPatch, fmt: str | None, dtype: torch.dtype
 ) -> None:

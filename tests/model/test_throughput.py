@@ -13,11 +13,14 @@ import pytest
 from ditmoe_cli.model import throughput
 from ditmoe_cli.model.throughput import ASSUMED_RATE, known_rate, likely_device, measured_rate, peak_rate, threads_of
 
+SIDE = 64  # of the products here; those of a machine's own measurement take seconds in half precision
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(throughput, "_SIDE", SIDE)
     return tmp_path / "ditmoe" / "throughput.json"
 
 
@@ -26,11 +29,11 @@ def never() -> float:
 
 
 def test_a_rate_is_assumed_until_it_was_timed_and_then_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five products of 2 · 768³ operations, of which the shortest takes 10 ms."""
+    """Five products of 2 n³ operations, of which the shortest takes 10 ms."""
     assert known_rate("cpu") == throughput.Rate(3 * ASSUMED_RATE, 3, measured=False)
     shorter = itertools.accumulate([0.0, 0.05, 1.0, 0.03, 1.0, 0.01, 1.0, 0.02, 1.0, 0.04])
     timed = measured_rate("cpu", shorter.__next__)
-    assert timed.measured and timed.flops == pytest.approx(2 * 768**3 / 0.01)
+    assert timed.measured and timed.flops == pytest.approx(2 * SIDE**3 / 0.01)
     assert measured_rate("cpu", never) == known_rate("cpu") == timed
     assert len(json.loads(cache.read_text())) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -42,7 +45,7 @@ def ticking(seconds: float) -> Callable[[], float]:
 
 
 def test_a_peak_is_the_highest_rate_that_was_ever_timed(cache: Path) -> None:
-    fast, slow = 2 * 768**3 / 0.01, 2 * 768**3 / 0.04
+    fast, slow = 2 * SIDE**3 / 0.01, 2 * SIDE**3 / 0.04
     assert peak_rate("cpu", "fp32", 3, ticking(0.04)).flops == pytest.approx(slow)
     assert known_rate("cpu").flops == pytest.approx(slow), "estimates take it too"
     assert peak_rate("cpu", "fp32", 3, ticking(0.01)).flops == pytest.approx(fast)
@@ -53,7 +56,7 @@ def test_a_peak_is_the_highest_rate_that_was_ever_timed(cache: Path) -> None:
 def test_peaks_are_those_of_a_dtype_and_a_number_of_threads(cache: Path) -> None:
     for part, (dtype, threads) in enumerate(itertools.product(("fp32", "bf16", "fp16"), (1, 2)), start=1):
         rate = peak_rate("cpu", dtype, threads, ticking(0.01 * part))  # type: ignore[arg-type]
-        assert rate == throughput.Rate(pytest.approx(2 * 768**3 / (0.01 * part)), threads, measured=True)
+        assert rate == throughput.Rate(pytest.approx(2 * SIDE**3 / (0.01 * part)), threads, measured=True)
     assert len(json.loads(cache.read_text())) == 6
     assert not known_rate("cpu").measured, "of three threads"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from cases import with_slow
 from ways import by_probe, way_of
 
 from ditmoe_cli.diffusion.compute_schedule import ScheduledSampling
@@ -34,8 +35,10 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "flash", "top_k": 3}, {"shared_width": 16}], ids=str)
-@pytest.mark.parametrize("branch", [0, 1])
+@pytest.mark.parametrize(
+    ("branch", "changes"),
+    with_slow([(0, {"shared_width": 16}), (1, {"attention": "flash", "top_k": 3}), (1, {})], quick=2),
+)
 def test_operations_of_a_choice_are_those_that_a_run_counts(branch: int, changes: dict[str, object]) -> None:
     way = way_of(ScheduledSampling("euler", 6, 2.0), **changes)
     config, seen = way.model.config, visited(way, range(2))

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from cases import with_slow
 from ways import way_of
 
 from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE, SLOPES, ScheduledSampling
@@ -42,8 +43,10 @@ def asked(method: str = "planned", flops: float | None = None, max_damage: float
     return Asked(method, flops, max_damage, IMAGES, BINS)
 
 
-@pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("flops", [0.3, 0.6])
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    with_slow([("guided", 0.3), ("ancestral", 0.6), ("compressed", 0.3), ("plain", 0.6), ("one expert", 0.3)], quick=3),
+)
 def test_operations_are_within_the_budget_and_damages_are_those_of_the_images(name: str, flops: float) -> None:
     way, plans = planning(name)
     found = plans.chosen(asked(flops=flops))
@@ -65,14 +68,14 @@ def test_operations_are_within_the_budget_and_damages_are_those_of_the_images(na
     assert best.kept == again.count.most_kept / len(images)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", with_slow(["guided", "ancestral", "compressed", "plain", "one expert"], quick=3))
 def test_all_operations_do_no_damage(name: str) -> None:
     best = planning(name)[1].chosen(asked(flops=1.0)).best
     assert (best.damage, best.bound) == (0.0, 0.0)
     assert best.flops <= 1.0
 
 
-@pytest.mark.parametrize("name", ["plain", "guided"])
+@pytest.mark.parametrize("name", with_slow(["plain", "guided"]))
 def test_damages_stay_within_their_bound(name: str) -> None:
     _, plans = planning(name)
     shares = []
@@ -123,8 +126,8 @@ def test_methods_for_the_whole_model(method: str) -> None:
 
 
 def test_the_same_twice() -> None:
-    sampling, _ = WAYS["guided"]
-    one, two = (chosen_schedule(way_of(sampling), asked(flops=0.5)) for _ in range(2))
+    one = planning("guided")[1].chosen(asked(flops=0.5))
+    two = chosen_schedule(way_of(WAYS["guided"][0]), asked(flops=0.5))
     assert one.best.table == two.best.table and torch.equal(one.best.final, two.best.final)
     assert {name: array.tolist() for name, array in one.arrays.items()} == {
         name: array.tolist() for name, array in two.arrays.items()

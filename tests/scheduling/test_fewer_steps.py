@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import with_slow
 from schedules import all_full, every_second
 from ways import way_of
 
@@ -69,7 +70,9 @@ def test_ancestral_sampling_has_no_fine_solution() -> None:
     assert against_fewer_steps(way, range(2), 2, images, images) is None
 
 
-@pytest.mark.parametrize("sampling", [ScheduledSampling("ab2", 8), ScheduledSampling("ddim-trailing", 8, 1.5)])
+@pytest.mark.parametrize(
+    "sampling", with_slow([ScheduledSampling("ab2", 8), ScheduledSampling("ddim-trailing", 8, 1.5)])
+)
 def test_a_solver_that_is_itself_ties(sampling: ScheduledSampling) -> None:
     """With all operations the same steps of the same solver are among the rivals; the best errs no more."""
     way = way_of(sampling)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import with_slow
 from torch import Tensor
 from ways import by_probe, way_of
 
@@ -52,7 +53,9 @@ def error(one: Tensor, other: Tensor) -> float:
     return float((one - other).square().flatten(1).sum(dim=1).mean())
 
 
-@pytest.mark.parametrize(("name", "changes"), [("rf", {}), ("guided", {}), ("guided", LATENTS), ("ddpm", LATENTS)])
+@pytest.mark.parametrize(
+    ("name", "changes"), with_slow([("rf", {}), ("ddpm", LATENTS), ("guided", {}), ("guided", LATENTS)], quick=2)
+)
 def test_an_error_is_what_the_whole_prediction_is_off_by(name: str, changes: dict[str, object]) -> None:
     way = way_of(WAYS[name], **changes)
     seen = visited(way, range(4))

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import with_slow
 from cli_helpers import here
 from compressing import (
     blocks_of,
+    calibrated_once,
     folder,
     formats_of,
     network,
@@ -60,7 +62,6 @@ from ditmoe_cli.files.writer import Output
 from ditmoe_cli.formats.differences import DeltaFormat
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
 from ditmoe_cli.model.expert_weights import read_expert
-from ditmoe_cli.routing.calibrate import Run, calibrate
 from ditmoe_cli.routing.calibration_settings import Calibration
 from ditmoe_cli.routing.profile import RoutingProfile
 
@@ -94,9 +95,8 @@ def profile_of(checkpoint: Checkpoint, *, fast: bool = False) -> RoutingProfile:
     """A small profile, kept beside the checkpoint."""
     spec = SampleSpec(images=4, steps=4, cfg=1.5, seed=1, solver="ddim", classes=(0, 1))
     path = checkpoint.path.parent / f"{checkpoint.path.stem}{'.fast' if fast else ''}.profile.safetensors"
-    found = calibrate(checkpoint, Calibration(spec, 2, 64, 4, fast=fast), Run("cpu"), path, force=True)
-    assert found is not None
-    return found
+    path.unlink(missing_ok=True)
+    return calibrated_once(checkpoint, Calibration(spec, 2, 64, 4, fast=fast), path)
 
 
 def encoded(
@@ -172,8 +172,7 @@ def test_bytes_are_predicted_to_the_last_one(
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dtype"), [("svd", torch.bfloat16), ("ternary", torch.float32)])
 def test_the_network_is_that_of_base_plus_differences(kind: DeltaFormat, dtype: torch.dtype, tmp_path: Path) -> None:
     pico = make_pico(hidden=HIDDEN, widths=((WIDTH,) * EXPERTS,) * DEPTH, input_size=4, dtype=dtype)
     found = encoded(opened(pico, tmp_path), Differences(kind, 0.5), tmp_path / "out.safetensors")
@@ -189,7 +188,7 @@ def test_the_network_is_that_of_base_plus_differences(kind: DeltaFormat, dtype: 
         assert_close(weight, dense[expert(1, 2, matrix)], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("shuffled", with_slow([True, False]))
 def test_differences_of_low_rank_are_restored(shuffled: bool, tmp_path: Path) -> None:
     """Four experts that differ by rank 1 each differ from their mean by rank 4 at most, which ratio 0.5 leaves."""
     pico = planted(0.5, shuffled)
@@ -209,7 +208,7 @@ def test_more_of_the_differences_is_nearer(tmp_path: Path) -> None:
     pico = planted(4.0)
     checkpoint = opened(pico, tmp_path)
     profile = profile_of(checkpoint)
-    for kind, ratios in (("svd", (0.15, 0.3, 0.5)), ("ternary", (0.02, 0.1, 0.5))):
+    for kind, ratios in (("svd", (0.15, 0.5)), ("ternary", (0.02, 0.5))):
         paths = {ratio: tmp_path / f"{kind}{ratio}.safetensors" for ratio in ratios}
         errors = [
             distance(encoded(checkpoint, Differences(kind, ratio), path, profile), pico)
@@ -219,7 +218,7 @@ def test_more_of_the_differences_is_nearer(tmp_path: Path) -> None:
         assert errors[0] > errors[-1]
 
 
-@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.1, 1.0])
 def test_ternary_codes_are_as_dense_as_asked_for(density: float, tmp_path: Path) -> None:
     found = encoded(opened(SMALL, tmp_path), Differences("ternary", density), tmp_path / "out.safetensors")
     packed, scale = state(found)[TERNARY], state(found)[TERNARY.replace("delta_ternary", "delta_scale")]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import with_slow
 from compressing import opened, profile_of, stored
 from conftest import make_pico
 from interrupting import goes_on_to_the_same_bytes
@@ -15,12 +16,15 @@ from rounding import guided_by_hand, relative, states_for
 
 from ditmoe_cli.compression import rebuild
 from ditmoe_cli.compression.apply import Applied, apply
+from ditmoe_cli.compression.calibrated import Calibrated
 from ditmoe_cli.compression.joint import carrying
 from ditmoe_cli.compression.joint.carrying import HeldErrors, by_image
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Experts, Formats, Repair, Rounding
 from ditmoe_cli.compression.replay import eliminations
 from ditmoe_cli.compression.replay import states as states_of_fits
+from ditmoe_cli.compression.replay.eliminations import neuron_curves
+from ditmoe_cli.compression.replay.kept_measures import kept_measures
 from ditmoe_cli.files.names import MATRICES, in_expert
 from ditmoe_cli.files.writer import Output
 from ditmoe_cli.model.checkpoint import Checkpoint, open_checkpoint
@@ -97,6 +101,7 @@ def test_the_error_that_is_said_is_that_of_the_written_model(given: Given, tmp_p
     assert len(applied.measured.refit_error) == len(applied.measured.top_k_agreement) == 2
 
 
+@pytest.mark.slow
 def test_refitting_makes_up_for_neurons_and_for_rounding(given: Given, tmp_path: Path) -> None:
     errors = []
     for name, repair in (("a", None), ("b", REPAIR)):
@@ -142,11 +147,20 @@ def test_merged_experts_are_rounded_in_the_format_of_the_kept_one(given: Given, 
     assert 0 < error_of(given, made) < 1.5
 
 
-@pytest.mark.parametrize("selection", [pytest.param(None, marks=pytest.mark.slow), "elimination"])
-def test_a_run_that_goes_on_writes_the_same_bytes(selection: Any, given: Given, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("selection", "stops"), with_slow([("elimination", (2,)), ("elimination", None), (None, None)])
+)
+def test_a_run_that_goes_on_writes_the_same_bytes(selection: Any, stops: Any, given: Given, tmp_path: Path) -> None:
+    """Errors of widths are kept beside the profile, and so are measured before."""
     plan = plan_of(given, NARROW, formats_of_experts(), selection=selection)
-    pieces = goes_on_to_the_same_bytes(lambda path: apply(given[0], plan, Output(path), profile=given[1]), tmp_path)
-    assert sum("block-" in piece for piece in pieces) >= 2
+
+    def run(path: Path) -> None:
+        apply(given[0], plan, Output(path), profile=given[1])
+
+    if selection:
+        neuron_curves(Calibrated(*given, "cpu", kept=kept_measures(*given, "cpu", print)))
+    pieces = goes_on_to_the_same_bytes(run, tmp_path, stops=stops)
+    assert len(pieces) == 4 and all("block-" in piece for piece in pieces)
 
 
 def test_errors_by_image_add_up_over_states() -> None:

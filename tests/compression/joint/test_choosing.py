@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from ditmoe_cli.compression.joint.choosing import (
 from ditmoe_cli.compression.joint.joint_program import Draft, JointProgram, JointRequest, plan_of, size_of
 from ditmoe_cli.compression.plan import Experts
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
+from ditmoe_cli.compression.precision.sensitivity import Sensitivities
 from ditmoe_cli.compression.replay import eliminations
 from ditmoe_cli.compression.replay import states as states_of_fits
-from ditmoe_cli.compression.replay.eliminations import neuron_curves
+from ditmoe_cli.compression.replay.eliminations import Curves
 from ditmoe_cli.files.names import SHARED
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
 from ditmoe_cli.files.writer import Output
@@ -104,13 +105,15 @@ def test_vertices() -> None:
 # measures
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_few_tokens(monkeypatch, 256)
-    monkeypatch.setattr(eliminations, "ELIMINATION_TOKENS", 256)
-    monkeypatch.setattr(states_of_fits, "FEWEST_TOKENS", 256)
-    monkeypatch.setattr(states_of_fits, "MOST_TOKENS", 512)
-    monkeypatch.setattr(choosing, "SEARCH_TOKENS", 256)
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        measure_few_tokens(patched, 256)
+        patched.setattr(eliminations, "ELIMINATION_TOKENS", 256)
+        patched.setattr(states_of_fits, "FEWEST_TOKENS", 256)
+        patched.setattr(states_of_fits, "MOST_TOKENS", 512)
+        patched.setattr(choosing, "SEARCH_TOKENS", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +123,30 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return checkpoint, profile_of(checkpoint)
 
 
+@pytest.fixture(scope="module")
+def measured(asked: Given) -> tuple[Curves, Sensitivities]:
+    return measure(request_of(asked[0]), calibrated(*asked))
+
+
+@pytest.fixture(scope="module")
+def program(asked: Given, measured: tuple[Curves, Sensitivities]) -> JointProgram:
+    request = request_of(asked[0])
+    return JointProgram(request, measures_of(request, *measured))
+
+
 def request_of(checkpoint: Checkpoint, **fields: Any) -> JointRequest:
     candidates = Candidates(**{"allowed": ("3", "8", "16"), "group_size": 32, **fields})
     return JointRequest(checkpoint, WHERE, candidates, candidate_formats(checkpoint, candidates), {})
 
 
-def program_of(asked: Given, **fields: Any) -> JointProgram:
+def program_with(asked: Given, **fields: Any) -> JointProgram:
     request = request_of(asked[0], **fields)
     return JointProgram(request, measures_of(request, *measure(request, calibrated(*asked))))
 
 
-def test_measures_are_those_of_curves_and_of_formats(asked: Given) -> None:
+def test_measures_are_those_of_curves_and_of_formats(asked: Given, measured: tuple[Curves, Sensitivities]) -> None:
     request = request_of(asked[0])
-    curves, sensitivities = measure(request, calibrated(*asked))
+    curves, sensitivities = measured
     measures = measures_of(request, curves, sensitivities)
     assert measures.curves.keys() == request.ladders.keys()
     for stem, curve in measures.curves.items():
@@ -149,10 +163,16 @@ def test_measures_are_those_of_curves_and_of_formats(asked: Given) -> None:
     assert set(measures.dense) == set(request.dense)
 
 
-@pytest.mark.parametrize("fields", [{"floors": {"experts": 16, "shared": 16}}, {"protected": ("shared",)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"floors": {"experts": 16, "shared": 16}},
+        pytest.param({"protected": ("shared",)}, marks=pytest.mark.slow),
+    ],
+)
 def test_structure_costs_something_where_no_format_is_offered_too(fields: dict[str, Any], asked: Given) -> None:
     """Else experts would go for nothing."""
-    program = program_of(asked, **fields)
+    program = program_with(asked, **fields)
     assert all(amplification > 0 for amplification in program.measures.amplification)
     whole = size_of(program.request, Draft({stem: w[-1] for stem, w in program.request.ladders.items()}, {}))
     draft = program.solved(whole + 10**5, FIRST_KAPPA)
@@ -161,7 +181,7 @@ def test_structure_costs_something_where_no_format_is_offered_too(fields: dict[s
 
 def test_what_is_protected_keeps_its_neurons_and_its_format(asked: Given) -> None:
     for group, is_own in (("shared", True), ("experts", False)):
-        program = program_of(asked, protected=(group,))
+        program = program_with(asked, protected=(group,))
         draft = program.solved(program.least, FIRST_KAPPA)
         for stem, width in draft.widths.items():
             if stem.endswith(SHARED) == is_own:
@@ -174,9 +194,8 @@ def test_what_is_protected_keeps_its_neurons_and_its_format(asked: Given) -> Non
 
 
 def test_drafts_in_two_stages_keep_to_the_ladder_and_to_their_share(
-    asked: Given, monkeypatch: pytest.MonkeyPatch
+    asked: Given, program: JointProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = program_of(asked)
     limit = int(1.2 * program.least)
     drafts = {}
     for share in choosing.SHARES:
@@ -195,8 +214,9 @@ def test_drafts_in_two_stages_keep_to_the_ladder_and_to_their_share(
         assert plan_of(program.request, draft, {}).stage(Experts).selection is None
 
 
-def test_the_best_in_two_stages_is_that_of_least_predicted_error(asked: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = program_of(asked)
+def test_the_best_in_two_stages_is_that_of_least_predicted_error(
+    asked: Given, program: JointProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit = int(1.4 * program.least)
     best = best_of_two_stages(program, calibrated(*asked), limit)
     assert best is not None and best.solution is not None
@@ -219,8 +239,11 @@ def work(tmp_path: Path) -> Any:
         yield folder
 
 
-def trials_of(program: JointProgram, asked: Given, work: WorkFolder) -> Trials:
-    return Trials(program.request, calibrated(*asked), neuron_curves(calibrated(*asked)), work)
+@pytest.fixture
+def trials_of(
+    asked: Given, measured: tuple[Curves, Sensitivities], work: WorkFolder
+) -> Callable[[JointProgram], Trials]:
+    return lambda program: Trials(program.request, calibrated(*asked), measured[0], work)
 
 
 def loops(work: WorkFolder) -> set[str]:
@@ -229,10 +252,13 @@ def loops(work: WorkFolder) -> set[str]:
 
 
 def test_only_the_weights_of_the_plan_that_is_carried_out_stay(
-    asked: Given, work: WorkFolder, monkeypatch: pytest.MonkeyPatch
+    asked: Given,
+    trials_of: Callable[[JointProgram], Trials],
+    work: WorkFolder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program, _ = settled_program(request_of(asked[0]), calibrated(*asked), lambda _: 10**5)
-    trials = trials_of(program, asked, work)
+    trials = trials_of(program)
     drafts = [program.solved(int(program.least * share), 4.0) for share in (1.1, 1.5)]
     errors = [trials.error(draft) for draft in drafts]
     assert loops(work) == set() and all(error > 0 for error in errors)
@@ -241,14 +267,16 @@ def test_only_the_weights_of_the_plan_that_is_carried_out_stay(
     assert loops(work) == {loop_name(tried.plan)}
     monkeypatch.setattr(choosing, "carry_out_together", None)  # what was tried is not carried out again
     assert [trials.error(draft) for draft in drafts] == errors
-    assert [trials_of(program, asked, work).error(draft) for draft in drafts] == errors, "nor by a run that goes on"
+    assert [trials_of(program).error(draft) for draft in drafts] == errors, "nor by a run that goes on"
 
 
 def test_the_plan_of_least_tried_error_is_carried_out(
-    asked: Given, work: WorkFolder, monkeypatch: pytest.MonkeyPatch
+    program: JointProgram,
+    trials_of: Callable[[JointProgram], Trials],
+    work: WorkFolder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """That of two stages where it is better than all others, and one of the program where it is worse."""
-    program = program_of(asked)
     limit = int(1.4 * program.least)
     calls: list[float] = []
     for two_stages_error, energies in ((0.01, True), (0.9, False)):
@@ -261,15 +289,16 @@ def test_the_plan_of_least_tried_error_is_carried_out(
         work.clear()
         monkeypatch.setattr(choosing, "carry_out_together", carried)
         monkeypatch.setattr(choosing, "WORTH_TRYING", math.inf)
-        best = best_within(program, trials_of(program, asked, work), limit)
+        best = best_within(program, trials_of(program), limit)
         assert best.draft.energies is energies and size_of(program.request, best.draft) <= limit
         assert two_stages_error in calls and len(calls) <= MOST_TRIED + 2
 
 
-def test_a_plan_without_formats_is_tried_and_carried_out_too(asked: Given, work: WorkFolder) -> None:
-    program = program_of(asked)
+def test_a_plan_without_formats_is_tried_and_carried_out_too(
+    program: JointProgram, trials_of: Callable[[JointProgram], Trials], work: WorkFolder
+) -> None:
     narrow = {stem: 64 if stem.endswith(SHARED) else 32 for stem in program.request.ladders}
-    trials = trials_of(program, asked, work)
+    trials = trials_of(program)
     assert 0 < trials.error(Draft(narrow, {})) < 1
     tried = trials.carried_out(Draft(narrow, {}))
     assert 0 < tried.held.error < 1 and loops(work) == {loop_name(tried.plan)}

@@ -60,9 +60,20 @@ def curve_of(program: JointProgram) -> Callable[..., SizeCurve]:
 
 
 @pytest.fixture(scope="module")
-def usual(curve_of: Callable[..., SizeCurve]) -> SizeCurve:
+def seen() -> list[Draft]:
+    """The drafts that the usual curve tries."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def usual(curve_of: Callable[..., SizeCurve], seen: list[Draft]) -> SizeCurve:
     """The curve without a goal."""
-    return curve_of()
+
+    def tried(draft: Draft) -> float:
+        seen.append(draft)
+        return TRIED
+
+    return curve_of(tried=tried)
 
 
 def test_a_grid_is_logarithmic_from_the_least_to_the_most() -> None:
@@ -87,15 +98,9 @@ def test_larger_sizes_have_less_error_and_plans_within_them(usual: SizeCurve, pr
 
 
 def test_expected_errors_are_predicted_ones_scaled_to_the_one_that_was_tried(
-    curve_of: Callable[..., SizeCurve],
+    usual: SizeCurve, seen: list[Draft]
 ) -> None:
-    seen: list[Draft] = []
-
-    def tried(draft: Draft) -> float:
-        seen.append(draft)
-        return TRIED
-
-    curve = curve_of(tried=tried)
+    curve = usual
     (draft,) = seen
     assert draft.solution is not None and draft.solution.error == curve.tried.predicted_error
     assert curve.tried.expected_error == pytest.approx(TRIED)

@@ -160,6 +160,7 @@ def test_a_second_run_finds_it_up_to_date_and_a_dry_run_says_so_too(made: Path, 
     assert again.result["up_to_date"] and again.result["damage"] == pytest.approx(within.result["damage"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_damage_and_the_distance(made: Path, folder: Path) -> None:
     for measured in made.glob("p.*"):
         shutil.copy(measured, folder)
@@ -178,7 +179,6 @@ def test_a_terminal_shows_the_damage_and_the_distance(made: Path, folder: Path) 
         (("--max-damage", 0.1, "--size", "1MB"), 2, "give one of --size"),
         ((), 2, "give one of --size"),
         (("--max-damage", 0.1, "--profile", "few.safetensors"), 3, "holds out 1 image, and a bound of --max-damage"),
-        (("--max-damage", 1e-12), 4, "no smaller file of it was found within --max-damage 1e-12; the least damage"),
     ],
 )
 def test_bad_input(options: tuple[object, ...], code: int, message: str, folder: Path) -> None:
@@ -186,6 +186,15 @@ def test_bad_input(options: tuple[object, ...], code: int, message: str, folder:
     words = COMPRESS[:2] if "--profile" in options else COMPRESS
     assert message in here(*words, *options, "-o", "x.safetensors", cwd=folder).error(code)
     assert {name for name in outputs(folder) if not name.startswith("p.")} <= before
+
+
+@pytest.mark.usefixtures("within")  # which measures
+def test_a_damage_that_no_smaller_file_keeps_to_is_refused(made: Path, folder: Path) -> None:
+    for measured in made.glob("p.*"):
+        shutil.copy(measured, folder)
+    message = here(*COMPRESS, "--max-damage", 1e-12, "-o", "x.safetensors", cwd=folder).error(4)
+    assert "no smaller file of it was found within --max-damage 1e-12; the least damage" in message
+    assert not (folder / "x.safetensors").exists()
 
 
 def test_a_dry_run_without_a_profile_leaves_the_size_open(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +49,13 @@ FORMATS = {
 ROUNDED = Formats(FORMATS, Rounding(tokens=TOKENS))
 
 
-@pytest.fixture(autouse=True)
-def few_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states_of_fits, "FEWEST_TOKENS", TOKENS)
-    monkeypatch.setattr(healed_weights, "HELD_STATES", 16)
-    monkeypatch.setattr(healing_memory, "BLOCK_TOKENS", 64)
+@pytest.fixture(autouse=True, scope="module")
+def few_states() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(states_of_fits, "FEWEST_TOKENS", TOKENS)
+        patched.setattr(healed_weights, "HELD_STATES", 16)
+        patched.setattr(healing_memory, "BLOCK_TOKENS", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,33 +75,48 @@ def written(given: Given, path: Path, *stages: Experts | Retraining | Formats) -
     return apply(given[0], plan_of(given, *stages), Output(path), given[1])
 
 
+TRAINED = (EXPERTS, ROUNDED, Retraining(steps=3))
+
+
+@pytest.fixture(scope="module")
+def trained(given: Given, tmp_path_factory: pytest.TempPathFactory) -> tuple[Applied, Checkpoint]:
+    """What carrying out all of `TRAINED` gives."""
+    path = tmp_path_factory.mktemp("trained") / "whole.safetensors"
+    return written(given, path, *TRAINED), open_checkpoint(path)
+
+
 def layout(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.header.tensors.items()}
 
 
-@pytest.mark.parametrize(
-    "stages",
-    [
-        pytest.param((EXPERTS, ROUNDED), id="both"),
-        pytest.param((EXPERTS,), id="experts", marks=pytest.mark.slow),
-        pytest.param((ROUNDED,), id="formats"),
-    ],
-)
-def test_training_changes_values_and_nothing_else(
-    given: Given, tmp_path: Path, stages: tuple[Experts | Formats, ...]
+def changes_values_and_nothing_else(
+    given: Given, plain: Checkpoint, done: Applied, trained: Checkpoint, *order: Experts | Retraining | Formats
 ) -> None:
-    written(given, tmp_path / "plain.safetensors", *stages)
-    plain = open_checkpoint(tmp_path / "plain.safetensors")
-    training = Retraining(steps=5)
-    order = tuple(stage for stage in (EXPERTS, ROUNDED, training) if stage in (*stages, training))
-    done = written(given, tmp_path / "trained.safetensors", *order)
-    trained = open_checkpoint(tmp_path / "trained.safetensors")
     assert layout(trained) == layout(plain) and trained.config == plain.config
     assert done.bytes == planned_output(given[0], plan_of(given, *order)).predicted_bytes(Output(Path("x.safetensors")))
     (step,) = trained.provenance().history
     assert (step.command, step.source) == ("compress", given[0].fingerprint)
     before, after = map(float, step.measured["held_error"])
     assert after > 0 and before == pytest.approx(done.measured.held_error[0], rel=1e-3)
+
+
+def test_training_changes_values_and_nothing_else(
+    given: Given, trained: tuple[Applied, Checkpoint], tmp_path: Path
+) -> None:
+    written(given, tmp_path / "plain.safetensors", EXPERTS, ROUNDED)
+    changes_values_and_nothing_else(given, open_checkpoint(tmp_path / "plain.safetensors"), *trained, *TRAINED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [EXPERTS, ROUNDED], ids=["experts", "formats"])
+def test_training_one_stage_changes_values_and_nothing_else(
+    given: Given, tmp_path: Path, stage: Experts | Formats
+) -> None:
+    written(given, tmp_path / "plain.safetensors", stage)
+    training = Retraining(steps=5)
+    done = written(given, tmp_path / "trained.safetensors", stage, training)
+    plain, trained = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("plain", "trained"))
+    changes_values_and_nothing_else(given, plain, done, trained, stage, training)
 
 
 def test_training_alone_never_does_harm(given: Given, tmp_path: Path) -> None:
@@ -109,10 +127,8 @@ def test_training_alone_never_does_harm(given: Given, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
-    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Given, trained: tuple[Applied, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = (EXPERTS, ROUNDED, Retraining(steps=3))
-    written(given, tmp_path / "whole.safetensors", *stages)
     path = tmp_path / "stopped.safetensors"
 
     def stop(*_: object) -> None:
@@ -121,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patched:
         patched.setattr(trained_stages, "heal", stop)
         with pytest.raises(KeyboardInterrupt):
-            written(given, path, *stages)
+            written(given, path, *TRAINED)
     kept = tmp_path / ".stopped.safetensors.work" / "stages" / "compressed.safetensors"
     assert not path.exists() and kept.exists()
     made = kept.stat().st_mtime_ns
@@ -133,9 +149,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
     with monkeypatch.context() as patched:
         patched.setattr(trained_stages, "heal", noted)
-        written(given, path, *stages)
+        written(given, path, *TRAINED)
     assert seen == [made], "what was compressed is not made anew"
-    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert path.read_bytes() == trained[1].path.read_bytes()
     assert not (tmp_path / ".stopped.safetensors.work").exists()
 
 

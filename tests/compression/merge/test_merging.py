@@ -62,7 +62,7 @@ def size(checkpoint: Checkpoint, plan: CompressionPlan) -> int:
     return planned_output(checkpoint, plan).predicted_bytes(Output(Path("out.safetensors")))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     groups=st.integers(1, EXPERTS),
     method=st.sampled_from(list(MERGES)),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from cases import with_slow
 from replaying import WIDTH, error_by_hand, mixture, output, plain, some_tokens
 from torch import Tensor
 
@@ -47,7 +48,8 @@ def replayed(tokens: BlockTokens, moe: SparseMoE, stem: str, matrix: str, fmt: s
 
 
 @pytest.mark.parametrize(
-    ("name", "branches", "cfg"), [("plain", 1, 1.0), ("plain", 2, 0.0), *((name, 2, 4.0) for name in MIXTURES)]
+    ("name", "branches", "cfg"),
+    with_slow([("merged", 2, 4.0), ("plain", 1, 1.0), ("plain", 2, 0.0), ("mass", 2, 4.0), ("constants", 2, 4.0)], 2),
 )
 def test_errors_of_experts_are_those_of_rebuilt_mixtures(name: str, branches: int, cfg: float) -> None:
     moe, tokens = MIXTURES[name], some_tokens(30, branches, cfg)
@@ -76,7 +78,7 @@ def test_an_expert_that_nobody_chose_costs_nothing() -> None:
     assert [error for _, _, error in found] == [0.0] * 9
 
 
-@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("branches", with_slow([2, 1]))
 def test_some_drawn_tokens_tell_of_all_without_bias(branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over many seeds is the error of all tokens; single draws are near it."""
     moe, tokens = plain(4), some_tokens(600, branches)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import with_slow
 from compressing import measure_few_tokens
 from conftest import REPOSITORY, make_pico
 from mixing import (
@@ -51,7 +52,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("bits", [3, 4.5, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_the_file_is_within_its_budget(name: str, bits: float, uneven: Given) -> None:
     request = within(uneven, bits)
     choice = chosen(MIXES[name], uneven, request)
@@ -102,7 +103,11 @@ def quantize(files: Given, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("name", "rounding"), [*((name, ("nearest",)) for name in MIXES), ("pmq", ("gptq", "--tokens", 256))], ids=str
+    ("name", "rounding"),
+    with_slow(
+        [("replay", ("nearest",)), ("pmq", ("gptq", "--tokens", 256)), *((name, ("nearest",)) for name in BASELINES)], 2
+    ),
+    ids=str,
 )
 def test_dry_runs_tell_the_plan_and_its_bytes(
     name: str,

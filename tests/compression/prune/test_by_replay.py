@@ -75,10 +75,9 @@ def test_impossible_counts_are_infeasible(count: int) -> None:
         best_subset(5, count, lambda subsets: [0.0] * len(subsets))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize(("mode", "branches"), [("ghost", 1), ("slice", 2), ("mass", 2)])
 def test_naee_is_the_best_of_all_rebuilt_mixtures(branches: int, mode: RouterMode) -> None:
-    for seed, count in itertools.product(range(3), (2, 3)):
+    for seed, count in ((0, 2), (1, 3)):
         moe, tokens = plain(seed=seed), some_tokens(branches=branches, seed=seed)
         subsets = itertools.combinations(range(5), count)
         expected = min(subsets, key=lambda s: error_by_hand(tokens, moe, reduced(moe, FIVE, s, mode)))

@@ -103,7 +103,7 @@ def size(checkpoint: Checkpoint, plan: CompressionPlan, shard_bytes: int | None)
     return planned_output(checkpoint, plan).predicted_bytes(output)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     count=st.integers(2, EXPERTS) | st.just(11),
     router=st.sampled_from(["slice", "ghost", "mass"]),

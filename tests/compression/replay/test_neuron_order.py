@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import with_slow
 from compressing import applied, calibrated, measure_few_tokens, network, opened, outputs, profile_of, pruning, stored
 from conftest import make_pico
 from interrupting import goes_on_to_the_same_bytes
 from rounding import guided_by_hand, relative, states_for
 from torch import Tensor
 
-from ditmoe_cli.compression.apply import apply
+from ditmoe_cli.compression.apply import Applied, apply
 from ditmoe_cli.compression.output import planned_output
 from ditmoe_cli.compression.plan import BlockPlan, CompressionPlan, Differences, Experts, Formats, Rounding, parse_plan
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
@@ -42,9 +43,11 @@ FEW = Rounding(tokens=TOKENS)
 Given = tuple[Checkpoint, RoutingProfile]
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_few_tokens(monkeypatch, TOKENS)
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        measure_few_tokens(patched, TOKENS)
+        yield
 
 
 def made(folder: Path, **settings: Any) -> Given:
@@ -88,8 +91,8 @@ def planned(asked: Given, formats: Mapping[str, str], **fields: Any) -> Compress
     return CompressionPlan("quantize", checkpoint.fingerprint, profile.digest, stages=(Formats(formats, **fields),))
 
 
-def written_by(asked: Given, plan: CompressionPlan, path: Path) -> Checkpoint:
-    """What a plan writes: as many bytes as predicted, and tensors as laid out."""
+def written_by(asked: Given, plan: CompressionPlan, path: Path) -> tuple[Applied, Checkpoint]:
+    """What a plan does and writes: as many bytes as predicted, and tensors as laid out."""
     checkpoint, profile = asked
     expected, output = planned_output(checkpoint, plan), Output(path)
     done = apply(checkpoint, parse_plan(plan.to_json(), "plan"), output, profile=profile)
@@ -97,7 +100,14 @@ def written_by(asked: Given, plan: CompressionPlan, path: Path) -> Checkpoint:
     found = open_checkpoint(path)
     assert list(found.header.tensors.values()) == expected.infos
     assert found.config == checkpoint.config
-    return found
+    return done, found
+
+
+@pytest.fixture(scope="module")
+def pieced(asked: Given, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """All weights of `cut` rounded to the nearest values, in order."""
+    path = tmp_path_factory.mktemp("pieced") / "out.safetensors"
+    return written_by(asked, planned(asked, cut(asked[0]), ordering="camera"), path)[1]
 
 
 # names
@@ -149,10 +159,9 @@ def test_neurons_may_stand_in_any_order(asked: Given) -> None:
     assert torch.allclose(outputs(turned), outputs(model), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_written_is_the_nearest_to_reordered_weights(asked: Given, tmp_path: Path) -> None:
+def test_what_is_written_is_the_nearest_to_reordered_weights(asked: Given, pieced: Checkpoint) -> None:
     checkpoint, profile = asked
-    formats = cut(checkpoint)
-    written = written_by(asked, planned(asked, formats, ordering="camera"), tmp_path / "out.safetensors")
+    formats, written = cut(checkpoint), pieced
     energies = {n: e for block in measured_energies(calibrated(checkpoint, profile)) for n, e in block.items()}
     for name, weight in written.weights.items():
         before, stem = checkpoint.reader.tensor(name), expert_stem(name)
@@ -180,13 +189,17 @@ def test_without_an_ordering_neurons_stay_where_they_are(asked: Given, tmp_path:
         assert torch.equal(read_weight(written, name).float(), expected.half().float())
 
 
-@pytest.mark.parametrize("rounding", [None, FEW, replace(FEW, smoothing=0.5)], ids=["nearest", "gptq", "smoothed"])
+@pytest.mark.parametrize(
+    "rounding",
+    [None, pytest.param(FEW, marks=pytest.mark.slow), replace(FEW, smoothing=0.5)],
+    ids=["nearest", "gptq", "smoothed"],
+)
 def test_matrices_without_a_format_are_reordered_too(rounding: Rounding | None, asked: Given, tmp_path: Path) -> None:
     """Only gate is cut: with up and down out of step the expert would be another function."""
     fine = {n: "rows:int8-g32*32+int8-g32*" + str(w - 32) for n, w in experts_of(asked[0]).items() if w >= 64}
     formats = {f"{stem}.gate_proj.weight": fmt for stem, fmt in fine.items()}
     plan = planned(asked, formats, ordering="camera", rounding=rounding)
-    written = written_by(asked, plan, tmp_path / "out.safetensors")
+    _, written = written_by(asked, plan, tmp_path / "out.safetensors")
     assert {n for n, w in written.weights.items() if w.format is not None} == formats.keys()
     assert relative(outputs(network(written)), outputs(network(asked[0]))) < 1e-3
     up = next(iter(fine)) + ".up_proj.weight"
@@ -194,12 +207,12 @@ def test_matrices_without_a_format_are_reordered_too(rounding: Rounding | None, 
     assert not torch.equal(read_weight(written, up), read_weight(asked[0], up))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", with_slow([torch.bfloat16, torch.float16]), ids=str)
 def test_dtypes_of_plain_matrices_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     asked = made(tmp_path, dtype=dtype)
     gate = in_expert(1, 1, "gate_proj.weight")
     plan = planned(asked, {gate: cut(asked[0])[gate]}, ordering="camera")
-    written = written_by(asked, plan, tmp_path / "out.safetensors")
+    _, written = written_by(asked, plan, tmp_path / "out.safetensors")
     for matrix, axis in (("up_proj", 0), ("down_proj", 1)):
         name = in_expert(1, 1, f"{matrix}.weight")
         before, after = asked[0].reader.tensor(name), written.reader.tensor(name)
@@ -210,18 +223,14 @@ def test_dtypes_of_plain_matrices_are_kept(dtype: torch.dtype, tmp_path: Path) -
 # rounding
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.5])
-def test_gptq_tells_the_error_of_the_file(smoothing: float, asked: Given, tmp_path: Path) -> None:
-    formats = cut(asked[0])
-    plan = planned(asked, formats, ordering="camera", rounding=replace(FEW, smoothing=smoothing))
-    path = tmp_path / "out.safetensors"
-    written = written_by(asked, plan, path)
-    done = apply(asked[0], plan, Output(path, True), profile=asked[1])
+@pytest.mark.parametrize("smoothing", with_slow([0.0, 0.5]))
+def test_gptq_tells_the_error_of_the_file(smoothing: float, asked: Given, pieced: Checkpoint, tmp_path: Path) -> None:
+    plan = planned(asked, cut(asked[0]), ordering="camera", rounding=replace(FEW, smoothing=smoothing))
+    done, written = written_by(asked, plan, tmp_path / "out.safetensors")
     states, cfg = states_for(*asked, 2 * TOKENS)
     error = relative(*(guided_by_hand(network(each), states, cfg) for each in (written, asked[0])))
     assert done.measured.prediction_error == pytest.approx(error, rel=0.01)
-    plain = applied(asked[0], planned(asked, formats, ordering="camera"), tmp_path / "n.safetensors", asked[1])
-    worse = relative(*(guided_by_hand(network(each), states, cfg) for each in (plain, asked[0])))
+    worse = relative(*(guided_by_hand(network(each), states, cfg) for each in (pieced, asked[0])))
     assert 1e-4 < error < worse
 
 
@@ -248,26 +257,19 @@ def test_errors_are_passed_on_across_pieces() -> None:
     assert torch.equal(grid.round(together, every), together), "on its grids"
 
 
-def test_a_trial_tells_the_error_of_the_nearest_values(asked: Given, tmp_path: Path) -> None:
+def test_a_trial_tells_the_error_of_the_nearest_values(asked: Given, pieced: Checkpoint) -> None:
     checkpoint, profile = asked
     formats = cut(checkpoint)
     orders = order.orders_of(measured_energies(calibrated(checkpoint, profile)), formats)
     assert [len(mine) for mine in orders] == [4, 3], "40 neurons are too few to be cut"
     tried = try_formats(calibrated(checkpoint, profile), formats, orders)
-    written = written_by(asked, planned(asked, formats, ordering="camera"), tmp_path / "out.safetensors")
     states, cfg = states_for(checkpoint, profile, TOKENS)
-    error = relative(*(guided_by_hand(network(each), states, cfg) for each in (written, checkpoint)))
+    error = relative(*(guided_by_hand(network(each), states, cfg) for each in (pieced, checkpoint)))
     assert tried.error == pytest.approx(error, rel=0.02)
     assert try_formats(calibrated(checkpoint, profile), formats).error != pytest.approx(error, rel=0.02)
 
 
 # what becomes of such files
-
-
-@pytest.fixture(scope="module")
-def pieced(asked: Given, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("pieced") / "out.safetensors"
-    return applied(asked[0], planned(asked, cut(asked[0]), ordering="camera"), path, asked[1])
 
 
 def test_they_run_resident_and_offloaded(pieced: Checkpoint) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from replaying import error_by_hand, mixture, output, plain, reduced, some_tokens
 from torch.testing import assert_close
@@ -35,6 +35,7 @@ BLOCKS: dict[str, tuple[BlockConfig, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
+@settings(max_examples=8)
 @given(
     branches=st.sampled_from([1, 2]),
     keep=st.sets(st.integers(0, 4), min_size=2),

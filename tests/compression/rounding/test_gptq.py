@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from by_rule import KEEP, STEP, TO_STEP, ByRule, error_of, min_max, solved
-from hypothesis import given
+from cases import with_slow
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from swiglu import seeded
 from torch import Tensor
@@ -285,6 +286,7 @@ def test_the_best_is_the_least_on_held_out_tokens(
             assert_close(best.weight, wanted.weight)
 
 
+@settings(max_examples=8)
 @given(seeds, st.sampled_from([(), (0.01,), (0.01, 0.1, 1.0)]))
 def test_matrices_of_several_experts_are_rounded_as_each_alone(seed: int, dampings: tuple[float, ...]) -> None:
     """Each with formats, Hessian, order and damping of its own; those of two formats for one expert too."""
@@ -384,7 +386,7 @@ class Planted:
         return self.error(solved(self.weight, hessian, self.grid, damping, act_order)) / self.base
 
 
-@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@pytest.mark.parametrize("seed", with_slow([0, 1000, 2000]))
 def test_few_tokens_mislead_shrinking_recovers_and_many_halve_the_error(seed: int) -> None:
     case = Planted(seed)
     few_inputs, pooled_inputs = case.inputs(64, 264), case.inputs(4096, 300)

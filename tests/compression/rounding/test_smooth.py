@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import with_slow
 from compressing import applied, formats_of, network, opened, outputs, profile_of, state
 from conftest import make_pico
 from torch.testing import assert_close
@@ -66,7 +67,7 @@ def test_a_louder_channel_is_multiplied_into_the_weights() -> None:
     assert int(sigma.argmax()) == 7 and float(sigma[7] / sigma[8]) == pytest.approx(100.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["timm", "flash"])
+@pytest.mark.parametrize("attention", with_slow(["flash", "timm"]))
 def test_what_it_changes_is_written(attention: str, tmp_path: Path) -> None:
     original = opened(make_pico(attention=attention, hidden=32), tmp_path)
     profile = profile_of(original)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import with_slow
 from conftest import make_pico
 from packed import KINDS, packed_pico
 from stored_parts import wholly_packed
@@ -17,7 +18,7 @@ from ditmoe_cli.formats.registry import Format
 from ditmoe_cli.model.checkpoint import open_checkpoint
 
 
-@pytest.mark.parametrize("fmt", KINDS)
+@pytest.mark.parametrize("fmt", with_slow(sorted(KINDS, key=lambda kind: kind not in ("nf4", "int4-g64")), 2))
 def test_a_checkpoint_of_packed_matrices_has_something_to_train_in_every_group(fmt: Format, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(wholly_packed(make_pico(), fmt).save(tmp_path / "x.safetensors"))
     for group in GROUPS:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import with_slow
 from compressing import network, opened
 from conftest import Pico, make_pico
 from packed import KINDS, same_bytes
@@ -67,6 +68,7 @@ PICOS = {
     **{fmt: lambda fmt=fmt: wholly_packed(make_pico(), fmt) for fmt in KINDS},
     "differences": lambda: with_differences(make_pico()),
 }
+SOME = with_slow(sorted(PICOS, key=lambda kind: kind not in ("nf4", "int4-g64", "differences")), quick=3)
 
 
 def test_the_weights_that_are_named_record_gradients_and_no_others(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_rounding_is_that_of_what_is_written() -> None:
     assert weights["a"].requires_grad
 
 
-@pytest.mark.parametrize("kind", PICOS)
+@pytest.mark.parametrize("kind", SOME)
 def test_predictions_before_training_are_those_of_the_checkpoint(kind: str, tmp_path: Path) -> None:
     """Of a whole model, and of a block in memory; those of layers that are not trained too."""
     checkpoint = open_checkpoint(PICOS[kind]().save(tmp_path / "x.safetensors"))
@@ -129,7 +131,7 @@ def test_predictions_before_training_are_those_of_the_checkpoint(kind: str, tmp_
     assert set(own) == {name for name in tensors_to_train(checkpoint, GROUPS) if name.startswith("blocks.1.")}
 
 
-@pytest.mark.parametrize("kind", PICOS)
+@pytest.mark.parametrize("kind", SOME)
 def test_gradients_reach_every_trained_tensor(kind: str, tmp_path: Path) -> None:
     """Also through packed layers that are not trained, which unpack into memory that others have used."""
     checkpoint = open_checkpoint(PICOS[kind]().save(tmp_path / "x.safetensors"))
@@ -142,7 +144,7 @@ def test_gradients_reach_every_trained_tensor(kind: str, tmp_path: Path) -> None
         assert len(missing) < len(weights) / 4
 
 
-@pytest.mark.parametrize("kind", PICOS)
+@pytest.mark.parametrize("kind", SOME)
 def test_what_is_written_predicts_what_was_judged(kind: str, tmp_path: Path) -> None:
     pico = PICOS[kind]()
     checkpoint = open_checkpoint(pico.save(tmp_path / "x.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import with_slow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def test_intervals_by_hand():
         assert interval.deviation == pytest.approx(resampled.std(ddof=1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", with_slow(METHODS))
 def test_intervals_of_a_mean_hold_the_truth_as_often_as_they_say(method):
     generator = np.random.default_rng(0)
     draws = generator.exponential(size=(300, 60))

@@ -60,7 +60,7 @@ class Run:
 @pytest.fixture(scope="module", params=CASES)
 def run(request: pytest.FixtureRequest, pico: Callable[..., Pico]) -> Run:
     options, cfg, solver = CASES[request.param]
-    model = pico(**options).model()
+    model = pico(**options, input_size=4).model()
     spec = SampleSpec(3, 4, cfg, 5, solver, (0, 1))
     steps: list[list[MoEEvent]] = []
     with torch.inference_mode():

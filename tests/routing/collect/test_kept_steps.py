@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import with_slow
 from conftest import make_pico
-from keeping import Interrupted, keeping_all, results_after_interrupts
+from keeping import Interrupted, keeping_all, result_after_interrupts
 from profiling import opened
 from torch import Tensor
 
@@ -51,18 +52,17 @@ def goes_on_to_the_same_bytes(
         return content
 
     expected = profiled()
-    for name, content in results_after_interrupts(profiled):
-        assert content == expected, f"interrupted behind {name}"
+    assert result_after_interrupts(profiled) == expected
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddpm-dpmpp-2m"])
+@pytest.mark.parametrize("solver", with_slow(["ddpm-dpmpp-2m", "ddpm"]))
 def test_ddpm_solvers_go_on(solver: Any, ddpm: Checkpoint, tmp_path: Path) -> None:
     goes_on_to_the_same_bytes(ddpm, replace(SETTINGS, spec=replace(SPEC, solver=solver)), tmp_path)
 
 
-@pytest.mark.parametrize("solver", ["euler", "ab4", "dpmpp-2m"])
+@pytest.mark.parametrize("solver", with_slow(["ab4", "dpmpp-2m"]))
 def test_flow_solvers_go_on_with_what_they_remember(solver: Any, flow: Checkpoint, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, spec=replace(SPEC, solver=solver, cfg=1.0, steps=5), batch=8)
+    settings = replace(SETTINGS, spec=replace(SPEC, solver=solver, cfg=1.0, steps=4), batch=8)
     goes_on_to_the_same_bytes(flow, settings, tmp_path)
 
 
@@ -134,7 +134,7 @@ def test_other_settings_begin_anew(ddpm: Checkpoint, tmp_path: Path) -> None:
     assert target.read_bytes() == (tmp_path / "anew.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("piece", ["rows.0", "rows.1", "sums"])
+@pytest.mark.parametrize("piece", ["rows.0", "sums"])
 def test_a_damaged_piece_costs_the_work_not_the_result(piece: str, ddpm: Checkpoint, tmp_path: Path) -> None:
     target = tmp_path / "p.safetensors"
     interrupted(ddpm, SETTINGS, target, 8)

@@ -25,7 +25,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> ProfileReport:
 
 
 def test_pngs_are_transparent_pictures(full: ProfileReport) -> None:
-    first, again = (list(islice(draw(full, svg=False, png=True), 4)) for _ in range(2))
+    first, again = (list(islice(draw(full, svg=False, png=True), 2)) for _ in range(2))
     assert first == again
     for drawing in first:
         assert not drawing.svg

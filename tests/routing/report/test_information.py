@@ -126,16 +126,13 @@ def repeated(planted, top_k, shared, images=IMAGES):
     }
 
 
-every_router = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("planted", "top_k", "shared"),
     [
-        *((planted, k, 0.0) for planted in ROUTERS for k in (1, 2)),
         *((planted, 1, 0.5) for planted in ROUTERS),
+        *(pytest.param(planted, k, 0.0, marks=pytest.mark.slow) for planted in ROUTERS for k in (1, 2)),
     ],
 )
-
-
-@every_router
 def test_the_planted_variable_lies_in_its_interval_and_no_other_stands_out(planted, top_k, shared):
     for variable, estimates in repeated(planted, top_k, shared).items():
         if variable == planted:
@@ -151,19 +148,23 @@ def test_the_planted_variable_lies_in_its_interval_and_no_other_stands_out(plant
             assert abs(np.mean([e.excess for e in estimates])) < 0.002, variable
 
 
-def test_unplanted_variables_lie_below_the_null_in_nine_of_ten_runs():
+@pytest.mark.parametrize(
+    "settings", [((1, 0.5),), pytest.param(((1, 0.0), (2, 0.0), (1, 0.5)), marks=pytest.mark.slow)]
+)
+def test_unplanted_variables_lie_below_the_null_in_nine_of_ten_runs(settings):
     below = [
         e.value <= e.null_high
         for planted in ROUTERS
-        for top_k, shared in ((1, 0.0), (2, 0.0), (1, 0.5))
+        for top_k, shared in settings
         for variable, estimates in repeated(planted, top_k, shared).items()
         if variable != planted
         for e in estimates
     ]
-    # 95 % are meant to; 2700 runs, so that three standard errors are 1.3 %
+    # 95 % are meant to; 900 or 2700 runs, so that three standard errors are 2.2 or 1.3 %
     assert np.mean(below) == pytest.approx(0.95, abs=0.02)
 
 
+@pytest.mark.slow
 def test_why_not_the_percentiles_and_not_the_basic_interval():
     """Plain percentiles miss; with few images it shows. The basic interval covers slightly less than the one in use.
 

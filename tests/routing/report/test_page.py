@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> ProfileReport:
 
 
 @pytest.fixture(scope="module")
-def text(full: ProfileReport) -> str:
-    return page(full, draw(full))
+def drawings(full: ProfileReport) -> list[Drawing]:
+    return list(draw(full))
+
+
+@pytest.fixture(scope="module")
+def text(full: ProfileReport, drawings: list[Drawing]) -> str:
+    return page(full, drawings)
 
 
 def test_the_page_needs_nothing_else(text: str) -> None:
@@ -146,8 +152,14 @@ def test_the_page_says_what_was_found(full: ProfileReport, text: str) -> None:
     assert f"{100 * estimate.corrected:.2f} [{100 * estimate.low:.2f}, {100 * estimate.high:.2f}]" in text
 
 
-def test_equal_reports_give_equal_bytes(full: ProfileReport, text: str) -> None:
-    assert page(full, draw(full)) == text
+def test_equal_reports_give_equal_bytes(full: ProfileReport, drawings: list[Drawing], text: str) -> None:
+    assert page(full, drawings) == text
+    assert list(islice(draw(full), 2)) == drawings[:2]
+
+
+@pytest.mark.slow
+def test_all_figures_of_equal_reports_have_equal_bytes(full: ProfileReport, drawings: list[Drawing]) -> None:
+    assert list(draw(full)) == drawings
 
 
 def test_text_is_escaped(full: ProfileReport) -> None:
@@ -168,7 +180,7 @@ def test_text_is_escaped(full: ProfileReport) -> None:
 
 
 def test_a_fast_profile_says_what_it_lacks(tmp_path: Path) -> None:
-    report = report_of(tmp_path, Planted(even(blocks=2), images=4))
+    report = report_of(tmp_path, Planted(even(blocks=1, bins=1, classes=2), images=4))
     drawings = list(draw(report))
     assert not [d for d in drawings if d.name.startswith("similarity")]
     text = page(report, drawings)
@@ -180,7 +192,7 @@ def test_a_fast_profile_says_what_it_lacks(tmp_path: Path) -> None:
     "sizes",
     [
         {"blocks": 1, "experts": 1, "positions": 1, "bins": 1, "classes": 1, "branches": 1},
-        {"blocks": 3, "experts": 24, "positions": 144, "bins": 3, "branches": 1},
+        pytest.param({"blocks": 3, "experts": 24, "positions": 144, "bins": 3, "branches": 1}, marks=pytest.mark.slow),
     ],
     ids=["least", "large"],
 )

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from cases import with_slow
 from compressing import calibrated, measure_few_tokens, network
 from conftest import make_pico
 from hypothesis import given
@@ -171,7 +172,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return profiled(make_pico(hidden=32, input_size=4, experts=8), tmp_path_factory.mktemp("crowded"))
 
 
-@pytest.mark.parametrize("bits", [2.8, 3, 3.4])
+@pytest.mark.parametrize("bits", with_slow([2.8, 3, 3.4]))
 def test_pmq_gives_every_block_the_same_bytes(bits: float, crowded: Given) -> None:
     checkpoint, _ = crowded
     request = within(crowded, bits)
@@ -202,7 +203,7 @@ def test_pmq_keeps_any_budget(uneven: Given, monkeypatch: pytest.MonkeyPatch) ->
     fixed, names = settle(free)
     least, most = (free.size(fixed, free.formats_at(names, width)) for width in ("2", "4"))
     sizes = []
-    for limit in range(least, most, (most - least) // 40):
+    for limit in range(least, most, (most - least) // 20):
         formats = chosen(pmq, uneven, request_for(uneven, limit, allowed=("2", "3", "4"))).formats
         sizes.append(size_of(uneven[0], formats))
         assert sizes[-1] <= limit
