@@ -83,7 +83,9 @@ def test_plain_weights_take_four_bytes_each(name: str, tmp_path: Path) -> None:
     assert result.file == (tmp_path / "a.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    "fmt", with_slow(["nf4-dq", "int8", "int3-g64-sym", "ternary-g64", "nf4", "fp4", "int4-g32"], 4)
+)
 def test_packed_weights_take_what_the_file_holds_of_them(fmt: str, tmp_path: Path) -> None:
     plain = make_pico()
     result = counted(saved(packed_pico(plain, fmt), tmp_path))

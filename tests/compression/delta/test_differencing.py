@@ -281,7 +281,7 @@ def test_a_base_is_the_mean_by_selection_and_stored_once(tmp_path: Path) -> None
             assert_close(tensors[f"blocks.{block}.moe.base.{matrix}.weight"].double(), mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_slow(KINDS))
 def test_equal_work_gives_equal_bytes(kind: DeltaFormat, tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
     profile = profile_of(checkpoint)
@@ -293,7 +293,7 @@ def test_equal_work_gives_equal_bytes(kind: DeltaFormat, tmp_path: Path) -> None
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_slow(KINDS))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(kind: DeltaFormat, tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
     profile = profile_of(checkpoint)
@@ -355,7 +355,7 @@ def test_experts_that_cannot_share_a_base_are_refused(kind: DeltaFormat, tmp_pat
         plan_delta(mixed, Differences(kind, 0.5), None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_slow(KINDS))
 def test_what_is_packed_already_is_refused(kind: DeltaFormat, tmp_path: Path) -> None:
     checkpoint = opened(SMALL, tmp_path)
     for name, packed in (
@@ -366,7 +366,7 @@ def test_what_is_packed_already_is_refused(kind: DeltaFormat, tmp_path: Path) ->
             plan_delta(packed, Differences("svd", 0.5), None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_slow(KINDS))
 def test_differences_are_neither_quantised_nor_refitted(kind: DeltaFormat, tmp_path: Path) -> None:
     found = encoded(opened(SMALL, tmp_path), Differences(kind, 0.5), tmp_path / "delta.safetensors")
     with pytest.raises(BadInputError, match=f"is {kind} already"):
@@ -515,7 +515,7 @@ def cli(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_slow(KINDS))
 def test_a_dry_run_a_saved_plan_and_a_pipe_agree(
     kind: DeltaFormat, tmp_path: Path, cli: Callable[..., dict[str, Any]]
 ) -> None:

@@ -66,7 +66,7 @@ def test_errors_by_hand(family: Sampler) -> None:
     assert found.image == found.by_step[-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", with_slow(FAMILIES))
 def test_errors_are_the_same_in_any_batches_and_processes(family: Sampler) -> None:
     student, paths, few = changed(original(family)).model(), paths_of(family), student_steps(family, STEPS, CPU)
     whole = path_errors(student, few, paths, FittingBatches(100))

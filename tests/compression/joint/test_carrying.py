@@ -110,6 +110,7 @@ def test_refitting_makes_up_for_neurons_and_for_rounding(given: Given, tmp_path:
     assert 0 < errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.slow
 def test_narrowing_without_formats_is_what_prune_does(given: Given, tmp_path: Path) -> None:
     """The same neurons, and down projections as near: nothing is rounded but to the dtypes of the weights."""
     together, made = written(given, plan_of(given, NARROW, {}), tmp_path / "a.safetensors")
@@ -138,6 +139,7 @@ def test_experts_that_go_and_others_that_are_renumbered(given: Given, tmp_path: 
     assert 0 < error_of(given, made) < 1.5
 
 
+@pytest.mark.slow
 def test_merged_experts_are_rounded_in_the_format_of_the_kept_one(given: Given, tmp_path: Path) -> None:
     blocks = (BlockPlan((0, 1), "ghost", merged=((2, 0),)),) * 2
     formats = {in_expert(b, 0, f"{matrix}.weight"): "int4-g32" for b in range(2) for matrix in MATRICES}

@@ -126,6 +126,7 @@ def test_training_alone_never_does_harm(given: Given, tmp_path: Path) -> None:
     assert after <= before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     given: Given, trained: tuple[Applied, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

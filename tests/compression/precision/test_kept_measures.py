@@ -78,6 +78,7 @@ def test_only_new_formats_are_measured_to_the_same_errors(asked: Given, tmp_path
     assert keeping.notes == [f"using the errors of formats kept in {keeping.kept.path}; {more} more are measured"]
 
 
+@pytest.mark.slow
 def test_other_weights_together_have_amplifications_of_their_own(asked: Given, tmp_path: Path) -> None:
     keeping, every = Keeping(asked, tmp_path), formats(asked, "3")
     measured_sensitivities(keeping.calibrated, every)
@@ -113,6 +114,7 @@ def test_an_interrupted_trial_goes_on_to_the_same_errors(asked: Given, tmp_path:
     assert result_after_interrupts(tried) == expected
 
 
+@pytest.mark.slow
 def test_amplifications_are_not_gone_on_with_where_they_were_not_measured(
     asked: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_errors_fall_with_the_bits_and_are_finite(case: Case) -> None:
     assert all(value > 0 for each in found.amplification for value in each.values())
 
 
+@in_one_case
 def test_small_errors_add_up(case: Case) -> None:
     """At amplifications of their own size, which the second solution of a program takes.
 

@@ -90,6 +90,7 @@ def test_unequal_threads_have_their_flips_counted(pico: Callable[..., Pico], mon
 WORDS = ("profile-experts", "a.safetensors", "--steps", 2, "--bins", 2, "--batch", 2)
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one_does(pico: Callable[..., Pico], tmp_path: Path) -> None:
     pico(sampler="rf", in_channels=1).save(tmp_path / "a.safetensors")
     words = (*WORDS, "--images", 5)
