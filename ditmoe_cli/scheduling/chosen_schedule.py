@@ -48,19 +48,25 @@ class Adding:
         amplified: the power of what is known of their amplification.
         exponent: that of errors.
         alike: whether all blocks of a bin do alike, so that no errors of blocks are added up.
+        follows: whether predictions may follow the state; such errors add up otherwise than those of blocks.
     """
 
     amplified: float
     exponent: float
     alike: bool = False
+    follows: bool = False
 
 
-ADDINGS = (
-    Adding(0.5, 0.75, alike=True),
-    Adding(1.0, 1.0, alike=True),
-    Adding(0.0, 1.0, alike=True),
-    Adding(0.5, 0.75),
-    Adding(1.0, 1.0),
+ADDINGS = tuple(
+    Adding(amplified, exponent, alike, follows)
+    for follows in (True, False)
+    for amplified, exponent, alike in (
+        (0.5, 0.75, True),
+        (1.0, 1.0, True),
+        (0.0, 1.0, True),
+        (0.5, 0.75, False),
+        (1.0, 1.0, False),
+    )
 )
 """How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two."""
 _CORRECTIONS = 3
@@ -204,7 +210,8 @@ class Planner:
         return share * self._all >= least_flops(self._offered(adding))
 
     def _offered(self, adding: Adding) -> Sequence[BinOptions]:
-        return [_alike(each) for each in self._options] if adding.alike else self._options
+        offered = [_alike(each) for each in self._options] if adding.alike else self._options
+        return offered if adding.follows else [replace(each, followed=()) for each in offered]
 
     def table(self, chosen: Sequence[ChosenBin]) -> ComputeTable:
         """Return the table of a choice."""
@@ -383,7 +390,8 @@ def _by_damage(planner: Planner, everything: Tried, most: float) -> list[Tried]:
     low, high = planner.least, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
-        found = [planner.tried(planner.solved(share, adding)) for adding in ADDINGS if planner.allows(share, adding)]
+        choices = (planner.solved(share, adding) for adding in ADDINGS if planner.allows(share, adding))
+        found = [planner.tried(chosen) for chosen in {each.bins: each for each in choices}.values()]
         tries += found
         low, high = (low, share) if min(each.bound for each in found) <= most else (share, high)
     return tries

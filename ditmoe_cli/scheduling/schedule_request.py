@@ -15,7 +15,7 @@ from ditmoe_cli.scheduling.patterns import MOST_ROWS
 from ditmoe_cli.scheduling.whole_methods import INHERITED, PLANNED, check_method, needs_statistics
 
 LEAST_IMAGES = 8
-_TRIES = 12
+_TRIES = 17
 """Samplings of all images that a plan takes: its ways of adding errors, its rivals, and bins alone."""
 _PROBES = 45
 """Choices of a block that are replayed in a bin."""
