@@ -17,7 +17,7 @@ from ditmoe_cli.cli.stage import Stage
 from ditmoe_cli.cli.terminal import note
 from ditmoe_cli.compression.recipe import PROFILE_DIGITS, SOURCE, Recipe
 from ditmoe_cli.errors import DitmoeError, OutputExistsError, UsageError
-from ditmoe_cli.exporting.targets import ENDINGS_OF_FILES
+from ditmoe_cli.exporting.targets import ENDINGS_OF_FILES, TARGETS
 from ditmoe_cli.files.fingerprint import file_digest
 from ditmoe_cli.files.workfolder import open_work, work_folder, work_key
 from ditmoe_cli.files.writer import Output
@@ -47,10 +47,8 @@ class Cooking:
 
     @property
     def last(self) -> Called | None:
-        """The stage whose output is the result: the export that the recipe ends in, or the last checkpoint's."""
-        if self.called[-1].exports:
-            return self.called[-1]
-        return next((each for each in reversed(self.called) if each.writes), None)
+        """The last stage that writes a checkpoint or an export, whose output is the result; None where none does."""
+        return next((each for each in reversed(self.called) if each.writes or each.exports), None)
 
     def is_last(self, called: Called) -> bool:
         """Return whether a stage writes the result."""
@@ -80,7 +78,7 @@ class Cooking:
                         f"{each.where}: option {option!r} is {name!r}, which stands for nothing; there are "
                         f"{', '.join(sorted(known))}"
                     )
-            if each.writes:
+            if each.writes or each.exports:
                 known.add(f"${each.number}")
 
 
@@ -100,8 +98,12 @@ class _Run:
         output = self.cooking.output
         if output is not None and self.cooking.is_last(called):
             return output.path
-        ending = "profile.safetensors" if called.command == PROFILING else "safetensors"
-        return self.folder / f"{called.number}-{called.command}.{ending}"
+        if called.exports:
+            endings = TARGETS[str(called.stage.options["to"])].endings
+            ending = endings[0] if endings else ""
+        else:
+            ending = ".profile.safetensors" if called.command == PROFILING else ".safetensors"
+        return self.folder / f"{called.number}-{called.command}{ending}"
 
     def words(self, called: Called) -> list[str]:
         """Return the words of a stage."""
@@ -113,7 +115,7 @@ class _Run:
             called = called.with_options(**{PLAN: str(file)})
         words = called.words(self.names)
         is_last = output is not None and self.cooking.is_last(called)
-        if called.writes or called.command == PROFILING or is_last:
+        if called.writes or called.exports or called.command == PROFILING:
             words.append(f"--output={self.path(called)}")
         if output is not None and is_last:
             words += ["--force"] if output.force else []
@@ -132,8 +134,10 @@ class _Run:
             after = replace(self.stage, profile=after.profile, history=after.history)
         self.stage = after
         self.results.append({"command": called.command, "result": result})
-        if called.writes:
+        if called.writes or called.exports:
             self.names[f"${called.number}"] = str(self.path(called))
+        if called.exports and not self.cooking.is_last(called):  # something is made of it
+            self.stage = replace(self.stage, checkpoint=str(self.path(called)))
         self._compare(called)
 
     def _run(self, called: Called, before: Stage) -> tuple[Stage, dict[str, Any]]:

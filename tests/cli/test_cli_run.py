@@ -162,6 +162,24 @@ def test_an_export_says_how_to_make_it_again(folder: Path, case: str) -> None:
     assert run("run", *where, cwd=folder).result["up_to_date"]
 
 
+def test_what_is_made_of_an_export_is_made_of_it_again(folder: Path) -> None:
+    """One in another dtype, so that the checkpoint before it would not do; and what samples it is last."""
+    run("export", A, "--to", "diffusers", "--dtype", "bf16", "-o", "out", cwd=folder)
+    words = ("--keep", 2, "--method", "random", "--no-refit")
+    last = run("prune", "out", *words, "-o", "made.safetensors", cwd=folder).path
+    recipe = recipe_from(last.name, folder)
+    assert commands_of(recipe) == ["export", "prune"]
+    before = set(contents(folder))
+    again = run("run", "r.yaml", A, "-o", "again.safetensors", "--same", cwd=folder)
+    assert again.result["same"] is True and set(contents(folder)) - before == {"again.safetensors"}
+    write(
+        folder,
+        {**recipe, "stages": [recipe["stages"][0], {"sample": {"images": 2, "steps": 2, "output": "s.safetensors"}}]},
+    )
+    assert run("run", "r.yaml", A, "-o", "third", cwd=folder).path == folder / "third"
+    assert (folder / "third" / "model_index.json").is_file()
+
+
 def test_an_export_that_differs_is_told(folder: Path) -> None:
     run("export", A, "--to", "diffusers", "-o", "out", cwd=folder)
     assert commands_of(recipe_from("out", folder)) == ["export"]

@@ -154,7 +154,7 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
         called = tuple(each.with_defaults() for each in called)
     if comparing.device is not None:
         called = tuple(each.with_options(device=comparing.device) if each.takes("device") else each for each in called)
-    if not any(each.writes for each in called) and not called[-1].exports:
+    if not any(each.writes or each.exports for each in called):
         refuse_idle(to, "for a recipe that writes no checkpoint", "output", "force", "max_shard_size")
     stage, recipe = _begun(asked, recipe, where)
     names = _inputs(asked, recipe, where)
@@ -177,7 +177,7 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
     made = None
     if output is not None:
         made = Made.at(output.path)
-        after = replace(after, checkpoint=str(output.path)) if called[-1].exports else after
+        after = replace(after, checkpoint=str(output.path)) if last is not None and last.exports else after
     return _told(printing, after, recipe, made, results, {}, gate=comparing.same)
 
 
@@ -306,7 +306,7 @@ def _made_before(output: Output, recipe: Recipe, cooking: Cooking) -> Made | Non
 
 def _damage(output: Output, cooking: Cooking) -> str | None:
     """Return how what stands at the output differs from what was written; of an export a tensor that does."""
-    if not cooking.called[-1].exports:
+    if cooking.last is None or not cooking.last.exports:
         return output.damage({})
     if output.path.is_file() and output.path.suffix != ".safetensors":
         held = open_checkpoint(output.path)
