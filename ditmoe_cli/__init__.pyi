@@ -321,32 +321,32 @@ def plan_quantize(
 @overload
 def schedule(
     checkpoint: AnyCheckpoint, *, flops: float | None = None, max_damage: float | None = None, method: str =
-    'planned', bins: int | None = None, anyway: bool = False, images: int = 32, steps: int | None = None, cfg: float
-    = 1.0, cfg_interval: Sequence[float] | None = None, solver: str | None = None, upstream_exact: bool = False,
-    classes: Sequence[int] | None = None, seed: Seed = 0, dtype: NamedDtype = 'auto', guide_with: AnyCheckpoint |
-    None = None, guide_by: Literal['top1', 'rank2'] | None = None, guide_scale: float | None = None, guide_interval:
-    Sequence[float] | None = None, device: Device = 'auto', output: OneFile | None = None, force: bool = False,
-    dry_run: Literal[False] = False,
+    'planned', bins: int | None = None, profile: AnyProfile | None = None, anyway: bool = False, images: int = 32,
+    steps: int | None = None, cfg: float = 1.0, cfg_interval: Sequence[float] | None = None, solver: str | None =
+    None, upstream_exact: bool = False, classes: Sequence[int] | None = None, seed: Seed = 0, dtype: NamedDtype =
+    'auto', guide_with: AnyCheckpoint | None = None, guide_by: Literal['top1', 'rank2'] | None = None, guide_scale:
+    float | None = None, guide_interval: Sequence[float] | None = None, device: Device = 'auto', output: OneFile |
+    None = None, force: bool = False, dry_run: Literal[False] = False,
 ) -> MadeSchedule: ...
 @overload
 def schedule(
     checkpoint: AnyCheckpoint, *, flops: float | None = None, max_damage: float | None = None, method: str =
-    'planned', bins: int | None = None, anyway: bool = False, images: int = 32, steps: int | None = None, cfg: float
-    = 1.0, cfg_interval: Sequence[float] | None = None, solver: str | None = None, upstream_exact: bool = False,
-    classes: Sequence[int] | None = None, seed: Seed = 0, dtype: NamedDtype = 'auto', guide_with: AnyCheckpoint |
-    None = None, guide_by: Literal['top1', 'rank2'] | None = None, guide_scale: float | None = None, guide_interval:
-    Sequence[float] | None = None, device: Device = 'auto', output: OneFile | None = None, force: bool = False,
-    dry_run: Literal[True],
+    'planned', bins: int | None = None, profile: AnyProfile | None = None, anyway: bool = False, images: int = 32,
+    steps: int | None = None, cfg: float = 1.0, cfg_interval: Sequence[float] | None = None, solver: str | None =
+    None, upstream_exact: bool = False, classes: Sequence[int] | None = None, seed: Seed = 0, dtype: NamedDtype =
+    'auto', guide_with: AnyCheckpoint | None = None, guide_by: Literal['top1', 'rank2'] | None = None, guide_scale:
+    float | None = None, guide_interval: Sequence[float] | None = None, device: Device = 'auto', output: OneFile |
+    None = None, force: bool = False, dry_run: Literal[True],
 ) -> ForeseenSchedule: ...
 @overload
 def schedule(
     checkpoint: AnyCheckpoint, *, flops: float | None = None, max_damage: float | None = None, method: str =
-    'planned', bins: int | None = None, anyway: bool = False, images: int = 32, steps: int | None = None, cfg: float
-    = 1.0, cfg_interval: Sequence[float] | None = None, solver: str | None = None, upstream_exact: bool = False,
-    classes: Sequence[int] | None = None, seed: Seed = 0, dtype: NamedDtype = 'auto', guide_with: AnyCheckpoint |
-    None = None, guide_by: Literal['top1', 'rank2'] | None = None, guide_scale: float | None = None, guide_interval:
-    Sequence[float] | None = None, device: Device = 'auto', output: OneFile | None = None, force: bool = False,
-    dry_run: bool,
+    'planned', bins: int | None = None, profile: AnyProfile | None = None, anyway: bool = False, images: int = 32,
+    steps: int | None = None, cfg: float = 1.0, cfg_interval: Sequence[float] | None = None, solver: str | None =
+    None, upstream_exact: bool = False, classes: Sequence[int] | None = None, seed: Seed = 0, dtype: NamedDtype =
+    'auto', guide_with: AnyCheckpoint | None = None, guide_by: Literal['top1', 'rank2'] | None = None, guide_scale:
+    float | None = None, guide_interval: Sequence[float] | None = None, device: Device = 'auto', output: OneFile |
+    None = None, force: bool = False, dry_run: bool,
 ) -> MadeSchedule | ForeseenSchedule: ...
 
 @overload
