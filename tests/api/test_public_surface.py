@@ -1,4 +1,7 @@
-"""What `import ditmoe_cli` offers: names and signatures are pinned; run as a program, this file writes them anew."""
+"""What `import ditmoe_cli` offers: names and signatures are pinned; run as a program, this file writes them anew.
+
+The types of test_public_types.py too.
+"""
 
 from __future__ import annotations
 
@@ -153,4 +156,7 @@ def test_defaults_are_those_of_the_command(name: str) -> None:
 
 
 if __name__ == "__main__":
+    from test_public_types import STUB, stub
+
     PINNED.write_text("\n".join(lines()) + "\n")
+    STUB.write_text(stub())
