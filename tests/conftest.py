@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ditmoe_cli.files.header import TensorInfo
 from ditmoe_cli.files.provenance import Card, Provenance
 from ditmoe_cli.files.reader import dtype_code, tensor_bytes
 from ditmoe_cli.files.writer import DEFAULT_SHARD_BYTES, Output, one_by_one
+from ditmoe_cli.model import throughput
 from ditmoe_cli.model.config import BlockConfig, DiTMoEConfig, expected_weights
 from ditmoe_cli.model.dit import DiTMoE
 from ditmoe_cli.model.embedders import sincos_position_embedding
@@ -286,6 +288,27 @@ def no_progress() -> Iterator[None]:
     """Switch progress off, of which a slow machine prints more."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("DITMOE_PROGRESS", "0")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def machine_measured_once() -> Iterator[None]:
+    """Measure the speed of this machine once, and not whenever `bench` runs."""
+    measured = cache(throughput._product_rate)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(throughput, "_product_rate", measured)
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_tokens() -> Iterator[None]:
+    """Measure, try, fit and heal on few tokens, and try few plans, in the commands of a module's tests."""
+    from compressing import compress_in_few_trials
+    from healing import heal_on_few_states
+
+    with pytest.MonkeyPatch.context() as patched:
+        compress_in_few_trials(patched)
+        heal_on_few_states(patched)
         yield
 
 

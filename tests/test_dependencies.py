@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -23,6 +24,14 @@ ALIASES = {
 }
 
 
+def called(function: ast.expr) -> str:
+    """The last name of what a call calls, "" where it has none."""
+    match function:
+        case ast.Name(name) | ast.Attribute(attr=name):
+            return name
+    return ""
+
+
 def imported(file: Path) -> Iterator[str]:
     """The top-level names of all modules that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -30,12 +39,13 @@ def imported(file: Path) -> Iterator[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module.split(".")[0]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "find_spec")):
+        elif isinstance(node, ast.Call) and called(node.func).endswith(("import_module", "find_spec")):
             first = node.args[0]
             if isinstance(first, ast.Constant) and isinstance(first.value, str):
                 yield first.value.split(".")[0]
 
 
+@cache
 def third_party() -> dict[str, str]:
     """Third-party modules that the package imports, each with a file that does."""
     found = {name: str(file) for file in sorted(PACKAGE.rglob("*.py")) for name in imported(file)}

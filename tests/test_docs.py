@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,16 +47,34 @@ _BRANCH = re.compile(r"^( +)([\w./]+(?:, [\w./]+)*)(?:  +.*)?$")
 KINDS = (("report", "sensitivity"),)
 
 
-def help_of(*arguments: str) -> str:
+_HELPS = """
+import contextlib, io, json, sys
+from ditmoe_cli.cli.app import run
+for arguments in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        run([*arguments, "--help"])
+    print(json.dumps(text.getvalue().strip()))
+"""
+
+
+@cache
+def helps() -> dict[tuple[str, ...], str]:
+    """The help of the program, of each command and of each kind of one, printed by one process."""
+    asked: list[tuple[str, ...]] = [(), *((name,) for name in COMMANDS), *KINDS]
     done = subprocess.run(
-        [sys.executable, "-m", "ditmoe_cli", *arguments, "--help"],
+        [sys.executable, "-c", _HELPS],
+        input=json.dumps(asked),
         env={**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100"},
         check=True,
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
-    return done.stdout.strip()
+    return dict(zip(asked, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def help_of(*arguments: str) -> str:
+    return helps()[arguments]
 
 
 def with_help(page: str, text: str, heading: str = "Options") -> str:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cli_helpers import here
 from conftest import make_pico
+from slow_cases import slow_but
 
 from ditmoe_cli import load_model, open_checkpoint
 from ditmoe_cli.model.config import expected_weights
@@ -119,7 +120,7 @@ def test_guidance_by_a_weaker_copy_is_scored(
     assert float(cells[2]) > 0 and cells[6].endswith(" %")
 
 
-@pytest.mark.parametrize("model", ["S", "demo"])
+@pytest.mark.parametrize("model", slow_but(["S"], ["S", "demo"]))
 def test_compressed_steps_are_printed_against_the_original(
     model: str, benchmark_lines: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +192,7 @@ def test_synthetic_models_have_as_many_parameters_as_published_ones(
     assert sum(math.prod(shape) for shape in weights.values()) == PAPER[model]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", slow_but(["fp16"], ["fp16", "bf16"]))
 def test_a_synthetic_model_is_the_same_in_all_containers(
     benchmarks: Callable[[str], ModuleType], tmp_path: Path, dtype: str
 ) -> None:

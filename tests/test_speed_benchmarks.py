@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_oracle, make_pico, oracle_folders
+from slow_cases import slow_but
 
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise
@@ -130,8 +131,9 @@ def test_the_mixture_benchmark_prints_a_row_per_size_and_dtype(
         assert row["difference"] < (1e-5 if row["dtype"] == "fp32" else 0.05)
 
 
-@pytest.mark.parametrize("family", ["rf", "ddpm"])
-@pytest.mark.parametrize("model", ["S", "XL"])
+@pytest.mark.parametrize(
+    ("model", "family"), slow_but([("S", "rf")], [("S", "rf"), ("S", "ddpm"), ("XL", "rf"), ("XL", "ddpm")])
+)
 def test_the_sampling_benchmark_prints_a_row_per_batch_and_dtype(
     tiny: Callable[[str], ModuleType],
     model: str,

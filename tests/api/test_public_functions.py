@@ -18,6 +18,8 @@ from ditmoe_cli.compression.plan import Experts
 from ditmoe_cli.errors import BadInputError, OutputExistsError
 from ditmoe_cli.routing.profile import RoutingProfile
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 SAMPLING = {"images": 4, "steps": 2}
 WORDS = ("--images", 4, "--steps", 2)
 

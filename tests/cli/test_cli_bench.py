@@ -6,11 +6,13 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import contents, here, on_terminal, outside, piped
+from cli_helpers import Outcome, contents, here, on_terminal, outside, piped
 from conftest import make_pico
 
 from ditmoe_cli.cli.commands.bench import ratio_text, seconds_text
@@ -65,22 +67,34 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def benched(made: Path) -> Callable[[str], Outcome]:
+    """Measure a checkpoint by its name in `FILES`, once for all tests, and hold that nothing is written."""
+
+    @cache
+    def measured(name: str) -> Outcome:
+        before = contents(made)
+        heads = ("--heads", 2) if name == "pickle" else ()
+        outcome = here("bench", FILES[name], *SETTINGS, *heads, "--cfg", 1.5, cwd=made)
+        assert contents(made) == before, "nothing is written"
+        return outcome
+
+    return measured
+
+
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "folder"))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_checkpoint(name: str, folder: Path) -> None:
-    before = contents(folder)
-    heads = ("--heads", 2) if name == "pickle" else ()
-    outcome = here("bench", FILES[name], *SETTINGS, *heads, "--cfg", 1.5, cwd=folder)
+def test_every_kind_of_checkpoint(name: str, made: Path, benched: Callable[[str], Outcome]) -> None:
+    outcome = benched(name)
     result, envelope = outcome.result, outcome.envelope
-    assert contents(folder) == before, "nothing is written"
-    assert envelope["checkpoint"] == envelope["original"] == str(folder / FILES[name])
+    assert envelope["checkpoint"] == envelope["original"] == str(made / FILES[name])
     assert [step["command"] for step in envelope["history"]] == ["bench"]
     sizes = result["bytes"]
-    files = list((folder / "shards").glob("*.safetensors")) if name == "shards" else [folder / FILES[name]]
+    files = list((made / "shards").glob("*.safetensors")) if name == "shards" else [made / FILES[name]]
     assert sizes["file"] == sum(file.stat().st_size for file in files), "an index is no weight"
     for side in ("weights", "fp32"):
         assert set(sizes[side]["kinds"]) == set(KINDS) and set(sizes[side]["groups"]) == set(GROUPS)
@@ -124,10 +138,8 @@ def test_how_threads_wait_is_said(given: dict[str, str], waiting: str, monkeypat
     assert benching.waiting() == waiting
 
 
-def test_experts_that_are_gone_take_no_memory(folder: Path) -> None:
-    sizes = {
-        name: here("bench", FILES[name], *SETTINGS, cwd=folder).result["bytes"] for name in FILES if name != "pickle"
-    }
+def test_experts_that_are_gone_take_no_memory(benched: Callable[[str], Outcome]) -> None:
+    sizes = {name: benched(name).result["bytes"] for name in FILES}
     experts = {name: found["weights"]["groups"]["experts"] for name, found in sizes.items()}
     assert experts["sliced"] == experts["ghosted"] == experts["merged"] == experts["plain"] // 2
     assert experts["svd"] == experts["ternary"] == experts["plain"], "differences are put together to run"
@@ -215,7 +227,7 @@ def test_a_terminal_gets_a_table(folder: Path) -> None:
 
 
 def test_several_checkpoints_are_measured_side_by_side(folder: Path) -> None:
-    files = ("a.safetensors", "nf4.safetensors", "ghost.safetensors")
+    files = ("a.safetensors", "nf4.safetensors")
     before = contents(folder)
     outcome = here("bench", *files, *SETTINGS, "--cfg", 2, cwd=folder)
     result = outcome.result
@@ -308,6 +320,7 @@ def test_durations_and_ratios_are_short() -> None:
     assert ratio_text(Spread(1.23456, 1.2, 1.3, 1.2)) == "1.235 (1.200 to 1.300)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(resident_bytes() is None, reason="no /proc here")
 def test_packed_weights_take_less_memory_than_plain_ones(tmp_path: Path) -> None:
     """Some 58 MB of weights, and margins of many of them for allocators."""

@@ -78,6 +78,7 @@ def test_a_checkpoint_and_itself(folder: Path) -> None:
         assert outcome.result["routing"]["overlap"] == outcome.result["images"]["ssim"] == 1
 
 
+@pytest.mark.slow
 def test_upstreams_own_sampling(folder: Path) -> None:
     for name, settings in {"a": ("euler", 50, 50), "latent": ("ddpm", 250, 250)}.items():
         words = ("compare", f"{name}.safetensors", f"{name}.safetensors", "--images", 2, "--upstream-exact")

@@ -14,9 +14,10 @@ from unittest import mock
 import pytest
 import torch
 from cli_helpers import Outcome, bytes_of, here, outputs, piped
-from compressing import compress_on_few_tokens
+from compressing import compress_in_few_trials
 from conftest import make_pico
 from healing import heal_on_few_states
+from slow_cases import slow_but
 from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows
@@ -53,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     make_pico(**SMALL, experts=3, widths=((64,) * 3,) * 2).save(folder / "a.safetensors")
     make_pico(**SMALL, widths=UNEVEN).save(folder / "uneven.safetensors")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        compress_on_few_tokens(monkeypatch)
+        compress_in_few_trials(monkeypatch)
         for name, profile in (("a", "p"), ("uneven", "uneven.profile")):
             words = ("profile-experts", f"{name}.safetensors", *SETTINGS, "-o", f"{profile}.safetensors")
             assert here(*words, cwd=folder).code == 0
@@ -70,7 +71,7 @@ def folder(made: Made, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """For commands in this process."""
-    compress_on_few_tokens(monkeypatch)
+    compress_in_few_trials(monkeypatch)
 
 
 def alike(checkpoint: Checkpoint) -> list[tuple[set[int], list[set[str]]]]:
@@ -121,6 +122,7 @@ def test_stacked_experts_are_alike_in_each_block(folder: Path) -> None:
     assert dict(error_rows(result))["price of --tie"].startswith("predicted ")
 
 
+@pytest.mark.slow
 def test_tied_matrices_take_one_format(folder: Path) -> None:
     written = here(*COMPRESS, "--ratio", 0.25, "--tie", "gate,up", "--allow", "2,4,8", cwd=folder)
     assert 0 < written.result["untied_error"] <= written.result["predicted_error"]
@@ -137,7 +139,7 @@ def test_experts_of_several_dtypes_are_not_stacked(folder: Path) -> None:
     assert "block 1" in said and "F16 and F32" in said
 
 
-@pytest.mark.parametrize("target", ["compressed-tensors", "bitsandbytes", pytest.param("sdnq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", slow_but(["bitsandbytes"], ["compressed-tensors", "bitsandbytes", "sdnq"]))
 def test_a_target_holds_what_is_planned_for_it(target: str, folder: Path) -> None:
     written = here(*COMPRESS, "--ratio", 0.3, "--target", target, cwd=folder)
     result = written.result
@@ -253,8 +255,8 @@ def test_values_that_are_not_finite(folder: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sampler": "ddpm", "depth": 1},
-        {"widths": ((4, 6, 7), (3, 5, 4))},
+        pytest.param({"sampler": "ddpm", "depth": 1}, marks=pytest.mark.slow),
+        pytest.param({"widths": ((4, 6, 7), (3, 5, 4))}, marks=pytest.mark.slow),
         {"widths": ((64,) * 2, (64,) * 4), "expert_of": ((0, 1, -2, -1), (0, 0, 1, 2, 3)), "extras": {"constants": 2}},
     ],
     ids=["ddpm, one block", "narrow", "ghosts, merged and constants"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cli_helpers import bytes_of, here, outputs
-from compressing import compress_on_few_tokens
+from compressing import compress_in_few_trials
 from conftest import make_pico
 
 import ditmoe_cli
@@ -25,7 +25,7 @@ COMPRESS = ("compress", "a.safetensors", *PROFILE, "--allow", "2,4,8,16", "--rat
 @pytest.fixture(scope="module", autouse=True)
 def few_tokens() -> Any:
     with pytest.MonkeyPatch.context() as patched:
-        compress_on_few_tokens(patched)
+        compress_in_few_trials(patched)
         yield
 
 

@@ -15,6 +15,7 @@ from ditmoe_cli import open_checkpoint
 WORDS = ("distill", "s.safetensors", "--original", "a.safetensors", "--steps", 2, "--teacher-steps", 4, "--batch", 9)
 
 
+@pytest.mark.slow
 def test_two_processes_distil_as_one_does(tmp_path: Path) -> None:
     pair(tmp_path)
     words = (*WORDS, "--iterations", 12, "--progressive", "--teacher-steps", 8, "--states", "own", "--cfg", 1.5)

@@ -13,6 +13,7 @@ from cli_helpers import Outcome, here
 from conftest import make_pico
 from distilling import FOUR, SMALL, DistilledPair, distilled_pair, moved, save_distilled
 from healing import heal_on_few_states
+from slow_cases import slow_but
 
 from ditmoe_cli.compression.training.teacher_states import NoisedImages
 from ditmoe_cli.evaluation.images import read_images
@@ -20,6 +21,8 @@ from ditmoe_cli.evaluation.scores.paired_error import paired_error
 from ditmoe_cli.files.header import read_safetensors_header
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.routing.profile import read_profile
+
+pytestmark = pytest.mark.usefixtures("few_tokens")
 
 TOLD = "few.safetensors: distilled to 4 steps of euler, with guidance 1.5 in its weights"
 OTHERS = "warning: few.safetensors: distilled to 4 steps of euler, and sampled by "
@@ -113,7 +116,7 @@ WRITING = {
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(name, marks=[pytest.mark.slow] if name == "compress" else []) for name in WRITING]
+    "command", slow_but([name for name in WRITING if name not in ("merge", "narrow", "compress")], WRITING)
 )
 def test_what_is_made_from_it_is_sampled_as_it_is(command: str, pair: DistilledPair, tmp_path: Path) -> None:
     name, *options = WRITING[command]
@@ -458,7 +461,7 @@ def test_a_distilled_student_is_not_healed_towards_an_original_of_other_steps(
     assert "two.safetensors: is not sampled by the steps that" in said
 
 
-@pytest.mark.parametrize("sampler", ["rf", "ddpm"])
+@pytest.mark.parametrize("sampler", slow_but(["rf"], ["rf", "ddpm"]))
 def test_a_compressed_copy_is_healed_towards_the_distilled_one_at_its_own_times(
     sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

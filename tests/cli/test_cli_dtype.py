@@ -16,6 +16,8 @@ from ditmoe_cli.api import devices
 from ditmoe_cli.evaluation.samples import read_origin
 from ditmoe_cli.routing.profile import read_profile
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 SHORT = ("--images", "6", "--steps", "2", "--quiet")
 
 

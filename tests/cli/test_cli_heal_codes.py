@@ -13,6 +13,8 @@ from stored_parts import wholly_packed
 from ditmoe_cli.compression.heal import healing_memory
 from ditmoe_cli.model.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 HEAL = ("--original", "a.safetensors", "--profile", "p.safetensors", "--batch", 16)
 
 
@@ -39,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "words", "moved"),
     [
         ("nf4", ("--scope", "model", "--steps", 16), "absmax"),
-        ("int3", ("--scope", "block", "--train", "attention", "--steps", 16), "weight_scale"),
+        pytest.param(
+            "int3", ("--scope", "block", "--train", "attention", "--steps", 16), "weight_scale", marks=pytest.mark.slow
+        ),
         (
             "mix",
             ("--scope", "model", "--codes", "learn", "--train", "experts", "--steps", 16),

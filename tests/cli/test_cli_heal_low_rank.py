@@ -9,8 +9,11 @@ import pytest
 import torch
 from cli_helpers import here
 from conftest import Pico
+from slow_cases import slow_but
 
 from ditmoe_cli.files.header import read_safetensors_header
+
+pytestmark = pytest.mark.usefixtures("few_tokens")
 
 PROFILE = ("--calibration-images", "16", "--calibration-steps", "3")
 WORDS = ("heal", "s.safetensors", "--original", "a.safetensors", "--batch", "8", *PROFILE)
@@ -32,7 +35,7 @@ def folder(pico: Callable[..., Pico], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.mark.parametrize("scope", ["block", "model", "auto"])
+@pytest.mark.parametrize("scope", slow_but(["auto"], ["block", "model", "auto"]))
 def test_updates_of_low_rank_heal_in_each_scope(folder: Path, scope: str) -> None:
     steps = 3 if scope == "block" else 8
     outcome = here(*WORDS, "--steps", steps, "--train", "lora:4", "--scope", scope, cwd=folder)

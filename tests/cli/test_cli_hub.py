@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from cli_helpers import command, contents, environment, here, on_terminal, piped, series
 from conftest import Pico, heed_signals
+from slow_cases import slow_but
 
 pytest.importorskip("huggingface_hub")
 
 from fake_hub import COMMIT, FakeHub, Faults, environment_of, point_client, serving, stay_here
 
 from ditmoe_cli.files.header import read_safetensors_header
+
+pytestmark = pytest.mark.usefixtures("few_tokens")
 
 PUBLISHED = "dit_moe_s_8E2A.pt"
 
@@ -173,7 +176,7 @@ def test_a_terminal_shows_the_bytes_and_no_other_bar(
     assert not any(mark in text for mark in ("it/s", "B/s]", "%|", "Fetching"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM], [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
 def test_a_stopped_download_is_gone_on_with(work: Path, server: FakeHub, cache: Path, number: signal.Signals) -> None:
     half = len(server.repositories["feizhengcong/DiT-MoE"][COMMIT][PUBLISHED]) // 2
     server.faults = Faults(cut_after=half)

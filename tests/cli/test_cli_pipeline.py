@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 SETTINGS = ("--images", 4, "--steps", 2)
 PROFILING = (*SETTINGS, "--bins", 2)
 
@@ -119,7 +121,7 @@ def test_a_failing_stage_fails_the_pipe_and_leaves_nothing(folder: Path) -> None
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("change", [("convert",), ("prune", "--keep", "1.0"), ("prune", "--keep", "4")])
+@pytest.mark.parametrize("change", [("convert",), ("prune", "--keep", "1.0")])
 def test_an_unchanged_model_scores_zero(change: tuple[str, ...], folder: Path) -> None:
     profiled = here("inspect", "a.safetensors", cwd=folder).envelope
     profiled["profile"] = str(folder / "a.profile.safetensors")

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from cli_helpers import Outcome, bytes_of, contents, environment, here, outputs, piped, tensor_shapes
 from conftest import heed_signals, make_pico
+from slow_cases import slow_but
 
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
+
+pytestmark = pytest.mark.usefixtures("few_tokens")
 
 SETTINGS = ("--images", 4, "--steps", 2)
 FEW = ("--refit-tokens", 64)
@@ -245,7 +248,7 @@ app.main()
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    slow_but([(signal.SIGTERM, 143)], [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)]),
 )
 def test_a_signal_while_refitting_loses_no_block(number: signal.Signals, code: int, folder: Path) -> None:
     whole = here(*PRUNE, "--keep", 2, *FEW, "-o", "whole.safetensors", cwd=folder)
@@ -275,6 +278,7 @@ def test_a_signal_while_refitting_loses_no_block(number: signal.Signals, code: i
 # what it is for
 
 
+@pytest.mark.slow
 def test_a_refit_brings_the_demo_nearer_to_itself(tmp_path: Path) -> None:
     """The paired error of the predicted velocity, of what no sample was fitted on."""
     profiling = ("profile-experts", "demo:digits", "--images", 10, "--steps", 2, "--bins", 1, "-o", "p.safetensors")

@@ -13,6 +13,8 @@ from conftest import make_pico
 from reporting import Planted, even
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 PROFILING = ("profile-experts", "a.safetensors", "--images", 6, "--steps", 4, "--bins", 4)
 QUICK = ("--replicates", 20)
 SMALL = Planted(even(blocks=1, bins=1, positions=1, classes=1, branches=1), images=2, cfg=1.0)  # three figures
@@ -82,6 +84,7 @@ def test_page_and_figures_are_written(tmp_path: Path) -> None:
     first = contents(tmp_path)
     assert "figures/load.png" in first
     assert "http" not in (tmp_path / "r.html").read_text()
+    assert here(*words, cwd=tmp_path).err == "ditmoe: r.html is up to date\nditmoe: figures is up to date\n"
     (tmp_path / "figures" / "stale.png").write_bytes(b"")
     here(*words, cwd=tmp_path).error(5)
     figures = (*words[:5], "--png", "figures", "--force")
@@ -91,6 +94,7 @@ def test_page_and_figures_are_written(tmp_path: Path) -> None:
     assert "mine.txt" in here(*figures, cwd=tmp_path).error(5)
 
 
+@pytest.mark.slow
 def test_a_report_that_is_there_is_not_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +159,7 @@ def test_any_file_name_is_reported_on(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "load.png").is_file()
 
 
+@pytest.mark.slow
 def test_pruned_checkpoints_with_unequal_blocks_are_reported_on_and_their_weights_compared(
     folder: Path, tmp_path: Path
 ) -> None:

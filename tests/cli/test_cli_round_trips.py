@@ -21,6 +21,8 @@ from upstream_code import UpstreamDiT, find_model
 from ditmoe_cli import open_checkpoint
 from ditmoe_cli.exporting.upstream import arguments
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 HEADS = 2
 
 
@@ -81,7 +83,7 @@ def models(draw: st.DrawFn) -> Pico:
     return model
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(model=models(), source=st.sampled_from(sorted(SOURCES)), sharded=st.booleans())
 def test_every_byte_survives(model: Pico, source: str, sharded: bool) -> None:
     config = model.config

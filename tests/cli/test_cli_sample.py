@@ -19,6 +19,7 @@ from cli_helpers import command, contents, here, in_two_processes, series, start
 from conftest import make_pico
 from PIL import Image
 from safetensors.numpy import load_file
+from slow_cases import slow_but
 
 from ditmoe_cli.evaluation.image_grids import sample_grid
 from ditmoe_cli.evaluation.images import read_images
@@ -232,7 +233,9 @@ def test_an_interval_of_guidance_saves_evaluations(folder: Path) -> None:
     assert origin is not None and origin.spec.interval == (0.3, 0.6)
 
 
-@pytest.mark.parametrize(("model", "solver", "steps"), [("grey", "euler", 50), ("ddpm", "ddpm", 250)])
+@pytest.mark.parametrize(
+    ("model", "solver", "steps"), slow_but([("grey", "euler", 50)], [("grey", "euler", 50), ("ddpm", "ddpm", 250)])
+)
 def test_upstreams_own_sampling(model: str, solver: str, steps: int, folder: Path) -> None:
     words = ("sample", f"{model}.safetensors", "--images", 1)
     exact = here(*words, "--upstream-exact", "-o", "exact.safetensors", cwd=folder)
@@ -266,7 +269,7 @@ def test_heun_samples_but_cannot_be_followed_by_step(folder: Path) -> None:
 
 # cut off, and gone on with
 
-LONG = ("--images", 40, "--steps", 20, "--batch", 1, "-o", "s.safetensors")
+LONG = ("--images", 16, "--steps", 20, "--batch", 1, "-o", "s.safetensors")
 
 
 def wait_for(condition: Callable[[], object], child: subprocess.Popen[str], seconds: float = 600) -> None:
@@ -304,12 +307,12 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (code, "") and "Traceback" not in err
     done = marks(folder)
-    assert 3 <= done < 40
+    assert 3 <= done < 16
     left = listing(folder) - before
     assert {name.split(".")[-1] for name in left} == ({"work", "lock"} if number == signal.SIGKILL else {"work"})
     assert all(name.startswith(".s.safetensors.") for name in left)
     outcome = here("sample", "grey.safetensors", *LONG, cwd=folder)
-    assert outcome.notes == [f"ditmoe: going on with {done} of 40 images that an earlier run left"]
+    assert outcome.notes == [f"ditmoe: going on with {done} of 16 images that an earlier run left"]
     assert listing(folder) - before == {"s.safetensors"}
     assert (folder / "s.safetensors").read_bytes() == straight.read_bytes()
 

@@ -12,6 +12,7 @@ from cli_helpers import contents, here, piped, series
 from conftest import Pico, make_pico
 from distilling import SMALL, distilled_pair
 from safetensors.numpy import load_file
+from slow_cases import slow_but
 
 import ditmoe_cli
 from ditmoe_cli.api.schedule_runs import ForeseenSchedule, MadeSchedule
@@ -56,9 +57,10 @@ def test_a_schedule_is_planned_and_followed(folder: Path, tmp_path: Path) -> Non
     assert sampled["flops"] == pytest.approx(result["flops"], abs=0.03) and sampled["method"] == schedule.method
 
 
-@pytest.mark.parametrize(
-    "method", ["fora:2", "follow:2", "odp", "regressed", "saliency:0.05", "residual:0.2", "moeca:2", "top1"]
-)
+WHOLE = ("fora:2", "follow:2", "odp", "regressed", "saliency:0.05", "residual:0.2", "moeca:2", "top1")
+
+
+@pytest.mark.parametrize("method", slow_but(["follow:2", "regressed", "top1"], WHOLE))
 def test_methods_for_the_whole_model(folder: Path, tmp_path: Path, method: str) -> None:
     a = folder / "a.safetensors"
     found = here("schedule", a, *WAY, "--images", 8, "--method", method, "--anyway", cwd=tmp_path).result
@@ -92,7 +94,7 @@ def test_pipes(folder: Path, tmp_path: Path) -> None:
     assert schedule.checkpoint == open_checkpoint(tmp_path / "small.safetensors").fingerprint
 
 
-@pytest.mark.parametrize("attention", ["timm", "flash"])
+@pytest.mark.parametrize("attention", slow_but(["timm"], ["timm", "flash"]))
 def test_ancestral_sampling_of_latents_with_learned_variance(tmp_path: Path, attention: str) -> None:
     a = make_pico(sampler="ddpm", attention=attention, hidden=16, input_size=4).save(tmp_path / "a.safetensors")
     words = ("--solver", "ddpm", "--steps", 6, "--cfg", 2, "--images", 8, "--bins", 2, "--flops", 0.5)
@@ -108,6 +110,7 @@ def test_distilled_checkpoints_by_their_own_steps(tmp_path: Path) -> None:
     here("schedule", pair.few, "--images", 8, "--flops", 0.7, "--upstream-exact", cwd=tmp_path).error(2)
 
 
+@pytest.mark.slow
 def test_one_expert_a_token(folder: Path, tmp_path: Path) -> None:
     one = folder / "one.safetensors"
     found = here("schedule", one, *PLAN, cwd=tmp_path).result
@@ -115,7 +118,9 @@ def test_one_expert_a_token(folder: Path, tmp_path: Path) -> None:
     assert not any(rule in kind for kind in found["choices"] for rule in ("top", "odp", "saliency", "regressed"))
 
 
-@pytest.mark.parametrize("by", [("--guide-by", "top1"), ("--guide-with", "one.safetensors")])
+@pytest.mark.parametrize(
+    "by", [("--guide-by", "top1"), pytest.param(("--guide-with", "one.safetensors"), marks=pytest.mark.slow)]
+)
 def test_weaker_models_that_guide(folder: Path, tmp_path: Path, by: tuple[str, str]) -> None:
     weak = (by[0], folder / by[1] if by[0] == "--guide-with" else by[1], "--guide-scale", 0.5)
     plan = " ".join(map(str, (*FORA, *weak, "--cfg", 1.5)))
@@ -123,6 +128,7 @@ def test_weaker_models_that_guide(folder: Path, tmp_path: Path, by: tuple[str, s
     assert found.result["computed"]["method"] == "fora:2" and found.result["nfe"] == 18
 
 
+@pytest.mark.slow
 def test_a_guided_interval_whose_null_class_is_reused(folder: Path, tmp_path: Path) -> None:
     guided = ("--cfg", 3, "--cfg-interval", "0.3,0.9", "--max-damage", 0.05)
     a = folder / "a.safetensors"

@@ -10,6 +10,8 @@ from conftest import make_pico
 
 from ditmoe_cli.files.header import read_safetensors_header
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,11 +26,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "loads"),
     [
         (("prune", "--keep", 2, "--router", "slice"), True),
-        (("prune", "--keep", 2, "--router", "slice", "--scale"), True),
         (("merge", "--groups", 2, "--router", "slice"), True),
         (("prune", "--keep", 2), False),
-        (("prune", "--keep", 2, "--no-refit"), False),
-        (("merge", "--groups", 2), False),
+        *(
+            pytest.param(words, loads, marks=pytest.mark.slow)
+            for words, loads in (
+                (("prune", "--keep", 2, "--router", "slice", "--scale"), True),
+                (("prune", "--keep", 2, "--no-refit"), False),
+                (("merge", "--groups", 2), False),
+            )
+        ),
     ],
 )
 def test_sliced_files_hold_what_upstream_has_words_for(words: tuple[object, ...], loads: bool, folder: Path) -> None:

@@ -23,6 +23,8 @@ from ditmoe_cli.errors import UsageError
 from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.model.config import Given
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 QUICK = ("--images", 4, "--steps", 3, "--solver", "euler")
 DDPM = ("--images", 4, "--steps", 3, "--solver", "ddim")
 WITH = ("--guide-with", "weak.safetensors", "--guide-scale", 0.5)
@@ -324,7 +326,7 @@ def test_compare_guides_both(folder: Path, guide: tuple[Any, ...]) -> None:
     assert same["prediction"]["relative_error"] == same["images"]["mse"] == 0
 
 
-@pytest.mark.parametrize("guide", [WITH, BY])
+@pytest.mark.parametrize("guide", [WITH, pytest.param(BY, marks=pytest.mark.slow)])
 def test_bench_times_both_models(folder: Path, guide: tuple[Any, ...]) -> None:
     words = ("bench", "a.safetensors", "--batch", 2, "--repeats", 1, "--threads", 1)
     plain, guided = here(*words, cwd=folder).result, here(*words, *guide, cwd=folder).result

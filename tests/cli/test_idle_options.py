@@ -8,6 +8,8 @@ import pytest
 from cli_helpers import here, outputs
 from conftest import make_pico
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 PROFILE = ("--profile", "p.safetensors")
 PRUNE = ("prune", "a.safetensors", *PROFILE)
 MERGE = ("merge", "a.safetensors", *PROFILE)

@@ -16,6 +16,8 @@ from conftest import make_pico
 from ditmoe_cli.compression.plan import parse_plan
 from ditmoe_cli.files.workfolder import open_work, work_folder
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
+
 FEW = ("--refit-tokens", 64)
 PROFILED = ("--profile", "p.safetensors")
 STAGES: dict[str, tuple[object, ...]] = {

@@ -240,3 +240,10 @@ def compress_on_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "FEWEST_TOKENS", 256)
     monkeypatch.setattr(states, "MOST_TOKENS", 512)
     monkeypatch.setattr(choosing, "SEARCH_TOKENS", 256)
+
+
+def compress_in_few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure on few tokens, and try the least number of plans."""
+    compress_on_few_tokens(monkeypatch)
+    monkeypatch.setattr(choosing, "MOST_TRIED", 2)
+    monkeypatch.setattr(choosing, "SHARES", (0.5,))
