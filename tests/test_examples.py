@@ -15,9 +15,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import here
 from conftest import make_pico
-from slow_cases import slow_but
 
 from ditmoe_cli import load_model, open_checkpoint
 from ditmoe_cli.model.config import expected_weights

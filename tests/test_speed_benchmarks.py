@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import slow_but
 from conftest import load_oracle, make_pico, oracle_folders
-from slow_cases import slow_but
 
 from ditmoe_cli.diffusion.forward_process import sampling_schedule
 from ditmoe_cli.diffusion.noise import image_noise

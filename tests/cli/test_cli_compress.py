@@ -13,11 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import Outcome, bytes_of, here, outputs, piped
 from compressing import compress_in_few_trials
 from conftest import make_pico
 from healing import heal_on_few_states
-from slow_cases import slow_but
 from torch import Tensor
 
 from ditmoe_cli.cli.costs import error_rows

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 from cli_helpers import (
     FIELDS,
     PATHS,
@@ -29,7 +30,6 @@ from cli_helpers import (
 from compressing import compress_in_few_trials
 from conftest import heed_signals, make_pico
 from healing import heal_on_few_states
-from slow_cases import slow_but
 
 from ditmoe_cli.errors import DitmoeError
 

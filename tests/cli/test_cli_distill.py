@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import Outcome, contents, here, on_terminal, piped, series, tensor_shapes
 from conftest import Pico, make_pico
 from healing import SMALL, changed, pair
 from interrupting import StoppedError, goes_on_to_the_same_bytes, stopping_after
 from packed import packed_pico
 from safetensors.torch import load_file
-from slow_cases import slow_but
 from stored_parts import wholly_packed
 from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused, short_of_memory
 
@@ -637,7 +637,7 @@ def test_batches_are_halved_where_memory_runs_out(
     guided: tuple[object, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In sampling, in judging and in training: no memory for more than four states at once."""
-    words = (*DISTILL, "--batch", 64, "--iterations", 1, *guided)
+    words = (*DISTILL, "--batch", 64, "--iterations", 4, *guided)
     whole = here(*words, "-o", "x.safetensors", cwd=folder)
     with monkeypatch.context() as short:
         short_of_memory(short, 4)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import Outcome, here
 from conftest import make_pico
 from distilling import FOUR, SMALL, DistilledPair, distilled_pair, moved, save_distilled
 from healing import heal_on_few_states
-from slow_cases import slow_but
 
 from ditmoe_cli.compression.training.teacher_states import NoisedImages
 from ditmoe_cli.evaluation.images import read_images

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import Outcome, contents, here, on_terminal, piped, series, tensor_shapes
 from conftest import make_pico
 from healing import SMALL, changed, heal_on_few_states, pair
 from interrupting import StoppedError, goes_on_to_the_same_bytes
 from safetensors.torch import load_file
-from slow_cases import slow_but
 from students import LAYOUTS, OUT_OF_RANGE, PROFILING, STUDENTS, UNLIKE, refused, short_of_memory
 
 from ditmoe_cli import open_checkpoint

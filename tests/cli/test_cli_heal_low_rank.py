@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import here
 from conftest import Pico
-from slow_cases import slow_but
 
 from ditmoe_cli.files.header import read_safetensors_header
 

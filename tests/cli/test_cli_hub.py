@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 from cli_helpers import command, contents, environment, here, on_terminal, piped, series
 from conftest import Pico, heed_signals
-from slow_cases import slow_but
 
 pytest.importorskip("huggingface_hub")
 

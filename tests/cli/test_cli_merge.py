@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import bytes_of, contents, here, tensor_shapes
 from conftest import Pico, make_pico
-from slow_cases import slow_but
 from torch import Tensor
 
 from ditmoe_cli.compression.methods import MERGES

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 from cli_helpers import Outcome, bytes_of, contents, environment, here, outputs, piped, tensor_shapes
 from conftest import heed_signals, make_pico
-from slow_cases import slow_but
 
 from ditmoe_cli.compression.methods import SALIENCIES, SEARCHES
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import slow_but
 from cli_helpers import Outcome, bytes_of, contents, here, outputs, outside, piped, series, tensor_shapes
 from compressing import measure_few_tokens
 from conftest import make_pico
-from slow_cases import slow_but
 
 from ditmoe_cli.formats.base import NumberFormat
 from ditmoe_cli.formats.integer import Integer

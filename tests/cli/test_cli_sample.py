@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import slow_but
 from cli_helpers import command, contents, here, in_two_processes, series, start
 from conftest import make_pico
 from PIL import Image
 from safetensors.numpy import load_file
-from slow_cases import slow_but
 
 from ditmoe_cli.evaluation.image_grids import sample_grid
 from ditmoe_cli.evaluation.images import read_images

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import slow_but
 from cli_helpers import contents, here, piped, series
 from conftest import Pico, make_pico
 from distilling import SMALL, distilled_pair
 from safetensors.numpy import load_file
-from slow_cases import slow_but
 
 import ditmoe_cli
 from ditmoe_cli.api.schedule_runs import ForeseenSchedule, MadeSchedule

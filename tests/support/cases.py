@@ -1,4 +1,4 @@
-"""Cases of which the first are tested each time, and all others with what is slow."""
+"""Cases of which a few are tested each time, and all others with what is slow."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import pytest
 
 def with_slow(cases: Iterable[Any], quick: int = 1) -> list[Any]:
     """Parameters, one for each case, of several values where it is a tuple; behind the first `quick` ones are slow."""
+    cases = list(cases)
+    return slow_but(cases[:quick], cases)
+
+
+def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Parameters, one for each case, of several values where it is a tuple; all that are not `quick` are slow."""
+    quick, cases = list(quick), list(cases)
+    assert all(case in cases for case in quick), f"no such case among {cases}"
     slow = pytest.mark.slow
     return [
-        case if i < quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=slow)
-        for i, case in enumerate(cases)
+        case if case in quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=slow)
+        for case in cases
     ]
