@@ -325,6 +325,7 @@ def test_a_run_that_is_interrupted_in_each_phase_goes_on_to_the_same_bytes(
     assert set(outputs(folder)) == set(before), "nothing but what is measured is left"
 
 
+@pytest.mark.slow
 def test_healing_keeps_to_the_size_and_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heal_on_few_states(monkeypatch)
     make_pico(**SMALL).save(tmp_path / "m.safetensors")

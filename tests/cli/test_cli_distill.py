@@ -219,6 +219,7 @@ def test_what_is_not_to_be_trained_keeps_its_bytes(train: str, trained: list[str
     assert differing <= {name for name in old if any(part in name for part in trained)} and differing
 
 
+@pytest.mark.slow
 def test_updates_of_low_rank(folder: Path) -> None:
     outcome = here(*DISTILL, "--train", "lora:2", "--iterations", 40, cwd=folder)
     assert outcome.result["held_error"][1] < outcome.result["held_error"][0]
@@ -328,6 +329,7 @@ def test_minutes_are_kept_within(folder: Path) -> None:
     assert tiny.code == 0 and tiny.result["paths"] == 2 and tiny.result["iterations"] == 2
 
 
+@pytest.mark.slow
 def test_a_useless_rate_leaves_the_weights_of_the_input(folder: Path) -> None:
     outcome = here(*DISTILL, "--rate", 0.99, "--iterations", 30, cwd=folder)
     before, after = outcome.result["held_error"]

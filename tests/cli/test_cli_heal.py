@@ -183,6 +183,7 @@ def test_a_useless_rate_leaves_the_weights_of_the_input(folder: Path) -> None:
 # outputs
 
 
+@pytest.mark.slow
 def test_into_a_folder(folder: Path) -> None:
     words = (*HEAL, "-o", "out", "--max-shard-size", "20KB")
     dry = here(*words, "--dry-run", cwd=folder)

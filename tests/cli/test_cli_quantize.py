@@ -196,6 +196,7 @@ def test_formats_are_of_the_kind_asked_for(options: tuple[object, ...], folder: 
     assert ("prediction_error" in written.result) == ("nearest" not in options)
 
 
+@pytest.mark.slow
 def test_gptq_is_nearer_than_what_was_tried(folder: Path) -> None:
     """The trial rounds to the nearest values; both are of the same states, or nearly."""
     result = here(*MIX, "--bits", 3, "--protect", "modulation,embedders", cwd=folder).result
