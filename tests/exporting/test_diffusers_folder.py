@@ -188,9 +188,10 @@ def test_latents_are_decoded_and_what_is_wrong_is_refused(seen: Seen) -> None:
     np.testing.assert_allclose(made["pt"], made["decoded"], atol=1e-6)
     np.testing.assert_array_equal(made["np"], made["pt"].transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(made["pil"], (made["np"] * 255).round().astype("uint8"))
-    labels, none, kind, steps, noise, half, cat, scale = made["refused"]
+    labels, none, kind, steps, noise, half, cat, scale, scheduler = made["refused"]
     assert "give labels from 0 to 2" in labels and "give labels" in none and "give pil, np, pt or latent" in kind
     assert "give whole numbers" in half and "give whole numbers" in cat and "give a number" in scale
+    assert "FlowMatchHeunDiscreteScheduler: takes no sigmas" in scheduler
     assert "give at least 1" in steps and "give noise of shape (3, 4, 8, 8)" in noise
 
 

@@ -37,7 +37,7 @@ def handled(pipeline: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
     """Return what comes of what people do with a pipeline: saving, loading the model alone, unpacking, decoding."""
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline
+    from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 
     model, folder = pipeline.transformer, pipeline.config._name_or_path
     alone = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True)
@@ -68,6 +68,12 @@ def handled(pipeline: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
             pipeline(**{**given, **wrong})
         except ValueError as error:
             refused.append(str(error))
+    scheduler, pipeline.scheduler = pipeline.scheduler, FlowMatchHeunDiscreteScheduler()
+    try:
+        pipeline(**given)
+    except ValueError as error:
+        refused.append(str(error))
+    pipeline.scheduler = scheduler
     arrays = {what: value.numpy() if isinstance(value, torch.Tensor) else value for what, value in made.items()}
     return {**arrays, "stored": stored, "refused": np.array(refused)}
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from functools import wraps
+from inspect import signature
 from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
@@ -88,7 +89,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Raises:
             ValueError: guidance of a model that has no null class, or was distilled; a scale that is no number; an
-                unknown label or output type; no steps; noise of another shape.
+                unknown label or output type; no steps; noise of another shape; a scheduler without steps of one's own.
         """
         config, device = self.transformer.config, self._execution_device
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -126,6 +127,9 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _timesteps(self, steps: int, device: torch.device) -> Tensor:
         """Return the scheduler's timesteps; equal steps from t = 1 to 0 for rectified flow, which it has otherwise."""
         if self.transformer.config.sampler == "rf":
+            if "sigmas" not in signature(self.scheduler.set_timesteps).parameters:
+                kind = type(self.scheduler).__name__
+                raise ValueError(f"scheduler {kind}: takes no sigmas; give a FlowMatchEulerDiscreteScheduler")
             self.scheduler.set_timesteps(sigmas=[i / steps for i in range(steps, 0, -1)], device=device)
         else:
             self.scheduler.set_timesteps(steps, device=device)
