@@ -51,6 +51,7 @@ def test_every_example_imports_what_is_there(script: Path, monkeypatch: pytest.M
     assert runpy.run_path(str(script))["__doc__"]
 
 
+@pytest.mark.slow
 def test_the_demo_trains_and_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -264,6 +264,7 @@ def test_several_checkpoints_make_two_tables(folder: Path) -> None:
     assert lines[1].startswith(str(folder / "nf4.safetensors")), "files of one name are told apart by their paths"
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_together_follow_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "available_bytes", lambda _: 1000.0)
     outcome = here("bench", "a.safetensors", "nf4.safetensors", *SETTINGS, "--text", cwd=folder)
@@ -300,6 +301,7 @@ def test_processor_time_is_that_of_one_thread(folder: Path) -> None:
     assert refused.startswith("--processor-time times one thread of the CPU")
 
 
+@pytest.mark.slow
 def test_a_dtype_is_measured_against_fp32(folder: Path) -> None:
     words = ("bench", "a.safetensors", "nf4.safetensors", *SETTINGS, "--dtype", "bf16")
     files = here(*words, cwd=folder).result["files"]

@@ -111,6 +111,7 @@ def test_a_size_is_kept_to_and_the_file_is_what_the_dry_run_said(folder: Path, m
     assert len(notes) == len(set(notes)) and not any("going on" in note for note in notes), notes
 
 
+@pytest.mark.slow
 def test_stacked_experts_are_alike_in_each_block(folder: Path) -> None:
     """Whatever widths they had; the profile is found beside the checkpoint."""
     written = here("compress", "uneven.safetensors", "--ratio", 0.3, "--tie", "stack", cwd=folder)

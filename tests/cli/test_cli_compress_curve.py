@@ -96,6 +96,7 @@ def test_a_curve_as_a_whole_is_no_plan(folder: Path) -> None:
         assert "result.points[i].plan" in here(*words, cwd=folder).error(3)
 
 
+@pytest.mark.slow
 def test_a_curve_is_a_table_for_people_and_is_drawn(folder: Path) -> None:
     if find_spec("matplotlib") is None:
         assert "report" in here(*CURVE, "--png", "c.png", cwd=folder).error(3)

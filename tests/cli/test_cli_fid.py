@@ -368,6 +368,7 @@ def test_samples_of_latents_say_how_to_get_images(tmp_path: Path) -> None:
         assert "s.safetensors: holds latents, not images; sample the checkpoint with --vae" in message
 
 
+@pytest.mark.slow
 def test_latents_are_scored_through_one_vae(folder: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     for seed, name in enumerate(("vae", "other")):

@@ -161,6 +161,7 @@ def test_apply_and_report_find_the_profile_under_its_usual_name(folder: Path) ->
     assert "the envelope names no profile" in refused
 
 
+@pytest.mark.slow
 def test_what_a_plan_measured_serves_the_next_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure_few_tokens(monkeypatch, 512)
     words = ("quantize", "models/a.safetensors", "--rounding", "nearest", "--group-size", 32)

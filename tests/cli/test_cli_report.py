@@ -148,6 +148,7 @@ def test_targets_that_cannot_be_written_are_refused_before_work(
         assert target in here(*words, "-o", target, cwd=tmp_path).error(5)
 
 
+@pytest.mark.slow
 def test_any_file_name_is_reported_on(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     name = "<b>\"'&a$\\frac{1$\udcff\n图.safetensors"

@@ -68,6 +68,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_result_tells_its_bound_its_neighbour_and_its_images(within: Outcome) -> None:
     result = within.result
     assert 0 < result["tried_error"] < result["damage"] <= ALLOWED
