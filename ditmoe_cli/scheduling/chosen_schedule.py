@@ -416,8 +416,8 @@ def _rivals(way: Way, trials: Trials, asked: Asked) -> list[Tried]:
 def _best(tries: Sequence[Tried], asked: Asked) -> Tried:
     """Return the least damage of what is within the operations, or the fewest operations of what is within the damage.
 
-    Plans are compared by typical errors: the few images that become others, by chance, make most of a mean over few, and
-    there are fewer of them where errors are smaller. A damage that is kept to is an upper bound. Raises `InfeasibleError` where
+    Plans are compared by typical errors: the few images that become others, by chance, make most of a mean over few,
+    and are fewer where errors are smaller. A damage that is kept to is an upper bound. Raises `InfeasibleError` where
     thresholds let more slots pass than is asked for, again and again.
     """
     if asked.flops is not None:
