@@ -354,7 +354,7 @@ class Planning:
         known = way_statistics(self._way, self._seen, self._measured_on, evaluations, self._energies)
         arrays = dict(known.arrays)
         statistics = statistics_of(arrays, len(sampling.times), self._bins)
-        table = whole_table(method, config, sampling, known.median_ratio)
+        table = whole_table(method, config, sampling, known.median)
         return self._result(self._trials.tried(method, table, statistics), (), arrays)
 
     def _result(self, best: Tried, others: tuple[Tried, ...], arrays: Mapping[str, Tensor]) -> Chosen:

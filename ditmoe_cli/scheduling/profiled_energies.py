@@ -21,7 +21,7 @@ _NORMS = "norm_square"
 
 def takes_energies(method: str) -> bool:
     """Return whether a method has thresholds of what experts add."""
-    return method == PLANNED or method.startswith("saliency:")
+    return method == PLANNED or method.partition(":")[0] == "saliency"
 
 
 def check_profiled(profile: RoutingProfile, config: DiTMoEConfig, guided: bool) -> RoutingProfile:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ditmoe_cli.diffusion.compute_schedule import CONSTANT, ENERGY, SCALE
+from ditmoe_cli.model.block_choices import Rule
 from ditmoe_cli.model.moe import MoEEvent
 from ditmoe_cli.progress import phase
 from ditmoe_cli.scheduling.way_states import Visited, Way
@@ -49,6 +50,12 @@ class WayStatistics:
         """Return the median of p_2 / p_1 over all tokens of a block."""
         ratios = [each.second_shares for (_, _, index), each in self.selections.items() if index == block]
         return float(torch.cat(ratios).median())
+
+    def median(self, rule: Rule, block: int) -> float:
+        """Return the median of what `odp` or `saliency` compares with its threshold, over all tokens of a block."""
+        if rule == "odp":
+            return self.median_ratio(block)
+        return float(torch.cat([self.saliencies(place) for place in self.selections if place[2] == block]).median())
 
     def saliencies(self, place: Place) -> Tensor:
         """Return p_2² E‖γ ⊙ f‖² of all tokens (T,) in a bin, branch and block."""

@@ -9,7 +9,7 @@
 | `follow:N` | computes in every N-th evaluation; in others predictions follow the state (`followed_predictions`) |
 | `top1`, `regressed` | leaves out all but the first expert; the others by regression on the first |
 | `top-p:T`, `saliency:T` | leaves out experts by their threshold (`model/block_choices.py`) |
-| `odp`, `odp:T` | the same; T is the median of p_2 / p_1 in each block, where it is not given |
+| `odp`, `saliency` | the same by thresholds of their own, medians of p_2 / p_1 and of p_2² E‖γ ⊙ f‖² in each block |
 | `residual:T` | lets images skip the blocks behind the first one, where that changes little |
 | `a-sdm` | reuses blocks in some steps, chosen by the program alone (https://arxiv.org/abs/2406.00210) |
 """
@@ -27,6 +27,7 @@ from ditmoe_cli.model.block_choices import (
     BlockChoice,
     ComputeTable,
     NullChoice,
+    Rule,
     SlotRule,
     full_table,
     parse_choice,
@@ -40,10 +41,12 @@ INHERITED = "a-sdm"
 _BETWEEN: Mapping[str, str] = {"fora": "reuse", "taylor": "forecast", "moeca": "reuse-slots", "follow": "follow"}
 NAMES = (
     *("full", "fora:N", "taylor:N", "moeca:N", "follow:N", "top1", "regressed"),
-    *("top-p:T", "saliency:T", "odp", "residual:T", "a-sdm"),
+    *("top-p:T", "saliency", "saliency:T", "odp", "odp:T", "residual:T", "a-sdm"),
 )
 NEED_STATISTICS = ("regressed", "saliency", "odp")
 """Methods whose rules for slots rest on the model's own states; `odp` where it has no threshold."""
+BY_MEDIANS: tuple[Rule, ...] = ("odp", "saliency")
+"""Rules whose thresholds are medians of each block, where none is given."""
 
 
 def check_method(method: str, config: DiTMoEConfig) -> str:
@@ -59,7 +62,7 @@ def check_method(method: str, config: DiTMoEConfig) -> str:
         _threshold(method, value)
         return method
     try:
-        parse_rule("odp:0" if method == "odp" else method)
+        parse_rule(f"{method}:0" if method in BY_MEDIANS else method)
     except ValueError as error:
         raise UsageError(f"⟨method⟩ {error}; there are {', '.join(NAMES)}") from None
     if config.top_k < 2:
@@ -89,9 +92,9 @@ def whole_table(
     method: str,
     config: DiTMoEConfig,
     sampling: ScheduledSampling,
-    ratio: Callable[[int], float] = lambda _: 0.0,
+    median: Callable[[Rule, int], float] = lambda _rule, _block: 0.0,
 ) -> ComputeTable:
-    """Return the table of a method; ``ratio(block)`` is the median of p_2 / p_1 in a block, which `odp` takes."""
+    """Return the table of a method; ``median(rule, block)`` is the threshold of a rule that has none of its own."""
     name, _, argument = method.partition(":")
     if name == "residual":
         return full_table(len(sampling.times), config.depth, sampling.null, float(argument))
@@ -101,8 +104,9 @@ def whole_table(
         if between == FOLLOW:
             return _asked_every(period, config, sampling)
         return _repeated(sampling, lambda place: [between] * config.depth if place % period else computed)
-    if method == "odp":
-        choices = [BlockChoice(slots=SlotRule("odp", ratio(block))) for block in range(config.depth)]
+    rule = next((each for each in BY_MEDIANS if each == method), None)
+    if rule is not None:
+        choices = [BlockChoice(slots=SlotRule(rule, median(rule, block))) for block in range(config.depth)]
         return _repeated(sampling, lambda _: choices)
     return _repeated(sampling, lambda _: [parse_choice(method)] * config.depth)
 

@@ -53,7 +53,7 @@ FINE = {"rf": ("ab3", 96), "ddpm": ("dpmpp-2m", 150)}
 SOLVERS = {"rf": ("euler", "ab2", "ab3", "dpmpp-2m"), "ddpm": ("ddim", "ddim-trailing", "dpmpp-2m", "ddpm")}
 FEWER = (0.7, 0.5, 0.35, 0.2)
 METHODS = (
-    *("fora:2", "fora:3", "taylor:2", "taylor:3", "moeca:2", "top1", "regressed", "odp", "top-p:0.4"),
+    *("fora:2", "fora:3", "taylor:2", "taylor:3", "moeca:2", "top1", "regressed", "saliency", "odp", "top-p:0.4"),
     *("residual:0.05", "residual:0.1", "residual:0.2", "follow:2", "follow:3", "follow:4"),
 )
 PLANS = (("planned", 0.7), ("planned", 0.5), ("planned", 0.35), ("a-sdm", 0.5))

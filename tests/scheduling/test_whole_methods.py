@@ -15,11 +15,12 @@ TOP1 = make_pico(sampler="rf", top_k=1).config
 WAY = ScheduledSampling("euler", 5)
 GUIDED = ScheduledSampling("euler", 5, 2.0, (0.3, 0.9))  # at times 0.8, 0.6 and 0.4
 NEEDLESS = ("planned", "full", "a-sdm", "residual:0.15", "fora:2", "taylor:3", "moeca:5", "follow:2")
-OF_SLOTS = ("top1", "regressed", "top-p:0.4", "saliency:0.1", "odp", "odp:0.5")
+OF_SLOTS = ("top1", "regressed", "top-p:0.4", "saliency", "saliency:0.1", "odp", "odp:0.5")
 
 
 def texts(method: str, way: ScheduledSampling = WAY, branch: int = 0, block: int = 0) -> list[str]:
-    table = whole_table(method, CONFIG, way, lambda block: 0.25 * (block + 1))
+    medians = {"odp": 0.25, "saliency": 0.5}
+    table = whole_table(method, CONFIG, way, lambda rule, block: medians[rule] * (block + 1))
     return [table.at(k, branch, block).text for k in range(table.evaluations)]
 
 
@@ -43,6 +44,7 @@ def test_the_others() -> None:
     assert set(texts("top-p:0.4")) == {"top-p:0.4"} and set(texts("saliency:0.1")) == {"saliency:0.1"}
     assert set(texts("odp:0.5")) == {"odp:0.5"}
     assert set(texts("odp")) == {"odp:0.25"} and set(texts("odp", block=1)) == {"odp:0.5"}
+    assert set(texts("saliency")) == {"saliency:0.5"} and set(texts("saliency", block=1)) == {"saliency:1.0"}
     residual = whole_table("residual:0.15", CONFIG, GUIDED)
     assert (residual.residual, {c.text for c in residual.choices}) == (0.15, {"full"})
     assert residual.null == GUIDED.null
@@ -74,6 +76,7 @@ def test_known_names(method: str) -> None:
 def test_which_rest_on_states() -> None:
     assert {method for method in (*NEEDLESS, *OF_SLOTS) if needs_statistics(method)} == {
         "regressed",
+        "saliency",
         "saliency:0.1",
         "odp",
     }

@@ -68,7 +68,7 @@ class Scheduling(asked.Scheduling):
             "--method",
             metavar="NAME",
             help="How it is chosen: planned by a program; or for the whole model by fora:N, taylor:N, moeca:N, "
-            "follow:N, top1, regressed, top-p:T, saliency:T, odp, residual:T, full; a-sdm reuses blocks alone, within "
+            "follow:N, top1, regressed, top-p:T, saliency, odp, residual:T, full; a-sdm reuses blocks alone, within "
             "--flops.",
         ),
     ] = PLANNED
