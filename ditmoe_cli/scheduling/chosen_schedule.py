@@ -91,7 +91,7 @@ class Tried:
     Attributes:
         name: how it was chosen.
         table: what is computed.
-        damage: Σ‖z - z'‖² / Σ‖z‖² of the final images z, against those with everything computed.
+        damage: Σ‖z - z'‖² / Σ‖z‖² of the final images z as they are seen, against those with everything computed.
         bound: its upper bound of 95 %, from the spread over images.
         typical: (E ‖z - z'‖)² / E‖z‖², to which single images that become others add little.
         flops: the share of all operations.
@@ -147,7 +147,7 @@ class Trials:
     @property
     def norm(self) -> float:
         """Σ‖z‖² of the final images with everything computed."""
-        return float(self.seen.final.double().square().sum())
+        return float(self._way.shown(self.seen.final).double().square().sum())
 
     def run(
         self, table: ComputeTable, statistics: Statistics, before: int = 0, slopes: Tensor | None = None
@@ -187,7 +187,8 @@ class Trials:
         return float(self._off(self.run(table, statistics, before)).mean())
 
     def _off(self, outcome: Outcome) -> Tensor:
-        return (outcome.final - self.seen.final).double().square().flatten(1).sum(dim=1)
+        off = self._way.shown(outcome.final) - self._way.shown(self.seen.final)
+        return off.double().square().flatten(1).sum(dim=1)
 
 
 class Planner:

@@ -94,12 +94,11 @@ def against_fewer_steps(
     if sampling.solver in STOCHASTIC:
         return None
     solver, steps = _FINE[SOLVERS[sampling.solver].family]
-    fine = by_solver(
-        way, indices, replace(sampling, solver=solver, steps=min(max(steps, 2 * sampling.steps), most_steps(solver)))
-    )
+    many = replace(sampling, solver=solver, steps=min(max(steps, 2 * sampling.steps), most_steps(solver)))
+    fine = way.shown(by_solver(way, indices, many))
 
     def error(images: Tensor) -> float:
-        return float((images - fine).double().square().sum() / fine.double().square().sum())
+        return float((way.shown(images) - fine).double().square().sum() / fine.double().square().sum())
 
     rivals = [(error(by_solver(way, indices, each)), each) for each in rival_steps(sampling, cost, weak_share(way))]
     if not rivals:

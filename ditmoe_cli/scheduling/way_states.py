@@ -44,6 +44,10 @@ class Way:
         """Return the labels of images (N,)."""
         return torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.model.device)
 
+    def shown(self, final: Tensor) -> Tensor:
+        """Return final images as they are seen: pixels are clipped to -1 to 1, latents are as they are."""
+        return final.clamp(-1.0, 1.0) if self.model.config.pixel_space else final
+
 
 @dataclass(frozen=True)
 class Visited:
