@@ -12,8 +12,8 @@ from devices import TRIED_ON
 from safetensors.torch import load_file
 
 from ditmoe_cli.diffusion.sampling import SampleSpec, sample_batch
-from ditmoe_cli.diffusion.scheduled_guidance import Scheduled, statistics_of
-from ditmoe_cli.model.block_choices import FULL, BlockChoice, ComputeTable, full_table, parse_choice, table_of
+from ditmoe_cli.diffusion.scheduled_guidance import Scheduled, scheduled_with
+from ditmoe_cli.model.block_choices import FOLLOW, FULL, BlockChoice, ComputeTable, full_table, parse_choice, table_of
 from ditmoe_cli.model.scheduled import ComputeCount
 
 pytestmark = pytest.mark.cuda
@@ -36,7 +36,8 @@ def sampled(table: ComputeTable, device: str, dtype: torch.dtype) -> tuple[torch
         "constant": torch.randn(2, 4, 32, generator=generator).to(device),
     }
     counts: list[ComputeCount] = []
-    scheduled = Scheduled(table, statistics_of(arrays, SPEC.steps, 2), counts.append)
+    arrays["slopes"] = 0.5 * torch.rand(SPEC.steps, 4, 2, generator=generator).to(device)
+    scheduled = scheduled_with(table, arrays, 2, counts.append)
     return sample_batch(model, SPEC, range(SPEC.images), scheduled=scheduled).cpu(), counts[0]
 
 
@@ -67,6 +68,15 @@ def test_everything_computed_is_no_schedule_to_the_bit() -> None:
     table = full_table(SPEC.steps, 2, NULL)
     mine = sample_batch(model, SPEC, range(4), scheduled=Scheduled(table))
     assert torch.equal(mine, sample_batch(model, SPEC, range(4)))
+
+
+def test_predictions_follow_the_state() -> None:
+    choices = [FULL, FULL, FOLLOW, FOLLOW]
+    table = table_of([[[choice] * 2] * 2 for choice in choices], ("compute", "compute", "off", "off"))
+    mine, counted = sampled(table, TRIED_ON, torch.float32)
+    its, expected = sampled(table, "cpu", torch.float32)
+    torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-3)
+    assert counted.most_kept == expected.most_kept > 0
 
 
 def test_images_skip_blocks_by_residuals() -> None:

@@ -88,3 +88,10 @@ def test_a_weaker_model_guides_both() -> None:
     found = by_table(way, range(2), full_table(4, 2))
     assert torch.equal(found.final, seen.final)
     assert not torch.equal(seen.final, visited(way_of(ScheduledSampling("euler", 4)), range(2)).final)
+
+
+def test_pixels_are_seen_within_their_range_and_latents_as_they_are() -> None:
+    sampling = ScheduledSampling("euler", 2)
+    z = torch.tensor([-3.0, -1.0, 0.5, 2.0])
+    assert way_of(sampling, in_channels=1).shown(z).tolist() == [-1.0, -1.0, 0.5, 1.0]
+    assert torch.equal(way_of(sampling, in_channels=4).shown(z), z)
