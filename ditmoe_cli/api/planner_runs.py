@@ -68,8 +68,7 @@ def foreseen_result(run: PlannerRun) -> ForeseenCheckpoint | WrittenCheckpoint:
 
 
 def foreseen_alone(run: PlannerRun) -> ForeseenCheckpoint:
-    """Return what a planner would write, whatever stands there."""
-    run = replace(run, output=replace(run.output, force=True))
+    """Return what a planner would write, whether or not that stands there already."""
     return _foreseen(run, *prepared(run.planner, run.work, run.wanted))
 
 

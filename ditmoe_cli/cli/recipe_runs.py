@@ -7,7 +7,7 @@ it had begun. The folder is deleted when the recipe is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ from ditmoe_cli.model.checkpoint import open_checkpoint
 from ditmoe_cli.progress import human_bytes
 
 _FORESEEN = ("cfg", "steps", "images", "seed", "classes")  # settings of a profile that planners take too
+
+
+def last_writing(called: Sequence[Called]) -> Called | None:
+    """Return the last stage that writes a checkpoint or an export; None where none does."""
+    return next((each for each in reversed(called) if each.writes or each.exports), None)
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class Cooking:
 
     @property
     def last(self) -> Called | None:
-        """The last stage that writes a checkpoint or an export, whose output is the result; None where none does."""
-        return next((each for each in reversed(self.called) if each.writes or each.exports), None)
+        """The stage whose output is the result; None where none writes."""
+        return last_writing(self.called)
 
     def is_last(self, called: Called) -> bool:
         """Return whether a stage writes the result."""

@@ -58,7 +58,7 @@ def scheduled_with(
 
 def statistics_of(arrays: Mapping[str, Tensor], evaluations: int, bins: int) -> Statistics:
     """Return what rules know in each evaluation, branch and block, from `energy`, `scale` and `constant`."""
-    if not {ENERGY, SCALE, CONSTANT} & set(arrays):
+    if not arrays:
         return no_statistics
     known: dict[tuple[int, int, int], SlotStatistics] = {}
 
@@ -95,7 +95,8 @@ def scheduled_predictor(
     null = torch.full_like(labels, model.config.num_classes)
     one = _conditions(model, single, labels)
     two = _conditions(model, doubled, torch.cat((labels, null)))
-    weaker = weak.prepared([t for t in dict.fromkeys(times) if guidance.takes_weak(t)], labels) if weak else None
+    guided = dict.fromkeys(t for e, t in enumerate(times) if guidance.takes_weak(t) and not followed.at(e))
+    weaker = weak.prepared(list(guided), labels) if weak else None
     branches = NullGuidance(table, guidance)
 
     def asked(x: Tensor, t: float, evaluation: int) -> Tensor:

@@ -616,9 +616,9 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
         v_a, v_b, by_block = run_blocks(models, x, times_of_rows, y, side)
         step = f"step {len(times) + 1} of {spec.steps}"
         blocks.append(by_block.cpu().numpy())
-        followed = side is None or side.blockwise
+        blockwise = side is None or side.blockwise
         weak_v_a, weak_v_b = _weak_predictions(models, spec, z, t, labels) or (None, None)
-        if not followed or np.isfinite(blocks[-1]).all():  # else it is a model itself that is broken
+        if not blockwise or np.isfinite(blocks[-1]).all():  # else it is a model itself that is broken
             _require_finite_guide(spec, step, weak_v_a, weak_v_b)
         v_a = _guided(v_a, spec, weak_v_a)
         if side is None:
@@ -628,7 +628,7 @@ def follow(models: ModelPair, spec: SampleSpec, indices: Sequence[int], progress
         v_a, v_b = (v[:, : z.shape[1]].double() for v in (v_a, v_b))
         predicted = torch.stack(((v_b - v_a).square().sum(), v_a.square().sum())).cpu().numpy()
         times.append(float(t))
-        _require_finite(blocks[-1] if followed else np.zeros((0, 6)), predicted, models.paths, step)
+        _require_finite(blocks[-1] if blockwise else np.zeros((0, 6)), predicted, models.paths, step)
         predictions.append([*predicted, v_a.numel()])
         progress(len(indices))
 

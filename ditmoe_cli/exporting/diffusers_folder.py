@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,8 +66,7 @@ def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]
     whole = with_positions(checkpoint)
     if whole is not checkpoint:
         tell("pos_embed is rebuilt, since the model of the folder has it in its weights")
-    original = checkpoint.original or (None if whole is checkpoint else checkpoint)
-    return DiffusersFolder(replace(whole, original=original), wanted, folder)
+    return DiffusersFolder(whole, wanted, folder)
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,8 @@ class DiffusersFolder(Export):
         }
 
     def _provenance(self, fingerprint: str | None = None) -> Provenance:
-        """Return the metadata: that of a copy, or of an export where weights are stored otherwise than in the input.
-
-        Without the input's `fingerprint`, it is read.
-        """
-        source = self.checkpoint.original
-        if source is None:
-            return replace(self.checkpoint.provenance(), exported=self.options(_TARGET))
-        return self.recorded(_TARGET, source.fingerprint if fingerprint is None else fingerprint)
+        """Return the metadata of the weights; without the input's `fingerprint`, that is read where it is needed."""
+        return self.copied_or_recorded(_TARGET, fingerprint)
 
     def options(self, target: str) -> dict[str, Any]:
         """Return the options that shape the files; the VAE by its name on the hub, or the digest of a copied one."""

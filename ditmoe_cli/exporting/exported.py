@@ -94,10 +94,19 @@ class Export(ABC):
         """The checkpoint on disk."""
         return self.checkpoint.original or self.checkpoint
 
-    def recorded(self, target: str, fingerprint: str) -> Provenance:
-        """Return the metadata of the checkpoint, its last step the export of one with this fingerprint to a target."""
-        old = self.checkpoint.provenance()
-        return replace(old, history=(*old.history, Step(EXPORTING, fingerprint, "", self.options(target))))
+    def recorded(self, target: str, fingerprint: str | None = None) -> Provenance:
+        """Return the metadata of the checkpoint, its last step the export of the `source` to a target.
+
+        Without the source's `fingerprint`, it is read.
+        """
+        old, known = self.checkpoint.provenance(), self.source.fingerprint if fingerprint is None else fingerprint
+        return replace(old, history=(*old.history, Step(EXPORTING, known, "", self.options(target))))
+
+    def copied_or_recorded(self, target: str, fingerprint: str | None = None) -> Provenance:
+        """Return the metadata: that of a copy, or as `recorded` where weights are stored otherwise than on disk."""
+        if self.checkpoint.original is None:
+            return replace(self.checkpoint.provenance(), exported=self.options(target))
+        return self.recorded(target, fingerprint)
 
     def options(self, target: str) -> dict[str, Any]:
         """Return the options of the export to a target that shape its files, by their names."""

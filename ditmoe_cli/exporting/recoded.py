@@ -138,7 +138,7 @@ class RecodedFiles(Export):
                 recoding.jobs(progress),
                 self.recorded(self.target, UNREAD),
                 self.inputs,
-                lambda: self.recorded(self.target, self.source.fingerprint),
+                lambda: self.recorded(self.target),
             )
 
     def difference(self) -> str | None:
@@ -147,7 +147,7 @@ class RecodedFiles(Export):
             header, _ = open_reader(self.wanted.path)
         except BadInputError:
             return "is damaged"
-        if header.provenance != self.recorded(self.target, self.source.fingerprint):
+        if header.provenance != self.recorded(self.target):
             return "is no export of this input"
         return self._output.damage({}) or self._other_picture()
 

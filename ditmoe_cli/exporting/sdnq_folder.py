@@ -47,7 +47,7 @@ class SdnqFolder(DiffusersFolder):
 
     def _provenance(self, fingerprint: str | None = None) -> Provenance:
         """Return the metadata, of an export of the input; without its `fingerprint`, that is read."""
-        return self.recorded(TARGET, self.source.fingerprint if fingerprint is None else fingerprint)
+        return self.recorded(TARGET, fingerprint)
 
     def holds_input(self, model: Path) -> bool:
         """Return whether the folder of a model has this export's history and the tensors that it was written with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -34,8 +34,7 @@ def laid_out(checkpoint: Checkpoint, wanted: Wanted, tell: Callable[[str], None]
             f"warning: files of upstream's do not say that it was distilled to {told_steps(checkpoint.distilled)}: "
             "give these to whatever samples it"
         )
-    original = checkpoint.original or (None if whole is checkpoint else checkpoint)
-    return UpstreamFile(replace(whole, original=original), wanted)
+    return UpstreamFile(whole, wanted)
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,11 @@ class UpstreamFile(Export):
     @property
     def _archive(self) -> SavedStateDict:
         config, tensors = self.checkpoint.config, list(self.checkpoint.header.tensors.values())
-        note = len(self._note(self._provenance(UNREAD), {info.name: UNREAD for info in tensors}))
+        note = len(self._note(self.copied_or_recorded(_TARGET, UNREAD), {info.name: UNREAD for info in tensors}))
         if config.attention == "flash" and config.num_experts == 1:
             return SavedStateDict(tensors, note_bytes=note)
         args = {**arguments(config), "rf": config.sampler == "rf"}
         return SavedStateDict(tensors, "ema", {"args": args}, note)
-
-    def _provenance(self, fingerprint: str | None = None) -> Provenance:
-        """Return the metadata: that of a copy, or of an export where weights are stored otherwise than in the input.
-
-        Without the input's `fingerprint`, it is read.
-        """
-        source = self.checkpoint.original
-        if source is None:
-            return replace(self.checkpoint.provenance(), exported=self.options(_TARGET))
-        return self.recorded(_TARGET, source.fingerprint if fingerprint is None else fingerprint)
 
     @staticmethod
     def _note(provenance: Provenance, hashes: Mapping[str, str]) -> bytes:
@@ -86,23 +75,21 @@ class UpstreamFile(Export):
             staged(path, self.wanted.force, self.inputs) as staging,
             phase(f"writing {path.name}", total, BYTES) as progress,
         ):
-            count = one_at_a_time(progress)
-
-            hashes: dict[str, str] = {}
+            count, hashes = one_at_a_time(progress), dict[str, str]()
 
             def content(info: TensorInfo) -> Iterator[memoryview]:
                 hashed = sha256()
                 yield from digested(counted(self.checkpoint.finite_parts(info.name), count), hashed.update)
                 hashes[info.name] = hashed.hexdigest()
 
-            archive.write(staging, content, lambda: self._note(self._provenance(), hashes))
+            archive.write(staging, content, lambda: self._note(self.copied_or_recorded(_TARGET), hashes))
 
     def difference(self) -> str | None:
         """Return how what stands at the path differs; None where it has the same tensors and configuration."""
         path = self.wanted.path
         try:
-            made = open_checkpoint(path)
-            same = path.stat().st_size == self.nbytes and made.header.provenance == self._provenance()
+            made, ours = open_checkpoint(path), self.copied_or_recorded(_TARGET)
+            same = path.stat().st_size == self.nbytes and made.header.provenance == ours
             same = same and made.fingerprint == self.checkpoint.fingerprint
         except BadInputError:
             same = False

@@ -150,7 +150,10 @@ class _PositionReader:
 
 
 def with_positions(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint that holds its fixed position embedding, rebuilt in fp32 where the file lacks it."""
+    """Return a checkpoint that holds its fixed position embedding, rebuilt in fp32 where the file lacks it.
+
+    Its `original` is then the checkpoint on disk.
+    """
     if POSITIONS in checkpoint.weights:
         return checkpoint
     config = checkpoint.config
@@ -158,7 +161,8 @@ def with_positions(checkpoint: Checkpoint) -> Checkpoint:
     tensors = {**checkpoint.header.tensors, POSITIONS: info}
     ordered = {name: tensors[name] for name in sorted(tensors, key=natural_key)}
     weights = {**checkpoint.weights, POSITIONS: Weight(info, None, (POSITIONS,))}
-    return _read_by(checkpoint, _PositionReader(checkpoint.reader, config), ordered, weights)
+    whole = _read_by(checkpoint, _PositionReader(checkpoint.reader, config), ordered, weights)
+    return replace(whole, original=checkpoint.original or checkpoint)
 
 
 def recorded(checkpoint: Checkpoint, options: Mapping[str, object], source: Checkpoint) -> Checkpoint:

@@ -153,7 +153,7 @@ def slot_rules(place: tuple[int, int, int], known: WayStatistics) -> list[SlotRu
     saliencies, first = known.saliencies(place), known.selections[place].weights[:, 0]
     found = [SlotRule("saliency", float(torch.quantile(saliencies, share))) for share in _SALIENCY_SHARES]
     found += [SlotRule("top-p", float(torch.quantile(first, 1 - share))) for share in _TOP_P_SHARES]
-    return [*found, SlotRule("odp", known.median_ratio(place[2])), SlotRule("top1"), SlotRule("regressed")]
+    return [*found, SlotRule("odp", known.median("odp", place[2])), SlotRule("top1"), SlotRule("regressed")]
 
 
 def _priced(

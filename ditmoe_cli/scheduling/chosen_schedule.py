@@ -68,7 +68,8 @@ ADDINGS = tuple(
         (1.0, 1.0, False),
     )
 )
-"""How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two."""
+"""How the program is solved, to be tried: as if each bin counted the same, as was measured, and between the two; with
+predictions that may follow the state, and without."""
 _CORRECTIONS = 3
 """How often the program is solved for fewer operations, where its thresholds let more slots pass than it counted."""
 _RIVALS = ("fora", "taylor", "follow")
@@ -143,11 +144,12 @@ class Trials:
     def __init__(self, way: Way, indices: Sequence[int], measured: Visited) -> None:
         self._way, self._indices, self._measured = way, indices, measured
         self.seen: Visited = visited(way, indices)
+        self._whole = way.shown(self.seen.final)
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """Σ‖z‖² of the final images with everything computed."""
-        return float(self._way.shown(self.seen.final).double().square().sum())
+        return float(self._whole.double().square().sum())
 
     def run(
         self, table: ComputeTable, statistics: Statistics, before: int = 0, slopes: Tensor | None = None
@@ -187,7 +189,7 @@ class Trials:
         return float(self._off(self.run(table, statistics, before)).mean())
 
     def _off(self, outcome: Outcome) -> Tensor:
-        off = self._way.shown(outcome.final) - self._way.shown(self.seen.final)
+        off = self._way.shown(outcome.final) - self._whole
         return off.double().square().flatten(1).sum(dim=1)
 
 

@@ -23,7 +23,7 @@ def followed_options(
 ) -> list[Priced]:
     """Return the patterns of a bin in which predictions follow at times, with errors and operations an image."""
     once = evaluation_cost(config)
-    branches = [1 + (bool(sampling.null) and choice == "compute") for choice in _null_of(sampling)]
+    branches = {k: 1 + sampling.guidance.takes_null_class(sampling.times[k]) for k in evaluations}
     found = []
     for pattern in following_patterns():
         followed = [k for k in evaluations if pattern.age(k)]
@@ -32,11 +32,6 @@ def followed_options(
         flops = sum(branches[k] * once for k in evaluations if not pattern.age(k))
         found.append(Priced(pattern, sum(_error(seen, pattern, k) for k in followed), flops))
     return found
-
-
-def _null_of(sampling: ScheduledSampling) -> tuple[str, ...]:
-    """Return what becomes of the null class in each evaluation."""
-    return sampling.null or ("off",) * len(sampling.times)
 
 
 def _error(seen: Visited, pattern: Pattern, evaluation: int) -> float:

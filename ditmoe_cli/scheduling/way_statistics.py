@@ -46,16 +46,11 @@ class WayStatistics:
     arrays: Mapping[str, Tensor]
     selections: Mapping[Place, Selections]
 
-    def median_ratio(self, block: int) -> float:
-        """Return the median of p_2 / p_1 over all tokens of a block."""
-        ratios = [each.second_shares for (_, _, index), each in self.selections.items() if index == block]
-        return float(torch.cat(ratios).median())
-
     def median(self, rule: Rule, block: int) -> float:
-        """Return the median of what `odp` or `saliency` compares with its threshold, over all tokens of a block."""
-        if rule == "odp":
-            return self.median_ratio(block)
-        return float(torch.cat([self.saliencies(place) for place in self.selections if place[2] == block]).median())
+        """Return the median over all tokens of a block of what a rule compares: p_2 / p_1 of `odp`, or saliencies."""
+        places = [place for place in self.selections if place[2] == block]
+        compared = [self.selections[p].second_shares if rule == "odp" else self.saliencies(p) for p in places]
+        return float(torch.cat(compared).median())
 
     def saliencies(self, place: Place) -> Tensor:
         """Return p_2² E‖γ ⊙ f‖² of all tokens (T,) in a bin, branch and block."""

@@ -234,12 +234,12 @@ def measure_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(eliminations, "ELIMINATION_TOKENS", 8 * tokens)
 
 
-def compress_on_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure, try and fit on 256 tokens, so that compressing a pico model takes about a second."""
-    measure_few_tokens(monkeypatch, 256)
-    monkeypatch.setattr(states, "FEWEST_TOKENS", 256)
-    monkeypatch.setattr(states, "MOST_TOKENS", 512)
-    monkeypatch.setattr(choosing, "SEARCH_TOKENS", 256)
+def compress_on_few_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int = 256) -> None:
+    """Measure, try and fit on so many tokens: on 256 compressing a pico model takes about a second."""
+    measure_few_tokens(monkeypatch, tokens)
+    monkeypatch.setattr(states, "FEWEST_TOKENS", tokens)
+    monkeypatch.setattr(states, "MOST_TOKENS", 2 * tokens)
+    monkeypatch.setattr(choosing, "SEARCH_TOKENS", tokens)
 
 
 def compress_in_few_trials(monkeypatch: pytest.MonkeyPatch) -> None:

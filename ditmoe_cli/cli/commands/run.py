@@ -14,7 +14,7 @@ from ditmoe_cli.api.devices import named_device
 from ditmoe_cli.api.export_runs import ExportDestination
 from ditmoe_cli.api.output_names import checkpoint_path, stem
 from ditmoe_cli.cli.options import Destination, Overrides, complete_checkpoint, complete_device
-from ditmoe_cli.cli.recipe_runs import Cooking, Foreseen, cooked, foreseen
+from ditmoe_cli.cli.recipe_runs import Cooking, Foreseen, cooked, foreseen, last_writing
 from ditmoe_cli.cli.recipe_stages import Called
 from ditmoe_cli.cli.stage import Stage, incoming
 from ditmoe_cli.cli.terminal import Printing, Row, emit, note
@@ -154,15 +154,14 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
         called = tuple(each.with_defaults() for each in called)
     if comparing.device is not None:
         called = tuple(each.with_options(device=comparing.device) if each.takes("device") else each for each in called)
-    if not any(each.writes or each.exports for each in called):
+    last = last_writing(called)
+    if last is None:
         refuse_idle(to, "for a recipe that writes no checkpoint", "output", "force", "max_shard_size")
     stage, recipe = _begun(asked, recipe, where)
     names = _inputs(asked, recipe, where)
     source = Path(str(stage.checkpoint))
-    cooking = Cooking(recipe, called, names, None, where)
-    last = cooking.last
     output = to.result(source, Path(where).name.partition(".")[0], last) if last is not None else None
-    cooking = replace(cooking, output=output)
+    cooking = Cooking(recipe, called, names, output, where)
     cooking.check_names()
     inputs = [source, *map(Path, names.values()), Path(where) if own is None else own]
     if output is not None:
@@ -183,20 +182,23 @@ def run(asked: RecipeAndSource, comparing: Comparing, to: RecipeDestination, pri
 
 @dataclass(frozen=True)
 class Made:
-    """What stands at the output: its path, bytes, fingerprint and result as its metadata tells, and its recipe."""
+    """What stands at the output: its path, bytes, and recipe as its metadata tells."""
 
     path: Path
     bytes: int
-    result: Result | None
     recipe: Recipe | None
+
+    @property
+    def result(self) -> Result | None:
+        """The fingerprint and the digests as the metadata tells; None where it does not."""
+        return self.recipe.result if self.recipe is not None else None
 
     @classmethod
     def at(cls, path: Path) -> Made:
         """Return what a stage has written at a path. Raises `BadInputError` where it cannot be read."""
         found = checkpoint_or_export(path)
         header = found.header if isinstance(found, Checkpoint) else found
-        known = header.provenance is not None
-        return cls(path, header.file_bytes, Result.of(found), recipe_of(found) if known else None)
+        return cls(path, header.file_bytes, recipe_of(found) if header.provenance is not None else None)
 
 
 def _begun(asked: RecipeAndSource, recipe: Recipe, where: str) -> tuple[Stage, Recipe]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compressing import calibrated, measure_few_tokens, opened, profile_of
+from compressing import calibrated, compress_on_few_tokens, opened, profile_of
 from conftest import make_pico
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +34,6 @@ from ditmoe_cli.compression.plan import Experts
 from ditmoe_cli.compression.precision.candidates import Candidates, candidate_formats
 from ditmoe_cli.compression.precision.sensitivity import Sensitivities
 from ditmoe_cli.compression.replay import eliminations
-from ditmoe_cli.compression.replay import states as states_of_fits
 from ditmoe_cli.compression.replay.eliminations import Curves
 from ditmoe_cli.files.names import SHARED
 from ditmoe_cli.files.workfolder import WorkFolder, open_work
@@ -108,11 +107,8 @@ def test_vertices() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        measure_few_tokens(patched, 256)
+        compress_on_few_tokens(patched)
         patched.setattr(eliminations, "ELIMINATION_TOKENS", 256)
-        patched.setattr(states_of_fits, "FEWEST_TOKENS", 256)
-        patched.setattr(states_of_fits, "MOST_TOKENS", 512)
-        patched.setattr(choosing, "SEARCH_TOKENS", 256)
         yield
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import Outcome, contents, here, on_terminal, outputs
-from compressing import measure_few_tokens
+from compressing import compress_on_few_tokens
 from conftest import make_pico
 
-from ditmoe_cli.compression.joint import choosing
 from ditmoe_cli.compression.joint.carrying import by_image
 from ditmoe_cli.compression.joint.image_distance import PURPOSE, SAMPLED, sampled_images
-from ditmoe_cli.compression.replay import states
 from ditmoe_cli.compression.replay.guided import in_branches
 from ditmoe_cli.compression.replay.states import calibration_states
 from ditmoe_cli.compression.working_sizes import HELD_OUT, judged_images
@@ -35,10 +33,7 @@ COMPRESS = ("compress", "a.safetensors", "--profile", "p.safetensors")
 def few_tokens() -> Iterator[None]:
     """For commands in this process."""
     with pytest.MonkeyPatch.context() as patched:
-        measure_few_tokens(patched, 512)
-        patched.setattr(states, "FEWEST_TOKENS", 512)
-        patched.setattr(states, "MOST_TOKENS", 1024)
-        patched.setattr(choosing, "SEARCH_TOKENS", 512)
+        compress_on_few_tokens(patched, 512)
         yield
 
 
